@@ -1,0 +1,162 @@
+"""Writes what a run changed as a delta: base and trained checkpoint on disk, then their difference.
+
+The trained checkpoint is a complete one, with the base's tokenizer and other files, so that what
+``apply`` rebuilds can be used as it stands.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_model
+from torch import nn
+
+import sparsedelta
+from sift_train.sift import SIFT
+
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt",
+    ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".pb", ".tflite",
+)  # fmt: skip
+
+PLAIN_NAME = "model.safetensors"
+
+
+def export_delta(
+    model: nn.Module,
+    output: str | PathLike[str],
+    *,
+    sift: SIFT | None = None,
+    base: str | PathLike[str] | None = None,
+    base_id: str | None = None,
+    info: Mapping[str, Any] | None = None,
+    save_target: str | PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Write the delta from the base to the model as it is now; return how many components it changes.
+
+    A transformers model is saved as a folder, any other module as one safetensors file.
+
+    Args:
+        model: trained.
+        output: where the delta goes; its folder must exist.
+        sift: what trained the model. Without ``base`` it lends the model its first weights, and
+            the base is the model saved with those.
+        base: the checkpoint that the training began with: a folder for a transformers model, a
+            safetensors file for any other module.
+        base_id: where others find the base, such as ``org/model@<commit>``.
+        info: plain JSON, recorded in the delta.
+        save_target: keep the trained checkpoint here.
+        overwrite: replace what is at ``output`` and ``save_target``.
+    Raises:
+        FileExistsError: something is at ``output`` or ``save_target`` and may not be replaced.
+        ValueError: there is neither ``base`` nor ``sift``, or the base is of the wrong kind.
+    """
+    check_places(model, output, base=base, save_target=save_target, overwrite=overwrite)
+    if base is None and sift is None:
+        raise ValueError("nothing says what the base is; give base, or the sift that trained")
+    final = Path(os.path.abspath(output))
+    with ExitStack() as stack:
+        if base is None and sift is not None:
+            base_path = stack.enter_context(_work_folder(final, "base"))
+            with sift.reverted():
+                base_path = _save(model, base_path, None)
+        else:
+            base_path = Path(os.path.abspath(str(base)))
+        work = stack.enter_context(_work_folder(final, "target"))
+        target = _save(model, work, base_path if base is not None else None)
+        delta = stack.enter_context(
+            sparsedelta.diff(base_path, target, base_id=base_id, info=dict(info or {}))
+        )
+        delta.save(final, overwrite=overwrite)
+        nnz = delta.nnz
+        if save_target is not None:
+            _move(target, Path(os.path.abspath(save_target)))
+    return nnz
+
+
+def check_places(
+    model: nn.Module,
+    output: str | PathLike[str],
+    *,
+    base: str | PathLike[str] | None,
+    save_target: str | PathLike[str] | None,
+    overwrite: bool,
+) -> None:
+    """Find out before any work whether the export can be written.
+
+    Raises:
+        FileExistsError: something is in the way.
+        FileNotFoundError: base, or a folder to write in, does not exist.
+        ValueError: the base is of the wrong kind.
+    """
+    for place in (output, save_target):
+        if place is None:
+            continue
+        path = Path(os.path.abspath(place))
+        if os.path.lexists(path) and not overwrite:
+            raise FileExistsError(f"'{path}' exists; choose another name, or set overwrite")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"folder '{path.parent}' does not exist; create it first")
+    if base is None:
+        return
+    base_path = Path(base)
+    if not base_path.exists():
+        raise FileNotFoundError(f"base '{base_path}' does not exist")
+    if _is_transformers(model) != base_path.is_dir():
+        wanted = "folder" if _is_transformers(model) else "safetensors file"
+        raise ValueError(
+            f"base '{base_path}' is not a {wanted}, which is what a {type(model).__name__} "
+            "is saved as; give one, or leave base out"
+        )
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return hasattr(model, "save_pretrained") and hasattr(model, "config")
+
+
+@contextmanager
+def _work_folder(final: Path, purpose: str) -> Iterator[Path]:
+    work = tempfile.mkdtemp(prefix=f".{final.name[:64]}.", suffix=f".{purpose}", dir=final.parent)
+    try:
+        yield Path(work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _save(model: nn.Module, work: Path, base: Path | None) -> Path:
+    if not _is_transformers(model):
+        # Named as the base is: a single file's own name is no part of a checkpoint.
+        save_model(model, str(work / PLAIN_NAME), metadata={"format": "pt"})
+        return work / PLAIN_NAME
+    folder = work / "checkpoint"
+    save_pretrained: Any = model.save_pretrained
+    save_pretrained(folder)
+    if base is not None:
+        _complete(folder, base)
+    return folder
+
+
+def _complete(folder: Path, base: Path) -> None:
+    """Copy what the base has beside its weights and the saved model lacks."""
+    for source in sorted(base.rglob("*")):
+        place = folder / source.relative_to(base)
+        is_weights = source.name.lower().endswith(WEIGHT_SUFFIXES)
+        if source.is_file() and not is_weights and not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, place)
+
+
+def _move(source: Path, final: Path) -> None:
+    if final.is_dir() and not final.is_symlink():
+        shutil.rmtree(final)
+    elif os.path.lexists(final):
+        final.unlink()
+    shutil.move(source, final)

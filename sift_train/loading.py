@@ -1,0 +1,56 @@
+"""Loading a transformers model from a folder as it was saved: its own class and its own dtype."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def load_model(path: str | PathLike[str]) -> nn.Module:
+    """Return the model of a checkpoint folder.
+
+    Raises:
+        ValueError: the path is no folder with a config that names a class of transformers.
+    """
+    import transformers  # takes seconds
+
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"'{folder}' is not a model folder, which holds a config.json; "
+            "give a local folder, or a model that is loaded already"
+        )
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    names = config.architectures or []
+    model_class: Any = getattr(transformers, names[0], None) if names else None
+    if model_class is None:
+        raise ValueError(
+            f"'{folder / 'config.json'}' names the architecture {names[:1]}, which this version "
+            "of transformers does not have; load the model and give it instead of its folder"
+        )
+    dtype = checkpoint_dtype(folder) or "auto"
+    model: nn.Module = model_class.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return model
+
+
+def checkpoint_dtype(folder: Path) -> torch.dtype | None:
+    """Return the one float dtype of a folder's safetensors files, None if there is not just one."""
+    found = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                found.add(_FLOATS.get(file.get_slice(name).get_dtype()))
+    found.discard(None)
+    return found.pop() if len(found) == 1 else None

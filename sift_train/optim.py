@@ -1,0 +1,36 @@
+"""Optimizer and learning-rate schedule of a run, built from its settings."""
+
+from __future__ import annotations
+
+import math
+
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from sift_train.config import FitConfig
+from sift_train.sift import SIFT, grouped_parameters
+
+
+def build_optimizer(sift: SIFT, config: FitConfig) -> Optimizer:
+    """Return the optimizer over all masters of ``sift``, not attached yet."""
+    groups = grouped_parameters(sift, config.weight_decay)
+    if config.optimizer == "sgd":
+        return SGD(groups, lr=config.lr, momentum=config.momentum)
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def build_schedule(optimizer: Optimizer, config: FitConfig, n_steps: int) -> LambdaLR:
+    """Return the schedule: a linear rise, then constant or falling to zero after the last step."""
+    n_warmup = math.ceil(config.warmup * n_steps)
+
+    def factor(step: int) -> float:
+        if step < n_warmup:
+            return (step + 1) / (n_warmup + 1)
+        done = (step - n_warmup) / max(n_steps - n_warmup, 1)
+        if config.schedule == "linear":
+            return max(1.0 - done, 0.0)
+        if config.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+        return 1.0
+
+    return LambdaLR(optimizer, factor)

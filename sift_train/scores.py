@@ -1,0 +1,53 @@
+"""The running scores of one tensor while its components are being chosen.
+
+Only finite gradient entries score. The dense gradient itself is summed beside the scores when the
+micro-batches that choose are trained on too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sift_train.selection import Rule, finite_or_zero
+
+
+class GradientScores:
+    """Sums over micro-batches for one tensor.
+
+    Attributes:
+        total: summed scores, of the tensor's shape; meaningful after the first ``add``.
+        gradient: summed dense gradient in at least fp32, None if it is not kept.
+    """
+
+    def __init__(self, rule: Rule, device: torch.device, *, keeps_gradient: bool) -> None:
+        self._rule = rule
+        self._device = device
+        self._keeps_gradient = keeps_gradient
+        self.total: Tensor = torch.zeros(())
+        self.gradient: Tensor | None = None
+        self._n_added = 0
+
+    def add(self, weight: Tensor, gradient: Tensor) -> None:
+        """Take in the gradient of one micro-batch.
+
+        Raises:
+            ValueError: the rule scores without gradients.
+        """
+        if self._rule.from_gradient is None:
+            raise ValueError("this selection rule does not score by gradients")
+        scores = finite_or_zero(self._rule.from_gradient(weight, gradient)).to(self._device)
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        held = gradient.to(self._device, wide) if self._keeps_gradient else None
+        if self._n_added == 0:
+            self.total, self.gradient = scores, held
+        else:
+            self.total = self.total + scores
+            if held is not None and self.gradient is not None:
+                self.gradient = self.gradient + held
+        self._n_added += 1
+
+    @property
+    def tells_apart(self) -> bool:
+        """Whether any component has a score, so that a choice is better than a blind one."""
+        return bool(self.total.any())

@@ -1,0 +1,161 @@
+"""Which parameters of a model are trained, sparsely or densely, each one once whatever its names.
+
+What cannot be trained in place is refused here, before anything in the model is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+ALL_LINEAR = "all-linear"
+
+_TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parameter to train.
+
+    Attributes:
+        name: the first of its names in the model.
+        parameter: the model's own.
+        dense: all of its components are trained.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    dense: bool
+
+
+def find_targets(
+    model: nn.Module, sparse_module: str | Sequence[str], exception: str | Sequence[str]
+) -> list[Target]:
+    """Return the parameters to train, in the model's order.
+
+    A fragment matches a parameter if it occurs in any of its names; a tied weight has several.
+
+    Args:
+        model: not wrapped for several devices.
+        sparse_module: name fragments, or ``"all-linear"`` for the weight of every linear layer but
+            the output embeddings.
+        exception: name fragments of parameters to train densely; they win over ``sparse_module``.
+    Raises:
+        ValueError: a fragment matches nothing, or a matched parameter cannot be trained in place.
+    """
+    _refuse_wrappers(model)
+    names = _names_of_parameters(model)
+    dense = _matching(names, _fragments(exception), "exception")
+    if sparse_module == ALL_LINEAR:
+        sparse = _linear_weights(model)
+    else:
+        sparse = _matching(names, _fragments(sparse_module), "sparse_module")
+    targets = [
+        Target(own[0], parameter, parameter in dense)
+        for parameter, own in names.items()
+        if (parameter in dense or parameter in sparse) and parameter.numel()
+    ]
+    if not targets:
+        raise ValueError(
+            f"{type(model).__name__}: no parameter is selected for training; "
+            f"name fragments of parameters in sparse_module, such as {next(iter(names.values()))[0]!r}"
+            if names
+            else f"{type(model).__name__} has no parameters; there is nothing to train"
+        )
+    _refuse_untrainable(model, targets)
+    return targets
+
+
+def _fragments(value: str | Sequence[str]) -> tuple[str, ...]:
+    fragments = (value,) if isinstance(value, str) else tuple(value)
+    for fragment in fragments:
+        if not isinstance(fragment, str) or not fragment:
+            raise ValueError(f"name fragment {fragment!r} is not a non-empty string")
+    return fragments
+
+
+def _names_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
+
+
+def _matching(
+    names: dict[nn.Parameter, list[str]], fragments: tuple[str, ...], argument: str
+) -> set[nn.Parameter]:
+    found: set[nn.Parameter] = set()
+    for fragment in fragments:
+        matches = {p for p, own in names.items() if any(fragment in name for name in own)}
+        if not matches:
+            raise ValueError(
+                f"{argument} names {fragment!r}, which occurs in no parameter name; "
+                "compare it with the names that model.named_parameters() gives"
+            )
+        found |= matches
+    return found
+
+
+def _linear_weights(model: nn.Module) -> set[nn.Parameter]:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {
+        module.weight
+        for module in model.modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        and module is not head
+        and isinstance(module.weight, nn.Parameter)
+    }
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module).__name__ in _WRAPPERS:
+            raise ValueError(
+                f"model holds a {type(module).__name__}, whose gradients are not those of the "
+                "parameters; give the model itself, unwrapped"
+            )
+
+
+def _refuse_untrainable(model: nn.Module, targets: list[Target]) -> None:
+    sparse_gradients = {
+        parameter
+        for module in model.modules()
+        if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        for parameter in module.parameters(recurse=False)
+    }
+    places: dict[tuple[torch.device, int], str] = {}
+    for target in targets:
+        parameter = target.parameter
+        problem = _problem(parameter, sparse_gradients)
+        if problem:
+            raise ValueError(f"parameter {target.name!r} {problem}")
+        other = places.setdefault((parameter.device, parameter.data_ptr()), target.name)
+        if other != target.name:
+            raise ValueError(
+                f"parameters {other!r} and {target.name!r} are two over the same memory; "
+                "make them one parameter, or leave one of them out"
+            )
+
+
+def _problem(parameter: nn.Parameter, sparse_gradients: set[nn.Parameter]) -> str | None:
+    if type(parameter).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
+        return "is sharded over several devices; train an unsharded model"
+    if parameter.is_meta:
+        return "is on the meta device and holds no values; load the model's weights first"
+    if parameter.dtype not in _TRAINABLE:
+        return (
+            f"has dtype {parameter.dtype}, expected float16, bfloat16, float32 or float64; "
+            "load the model unquantized, or leave this parameter out"
+        )
+    if parameter in sparse_gradients:
+        return "belongs to an embedding with sparse=True; build the embedding with sparse=False"
+    if not parameter.is_contiguous():
+        return (
+            f"is not contiguous (shape {tuple(parameter.shape)}, strides {parameter.stride()}); "
+            "replace its data by data.contiguous()"
+        )
+    return None
