@@ -1,0 +1,105 @@
+"""top_k, the rules, and how many components a rate selects."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sift_train.selection import (
+    RULES,
+    Rule,
+    find_rule,
+    index_dtype,
+    n_selected,
+    seeded_generator,
+    top_k,
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return seeded_generator(seed, "weight")
+
+
+@pytest.mark.parametrize(
+    ("numel", "rate", "k"), [(100, 0.0, 1), (100, 0.01, 2), (100, 1.0, 100), (1, 0.5, 1)]
+)
+def test_n_selected(numel: int, rate: float, k: int) -> None:
+    assert n_selected(numel, rate) == k
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])
+def test_rate_out_of_range(rate: float) -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        n_selected(10, rate)
+
+
+def test_top_k_agrees_with_sorting() -> None:
+    scores = torch.randn(37, 53, generator=torch.Generator().manual_seed(5))
+    for k in (1, 2, 500, 1960, 1961):
+        expected = scores.flatten().argsort(descending=True)[:k].sort().values
+        assert top_k(scores, k, generator()).tolist() == expected.tolist()
+
+
+def test_top_k_is_flat_increasing_int32() -> None:
+    index = top_k(torch.tensor([[0.0, 9.0], [8.0, 7.0]]), 3, generator())
+    assert index.dtype == torch.int32
+    assert index.tolist() == [1, 2, 3]
+
+
+def test_index_dtype_widens_at_two_to_the_31() -> None:
+    assert index_dtype(2**31 - 1) == torch.int32
+    assert index_dtype(2**31) == torch.int64
+
+
+def test_non_finite_scores_rank_last() -> None:
+    scores = torch.tensor([torch.inf, 1.0, torch.nan, 2.0, -torch.inf, -3.0])
+    assert top_k(scores, 3, generator()).tolist() == [1, 3, 5]
+
+
+def test_ties_are_drawn_by_the_seed() -> None:
+    scores = torch.zeros(1000)
+    scores[7] = 1.0
+    first, again, other = (top_k(scores, 50, generator(seed)).tolist() for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+    assert 7 in first
+    assert 7 in other
+    assert len(set(first)) == 50
+
+
+@pytest.mark.parametrize("k", [-1, 5])
+def test_top_k_refuses_k_out_of_range(k: int) -> None:
+    with pytest.raises(ValueError, match="cannot select"):
+        top_k(torch.zeros(4), k, generator())
+
+
+def test_top_k_in_low_precision() -> None:
+    scores = torch.tensor([1.0, 3.0, 2.0], dtype=torch.bfloat16)
+    assert top_k(scores, 2, generator()).tolist() == [1, 2]
+
+
+def test_random_draws_evenly() -> None:
+    rule = RULES["random"]
+    assert rule.from_weight is not None
+    counts = torch.zeros(20)
+    for seed in range(400):
+        draw = generator(seed)
+        counts[top_k(rule.from_weight(torch.zeros(20), draw), 5, draw).long()] += 1
+    assert counts.min() > 60  # 100 expected, standard deviation 9
+    assert counts.max() < 140
+
+
+def test_generators_depend_on_seed_and_name_only() -> None:
+    assert seeded_generator(1, "a").initial_seed() == seeded_generator(1, "a").initial_seed()
+    assert seeded_generator(1, "a").initial_seed() != seeded_generator(1, "b").initial_seed()
+    assert seeded_generator(1, "a").initial_seed() != seeded_generator(2, "a").initial_seed()
+
+
+def test_unknown_rule_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="gradient, magnitude, random"):
+        find_rule("gradients")
+
+
+def test_a_rule_has_one_source() -> None:
+    with pytest.raises(ValueError, match="not both"):
+        Rule()
