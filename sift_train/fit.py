@@ -237,6 +237,8 @@ def _count_steps(data: Iterable[Any], config: FitConfig) -> int:
         return config.max_steps
     if not isinstance(data, Sized):
         raise TypeError(f"data is a {type(data).__name__} without a length; set max_steps")
+    if len(data) == 0:
+        raise ValueError("the data gave no batch; give at least one")
     return config.epochs * math.ceil(len(data) / config.accumulation)
 
 

@@ -1,0 +1,45 @@
+"""Settings are checked when they are made."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sift_train import FitConfig, Rule
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"sparse_rate": 1.5},
+        {"selection": "gradiant"},
+        {"selection_batches": 0},
+        {"optimizer": "adam"},
+        {"schedule": "step"},
+        {"mixed_precision": "fp8"},
+        {"epochs": 0},
+        {"epochs": True},
+        {"max_steps": 0},
+        {"accumulation": 0},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"lr": float("inf")},
+        {"weight_decay": -0.1},
+        {"warmup": 1.5},
+        {"betas": (0.9, 1.5)},
+        {"max_grad_norm": 0.0},
+    ],
+)
+def test_out_of_range(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"rate|is .*[;]"):
+        FitConfig(**setting)
+
+
+def test_as_json_is_plain() -> None:
+    config = FitConfig(selection=Rule(from_gradient=lambda w, g: g), sparse_module=("a", "b"))
+    plain = config.as_json()
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["selection"] == "custom"
+    assert plain["sparse_module"] == ["a", "b"]

@@ -1,0 +1,345 @@
+"""``fit`` from start to delta: the loop against plain torch, the delta against the trained files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from train_helpers import (
+    bert_batches,
+    make_bert,
+    make_inputs,
+    make_net,
+    same_bits,
+    snapshot,
+    square_loss,
+)
+
+import sparsedelta
+from sift_train import SIFT, FitConfig, StepReport, export_delta, fit
+
+LAYERS = ["query", "value", "intermediate"]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def bert_folder(tmp_path: Path) -> Path:
+    return make_bert(tmp_path / "base", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_from_a_folder_the_delta_makes_the_trained_folder(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    base = make_bert(tmp_path / "base", dtype)
+    untouched = files_of(base)
+    result = fit(
+        base,
+        bert_batches(3),
+        output=tmp_path / "delta.sd",
+        save_target=tmp_path / "trained",
+        config=FitConfig(sparse_module=LAYERS, exception="classifier", lr=1e-2, epochs=2),
+    )
+    assert files_of(base) == untouched
+    assert result.n_steps == 6
+    sparsedelta.apply(base, result.delta, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "trained")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    before = load_file(base / "model.safetensors")
+    changed = {name for name in before if not same_bits(before[name], weights[name])}
+    assert changed == {
+        name
+        for name in before
+        if "classifier" in name or any(fragment in name for fragment in LAYERS)
+    }
+    n_changed = sum(int((before[name] != weights[name]).sum()) for name in changed)
+    assert result.nnz == n_changed <= result.n_trained < result.n_total
+    assert {"vocab.txt", "1_Pooling/config.json", "config.json"} <= set(files_of(tmp_path / "out"))
+
+
+def test_only_delta_is_left_beside_the_base(tmp_path: Path, bert_folder: Path) -> None:
+    fit(bert_folder, bert_batches(1), output=tmp_path / "delta.sd")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta.sd"]
+
+
+def test_the_settings_are_in_the_delta(tmp_path: Path, bert_folder: Path) -> None:
+    config = FitConfig(lr=3e-3, sparse_module=("query",))
+    result = fit(
+        bert_folder, bert_batches(2), output=tmp_path / "d.sd", config=config, base_id="org/m@1"
+    )
+    with sparsedelta.load(result.delta) as delta:
+        assert delta.base.id == "org/m@1"
+        assert delta.info["settings"] == json.loads(json.dumps(config.as_json()))
+        assert delta.info["steps"] == 2
+
+
+def test_the_same_seed_writes_the_same_bytes(tmp_path: Path, bert_folder: Path) -> None:
+    def run(name: str, seed: int) -> bytes:
+        data = torch.utils.data.DataLoader(bert_batches(5), batch_size=None, shuffle=True)
+        config = FitConfig(lr=1e-2, seed=seed)
+        return fit(bert_folder, data, output=tmp_path / name, config=config).delta.read_bytes()
+
+    assert run("a.sd", 0) == run("b.sd", 0)
+    assert run("c.sd", 1) != run("a2.sd", 0)
+
+
+def test_selection_does_not_disturb_dropout(tmp_path: Path) -> None:
+    """At rate 1 nothing is selected; with dropout both runs must still draw the same masks."""
+
+    def losses(rate: float) -> tuple[float, ...]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+        config = FitConfig(sparse_rate=rate, lr=1e-30)
+        output = tmp_path / f"{rate}.sd"
+        return fit(model, make_inputs(4), output=output, loss=square_loss, config=config).losses
+
+    assert losses(1.0) == losses(0.1)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_at_rate_one_the_loop_is_plain_torch(tmp_path: Path, name: str, accumulation: int) -> None:
+    plain, ours = make_net(), make_net()
+    inputs = make_inputs(5)
+    config = FitConfig(
+        sparse_rate=1.0,
+        sparse_module=["weight", "bias"],
+        optimizer=name,
+        lr=1e-2,
+        weight_decay=0.1,
+        momentum=0.9,
+        schedule="constant",
+        warmup=0.0,
+        accumulation=accumulation,
+        max_grad_norm=0.1,
+        epochs=2,
+    )
+    matrices = [p for p in plain.parameters() if p.dim() > 1]
+    vectors = [p for p in plain.parameters() if p.dim() == 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.AdamW(groups, lr=1e-2)
+        if name == "adamw"
+        else torch.optim.SGD(groups, lr=1e-2, momentum=0.9)
+    )
+    losses = []
+    for _ in range(2):
+        for at in range(0, len(inputs), accumulation):
+            window = inputs[at : at + accumulation]  # the last one is shorter
+            optimizer.zero_grad()
+            for batch in window:
+                (square_loss(plain, batch) / len(window)).backward()
+            with torch.no_grad():
+                losses.append(sum(float(square_loss(plain, b)) for b in window) / len(window))
+            nn.utils.clip_grad_norm_(list(plain.parameters()), 0.1)
+            optimizer.step()
+    result = fit(ours, inputs, output=tmp_path / "d.sd", loss=square_loss, config=config)
+    for (key, left), right in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        assert same_bits(left, right), key
+    assert result.losses == pytest.approx(losses, rel=1e-6)
+
+
+def test_a_plain_module_without_a_base_file(tmp_path: Path) -> None:
+    model, first = make_net(), make_net()
+    target = tmp_path / "trained.safetensors"
+    result = fit(
+        model,
+        make_inputs(4),
+        output=tmp_path / "d.sd",
+        save_target=target,
+        loss=square_loss,
+        config=FitConfig(sparse_rate=0.1, lr=1e-2),
+    )
+    save_file(first.state_dict(), tmp_path / "base.safetensors", metadata={"format": "pt"})
+    sparsedelta.apply(tmp_path / "base.safetensors", result.delta, tmp_path / "out.safetensors")
+    assert (tmp_path / "out.safetensors").read_bytes() == target.read_bytes()
+    rebuilt = load_file(tmp_path / "out.safetensors")
+    assert all(same_bits(value, rebuilt[name]) for name, value in model.state_dict().items())
+    assert not same_bits(first.first.weight, rebuilt["first.weight"])
+
+
+def test_a_plain_module_with_its_base_file(tmp_path: Path) -> None:
+    model = make_net()
+    base = tmp_path / "base.safetensors"
+    save_file({**model.state_dict(), "unused": torch.ones(3)}, base)
+    result = fit(model, make_inputs(2), output=tmp_path / "d.sd", loss=square_loss, base=base)
+    sparsedelta.apply(base, result.delta, tmp_path / "out.safetensors")
+    rebuilt = load_file(tmp_path / "out.safetensors")
+    assert all(same_bits(value, rebuilt[name]) for name, value in model.state_dict().items())
+    assert "unused" not in rebuilt
+
+
+def test_a_module_of_transformers_without_its_folder(tmp_path: Path, bert_folder: Path) -> None:
+    import transformers
+
+    load: Any = transformers.BertForSequenceClassification.from_pretrained
+    model: nn.Module = load(bert_folder)
+    load(bert_folder).save_pretrained(tmp_path / "resaved")
+    result = fit(model, bert_batches(2), output=tmp_path / "d.sd", save_target=tmp_path / "trained")
+    sparsedelta.apply(tmp_path / "resaved", result.delta, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "trained")
+
+
+def test_after_fit_the_model_is_as_before_but_for_its_weights(tmp_path: Path) -> None:
+    model = make_net().eval()
+    model.norm.weight.requires_grad_(False)
+    keys, flags = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    fit(model, make_inputs(1), output=tmp_path / "d.sd", loss=square_loss)
+    assert list(model.state_dict()) == keys
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_every_step_is_reported(tmp_path: Path) -> None:
+    reports: list[StepReport] = []
+    config = FitConfig(lr=1.0, warmup=0.25, max_steps=8)
+    result = fit(
+        make_net(),
+        make_inputs(3),
+        output=tmp_path / "d.sd",
+        loss=square_loss,
+        config=config,
+        on_step=reports.append,
+    )
+    assert [report.step for report in reports] == list(range(1, 9))
+    assert tuple(report.loss for report in reports) == result.losses
+    rates = [report.lr for report in reports]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert all(report.grad_norm is not None and report.grad_norm > 0 for report in reports)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, bert_folder: Path) -> None:
+    deltas = []
+    for name, checkpointing in (("a", False), ("b", True)):
+        result = fit(
+            bert_folder,
+            bert_batches(2),
+            output=tmp_path / f"{name}.sd",
+            save_target=tmp_path / name,
+            config=FitConfig(gradient_checkpointing=checkpointing, lr=1e-2),
+        )
+        deltas.append((result.losses, (tmp_path / name / "model.safetensors").read_bytes()))
+    assert deltas[0] == deltas[1]
+
+
+def test_mixed_precision_trains_fp32_weights(tmp_path: Path) -> None:
+    seen = []
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        out: Tensor = model(batch)
+        seen.append(out.dtype)
+        return out.float().square().mean()
+
+    model, before = make_net(), snapshot(make_net())
+    config = FitConfig(mixed_precision="bf16", lr=1e-2)
+    fit(model, make_inputs(2), output=tmp_path / "d.sd", loss=loss, config=config)
+    assert set(seen) == {torch.bfloat16}
+    assert model.first.weight.dtype == torch.float32
+    assert not same_bits(before["first.weight"], model.first.weight)
+    # What accelerate sets up for a process does not outlive the run.
+    fit(make_net(), make_inputs(2), output=tmp_path / "e.sd", loss=square_loss)
+
+
+def test_an_existing_output_stops_before_training(tmp_path: Path) -> None:
+    (tmp_path / "d.sd").write_text("mine")
+    model = make_net()
+    before = snapshot(model)
+    with pytest.raises(FileExistsError, match="exists; choose another name"):
+        fit(model, make_inputs(1), output=tmp_path / "d.sd", loss=square_loss)
+    assert (tmp_path / "d.sd").read_text() == "mine"
+    assert all(same_bits(value, model.state_dict()[name]) for name, value in before.items())
+    fit(model, make_inputs(1), output=tmp_path / "d.sd", loss=square_loss, overwrite=True)
+    assert (tmp_path / "d.sd").read_bytes() != b"mine"
+
+
+def test_save_target_replaces_only_when_told(tmp_path: Path, bert_folder: Path) -> None:
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "mine").write_text("mine")
+    places: dict[str, Any] = {"output": tmp_path / "d.sd", "save_target": tmp_path / "trained"}
+    with pytest.raises(FileExistsError, match="trained"):
+        fit(bert_folder, bert_batches(1), **places)
+    fit(bert_folder, bert_batches(1), **places, overwrite=True)
+    assert not (tmp_path / "trained" / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"data": []}, ValueError, "gave no batch"),
+        ({"data": iter(make_inputs(2))}, TypeError, "without a length; set max_steps"),
+        ({"loss": None}, TypeError, "expected a mapping"),
+        ({"loss": lambda model, batch: model(batch)}, TypeError, "not a tensor of one element"),
+        ({"loss": lambda model, batch: model(batch).sum() * torch.nan}, ValueError, "loss is nan"),
+        ({"base": "nowhere.safetensors"}, FileNotFoundError, "does not exist"),
+        ({"base": "."}, ValueError, "is not a safetensors file"),
+        ({"output": "nowhere/d.sd"}, FileNotFoundError, "create it first"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {"data": make_inputs(1), "output": "d.sd", "loss": square_loss}
+    given |= arguments
+    model = make_net()
+    with pytest.raises(error, match=message) as caught:
+        fit(model, given.pop("data"), **given)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    assert not model._forward_pre_hooks
+
+
+def test_one_pass_over_an_iterator_is_enough_when_steps_are_given(tmp_path: Path) -> None:
+    config = FitConfig(max_steps=4)
+    data = iter(make_inputs(4))
+    result = fit(make_net(), data, output=tmp_path / "d.sd", loss=square_loss, config=config)
+    assert result.n_steps == 4
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds a config.json"):
+        fit(tmp_path, [], output=tmp_path / "d.sd")
+
+
+def test_a_model_without_loss_is_refused(tmp_path: Path, bert_folder: Path) -> None:
+    batches = [{"input_ids": batch["input_ids"]} for batch in bert_batches(1)]
+    with pytest.raises(TypeError, match="has no loss; put labels in the batch"):
+        fit(bert_folder, batches, output=tmp_path / "d.sd")
+
+
+def test_export_needs_to_know_the_base(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing says what the base is"):
+        export_delta(make_net(), tmp_path / "d.sd")
+
+
+def test_export_from_a_loop_of_ones_own(tmp_path: Path) -> None:
+    model = make_net()
+    with SIFT(model, 0.1, "weight") as sift:
+        optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
+        sift.attach(optimizer)
+        for batch in make_inputs(3):
+            optimizer.zero_grad()
+            square_loss(model, batch).backward()
+            optimizer.step()
+        nnz = export_delta(model, tmp_path / "d.sd", sift=sift)
+    assert 0 < nnz <= sift.n_trained
