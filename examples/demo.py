@@ -176,8 +176,9 @@ def main() -> int:
     parser.add_argument("--work-dir", type=Path, default=ROOT / ".demo", help="made afresh")
     parser.add_argument("--steps", type=int, default=150)
     options = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     work = options.work_dir.resolve()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -191,10 +192,11 @@ def main() -> int:
     held_out, training = pairs[:N_HELD_OUT], pairs[N_HELD_OUT:]
     print(f"{len(training)} pairs to train on, {len(held_out)} held out")
     encoder = load_encoder(base)
+    transformer: Any = encoder[0]
     before = recall_at_1(encoder, held_out)
     print(f"recall@1 of the base on the held-out pairs: {before:.3f}\n\ntraining", flush=True)
     result = sift_train.fit(
-        encoder[0].auto_model,
+        transformer.auto_model,
         make_batches(encoder, training),
         output=delta,
         loss=contrastive_loss,
