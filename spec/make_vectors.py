@@ -1,0 +1,90 @@
+"""Write the vectors of the format: `python make_vectors.py [--unreleased]`.
+
+A vector that exists is released: one whose bytes would change stops the script before anything is
+written. `--unreleased` overwrites, and removes what is no vector any more.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from _valid_vectors import Valid, valid_vectors
+from _vector_writer import Checkpoint
+from blake3 import blake3
+
+VECTORS = Path(__file__).parent / "vectors"
+
+
+def stored(prefix: str, checkpoint: Checkpoint) -> tuple[str, dict[str, bytes]]:
+    """Return the path of a checkpoint within the vectors, and its files by path."""
+    if checkpoint.kind == "file":
+        path = prefix + ".safetensors"
+        return path, {path: checkpoint.weight_files[0].content()}
+    return prefix, {f"{prefix}/{path}": data for path, data in checkpoint.files().items()}
+
+
+def valid_files(vector: Valid) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return the manifest's member and the files of a valid vector."""
+    folder = f"valid/{vector.name}"
+    files = {f"{folder}/delta.sd": vector.delta}
+    member: dict[str, Any] = {"name": vector.name, "shows": vector.shows}
+    member["delta"] = f"{folder}/delta.sd"
+    if vector.zeros:
+        (name,) = vector.base.tensors()
+        shape = list(vector.zeros.shape)
+        member["base"] = {"zeros": {"name": name, "dtype": vector.zeros.dtype, "shape": shape}}
+        content = vector.target.weight_files[0].content()
+        member["target"] = {"blake3": blake3(content).hexdigest(), "n_bytes": len(content)}
+        return member, files
+    for role, checkpoint in (("base", vector.base), ("target", vector.target)):
+        member[role], more = stored(f"{folder}/{role}", checkpoint)
+        files |= more
+    if vector.target.empty_folders:
+        member["target_empty_folders"] = vector.target.empty_folders
+    return member, files
+
+
+def all_files() -> dict[str, bytes]:
+    """Return every file of the vectors, the manifest among them, by path."""
+    files: dict[str, bytes] = {}
+    manifest: dict[str, Any] = {"valid": [], "invalid": []}
+    for vector in valid_vectors():
+        member, more = valid_files(vector)
+        manifest["valid"].append(member)
+        files |= more
+    files["manifest.json"] = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+    return files
+
+
+def main(arguments: list[str]) -> int:
+    """Run the script; return its exit status."""
+    unreleased = arguments == ["--unreleased"]
+    if arguments and not unreleased:
+        print(__doc__, file=sys.stderr)
+        return 2
+    files = all_files()
+    there = {
+        path.relative_to(VECTORS).as_posix(): path.read_bytes()
+        for path in VECTORS.rglob("*")
+        if path.is_file() and path.name != ".gitattributes"
+    }
+    released = [
+        path for path in there if path != "manifest.json" and there[path] != files.get(path)
+    ]
+    if released and not unreleased:
+        print("these exist with other bytes:", *sorted(released), sep="\n  ", file=sys.stderr)
+        return 1
+    for path in released:
+        (VECTORS / path).unlink()
+    for path, content in files.items():
+        (VECTORS / path).parent.mkdir(parents=True, exist_ok=True)
+        (VECTORS / path).write_bytes(content)
+    print(f"{len(files)} files, {sum(map(len, files.values()))} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
