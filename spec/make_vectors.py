@@ -1,7 +1,8 @@
-"""Write the vectors of the format: `python make_vectors.py [--unreleased]`.
+"""Write the vectors of the format: `python make_vectors.py [--unreleased | --all FOLDER]`.
 
 A vector that exists is released: one whose bytes would change stops the script before anything is
-written. `--unreleased` overwrites, and removes what is no vector any more.
+written. `--unreleased` overwrites, and removes what is no vector any more. `--all` writes into a
+folder of its own, and more: invalid vectors that are variations of those stored.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from _valid_vectors import Valid, valid_vectors
-from _vector_writer import Checkpoint
 from blake3 import blake3
+from vector_source import Valid, invalid_vectors, is_stored, sample_base, valid_vectors
+from vector_source.writer import Checkpoint
 
 VECTORS = Path(__file__).parent / "vectors"
 
@@ -47,28 +48,45 @@ def valid_files(vector: Valid) -> tuple[dict[str, Any], dict[str, bytes]]:
     return member, files
 
 
-def all_files() -> dict[str, bytes]:
-    """Return every file of the vectors, the manifest among them, by path."""
+def all_files(everything: bool = False) -> dict[str, bytes]:
+    """Return every file of the vectors, the manifest among them, by path.
+
+    Args:
+        everything: also the invalid vectors that are not stored.
+    """
     files: dict[str, bytes] = {}
     manifest: dict[str, Any] = {"valid": [], "invalid": []}
     for vector in valid_vectors():
         member, more = valid_files(vector)
         manifest["valid"].append(member)
         files |= more
+    _, base = stored("invalid/base", sample_base())
+    files |= base
+    for one in invalid_vectors():
+        if not (everything or is_stored(one)):
+            continue
+        path = f"invalid/{one.name}.sd"
+        member = {"name": one.name, "why": one.why, "breaks": one.breaks, "code": one.code}
+        member |= {"delta": path} | ({"base": "invalid/base"} if one.on_apply else {})
+        manifest["invalid"].append(member)
+        if path in files:
+            raise ValueError(f"{path} twice")
+        files[path] = one.delta
     files["manifest.json"] = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
     return files
 
 
 def main(arguments: list[str]) -> int:
     """Run the script; return its exit status."""
-    unreleased = arguments == ["--unreleased"]
-    if arguments and not unreleased:
+    unreleased, everything = arguments == ["--unreleased"], arguments[:1] == ["--all"]
+    if len(arguments) != unreleased + 2 * everything:
         print(__doc__, file=sys.stderr)
         return 2
-    files = all_files()
+    folder = Path(arguments[1]) if everything else VECTORS
+    files = all_files(everything)
     there = {
-        path.relative_to(VECTORS).as_posix(): path.read_bytes()
-        for path in VECTORS.rglob("*")
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
         if path.is_file() and path.name != ".gitattributes"
     }
     released = [
@@ -78,10 +96,10 @@ def main(arguments: list[str]) -> int:
         print("these exist with other bytes:", *sorted(released), sep="\n  ", file=sys.stderr)
         return 1
     for path in released:
-        (VECTORS / path).unlink()
+        (folder / path).unlink()
     for path, content in files.items():
-        (VECTORS / path).parent.mkdir(parents=True, exist_ok=True)
-        (VECTORS / path).write_bytes(content)
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
     print(f"{len(files)} files, {sum(map(len, files.values()))} bytes")
     return 0
 

@@ -280,8 +280,13 @@ def apply(base: Path | str, delta_path: Path | str, out: Path | str) -> None:
         if not side.is_carried:
             there = base_files.get(side.path)
             contents[side.path] = there.read_bytes() if there else b""
-            same = there and blake3(contents[side.path]).digest() == side.digest
-            check(bool(same), "base_mismatch", f"side file {side.path} is not the base's")
+            found_digest = blake3(contents[side.path]).digest()
+            same = (len(contents[side.path]), found_digest) == (side.n_bytes, side.digest)
+            check(
+                there is not None and same,
+                "base_mismatch",
+                f"side file {side.path} is not the base's",
+            )
     check_base(delta, tensors)
 
     made: Tensors = {}

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from _compressed_frames import FRAMES
-from _vector_writer import (
+from vector_source.compressed_frames import FRAMES
+from vector_source.writer import (
     BITS,
     SPAN,
     Checkpoint,
