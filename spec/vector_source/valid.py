@@ -85,6 +85,17 @@ def vector(
     return Valid(name, shows, base, target, assemble(draft(base, target, *codings, **options)))
 
 
+def example() -> list[Valid]:
+    """Return the worked example of FORMAT §14: four values of 300 changed."""
+    bits = [0x3F80] * 300
+    bits[3], bits[290] = 0x8000, 0xBF80
+    base = one_file({"w": tensor("BF16", bits)})
+    for position, new in ((2, 0x3F81), (3, 0x0000), (289, 0x4080), (290, 0xBF82)):
+        bits[position] = new
+    shows = "the worked example of FORMAT \u00a714"
+    return [vector("example", shows, base, one_file({"w": tensor("BF16", bits)}))]
+
+
 def encodings() -> list[Valid]:
     """Return every index encoding with every value encoding, and their edges."""
     out = []
@@ -503,6 +514,7 @@ def compressed() -> Valid:
 
 
 SECTIONS: tuple[Callable[[], list[Valid]], ...] = (
+    example,
     encodings,
     large,
     codes,

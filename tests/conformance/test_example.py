@@ -1,0 +1,63 @@
+"""The worked example of FORMAT.md is the vector `example`, byte for byte, and is up to date."""
+
+from __future__ import annotations
+
+import re
+
+import make_example
+from blake3 import blake3
+from vectors import SPEC, VECTORS
+
+TEXT = (SPEC / "FORMAT.md").read_text(encoding="utf-8")
+SECTION = TEXT[TEXT.index(make_example.BEGIN) : TEXT.index(make_example.END)]
+
+
+def test_section_is_up_to_date() -> None:
+    assert SECTION == make_example.BEGIN + make_example.section()
+
+
+def test_listing_is_the_whole_delta() -> None:
+    listing = SECTION.split("```")[1]
+    delta = b""
+    for offset, text, digits in re.findall(
+        r"^ *(\d+)  (?:'(.*)'|([0-9a-f ]+))$", listing, re.MULTILINE
+    ):
+        assert int(offset) == len(delta)
+        delta += text.encode("ascii") if text else bytes.fromhex(digits)
+    assert delta == (VECTORS / "valid/example/delta.sd").read_bytes()
+
+
+def test_digests_are_of_the_bytes_told() -> None:
+    before, after = re.findall(r"BLAKE3\(`([0-9a-f ]+)`\)\[:8\]", SECTION)
+    found = re.search(r"\"touched\":\[\"(\w+)\",\"(\w+)\"\]", SECTION)
+    assert found is not None
+    for told, digest in zip((before, after), found.groups(), strict=True):
+        assert blake3(bytes.fromhex(told)).hexdigest()[:16] == digest
+    head, described = re.findall(r"^  `([0-9a-f ]+)`$", SECTION, re.MULTILINE)
+    for role in ("base", "target"):
+        data = (VECTORS / f"valid/example/{role}.safetensors").read_bytes()[-600:]
+        content = bytes.fromhex(head) + bytes.fromhex(described) + blake3(data).digest()
+        fingerprint = blake3(content).hexdigest()
+        assert fingerprint in re.sub(r"'\n *\d+  '", "", SECTION)
+
+
+def test_arithmetic_is_true() -> None:
+    rows = re.findall(
+        r"^\| (\d+) \| `(\w+)` \| `(\w+)` \| `(\w+)` \| `(\w+)` \| (\S+) \|.*`(\w+)`",
+        SECTION,
+        re.MULTILINE,
+    )
+    files = [
+        (VECTORS / f"valid/example/{role}.safetensors").read_bytes()[-600:]
+        for role in ("base", "target")
+    ]
+    assert [int(row[0]) for row in rows] == [
+        p for p in range(300) if files[0][2 * p :][:2] != files[1][2 * p :][:2]
+    ]
+    for position, *hexes, moved, code in rows:
+        b, t, from_b, from_t = (int(x, 16) for x in hexes)
+        at = 2 * int(position)
+        assert [int.from_bytes(data[at : at + 2], "little") for data in files] == [b, t]
+        assert from_t - from_b == int(moved.replace("−", "-"))
+        d = from_t - from_b
+        assert int(code, 16) == (2 * d if d >= 0 else -2 * d - 1)
