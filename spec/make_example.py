@@ -178,8 +178,8 @@ The positions 2, 3, 289 and 290 as `gap8` (§6.1): they lie 3, 1, 286 and 1 afte
 token is that less one, and 286 is 255 + 31, so the tokens are `{tokens}`. Their number
 may be 4 to 4 + 300 div 255 = 5, and is 5.
 
-The delta is {len(vector.delta)} bytes. Offsets are decimal; bytes are hex, or ASCII text within quotes; no byte
-is left out. Its frames hold their content raw, so that it can be read here; a writer compresses.
+The delta is {len(vector.delta)} bytes. Offsets are decimal; bytes are hex, or ASCII text within
+quotes; no byte is left out. Its frames hold their content raw, so that it can be read here; a writer compresses.
 
 ```
 {listing(vector.delta)}
@@ -201,7 +201,8 @@ The digests in it:
 
 The target file follows from this. Its header is canonical:
 `{header}` and {n_spaces} spaces.
-The file is the `u64` {len(canonical)}, the {len(canonical)} bytes of the header and the 600 bytes of `w`.
+The file is the `u64` {len(canonical)}, the header of {len(canonical)} bytes and the 600 bytes
+of `w`.
 """
 
 
