@@ -179,7 +179,8 @@ token is that less one, and 286 is 255 + 31, so the tokens are `{tokens}`. Their
 may be 4 to 4 + 300 div 255 = 5, and is 5.
 
 The delta is {len(vector.delta)} bytes. Offsets are decimal; bytes are hex, or ASCII text within
-quotes; no byte is left out. Its frames hold their content raw, so that it can be read here; a writer compresses.
+quotes; no byte is left out. Its frames hold their content raw, so that it can be read here; a
+writer compresses.
 
 ```
 {listing(vector.delta)}
