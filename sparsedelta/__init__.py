@@ -1,0 +1,61 @@
+"""Sparse deltas of model checkpoints: keep only what changed, exactly.
+
+    delta = sparsedelta.diff("base/", "target/")
+    delta.save("delta.sd")
+    sparsedelta.apply("base/", "delta.sd", "out/")   # out/ is target/, byte for byte
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsedelta._apply import apply
+    from sparsedelta.container import load
+    from sparsedelta.delta import Delta
+    from sparsedelta._diff import diff
+    from sparsedelta.errors import SparseDeltaError
+    from sparsedelta._inspect import Inspection, inspect
+    from sparsedelta._verify import VerifyReport, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Delta",
+    "Inspection",
+    "SparseDeltaError",
+    "VerifyReport",
+    "__version__",
+    "apply",
+    "diff",
+    "inspect",
+    "load",
+    "verify",
+]
+
+# The verbs live in private modules: a module `diff` would take the place of the function `diff`.
+_HOMES = {
+    "Delta": "delta",
+    "Inspection": "_inspect",
+    "SparseDeltaError": "errors",
+    "VerifyReport": "_verify",
+    "apply": "_apply",
+    "diff": "_diff",
+    "inspect": "_inspect",
+    "load": "container",
+    "verify": "_verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Public names are imported when first used: `sparsedelta --help` needs none of them.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sparsedelta' has no attribute {name!r}")
+    value = getattr(import_module(f"sparsedelta.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

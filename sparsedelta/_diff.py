@@ -1,0 +1,209 @@
+"""``diff``: find what changed between two checkpoints, exactly, and describe the target completely."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from blake3 import blake3
+
+from sparsedelta.checkpoint import Checkpoint, Tensor, WeightFile
+from sparsedelta.codecs.values import VALUE_ENCODINGS
+from sparsedelta.codecs.zstd import compress_text
+from sparsedelta.compare import Compared, Comparison, digest_tensor, spec_of
+from sparsedelta.delta import (
+    JSON,
+    Base,
+    Delta,
+    SideFile,
+    Target,
+    TensorDelta,
+    header_key,
+    side_file_key,
+)
+from sparsedelta.delta import WeightFile as DeltaWeightFile
+from sparsedelta.errors import CheckpointError
+from sparsedelta.headers import render_header
+from sparsedelta.identity import fingerprint
+from sparsedelta.parallel import Pace, run_all
+from sparsedelta.paths import path_problem
+from sparsedelta.payload import SpoolPayload
+from sparsedelta.progress import Progress, Silent
+from sparsedelta.strictjson import compact_json, parse_json
+
+CARRY_LIMIT_BYTES = 64 << 20
+
+# Files that usually hold weights in a form this version does not read.
+UNREAD_WEIGHT_SUFFIXES = (
+    ".bin", ".ckpt", ".gguf", ".ggml", ".h5", ".mlmodel", ".msgpack", ".npy", ".npz", ".onnx",
+    ".onnx_data", ".ot", ".pb", ".pickle", ".pkl", ".pt", ".pth", ".tflite",
+)  # fmt: skip
+
+
+def diff(
+    base: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    base_id: str | None = None,
+    values: str = "ulp",
+    exclude: Sequence[str] = (),
+    info: Mapping[str, JSON] | None = None,
+    progress: Progress | None = None,
+    spool_dir: str | None = None,
+) -> Delta:
+    """Return the delta that makes ``target`` of ``base``, byte for byte.
+
+    Args:
+        base: a safetensors file, or a folder holding safetensors files (sharded or not) and others.
+        target: the same.
+        base_id: where the base may be found, such as ``org/model@<commit>``; recorded as a hint.
+        values: ``"ulp"`` (differences in units of the last place: small) or ``"target"`` (new bits).
+        exclude: globs of files to leave out of both; without "/" they match a file's last component.
+        info: free JSON to record, such as training settings.
+        progress: told of the bytes read.
+        spool_dir: where coded changes wait if they outgrow memory; None: the system's choice.
+
+    Raises:
+        CheckpointError: base or target cannot be read, or the target holds a file that cannot be
+            carried; the message names it.
+        ValueError: an argument is wrong.
+    """
+    if values not in VALUE_ENCODINGS:
+        raise ValueError(f"values is {values!r}, expected one of {', '.join(VALUE_ENCODINGS)}")
+    checked_info = _check_info(info or {})
+    progress = progress or Silent()
+    payload = SpoolPayload(spool_dir)
+    try:
+        with Checkpoint(base, exclude=exclude) as old, Checkpoint(target, exclude=exclude) as new:
+            side_files = _side_files(old, new, payload)
+            weight_files = tuple(_weight_file(file, payload) for file in new.weight_files)
+            compared = _compare_all(old, new, values, payload, progress)
+            return Delta(
+                Base(base_id, _fingerprint(old, [c.base_digest for c in compared], compared)),
+                Target(
+                    _fingerprint(new, [c.target_digest for c in compared], compared),
+                    new.is_folder,
+                    weight_files,
+                    side_files,
+                    _empty_folders(new),
+                ),
+                tuple(c.row for c in compared),
+                checked_info,
+                payload,
+            )
+    except BaseException:
+        payload.close()
+        raise
+
+
+def _compare_all(
+    old: Checkpoint, new: Checkpoint, values: str, payload: SpoolPayload, progress: Progress
+) -> list[Compared]:
+    pace = Pace(progress)
+    removed = sorted(old.tensors.keys() - new.tensors.keys(), key=str.encode)
+    pairs = [(old.tensors.get(name), tensor) for name, tensor in new.tensors.items()]
+    work: list[tuple[Tensor | None, Tensor | None]] = [*pairs]
+    work += [(old.tensors[name], None) for name in removed]
+
+    def compare(pair: tuple[Tensor | None, Tensor | None]) -> Compared:
+        before, after = pair
+        if after is not None:
+            return Comparison(before, after, values=values, payload=payload, pace=pace).run()
+        if before is None:
+            raise ValueError("a tensor is in neither checkpoint")
+        digest = digest_tensor(before, pace)
+        return Compared(TensorDelta(before.name, spec_of(before, digest), None, None), digest, None)
+
+    progress.start("comparing", old.tensor_bytes + new.tensor_bytes)
+    try:
+        return run_all(
+            compare, work, cost=lambda pair: sum(t.n_bytes for t in pair if t), pace=pace
+        )
+    finally:
+        progress.finish()
+
+
+def _fingerprint(
+    checkpoint: Checkpoint, digests: Sequence[bytes | None], compared: Sequence[Compared]
+) -> bytes:
+    return fingerprint(
+        (tensor.name, tensor.dtype.name, tensor.shape, digest)
+        for digest, c in zip(digests, compared, strict=True)
+        if digest is not None
+        for tensor in (checkpoint.tensors[c.row.name],)
+    )
+
+
+def _weight_file(file: WeightFile, payload: SpoolPayload) -> DeltaWeightFile:
+    if render_header(file.header.metadata, file.header.entries) == file.raw_header:
+        return DeltaWeightFile(file.path, len(file.tensors), file.header.metadata, False)
+    payload.append(header_key(file.path), [compress_text(file.raw_header)])
+    return DeltaWeightFile(file.path, len(file.tensors), None, True)
+
+
+def _side_files(old: Checkpoint, new: Checkpoint, payload: SpoolPayload) -> tuple[SideFile, ...]:
+    """Return the target's side files, having put those the base lacks into the payload."""
+    result, unread, too_large = [], [], []
+    for path, location in new.side_files.items():
+        _check_path(path, new.path)
+        n_bytes, digest = digest_file(location)
+        in_base = old.side_files.get(path)
+        carried = in_base is None or digest_file(in_base) != (n_bytes, digest)
+        if carried and path.lower().endswith(UNREAD_WEIGHT_SUFFIXES):
+            unread.append(path)
+        elif carried and n_bytes > CARRY_LIMIT_BYTES:
+            too_large.append(path)
+        elif carried:
+            content = location.read_bytes()
+            if blake3(content).digest() != digest:
+                raise CheckpointError(f"'{location}' changed while it was read; try again")
+            payload.append(side_file_key(path), [compress_text(content)])
+        result.append(SideFile(path, n_bytes, digest, carried))
+    if unread:
+        _refuse("in a weight format that is not read, only safetensors is", unread, new.path)
+    if too_large:
+        _refuse(f"larger than the {CARRY_LIMIT_BYTES >> 20} MiB a delta carries", too_large, new.path)
+    for file in new.weight_files:
+        _check_path(file.path, new.path)
+    return tuple(result)
+
+
+def _empty_folders(new: Checkpoint) -> tuple[str, ...]:
+    for path in new.empty_folders:
+        _check_path(path, new.path)
+    return new.empty_folders
+
+
+def digest_file(location: Path) -> tuple[int, bytes]:
+    """Return size and BLAKE3 of a file."""
+    hasher = blake3()
+    n_bytes = 0
+    with open(location, "rb") as file:
+        while block := file.read(1 << 20):
+            hasher.update(block)
+            n_bytes += len(block)
+    return n_bytes, hasher.digest()
+
+
+def _refuse(why: str, paths: Sequence[str], root: Path) -> None:
+    listed = ", ".join(repr(path) for path in paths[:5]) + (", …" if len(paths) > 5 else "")
+    hint = " ".join(f"--exclude '{path}'" for path in paths[:5])
+    raise CheckpointError(f"'{root}' holds {listed}, {why}; convert or leave out: {hint}")
+
+
+def _check_path(path: str, root: Path) -> None:
+    problem = path_problem(path)
+    if problem:
+        shown = path.encode("utf-8", "backslashreplace").decode("utf-8")
+        raise CheckpointError(
+            f"the name {shown!r} in '{root}' {problem}; rename it or leave it out with --exclude"
+        )
+
+
+def _check_info(info: Mapping[str, JSON]) -> Mapping[str, JSON]:
+    try:
+        checked: dict[str, JSON] = parse_json(compact_json({"info": dict(info)}), "info")["info"]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"info cannot be recorded as JSON: {error}") from error
+    return checked

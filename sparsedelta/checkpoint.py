@@ -1,0 +1,351 @@
+"""A checkpoint as people have it: one safetensors file, or a folder of them with other files beside.
+
+Opening reads headers only and checks them; tensors are read on demand, from several threads. Nothing
+here opens a file for writing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from sparsedelta.dtypes import DTYPES, DType, tensor_bytes
+from sparsedelta.errors import CheckpointError, FormatError
+from sparsedelta.headers import MAX_HEADER_BYTES, Header, HeaderEntry, parse_header
+from sparsedelta.paths import path_problem
+from sparsedelta.strictjson import parse_json
+
+WEIGHT_SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+PRIMARY_STEM = "model"
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Where one tensor lies.
+
+    Attributes:
+        name: its name in the checkpoint (FORMAT §4.1).
+        own_name: its name in its file's header.
+        dtype, shape: as the header gives them.
+        fd: the open file.
+        offset: of its first byte, from the start of the file.
+        n_bytes: its size.
+    """
+
+    name: str
+    own_name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    fd: int
+    offset: int
+    n_bytes: int
+
+    @property
+    def n_elements(self) -> int:
+        return self.n_bytes // self.dtype.width
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with the tensor's bytes from ``offset``.
+
+        Raises:
+            CheckpointError: the file has become shorter.
+        """
+        read_exactly(self.fd, buffer, self.offset + offset, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """One safetensors file: path relative to the checkpoint, header as bytes and parsed, tensors in order."""
+
+    path: str
+    raw_header: bytes
+    header: Header
+    tensors: tuple[Tensor, ...]
+
+
+class Checkpoint:
+    """An open checkpoint.
+
+    Attributes:
+        path: the file or folder.
+        is_folder: which of the two.
+        weight_files: sorted by path.
+        tensors: by name, in the order of the files and of the data in them.
+        sets: the names of the tensors of each weight set.
+        side_files: relative path to file, of every other file, sorted.
+        empty_folders: relative paths of folders that hold nothing, sorted.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, exclude: Sequence[str] = ()) -> None:
+        """Open a checkpoint, leaving out files that a glob of ``exclude`` matches.
+
+        Raises:
+            CheckpointError: it cannot be read as one, or contradicts itself.
+            FileNotFoundError: there is nothing at ``path``.
+        """
+        self.path = Path(path)
+        self.is_folder = self.path.is_dir()
+        self._fds: list[int] = []
+        self.weight_files: tuple[WeightFile, ...] = ()
+        self.tensors: dict[str, Tensor] = {}
+        self.sets: tuple[frozenset[str], ...] = ()
+        self.side_files: dict[str, Path] = {}
+        self.empty_folders: tuple[str, ...] = ()
+        try:
+            if self.is_folder:
+                self._open_folder(exclude)
+            else:
+                self._add_weight_file(self.path.name, self.path, "")
+                self.sets = (frozenset(self.tensors),)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.n_bytes for tensor in self.tensors.values())
+
+    def _open_folder(self, exclude: Sequence[str]) -> None:
+        files, folders = list_folder(self.path, exclude)
+        self.empty_folders = tuple(folders)
+        weights = {path for path in files if path.endswith(WEIGHT_SUFFIX)}
+        if not weights:
+            raise CheckpointError(
+                f"'{self.path}' holds no {WEIGHT_SUFFIX} file; convert its weights to safetensors first"
+            )
+        indexes = {p: read_index(files[p], p, weights) for p in files if p.endswith(INDEX_SUFFIX)}
+        sets = group_weight_sets(weights, indexes)
+        prefixes = _name_prefixes(list(sets))
+        stem_of = {path: stem for stem, paths in sets.items() for path in paths}
+        names: dict[str, set[str]] = {stem: set() for stem in sets}
+        for path in sorted(weights):
+            stem = stem_of[path]
+            names[stem] |= self._add_weight_file(path, files[path], prefixes[stem])
+        self._check_indexes(indexes)
+        self.sets = tuple(frozenset(group) for group in names.values())
+        self.side_files = {path: files[path] for path in files if path not in weights}
+
+    def _add_weight_file(self, path: str, location: Path, prefix: str) -> set[str]:
+        fd = os.open(location, os.O_RDONLY | os.O_CLOEXEC)
+        self._fds.append(fd)
+        raw, header = _read_header(fd, location)
+        data_offset = 8 + len(raw)
+        tensors = []
+        end = 0
+        for entry in header.entries:
+            tensor = _tensor(entry, prefix, fd, data_offset, location)
+            if entry.begin != end:
+                raise CheckpointError(
+                    f"'{location}': tensor {entry.name!r} begins at byte {entry.begin}, expected {end}"
+                )
+            end = entry.end
+            if tensor.name in self.tensors:
+                raise CheckpointError(
+                    f"tensor {tensor.name!r} occurs twice in '{self.path}', again in {path};"
+                    " leave one of the files out with --exclude"
+                )
+            self.tensors[tensor.name] = tensor
+            tensors.append(tensor)
+        found = os.fstat(fd).st_size - data_offset
+        if found != end:
+            raise CheckpointError(f"'{location}' has {found} bytes of data, its header says {end}")
+        self.weight_files = (*self.weight_files, WeightFile(path, raw, header, tuple(tensors)))
+        return {tensor.name for tensor in tensors}
+
+    def _check_indexes(self, indexes: dict[str, dict[str, str]]) -> None:
+        own_names = {file.path: {t.own_name for t in file.tensors} for file in self.weight_files}
+        for index, weight_map in indexes.items():
+            found = {name: path for path in set(weight_map.values()) for name in own_names[path]}
+            for name in weight_map.keys() | found.keys():
+                if found.get(name) != weight_map.get(name):
+                    raise CheckpointError(
+                        f"tensor {name!r} is in {found.get(name, 'no shard')}, but {index} says"
+                        f" {weight_map.get(name, 'nothing of it')}; the checkpoint is inconsistent"
+                    )
+
+
+def list_folder(root: Path, exclude: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
+    """Return all files below a folder by relative path, and its empty folders, both sorted.
+
+    Symbolic links to files count as files; a file that ``exclude`` matches is left out, a folder it
+    matches with all that is in it.
+
+    Raises:
+        CheckpointError: something is neither file nor folder, or a symbolic link to a folder.
+    """
+    files: dict[str, Path] = {}
+    empty: list[str] = []
+    for folder, subfolders, names in os.walk(root):
+        here = Path(folder)
+        relative = "" if here == root else here.relative_to(root).as_posix() + "/"
+        subfolders[:] = sorted(s for s in subfolders if not is_excluded(relative + s, exclude))
+        for name in subfolders:
+            if (here / name).is_symlink():
+                raise CheckpointError(
+                    f"'{here / name}' is a symbolic link to a folder, which is not followed;"
+                    " put the folder in its place or leave it out with --exclude"
+                )
+        kept = [name for name in names if not is_excluded(relative + name, exclude)]
+        for name in kept:
+            if not (here / name).is_file():
+                raise CheckpointError(
+                    f"'{here / name}' is not a regular file; leave it out with --exclude"
+                )
+            files[relative + name] = here / name
+        if relative and not subfolders and not names:
+            empty.append(relative[:-1])
+    return dict(sorted(files.items(), key=lambda item: os.fsencode(item[0]))), sorted(
+        empty, key=os.fsencode
+    )
+
+
+def is_excluded(path: str, globs: Iterable[str]) -> bool:
+    """Return whether a glob matches a relative path, or, for a glob without "/", its last component."""
+    name = path.rsplit("/", 1)[-1]
+    return any(fnmatchcase(path if "/" in glob else name, glob.rstrip("/")) for glob in globs)
+
+
+def read_index(location: Path, path: str, weights: set[str]) -> dict[str, str]:
+    """Return the ``weight_map`` of an index file, with shard paths relative to the checkpoint.
+
+    Args:
+        location: the index file.
+        path: the same, relative to the checkpoint.
+        weights: relative paths of the safetensors files there are.
+
+    Raises:
+        CheckpointError: it has none, or names a shard that is not there or not a plain name.
+    """
+    try:
+        index = parse_json(location.read_bytes(), f"'{location}'")
+    except FormatError as error:
+        raise CheckpointError(str(error)) from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"'{location}' has no weight_map; repair it or leave it out")
+    folder = path.rpartition("/")[0]
+    result = {}
+    for name, shard in weight_map.items():
+        shard_path = _shard_path(shard, folder)
+        if shard_path not in weights:
+            raise CheckpointError(
+                f"'{location}' places tensor {name!r} in {shard!r}, which is not a safetensors file"
+                " beside it; the checkpoint is incomplete"
+            )
+        result[name] = shard_path
+    return result
+
+
+def group_weight_sets(
+    weights: Iterable[str], indexes: dict[str, dict[str, str]]
+) -> dict[str, list[str]]:
+    """Return the safetensors files of each weight set by the set's stem (FORMAT §4.1).
+
+    Raises:
+        CheckpointError: a file belongs to two sets, or a shard is missing.
+    """
+    sets: dict[str, list[str]] = {}
+    claimed: dict[str, str] = {}
+    for index, weight_map in sorted(indexes.items()):
+        stem = index.removesuffix(INDEX_SUFFIX)
+        sets[stem] = sorted(set(weight_map.values()))
+        for path in sets[stem]:
+            if claimed.setdefault(path, index) != index:
+                raise CheckpointError(f"'{path}' is a shard of both {claimed[path]} and {index}")
+    for path in sorted(set(weights) - claimed.keys()):
+        shard = _SHARD.fullmatch(path)
+        stem = shard["stem"] if shard else path.removesuffix(WEIGHT_SUFFIX)
+        sets.setdefault(stem, []).append(path)
+        if shard:
+            _check_shard(path, shard, set(weights))
+    return sets
+
+
+def read_exactly(fd: int, buffer: memoryview, offset: int, what: str) -> None:
+    """Fill ``buffer`` from a file; raises CheckpointError if it ends before."""
+    while len(buffer):
+        n_read = os.preadv(fd, [buffer], offset)
+        if not n_read:
+            raise CheckpointError(f"{what!r}: its file became shorter while it was read")
+        buffer = buffer[n_read:]
+        offset += n_read
+
+
+def _shard_path(shard: Any, folder: str) -> str | None:
+    if not isinstance(shard, str) or path_problem(shard):
+        return None
+    return f"{folder}/{shard}" if folder else shard
+
+
+def _check_shard(path: str, shard: re.Match[str], weights: set[str]) -> None:
+    count = int(shard["count"])
+    first = next((n for n in range(1, count + 1) if _numbered(shard, n) not in weights), None)
+    if first is not None:
+        raise CheckpointError(f"'{path}' is one of {count} shards, shard {first} is not there")
+
+
+def _numbered(shard: re.Match[str], number: int) -> str:
+    return f"{shard['stem']}-{number:05d}-of-{shard['count']}{WEIGHT_SUFFIX}"
+
+
+def _name_prefixes(stems: list[str]) -> dict[str, str]:
+    primary = PRIMARY_STEM if PRIMARY_STEM in stems else stems[0] if len(stems) == 1 else None
+    return {stem: "" if stem == primary else f"{stem}:" for stem in stems}
+
+
+def _read_header(fd: int, location: Path) -> tuple[bytes, Header]:
+    file_bytes = os.fstat(fd).st_size
+    if file_bytes < 8:
+        raise CheckpointError(f"'{location}' is not a safetensors file: it has {file_bytes} bytes")
+    size = int.from_bytes(os.pread(fd, 8, 0), "little")
+    if size > min(file_bytes - 8, MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"'{location}' is not a whole safetensors file: it states a header of {size} bytes"
+        )
+    raw = bytearray(size)
+    read_exactly(fd, memoryview(raw), 8, str(location))
+    try:
+        return bytes(raw), parse_header(bytes(raw), f"'{location}'")
+    except FormatError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _tensor(
+    entry: HeaderEntry, prefix: str, fd: int, data_offset: int, location: Path
+) -> Tensor:
+    dtype = DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise CheckpointError(
+            f"'{location}': tensor {entry.name!r} has dtype {entry.dtype!r}, which format version 1"
+            " does not know"
+        )
+    try:
+        n_bytes = tensor_bytes(dtype, entry.shape)
+    except (OverflowError, ValueError) as error:
+        raise CheckpointError(f"'{location}': tensor {entry.name!r}: {error}") from error
+    if entry.end - entry.begin != n_bytes:
+        raise CheckpointError(
+            f"'{location}': tensor {entry.name!r} has {entry.end - entry.begin} bytes, its shape"
+            f" and dtype say {n_bytes}"
+        )
+    offset = data_offset + entry.begin
+    return Tensor(prefix + entry.name, entry.name, dtype, entry.shape, fd, offset, n_bytes)

@@ -1,0 +1,1 @@
+"""Pure codecs: bytes and numpy arrays in and out, no files."""

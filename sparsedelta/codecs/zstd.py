@@ -1,0 +1,103 @@
+"""Zstandard frames as FORMAT §8 allows them: the raw size is known before anything is decompressed."""
+
+from __future__ import annotations
+
+import threading
+
+import zstandard
+
+from sparsedelta.errors import Corrupt
+
+MAX_WINDOW_BYTES = 1 << 27
+_SKIPPABLE_MAGIC = range(0x184D2A50, 0x184D2A60)
+
+# Index and value streams are nearly random: short matches in them are accidents that cost more than
+# they save. A long minimum match and a tiny hash table leave the work to the entropy coder.
+# target_length must be 0 here: zstd's fast strategy stops coding literals when it is not.
+_ENTROPY = zstandard.ZstdCompressionParameters(
+    strategy=zstandard.STRATEGY_FAST,
+    window_log=20,
+    hash_log=6,
+    chain_log=6,
+    search_log=1,
+    min_match=7,
+    target_length=0,
+)
+_MATCHES = zstandard.ZstdCompressionParameters.from_level(5, window_log=20)
+_COMPRESSIBLE = 0.9  # below this ratio a stream may repeat itself, and a search for matches may pay
+_TEXT_LEVEL = 15
+
+_local = threading.local()
+
+
+def compress_stream(data: bytes | memoryview) -> bytes:
+    """Return one frame holding an index stream or a value plane."""
+    frame = _compressor("entropy", _ENTROPY).compress(data)
+    if len(frame) < _COMPRESSIBLE * len(data):
+        frame = min(frame, _compressor("matches", _MATCHES).compress(data), key=len)
+    return frame
+
+
+def compress_text(data: bytes) -> bytes:
+    """Return one frame holding a manifest, a header or a side file, packed tightly."""
+    return zstandard.ZstdCompressor(level=_TEXT_LEVEL).compress(data)
+
+
+def decompress(frame: bytes, n_bytes: int) -> bytes:
+    """Return the ``n_bytes`` bytes that one frame holds.
+
+    Raises:
+        Corrupt: the frame is damaged, states another size or none, wants a dictionary or a window
+            above the limit, or is not alone.
+    """
+    found = content_bytes(frame)
+    if found != n_bytes:
+        raise Corrupt(f"compressed stream holds {found} bytes, expected {n_bytes}")
+    try:
+        raw: bytes = _decompressor().decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise Corrupt(f"compressed stream is damaged: {error}") from error
+    if len(raw) != n_bytes:
+        raise Corrupt(f"compressed stream holds {len(raw)} bytes, expected {n_bytes}")
+    return raw
+
+
+def content_bytes(frame: bytes) -> int:
+    """Return the raw size that a frame's header states, having checked the rest of that header.
+
+    Raises:
+        Corrupt: no frame, a skippable frame, no stated size, a dictionary, too large a window.
+    """
+    if len(frame) < 4 or int.from_bytes(frame[:4], "little") in _SKIPPABLE_MAGIC:
+        raise Corrupt("compressed stream does not begin with a zstd data frame")
+    try:
+        header = zstandard.get_frame_parameters(frame)
+        size = zstandard.frame_content_size(frame)
+    except zstandard.ZstdError as error:
+        raise Corrupt(f"compressed stream has a damaged header: {error}") from error
+    if size < 0:
+        raise Corrupt("compressed stream does not state its size")
+    if header.dict_id:
+        raise Corrupt(f"compressed stream asks for dictionary {header.dict_id}, expected none")
+    if header.window_size > MAX_WINDOW_BYTES:
+        raise Corrupt(f"compressed stream asks for a window of {header.window_size} bytes")
+    return int(size)
+
+
+def _compressor(
+    name: str, parameters: zstandard.ZstdCompressionParameters
+) -> zstandard.ZstdCompressor:
+    """Return this thread's compressor of that name; contexts are costly to make and not shared."""
+    compressor: zstandard.ZstdCompressor | None = getattr(_local, name, None)
+    if compressor is None:
+        compressor = zstandard.ZstdCompressor(compression_params=parameters)
+        setattr(_local, name, compressor)
+    return compressor
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    decompressor: zstandard.ZstdDecompressor | None = getattr(_local, "decompressor", None)
+    if decompressor is None:
+        decompressor = zstandard.ZstdDecompressor()
+        _local.decompressor = decompressor
+    return decompressor

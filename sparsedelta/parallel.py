@@ -1,0 +1,68 @@
+"""Independent pieces of work on all cores; the first failure stops the others."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+from sparsedelta.progress import Progress
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# A chunk in which most elements change takes a few hundred MB while it is coded; most take little.
+# Workers that meet such a chunk take turns in these places.
+DENSE_ELEMENTS = 1 << 21
+dense_places = threading.BoundedSemaphore(2)
+
+
+class Stopped(Exception):
+    """Raised inside workers when another one has failed or the person has interrupted."""
+
+
+class Pace:
+    """Passes progress on and stops the worker that reports it once the work has failed."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._stop = threading.Event()
+
+    def advance(self, n_bytes: int) -> None:
+        """Report ``n_bytes`` done; raises Stopped if the work is to end."""
+        if self._stop.is_set():
+            raise Stopped
+        self._progress.advance(n_bytes)
+
+    def stop(self) -> None:
+        """Make every worker end at its next report."""
+        self._stop.set()
+
+
+def n_workers() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_all(
+    work: Callable[[T], R], items: Sequence[T], *, cost: Callable[[T], int], pace: Pace
+) -> list[R]:
+    """Return ``work`` of every item, in the items' order; the costliest are begun first.
+
+    Raises whatever ``work`` raised first; all workers have ended by then.
+    """
+    order = sorted(range(len(items)), key=lambda i: -cost(items[i]))
+    with ThreadPoolExecutor(n_workers()) as pool:
+        futures = {i: pool.submit(work, items[i]) for i in order}
+        try:
+            wait(futures.values(), return_when=FIRST_EXCEPTION)
+            failed = [f for f in futures.values() if f.done() and f.exception()]
+            for future in failed:
+                if not isinstance(future.exception(), Stopped):
+                    future.result()
+            return [futures[i].result() for i in range(len(items))]
+        finally:
+            pace.stop()
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,63 @@
+"""Outputs that appear whole or not at all: written beside their place, synced, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def staged_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
+    """Yield a fresh name beside ``path`` for a file or folder; give it the name ``path`` at the end.
+
+    The caller syncs the files it writes; the folders are synced here. On any exception what was
+    written is removed and ``path`` is as it was.
+
+    Raises:
+        FileExistsError: ``path`` exists and ``overwrite`` is false.
+        FileNotFoundError: the folder that should hold ``path`` does not exist.
+    """
+    final = Path(os.path.abspath(path))
+    check_absent(final, overwrite=overwrite)
+    if not final.parent.is_dir():
+        raise FileNotFoundError(f"folder '{final.parent}' does not exist; create it first")
+    work = Path(tempfile.mkdtemp(prefix=f".{final.name[:64]}.", suffix=".partial", dir=final.parent))
+    try:
+        result = work / "new"
+        yield result
+        _sync_folders(result)
+        check_absent(final, overwrite=overwrite)
+        if final.is_dir() and not final.is_symlink():
+            final.rename(work / "old")  # a folder cannot be replaced in one step
+        result.replace(final)
+        _sync_folder(final.parent)
+    except BaseException:
+        if (work / "old").exists() and not final.exists():
+            (work / "old").rename(final)
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_absent(path: Path, *, overwrite: bool) -> None:
+    """Raise FileExistsError if something is at ``path`` and may not be replaced."""
+    if not overwrite and os.path.lexists(path):
+        raise FileExistsError(f"output '{path}' exists; choose another name or ask to overwrite it")
+
+
+def _sync_folders(path: Path) -> None:
+    if path.is_dir():
+        for folder, _, _ in os.walk(path):
+            _sync_folder(Path(folder))
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,197 @@
+"""JSON from strangers (FORMAT §3.1): what is ambiguous, unbounded or not exactly as asked for is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from sparsedelta.errors import Corrupt, FormatError, LimitExceeded, UnsupportedFeature
+
+MAX_DEPTH = 64
+MAX_INTEGER = (1 << 63) - 1
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+_HEX = re.compile(r"[0-9a-f]*")
+
+T = TypeVar("T")
+
+
+def parse_json(raw: bytes, what: str) -> Any:
+    """Return the value of strict JSON text.
+
+    Args:
+        raw: the text, UTF-8.
+        what: what it is, for messages.
+
+    Raises:
+        LimitExceeded: nested deeper than ``MAX_DEPTH``.
+        Corrupt: not strict JSON: bad UTF-8, a key given twice, NaN, an integer beyond 63 bits, a
+            lone surrogate.
+    """
+    _check_depth(raw, what)
+    try:
+        value = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_int=_integer,
+            parse_float=_number,
+            parse_constant=_constant,
+        )
+        if _SURROGATE_ESCAPE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise Corrupt(f"{what} is not strict JSON: {error}") from error
+    return value
+
+
+def is_json_object(raw: bytes) -> bool:
+    """Return whether text begins and ends as an object does and is JSON, strict or not."""
+    if not (raw.startswith(b"{") and raw.endswith(b"}")):
+        return False
+    try:
+        _check_depth(raw, "")
+        json.loads(raw.decode("utf-8"), parse_int=len)
+    except LimitExceeded:
+        return True
+    except ValueError:
+        return False
+    return True
+
+
+def compact_json(value: Any) -> bytes:
+    """Return the compact JSON of FORMAT §3.2; members keep their order."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.encode("utf-8")
+
+
+def members(value: Any, what: str, names: Sequence[str]) -> list[Any]:
+    """Return the members of an object that must have exactly ``names``, in that order.
+
+    Raises:
+        Corrupt: no object, or a member is missing.
+        UnsupportedFeature: a member that version 1 does not have.
+    """
+    if type(value) is not dict:
+        raise Corrupt(f"{what} is {_kind(value)}, expected an object")
+    if len(value) != len(names) or any(name not in value for name in names):
+        for name in value:
+            if name not in names:
+                raise UnsupportedFeature(f"{what} has an unknown member {name!r}")
+        missing = next(name for name in names if name not in value)
+        raise Corrupt(f"{what} lacks its member {missing!r}")
+    return [value[name] for name in names]
+
+
+def items(value: Any, what: str, limit: int) -> list[Any]:
+    """Return the items of a list of at most ``limit``.
+
+    Raises:
+        Corrupt: no list.
+        LimitExceeded: longer.
+    """
+    if type(value) is not list:
+        raise Corrupt(f"{what} is {_kind(value)}, expected a list")
+    if len(value) > limit:
+        raise LimitExceeded(f"{what} has {len(value)} items, the limit is {limit}")
+    return value
+
+
+def integer(value: Any, what: str) -> int:
+    """Return an integer of 0 … 2^63 − 1; raises Corrupt for anything else, booleans included."""
+    if type(value) is not int or value < 0:
+        raise Corrupt(f"{what} is {_kind(value)}, expected an integer of 0 … 2^63 - 1")
+    return value
+
+
+def text(value: Any, what: str) -> str:
+    """Return a string; raises Corrupt for anything else."""
+    if type(value) is not str:
+        raise Corrupt(f"{what} is {_kind(value)}, expected a string")
+    return value
+
+
+def boolean(value: Any, what: str) -> bool:
+    """Return a boolean; raises Corrupt for anything else."""
+    if type(value) is not bool:
+        raise Corrupt(f"{what} is {_kind(value)}, expected true or false")
+    return value
+
+
+def hex_bytes(value: Any, what: str, n_bytes: int) -> bytes:
+    """Return the bytes of lower-case hex of exactly ``n_bytes``; raises Corrupt for anything else."""
+    if type(value) is not str or len(value) != 2 * n_bytes or not _HEX.fullmatch(value):
+        raise Corrupt(f"{what} is not {n_bytes} bytes in lower-case hex")
+    return bytes.fromhex(value)
+
+
+def one_of(value: Any, what: str, known: Mapping[str, T]) -> T:
+    """Return what a name of a closed set stands for.
+
+    Raises:
+        Corrupt: no string.
+        UnsupportedFeature: a name that is not in the set.
+    """
+    name = text(value, what)
+    if name not in known:
+        raise UnsupportedFeature(f"{what} is {name!r}, version 1 knows {', '.join(sorted(known))}")
+    return known[name]
+
+
+def optional(value: Any, what: str, read: Callable[[Any, str], T]) -> T | None:
+    """Return None for null, else what ``read`` makes of the value."""
+    return None if value is None else read(value, what)
+
+
+def _check_depth(raw: bytes, what: str) -> None:
+    # Before parsing: the parser recurses, and hostile depth would exhaust its stack.
+    brackets = np.frombuffer(_STRING.sub(b"", raw), np.uint8)
+    steps = ((brackets == ord("[")) | (brackets == ord("{"))).astype(np.int32)
+    steps -= (brackets == ord("]")) | (brackets == ord("}"))
+    if len(steps) and int(np.cumsum(steps).max()) > MAX_DEPTH:
+        raise LimitExceeded(f"{what} is nested deeper than {MAX_DEPTH}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice!r} occurs twice in one object")
+    return result
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20 or not -MAX_INTEGER - 1 <= int(digits) <= MAX_INTEGER:
+        raise ValueError(f"integer {digits[:24]} does not fit in 63 bits and a sign")
+    return int(digits)
+
+
+def _number(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"number {digits[:24]} is not finite")
+    return number
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return f"the number {value}"
+    if isinstance(value, str):
+        return "a string"
+    return "a list" if isinstance(value, list) else "an object"
