@@ -40,6 +40,7 @@ class FitConfig:
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (GPU only).
         gradient_checkpointing: recompute activations in the backward pass.
         seed: of everything random: data order, dropout, ties.
+
     Raises:
         ValueError: a setting is out of range.
     """

@@ -55,6 +55,7 @@ def export_delta(
         info: plain JSON, recorded in the delta.
         save_target: keep the trained checkpoint here.
         overwrite: replace what is at ``output`` and ``save_target``.
+
     Raises:
         FileExistsError: something is at ``output`` or ``save_target`` and may not be replaced.
         ValueError: there is neither ``base`` nor ``sift``, or the base is of the wrong kind.

@@ -62,6 +62,7 @@ def fit(
         save_target: keep the trained checkpoint here, which the delta makes of the base.
         overwrite: replace what is at ``output`` and ``save_target``.
         on_step: told about every optimizer step.
+
     Raises:
         FileExistsError: something is at ``output`` or ``save_target`` and may not be replaced.
         FileNotFoundError: base, or a folder to write in, does not exist.

@@ -69,6 +69,7 @@ class SparseParameter:
 
         Args:
             index: flat, strictly increasing, shape (k,), any integer dtype and device.
+
         Raises:
             ValueError: the components are already chosen, or the index has another shape, is not
                 strictly increasing or leaves the parameter.

@@ -108,6 +108,7 @@ def top_k(scores: Tensor, k: int, generator: torch.Generator) -> Tensor:
         scores: any shape, floating; non-finite ones rank below all others.
         k: between 0 and the number of scores.
         generator: of the CPU; draws which of the scores equal to the k-th largest are taken.
+
     Raises:
         ValueError: k is out of range.
     """

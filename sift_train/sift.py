@@ -46,6 +46,7 @@ class SIFT:
         gradient_checkpointing: switch the model's activation checkpointing on, non-reentrant.
         selection: name of a rule, or a rule.
         seed: of ties and of random selection.
+
     Raises:
         ValueError: an argument is out of range, or a parameter cannot be trained in place.
     """

@@ -44,6 +44,7 @@ def find_targets(
         sparse_module: name fragments, or ``"all-linear"`` for the weight of every linear layer but
             the output embeddings.
         exception: name fragments of parameters to train densely; they win over ``sparse_module``.
+
     Raises:
         ValueError: a fragment matches nothing, or a matched parameter cannot be trained in place.
     """

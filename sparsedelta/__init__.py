@@ -1,8 +1,8 @@
 """Sparse deltas of model checkpoints: keep only what changed, exactly.
 
-    delta = sparsedelta.diff("base/", "target/")
-    delta.save("delta.sd")
-    sparsedelta.apply("base/", "delta.sd", "out/")   # out/ is target/, byte for byte
+delta = sparsedelta.diff("base/", "target/")
+delta.save("delta.sd")
+sparsedelta.apply("base/", "delta.sd", "out/")   # out/ is target/, byte for byte
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsedelta._apply import apply
-    from sparsedelta.container import load
-    from sparsedelta.delta import Delta
     from sparsedelta._diff import diff
-    from sparsedelta.errors import SparseDeltaError
     from sparsedelta._inspect import Inspection, inspect
     from sparsedelta._verify import VerifyReport, verify
+    from sparsedelta.container import load
+    from sparsedelta.delta import Delta
+    from sparsedelta.errors import SparseDeltaError
 
 __version__ = "0.1.0"
 

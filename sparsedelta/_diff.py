@@ -30,7 +30,9 @@ from sparsedelta.parallel import Pace, run_all
 from sparsedelta.paths import path_problem
 from sparsedelta.payload import SpoolPayload
 from sparsedelta.progress import Progress, Silent
+from sparsedelta.sidefiles import digest_file
 from sparsedelta.strictjson import compact_json, parse_json
+from sparsedelta.weightsets import WEIGHT_SUFFIX
 
 CARRY_LIMIT_BYTES = 64 << 20
 
@@ -75,7 +77,12 @@ def diff(
     progress = progress or Silent()
     payload = SpoolPayload(spool_dir)
     try:
-        with Checkpoint(base, exclude=exclude) as old, Checkpoint(target, exclude=exclude) as new:
+        with (
+            Checkpoint(base, exclude=exclude, whole=False) as old,
+            Checkpoint(target, exclude=exclude) as new,
+        ):
+            _check_has_weights(old)
+            _check_has_weights(new)
             side_files = _side_files(old, new, payload)
             weight_files = tuple(_weight_file(file, payload) for file in new.weight_files)
             compared = _compare_all(old, new, values, payload, progress)
@@ -95,6 +102,14 @@ def diff(
     except BaseException:
         payload.close()
         raise
+
+
+def _check_has_weights(checkpoint: Checkpoint) -> None:
+    if not checkpoint.weight_files:
+        raise CheckpointError(
+            f"'{checkpoint.path}' holds no {WEIGHT_SUFFIX} file; convert its weights to"
+            " safetensors first"
+        )
 
 
 def _compare_all(
@@ -163,7 +178,9 @@ def _side_files(old: Checkpoint, new: Checkpoint, payload: SpoolPayload) -> tupl
     if unread:
         _refuse("in a weight format that is not read, only safetensors is", unread, new.path)
     if too_large:
-        _refuse(f"larger than the {CARRY_LIMIT_BYTES >> 20} MiB a delta carries", too_large, new.path)
+        _refuse(
+            f"larger than the {CARRY_LIMIT_BYTES >> 20} MiB a delta carries", too_large, new.path
+        )
     for file in new.weight_files:
         _check_path(file.path, new.path)
     return tuple(result)
@@ -173,17 +190,6 @@ def _empty_folders(new: Checkpoint) -> tuple[str, ...]:
     for path in new.empty_folders:
         _check_path(path, new.path)
     return new.empty_folders
-
-
-def digest_file(location: Path) -> tuple[int, bytes]:
-    """Return size and BLAKE3 of a file."""
-    hasher = blake3()
-    n_bytes = 0
-    with open(location, "rb") as file:
-        while block := file.read(1 << 20):
-            hasher.update(block)
-            n_bytes += len(block)
-    return n_bytes, hasher.digest()
 
 
 def _refuse(why: str, paths: Sequence[str], root: Path) -> None:

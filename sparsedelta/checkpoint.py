@@ -12,18 +12,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from sparsedelta.dtypes import DTYPES, DType, tensor_bytes
 from sparsedelta.errors import CheckpointError, FormatError
 from sparsedelta.headers import MAX_HEADER_BYTES, Header, HeaderEntry, parse_header
 from sparsedelta.paths import path_problem
 from sparsedelta.strictjson import parse_json
-
-WEIGHT_SUFFIX = ".safetensors"
-INDEX_SUFFIX = ".safetensors.index.json"
-PRIMARY_STEM = "model"
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+from sparsedelta.weightsets import (
+    INDEX_SUFFIX,
+    SHARD,
+    WEIGHT_SUFFIX,
+    name_prefixes,
+    set_stems,
+    shard_path,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +85,16 @@ class Checkpoint:
         empty_folders: relative paths of folders that hold nothing, sorted.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, exclude: Sequence[str] = ()) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, exclude: Sequence[str] = (), whole: bool = True
+    ) -> None:
         """Open a checkpoint, leaving out files that a glob of ``exclude`` matches.
+
+        Args:
+            path: a safetensors file or a folder.
+            exclude: globs; without "/" they match a file's last component.
+            whole: refuse what is neither file nor folder, and links to folders, instead of passing
+                them over.
 
         Raises:
             CheckpointError: it cannot be read as one, or contradicts itself.
@@ -100,7 +110,7 @@ class Checkpoint:
         self.empty_folders: tuple[str, ...] = ()
         try:
             if self.is_folder:
-                self._open_folder(exclude)
+                self._open_folder(exclude, whole=whole)
             else:
                 self._add_weight_file(self.path.name, self.path, "")
                 self.sets = (frozenset(self.tensors),)
@@ -124,22 +134,17 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(tensor.n_bytes for tensor in self.tensors.values())
 
-    def _open_folder(self, exclude: Sequence[str]) -> None:
-        files, folders = list_folder(self.path, exclude)
+    def _open_folder(self, exclude: Sequence[str], *, whole: bool) -> None:
+        files, folders = list_folder(self.path, exclude, whole=whole)
         self.empty_folders = tuple(folders)
         weights = {path for path in files if path.endswith(WEIGHT_SUFFIX)}
-        if not weights:
-            raise CheckpointError(
-                f"'{self.path}' holds no {WEIGHT_SUFFIX} file; convert its weights to safetensors first"
-            )
         indexes = {p: read_index(files[p], p, weights) for p in files if p.endswith(INDEX_SUFFIX)}
-        sets = group_weight_sets(weights, indexes)
-        prefixes = _name_prefixes(list(sets))
-        stem_of = {path: stem for stem, paths in sets.items() for path in paths}
-        names: dict[str, set[str]] = {stem: set() for stem in sets}
-        for path in sorted(weights):
-            stem = stem_of[path]
-            names[stem] |= self._add_weight_file(path, files[path], prefixes[stem])
+        check_sets(weights, indexes)
+        stems = set_stems(sorted(weights), {i: set(m.values()) for i, m in indexes.items()})
+        prefixes = name_prefixes(stems)
+        names: dict[str, set[str]] = {stem: set() for stem in stems.values()}
+        for path, stem in stems.items():
+            names[stem] |= self._add_weight_file(path, files[path], prefixes[path])
         self._check_indexes(indexes)
         self.sets = tuple(frozenset(group) for group in names.values())
         self.side_files = {path: files[path] for path in files if path not in weights}
@@ -183,14 +188,16 @@ class Checkpoint:
                     )
 
 
-def list_folder(root: Path, exclude: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
+def list_folder(
+    root: Path, exclude: Sequence[str], *, whole: bool
+) -> tuple[dict[str, Path], list[str]]:
     """Return all files below a folder by relative path, and its empty folders, both sorted.
 
     Symbolic links to files count as files; a file that ``exclude`` matches is left out, a folder it
     matches with all that is in it.
 
     Raises:
-        CheckpointError: something is neither file nor folder, or a symbolic link to a folder.
+        CheckpointError: ``whole``, and something is neither file nor folder, or a link to a folder.
     """
     files: dict[str, Path] = {}
     empty: list[str] = []
@@ -199,18 +206,19 @@ def list_folder(root: Path, exclude: Sequence[str]) -> tuple[dict[str, Path], li
         relative = "" if here == root else here.relative_to(root).as_posix() + "/"
         subfolders[:] = sorted(s for s in subfolders if not is_excluded(relative + s, exclude))
         for name in subfolders:
-            if (here / name).is_symlink():
+            if whole and (here / name).is_symlink():
                 raise CheckpointError(
                     f"'{here / name}' is a symbolic link to a folder, which is not followed;"
                     " put the folder in its place or leave it out with --exclude"
                 )
         kept = [name for name in names if not is_excluded(relative + name, exclude)]
         for name in kept:
-            if not (here / name).is_file():
+            if (here / name).is_file():
+                files[relative + name] = here / name
+            elif whole:
                 raise CheckpointError(
                     f"'{here / name}' is not a regular file; leave it out with --exclude"
                 )
-            files[relative + name] = here / name
         if relative and not subfolders and not names:
             empty.append(relative[:-1])
     return dict(sorted(files.items(), key=lambda item: os.fsencode(item[0]))), sorted(
@@ -242,42 +250,38 @@ def read_index(location: Path, path: str, weights: set[str]) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"'{location}' has no weight_map; repair it or leave it out")
-    folder = path.rpartition("/")[0]
     result = {}
     for name, shard in weight_map.items():
-        shard_path = _shard_path(shard, folder)
-        if shard_path not in weights:
+        plain = isinstance(shard, str) and not path_problem(shard)
+        found = shard_path(shard, path) if plain else None
+        if found not in weights:
             raise CheckpointError(
                 f"'{location}' places tensor {name!r} in {shard!r}, which is not a safetensors file"
                 " beside it; the checkpoint is incomplete"
             )
-        result[name] = shard_path
+        result[name] = found
     return result
 
 
-def group_weight_sets(
-    weights: Iterable[str], indexes: dict[str, dict[str, str]]
-) -> dict[str, list[str]]:
-    """Return the safetensors files of each weight set by the set's stem (FORMAT §4.1).
+def check_sets(weights: set[str], indexes: dict[str, dict[str, str]]) -> None:
+    """Check that every shard is there and belongs to one set.
+
+    Args:
+        weights: paths of the safetensors files.
+        indexes: the ``weight_map`` of each index file, as ``read_index`` gives it.
 
     Raises:
-        CheckpointError: a file belongs to two sets, or a shard is missing.
+        CheckpointError: a file is in two indexes, or a numbered shard without an index is missing.
     """
-    sets: dict[str, list[str]] = {}
     claimed: dict[str, str] = {}
-    for index, weight_map in sorted(indexes.items()):
-        stem = index.removesuffix(INDEX_SUFFIX)
-        sets[stem] = sorted(set(weight_map.values()))
-        for path in sets[stem]:
+    for index, weight_map in indexes.items():
+        for path in set(weight_map.values()):
             if claimed.setdefault(path, index) != index:
                 raise CheckpointError(f"'{path}' is a shard of both {claimed[path]} and {index}")
-    for path in sorted(set(weights) - claimed.keys()):
-        shard = _SHARD.fullmatch(path)
-        stem = shard["stem"] if shard else path.removesuffix(WEIGHT_SUFFIX)
-        sets.setdefault(stem, []).append(path)
-        if shard:
-            _check_shard(path, shard, set(weights))
-    return sets
+    for path in sorted(weights - claimed.keys()):
+        shard = SHARD.fullmatch(path)
+        if shard and shard["stem"] + INDEX_SUFFIX not in indexes:
+            _check_numbers(path, shard, weights)
 
 
 def read_exactly(fd: int, buffer: memoryview, offset: int, what: str) -> None:
@@ -290,13 +294,7 @@ def read_exactly(fd: int, buffer: memoryview, offset: int, what: str) -> None:
         offset += n_read
 
 
-def _shard_path(shard: Any, folder: str) -> str | None:
-    if not isinstance(shard, str) or path_problem(shard):
-        return None
-    return f"{folder}/{shard}" if folder else shard
-
-
-def _check_shard(path: str, shard: re.Match[str], weights: set[str]) -> None:
+def _check_numbers(path: str, shard: re.Match[str], weights: set[str]) -> None:
     count = int(shard["count"])
     first = next((n for n in range(1, count + 1) if _numbered(shard, n) not in weights), None)
     if first is not None:
@@ -305,11 +303,6 @@ def _check_shard(path: str, shard: re.Match[str], weights: set[str]) -> None:
 
 def _numbered(shard: re.Match[str], number: int) -> str:
     return f"{shard['stem']}-{number:05d}-of-{shard['count']}{WEIGHT_SUFFIX}"
-
-
-def _name_prefixes(stems: list[str]) -> dict[str, str]:
-    primary = PRIMARY_STEM if PRIMARY_STEM in stems else stems[0] if len(stems) == 1 else None
-    return {stem: "" if stem == primary else f"{stem}:" for stem in stems}
 
 
 def _read_header(fd: int, location: Path) -> tuple[bytes, Header]:
@@ -329,9 +322,7 @@ def _read_header(fd: int, location: Path) -> tuple[bytes, Header]:
         raise CheckpointError(str(error)) from error
 
 
-def _tensor(
-    entry: HeaderEntry, prefix: str, fd: int, data_offset: int, location: Path
-) -> Tensor:
+def _tensor(entry: HeaderEntry, prefix: str, fd: int, data_offset: int, location: Path) -> Tensor:
     dtype = DTYPES.get(entry.dtype)
     if dtype is None:
         raise CheckpointError(

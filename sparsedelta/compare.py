@@ -48,7 +48,9 @@ def spec_of(tensor: Tensor, digest: bytes) -> TensorSpec:
     return TensorSpec(tensor.dtype, tensor.shape, digest[:DIGEST_BYTES])
 
 
-def digest_tensor(tensor: Tensor, pace: Pace, *, offset: int = 0, hasher: blake3 | None = None) -> bytes:
+def digest_tensor(
+    tensor: Tensor, pace: Pace, *, offset: int = 0, hasher: blake3 | None = None
+) -> bytes:
     """Return the digest of a tensor's bytes from ``offset``, continuing ``hasher`` if one is given."""
     hasher = hasher or blake3()
     buffer = memoryview(bytearray(min(BLOCK_BYTES, tensor.n_bytes - offset)))

@@ -37,7 +37,7 @@ from sparsedelta.manifest import (
     render_manifest,
 )
 from sparsedelta.staging import staged_output
-from sparsedelta.strictjson import hex_bytes, is_json_object
+from sparsedelta.strictjson import NotJSON, hex_bytes
 
 FORMAT = "sparsedelta"
 FORMAT_VERSION = 1
@@ -128,7 +128,7 @@ class FilePayload:
             raise Corrupt(f"'{self.path}': entry {key[:200]!r} {problem}")
         for row in delta.tensors:
             if row.change:
-                expected = sum(sum(chunk.coded_bytes) for chunk in row.change.chunks)
+                expected = row.change.coded_bytes
                 found = self.n_bytes(tensor_key(row.name))
                 if found != expected:
                     raise Corrupt(
@@ -144,9 +144,10 @@ class FilePayload:
             )
         raw = self._read_at(_LENGTH_BYTES, size)
         self._data_offset = _LENGTH_BYTES + size
-        if not is_json_object(raw.rstrip(b" ")):
-            raise BadMagic(f"'{self.path}' is not a delta: it has no safetensors header")
-        return parse_header(raw, f"'{self.path}'")
+        try:
+            return parse_header(raw, f"'{self.path}'")
+        except NotJSON as error:
+            raise BadMagic(f"'{self.path}' is not a delta: {error}") from error
 
     def _check_metadata(self, metadata: dict[str, str] | None) -> bytes:
         if metadata is None or metadata.get("format") != FORMAT:
@@ -165,17 +166,27 @@ class FilePayload:
 
     def _check_entries(self, header: Header) -> None:
         if not header.only_known_members:
-            raise Corrupt(f"'{self.path}': an entry has other members than dtype, shape, data_offsets")
+            raise Corrupt(
+                f"'{self.path}': an entry has other members than dtype, shape, data_offsets"
+            )
         end = 0
         for entry in header.entries:
-            if entry.dtype != "U8" or entry.shape != (entry.end - entry.begin,) or not entry.shape[0]:
+            if (
+                entry.dtype != "U8"
+                or entry.shape != (entry.end - entry.begin,)
+                or not entry.shape[0]
+            ):
                 raise Corrupt(f"'{self.path}': entry {entry.name[:200]!r} is not a row of bytes")
             if entry.begin != end:
-                raise Corrupt(f"'{self.path}': entry {entry.name[:200]!r} overlaps or leaves a hole")
+                raise Corrupt(
+                    f"'{self.path}': entry {entry.name[:200]!r} overlaps or leaves a hole"
+                )
             end = entry.end
         found = self.file_bytes - self._data_offset
         if end > found:
-            raise Truncated(f"'{self.path}' ends early: {found} bytes of data, its header says {end}")
+            raise Truncated(
+                f"'{self.path}' ends early: {found} bytes of data, its header says {end}"
+            )
         if end < found:
             raise Corrupt(f"'{self.path}' has {found - end} bytes after its last entry")
         if not header.entries or header.entries[0].name != MANIFEST_KEY:

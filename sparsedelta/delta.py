@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Protocol, TypeAlias, Union
+from typing import Protocol, TypeAlias
 
 from sparsedelta.codecs.chunks import Chunk
 from sparsedelta.dtypes import DType, tensor_bytes
 
-JSON: TypeAlias = Union[None, bool, int, float, str, list["JSON"], dict[str, "JSON"]]
+JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
 
 RESERVED_PREFIX = "sparsedelta:"
 MANIFEST_KEY = RESERVED_PREFIX + "manifest"
@@ -78,6 +78,11 @@ class Change:
     @property
     def nnz(self) -> int:
         return sum(chunk.nnz for chunk in self.chunks)
+
+    @property
+    def coded_bytes(self) -> int:
+        """Size of the tensor's entry; without one it is 0."""
+        return sum(sum(chunk.coded_bytes) for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +210,5 @@ def entry_keys(delta: Delta) -> list[str]:
     """Return the keys of all entries but the manifest, in the order of the file (FORMAT §2)."""
     keys = [side_file_key(f.path) for f in delta.target.side_files if f.carried]
     keys += [header_key(f.path) for f in delta.target.weight_files if f.stored_header]
-    keys += [tensor_key(row.name) for row in delta.tensors if row.change and row.change.chunks]
+    keys += [tensor_key(row.name) for row in delta.tensors if row.change and row.change.coded_bytes]
     return keys
-
-

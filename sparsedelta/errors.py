@@ -1,22 +1,22 @@
 """What can go wrong, as one tree. Every error carries a stable ``code``.
 
-    SparseDeltaError
-    ├─ FormatError (ValueError)        the file is not a delta this version can read
-    │  ├─ BadMagic                     not a delta at all
-    │  ├─ UnsupportedVersion           a delta of another format version
-    │  ├─ UnsupportedFeature           names an encoding, dtype or member that version 1 does not have
-    │  ├─ Truncated                    ends too early
-    │  ├─ Corrupt                      contradicts itself or the format
-    │  └─ LimitExceeded                above a limit of FORMAT §11
-    ├─ MismatchError (ValueError)      delta and checkpoint do not belong together
-    │  ├─ BaseMismatch                 a tensor or file of the base has other content
-    │  ├─ AlreadyApplied               the base already is the target
-    │  ├─ PartlyApplied                some tensors are the base's, others the target's
-    │  ├─ StructureMismatch            other tensors, dtypes or shapes
-    │  └─ TargetMismatch               a checkpoint is not the delta's target
-    ├─ CheckpointError (ValueError)    base or target cannot be read as a checkpoint
-    ├─ ConflictError (ValueError)      deltas that cannot be stacked
-    └─ RemoteError                     the Hub said no
+SparseDeltaError
+├─ FormatError (ValueError)        the file is not a delta this version can read
+│  ├─ BadMagic                     not a delta at all
+│  ├─ UnsupportedVersion           a delta of another format version
+│  ├─ UnsupportedFeature           names an encoding, dtype or member that version 1 does not have
+│  ├─ Truncated                    ends too early
+│  ├─ Corrupt                      contradicts itself or the format
+│  └─ LimitExceeded                above a limit of FORMAT §11
+├─ MismatchError (ValueError)      delta and checkpoint do not belong together
+│  ├─ BaseMismatch                 a tensor or file of the base has other content
+│  ├─ AlreadyApplied               the base already is the target
+│  ├─ PartlyApplied                some tensors are the base's, others the target's
+│  ├─ StructureMismatch            other tensors, dtypes or shapes
+│  └─ TargetMismatch               a checkpoint is not the delta's target
+├─ CheckpointError (ValueError)    base or target cannot be read as a checkpoint
+├─ ConflictError (ValueError)      deltas that cannot be stacked
+└─ RemoteError                     the Hub said no
 """
 
 from __future__ import annotations

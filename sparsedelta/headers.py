@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsedelta.errors import Corrupt, LimitExceeded
-from sparsedelta.strictjson import compact_json, integer, items, parse_json, text
+from sparsedelta.strictjson import (
+    NotJSON,
+    compact_json,
+    fixed_items,
+    integer,
+    items,
+    parse_json,
+    text,
+)
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
@@ -48,12 +56,13 @@ def parse_header(raw: bytes, what: str) -> Header:
         what: the file, for messages.
 
     Raises:
+        NotJSON: not a JSON object, or one whose metadata are none.
         Corrupt: not a header.
         LimitExceeded: nested too deeply, or a name or shape too long.
     """
     unpadded = raw.rstrip(b" ")
     if not (unpadded.startswith(b"{") and unpadded.endswith(b"}")):
-        raise Corrupt(f"the header of {what} is not a JSON object followed by spaces")
+        raise NotJSON(f"the header of {what} is not a JSON object followed by spaces")
     fields = parse_json(unpadded, f"the header of {what}")
     metadata = _metadata(fields.pop(METADATA_KEY, None), what)
     known = all(type(value) is dict and value.keys() == _MEMBERS for value in fields.values())
@@ -82,7 +91,7 @@ def _metadata(value: Any, what: str) -> dict[str, str] | None:
         return None
     where = f"{METADATA_KEY} of {what}"
     if type(value) is not dict:
-        raise Corrupt(f"{where} is not an object")
+        raise NotJSON(f"{where} is not an object")
     return {key: text(item, f"{where}, {key!r}") for key, item in value.items()}
 
 
@@ -93,9 +102,7 @@ def _entry(name: str, value: Any, what: str) -> HeaderEntry:
     if type(value) is not dict or not value.keys() >= _MEMBERS:
         raise Corrupt(f"{where} is not an object with dtype, shape and data_offsets")
     shape = read_shape(value["shape"], where)
-    offsets = items(value["data_offsets"], f"{where}, data_offsets", 2)
-    if len(offsets) != 2:
-        raise Corrupt(f"{where}: data_offsets are not two numbers")
+    offsets = fixed_items(value["data_offsets"], f"{where}, data_offsets", 2)
     begin, end = (integer(offset, f"{where}, data_offsets") for offset in offsets)
     if end < begin:
         raise Corrupt(f"{where}: data_offsets [{begin}, {end}] end before they begin")

@@ -5,6 +5,7 @@ Reading checks everything that can be known without opening a stream or a base.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from sparsedelta.paths import check_paths
 from sparsedelta.strictjson import (
     boolean,
     compact_json,
+    fixed_items,
     hex_bytes,
     integer,
     items,
@@ -110,7 +112,11 @@ def parse_manifest(raw: bytes) -> Manifest:
     rows = tuple(_row(value) for value in items(tensors, "tensors", MAX_ROWS))
     _check_rows(rows, parsed_target)
     return Manifest(
-        _base(base), parsed_target, rows, info, hex_bytes(digest, "payload_digest", FINGERPRINT_BYTES)
+        _base(base),
+        parsed_target,
+        rows,
+        info,
+        hex_bytes(digest, "payload_digest", FINGERPRINT_BYTES),
     )
 
 
@@ -152,7 +158,9 @@ def _weight_file(value: Any) -> WeightFile:
     stored = one_of(header, "weight file header", _HEADERS)
     if metadata is not None:
         if type(metadata) is not dict or stored:
-            raise Corrupt("weight file metadata is neither null nor the object of a canonical header")
+            raise Corrupt(
+                "weight file metadata is neither null nor the object of a canonical header"
+            )
         for item in metadata.values():
             text(item, "weight file metadata")
     return WeightFile(
@@ -243,15 +251,16 @@ def _change(value: Any, where: str) -> Change:
     keep, values, touched, chunks = members(value, where, ("keep", "values", "touched", "chunks"))
     parsed = None
     if touched is not None:
-        pair = [hex_bytes(v, f"{where}, touched", TOUCHED_BYTES) for v in items(touched, where, 2)]
-        if len(pair) != 2:
-            raise Corrupt(f"{where}: touched is not two digests")
-        parsed = (pair[0], pair[1])
+        before, after = fixed_items(touched, f"{where}, touched", 2)
+        parsed = (
+            hex_bytes(before, f"{where}, touched", TOUCHED_BYTES),
+            hex_bytes(after, f"{where}, touched", TOUCHED_BYTES),
+        )
     return Change(
         integer(keep, f"{where}, keep"),
         one_of(values, f"{where}, values", _VALUE_NAMES),
         parsed,
-        tuple(_chunk(chunk, where) for chunk in items(chunks, f"{where}, chunks", MAX_ROWS * 64)),
+        tuple(_chunk(chunk, where) for chunk in items(chunks, f"{where}, chunks")),
     )
 
 
@@ -271,16 +280,13 @@ def _change_json(change: Change | None) -> dict[str, JSON] | None:
 
 def _chunk(value: Any, where: str) -> Chunk:
     what = f"{where}, chunk"
-    fields = items(value, what, 5)
-    if len(fields) != 5:
-        raise Corrupt(f"{what} is not a list of five")
-    number, nnz, encoding, index_bytes, coded = fields
+    number, nnz, encoding, index_bytes, coded = fixed_items(value, what, 5)
     return Chunk(
         integer(number, what),
         integer(nnz, what),
         one_of(encoding, f"{what}, index encoding", _INDEX_NAMES),
         integer(index_bytes, what),
-        tuple(integer(size, what) for size in items(coded, what, 16)),
+        tuple(integer(size, what) for size in items(coded, what)),
     )
 
 
@@ -299,7 +305,9 @@ def _check_row(row: TensorDelta, where: str) -> None:
     if base is not None and base.dtype is target.dtype:
         most = min(base.n_elements, target.n_elements)
     if change.keep > most:
-        raise Corrupt(f"{where} keeps {change.keep} elements of the base, at most {most} can be kept")
+        raise Corrupt(
+            f"{where} keeps {change.keep} elements of the base, at most {most} can be kept"
+        )
     previous = -1
     for chunk in change.chunks:
         if chunk.number <= previous:
@@ -319,16 +327,16 @@ def _check_rows(rows: tuple[TensorDelta, ...], target: Target) -> None:
     if n_listed != n_target:
         raise Corrupt(f"weight files list {n_listed} tensors, there are {n_target}")
     for row in rows[:n_target]:
-        if row.target is not None and row.change is not None:
-            if (row.target.digest is None) != (target.fingerprint is None):
-                raise Corrupt(f"tensor {row.name!r}: its digest is null, or the fingerprint, not both")
+        known = row.target is not None and row.target.digest is not None
+        if row.change is not None and known != (target.fingerprint is not None):
+            raise Corrupt(f"tensor {row.name!r}: its digest is null, or the fingerprint, not both")
     if any(row.name == METADATA_KEY for row in rows):
         raise Corrupt(f"a tensor cannot be named {METADATA_KEY}")
 
 
 def _check_sorted(names: list[str], what: str) -> None:
     coded = [name.encode("utf-8") for name in names]
-    if any(a >= b for a, b in zip(coded, coded[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(coded)):
         raise Corrupt(f"{what} are not sorted, or one is there twice")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 
@@ -46,7 +47,7 @@ def check_paths(paths: Iterable[str]) -> None:
         seen.add(path)
     # With "/" sorted before every other character a folder stands right before what lies in it.
     ordered = sorted(path.replace("/", "\0") for path in seen)
-    for folder, path in zip(ordered, ordered[1:], strict=False):
+    for folder, path in itertools.pairwise(ordered):
         if path.startswith(folder + "\0"):
             name = path.replace("\0", "/")
             raise Corrupt(f"path {name!r} lies in a path that is a file or an empty folder")

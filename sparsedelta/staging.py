@@ -25,7 +25,9 @@ def staged_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
     check_absent(final, overwrite=overwrite)
     if not final.parent.is_dir():
         raise FileNotFoundError(f"folder '{final.parent}' does not exist; create it first")
-    work = Path(tempfile.mkdtemp(prefix=f".{final.name[:64]}.", suffix=".partial", dir=final.parent))
+    work = Path(
+        tempfile.mkdtemp(prefix=f".{final.name[:64]}.", suffix=".partial", dir=final.parent)
+    )
     try:
         result = work / "new"
         yield result

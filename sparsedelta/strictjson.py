@@ -22,6 +22,14 @@ _HEX = re.compile(r"[0-9a-f]*")
 T = TypeVar("T")
 
 
+class NotJSON(Corrupt):
+    """The text is no JSON, as opposed to JSON that the format does not allow."""
+
+
+class _NotStrict(ValueError):
+    """JSON that is ambiguous or out of range."""
+
+
 def parse_json(raw: bytes, what: str) -> Any:
     """Return the value of strict JSON text.
 
@@ -31,11 +39,11 @@ def parse_json(raw: bytes, what: str) -> Any:
 
     Raises:
         LimitExceeded: nested deeper than ``MAX_DEPTH``.
-        Corrupt: not strict JSON: bad UTF-8, a key given twice, NaN, an integer beyond 63 bits, a
-            lone surrogate.
+        NotJSON: no JSON at all: bad UTF-8, NaN, a lone surrogate.
+        Corrupt: JSON, but not strict: a key given twice, an integer beyond 63 bits.
     """
-    _check_depth(raw, what)
     try:
+        _check_depth(raw, what)
         value = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_unique,
@@ -45,25 +53,13 @@ def parse_json(raw: bytes, what: str) -> Any:
         )
         if _SURROGATE_ESCAPE.search(raw):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
+    except _NotStrict as error:
+        raise Corrupt(f"{what} is not strict JSON: {error}") from error
+    except ValueError as error:
         if isinstance(error, FormatError):
             raise
-        raise Corrupt(f"{what} is not strict JSON: {error}") from error
+        raise NotJSON(f"{what} is not JSON: {error}") from error
     return value
-
-
-def is_json_object(raw: bytes) -> bool:
-    """Return whether text begins and ends as an object does and is JSON, strict or not."""
-    if not (raw.startswith(b"{") and raw.endswith(b"}")):
-        return False
-    try:
-        _check_depth(raw, "")
-        json.loads(raw.decode("utf-8"), parse_int=len)
-    except LimitExceeded:
-        return True
-    except ValueError:
-        return False
-    return True
 
 
 def compact_json(value: Any) -> bytes:
@@ -90,8 +86,8 @@ def members(value: Any, what: str, names: Sequence[str]) -> list[Any]:
     return [value[name] for name in names]
 
 
-def items(value: Any, what: str, limit: int) -> list[Any]:
-    """Return the items of a list of at most ``limit``.
+def items(value: Any, what: str, limit: int | None = None) -> list[Any]:
+    """Return the items of a list of at most ``limit``, if there is one.
 
     Raises:
         Corrupt: no list.
@@ -99,9 +95,17 @@ def items(value: Any, what: str, limit: int) -> list[Any]:
     """
     if type(value) is not list:
         raise Corrupt(f"{what} is {_kind(value)}, expected a list")
-    if len(value) > limit:
+    if limit is not None and len(value) > limit:
         raise LimitExceeded(f"{what} has {len(value)} items, the limit is {limit}")
     return value
+
+
+def fixed_items(value: Any, what: str, n: int) -> list[Any]:
+    """Return the items of a list of exactly ``n``; raises Corrupt for anything else."""
+    found = items(value, what)
+    if len(found) != n:
+        raise Corrupt(f"{what} has {len(found)} items, expected {n}")
+    return found
 
 
 def integer(value: Any, what: str) -> int:
@@ -164,20 +168,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twice!r} occurs twice in one object")
+        raise _NotStrict(f"key {twice!r} occurs twice in one object")
     return result
 
 
 def _integer(digits: str) -> int:
     if len(digits) > 20 or not -MAX_INTEGER - 1 <= int(digits) <= MAX_INTEGER:
-        raise ValueError(f"integer {digits[:24]} does not fit in 63 bits and a sign")
+        raise _NotStrict(f"integer {digits[:24]} does not fit in 63 bits and a sign")
     return int(digits)
 
 
 def _number(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
-        raise ValueError(f"number {digits[:24]} is not finite")
+        raise _NotStrict(f"number {digits[:24]} is not finite")
     return number
 
 

@@ -18,7 +18,7 @@ from vector_source.samples import (
     with_side_file,
 )
 from vector_source.valid import WEIGHTS, folder, noise, nudged
-from vector_source.writer import Draft, Tensor, WeightFile, assemble, draft, frame
+from vector_source.writer import Coding, Draft, Tensor, WeightFile, assemble, draft, frame
 
 
 def rows() -> list[Invalid]:
@@ -96,7 +96,7 @@ def chunks() -> list[Invalid]:
         for chunk, streams in parts:
             packed = [frame(stream) if stream else b"" for stream in streams]
             sizes = [len(one) for one in packed]
-            listed.append(chunk + [sizes] if len(chunk) == 4 else chunk)
+            listed.append([*chunk, sizes] if len(chunk) == 4 else chunk)
             held += b"".join(packed)
         shape = {"dtype": "U8", "shape": [n_elements]}
         delta = {"keep": n_elements, "values": "ulp", "touched": None, "chunks": listed}
@@ -270,7 +270,8 @@ def against_the_base() -> list[Invalid]:
         out.append(Invalid("apply_" + name, why, step, code, assemble(delta), on_apply=True))
 
     def edit(name: str, why: str, step: str, code: str, path: str, value: Any) -> None:
-        delta = sample()
+        # Coded so that the target's digest proves nothing of the base: a reader must look at it.
+        delta = sample(Coding(values="target"))
         holder, key = at(delta.manifest, path)
         holder[key] = value
         add(name, why, step, code, delta)

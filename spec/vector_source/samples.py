@@ -34,8 +34,8 @@ def sample_base() -> Checkpoint:
     return folder(WeightFile(WEIGHTS, tensors), side=side)
 
 
-def sample() -> Draft:
-    """Return a delta with something of everything."""
+def sample(changed: Coding = Coding()) -> Draft:  # noqa: B008 - frozen
+    """Return a delta with something of everything; its one changed tensor is coded as told."""
     base = sample_base()
     old = base.tensors()
     tensors = {"w": nudged(old["w"], (2, 3, 6))}
@@ -44,7 +44,7 @@ def sample() -> Draft:
     target = folder(WeightFile(WEIGHTS, tensors, {"format": "pt"}), part)
     target.side_files = {"config.json": b'{"a": 1}\n', "kept.txt": b"kept\n"}
     target.empty_folders = ["logs", "tmp"]
-    return draft(base, target, {"new": Coding("bitmap")})
+    return draft(base, target, {"new": Coding("bitmap"), "w": changed})
 
 
 def with_header() -> Draft:

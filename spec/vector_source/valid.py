@@ -320,7 +320,8 @@ def files() -> list[Valid]:
     ]
 
     def sets(of_a: Tensor, of_b: Tensor) -> Checkpoint:
-        shards = {"weight_map": {"a": "left.safetensors", "b": "right.safetensors"}}
+        left, right = "left.safetensors", "right.safetensors"
+        shards = {"weight_map": {"a": left, "x:a": left, "b": right}}
         side = {"vae/net.safetensors.index.json": json.dumps(shards).encode()}
         return folder(
             WeightFile(WEIGHTS, {"a": of_a}),

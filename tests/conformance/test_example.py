@@ -13,7 +13,7 @@ SECTION = TEXT[TEXT.index(make_example.BEGIN) : TEXT.index(make_example.END)]
 
 
 def test_section_is_up_to_date() -> None:
-    assert SECTION == make_example.BEGIN + make_example.section()
+    assert make_example.BEGIN + make_example.section() == SECTION
 
 
 def test_listing_is_the_whole_delta() -> None:
