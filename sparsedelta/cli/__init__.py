@@ -1,0 +1,69 @@
+"""The command line: parse, call one public function, show what it returned.
+
+Each command is a module of this package named like the command, which defines ``command``; it is
+imported when it is asked for. stdout gets results and nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from importlib import import_module
+
+import click
+
+import sparsedelta
+from sparsedelta.cli._common import Settings, examples
+from sparsedelta.cli._failures import EXPECTED, report_failure, report_interrupt
+
+COMMANDS = ("diff", "apply", "verify", "inspect")
+
+
+class Commands(click.Group):
+    """The commands, imported when first asked for; what they raise becomes one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order in which the help shows them."""
+        return [*COMMANDS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command by its name, None if there is none."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"{__name__}.{cmd_name}").command
+        return command
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Run a command; exit with 1 on an expected failure and with 130 on Ctrl-C."""
+        try:
+            super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # nobody reads any longer; click then ends without a word
+        except KeyboardInterrupt:
+            report_interrupt()
+            ctx.exit(130)
+        except EXPECTED as error:
+            report_failure(error, with_traceback=ctx.params["debug"])
+            ctx.exit(1)
+
+
+@click.command(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples(
+        "sparsedelta diff base/ target/ -o delta.sd",
+        "sparsedelta inspect delta.sd",
+        "sparsedelta apply base/ delta.sd out/",
+    ),
+)
+@click.version_option(
+    sparsedelta.__version__, prog_name="sparsedelta", message="%(prog)s %(version)s"
+)
+@click.option("--debug", is_flag=True, help="Show where an error comes from.")
+@click.option("-q", "--quiet", is_flag=True, help="Show neither progress nor notes.")
+@click.pass_context
+def main(ctx: click.Context, *, debug: bool, quiet: bool) -> None:
+    """Keep only what changed between two model checkpoints, bit for bit."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # tensor names may hold any character
+    ctx.obj = Settings(quiet=quiet)

@@ -1,0 +1,68 @@
+"""What commands share: settings, argument types, the example at the end of a help, checks of outputs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from sparsedelta.delta import JSON
+
+PATH = click.Path(path_type=Path)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The options that stand before the command."""
+
+    quiet: bool
+
+    def note(self, message: str) -> None:
+        """Say something on stderr that is not a result, unless notes are not wanted."""
+        if not self.quiet:
+            click.echo(message, err=True)
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a command's help: lines that can be typed as they stand."""
+    title = "Example:" if len(lines) == 1 else "Examples:"
+    return "\n".join(["\b", title, *(f"  {line}" for line in lines)])
+
+
+def print_json(value: Mapping[str, JSON]) -> None:
+    """Print an object on stdout as indented JSON, in ASCII so that any terminal and pipe takes it."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def check_output_file(output: Path, *, overwrite: bool, inputs: tuple[Path, ...]) -> None:
+    """Find out before the work whether a file can be written.
+
+    Args:
+        output: the file.
+        overwrite: whether it may replace another.
+        inputs: files and folders that it must not replace or alter.
+
+    Raises:
+        FileExistsError: it exists and may not be replaced, or is part of an input.
+        FileNotFoundError: its folder does not exist.
+        IsADirectoryError: it is a folder.
+    """
+    from sparsedelta.staging import check_absent
+
+    if output.is_dir():
+        raise IsADirectoryError(f"output '{output}' is a folder; give the name of a file")
+    check_absent(output, overwrite=overwrite)
+    if not Path(os.path.abspath(output)).parent.is_dir():
+        raise FileNotFoundError(f"the folder of output '{output}' does not exist; create it first")
+    place = Path(os.path.realpath(output))
+    for path in inputs:
+        if output.exists() and place.is_relative_to(os.path.realpath(path)):
+            raise FileExistsError(f"output '{output}' is part of '{path}'; choose another name")

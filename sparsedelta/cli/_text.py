@@ -1,0 +1,62 @@
+"""Figures and names as a person reads them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+
+_UNBOUNDED = 1 << 16
+
+
+def printable(text: str) -> str:
+    """Return a text with every character that could steer a terminal or hide something escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def size(n_bytes: int) -> str:
+    """Return a size with three digits: ``1.23 MB``; 1 kB is 1000 bytes."""
+    if n_bytes < 1000:
+        return f"{n_bytes} B"
+    value = float(n_bytes)
+    for unit in ("kB", "MB", "GB"):
+        value /= 1000
+        if value < 999.5:
+            return f"{_three_digits(value)} {unit}"
+    return f"{_three_digits(value / 1000)} TB"
+
+
+def percent(share: float) -> str:
+    """Return a share with three digits: ``0.935 %``; 0 % and 100 % are exact."""
+    value = share * 100
+    if 0 < value < 0.0001:
+        return "<0.0001 %"
+    if 99.95 <= value < 100:
+        return ">99.9 %"
+    return f"{_three_digits(value)} %"
+
+
+def count(number: int, noun: str | None = None) -> str:
+    """Return a number with separators, followed by a noun, in the plural unless it is 1."""
+    if noun is None:
+        return f"{number:,}"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def listed(names: Sequence[str], limit: int) -> str:
+    """Return the first names, and how many there are beyond."""
+    shown = ", ".join(printable(name) for name in names[:limit])
+    return f"{shown} and {len(names) - limit:,} more" if len(names) > limit else shown
+
+
+def line_width(*, is_terminal: bool) -> int:
+    """Return how wide lines may be; those that nobody looks at are not cut."""
+    if is_terminal or "COLUMNS" in os.environ:
+        return shutil.get_terminal_size().columns
+    return _UNBOUNDED
+
+
+def _three_digits(value: float) -> str:
+    if value >= 99.95:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}" if value >= 0.1 else f"{value:.2g}"

@@ -1,0 +1,44 @@
+"""``sparsedelta apply``: from a base and deltas to the target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+
+import sparsedelta
+from sparsedelta.cli._common import PATH, Settings, examples
+from sparsedelta.cli._progress import progress_bar
+
+
+@click.command("apply", epilog=examples("sparsedelta apply base/ delta.sd out/"))
+@click.argument("base", type=PATH)
+@click.argument("deltas", type=PATH, nargs=-1, required=True, metavar="DELTA...")
+@click.argument("out", type=PATH)
+@click.option(
+    "--verify",
+    type=click.Choice(["full", "touched", "none"]),
+    default="full",
+    show_default=True,
+    help="Check the digests of all tensors, of the touched values only, or none.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT, a folder with all that is in it.")
+@click.pass_obj
+def command(
+    settings: Settings,
+    *,
+    base: Path,
+    deltas: tuple[Path, ...],
+    out: Path,
+    verify: Literal["full", "touched", "none"],
+    overwrite: bool,
+) -> None:
+    """Rebuild a target from BASE and DELTA, byte for byte.
+
+    Several deltas are applied in order, each made from the target of the one before it. OUT
+    appears once it is complete and checked; BASE is only read.
+    """
+    with progress_bar(settings) as progress:
+        sparsedelta.apply(base, deltas, out, verify=verify, overwrite=overwrite, progress=progress)
+    settings.note(f"wrote {out}")

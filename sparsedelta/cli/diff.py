@@ -1,0 +1,137 @@
+"""``sparsedelta diff``: from two checkpoints to a delta."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+import sparsedelta
+from sparsedelta.cli._common import (
+    PATH,
+    Settings,
+    check_output_file,
+    examples,
+    json_option,
+    print_json,
+)
+from sparsedelta.cli._progress import progress_bar
+from sparsedelta.cli._text import count, percent, printable, size
+
+if TYPE_CHECKING:
+    from sparsedelta import Inspection
+    from sparsedelta.delta import JSON
+
+
+@click.command(
+    "diff",
+    epilog=examples("sparsedelta diff base/ target/ -o delta.sd --base-id org/model@4f1e2d9"),
+)
+@click.argument("base", type=PATH)
+@click.argument("target", type=PATH)
+@click.option(
+    "-o", "--output", type=PATH, required=True, metavar="DELTA", help="The file to write."
+)
+@click.option("--base-id", metavar="ID", help="Where others find the base: org/model@<commit>.")
+@click.option(
+    "--values",
+    type=click.Choice(["ulp", "target"]),
+    default="ulp",
+    show_default=True,
+    help="Store differences in units of the last place (small) or the target's bits.",
+)
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave files out. May be repeated.")
+@click.option("--overwrite", is_flag=True, help="Replace DELTA if it exists.")
+@json_option
+@click.pass_obj
+def command(
+    settings: Settings,
+    *,
+    base: Path,
+    target: Path,
+    output: Path,
+    base_id: str | None,
+    values: str,
+    exclude: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write the delta that makes TARGET of BASE.
+
+    BASE and TARGET are each a .safetensors file, or a folder that holds such files, sharded or
+    not, with config, tokenizer and other files beside them.
+    """
+    check_output_file(output, overwrite=overwrite, inputs=(base, target))
+    with (
+        progress_bar(settings) as progress,
+        sparsedelta.diff(
+            base,
+            target,
+            base_id=base_id,
+            values=values,
+            exclude=exclude,
+            progress=progress,
+            spool_dir=str(output.parent),  # has to have the room anyway; /tmp may be memory
+        ) as delta,
+    ):
+        delta.save(output, overwrite=overwrite)
+    found = sparsedelta.inspect(output)
+    file_bytes, target_bytes = output.stat().st_size, _target_bytes(target, found)
+    if as_json:
+        print_json(_as_json(output, file_bytes, target_bytes, found))
+    else:
+        click.echo(_describe(output, file_bytes, target_bytes, found))
+    if file_bytes >= target_bytes:
+        click.echo(
+            f"warning: the delta ({size(file_bytes)}) is no smaller than the target"
+            f" ({size(target_bytes)}); keeping the target itself takes less",
+            err=True,
+        )
+
+
+def _target_bytes(target: Path, found: Inspection) -> int:
+    """Return the size on disk of what the delta describes of a target."""
+    if not target.is_dir():
+        return target.stat().st_size
+    paths = [file.path for file in found.weight_files] + [file.path for file in found.side_files]
+    return sum((target / path).stat().st_size for path in paths)
+
+
+def _as_json(
+    output: Path, file_bytes: int, target_bytes: int, found: Inspection
+) -> dict[str, JSON]:
+    return {
+        "delta": str(output),
+        "file_bytes": file_bytes,
+        "target_bytes": target_bytes,
+        "nnz": found.nnz,
+        "numel": found.numel,
+        "density": found.density,
+        "states": {**found.states},
+        "payload_bytes_per_change": found.payload_bytes_per_change,
+        "file_bytes_per_change": found.file_bytes_per_change,
+        "base_fingerprint": found.base_fingerprint,
+        "target_fingerprint": found.target_fingerprint,
+    }
+
+
+def _describe(output: Path, file_bytes: int, target_bytes: int, found: Inspection) -> str:
+    share = file_bytes / target_bytes
+    lines = [
+        f"{printable(str(output))}: {size(file_bytes)},"
+        f" {percent(share)} of the target's {size(target_bytes)}"
+    ]
+    n_rows = len(found.tensors) - found.states["unchanged"]
+    if not n_rows:
+        return "\n".join([*lines, "no tensor changed"])
+    lines.append(
+        f"{count(found.nnz)} of {count(found.numel, 'element')} changed ({percent(found.density)}),"
+        f" in {count(n_rows)} of {count(len(found.tensors), 'tensor')}"
+    )
+    if found.nnz:
+        lines.append(
+            f"{found.payload_bytes_per_change:.2f} bytes per changed value,"
+            f" {found.file_bytes_per_change:.2f} with the rest of the file"
+        )
+    return "\n".join(lines)
