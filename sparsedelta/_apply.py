@@ -26,7 +26,7 @@ from sparsedelta.parallel import Pace, run_all
 from sparsedelta.progress import Progress, Silent
 from sparsedelta.rebuild import BaseDiffers, Check, Digests, Write, rebuild
 from sparsedelta.sidefiles import read_side_file, write_side_file
-from sparsedelta.staging import check_absent, staged_output
+from sparsedelta.staging import check_absent, staged_output, synced
 
 AnyPath: TypeAlias = str | os.PathLike[str]
 AnyDelta: TypeAlias = AnyPath | Delta
@@ -132,9 +132,8 @@ def write_target(
             for fd, file in zip(outputs, files, strict=True)
             for row, start in zip(file.rows, file.offsets, strict=True)
         }
+        stack.enter_context(synced(outputs))
         make_tensors(base, delta, places, check=check, progress=progress)
-        for fd in outputs:
-            os.fsync(fd)
 
 
 def make_tensors(

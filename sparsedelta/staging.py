@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+_WRITE_OUT_SECONDS = 0.1
 
 
 @contextmanager
@@ -26,7 +29,7 @@ def staged_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
     if not final.parent.is_dir():
         raise FileNotFoundError(f"folder '{final.parent}' does not exist; create it first")
     work = Path(
-        tempfile.mkdtemp(prefix=f".{final.name[:64]}.", suffix=".partial", dir=final.parent)
+        tempfile.mkdtemp(prefix=f".{final.name[:40]}.", suffix=".partial", dir=final.parent)
     )
     try:
         result = work / "new"
@@ -49,6 +52,40 @@ def check_absent(path: Path, *, overwrite: bool) -> None:
     """Raise FileExistsError if something is at ``path`` and may not be replaced."""
     if not overwrite and os.path.lexists(path):
         raise FileExistsError(f"output '{path}' exists; choose another name or ask to overwrite it")
+
+
+@contextmanager
+def synced(fds: Sequence[int]) -> Iterator[None]:
+    """Let the caller fill open files; all of their content is on disk at the end.
+
+    A thread begins to write it out meanwhile: waiting for a disk takes none of the time that
+    digesting and decoding take.
+
+    Raises:
+        OSError: the system could not write.
+    """
+    done = threading.Event()
+    failures: list[OSError] = []
+
+    def write_out() -> None:
+        try:
+            while not done.wait(_WRITE_OUT_SECONDS):
+                for fd in fds:
+                    os.fsync(fd)
+        except OSError as error:  # told to one caller only: the sync below would not see it again
+            failures.append(error)
+
+    thread = threading.Thread(target=write_out)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    for failure in failures:
+        raise failure
+    for fd in fds:
+        os.fsync(fd)
 
 
 def _sync_folders(path: Path) -> None:
