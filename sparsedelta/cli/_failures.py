@@ -8,9 +8,10 @@ import traceback
 import click
 
 from sparsedelta.cli._text import printable
+from sparsedelta.errors import SparseDeltaError
 
 # ValueError: an argument that only the library can judge. Anything else is a bug: a traceback.
-EXPECTED = (ValueError, OSError, MemoryError)
+EXPECTED = (SparseDeltaError, ValueError, OSError, MemoryError)
 
 
 def describe(error: BaseException) -> str:

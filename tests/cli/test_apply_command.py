@@ -1,0 +1,111 @@
+"""``sparsedelta apply``: the output, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from cli.cli_helpers import Process, Run, Workplace
+from helpers import assert_same_files, noise, state, tree, write, write_file
+
+import sparsedelta
+
+
+def test_rebuilds_the_target(workplace: Workplace, process: Process) -> None:
+    workplace.save_delta()
+    before = state(workplace.base)
+    result = process("apply", "base/", "delta.sd", "out/")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "wrote out\n")
+    assert_same_files(workplace.target, workplace.out)
+    assert state(workplace.base) == before
+    assert {path.name for path in workplace.path.iterdir()} == {"base", "target", "delta.sd", "out"}
+
+
+def test_quiet_says_nothing(workplace: Workplace, run: Run) -> None:
+    result = run("-q", "apply", workplace.base, workplace.save_delta(), workplace.out)
+    assert (result.exit_code, result.output) == (0, "")
+    assert_same_files(workplace.target, workplace.out)
+
+
+def test_applies_deltas_in_order(workplace: Workplace, run: Run) -> None:
+    final = workplace.path / "final"
+    write_file(final / "model.safetensors", {"layer.weight": noise("F32", 300, 100).changed(80)})
+    first, second = workplace.save_delta(), workplace.path / "second.sd"
+    with sparsedelta.diff(workplace.target, final) as delta:
+        delta.save(second)
+    result = run("apply", workplace.base, first, second, workplace.out)
+    assert result.exit_code == 0
+    assert_same_files(final, workplace.out)
+    backwards = run("apply", workplace.base, second, first, workplace.path / "other")
+    assert backwards.exit_code == 1
+    assert not (workplace.path / "other").exists()
+
+
+@pytest.mark.parametrize("verify", ["full", "touched", "none"])
+def test_verify_levels(workplace: Workplace, run: Run, verify: str) -> None:
+    result = run("apply", workplace.base, workplace.save_delta(), workplace.out, "--verify", verify)
+    assert result.exit_code == 0
+    assert_same_files(workplace.target, workplace.out)
+
+
+def test_verify_level_reaches_the_library(workplace: Workplace, run: Run) -> None:
+    delta = workplace.save_delta()
+    weights = workplace.base / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100_000] ^= 1  # of layer.weight, a value that the delta does not touch
+    weights.write_bytes(content)
+    full = run("apply", workplace.base, delta, workplace.out)
+    assert full.exit_code == 1
+    assert "layer.weight" in full.stderr
+    assert not workplace.out.exists()
+    assert run("apply", workplace.base, delta, workplace.out, "--verify", "touched").exit_code == 0
+
+
+def test_wrong_base_is_one_line_and_no_output(workplace: Workplace, process: Process) -> None:
+    workplace.save_delta()
+    result = process("apply", "target", "delta.sd", "out")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert {path.name for path in workplace.path.iterdir()} == {"base", "target", "delta.sd"}
+
+
+def test_keeps_an_existing_output_unless_told(workplace: Workplace, run: Run) -> None:
+    delta = workplace.save_delta()
+    write(workplace.out / "kept", "mine")
+    result = run("apply", workplace.base, delta, workplace.out)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: output '{workplace.out}' exists")
+    assert tree(workplace.out) == {"kept": b"mine"}
+    assert run("apply", workplace.base, delta, workplace.out, "--overwrite").exit_code == 0
+    assert_same_files(workplace.target, workplace.out)
+
+
+@pytest.mark.parametrize("out", ["base", "base/out", "."])
+def test_refuses_an_output_that_would_touch_the_base(
+    workplace: Workplace, process: Process, out: str
+) -> None:
+    workplace.save_delta()
+    before = tree(workplace.path)
+    result = process("apply", "base", "delta.sd", out, "--overwrite")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert tree(workplace.path) == before
+
+
+def test_needs_a_delta(workplace: Workplace, run: Run) -> None:
+    result = run("apply", workplace.base, workplace.out)
+    assert result.exit_code == 2
+    assert "Missing argument 'DELTA...'" in result.stderr
+
+
+def test_damaged_delta(workplace: Workplace, run: Run) -> None:
+    delta = workplace.save_delta()
+    delta.write_bytes(delta.read_bytes()[:-1])
+    result = run("apply", workplace.base, delta, workplace.out)
+    assert result.exit_code == 1
+    assert "ends early" in result.stderr
+    assert not workplace.out.exists()
+    shutil.copy(workplace.base / "model.safetensors", delta)
+    assert "is not a delta" in run("apply", workplace.base, delta, workplace.out).stderr

@@ -1,0 +1,162 @@
+"""``sparsedelta diff``: what it writes, says and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from cli.cli_helpers import Process, Run, Workplace
+from helpers import assert_same_files, noise, state, tree, write, write_file
+
+import sparsedelta
+
+
+def test_writes_the_delta_that_the_library_makes(workplace: Workplace, run: Run) -> None:
+    before = {**state(workplace.base), **state(workplace.target)}
+    output = workplace.path / "by_command.sd"
+    result = run(
+        "diff", workplace.base, workplace.target, "-o", output, "--base-id", "org/model@4f1e2d9"
+    )
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert output.read_bytes() == workplace.save_delta().read_bytes()
+    assert {**state(workplace.base), **state(workplace.target)} == before
+
+
+def test_tells_sizes_and_changes(workplace: Workplace, run: Run) -> None:
+    result = run("diff", workplace.base, workplace.target, "-o", workplace.delta)
+    target_bytes = sum(len(content or b"") for content in tree(workplace.target).values())
+    file_bytes = workplace.delta.stat().st_size
+    first, second, third = result.stdout.splitlines()
+    assert first == (
+        f"{workplace.delta}: {file_bytes / 1000:.2f} kB,"
+        f" {100 * file_bytes / target_bytes:.2f} % of the target's {target_bytes / 1000:.0f} kB"
+    )
+    # 5 of layer, a row of 16 of embed, 6 of the new one; 4 of 5 tensors and the removed one differ.
+    assert second == "27 of 30,669 elements changed (0.088 %), in 4 of 5 tensors"
+    assert third.endswith(f" {file_bytes / 27:.2f} with the rest of the file")
+
+
+def test_json_is_all_of_stdout(workplace: Workplace, run: Run) -> None:
+    result = run("diff", workplace.base, workplace.target, "-o", workplace.delta, "--json")
+    found = json.loads(result.stdout)
+    delta = sparsedelta.load(workplace.delta)
+    fingerprint = delta.target.fingerprint
+    delta.close()
+    assert fingerprint is not None
+    assert found["delta"] == str(workplace.delta)
+    assert found["file_bytes"] == workplace.delta.stat().st_size
+    assert found["target_bytes"] == sum(len(c or b"") for c in tree(workplace.target).values())
+    assert found["nnz"] == 27
+    assert found["states"]["added"] == 1
+    assert found["target_fingerprint"] == fingerprint.hex()
+
+
+def test_values_and_exclude_reach_the_delta(workplace: Workplace, run: Run) -> None:
+    arguments = ["diff", workplace.base, workplace.target, "-o", workplace.delta]
+    result = run(*arguments, "--values", "target", "--exclude", "config.*", "--exclude", "tok*")
+    assert result.exit_code == 0
+    found = sparsedelta.inspect(workplace.delta)
+    assert {*found.value_encodings} == {"target"}
+    assert found.side_files == ()
+
+
+def test_single_files(workplace: Workplace, run: Run) -> None:
+    base, target = (p / "model.safetensors" for p in (workplace.base, workplace.target))
+    assert run("diff", base, target, "-o", workplace.delta).exit_code == 0
+    assert run("apply", base, workplace.delta, workplace.out).exit_code == 0
+    assert_same_files(target, workplace.out)
+
+
+def test_unchanged_checkpoint(workplace: Workplace, run: Run) -> None:
+    result = run("diff", workplace.base, workplace.base, "-o", workplace.delta)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[1:] == ["no tensor changed"]
+
+
+def test_says_when_the_target_is_smaller(tmp_path: Path, run: Run) -> None:
+    for name in ("base", "target"):
+        write_file(tmp_path / name, {"w": noise("F32", 100, seed=name)})
+    result = run("diff", tmp_path / "base", tmp_path / "target", "-o", tmp_path / "delta.sd")
+    assert result.exit_code == 0
+    assert (tmp_path / "delta.sd").is_file()
+    assert result.stderr.startswith("warning: the delta (")
+    assert "is no smaller than the target (" in result.stderr
+    assert "warning" not in result.stdout
+
+
+def test_keeps_an_existing_file_unless_told(
+    workplace: Workplace, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(workplace.delta, "mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(sparsedelta, "diff", None)  # the work must not have begun
+        result = run("diff", workplace.base, workplace.target, "-o", workplace.delta)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: output '{workplace.delta}' exists")
+    assert workplace.delta.read_text() == "mine"
+    overwriting = run(
+        "diff", workplace.base, workplace.target, "-o", workplace.delta, "--overwrite"
+    )
+    assert overwriting.exit_code == 0
+    assert sparsedelta.inspect(workplace.delta).nnz == 27
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("out", "is a folder"),
+        ("nowhere/delta.sd", "does not exist"),
+        ("base/config.json", "is part of"),
+        ("target/model.safetensors", "is part of"),
+    ],
+)
+def test_refuses_to_write_where_it_would_harm(
+    workplace: Workplace,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    output: str,
+    reason: str,
+) -> None:
+    write(workplace.out / "kept", "mine")
+    before = tree(workplace.path)
+    monkeypatch.setattr(sparsedelta, "diff", None)  # the work must not have begun
+    path = workplace.path / output
+    result = run("diff", workplace.base, workplace.target, "-o", path, "--overwrite")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"'{path}'" in result.stderr
+    assert reason in result.stderr
+    assert tree(workplace.path) == before
+
+
+def test_refuses_an_input_by_any_of_its_names(tmp_path: Path, run: Run) -> None:
+    base = write_file(tmp_path / "base", {"w": noise("F32", 4)})
+    (tmp_path / "alias").symlink_to(base)
+    content = base.read_bytes()
+    result = run("diff", base, base, "-o", tmp_path / "alias", "--overwrite")
+    assert result.exit_code == 1
+    assert "is part of" in result.stderr
+    assert base.read_bytes() == content
+
+
+def test_names_what_cannot_be_carried(workplace: Workplace, run: Run) -> None:
+    write(workplace.target / "optimizer.pt", "x")
+    result = run("diff", workplace.base, workplace.target, "-o", workplace.delta)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "optimizer.pt" in result.stderr
+    assert "--exclude 'optimizer.pt'" in result.stderr
+    assert not workplace.delta.exists()
+    again = run(
+        "diff", workplace.base, workplace.target, "-o", workplace.delta, "--exclude", "optimizer.pt"
+    )
+    assert again.exit_code == 0
+
+
+def test_id_that_is_no_text(workplace: Workplace, process: Process) -> None:
+    arguments = ["diff", "base", "target", "-o", "delta.sd", "--base-id", os.fsdecode(b"org/\xff")]
+    result = process(*arguments)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert not workplace.delta.exists()

@@ -1,0 +1,256 @@
+"""What holds for every command: help, start-up, failures, interruption, progress."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+import pytest
+from cli.cli_helpers import Process, Run, Workplace, command, environment
+from helpers import assert_same_files
+
+import sparsedelta
+from sparsedelta.cli import COMMANDS, main
+
+HEAVY = ("numpy", "rich", "torch", "huggingface_hub", "zstandard", "blake3", "safetensors")
+
+
+def help_of(name: str | None) -> str:
+    context = click.Context(main, info_name="sparsedelta")
+    if name is None:
+        return main.get_help(context)
+    found = main.get_command(context, name)
+    assert found is not None
+    return found.get_help(click.Context(found, info_name=name, parent=context))
+
+
+def examples_in(text: str) -> list[list[str]]:
+    """Return the examples at the end of a help, which must be there."""
+    match = re.search(r"\n\n +Examples?:\n((?: +sparsedelta .*\n?)+)\Z", text)
+    assert match, "the help does not end with an example"
+    return [shlex.split(line)[1:] for line in match[1].splitlines()]
+
+
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_examples_of_the_help_do_what_they_say(
+    workplace: Workplace, process: Process, name: str | None
+) -> None:
+    if name not in (None, "diff"):
+        workplace.save_delta()
+    if name == "verify":
+        sparsedelta.apply(workplace.base, workplace.delta, workplace.out)
+    for arguments in examples_in(help_of(name)):
+        result = process(*arguments)
+        assert (result.returncode, result.stderr.replace("wrote out\n", "")) == (0, "")
+        assert bool(result.stdout) == (arguments[0] != "apply")
+    assert sparsedelta.inspect(workplace.delta).nnz == 27
+    if name in (None, "apply"):
+        assert_same_files(workplace.target, workplace.out)
+
+
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_help_is_printed_and_fits(run: Run, name: str | None) -> None:
+    result = run(*([name] if name else []), "--help")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "..." not in result.stdout.partition("Commands:")[2].partition("Examples:")[0]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["diff", "--help"], ["--version"], ["nonsense"]])
+def test_start_up_imports_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from sparsedelta.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print(*sys.modules, file=sys.stderr)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    loaded = result.stderr.splitlines()[-1].split()
+    assert "click" in loaded
+    assert not {module.partition(".")[0] for module in loaded}.intersection(HEAVY)
+
+
+def test_version(process: Process) -> None:
+    assert process("--version").stdout == f"sparsedelta {sparsedelta.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["diff"], ["diff", "a", "b"], ["inspect", "--nonsense", "d"]]
+)
+def test_usage_errors(process: Process, arguments: list[str]) -> None:
+    result = process(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("Usage: ")
+
+
+def test_option_with_an_unknown_value(workplace: Workplace, run: Run) -> None:
+    result = run("diff", workplace.base, workplace.target, "-o", workplace.delta, "--values", "x")
+    assert result.exit_code == 2
+    assert "'ulp', 'target'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "a\x1bb"), r"'a\x1bb': no such file or"),
+        (OSError(28, "No space left on device"), "no space left on device"),
+        (FileExistsError("output 'x' exists"), "output 'x' exists"),
+        (MemoryError(), "out of memory"),
+        (MemoryError("unable to allocate 9 GiB"), "out of memory: unable to allocate 9 GiB"),
+        (sparsedelta.SparseDeltaError("first\nsecond \x1b[31m"), r"first\nsecond \x1b[31m"),
+        (ValueError("values is 'x'"), "values is 'x'"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_failures_are_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, failure: Exception, line: str
+) -> None:
+    def fail(path: Path) -> None:
+        raise failure
+
+    monkeypatch.setattr(sparsedelta, "inspect", fail)
+    result = run("inspect", "delta.sd")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {line}")
+    assert result.stderr.count("\n") == 1
+    debugged = run("--debug", "inspect", "delta.sd")
+    assert (debugged.exit_code, debugged.stdout) == (1, "")
+    assert debugged.stderr.startswith("Traceback")
+    assert debugged.stderr.endswith(result.stderr)
+
+
+def test_a_bug_shows_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr(sparsedelta, "inspect", fail)
+    with pytest.raises(KeyError, match="bug"):
+        run("inspect", "delta.sd")
+
+
+def test_missing_file(process: Process) -> None:
+    for arguments in (["inspect", "none.sd"], ["diff", "none", "target", "-o", "x.sd"]):
+        result = process(*arguments)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert re.fullmatch(r"error: 'none(\.sd)?': no such file or directory\n", result.stderr)
+
+
+def test_interrupt_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sparsedelta, "inspect", interrupt)
+    result = run("inspect", "delta.sd")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
+class Terminal:
+    """A process whose stderr is a terminal."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self._fd, stderr = pty.openpty()
+        self.process = subprocess.Popen(
+            command(*arguments),
+            cwd=folder,
+            env=environment(TERM="xterm"),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+        )
+        os.close(stderr)
+        self.seen = b""
+
+    def read_until(self, text: bytes) -> None:
+        """Read what the process shows until it shows this."""
+        while text not in self.seen:
+            assert select.select([self._fd], [], [], 60)[0], "it shows nothing more"
+            self.seen += os.read(self._fd, 1 << 16)
+
+    def read_all(self) -> bytes:
+        """Read until the process ends; return its stdout."""
+        while True:
+            try:
+                block = os.read(self._fd, 1 << 16)
+            except OSError:  # how Linux says that the other side is closed
+                break
+            if not block:
+                break
+            self.seen += block
+        os.close(self._fd)
+        return self.process.communicate()[0]
+
+
+def test_progress_is_shown_on_a_terminal_and_nowhere_else(workplace: Workplace) -> None:
+    terminal = Terminal(workplace.path, "diff", "base", "target", "-o", "delta.sd")
+    stdout = terminal.read_all()
+    assert terminal.process.returncode == 0
+    assert b"comparing" in terminal.seen
+    assert terminal.seen.rstrip().endswith(b"\x1b[2K")  # gone from the screen at the end
+    assert stdout.startswith(b"delta.sd: ")
+    assert b"\x1b" not in stdout
+    quiet = Terminal(workplace.path, "-q", "diff", "base", "target", "-o", "other.sd")
+    assert quiet.read_all() == stdout.replace(b"delta.sd", b"other.sd")
+    assert quiet.seen == b""
+
+
+def test_interrupted_work_leaves_nothing(tmp_path: Path) -> None:
+    for name in ("base", "target"):
+        huge = 1 << 36
+        header = b'{"w":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (huge, huge)
+        path = tmp_path / name
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(path, 8 + len(header) + huge)  # sparse: takes no room
+    terminal = Terminal(tmp_path, "diff", "base", "target", "-o", "delta.sd")
+    terminal.read_until(b"comparing")
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.read_all() == b""
+    assert terminal.process.returncode == 130
+    assert terminal.seen.rstrip().endswith(b"interrupted")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "target"}
+
+
+def test_bar_counts_all_and_shows_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsedelta.cli import _progress
+
+    shown: list[int] = []
+
+    class Screen:
+        task_ids = (0,)
+
+        def add_task(self, label: str, total: int) -> None:
+            pass
+
+        def start(self) -> None:
+            pass
+
+        def stop(self) -> None:
+            shown.append(-1)
+
+        def update(self, task: int, completed: int) -> None:
+            shown.append(completed)
+
+    clock = iter([0.0, 0.01, 0.02, 0.2, 0.21, 0.4])
+    monkeypatch.setattr(_progress, "_make_bar", Screen)
+    monkeypatch.setattr(_progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    bar = _progress.Bar()
+    bar.start("comparing", 50)
+    for _ in range(5):
+        bar.advance(10)
+    bar.finish()
+    bar.finish()
+    bar.advance(10)
+    assert shown == [10, 40, -1]

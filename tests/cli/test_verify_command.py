@@ -1,0 +1,59 @@
+"""``sparsedelta verify``: what was checked, and what was found wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from cli.cli_helpers import Run, Workplace
+from helpers import tree
+
+
+def test_tells_what_was_checked(workplace: Workplace, run: Run) -> None:
+    delta = workplace.save_delta()
+    result = run("verify", delta)
+    assert (result.exit_code, result.stderr) == (0, "")
+    first, *rest = result.stdout.splitlines()
+    assert first.startswith(f"{delta} is sound: 27 changed values in 3 of 4 tensors, ")
+    assert rest == ["base: not checked", "target: not checked"]
+    both = run("verify", delta, "--base", workplace.base, "--target", workplace.target)
+    assert both.exit_code == 0
+    assert both.stdout.splitlines()[1:] == [
+        "base: right, it becomes the target",
+        "target: right, every file",
+    ]
+
+
+def test_json(workplace: Workplace, run: Run) -> None:
+    delta = workplace.save_delta()
+    before = tree(workplace.path)
+    found = json.loads(run("verify", delta, "--base", workplace.base, "--json").stdout)
+    payload_bytes = found.pop("payload_bytes")
+    assert 0 < payload_bytes < delta.stat().st_size
+    assert found == {
+        "delta": str(delta),
+        "n_tensors": 4,
+        "n_changed": 3,
+        "nnz": 27,
+        "base_checked": True,
+        "target_checked": False,
+    }
+    assert tree(workplace.path) == before
+
+
+@pytest.mark.parametrize(("option", "other"), [("--base", "target"), ("--target", "base")])
+def test_wrong_checkpoint(workplace: Workplace, run: Run, option: str, other: str) -> None:
+    delta = workplace.save_delta()
+    result = run("verify", delta, option, workplace.path / other, "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ")
+
+
+def test_damaged_payload(workplace: Workplace, run: Run) -> None:
+    delta = workplace.save_delta()
+    content = bytearray(delta.read_bytes())
+    content[-1] ^= 1
+    delta.write_bytes(content)
+    result = run("verify", delta)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "damaged" in result.stderr
