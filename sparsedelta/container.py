@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Protocol
 
 from blake3 import blake3
 
@@ -46,20 +46,61 @@ _BLOCK_BYTES = 1 << 20
 _METADATA = ("format", "format_version", "manifest_digest")
 
 
+class ByteSource(Protocol):
+    """Where the bytes of a ``.sd`` file come from. Safe for reading from several threads.
+
+    Attributes:
+        name: what messages call the file.
+        n_bytes: its size.
+    """
+
+    name: str
+    n_bytes: int
+
+    def read(self, offset: int, n_bytes: int) -> bytes:
+        """Return up to ``n_bytes`` bytes from ``offset``, none at the end."""
+
+    def close(self) -> None:
+        """Release what is held open."""
+
+
+class OpenFile:
+    """The bytes of a file on disk (``ByteSource``)."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.name = os.fspath(path)
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.n_bytes = os.fstat(self._fd).st_size
+
+    def read(self, offset: int, n_bytes: int) -> bytes:
+        """Return up to ``n_bytes`` bytes from ``offset``, none at the end."""
+        return os.pread(self._fd, n_bytes, offset)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            self.close()
+
+
 class FilePayload:
     """The coded entries of an open ``.sd`` file (``sparsedelta.delta.Payload``).
 
     Attributes:
-        path: the file.
+        name: what messages call the file.
         file_bytes: its size.
         manifest_bytes: the stored size of its manifest.
     """
 
-    def __init__(self, path: Path, fd: int) -> None:
-        self.path = path
-        self.file_bytes = os.fstat(fd).st_size
+    def __init__(self, source: ByteSource) -> None:
+        self.name = source.name
+        self.file_bytes = source.n_bytes
         self.manifest_bytes = 0
-        self._fd = fd
+        self._source = source
         self._data_offset = 0
         self._entries: dict[str, tuple[int, int]] = {}
         self._digest: bytes | None = None
@@ -91,17 +132,12 @@ class FilePayload:
                 hasher.update(block)
                 offset += len(block)
             if hasher.digest() != self._digest:
-                raise Corrupt(f"'{self.path}' is damaged: its payload does not match its digest")
+                raise Corrupt(f"'{self.name}' is damaged: its payload does not match its digest")
             self._checked = True
 
     def close(self) -> None:
         """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def __del__(self) -> None:
-        self.close()
+        self._source.close()
 
     def open(self) -> Manifest:
         """Read and check header and manifest; afterwards entries can be read.
@@ -125,7 +161,7 @@ class FilePayload:
         called_for = {MANIFEST_KEY, *entry_keys(delta)}
         for key in self._entries.keys() ^ called_for:
             problem = "is not in the manifest" if key in self._entries else "is missing"
-            raise Corrupt(f"'{self.path}': entry {key[:200]!r} {problem}")
+            raise Corrupt(f"'{self.name}': entry {key[:200]!r} {problem}")
         for row in delta.tensors:
             if row.change:
                 expected = row.change.coded_bytes
@@ -139,35 +175,35 @@ class FilePayload:
         size = int.from_bytes(self._read_at(0, _LENGTH_BYTES), "little")
         if size > MAX_HEADER_BYTES:
             raise LimitExceeded(
-                f"'{self.path}' states a header of {size} bytes, the limit is {MAX_HEADER_BYTES};"
+                f"'{self.name}' states a header of {size} bytes, the limit is {MAX_HEADER_BYTES};"
                 " it may not be a delta"
             )
         raw = self._read_at(_LENGTH_BYTES, size)
         self._data_offset = _LENGTH_BYTES + size
         try:
-            return parse_header(raw, f"'{self.path}'")
+            return parse_header(raw, f"'{self.name}'")
         except NotJSON as error:
-            raise BadMagic(f"'{self.path}' is not a delta: {error}") from error
+            raise BadMagic(f"'{self.name}' is not a delta: {error}") from error
 
     def _check_metadata(self, metadata: dict[str, str] | None) -> bytes:
         if metadata is None or metadata.get("format") != FORMAT:
             raise BadMagic(
-                f"'{self.path}' is not a delta: its header does not say format {FORMAT!r}"
+                f"'{self.name}' is not a delta: its header does not say format {FORMAT!r}"
             )
         version = metadata.get("format_version")
         if version is not None and version != str(FORMAT_VERSION):
             raise UnsupportedVersion(
-                f"'{self.path}' has format version {version[:40]!r}, this release reads"
+                f"'{self.name}' has format version {version[:40]!r}, this release reads"
                 f" {FORMAT_VERSION}; a newer sparsedelta may read it"
             )
         if sorted(metadata) != sorted(_METADATA):
-            raise Corrupt(f"{METADATA_KEY} of '{self.path}' has members {sorted(metadata)}")
+            raise Corrupt(f"{METADATA_KEY} of '{self.name}' has members {sorted(metadata)}")
         return hex_bytes(metadata["manifest_digest"], "manifest_digest", FINGERPRINT_BYTES)
 
     def _check_entries(self, header: Header) -> None:
         if not header.only_known_members:
             raise Corrupt(
-                f"'{self.path}': an entry has other members than dtype, shape, data_offsets"
+                f"'{self.name}': an entry has other members than dtype, shape, data_offsets"
             )
         end = 0
         for entry in header.entries:
@@ -176,38 +212,38 @@ class FilePayload:
                 or entry.shape != (entry.end - entry.begin,)
                 or not entry.shape[0]
             ):
-                raise Corrupt(f"'{self.path}': entry {entry.name[:200]!r} is not a row of bytes")
+                raise Corrupt(f"'{self.name}': entry {entry.name[:200]!r} is not a row of bytes")
             if entry.begin != end:
                 raise Corrupt(
-                    f"'{self.path}': entry {entry.name[:200]!r} overlaps or leaves a hole"
+                    f"'{self.name}': entry {entry.name[:200]!r} overlaps or leaves a hole"
                 )
             end = entry.end
         found = self.file_bytes - self._data_offset
         if end > found:
             raise Truncated(
-                f"'{self.path}' ends early: {found} bytes of data, its header says {end}"
+                f"'{self.name}' ends early: {found} bytes of data, its header says {end}"
             )
         if end < found:
-            raise Corrupt(f"'{self.path}' has {found - end} bytes after its last entry")
+            raise Corrupt(f"'{self.name}' has {found - end} bytes after its last entry")
         if not header.entries or header.entries[0].name != MANIFEST_KEY:
-            raise Corrupt(f"'{self.path}' does not begin with a manifest")
+            raise Corrupt(f"'{self.name}' does not begin with a manifest")
         self._entries = {entry.name: (entry.begin, entry.end) for entry in header.entries}
         self.manifest_bytes = header.entries[0].end
 
     def _read_manifest(self, digest: bytes) -> Manifest:
         if self.manifest_bytes > MAX_MANIFEST_BYTES:
-            raise LimitExceeded(f"'{self.path}' has a manifest of {self.manifest_bytes} bytes")
+            raise LimitExceeded(f"'{self.name}' has a manifest of {self.manifest_bytes} bytes")
         coded = self._read_at(self._data_offset, self.manifest_bytes)
         if blake3(coded).digest() != digest:
-            raise Corrupt(f"'{self.path}' is damaged: its manifest does not match its digest")
+            raise Corrupt(f"'{self.name}' is damaged: its manifest does not match its digest")
         return parse_manifest(decompress_text(coded, "the manifest"))
 
     def _read_at(self, offset: int, n_bytes: int) -> bytes:
         parts = []
         while n_bytes:
-            part = os.pread(self._fd, n_bytes, offset)
+            part = self._source.read(offset, n_bytes)
             if not part:
-                raise Truncated(f"'{self.path}' ends early, at byte {offset}")
+                raise Truncated(f"'{self.name}' ends early, at byte {offset}")
             parts.append(part)
             offset += len(part)
             n_bytes -= len(part)
@@ -224,7 +260,12 @@ def load(path: str | os.PathLike[str]) -> Delta:
         FormatError: the file is not a delta this version can read.
         OSError: it cannot be opened.
     """
-    payload = FilePayload(Path(path), os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    return read_delta(OpenFile(path))
+
+
+def read_delta(source: ByteSource) -> Delta:
+    """Return the delta whose file has these bytes; see ``load``. The source is closed with it."""
+    payload = FilePayload(source)
     try:
         manifest = payload.open()
         delta = Delta(manifest.base, manifest.target, manifest.tensors, manifest.info, payload)
