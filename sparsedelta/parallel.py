@@ -55,8 +55,8 @@ def run_all(
     """
     order = sorted(range(len(items)), key=lambda i: -cost(items[i]))
     with ThreadPoolExecutor(n_workers()) as pool:
-        futures = {i: pool.submit(work, items[i]) for i in order}
         try:
+            futures = {i: pool.submit(work, items[i]) for i in order}
             wait(futures.values(), return_when=FIRST_EXCEPTION)
             failed = [f for f in futures.values() if f.done() and f.exception()]
             for future in failed:

@@ -36,12 +36,13 @@ def staged_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
         yield result
         _sync_folders(result)
         check_absent(final, overwrite=overwrite)
-        if final.is_dir() and not final.is_symlink():
-            final.rename(work / "old")  # a folder cannot be replaced in one step
+        is_folder = result.is_dir() or (final.is_dir() and not final.is_symlink())
+        if is_folder and os.path.lexists(final):
+            final.rename(work / "old")  # only a file can replace, and only a file, in one step
         result.replace(final)
         _sync_folder(final.parent)
     except BaseException:
-        if (work / "old").exists() and not final.exists():
+        if os.path.lexists(work / "old") and not os.path.lexists(final):
             (work / "old").rename(final)
         raise
     finally:
