@@ -76,6 +76,11 @@ def command(
         ) as delta,
     ):
         delta.save(output, overwrite=overwrite)
+    _report(output, target, as_json=as_json)
+
+
+def _report(output: Path, target: Path, *, as_json: bool) -> None:
+    """Tell what was written, and say so if that was not worth it."""
     found = sparsedelta.inspect(output)
     file_bytes, target_bytes = output.stat().st_size, _target_bytes(target, found)
     if as_json:

@@ -63,6 +63,13 @@ def test_nothing_in_a_name_reaches_the_terminal(workplace: Workplace, process: P
         assert all(c.isprintable() or c == "\n" for c in output)
 
 
+def test_nothing_in_a_name_is_markup(workplace: Workplace, process: Process) -> None:
+    base_id = "[bold]org[/bold]/:warning:" + "x" * 200
+    with sparsedelta.diff(workplace.base, workplace.target, base_id=base_id) as delta:
+        delta.save(workplace.delta)
+    assert rows(process("inspect", "delta.sd").stdout, "base ")[0][1] == f"{base_id},"
+
+
 @pytest.mark.parametrize("columns", [60, 80, 120])
 def test_lines_fit_the_terminal(workplace: Workplace, process: Process, columns: int) -> None:
     name = "model.layers.11.attention.output." + "a_long_component" * 6 + ".weight"
