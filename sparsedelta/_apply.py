@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -65,11 +65,11 @@ def apply(
     if verify not in get_args(Check):
         raise ValueError(f"verify is {verify!r}, expected one of {', '.join(get_args(Check))}")
     check_absent(Path(out), overwrite=overwrite)
-    check_apart(Path(base), Path(out))
+    given = _as_sequence(delta)
+    check_apart([base, *(one for one in given if not isinstance(one, Delta))], out)
     with ExitStack() as stack:
         deltas = [
-            one if isinstance(one, Delta) else stack.enter_context(load(one))
-            for one in _as_sequence(delta)
+            one if isinstance(one, Delta) else stack.enter_context(load(one)) for one in given
         ]
         check_chain(deltas)
         staged = stack.enter_context(staged_output(out, overwrite=overwrite))
@@ -104,11 +104,15 @@ def check_chain(deltas: Sequence[Delta]) -> None:
             )
 
 
-def check_apart(base: Path, out: Path) -> None:
-    """Raise ValueError if writing ``out`` would replace or alter the base."""
-    there, here = Path(os.path.realpath(base)), Path(os.path.realpath(out))
-    if here == there or here in there.parents or there in here.parents:
-        raise ValueError(f"output '{out}' and base '{base}' lie within each other; choose another")
+def check_apart(inputs: Iterable[AnyPath], out: AnyPath) -> None:
+    """Raise ValueError if writing ``out`` would replace or alter one of the inputs."""
+    here = Path(os.path.realpath(out))
+    for path in inputs:
+        there = Path(os.path.realpath(path))
+        if here == there or here in there.parents or there in here.parents:
+            raise ValueError(
+                f"output '{out}' and input '{path}' lie within each other; choose another output"
+            )
 
 
 def write_target(
