@@ -14,23 +14,33 @@ if TYPE_CHECKING:
     from sparsedelta._apply import apply
     from sparsedelta._diff import diff
     from sparsedelta._inspect import Inspection, inspect
+    from sparsedelta._invert import invert
+    from sparsedelta._stack import stack
     from sparsedelta._verify import VerifyReport, verify
     from sparsedelta.container import load
     from sparsedelta.delta import Delta
     from sparsedelta.errors import SparseDeltaError
+    from sparsedelta.hub.pull import PullReport, pull
+    from sparsedelta.hub.push import PushReport, push
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Delta",
     "Inspection",
+    "PullReport",
+    "PushReport",
     "SparseDeltaError",
     "VerifyReport",
     "__version__",
     "apply",
     "diff",
     "inspect",
+    "invert",
     "load",
+    "pull",
+    "push",
+    "stack",
     "verify",
 ]
 
@@ -38,12 +48,18 @@ __all__ = [
 _HOMES = {
     "Delta": "delta",
     "Inspection": "_inspect",
+    "PullReport": "hub.pull",
+    "PushReport": "hub.push",
     "SparseDeltaError": "errors",
     "VerifyReport": "_verify",
     "apply": "_apply",
     "diff": "_diff",
     "inspect": "_inspect",
+    "invert": "_invert",
     "load": "container",
+    "pull": "hub.pull",
+    "push": "hub.push",
+    "stack": "_stack",
     "verify": "_verify",
 }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from blake3 import blake3
@@ -83,18 +85,12 @@ def diff(
         ):
             _check_has_weights(old)
             _check_has_weights(new)
-            side_files = _side_files(old, new, payload)
-            weight_files = tuple(_weight_file(file, payload) for file in new.weight_files)
+            files = describe_files(new, partial(_digest_if_there, old), payload)
             compared = _compare_all(old, new, values, payload, progress)
+            known = _fingerprint(new, [c.target_digest for c in compared], compared)
             return Delta(
                 Base(base_id, _fingerprint(old, [c.base_digest for c in compared], compared)),
-                Target(
-                    _fingerprint(new, [c.target_digest for c in compared], compared),
-                    new.is_folder,
-                    weight_files,
-                    side_files,
-                    _empty_folders(new),
-                ),
+                replace(files, fingerprint=known),
                 tuple(c.row for c in compared),
                 checked_info,
                 payload,
@@ -102,6 +98,31 @@ def diff(
     except BaseException:
         payload.close()
         raise
+
+
+def describe_files(
+    new: Checkpoint,
+    in_base: Callable[[str], tuple[int, bytes] | None],
+    payload: SpoolPayload,
+) -> Target:
+    """Return a target's files, having put those that the base lacks into the payload.
+
+    Args:
+        new: the target.
+        in_base: returns size and digest of the base's side file of a path, None if there is none.
+        payload: receives headers and side files.
+
+    Raises:
+        CheckpointError: a file cannot be carried; the message names it.
+    """
+    side_files = _side_files(new, in_base, payload)
+    weight_files = tuple(_weight_file(file, payload) for file in new.weight_files)
+    return Target(None, new.is_folder, weight_files, side_files, _empty_folders(new))
+
+
+def _digest_if_there(checkpoint: Checkpoint, path: str) -> tuple[int, bytes] | None:
+    location = checkpoint.side_files.get(path)
+    return None if location is None else digest_file(location)
 
 
 def _check_has_weights(checkpoint: Checkpoint) -> None:
@@ -157,14 +178,17 @@ def _weight_file(file: WeightFile, payload: SpoolPayload) -> DeltaWeightFile:
     return DeltaWeightFile(file.path, len(file.tensors), None, True)
 
 
-def _side_files(old: Checkpoint, new: Checkpoint, payload: SpoolPayload) -> tuple[SideFile, ...]:
+def _side_files(
+    new: Checkpoint,
+    in_base: Callable[[str], tuple[int, bytes] | None],
+    payload: SpoolPayload,
+) -> tuple[SideFile, ...]:
     """Return the target's side files, having put those the base lacks into the payload."""
     result, unread, too_large = [], [], []
     for path, location in new.side_files.items():
         _check_path(path, new.path)
         n_bytes, digest = digest_file(location)
-        in_base = old.side_files.get(path)
-        carried = in_base is None or digest_file(in_base) != (n_bytes, digest)
+        carried = in_base(path) != (n_bytes, digest)
         if carried and path.lower().endswith(UNREAD_WEIGHT_SUFFIXES):
             unread.append(path)
         elif carried and n_bytes > CARRY_LIMIT_BYTES:

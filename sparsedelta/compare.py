@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from blake3 import blake3
 
-from sparsedelta.checkpoint import Tensor
 from sparsedelta.codecs.chunks import (
     CHUNK_ELEMENTS,
     Chunk,
@@ -28,10 +28,38 @@ from sparsedelta.delta import (
     TensorSpec,
     tensor_key,
 )
+from sparsedelta.dtypes import DType
 from sparsedelta.parallel import DENSE_ELEMENTS, Pace, dense_places
 from sparsedelta.payload import SpoolPayload
 
 BLOCK_BYTES = 1 << 19
+
+
+class Source(Protocol):
+    """A tensor whose bytes can be read: of a checkpoint, or made as they are asked for."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the checkpoint."""
+
+    @property
+    def dtype(self) -> DType:
+        """Its dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Its size."""
+
+    @property
+    def n_elements(self) -> int:
+        """Its elements, as the format counts them."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with the tensor's bytes from ``offset``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +71,13 @@ class Compared:
     target_digest: bytes | None
 
 
-def spec_of(tensor: Tensor, digest: bytes) -> TensorSpec:
+def spec_of(tensor: Source, digest: bytes) -> TensorSpec:
     """Return a tensor's dtype, shape and shortened digest."""
     return TensorSpec(tensor.dtype, tensor.shape, digest[:DIGEST_BYTES])
 
 
 def digest_tensor(
-    tensor: Tensor, pace: Pace, *, offset: int = 0, hasher: blake3 | None = None
+    tensor: Source, pace: Pace, *, offset: int = 0, hasher: blake3 | None = None
 ) -> bytes:
     """Return the digest of a tensor's bytes from ``offset``, continuing ``hasher`` if one is given."""
     hasher = hasher or blake3()
@@ -63,7 +91,7 @@ def digest_tensor(
     return hasher.digest()
 
 
-def kept_elements(base: Tensor | TensorSpec | None, target: Tensor | TensorSpec) -> int:
+def kept_elements(base: Source | TensorSpec | None, target: Source | TensorSpec) -> int:
     """Return how many leading elements of the base the target can keep (FORMAT §4)."""
     if base is None or base.dtype is not target.dtype:
         return 0
@@ -74,7 +102,7 @@ class Comparison:
     """Compares one tensor of the target with the base's of the same name, if there is one."""
 
     def __init__(
-        self, base: Tensor | None, target: Tensor, *, values: str, payload: SpoolPayload, pace: Pace
+        self, base: Source | None, target: Source, *, values: str, payload: SpoolPayload, pace: Pace
     ) -> None:
         """Prepare.
 

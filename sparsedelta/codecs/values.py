@@ -39,20 +39,31 @@ def _target_decode(dtype: DType, base: Bits, codes: Bits) -> Bits:
 
 
 def _ulp_encode(dtype: DType, base: Bits, target: Bits) -> Bits:
-    difference = _ordered(dtype, target)
-    difference -= _ordered(dtype, base)
-    sign = _sign_fill(difference)
-    difference <<= 1
-    difference ^= sign
-    return difference
+    difference = ordered(dtype, target)
+    difference -= ordered(dtype, base)
+    return ulp_codes(difference)
 
 
 def _ulp_decode(dtype: DType, base: Bits, codes: Bits) -> Bits:
+    result = ulp_differences(codes)
+    result += ordered(dtype, base)
+    return unordered(dtype, result)
+
+
+def ulp_codes(differences: Bits) -> Bits:
+    """Return the zigzag codes of differences modulo 2^(8w), in place."""
+    sign = _sign_fill(differences)
+    differences <<= 1
+    differences ^= sign
+    return differences
+
+
+def ulp_differences(codes: Bits) -> Bits:
+    """Return the differences, modulo 2^(8w), that zigzag codes stand for; a new array."""
     result = codes & 1
     np.negative(result, out=result)  # all ones where the difference is negative
     result ^= codes >> 1
-    result += _ordered(dtype, base)
-    return _unordered(dtype, result)
+    return result
 
 
 def _sign_fill(bits: Bits) -> Bits:
@@ -61,8 +72,8 @@ def _sign_fill(bits: Bits) -> Bits:
     return signed.view(bits.dtype)
 
 
-def _ordered(dtype: DType, bits: Bits) -> Bits:
-    """Return a copy in which unsigned order is the order of the values."""
+def ordered(dtype: DType, bits: Bits) -> Bits:
+    """Return M of every element (FORMAT §7.2): a copy in which unsigned order is the order of the values."""
     if not dtype.is_float:
         return bits.copy()
     flip = _sign_fill(bits)
@@ -71,14 +82,14 @@ def _ordered(dtype: DType, bits: Bits) -> Bits:
     return flip
 
 
-def _unordered(dtype: DType, ordered: Bits) -> Bits:
-    """Undo ``_ordered``, in place."""
+def unordered(dtype: DType, places: Bits) -> Bits:
+    """Undo ``ordered``, in place."""
     if dtype.is_float:
-        flip = _sign_fill(ordered)
+        flip = _sign_fill(places)
         np.invert(flip, out=flip)
-        flip |= ordered.dtype.type(1 << (8 * ordered.itemsize - 1))
-        ordered ^= flip
-    return ordered
+        flip |= places.dtype.type(1 << (8 * places.itemsize - 1))
+        places ^= flip
+    return places
 
 
 VALUE_ENCODINGS: Mapping[str, ValueEncoding] = MappingProxyType(

@@ -1,0 +1,218 @@
+"""``invert``: what the delta alone tells, what the base has to tell, and who is not the base."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from helpers import Raw, assert_same_files, noise, write, write_file
+
+import sparsedelta
+from sparsedelta import Delta
+from sparsedelta.errors import (
+    BaseMismatch,
+    CheckpointError,
+    ConflictError,
+    Corrupt,
+    StructureMismatch,
+)
+
+RAW = noise("BF16", 6, 4)
+GROWN = Raw("BF16", (8, 4), RAW.changed(0).data + noise("BF16", 2, 4).data)
+
+
+def checkpoint(path: Path, tensors: dict[str, Raw], files: dict[str, str] | None = None) -> Path:
+    write_file(path / "model.safetensors", tensors, {"format": "pt"})
+    for name, text in (files or {}).items():
+        write(path / name, text)
+    return path
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return checkpoint(tmp_path / "base", {"v": RAW, "w": RAW}, {"c": "0"})
+
+
+def check(inverse: Delta, target: Path, base: Path, out: Path) -> None:
+    path = out.with_suffix(".sd")
+    inverse.save(path)
+    sparsedelta.apply(target, path, out)
+    assert_same_files(base, out)
+
+
+def test_differences_without_the_base(base: Path, tmp_path: Path) -> None:
+    target = checkpoint(tmp_path / "target", {"v": RAW, "w": RAW.changed(0, 8)}, {"c": "0"})
+    with (
+        sparsedelta.diff(base, target, info={"lr": 1}) as delta,
+        sparsedelta.invert(delta, base_id="org/tuned") as inverse,
+    ):
+        assert inverse.base.id == "org/tuned"
+        assert inverse.base.fingerprint == delta.target.fingerprint
+        assert inverse.target.fingerprint == delta.base.fingerprint
+        assert inverse.info == {"inverted": {"lr": 1}}
+        change, undone = delta.tensors[1].change, inverse.tensors[1].change
+        assert change
+        assert undone
+        assert undone.touched == (change.touched or ())[::-1]
+        check(inverse, target, base, tmp_path / "out")
+
+
+def test_from_a_file(base: Path, tmp_path: Path) -> None:
+    target = checkpoint(tmp_path / "target", {"v": RAW, "w": RAW.changed(0)}, {"c": "0"})
+    with sparsedelta.diff(base, target) as delta:
+        delta.save(tmp_path / "delta.sd")
+    with sparsedelta.invert(tmp_path / "delta.sd") as inverse:
+        check(inverse, target, base, tmp_path / "out")
+
+
+def test_grown_and_added_tensors_are_cut(base: Path, tmp_path: Path) -> None:
+    target = checkpoint(tmp_path / "target", {"n": RAW, "v": GROWN, "w": RAW}, {"c": "0"})
+    with sparsedelta.diff(base, target) as delta, sparsedelta.invert(delta) as inverse:
+        assert [(row.name, row.target is not None) for row in inverse.tensors] == [
+            ("v", True), ("w", True), ("n", False),
+        ]  # fmt: skip
+        change = inverse.tensors[0].change
+        assert change
+        assert (change.keep, change.nnz, change.touched) == (24, 1, None)
+        check(inverse, target, base, tmp_path / "out")
+    with sparsedelta.diff(base, target) as delta, sparsedelta.invert(delta, base=base) as inverse:
+        change = inverse.tensors[0].change
+        assert change
+        assert change.touched
+        check(inverse, target, base, tmp_path / "out-2")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "files", "options", "reason"),
+    [
+        ({"v": RAW}, {"c": "0"}, {}, "it removes tensor 'w'"),
+        ({"v": RAW, "w": noise("F16", 6, 4)}, {"c": "0"}, {}, "it retypes tensor 'w'"),
+        ({"v": RAW, "w": noise("BF16", 5, 4)}, {"c": "0"}, {}, "it cuts tensor 'w'"),
+        ({"v": RAW, "w": RAW.changed(0)}, {"c": "0"}, {"values": "target"}, "it holds new values"),
+        ({"v": RAW, "w": RAW.changed(0)}, {"c": "1"}, {}, "it carries file 'c'"),
+    ],
+)
+def test_what_only_the_base_tells(
+    base: Path,
+    tmp_path: Path,
+    tensors: dict[str, Raw],
+    files: dict[str, str],
+    options: dict[str, str],
+    reason: str,
+) -> None:
+    target = checkpoint(tmp_path / "target", tensors, files)
+    with sparsedelta.diff(base, target, **options) as delta:  # type: ignore[arg-type]
+        with pytest.raises(ConflictError, match=rf"{reason}.*; give the base \(--base\)"):
+            sparsedelta.invert(delta)
+        with sparsedelta.invert(delta, base=base) as inverse:
+            check(inverse, target, base, tmp_path / "out")
+
+
+def test_a_shard_of_added_tensors(tmp_path: Path) -> None:
+    base = write_file(tmp_path / "base" / "model.safetensors", {"w": RAW}).parent
+    target = tmp_path / "target"
+    write_file(target / "model.safetensors", {"w": RAW})
+    write_file(target / "other.safetensors", {"n": RAW})
+    with sparsedelta.diff(base, target) as delta:
+        with pytest.raises(ConflictError, match=r"adds all tensors of file 'other\.safetensors'"):
+            sparsedelta.invert(delta)
+        with sparsedelta.invert(delta, base=base) as inverse:
+            check(inverse, target, base, tmp_path / "out")
+
+
+def test_a_stored_header_of_another_shape(base: Path, tmp_path: Path) -> None:
+    import json
+
+    def spell(fields: dict[str, object]) -> bytes:
+        return json.dumps(fields).encode()
+
+    target = tmp_path / "target"
+    write_file(target / "model.safetensors", {"v": GROWN, "w": RAW}, spell=spell)
+    write(target / "c", "0")
+    with sparsedelta.diff(base, target) as delta:
+        with pytest.raises(ConflictError, match="stores the header"):
+            sparsedelta.invert(delta)
+        with sparsedelta.invert(delta, base=base) as inverse:
+            check(inverse, target, base, tmp_path / "out")
+
+
+def test_a_stored_header_of_the_same_shape(tmp_path: Path) -> None:
+    import json
+
+    def spell(fields: dict[str, object]) -> bytes:
+        return json.dumps(fields).encode()
+
+    base = write_file(tmp_path / "b" / "model.safetensors", {"w": RAW}, spell=spell).parent
+    target = write_file(tmp_path / "t" / "model.safetensors", {"w": RAW.changed(0)}, spell=spell)
+    with sparsedelta.diff(base, target.parent) as delta, sparsedelta.invert(delta) as inverse:
+        check(inverse, target.parent, base, tmp_path / "out")
+
+
+def test_an_unknown_target_is_made_known(base: Path, tmp_path: Path) -> None:
+    one = checkpoint(tmp_path / "1", {"v": RAW, "w": RAW.changed(0)}, {"c": "0"})
+    other = checkpoint(tmp_path / "2", {"v": RAW, "w": RAW.changed(4)}, {"c": "0"})
+    both = checkpoint(tmp_path / "3", {"v": RAW, "w": RAW.changed(0, 4)}, {"c": "0"})
+    with (
+        sparsedelta.diff(base, one) as a,
+        sparsedelta.diff(base, other) as b,
+        sparsedelta.stack(a, b) as unknown,
+    ):
+        with pytest.raises(ConflictError, match="its target's fingerprint is not known"):
+            sparsedelta.invert(unknown)
+        with sparsedelta.invert(unknown, base=base) as inverse:
+            check(inverse, both, base, tmp_path / "out")
+            with sparsedelta.diff(both, base) as direct:
+                assert inverse.tensors == direct.tensors
+                assert inverse.base == direct.base
+
+
+class TestWrongBase:
+    def test_content(self, base: Path, tmp_path: Path) -> None:
+        target = checkpoint(tmp_path / "t", {"v": RAW, "w": RAW.changed(0)})
+        wrong = checkpoint(tmp_path / "x", {"v": RAW, "w": RAW.changed(4)})
+        with (
+            sparsedelta.diff(base, target, values="target") as delta,
+            pytest.raises(BaseMismatch, match="'w'"),
+        ):
+            sparsedelta.invert(delta, base=wrong)
+
+    def test_structure(self, base: Path, tmp_path: Path) -> None:
+        target = checkpoint(tmp_path / "t", {"v": RAW, "w": RAW.changed(0)})
+        with sparsedelta.diff(base, target) as delta, pytest.raises(StructureMismatch):
+            sparsedelta.invert(delta, base=checkpoint(tmp_path / "x", {"v": RAW}))
+
+    def test_weights_the_delta_does_not_know(self, base: Path, tmp_path: Path) -> None:
+        target = checkpoint(tmp_path / "t", {"v": RAW, "w": RAW.changed(0)}, {"c": "0"})
+        with sparsedelta.diff(base, target) as delta:
+            write_file(base / "sub" / "extra.safetensors", {"z": RAW})
+            with pytest.raises(StructureMismatch, match=r"sub/extra:z.*--exclude"):
+                sparsedelta.invert(delta, base=base)
+            with sparsedelta.invert(delta, base=base, exclude=["extra.safetensors"]) as inverse:
+                assert [file.path for file in inverse.target.weight_files] == ["model.safetensors"]
+
+    def test_a_file_that_cannot_be_carried(self, base: Path, tmp_path: Path) -> None:
+        target = checkpoint(tmp_path / "t", {"v": RAW, "w": RAW.changed(0)}, {"c": "0"})
+        with sparsedelta.diff(base, target) as delta:
+            write(base / "pytorch_model.bin", "b")
+            with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+                sparsedelta.invert(delta, base=base)
+            with sparsedelta.invert(delta, base=base, exclude=["*.bin"]) as inverse:
+                check(inverse, target, target_less_bin(base), tmp_path / "out")
+
+
+def target_less_bin(base: Path) -> Path:
+    (base / "pytorch_model.bin").unlink()
+    return base
+
+
+def test_a_delta_that_contradicts_itself(base: Path, tmp_path: Path) -> None:
+    target = checkpoint(tmp_path / "t", {"v": RAW, "w": RAW.changed(0)})
+    with sparsedelta.diff(base, target, values="target") as delta:
+        row = delta.tensors[1]
+        assert row.target
+        lie = dataclasses.replace(row, target=dataclasses.replace(row.target, digest=bytes(16)))
+        with pytest.raises(Corrupt, match="'w'"):
+            sparsedelta.invert(
+                dataclasses.replace(delta, tensors=(delta.tensors[0], lie)), base=base
+            )
