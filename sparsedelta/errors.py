@@ -17,6 +17,10 @@ SparseDeltaError
 ├─ CheckpointError (ValueError)    base or target cannot be read as a checkpoint
 ├─ ConflictError (ValueError)      deltas that cannot be stacked
 └─ RemoteError                     the Hub said no
+   ├─ RemoteNotFound               no such repository, revision or file there
+   ├─ AccessDenied                 private, gated, or the token is not good for it
+   ├─ RemoteConflict               somebody else wrote there in the meantime
+   └─ Unreachable                  no connection, a broken one, too many requests; or offline
 """
 
 from __future__ import annotations
@@ -142,3 +146,27 @@ class RemoteError(SparseDeltaError):
     """The Hub refused or could not be reached."""
 
     code = "remote"
+
+
+class RemoteNotFound(RemoteError):
+    """There is no such repository, revision or file on the Hub."""
+
+    code = "remote_not_found"
+
+
+class AccessDenied(RemoteError):
+    """The Hub does not let this token, or nobody without one, do this."""
+
+    code = "access_denied"
+
+
+class RemoteConflict(RemoteError):
+    """Somebody else wrote to the repository in the meantime."""
+
+    code = "remote_conflict"
+
+
+class Unreachable(RemoteError):
+    """The Hub could not be asked, or not for long enough; a later call may succeed."""
+
+    code = "unreachable"

@@ -1,0 +1,93 @@
+"""``sparsedelta pull``: from a delta repository on the Hub to the target on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+import sparsedelta
+from sparsedelta.cli._common import PATH, Settings, examples, json_option, print_json
+from sparsedelta.cli._hub import quiet_client, token_option
+from sparsedelta.cli._progress import progress_bar
+from sparsedelta.cli._text import printable
+
+if TYPE_CHECKING:
+    from sparsedelta import PullReport
+    from sparsedelta.delta import JSON
+
+
+@click.command("pull", epilog=examples("sparsedelta pull me/tuned out/"))
+@click.argument("repo_id", metavar="ORG/NAME")
+@click.argument("out", type=PATH)
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of ORG/NAME.")
+@click.option("--subfolder", metavar="NAME", help="Folder of the delta, if there are several.")
+@click.option("--base", metavar="BASE", help="A local copy of the base, or a repository of it.")
+@click.option(
+    "--base-revision", metavar="REV", help="Commit of the base, in place of the one DELTA names."
+)
+@click.option("--keep-delta", is_flag=True, help="Keep the delta, too, as OUT.sd.")
+@click.option(
+    "--verify",
+    type=click.Choice(["full", "touched", "none"]),
+    default="full",
+    show_default=True,
+    help="Check the digests of all tensors, of the touched values only, or none.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT, a folder with all that is in it.")
+@token_option
+@json_option
+@click.pass_obj
+def command(
+    settings: Settings,
+    *,
+    repo_id: str,
+    out: Path,
+    revision: str | None,
+    subfolder: str | None,
+    base: str | None,
+    base_revision: str | None,
+    keep_delta: bool,
+    verify: Literal["full", "touched", "none"],
+    overwrite: bool,
+    token: str | None,
+    as_json: bool,
+) -> None:
+    """Make the target of the delta in the repository ORG/NAME, fetching its base, too.
+
+    Both are downloaded into the cache of the Hub's client unless they are there, and checked. A base
+    that is a delta itself is made first. OUT appears once it is complete.
+    """
+    quiet_client(settings)
+    with progress_bar(settings) as progress:
+        report = sparsedelta.pull(
+            repo_id,
+            out,
+            revision=revision,
+            subfolder=subfolder,
+            base=base,
+            base_revision=base_revision,
+            keep_delta=keep_delta,
+            verify=verify,
+            overwrite=overwrite,
+            token=token,
+            progress=progress,
+        )
+    if as_json:
+        print_json(_as_json(report))
+        return
+    settings.note(f"base: {printable(report.base)}")
+    for reference in report.applied:
+        settings.note(f"delta: {printable(reference)}")
+    settings.note(f"wrote {printable(str(out))}")
+
+
+def _as_json(report: PullReport) -> dict[str, JSON]:
+    return {
+        "out": str(report.out),
+        "delta": report.delta,
+        "applied": [*report.applied],
+        "base": report.base,
+        "kept_delta": None if report.kept_delta is None else str(report.kept_delta),
+    }

@@ -1,0 +1,272 @@
+"""The model card of a delta: a section between marks for each delta of a repository, and the head.
+
+What stands outside the marks is a person's and stays. In the head only what is missing is added, and
+``base_model`` is kept true.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparsedelta._inspect import Inspection
+from sparsedelta.delta import JSON
+from sparsedelta.hub.failures import redacted
+from sparsedelta.hub.picture import DensityMap, numbered
+from sparsedelta.hub.references import DELTA_NAME, Reference
+
+LIBRARY = "sparsedelta"
+CARD_NAME = "README.md"
+TAGS = ("sparsedelta", "sparse-delta")
+_FROM_BASE = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_MAX_ROWS = 24
+_MAX_VALUE = 160
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a section says.
+
+    Attributes:
+        repo_id: of the delta's repository.
+        path: of the delta in it.
+        base: the base, pinned.
+        base_is_delta: whether the base is a delta, too.
+        base_metadata: the head of the base's card.
+        found: what the delta changes.
+        file_bytes: its size.
+        target_bytes: the size of the target's files.
+        picture: path of the picture in the repository, and what it shows.
+        endpoint: address of the Hub.
+    """
+
+    repo_id: str
+    path: str
+    base: Reference
+    base_is_delta: bool
+    base_metadata: Mapping[str, Any]
+    found: Inspection
+    file_bytes: int
+    target_bytes: int
+    picture: tuple[str, DensityMap] | None
+    endpoint: str
+
+    @property
+    def source(self) -> str:
+        """What a person writes to get this delta."""
+        if self.path == DELTA_NAME:
+            return self.repo_id
+        return f"hf://{self.repo_id}/{self.path.removesuffix('/' + DELTA_NAME)}"
+
+
+def renewed_card(existing: str | None, facts: CardFacts, *, alone: bool) -> str:
+    """Return the card with the section of a delta renewed, or a new card.
+
+    Args:
+        existing: the card as it is, None if there is none.
+        facts: what to say.
+        alone: whether this is the only delta of the repository.
+
+    Raises:
+        ValueError: the head of the existing card cannot be read.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    section = _between_marks(facts)
+    if existing is None:
+        head = ModelCardData(**_head(facts))
+        title = facts.repo_id.partition("/")[2]
+        return f"---\n{head.to_yaml()}\n---\n\n# {title}\n\n{section}\n"
+    text = _with_section(existing, section, facts.path)
+    try:
+        card = ModelCard(text)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"the head of {CARD_NAME} in '{facts.repo_id}' cannot be read: {redacted(str(error))};"
+            " repair it there first"
+        ) from error
+    changes = _head_changes(vars(card.data), facts, alone=alone)
+    if not changes:
+        return text
+    for name, value in changes.items():
+        setattr(card.data, name, value)
+    return str(card)
+
+
+def _head(facts: CardFacts) -> dict[str, Any]:
+    """Return the head of a new card."""
+    taken = {name: facts.base_metadata.get(name) for name in _FROM_BASE}
+    link = taken["license_link"]
+    if isinstance(link, str) and "://" not in link:
+        # Relative to the base's repository, so of no use in this one as it stands.
+        taken["license_link"] = f"{facts.endpoint}/{facts.base.repo_id}/blob/main/{link}"
+    return {
+        **{name: value for name, value in taken.items() if value is not None},
+        "library_name": LIBRARY,
+        "base_model": facts.base.repo_id,
+        "base_model_relation": "finetune",
+        "tags": [*TAGS],
+    }
+
+
+def _head_changes(head: Mapping[str, Any], facts: CardFacts, *, alone: bool) -> dict[str, Any]:
+    wanted = _head(facts)
+    changes = {name: value for name, value in wanted.items() if head.get(name) in (None, [])}
+    base, named = wanted["base_model"], head.get("base_model")
+    bases = [named] if isinstance(named, str) else list(named or [])
+    if bases and base not in bases:
+        changes["base_model"] = base if alone else [*bases, base]
+    tags = [*(head.get("tags") or [])]
+    if LIBRARY not in tags:
+        changes["tags"] = [*tags, LIBRARY]
+    return changes
+
+
+def _marks(path: str) -> tuple[str, str]:
+    return f"<!-- sparsedelta: begin {path} -->", f"<!-- sparsedelta: end {path} -->"
+
+
+def _between_marks(facts: CardFacts) -> str:
+    begin, end = _marks(facts.path)
+    note = "<!-- `sparsedelta push` renews what is between these marks; the rest is yours. -->"
+    return "\n".join([begin, note, "", "\n\n".join(_section(facts)), "", end])
+
+
+def _with_section(text: str, section: str, path: str) -> str:
+    begin, end = _marks(path)
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if found and closed:
+        return before + section + after
+    return text.rstrip("\n") + f"\n\n{section}\n"
+
+
+def _section(facts: CardFacts) -> Iterator[str]:
+    found = facts.found
+    base = facts.base
+    kind = "itself a delta, " if facts.base_is_delta else ""
+    sizes = f"{_size(facts.file_bytes)} instead of {_size(facts.target_bytes)}"
+    if facts.path != DELTA_NAME:
+        yield f"## `{_code(facts.path)}`"
+    yield (
+        f"A fine-tune of [{base.repo_id}]({facts.endpoint}/{base.repo_id}) as a **sparse delta:"
+        f" {sizes}**. It holds only the values that differ from the base, and gives the whole model"
+        " back bit for bit."
+    )
+    yield "\n".join(
+        [
+            "| | |",
+            "|---|---|",
+            f"| base | {kind}`{base.repo_id}` at commit `{(base.revision or '')[:12]}` |",
+            f"| changed | {found.nnz:,} of {found.numel:,} values ({_percent(found.density)}) |",
+            f"| tensors | {_states(found)} |",
+            f"| delta | {_size(facts.file_bytes)}, {_percent(facts.file_bytes / max(1, facts.target_bytes))}"
+            " of the model's files |",
+        ]
+    )
+    yield "\n\n".join(["### How to use it", _usage(facts)])
+    if found.nnz:
+        yield "\n\n".join(["### Where it changed the model", _where(facts)])
+    if found.info:
+        yield "\n\n".join(["### How it was made", _table(("setting", "value"), _info(found.info))])
+
+
+def _usage(facts: CardFacts) -> str:
+    name = facts.repo_id.partition("/")[2]
+    subfolder, _, file = facts.path.rpartition("/")
+    more = f', subfolder="{subfolder}"' if file == DELTA_NAME and subfolder else ""
+    source = facts.repo_id if more or not subfolder else facts.source
+    return "\n".join(
+        [
+            "```bash",
+            "pip install 'sparsedelta[hub]'",
+            f"sparsedelta pull {facts.source} {name}/    # fetches the base, too, and checks both",
+            "```",
+            "",
+            "```python",
+            "import sparsedelta",
+            "",
+            f'sparsedelta.pull("{source}", "{name}"{more})',
+            "```",
+            "",
+            f"`{name}/` is then an ordinary model folder, to be loaded with the base's library.",
+        ]
+    )
+
+
+def _where(facts: CardFacts) -> str:
+    rows = _kinds(facts.found)
+    table = _table(("tensors", "changed", "of", "density"), rows)
+    if facts.picture is None:
+        return table
+    path, shown = facts.picture
+    # The card is at the top of the repository, whatever folder the delta is in.
+    image = f"![Density of the changes by layer and kind of tensor]({path})"
+    caption = (
+        f"Rows: layers {shown.layers[0]} to {shown.layers[-1]} from the top. Columns, from the left:"
+        f" {numbered(shown.kinds)}. The darker, the more of a tensor's values changed; grey: none."
+    )
+    return "\n\n".join([image, caption, table])
+
+
+def _kinds(found: Inspection) -> list[tuple[str, ...]]:
+    sums: dict[str, tuple[int, int]] = {}
+    for tensor in found.tensors:
+        if tensor.nnz:
+            kind = _LAYER_NUMBER.sub("*", tensor.name)
+            nnz, numel = sums.get(kind, (0, 0))
+            sums[kind] = nnz + tensor.nnz, numel + tensor.numel
+    ordered = sorted(sums.items(), key=lambda item: -item[1][0])
+    rows: list[tuple[str, ...]] = [
+        (f"`{_code(kind)}`", f"{nnz:,}", f"{numel:,}", _percent(nnz / numel))
+        for kind, (nnz, numel) in ordered[:_MAX_ROWS]
+    ]
+    if len(ordered) > _MAX_ROWS:
+        rest = ordered[_MAX_ROWS:]
+        nnz, numel = sum(n for _, (n, _) in rest), sum(n for _, (_, n) in rest)
+        rows.append((f"{len(rest)} more", f"{nnz:,}", f"{numel:,}", _percent(nnz / numel)))
+    return rows
+
+
+def _info(info: Mapping[str, JSON]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for name, value in info.items():
+        group = value if isinstance(value, dict) else {"": value}
+        for inner, one in group.items():
+            label = f"{name}.{inner}" if inner else name
+            shown = one if isinstance(one, str) else json.dumps(one, ensure_ascii=False)
+            rows.append((f"`{_code(label)}`", f"`{_code(redacted(shown))}`"))
+    return rows
+
+
+def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [titles, tuple("---" for _ in titles), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _states(found: Inspection) -> str:
+    return ", ".join(f"{n:,} {state}" for state, n in found.states.items() if n)
+
+
+def _code(text: str) -> str:
+    """Return a text from a delta such that it stays within its code span and its cell of a table."""
+    plain = "".join(c if c.isprintable() else "?" for c in text).replace("`", "'")
+    cut = plain if len(plain) <= _MAX_VALUE else plain[: _MAX_VALUE - 1] + "…"
+    return cut.replace("|", "\\|") or " "
+
+
+def _size(n_bytes: int) -> str:
+    value = float(n_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.3g} %"

@@ -1,0 +1,166 @@
+"""A delta in a repository and the deltas below it, down to a base with weights.
+
+Every link is checked by fingerprint before any weights are downloaded; a chain that comes back to where
+it was is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsedelta.container import load
+from sparsedelta.delta import Delta
+from sparsedelta.errors import (
+    AccessDenied,
+    ConflictError,
+    FormatError,
+    RemoteError,
+    RemoteNotFound,
+)
+from sparsedelta.hub.client import Hub
+from sparsedelta.hub.folders import remove_damaged
+from sparsedelta.hub.proof import base_reference, check_link
+from sparsedelta.hub.record import (
+    MAX_RECORD_BYTES,
+    BaseRecord,
+    differences,
+    parse_record,
+    record_path,
+)
+from sparsedelta.hub.references import Reference
+from sparsedelta.hub.repository import Repository, open_repository
+
+MAX_LINKS = 64
+
+
+@dataclass(frozen=True)
+class Link:
+    """A downloaded delta.
+
+    Attributes:
+        repository: where it is from.
+        path: in the repository.
+        place: on disk.
+        delta: open.
+    """
+
+    repository: Repository
+    path: str
+    place: Path
+    delta: Delta
+
+    @property
+    def reference(self) -> Reference:
+        """The delta's file, pinned."""
+        pinned = self.repository.reference
+        return Reference(pinned.repo_id, pinned.revision, self.path)
+
+    def record(self) -> BaseRecord | None:
+        """Return the record of its base beside it, None if there is none."""
+        path = record_path(self.path)
+        file = self.repository.files.get(path)
+        if file is None or file.n_bytes > MAX_RECORD_BYTES:
+            return None
+        raw = self.repository.download([path])[path].read_bytes()
+        return parse_record(raw, f"'{path}' of '{self.repository.name}'")
+
+
+def open_link(repository: Repository) -> Link:
+    """Return the delta that a repository holds, downloaded and opened.
+
+    Raises:
+        FormatError: it cannot be read.
+        RemoteError: it cannot be had, or was damaged in the cache and is removed from there.
+    """
+    file = repository.delta_file()
+    place = repository.download_delta()
+    try:
+        delta = load(place)
+        delta.payload.check()
+    except FormatError as error:
+        raise_if_damaged([place], error)
+        raise
+    return Link(repository, file.path, place, delta)
+
+
+def follow(
+    hub: Hub, link: Link, *, base_revision: str | None = None, until: bytes | None = None
+) -> tuple[list[Link], Repository | None]:
+    """Return a link with all below it, the lowest first, and the repository of the base with weights.
+
+    Args:
+        hub: where they are.
+        link: the delta to begin with.
+        base_revision: of the base of ``link``, in place of the one that its delta names.
+        until: a fingerprint: stop at the delta made from it, without a repository.
+
+    Raises:
+        BaseMismatch: a delta was not made from the target of the one below it.
+        ConflictError: the chain goes round in a circle, or has no end.
+        RemoteError: a part cannot be had.
+    """
+    links = [link]
+    seen = {link.reference}
+    while links[0].delta.base.fingerprint != until:
+        above = links[0]
+        base = _open_base(hub, above, base_revision if above is link else None)
+        if not base.is_delta_repository:
+            return links, base
+        below = open_link(base)
+        links.insert(0, below)
+        if below.reference in seen or _comes_back(links) or len(links) > MAX_LINKS:
+            raise ConflictError(
+                f"the bases of '{link.repository.name}' have no end: {below.reference} comes up"
+                " again, or more than"
+                f" {MAX_LINKS} deltas lie below one another; pull with a local base instead"
+            )
+        seen.add(below.reference)
+        check_link(below.delta, above.delta, below.repository.name)
+    return links, None
+
+
+def files_of_base(base: Repository, link: Link) -> list[str]:
+    """Return the files of a base that a delta needs: those recorded, if they are as recorded."""
+    needed = base.base_files(link.delta)
+    record = link.record()
+    same = record is not None and record.base == base.name
+    if record is not None and same and not differences(record, base.files):
+        return sorted(file.path for file in record.files)
+    return needed
+
+
+def raise_if_damaged(places: list[Path], error: Exception) -> None:
+    """Raise a RemoteError if files of the cache are damaged, having removed them.
+
+    Args:
+        places: of the files.
+        error: what came of it, if it did.
+    """
+    damaged = remove_damaged(places)
+    if damaged:
+        raise RemoteError(
+            f"the downloaded copy '{damaged[0]}' was damaged and has been removed; run this again to"
+            " download it anew"
+        ) from error
+
+
+def _comes_back(links: list[Link]) -> bool:
+    """Return whether the lowest delta was made from a state that lies above it."""
+    lowest = links[0].delta.base.fingerprint
+    return any(link.delta.target.fingerprint == lowest for link in links) or any(
+        link.delta.base.fingerprint == lowest for link in links[1:]
+    )
+
+
+def _open_base(hub: Hub, link: Link, base_revision: str | None) -> Repository:
+    reference = base_reference(link.delta, f"the delta in '{link.repository.name}'")
+    if base_revision is not None:
+        reference = reference.at(base_revision)
+    try:
+        return open_repository(hub, reference)
+    except (RemoteNotFound, AccessDenied) as error:
+        raise type(error)(
+            f"the base of '{link.reference.repo_id}' cannot be had: {error}; if you have a copy of"
+            f" {reference}, give it as the base"
+        ) from error

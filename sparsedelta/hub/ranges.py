@@ -1,0 +1,60 @@
+"""A file of a repository as a source of byte ranges: so much of it is fetched as is read."""
+
+from __future__ import annotations
+
+import threading
+
+from sparsedelta.container import read_delta
+from sparsedelta.delta import Delta
+from sparsedelta.hub.client import Hub, RemoteFile
+from sparsedelta.hub.references import Reference
+
+READ_AHEAD_BYTES = 128 << 10
+
+
+class RemoteBytes:
+    """The bytes of a file on the Hub (``sparsedelta.container.ByteSource``).
+
+    A request fetches at least ``READ_AHEAD_BYTES``, so that a header and what follows it come at once.
+    """
+
+    def __init__(self, hub: Hub, pinned: Reference, file: RemoteFile) -> None:
+        self.name = str(Reference(pinned.repo_id, pinned.revision, file.path))
+        self.n_bytes = file.n_bytes
+        self._hub = hub
+        self._pinned = pinned
+        self._path = file.path
+        self._block = b""
+        self._block_offset = 0
+        self._lock = threading.Lock()
+
+    def read(self, offset: int, n_bytes: int) -> bytes:
+        """Return up to ``n_bytes`` bytes from ``offset``, none at the end.
+
+        Raises:
+            RemoteError: they cannot be had.
+        """
+        n_bytes = min(n_bytes, self.n_bytes - offset)
+        if n_bytes <= 0:
+            return b""
+        with self._lock:
+            begin = offset - self._block_offset
+            if not 0 <= begin <= len(self._block) - n_bytes:
+                wanted = min(max(n_bytes, READ_AHEAD_BYTES), self.n_bytes - offset)
+                self._block = self._hub.read(self._pinned, self._path, offset, wanted)
+                self._block_offset, begin = offset, 0
+            return self._block[begin : begin + n_bytes]
+
+    def close(self) -> None:
+        """Hold nothing any longer."""
+        self._block = b""
+
+
+def read_remote_delta(hub: Hub, pinned: Reference, file: RemoteFile) -> Delta:
+    """Return a delta on the Hub, of which only header and manifest have been fetched and checked.
+
+    Raises:
+        FormatError: it is not a delta this version can read.
+        RemoteError: it cannot be had.
+    """
+    return read_delta(RemoteBytes(hub, pinned, file))

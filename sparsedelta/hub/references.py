@@ -1,0 +1,76 @@
+"""References to repositories, ``org/name@revision`` and ``hf://org/name/path@revision``, apart from any network."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+SCHEME = "hf://"
+DELTA_SUFFIX = ".sd"
+DELTA_NAME = "delta.sd"
+
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}"
+_ID = rf"{_NAME}/{_NAME}"
+_PLAIN = re.compile(rf"(?P<id>{_ID})(?:@(?P<revision>\S+))?")
+_WITH_SCHEME = re.compile(rf"(?P<id>{_ID})(?:@(?P<revision>refs/(?:pr|convert)/[^/\s]+|[^/\s]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A model repository, and what of it.
+
+    Attributes:
+        repo_id: ``org/name``.
+        revision: a branch, tag or commit; None: the default branch.
+        path: a file or folder in it; None: the reader chooses.
+    """
+
+    repo_id: str
+    revision: str | None = None
+    path: str | None = None
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the revision is a whole commit, which can never mean anything else."""
+        return self.revision is not None and bool(_COMMIT.fullmatch(self.revision))
+
+    def at(self, revision: str | None) -> Reference:
+        """Return the same at another revision."""
+        return replace(self, revision=revision)
+
+    def __str__(self) -> str:
+        place = self.repo_id if self.path is None else f"{SCHEME}{self.repo_id}/{self.path}"
+        return place if self.revision is None else f"{place}@{self.revision}"
+
+
+def parse_reference(text: str) -> Reference | None:
+    """Return what a text refers to; None if it does not look like a reference.
+
+    Raises:
+        ValueError: it begins with ``hf://`` and cannot be understood.
+    """
+    if text.startswith(SCHEME):
+        return _parse_with_scheme(text)
+    found = _PLAIN.fullmatch(text)
+    return Reference(found["id"], found["revision"]) if found else None
+
+
+def is_repo_id(text: str) -> bool:
+    """Return whether a text is the plain id of a repository, ``org/name``."""
+    return bool(re.fullmatch(_ID, text))
+
+
+def _parse_with_scheme(text: str) -> Reference:
+    rest = text.removeprefix(SCHEME).removeprefix("models/").rstrip("/")
+    found = _WITH_SCHEME.match(rest)
+    kind = rest.partition("/")[0]
+    after = rest[found.end() :] if found else ""
+    if not found or kind in _OTHER_KINDS or (after and not after.startswith("/")):
+        raise ValueError(f"{text!r} is no model repository; write hf://org/name/path@revision")
+    path: str | None = after[1:] or None
+    revision: str | None = found["revision"]
+    if path is not None and "@" in path and revision is None:
+        path, _, revision = path.rpartition("@")
+    return Reference(found["id"], revision, path)

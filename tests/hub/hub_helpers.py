@@ -1,0 +1,158 @@
+"""What the tests of the Hub share: a base and its fine-tune, a Hub that has the base, a person at a shell."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from helpers import noise, write, write_file, write_sharded
+from hub.hub_server import LoopbackHub
+
+import sparsedelta
+
+SOURCE = Path(sparsedelta.__file__).parents[1]
+TOKEN = "hf_SecretOfMe123"
+BASE = "org/model"
+TUNED = "me/tuned"
+BASE_CARD = """---
+license: other
+license_name: model-license
+license_link: LICENSE
+language:
+- en
+pipeline_tag: text-generation
+---
+
+# The base
+"""
+LAYERS = 3
+# All warnings are errors but the client's own, about how it uses its HTTP library.
+WARNINGS = ("-W", "error", "-W", "ignore:Use 'content=<:DeprecationWarning")
+INFO: dict[str, Any] = {"sift": {"rate": 0.01, "selection": "gradient"}, "steps": 150}
+
+
+@dataclass
+class Person:
+    """Somebody with a cache of their own, who runs commands against a Hub."""
+
+    hub: LoopbackHub
+    folder: Path
+    token: str | None = TOKEN
+    offline: bool = False
+    variables: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "home" / "hub"
+
+    def run(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run the command line in the person's folder."""
+        return self.python("-m", "sparsedelta", *arguments, **variables)
+
+    def python(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run Python in the person's folder."""
+        return subprocess.run(
+            [sys.executable, *WARNINGS, *map(str, arguments)],
+            cwd=self.folder,
+            env={**self._environment(), **self.variables, **variables},
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            check=False,
+            timeout=120,
+        )
+
+    def good(self, *arguments: str | Path, **variables: str) -> str:
+        """Run the command line; return what it printed, it being a success."""
+        done = self.run(*arguments, **variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def bad(self, *arguments: str | Path, **variables: str) -> str:
+        """Run the command line; return its one line of complaint, it being a failure."""
+        done = self.run(*arguments, **variables)
+        assert (done.returncode, done.stdout) == (1, ""), (done.stdout, done.stderr)
+        lines = done.stderr.splitlines()
+        assert len(lines) == 1, done.stderr
+        assert lines[0].startswith("error: ")
+        assert TOKEN not in done.stderr
+        return lines[0]
+
+    def json(self, *arguments: str | Path) -> Any:
+        """Run the command line with ``--json``; return the result."""
+        return json.loads(self.good(*arguments, "--json"))
+
+    def _environment(self) -> dict[str, str]:
+        kept = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "HUGGING"))}
+        return {
+            **kept,
+            "PYTHONPATH": str(SOURCE),
+            "HOME": str(self.folder),
+            "HF_HOME": str(self.folder / "home"),
+            "HF_ENDPOINT": self.hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            **({"HF_TOKEN": self.token} if self.token else {}),
+            **({"HF_HUB_OFFLINE": "1"} if self.offline else {}),
+        }
+
+
+def make_checkpoints(folder: Path) -> tuple[Path, Path]:
+    """Write a sharded base and a fine-tune of it; return both."""
+    base, target = folder / "base", folder / "target"
+    layers = {
+        f"model.layers.{n}.{kind}.weight": noise("BF16", 64, 48, seed=(n, kind))
+        for n in range(LAYERS)
+        for kind in ("q_proj", "mlp")
+    }
+    rest = {"embed.weight": noise("F32", 20, 48), "norm.bias": noise("F32", 48)}
+    tuned = {
+        name: tensor.changed(2 * n, 640, 4096) if "q_proj" in name else tensor
+        for n, (name, tensor) in enumerate(layers.items())
+    }
+    write_sharded(base, [layers, rest])
+    write_sharded(target, [tuned, rest])
+    for place, text in ((base, "base"), (target, "tuned")):
+        write(place / "config.json", json.dumps({"model_type": "llama", "name": text}))
+        write(place / "tokenizer.json", "[]")
+    return base, target
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Return the files of a folder by relative path."""
+    return {
+        place.relative_to(folder).as_posix(): place.read_bytes()
+        for place in sorted(folder.rglob("*"))
+        if place.is_file()
+    }
+
+
+def publish(hub: LoopbackHub, repo_id: str, folder: Path, card: str | None = None) -> str:
+    """Put a checkpoint into a repository, beside files that nobody needs; return its commit."""
+    files = files_of(folder)
+    if card is not None:
+        files["README.md"] = card.encode()
+    extra = write_file(folder.parent / "extra.safetensors", {"other": noise("F32", 1000)})
+    files |= {"consolidated.safetensors": extra.read_bytes(), "pytorch_model.bin": b"\0" * 5000}
+    hub.state.add_repo(repo_id, files)
+    return hub.state.head(repo_id).oid
+
+
+def save_delta(
+    base: Path,
+    target: Path,
+    path: Path,
+    *,
+    base_id: str | None = None,
+    info: Mapping[str, Any] = INFO,
+) -> Path:
+    """Write the delta between two checkpoints."""
+    with sparsedelta.diff(base, target, base_id=base_id, info=info) as delta:
+        delta.save(path)
+    return path
