@@ -51,6 +51,7 @@ class Tensor:
 
     @property
     def n_elements(self) -> int:
+        """Elements as the format counts them (FORMAT §1.1)."""
         return self.n_bytes // self.dtype.width
 
     def read_into(self, buffer: memoryview, offset: int) -> None:

@@ -48,10 +48,12 @@ class TensorSpec:
 
     @property
     def n_bytes(self) -> int:
+        """Size in bytes."""
         return tensor_bytes(self.dtype, self.shape)
 
     @property
     def n_elements(self) -> int:
+        """Elements as the format counts them (FORMAT §1.1)."""
         return self.n_bytes // self.dtype.width
 
     def same_layout(self, other: TensorSpec) -> bool:
@@ -77,6 +79,7 @@ class Change:
 
     @property
     def nnz(self) -> int:
+        """Touched elements."""
         return sum(chunk.nnz for chunk in self.chunks)
 
     @property

@@ -20,7 +20,6 @@ class DType:
         bits: bits per value.
         width: bytes per element as the format counts it; types below a byte count bytes.
         is_float: whether bit patterns are ordered as sign-magnitude floats.
-        view: the unsigned little-endian integer of that width.
     """
 
     name: str
@@ -30,6 +29,7 @@ class DType:
 
     @property
     def view(self) -> np.dtype[np.unsignedinteger]:
+        """The unsigned little-endian integer of that width."""
         return np.dtype(f"<u{self.width}")
 
 

@@ -50,7 +50,7 @@ def test_python_does_what_the_readme_says(folder: Path, capsys: pytest.CaptureFi
         exec(block, names)
     assert "values changed" in capsys.readouterr().out
     comparison = filecmp.dircmp(folder / "tuned", folder / "rebuilt")
-    assert not (comparison.diff_files or comparison.left_only or comparison.right_only)
+    assert comparison.diff_files + comparison.left_only + comparison.right_only == []
     assert (folder / "trained.sd").stat().st_size > 0
 
 
