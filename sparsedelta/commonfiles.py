@@ -96,7 +96,10 @@ def _same_layout(one: Delta, other: Delta, *, whole: bool) -> bool:
 
 
 def _places(delta: Delta) -> dict[str, str]:
-    return {row.name: file.path for file, rows in rows_by_file(delta) for row in rows}
+    folder = delta.target.is_folder  # else the path is but a suggestion (FORMAT §3.4)
+    return {
+        row.name: file.path if folder else "" for file, rows in rows_by_file(delta) for row in rows
+    }
 
 
 def _headers(delta: Delta) -> list[object]:

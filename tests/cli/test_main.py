@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,10 @@ def test_examples_of_the_help_do_what_they_say(
         workplace.save_delta()
     if name == "verify":
         sparsedelta.apply(workplace.base, workplace.delta, workplace.out)
+    if name == "stack":
+        shutil.copy(workplace.delta, workplace.path / "monday.sd")
+        with sparsedelta.invert(workplace.delta, base=workplace.base) as inverse:
+            inverse.save(workplace.path / "tuesday.sd")
     for arguments in examples_in(help_of(name)):
         result = process(*arguments)
         assert (result.returncode, result.stderr.replace("wrote out\n", "")) == (0, "")

@@ -1,0 +1,90 @@
+"""``sparsedelta stack`` and ``sparsedelta invert``: what they write, say and refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli.cli_helpers import Run, Workplace
+from helpers import assert_same_files, noise, state, write_file
+
+import sparsedelta
+
+
+@pytest.fixture
+def undo(workplace: Workplace, run: Run) -> Path:
+    workplace.save_delta()
+    output = workplace.path / "undo.sd"
+    result = run(
+        "invert", workplace.delta, "--base", workplace.base, "-o", output, "--base-id", "x"
+    )
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "27 of" not in result.stdout  # elements that only the target has are not in it
+    return output
+
+
+def test_the_inverse_gives_the_base_back(workplace: Workplace, undo: Path) -> None:
+    sparsedelta.apply(workplace.target, undo, workplace.out)
+    assert_same_files(workplace.base, workplace.out)
+    with sparsedelta.load(undo) as inverse:
+        assert inverse.base.id == "x"
+
+
+def test_there_and_back_is_nothing(workplace: Workplace, undo: Path, run: Run) -> None:
+    output = workplace.path / "nothing.sd"
+    result = run("stack", workplace.delta, undo, "-o", output, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    found = json.loads(result.stdout)
+    assert found["delta"] == str(output)
+    assert (found["nnz"], found["file_bytes"]) == (0, output.stat().st_size)
+    assert found["base_fingerprint"] == found["target_fingerprint"]
+    sparsedelta.apply(workplace.base, output, workplace.out)
+    assert_same_files(workplace.base, workplace.out)
+
+
+def test_a_stack_tells_its_size(workplace: Workplace, undo: Path, run: Run) -> None:
+    output = workplace.path / "twice.sd"
+    result = run("stack", workplace.delta, undo, workplace.delta, "-o", output)
+    assert result.stdout == (
+        f"{output}: {output.stat().st_size / 1000:.2f} kB, 27 of 30,669 elements changed (0.088 %),"
+        " in 4 of 5 tensors\n"
+    )
+
+
+def test_siblings_without_the_base_say_what_is_not_known(
+    workplace: Workplace, tmp_path: Path, run: Run
+) -> None:
+    raw = noise("F32", 8)
+    base = write_file(tmp_path / "b.safetensors", {"w": raw})
+    paths = []
+    for position in (0, 4):
+        target = write_file(tmp_path / f"{position}.safetensors", {"w": raw.changed(position)})
+        paths.append(tmp_path / f"{position}.sd")
+        with sparsedelta.diff(base, target) as delta:
+            delta.save(paths[-1])
+    with_base = tmp_path / "known.sd"
+    assert "not known" not in run("stack", *paths, "--base", base, "-o", with_base).stdout
+    result = run("stack", *paths, "-o", tmp_path / "unknown.sd")
+    assert result.stdout.splitlines()[1:] == [
+        "the target's fingerprint is not known; with --base it would be"
+    ]
+
+
+def test_what_needs_the_base_says_so(workplace: Workplace, run: Run) -> None:
+    workplace.save_delta()
+    result = run("invert", workplace.delta, "-o", workplace.path / "undo.sd")
+    assert result.exit_code == 1
+    assert "give the base (--base)" in result.stderr
+    assert not (workplace.path / "undo.sd").exists()
+
+
+def test_neither_replaces_its_inputs(workplace: Workplace, undo: Path, run: Run) -> None:
+    before = {**state(workplace.delta), **state(undo)}
+    for arguments in (
+        ["stack", workplace.delta, undo, "-o", undo, "--overwrite"],
+        ["invert", undo, "-o", undo, "--overwrite"],
+        ["stack", workplace.delta, undo, "-o", workplace.delta],
+    ):
+        assert run(*arguments).exit_code == 1
+    assert {**state(workplace.delta), **state(undo)} == before
