@@ -1,0 +1,441 @@
+"""On any failure there is no output, or a complete one, and the error says what is wrong."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+from helpers import (
+    Raw,
+    Tensors,
+    assert_same_files,
+    noise,
+    state,
+    tree,
+    write,
+    write_file,
+    write_sharded,
+)
+
+import sparsedelta
+from sparsedelta import _diff
+from sparsedelta.checkpoint import Tensor
+from sparsedelta.errors import (
+    AlreadyApplied,
+    BaseMismatch,
+    CheckpointError,
+    Corrupt,
+    PartlyApplied,
+    SparseDeltaError,
+    StructureMismatch,
+    TargetMismatch,
+)
+
+W = noise("BF16", 400, 3)
+V = noise("F32", 70)
+U = noise("I64", 2, 2)
+BASE = {"w": W, "v": V, "u": U}
+TARGET = {"w": W.changed(0, 100, 239), "v": V, "u": U.changed(8)}
+
+
+def folder(path: Path, tensors: Tensors, **side_files: str) -> Path:
+    items = list(tensors.items())
+    write_sharded(path, [dict(items[:1]), dict(items[1:])])
+    for name, content in side_files.items():
+        write(path / f"{name}.json", content)
+    return path
+
+
+class Case:
+    """A base, a target, their delta, and a folder in which an output would be seen."""
+
+    def __init__(self, root: Path) -> None:
+        self.base = folder(root / "base", BASE, config="1", same="same")
+        self.target = folder(root / "target", TARGET, config="2", same="same")
+        self.delta = root / "delta.sd"
+        with sparsedelta.diff(self.base, self.target, base_id="org/model@4f1e") as delta:
+            delta.save(self.delta)
+        self.place = root / "place"
+        self.place.mkdir()
+        self.out = self.place / "out"
+
+    def refused(
+        self,
+        error: type[Exception],
+        problem: str,
+        base: Path,
+        *,
+        verify: str = "full",
+    ) -> Exception:
+        """Check that the delta cannot be applied to a base, and that nothing is left behind."""
+        before, n_open = state(base), len(os.listdir("/proc/self/fd"))
+        with pytest.raises(error, match=problem) as caught:
+            sparsedelta.apply(base, self.delta, self.out, verify=verify)  # type: ignore[arg-type]
+        assert os.listdir(self.place) == []
+        assert state(base) == before
+        assert len(os.listdir("/proc/self/fd")) == n_open
+        return caught.value
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    return Case(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "position"), [("w", 0), ("w", 1), ("w", 700), ("v", 9), ("u", 31), ("u", 8)]
+)
+def test_wrong_base(name: str, position: int, case: Case, tmp_path: Path) -> None:
+    other = BASE | {name: BASE[name].changed(position)}
+    if name == "u" and position == 8:  # the one touched element is the target's, but w is not
+        other["w"] = BASE["w"].changed(55)
+        name = "w"
+    wrong = folder(tmp_path / "wrong", other, config="1", same="same")
+    error = case.refused(
+        BaseMismatch, rf"tensor '{name}' has digest .*expected .*org/model@4f1e", wrong
+    )
+    assert isinstance(error, BaseMismatch)
+    assert error.tensor == name
+    assert error.expected != error.found
+
+
+def test_wrong_base_touched_values(case: Case, tmp_path: Path) -> None:
+    wrong = folder(tmp_path / "wrong", BASE | {"u": U.changed(9)}, config="1", same="same")
+    case.refused(BaseMismatch, "tensor 'u' has digest", wrong, verify="touched")
+    case.refused(AlreadyApplied, "already", case.target, verify="touched")
+
+
+@pytest.mark.parametrize("change", ["missing", "further", "retyped", "reshaped", "renamed"])
+def test_structure_is_compared_before_anything_is_read(
+    change: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, tuple[str, Callable[[dict[str, Raw]], object]]] = {
+        "missing": ("v", lambda t: t.pop("v")),
+        "further": ("x", lambda t: t.update(x=V)),
+        "retyped": ("w", lambda t: t.update(w=Raw("F16", W.shape, W.data))),
+        "reshaped": ("w", lambda t: t.update(w=Raw("BF16", (3, 400), W.data))),
+        "renamed": ("v", lambda t: t.update(x=t.pop("v"))),
+    }
+    name, alter = changes[change]
+    other = dict(BASE)
+    alter(other)
+    wrong = folder(tmp_path / "wrong", other, config="1", same="same")
+
+    def read_into(tensor: Tensor, buffer: memoryview, offset: int) -> None:
+        raise AssertionError("a tensor is read")
+
+    monkeypatch.setattr(Tensor, "read_into", read_into)
+    error = case.refused(StructureMismatch, f"tensor '{name}'.*expected", wrong)
+    assert isinstance(error, StructureMismatch)
+    assert error.tensor == name
+
+
+def test_structure_of_the_target_is_told(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    grown = folder(tmp_path / "grown", BASE | {"new": V}, config="1", same="same")
+    with sparsedelta.diff(case.base, grown) as delta:
+        delta.save(case.delta, overwrite=True)
+    case.refused(StructureMismatch, "may be applied already", grown)
+
+
+def test_already_applied(case: Case) -> None:
+    case.refused(AlreadyApplied, "already is this delta's target", case.target)
+
+
+@pytest.mark.parametrize("name", ["w", "u"])
+def test_partly_applied(name: str, case: Case, tmp_path: Path) -> None:
+    partly = folder(tmp_path / "partly", BASE | {name: TARGET[name]}, config="1", same="same")
+    error = case.refused(PartlyApplied, "1 of 2 changed tensors as in this delta's target", partly)
+    assert isinstance(error, PartlyApplied)
+    assert error.tensor == name
+
+
+@pytest.mark.parametrize("values", ["ulp", "target"])
+def test_already_applied_whatever_the_values(values: str, tmp_path: Path) -> None:
+    base = write_file(tmp_path / "base", BASE)
+    target = write_file(tmp_path / "target", {"w": TARGET["w"], "u": U})
+    delta = sparsedelta.diff(base, target, values=values)
+    with delta, pytest.raises(StructureMismatch, match="may be applied already"):
+        sparsedelta.apply(target, delta, tmp_path / "out")
+    target = write_file(tmp_path / "target", TARGET)
+    with sparsedelta.diff(base, target, values=values) as delta, pytest.raises(AlreadyApplied):
+        sparsedelta.apply(target, delta, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["base", "target"]
+
+
+@pytest.mark.parametrize("content", ["other", "sam", None])
+def test_wrong_side_file(content: str | None, case: Case, tmp_path: Path) -> None:
+    wrong = folder(tmp_path / "wrong", BASE, config="1")
+    if content is not None:
+        write(wrong / "same.json", content)
+    case.refused(BaseMismatch, r"same\.json", wrong)
+    case.refused(BaseMismatch, r"same\.json", wrong, verify="none")
+
+
+def test_further_side_files_of_the_base_do_no_harm(case: Case) -> None:
+    write(case.base / "README.md", "x")
+    write(case.base / "config.json", "other: the delta carries the target's")
+    (case.base / "odd").symlink_to("nothing")
+    sparsedelta.apply(case.base, case.delta, case.out)
+    assert_same_files(case.target, case.out)
+
+
+@pytest.mark.parametrize("verify", ["full", "touched", "none"])
+def test_every_verify_is_exact_on_the_right_base(verify: str, case: Case) -> None:
+    sparsedelta.apply(case.base, case.delta, case.out, verify=verify)  # type: ignore[arg-type]
+    assert_same_files(case.target, case.out)
+
+
+def test_unknown_verify(case: Case) -> None:
+    case.refused(ValueError, "verify is 'some', expected one of", case.base, verify="some")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling link", "base", "inside base"])
+def test_existing_or_overlapping_output(kind: str, case: Case) -> None:
+    if kind == "file":
+        write(case.out, "x")
+    elif kind == "folder":
+        case.out.mkdir()
+    elif kind == "dangling link":
+        case.out.symlink_to("nothing")
+    out = {"base": case.base, "inside base": case.base / "out"}.get(kind, case.out)
+    before = state(case.place), state(case.base)
+    with pytest.raises((FileExistsError, ValueError), match="choose another"):
+        sparsedelta.apply(case.base, case.delta, out)
+    if "base" in kind:
+        with pytest.raises(ValueError, match="lie within each other"):
+            sparsedelta.apply(case.base, case.delta, out, overwrite=True)
+    assert (state(case.place), state(case.base)) == before
+
+
+def test_overwriting(case: Case) -> None:
+    write(case.out / "old/file", "x")
+    sparsedelta.apply(case.base, case.delta, case.out, overwrite=True)
+    assert_same_files(case.target, case.out)
+    assert os.listdir(case.place) == ["out"]
+
+
+def test_failing_to_overwrite_keeps_what_was_there(case: Case) -> None:
+    write(case.out / "old/file", "x")
+    before = state(case.out)
+    with pytest.raises(AlreadyApplied):
+        sparsedelta.apply(case.target, case.delta, case.out, overwrite=True)
+    assert state(case.out) == before
+    assert os.listdir(case.place) == ["out"]
+
+
+@pytest.mark.parametrize("where", [0.01, 0.5, 0.9, 1])
+def test_damaged_delta(where: float, case: Case) -> None:
+    raw = bytearray(case.delta.read_bytes())
+    raw[round(where * (len(raw) - 1))] ^= 0x40
+    case.delta.write_bytes(raw)
+    case.refused(SparseDeltaError, r"damaged|digest|delta|manifest", case.base)
+
+
+def test_cut_delta(case: Case) -> None:
+    case.delta.write_bytes(case.delta.read_bytes()[:-1])
+    case.refused(SparseDeltaError, "ends early", case.base)
+
+
+def test_full_disk(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    case.refused(OSError, "No space left", case.base)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3])
+def test_several_deltas(n: int, tmp_path: Path) -> None:
+    steps = [folder(tmp_path / "0", BASE, config="0")]
+    deltas = []
+    for i in range(1, n + 1):
+        tensors = {"w": W.changed(*range(i)), "v": V, f"new{i}": V.changed(i)}
+        steps.append(folder(tmp_path / str(i), tensors, config=str(i)))
+        deltas.append(tmp_path / f"{i}.sd")
+        with sparsedelta.diff(steps[i - 1], steps[i]) as delta:
+            delta.save(deltas[-1])
+    place = tmp_path / "place"
+    place.mkdir()
+    if n == 0:
+        with pytest.raises(ValueError, match="no delta"):
+            sparsedelta.apply(steps[0], deltas, place / "out")
+        return
+    sparsedelta.apply(steps[0], deltas, place / "out")
+    assert_same_files(steps[n], place / "out")
+    assert os.listdir(place) == ["out"]
+    if n > 1:
+        with pytest.raises(BaseMismatch, match="order in which"):
+            sparsedelta.apply(steps[0], deltas[::-1], place / "out2")
+        with pytest.raises((BaseMismatch, StructureMismatch)):
+            sparsedelta.apply(steps[0], deltas[1:], place / "out2")
+        assert os.listdir(place) == ["out"]
+
+
+def test_verify_tells_base_and_target(case: Case, tmp_path: Path) -> None:
+    before = state(case.base), state(case.target)
+    report = sparsedelta.verify(case.delta)
+    assert (report.n_tensors, report.n_changed, report.nnz) == (3, 2, 4)
+    assert (report.base_checked, report.target_checked) == (False, False)
+    report = sparsedelta.verify(case.delta, base=case.base, target=case.target)
+    assert (report.base_checked, report.target_checked) == (True, True)
+    with pytest.raises(AlreadyApplied):
+        sparsedelta.verify(case.delta, base=case.target)
+    with pytest.raises(TargetMismatch):
+        sparsedelta.verify(case.delta, target=case.base)
+    assert (state(case.base), state(case.target)) == before
+
+
+@pytest.mark.parametrize("change", ["tensor", "side", "further", "missing", "header", "folder"])
+def test_verify_finds_every_difference_of_a_target(change: str, case: Case, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(case.target, other)
+    sparsedelta.verify(case.delta, target=other)
+    if change == "tensor":
+        folder(other, TARGET | {"v": V.changed(5)})
+    elif change == "side":
+        write(other / "config.json", "3")
+    elif change == "further":
+        write(other / "more.json", "")
+    elif change == "missing":
+        (other / "same.json").unlink()
+    elif change == "header":
+        write_file(other / "model-00001-of-00002.safetensors", {"w": TARGET["w"]})
+    else:
+        (other / "empty").mkdir()
+    with pytest.raises(TargetMismatch):
+        sparsedelta.verify(case.delta, target=other)
+
+
+def test_verify_single_file_by_any_name(tmp_path: Path) -> None:
+    base, target = write_file(tmp_path / "a", BASE), write_file(tmp_path / "b", TARGET)
+    with sparsedelta.diff(base, target) as delta:
+        shutil.copy(target, tmp_path / "c")
+        assert sparsedelta.verify(delta, base=base, target=tmp_path / "c").target_checked
+        with pytest.raises(TargetMismatch):
+            sparsedelta.verify(delta, target=base)
+        with pytest.raises(TargetMismatch):
+            sparsedelta.verify(delta, target=folder(tmp_path / "d", TARGET))
+
+
+UNREAD = ["pytorch_model.bin", "sub/model.GGUF", "a.pt", "b.pth", "tf_model.h5", "x.onnx", "o.npz"]
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_weights_that_are_not_read_stop_diff(name: str, tmp_path: Path) -> None:
+    base = folder(tmp_path / "base", BASE, config="1")
+    target = folder(tmp_path / "target", TARGET, config="2")
+    write(target / name, "weights")
+    with pytest.raises(CheckpointError, match=f"{name}.*weight format.*--exclude '{name}'"):
+        sparsedelta.diff(base, target)
+    check_excluded(base, target, name)
+
+
+def check_excluded(base: Path, target: Path, name: str) -> None:
+    """Check that with a file left out, the output is the target without it."""
+    with sparsedelta.diff(base, target, exclude=[name]) as delta:
+        sparsedelta.apply(base, delta, target.parent / "out")
+    wanted, found = tree(target), tree(target.parent / "out")
+    del wanted[name]
+    if "/" in name:
+        del wanted[name.rpartition("/")[0]]
+    assert found == wanted
+
+
+def test_file_too_large_to_carry_stops_diff(tmp_path: Path) -> None:
+    base = folder(tmp_path / "base", BASE, config="1")
+    target = folder(tmp_path / "target", TARGET, config="2")
+    limit = _diff.CARRY_LIMIT_BYTES
+    os.truncate(write(target / "corpus.txt", "x"), limit + 1)
+    with pytest.raises(CheckpointError, match=r"corpus\.txt.*64 MiB.*--exclude 'corpus.txt'"):
+        sparsedelta.diff(base, target)
+    check_excluded(base, target, "corpus.txt")
+    shutil.rmtree(tmp_path / "out")
+    os.truncate(target / "corpus.txt", limit)
+    with sparsedelta.diff(base, target) as delta:
+        sparsedelta.apply(base, delta, tmp_path / "out")
+    assert_same_files(target, tmp_path / "out")
+    shutil.copy(target / "corpus.txt", base / "corpus.txt")
+    os.truncate(target / "corpus.txt", limit + 1)
+    os.truncate(base / "corpus.txt", limit + 1)
+    shutil.rmtree(tmp_path / "out")
+    with sparsedelta.diff(base, target) as delta:  # as large as it likes: it is the base's
+        sparsedelta.apply(base, delta, tmp_path / "out")
+    assert_same_files(target, tmp_path / "out")
+
+
+def test_all_files_that_stop_diff_are_named(tmp_path: Path) -> None:
+    base, target = folder(tmp_path / "base", BASE), folder(tmp_path / "target", TARGET)
+    for name in UNREAD[:3]:
+        write(target / name, "weights")
+    with pytest.raises(CheckpointError) as caught:
+        sparsedelta.diff(base, target)
+    assert all(f"'{name}'" in str(caught.value) for name in UNREAD[:3])
+
+
+@pytest.mark.parametrize("name", ["back\\slash", "co:lon.json", "new\nline", b"caf\xe9.json"])
+@pytest.mark.parametrize("weights", [False, True])
+def test_file_names_that_cannot_be_kept_stop_diff(
+    weights: bool, name: str | bytes, tmp_path: Path
+) -> None:
+    base, target = folder(tmp_path / "base", BASE), folder(tmp_path / "target", TARGET)
+    odd = target / os.fsdecode(name)
+    if weights:
+        odd = odd.with_name(odd.name + ".safetensors")
+        write_file(odd, {"x": V})
+    else:
+        write(odd, "{}")
+    with pytest.raises(CheckpointError, match="rename it or leave it out with --exclude"):
+        sparsedelta.diff(base, target)
+    write(base / os.fsdecode(name), "in the base it does no harm")
+    odd.unlink()
+    with sparsedelta.diff(base, target) as delta:
+        sparsedelta.apply(base, delta, tmp_path / "out")
+    assert_same_files(target, tmp_path / "out")
+
+
+def test_excluding_files_of_the_base_too(tmp_path: Path) -> None:
+    base, target = folder(tmp_path / "base", BASE), folder(tmp_path / "target", TARGET)
+    for root in (base, target):
+        write_file(root / "consolidated.safetensors", {"w": noise("U8", 9, seed=root.name)})
+        write(root / "old.bin", root.name)
+    with sparsedelta.diff(base, target, exclude=["consolidated.safetensors", "*.bin"]) as delta:
+        assert {row.name for row in delta.tensors} == set(BASE)
+        sparsedelta.apply(base, delta, tmp_path / "out")
+    (target / "consolidated.safetensors").unlink()
+    (target / "old.bin").unlink()
+    assert_same_files(target, tmp_path / "out")
+
+
+def test_no_weights_stop_diff(tmp_path: Path) -> None:
+    base = folder(tmp_path / "base", BASE)
+    write(tmp_path / "target/pytorch_model.bin", "x")
+    for old, new in ((base, tmp_path / "target"), (tmp_path / "target", base)):
+        with pytest.raises(CheckpointError, match=r"holds no \.safetensors file"):
+            sparsedelta.diff(old, new)
+
+
+def test_target_that_changes_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = folder(tmp_path / "base", BASE, config="1")
+    target = folder(tmp_path / "target", TARGET, config="2")
+    monkeypatch.setattr(
+        _diff, "digest_file", lambda location: (1, blake3(bytes(location)).digest())
+    )
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        sparsedelta.diff(base, target)
+
+
+def test_base_that_changes_under_a_delta_in_memory(case: Case) -> None:
+    with sparsedelta.load(case.delta) as delta:
+        raw = bytearray(case.delta.read_bytes())
+        raw[-1] ^= 1
+        case.delta.write_bytes(raw)
+        with pytest.raises(Corrupt, match="does not match its digest"):
+            sparsedelta.apply(case.base, delta, case.out)
+    assert os.listdir(case.place) == []

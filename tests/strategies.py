@@ -1,0 +1,208 @@
+"""Checkpoints at random: a few small tensors of any dtype, and all that people do to them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers import BITS, Raw, compact, n_bytes, write, write_file, write_sharded
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+
+def relaxed(n_examples: int) -> settings:
+    """Return settings for tests that use the disk: the same examples every time, at any pace."""
+    return settings(
+        max_examples=n_examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+
+
+dtypes = st.sampled_from(sorted(BITS))
+names = st.text(max_size=6).filter(lambda name: name != "__metadata__") | st.sampled_from(
+    ["w", "v", "layer.0.weight", "sparsedelta:manifest", "sparsedelta:tensor/w", "m:w", "s/m:w"]
+)
+patterns = st.sampled_from([b"\0", b"\xff", b"\x80", b"\0\x80", b"\x80\x7f", b"\xc1\x7f", b"\1"])
+
+
+@st.composite
+def shapes(draw: st.DrawFn, dtype: str) -> tuple[int, ...]:
+    """Draw a shape that fills whole bytes."""
+    shape = tuple(draw(st.lists(st.integers(0, 6), max_size=3)))
+    return shape if BITS[dtype] >= 8 else (*shape, 4 * draw(st.integers(0, 3)))
+
+
+@st.composite
+def contents(draw: st.DrawFn, size: int) -> bytes:
+    """Draw the bytes of a tensor: random, or of few special patterns."""
+    if draw(st.booleans()):
+        return draw(st.binary(min_size=size, max_size=size))
+    return (draw(patterns) * size)[:size]
+
+
+@st.composite
+def raws(draw: st.DrawFn) -> Raw:
+    """Draw a tensor."""
+    dtype = draw(dtypes)
+    shape = draw(shapes(dtype))
+    return Raw(dtype, shape, draw(contents(n_bytes(dtype, shape))))
+
+
+def changed(draw: st.DrawFn, tensor: Raw) -> Raw:
+    """Return the tensor with some bytes replaced."""
+    data = bytearray(tensor.data)
+    if data:
+        for position in draw(st.lists(st.integers(0, len(data) - 1), max_size=5)):
+            data[position] = draw(st.integers(0, 255))
+    return tensor.with_data(bytes(data))
+
+
+def resized(draw: st.DrawFn, tensor: Raw) -> Raw:
+    """Return the tensor with another first dimension, its leading bytes kept."""
+    if len(tensor.shape) < 2:
+        return changed(draw, tensor)
+    shape = (draw(st.integers(0, 8)), *tensor.shape[1:])
+    if BITS[tensor.dtype] < 8 and shape[-1] % 4:
+        return tensor
+    data = tensor.data + draw(contents(n_bytes(tensor.dtype, shape)))
+    return Raw(tensor.dtype, shape, data[: n_bytes(tensor.dtype, shape)])
+
+
+def reshaped(draw: st.DrawFn, tensor: Raw) -> Raw:
+    """Return the tensor turned, or flat."""
+    flat = (len(tensor.data) * 8 // BITS[tensor.dtype],)
+    shape = draw(st.sampled_from([tuple(reversed(tensor.shape)), flat, (1, *tensor.shape)]))
+    return Raw(tensor.dtype, shape, tensor.data)
+
+
+def replaced(draw: st.DrawFn, tensor: Raw) -> Raw:
+    """Return another tensor."""
+    return draw(raws())
+
+
+EDITS: list[Callable[[st.DrawFn, Raw], Raw]] = [
+    changed,
+    changed,
+    changed,
+    resized,
+    reshaped,
+    replaced,
+]
+
+
+@st.composite
+def edited(draw: st.DrawFn, tensors: dict[str, Raw]) -> dict[str, Raw]:
+    """Draw what became of tensors: some kept, changed, removed, added, all in another order."""
+    result = {}
+    for name, tensor in tensors.items():
+        fate = draw(st.integers(0, 9))
+        if fate:
+            result[name] = tensor if fate < 3 else draw(st.sampled_from(EDITS))(draw, tensor)
+    result |= draw(st.dictionaries(names, raws(), max_size=2))
+    order = draw(st.permutations(list(result))) if draw(st.booleans()) else list(result)
+    return {name: result[name] for name in order}
+
+
+def spelled(
+    indent: int | None, spaces: int, *, backwards: bool
+) -> Callable[[dict[str, Any]], bytes]:
+    """Return a way to spell a header."""
+
+    def spell(fields: dict[str, Any]) -> bytes:
+        if backwards:
+            fields = dict(reversed(fields.items()))
+        return json.dumps(fields, indent=indent).encode() + b" " * spaces
+
+    return spell
+
+
+spellings = st.just(compact) | st.builds(
+    spelled, st.sampled_from([None, 0, 2]), st.integers(0, 9), backwards=st.booleans()
+)
+metadata = st.none() | st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=2)
+
+paths = st.lists(
+    st.text("abé.-", min_size=1, max_size=3).filter(lambda part: part.strip(".")),
+    min_size=1,
+    max_size=3,
+).map("/".join)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checkpoint to be written.
+
+    Attributes:
+        sets: the tensors of each weight set by its stem; a lone set of stem "" is a single file.
+        write: writes the files below a path and returns the checkpoint.
+    """
+
+    sets: dict[str, dict[str, Raw]]
+    write: Callable[[Path], Path]
+
+
+@st.composite
+def plans(draw: st.DrawFn, sets: dict[str, dict[str, Raw]]) -> Plan:
+    """Draw how weight sets are laid out in files, and what lies beside them."""
+    spell, meta = draw(spellings), draw(metadata)
+    if len(sets) == 1 and draw(st.booleans()):
+        (tensors,) = sets.values()
+        return Plan(sets, lambda path: write_file(path, tensors, meta, spell=spell))
+    parts = {
+        stem: draw(st.lists(st.integers(0, 2), min_size=len(tensors), max_size=len(tensors)))
+        if draw(st.booleans())
+        else None
+        for stem, tensors in sets.items()
+    }
+    files = draw(st.dictionaries(paths, st.binary(max_size=20), max_size=3))
+    folders = draw(st.lists(paths, max_size=2))
+
+    def write_plan(root: Path) -> Path:
+        root.mkdir()
+        for stem, tensors in sets.items():
+            numbers = parts[stem]
+            if numbers is None:
+                write_file(root / f"{stem}.safetensors", tensors, meta, spell=spell)
+            else:
+                shards: list[dict[str, Raw]] = [{}, {}, {}]
+                for number, (name, tensor) in zip(numbers, tensors.items(), strict=True):
+                    shards[number][name] = tensor
+                write_sharded(root, [shard for shard in shards if shard] or [{}], stem=stem)
+        for path, content in files.items():
+            if free(root, path):
+                write(root / path, content)
+        for path in folders:
+            if free(root, path):
+                (root / path).mkdir(parents=True)
+        return root
+
+    return Plan(sets, write_plan)
+
+
+def free(root: Path, path: str) -> bool:
+    """Return whether a file or folder can be made there."""
+    place = root / path
+    parents = [p for p in place.parents if p.is_relative_to(root)]
+    return not os.path.lexists(place) and all(p.is_dir() or not p.exists() for p in parents)
+
+
+STEMS = [["model"], ["model"], ["model", "m"], ["a", "s/m"], ["sparsedelta", "model"], ["x"]]
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[Plan, Plan]:
+    """Draw a base and a target made of it."""
+    sets: dict[str, dict[str, Raw]] = {}
+    for stem in draw(st.sampled_from(STEMS)):
+        sets[stem] = draw(st.dictionaries(names, raws(), max_size=4))
+    edited_sets = {stem: draw(edited(tensors)) for stem, tensors in sets.items()}
+    if len(edited_sets) > 1 and not draw(st.integers(0, 3)):
+        edited_sets.popitem()
+    return draw(plans(sets)), draw(plans(edited_sets))

@@ -1,0 +1,75 @@
+"""The public names, pinned: one that goes, or comes, is a decision."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+import sparsedelta
+
+NAMES = {
+    "Delta",
+    "Inspection",
+    "PullReport",
+    "PushReport",
+    "SparseDeltaError",
+    "VerifyReport",
+    "__version__",
+    "apply",
+    "diff",
+    "inspect",
+    "invert",
+    "load",
+    "stack",
+    "pull",
+    "push",
+    "verify",
+}
+
+
+def test_names() -> None:
+    assert set(sparsedelta.__all__) == NAMES
+    assert len(sparsedelta.__all__) == len(NAMES)
+    assert dir(sparsedelta) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES - {"__version__"}))
+def test_every_name_is_there_and_described(name: str) -> None:
+    value = getattr(sparsedelta, name)
+    assert value is getattr(sparsedelta, name)
+    assert value.__module__.startswith("sparsedelta.")
+    assert inspect.getdoc(value)
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", sparsedelta.__version__)
+
+
+def test_no_other_name() -> None:
+    with pytest.raises(AttributeError, match="module 'sparsedelta' has no attribute 'patch'"):
+        sparsedelta.patch  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        (
+            "diff",
+            "base target * base_id values exclude info progress spool_dir",
+        ),
+        ("apply", "base delta out * verify overwrite progress"),
+        ("verify", "delta * base target progress"),
+        ("load", "path"),
+        ("stack", "deltas * base progress spool_dir"),
+        ("invert", "delta * base base_id exclude progress spool_dir"),
+    ],
+)
+def test_parameters(name: str, parameters: str) -> None:
+    found: list[str] = []
+    for parameter in inspect.signature(getattr(sparsedelta, name)).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in found:
+            found.append("*")
+        found.append(parameter.name)
+    assert " ".join(found) == parameters
