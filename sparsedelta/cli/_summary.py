@@ -29,7 +29,7 @@ _MAX_VALUE = 80
 _FINGERPRINT_DIGITS = 12
 
 
-def show_summary(path: Path, found: Inspection) -> None:
+def show_summary(path: str | Path, found: Inspection) -> None:
     """Print what the delta is, what it changes and what its bytes are spent on."""
     facts = Table.grid(padding=(0, _GAP))
     facts.add_column(style="bold", no_wrap=True)
@@ -39,7 +39,7 @@ def show_summary(path: Path, found: Inspection) -> None:
     _print([facts, "", _sizes_table(found)])
 
 
-def _facts(path: Path, found: Inspection) -> Iterator[tuple[str, str]]:
+def _facts(path: str | Path, found: Inspection) -> Iterator[tuple[str, str]]:
     file_bytes = found.sizes.file_bytes or 0
     share = "" if found.share is None else f", {percent(found.share)} of the target's tensors"
     yield "delta", f"{printable(str(path))}: {size(file_bytes)}{share}"

@@ -10,11 +10,13 @@ import click
 import sparsedelta
 from sparsedelta.cli._common import PATH, Settings, examples
 from sparsedelta.cli._progress import progress_bar
+from sparsedelta.cli._sources import Sources
+from sparsedelta.staging import check_absent
 
 
 @click.command("apply", epilog=examples("sparsedelta apply base/ delta.sd out/"))
-@click.argument("base", type=PATH)
-@click.argument("deltas", type=PATH, nargs=-1, required=True, metavar="DELTA...")
+@click.argument("base")
+@click.argument("deltas", nargs=-1, required=True, metavar="DELTA...")
 @click.argument("out", type=PATH)
 @click.option(
     "--verify",
@@ -28,8 +30,8 @@ from sparsedelta.cli._progress import progress_bar
 def command(
     settings: Settings,
     *,
-    base: Path,
-    deltas: tuple[Path, ...],
+    base: str,
+    deltas: tuple[str, ...],
     out: Path,
     verify: Literal["full", "touched", "none"],
     overwrite: bool,
@@ -37,8 +39,14 @@ def command(
     """Rebuild a target from BASE and DELTA, byte for byte.
 
     Several deltas are applied in order, each made from the target of the one before it. OUT
-    appears once it is complete and checked; BASE is only read.
+    appears once it is complete and checked; BASE is only read. BASE and DELTA may be repositories
+    on the Hub: org/name@revision.
     """
-    with progress_bar(settings) as progress:
-        sparsedelta.apply(base, deltas, out, verify=verify, overwrite=overwrite, progress=progress)
+    check_absent(out, overwrite=overwrite)
+    with Sources(settings) as sources, progress_bar(settings) as progress:
+        paths = [sources.delta(delta) for delta in deltas]
+        place, before = sources.base(base, paths[0])
+        sparsedelta.apply(
+            place, [*before, *paths], out, verify=verify, overwrite=overwrite, progress=progress
+        )
     settings.note(f"wrote {out}")

@@ -17,6 +17,7 @@ from sparsedelta.cli._common import (
     print_json,
 )
 from sparsedelta.cli._progress import progress_bar
+from sparsedelta.cli._sources import Sources
 from sparsedelta.cli._text import count, percent, printable, size
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     "diff",
     epilog=examples("sparsedelta diff base/ target/ -o delta.sd --base-id org/model@4f1e2d9"),
 )
-@click.argument("base", type=PATH)
-@click.argument("target", type=PATH)
+@click.argument("base")
+@click.argument("target")
 @click.option(
     "-o", "--output", type=PATH, required=True, metavar="DELTA", help="The file to write."
 )
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
 def command(
     settings: Settings,
     *,
-    base: Path,
-    target: Path,
+    base: str,
+    target: str,
     output: Path,
     base_id: str | None,
     values: str,
@@ -60,23 +61,25 @@ def command(
     """Write the delta that makes TARGET of BASE.
 
     BASE and TARGET are each a .safetensors file, or a folder that holds such files, sharded or
-    not, with config, tokenizer and other files beside them.
+    not, with config, tokenizer and other files beside them; or a repository on the Hub of such
+    files: org/name@revision.
     """
-    check_output_file(output, overwrite=overwrite, inputs=(base, target))
-    with (
-        progress_bar(settings) as progress,
-        sparsedelta.diff(
-            base,
-            target,
-            base_id=base_id,
+    with Sources(settings) as sources:
+        check_output_file(output, overwrite=overwrite, inputs=sources.paths(base, target))
+        old, name = sources.checkpoint(base)
+        new, _ = sources.checkpoint(target)
+        progress = sources.enter_context(progress_bar(settings))
+        with sparsedelta.diff(
+            old,
+            new,
+            base_id=base_id or name,
             values=values,
             exclude=exclude,
             progress=progress,
             spool_dir=str(output.parent),  # has to have the room anyway; /tmp may be memory
-        ) as delta,
-    ):
-        delta.save(output, overwrite=overwrite)
-    _report(output, target, as_json=as_json)
+        ) as delta:
+            delta.save(output, overwrite=overwrite)
+        _report(output, new, as_json=as_json)
 
 
 def _report(output: Path, target: Path, *, as_json: bool) -> None:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 import sparsedelta
-from sparsedelta.cli._common import PATH, examples, json_option, print_json
+from sparsedelta.cli._common import Settings, examples, json_option, print_json
+from sparsedelta.cli._sources import Sources
 
 
 @click.command("inspect", epilog=examples("sparsedelta inspect delta.sd --tensors"))
-@click.argument("delta", type=PATH)
+@click.argument("delta")
 @click.option("--tensors", is_flag=True, help="List the tensors it touches, too.")
 @json_option
-def command(*, delta: Path, tensors: bool, as_json: bool) -> None:
+@click.pass_obj
+def command(settings: Settings, *, delta: str, tensors: bool, as_json: bool) -> None:
     """Show what DELTA changes and what its bytes are spent on.
 
-    Only the beginning of the file is read. With --json every tensor is listed in any case.
+    Only the beginning of the file is read, also of one on the Hub (org/name@revision). With --json
+    every tensor is listed in any case.
     """
-    found = sparsedelta.inspect(delta)
+    with Sources(settings) as sources:
+        found = sparsedelta.inspect(sources.head_of_delta(delta))
     if as_json:
-        print_json({"delta": str(delta), **found.as_json()})
+        print_json({"delta": delta, **found.as_json()})
         return
     from sparsedelta.cli._summary import show_summary
     from sparsedelta.cli._tensors import show_tensors

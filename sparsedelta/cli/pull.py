@@ -54,9 +54,9 @@ def command(
     token: str | None,
     as_json: bool,
 ) -> None:
-    """Make the target of the delta in the repository ORG/NAME, fetching its base, too.
+    """Make the target of a delta on the Hub.
 
-    Both are downloaded into the cache of the Hub's client unless they are there, and checked. A base
+    The delta and its base are downloaded into the cache of the Hub's client unless they are there, and checked. A base
     that is a delta itself is made first. OUT appears once it is complete.
     """
     quiet_client(settings)

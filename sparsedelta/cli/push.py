@@ -58,9 +58,9 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Put DELTA into the repository ORG/NAME on the Hugging Face Hub, with a model card.
+    """Put DELTA into a repository on the Hub.
 
-    The base is pinned to a commit and proved to be the delta's before anything is sent. All goes
+    A model card is made, or its section on DELTA renewed. The base is pinned to a commit and proved to be the delta's before anything is sent. All goes
     into one commit; what the repository already has is not sent again.
     """
     quiet_client(settings)

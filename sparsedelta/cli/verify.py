@@ -3,50 +3,69 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 import sparsedelta
-from sparsedelta.cli._common import PATH, Settings, examples, json_option, print_json
+from sparsedelta.cli._common import Settings, examples, json_option, print_json
 from sparsedelta.cli._progress import progress_bar
+from sparsedelta.cli._sources import Sources
 from sparsedelta.cli._text import count, printable, size
 
 if TYPE_CHECKING:
     from sparsedelta import VerifyReport
+    from sparsedelta.hub.sources import RemoteBaseReport
 
 
 @click.command("verify", epilog=examples("sparsedelta verify delta.sd --base base/ --target out/"))
-@click.argument("delta", type=PATH)
-@click.option("--base", type=PATH, help="Check that this is the base, and becomes the target.")
-@click.option("--target", type=PATH, metavar="OUT", help="Check that this is the target.")
+@click.argument("delta")
+@click.option("--base", help="Check that this is the base, and becomes the target.")
+@click.option("--target", metavar="OUT", help="Check that this is the target.")
 @json_option
 @click.pass_obj
 def command(
-    settings: Settings, *, delta: Path, base: Path | None, target: Path | None, as_json: bool
+    settings: Settings, *, delta: str, base: str | None, target: str | None, as_json: bool
 ) -> None:
     """Check all of DELTA, and that BASE and OUT belong to it.
 
-    Nothing is written. The first thing found wrong is told, and the exit code is 1.
+    Nothing is written. The first thing found wrong is told, and the exit code is 1. Each may be a
+    repository on the Hub (org/name@revision); without BASE the base of one is then compared with what
+    the Hub says of it, and no weights are downloaded.
     """
-    with progress_bar(settings) as progress:
-        report = sparsedelta.verify(delta, base=base, target=target, progress=progress)
+    with Sources(settings) as sources, progress_bar(settings) as progress:
+        path = sources.delta(delta)
+        remote = sources.word_on_base(delta) if base is None else None
+        report = sparsedelta.verify(
+            path,
+            base=None if base is None else sources.only_base(base, path),
+            target=None if target is None else sources.checkpoint(target)[0],
+            progress=progress,
+        )
     if as_json:
-        print_json({"delta": str(delta), **dataclasses.asdict(report)})
+        word = {} if remote is None else {"remote_base": dataclasses.asdict(remote)}
+        print_json({"delta": delta, **dataclasses.asdict(report), **word})
     else:
-        click.echo(_describe(delta, report))
+        click.echo(_describe(delta, report, remote))
 
 
-def _describe(delta: Path, report: VerifyReport) -> str:
+def _describe(delta: str, report: VerifyReport, remote: RemoteBaseReport | None) -> str:
     changes = (
         f"{count(report.nnz, 'changed value')} in {count(report.n_changed)} of"
         f" {count(report.n_tensors, 'tensor')}, {size(report.payload_bytes)} coded"
     )
+    base = "right, it becomes the target" if report.base_checked else "not checked"
     return "\n".join(
         [
-            f"{printable(str(delta))} is sound: {changes}",
-            "base: " + ("right, it becomes the target" if report.base_checked else "not checked"),
+            f"{printable(delta)} is sound: {changes}",
+            "base: " + (base if remote is None else _word(remote)),
             "target: " + ("right, every file" if report.target_checked else "not checked"),
         ]
     )
+
+
+def _word(remote: RemoteBaseReport) -> str:
+    name = printable(remote.base)
+    if remote.recorded:
+        return f"{name} has the {count(remote.n_files, 'file')} proved when the delta was pushed"
+    return f"{name} has the same tensors by name, dtype and shape; their content was not checked"

@@ -85,15 +85,14 @@ def open_link(repository: Repository) -> Link:
 
 
 def follow(
-    hub: Hub, link: Link, *, base_revision: str | None = None, until: bytes | None = None
-) -> tuple[list[Link], Repository | None]:
+    hub: Hub, link: Link, *, base_revision: str | None = None
+) -> tuple[list[Link], Repository]:
     """Return a link with all below it, the lowest first, and the repository of the base with weights.
 
     Args:
         hub: where they are.
         link: the delta to begin with.
         base_revision: of the base of ``link``, in place of the one that its delta names.
-        until: a fingerprint: stop at the delta made from it, without a repository.
 
     Raises:
         BaseMismatch: a delta was not made from the target of the one below it.
@@ -101,23 +100,45 @@ def follow(
         RemoteError: a part cannot be had.
     """
     links = [link]
-    seen = {link.reference}
-    while links[0].delta.base.fingerprint != until:
-        above = links[0]
-        base = _open_base(hub, above, base_revision if above is link else None)
+    while True:
+        base = _open_base(hub, links[0], base_revision if links[0] is link else None)
         if not base.is_delta_repository:
             return links, base
-        below = open_link(base)
-        links.insert(0, below)
-        if below.reference in seen or _comes_back(links) or len(links) > MAX_LINKS:
-            raise ConflictError(
-                f"the bases of '{link.repository.name}' have no end: {below.reference} comes up"
-                " again, or more than"
-                f" {MAX_LINKS} deltas lie below one another; pull with a local base instead"
-            )
-        seen.add(below.reference)
-        check_link(below.delta, above.delta, below.repository.name)
-    return links, None
+        _descend(links, base)
+
+
+def follow_to(hub: Hub, link: Link, fingerprint: bytes) -> list[Link] | None:
+    """Return a link with those below it down to the one made from a base of this fingerprint.
+
+    Returns:
+        the lowest first; None if there is none.
+
+    Raises:
+        BaseMismatch, ConflictError, RemoteError: as ``follow``.
+    """
+    links = [link]
+    while links[0].delta.base.fingerprint != fingerprint:
+        base = _open_base(hub, links[0], None)
+        if not base.is_delta_repository:
+            return None
+        _descend(links, base)
+    return links
+
+
+def _descend(links: list[Link], base: Repository) -> None:
+    """Put the delta in a repository below the lowest link, checking that it belongs there."""
+    above, below = links[0], open_link(base)
+    if (
+        any(below.reference == link.reference for link in links)
+        or _comes_back([below, *links])
+        or len(links) == MAX_LINKS
+    ):
+        raise ConflictError(
+            f"the bases of '{links[-1].repository.name}' have no end: '{below.reference}' comes up"
+            f" again, or more than {MAX_LINKS} deltas lie on one another; pull with a base of your own"
+        )
+    check_link(below.delta, above.delta, below.repository.name)
+    links.insert(0, below)
 
 
 def files_of_base(base: Repository, link: Link) -> list[str]:

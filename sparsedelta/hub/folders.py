@@ -18,15 +18,16 @@ _GIT_OID = re.compile(r"[0-9a-f]{40}")
 
 
 @contextmanager
-def folder_of(places: Mapping[str, Path]) -> Iterator[Path]:
+def folder_of(places: Mapping[str, Path], *, only: bool = False) -> Iterator[Path]:
     """Yield a folder that holds files under their paths, and no other weights.
 
     Args:
         places: where the files are, by path: all in one snapshot of the cache.
+        only: whether it may not hold any other files either.
     """
     path, place = next(iter(places.items()))
     snapshot = place.parents[path.count("/")]
-    if _weights_below(snapshot) <= places.keys():
+    if _files_below(snapshot, weights=not only) <= places.keys():
         yield snapshot
         return
     with tempfile.TemporaryDirectory(prefix="sparsedelta-base-") as made:
@@ -57,9 +58,10 @@ def remove_damaged(places: Iterable[Path]) -> list[Path]:
     return damaged
 
 
-def _weights_below(folder: Path) -> set[str]:
+def _files_below(folder: Path, *, weights: bool) -> set[str]:
+    """Return the paths of all files below a folder, or of its weights and their indexes."""
     return {
         place.relative_to(folder).as_posix()
         for place in folder.rglob("*")
-        if place.name.endswith((WEIGHT_SUFFIX, INDEX_SUFFIX))
+        if place.is_file() and (not weights or place.name.endswith((WEIGHT_SUFFIX, INDEX_SUFFIX)))
     }

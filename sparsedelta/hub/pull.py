@@ -16,8 +16,15 @@ from sparsedelta._apply import AnyPath, apply, check_apart
 from sparsedelta.checkpoint import Checkpoint
 from sparsedelta.compare import digest_tensor
 from sparsedelta.delta import Delta
-from sparsedelta.errors import FormatError, MismatchError
-from sparsedelta.hub.chain import Link, files_of_base, follow, open_link, raise_if_damaged
+from sparsedelta.errors import CheckpointError, FormatError, MismatchError
+from sparsedelta.hub.chain import (
+    Link,
+    files_of_base,
+    follow,
+    follow_to,
+    open_link,
+    raise_if_damaged,
+)
 from sparsedelta.hub.client import Hub, Token
 from sparsedelta.hub.folders import folder_of
 from sparsedelta.hub.proof import parse_base_id
@@ -152,13 +159,11 @@ class _Pull:
         else:
             links, base = [self.link], open_repository(self.hub, given)
         self._hold(links)
-        if base is None:
-            raise ValueError("a chain without an end was not to be followed")
         places = base.download(files_of_base(base, links[0]))
         try:
             with folder_of(places) as folder:
                 self._apply(folder, [one.delta for one in links])
-        except (MismatchError, FormatError) as error:
+        except (MismatchError, FormatError, CheckpointError) as error:
             raise_if_damaged([*places.values()], error)
             raise
         return links, base.name
@@ -169,10 +174,10 @@ class _Pull:
         below = parse_base_id(stated) if stated else None
         if below is None or not open_repository(self.hub, below).is_delta_repository:
             raise error
-        links, end = follow(self.hub, self.link, until=_fingerprint_of(base, self.link.delta))
-        self._hold(links)
-        if end is not None:
+        links = follow_to(self.hub, self.link, _fingerprint_of(base, self.link.delta))
+        if links is None:
             raise error
+        self._hold(links)
         return links
 
     def _hold(self, links: Sequence[Link]) -> None:

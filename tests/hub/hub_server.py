@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml  # type: ignore[import-untyped]
 from hub.hub_state import Blob, Commit, Repo, State, is_large
 
 PAGE = 50  # entries of a listing
@@ -277,6 +278,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "private": repo.private,
                 "gated": "manual" if repo.gated else False,
                 "siblings": siblings,
+                "cardData": _head(commit),
                 "tags": [],
                 "downloads": 0,
             },
@@ -416,7 +418,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._need_writer(repo.id.split("/")[0])
         lines = [json.loads(line) for line in content.splitlines()]
         header = lines[0]["value"]
-        changes = {}
+        changes: dict[str, Blob | None] = {}
         for line in lines[1:]:
             changes |= self._change(line["key"], line["value"])
         message, description = header["summary"], header.get("description", "")
@@ -465,6 +467,14 @@ class _Handler(BaseHTTPRequestHandler):
             raise Answer(409, {"error": message}, {"X-Error-Message": message})
         repo.tags[name] = self._commit(repo, revision).oid
         raise Answer(200, {})
+
+
+def _head(commit: Commit) -> dict[str, Any] | None:
+    """Return the head of a repository's card."""
+    if "README.md" not in commit.files:
+        return None
+    parts = re.split(r"^---$", commit.files["README.md"].data.decode(), flags=re.MULTILINE)
+    return dict(yaml.safe_load(parts[1])) if len(parts) > 2 else None
 
 
 def _entry(path: str, blob: Blob) -> dict[str, Any]:
