@@ -9,7 +9,7 @@ from sift_train.config import FitConfig, FitResult, StepReport
 from sift_train.export import export_delta
 from sift_train.fit import fit
 from sift_train.masters import SparseParameter
-from sift_train.selection import RULES, Rule
+from sift_train.rules import RULES, Rule
 from sift_train.sift import SIFT
 
 __all__ = [

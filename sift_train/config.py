@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sift_train.selection import Rule, find_rule, n_selected
+from sift_train.rules import Rule, find_rule
+from sift_train.selection import n_selected
 from sift_train.targets import ALL_LINEAR
 
 OPTIMIZERS = ("adamw", "sgd")

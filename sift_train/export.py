@@ -67,7 +67,7 @@ def export_delta(
     with ExitStack() as stack:
         if base is None and sift is not None:
             base_path = stack.enter_context(_work_folder(final, "base"))
-            with sift.reverted():
+            with sift.reverted(), _lent_config(model, sift.first_config):
                 base_path = _save(model, base_path, None)
         else:
             base_path = Path(os.path.abspath(str(base)))
@@ -121,6 +121,21 @@ def check_places(
 
 def _is_transformers(model: nn.Module) -> bool:
     return hasattr(model, "save_pretrained") and hasattr(model, "config")
+
+
+@contextmanager
+def _lent_config(model: nn.Module, config: Any) -> Iterator[None]:
+    """Lend a model the config it came with; some write into theirs in their first forward pass."""
+    if config is None:
+        yield
+        return
+    holder: Any = model
+    own = holder.config
+    holder.config = config
+    try:
+        yield
+    finally:
+        holder.config = own
 
 
 @contextmanager

@@ -1,10 +1,13 @@
 """One parameter and the fp32 master of its selected components: gather, write back, revert.
 
 The optimizer sees only the master. The parameter holds the master rounded to its own dtype at the
-selected positions, and its original bits everywhere else.
+selected positions, and its original bits everywhere else. Indices are those of the tensor at hand:
+where a parameter is one rank's part of a larger one, they become global by adding its offset.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +21,29 @@ class SparseParameter:
     Attributes:
         name: the parameter's name in the model.
         parameter: the model's own, edited in place.
-        train_num: how many components are trained, k.
         master: what the optimizer trains, shape (k,), fp32 (fp64 for an fp64 parameter).
         original: the selected components as they were, shape (k,), in the parameter's dtype, on
-            the CPU; None before the selection.
+            the CPU unless weight decay goes toward it; None before the selection.
+        is_dense: every component is trained, whatever is chosen.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter, train_num: int) -> None:
+    def __init__(
+        self, name: str, parameter: nn.Parameter, train_num: int, *, is_dense: bool = False
+    ) -> None:
         self.name = name
         self.parameter = parameter
-        self.train_num = train_num
+        self.is_dense = is_dense
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         self.master = nn.Parameter(parameter.new_zeros(train_num, dtype=dtype))
         self.original: Tensor | None = None
         self._index: Tensor | None = None  # (k,) flat; None while unselected or if all are trained
+        self._is_spent = False
+        self._written_version = -1
+
+    @property
+    def train_num(self) -> int:
+        """How many components are trained, k."""
+        return self.master.numel()
 
     @property
     def is_selected(self) -> bool:
@@ -44,7 +56,15 @@ class SparseParameter:
         return self.train_num == self.parameter.numel()
 
     @property
-    def idx(self) -> Tensor:
+    def is_trained(self) -> bool:
+        """Whether the master has moved away from the original."""
+        if self.original is None:
+            return False
+        before = self.original.to(self.master.device, self.master.dtype)
+        return not torch.equal(before.nan_to_num(), self.master.detach().nan_to_num())
+
+    @property
+    def flat_index(self) -> Tensor:
         """Flat indices of the trained components, shape (k,), strictly increasing.
 
         Raises:
@@ -60,6 +80,35 @@ class SparseParameter:
         return torch.arange(numel, dtype=index_dtype(numel), device=self.parameter.device)
 
     @property
+    def idx(self) -> Tensor:
+        """Coordinates of the trained components, int64, shape (dimensions, k), as the seed had them.
+
+        ``parameter[tuple(idx)]`` are the components. Setting it chooses them: coordinates as from
+        ``numpy.unravel_index``, or flat indices, in any order.
+
+        Raises:
+            ValueError: reading: nothing is selected yet. Setting: as ``choose``.
+        """
+        shape = self.parameter.shape
+        if not shape:
+            return torch.empty((0, self.train_num), dtype=torch.int64)
+        return torch.stack(torch.unravel_index(self.flat_index.long(), shape))
+
+    @idx.setter
+    def idx(self, index: Any) -> None:
+        given = torch.as_tensor(index)
+        shape = self.parameter.shape
+        if given.dim() == 2 and given.shape[0] == len(shape) and not given.is_floating_point():
+            for axis, size in zip(given, shape, strict=True):
+                if len(axis) and not (int(axis.min()) >= 0 and int(axis.max()) < size):
+                    raise ValueError(
+                        f"idx of {self.name!r} leaves the parameter, whose shape is {tuple(shape)}"
+                    )
+            strides = torch.tensor([1, *reversed(shape[1:])]).cumprod(0).flip(0)
+            given = (given.long().cpu() * strides[:, None]).sum(0)
+        self.choose(given.sort().values if given.dim() == 1 else given)
+
+    @property
     def data(self) -> Tensor:
         """The master's values, aliased."""
         return self.master.data
@@ -67,55 +116,124 @@ class SparseParameter:
     def choose(self, index: Tensor) -> None:
         """Fix the trained components and load the master with their present values.
 
+        An earlier choice is taken back, unless it has been trained. The master changes its size
+        if the choice has another than was planned.
+
         Args:
             index: flat, strictly increasing, shape (k,), any integer dtype and device.
 
         Raises:
-            ValueError: the components are already chosen, or the index has another shape, is not
-                strictly increasing or leaves the parameter.
+            ValueError: the components chosen before are trained already, or the index is not of
+                integers, not strictly increasing or leaves the parameter.
         """
-        if self.is_selected:
-            raise ValueError(f"the components of {self.name!r} are already selected")
         numel = self.parameter.numel()
-        if index.shape != (self.train_num,) or index.is_floating_point():
+        if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
             raise ValueError(
                 f"index of {self.name!r} has dtype {index.dtype} and shape {tuple(index.shape)}, "
-                f"expected integers of shape ({self.train_num},)"
+                "expected flat positions, integers in one dimension"
             )
-        inside = int(index[0]) >= 0 and int(index[-1]) < numel
+        inside = not len(index) or (int(index[0]) >= 0 and int(index[-1]) < numel)
         if not inside or bool((index[1:] <= index[:-1]).any()):
             raise ValueError(
                 f"index of {self.name!r} is not strictly increasing within 0 to {numel - 1}; "
                 "sort it and drop repetitions"
             )
+        if self.is_trained:
+            raise ValueError(
+                f"the components of {self.name!r} are trained already; choose before the first step"
+            )
+        if self.is_dense and len(index) != numel:
+            raise ValueError(f"{self.name!r} is trained densely; it has no choice of components")
+        if len(index) != self.train_num:
+            self.master.data = self.master.new_zeros(len(index))
+            self.master.grad = None
+        self._index = None
         if not self.trains_all:
             self._index = index.to(self.parameter.device, index_dtype(numel))
         with torch.no_grad():
             selected = self._take(self.parameter)
             self.original = selected.to("cpu", copy=True)
             self.master.copy_(selected)
+        self._written_version = self.master._version
 
     def collect(self, gradient: Tensor) -> None:
         """Add the selected components of a dense gradient to the master's gradient.
 
-        The sum is taken in the master's dtype. Where the master covers everything in the same
-        dtype, its gradient may alias the dense one.
+        The first gradient after an optimizer step begins a new sum, whether or not someone dropped
+        the old one. The sum is taken in the master's dtype. Where the master covers everything in
+        the same dtype, its gradient may alias the dense one.
         """
         part = self._take(gradient).to(self.master.dtype)
-        if self.master.grad is None:
+        if self.master.grad is None or self._is_spent:
             self.master.grad = part
         else:
             self.master.grad.add_(part)
+        self._is_spent = False
+
+    def spend(self) -> None:
+        """Note that an optimizer step has used the master's gradient."""
+        self._is_spent = True
 
     def write(self) -> None:
         """Overwrite the selected components of the parameter by the master's."""
         self._put(self.master.detach())
+        self._written_version = self.master._version
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the master was changed in place since it was written."""
+        return self._written_version != self.master._version
+
+    def decay_to_original(self, share: float) -> None:
+        """Move the master toward the original by a share of the way.
+
+        Raises:
+            ValueError: the components are not selected yet.
+        """
+        if self.original is None:
+            raise ValueError(f"the components of {self.name!r} are not selected yet")
+        self.original = self.original.to(self.master.device)  # stays there: every step needs it
+        with torch.no_grad():
+            self.master.lerp_(self.original.to(self.master.dtype), share)
 
     def revert(self) -> None:
         """Give the selected components, and the master, their original bits back."""
         if self.original is not None:
             self._put(self.original.to(self.parameter.device))
             self.master.data.copy_(self.original)
+
+    def restore(self, index: Tensor | None, original: Tensor, master: Tensor) -> None:
+        """Take up a saved choice, its originals and its masters, and write the masters.
+
+        Args:
+            index: as for ``choose``; None if all components are trained.
+            original: what the run began with, shape (k,).
+            master: shape (k,).
+
+        Raises:
+            ValueError: the parameter holds neither the originals nor the masters in these places,
+                or ``choose`` refuses the index.
+        """
+        self.revert()
+        self.original = None
+        numel = self.parameter.numel()
+        self.choose(torch.arange(numel, dtype=index_dtype(numel)) if index is None else index)
+        found = self._take(self.parameter.detach()).cpu()
+        rounded = master.cpu().to(found.dtype)
+        if original.shape != found.shape or original.dtype != found.dtype:
+            raise ValueError(
+                f"the saved {self.name!r} has {original.numel()} components of {original.dtype}, "
+                f"expected {found.numel()} of {found.dtype}"
+            )
+        if not (_same_bits(found, original.cpu()) or _same_bits(found, rounded)):
+            raise ValueError(
+                f"{self.name!r} does not hold the weights that the saved run began with; "
+                "load the same base"
+            )
+        self.original = original.cpu().clone()
+        with torch.no_grad():
+            self.master.copy_(master)
+        self.write()
 
     def swap_original(self, values: Tensor | None = None) -> Tensor:
         """Put values (default: the originals) in the selected positions; return what was there.
@@ -138,4 +256,8 @@ class SparseParameter:
         if self._index is None:
             flat.copy_(values)
         else:
-            flat[self._index] = values.to(flat.dtype)
+            flat.index_copy_(0, self._index.long(), values.to(flat.dtype))
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    return torch.equal(left.view(torch.uint8), right.view(torch.uint8))

@@ -8,7 +8,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from sift_train.config import FitConfig
-from sift_train.sift import SIFT, grouped_parameters
+from sift_train.groups import grouped_parameters
+from sift_train.sift import SIFT
 
 
 def build_optimizer(sift: SIFT, config: FitConfig) -> Optimizer:

@@ -1,7 +1,8 @@
 """The running scores of one tensor while its components are being chosen.
 
-Only finite gradient entries score. The dense gradient itself is summed beside the scores when the
-micro-batches that choose are trained on too.
+Only finite gradient entries score. What is summed over micro-batches lies on the CPU, so no device
+ever holds more than the one dense gradient and its scores. The dense gradient itself is summed
+beside the scores when the micro-batches that choose are trained on too.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sift_train.selection import Rule, finite_or_zero
+from sift_train.rules import Rule
+from sift_train.selection import finite_or_zero
 
 
 class GradientScores:
@@ -32,19 +34,25 @@ class GradientScores:
         """Take in the gradient of one micro-batch.
 
         Raises:
-            ValueError: the rule scores without gradients.
+            ValueError: the rule scores without gradients, or not one score a component.
         """
         if self._rule.from_gradient is None:
             raise ValueError("this selection rule does not score by gradients")
-        scores = finite_or_zero(self._rule.from_gradient(weight, gradient)).to(self._device)
+        raw = self._rule.from_gradient(weight, gradient)
+        if raw.shape != weight.shape:
+            raise ValueError(
+                f"the selection rule gave scores of shape {tuple(raw.shape)} for a parameter of "
+                f"shape {tuple(weight.shape)}; give one score a component"
+            )
+        scores = finite_or_zero(raw.detach().to(self._device))
         wide = torch.promote_types(gradient.dtype, torch.float32)
         held = gradient.to(self._device, wide) if self._keeps_gradient else None
         if self._n_added == 0:
             self.total, self.gradient = scores, held
         else:
-            self.total = self.total + scores
+            self.total += scores
             if held is not None and self.gradient is not None:
-                self.gradient = self.gradient + held
+                self.gradient = self.gradient + held  # the first may be the gradient itself
         self._n_added += 1
 
     @property

@@ -6,21 +6,34 @@ any moment its weights are those that the last optimizer step produced.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import copy
+import re
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from os import PathLike
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.hooks import RemovableHandle
 
+from sift_train import saved
 from sift_train.checkpointing import disable_checkpointing, enable_checkpointing
+from sift_train.chooser import Chooser
+from sift_train.groups import BASE_DECAY
 from sift_train.masters import SparseParameter
-from sift_train.scores import GradientScores
-from sift_train.selection import Rule, find_rule, index_dtype, n_selected, seeded_generator, top_k
-from sift_train.targets import ALL_LINEAR, find_targets
+from sift_train.memory import MemoryReport, memory_of
+from sift_train.rules import RULES, Selection, find_rule
+from sift_train.selection import n_selected
+from sift_train.targets import ALL_LINEAR, Names, find_targets
+from sift_train.zeroing import zero_with, zero_without
 
 
 class SIFT:
@@ -29,22 +42,33 @@ class SIFT:
     Example:
         >>> sift = SIFT(model, sparse_rate=0.01, sparse_module=["query", "value"])
         >>> optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-4)
-        >>> sift.attach(optimizer)
 
     All parameters that are not trained are frozen until ``close``. The components are chosen from
     the gradients of the first optimizer step's micro-batches, which are trained on as well, or of
     the backward passes inside ``selecting()``. A tensor that has no finite gradient other than
-    zero there is chosen as soon as it gets one.
+    zero there is chosen as soon as it gets one. Where a parameter's gradient comes in parts, as
+    from a module used twice under reentrant checkpointing, each part is scored by itself.
+
+    Every ``torch.optim.Optimizer`` built from the masters writes them back as part of its step.
+    After any other optimizer the model is brought up to date before its next forward pass,
+    whenever its state dict is taken, and on ``write_back`` and ``close``.
 
     Args:
         model: on its final device; wrap nothing around its parameters.
         sparse_rate: share of each tensor's components to train, 0 to 1.
-        sparse_module: name fragments of the parameters to train sparsely, or ``"all-linear"``.
-        exception: name fragments of the parameters to train densely.
+        sparse_module: name fragments of the parameters to train sparsely, regular expressions
+            (compiled, or as ``"re:..."``), or ``"all-linear"``.
+        exception: the same of the parameters to train densely.
         grad_acc: micro-batches per optimizer step. Above 1 the first step's dense gradients are
             kept, on the CPU, until that step chooses among them.
         gradient_checkpointing: switch the model's activation checkpointing on, non-reentrant.
-        selection: name of a rule, or a rule.
+        selection: name of a rule; a ``Rule``; a function of weight and gradient that gives scores;
+            or a mapping of parameter names to what to train of each: a bool mask, flat indices or
+            coordinates. The mapping's names take the place of ``sparse_module`` and its counts
+            that of ``sparse_rate``.
+        budget: ``"tensor"``: the rate holds for each tensor; ``"global"``: for all of them
+            together, wherever the scores are largest. How many each tensor gets is then known only
+            once all are chosen.
         seed: of ties and of random selection.
 
     Raises:
@@ -55,37 +79,52 @@ class SIFT:
         self,
         model: nn.Module,
         sparse_rate: float = 0.01,
-        sparse_module: str | Sequence[str] = ALL_LINEAR,
-        exception: str | Sequence[str] = (),
+        sparse_module: Names = ALL_LINEAR,
+        exception: Names = (),
         grad_acc: int = 1,
         gradient_checkpointing: bool = False,
         *,
-        selection: str | Rule = "gradient",
+        selection: Selection = "gradient",
+        budget: str = "tensor",
         seed: int = 0,
     ) -> None:
         if grad_acc < 1:
             raise ValueError(f"grad_acc is {grad_acc}; it counts micro-batches and is at least 1")
         self.model = model
-        self._rule = find_rule(selection)
-        self._seed = seed
         self._grad_acc = grad_acc
         self._only_scoring = False
-        self._attached = False
+        self._is_stepped_by_torch = False
         self._handles: list[RemovableHandle] = []
-        self._scores: dict[str, GradientScores] = {}
-        targets = find_targets(model, sparse_module, exception)
+        masks = selection if isinstance(selection, Mapping) else {}
+        if masks:
+            if sparse_module != ALL_LINEAR:
+                raise ValueError("selection names the parameters itself; leave sparse_module out")
+            sparse_module = [re.compile(f"^{re.escape(name)}$") for name in masks]
         parts = []
-        for target in targets:
+        for target in find_targets(model, sparse_module, exception):
             numel = target.parameter.numel()
             k = numel if target.dense else n_selected(numel, sparse_rate)
-            parts.append(SparseParameter(target.name, target.parameter, k))
-        self._checkpointing = gradient_checkpointing and enable_checkpointing(model)
-        self._requires_grad = {p: p.requires_grad for p in model.parameters()}
+            parts.append(SparseParameter(target.name, target.parameter, k, is_dense=target.dense))
         self.sparse_mapping: Mapping[str, SparseParameter] = MappingProxyType(
             {part.name: part for part in parts}
         )
-        self._select_without_gradients()
+        self._by_master = {id(part.master): part for part in parts}
+        rule = find_rule(selection) or RULES["gradient"]
+        self._chooser = Chooser(self.sparse_mapping, rule, budget, seed)
+        self._choose_by_hand(masks)
+        self._checkpointing = gradient_checkpointing and enable_checkpointing(model)
+        self._requires_grad = {p: p.requires_grad for p in model.parameters()}
+        self._first_config = copy.deepcopy(getattr(model, "config", None))
+        self._chooser.choose_without_gradients()
         self._freeze_and_hook()
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many components are trained, of how many, and their share."""
+        share = 100 * self.n_trained / self.n_total
+        print(  # noqa: T201 - what it is for
+            f"trainable params: {self.n_trained:,} || all params: {self.n_total:,} || "
+            f"trainable%: {share:.4f}"
+        )
 
     def named_parameters_in_optimizer(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield each trained parameter's name in the model and its master."""
@@ -95,6 +134,23 @@ class SIFT:
     def parameters_in_optimizer(self) -> list[nn.Parameter]:
         """Return the masters, which are all that an optimizer is to be built from."""
         return [part.master for part in self.sparse_mapping.values()]
+
+    def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield name and parameter of what is trained, the model's own parameters."""
+        for name, part in self.sparse_mapping.items():
+            yield name, part.parameter
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return the model's own parameters that are trained, sparsely or densely."""
+        return [part.parameter for part in self.sparse_mapping.values()]
+
+    def get_trainable_num(self) -> int:
+        """Return how many components are trained."""
+        return self.n_trained
+
+    def memory_report(self) -> MemoryReport:
+        """Return what the training keeps in memory beside the activations."""
+        return memory_of(self.model, self.sparse_mapping.values())
 
     @property
     def n_trained(self) -> int:
@@ -106,11 +162,13 @@ class SIFT:
         """Components of the model, tied ones counted once."""
         return sum(p.numel() for p in self._requires_grad)
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have every step of the optimizer written back to the model as part of the step.
+    @property
+    def first_config(self) -> Any:
+        """The model's config from before the training, None if it has none; models edit theirs."""
+        return self._first_config
 
-        Without it the model is brought up to date before its next forward pass, whenever its
-        state dict is taken, and on ``close``.
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Find out before the first step whether the optimizer trains what it should.
 
         Raises:
             ValueError: the optimizer lacks a master, or trains a parameter of the model itself.
@@ -124,14 +182,7 @@ class SIFT:
                     f"the optimizer does not train {name!r}; "
                     "build it from all of sift.parameters_in_optimizer()"
                 )
-        if not held.isdisjoint(self._requires_grad):
-            raise ValueError(
-                "the optimizer holds parameters of the model, which get no gradient here; "
-                "build it from sift.parameters_in_optimizer()"
-            )
-        self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-        self._handles.append(optimizer.register_step_post_hook(self._after_step))
-        self._attached = True
+        self._refuse_own_parameters(optimizer, set(self._requires_grad))
 
     @contextmanager
     def selecting(self) -> Iterator[None]:
@@ -146,19 +197,18 @@ class SIFT:
             self.finish_selection()
         finally:
             self._only_scoring = False
-            self._scores.clear()
+            self._chooser.clear()
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
 
     def finish_selection(self) -> None:
-        """Choose among the gradients seen so far, as an attached optimizer's first step does.
+        """Choose among the gradients seen so far, as the optimizer's first step does.
 
         Call it before anything that reads the masters' gradients ahead of the first step, such as
         a gradient scaler, when ``grad_acc`` is above 1. Without effect once all is chosen.
         """
-        for name in list(self._scores):
-            self._choose(self.sparse_mapping[name], self._scores.pop(name))
+        self._chooser.finish()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the gradient of exactly what is trained; return its norm from before."""
@@ -166,10 +216,11 @@ class SIFT:
         return nn.utils.clip_grad_norm_(self.parameters_in_optimizer(), max_norm)
 
     def zero_grad(self) -> None:
-        """Drop the masters' gradients."""
+        """Drop the masters' gradients, as ``model.zero_grad()`` does, too."""
         for master in self.parameters_in_optimizer():
             master.grad = None
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def write_back(self) -> None:
         """Overwrite the selected weights by their masters; idempotent."""
         for part in self.sparse_mapping.values():
@@ -192,6 +243,30 @@ class SIFT:
             for part, values in trained:
                 part.swap_original(values)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return choices, originals, masters and the model's buffers, copied to the CPU."""
+        return saved.state_of(self)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where ``state_dict`` was taken; the model holds the base's or the trained weights.
+
+        Raises:
+            ValueError: the state is of other parameters, or the model holds other weights.
+        """
+        saved.restore(self, state)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write ``state_dict`` as a safetensors file."""
+        saved.write_state(self.state_dict(), path)
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Take up what ``save`` wrote.
+
+        Raises:
+            ValueError: the file is not such a state, or ``load_state_dict`` refuses it.
+        """
+        self.load_state_dict(saved.read_state(path))
+
     def close(self) -> None:
         """Write the last update back, remove all hooks, unfreeze what was frozen; idempotent."""
         if not self._handles:
@@ -200,7 +275,8 @@ class SIFT:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._scores.clear()
+        self._chooser.clear()
+        zero_without(self.model)
         for parameter, requires_grad in self._requires_grad.items():
             parameter.requires_grad_(requires_grad)
         if self._checkpointing:
@@ -217,15 +293,24 @@ class SIFT:
     ) -> None:
         self.close()
 
-    def _select_without_gradients(self) -> None:
-        for name, part in self.sparse_mapping.items():
-            numel = part.parameter.numel()
-            if part.trains_all:
-                part.choose(torch.arange(numel, dtype=index_dtype(numel)))
-            elif self._rule.from_weight is not None:
-                generator = seeded_generator(self._seed, name)
-                scores = self._rule.from_weight(part.parameter.detach(), generator)
-                part.choose(top_k(scores, part.train_num, generator))
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A copied model takes its hooks along; they must go on serving the model that is trained.
+        return self
+
+    def _choose_by_hand(self, masks: Mapping[str, Any]) -> None:
+        own = {id(part.parameter): part for part in self.sparse_mapping.values()}
+        for name, mask in masks.items():
+            part = own[id(self.model.get_parameter(name))]
+            given = torch.as_tensor(mask)
+            if given.dtype != torch.bool:
+                part.idx = given
+            elif given.shape == part.parameter.shape:
+                part.choose(given.flatten().nonzero().flatten())
+            else:
+                raise ValueError(
+                    f"the mask of {name!r} has shape {tuple(given.shape)}, "
+                    f"expected {tuple(part.parameter.shape)}"
+                )
 
     def _freeze_and_hook(self) -> None:
         trained = {part.parameter for part in self.sparse_mapping.values()}
@@ -239,6 +324,27 @@ class SIFT:
         model: Any = self.model
         self._handles.append(model.register_forward_pre_hook(self._before_use))
         self._handles.append(model.register_state_dict_pre_hook(self._before_use))
+        self._hook_optimizers()
+        zero_with(self.model, self.zero_grad)
+
+    def _hook_optimizers(self) -> None:
+        me = weakref.ref(self)  # the hooks of all optimizers outlive this object
+
+        def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if (sift := me()) is not None:
+                sift._before_step(optimizer)
+
+        def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if (sift := me()) is not None:
+                sift._after_step(optimizer)
+
+        register_before, register_after = (
+            register_optimizer_step_pre_hook,
+            register_optimizer_step_post_hook,
+        )
+        for handle in (register_before(before), register_after(after)):
+            self._handles.append(handle)
+            weakref.finalize(self, handle.remove)
 
     def _on_gradient(self, part: SparseParameter, parameter: Tensor) -> None:
         gradient = parameter.grad
@@ -246,53 +352,52 @@ class SIFT:
             return
         parameter.grad = None
         if not part.is_selected:
-            self._score(part, gradient)
+            at_once = self._grad_acc == 1 and not self._only_scoring
+            self._chooser.score(
+                part, gradient, at_once=at_once, is_trained_on=not self._only_scoring
+            )
         elif not self._only_scoring:
             part.collect(gradient)
 
-    def _score(self, part: SparseParameter, gradient: Tensor) -> None:
-        at_once = self._grad_acc == 1 and not self._only_scoring
-        scores = self._scores.get(part.name)
-        if scores is None:
-            device = gradient.device if at_once else torch.device("cpu")
-            scores = GradientScores(self._rule, device, keeps_gradient=not self._only_scoring)
-            self._scores[part.name] = scores
-        scores.add(part.parameter.detach(), gradient)
-        if at_once:
-            self._choose(part, self._scores.pop(part.name))
-
-    def _choose(self, part: SparseParameter, scores: GradientScores) -> None:
-        if scores.tells_apart:
-            generator = seeded_generator(self._seed, part.name)
-            part.choose(top_k(scores.total, part.train_num, generator))
-            if scores.gradient is not None:
-                part.collect(scores.gradient.to(part.parameter.device))
-        elif scores.gradient is not None:
-            # A gradient scaler looks for overflow here; _before_step drops the stand-in.
-            overflow = scores.gradient.sum().to(part.master)
-            part.master.grad = overflow.expand(part.train_num).clone()
-
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._parts_of(optimizer):
+            self._refuse_own_parameters(optimizer, set(self.trainable_parameters()))
+            return
         self.finish_selection()
-        for part in self.sparse_mapping.values():
-            if not part.is_selected:
-                part.master.grad = None
+        for group in optimizer.param_groups:
+            for master in group["params"]:
+                part = self._by_master.get(id(master))
+                if part is None:
+                    continue
+                if not part.is_selected:
+                    master.grad = None
+                elif group.get(BASE_DECAY):
+                    part.decay_to_original(float(group["lr"]) * group[BASE_DECAY])
 
-    def _after_step(self, *_: Any) -> None:
-        self.write_back()
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for part in self._parts_of(optimizer):
+            self._is_stepped_by_torch = True
+            part.spend()
+            if part.is_selected:
+                part.write()
 
+    def _parts_of(self, optimizer: torch.optim.Optimizer) -> list[SparseParameter]:
+        masters = (master for group in optimizer.param_groups for master in group["params"])
+        return [self._by_master[id(m)] for m in masters if id(m) in self._by_master]
+
+    @staticmethod
+    def _refuse_own_parameters(
+        optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter]
+    ) -> None:
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        if not held.isdisjoint(parameters):
+            raise ValueError(
+                "the optimizer holds parameters of the model, which get no gradient here; "
+                "build it from sift.parameters_in_optimizer()"
+            )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_use(self, *_: Any) -> None:
-        if not self._attached:
-            self.write_back()
-
-
-def grouped_parameters(sift: SIFT, weight_decay: float) -> list[dict[str, Any]]:
-    """Return optimizer groups: weight decay on matrices and up, none on 1-D parameters."""
-    parts: Iterable[SparseParameter] = sift.sparse_mapping.values()
-    matrices = [part.master for part in parts if part.parameter.dim() > 1]
-    vectors = [part.master for part in parts if part.parameter.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+        for part in self.sparse_mapping.values():
+            if part.is_selected and (part.is_behind or not self._is_stepped_by_torch):
+                part.write()

@@ -5,13 +5,17 @@ What cannot be trained in place is refused here, before anything in the model is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 ALL_LINEAR = "all-linear"
+REGEX = "re:"
+
+Names = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 
 _TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
@@ -33,17 +37,19 @@ class Target:
 
 
 def find_targets(
-    model: nn.Module, sparse_module: str | Sequence[str], exception: str | Sequence[str]
+    model: nn.Module, sparse_module: Names, exception: Names, *, needs_values: bool = True
 ) -> list[Target]:
     """Return the parameters to train, in the model's order.
 
-    A fragment matches a parameter if it occurs in any of its names; a tied weight has several.
+    A fragment matches a parameter if it occurs in any of its names; a tied weight has several. So
+    does a regular expression, given compiled or as ``"re:..."``, if it is found anywhere in one.
 
     Args:
         model: not wrapped for several devices.
         sparse_module: name fragments, or ``"all-linear"`` for the weight of every linear layer but
             the output embeddings.
         exception: name fragments of parameters to train densely; they win over ``sparse_module``.
+        needs_values: refuse parameters on the meta device.
 
     Raises:
         ValueError: a fragment matches nothing, or a matched parameter cannot be trained in place.
@@ -67,16 +73,29 @@ def find_targets(
             if names
             else f"{type(model).__name__} has no parameters; there is nothing to train"
         )
-    _refuse_untrainable(model, targets)
+    _refuse_untrainable(model, targets, needs_values=needs_values)
     return targets
 
 
-def _fragments(value: str | Sequence[str]) -> tuple[str, ...]:
-    fragments = (value,) if isinstance(value, str) else tuple(value)
+def _fragments(value: Names) -> tuple[str | re.Pattern[str], ...]:
+    fragments = (value,) if isinstance(value, str | re.Pattern) else tuple(value)
     for fragment in fragments:
-        if not isinstance(fragment, str) or not fragment:
+        if not isinstance(fragment, str | re.Pattern) or not fragment:
             raise ValueError(f"name fragment {fragment!r} is not a non-empty string")
-    return fragments
+    return tuple(map(_compiled, fragments))
+
+
+def _compiled(fragment: str | re.Pattern[str]) -> str | re.Pattern[str]:
+    if not isinstance(fragment, str) or not fragment.startswith(REGEX):
+        return fragment
+    try:
+        return re.compile(fragment.removeprefix(REGEX))
+    except re.error as error:
+        raise ValueError(f"{fragment!r} is not a regular expression: {error}") from error
+
+
+def _occurs(fragment: str | re.Pattern[str], name: str) -> bool:
+    return fragment in name if isinstance(fragment, str) else fragment.search(name) is not None
 
 
 def _names_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -87,14 +106,17 @@ def _names_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def _matching(
-    names: dict[nn.Parameter, list[str]], fragments: tuple[str, ...], argument: str
+    names: dict[nn.Parameter, list[str]],
+    fragments: tuple[str | re.Pattern[str], ...],
+    argument: str,
 ) -> set[nn.Parameter]:
     found: set[nn.Parameter] = set()
     for fragment in fragments:
-        matches = {p for p, own in names.items() if any(fragment in name for name in own)}
+        matches = {p for p, own in names.items() if any(_occurs(fragment, name) for name in own)}
         if not matches:
+            shown = fragment if isinstance(fragment, str) else REGEX + fragment.pattern
             raise ValueError(
-                f"{argument} names {fragment!r}, which occurs in no parameter name; "
+                f"{argument} names {shown!r}, which occurs in no parameter name; "
                 "compare it with the names that model.named_parameters() gives"
             )
         found |= matches
@@ -121,7 +143,7 @@ def _refuse_wrappers(model: nn.Module) -> None:
             )
 
 
-def _refuse_untrainable(model: nn.Module, targets: list[Target]) -> None:
+def _refuse_untrainable(model: nn.Module, targets: list[Target], *, needs_values: bool) -> None:
     sparse_gradients = {
         parameter
         for module in model.modules()
@@ -131,9 +153,11 @@ def _refuse_untrainable(model: nn.Module, targets: list[Target]) -> None:
     places: dict[tuple[torch.device, int], str] = {}
     for target in targets:
         parameter = target.parameter
-        problem = _problem(parameter, sparse_gradients)
+        problem = _problem(parameter, sparse_gradients, needs_values=needs_values)
         if problem:
             raise ValueError(f"parameter {target.name!r} {problem}")
+        if parameter.is_meta:
+            continue
         other = places.setdefault((parameter.device, parameter.data_ptr()), target.name)
         if other != target.name:
             raise ValueError(
@@ -142,10 +166,17 @@ def _refuse_untrainable(model: nn.Module, targets: list[Target]) -> None:
             )
 
 
-def _problem(parameter: nn.Parameter, sparse_gradients: set[nn.Parameter]) -> str | None:
-    if type(parameter).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
+def _problem(
+    parameter: nn.Parameter, sparse_gradients: set[nn.Parameter], *, needs_values: bool
+) -> str | None:
+    if type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
         return "is sharded over several devices; train an unsharded model"
-    if parameter.is_meta:
+    if type(parameter.data) is not Tensor:
+        return (
+            f"holds a {type(parameter.data).__name__}, expected a plain tensor; "
+            "load the model unquantized and initialized, or leave this parameter out"
+        )
+    if parameter.is_meta and needs_values:
         return "is on the meta device and holds no values; load the model's weights first"
     if parameter.dtype not in _TRAINABLE:
         return (

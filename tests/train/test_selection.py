@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sift_train.rules import RULES, Rule, find_rule
 from sift_train.selection import (
-    RULES,
-    Rule,
-    find_rule,
     index_dtype,
     n_selected,
     seeded_generator,
@@ -96,7 +94,7 @@ def test_generators_depend_on_seed_and_name_only() -> None:
 
 
 def test_unknown_rule_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="gradient, magnitude, random"):
+    with pytest.raises(ValueError, match="gradient, fisher, snip"):
         find_rule("gradients")
 
 

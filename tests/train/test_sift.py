@@ -73,7 +73,7 @@ def test_exactly_the_selected_positions_change() -> None:
         optimizer = sgd(sift)
         for batch in make_inputs(4):
             step(model, optimizer, batch)
-        selected = {name: part.idx.long() for name, part in sift.sparse_mapping.items()}
+        selected = {name: part.flat_index.long() for name, part in sift.sparse_mapping.items()}
     after = model.state_dict()
     for name, value in before.items():
         changed = (value != after[name]).flatten().nonzero().flatten()
@@ -87,7 +87,7 @@ def test_every_update_is_in_the_model_as_soon_as_the_step_is_done() -> None:
         part = sift.sparse_mapping["first.weight"]
         for batch in make_inputs(3):
             step(model, optimizer, batch)
-            assert same_bits(model.first.weight.flatten()[part.idx], part.master)
+            assert same_bits(model.first.weight.flatten()[part.flat_index], part.master)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -102,7 +102,7 @@ def test_the_batches_that_select_are_trained_on(accumulation: int) -> None:
             dense = plain.get_parameter(name).grad
             assert dense is not None
             assert part.master.grad is not None
-            assert same_bits(part.master.grad, dense.flatten()[part.idx])
+            assert same_bits(part.master.grad, dense.flatten()[part.flat_index])
             assert torch.count_nonzero(part.master.grad) == part.train_num
 
 
@@ -118,7 +118,7 @@ def test_selection_ranks_by_the_mean_of_absolute_gradients() -> None:
             for batch in inputs:
                 square_loss(model, batch).backward()
         part = sift.sparse_mapping["first.weight"]
-        assert part.idx.tolist() == total.topk(part.train_num).indices.sort().values.tolist()
+        assert part.flat_index.tolist() == total.topk(part.train_num).indices.sort().values.tolist()
         assert part.master.grad is None
         assert same_bits(model.first.weight, probe.first.weight)
 
@@ -143,7 +143,7 @@ def test_non_finite_gradients_do_not_select() -> None:
     model.first.weight.register_hook(poison)
     with SIFT(model, 0.3, "first.weight") as sift:
         square_loss(model, make_inputs(1)[0]).backward()
-        assert set(bad).isdisjoint(sift.sparse_mapping["first.weight"].idx.tolist())
+        assert set(bad).isdisjoint(sift.sparse_mapping["first.weight"].flat_index.tolist())
 
 
 def test_a_tensor_waits_for_its_first_usable_gradient() -> None:
@@ -252,7 +252,7 @@ def test_an_exception_is_trained_densely() -> None:
     with SIFT(model, 0.1, "weight", "last") as sift:
         step(model, sgd(sift), make_inputs(1)[0])
         assert sift.sparse_mapping["last.weight"].train_num == model.last.weight.numel()
-        assert sift.sparse_mapping["last.weight"].idx.tolist() == list(range(64))
+        assert sift.sparse_mapping["last.weight"].flat_index.tolist() == list(range(64))
     assert bool((before["last.weight"] != model.last.weight).all())
 
 
@@ -309,7 +309,7 @@ def test_any_shape_is_trained(rate: float) -> None:
         step(ours, sgd(sift), batch)
         for name, part in sift.sparse_mapping.items():
             mask = torch.zeros(before[name].numel(), dtype=torch.bool)
-            mask[part.idx] = True
+            mask[part.flat_index] = True
             dense = plain.get_parameter(name).flatten()
             expected = torch.where(mask, dense, before[name].flatten())
             assert same_bits(expected, ours.get_parameter(name).flatten())
@@ -343,7 +343,7 @@ def test_clipping_covers_exactly_what_is_trained() -> None:
 def test_the_same_seed_selects_the_same() -> None:
     def choose(seed: int) -> list[int]:
         with SIFT(make_net(), 0.2, "first.weight", selection="random", seed=seed) as sift:
-            indices: list[int] = sift.sparse_mapping["first.weight"].idx.tolist()
+            indices: list[int] = sift.sparse_mapping["first.weight"].flat_index.tolist()
             return indices
 
     assert choose(0) == choose(0)
@@ -355,7 +355,7 @@ def test_magnitude_selects_the_largest_weights() -> None:
     with SIFT(model, 0.1, "first.weight", selection="magnitude") as sift:
         part = sift.sparse_mapping["first.weight"]
         largest = model.first.weight.abs().flatten().topk(part.train_num).indices
-        assert part.idx.tolist() == largest.sort().values.tolist()
+        assert part.flat_index.tolist() == largest.sort().values.tolist()
 
 
 def test_a_rule_of_ones_own() -> None:
@@ -367,7 +367,9 @@ def test_a_rule_of_ones_own() -> None:
         square_loss(model, batch).backward()
         part = sift.sparse_mapping["last.weight"]
         scores = (probe.last.weight * gradient).abs().flatten()
-        assert part.idx.tolist() == scores.topk(part.train_num).indices.sort().values.tolist()
+        assert (
+            part.flat_index.tolist() == scores.topk(part.train_num).indices.sort().values.tolist()
+        )
 
 
 def test_all_linear_leaves_the_rest_frozen() -> None:
@@ -379,15 +381,18 @@ def test_a_choice_of_ones_own_is_checked() -> None:
     with SIFT(make_net(), 0.01, "first.weight") as sift:
         part = sift.sparse_mapping["first.weight"]
         with pytest.raises(ValueError, match="not selected yet"):
-            _ = part.idx
+            _ = part.flat_index
         with pytest.raises(ValueError, match="not strictly increasing"):
             part.choose(torch.tensor([5, 5]))
         with pytest.raises(ValueError, match="not strictly increasing"):
             part.choose(torch.tensor([5, 192]))
-        with pytest.raises(ValueError, match=r"expected integers of shape \(2,\)"):
-            part.choose(torch.tensor([5]))
+        with pytest.raises(ValueError, match="expected flat positions"):
+            part.choose(torch.tensor([5.0, 6.0]))
         part.choose(torch.tensor([5, 191]))
-        with pytest.raises(ValueError, match="already selected"):
+        part.choose(torch.tensor([7, 8, 9]))  # nothing is trained yet
+        assert part.train_num == 3
+        part.master.data.add_(1.0)
+        with pytest.raises(ValueError, match="trained already"):
             part.choose(torch.tensor([5, 191]))
 
 
@@ -524,6 +529,6 @@ def test_on_a_gpu_only_the_selected_positions_change(accumulation: int) -> None:
     before = snapshot(model)
     with SIFT(model, 0.1, "first.weight", grad_acc=accumulation) as sift:
         step(model, sgd(sift), *(batch.cuda() for batch in make_inputs(accumulation)))
-        index = sift.sparse_mapping["first.weight"].idx
+        index = sift.sparse_mapping["first.weight"].flat_index
     changed = (before["first.weight"] != model.first.weight).flatten().nonzero().flatten()
     assert changed.tolist() == index.tolist()

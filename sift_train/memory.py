@@ -1,0 +1,210 @@
+"""What training holds in memory beside activations, of a live run or of a model not loaded yet.
+
+Peak: the weights, the one dense gradient that lives at a time, and for every trained component its
+index, master, gradient and optimizer state. Index bytes are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from sift_train.masters import SparseParameter
+from sift_train.selection import index_dtype, n_selected
+from sift_train.targets import ALL_LINEAR, Names, find_targets
+
+GIB = 1 << 30
+OPTIMIZER_STATE_BYTES = {"adamw": 8, "sgd": 0, "sgd-momentum": 4, "adafactor": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReport:
+    """Bytes on the training device, activations aside.
+
+    Attributes:
+        n_trained: components trained.
+        n_total: components of the model, tied ones counted once.
+        weight_bytes: parameters and buffers of the model.
+        master_bytes: masters of the trained components.
+        gradient_bytes: their gradients.
+        optimizer_bytes: the optimizer's state of them.
+        index_bytes: their positions; none for parameters that are trained densely.
+        largest_gradient_bytes: the largest dense gradient; one lives at a time.
+        host_bytes: originals, on the CPU.
+    """
+
+    n_trained: int
+    n_total: int
+    weight_bytes: int
+    master_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    index_bytes: int
+    largest_gradient_bytes: int
+    host_bytes: int
+
+    @property
+    def trained_bytes(self) -> int:
+        """Everything that grows with the number of trained components."""
+        return self.master_bytes + self.gradient_bytes + self.optimizer_bytes + self.index_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """All of it at once."""
+        return self.weight_bytes + self.largest_gradient_bytes + self.trained_bytes
+
+    def __str__(self) -> str:
+        rows = [
+            ("weights", self.weight_bytes),
+            ("masters", self.master_bytes),
+            ("gradients of masters", self.gradient_bytes),
+            ("optimizer state", self.optimizer_bytes),
+            ("indices", self.index_bytes),
+            ("largest dense gradient", self.largest_gradient_bytes),
+            ("peak without activations", self.peak_bytes),
+            ("on the host: originals", self.host_bytes),
+        ]
+        share = 100 * self.n_trained / self.n_total
+        lines = [f"trained: {self.n_trained:,} of {self.n_total:,} components, {share:.2f} %"]
+        return "\n".join(lines + [f"{name:<26}{_shown(n):>12}" for name, n in rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(MemoryReport):
+    """The same for a model that is not loaded, and what fits.
+
+    Attributes:
+        rate: what was asked for.
+        fixed_bytes: what stays at a rate of 0.
+    """
+
+    rate: float
+    fixed_bytes: int
+
+    def room_in(self, gb: float) -> int:
+        """Return the bytes left for activations on a device of ``gb`` GiB; negative: it lacks them."""
+        return int(gb * GIB) - self.peak_bytes
+
+    def highest_rate(self, gb: float, *, activations_gb: float = 0.0) -> float | None:
+        """Return about the highest rate that fits beside the activations, None if none does.
+
+        Trained bytes are taken to grow with the rate.
+        """
+        room = (gb - activations_gb) * GIB - self.fixed_bytes
+        if room < 0:
+            return None
+        per_rate = (self.peak_bytes - self.fixed_bytes) / self.rate if self.rate else 0.0
+        return min(1.0, room / per_rate) if per_rate else 1.0
+
+    def fits(self, gb: float = 24.0) -> str:
+        """Return one sentence on whether it fits on a device of ``gb`` GiB."""
+        room = self.room_in(gb)
+        highest = self.highest_rate(gb)
+        if room >= 0:
+            return f"fits in {gb:g} GiB, with {_shown(room)} left for activations"
+        if highest is None:
+            return f"does not fit in {gb:g} GiB at any rate: the weights alone leave no room"
+        return f"lacks {_shown(-room)} in {gb:g} GiB; a rate of {highest:.4f} would just fit"
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\n{self.fits()}"
+
+
+def memory_of(
+    model: nn.Module, parts: Iterable[SparseParameter], *, optimizer: str = "adamw"
+) -> MemoryReport:
+    """Return what training these parts of a model keeps in memory.
+
+    Raises:
+        ValueError: the optimizer is not known.
+    """
+    rows = [
+        (part.parameter, part.train_num, part.trains_all, part.master.element_size())
+        for part in parts
+    ]
+    return MemoryReport(**_count(model, rows, optimizer))
+
+
+def plan(
+    model: str | PathLike[str] | nn.Module | Any,
+    rate: float,
+    *,
+    sparse_module: Names = ALL_LINEAR,
+    exception: Names = (),
+    dtype: torch.dtype = torch.bfloat16,
+    optimizer: str = "adamw",
+) -> Plan:
+    """Return what training would keep in memory; no weights are loaded.
+
+    Args:
+        model: a folder or an id of the Hub that holds a ``config.json``, a config of transformers,
+            or a module, which may be on the meta device.
+        rate: share of each tensor's components to train.
+        sparse_module: as for ``SIFT``.
+        exception: as for ``SIFT``.
+        dtype: that the weights would be loaded in; a module keeps its own.
+        optimizer: one of ``OPTIMIZER_STATE_BYTES``.
+
+    Raises:
+        ValueError: an argument is out of range, or the config's model is not known.
+    """
+    empty = model if isinstance(model, nn.Module) else _without_weights(model, dtype)
+    rows = []
+    for target in find_targets(empty, sparse_module, exception, needs_values=False):
+        numel = target.parameter.numel()
+        k = numel if target.dense else n_selected(numel, rate)
+        width = torch.promote_types(target.parameter.dtype, torch.float32).itemsize
+        rows.append((target.parameter, k, k == numel, width))
+    counted = _count(empty, rows, optimizer)
+    fixed = counted["weight_bytes"] + counted["largest_gradient_bytes"]
+    return Plan(**counted, rate=rate, fixed_bytes=fixed)
+
+
+def _count(
+    model: nn.Module, rows: list[tuple[nn.Parameter, int, bool, int]], optimizer: str
+) -> dict[str, int]:
+    if optimizer not in OPTIMIZER_STATE_BYTES:
+        known = ", ".join(OPTIMIZER_STATE_BYTES)
+        raise ValueError(f"optimizer is {optimizer!r}; choose one of {known}")
+    n_trained = sum(k for _, k, _, _ in rows)
+    master_bytes = sum(k * width for _, k, _, width in rows)
+    tensors = {*model.parameters(), *model.buffers()}
+    return {
+        "n_trained": n_trained,
+        "n_total": sum(p.numel() for p in model.parameters()),
+        "weight_bytes": sum(t.numel() * t.element_size() for t in tensors),
+        "master_bytes": master_bytes,
+        "gradient_bytes": master_bytes,
+        "optimizer_bytes": n_trained * OPTIMIZER_STATE_BYTES[optimizer],
+        "index_bytes": sum(
+            0 if trains_all else k * index_dtype(p.numel()).itemsize for p, k, trains_all, _ in rows
+        ),
+        "largest_gradient_bytes": max(p.numel() * p.element_size() for p, _, _, _ in rows),
+        "host_bytes": sum(k * p.element_size() for p, k, _, _ in rows),
+    }
+
+
+def _without_weights(source: Any, dtype: torch.dtype) -> nn.Module:
+    import transformers  # takes seconds
+
+    auto: Any = transformers.AutoConfig
+    config = auto.from_pretrained(source) if isinstance(source, str | PathLike) else source
+    names = getattr(config, "architectures", None) or []
+    model_class: Any = getattr(transformers, names[0], None) if names else None
+    with torch.device("meta"):
+        if model_class is not None:
+            model: nn.Module = model_class._from_config(config, dtype=dtype)
+        else:
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
+
+
+def _shown(n_bytes: int) -> str:
+    if abs(n_bytes) >= GIB / 10:
+        return f"{n_bytes / GIB:.2f} GiB"
+    return f"{n_bytes / (1 << 20):.2f} MiB"

@@ -1,0 +1,137 @@
+"""What ranks the components of a tensor: by gradients of some micro-batches, or by the weight alone.
+
+A rule sees one tensor at a time and depends on nothing else, so every rule serves every model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_RANK = 128
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the components of one tensor are scored; exactly one of the two functions is given.
+
+    Attributes:
+        from_gradient: maps weight and the gradient of one micro-batch, both of the tensor's shape,
+            to what that micro-batch adds to the scores. The sum ranks as the mean does.
+        from_weight: maps the weight and a generator to the scores; needs no gradient.
+    """
+
+    from_gradient: Callable[[Tensor, Tensor], Tensor] | None = None
+    from_weight: Callable[[Tensor, torch.Generator], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.from_gradient is None) == (self.from_weight is None):
+            raise ValueError(
+                "a selection rule needs one of from_gradient and from_weight, not both"
+            )
+
+
+Score = Callable[[Tensor, Tensor], Tensor]
+Selection = str | Rule | Score | Mapping[str, Any]
+
+
+def principal(rank: int | None = None) -> Rule:
+    """Return the rule of LIFT (arXiv 2506.00772): the largest of the weight's low-rank approximation.
+
+    Args:
+        rank: of the approximation; by default an eighth of the smaller side, at least 1 and at
+            most 128. Stacks of matrices are approximated one by one, a convolution as
+            (out, rest); a vector's entries rank by magnitude.
+
+    Raises:
+        ValueError: the rank is below 1.
+    """
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank is {rank}; it must be 1 or more")
+
+    def score(weight: Tensor, generator: torch.Generator) -> Tensor:
+        if weight.dim() < 2:
+            return weight.detach().abs()
+        if weight.dim() > 3:
+            return score(weight.detach().flatten(1), generator).view(weight.shape)
+        if weight.dim() == 3:
+            return torch.stack([score(matrix, generator) for matrix in weight.detach()])
+        return _low_rank(weight.detach().float(), rank, generator).abs()
+
+    return Rule(from_weight=score)
+
+
+def _low_rank(matrix: Tensor, rank: int | None, generator: torch.Generator) -> Tensor:
+    smaller = min(matrix.shape)
+    rank = max(1, min(rank or min(MAX_RANK, smaller // 8), smaller))
+    # Halko et al. 2011 with 4 power iterations; svd_lowrank would draw from the global generator.
+    sketch = torch.randn(matrix.shape[1], min(rank + 8, smaller), generator=generator)
+    basis = torch.linalg.qr(matrix @ sketch.to(matrix.device)).Q
+    for _ in range(4):
+        basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
+    left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return (basis @ left[:, :rank] * values[:rank]) @ right[:rank]
+
+
+def _gradient(weight: Tensor, gradient: Tensor) -> Tensor:
+    return gradient.abs()
+
+
+def _fisher(weight: Tensor, gradient: Tensor) -> Tensor:
+    # In fp32: squares of small half-precision gradients are all zero.
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square()
+
+
+def _snip(weight: Tensor, gradient: Tensor) -> Tensor:
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return (weight.detach().to(wide) * gradient).abs()
+
+
+def _magnitude(weight: Tensor, generator: torch.Generator) -> Tensor:
+    return weight.detach().abs()
+
+
+def _random(weight: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(weight.shape, generator=generator)
+
+
+RULES: Mapping[str, Rule] = MappingProxyType(
+    {
+        "gradient": Rule(from_gradient=_gradient),
+        "fisher": Rule(from_gradient=_fisher),
+        "snip": Rule(from_gradient=_snip),
+        "magnitude": Rule(from_weight=_magnitude),
+        "principal": principal(),
+        "random": Rule(from_weight=_random),
+    }
+)
+
+
+def find_rule(selection: Selection) -> Rule | None:
+    """Return the rule of a name or of a scoring function, the rule itself, None for a mapping.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: there is no rule of that name.
+    """
+    if isinstance(selection, str):
+        if selection not in RULES:
+            raise ValueError(
+                f"selection {selection!r} is not known; choose one of {', '.join(RULES)}"
+            )
+        return RULES[selection]
+    if isinstance(selection, Mapping):
+        return None
+    if isinstance(selection, Rule):
+        return selection
+    if not callable(selection):
+        raise TypeError(
+            f"selection is a {type(selection).__name__}; give a rule's name, a Rule, a function of "
+            "weight and gradient, or a mapping of parameter names to masks"
+        )
+    return Rule(from_gradient=selection)

@@ -1,0 +1,86 @@
+"""What a training run needs to go on bit for bit: choices, originals, masters and buffers.
+
+Kept as one safetensors file. The model itself is not in it: it is the base, and is checked to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sift_train.sift import SIFT
+
+FORMAT = {"format": "sift-state", "format_version": "1"}
+INDEX, ORIGINAL, MASTER, BUFFER = "index:", "original:", "master:", "buffer:"
+
+
+def state_of(sift: SIFT) -> dict[str, Tensor]:
+    """Return copies, on the CPU, of everything that ``restore`` takes up.
+
+    Parts that are not chosen yet are left out.
+    """
+    state: dict[str, Tensor] = {}
+    for name, part in sift.sparse_mapping.items():
+        if part.original is None:
+            continue
+        if not part.trains_all:
+            state[INDEX + name] = part.flat_index
+        state[ORIGINAL + name] = part.original
+        state[MASTER + name] = part.master.detach()
+    for name, buffer in sift.model.named_buffers():
+        state[BUFFER + name] = buffer
+    return {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
+
+
+def restore(sift: SIFT, state: Mapping[str, Tensor]) -> None:
+    """Take up a state; the model must hold the base's weights, or the trained ones.
+
+    Raises:
+        ValueError: the state is of other parameters, or the model holds other weights.
+    """
+    saved = {key.removeprefix(MASTER) for key in state if key.startswith(MASTER)}
+    unknown = sorted(saved - set(sift.sparse_mapping))
+    if unknown:
+        raise ValueError(
+            f"the saved state trains {unknown[0]!r}, which is not trained here; "
+            "use the sparse_module and exception it was made with"
+        )
+    for name, part in sift.sparse_mapping.items():
+        if name in saved:
+            index = state.get(INDEX + name)
+            part.restore(index, state[ORIGINAL + name], state[MASTER + name])
+        elif part.is_selected:
+            raise ValueError(
+                f"the saved state lacks {name!r}, which is trained here; "
+                "use the sparse_module and exception it was made with"
+            )
+    with torch.no_grad():
+        for name, buffer in sift.model.named_buffers():
+            if BUFFER + name in state:
+                buffer.copy_(state[BUFFER + name])
+
+
+def write_state(state: Mapping[str, Tensor], path: str | PathLike[str]) -> None:
+    """Write a state as a safetensors file."""
+    whole = {key: value.contiguous() for key, value in state.items()}
+    save_file(whole, path, metadata=FORMAT)
+
+
+def read_state(path: str | PathLike[str]) -> dict[str, Tensor]:
+    """Return a written state.
+
+    Raises:
+        ValueError: the file is not a state of this version.
+    """
+    with safe_open(path, framework="pt") as file:
+        found = file.metadata() or {}
+        if {key: found.get(key) for key in FORMAT} != FORMAT:
+            raise ValueError(f"'{path}' is not a training state of version 1")
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
