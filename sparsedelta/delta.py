@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from sparsedelta.codecs.chunks import Chunk
 from sparsedelta.dtypes import DType, tensor_bytes
+
+if TYPE_CHECKING:
+    from sparsedelta.hub.push import PushReport
+    from sparsedelta.progress import Progress
 
 JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
 
@@ -182,6 +186,49 @@ class Delta:
         from sparsedelta.container import write_delta
 
         write_delta(self, path, overwrite=overwrite)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base_id: str | None = None,
+        base: str | PathLike[str] | None = None,
+        subfolder: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        tag: str | None = None,
+        token: str | bool | None = None,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> PushReport:
+        """Put the delta into a repository on the Hub and return what was done; see ``sparsedelta.push``.
+
+        Raises:
+            MismatchError: the base is not the delta's.
+            RemoteError: the Hub refuses, or cannot be reached.
+            ValueError: an argument is wrong.
+        """
+        from sparsedelta.hub.push import push
+
+        return push(
+            self,
+            repo_id,
+            base_id=base_id,
+            base=base,
+            subfolder=subfolder,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            tag=tag,
+            token=token,
+            dry_run=dry_run,
+            progress=progress,
+        )
 
     def close(self) -> None:
         """Close the file or spool behind the payload; the delta can no longer be applied."""

@@ -94,9 +94,9 @@ def prove_base(
     base = open_repository(hub, reference)
     if base.is_delta_repository:
         return _prove_link(base, delta)
-    check_remote_structure(base, delta)
+    _check_has_weights(base)
     wanted = base.base_files(delta)
-    places, how = _find_copy(base, wanted, local)
+    places, how = _find_copy(base, delta, wanted, local)
     for path, place in places.items():
         if not place.is_file() or not is_content(base.files[path], place):
             raise BaseMismatch(
@@ -116,6 +116,7 @@ def check_remote_structure(base: Repository, delta: Delta) -> None:
         StructureMismatch: they differ.
         RemoteNotFound: there are no weights in the repository.
     """
+    _check_has_weights(base)
     found = _structure(base, delta)
     expected = {row.name: row.base for row in delta.tensors if row.base}
     for name in [*expected, *sorted(found.keys() - expected.keys())]:
@@ -130,13 +131,16 @@ def check_remote_structure(base: Repository, delta: Delta) -> None:
             )
 
 
-def _structure(base: Repository, delta: Delta) -> Structure:
-    paths = [path for path in base.weight_files(delta) if path.endswith(WEIGHT_SUFFIX)]
-    if not paths:
+def _check_has_weights(base: Repository) -> None:
+    if not base.has_weights:
         raise RemoteNotFound(
             f"repository '{base.name}' holds neither {WEIGHT_SUFFIX} files nor a delta; a base needs"
             " one or the other"
         )
+
+
+def _structure(base: Repository, delta: Delta) -> Structure:
+    paths = [path for path in base.weight_files(delta) if path.endswith(WEIGHT_SUFFIX)]
     prefixes = base.prefixes()
     return {
         prefixes[path] + entry.name: (entry.dtype, entry.shape)
@@ -159,8 +163,9 @@ def _remote_header(base: Repository, path: str) -> Header:
 
 
 def _find_copy(
-    base: Repository, wanted: list[str], local: Path | None
+    base: Repository, delta: Delta, wanted: list[str], local: Path | None
 ) -> tuple[dict[str, Path], str]:
+    """Return where a copy of the base is, downloaded if it must be, and what to call it."""
     if local is not None:
         if local.is_dir():
             return {path: local / path for path in wanted}, f"the local copy '{local}'"
@@ -169,6 +174,7 @@ def _find_copy(
     cached = base.hub.cached(base.reference, wanted)
     if cached is not None:
         return cached, "the copy in the cache"
+    check_remote_structure(base, delta)
     return base.download(wanted), "a download of it"
 
 
