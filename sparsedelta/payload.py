@@ -57,3 +57,7 @@ class SpoolPayload:
     def close(self) -> None:
         """Discard the entries."""
         self._file.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self.close()

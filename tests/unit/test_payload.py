@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -60,6 +62,16 @@ def test_threads(spool: SpoolPayload) -> None:
     for thread in threads:
         thread.join()
     assert {key: spool.read(key, 0, 3000) for key in wanted} == wanted
+
+
+def test_forgotten_spool_closes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(payload, "_MEMORY_BYTES", 16)
+    n_open = len(os.listdir("/proc/self/fd"))
+    spool = SpoolPayload()
+    spool.append("a", [b"x" * 100])
+    del spool  # a warning would be an error here
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == n_open
 
 
 def test_temporary_file_is_gone_after_close(
