@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from sparsedelta.errors import Corrupt, FormatError, LimitExceeded, UnsupportedFeature
 
 MAX_DEPTH = 64
 MAX_INTEGER = (1 << 63) - 1
+_BLOCK_BYTES = 1 << 20
 
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _HEX = re.compile(r"[0-9a-f]*")
 
@@ -155,12 +156,37 @@ def optional(value: Any, what: str, read: Callable[[Any, str], T]) -> T | None:
 
 
 def _check_depth(raw: bytes, what: str) -> None:
-    # Before parsing: the parser recurses, and hostile depth would exhaust its stack.
-    brackets = np.frombuffer(_STRING.sub(b"", raw), np.uint8)
-    steps = ((brackets == ord("[")) | (brackets == ord("{"))).astype(np.int32)
-    steps -= (brackets == ord("]")) | (brackets == ord("}"))
-    if len(steps) and int(np.cumsum(steps).max()) > MAX_DEPTH:
-        raise LimitExceeded(f"{what} is nested deeper than {MAX_DEPTH}")
+    # Before parsing: the parser recurses, and hostile depth would exhaust its stack. By blocks, in
+    # linear time: a regular expression takes a hundred bytes for every character of a long string,
+    # and begins again at each quote of an unfinished one.
+    text = np.frombuffer(raw, np.uint8)
+    depth, in_string, n_backslashes = 0, False, 0
+    for start in range(0, len(text), _BLOCK_BYTES):
+        block = text[start : start + _BLOCK_BYTES]
+        escaped, n_backslashes = _escaped(block, n_backslashes)
+        inside = np.logical_xor.accumulate((block == ord('"')) & ~escaped) ^ in_string
+        steps = ((block == ord("[")) | (block == ord("{"))).astype(np.int32)
+        steps -= (block == ord("]")) | (block == ord("}"))
+        steps[inside] = 0
+        depths = np.cumsum(steps, dtype=np.int64) + depth
+        if int(depths.max()) > MAX_DEPTH:
+            raise LimitExceeded(f"{what} is nested deeper than {MAX_DEPTH}")
+        depth, in_string = int(depths[-1]), bool(inside[-1])
+
+
+def _escaped(block: npt.NDArray[np.uint8], n_before: int) -> tuple[npt.NDArray[np.bool_], int]:
+    """Return which bytes follow an odd run of backslashes, and the length of the run at the end.
+
+    Args:
+        block: bytes, at least one.
+        n_before: length of the run of backslashes before the block.
+    """
+    backslash = block == ord("\\")
+    places = np.arange(len(block))
+    last = np.maximum.accumulate(np.where(backslash, -1 - n_before, places))
+    run = places - last  # of backslashes, up to and with each byte
+    before = np.concatenate(([n_before], run[:-1]))
+    return before % 2 == 1, int(run[-1])
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
