@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -12,6 +13,8 @@ from sparsedelta.dtypes import DType, tensor_bytes
 
 if TYPE_CHECKING:
     from sparsedelta.hub.push import PushReport
+    from sparsedelta.live.names import Model, Names
+    from sparsedelta.live.patch import Check
     from sparsedelta.progress import Progress
 
 JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
@@ -229,6 +232,54 @@ class Delta:
             dry_run=dry_run,
             progress=progress,
         )
+
+    def apply_(self, model: Model, *, verify: Check = "touched", names: Names = None) -> None:
+        """Make the target of the base that a model in memory holds: in place, bit for bit.
+
+        All tensors are checked before the first is written; on any error the model is as it was.
+
+        Args:
+            model: a ``torch.nn.Module`` or a state dict, on any device; its tensors are changed.
+            verify: ``"touched"`` checks the touched values, ``"full"`` every byte of the tensors
+                that the model has of the delta's base, ``"none"`` nothing but dtypes and shapes.
+            names: from the name of a tensor in the delta to that in the model, None as a value: leave
+                this tensor out. What torch.compile, FSDP, DDP and PEFT put into names, and one
+                prefix common to all, are found without it.
+
+        Raises:
+            BaseMismatch: a tensor is neither the base's nor the target's.
+            AlreadyApplied: the model already is the target.
+            PartlyApplied: some tensors are the base's, others the target's.
+            StructureMismatch: a changed tensor is missing or has another dtype or shape, or the
+                delta adds, removes or reshapes tensors.
+            FormatError: the delta is damaged or contradicts itself.
+            ValueError: the delta lacks what ``verify`` asks for.
+        """
+        from sparsedelta.live.patch import apply_
+
+        apply_(self, model, verify=verify, names=names)
+
+    def revert_(self, model: Model, *, verify: Check = "touched", names: Names = None) -> None:
+        """Make the base of the target that a model in memory holds; see ``apply_``.
+
+        Raises:
+            ConflictError: the delta holds new values, not differences.
+            MismatchError: as for ``apply_``; ``AlreadyApplied``: the model already is the base.
+        """
+        from sparsedelta.live.patch import revert_
+
+        revert_(self, model, verify=verify, names=names)
+
+    def applied(
+        self, model: Model, *, verify: Check = "touched", names: Names = None
+    ) -> AbstractContextManager[None]:
+        """Return a context in which the model is the target; see ``apply_``.
+
+        At its end the touched elements get the bits back that they had, whatever they are then.
+        """
+        from sparsedelta.live.patch import applied
+
+        return applied(self, model, verify=verify, names=names)
 
     def close(self) -> None:
         """Close the file or spool behind the payload; the delta can no longer be applied."""

@@ -1,0 +1,121 @@
+"""Tensors of a model as bits: which torch dtype is which wire dtype, and elements by flat index.
+
+Integer views of the element size share the memory of the tensor; no float arithmetic anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from sparsedelta.dtypes import DType
+
+if TYPE_CHECKING:
+    import torch
+
+_TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "U16": "uint16",
+    "I16": "int16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "U32": "uint32",
+    "I32": "int32",
+    "F32": "float32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "C64": "complex64",
+}
+
+
+def torch_dtype(dtype: DType) -> torch.dtype | None:
+    """Return the torch dtype of a wire dtype, None if torch has none of one value an element."""
+    import torch
+
+    found = getattr(torch, _TORCH_NAMES.get(dtype.name, ""), None)
+    return found if isinstance(found, torch.dtype) else None
+
+
+def wire_name(dtype: torch.dtype) -> str:
+    """Return what messages call a torch dtype: its wire name if it has one."""
+    name = str(dtype).removeprefix("torch.")
+    return next((wire for wire, own in _TORCH_NAMES.items() if own == name), name)
+
+
+def integer_dtype(width: int) -> torch.dtype:
+    """Return the signed integer of ``width`` bytes; torch does little with unsigned ones."""
+    import torch
+
+    return {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+
+
+def integer_view(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements of a tensor as integers, in its own memory and shape."""
+    return tensor.detach().view(integer_dtype(tensor.element_size()))
+
+
+def flat_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements of a contiguous tensor by flat index, in its own memory."""
+    return integer_view(tensor).view(-1)
+
+
+def gather(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return the bits at flat indices, ``(nnz,)``."""
+    memory, places = _memory(tensor, index)
+    return memory.index_select(0, places)
+
+
+def scatter(tensor: torch.Tensor, index: torch.Tensor, bits: torch.Tensor) -> None:
+    """Set the bits at flat indices."""
+    memory, places = _memory(tensor, index)
+    memory.scatter_(0, places, bits)
+
+
+def _memory(tensor: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a flat view of a tensor's memory, and where in it the elements lie."""
+    import torch
+
+    if tensor.is_contiguous():
+        return flat_bits(tensor), index
+    view = integer_view(tensor)
+    extent = 1 + sum(
+        (size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True)
+    )
+    memory = torch.as_strided(view, (extent,), (1,))
+    places = torch.zeros_like(index)
+    for size, step in zip(reversed(view.shape), reversed(view.stride()), strict=True):
+        places += index % size * step
+        index = index // size
+    return memory, places
+
+
+def ordered(dtype: DType, bits: torch.Tensor) -> torch.Tensor:
+    """Return M − S of every element, M as in FORMAT §7.2: signed order is the order of the values.
+
+    The map is its own inverse.
+    """
+    if not dtype.is_float:
+        return bits
+    width = bits.element_size()
+    return bits ^ ((bits >> (8 * width - 1)) & ((1 << (8 * width - 1)) - 1))
+
+
+def overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Return whether elements of a tensor may share memory, as in one that was expanded."""
+    strides = sorted(
+        (step, size) for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
+    )
+    extent = 1
+    for step, size in strides:
+        if step < extent:
+            return math.prod(tensor.shape) > 1
+        extent = step * size
+    return False
