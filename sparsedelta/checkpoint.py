@@ -139,6 +139,8 @@ class Checkpoint:
         files, folders = list_folder(self.path, exclude, whole=whole)
         self.empty_folders = tuple(folders)
         weights = {path for path in files if path.endswith(WEIGHT_SUFFIX)}
+        for path in sorted(weights):
+            _check_utf8(path, files[path])
         indexes = {p: read_index(files[p], p, weights) for p in files if p.endswith(INDEX_SUFFIX)}
         check_sets(weights, indexes)
         stems = set_stems(sorted(weights), {i: set(m.values()) for i, m in indexes.items()})
@@ -199,10 +201,16 @@ def list_folder(
 
     Raises:
         CheckpointError: ``whole``, and something is neither file nor folder, or a link to a folder.
+        OSError: ``whole``, and a folder cannot be listed.
     """
+
+    def fail(error: OSError) -> None:
+        if whole:
+            raise error
+
     files: dict[str, Path] = {}
     empty: list[str] = []
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=fail):
         here = Path(folder)
         relative = "" if here == root else here.relative_to(root).as_posix() + "/"
         subfolders[:] = sorted(s for s in subfolders if not is_excluded(relative + s, exclude))
@@ -220,7 +228,7 @@ def list_folder(
                 raise CheckpointError(
                     f"'{here / name}' is not a regular file; leave it out with --exclude"
                 )
-        if relative and not subfolders and not names:
+        if relative and not subfolders and not kept:
             empty.append(relative[:-1])
     return dict(sorted(files.items(), key=lambda item: os.fsencode(item[0]))), sorted(
         empty, key=os.fsencode
@@ -293,6 +301,17 @@ def read_exactly(fd: int, buffer: memoryview, offset: int, what: str) -> None:
             raise CheckpointError(f"{what!r}: its file became shorter while it was read")
         buffer = buffer[n_read:]
         offset += n_read
+
+
+def _check_utf8(path: str, location: Path) -> None:
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        shown = os.fsencode(location).decode("utf-8", "backslashreplace")
+        raise CheckpointError(
+            f"the name of the weight file '{shown}' is not UTF-8; rename it or leave it out with"
+            " --exclude"
+        ) from None
 
 
 def _check_numbers(path: str, shard: re.Match[str], weights: set[str]) -> None:

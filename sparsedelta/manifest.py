@@ -75,6 +75,8 @@ def render_manifest(delta: Delta, payload_digest: bytes) -> bytes:
     """
     target = delta.target
     _at_most(len(delta.tensors), MAX_ROWS, "tensors")
+    longest = max((len(row.name.encode("utf-8")) for row in delta.tensors), default=0)
+    _at_most(longest, MAX_NAME_BYTES, "bytes of tensor name")
     for files in (target.weight_files, target.side_files, target.empty_folders):
         _at_most(len(files), MAX_FILES, "files of one kind")
     raw = compact_json(

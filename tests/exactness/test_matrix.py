@@ -554,6 +554,28 @@ def test_file_in_a_folder_becomes_a_file(tmp_path: Path, scratch: Path) -> None:
     roundtrip(target, base, scratch)
 
 
+@each_encoding
+@pytest.mark.parametrize("dtype", ["U8", "BF16"])
+def test_chunk_edges(dtype: str, values: str, tmp_path: Path) -> None:
+    """Positions around the end of a chunk, and a chunk in which all changes."""
+    chunk, width = 1 << 24, BITS[dtype] // 8
+    before = np.arange(2 * chunk + 3, dtype=f"<u{width}")
+    after = before.copy()
+    edges = [0, chunk - 1, 2 * chunk - 1, 2 * chunk, 2 * chunk + 2]
+    after[edges] += 1
+    base, target = ({"w": of_array(dtype, array)} for array in (before, after))
+    delta = check(tmp_path, base, target, values=values)
+    change = delta.tensors[0].change
+    assert change is not None
+    assert [(c.number, c.nnz) for c in change.chunks] == [(0, 2), (1, 1), (2, 2)]
+    shutil.rmtree(tmp_path / "scratch")
+    after[:chunk] += 1
+    delta = check(tmp_path, base, {"w": of_array(dtype, after)}, values=values)
+    change = delta.tensors[0].change
+    assert change is not None
+    assert change.chunks[0].index_encoding == "all"
+
+
 @pytest.mark.slow
 def test_one_element_beyond_2_31(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pwrite = os.pwrite

@@ -263,6 +263,33 @@ def test_odd_things_are_refused_unless_passed_over(kind: str, tmp_path: Path) ->
     assert list(read(root, whole=False)) == ["w"]
 
 
+def test_folder_that_cannot_be_listed_is_not_passed_over_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_file(tmp_path / "model.safetensors", {"w": W})
+    write(tmp_path / "closed/config.json", "{}")
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="closed"):
+        Checkpoint(tmp_path)
+    with Checkpoint(tmp_path, whole=False) as checkpoint:  # as a base: it may not be needed
+        assert not checkpoint.side_files
+
+
+def test_weight_file_without_a_utf8_name_is_refused(tmp_path: Path) -> None:
+    path = write_file(tmp_path / os.fsdecode(b"caf\xe9.safetensors"), {"w": W})
+    for whole in (True, False):
+        with pytest.raises(CheckpointError, match=r"caf\\xe9.safetensors' is not UTF-8"):
+            Checkpoint(tmp_path, whole=whole)
+    assert list(read(path)) == ["w"]
+
+
 @pytest.mark.parametrize(
     ("glob", "matched"),
     [
@@ -287,3 +314,6 @@ def test_excluded_files_and_folders(tmp_path: Path) -> None:
     with Checkpoint(tmp_path, exclude=["optimizer/", "*.md"]) as checkpoint:
         assert not checkpoint.side_files
         assert not checkpoint.empty_folders
+    with Checkpoint(tmp_path, exclude=["*.bin"]) as checkpoint:
+        assert list(checkpoint.side_files) == ["README.md"]
+        assert checkpoint.empty_folders == ("optimizer",)

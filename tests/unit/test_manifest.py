@@ -103,6 +103,13 @@ def test_what_is_written_is_read() -> None:
     assert render_manifest(again, parsed.payload_digest) == render_manifest(delta, b"\x07" * 32)
 
 
+def test_names_beyond_the_limit_are_not_written() -> None:
+    delta = sample()
+    long = replace(delta.tensors[0], name="é" * 32_768)
+    with pytest.raises(LimitExceeded, match="65536 bytes of tensor name"):
+        render_manifest(replace(delta, tensors=(long, *delta.tensors[1:])), bytes(32))
+
+
 def test_unknown_target_and_single_file() -> None:
     delta = sample()
     row = TensorDelta(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
-from helpers import tree, write
+from helpers import noise, tree, write, write_sharded
 
-from sparsedelta.staging import staged_output
+import sparsedelta
+from sparsedelta.staging import staged_output, synced
 
 
 def make(path: Path, content: bytes, *, folder: bool, overwrite: bool = False) -> None:
@@ -115,3 +117,69 @@ def test_relative_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         write(staged, b"x")
         monkeypatch.chdir("/")
     assert tree(tmp_path) == {"out": b"x"}
+
+
+def test_everything_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = noise("U8", 50)
+    for name, changed in (("base", tensor), ("target", tensor.changed(3))):
+        write_sharded(tmp_path / name, [{"w": changed}, {"v": tensor}])
+        write(tmp_path / name / "a/b/config.json", name)
+        (tmp_path / name / "empty").mkdir()
+    events: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noting(fd: int) -> None:
+        events.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    def renaming(path: Path, target: Path) -> None:
+        events.append(f"rename {path}")
+        replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(Path, "replace", renaming)
+    with sparsedelta.diff(tmp_path / "base", tmp_path / "target") as delta:
+        delta.save(tmp_path / "delta.sd")
+    at = events.index(next(e for e in events if e.startswith("rename")))
+    assert events[at].removeprefix("rename ") in events[:at]
+    assert str(tmp_path) in events[at:]
+    events.clear()
+    sparsedelta.apply(tmp_path / "base", tmp_path / "delta.sd", tmp_path / "out")
+    at = events.index(next(e for e in events if e.startswith("rename")))
+    made = events[at].removeprefix("rename ")
+    wanted = {made, *(f"{made}/{path}" for path in tree(tmp_path / "out"))}
+    assert wanted <= set(events[:at])
+    assert str(tmp_path) in events[at:]
+
+
+def test_files_are_synced_while_they_are_filled(tmp_path: Path) -> None:
+    with open(tmp_path / "a", "wb") as file, synced([file.fileno()]):
+        file.write(b"x")
+        file.flush()
+    assert (tmp_path / "a").read_bytes() == b"x"
+
+
+def test_failure_to_reach_the_disk_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+
+    def fsync(fd: int) -> None:
+        if not failed.is_set():  # the system tells it once
+            failed.set()
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+    def fill(*, wait: bool) -> None:
+        with open(tmp_path / "a", "wb") as file, synced([file.fileno()]):
+            if wait:
+                failed.wait(10)
+
+    with pytest.raises(OSError, match="Input/output error"):
+        fill(wait=True)
+    failed.clear()
+    with pytest.raises(OSError, match="Input/output error"):
+        fill(wait=False)
