@@ -44,6 +44,10 @@ def open_frame(data: bytes, size: int | None) -> bytes:
         check(head.window_size <= 1 << 27, "corrupt", "frame with a window above 2^27")
         reader = zstandard.ZstdDecompressor(max_window_size=1 << 27)
         content = reader.decompress(data, allow_extra_data=False)
+        if stated == 0:  # the blocks of such a frame have not been looked at
+            stream = reader.decompressobj()
+            content = stream.decompress(data)
+            check(stream.eof and not stream.unused_data, "corrupt", "not one frame of no bytes")
     except zstandard.ZstdError as error:
         raise Refused("corrupt", f"damaged frame: {error}") from error
     check(len(content) == stated, "corrupt", "frame ends early")

@@ -64,6 +64,22 @@ def frames() -> list[Invalid]:
     add("other_magic", "no frame: other magic", b"\x27" + good[1:])
     add("plain", "content that is not compressed at all", content)
 
+    def empty(name: str, why: str, new: bytes) -> None:
+        delta = with_side_file(content=b"")
+        delta.entries[CONFIG] = new
+        out.append(Invalid("frame_empty_" + name, why, "R10", "corrupt", assemble(delta)))
+
+    none = frame(b"")
+    empty("trailing", "a byte after a frame of no bytes", none + b"\0")
+    empty("second", "a frame of no bytes twice", none + none)
+    empty("truncated", "a frame of no bytes that ends early", none[:-1])
+    empty("header_only", "a frame of no bytes that ends with its header", none[:6])
+    empty("states_less", "a frame that states 0 bytes and holds 9", frame(content, 0))
+    bomb = (
+        windowed_frame(b"", 20)[:14] + block(1, 1 << 17, b"x", False) * 50 + block(0, 0, b"", True)
+    )
+    empty("bomb", "a frame that states 0 bytes and holds 6 MiB", bomb)
+
     def manifest(name: str, why: str, pack: Callable[[bytes], bytes]) -> None:
         data = assemble(plain(), pack=pack)
         out.append(Invalid("manifest_frame_" + name, why, "R10", "corrupt", data))

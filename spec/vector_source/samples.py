@@ -62,10 +62,10 @@ def plain() -> Draft:
     return draft(folder(WeightFile(WEIGHTS, old)), target)
 
 
-def with_side_file(path: str = "config.json") -> Draft:
+def with_side_file(path: str = "config.json", content: bytes = b'{"a": 1}\n') -> Draft:
     """Return a small delta that carries a side file and changes nothing."""
     one = folder(WeightFile(WEIGHTS, {}))
-    return draft(one, folder(WeightFile(WEIGHTS, {}), side={path: b'{"a": 1}\n'}))
+    return draft(one, folder(WeightFile(WEIGHTS, {}), side={path: content}))
 
 
 def at(value: Any, path: str) -> tuple[Any, Any]:
