@@ -184,6 +184,12 @@ class SparseParameter:
         """Whether the master was changed in place since it was written."""
         return self._written_version != self.master._version
 
+    @property
+    def differs(self) -> bool:
+        """Whether the selected weights are not the master's, whatever changed it and how."""
+        held = self._take(self.parameter)
+        return not _same_bits(held, self.master.detach().to(held.dtype))
+
     def decay_to_original(self, share: float) -> None:
         """Move the master toward the original by a share of the way.
 

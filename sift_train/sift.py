@@ -399,5 +399,8 @@ class SIFT:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_use(self, *_: Any) -> None:
         for part in self.sparse_mapping.values():
-            if part.is_selected and (part.is_behind or not self._is_stepped_by_torch):
+            # Not without need: a write between two forwards of one loss would spoil its backward.
+            # An optimizer that is not torch's may work on `.data`, which leaves the version as it was.
+            may_differ = part.is_behind or not self._is_stepped_by_torch
+            if part.is_selected and may_differ and part.differs:
                 part.write()

@@ -500,6 +500,15 @@ def test_a_compiled_model_trains_the_same() -> None:
     assert all(same_bits(p, q) for p, q in zip(plain.parameters(), ours.parameters(), strict=True))
 
 
+def test_a_model_may_be_used_twice_in_one_loss() -> None:
+    model = make_net()
+    with SIFT(model, 0.2, ["first", "last"], selection="magnitude") as sift:
+        optimizer = torch.optim.SGD(sift.parameters_in_optimizer(), lr=0.1)
+        for x, y in zip(make_inputs(2), make_inputs(2, seed=5), strict=True):
+            (model(x) * model(y)).mean().backward()
+            optimizer.step()
+
+
 def test_grad_acc_is_a_count() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         SIFT(make_net(), 0.1, "weight", grad_acc=0)
