@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from sparsedelta.container import load
     from sparsedelta.delta import Delta
     from sparsedelta.errors import SparseDeltaError
+    from sparsedelta.live.bank import DeltaBank
+    from sparsedelta.live.loading import load_model
     from sparsedelta.hub.pull import PullReport, pull
     from sparsedelta.hub.push import PushReport, push
 
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Delta",
+    "DeltaBank",
     "Inspection",
     "PullReport",
     "PushReport",
@@ -38,6 +41,7 @@ __all__ = [
     "inspect",
     "invert",
     "load",
+    "load_model",
     "pull",
     "push",
     "stack",
@@ -47,6 +51,7 @@ __all__ = [
 # The verbs live in private modules: a module `diff` would take the place of the function `diff`.
 _HOMES = {
     "Delta": "delta",
+    "DeltaBank": "live.bank",
     "Inspection": "_inspect",
     "PullReport": "hub.pull",
     "PushReport": "hub.push",
@@ -57,6 +62,7 @@ _HOMES = {
     "inspect": "_inspect",
     "invert": "_invert",
     "load": "container",
+    "load_model": "live.loading",
     "pull": "hub.pull",
     "push": "hub.push",
     "stack": "_stack",

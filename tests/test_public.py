@@ -11,6 +11,7 @@ import sparsedelta
 
 NAMES = {
     "Delta",
+    "DeltaBank",
     "Inspection",
     "PullReport",
     "PushReport",
@@ -22,6 +23,7 @@ NAMES = {
     "inspect",
     "invert",
     "load",
+    "load_model",
     "stack",
     "pull",
     "push",

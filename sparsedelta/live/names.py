@@ -22,6 +22,7 @@ Names: TypeAlias = Mapping[str, str | None] | Callable[[str], str | None] | None
 # What wrappers put into the names of what they wrap: torch.compile, FSDP, activation checkpointing,
 # and PEFT around a layer it adapts.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
+_TRIED = 8  # missing names of which a common prefix is looked for
 _OUTER = (("base_model", "model"), ("module",))  # PEFT's model, and data parallelism
 
 
@@ -31,20 +32,34 @@ class Slot:
 
     Attributes:
         name: of the tensor in the model.
-        holder: a module, or a state dict.
-        key: of the tensor in the holder.
+        model: a module, or a state dict.
     """
 
     name: str
-    holder: Any
-    key: str
+    model: Any
 
     def tensor(self) -> torch.Tensor:
-        """Return the tensor that is there now."""
-        if isinstance(self.holder, Mapping):
-            found: torch.Tensor = self.holder[self.key]
+        """Return the tensor that is there now.
+
+        Raises:
+            StructureMismatch: none is there any longer.
+        """
+        import torch
+
+        found: torch.Tensor | None
+        if isinstance(self.model, Mapping):
+            found = self.model.get(self.name)
         else:
-            found = getattr(self.holder, self.key)
+            *path, key = self.name.split(".")
+            module = self.model
+            for part in path:
+                module = module._modules.get(part) if module is not None else None
+            held = None if module is None else getattr(module, key, None)
+            found = held if isinstance(held, torch.Tensor) else None
+        if found is None:
+            raise StructureMismatch(
+                f"tensor {self.name!r} is in the model no longer", tensor=self.name
+            )
         return found
 
 
@@ -112,7 +127,7 @@ def find_slots(model: Model) -> dict[str, Slot]:
     if isinstance(model, torch.nn.Module):
         found = list(_module_slots(model))
     elif isinstance(model, Mapping):
-        found = [Slot(name, model, name) for name in model]
+        found = [Slot(name, model) for name in model]
     else:
         raise TypeError(f"model is a {type(model).__name__}, expected a module or a state dict")
     slots = {slot.name: slot for slot in found}
@@ -126,7 +141,7 @@ def _module_slots(model: torch.nn.Module) -> Iterator[Slot]:
         for members in (module._parameters, module._buffers):
             for key, tensor in members.items():
                 if tensor is not None:
-                    yield Slot(f"{prefix}.{key}" if prefix else key, module, key)
+                    yield Slot(f"{prefix}.{key}" if prefix else key, model)
 
 
 def _plain(name: str) -> str:
@@ -148,23 +163,23 @@ def _resolver(changed: Sequence[str], slots: Mapping[str, Slot]) -> Callable[[st
     missing = [name for name in changed if name not in slots]
     if not missing:
         return lambda name: name
-    ways = [
-        way
-        for way in {(cut, add) for name in missing[:1] for cut, add in _ways(name, slots)}
-        if all(_converted(name, way) in slots for name in changed)
-    ]
-    if len(ways) == 1:
-        return lambda name: _converted(name, ways[0]) or name
-    if ways:
-        problem = "fits several ways of naming, " + " and ".join(
-            repr(_converted(missing[0], way)) for way in sorted(ways)
+    ways = {way for name in missing[:: len(missing) // _TRIED + 1] for way in _ways(name, slots)}
+    left = {way: [n for n in changed if _converted(n, way) not in slots] for way in ways}
+    fewest = min(map(len, left.values()), default=len(missing))
+    best = sorted(way for way in ways if len(left[way]) == fewest)
+    if len(best) == 1 and not fewest:
+        return lambda name: _converted(name, best[0])
+    if best and not fewest:
+        shown = " and ".join(repr(_converted(missing[0], way)) for way in best)
+        problem = (
+            f"tensor {missing[0]!r}, which the delta changes, fits several ways of naming, {shown}"
         )
     else:
-        problem = "is not in the model"
-    more = f", nor are {len(missing) - 1} more" if len(missing) > 1 and not ways else ""
+        missing = left[best[0]] if best else missing
+        more = f", nor are {len(missing) - 1} more" if len(missing) > 1 else ""
+        problem = f"tensor {missing[0]!r}, which the delta changes, is not in the model{more}"
     raise StructureMismatch(
-        f"tensor {missing[0]!r}, which the delta changes, {problem}{more}; give the names the model"
-        " has (names)",
+        f"{problem}; give the names the model has (names)",
         tensor=missing[0],
         expected=missing[0],
         found="absent",
@@ -182,9 +197,9 @@ def _ways(name: str, slots: Mapping[str, Slot]) -> Iterator[tuple[str, str]]:
             yield ".".join(parts[:n_cut]) + ".", ""
 
 
-def _converted(name: str, way: tuple[str, str]) -> str | None:
+def _converted(name: str, way: tuple[str, str]) -> str:
     cut, add = way
-    return add + name[len(cut) :] if name.startswith(cut) else None
+    return add + name.removeprefix(cut)
 
 
 def _check_in_place(row: TensorDelta) -> None:

@@ -1,0 +1,268 @@
+"""Several deltas of one base on one model in memory: decoded once, switched in place.
+
+The model is the base, or the target of the active delta, whenever nobody holds the writer's lock.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from sparsedelta.container import load
+from sparsedelta.delta import Delta
+from sparsedelta.errors import ConflictError, StructureMismatch
+from sparsedelta.live.bits import scatter, torch_dtype
+from sparsedelta.live.names import Model, Names
+from sparsedelta.live.patch import Check, Patch, prepare
+from sparsedelta.live.sharing import SharedLock
+
+
+@dataclass(slots=True)
+class _Resident:
+    """One delta of the bank; without patches it is decoded again when it is asked for."""
+
+    source: str | os.PathLike[str] | Delta
+    fingerprint: bytes
+    patches: list[Patch] | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(patch.n_bytes for patch in self.patches or ())
+
+
+class DeltaBank:
+    """A model in memory and deltas of its weights, one of which is active, or none.
+
+    Switching writes the touched elements of the delta that goes and of the one that comes, and reads
+    nothing. Threads that use the model while others switch do so within ``reading``.
+
+    Args:
+        model: a ``torch.nn.Module`` or a state dict that holds the base.
+        budget_bytes: how much decoded deltas may take: 8 bytes and two values for every touched
+            element. Those not used for longest are let go and decoded again when activated. None: no
+            limit.
+        verify: how each delta is checked against the model when it is decoded; see
+            ``Delta.apply_``.
+        names: see ``Delta.apply_``.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        budget_bytes: int | None = None,
+        verify: Check = "touched",
+        names: Names = None,
+    ) -> None:
+        self._model = model
+        self._budget_bytes = budget_bytes
+        self._verify: Check = verify
+        self._names = names
+        self._lock = SharedLock()
+        self._deltas: dict[str, _Resident] = {}  # the one used last comes last
+        self._active: str | None = None
+
+    @property
+    def active(self) -> str | None:
+        """The name of the active delta; None: the model is the base."""
+        return self._active
+
+    @property
+    def resident_bytes(self) -> int:
+        """What the decoded deltas take."""
+        return sum(resident.n_bytes for resident in self._deltas.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._deltas
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._deltas))
+
+    def __len__(self) -> int:
+        return len(self._deltas)
+
+    def add(self, name: str, delta: str | os.PathLike[str] | Delta) -> None:
+        """Decode a delta, check it against the model, and keep it under a name.
+
+        Args:
+            name: what to call it.
+            delta: an ``.sd`` file, opened again if it has been let go, or a loaded delta, which must
+                stay open.
+
+        Raises:
+            ConflictError: it was made from another base than those that are there.
+            ValueError: the name is taken, or the delta alone is beyond the budget.
+            MismatchError, FormatError: see ``Delta.apply_``.
+        """
+        with self._lock.writing():
+            if name in self._deltas:
+                raise ValueError(f"the bank has a delta {name!r} already; remove it first")
+            with _opened(delta) as opened:
+                resident = _Resident(delta, opened.base.fingerprint)
+                self._check_sibling(name, resident)
+                active = self._active
+                self._switch(None)
+                try:
+                    self._decode(resident, opened, keep=active)
+                    self._deltas[name] = resident
+                finally:
+                    self._switch(active)
+
+    def remove(self, name: str) -> None:
+        """Forget a delta.
+
+        Raises:
+            KeyError: there is none of that name.
+            ValueError: it is active.
+        """
+        with self._lock.writing():
+            if name == self._active:
+                raise ValueError(f"delta {name!r} is active; activate another one or None first")
+            del self._deltas[name]
+
+    def activate(self, name: str | None) -> None:
+        """Make the model the target of a delta, or with None the base.
+
+        Raises:
+            KeyError: there is no delta of that name.
+            StructureMismatch: the model has got other tensors meanwhile.
+        """
+        with self._lock.writing():
+            self._switch(name)
+
+    @contextmanager
+    def reading(self) -> Iterator[str | None]:
+        """Use the model while no other thread switches it; yields the name of the active delta.
+
+        Threads read together. A thread must not switch while it reads.
+        """
+        with self._lock.reading():
+            yield self._active
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Activate a delta and use the model alone, for as long as the context lasts.
+
+        Raises:
+            KeyError: there is no delta of that name.
+        """
+        with self._lock.writing():
+            self._switch(name)
+            yield
+
+    def _switch(self, name: str | None) -> None:
+        if name == self._active:
+            return
+        if name is not None and name not in self._deltas:
+            raise KeyError(f"the bank has no delta {name!r}, only {', '.join(self) or 'none'}")
+        if name is not None:
+            self._make_resident(name)
+        outgoing = self._patches(self._active)
+        incoming = self._patches(name)
+        _write(outgoing, incoming)
+        self._active = name
+
+    def _patches(self, name: str | None) -> list[Patch]:
+        """Return the patches of a resident delta, each on the device of its tensor."""
+        if name is None:
+            return []
+        resident = self._deltas[name]
+        resident.patches = [_in_step(patch) for patch in resident.patches or ()]
+        return resident.patches
+
+    def _make_resident(self, name: str) -> None:
+        resident = self._deltas.pop(name)
+        self._deltas[name] = resident
+        if resident.patches is None:
+            active = self._active
+            self._switch(None)
+            try:
+                with _opened(resident.source) as opened:
+                    self._decode(resident, opened, keep=None)
+            except BaseException:
+                self._switch(active)
+                raise
+
+    def _decode(self, resident: _Resident, delta: Delta, *, keep: str | None) -> None:
+        """Decode a delta while the model is the base, letting others go for it.
+
+        With ``keep``, the one that must not go, it stays undecoded if both are beyond the budget.
+        """
+        patches = prepare(delta, self._model, verify=self._verify, names=self._names, undo=False)
+        n_bytes = sum(patch.n_bytes for patch in patches)
+        if self._budget_bytes is not None:
+            if n_bytes > self._budget_bytes:
+                raise ValueError(
+                    f"the delta takes {n_bytes} bytes decoded, the budget is {self._budget_bytes};"
+                    " raise it (budget_bytes)"
+                )
+            if n_bytes + (self._deltas[keep].n_bytes if keep else 0) > self._budget_bytes:
+                return
+            self._make_room(self._budget_bytes - n_bytes, keep)
+        resident.patches = patches
+
+    def _make_room(self, n_left: int, keep: str | None) -> None:
+        for name, other in self._deltas.items():
+            if self.resident_bytes <= n_left:
+                return
+            if name != keep:
+                other.patches = None
+
+    def _check_sibling(self, name: str, resident: _Resident) -> None:
+        for other_name, other in self._deltas.items():
+            if other.fingerprint != resident.fingerprint:
+                raise ConflictError(
+                    f"delta {name!r} was made from base {resident.fingerprint.hex()[:12]}…, delta"
+                    f" {other_name!r} of this bank from {other.fingerprint.hex()[:12]}…; a bank holds"
+                    " deltas of one base",
+                    expected=other.fingerprint.hex(),
+                    found=resident.fingerprint.hex(),
+                )
+
+
+@contextmanager
+def _opened(source: str | os.PathLike[str] | Delta) -> Iterator[Delta]:
+    if isinstance(source, Delta):
+        yield source
+    else:
+        with load(source) as delta:
+            yield delta
+
+
+def _in_step(patch: Patch) -> Patch:
+    """Return a patch on the device on which its tensor is now.
+
+    Raises:
+        StructureMismatch: the tensor has got another dtype or shape.
+    """
+    tensor, target = patch.place.slot.tensor(), patch.place.target
+    if tensor.dtype != torch_dtype(target.dtype) or tuple(tensor.shape) != target.shape:
+        raise StructureMismatch(
+            f"tensor {patch.place.slot.name!r} has become {tensor.dtype} {list(tensor.shape)}; make a"
+            " new bank for the model",
+            tensor=patch.place.row.name,
+        )
+    if tensor.device == patch.index.device:
+        return patch
+    moved = (t.to(tensor.device) for t in (patch.index, patch.before, patch.after))
+    index, before, after = moved
+    return replace(patch, index=index, before=before, after=after)
+
+
+def _write(outgoing: Sequence[Patch], incoming: Sequence[Patch]) -> None:
+    """Undo patches and make others; positions that both touch in the same tensor alike once."""
+    coming = {patch.place.slot.name: patch for patch in incoming}
+    for patch in outgoing:
+        other = coming.get(patch.place.slot.name)
+        if other is None or not _same_positions(patch, other):
+            scatter(patch.place.slot.tensor(), patch.index, patch.before)
+    for patch in incoming:
+        scatter(patch.place.slot.tensor(), patch.index, patch.after)
+
+
+def _same_positions(one: Patch, other: Patch) -> bool:
+    import torch
+
+    return one.index.shape == other.index.shape and torch.equal(one.index, other.index)

@@ -1,0 +1,302 @@
+"""Several deltas on one model: switched exactly, within a budget, while others read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from live.live_helpers import Disk, Net, State, copied, disk, same, tuned
+
+import sparsedelta
+from sparsedelta import Delta, DeltaBank
+from sparsedelta.errors import AlreadyApplied, BaseMismatch, ConflictError, StructureMismatch
+from sparsedelta.live.sharing import SharedLock
+
+NAMES = ("a", "b", "c")
+
+
+@pytest.fixture(name="disk")
+def _disk(tmp_path: Path) -> Iterator[Disk]:
+    yield from disk(tmp_path)
+
+
+@pytest.fixture
+def net() -> Net:
+    return Net()
+
+
+@pytest.fixture
+def states(net: Net) -> dict[str | None, State]:
+    base = copied(net.state_dict())
+    return {None: base, **{name: tuned(base, seed=n) for n, name in enumerate(NAMES)}}
+
+
+@pytest.fixture
+def deltas(disk: Disk, states: dict[str | None, State]) -> dict[str, Delta]:
+    return {name: disk.diff(states[None], states[name]) for name in NAMES}
+
+
+@pytest.fixture
+def paths(tmp_path: Path, deltas: dict[str, Delta]) -> dict[str, Path]:
+    for name, delta in deltas.items():
+        delta.save(tmp_path / f"{name}.sd")
+    return {name: tmp_path / f"{name}.sd" for name in deltas}
+
+
+@pytest.fixture
+def bank(net: Net, deltas: dict[str, Delta]) -> DeltaBank:
+    bank = DeltaBank(net)
+    for name, delta in deltas.items():
+        bank.add(name, delta)
+    return bank
+
+
+def one_size(net: Net, delta: Delta) -> int:
+    bank = DeltaBank(net)
+    bank.add("x", delta)
+    assert bank.resident_bytes == 12 * delta.nnz  # flat index, and two values of two bytes
+    return bank.resident_bytes
+
+
+def test_switching(net: Net, bank: DeltaBank, states: dict[str | None, State]) -> None:
+    assert list(bank) == list(NAMES)
+    assert len(bank) == 3
+    assert "a" in bank
+    assert same(net.state_dict(), states[None])
+    for name in ("a", "b", None, "c", "c", "a", None):
+        bank.activate(name)
+        assert bank.active == name
+        assert same(net.state_dict(), states[name])
+
+
+def test_the_same_positions(disk: Disk, net: Net, states: dict[str | None, State]) -> None:
+    other = copied(states[None])
+    for name, tensor in other.items():
+        touched = states["a"][name] != tensor
+        tensor[touched] = 3.0
+    bank = DeltaBank(net)
+    bank.add("a", disk.diff(states[None], states["a"]))
+    bank.add("other", disk.diff(states[None], other))
+    for name, state in (("a", states["a"]), ("other", other), ("a", states["a"])):
+        bank.activate(name)
+        assert same(net.state_dict(), state)
+
+
+def test_new_values_and_state_dicts(disk: Disk, states: dict[str | None, State]) -> None:
+    model = copied(states[None])
+    bank = DeltaBank(model)
+    for name in NAMES:
+        bank.add(name, disk.diff(states[None], states[name], values="target"))
+    for key in ("c", "a", None):
+        bank.activate(key)
+        assert same(model, states[key])
+
+
+def test_adding_while_another_is_active(
+    net: Net, deltas: dict[str, Delta], states: dict[str | None, State]
+) -> None:
+    bank = DeltaBank(net)
+    bank.add("a", deltas["a"])
+    bank.activate("a")
+    bank.add("b", deltas["b"])
+    assert bank.active == "a"
+    assert same(net.state_dict(), states["a"])
+    bank.activate("b")
+    assert same(net.state_dict(), states["b"])
+
+
+def test_what_is_refused(
+    disk: Disk, net: Net, bank: DeltaBank, deltas: dict[str, Delta], states: dict[str | None, State]
+) -> None:
+    bank.activate("a")
+    with pytest.raises(ValueError, match="'a' already"):
+        bank.add("a", deltas["a"])
+    with pytest.raises(ConflictError, match="deltas of one base"):
+        bank.add("d", disk.diff(states["a"], states["b"]))
+    with pytest.raises(KeyError, match="no delta 'd', only a, b, c"):
+        bank.activate("d")
+    with pytest.raises(ValueError, match="active"):
+        bank.remove("a")
+    assert bank.active == "a"
+    assert same(net.state_dict(), states["a"])
+    bank.remove("b")
+    assert list(bank) == ["a", "c"]
+    with pytest.raises(KeyError):
+        bank.remove("b")
+
+
+def test_a_model_that_is_not_the_base(net: Net, deltas: dict[str, Delta]) -> None:
+    deltas["a"].apply_(net)
+    bank = DeltaBank(net)
+    with pytest.raises(AlreadyApplied):
+        bank.add("a", deltas["a"])
+    with pytest.raises(BaseMismatch):
+        bank.add("b", deltas["b"])
+    assert len(bank) == 0
+
+
+class TestBudget:
+    def test_the_least_used_goes(
+        self,
+        net: Net,
+        paths: dict[str, Path],
+        deltas: dict[str, Delta],
+        states: dict[str | None, State],
+    ) -> None:
+        budget = 2 * one_size(net, deltas["a"])
+        bank = DeltaBank(net, budget_bytes=budget)
+        for name, path in paths.items():
+            bank.add(name, path)
+            assert bank.resident_bytes <= budget
+        for key in ("a", "b", "c", "a", None, "b"):
+            bank.activate(key)
+            assert bank.resident_bytes <= budget
+            assert same(net.state_dict(), states[key])
+
+    def test_room_for_one(
+        self,
+        net: Net,
+        paths: dict[str, Path],
+        deltas: dict[str, Delta],
+        states: dict[str | None, State],
+    ) -> None:
+        bank = DeltaBank(net, budget_bytes=one_size(net, deltas["a"]))
+        bank.add("a", paths["a"])
+        bank.activate("a")
+        bank.add("b", paths["b"])
+        assert same(net.state_dict(), states["a"])
+        for name in ("b", "a", None):
+            bank.activate(name)
+            assert same(net.state_dict(), states[name])
+
+    def test_room_for_none(self, net: Net, deltas: dict[str, Delta]) -> None:
+        bank = DeltaBank(net, budget_bytes=one_size(net, deltas["a"]) - 1)
+        with pytest.raises(ValueError, match=r"budget is \d+; raise it"):
+            bank.add("a", deltas["a"])
+        assert "a" not in bank
+
+    def test_a_file_that_is_gone(
+        self,
+        net: Net,
+        paths: dict[str, Path],
+        deltas: dict[str, Delta],
+        states: dict[str | None, State],
+    ) -> None:
+        bank = DeltaBank(net, budget_bytes=one_size(net, deltas["a"]))
+        bank.add("a", paths["a"])
+        bank.add("b", paths["b"])
+        bank.activate("b")
+        paths["a"].unlink()
+        with pytest.raises(FileNotFoundError):
+            bank.activate("a")
+        assert bank.active == "b"
+        assert same(net.state_dict(), states["b"])
+
+
+def test_a_model_that_changes_under_the_bank(net: Net, bank: DeltaBank) -> None:
+    bank.activate("a")
+    before = copied(net.state_dict())
+    net.last = torch.nn.Linear(6, 11, bias=False)
+    with pytest.raises(StructureMismatch, match=r"'last.weight' has become"):
+        bank.activate("b")
+    assert bank.active == "a"
+    assert all(torch.equal(before[n], t) for n, t in net.state_dict().items() if n != "last.weight")
+
+
+def test_parameters_that_are_replaced(
+    net: Net, bank: DeltaBank, states: dict[str | None, State]
+) -> None:
+    bank.activate("a")
+    net.load_state_dict(copied(net.state_dict()), assign=True)
+    bank.activate("b")
+    assert same(net.state_dict(), states["b"])
+
+
+def test_readers_see_whole_states(
+    net: Net, bank: DeltaBank, states: dict[str | None, State]
+) -> None:
+    stop, wrong, n_read = threading.Event(), [], []
+
+    def read() -> None:
+        while not stop.is_set():
+            with bank.reading() as name:
+                if not same(net.state_dict(), states[name]):
+                    wrong.append(name)
+                n_read.append(name)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for number in range(60):
+        bank.activate((*NAMES, None)[number % 4])
+    with bank.using("b"):
+        assert same(net.state_dict(), states["b"])
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert n_read
+
+
+class TestLock:
+    def test_readers_share(self) -> None:
+        lock, barrier = SharedLock(), threading.Barrier(2, timeout=10)
+
+        def read() -> None:
+            with lock.reading():
+                barrier.wait()
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        read()
+        thread.join()
+
+    def test_writers_do_not(self) -> None:
+        lock, inside, most = SharedLock(), [0], [0]
+
+        def work() -> None:
+            for _ in range(50):
+                with lock.writing():
+                    inside[0] += 1
+                    most[0] = max(most[0], inside[0])
+                    inside[0] -= 1
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert most == [1]
+
+    def test_a_waiting_writer_goes_before_new_readers(self) -> None:
+        lock, order = SharedLock(), []
+        waiting = threading.Event()
+
+        def write() -> None:
+            waiting.set()
+            with lock.writing():
+                order.append("writer")
+
+        def read() -> None:
+            with lock.reading():
+                order.append("reader")
+
+        with lock.reading():
+            writer = threading.Thread(target=write)
+            writer.start()
+            while not lock._n_waiting:
+                waiting.wait(0.001)
+            reader = threading.Thread(target=read)
+            reader.start()
+            reader.join(0.05)
+            assert reader.is_alive()
+        writer.join()
+        reader.join()
+        assert order == ["writer", "reader"]
+
+
+def test_public_name() -> None:
+    assert sparsedelta.DeltaBank is DeltaBank

@@ -1,0 +1,182 @@
+"""A model loaded through a delta is the model that its target would load as."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers import assert_same_files, state
+from live.live_helpers import copied, same, tuned
+from train_helpers import make_bert
+
+import sparsedelta
+from sparsedelta import load_model
+from sparsedelta.errors import AlreadyApplied, BaseMismatch, StructureMismatch
+
+Bert = transformers.AutoModelForSequenceClassification
+
+
+def make_llama(path: Path, *, tied: bool) -> Path:
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied, dtype="bfloat16",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = transformers.LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def save_tuned(base: Path, target: Path, model_class: Any, **options: Any) -> Path:
+    model = model_class.from_pretrained(base)
+    tied = {n for n, _ in model.named_parameters()}  # one name of those that are tied
+    changed = tuned(model.state_dict(), *tied)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(changed[name])
+    model.save_pretrained(target, **options)
+    for path in base.iterdir():
+        if path.is_file() and not (target / path.name).exists() and path.suffix != ".safetensors":
+            shutil.copy(path, target)
+    return target
+
+
+def delta_of(base: Path, target: Path, path: Path, **options: Any) -> Path:
+    with sparsedelta.diff(base, target, **options) as delta:
+        delta.save(path)
+    return path
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_bert(tmp_path / "base", torch.bfloat16)
+
+
+@pytest.fixture
+def target(base: Path, tmp_path: Path) -> Path:
+    return save_tuned(base, tmp_path / "target", Bert)
+
+
+@pytest.fixture
+def path(base: Path, target: Path, tmp_path: Path) -> Path:
+    return delta_of(base, target, tmp_path / "delta.sd")
+
+
+@pytest.mark.parametrize("verify", ["full", "touched", "none"])
+def test_it_is_the_target(base: Path, target: Path, path: Path, verify: Any) -> None:
+    before = state(base)
+    model = load_model(path, base=base, verify=verify)
+    assert type(model) is type(Bert.from_pretrained(target))
+    assert same(model.state_dict(), Bert.from_pretrained(target).state_dict())
+    assert not model.training
+    assert state(base) == before
+
+
+def test_a_folder_or_a_loaded_delta(base: Path, target: Path, path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(path, folder)
+    wanted = Bert.from_pretrained(target).state_dict()
+    assert same(load_model(folder, base=base).state_dict(), wanted)
+    with sparsedelta.load(path) as delta:
+        assert same(load_model(delta, base=base, model_class=Bert).state_dict(), wanted)
+    shutil.copy(path, folder / "other.sd")
+    with pytest.raises(ValueError, match=r"holds 2 \.sd files"):
+        load_model(folder, base=base)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sharded_and_tied(tmp_path: Path, tied: bool) -> None:
+    base = make_llama(tmp_path / "base", tied=tied)
+    cls = transformers.AutoModelForCausalLM
+    target = save_tuned(base, tmp_path / "target", cls, max_shard_size="4KB")
+    assert len(list(target.glob("*.safetensors"))) > 1
+    path = delta_of(base, target, tmp_path / "delta.sd")
+    model = load_model(path, base=base)
+    assert same(model.state_dict(), cls.from_pretrained(target).state_dict())
+    tokens = torch.arange(5)[None]
+    assert torch.equal(model(tokens).logits, cls.from_pretrained(target)(tokens).logits)
+
+
+def test_other_structure_and_configuration(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base", tied=False)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(44)
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path / "target")
+    path = delta_of(base, tmp_path / "target", tmp_path / "delta.sd")
+    found = load_model(path, base=base)
+    assert same(found.state_dict(), model.state_dict())
+    assert found.config.vocab_size == 44
+    assert found.generation_config.max_new_tokens == 7
+
+
+def test_another_dtype(base: Path, target: Path, path: Path) -> None:
+    model = load_model(path, base=base, dtype=torch.float32)
+    assert same(model.state_dict(), Bert.from_pretrained(target, dtype=torch.float32).state_dict())
+
+
+def test_options(base: Path, path: Path) -> None:
+    model = load_model(path, base=base, options={"attn_implementation": "eager"})
+    assert model.config._attn_implementation == "eager"
+
+
+class TestWrongBase:
+    def test_content(self, base: Path, path: Path, tmp_path: Path) -> None:
+        other = save_tuned(base, tmp_path / "other", Bert)
+        weights = other / "model.safetensors"
+        raw = bytearray(weights.read_bytes())
+        raw[-40] ^= 1
+        weights.write_bytes(raw)
+        with pytest.raises(BaseMismatch):
+            load_model(path, base=other)
+
+    def test_the_target(self, target: Path, path: Path) -> None:
+        with pytest.raises(AlreadyApplied):
+            load_model(path, base=target)
+
+    def test_structure(self, path: Path, tmp_path: Path) -> None:
+        with pytest.raises(StructureMismatch):
+            load_model(path, base=make_llama(tmp_path / "other", tied=False))
+
+
+def test_no_configuration(base: Path, target: Path, tmp_path: Path) -> None:
+    files = (base / "model.safetensors", target / "model.safetensors")
+    path = delta_of(*files, tmp_path / "file.sd")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_model(path, base=files[0])
+
+
+def test_a_live_model_is_saved_as_apply_writes_it(
+    base: Path, target: Path, path: Path, tmp_path: Path
+) -> None:
+    """The first base is saved by the same code, so that files can be compared byte for byte."""
+    model: Any = Bert.from_pretrained(base)
+    before = copied(model.state_dict())
+    with sparsedelta.load(path) as delta:
+        delta.apply_(model, verify="full")
+        model.save_pretrained(tmp_path / "saved")
+        sparsedelta.apply(base, delta, tmp_path / "applied")
+        saved, applied = tmp_path / "saved", tmp_path / "applied"
+        assert (saved / "model.safetensors").read_bytes() == (
+            applied / "model.safetensors"
+        ).read_bytes()
+        assert_same_files(target, applied)
+        delta.revert_(model)
+    assert same(model.state_dict(), before)
+
+
+def test_a_model_of_the_inner_part(base: Path, target: Path, path: Path) -> None:
+    """The checkpoint's names have a prefix that the bare model's have not."""
+    names = [name for name, _ in Bert.from_pretrained(base).named_parameters()]
+    model: Any = transformers.AutoModel.from_pretrained(base, add_pooling_layer=True)
+    with sparsedelta.load(path) as delta:
+        with pytest.raises(StructureMismatch, match="classifier"):
+            delta.apply_(model)
+        delta.apply_(model, names={n: None for n in names if n.startswith("classifier")})
+    wanted = transformers.AutoModel.from_pretrained(target, add_pooling_layer=True)
+    assert same(model.state_dict(), wanted.state_dict())
