@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sift_train.rules import Rule, find_rule
+from torch.optim import Optimizer
+
+from sift_train.chooser import BUDGETS
+from sift_train.groups import DECAYS
+from sift_train.rules import Selection, find_rule
 from sift_train.selection import n_selected
-from sift_train.targets import ALL_LINEAR
+from sift_train.targets import ALL_LINEAR, REGEX, Names
 
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "sgd", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
+
+PlainJSON = bool | int | float | str | list[float] | list[str] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +30,18 @@ class FitConfig:
 
     Attributes:
         sparse_rate: share of each tensor's components to train, 0 to 1.
-        sparse_module: name fragments of the parameters to train sparsely, or ``"all-linear"``.
-        exception: name fragments of the parameters to train densely.
-        selection: name of a rule that ranks components, or a rule.
+        sparse_module: name fragments or regular expressions of the parameters to train sparsely,
+            or ``"all-linear"``.
+        exception: the same of the parameters to train densely.
+        selection: name of a rule that ranks components, a rule, a function of weight and gradient,
+            or a mapping of parameter names to masks or indices.
         selection_batches: micro-batches whose gradients choose the components. They are trained on
-            as well.
-        optimizer: ``"adamw"`` or ``"sgd"``.
+            as well. Above 1 the scores are summed on the CPU, 4 bytes a component of the targets.
+        budget: ``"tensor"`` or ``"global"``: what the rate is a share of.
+        optimizer: ``"adamw"``, ``"sgd"``, ``"adafactor"``, or what makes an optimizer of groups.
         lr: peak learning rate.
-        weight_decay: toward zero, on trained components of matrices; 1-D parameters have none.
+        weight_decay: on trained components of matrices; 1-D parameters have none.
+        decay_to: what weight decay pulls toward: ``"zero"``, or ``"base"``, the first weights.
         betas, eps: of AdamW.
         momentum: of SGD.
         schedule: after the warm-up: ``"constant"``, or to zero by ``"linear"`` or ``"cosine"``.
@@ -40,6 +52,11 @@ class FitConfig:
         max_grad_norm: clip the gradient of what is trained to this norm; None does not clip.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (GPU only).
         gradient_checkpointing: recompute activations in the backward pass.
+        eval_every: steps between evaluations; there is always one at the end. None: only there.
+        patience: evaluations without a better first value after which to stop; None: never.
+        higher_is_better: of that value.
+        save_every: steps between checkpoints, where ``fit`` has a folder for them.
+        trackers: that accelerate knows, such as ``"tensorboard"``.
         seed: of everything random: data order, dropout, ties.
 
     Raises:
@@ -47,13 +64,15 @@ class FitConfig:
     """
 
     sparse_rate: float = 0.01
-    sparse_module: str | Sequence[str] = ALL_LINEAR
-    exception: str | Sequence[str] = ()
-    selection: str | Rule = "gradient"
+    sparse_module: Names = ALL_LINEAR
+    exception: Names = ()
+    selection: Selection = "gradient"
     selection_batches: int = 4
-    optimizer: str = "adamw"
+    budget: str = "tensor"
+    optimizer: str | Callable[[list[dict[str, Any]]], Optimizer] = "adamw"
     lr: float = 2e-4
     weight_decay: float = 0.0
+    decay_to: str = "zero"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.0
@@ -65,18 +84,27 @@ class FitConfig:
     max_grad_norm: float | None = 1.0
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
+    eval_every: int | None = None
+    patience: int | None = None
+    higher_is_better: bool = True
+    save_every: int | None = None
+    trackers: Sequence[str] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
         n_selected(1, self.sparse_rate)
         find_rule(self.selection)
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        if isinstance(self.optimizer, str):
+            _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        _check_choice("budget", self.budget, BUDGETS)
+        _check_choice("decay_to", self.decay_to, DECAYS)
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
         for name in ("selection_batches", "epochs", "accumulation"):
             _check_at_least_one(name, getattr(self, name))
-        if self.max_steps is not None:
-            _check_at_least_one("max_steps", self.max_steps)
+        for name in ("max_steps", "eval_every", "patience", "save_every"):
+            if getattr(self, name) is not None:
+                _check_at_least_one(name, getattr(self, name))
         for name in ("lr", "eps"):
             _check_range(name, getattr(self, name), above=0.0)
         if self.max_grad_norm is not None:
@@ -86,17 +114,10 @@ class FitConfig:
         for name, value in (("warmup", self.warmup), *(("betas", beta) for beta in self.betas)):
             _check_range(name, value, up_to=1.0)
 
-    def as_json(self) -> dict[str, bool | int | float | str | list[float] | list[str] | None]:
-        """Return the settings as plain JSON; a rule of one's own is named ``"custom"``."""
-        plain: dict[str, bool | int | float | str | list[float] | list[str] | None] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Rule):
-                value = "custom"
-            elif isinstance(value, Sequence) and not isinstance(value, str):
-                value = list(value)
-            plain[field.name] = value
-        return plain
+    def as_json(self) -> dict[str, PlainJSON]:
+        """Return the settings as plain JSON; rules and functions of one's own are ``"custom"``."""
+        fields = dataclasses.fields(self)
+        return {field.name: _plain(getattr(self, field.name)) for field in fields}
 
 
 @dataclass(frozen=True)
@@ -119,6 +140,24 @@ class StepReport:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What the evaluation found after a step.
+
+    Attributes:
+        step: after which.
+        values: by name; a number alone is named ``"value"``.
+    """
+
+    step: int
+    values: Mapping[str, float]
+
+    @property
+    def first(self) -> float:
+        """The first value, which early stopping goes by."""
+        return next(iter(self.values.values()))
+
+
+@dataclass(frozen=True)
 class FitResult:
     """What a run made.
 
@@ -129,9 +168,11 @@ class FitResult:
         n_trained: components trained.
         n_total: components of the model, tied ones counted once.
         nnz: components that the delta changes.
-        losses: one per optimizer step.
-        train_seconds: selection and training.
+        losses: one per optimizer step, those from before a resumption included.
+        train_seconds: selection and training, of this call.
         export_seconds: saving, comparing and writing.
+        evaluations: in order.
+        stopped: why the run ended: ``"done"``, ``"patience"`` or ``"interrupted"``.
     """
 
     delta: Path
@@ -143,6 +184,8 @@ class FitResult:
     losses: tuple[float, ...]
     train_seconds: float
     export_seconds: float
+    evaluations: tuple[Evaluation, ...] = ()
+    stopped: str = "done"
 
     @property
     def n_steps(self) -> int:
@@ -155,12 +198,24 @@ class FitResult:
         return self.n_trained / self.n_total
 
 
+def _plain(value: Any) -> PlainJSON:
+    if isinstance(value, re.Pattern):
+        return f"{REGEX}{value.pattern}"
+    if isinstance(value, Mapping):
+        return "mask"
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Sequence):
+        return [REGEX + v.pattern if isinstance(v, re.Pattern) else v for v in value]
+    return "custom"
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
-def _check_at_least_one(name: str, value: int) -> None:
+def _check_at_least_one(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}; it is a count and at least 1")
 

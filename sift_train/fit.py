@@ -1,33 +1,33 @@
 """``fit``: trains a sparse set of components with accelerate and writes the delta.
 
-Every micro-batch is trained on in the order in which the data gives it, those that choose the
-components included; after the last step the weights on disk are the weights in memory.
+What can be found wrong before training is; after the last step the weights in the delta are the
+weights in memory.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
-from itertools import chain, count, islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
-from accelerate.utils import send_to_device, set_seed  # type: ignore[import-untyped]
+from accelerate.utils import set_seed  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from sift_train.config import FitConfig, FitResult, StepReport
+from sift_train import runfolder
+from sift_train.config import Evaluation, FitConfig, FitResult, StepReport
 from sift_train.export import check_places, export_delta
+from sift_train.listeners import Teller, Tracker, shown_bar
 from sift_train.loading import load_model
-from sift_train.optim import build_optimizer, build_schedule
+from sift_train.loop import Evaluate, Listener, Loss, Run
 from sift_train.sift import SIFT
 
-Loss = Callable[[nn.Module, Any], Tensor]
+CURVE_POINTS = 500
 
 
 def fit(
@@ -41,12 +41,18 @@ def fit(
     base_id: str | None = None,
     save_target: str | PathLike[str] | None = None,
     overwrite: bool = False,
+    evaluate: Evaluate | None = None,
     on_step: Callable[[StepReport], None] | None = None,
+    on_evaluation: Callable[[Evaluation], None] | None = None,
+    progress: bool = False,
+    run_dir: str | PathLike[str] | None = None,
+    resume: bool = False,
 ) -> FitResult:
     """Train a sparse set of the model's components, write what changed, and say how it went.
 
     A model given as a module is trained in place and keeps the trained weights. Random number
-    generators are seeded.
+    generators are seeded. Ctrl-C ends the training after the step at hand, and what was learnt is
+    written; a second Ctrl-C stops at once.
 
     Args:
         model: a folder of a transformers model, or a module. A module is moved to the device that
@@ -61,7 +67,15 @@ def fit(
         base_id: where others find the base, such as ``org/model@<commit>``; recorded as a hint.
         save_target: keep the trained checkpoint here, which the delta makes of the base.
         overwrite: replace what is at ``output`` and ``save_target``.
+        evaluate: maps the model, in evaluation mode and without gradients, to a number or to
+            numbers by name. Random state is as before afterwards.
         on_step: told about every optimizer step.
+        on_evaluation: told about every evaluation.
+        progress: show a bar on standard error.
+        run_dir: where checkpoints and trackers' logs go; made if missing.
+        resume: go on from the newest checkpoint in ``run_dir``, if there is one, to the same bits
+            as if the run had not stopped. Data that a fresh ``iter()`` does not begin again in the
+            same order cannot be gone on with exactly.
 
     Raises:
         FileExistsError: something is at ``output`` or ``save_target`` and may not be replaced.
@@ -69,40 +83,49 @@ def fit(
         TypeError: no loss can be found in the model's output, or the data has no length where one
             is needed.
         ValueError: an argument is out of range, a parameter cannot be trained in place, there is
-            no data, or the loss stops being finite.
+            no data, the loss stops being finite, or the checkpoint is of another run.
     """
     config = config or FitConfig()
     if not isinstance(model, nn.Module):
         base = model if base is None else base
         model = load_model(model)
     check_places(model, output, base=base, save_target=save_target, overwrite=overwrite)
+    folder = _run_folder(config, run_dir, resume=resume)
     n_steps = _count_steps(data, config)
     start = time.perf_counter()
-    with _accelerator(config) as accelerator:
+    with ExitStack() as stack:
+        accelerator = stack.enter_context(_accelerator(config, folder))
         set_seed(config.seed)
         model.to(accelerator.device)
-        with SIFT(
+        sift = stack.enter_context(_sift(model, config))
+        listeners: list[Listener] = [Teller(on_step, on_evaluation)]
+        if config.trackers:
+            listeners.append(Tracker(accelerator, config.as_json()))
+        if progress:
+            listeners.append(stack.enter_context(shown_bar(n_steps)))
+        run = Run(
+            accelerator,
+            sift,
+            config,
+            data=data,
+            loss=loss or _own_loss,
+            n_steps=n_steps,
+            evaluate=evaluate,
+            folder=folder,
+            listeners=listeners,
+        )
+        run.train(checkpoint=runfolder.newest(folder) if resume and folder else None)
+        trained = time.perf_counter()
+        nnz = export_delta(
             model,
-            config.sparse_rate,
-            config.sparse_module,
-            config.exception,
-            gradient_checkpointing=config.gradient_checkpointing,
-            selection=config.selection,
-            seed=config.seed,
-        ) as sift:
-            run = _Run(accelerator, sift, config, loss or _own_loss, n_steps)
-            losses = run.train(data, on_step)
-            trained = time.perf_counter()
-            nnz = export_delta(
-                model,
-                output,
-                sift=sift,
-                base=base,
-                base_id=base_id,
-                info=_info(config, sift, n_steps),
-                save_target=save_target,
-                overwrite=overwrite,
-            )
+            output,
+            sift=sift,
+            base=base,
+            base_id=base_id,
+            info=_info(config, sift, run),
+            save_target=save_target,
+            overwrite=overwrite,
+        )
     return FitResult(
         delta=Path(output),
         delta_bytes=Path(output).stat().st_size,
@@ -110,111 +133,25 @@ def fit(
         n_trained=sift.n_trained,
         n_total=sift.n_total,
         nnz=nnz,
-        losses=losses,
+        losses=tuple(run.losses),
         train_seconds=trained - start,
         export_seconds=time.perf_counter() - trained,
+        evaluations=tuple(run.evaluations),
+        stopped=run.stopped,
     )
 
 
-class _Run:
-    """The loop of one run."""
-
-    def __init__(
-        self, accelerator: Accelerator, sift: SIFT, config: FitConfig, loss: Loss, n_steps: int
-    ) -> None:
-        self._accelerator = accelerator
-        self._sift = sift
-        self._config = config
-        self._loss = loss
-        self._n_steps = n_steps
-
-    def train(
-        self, data: Iterable[Any], on_step: Callable[[StepReport], None] | None
-    ) -> tuple[float, ...]:
-        """Choose the components, do all steps, return the loss of each."""
-        model = self._sift.model
-        was_training = model.training
-        model.train()
-        try:
-            return self._steps(data, on_step)
-        finally:
-            model.train(was_training)
-
-    def _steps(
-        self, data: Iterable[Any], on_step: Callable[[StepReport], None] | None
-    ) -> tuple[float, ...]:
-        stream = iter(data)
-        first = list(islice(stream, self._config.selection_batches))
-        self._select(first)
-        optimizer = build_optimizer(self._sift, self._config)
-        self._sift.attach(optimizer)
-        prepared = self._accelerator.prepare_optimizer(optimizer)
-        schedule = build_schedule(optimizer, self._config, self._n_steps)
-        losses: list[float] = []
-        for window in islice(self._windows(chain(first, stream), data), self._n_steps):
-            lr = float(schedule.get_last_lr()[0])
-            prepared.zero_grad()
-            loss = self._backward(window)
-            norm = self._clip()
-            prepared.step()
-            if not prepared.step_was_skipped:
-                schedule.step()
-            losses.append(self._finite(loss, len(losses) + 1))
-            if on_step is not None:
-                on_step(StepReport(len(losses), self._n_steps, losses[-1], lr, norm))
-        return tuple(losses)
-
-    def _select(self, batches: list[Any]) -> None:
-        """Choose by these micro-batches, leaving random state and model as they were."""
-        if all(part.is_selected for part in self._sift.sparse_mapping.values()):
-            return
-        device = self._accelerator.device
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), self._sift.selecting():
-            for batch in batches:
-                loss: Any = self._forward(batch)
-                loss.backward()
-
-    def _windows(self, first_pass: Iterator[Any], data: Iterable[Any]) -> Iterator[list[Any]]:
-        size = self._config.accumulation
-        for batches in chain([first_pass], (iter(data) for _ in count())):
-            n_windows = 0
-            while window := list(islice(batches, size)):
-                n_windows += 1
-                yield window
-            if n_windows == 0:
-                raise ValueError(
-                    "the data gave no batch, or none on a further pass; give a list or a loader"
-                )
-
-    def _forward(self, batch: Any) -> Tensor:
-        with self._accelerator.autocast():
-            loss = self._loss(self._sift.model, send_to_device(batch, self._accelerator.device))
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise TypeError("the loss is not a tensor of one element; return the mean, a scalar")
-        return loss.reshape(())
-
-    def _backward(self, window: list[Any]) -> Tensor:
-        total = torch.zeros((), device=self._accelerator.device)
-        for batch in window:
-            loss = self._forward(batch)
-            self._accelerator.backward(loss / len(window))
-            total += loss.detach().float() / len(window)
-        return total
-
-    def _clip(self) -> float | None:
-        if self._config.max_grad_norm is None:
-            return None
-        masters = self._sift.parameters_in_optimizer()
-        norm = self._accelerator.clip_grad_norm_(masters, self._config.max_grad_norm)
-        return float(norm)
-
-    @staticmethod
-    def _finite(loss: Tensor, step: int) -> float:
-        value = float(loss)
-        if not math.isfinite(value):
-            raise ValueError(f"the loss is {value} at step {step}; lower the learning rate")
-        return value
+def _sift(model: nn.Module, config: FitConfig) -> SIFT:
+    return SIFT(
+        model,
+        config.sparse_rate,
+        config.sparse_module,
+        config.exception,
+        gradient_checkpointing=config.gradient_checkpointing,
+        selection=config.selection,
+        budget=config.budget,
+        seed=config.seed,
+    )
 
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -233,6 +170,19 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
+def _run_folder(
+    config: FitConfig, run_dir: str | PathLike[str] | None, *, resume: bool
+) -> Path | None:
+    if run_dir is not None:
+        return Path(run_dir)
+    for wanted, name in ((resume, "resume"), (config.save_every, "save_every")):
+        if wanted:
+            raise ValueError(f"{name} needs a folder for checkpoints; give run_dir")
+    if config.trackers:
+        raise ValueError("trackers need a folder for their logs; give run_dir")
+    return None
+
+
 def _count_steps(data: Iterable[Any], config: FitConfig) -> int:
     if config.max_steps is not None:
         return config.max_steps
@@ -243,21 +193,36 @@ def _count_steps(data: Iterable[Any], config: FitConfig) -> int:
     return config.epochs * math.ceil(len(data) / config.accumulation)
 
 
-def _info(config: FitConfig, sift: SIFT, n_steps: int) -> dict[str, Any]:
+def _info(config: FitConfig, sift: SIFT, run: Run) -> dict[str, Any]:
     return {
         "method": "sift",
         "settings": config.as_json(),
-        "steps": n_steps,
+        "steps": len(run.losses),
+        "stopped": run.stopped,
         "n_trained": sift.n_trained,
         "n_total": sift.n_total,
+        "losses": _thinned(run.losses),
+        "evaluations": [{"step": e.step, "values": dict(e.values)} for e in run.evaluations],
     }
 
 
+def _thinned(losses: Sequence[float]) -> list[list[float]]:
+    """Return (last step, mean loss) of at most ``CURVE_POINTS`` spans of equal length."""
+    span = max(1, math.ceil(len(losses) / CURVE_POINTS))
+    parts = [losses[at : at + span] for at in range(0, len(losses), span)]
+    ends = [min((number + 1) * span, len(losses)) for number in range(len(parts))]
+    return [[end, round(sum(part) / len(part), 6)] for end, part in zip(ends, parts, strict=True)]
+
+
 @contextmanager
-def _accelerator(config: FitConfig) -> Iterator[Accelerator]:
+def _accelerator(config: FitConfig, folder: Path | None) -> Iterator[Accelerator]:
     """Lend an accelerator; what it sets up for the process goes with it, unless it was there."""
     was_set_up = bool(AcceleratorState._shared_state)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=list(config.trackers) or None,
+        project_dir=None if folder is None else str(folder),
+    )
     try:
         if accelerator.num_processes > 1:
             raise ValueError(
@@ -266,5 +231,7 @@ def _accelerator(config: FitConfig) -> Iterator[Accelerator]:
             )
         yield accelerator
     finally:
+        if config.trackers:
+            accelerator.end_training()
         if not was_set_up:
             AcceleratorState._reset_state()

@@ -200,7 +200,8 @@ def _without_weights(source: Any, dtype: torch.dtype) -> nn.Module:
         if model_class is not None:
             model: nn.Module = model_class._from_config(config, dtype=dtype)
         else:
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            causal: Any = transformers.AutoModelForCausalLM
+            model = causal.from_config(config, dtype=dtype)
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from sift_train.config import FitConfig
@@ -14,9 +14,13 @@ from sift_train.sift import SIFT
 
 def build_optimizer(sift: SIFT, config: FitConfig) -> Optimizer:
     """Return the optimizer over all masters of ``sift``, not attached yet."""
-    groups = grouped_parameters(sift, config.weight_decay)
+    groups = grouped_parameters(sift, config.weight_decay, decay_to=config.decay_to)
+    if not isinstance(config.optimizer, str):
+        return config.optimizer([{"lr": config.lr, **group} for group in groups])
     if config.optimizer == "sgd":
         return SGD(groups, lr=config.lr, momentum=config.momentum)
+    if config.optimizer == "adafactor":
+        return Adafactor(groups, lr=config.lr)
     return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 

@@ -75,7 +75,8 @@ def _low_rank(matrix: Tensor, rank: int | None, generator: torch.Generator) -> T
     for _ in range(4):
         basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
     left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return (basis @ left[:, :rank] * values[:rank]) @ right[:rank]
+    approximation: Tensor = (basis @ left[:, :rank] * values[:rank]) @ right[:rank]
+    return approximation
 
 
 def _gradient(weight: Tensor, gradient: Tensor) -> Tensor:

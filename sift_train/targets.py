@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ def find_targets(
 
 
 def _fragments(value: Names) -> tuple[str | re.Pattern[str], ...]:
-    fragments = (value,) if isinstance(value, str | re.Pattern) else tuple(value)
+    fragments: tuple[Any, ...] = (value,) if isinstance(value, str | re.Pattern) else tuple(value)
     for fragment in fragments:
         if not isinstance(fragment, str | re.Pattern) or not fragment:
             raise ValueError(f"name fragment {fragment!r} is not a non-empty string")

@@ -1,0 +1,91 @@
+"""Who is told how a run goes: a function, a progress bar, the trackers of accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sift_train.config import Evaluation, StepReport
+
+
+class Teller:
+    """Tells functions."""
+
+    def __init__(
+        self,
+        on_step: Callable[[StepReport], None] | None,
+        on_evaluation: Callable[[Evaluation], None] | None,
+    ) -> None:
+        self._on_step = on_step
+        self._on_evaluation = on_evaluation
+
+    def on_step(self, report: StepReport) -> None:
+        """Pass the report on."""
+        if self._on_step is not None:
+            self._on_step(report)
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        """Pass the evaluation on."""
+        if self._on_evaluation is not None:
+            self._on_evaluation(evaluation)
+
+
+class Tracker:
+    """Tells the trackers of an accelerator."""
+
+    def __init__(self, accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
+        self._accelerator = accelerator
+        plain = {
+            key: value if isinstance(value, bool | int | float | str) else str(value)
+            for key, value in settings.items()
+        }
+        accelerator.init_trackers("sift", config=plain)
+
+    def on_step(self, report: StepReport) -> None:
+        """Log loss, learning rate and gradient norm."""
+        values = {"loss": report.loss, "lr": report.lr}
+        if report.grad_norm is not None:
+            values["grad_norm"] = report.grad_norm
+        self._accelerator.log(values, step=report.step)
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        """Log the values, each under ``eval/``."""
+        values = {f"eval/{name}": value for name, value in evaluation.values.items()}
+        self._accelerator.log(values, step=evaluation.step)
+
+
+class Bar:
+    """A progress bar on standard error."""
+
+    def __init__(self, progress: Progress, n_steps: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task("training", total=n_steps, loss="", value="")
+
+    def on_step(self, report: StepReport) -> None:
+        """Move on."""
+        self._progress.update(self._task, completed=report.step, loss=f"loss {report.loss:.4f}")
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        """Show the values."""
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in evaluation.values.items())
+        self._progress.update(self._task, value=shown)
+
+
+@contextmanager
+def shown_bar(n_steps: int) -> Iterator[Bar]:
+    """Show a bar while inside."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[value]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield Bar(progress, n_steps)

@@ -1,0 +1,233 @@
+"""The loop of one run: choose, step, report, evaluate, save, stop, or go on from where it was.
+
+Every micro-batch is trained on in the order in which the data gives it, those that choose the
+components included. A run that goes on from a checkpoint ends in the same bits as one that never
+stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.utils import send_to_device  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+from sift_train import runfolder
+from sift_train.config import Evaluation, FitConfig, StepReport
+from sift_train.feed import Feed
+from sift_train.interrupts import held_interrupts
+from sift_train.optim import build_optimizer, build_schedule
+from sift_train.randomness import bring_back, capture, generators_of, undisturbed
+from sift_train.sift import SIFT
+
+Loss = Callable[[nn.Module, Any], Tensor]
+Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
+
+
+class Listener(Protocol):
+    """Told how a run goes."""
+
+    def on_step(self, report: StepReport) -> None:
+        """An optimizer step is done."""
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        """An evaluation is done."""
+
+
+class Run:
+    """One run over a model that ``sift`` trains.
+
+    Attributes:
+        losses: one per optimizer step.
+        evaluations: in order.
+        stopped: why the run ended, as in ``FitResult``.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        sift: SIFT,
+        config: FitConfig,
+        *,
+        data: Iterable[Any],
+        loss: Loss,
+        n_steps: int,
+        evaluate: Evaluate | None,
+        folder: Path | None,
+        listeners: Iterable[Listener],
+    ) -> None:
+        self._accelerator = accelerator
+        self._sift = sift
+        self._config = config
+        self._data = data
+        self._feed = Feed(data, config.accumulation)
+        self._loss = loss
+        self._n_steps = n_steps
+        self._evaluate_model = evaluate
+        self._folder = folder
+        self._listeners = tuple(listeners)
+        self.losses: list[float] = []
+        self.evaluations: list[Evaluation] = []
+        self.stopped = "done"
+
+    def train(self, *, checkpoint: Path | None) -> None:
+        """Do all steps, or those that a checkpoint leaves to do."""
+        model = self._sift.model
+        was_training = model.training
+        model.train()
+        try:
+            with held_interrupts() as interrupts:
+                saved = None if checkpoint is None else self._read(checkpoint)
+                if saved is None:
+                    self._select(self._feed.peek(self._config.selection_batches))
+                self._set_up()
+                if saved is not None:
+                    self._take_up(saved)
+                n_left = 0 if interrupts.came else self._n_steps - len(self.losses)
+                for window in islice(self._feed.windows(), n_left):
+                    self._step(window)
+                    self._evaluate_if_due()
+                    self._save_if_due(is_last=interrupts.came)
+                    if interrupts.came or self._has_lost_patience():
+                        break
+                self.stopped = self._why_stopped(was_interrupted=interrupts.came)
+        finally:
+            model.train(was_training)
+
+    def _select(self, batches: list[Any]) -> None:
+        """Choose by these micro-batches, leaving random state and model as they were."""
+        if all(part.is_selected for part in self._sift.sparse_mapping.values()):
+            return
+        with undisturbed(), self._sift.selecting():
+            for batch in batches:
+                loss: Any = self._forward(batch)
+                loss.backward()
+
+    def _set_up(self) -> None:
+        self._own_optimizer = build_optimizer(self._sift, self._config)
+        self._sift.attach(self._own_optimizer)
+        self._optimizer = self._accelerator.prepare_optimizer(self._own_optimizer)
+        self._schedule = build_schedule(self._own_optimizer, self._config, self._n_steps)
+
+    def _step(self, window: list[Any]) -> None:
+        lr = float(self._schedule.get_last_lr()[0])
+        self._optimizer.zero_grad()
+        loss = self._backward(window)
+        norm = self._clip()
+        self._optimizer.step()
+        if not self._optimizer.step_was_skipped:
+            self._schedule.step()
+        self.losses.append(self._finite(loss, len(self.losses) + 1))
+        report = StepReport(len(self.losses), self._n_steps, self.losses[-1], lr, norm)
+        for listener in self._listeners:
+            listener.on_step(report)
+
+    def _forward(self, batch: Any) -> Tensor:
+        with self._accelerator.autocast():
+            own = send_to_device(batch, self._accelerator.device)
+            loss: Any = self._loss(self._sift.model, own)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError("the loss is not a tensor of one element; return the mean, a scalar")
+        return loss.reshape(())
+
+    def _backward(self, window: list[Any]) -> Tensor:
+        total = torch.zeros((), device=self._accelerator.device)
+        for batch in window:
+            loss = self._forward(batch)
+            self._accelerator.backward(loss / len(window))
+            total += loss.detach().float() / len(window)
+        return total
+
+    def _clip(self) -> float | None:
+        if self._config.max_grad_norm is None:
+            return None
+        masters = self._sift.parameters_in_optimizer()
+        norm = self._accelerator.clip_grad_norm_(masters, self._config.max_grad_norm)
+        return float(norm)
+
+    @staticmethod
+    def _finite(loss: Tensor, step: int) -> float:
+        value = float(loss)
+        if not math.isfinite(value):
+            raise ValueError(f"the loss is {value} at step {step}; lower the learning rate")
+        return value
+
+    def _evaluate_if_due(self) -> None:
+        step, every = len(self.losses), self._config.eval_every
+        is_due = step == self._n_steps or (every is not None and step % every == 0)
+        if self._evaluate_model is None or not is_due:
+            return
+        model = self._sift.model
+        model.eval()
+        try:
+            with undisturbed(), torch.no_grad():
+                found = self._evaluate_model(model)
+        finally:
+            model.train()
+        values = found if isinstance(found, Mapping) else {"value": found}
+        evaluation = Evaluation(step, {name: float(value) for name, value in values.items()})
+        self.evaluations.append(evaluation)
+        for listener in self._listeners:
+            listener.on_evaluation(evaluation)
+
+    def _has_lost_patience(self) -> bool:
+        patience = self._config.patience
+        if patience is None or len(self.evaluations) <= patience:
+            return False
+        sign = 1.0 if self._config.higher_is_better else -1.0
+        values = [sign * evaluation.first for evaluation in self.evaluations]
+        return max(values[-patience:]) <= max(values[:-patience])
+
+    def _why_stopped(self, *, was_interrupted: bool) -> str:
+        if len(self.losses) >= self._n_steps:
+            return "done"
+        return "interrupted" if was_interrupted else "patience"
+
+    def _save_if_due(self, *, is_last: bool) -> None:
+        every = self._config.save_every
+        is_due = every is not None and len(self.losses) % every == 0
+        if self._folder is None or not (is_due or is_last):
+            return
+        scaler = self._accelerator.scaler
+        runfolder.write(
+            self._folder,
+            len(self.losses),
+            tensors=self._sift.state_dict(),
+            progress={
+                "optimizer": self._own_optimizer.state_dict(),
+                "schedule": self._schedule.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "place": self._feed.place(),
+                "random": capture(generators_of(self._data)),
+                "losses": self.losses,
+                "evaluations": [[e.step, dict(e.values)] for e in self.evaluations],
+            },
+            settings=self._settings(),
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        # How often to look and to save may change on the way.
+        free = {"eval_every", "save_every", "patience", "trackers"}
+        settings = {k: v for k, v in self._config.as_json().items() if k not in free}
+        return {**settings, "n_steps": self._n_steps}
+
+    def _read(self, checkpoint: Path) -> dict[str, Any]:
+        tensors, progress = runfolder.read(checkpoint, self._settings())
+        self._sift.load_state_dict(tensors)
+        return progress
+
+    def _take_up(self, progress: dict[str, Any]) -> None:
+        self._own_optimizer.load_state_dict(progress["optimizer"])
+        self._schedule.load_state_dict(progress["schedule"])
+        if self._accelerator.scaler is not None and progress["scaler"]:
+            self._accelerator.scaler.load_state_dict(progress["scaler"])
+        self.losses = list(progress["losses"])
+        self.evaluations = [Evaluation(step, values) for step, values in progress["evaluations"]]
+        self._feed.go_to(progress["place"])
+        bring_back(progress["random"], generators_of(self._data))

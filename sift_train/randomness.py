@@ -1,0 +1,57 @@
+"""The state of all random number generators, as plain tensors and numbers that can be saved."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+State = dict[str, Any]
+
+
+def generators_of(data: Any) -> list[torch.Generator]:
+    """Return the generators of a loader's own, those that set its order apart from the global one."""
+    batch_sampler = getattr(data, "batch_sampler", None)
+    holders = (data, getattr(data, "sampler", None), getattr(batch_sampler, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return [g for g in dict.fromkeys(found) if isinstance(g, torch.Generator)]
+
+
+def capture(generators: Iterable[torch.Generator] = ()) -> State:
+    """Return the state of Python's, numpy's and torch's generators, and of those given."""
+    version, numbers, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, torch.tensor(numbers, dtype=torch.int64), gauss],
+        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "own": [generator.get_state() for generator in generators],
+    }
+
+
+def bring_back(state: Mapping[str, Any], generators: Iterable[torch.Generator] = ()) -> None:
+    """Set all generators as they were when the state was captured."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers.tolist()), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    for generator, own in zip(generators, state["own"], strict=False):
+        generator.set_state(own)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave all generators as they were found, whatever is drawn inside."""
+    before = capture()
+    try:
+        yield
+    finally:
+        bring_back(before)

@@ -1,0 +1,78 @@
+"""Checkpoints of a run: one folder a step, whole or not there, only the newest kept.
+
+A checkpoint holds what training has added to the base, never the base itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sift_train.saved import read_state, write_state
+
+_STEP = re.compile(r"step-(\d{8})")
+TENSORS, PROGRESS, SETTINGS = "sift.safetensors", "progress.pt", "settings.json"
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the newest checkpoint in a run's folder, None if there is none."""
+    if not folder.is_dir():
+        return None
+    return max((path for path in folder.iterdir() if _STEP.fullmatch(path.name)), default=None)
+
+
+def write(
+    folder: Path,
+    step: int,
+    *,
+    tensors: Mapping[str, Tensor],
+    progress: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> Path:
+    """Write a checkpoint, remove the older ones, return its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:08d}"
+    work = Path(tempfile.mkdtemp(prefix=".checkpoint.", dir=folder))
+    try:
+        write_state(tensors, work / TENSORS)
+        torch.save(dict(progress), work / PROGRESS)
+        (work / SETTINGS).write_text(json.dumps(settings, indent=1), "utf-8")
+        for path in work.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        work.rename(final)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    for path in folder.iterdir():
+        if _STEP.fullmatch(path.name) and path != final:
+            shutil.rmtree(path)
+    return final
+
+
+def read(checkpoint: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a checkpoint's tensors and progress.
+
+    Raises:
+        ValueError: it was made with other settings.
+    """
+    saved = json.loads((checkpoint / SETTINGS).read_text("utf-8"))
+    for key in sorted({*saved, *settings}):
+        if saved.get(key) != settings.get(key):
+            raise ValueError(
+                f"the run saved in '{checkpoint}' has {key} {saved.get(key)!r}, "
+                f"this one {settings.get(key)!r}; go on with the same settings, or start afresh"
+            )
+    progress: dict[str, Any] = torch.load(checkpoint / PROGRESS, weights_only=True)
+    return read_state(checkpoint / TENSORS), progress

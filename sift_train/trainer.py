@@ -1,0 +1,154 @@
+"""``transformers.Trainer``, and what derives from it, over the masters of a SIFT.
+
+The masters are no parameters of the model, so what Trainer does by way of the model must be done
+for them: clipping, zeroing, making the optimizer, saving and resuming. The callback does the first
+two for an optimizer of one's own; the mixin does all of it.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn, optim
+from transformers import TrainerCallback
+
+from sift_train.export import export_delta
+from sift_train.groups import grouped_parameters
+from sift_train.sift import SIFT
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+DELTA, STATE = "delta.sd", "sift.safetensors"
+
+
+class SiftCallback(TrainerCallback):
+    """Clips and zeroes the masters in a Trainer that was given their optimizer.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-4)
+        >>> Trainer(model, optimizers=(optimizer, None), callbacks=[SiftCallback(sift)])
+
+    Trainer saves the full model at each save; ``SiftTrainerMixin`` saves a delta. With fp16 and
+    several micro-batches a step, choose first, inside ``sift.selecting()``, or use the mixin: the
+    gradient scaler reads gradients before the components are chosen.
+
+    Args:
+        sift: what trains the Trainer's model.
+    """
+
+    def __init__(self, sift: SIFT) -> None:
+        self._sift = sift
+        self._norm: Tensor | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Find out whether the optimizer trains what it should.
+
+        Raises:
+            ValueError: it does not.
+        """
+        self._sift.attach(given["optimizer"])
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Clip the gradient of what is trained, as ``max_grad_norm`` asks for."""
+        if args.max_grad_norm:
+            self._norm = self._sift.clip_grad_norm_(args.max_grad_norm)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Drop the gradients; the step has used them, or a gradient scaler has skipped it."""
+        self._sift.zero_grad()
+
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Log the norm of what is trained; Trainer's own is that of the model's gradients, none."""
+        for entry in (given.get("logs"), state.log_history[-1]):
+            if entry is not None and self._norm is not None and "grad_norm" in entry:
+                entry["grad_norm"] = float(self._norm)
+
+
+class SiftTrainerMixin(_Trainer):
+    """Makes a Trainer train, save and resume through a SIFT.
+
+    Example:
+        >>> class SiftTrainer(SiftTrainerMixin, Trainer): ...
+        >>> trainer = SiftTrainer(model, args, train_dataset=data, sift=sift, base="base/")
+
+    The optimizer is the one that the arguments name, over the masters, weight decay on matrices
+    only. A save writes ``delta.sd`` and ``sift.safetensors`` in place of the model's weights; with
+    Trainer's own files beside them a run resumes bit for bit on a model loaded from the base.
+
+    Args:
+        sift: what trains the Trainer's model; pass the same ``grad_acc`` as to the arguments.
+        base: the checkpoint the model was loaded from, which the deltas are against. By default
+            the model saved with the weights it came with.
+        base_id: where others find the base.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        sift: SIFT,
+        base: str | PathLike[str] | None = None,
+        base_id: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.sift = sift
+        self._base = base
+        self._base_id = base_id
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> optim.Optimizer:
+        """Return the optimizer that the arguments name, over the masters."""
+        if self.optimizer is None:
+            trained: Any = self.model
+            make, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, trained
+            )
+            self.optimizer = make(grouped_parameters(self.sift, self.args.weight_decay), **kwargs)
+        self.sift.attach(self.optimizer)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return self._norm_of_masters(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return self._norm_of_masters(float("inf")) if grad_norm is None else grad_norm
+
+    def _norm_of_masters(self, max_norm: float) -> Any:
+        self.sift.finish_selection()  # before a gradient scaler reads the masters' gradients
+        return self.accelerator.clip_grad_norm_(self.sift.parameters_in_optimizer(), max_norm)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        info = {"method": "sift", "steps": self.state.global_step, "trainer": type(self).__name__}
+        export_delta(
+            self.sift.model,
+            folder / DELTA,
+            sift=self.sift,
+            base=self._base,
+            base_id=self._base_id,
+            info={**info, "n_trained": self.sift.n_trained, "losses": self._logged_losses()},
+            overwrite=True,
+        )
+        self.sift.save(folder / STATE)
+        processing_class: Any = self.processing_class
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)
+
+    def _logged_losses(self) -> list[list[float]]:
+        logs = self.state.log_history
+        return [[entry["step"], float(entry["loss"])] for entry in logs if "loss" in entry]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.sift.load(Path(resume_from_checkpoint) / STATE)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is not None:
+            self.sift.load(Path(best) / STATE)

@@ -1,0 +1,356 @@
+"""What ``fit`` does beside stepping: evaluate, stop early, save, resume, decay, track."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from train_helpers import make_inputs, make_net, same_bits, snapshot, square_loss
+
+import sparsedelta
+from sift_train import SIFT, Evaluation, FitConfig, StepReport, fit, grouped_parameters
+from sift_train.feed import Feed
+
+
+class Stop(Exception):
+    """Stands for the power failing."""
+
+
+class Noisy(Dataset[Tensor]):
+    """Draws from every generator whenever an item is taken."""
+
+    def __len__(self) -> int:
+        return 22
+
+    def __getitem__(self, at: int) -> Tensor:
+        noise = torch.randn(12) + float(np.random.randn()) + random.random()
+        return torch.full((12,), at / 10) + noise
+
+
+class DropoutNet(nn.Module):
+    """Statistics that run and dropout that draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 16)
+        self.norm = nn.BatchNorm1d(16)
+        self.drop = nn.Dropout(0.3)
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.drop(self.norm(self.first(x))))
+        return out
+
+
+def make_noisy(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return DropoutNet().to(dtype)
+
+
+def loader(*, own_generator: bool) -> DataLoader[Tensor]:
+    generator = torch.Generator().manual_seed(5) if own_generator else None
+    return DataLoader(Noisy(), batch_size=4, shuffle=True, generator=generator)
+
+
+def typed_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    dtype = next(model.parameters()).dtype
+    loss: Tensor = model(batch.to(dtype)).float().square().mean()
+    return loss
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_ends_in_the_same_bits(
+    tmp_path: Path, dtype: torch.dtype, stop_at: int
+) -> None:
+    """Three windows a pass, four micro-batches looked at ahead, saved at every step."""
+    config = FitConfig(
+        sparse_rate=0.2,
+        sparse_module=["weight"],
+        exception="bias",
+        accumulation=2,
+        lr=1e-2,
+        weight_decay=0.1,
+        max_steps=6,
+        save_every=1,
+        eval_every=2,
+    )
+
+    def run(name: str, model: nn.Module, **more: Any) -> Any:
+        return fit(
+            model,
+            loader(own_generator=stop_at % 2 == 0),
+            output=tmp_path / name,
+            loss=typed_loss,
+            config=config,
+            evaluate=lambda m: float(torch.randn(())),
+            **more,
+        )
+
+    def fail(report: StepReport) -> None:
+        if report.step == stop_at + 1:
+            raise Stop
+
+    whole = make_noisy(dtype)
+    expected = run("whole.sd", whole, run_dir=tmp_path / "other")
+    with pytest.raises(Stop):
+        run("cut.sd", make_noisy(dtype), run_dir=tmp_path / "run", on_step=fail)
+    torch.manual_seed(99)
+    resumed = make_noisy(dtype)
+    result = run("resumed.sd", resumed, run_dir=tmp_path / "run", resume=True)
+    assert result.losses == expected.losses
+    assert [e.step for e in result.evaluations] == [2, 4, 6]
+    for name, value in snapshot(whole).items():
+        assert same_bits(value, resumed.state_dict()[name]), name
+    assert (tmp_path / "resumed.sd").read_bytes() == (tmp_path / "whole.sd").read_bytes()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000006"]
+
+
+def test_a_checkpoint_of_other_settings_or_another_base_is_refused(tmp_path: Path) -> None:
+    def run(model: nn.Module, lr: float, *, resume: bool) -> None:
+        config = FitConfig(lr=lr, save_every=2)
+        places: dict[str, Any] = {"output": tmp_path / "d.sd", "run_dir": tmp_path / "run"}
+        fit(
+            model,
+            make_inputs(2),
+            loss=square_loss,
+            config=config,
+            resume=resume,
+            overwrite=True,
+            **places,
+        )
+
+    run(make_net(), 1e-2, resume=True)  # nothing there yet: from the start
+    with pytest.raises(ValueError, match=r"has lr 0\.01, this one 0\.02"):
+        run(make_net(), 2e-2, resume=True)
+    with pytest.raises(ValueError, match="does not hold the weights that the saved run began with"):
+        run(make_net(seed=1), 1e-2, resume=True)
+    run(make_net(seed=1), 2e-2, resume=False)
+
+
+def test_resume_and_save_every_need_a_folder(tmp_path: Path) -> None:
+    for given, name in (({"resume": True}, "resume"), ({}, "save_every")):
+        config = FitConfig(save_every=None if given else 1)
+        arguments: dict[str, Any] = {"output": tmp_path / "d.sd", "loss": square_loss, **given}
+        with pytest.raises(ValueError, match=f"{name} needs a folder"):
+            fit(make_net(), make_inputs(1), config=config, **arguments)
+
+
+def test_ctrl_c_ends_after_the_step_and_saves(tmp_path: Path) -> None:
+    model = make_net()
+
+    def interrupt(report: StepReport) -> None:
+        if report.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    result = fit(
+        model,
+        make_inputs(8),
+        output=tmp_path / "d.sd",
+        loss=square_loss,
+        config=FitConfig(lr=1e-2),
+        run_dir=tmp_path / "run",
+        on_step=interrupt,
+    )
+    assert signal.getsignal(signal.SIGINT) is before
+    assert (result.stopped, result.n_steps) == ("interrupted", 3)
+    assert 0 < result.nnz <= result.n_trained
+    with sparsedelta.load(result.delta) as delta:
+        assert delta.info["stopped"] == "interrupted"
+    continued, whole = make_net(), make_net()
+    arguments: dict[str, Any] = {"loss": square_loss, "config": FitConfig(lr=1e-2)}
+    fit(
+        continued,
+        make_inputs(8),
+        output=tmp_path / "e.sd",
+        run_dir=tmp_path / "run",
+        resume=True,
+        **arguments,
+    )
+    fit(whole, make_inputs(8), output=tmp_path / "f.sd", **arguments)
+    assert all(
+        same_bits(p, q) for p, q in zip(continued.parameters(), whole.parameters(), strict=True)
+    )
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    def interrupt(report: StepReport) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    output = tmp_path / "d.sd"
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_net(), make_inputs(4), output=output, loss=square_loss, on_step=interrupt)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("found", "higher", "n_steps"),
+    [
+        ([1.0, 2.0, 2.0, 1.5, 9.0], True, 4),
+        ([5.0, 4.0, 4.5, 4.0, 1.0], False, 4),
+        ([1.0, 2.0, 1.0, 3.0, 1.0, 1.0, 1.0], True, 6),
+    ],
+)
+def test_patience(tmp_path: Path, found: list[float], higher: bool, n_steps: int) -> None:
+    values = iter(found)
+    seen: list[Evaluation] = []
+    result = fit(
+        make_net(),
+        make_inputs(9),
+        output=tmp_path / "d.sd",
+        loss=square_loss,
+        config=FitConfig(eval_every=1, patience=2, higher_is_better=higher),
+        evaluate=lambda model: {"score": next(values), "other": 0.0},
+        on_evaluation=seen.append,
+    )
+    assert (result.stopped, result.n_steps) == ("patience", n_steps)
+    assert [e.values["score"] for e in result.evaluations] == found[:n_steps]
+    assert tuple(seen) == result.evaluations
+
+
+def test_evaluation_is_without_gradients_dropout_and_traces(tmp_path: Path) -> None:
+    def run(evaluate: Callable[[nn.Module], float] | None) -> tuple[float, ...]:
+        config = FitConfig(eval_every=1)
+        return fit(
+            make_noisy(torch.float32),
+            loader(own_generator=False),
+            output=tmp_path / "d.sd",
+            loss=typed_loss,
+            config=config,
+            evaluate=evaluate,
+            overwrite=True,
+        ).losses
+
+    def look(model: nn.Module) -> float:
+        assert not torch.is_grad_enabled()
+        assert not any(module.training for module in model.modules())
+        return random.random() + float(np.random.rand()) + float(torch.rand(()))
+
+    assert run(look) == run(None)
+
+
+@pytest.mark.parametrize("rate", [0.2, 1.0])
+def test_decay_toward_the_base_forgets_the_training(rate: float) -> None:
+    """With lr x decay of 1 the step leaves original + AdamW's own move."""
+    model, plain = make_net(), make_net()
+    batch = make_inputs(1)[0]
+    with SIFT(model, rate, "first.weight") as sift:
+        optimizer = torch.optim.AdamW(grouped_parameters(sift, 1.0, decay_to="base"), lr=1e-2)
+        for _ in range(2):
+            optimizer.zero_grad()
+            square_loss(model, batch).backward()
+            optimizer.step()
+        part = sift.sparse_mapping["first.weight"]
+        moved = part.master.detach().clone()
+        for group in optimizer.param_groups:
+            group["lr"], group["base_decay"] = 1e-12, 1e12
+        optimizer.step()
+        original = plain.first.weight.detach().flatten()[part.flat_index]
+        assert not torch.allclose(moved, original, atol=1e-4)
+        assert torch.allclose(part.master, original, atol=1e-7)
+
+
+def test_decay_toward_the_base_is_adamw_with_the_base_added_back() -> None:
+    plain, ours = make_net(), make_net()
+    start = [p.detach().clone() for p in plain.parameters() if p.dim() > 1]
+    with SIFT(ours, 1.0, ["first.weight", "last.weight"]) as sift:
+        optimizer = torch.optim.AdamW(grouped_parameters(sift, 0.5, decay_to="base"), lr=1e-2)
+        matrices = [plain.first.weight, plain.last.weight]
+        plain_optimizer = torch.optim.AdamW(matrices, lr=1e-2, weight_decay=0.5)
+        for batch in make_inputs(4):
+            for model, each in ((plain, plain_optimizer), (ours, optimizer)):
+                each.zero_grad()
+                square_loss(model, batch).backward()
+                each.step()
+            with torch.no_grad():
+                for weight, first in zip(matrices, start, strict=True):
+                    weight.add_(first, alpha=1e-2 * 0.5)
+    assert torch.allclose(plain.first.weight, ours.first.weight, atol=1e-6)
+    assert torch.allclose(plain.last.weight, ours.last.weight, atol=1e-6)
+
+
+def test_the_trackers_are_told(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+        EventAccumulator,
+    )
+
+    result = fit(
+        make_net(),
+        make_inputs(3),
+        output=tmp_path / "d.sd",
+        loss=square_loss,
+        config=FitConfig(trackers=("tensorboard",)),
+        evaluate=lambda model: 0.5,
+        run_dir=tmp_path / "run",
+    )
+    events = EventAccumulator(str(tmp_path / "run" / "sift")).Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(result.losses)
+    assert [e.step for e in events.Scalars("eval/value")] == [3]
+
+
+def test_the_bar_shows_steps_and_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    fit(
+        make_net(),
+        make_inputs(3),
+        output=tmp_path / "d.sd",
+        loss=square_loss,
+        evaluate=lambda model: {"accuracy": 0.25},
+        progress=True,
+    )
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "3/3" in shown.err
+    assert "accuracy 0.2500" in shown.err
+
+
+def test_an_optimizer_of_ones_own(tmp_path: Path) -> None:
+    made: list[torch.optim.Optimizer] = []
+
+    def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        made.append(torch.optim.NAdam(groups))
+        return made[0]
+
+    config = FitConfig(optimizer=make, lr=1e-2, schedule="constant", warmup=0.0)
+    result = fit(
+        make_net(), make_inputs(3), output=tmp_path / "d.sd", loss=square_loss, config=config
+    )
+    assert made[0].param_groups[0]["lr"] == 1e-2
+    assert result.nnz > 0
+    assert config.as_json()["optimizer"] == "custom"
+
+
+def test_the_curve_in_the_delta_is_short(tmp_path: Path) -> None:
+    config = FitConfig(max_steps=1001)
+    model, data = nn.Linear(2, 2), [torch.ones(1, 2)]
+    result = fit(model, data, output=tmp_path / "d.sd", loss=square_loss, config=config)
+    with sparsedelta.load(result.delta) as delta:
+        curve: Any = delta.info["losses"]
+    assert len(curve) == math.ceil(1001 / 3)
+    assert curve[-1] == [1001, pytest.approx(sum(result.losses[-2:]) / 2, abs=1e-6)]
+    assert curve[0] == [3, pytest.approx(sum(result.losses[:3]) / 3, abs=1e-6)]
+
+
+def test_a_feed_skips_to_its_place() -> None:
+    feed = Feed(list(range(7)), 2)
+    assert feed.peek(3) == [0, 1, 2]
+    windows = feed.windows()
+    assert [next(windows) for _ in range(2)] == [[0, 1], [2, 3]]
+    again = Feed(list(range(7)), 2)
+    again.go_to(feed.place())
+    rest = again.windows()
+    assert [next(rest) for _ in range(4)] == [[4, 5], [6], [0, 1], [2, 3]]
