@@ -317,9 +317,11 @@ class SIFT:
         for parameter in self._requires_grad:
             parameter.requires_grad_(parameter in trained)
             parameter.grad = None  # a left-over gradient would be added to the first one
-        for part in self.sparse_mapping.values():
-            hook = partial(self._on_gradient, part)
+        # A parameter's hooks are beyond the garbage collector: they must not hold what holds them.
+        me = weakref.ref(self)
+        for name, part in self.sparse_mapping.items():
             hooked: Any = part.parameter  # the method is untyped
+            hook = partial(_on_gradient, me, name)
             self._handles.append(hooked.register_post_accumulate_grad_hook(hook))
         model: Any = self.model
         self._handles.append(model.register_forward_pre_hook(self._before_use))
@@ -346,7 +348,8 @@ class SIFT:
             self._handles.append(handle)
             weakref.finalize(self, handle.remove)
 
-    def _on_gradient(self, part: SparseParameter, parameter: Tensor) -> None:
+    def _on_gradient(self, name: str, parameter: Tensor) -> None:
+        part = self.sparse_mapping[name]
         gradient = parameter.grad
         if gradient is None:
             return
@@ -404,3 +407,9 @@ class SIFT:
             may_differ = part.is_behind or not self._is_stepped_by_torch
             if part.is_selected and may_differ and part.differs:
                 part.write()
+
+
+def _on_gradient(me: weakref.ref[SIFT], name: str, parameter: Tensor) -> None:
+    sift = me()
+    if sift is not None:
+        sift._on_gradient(name, parameter)

@@ -128,7 +128,7 @@ def test_the_callback_clips_and_zeroes_exactly_what_is_trained(tmp_path: Path, b
         callbacks=[SiftCallback(sift)],
     )
     trainer.train()
-    assert [float(norm) for norm in seen] == pytest.approx([1e-5] * 4, rel=1e-3)
+    assert [float(norm) for norm in seen] == pytest.approx([1e-5] * 4, rel=1e-2)
     assert all(master.grad is None for master in sift.parameters_in_optimizer())
 
 
