@@ -14,6 +14,7 @@ from pathlib import Path
 from sparsedelta._verify import verify
 from sparsedelta.delta import Delta, TensorSpec
 from sparsedelta.errors import (
+    AlreadyApplied,
     BaseMismatch,
     CheckpointError,
     FormatError,
@@ -104,7 +105,12 @@ def prove_base(
                 " have it downloaded, or name the repository that it is from"
             )
     with nullcontext(local) if local else folder_of(places) as folder:
-        verify(delta, base=folder, progress=progress)
+        try:
+            verify(delta, base=folder, progress=progress)
+        except AlreadyApplied as error:
+            raise BaseMismatch(
+                f"'{base.name}' is the delta's target, not its base; name the base's repository"
+            ) from error
     files = tuple(base.files[path] for path in wanted)
     return Proof(base, BaseRecord(base.name, delta.base.fingerprint.hex(), files), how)
 

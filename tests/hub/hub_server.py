@@ -14,7 +14,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,6 +37,7 @@ class Fault:
         cut_after: share of the body after which the connection is dropped.
         seconds: how long to wait before answering.
         body: sent in place of the right body; the headers stay as they are.
+        action: done before answering.
     """
 
     method: str
@@ -47,6 +48,7 @@ class Fault:
     cut_after: float | None = None
     seconds: float = 0
     body: bytes | None = None
+    action: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if fault:
                 time.sleep(fault.seconds)
+                if fault.action:
+                    fault.action()
                 if fault.status:
                     raise Answer(fault.status, b"", fault.headers)
             with self.server_hub.state.lock:

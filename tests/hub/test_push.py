@@ -2,35 +2,295 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from helpers import assert_same_files
-from hub.hub_helpers import BASE, TUNED, Person
+import pytest
+import yaml  # type: ignore[import-untyped]
+from helpers import assert_same_files, noise, write_sharded
+from hub.hub_helpers import BASE, INFO, TOKEN, TUNED, Person, files_of, save_delta
 from hub.hub_server import LoopbackHub
+
+import sparsedelta
+
+FILES = {"README.md", "config.json", "delta.base.json", "delta.png", "delta.sd"}
+WRITES = ("POST", "PUT", "DELETE")
+
+
+def writes(hub: LoopbackHub) -> list[str]:
+    """Return what was asked of the Hub that is more than reading."""
+    return [f"{r.method} {r.path}" for r in hub.requests if r.method in WRITES]
+
+
+def card_of(hub: LoopbackHub, repo_id: str = TUNED) -> str:
+    return hub.state.head(repo_id).files["README.md"].data.decode()
+
+
+def head_of_card(card: str) -> dict[str, object]:
+    head: dict[str, object] = yaml.safe_load(card.split("---\n")[1])
+    return head
 
 
 def test_first_push(me: Person, hub: LoopbackHub, delta: Path, base_commit: str) -> None:
     shown = me.good("push", delta, TUNED, "--base-id", BASE)
-    repo = hub.state.repos[TUNED]
     head = hub.state.head(TUNED)
-    assert len(repo.commits) == 2
-    assert {*head.files} == {
-        ".gitattributes",
-        "README.md",
-        "config.json",
-        "delta.base.json",
-        "delta.png",
-        "delta.sd",
-    }
-    assert f"{BASE}@{base_commit}" in shown
+    assert len(hub.state.repos[TUNED].commits) == 2
+    assert {*head.files} == FILES | {".gitattributes"}
+    assert head.message == "Push delta.sd with sparsedelta"
+    assert f"base: {BASE}@{base_commit}, proved by a download of it" in shown
     assert head.oid in shown
     assert b'"tuned"' in head.files["config.json"].data
+    pushed = me.folder / "pushed.sd"
+    pushed.write_bytes(head.files["delta.sd"].data)
+    with sparsedelta.load(pushed) as found:
+        assert found.base.id == f"{BASE}@{base_commit}"
+    record = json.loads(head.files["delta.base.json"].data)
+    assert record["base"] == f"{BASE}@{base_commit}"
+    assert [file["path"] for file in record["files"]] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+    ]
 
 
-def test_pull_gives_the_target(
-    me: Person, other: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
+def test_card(me: Person, hub: LoopbackHub, delta: Path) -> None:
+    me.good("push", delta, TUNED, "--base-id", BASE)
+    card = card_of(hub)
+    assert head_of_card(card) == {
+        "base_model": BASE,
+        "base_model_relation": "finetune",
+        "language": ["en"],
+        "library_name": "sparsedelta",
+        "license": "other",
+        "license_link": f"{hub.url}/{BASE}/blob/main/LICENSE",
+        "license_name": "model-license",
+        "pipeline_tag": "text-generation",
+        "tags": ["sparsedelta", "sparse-delta"],
+    }
+    assert "# tuned\n" in card
+    assert "kB instead of 41.5 kB**" in card
+    assert "| changed | 9 of 19,440 values (0.0463 %) |" in card
+    assert "![Density of the changes by layer and kind of tensor](delta.png)" in card
+    assert "| `model.layers.*.q_proj.weight` | 9 | 9,216 | 0.0977 % |" in card
+    assert "| `sift.rate` | `0.01` |" in card
+    assert f"| `steps` | `{INFO['steps']}` |" in card
+    assert "sparsedelta pull me/tuned tuned/ " in card
+    assert 'sparsedelta.pull("me/tuned", "tuned")' in card
+
+
+def test_second_push_makes_no_commit(me: Person, hub: LoopbackHub, delta: Path) -> None:
+    me.good("push", delta, TUNED, "--base-id", BASE)
+    before = hub.state.head(TUNED)
+    hub.requests.clear()
+    assert "nothing was pushed" in me.good("push", delta, TUNED, "--base-id", BASE)
+    assert hub.state.head(TUNED) == before
+    assert writes(hub) == []
+    assert hub.sent("/cdn/") == 0  # the base is proved by the copy in the cache
+
+
+def test_dry_run_sends_nothing(me: Person, hub: LoopbackHub, delta: Path) -> None:
+    shown = me.good("push", delta, TUNED, "--base-id", BASE, "--dry-run")
+    assert TUNED not in hub.state.repos
+    assert writes(hub) == []
+    for name in FILES:
+        assert f"  {name}: " in shown
+    me.good("push", delta, TUNED, "--base-id", BASE)
+    assert card_of(hub) in shown
+
+
+def test_what_a_person_wrote_is_kept(
+    me: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
 ) -> None:
     me.good("push", delta, TUNED, "--base-id", BASE)
-    other.good("pull", TUNED, "out")
+    edited = card_of(hub).replace("# tuned\n", "# Mine\n\nI made this.\n").replace("steps", "STEPS")
+    edited = edited.replace("pipeline_tag: text-generation", "pipeline_tag: other # mine")
+    hub.state.add_commit(TUNED, {"README.md": (edited + "\nThanks to all.\n").encode()})
+    other = save_delta(*checkpoints, me.folder / "other.sd", info={"steps": 7})
+    me.good("push", other, TUNED, "--base-id", BASE)
+    card = card_of(hub)
+    assert "# Mine\n\nI made this.\n" in card
+    assert card.endswith("\nThanks to all.\n")
+    assert "pipeline_tag: other # mine\n" in card
+    assert "| `steps` | `7` |" in card
+    assert "STEPS" not in card
+    assert card.count("<!-- sparsedelta: begin delta.sd -->") == 1
 
-    assert_same_files(checkpoints[1], other.folder / "out")
+
+def test_a_card_without_marks_gets_the_section(me: Person, hub: LoopbackHub, delta: Path) -> None:
+    text = "---\nlicense: mit\ntags:\n- mine\n---\n\n# Old\n\nWords.\n"
+    hub.state.add_repo(TUNED, {"README.md": text.encode()})
+    me.good("push", delta, TUNED, "--base-id", BASE)
+    card = card_of(hub)
+    head = head_of_card(card)
+    assert head["license"] == "mit"
+    assert head["tags"] == ["mine", "sparsedelta"]
+    assert head["base_model"] == BASE
+    assert card.index("Words.") < card.index("<!-- sparsedelta: begin delta.sd -->")
+
+
+def test_conflict_is_an_error_not_a_lost_update(me: Person, hub: LoopbackHub, delta: Path) -> None:
+    hub.state.add_repo(TUNED, {"notes.txt": b"1"})
+    hub.fail("POST", "/preupload/", action=lambda: hub.state.add_commit(TUNED, {"notes.txt": b"2"}))
+    error = me.bad("push", delta, TUNED, "--base-id", BASE)
+    assert "somebody else changed repository 'me/tuned' in the meantime" in error
+    assert {*hub.state.head(TUNED).files} == {".gitattributes", "notes.txt"}
+    me.good("push", delta, TUNED, "--base-id", BASE)
+    assert hub.state.head(TUNED).files["notes.txt"].data == b"2"
+
+
+def test_wrong_base_is_found_before_anything_is_sent(
+    me: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
+) -> None:
+    files = files_of(checkpoints[0])
+    shard = bytearray(files["model-00002-of-00002.safetensors"])
+    shard[-1] ^= 1
+    hub.state.add_repo("org/other", {**files, "model-00002-of-00002.safetensors": bytes(shard)})
+    hub.state.add_repo("org/target", files_of(checkpoints[1]))
+    error = me.bad("push", delta, TUNED, "--base-id", "org/other")
+    assert "tensor 'norm.bias' has digest" in error
+    assert "is the delta's target, not its base" in me.bad(
+        "push", delta, TUNED, "--base-id", "org/target"
+    )
+    assert writes(hub) == []
+    assert TUNED not in hub.state.repos
+
+
+def test_base_of_another_structure_is_not_downloaded(
+    me: Person, hub: LoopbackHub, delta: Path
+) -> None:
+    write_sharded(me.folder / "large", [{"embed.weight": noise("F32", 300_000)}])
+    files = files_of(me.folder / "large")
+    hub.state.add_repo("org/other", {**files, "tokenizer.json": b"[]"})
+    error = me.bad("push", delta, TUNED, "--base-id", "org/other")
+    assert "is not the base that the delta was made from" in error
+    assert 0 < hub.sent("/cdn/") < 150_000
+    assert writes(hub) == []
+
+
+def test_local_base_saves_the_download(
+    me: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
+) -> None:
+    shown = me.good("push", delta, TUNED, "--base-id", BASE, "--base", checkpoints[0])
+    assert "proved by the local copy" in shown
+    assert sum(r.n_sent for r in hub.requests if r.method == "GET" and "/cdn/" in r.path) == 0
+
+
+def test_local_base_must_be_what_the_hub_has(
+    me: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
+) -> None:
+    shard = checkpoints[0] / "model-00002-of-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    error = me.bad("push", delta, TUNED, "--base-id", BASE, "--base", checkpoints[0])
+    assert "is not the file 'model-00002-of-00002.safetensors' of 'org/model@" in error
+    assert writes(hub) == []
+
+
+def test_base_that_moved_on_keeps_its_pin(
+    me: Person, hub: LoopbackHub, checkpoints: tuple[Path, Path], base_commit: str
+) -> None:
+    delta = save_delta(*checkpoints, me.folder / "d.sd", base_id=f"{BASE}@{base_commit}")
+    hub.state.add_commit(BASE, {"README.md": b"new words"})
+    for more in ((), ("--base-id", BASE)):
+        assert f"base: {BASE}@{base_commit}," in me.good("push", delta, TUNED, *more)
+    assert len(hub.state.repos[TUNED].commits) == 2
+
+
+def test_several_deltas_in_one_repository(
+    me: Person, other: Person, hub: LoopbackHub, checkpoints: tuple[Path, Path]
+) -> None:
+    base, target = checkpoints
+    for name, info in (("sql", {"task": "sql"}), ("chat", {"task": "chat"})):
+        path = save_delta(base, target, me.folder / f"{name}.sd", info=info)
+        me.good("push", path, TUNED, "--base-id", BASE, "--subfolder", name)
+    card = card_of(hub)
+    assert {path for path in hub.state.head(TUNED).files if path.endswith(".sd")} == {
+        "sql/delta.sd",
+        "chat/delta.sd",
+    }
+    assert "sparsedelta pull hf://me/tuned/sql tuned/" in card
+    assert 'sparsedelta.pull("me/tuned", "tuned", subfolder="chat")' in card
+    assert "](sql/delta.png)" in card
+    assert head_of_card(card)["base_model"] == BASE
+    error = other.bad("pull", TUNED, "out")
+    assert "several deltas: chat/delta.sd, sql/delta.sd; choose one" in error
+    other.good("pull", TUNED, "out", "--subfolder", "sql")
+    other.good("pull", "hf://me/tuned/chat", "out2")
+    assert_same_files(target, other.folder / "out")
+    assert_same_files(target, other.folder / "out2")
+
+
+def test_branch_tag_and_pull_request(me: Person, hub: LoopbackHub, delta: Path) -> None:
+    me.good("push", delta, TUNED, "--base-id", BASE, "--revision", "dev", "--tag", "v1")
+    repo = hub.state.repos[TUNED]
+    assert {*repo.commits[repo.branches["main"]].files} == {".gitattributes"}
+    assert repo.tags == {"v1": repo.branches["dev"]}
+    arguments = ("push", delta, TUNED, "--base-id", BASE)
+    shown = me.good(*arguments, "--create-pr", "-m", "Mine", "--commit-description", "More")
+    assert f"pull request: {hub.url}/{TUNED}/discussions/1" in shown
+    proposed = repo.commits[repo.pull_requests["refs/pr/1"]]
+    assert (proposed.message, proposed.description) == ("Mine", "More")
+    assert "delta.sd" not in repo.commits[repo.branches["main"]].files
+    error = me.bad(*arguments, "--tag", "v1")
+    assert "has a tag 'v1' already" in error
+    assert "a pull request is made to 'main'" in me.bad(
+        *arguments, "--create-pr", "--revision", "dev"
+    )
+
+
+def test_private(me: Person, other: Person, hub: LoopbackHub, delta: Path) -> None:
+    me.good("push", delta, TUNED, "--base-id", BASE, "--private")
+    assert hub.state.repos[TUNED].private
+    assert "there is no repository 'me/tuned', or it is private" in other.bad("pull", TUNED, "out")
+    me.good("pull", TUNED, "out")
+
+
+def test_base_is_not_known(me: Person, hub: LoopbackHub, checkpoints: tuple[Path, Path]) -> None:
+    delta = save_delta(*checkpoints, me.folder / "d.sd", base_id="/home/me/base")
+    assert "only says '/home/me/base' where its base is" in me.bad("push", delta, TUNED)
+    assert "names no repository" in me.bad("push", delta, TUNED, "--base-id", "./base")
+    assert "no name of a repository" in me.bad("push", delta, "tuned", "--base-id", BASE)
+    assert writes(hub) == []
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "token", "words"),
+    [
+        (TUNED, None, "hf auth login"),
+        (TUNED, "hf_wrong", "does not accept the token"),
+        ("them/tuned", TOKEN, "may not do this with repository 'them/tuned'"),
+    ],
+)
+def test_no_right_to_write(
+    me: Person, hub: LoopbackHub, delta: Path, repo_id: str, token: str | None, words: str
+) -> None:
+    me.token = token
+    error = me.bad("push", delta, repo_id, "--base-id", BASE)
+    assert words in error
+    assert token is None or token not in error
+    assert repo_id not in hub.state.repos
+
+
+def test_from_python(me: Person, hub: LoopbackHub, delta: Path, base_commit: str) -> None:
+    script = (
+        "import sparsedelta\n"
+        "with sparsedelta.load('delta.sd') as delta:\n"
+        f"    report = delta.push_to_hub('{TUNED}', base_id='{BASE}', commit_message='Mine',\n"
+        f"        token='{TOKEN}')\n"
+        "print(report.commit, report.base, report.committed)\n"
+    )
+    me.token = None
+    done = me.python("-c", script)
+    assert done.returncode == 0, done.stderr
+    head = hub.state.head(TUNED)
+    assert head.message == "Mine"
+    assert done.stdout.split() == [head.oid, f"{BASE}@{base_commit}", "True"]
+
+
+def test_json(me: Person, hub: LoopbackHub, delta: Path) -> None:
+    found = me.json("push", delta, TUNED, "--base-id", BASE)
+    assert found["commit"] == hub.state.head(TUNED).oid
+    assert found["committed"] is True
+    assert {file["path"] for file in found["files"]} == FILES

@@ -1,0 +1,187 @@
+"""``pull``: the target, from what is needed and no more, and again from the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import assert_same_files
+from hub.hub_helpers import BASE, TUNED, Person, files_of, publish, save_delta
+from hub.hub_server import LoopbackHub
+
+
+@pytest.fixture
+def pushed(me: Person, hub: LoopbackHub, delta: Path) -> str:
+    """Push the delta; return its commit."""
+    me.good("push", delta, TUNED, "--base-id", BASE)
+    hub.requests.clear()
+    return hub.state.head(TUNED).oid
+
+
+def downloaded(person: Person, repo_id: str) -> set[str]:
+    """Return the names of the files of a repository in a person's cache."""
+    folder = person.cache / f"models--{repo_id.replace('/', '--')}" / "snapshots"
+    return {place.name for place in folder.rglob("*") if place.is_file()}
+
+
+def test_only_what_is_needed_is_downloaded(
+    other: Person, hub: LoopbackHub, pushed: str, base_commit: str, checkpoints: tuple[Path, Path]
+) -> None:
+    found = other.json("pull", TUNED, "out")
+    assert_same_files(checkpoints[1], other.folder / "out")
+    assert found == {
+        "out": "out",
+        "delta": f"hf://{TUNED}/delta.sd@{pushed}",
+        "applied": [f"hf://{TUNED}/delta.sd@{pushed}"],
+        "base": f"{BASE}@{base_commit}",
+        "kept_delta": None,
+    }
+    assert downloaded(other, BASE) == {
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+    }
+    # config.json is what the Hub counts downloads by.
+    assert downloaded(other, TUNED) == {"delta.sd", "delta.base.json", "config.json"}
+
+
+def test_again_from_the_cache_and_offline(
+    other: Person, hub: LoopbackHub, pushed: str, checkpoints: tuple[Path, Path]
+) -> None:
+    other.good("pull", TUNED, "out")
+    hub.requests.clear()
+    other.good("pull", TUNED, "again")
+    assert hub.sent("/cdn/") == 0
+    hub.requests.clear()
+    other.offline = True
+    other.good("pull", TUNED, "offline")
+    assert hub.requests == []
+    for name in ("again", "offline"):
+        assert_same_files(checkpoints[1], other.folder / name)
+    assert "offline); run this once with a connection" in other.bad("pull", "me/unknown", "x")
+
+
+def test_no_connection_but_a_cache(
+    other: Person, pushed: str, checkpoints: tuple[Path, Path]
+) -> None:
+    other.good("pull", TUNED, "out")
+    other.good("pull", TUNED, "again", HF_ENDPOINT="http://127.0.0.1:9")
+    assert_same_files(checkpoints[1], other.folder / "again")
+    error = other.bad("pull", "me/unknown", "x", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "cannot be reached" in error
+
+
+def test_with_a_local_base_no_base_is_downloaded(
+    other: Person, hub: LoopbackHub, pushed: str, checkpoints: tuple[Path, Path]
+) -> None:
+    hub.state.repos.pop(BASE)
+    other.good("pull", TUNED, "out", "--base", checkpoints[0])
+    assert_same_files(checkpoints[1], other.folder / "out")
+    assert hub.count("GET", BASE) == 0
+
+
+def test_local_base_that_is_not_it(
+    other: Person, pushed: str, checkpoints: tuple[Path, Path]
+) -> None:
+    error = other.bad("pull", TUNED, "out", "--base", checkpoints[1])
+    assert "already is this delta's target" in error
+    assert not (other.folder / "out").exists()
+
+
+def test_base_of_another_repository(
+    other: Person, hub: LoopbackHub, pushed: str, checkpoints: tuple[Path, Path]
+) -> None:
+    hub.state.repos.pop(BASE)
+    error = other.bad("pull", TUNED, "out")
+    assert "the base of 'me/tuned' cannot be had: there is no repository 'org/model'" in error
+    assert "give it as the base" in error
+    commit = publish(hub, "them/mirror", checkpoints[0])
+    assert other.json("pull", TUNED, "out", "--base", "them/mirror")["base"] == (
+        f"them/mirror@{commit}"
+    )
+
+
+def test_revisions_of_delta_and_base_are_two(
+    me: Person,
+    other: Person,
+    hub: LoopbackHub,
+    checkpoints: tuple[Path, Path],
+    base_commit: str,
+    pushed: str,
+) -> None:
+    moved = hub.state.add_commit(BASE, {"README.md": b"new words"}).oid
+    same = save_delta(checkpoints[0], checkpoints[0], me.folder / "same.sd")
+    me.good("push", same, TUNED, "--base-id", f"{BASE}@{base_commit[:10]}", "--tag", "v2")
+    found = other.json("pull", TUNED, "old", "--revision", pushed)
+    assert found["base"] == f"{BASE}@{base_commit}"
+    assert_same_files(checkpoints[1], other.folder / "old")
+    found = other.json("pull", f"{TUNED}@v2", "new", "--base-revision", "main")
+    assert found["base"] == f"{BASE}@{moved}"
+    assert_same_files(checkpoints[0], other.folder / "new")
+    error = other.bad("pull", TUNED, "x", "--base-revision", "gone")
+    assert "repository 'org/model' has no revision 'gone'" in error
+    assert "repository 'me/tuned' has no revision 'gone'" in other.bad(
+        "pull", TUNED, "x", "--revision", "gone"
+    )
+
+
+def test_keep_delta(other: Person, hub: LoopbackHub, pushed: str) -> None:
+    other.good("pull", TUNED, "out", "--keep-delta")
+    kept = (other.folder / "out.sd").read_bytes()
+    assert kept == hub.state.head(TUNED).files["delta.sd"].data
+
+
+def test_output_that_exists(
+    other: Person, hub: LoopbackHub, pushed: str, checkpoints: tuple[Path, Path]
+) -> None:
+    (other.folder / "out").mkdir()
+    assert "output 'out' exists" in other.bad("pull", TUNED, "out")
+    assert hub.requests == []
+    other.good("pull", TUNED, "out", "--overwrite")
+    assert_same_files(checkpoints[1], other.folder / "out")
+
+
+def test_moved_base_is_found(
+    other: Person, hub: LoopbackHub, pushed: str, checkpoints: tuple[Path, Path]
+) -> None:
+    hub.state.repos["org/renamed"] = hub.state.repos.pop(BASE)
+    hub.state.moved[BASE] = "org/renamed"
+    other.good("pull", TUNED, "out")
+    assert_same_files(checkpoints[1], other.folder / "out")
+
+
+def test_wrong_arguments(other: Person, hub: LoopbackHub, pushed: str) -> None:
+    assert "no repository" in other.bad("pull", "tuned", "out")
+    assert "names a revision and so does" in other.bad(
+        "pull", f"{TUNED}@main", "out", "--revision", "v1"
+    )
+    assert "exclude each other" in other.bad(
+        "pull", TUNED, "out", "--base", "x", "--base-revision", "main"
+    )
+    assert "is no model repository" in other.bad("pull", "hf://datasets/me/x", "out")
+    assert hub.requests == []
+
+
+def test_repository_without_a_delta(other: Person, base_commit: str) -> None:
+    assert f"'{BASE}@{base_commit}' holds no delta" in other.bad("pull", BASE, "out")
+
+
+def test_from_python(other: Person, pushed: str, checkpoints: tuple[Path, Path]) -> None:
+    script = f"import sparsedelta; print(sparsedelta.pull('{TUNED}', 'out').base)"
+    done = other.python("-c", script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(BASE)
+    assert_same_files(checkpoints[1], other.folder / "out")
+
+
+def test_a_folder_of_the_cache_that_holds_more_weights(
+    me: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
+) -> None:
+    me.good("push", delta, TUNED, "--base-id", BASE)
+    script = f"from huggingface_hub import snapshot_download; snapshot_download('{BASE}')"
+    assert me.python("-c", script).returncode == 0
+    assert "consolidated.safetensors" in downloaded(me, BASE)
+    me.good("pull", TUNED, "out")
+    assert_same_files(checkpoints[1], me.folder / "out")
+    assert files_of(me.folder / "out").keys() == files_of(checkpoints[1]).keys()
