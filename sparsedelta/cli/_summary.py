@@ -92,11 +92,20 @@ def _settings(info: Mapping[str, JSON]) -> Iterator[tuple[str, str]]:
 
 
 def _pairs(settings: Mapping[str, JSON]) -> str:
-    pairs = []
-    for name, value in settings.items():
-        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        pairs.append(f"{_cut(name, _MAX_LABEL)} {_cut(shown, _MAX_VALUE)}")
+    pairs = [
+        f"{_cut(name, _MAX_LABEL)} {_cut(_shown(value), _MAX_VALUE)}"
+        for name, value in settings.items()
+        if value not in (None, [], {})
+    ]
     return listed(pairs, _MAX_SETTINGS)
+
+
+def _shown(value: JSON) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
+        return count(len(value), "item")  # a series or a table, not a setting
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _cut(text: str, length: int) -> str:
