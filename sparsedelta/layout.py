@@ -55,19 +55,26 @@ def stored_header(delta: Delta, file: WeightFile, rows: Sequence[TensorDelta]) -
         raise Corrupt(f"{what} has {len(entries)} tensors, its rows are {len(rows)}")
     # A row's name is the own name or ends in a colon and that name; the weight sets say which, and
     # so perhaps an index that only the base has. Empty tensors that share an offset have no order.
-    by_place: dict[tuple[str, tuple[int, ...], int, int], list[str]] = {}
+    by_place: dict[tuple[str, tuple[int, ...], int, int], set[str]] = {}
     for entry in entries:
-        by_place.setdefault((entry.dtype, entry.shape, entry.begin, entry.end), []).append(
+        by_place.setdefault((entry.dtype, entry.shape, entry.begin, entry.end), set()).add(
             entry.name
         )
     for row, begin, end in _places(rows):
         target = row.target
-        places = by_place.get((target.dtype.name, target.shape, begin, end), []) if target else []
-        fitting = [name for name in places if f":{row.name}".endswith(f":{name}")]
-        if not fitting:
+        place = (target.dtype.name, target.shape, begin, end) if target else None
+        names = by_place.get(place, set()) if place else set()
+        own = next((name for name in _own_names(row.name) if name in names), None)
+        if own is None:
             raise Corrupt(f"{what} does not place tensor {row.name!r} as its row does")
-        places.remove(max(fitting, key=len))
+        names.remove(own)
     return raw
+
+
+def _own_names(name: str) -> list[str]:
+    """Return what the own name of a row's tensor can be; a stem, being a path, has no colon."""
+    _, colon, own = name.partition(":")
+    return [name, own] if colon else [name]
 
 
 def target_layout(delta: Delta, read_side_file: Callable[[SideFile], bytes]) -> list[FileLayout]:
@@ -80,7 +87,7 @@ def target_layout(delta: Delta, read_side_file: Callable[[SideFile], bytes]) -> 
     Raises:
         Corrupt: a stored header, or the name of a tensor, does not fit its file.
     """
-    prefixes = _prefixes(delta, read_side_file)
+    prefixes = file_prefixes(delta, read_side_file)
     result = []
     for file, rows in rows_by_file(delta):
         if file.stored_header:
@@ -95,7 +102,8 @@ def target_layout(delta: Delta, read_side_file: Callable[[SideFile], bytes]) -> 
     return result
 
 
-def _prefixes(delta: Delta, read_side_file: Callable[[SideFile], bytes]) -> dict[str, str]:
+def file_prefixes(delta: Delta, read_side_file: Callable[[SideFile], bytes]) -> dict[str, str]:
+    """Return what stands before the own names of each weight file's tensors; see ``target_layout``."""
     paths = [file.path for file in delta.target.weight_files]
     if not delta.target.is_folder:
         return dict.fromkeys(paths, "")

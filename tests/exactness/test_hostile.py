@@ -1,0 +1,77 @@
+"""Deltas of strangers through apply and verify: refused with an error of ours, whatever they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import write
+from vector_source.valid import WEIGHTS, folder
+from vector_source.writer import Checkpoint, Draft, Tensor, WeightFile, assemble, draft, tensor
+
+import sparsedelta
+from sparsedelta.errors import TargetMismatch
+
+W = tensor("U8", [1, 2, 3, 4])
+BASE = folder(WeightFile(WEIGHTS, {"w": W}))
+
+
+def put(checkpoint: Checkpoint, path: Path) -> Path:
+    """Write a folder and return its path."""
+    for name, content in checkpoint.files().items():
+        write(path / name, content)
+    return path
+
+
+def save(delta: Draft, path: Path) -> Path:
+    """Write a delta and return its path."""
+    path.write_bytes(assemble(delta))
+    return path
+
+
+def stored(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> WeightFile:
+    """Return a weight file whose rows have other names than its header."""
+    file = WeightFile(WEIGHTS, tensors)
+    file.header = WeightFile(WEIGHTS, own).canonical()
+    return file
+
+
+def test_stored_header_with_names_of_another_weight_set(tmp_path: Path) -> None:
+    base = put(folder(WeightFile(WEIGHTS, {})), tmp_path / "base")
+    delta = draft(folder(WeightFile(WEIGHTS, {})), folder(stored({"x:w": W}, {"w": W})))
+    path = save(delta, tmp_path / "delta.sd")
+    sparsedelta.apply(base, path, tmp_path / "out")
+    with pytest.raises(TargetMismatch, match="tensor 'x:w' of the delta's target is missing"):
+        sparsedelta.verify(path, target=tmp_path / "out")
+
+
+def test_stored_header_of_many_empty_tensors(tmp_path: Path) -> None:
+    empty = {f"sub:{number}": tensor("U8", []) for number in range(2_000)}
+    own = {name.removeprefix("sub:"): one for name, one in reversed(empty.items())}
+    file = stored(empty, own)
+    path = save(draft(folder(WeightFile(WEIGHTS, {})), folder(file)), tmp_path / "delta.sd")
+    assert sparsedelta.verify(path).n_tensors == len(empty)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (folder(WeightFile("weights.bin", {"w": W})), "'weights.bin' is another file in"),
+        (
+            folder(
+                WeightFile(WEIGHTS, {"w": W}),
+                side={"x.safetensors": WeightFile("x", {"v": W}).content()},
+            ),
+            "'x.safetensors' is a weight file in",
+        ),
+    ],
+    ids=["weights", "side"],
+)
+def test_files_that_are_not_read_as_the_delta_has_them(
+    target: Checkpoint, message: str, tmp_path: Path
+) -> None:
+    base = put(BASE, tmp_path / "base")
+    path = save(draft(BASE, target), tmp_path / "delta.sd")
+    sparsedelta.apply(base, path, tmp_path / "out")
+    with pytest.raises(TargetMismatch, match=message):
+        sparsedelta.verify(path, target=tmp_path / "out")
