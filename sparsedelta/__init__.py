@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sparsedelta._diff import diff
     from sparsedelta._inspect import Inspection, inspect
     from sparsedelta._invert import invert
+    from sparsedelta._merge import merge
     from sparsedelta._stack import stack
     from sparsedelta._verify import VerifyReport, verify
     from sparsedelta.container import load
@@ -42,6 +43,7 @@ __all__ = [
     "invert",
     "load",
     "load_model",
+    "merge",
     "pull",
     "push",
     "stack",
@@ -63,6 +65,7 @@ _HOMES = {
     "invert": "_invert",
     "load": "container",
     "load_model": "live.loading",
+    "merge": "_merge",
     "pull": "hub.pull",
     "push": "hub.push",
     "stack": "_stack",

@@ -24,6 +24,7 @@ NAMES = {
     "invert",
     "load",
     "load_model",
+    "merge",
     "stack",
     "pull",
     "push",

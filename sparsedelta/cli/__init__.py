@@ -16,7 +16,7 @@ import sparsedelta
 from sparsedelta.cli._common import Settings, examples
 from sparsedelta.cli._failures import EXPECTED, report_failure, report_interrupt
 
-COMMANDS = ("diff", "apply", "verify", "inspect", "stack", "invert", "push", "pull")
+COMMANDS = ("diff", "apply", "verify", "inspect", "stack", "invert", "merge", "push", "pull")
 
 
 class Commands(click.Group):

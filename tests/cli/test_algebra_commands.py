@@ -88,3 +88,59 @@ def test_neither_replaces_its_inputs(workplace: Workplace, undo: Path, run: Run)
     ):
         assert run(*arguments).exit_code == 1
     assert {**state(workplace.delta), **state(undo)} == before
+
+
+@pytest.fixture
+def variants(workplace: Workplace, tmp_path: Path) -> list[Path]:
+    """Two deltas of the base that change single elements of a tensor."""
+    raw = noise("F32", 8)
+    base = write_file(tmp_path / "in-place" / "b.safetensors", {"w": raw})
+    paths = []
+    for number, positions in enumerate(([0, 4], [4, 8])):
+        target = write_file(tmp_path / f"{number}.safetensors", {"w": raw.changed(*positions)})
+        paths.append(tmp_path / f"{number}.sd")
+        with sparsedelta.diff(base, target) as delta:
+            delta.save(paths[-1])
+    return [base, *paths]
+
+
+def test_merging_passes_everything_on(variants: list[Path], tmp_path: Path, run: Run) -> None:
+    output = tmp_path / "merged.sd"
+    options = ["--method", "dare-ties", "--weights", "0.7,0.3", "--density", "0.9,0.8"]
+    result = run(
+        "merge", *variants, "-o", output, *options, "--seed", "5", "--scale", "0.5", "--normalize"
+    )
+    assert (result.exit_code, result.stderr) == (0, "")
+    with (
+        sparsedelta.load(output) as found,
+        sparsedelta.merge(
+            variants[0],
+            *variants[1:],
+            method="dare-ties",
+            weights=[0.7, 0.3],
+            density=[0.9, 0.8],
+            seed=5,
+            scale=0.5,
+            normalize=True,
+        ) as wanted,
+    ):
+        assert found.info == wanted.info
+        assert found.tensors == wanted.tensors
+
+
+def test_siblings_that_overlap_are_sent_to_merge(
+    variants: list[Path], tmp_path: Path, run: Run
+) -> None:
+    output = tmp_path / "both.sd"
+    result = run("stack", *variants[1:], "-o", output)
+    assert result.exit_code == 1
+    assert "1 positions in common" in result.stderr
+    assert "sparsedelta merge" in result.stderr
+    assert run("merge", *variants, "-o", output).exit_code == 0
+
+
+@pytest.mark.parametrize("weights", ["a", "1,,2", ""])
+def test_what_is_no_number(variants: list[Path], tmp_path: Path, run: Run, weights: str) -> None:
+    result = run("merge", *variants, "-o", tmp_path / "m.sd", "--weights", weights)
+    assert result.exit_code == 2
+    assert "is not a number" in result.stderr

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,6 +55,9 @@ def test_examples_of_the_help_do_what_they_say(
         shutil.copy(workplace.delta, workplace.path / "monday.sd")
         with sparsedelta.invert(workplace.delta, base=workplace.base) as inverse:
             inverse.save(workplace.path / "tuesday.sd")
+    if name == "merge":
+        for number, other in enumerate(("sql.sd", "chat.sd")):
+            save_in_place_change(workplace, workplace.path / other, 4 * number)
     for arguments in examples_in(help_of(name)):
         result = process(*arguments)
         assert (result.returncode, result.stderr.replace("wrote out\n", "")) == (0, "")
@@ -61,6 +65,17 @@ def test_examples_of_the_help_do_what_they_say(
     assert sparsedelta.inspect(workplace.delta).nnz == 27
     if name in (None, "apply"):
         assert_same_files(workplace.target, workplace.out)
+
+
+def save_in_place_change(workplace: Workplace, output: Path, position: int) -> None:
+    """Write a delta of the base that changes one element."""
+    raw = bytearray((workplace.base / "model.safetensors").read_bytes())
+    raw[-position - 1] ^= 1
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(workplace.base, folder, dirs_exist_ok=True)
+        Path(folder, "model.safetensors").write_bytes(raw)
+        with sparsedelta.diff(workplace.base, folder) as delta:
+            delta.save(output)
 
 
 @pytest.mark.parametrize("name", [None, *COMMANDS])

@@ -1,0 +1,103 @@
+"""``sparsedelta merge``: from several deltas of one base to one that weighs them against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+
+import sparsedelta
+from sparsedelta.cli._common import PATH, Settings, check_output_file, examples, json_option
+from sparsedelta.cli._progress import progress_bar
+from sparsedelta.cli._written import show_written
+
+METHODS = ("linear", "task-arithmetic", "ties", "dare", "dare-ties")
+
+
+def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> list[float] | None:
+    """Return the numbers of an option's value, which has commas between them."""
+    if value is None:
+        return None
+    try:
+        return [float(part) for part in value.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(
+            f"{value!r} is not a number, or several with commas between them"
+        ) from error
+
+
+@click.command(
+    "merge",
+    epilog=examples("sparsedelta merge base/ sql.sd chat.sd -o both.sd --method ties"),
+)
+@click.argument("base", type=PATH)
+@click.argument("deltas", type=PATH, nargs=-1, required=True, metavar="DELTA...")
+@click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The file to write.")
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="linear",
+    show_default=True,
+    help="How changes are weighed.",
+)
+@click.option(
+    "--weights", callback=numbers, metavar="W,W,...", help="One a delta. [default: 1 each]"
+)
+@click.option(
+    "--density", callback=numbers, metavar="D[,D...]", help="Share of changes kept: ties, dare."
+)
+@click.option("--scale", type=float, default=1.0, show_default=True, help="Of the merged change.")
+@click.option(
+    "--normalize/--no-normalize",
+    default=None,
+    help="Divide by the weights. [default: for linear and ties]",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of dare.")
+@click.option(
+    "--exclude", multiple=True, metavar="GLOB", help="Leave files of BASE out. May be repeated."
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@json_option
+@click.pass_obj
+def command(
+    settings: Settings,
+    *,
+    base: Path,
+    deltas: tuple[Path, ...],
+    output: Path,
+    method: Literal["linear", "task-arithmetic", "ties", "dare", "dare-ties"],
+    weights: list[float] | None,
+    density: list[float] | None,
+    scale: float,
+    normalize: bool | None,
+    seed: int,
+    exclude: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write a delta of BASE that merges every DELTA in float.
+
+    linear is the weighted average of the targets; task-arithmetic adds what each changes; ties keeps
+    the largest changes and lets their signs vote; dare keeps a random share and scales it up. The
+    result has the files of BASE.
+    """
+    check_output_file(output, overwrite=overwrite, inputs=(base, *deltas))
+    with (
+        progress_bar(settings) as progress,
+        sparsedelta.merge(
+            base,
+            *deltas,
+            method=method,
+            weights=weights,
+            density=density,
+            seed=seed,
+            normalize=normalize,
+            scale=scale,
+            exclude=exclude,
+            progress=progress,
+            spool_dir=str(output.parent),
+        ) as merged,
+    ):
+        merged.save(output, overwrite=overwrite)
+    show_written(output, as_json=as_json)
