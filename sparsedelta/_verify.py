@@ -16,6 +16,7 @@ from sparsedelta.identity import fingerprint
 from sparsedelta.layout import rows_by_file, stored_header, target_layout
 from sparsedelta.parallel import Pace, run_all
 from sparsedelta.progress import Progress, Silent
+from sparsedelta.rebuild import place_for
 from sparsedelta.sidefiles import (
     carried_content,
     check_base_file,
@@ -118,9 +119,10 @@ def _decode(delta: Delta, row: TensorDelta, pace: Pace) -> None:
     offset = 0
     for chunk in row.change.chunks:
         n_bytes = sum(chunk.coded_bytes)
-        coded = delta.payload.read(tensor_key(row.name), offset, n_bytes) if n_bytes else b""
-        span = chunk_span(row.target.n_elements, chunk.number)
-        decode_chunk(chunk, row.target.dtype, span, coded)
+        with place_for(chunk, row.target.dtype):
+            coded = delta.payload.read(tensor_key(row.name), offset, n_bytes) if n_bytes else b""
+            span = chunk_span(row.target.n_elements, chunk.number)
+            decode_chunk(chunk, row.target.dtype, span, coded)
         offset += n_bytes
         pace.advance(n_bytes)
 

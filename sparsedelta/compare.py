@@ -29,7 +29,7 @@ from sparsedelta.delta import (
     tensor_key,
 )
 from sparsedelta.dtypes import DType
-from sparsedelta.parallel import DENSE_ELEMENTS, Pace, dense_places
+from sparsedelta.parallel import DENSE_ELEMENTS, WIDE_BYTES, Pace, dense_places, wide_places
 from sparsedelta.payload import SpoolPayload
 
 BLOCK_BYTES = 1 << 19
@@ -176,7 +176,7 @@ class Comparison:
                 self._touched[1].update(after.view(np.uint8).data)
                 end = nnz + len(touched)
                 if nnz <= DENSE_ELEMENTS < end:
-                    place.enter_context(dense_places)
+                    place.enter_context(wide_places if dtype.width == WIDE_BYTES else dense_places)
                 np.add(touched, start, out=positions[nnz:end], casting="unsafe")
                 codes[nnz:end] = encode(dtype, before, after)
                 nnz = end

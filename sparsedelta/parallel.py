@@ -13,10 +13,39 @@ from sparsedelta.progress import Progress
 T = TypeVar("T")
 R = TypeVar("R")
 
-# A chunk in which most elements change takes a few hundred MB while it is coded; most take little.
-# Workers that meet such a chunk take turns in these places.
+
+class Places:
+    """Places that workers take turns in; ``with`` takes so many of them, all at once."""
+
+    def __init__(self, n_taken: int, *, of: Places | None = None, n_places: int = 0) -> None:
+        """Prepare.
+
+        Args:
+            n_taken: how many to take.
+            of: take them of the same places as these.
+            n_places: how many there are; not with ``of``.
+        """
+        self._n_taken = n_taken
+        self._free: list[int] = of._free if of else [n_places]
+        self._freed: threading.Condition = of._freed if of else threading.Condition()
+
+    def __enter__(self) -> None:
+        with self._freed:
+            self._freed.wait_for(lambda: self._free[0] >= self._n_taken)
+            self._free[0] -= self._n_taken
+
+    def __exit__(self, *exc: object) -> None:
+        with self._freed:
+            self._free[0] += self._n_taken
+            self._freed.notify_all()
+
+
+# A chunk in which most elements change takes 200 MB while it is coded, one of 8-byte elements 400 MB;
+# most take little. Workers that meet such a chunk take turns.
 DENSE_ELEMENTS = 1 << 21
-dense_places = threading.BoundedSemaphore(2)
+WIDE_BYTES = 8
+dense_places = Places(1, n_places=2)
+wide_places = Places(2, of=dense_places)
 
 
 class Stopped(Exception):

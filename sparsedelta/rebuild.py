@@ -27,8 +27,9 @@ from sparsedelta.delta import (
     TensorSpec,
     tensor_key,
 )
+from sparsedelta.dtypes import DType
 from sparsedelta.errors import Corrupt
-from sparsedelta.parallel import DENSE_ELEMENTS, Pace, dense_places
+from sparsedelta.parallel import DENSE_ELEMENTS, WIDE_BYTES, Pace, dense_places, wide_places
 
 Check: TypeAlias = Literal["full", "touched", "none"]
 Write: TypeAlias = Callable[[memoryview, int], None]  # bytes, and their offset in the tensor
@@ -166,13 +167,15 @@ class _Rebuild:
 
     def _run_chunk(self, number: int, chunk: Chunk | None, offset: int) -> None:
         dtype, span = self._target.dtype, chunk_span(self._target.n_elements, number)
-        with _place(chunk):
+        with place_for(chunk, dtype):
             positions, codes = np.empty(0, np.uint32), np.empty(0, dtype.view)
             if chunk:
                 n_bytes = sum(chunk.coded_bytes)
                 key = tensor_key(self._row.name)
-                coded = self._payload.read(key, offset, n_bytes) if n_bytes else b""
-                positions, codes = decode_chunk(chunk, dtype, span, coded)
+                # Not by a name here: the coded bytes may be as many as the codes.
+                positions, codes = decode_chunk(
+                    chunk, dtype, span, self._payload.read(key, offset, n_bytes) if n_bytes else b""
+                )
             starts = range(0, span, len(self._block))
             edges = np.searchsorted(positions, [*starts, span]).tolist()
             for start, low, high in zip(starts, edges, edges[1:], strict=False):
@@ -267,6 +270,8 @@ class _Rebuild:
         )
 
 
-def _place(chunk: Chunk | None) -> AbstractContextManager[object]:
+def place_for(chunk: Chunk | None, dtype: DType) -> AbstractContextManager[object]:
     """Return a place to decode the chunk in; those in which much changes take turns."""
-    return dense_places if chunk and chunk.nnz > DENSE_ELEMENTS else nullcontext()
+    if chunk is None or chunk.nnz <= DENSE_ELEMENTS:
+        return nullcontext()
+    return wide_places if dtype.width == WIDE_BYTES else dense_places

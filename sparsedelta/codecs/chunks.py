@@ -137,10 +137,10 @@ def check_chunk(chunk: Chunk, dtype: DType, n_elements: int) -> None:
         raise Corrupt(f"chunk {chunk.number}: index stream and its coded size disagree")
 
 
-def _split(coded: bytes, sizes: Sequence[int]) -> list[bytes]:
+def _split(coded: bytes, sizes: Sequence[int]) -> list[memoryview]:
     frames, start = [], 0
     for size in sizes:
-        frames.append(coded[start : start + size])
+        frames.append(memoryview(coded)[start : start + size])
         start += size
     if start != len(coded):
         raise Corrupt(f"chunk has {len(coded)} bytes of streams, expected {start}")

@@ -44,7 +44,7 @@ def compress_text(data: bytes) -> bytes:
     return zstandard.ZstdCompressor(level=_TEXT_LEVEL).compress(data)
 
 
-def decompress(frame: bytes, n_bytes: int) -> bytes:
+def decompress(frame: bytes | memoryview, n_bytes: int) -> bytes:
     """Return the ``n_bytes`` bytes that one frame holds.
 
     Raises:
@@ -66,7 +66,7 @@ def decompress(frame: bytes, n_bytes: int) -> bytes:
     return raw
 
 
-def content_bytes(frame: bytes) -> int:
+def content_bytes(frame: bytes | memoryview) -> int:
     """Return the raw size that a frame's header states, having checked the rest of that header.
 
     Raises:
@@ -88,7 +88,7 @@ def content_bytes(frame: bytes) -> int:
     return int(size)
 
 
-def _check_empty(frame: bytes) -> None:
+def _check_empty(frame: bytes | memoryview) -> None:
     # python-zstandard 0.25 does not look at what follows a header that states 0 bytes. In pieces, so
     # that a frame that holds much all the same is refused before much of it is there.
     stream = _decompressor().decompressobj()
