@@ -206,6 +206,21 @@ def test_tensors_of_no_bytes_share_an_offset(tmp_path: Path) -> None:
     check(tmp_path, file_bytes(base, spell=metadata_last), file_bytes(target, spell=pretty))
 
 
+@BOTH_WAYS
+@pytest.mark.parametrize("spell", [compact, pretty])
+def test_tensors_of_no_bytes_whose_names_end_alike(
+    spell: Spell, forth: bool, tmp_path: Path, scratch: Path
+) -> None:
+    names = ["w", "m:w", "x:m:w"] if forth else ["x:m:w", "m:w", "w"]
+    empty = dict.fromkeys(names, noise("F32", 0))
+    for root, tensors in (("base", {"v": V}), ("target", {"v": V, **empty})):
+        write_file(tmp_path / root / "model.safetensors", {"v": V}, spell=spell)
+        write_file(tmp_path / root / "x.safetensors", tensors, spell=spell)
+    roundtrip(tmp_path / "base", tmp_path / "target", scratch)
+    with sparsedelta.load(scratch / "delta.sd") as delta:
+        sparsedelta.verify(delta)
+
+
 @each_encoding
 @pytest.mark.parametrize("dtype", BITS)
 def test_every_dtype(dtype: str, values: str, tmp_path: Path) -> None:
