@@ -131,6 +131,6 @@ def _or_path(text: str) -> Iterator[None]:
     try:
         yield
     except RemoteNotFound as error:
-        if text.startswith(SCHEME):
-            raise
+        if text.startswith(SCHEME) or error.expected is None:
+            raise  # the repository is there, something in it is not
         raise RemoteNotFound(f"nothing is at '{text}' here, and {error}") from error

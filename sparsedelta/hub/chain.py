@@ -6,6 +6,8 @@ it was is refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,6 +153,18 @@ def files_of_base(base: Repository, link: Link) -> list[str]:
     return needed
 
 
+@contextmanager
+def fetching_base(link: Link) -> Iterator[None]:
+    """Say of what cannot be had that it is the base of a delta, and what helps."""
+    try:
+        yield
+    except (RemoteNotFound, AccessDenied) as error:
+        raise type(error)(
+            f"the base of '{link.reference.repo_id}' cannot be had: {error}; or, having a copy of"
+            " it, give that as the base"
+        ) from error
+
+
 def raise_if_damaged(places: list[Path], error: Exception) -> None:
     """Raise a RemoteError if files of the cache are damaged, having removed them.
 
@@ -178,10 +192,5 @@ def _open_base(hub: Hub, link: Link, base_revision: str | None) -> Repository:
     reference = base_reference(link.delta, f"the delta in '{link.repository.name}'")
     if base_revision is not None:
         reference = reference.at(base_revision)
-    try:
+    with fetching_base(link):
         return open_repository(hub, reference)
-    except (RemoteNotFound, AccessDenied) as error:
-        raise type(error)(
-            f"the base of '{link.reference.repo_id}' cannot be had: {error}; if you have a copy of"
-            f" {reference}, give it as the base"
-        ) from error

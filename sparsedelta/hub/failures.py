@@ -56,7 +56,8 @@ def explained(error: BaseException, about: Reference) -> Exception | None:
         )
     if isinstance(error, hf.RepositoryNotFoundError):
         return RemoteNotFound(
-            f"there is no {where}, or it is private; check the name, or {_LOG_IN} read it"
+            f"there is no {where}, or it is private; check the name, or {_LOG_IN} read it",
+            expected=about.repo_id,
         )
     if isinstance(error, hf.DisabledRepoError):
         return AccessDenied(f"{where} has been disabled by the Hub; it cannot be read")

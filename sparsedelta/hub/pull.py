@@ -19,6 +19,7 @@ from sparsedelta.delta import Delta
 from sparsedelta.errors import CheckpointError, FormatError, MismatchError
 from sparsedelta.hub.chain import (
     Link,
+    fetching_base,
     files_of_base,
     follow,
     follow_to,
@@ -159,7 +160,8 @@ class _Pull:
         else:
             links, base = [self.link], open_repository(self.hub, given)
         self._hold(links)
-        places = base.download(files_of_base(base, links[0]))
+        with fetching_base(links[0]):
+            places = base.download(files_of_base(base, links[0]))
         try:
             with folder_of(places) as folder:
                 self._apply(folder, [one.delta for one in links])

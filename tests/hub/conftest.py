@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub.hub_helpers import BASE, BASE_CARD, TOKEN, Person, make_checkpoints, publish, save_delta
+from hub.hub_helpers import (
+    BASE,
+    BASE_CARD,
+    TOKEN,
+    TUNED,
+    Person,
+    make_checkpoints,
+    publish,
+    save_delta,
+)
 from hub.hub_server import LoopbackHub
 
 
@@ -34,6 +43,26 @@ def checkpoints(tmp_path: Path) -> tuple[Path, Path]:
 def delta(tmp_path: Path, checkpoints: tuple[Path, Path]) -> Path:
     """Write the delta between them, which does not say where the base is."""
     return save_delta(*checkpoints, tmp_path / "delta.sd")
+
+
+@pytest.fixture(scope="session")
+def pushed_files() -> dict[str, bytes]:
+    """Return what a push of the delta makes; empty until a test has pushed it."""
+    return {}
+
+
+@pytest.fixture
+def pushed(me: Person, hub: LoopbackHub, delta: Path, pushed_files: dict[str, bytes]) -> str:
+    """Put on the Hub what a push of the delta makes, pushing it the first time; return its commit."""
+    if not pushed_files:
+        pusher = Person(hub, me.folder / "pusher")
+        pusher.folder.mkdir()
+        pusher.good("push", delta, TUNED, "--base-id", BASE)
+        files = hub.state.head(TUNED).files
+        pushed_files.update({path: blob.data for path, blob in files.items()})
+    hub.state.add_repo(TUNED, pushed_files)
+    hub.requests.clear()
+    return hub.state.head(TUNED).oid
 
 
 @pytest.fixture

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from helpers import assert_same_files
 from hub.hub_helpers import BASE, TUNED, Person, files_of, publish, save_delta
 from hub.hub_server import LoopbackHub
-
-
-@pytest.fixture
-def pushed(me: Person, hub: LoopbackHub, delta: Path) -> str:
-    """Push the delta; return its commit."""
-    me.good("push", delta, TUNED, "--base-id", BASE)
-    hub.requests.clear()
-    return hub.state.head(TUNED).oid
 
 
 def downloaded(person: Person, repo_id: str) -> set[str]:
@@ -95,7 +86,7 @@ def test_base_of_another_repository(
     hub.state.repos.pop(BASE)
     error = other.bad("pull", TUNED, "out")
     assert "the base of 'me/tuned' cannot be had: there is no repository 'org/model'" in error
-    assert "give it as the base" in error
+    assert "give that as the base" in error
     commit = publish(hub, "them/mirror", checkpoints[0])
     assert other.json("pull", TUNED, "out", "--base", "them/mirror")["base"] == (
         f"them/mirror@{commit}"

@@ -1,0 +1,134 @@
+"""Chains: deltas whose base is a delta in a repository, each link checked, none of them endless."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from helpers import assert_same_files
+from hub.hub_helpers import BASE, Person, files_of, make_checkpoints, save_delta
+from hub.hub_server import LoopbackHub
+
+import sparsedelta
+from sparsedelta.delta import Base
+
+
+@pytest.fixture
+def states(me: Person, checkpoints: tuple[Path, Path]) -> list[Path]:
+    """Write a base and two fine-tunes, the second of the first."""
+    base, first = checkpoints
+    second = me.folder / "second"
+    make_checkpoints(second)
+    target = second / "target"
+    (target / "config.json").write_text("{}")
+    (target / "tokenizer.json").write_bytes((first / "tokenizer.json").read_bytes())
+    shard = target / "model-00002-of-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    return [base, first, target]
+
+
+@pytest.fixture
+def chain(me: Person, hub: LoopbackHub, states: list[Path]) -> list[str]:
+    """Push the two deltas, the second to a folder; return the references of both."""
+    base, first, second = states
+    one = save_delta(base, first, me.folder / "one.sd")
+    two = save_delta(first, second, me.folder / "two.sd")
+    me.good("push", one, "me/first", "--base-id", BASE)
+    shown = me.good("push", two, "me/second", "--base-id", "me/first", "--subfolder", "v2")
+    assert "proved by the fingerprint of its target" in shown
+    hub.requests.clear()
+    return [
+        f"hf://me/first/delta.sd@{hub.state.head('me/first').oid}",
+        f"hf://me/second/v2/delta.sd@{hub.state.head('me/second').oid}",
+    ]
+
+
+def test_pull_follows_the_chain(
+    other: Person, hub: LoopbackHub, chain: list[str], states: list[Path], base_commit: str
+) -> None:
+    found = other.json("pull", "me/second", "out")
+    assert_same_files(states[2], other.folder / "out")
+    assert found["applied"] == chain
+    assert found["base"] == f"{BASE}@{base_commit}"
+    other.offline = True
+    other.good("pull", "hf://me/second/v2", "offline")
+    assert_same_files(states[2], other.folder / "offline")
+
+
+def test_card_of_a_link(hub: LoopbackHub, chain: list[str]) -> None:
+    card = hub.state.head("me/second").files["README.md"].data.decode()
+    assert "base_model: me/first\n" in card
+    assert "| base | itself a delta, `me/first` at commit" in card
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_local_base_anywhere_in_the_chain(
+    other: Person, hub: LoopbackHub, chain: list[str], states: list[Path], number: int
+) -> None:
+    hub.state.repos.pop(BASE)
+    found = other.json("pull", "me/second", "out", "--base", states[number])
+    assert_same_files(states[2], other.folder / "out")
+    assert found["applied"] == chain[number:]
+
+
+def test_apply_and_verify_on_a_link(
+    me: Person, other: Person, chain: list[str], states: list[Path]
+) -> None:
+    other.good("apply", "me/first", me.folder / "two.sd", "out")
+    assert_same_files(states[2], other.folder / "out")
+    assert "has the 1 file proved when the delta was pushed" in other.good("verify", "me/second")
+
+
+def test_a_link_that_was_replaced(
+    me: Person, other: Person, hub: LoopbackHub, states: list[Path], chain: list[str]
+) -> None:
+    other_delta = save_delta(states[0], states[2], me.folder / "other.sd")
+    content = other_delta.read_bytes()
+    repo = hub.state.repos["me/first"]
+    oid = chain[0].rpartition("@")[2]
+    files = {**repo.commits[oid].files, "delta.sd": hub.state.blob(content)}
+    object.__setattr__(repo.commits[oid], "files", files)
+    error = other.bad("pull", "me/second", "out")
+    assert "but the delta above it was made from" in error
+    assert hub.sent("safetensors") == 0
+
+
+def test_push_on_a_delta_that_makes_something_else(
+    me: Person, hub: LoopbackHub, chain: list[str], states: list[Path]
+) -> None:
+    wrong = save_delta(states[0], states[2], me.folder / "wrong.sd")
+    error = me.bad("push", wrong, "me/third", "--base-id", "me/first")
+    assert "it is not its base" in error
+    assert "me/third" not in hub.state.repos
+
+
+def test_circles_are_refused(
+    me: Person, other: Person, hub: LoopbackHub, states: list[Path]
+) -> None:
+    base, first, _ = states
+    there = save_delta(base, first, me.folder / "there.sd", base_id="me/back")
+    back = save_delta(first, base, me.folder / "back.sd", base_id="me/there")
+    hub.state.add_repo("me/there", {"delta.sd": there.read_bytes()})
+    hub.state.add_repo("me/back", {"delta.sd": back.read_bytes()})
+    error = other.bad("pull", "me/there", "out")
+    assert "the bases of 'me/there@" in error
+    assert "have no end" in error
+    same = save_delta(base, base, me.folder / "same.sd", base_id="me/same")
+    hub.state.add_repo("me/same", {"delta.sd": same.read_bytes()})
+    assert "have no end" in other.bad("pull", "me/same", "out")
+
+
+def test_base_named_is_not_proof(
+    me: Person, other: Person, hub: LoopbackHub, states: list[Path], base_commit: str
+) -> None:
+    with sparsedelta.load(save_delta(states[0], states[1], me.folder / "d.sd")) as delta:
+        lied = dataclasses.replace(delta, base=Base("org/other", delta.base.fingerprint))
+        lied.save(me.folder / "lied.sd")
+    files = files_of(states[1])
+    hub.state.add_repo("org/other", files)
+    hub.state.add_repo("me/liar", {"delta.sd": (me.folder / "lied.sd").read_bytes()})
+    assert "already is this delta's target" in other.bad("pull", "me/liar", "out")
+    assert not (other.folder / "out").exists()

@@ -1,0 +1,144 @@
+"""A repository wherever a path is taken; and how little of one is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import assert_same_files, noise, write_file
+from hub.hub_helpers import BASE, TUNED, Person, publish, save_delta
+from hub.hub_server import LoopbackHub
+
+import sparsedelta
+
+
+def test_apply(
+    other: Person, hub: LoopbackHub, pushed: str, base_commit: str, checkpoints: tuple[Path, Path]
+) -> None:
+    delta = save_delta(*checkpoints, other.folder / "d.sd")
+    done = other.run("apply", f"{BASE}@{base_commit[:8]}", delta, "out")
+    assert done.stderr.splitlines() == [f"base: {BASE}@{base_commit}", "wrote out"]
+    other.good("apply", checkpoints[0], TUNED, "out2")
+    other.good("apply", f"hf://{BASE}", f"hf://{TUNED}/delta.sd@{pushed}", "out3")
+    for name in ("out", "out2", "out3"):
+        assert_same_files(checkpoints[1], other.folder / name)
+
+
+def test_diff(
+    other: Person, hub: LoopbackHub, base_commit: str, checkpoints: tuple[Path, Path]
+) -> None:
+    publish(hub, "org/tuned", checkpoints[1])
+    other.good("diff", BASE, "org/tuned", "-o", "d.sd")
+    with sparsedelta.load(other.folder / "d.sd") as delta:
+        assert delta.base.id == f"{BASE}@{base_commit}"
+        assert delta.nnz == 9
+        # The repository's files, without git's own and weights in formats that are not read.
+        paths = {file.path for file in delta.target.side_files}
+        assert paths == {"config.json", "model.safetensors.index.json", "tokenizer.json"}
+    other.good("apply", BASE, "d.sd", "out")
+    for path in ("model-00001-of-00002.safetensors", "config.json"):
+        assert (other.folder / "out" / path).read_bytes() == (checkpoints[1] / path).read_bytes()
+
+
+def test_diff_does_not_take_a_delta_for_weights(other: Person, pushed: str) -> None:
+    error = other.bad("-q", "diff", BASE, TUNED, "-o", "d.sd")
+    assert f"'{TUNED}@{pushed}' holds no .safetensors files; it holds a delta, pull it" in error
+
+
+def test_inspect_of_a_large_delta_reads_no_more(
+    other: Person, hub: LoopbackHub, tmp_path: Path
+) -> None:
+    tensors = {f"w.{n}": noise("F32", 400_000, seed=n) for n in range(3)}
+    base = write_file(tmp_path / "b" / "model.safetensors", tensors)
+    target = write_file(
+        tmp_path / "t" / "model.safetensors",
+        {name: noise("F32", 400_000, seed=name) for name in tensors},
+    )
+    delta = save_delta(base.parent, target.parent, tmp_path / "large.sd")
+    assert delta.stat().st_size > 4_000_000
+    hub.state.add_repo("me/large", {"delta.sd": delta.read_bytes()})
+    assert "1,200,000 of 1,200,000 elements" in other.good("inspect", "me/large")
+    hub.requests.clear()
+    found = other.json("inspect", "me/large")
+    assert found == {"delta": "me/large", **sparsedelta.inspect(delta).as_json()}
+    assert hub.count("GET", "/cdn/") == 1
+    assert sum(r.n_sent for r in hub.requests) <= 300_000
+
+
+def test_verify_downloads_no_weights(
+    other: Person, hub: LoopbackHub, pushed: str, base_commit: str
+) -> None:
+    shown = other.good("verify", TUNED)
+    assert f"base: {BASE}@{base_commit} has the 4 files proved when the delta was pushed" in shown
+    assert shown.startswith("me/tuned is sound: 9 changed values")
+    ranged = [r for r in hub.requests if r.method == "GET" and "safetensors" in r.path]
+    assert all("range" in r.headers or "index" in r.path for r in ranged)
+    found = other.json("verify", TUNED)
+    assert found["remote_base"]["recorded"] is True
+    assert found["base_checked"] is False
+
+
+def test_verify_finds_another_base(
+    other: Person, hub: LoopbackHub, pushed: str, base_commit: str, checkpoints: tuple[Path, Path]
+) -> None:
+    repo = hub.state.repos[BASE]
+    shard = "model-00002-of-00002.safetensors"
+    content = bytearray(repo.commits[base_commit].files[shard].data)
+    content[-1] ^= 1
+    files = {**repo.commits[base_commit].files, shard: hub.state.blob(bytes(content))}
+    object.__setattr__(repo.commits[base_commit], "files", files)
+    error = other.bad("verify", TUNED)
+    assert f"file '{shard}' of '{BASE}@{base_commit}' is not the one that is recorded" in error
+
+
+def test_verify_without_a_record(other: Person, hub: LoopbackHub, pushed: str) -> None:
+    repo = hub.state.repos[TUNED]
+    repo.commit("main", {"delta.base.json": None}, "Forget")
+    assert "their content was not checked" in other.good("verify", TUNED)
+
+
+def test_verify_with_repositories_as_base_and_target(
+    other: Person, hub: LoopbackHub, pushed: str, checkpoints: tuple[Path, Path]
+) -> None:
+    publish(hub, "org/tuned", checkpoints[1])
+    shown = other.good("verify", TUNED, "--base", BASE, "--target", checkpoints[1])
+    assert shown.splitlines()[1:] == [
+        "base: right, it becomes the target",
+        "target: right, every file",
+    ]
+
+
+def test_a_path_that_exists_wins(
+    other: Person, hub: LoopbackHub, pushed: str, checkpoints: tuple[Path, Path]
+) -> None:
+    place = other.folder / "org"
+    place.mkdir()
+    (place / "model").symlink_to(checkpoints[0])
+    delta = save_delta(*checkpoints, other.folder / "d.sd")
+    done = other.run("apply", "org/model", delta, "out")
+    assert done.returncode == 0
+    assert "using 'org/model' here; for the repository write hf://org/model" in done.stderr
+    assert hub.requests == []
+    done = other.run("apply", "hf://org/model", delta, "out2")
+    assert done.returncode == 0
+    assert "using" not in done.stderr
+    assert hub.requests != []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "me/nothing"], "nothing is at 'me/nothing' here, and there is no repository"),
+        (["inspect", "hf://me/nothing"], "error: there is no repository 'me/nothing'"),
+        (["inspect", "folder/none.sd"], "'folder/none.sd': no such file or directory"),
+        (["apply", "none/base.safetensors", "delta.sd", "out"], "no such file"),
+        (["inspect", "hf://me"], "'hf://me' is no model repository"),
+        (["inspect", "me/tuned@gone"], "repository 'me/tuned' has no revision 'gone'"),
+        (["inspect", "hf://me/tuned/none.sd"], "holds no delta"),
+    ],
+)
+def test_nothing_there(
+    other: Person, delta: Path, pushed: str, arguments: list[str], words: str
+) -> None:
+    (other.folder / "delta.sd").write_bytes(delta.read_bytes())
+    assert words in other.bad(*arguments)
