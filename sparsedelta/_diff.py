@@ -75,7 +75,8 @@ def diff(
     """
     if values not in VALUE_ENCODINGS:
         raise ValueError(f"values is {values!r}, expected one of {', '.join(VALUE_ENCODINGS)}")
-    checked_info = _check_info(info or {})
+    checked_info = _check_json(info or {}, "info")
+    _check_json({"base_id": base_id}, "base_id")
     progress = progress or Silent()
     payload = SpoolPayload(spool_dir)
     try:
@@ -231,9 +232,9 @@ def _check_path(path: str, root: Path) -> None:
         )
 
 
-def _check_info(info: Mapping[str, JSON]) -> Mapping[str, JSON]:
+def _check_json(members: Mapping[str, JSON], what: str) -> Mapping[str, JSON]:
     try:
-        checked: dict[str, JSON] = parse_json(compact_json({"info": dict(info)}), "info")["info"]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"info cannot be recorded as JSON: {error}") from error
+        checked: dict[str, JSON] = parse_json(compact_json({what: dict(members)}), what)[what]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what} cannot be recorded as JSON: {error}") from error
     return checked

@@ -17,6 +17,7 @@ from sparsedelta.dtypes import DTYPES, DType, tensor_bytes
 from sparsedelta.errors import CheckpointError, FormatError
 from sparsedelta.headers import MAX_HEADER_BYTES, Header, HeaderEntry, parse_header
 from sparsedelta.paths import path_problem
+from sparsedelta.regular import open_regular
 from sparsedelta.strictjson import parse_json
 from sparsedelta.weightsets import (
     INDEX_SUFFIX,
@@ -153,7 +154,7 @@ class Checkpoint:
         self.side_files = {path: files[path] for path in files if path not in weights}
 
     def _add_weight_file(self, path: str, location: Path, prefix: str) -> set[str]:
-        fd = os.open(location, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_regular(location)
         self._fds.append(fd)
         raw, header = _read_header(fd, location)
         data_offset = 8 + len(raw)

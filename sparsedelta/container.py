@@ -36,6 +36,7 @@ from sparsedelta.manifest import (
     parse_manifest,
     render_manifest,
 )
+from sparsedelta.regular import open_regular
 from sparsedelta.staging import staged_output
 from sparsedelta.strictjson import NotJSON, hex_bytes
 
@@ -68,12 +69,14 @@ class OpenFile:
     """The bytes of a file on disk (``ByteSource``)."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.name = os.fspath(path)
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.name = os.fsdecode(path)
+        self._fd = open_regular(path)
         self.n_bytes = os.fstat(self._fd).st_size
 
     def read(self, offset: int, n_bytes: int) -> bytes:
         """Return up to ``n_bytes`` bytes from ``offset``, none at the end."""
+        if self._fd < 0:
+            raise ValueError(f"'{self.name}' is closed; load the delta again")
         return os.pread(self._fd, n_bytes, offset)
 
     def close(self) -> None:
@@ -197,7 +200,11 @@ class FilePayload:
                 f" {FORMAT_VERSION}; a newer sparsedelta may read it"
             )
         if sorted(metadata) != sorted(_METADATA):
-            raise Corrupt(f"{METADATA_KEY} of '{self.name}' has members {sorted(metadata)}")
+            found = ", ".join(repr(name[:40]) for name in sorted(metadata)[:5])
+            raise Corrupt(
+                f"{METADATA_KEY} of '{self.name}' has the members {found}, expected"
+                f" {', '.join(map(repr, sorted(_METADATA)))}"
+            )
         return hex_bytes(metadata["manifest_digest"], "manifest_digest", FINGERPRINT_BYTES)
 
     def _check_entries(self, header: Header) -> None:

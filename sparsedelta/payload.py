@@ -52,7 +52,13 @@ class SpoolPayload:
         return b"".join(parts)
 
     def check(self) -> None:
-        """Do nothing: what this process wrote itself needs no digest."""
+        """Check that the entries are still there; what this process wrote itself needs no digest.
+
+        Raises:
+            ValueError: the payload is closed.
+        """
+        if self._file.closed:
+            raise ValueError("the delta is closed; make it again")
 
     def close(self) -> None:
         """Discard the entries."""

@@ -239,5 +239,5 @@ def test_closed_delta_cannot_be_read(path: Path) -> None:
     delta = load(path)
     delta.close()
     delta.close()
-    with pytest.raises(OSError, match="descriptor"):
+    with pytest.raises(ValueError, match="is closed; load the delta again"):
         delta.payload.read("w", 0, 1)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers import noise, write_file
+from vector_source.samples import plain
+from vector_source.writer import Draft, assemble
 
+import sparsedelta
 from sparsedelta import strictjson
-from sparsedelta.errors import LimitExceeded, SparseDeltaError
+from sparsedelta.errors import FormatError, LimitExceeded, SparseDeltaError
 from sparsedelta.strictjson import parse_json
 
 WITHIN_1_GB = """
@@ -80,3 +88,69 @@ except FormatError:
 print("parsed or refused")
 """)
     assert out == "parsed or refused\n"
+
+
+def member(draft: Draft, **hooks: Any) -> bytes:
+    draft.manifest["x" * 100_000] = 1
+    return assemble(draft, **hooks)
+
+
+def encoding(draft: Draft, **hooks: Any) -> bytes:
+    draft.manifest["tensors"][0]["delta"]["values"] = "x" * 100_000
+    return assemble(draft, **hooks)
+
+
+def key_twice(draft: Draft, **hooks: Any) -> bytes:
+    key = b',"' + b"x" * 100_000 + b'":1'
+    return assemble(draft, text=lambda text: text[:-1] + key + key + b"}", **hooks)
+
+
+def metadata(draft: Draft, **hooks: Any) -> bytes:
+    def more(header: dict[str, Any]) -> dict[str, Any]:
+        return header | {"__metadata__": header["__metadata__"] | {"x" * 100_000: "1"}}
+
+    return assemble(draft, header=more, **hooks)
+
+
+@pytest.mark.parametrize("alter", [member, encoding, key_twice, metadata])
+def test_messages_quote_little_of_a_long_text(
+    alter: Callable[[Draft], bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / "delta.sd"
+    path.write_bytes(alter(plain()))
+    with pytest.raises(FormatError) as caught:
+        sparsedelta.load(path)
+    assert "xxx" in str(caught.value)
+    assert len(str(caught.value)) < len(str(path)) + 500
+
+
+def test_pipes_and_folders_are_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    file = write_file(tmp_path / "w.safetensors", {"w": noise("U8", 4)})
+    with pytest.raises(OSError, match=r"Not a regular file.*pipe"):
+        sparsedelta.load(pipe)
+    with pytest.raises(OSError, match=r"Not a regular file.*pipe"):
+        sparsedelta.diff(pipe, file)
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        sparsedelta.load(tmp_path)
+
+
+def test_closed_deltas_say_so(tmp_path: Path) -> None:
+    file = write_file(tmp_path / "w.safetensors", {"w": noise("U8", 4)})
+    other = write_file(tmp_path / "v.safetensors", {"w": noise("U8", 4).changed(2)})
+    made = sparsedelta.diff(file, other)
+    made.save(tmp_path / "delta.sd")
+    loaded = sparsedelta.load(tmp_path / "delta.sd")
+    for delta in (made, loaded):
+        delta.close()
+        for use in (delta.save, lambda out, delta=delta: sparsedelta.apply(file, delta, out)):
+            with pytest.raises(ValueError, match="closed"):
+                use(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["delta.sd", "v.safetensors", "w.safetensors"]
+
+
+def test_base_id_that_is_not_utf8(tmp_path: Path) -> None:
+    file = write_file(tmp_path / "w.safetensors", {"w": noise("U8", 4)})
+    with pytest.raises(ValueError, match="base_id cannot be recorded"):
+        sparsedelta.diff(file, file, base_id=os.fsdecode(b"org/\xff"))
