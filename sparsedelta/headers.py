@@ -92,7 +92,7 @@ def _metadata(value: Any, what: str) -> dict[str, str] | None:
     where = f"{METADATA_KEY} of {what}"
     if type(value) is not dict:
         raise NotJSON(f"{where} is not an object")
-    return {key: text(item, f"{where}, {key!r}") for key, item in value.items()}
+    return {key: text(item, f"{where}, {key[:200]!r}") for key, item in value.items()}
 
 
 def _entry(name: str, value: Any, what: str) -> HeaderEntry:

@@ -16,6 +16,7 @@ from sparsedelta.errors import Corrupt, FormatError, LimitExceeded, UnsupportedF
 MAX_DEPTH = 64
 MAX_INTEGER = (1 << 63) - 1
 _BLOCK_BYTES = 1 << 20
+_SHOWN = 200  # characters of a stranger's text in a message
 
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _HEX = re.compile(r"[0-9a-f]*")
@@ -81,7 +82,7 @@ def members(value: Any, what: str, names: Sequence[str]) -> list[Any]:
     if len(value) != len(names) or any(name not in value for name in names):
         for name in value:
             if name not in names:
-                raise UnsupportedFeature(f"{what} has an unknown member {name!r}")
+                raise UnsupportedFeature(f"{what} has an unknown member {name[:_SHOWN]!r}")
         missing = next(name for name in names if name not in value)
         raise Corrupt(f"{what} lacks its member {missing!r}")
     return [value[name] for name in names]
@@ -146,7 +147,9 @@ def one_of(value: Any, what: str, known: Mapping[str, T]) -> T:
     """
     name = text(value, what)
     if name not in known:
-        raise UnsupportedFeature(f"{what} is {name!r}, version 1 knows {', '.join(sorted(known))}")
+        raise UnsupportedFeature(
+            f"{what} is {name[:_SHOWN]!r}, version 1 knows {', '.join(sorted(known))}"
+        )
     return known[name]
 
 
@@ -194,7 +197,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _NotStrict(f"key {twice!r} occurs twice in one object")
+        raise _NotStrict(f"key {twice[:_SHOWN]!r} occurs twice in one object")
     return result
 
 
