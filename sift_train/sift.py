@@ -18,10 +18,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 from torch.utils.hooks import RemovableHandle
 
 from sift_train import saved
@@ -32,6 +28,7 @@ from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, memory_of
 from sift_train.rules import RULES, Selection, find_rule
 from sift_train.selection import n_selected
+from sift_train.steps import listen, silence
 from sift_train.targets import ALL_LINEAR, Names, find_targets
 from sift_train.zeroing import zero_with, zero_without
 
@@ -267,6 +264,34 @@ class SIFT:
         """
         self.load_state_dict(saved.read_state(path))
 
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the masters ready for an optimizer's step; called by every one of torch.
+
+        Raises:
+            ValueError: the optimizer trains parameters of the model that are trained here.
+        """
+        if not self._parts_of(optimizer):
+            self._refuse_own_parameters(optimizer, set(self.trainable_parameters()))
+            return
+        self.finish_selection()
+        for group in optimizer.param_groups:
+            for master in group["params"]:
+                part = self._by_master.get(id(master))
+                if part is None:
+                    continue
+                if not part.is_selected:
+                    master.grad = None
+                elif group.get(BASE_DECAY):
+                    part.decay_to_original(float(group["lr"]) * group[BASE_DECAY])
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write the masters that an optimizer has stepped; called by every one of torch."""
+        for part in self._parts_of(optimizer):
+            self._is_stepped_by_torch = True
+            part.spend()
+            if part.is_selected:
+                part.write()
+
     def close(self) -> None:
         """Write the last update back, remove all hooks, unfreeze what was frozen; idempotent."""
         if not self._handles:
@@ -276,6 +301,7 @@ class SIFT:
             handle.remove()
         self._handles.clear()
         self._chooser.clear()
+        silence(self)
         zero_without(self.model)
         for parameter, requires_grad in self._requires_grad.items():
             parameter.requires_grad_(requires_grad)
@@ -326,27 +352,8 @@ class SIFT:
         model: Any = self.model
         self._handles.append(model.register_forward_pre_hook(self._before_use))
         self._handles.append(model.register_state_dict_pre_hook(self._before_use))
-        self._hook_optimizers()
+        listen(self)
         zero_with(self.model, self.zero_grad)
-
-    def _hook_optimizers(self) -> None:
-        me = weakref.ref(self)  # the hooks of all optimizers outlive this object
-
-        def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            if (sift := me()) is not None:
-                sift._before_step(optimizer)
-
-        def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            if (sift := me()) is not None:
-                sift._after_step(optimizer)
-
-        register_before, register_after = (
-            register_optimizer_step_pre_hook,
-            register_optimizer_step_post_hook,
-        )
-        for handle in (register_before(before), register_after(after)):
-            self._handles.append(handle)
-            weakref.finalize(self, handle.remove)
 
     def _on_gradient(self, name: str, parameter: Tensor) -> None:
         part = self.sparse_mapping[name]
@@ -361,28 +368,6 @@ class SIFT:
             )
         elif not self._only_scoring:
             part.collect(gradient)
-
-    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self._parts_of(optimizer):
-            self._refuse_own_parameters(optimizer, set(self.trainable_parameters()))
-            return
-        self.finish_selection()
-        for group in optimizer.param_groups:
-            for master in group["params"]:
-                part = self._by_master.get(id(master))
-                if part is None:
-                    continue
-                if not part.is_selected:
-                    master.grad = None
-                elif group.get(BASE_DECAY):
-                    part.decay_to_original(float(group["lr"]) * group[BASE_DECAY])
-
-    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        for part in self._parts_of(optimizer):
-            self._is_stepped_by_torch = True
-            part.spend()
-            if part.is_selected:
-                part.write()
 
     def _parts_of(self, optimizer: torch.optim.Optimizer) -> list[SparseParameter]:
         masters = (master for group in optimizer.param_groups for master in group["params"])

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 import sparsedelta
-from sparsedelta.cli._common import Settings, examples, json_option, print_json
+from sparsedelta.cli._common import PATH, Settings, examples, json_option, print_json
 from sparsedelta.cli._sources import Sources
 
 
 @click.command("inspect", epilog=examples("sparsedelta inspect delta.sd --tensors"))
 @click.argument("delta")
 @click.option("--tensors", is_flag=True, help="List the tensors it touches, too.")
+@click.option("--html", type=PATH, help="Write a page with pictures here, one file by itself.")
+@click.option("--overwrite", is_flag=True, help="Replace the page if it exists.")
 @json_option
 @click.pass_obj
-def command(settings: Settings, *, delta: str, tensors: bool, as_json: bool) -> None:
+def command(
+    settings: Settings,
+    *,
+    delta: str,
+    tensors: bool,
+    html: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Show what DELTA changes and what its bytes are spent on.
 
     Only the beginning of the file is read, also of one on the Hub (org/name@revision). With --json
@@ -22,6 +34,10 @@ def command(settings: Settings, *, delta: str, tensors: bool, as_json: bool) -> 
     """
     with Sources(settings) as sources:
         found = sparsedelta.inspect(sources.head_of_delta(delta))
+    if html is not None:
+        from sparsedelta.cli._page import write_page
+
+        write_page(found, html, title=delta, overwrite=overwrite)
     if as_json:
         print_json({"delta": delta, **found.as_json()})
         return

@@ -303,16 +303,16 @@ def test_a_copied_model_is_its_own() -> None:
 
 
 def test_a_dropped_model_takes_its_hooks_along() -> None:
-    from torch.optim.optimizer import _global_optimizer_post_hooks
+    from sift_train.steps import _listeners
 
-    before = len(_global_optimizer_post_hooks)
+    before = len(_listeners)
     model = make_net()
     sift = SIFT(model, 0.1, "weight")
     gone = weakref.ref(sift)
     del model, sift
     gc.collect()
     assert gone() is None
-    assert len(_global_optimizer_post_hooks) == before
+    assert len(_listeners) == before
 
 
 @pytest.mark.gpu

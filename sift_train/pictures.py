@@ -1,0 +1,108 @@
+"""Where a run changed the model, and how its loss went, as PNG; needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import sparsedelta
+from sparsedelta.pictured import Grid, by_layer, curve_points
+
+COLOUR = "#1565c0"
+
+
+def density_map(delta: str | PathLike[str], png: str | PathLike[str]) -> Path:
+    """Draw which share of each kind of tensor changed in each layer; return where it is.
+
+    Args:
+        delta: a delta's file.
+        png: the picture to write; one that exists is replaced.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: none of the delta's tensors belongs to a layer.
+    """
+    found = sparsedelta.inspect(delta)
+    grids, _ = by_layer(found.tensors)
+    touched = [grid for grid in grids if any(cell.nnz for cell in grid.cells.values())]
+    if not touched:
+        raise ValueError(f"'{delta}' changes nothing in numbered layers; there is nothing to draw")
+    figures = _figures()
+    heights = [1.6 + 0.3 * len(grid.layers) for grid in touched]
+    width = 3.0 + 0.62 * max(len(_kinds(grid)) for grid in touched)
+    figure, axes = figures.subplots(
+        len(touched),
+        1,
+        figsize=(width, sum(heights) + 1.2),
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights},
+        layout="constrained",
+    )
+    for grid, (axis,) in zip(touched, axes, strict=True):
+        _draw(figure, axis, grid)
+    return _save(figure, png)
+
+
+def loss_curve(source: str | PathLike[str] | Sequence[float], png: str | PathLike[str]) -> Path:
+    """Draw the loss by step; return where the picture is.
+
+    Args:
+        source: a delta's file that records it, or one loss a step, as in ``FitResult``.
+        png: the picture to write; one that exists is replaced.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the delta records no losses.
+    """
+    if isinstance(source, str | PathLike):
+        points = curve_points(sparsedelta.inspect(source).info)
+    else:
+        points = [(number, loss) for number, loss in enumerate(source, 1)]
+    if not points:
+        raise ValueError("no losses are recorded; there is nothing to draw")
+    figure, axis = _figures().subplots(figsize=(7.2, 3.2), layout="constrained")
+    axis.plot(*zip(*points, strict=True), color=COLOUR)
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss")
+    axis.set_ylim(bottom=min(0.0, *(loss for _, loss in points)))
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    return _save(figure, png)
+
+
+def _kinds(grid: Grid) -> list[str]:
+    return [k for k in grid.kinds if any(c.nnz for (_, kind), c in grid.cells.items() if kind == k)]
+
+
+def _draw(figure: Any, axis: Any, grid: Grid) -> None:
+    kinds = _kinds(grid)
+    cells = grid.cells
+    rows = [
+        [cells[layer, k].density if (layer, k) in cells else float("nan") for k in kinds]
+        for layer in grid.layers
+    ]
+    image = axis.imshow(rows, cmap="Blues", vmin=0.0, aspect="auto")
+    axis.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(grid.layers)), [str(layer) for layer in grid.layers])
+    axis.set_ylabel(grid.stack or "layer")
+    axis.set_title("share of elements that changed", fontsize=10)
+    bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
+    bar.ax.yaxis.set_major_formatter(lambda share, _: f"{share:.2%}")
+
+
+def _figures() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, png: str | PathLike[str]) -> Path:
+    path = Path(png)
+    figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
+    _figures().close(figure)
+    return path

@@ -1,0 +1,142 @@
+"""``sparsedelta inspect --html``: one page by itself, in which nothing of a delta is markup."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from cli.cli_helpers import Run, Workplace
+from helpers import noise, write_file
+
+import sparsedelta
+from sparsedelta.pictured import by_layer, curve_points
+
+EVIL = "<script>alert(1)</script>"
+
+
+class Reader(HTMLParser):
+    """Gathers tags, attributes and text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes.extend(attrs)
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def make_delta(folder: Path, info: dict[str, object]) -> Path:
+    """Two layers of one stack, three experts in each, and tensors apart."""
+    tensors = {
+        f"model.layers.{layer}.{kind}": noise("F32", 20, 10)
+        for layer in (0, 1)
+        for kind in ("attn.q.weight", "mlp.experts.0.w", "mlp.experts.1.w", "mlp.experts.2.w")
+    }
+    tensors["embed.weight"], tensors[EVIL] = noise("F32", 8, 4), noise("F32", 3)
+    changed = {
+        "model.layers.0.attn.q.weight": range(0, 200, 4),
+        "model.layers.1.mlp.experts.1.w": range(6),
+        EVIL: range(1),
+    }
+    after = {
+        name: tensor.changed(*(4 * at for at in changed.get(name, ())))
+        for name, tensor in tensors.items()
+    }
+    write_file(folder / "base.safetensors", tensors)
+    write_file(folder / "target.safetensors", after)
+    with sparsedelta.diff(
+        folder / "base.safetensors", folder / "target.safetensors", base_id=EVIL, info=info
+    ) as delta:
+        delta.save(folder / "delta.sd")
+    return folder / "delta.sd"
+
+
+def page_of(run: Run, folder: Path, info: dict[str, object]) -> str:
+    html = folder / "page.html"
+    result = run("inspect", make_delta(folder, info), "--html", html)
+    assert result.exit_code == 0, result.output
+    return html.read_text("utf-8")
+
+
+def test_the_cells_hold_the_densities(run: Run, tmp_path: Path) -> None:
+    page = Reader(page_of(run, tmp_path, {}))
+    titles = [value for name, value in page.attributes if name == "title"]
+    assert titles == [
+        "model.layers.0.attn.q.weight: 50 of 200 changed, 25.0 %",
+        "model.layers.0.mlp.experts.0.w, model.layers.0.mlp.experts.1.w, "
+        "model.layers.0.mlp.experts.2.w: 0 of 600 changed, 0 %",
+        "model.layers.1.attn.q.weight: 0 of 200 changed, 0 %",
+        "model.layers.1.mlp.experts.0.w, model.layers.1.mlp.experts.1.w, "
+        "model.layers.1.mlp.experts.2.w: 6 of 600 changed, 1.00 %",
+    ]
+    assert {"attn.q.weight", "mlp.experts.*.w", "model.layers"} <= set(page.text)
+
+
+def test_the_page_stands_by_itself_and_names_are_text(run: Run, tmp_path: Path) -> None:
+    info: dict[str, object] = {EVIL: EVIL, "settings": {"lr": 0.1}, "losses": [[1, 2.0], [5, 0.5]]}
+    raw = page_of(run, tmp_path, info)
+    page = Reader(raw)
+    assert not {"script", "link", "img", "iframe", "object", "a"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name in ("src", "href") or name[:2] == "on"]
+    assert "url(" not in raw
+    assert "@import" not in raw
+    assert EVIL in page.text
+    assert "settings.lr" in page.text
+    assert {"svg", "polyline"} <= set(page.tags)
+
+
+@pytest.mark.parametrize(
+    "losses", [None, "12", [[1, "x"]], [[1, 2, 3]], [1, 2], [[1, True]], [[1, 1e300]], {"a": 1}]
+)
+def test_losses_of_another_form_are_not_drawn(run: Run, tmp_path: Path, losses: object) -> None:
+    assert curve_points({"losses": losses}) == []
+    assert "<svg" not in page_of(run, tmp_path, {"losses": losses})
+
+
+def test_the_curve_is_drawn_to_scale(run: Run, tmp_path: Path) -> None:
+    page = page_of(run, tmp_path, {"losses": [[10, 4.0], [20, 2.0], [30, 0.0]]})
+    (path,) = re.findall(r'points="([^"]*)"', page)
+    points = [tuple(map(float, pair.split(","))) for pair in path.split()]
+    assert points == [(56.0, 12.0), (382.0, 109.0), (708.0, 206.0)]
+
+
+def test_a_page_replaces_nothing_unless_told(run: Run, workplace: Workplace) -> None:
+    html = workplace.path / "page.html"
+    html.write_text("mine")
+    result = run("inspect", workplace.save_delta(), "--html", html)
+    assert result.exit_code == 1
+    assert html.read_text() == "mine"
+    assert run("inspect", workplace.delta, "--html", html, "--overwrite").exit_code == 0
+    assert html.read_text().startswith("<!doctype html>")
+
+
+def test_stacks_and_tensors_apart() -> None:
+    class Row:
+        def __init__(self, name: str, nnz: int, numel: int) -> None:
+            self.name, self.nnz, self.numel = name, nnz, numel
+
+    rows = [
+        Row("enc.layer.10.a", 1, 4),
+        Row("enc.layer.2.a", 2, 4),
+        Row("dec.3.b.7.c", 3, 8),
+        Row("head", 0, 2),
+        Row("blocks.0", 0, 0),
+    ]
+    grids, single = by_layer(rows)
+    assert [(g.stack, g.layers, g.kinds) for g in grids] == [
+        ("enc.layer", (2, 10), ("a",)),
+        ("dec", (3,), ("b.*.c",)),
+        ("blocks", (0,), ("(itself)",)),
+    ]
+    assert grids[0].cells[2, "a"].density == 0.5
+    assert grids[2].cells[0, "(itself)"].density == 0.0
+    assert [cell.names for cell in single] == [("head",)]

@@ -1,0 +1,149 @@
+"""What is reported of memory is what tensors really take; a plan agrees with the live run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from train_helpers import make_bert, make_inputs, make_net, square_loss
+
+from sift_train import SIFT, plan
+
+
+def n_bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_report_counts_every_tensor(dtype: torch.dtype) -> None:
+    model = make_net().to(dtype)
+    with SIFT(model, 0.1, ["first.weight", "last"], "last.bias") as sift:
+        optimizer = torch.optim.AdamW(sift.parameters_in_optimizer())
+        square_loss(model, make_inputs(1)[0].to(dtype)).backward()
+        masters = sift.parameters_in_optimizer()
+        report = sift.memory_report()
+        assert report.gradient_bytes == n_bytes(master.grad for master in masters)
+        optimizer.step()
+        states = [s[key] for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        assert report.optimizer_bytes == n_bytes(states)
+        assert report.master_bytes == n_bytes(masters)
+        parts = list(sift.sparse_mapping.values())
+        assert report.index_bytes == n_bytes(p.flat_index for p in parts if not p.trains_all)
+        assert report.host_bytes == n_bytes(p.original for p in parts)
+        assert report.weight_bytes == n_bytes(model.parameters())
+        assert report.largest_gradient_bytes == n_bytes([model.first.weight])
+        assert report.n_trained == sift.n_trained
+        assert report.trained_bytes == 20 * (sift.n_trained - 4) + 16 * 4
+        assert report.peak_bytes == (
+            report.weight_bytes + report.largest_gradient_bytes + report.trained_bytes
+        )
+        assert "trained: 31 of 308 components, 10.06 %" in str(report)
+
+
+def test_a_plan_is_the_report_of_the_live_run(tmp_path: Path) -> None:
+    import transformers
+
+    folder = make_bert(tmp_path / "base", torch.bfloat16)
+    load: Any = transformers.AutoModelForSequenceClassification
+    model = load.from_pretrained(folder, dtype=torch.bfloat16)
+    arguments: dict[str, Any] = {"sparse_module": ["query", "dense"], "exception": "classifier"}
+    planned = plan(folder, 0.05, **arguments)
+    by_config = plan(transformers.AutoConfig.from_pretrained(folder), 0.05, **arguments)
+    live = SIFT(model, 0.05, **arguments).memory_report()
+    for field in type(live).__dataclass_fields__:
+        assert getattr(planned, field) == getattr(live, field), field
+    assert by_config == planned
+
+
+def seven_b() -> Any:
+    import transformers
+
+    return transformers.LlamaConfig(architectures=["LlamaForCausalLM"])  # LLaMA-7B's shape
+
+
+def test_a_plan_of_7b_needs_no_weights() -> None:
+    planned = plan(seven_b(), 0.05)
+    n_targets = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert planned.n_total == n_targets + 2 * 32000 * 4096 + 65 * 4096
+    assert planned.n_trained == sum(
+        32 * n * (int(0.05 * size) + 1) for n, size in ((4, 4096**2), (3, 4096 * 11008))
+    )
+    assert planned.trained_bytes == 20 * planned.n_trained  # the 6.0 GiB of the method's notes
+    assert round(planned.trained_bytes / 2**30, 1) == 6.0
+    assert planned.largest_gradient_bytes == 2 * 4096 * 11008
+    assert "fits in 24 GiB, with 5." in str(planned)
+    assert planned.fits(16).startswith("lacks")
+    assert planned.fits(8) == "does not fit in 8 GiB at any rate: the weights alone leave no room"
+    highest = planned.highest_rate(24)
+    assert highest is not None
+    at_limit = plan(seven_b(), highest)
+    assert abs(at_limit.room_in(24)) < 2**20
+    assert planned.highest_rate(24, activations_gb=planned.room_in(24) / 2**30) == pytest.approx(
+        0.05, rel=1e-4
+    )
+
+
+def test_a_plan_of_a_module_keeps_its_dtype() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(100, 50), nn.Linear(50, 10))
+    planned = plan(model, 0.1, optimizer="sgd")
+    assert planned.weight_bytes == 4 * (5050 + 510)
+    assert planned.optimizer_bytes == 0
+    with pytest.raises(ValueError, match="optimizer is 'lion'"):
+        plan(model, 0.1, optimizer="lion")
+
+
+PEAK = """
+import torch
+from torch import nn
+from sift_train import SIFT
+
+def status(field):
+    for line in open("/proc/self/status"):
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+
+torch.set_num_threads(1)
+layers = [nn.Linear(1024, 1024, bias=False) for _ in range(48)]  # 192 MiB
+model = nn.Sequential(*layers)
+x = torch.randn(2, 1024)
+sift = SIFT(model, {rate}, "weight", selection="random")
+optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), foreach=False)
+def step():
+    optimizer.zero_grad()
+    model(x).sum().backward()
+    optimizer.step()
+step()
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+step()
+report = sift.memory_report()
+print(status("VmHWM") - before, report.gradient_bytes + report.largest_gradient_bytes)
+print(report.weight_bytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's accounts")
+@pytest.mark.parametrize("rate", [0.01, 0.05])
+def test_a_step_takes_no_more_than_the_report_says(rate: float) -> None:
+    """Resident memory over a step: gradients and one dense gradient, not one a layer."""
+    code = PEAK.format(rate=rate)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        # So that what is freed goes back to the system, and is not counted.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    (rise, reported), (weights,) = (map(int, line.split()) for line in done.stdout.splitlines())
+    assert rise <= reported + 0.05 * weights
+    assert rise > 4 << 20  # one dense gradient at least: the measurement works
