@@ -52,6 +52,19 @@ class Fault:
 
 
 @dataclass(frozen=True)
+class Xet:
+    """That large files are in Xet storage, too.
+
+    Attributes:
+        store: address of the storage: ``local://`` and a folder, which the client then uses itself.
+        hashes: Xet's names of files, by SHA-256.
+    """
+
+    store: str
+    hashes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Request:
     """A request as it was received, and how many bytes of body were sent back."""
 
@@ -88,6 +101,7 @@ class LoopbackHub:
         self.state = State()
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
+        self.xet: Xet | None = None
         hub = self
 
         class Handler(_Handler):
@@ -345,6 +359,10 @@ class _Handler(BaseHTTPRequestHandler):
             "X-Linked-Size": str(len(blob.data)),
             "ETag": f'"{blob.sha256}"',
         }
+        xet = self.server_hub.xet
+        if xet and (xet_hash := xet.hashes.get(blob.sha256)):
+            route = f"{self.server_hub.url}/api/models/{repo.id}/xet-read-token/{commit.oid}"
+            headers |= {"X-Xet-Hash": xet_hash, "X-Xet-Refresh-Route": route}
         raise Answer(302, b"", headers)
 
     def _large_file(self, sha256: str, content: bytes) -> None:
@@ -369,6 +387,20 @@ class _Handler(BaseHTTPRequestHandler):
         end = min(end, len(data) - 1)
         headers["Content-Range"] = f"bytes {begin}-{end}/{len(data)}"
         raise Answer(206, data[begin : end + 1], headers)
+
+    def xet_token(self, repo: Repo, _content: bytes, kind: str, _revision: str) -> None:
+        if kind == "write":
+            self._need_writer(repo.id.split("/")[0])
+        xet = self.server_hub.xet
+        if xet is None:
+            raise Answer(404)
+        token = {"casUrl": xet.store, "accessToken": "xet", "exp": int(time.time()) + 3600}
+        headers = {
+            "X-Xet-Cas-Url": xet.store,
+            "X-Xet-Access-Token": "xet",
+            "X-Xet-Token-Expiration": str(token["exp"]),
+        }
+        raise Answer(200, token, headers)
 
     # --- writing
 
@@ -500,6 +532,7 @@ _NAMES = {
     rf"/api/models/{_ID}/tree/([^/]+)(?:/(.+))?": "tree",
     rf"/api/models/{_ID}/paths-info/([^/]+)": "paths_info",
     rf"/api/models/{_ID}/refs": "refs",
+    rf"/api/models/{_ID}/xet-(read|write)-token/([^/]+)": "xet_token",
     rf"/{_ID}/resolve/([^/]+)/(.+)": "resolve",
     rf"/api/models/{_ID}/preupload/([^/]+)": "preupload",
     rf"/{_ID}\.git/info/lfs/objects/batch": "lfs_batch",
@@ -507,7 +540,7 @@ _NAMES = {
     rf"/api/models/{_ID}/branch/([^/]+)": "branch",
     rf"/api/models/{_ID}/tag/([^/]+)": "tag",
 }
-_READING = ("info", "tree", "refs", "resolve")
+_READING = ("info", "tree", "refs", "resolve", "xet_token")
 _ROUTES = [
     (pattern, ("GET", "HEAD") if name in _READING else ("POST",))
     for pattern, name in _NAMES.items()

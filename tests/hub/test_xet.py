@@ -1,0 +1,61 @@
+"""Xet storage: the client's own code for it, on a store of its own in a folder instead of a server's.
+
+The Hub hands out the address of that folder where it would hand out a server's, and Xet's names of files.
+What is not tried so is the network between the client and a Xet server.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import assert_same_files
+from hub.hub_helpers import BASE, Person
+from hub.hub_server import LoopbackHub, Xet
+
+hf_xet = pytest.importorskip("hf_xet")
+
+WITH_XET = {"HF_HUB_DISABLE_XET": "0"}
+
+
+@pytest.fixture
+def store(hub: LoopbackHub, pushed: str, tmp_path: Path) -> Path:
+    """Let the Hub have all large files in Xet storage that is empty yet; return its folder."""
+    hashes = {}
+    for sha256, content in hub.state.stored.items():
+        place = tmp_path / "to-hash"
+        place.write_bytes(content)
+        hashes[sha256] = hf_xet.hash_files([str(place)])[0].hash
+    store = tmp_path / "xet-store"
+    hub.xet = Xet(f"local://{store}", hashes)
+    return store
+
+
+def test_push_and_pull(
+    me: Person,
+    other: Person,
+    hub: LoopbackHub,
+    delta: Path,
+    store: Path,
+    checkpoints: tuple[Path, Path],
+) -> None:
+    me.good("push", delta, "me/xet", "--base-id", BASE, "--base", checkpoints[0], **WITH_XET)
+    assert any(place.is_file() for place in store.rglob("xorbs/default.*"))
+    assert hub.count("PUT", "/cdn/") == 0
+    assert hub.state.head("me/xet").files.keys() == hub.state.head("me/tuned").files.keys()
+    hub.requests.clear()
+    other.good("pull", "me/xet", "out", "--base", checkpoints[0], **WITH_XET)
+    assert_same_files(checkpoints[1], other.folder / "out")
+    assert hub.count("GET", "/xet-read-token/") == 1
+    assert hub.count("GET", "/cdn/") == 0
+
+
+def test_storage_that_has_lost_a_file(
+    other: Person, store: Path, checkpoints: tuple[Path, Path]
+) -> None:
+    error = other.bad("pull", "me/tuned", "out", "--base", checkpoints[0], **WITH_XET)
+    assert "the transfer from or to repository 'me/tuned' broke off" in error
+    assert not (other.folder / "out").exists()
+    shutil.rmtree(store, ignore_errors=True)
+    other.good("pull", "me/tuned", "out", "--base", checkpoints[0])  # by HTTP
