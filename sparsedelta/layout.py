@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sparsedelta.container import decompress_text
@@ -50,31 +50,19 @@ def stored_header(delta: Delta, file: WeightFile, rows: Sequence[TensorDelta]) -
     what = f"stored header of {file.path!r}"
     key = header_key(file.path)
     raw = decompress_text(delta.payload.read(key, 0, delta.payload.n_bytes(key)), what)
-    entries = parse_header(raw, what).entries
+    entries = set(parse_header(raw, what).entries)
     if len(entries) != len(rows):
         raise Corrupt(f"{what} has {len(entries)} tensors, its rows are {len(rows)}")
-    # A row's name is the own name or ends in a colon and that name; the weight sets say which, and
-    # so perhaps an index that only the base has. Empty tensors that share an offset have no order.
-    by_place: dict[tuple[str, tuple[int, ...], int, int], set[str]] = {}
-    for entry in entries:
-        by_place.setdefault((entry.dtype, entry.shape, entry.begin, entry.end), set()).add(
-            entry.name
-        )
-    for row, begin, end in _places(rows):
-        target = row.target
-        place = (target.dtype.name, target.shape, begin, end) if target else None
-        names = by_place.get(place, set()) if place else set()
-        own = next((name for name in _own_names(row.name) if name in names), None)
-        if own is None:
-            raise Corrupt(f"{what} does not place tensor {row.name!r} as its row does")
-        names.remove(own)
-    return raw
-
-
-def _own_names(name: str) -> list[str]:
-    """Return what the own name of a row's tensor can be; a stem, being a path, has no colon."""
-    _, colon, own = name.partition(":")
-    return [name, own] if colon else [name]
+    # The weight sets say what stands before the own names, and so perhaps an index that only the
+    # base has. It is the same for the whole file: nothing, or a stem, which as a path has no colon.
+    stem, colon, _ = rows[0].name.partition(":") if rows else ("", "", "")
+    misplaced = None
+    for prefix in ("", stem + colon) if colon else ("",):
+        misplaced = next((r for r, entry in _entries(rows, prefix) if entry not in entries), None)
+        if misplaced is None:
+            return raw
+    name = misplaced.name if misplaced else ""
+    raise Corrupt(f"{what} does not place tensor {name!r} as its row does")
 
 
 def target_layout(delta: Delta, read_side_file: Callable[[SideFile], bytes]) -> list[FileLayout]:
@@ -117,14 +105,26 @@ def file_prefixes(delta: Delta, read_side_file: Callable[[SideFile], bytes]) -> 
 
 def _canonical_header(file: WeightFile, rows: Sequence[TensorDelta], prefix: str) -> bytes:
     entries = []
-    for row, begin, end in _places(rows):
-        if not row.name.startswith(prefix) or row.target is None:
+    for row, entry in _entries(rows, prefix):
+        if entry is None:
             raise Corrupt(f"tensor {row.name!r} cannot lie in {file.path!r}, a file of {prefix!r}")
-        name, target = row.name.removeprefix(prefix), row.target
-        if name == METADATA_KEY:
+        if entry.name == METADATA_KEY:
             raise Corrupt(f"a tensor of {file.path!r} cannot be named {METADATA_KEY}")
-        entries.append(HeaderEntry(name, target.dtype.name, target.shape, begin, end))
+        entries.append(entry)
     return render_header(file.metadata, entries)
+
+
+def _entries(
+    rows: Sequence[TensorDelta], prefix: str
+) -> Iterator[tuple[TensorDelta, HeaderEntry | None]]:
+    """Yield each row with its entry in the file's header, None if its name lacks the prefix."""
+    for row, begin, end in _places(rows):
+        target = row.target
+        if target is None or not row.name.startswith(prefix):
+            yield row, None
+        else:
+            name = row.name.removeprefix(prefix)
+            yield row, HeaderEntry(name, target.dtype.name, target.shape, begin, end)
 
 
 def _places(rows: Sequence[TensorDelta]) -> list[tuple[TensorDelta, int, int]]:
