@@ -6,10 +6,11 @@ import itertools
 import re
 from collections.abc import Iterable
 
-from sparsedelta.errors import Corrupt
+from sparsedelta.errors import Corrupt, LimitExceeded
 
 MAX_PATH_BYTES = 4096
 MAX_COMPONENT_BYTES = 255
+MAX_COMPONENTS = 64  # making and removing folders recurses, here and in other programs
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\:]")
 
 
@@ -21,6 +22,8 @@ def path_problem(path: str) -> str | None:
         return "is not UTF-8"
     if len(coded) > MAX_PATH_BYTES:
         return f"is longer than {MAX_PATH_BYTES} bytes"
+    if path.count("/") >= MAX_COMPONENTS:
+        return f"has more than {MAX_COMPONENTS} components"
     if _FORBIDDEN.search(path):
         return "holds a backslash, a colon or a control character"
     for component in path.split("/"):
@@ -36,12 +39,14 @@ def check_paths(paths: Iterable[str]) -> None:
 
     Raises:
         Corrupt: a path is not allowed, occurs twice, or is a folder of another.
+        LimitExceeded: a path has too many components.
     """
     seen: set[str] = set()
     for path in paths:
         problem = path_problem(path)
         if problem:
-            raise Corrupt(f"path {path[:200]!r} {problem}")
+            error = LimitExceeded if path.count("/") >= MAX_COMPONENTS else Corrupt
+            raise error(f"path {path[:200]!r} {problem}")
         if path in seen:
             raise Corrupt(f"path {path!r} occurs twice")
         seen.add(path)

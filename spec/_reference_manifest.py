@@ -170,6 +170,7 @@ def check_paths(paths: list[str]) -> None:
     for path in paths:
         plain = not re.search(r"[\\:\x00-\x1f\x7f]", path) and len(path.encode()) <= 4096
         check(plain, "corrupt", f"path {path!r:.60}")
+        check(path.count("/") < 64, "limit_exceeded", f"components of path {path!r:.60}")
         for part in path.split("/"):
             fair = part not in ("", ".", "..") and len(part.encode()) <= 255
             check(fair, "corrupt", f"path {path!r:.60}")

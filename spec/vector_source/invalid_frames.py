@@ -154,6 +154,8 @@ def limits() -> list[Invalid]:
     delta.entries[CONFIG] = windowed_frame(b"x", 20, limit + 1)
     add("carried", "a carried file of 2^27 + 1 bytes", assemble(delta))
     add("name", "a name of 65 536 bytes", with_manifest({"tensors.-1.name": "n" * 65536}, of=plain))
+    folders = {"target.empty_folders": ["/".join(["d"] * 65)]}
+    add("path", "a path of 65 components", with_manifest(folders, of=plain))
     shape = "tensors.-1.base.shape"
     add("dimensions", "a tensor of 65 dimensions", with_manifest({shape: [1] * 64 + [4]}, of=plain))
     add("bits", "a tensor of 2^63 bits", with_manifest({shape: [1 << 60]}, of=plain))
