@@ -39,6 +39,7 @@ def apply(
     *,
     verify: Check = "full",
     overwrite: bool = False,
+    exclude: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> None:
     """Write the target of ``base`` under the name ``out``.
@@ -52,6 +53,7 @@ def apply(
             only those of the touched values, ``"none"`` neither. Structure, the delta itself and
             all other files are checked in any case.
         overwrite: replace what is at ``out``.
+        exclude: globs of files of ``base`` to leave out, as for ``diff``.
         progress: told of the bytes written.
 
     Raises:
@@ -76,7 +78,8 @@ def apply(
         source = Path(base)
         for number, one in enumerate(deltas, 1):
             made = staged if number == len(deltas) else staged.with_name(f"step-{number}")
-            with Checkpoint(source, whole=False) as checkpoint:
+            left_out = exclude if number == 1 else ()
+            with Checkpoint(source, exclude=left_out, whole=False) as checkpoint:
                 write_target(checkpoint, one, made, check=verify, progress=progress or Silent())
             if number > 1:
                 _remove(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsedelta._apply import AnyDelta, AnyPath, make_tensors
@@ -51,6 +52,7 @@ def verify(
     *,
     base: AnyPath | None = None,
     target: AnyPath | None = None,
+    exclude: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Return what was checked, all of it found right.
@@ -62,6 +64,7 @@ def verify(
         delta: an ``.sd`` file or a loaded delta.
         base: the checkpoint that it should have been made from.
         target: the checkpoint that it should make.
+        exclude: globs of files to leave out of both, as for ``diff``.
         progress: told of the bytes read.
 
     Raises:
@@ -71,14 +74,14 @@ def verify(
     """
     if not isinstance(delta, Delta):
         with load(delta) as opened:
-            return verify(opened, base=base, target=target, progress=progress)
+            return verify(opened, base=base, target=target, exclude=exclude, progress=progress)
     progress = progress or Silent()
     check_delta(delta, progress)
     if base is not None:
-        with Checkpoint(base, whole=False) as checkpoint:
+        with Checkpoint(base, exclude=exclude, whole=False) as checkpoint:
             _check_with_base(delta, checkpoint, progress)
     if target is not None:
-        with Checkpoint(target, whole=False) as checkpoint:
+        with Checkpoint(target, exclude=exclude, whole=False) as checkpoint:
             _check_target(delta, checkpoint, progress)
     changed = [row.change for row in delta.tensors if row.change]
     return VerifyReport(

@@ -102,6 +102,8 @@ class Checkpoint:
             CheckpointError: it cannot be read as one, or contradicts itself.
             FileNotFoundError: there is nothing at ``path``.
         """
+        if isinstance(exclude, str):  # a sequence of globs too, of one character each
+            exclude = [exclude]
         self.path = Path(path)
         self.is_folder = self.path.is_dir()
         self._fds: list[int] = []

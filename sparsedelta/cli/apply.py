@@ -25,6 +25,9 @@ from sparsedelta.staging import check_absent
     show_default=True,
     help="Check the digests of all tensors, of the touched values only, or none.",
 )
+@click.option(
+    "--exclude", multiple=True, metavar="GLOB", help="Leave files of BASE out. May be repeated."
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT, a folder with all that is in it.")
 @click.pass_obj
 def command(
@@ -34,6 +37,7 @@ def command(
     deltas: tuple[str, ...],
     out: Path,
     verify: Literal["full", "touched", "none"],
+    exclude: tuple[str, ...],
     overwrite: bool,
 ) -> None:
     """Rebuild a target from BASE and DELTA, byte for byte.
@@ -47,6 +51,12 @@ def command(
         paths = [sources.delta(delta) for delta in deltas]
         place, before = sources.base(base, paths[0])
         sparsedelta.apply(
-            place, [*before, *paths], out, verify=verify, overwrite=overwrite, progress=progress
+            place,
+            [*before, *paths],
+            out,
+            verify=verify,
+            overwrite=overwrite,
+            exclude=exclude,
+            progress=progress,
         )
     settings.note(f"wrote {out}")

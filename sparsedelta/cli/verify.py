@@ -22,10 +22,19 @@ if TYPE_CHECKING:
 @click.argument("delta")
 @click.option("--base", help="Check that this is the base, and becomes the target.")
 @click.option("--target", metavar="OUT", help="Check that this is the target.")
+@click.option(
+    "--exclude", multiple=True, metavar="GLOB", help="Leave files of both out. May be repeated."
+)
 @json_option
 @click.pass_obj
 def command(
-    settings: Settings, *, delta: str, base: str | None, target: str | None, as_json: bool
+    settings: Settings,
+    *,
+    delta: str,
+    base: str | None,
+    target: str | None,
+    exclude: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Check all of DELTA, and that BASE and OUT belong to it.
 
@@ -40,6 +49,7 @@ def command(
             path,
             base=None if base is None else sources.only_base(base, path),
             target=None if target is None else sources.checkpoint(target)[0],
+            exclude=exclude,
             progress=progress,
         )
     if as_json:
