@@ -16,6 +16,7 @@ from blake3 import blake3
 from sparsedelta.codecs.zstd import compress_text, content_bytes, decompress
 from sparsedelta.delta import (
     MANIFEST_KEY,
+    RESERVED_PREFIX,
     Delta,
     entry_keys,
     tensor_key,
@@ -23,6 +24,7 @@ from sparsedelta.delta import (
 from sparsedelta.errors import BadMagic, Corrupt, LimitExceeded, Truncated, UnsupportedVersion
 from sparsedelta.headers import (
     MAX_HEADER_BYTES,
+    MAX_NAME_BYTES,
     METADATA_KEY,
     Header,
     HeaderEntry,
@@ -44,6 +46,7 @@ FORMAT = "sparsedelta"
 FORMAT_VERSION = 1
 _LENGTH_BYTES = 8
 _BLOCK_BYTES = 1 << 20
+_LONGEST_KEY = len(tensor_key(RESERVED_PREFIX)) - len(RESERVED_PREFIX) + MAX_NAME_BYTES
 _METADATA = ("format", "format_version", "manifest_digest")
 
 
@@ -184,7 +187,7 @@ class FilePayload:
         raw = self._read_at(_LENGTH_BYTES, size)
         self._data_offset = _LENGTH_BYTES + size
         try:
-            return parse_header(raw, f"'{self.name}'")
+            return parse_header(raw, f"'{self.name}'", longest_name=_LONGEST_KEY)
         except NotJSON as error:
             raise BadMagic(f"'{self.name}' is not a delta: {error}") from error
 

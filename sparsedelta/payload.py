@@ -6,6 +6,8 @@ import tempfile
 import threading
 from collections.abc import Iterable
 
+from sparsedelta.staging import name_full_disk
+
 _MEMORY_BYTES = 32 << 20
 
 
@@ -20,6 +22,7 @@ class SpoolPayload:
         self._file = tempfile.SpooledTemporaryFile(  # noqa: SIM115 - closed by close()
             max_size=_MEMORY_BYTES, dir=folder
         )
+        self._folder = folder or tempfile.gettempdir()
         self._lock = threading.Lock()
         self._end = 0
         self._pieces: dict[str, list[tuple[int, int]]] = {}
@@ -29,9 +32,13 @@ class SpoolPayload:
         with self._lock:
             start = self._end
             self._file.seek(start)
-            for frame in frames:
-                self._file.write(frame)
-                self._end += len(frame)
+            try:
+                for frame in frames:
+                    self._file.write(frame)
+                    self._end += len(frame)
+            except OSError as error:
+                name_full_disk(error, self._folder)
+                raise
             self._pieces.setdefault(key, []).append((start, self._end - start))
 
     def n_bytes(self, key: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _WRITE_OUT_SECONDS = 0.1
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -41,9 +43,10 @@ def staged_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
             final.rename(work / "old")  # only a file can replace, and only a file, in one step
         result.replace(final)
         _sync_folder(final.parent)
-    except BaseException:
+    except BaseException as error:
         if os.path.lexists(work / "old") and not os.path.lexists(final):
             (work / "old").rename(final)
+        name_full_disk(error, final)
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -53,6 +56,12 @@ def check_absent(path: Path, *, overwrite: bool) -> None:
     """Raise FileExistsError if something is at ``path`` and may not be replaced."""
     if not overwrite and os.path.lexists(path):
         raise FileExistsError(f"output '{path}' exists; choose another name or ask to overwrite it")
+
+
+def name_full_disk(error: BaseException, path: str | os.PathLike[str]) -> None:
+    """Make an error that says that there is no room say where: the system's writing calls do not."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename is None:
+        error.filename = os.fspath(path)
 
 
 @contextmanager

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
-from helpers import write
+from helpers import assert_same_files, noise, roundtrip, write, write_file, write_sharded
 from vector_source.valid import WEIGHTS, folder
 from vector_source.writer import Checkpoint, Draft, Tensor, WeightFile, assemble, draft, tensor
 
 import sparsedelta
-from sparsedelta.errors import TargetMismatch
+from sparsedelta.errors import CheckpointError, TargetMismatch
 
 W = tensor("U8", [1, 2, 3, 4])
 BASE = folder(WeightFile(WEIGHTS, {"w": W}))
@@ -75,3 +77,42 @@ def test_files_that_are_not_read_as_the_delta_has_them(
     sparsedelta.apply(base, path, tmp_path / "out")
     with pytest.raises(TargetMismatch, match=message):
         sparsedelta.verify(path, target=tmp_path / "out")
+
+
+def test_files_left_out_of_the_base_are_left_out_again(tmp_path: Path) -> None:
+    one, other = noise("BF16", 8), noise("BF16", 8).changed(3)
+    base = write_sharded(tmp_path / "base", [{"w": one}, {"v": one}])
+    target = write_sharded(tmp_path / "target", [{"w": other}, {"v": one}])
+    path, out, globs = tmp_path / "delta.sd", tmp_path / "out", ["model.safetensors"]
+    write_file(base / "model.safetensors", {"w": one, "v": one})
+    with sparsedelta.diff(base, target, exclude=globs) as delta:
+        delta.save(path)
+    with pytest.raises(CheckpointError, match="--exclude"):
+        sparsedelta.apply(base, path, out)
+    sparsedelta.apply(base, path, out, exclude=globs)
+    assert_same_files(target, out)
+    report = sparsedelta.verify(path, base=base, target=out, exclude=globs[0])
+    assert report.base_checked
+    assert report.target_checked
+
+
+def test_longest_reserved_name(tmp_path: Path) -> None:
+    name = "sparsedelta:".ljust(65_535, "n")
+    one = noise("BF16", 8)
+    base = write_file(tmp_path / "base.safetensors", {name: one})
+    target = write_file(tmp_path / "target.safetensors", {name: one.changed(3)})
+    (tmp_path / "scratch").mkdir()
+    assert roundtrip(base, target, tmp_path / "scratch").nnz == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_named(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    base = put(BASE, tmp_path / "base")
+    with sparsedelta.diff(base, base) as delta:
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match=f"{os.strerror(number)}.*{tmp_path / 'out'}"):
+            sparsedelta.apply(base, delta, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["base"]
