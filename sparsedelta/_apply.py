@@ -26,7 +26,7 @@ from sparsedelta.parallel import Pace, run_all
 from sparsedelta.progress import Progress, Silent
 from sparsedelta.rebuild import BaseDiffers, Check, Digests, Write, rebuild
 from sparsedelta.sidefiles import read_side_file, write_side_file
-from sparsedelta.staging import check_absent, staged_output, synced
+from sparsedelta.staging import check_absent, check_room, staged_output, synced
 
 AnyPath: TypeAlias = str | os.PathLike[str]
 AnyDelta: TypeAlias = AnyPath | Delta
@@ -50,7 +50,7 @@ def apply(
             before it.
         out: the file or folder to make.
         verify: ``"full"`` compares the digest of every tensor of base and target, ``"touched"``
-            only those of the touched values, ``"none"`` neither. Structure, the delta itself and
+            only those of the touched values where the delta has them, ``"none"`` neither. Structure, the delta itself and
             all other files are checked in any case.
         overwrite: replace what is at ``out``.
         exclude: globs of files of ``base`` to leave out, as for ``diff``.
@@ -108,8 +108,10 @@ def check_chain(deltas: Sequence[Delta]) -> None:
 
 
 def check_apart(inputs: Iterable[AnyPath], out: AnyPath) -> None:
-    """Raise ValueError if writing ``out`` would replace or alter one of the inputs."""
+    """Raise ValueError if ``out`` would replace or alter an input, or the current folder."""
     here = Path(os.path.realpath(out))
+    if here == Path.cwd() or here in Path.cwd().parents:
+        raise ValueError(f"output '{out}' is the current folder, or holds it; choose a name within")
     for path in inputs:
         there = Path(os.path.realpath(path))
         if here == there or here in there.parents or there in here.parents:
@@ -125,6 +127,8 @@ def write_target(
     delta.payload.check()
     check_structure(delta, base)
     files = target_layout(delta, partial(read_side_file, delta, base))
+    n_bytes = sum(file.n_bytes for file in files)
+    check_room(out, n_bytes + sum(file.n_bytes for file in delta.target.side_files))
     if delta.target.is_folder:
         _make_folders(delta, out)
     for side_file in delta.target.side_files:

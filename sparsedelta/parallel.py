@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from sparsedelta.progress import Progress
+from sparsedelta.progress import Progress, Silent
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -58,6 +58,12 @@ class Pace:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._stop = threading.Event()
+
+    def unreported(self) -> Pace:
+        """Return a pace for work that was not announced: it stops with this one and reports nothing."""
+        pace = Pace(Silent())
+        pace._stop = self._stop
+        return pace
 
     def advance(self, n_bytes: int) -> None:
         """Report ``n_bytes`` done; raises Stopped if the work is to end."""

@@ -69,7 +69,8 @@ def rebuild(
         base: the base's tensor, of the dtype and shape of ``row.base``.
         payload: holds the coded chunks.
         write: receives the tensor's bytes in order; a block is valid only during the call.
-        check: ``"full"`` compares digests of all bytes, ``"touched"`` of the touched values.
+        check: ``"full"`` compares digests of all bytes, ``"touched"`` of the touched values,
+            or, where the delta has no digests of these, of all bytes.
         pace: told of every byte of the target.
         every_base: with ``"full"``, digest the base's tensor even where the target's digest proves it.
 
@@ -105,7 +106,7 @@ def _copy(
 
 
 def _check_base(row: TensorDelta, base: Tensor | None, pace: Pace) -> bytes:
-    digest = digest_tensor(_required(row, base), pace)
+    digest = digest_tensor(_required(row, base), pace.unreported())
     if row.base and digest[:DIGEST_BYTES] != row.base.digest:
         raise BaseDiffers(row, digest)
     return digest
@@ -140,6 +141,8 @@ class _Rebuild:
         pace: Pace,
         every_base: bool,
     ) -> None:
+        if check == "touched" and change.touched is None:
+            check = "full"  # there are no other digests to hold it against
         self._row = row
         self._target = target
         self._change = change
@@ -237,7 +240,8 @@ class _Rebuild:
         if self._base is None or self._base_hash is None:
             return None
         kept_bytes = self._change.keep * self._target.dtype.width
-        return digest_tensor(self._base, self._pace, offset=kept_bytes, hasher=self._base_hash)
+        pace = self._pace.unreported()
+        return digest_tensor(self._base, pace, offset=kept_bytes, hasher=self._base_hash)
 
     def _check_touched(self, hashers: tuple[blake3, blake3]) -> None:
         before, after = (hasher.digest()[:TOUCHED_BYTES] for hasher in hashers)

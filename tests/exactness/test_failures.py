@@ -437,3 +437,38 @@ def test_base_that_changes_under_a_delta_in_memory(case: Case) -> None:
         with pytest.raises(Corrupt, match="does not match its digest"):
             sparsedelta.apply(case.base, delta, case.out)
     assert os.listdir(case.place) == []
+
+
+def test_the_current_folder_is_no_output(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(case.place)
+    before = state(case.place)
+    with pytest.raises(ValueError, match="current folder"):
+        sparsedelta.apply(case.base, case.delta, ".", overwrite=True)
+    assert state(case.place) == before
+
+
+def test_an_output_that_holds_the_delta_is_refused(case: Case) -> None:
+    case.out.mkdir()
+    inside = case.out / "delta.sd"
+    shutil.copyfile(case.delta, inside)
+    with pytest.raises(ValueError, match="lie within each other"):
+        sparsedelta.apply(case.base, inside, case.out, overwrite=True)
+    assert inside.read_bytes() == case.delta.read_bytes()
+
+
+def test_progress_adds_up_to_what_was_announced(case: Case) -> None:
+    class Count:
+        announced = done = 0
+
+        def start(self, label: str, n_bytes: int) -> None:
+            self.announced += n_bytes
+
+        def advance(self, n_bytes: int) -> None:
+            self.done += n_bytes
+
+        def finish(self) -> None:
+            pass
+
+    count = Count()
+    sparsedelta.apply(case.base, case.delta, case.out, progress=count)
+    assert count.done == count.announced > 0

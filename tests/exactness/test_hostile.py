@@ -5,14 +5,24 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import assert_same_files, noise, roundtrip, write, write_file, write_sharded
 from vector_source.valid import WEIGHTS, folder
-from vector_source.writer import Checkpoint, Draft, Tensor, WeightFile, assemble, draft, tensor
+from vector_source.writer import (
+    Checkpoint,
+    Coding,
+    Draft,
+    Tensor,
+    WeightFile,
+    assemble,
+    draft,
+    tensor,
+)
 
 import sparsedelta
-from sparsedelta.errors import CheckpointError, TargetMismatch
+from sparsedelta.errors import BaseMismatch, CheckpointError, TargetMismatch
 
 W = tensor("U8", [1, 2, 3, 4])
 BASE = folder(WeightFile(WEIGHTS, {"w": W}))
@@ -77,6 +87,36 @@ def test_files_that_are_not_read_as_the_delta_has_them(
     sparsedelta.apply(base, path, tmp_path / "out")
     with pytest.raises(TargetMismatch, match=message):
         sparsedelta.verify(path, target=tmp_path / "out")
+
+
+def test_room_is_looked_for_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out = put(BASE, tmp_path / "base"), tmp_path / "out"
+    system = SimpleNamespace(f_blocks=9, f_bfree=1, f_frsize=16)
+    monkeypatch.setattr(os, "statvfs", lambda _: system)
+    with sparsedelta.diff(base, base) as delta:
+        with pytest.raises(OSError, match=f"takes [0-9]+ bytes, 16 are free.*{out}") as caught:
+            sparsedelta.apply(base, delta, out)
+        assert caught.value.errno == errno.ENOSPC
+        assert sorted(os.listdir(tmp_path)) == ["base"]
+        system.f_blocks = 0  # nothing is known
+        sparsedelta.apply(base, delta, out)
+    assert_same_files(base, out)
+
+
+def test_touched_check_without_touched_digests_checks_everything(tmp_path: Path) -> None:
+    changed = folder(WeightFile(WEIGHTS, {"w": tensor("U8", [1, 9, 3, 4])}))
+    wrong = folder(WeightFile(WEIGHTS, {"w": tensor("U8", [1, 2, 3, 5])}))
+    path = save(draft(BASE, changed, default=Coding(touched=False)), tmp_path / "delta.sd")
+    right = put(BASE, tmp_path / "base")
+    sparsedelta.apply(right, path, tmp_path / "out", verify="touched")
+    assert_same_files(put(changed, tmp_path / "target"), tmp_path / "out")
+    with pytest.raises(BaseMismatch, match="tensor 'w' has digest"):
+        sparsedelta.apply(
+            put(wrong, tmp_path / "wrong"), path, tmp_path / "again", verify="touched"
+        )
+    assert not (tmp_path / "again").exists()
 
 
 def test_files_left_out_of_the_base_are_left_out_again(tmp_path: Path) -> None:
