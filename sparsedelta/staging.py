@@ -58,6 +58,17 @@ def check_absent(path: Path, *, overwrite: bool) -> None:
         raise FileExistsError(f"output '{path}' exists; choose another name or ask to overwrite it")
 
 
+def check_room(path: Path, n_bytes: int) -> None:
+    """Raise OSError if ``n_bytes`` will not fit where ``path`` is to be, as far as the system knows."""
+    system = os.statvfs(path.parent)
+    free = system.f_bfree * system.f_frsize
+    if system.f_blocks and n_bytes > free:  # some network file systems know nothing
+        raise OSError(
+            errno.ENOSPC,
+            f"The output takes {n_bytes} bytes, {free} are free; make room or choose another place",
+        )
+
+
 def name_full_disk(error: BaseException, path: str | os.PathLike[str]) -> None:
     """Make an error that says that there is no room say where: the system's writing calls do not."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename is None:
