@@ -26,7 +26,7 @@ from sparsedelta.parallel import Pace, run_all
 from sparsedelta.progress import Progress, Silent
 from sparsedelta.rebuild import BaseDiffers, Check, Digests, Write, rebuild
 from sparsedelta.sidefiles import read_side_file, write_side_file
-from sparsedelta.staging import check_absent, check_room, staged_output, synced
+from sparsedelta.staging import check_absent, check_no_folder, check_room, staged_output, synced
 
 AnyPath: TypeAlias = str | os.PathLike[str]
 AnyDelta: TypeAlias = AnyPath | Delta
@@ -62,6 +62,7 @@ def apply(
             or that it is the target already.
         CheckpointError: ``base`` cannot be read as a checkpoint.
         FileExistsError: ``out`` exists and ``overwrite`` is false.
+        IsADirectoryError: ``out`` is a folder, and the target one file.
         ValueError: an argument is wrong.
     """
     if verify not in get_args(Check):
@@ -74,6 +75,8 @@ def apply(
             one if isinstance(one, Delta) else stack.enter_context(load(one)) for one in given
         ]
         check_chain(deltas)
+        if not deltas[-1].target.is_folder:
+            check_no_folder(Path(out))
         staged = stack.enter_context(staged_output(out, overwrite=overwrite))
         source = Path(base)
         for number, one in enumerate(deltas, 1):

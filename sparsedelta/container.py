@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 from blake3 import blake3
@@ -39,7 +40,7 @@ from sparsedelta.manifest import (
     render_manifest,
 )
 from sparsedelta.regular import open_regular
-from sparsedelta.staging import staged_output
+from sparsedelta.staging import check_no_folder, staged_output
 from sparsedelta.strictjson import NotJSON, hex_bytes
 
 FORMAT = "sparsedelta"
@@ -288,6 +289,7 @@ def read_delta(source: ByteSource) -> Delta:
 
 def write_delta(delta: Delta, path: str | os.PathLike[str], *, overwrite: bool) -> None:
     """Write a delta as one file, whole or not at all; see ``Delta.save``."""
+    check_no_folder(Path(path))
     delta.payload.check()
     hasher = blake3()
     for block in _payload_blocks(delta):

@@ -184,6 +184,7 @@ class Delta:
 
         Raises:
             FileExistsError: ``path`` exists and ``overwrite`` is false.
+            IsADirectoryError: it is a folder.
             LimitExceeded: the delta is beyond what the format can hold (FORMAT §11).
         """
         from sparsedelta.container import write_delta

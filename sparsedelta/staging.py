@@ -58,6 +58,14 @@ def check_absent(path: Path, *, overwrite: bool) -> None:
         raise FileExistsError(f"output '{path}' exists; choose another name or ask to overwrite it")
 
 
+def check_no_folder(path: Path) -> None:
+    """Raise IsADirectoryError if a folder is at ``path``: one file may not replace all that is in it."""
+    if path.is_dir():
+        raise IsADirectoryError(
+            errno.EISDIR, "A folder, and the output is one file; give the name of a file", str(path)
+        )
+
+
 def check_room(path: Path, n_bytes: int) -> None:
     """Raise OSError if ``n_bytes`` will not fit where ``path`` is to be, as far as the system knows."""
     system = os.statvfs(path.parent)

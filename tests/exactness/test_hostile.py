@@ -89,6 +89,20 @@ def test_files_that_are_not_read_as_the_delta_has_them(
         sparsedelta.verify(path, target=tmp_path / "out")
 
 
+def test_one_file_does_not_replace_a_folder(tmp_path: Path) -> None:
+    base = write_file(tmp_path / "base.safetensors", {"w": noise("U8", 4)})
+    write(tmp_path / "models/mine", b"precious")
+    os.symlink(tmp_path / "models", tmp_path / "link")
+    with sparsedelta.diff(base, base) as delta:
+        for out in (tmp_path / "models", tmp_path / "link"):
+            with pytest.raises(IsADirectoryError, match="the output is one file"):
+                delta.save(out, overwrite=True)
+            with pytest.raises(IsADirectoryError, match="the output is one file"):
+                sparsedelta.apply(base, delta, out, overwrite=True)
+    assert (tmp_path / "link/mine").read_bytes() == b"precious"
+    assert sorted(os.listdir(tmp_path)) == ["base.safetensors", "link", "models"]
+
+
 def test_room_is_looked_for_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
