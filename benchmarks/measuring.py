@@ -160,7 +160,8 @@ def write_result(path: Path, title: str, sections: Sequence[str], *, where: Path
 def options_for(description: str | None, result: str) -> argparse.ArgumentParser:
     """Return a parser with the options all benchmarks have."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
-    parser.add_argument("--work-dir", type=Path, default=WORK, help="made, removed at the end")
+    work = WORK / Path(result).stem
+    parser.add_argument("--work-dir", type=Path, default=work, help="made, removed at the end")
     parser.add_argument("--keep", action="store_true", help="leave the work folder")
     parser.add_argument("--result", type=Path, default=RESULTS / result)
     return parser

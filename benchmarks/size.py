@@ -38,6 +38,7 @@ from examples.demo import (
     load_encoder,
     make_batches,
 )
+from sparsedelta.delta import side_file_key
 
 LR = 3e-6
 SIFT_RATE = 0.01
@@ -111,8 +112,7 @@ def measure(name: str, base: Path, target: Path) -> list[str]:
             if row.change and row.target
         )
         carried = sum(
-            delta.payload.n_bytes(f"sparsedelta:file/{file.path}")
-            for file in delta.target.side_files
+            delta.payload.n_bytes(side_file_key(file.path)) for file in delta.target.side_files
         )
     payload = sum(change.coded_bytes for change in changes)
     positions = sum(chunk.coded_bytes[0] for change in changes for chunk in change.chunks)
