@@ -85,15 +85,12 @@ class Hub:
         Raises:
             RemoteError: there is no such repository or commit, or the Hub cannot be asked.
         """
-        from huggingface_hub import RepoFile
-
         try:
             with told(pinned):
-                entries = self._ask(
-                    lambda: list(
-                        self.api.list_repo_tree(
-                            pinned.repo_id, revision=pinned.revision, recursive=True
-                        )
+                # Not list_repo_tree: the client would try that for half a minute without a connection.
+                info = self._ask(
+                    lambda: self.api.model_info(
+                        pinned.repo_id, revision=pinned.revision, files_metadata=True
                     )
                 )
         except Unreachable:
@@ -102,14 +99,13 @@ class Hub:
                 raise
             return cached
         return {
-            entry.path: RemoteFile(
-                entry.path,
-                entry.lfs.size if entry.lfs else entry.size,
+            entry.rfilename: RemoteFile(
+                entry.rfilename,
+                entry.lfs.size if entry.lfs else entry.size or 0,
                 entry.lfs.sha256 if entry.lfs else None,
                 None if entry.lfs else entry.blob_id,
             )
-            for entry in entries
-            if isinstance(entry, RepoFile)
+            for entry in info.siblings or ()
         }
 
     def refs(self, repo_id: str) -> Refs | None:

@@ -12,11 +12,20 @@ from hub.hub_helpers import (
     TOKEN,
     TUNED,
     Person,
+    Shell,
     make_checkpoints,
     publish,
     save_delta,
 )
 from hub.hub_server import LoopbackHub
+
+
+@pytest.fixture(scope="session")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    """Return what runs command lines."""
+    shell = Shell(tmp_path_factory.mktemp("shell"))
+    yield shell
+    shell.close()
 
 
 @pytest.fixture
@@ -52,10 +61,12 @@ def pushed_files() -> dict[str, bytes]:
 
 
 @pytest.fixture
-def pushed(me: Person, hub: LoopbackHub, delta: Path, pushed_files: dict[str, bytes]) -> str:
+def pushed(
+    me: Person, hub: LoopbackHub, shell: Shell, delta: Path, pushed_files: dict[str, bytes]
+) -> str:
     """Put on the Hub what a push of the delta makes, pushing it the first time; return its commit."""
     if not pushed_files:
-        pusher = Person(hub, me.folder / "pusher")
+        pusher = Person(hub, me.folder / "pusher", shell)
         pusher.folder.mkdir()
         pusher.good("push", delta, TUNED, "--base-id", BASE)
         files = hub.state.head(TUNED).files
@@ -66,14 +77,14 @@ def pushed(me: Person, hub: LoopbackHub, delta: Path, pushed_files: dict[str, by
 
 
 @pytest.fixture
-def me(hub: LoopbackHub, tmp_path: Path, base_commit: str) -> Person:
+def me(hub: LoopbackHub, shell: Shell, tmp_path: Path, base_commit: str) -> Person:
     """Return the user, with an empty cache."""
-    return Person(hub, tmp_path)
+    return Person(hub, tmp_path, shell)
 
 
 @pytest.fixture
-def other(hub: LoopbackHub, tmp_path: Path) -> Person:
+def other(hub: LoopbackHub, shell: Shell, tmp_path: Path) -> Person:
     """Return somebody without a token and with a cache of their own."""
     folder = tmp_path / "other"
     folder.mkdir()
-    return Person(hub, folder, token=None)
+    return Person(hub, folder, shell, token=None)

@@ -37,12 +37,53 @@ WARNINGS = ("-W", "error", "-W", "ignore:Use 'content=<:DeprecationWarning")
 INFO: dict[str, Any] = {"sift": {"rate": 0.01, "selection": "gradient"}, "steps": 150}
 
 
+class Shell:
+    """Runs command lines, each in a process of its own; see ``zygote``."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._files = scratch / "stdout", scratch / "stderr"
+        kept = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "HUGGING"))}
+        paths = os.pathsep.join([str(SOURCE), str(Path(__file__).parents[1])])
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
+            env={**kept, "PYTHONPATH": paths, "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(
+        self, arguments: list[str], folder: Path, environment: dict[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command line."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        request = {
+            "arguments": arguments,
+            "folder": str(folder),
+            "environment": environment,
+            "stdout": str(self._files[0]),
+            "stderr": str(self._files[1]),
+        }
+        stdin.write(json.dumps(request) + "\n")
+        stdin.flush()
+        code = json.loads(stdout.readline())
+        shown = [place.read_text("utf-8") for place in self._files]
+        return subprocess.CompletedProcess(arguments, code, *shown)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
 @dataclass
 class Person:
     """Somebody with a cache of their own, who runs commands against a Hub."""
 
     hub: LoopbackHub
     folder: Path
+    shell: Shell
     token: str | None = TOKEN
     offline: bool = False
     variables: dict[str, str] = field(default_factory=dict)
@@ -52,8 +93,9 @@ class Person:
         return self.folder / "home" / "hub"
 
     def run(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run the command line in the person's folder."""
-        return self.python("-m", "sparsedelta", *arguments, **variables)
+        """Run the command line in the person's folder, in a process of its own."""
+        environment = {**self._environment(), **self.variables, **variables}
+        return self.shell.run([str(one) for one in arguments], self.folder, environment)
 
     def python(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run Python in the person's folder."""

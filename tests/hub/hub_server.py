@@ -287,7 +287,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def info(self, repo: Repo, _content: bytes, revision: str = "main") -> None:
         commit = self._commit(repo, revision or "main")
-        siblings = [{"rfilename": path} for path in sorted(commit.files)]
+        detailed = "blobs" in self.query
+        siblings = [_sibling(p, commit.files[p], detailed=detailed) for p in sorted(commit.files)]
         raise Answer(
             200,
             {
@@ -522,6 +523,15 @@ def _entry(path: str, blob: Blob) -> dict[str, Any]:
     }
     if blob.lfs:
         entry["lfs"] = {"oid": blob.sha256, "size": len(blob.data), "pointerSize": 134}
+    return entry
+
+
+def _sibling(path: str, blob: Blob, *, detailed: bool) -> dict[str, Any]:
+    entry: dict[str, Any] = {"rfilename": path}
+    if detailed:
+        entry |= {"size": len(blob.data), "blobId": blob.git_oid}
+    if detailed and blob.lfs:
+        entry["lfs"] = {"sha256": blob.sha256, "size": len(blob.data), "pointerSize": 134}
     return entry
 
 

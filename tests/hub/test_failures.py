@@ -130,7 +130,7 @@ def test_busy_hub_is_asked_again(
 ) -> None:
     for method, path in (
         ("GET", f"/api/models/{TUNED}"),
-        ("GET", f"/api/models/{BASE}/tree"),
+        ("GET", f"/api/models/{BASE}/revision/"),
         ("HEAD", f"/{BASE}/resolve/.*{SHARD}"),
     ):
         hub.fail(method, path, status=status, headers=NOW)
