@@ -47,8 +47,8 @@ GRIDS = {
 }
 HEAD_LR = 5e-3
 BATCH = 32
-MAX_TOKENS = 32
-N_DEV = 300
+MAX_TOKENS = 24
+N_DEV = 200
 WARMUP = 0.06
 COST_METHODS = ("full", "lora", "shira", "sift")
 COST_MODELS = {"minilm": (8, 64), "decoder": (2, 64)}  # name: batch, tokens
@@ -323,12 +323,16 @@ def run_quality(options: argparse.Namespace, record: Record) -> None:
             lambda: train_once(encoder, tokenizer, split, spec, options.epochs),
         )
 
-    for method in quality_methods():
-        grid = GRIDS[method["method"]]
-        found = {lr: run({**method, "lr": lr, "seed": SEEDS[0]})["dev"] for lr in grid}
-        best = max(grid, key=lambda lr: found[lr])
-        for seed in SEEDS[1:]:
-            run({**method, "lr": best, "seed": seed})
+    # All methods at each rate before the next, so that a run cut short is a comparison.
+    methods = quality_methods()
+    found: list[dict[float, float]] = [{} for _ in methods]
+    for at in (1, 0, 2):
+        for method, own in zip(methods, found, strict=True):
+            lr = GRIDS[method["method"]][at]
+            own[lr] = run({**method, "lr": lr, "seed": SEEDS[0]})["dev"]
+    for seed in SEEDS[1:]:
+        for method, own in zip(methods, found, strict=True):
+            run({**method, "lr": max(own, key=lambda lr: own[lr]), "seed": seed})
 
 
 # Record and table -----------------------------------------------------------------------------

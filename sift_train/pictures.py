@@ -26,12 +26,12 @@ def density_map(delta: str | PathLike[str], png: str | PathLike[str]) -> Path:
     """
     found = sparsedelta.inspect(delta)
     grids, _ = by_layer(found.tensors)
-    touched = [grid for grid in grids if any(cell.nnz for cell in grid.cells.values())]
+    touched = [grid for grid in grids if grid.changed_kinds]
     if not touched:
         raise ValueError(f"'{delta}' changes nothing in numbered layers; there is nothing to draw")
     figures = _figures()
     heights = [1.6 + 0.3 * len(grid.layers) for grid in touched]
-    width = 3.0 + 0.62 * max(len(_kinds(grid)) for grid in touched)
+    width = 3.0 + 0.62 * max(len(grid.changed_kinds) for grid in touched)
     figure, axes = figures.subplots(
         len(touched),
         1,
@@ -72,12 +72,8 @@ def loss_curve(source: str | PathLike[str] | Sequence[float], png: str | PathLik
     return _save(figure, png)
 
 
-def _kinds(grid: Grid) -> list[str]:
-    return [k for k in grid.kinds if any(c.nnz for (_, kind), c in grid.cells.items() if kind == k)]
-
-
 def _draw(figure: Any, axis: Any, grid: Grid) -> None:
-    kinds = _kinds(grid)
+    kinds = grid.changed_kinds
     cells = grid.cells
     rows = [
         [cells[layer, k].density if (layer, k) in cells else float("nan") for k in kinds]

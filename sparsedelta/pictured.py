@@ -60,6 +60,12 @@ class Grid:
     kinds: tuple[str, ...]
     cells: dict[tuple[int, str], Cell]
 
+    @property
+    def changed_kinds(self) -> tuple[str, ...]:
+        """The kinds of which something changed in some layer."""
+        changed = {kind for (_, kind), cell in self.cells.items() if cell.nnz}
+        return tuple(kind for kind in self.kinds if kind in changed)
+
 
 def by_layer(tensors: Iterable[Countable]) -> tuple[list[Grid], list[Cell]]:
     """Return a grid per stack of layers, and the tensors that belong to none; all in order."""

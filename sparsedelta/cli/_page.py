@@ -39,7 +39,7 @@ th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
 .facts td { text-align: left; }
 .heat { border-spacing: 2px; border-collapse: separate; }
 .heat th, .heat td { border: 0; font-size: .8rem; padding: .25rem .4rem; }
-.heat td { min-width: 3.2rem; text-align: center; border-radius: 3px; outline: 1px solid var(--line); }
+.heat td { min-width: 2.7rem; text-align: center; border-radius: 3px; outline: 1px solid var(--line); }
 .heat td:first-child { text-align: center; }
 .heat td.dark { color: var(--page); }
 .heat td.none { outline: 0; }
@@ -137,16 +137,24 @@ def _all_cells(grids: Iterable[Grid], single: Iterable[Cell]) -> list[Cell]:
 
 
 def _heat(grid: Grid, highest: float) -> str:
-    head = "".join(f'<th scope="col">{_text(kind)}</th>' for kind in grid.kinds)
+    kinds = grid.changed_kinds
+    if not kinds:
+        return ""
+    head = "".join(f'<th scope="col">{_text(kind)}</th>' for kind in kinds)
     rows = []
     for layer in grid.layers:
-        cells = "".join(_heat_cell(grid.cells.get((layer, kind)), highest) for kind in grid.kinds)
+        cells = "".join(_heat_cell(grid.cells.get((layer, kind)), highest) for kind in kinds)
         rows.append(f'<tr><th scope="row">{layer}</th>{cells}</tr>')
     return (
         f'<div class="wide"><table class="heat"><caption>{_text(grid.stack or "layers")}</caption>'
         f"<thead><tr><td class='none'></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-        "</table></div>"
+        f"</table></div>{_left_out(grid)}"
     )
+
+
+def _left_out(grid: Grid) -> str:
+    same = [kind for kind in grid.kinds if kind not in grid.changed_kinds]
+    return f"<p>Unchanged in every layer: {_text(', '.join(same))}.</p>" if same else ""
 
 
 def _heat_cell(cell: Cell | None, highest: float) -> str:
@@ -216,8 +224,9 @@ def _settings(info: Any) -> str:
     return f'<h2>How it was made</h2><table class="facts">{rows}</table>'
 
 
-def _short(value: object) -> str:
-    text = str(value)
+def _short(value: Any) -> str:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    text = ", ".join(map(str, value)) or "none" if is_list else str(value)
     return text if len(text) <= 300 else text[:300] + " …"
 
 

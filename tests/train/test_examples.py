@@ -1,0 +1,64 @@
+"""The three ways of training run as they stand in ``examples/``."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparsedelta
+
+ROOT = Path(__file__).parents[2]
+WORDS = [["sun", "warm", "light"], ["rain", "cold", "dark"]]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny encoder with a tokenizer, and texts whose words give their label away."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("examples")
+    config: Any = transformers.BertConfig(
+        vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=32, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(folder / "model")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS[0], *WORDS[1], "and"]
+    (folder / "model" / "vocab.txt").write_text("\n".join(vocabulary))
+    draw = random.Random(0)
+    lines = []
+    for number in range(200):
+        words = draw.choices(WORDS[number % 2], k=3)
+        lines.append(f"{number % 2} {' and '.join(words)}")
+    (folder / "data.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["own_loop", "hf_trainer", "own_indices"])
+def test_an_example_learns_and_writes_a_delta(place: Path, tmp_path: Path, name: str) -> None:
+    done = subprocess.run(
+        [
+            sys.executable, str(ROOT / "examples" / f"{name}.py"),
+            "--data", str(place / "data.txt"), "--model", str(place / "model"),
+            "--output", str(tmp_path / "delta.sd"), "--steps", "40",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"accuracy (?:before|after): ([\d.]+)", done.stdout)
+    before, after = map(float, found)
+    assert after > max(before, 0.7)
+    with sparsedelta.load(tmp_path / "delta.sd") as delta:
+        assert delta.nnz > 0
