@@ -174,7 +174,7 @@ def main() -> int:
     """Run the demo; return 0 if everything it claims was found true."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work-dir", type=Path, default=ROOT / ".demo", help="made afresh")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=70)
     options = parser.parse_args()
     logging: Any = transformers.utils.logging
     logging.disable_progress_bar()

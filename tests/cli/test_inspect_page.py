@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli.cli_helpers import Run, Workplace
@@ -34,7 +35,7 @@ class Reader(HTMLParser):
         self.text.append(data)
 
 
-def make_delta(folder: Path, info: dict[str, object]) -> Path:
+def make_delta(folder: Path, info: dict[str, Any]) -> Path:
     """Two layers of one stack, three experts in each, and tensors apart."""
     tensors = {
         f"model.layers.{layer}.{kind}": noise("F32", 20, 10)
@@ -61,7 +62,7 @@ def make_delta(folder: Path, info: dict[str, object]) -> Path:
     return folder / "delta.sd"
 
 
-def page_of(run: Run, folder: Path, info: dict[str, object]) -> str:
+def page_of(run: Run, folder: Path, info: dict[str, Any]) -> str:
     html = folder / "page.html"
     result = run("inspect", make_delta(folder, info), "--html", html)
     assert result.exit_code == 0, result.output
@@ -84,7 +85,7 @@ def test_the_cells_hold_the_densities(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_page_stands_by_itself_and_names_are_text(run: Run, tmp_path: Path) -> None:
-    info: dict[str, object] = {EVIL: EVIL, "settings": {"lr": 0.1}, "losses": [[1, 2.0], [5, 0.5]]}
+    info: dict[str, Any] = {EVIL: EVIL, "settings": {"lr": 0.1}, "losses": [[1, 2.0], [5, 0.5]]}
     raw = page_of(run, tmp_path, info)
     page = Reader(raw)
     assert not {"script", "link", "img", "iframe", "object", "a"} & set(page.tags)

@@ -87,7 +87,8 @@ def test_the_settings_are_in_the_delta(tmp_path: Path, bert_folder: Path) -> Non
 
 def test_the_same_seed_writes_the_same_bytes(tmp_path: Path, bert_folder: Path) -> None:
     def run(name: str, seed: int) -> bytes:
-        data = torch.utils.data.DataLoader(bert_batches(5), batch_size=None, shuffle=True)
+        batches: Any = bert_batches(5)
+        data: Any = torch.utils.data.DataLoader(batches, batch_size=None, shuffle=True)
         config = FitConfig(lr=1e-2, seed=seed)
         return fit(bert_folder, data, output=tmp_path / name, config=config).delta.read_bytes()
 

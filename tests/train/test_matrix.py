@@ -110,7 +110,7 @@ def train(
                 loss.backward()
             return sum(losses, torch.zeros(()))
 
-        optimizer.step(functools.partial(closure, batches[at : at + grad_acc]))  # type: ignore[arg-type]
+        optimizer.step(functools.partial(closure, batches[at : at + grad_acc]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

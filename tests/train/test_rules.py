@@ -15,7 +15,7 @@ from sift_train.selection import seeded_generator, top_k, top_k_of_all
 
 
 def gradients(model: nn.Module, name: str, inputs: list[Tensor]) -> list[Tensor]:
-    found = []
+    found: list[Tensor] = []
     for batch in inputs:
         found += torch.autograd.grad(square_loss(model, batch), model.get_parameter(name))
     return found

@@ -294,7 +294,8 @@ class Shapes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mixed = (x @ self.experts).sum(0) * self.vector * self.scalar
-        return mixed.sum(1) + self.conv(x.view(-1, 1, 3, 4)).flatten(1).sum(1)
+        out: Tensor = mixed.sum(1) + self.conv(x.view(-1, 1, 3, 4)).flatten(1).sum(1)
+        return out
 
 
 @pytest.mark.parametrize("rate", [0.3, 1.0])
@@ -419,9 +420,9 @@ def _transposed() -> nn.Module:
 
 
 def _same_memory() -> nn.Module:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = nn.Parameter(model[0].weight.data)
-    return model
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = nn.Parameter(first.weight.data)
+    return nn.Sequential(first, second)
 
 
 def _integers() -> nn.Module:

@@ -43,10 +43,9 @@ def base(tmp_path: Path) -> Path:
     return make_bert(tmp_path / "base", torch.float32)
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     make: Any = AutoModelForSequenceClassification
-    model: nn.Module = make.from_pretrained(folder, dtype=dtype)
-    return model
+    return make.from_pretrained(folder, dtype=dtype)
 
 
 def arguments(folder: Path, **more: Any) -> TrainingArguments:
@@ -185,7 +184,7 @@ def test_the_mixin_loads_the_best(tmp_path: Path, base: Path) -> None:
     states: list[dict[str, Tensor]] = []
 
     class Recording(SiftTrainer):
-        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # type: ignore[override]
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             states.append(snapshot(model))
             metrics = {"eval_loss": 1.0 if len(states) == 2 else 2.0}
             self.log(dict(metrics))

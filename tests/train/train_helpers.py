@@ -56,7 +56,8 @@ def make_bert(folder: Path, dtype: torch.dtype) -> Path:
     """Save a tiny random classifier, with files beside it that transformers does not write."""
     import transformers
 
-    config: Any = transformers.BertConfig(
+    make_config: Any = transformers.BertConfig  # takes more than it declares
+    config = make_config(
         vocab_size=60,
         hidden_size=16,
         num_hidden_layers=2,
@@ -66,7 +67,8 @@ def make_bert(folder: Path, dtype: torch.dtype) -> Path:
         num_labels=3,
     )
     torch.manual_seed(0)
-    model = transformers.BertForSequenceClassification(config).to(dtype)
+    make_model: Any = transformers.BertForSequenceClassification
+    model = make_model(config).to(dtype)
     model.save_pretrained(folder)
     (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n")
     (folder / "1_Pooling").mkdir()
