@@ -16,8 +16,10 @@ from train_helpers import bert_batches, make_bert
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(r"^\$ (sparsedelta .*?|diff .*?)(?: +#.*)?$", README, re.MULTILINE)
+# What is on the Hub is run by tests/hub.
+OFFLINE = re.sub(r"(?ms)^## The Hub$.*?(?=^## )", "", README)
+PYTHON = re.findall(r"```python\n(.*?)```", OFFLINE, re.DOTALL)
+COMMANDS = re.findall(r"^\$ (sparsedelta .*?|diff .*?)(?: +#.*)?$", OFFLINE, re.MULTILINE)
 
 
 @pytest.fixture

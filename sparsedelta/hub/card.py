@@ -15,8 +15,9 @@ from typing import Any
 from sparsedelta._inspect import Inspection
 from sparsedelta.delta import JSON
 from sparsedelta.hub.failures import redacted
-from sparsedelta.hub.picture import DensityMap, numbered
+from sparsedelta.hub.picture import changed_kinds
 from sparsedelta.hub.references import DELTA_NAME, Reference
+from sparsedelta.pictured import Grid, curve_points
 
 LIBRARY = "sparsedelta"
 CARD_NAME = "README.md"
@@ -52,7 +53,7 @@ class CardFacts:
     found: Inspection
     file_bytes: int
     target_bytes: int
-    picture: tuple[str, DensityMap] | None
+    picture: tuple[str, Grid] | None
     endpoint: str
 
     @property
@@ -207,8 +208,9 @@ def _where(facts: CardFacts) -> str:
     # The card is at the top of the repository, whatever folder the delta is in.
     image = f"![Density of the changes by layer and kind of tensor]({path})"
     caption = (
-        f"Rows: layers {shown.layers[0]} to {shown.layers[-1]} from the top. Columns, from the left:"
-        f" {numbered(shown.kinds)}. The darker, the more of a tensor's values changed; grey: none."
+        f"Rows: layers {shown.layers[0]} to {shown.layers[-1]} of `{_code(shown.stack)}` from the top."
+        f" Columns, from the left: {_numbered(changed_kinds(shown))}. The darker, the more of a"
+        " tensor's values changed; grey: none."
     )
     return "\n\n".join([image, caption, table])
 
@@ -234,13 +236,23 @@ def _kinds(found: Inspection) -> list[tuple[str, ...]]:
 
 def _info(info: Mapping[str, JSON]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
+    points = curve_points(info)
+    if points:
+        (first, before), (last, after) = points[0], points[-1]
+        rows.append(("`loss`", f"{before:.4g} at step {first}, {after:.4g} at step {last}"))
     for name, value in info.items():
+        if name == "losses" and points:
+            continue
         group = value if isinstance(value, dict) else {"": value}
         for inner, one in group.items():
             label = f"{name}.{inner}" if inner else name
             shown = one if isinstance(one, str) else json.dumps(one, ensure_ascii=False)
             rows.append((f"`{_code(label)}`", f"`{_code(redacted(shown))}`"))
     return rows
+
+
+def _numbered(kinds: tuple[str, ...]) -> str:
+    return ", ".join(f"{number} `{_code(kind)}`" for number, kind in enumerate(kinds, 1))
 
 
 def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

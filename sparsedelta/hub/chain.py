@@ -60,12 +60,21 @@ class Link:
 
     def record(self) -> BaseRecord | None:
         """Return the record of its base beside it, None if there is none."""
-        path = record_path(self.path)
-        file = self.repository.files.get(path)
-        if file is None or file.n_bytes > MAX_RECORD_BYTES:
-            return None
-        raw = self.repository.download([path])[path].read_bytes()
-        return parse_record(raw, f"'{path}' of '{self.repository.name}'")
+        return read_record(self.repository, self.path)
+
+
+def read_record(repository: Repository, delta_path: str) -> BaseRecord | None:
+    """Return the record of the base of a delta in a repository, None if there is none.
+
+    Raises:
+        FormatError: there is one that cannot be read.
+    """
+    path = record_path(delta_path)
+    file = repository.files.get(path)
+    if file is None or file.n_bytes > MAX_RECORD_BYTES:
+        return None
+    raw = repository.download([path])[path].read_bytes()
+    return parse_record(raw, f"'{path}' of '{repository.name}'")
 
 
 def open_link(repository: Repository) -> Link:

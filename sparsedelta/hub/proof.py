@@ -59,9 +59,7 @@ def base_reference(delta: Delta, what: str) -> Reference:
     found = parse_base_id(stated) if stated else None
     if found is None:
         said = f"only says {stated!r}" if stated else "does not say"
-        raise RemoteNotFound(
-            f"{what} {said} where its base is; give the base: a folder, or a repository org/model"
-        )
+        raise RemoteNotFound(f"{what} {said} where its base is; name the base, such as org/model")
     return found
 
 

@@ -18,9 +18,10 @@ from sparsedelta.container import load
 from sparsedelta.delta import Base, Delta
 from sparsedelta.errors import RemoteConflict, RemoteNotFound
 from sparsedelta.hub.card import CARD_NAME, CardFacts, renewed_card
+from sparsedelta.hub.chain import read_record
 from sparsedelta.hub.client import Hub, RemoteFile, Token
 from sparsedelta.hub.failures import told
-from sparsedelta.hub.picture import density_map, render_png
+from sparsedelta.hub.picture import changed_grid, render_png
 from sparsedelta.hub.proof import Proof, base_reference, parse_base_id, prove_base
 from sparsedelta.hub.record import is_content, record_path, render_record
 from sparsedelta.hub.references import DELTA_NAME, DELTA_SUFFIX, Reference, is_repo_id
@@ -134,7 +135,8 @@ def push(
     with _opened(delta) as opened:
         hub = Hub(token)
         place = _find_place(hub, repo_id, revision or MAIN, tag, create_pr=create_pr)
-        reference = _wanted_base(opened, base_id)
+        recorded = _recorded_base(opened, place, _delta_path(subfolder))
+        reference = _wanted_base(opened, base_id, recorded)
         local = Path(base) if base is not None else None
         proof = prove_base(hub, opened, reference, local=local, progress=progress)
         with tempfile.TemporaryDirectory(prefix="sparsedelta-push-") as folder:
@@ -193,19 +195,29 @@ def _opened(delta: AnyDelta) -> Iterator[Delta]:
         yield opened
 
 
-def _wanted_base(delta: Delta, base_id: str | None) -> Reference:
-    """Return the base to prove: the one given; at the commit the delta names, if it is that one."""
+def _recorded_base(delta: Delta, place: _Place, path: str) -> Reference | None:
+    """Return the base that was proved when a delta on the same base was pushed to the same place."""
+    repository = place.repository
+    if repository is None or path not in repository.files:
+        return None
+    record = read_record(repository, path)
+    if record is None or record.fingerprint != delta.base.fingerprint.hex():
+        return None
+    return parse_base_id(record.base)
+
+
+def _wanted_base(delta: Delta, base_id: str | None, recorded: Reference | None) -> Reference:
+    """Return the base to prove: the one given, or known; at the commit it is known at, if it is."""
     stated = parse_base_id(delta.base.id) if delta.base.id else None
+    known = [one for one in (stated, recorded) if one is not None]
     if base_id is None:
-        return base_reference(delta, "the delta")
+        return known[0] if known else base_reference(delta, "the delta")
     given = parse_base_id(base_id)
     if given is None:
         raise ValueError(
             f"base_id {base_id!r} names no repository; write org/model or org/model@revision"
         )
-    if stated and stated.at(None) == given and stated.is_pinned:
-        return stated
-    return given
+    return next((one for one in known if one.is_pinned and one.at(None) == given), given)
 
 
 def _find_place(hub: Hub, repo_id: str, branch: str, tag: str | None, *, create_pr: bool) -> _Place:
@@ -245,7 +257,7 @@ def _make_files(
     pinned.save(made[path])
     found = inspect(made[path])
     contents = {record_path(path): render_record(proof.record)}
-    shown = density_map(found)
+    shown = changed_grid(found)
     picture = path.removesuffix(DELTA_SUFFIX) + PICTURE_SUFFIX
     if shown is not None:
         contents[picture] = render_png(shown)

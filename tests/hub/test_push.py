@@ -195,6 +195,9 @@ def test_base_that_moved_on_keeps_its_pin(
     hub.state.add_commit(BASE, {"README.md": b"new words"})
     for more in ((), ("--base-id", BASE)):
         assert f"base: {BASE}@{base_commit}," in me.good("push", delta, TUNED, *more)
+    unnamed = save_delta(*checkpoints, me.folder / "unnamed.sd")
+    for more in ((), ("--base-id", BASE)):  # the record in the repository remembers
+        assert "nothing was pushed" in me.good("push", unnamed, TUNED, *more)
     assert len(hub.state.repos[TUNED].commits) == 2
 
 
