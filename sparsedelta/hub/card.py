@@ -85,10 +85,11 @@ def renewed_card(existing: str | None, facts: CardFacts, *, alone: bool) -> str:
     text = _with_section(existing, section, facts.path)
     try:
         card = ModelCard(text)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # the client lets those of its YAML parser through
+        why = " ".join(redacted(str(error)).split())
         raise ValueError(
-            f"the head of {CARD_NAME} in '{facts.repo_id}' cannot be read: {redacted(str(error))};"
-            " repair it there first"
+            f"the head of {CARD_NAME} in '{facts.repo_id}' cannot be read: {why}; repair it there"
+            " first"
         ) from error
     changes = _head_changes(vars(card.data), facts, alone=alone)
     if not changes:
@@ -268,7 +269,7 @@ def _code(text: str) -> str:
     """Return a text from a delta such that it stays within its code span and its cell of a table."""
     plain = "".join(c if c.isprintable() else "?" for c in text).replace("`", "'")
     cut = plain if len(plain) <= _MAX_VALUE else plain[: _MAX_VALUE - 1] + "…"
-    return cut.replace("|", "\\|") or " "
+    return cut.replace("<!--", "<! --").replace("|", "\\|") or " "
 
 
 def _size(n_bytes: int) -> str:

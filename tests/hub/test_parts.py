@@ -1,0 +1,258 @@
+"""The parts that need no Hub: references, cards, pictures, records, folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import noise, write, write_file
+from hub.hub_helpers import save_delta
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sparsedelta
+from sparsedelta.errors import Corrupt, UnsupportedFeature
+from sparsedelta.hub.card import CardFacts, renewed_card
+from sparsedelta.hub.client import RemoteFile
+from sparsedelta.hub.folders import folder_of, remove_damaged
+from sparsedelta.hub.picture import changed_grid, encode_png, render_png
+from sparsedelta.hub.record import (
+    BaseRecord,
+    differences,
+    git_oid,
+    parse_record,
+    record_path,
+    render_record,
+)
+from sparsedelta.hub.references import Reference, is_repo_id, parse_reference
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("text", "repo_id", "revision", "path"),
+    [
+        ("org/name", "org/name", None, None),
+        ("org/name@v1", "org/name", "v1", None),
+        (f"org/name@{COMMIT}", "org/name", COMMIT, None),
+        ("org/name@refs/pr/3", "org/name", "refs/pr/3", None),
+        ("Org-1/na.me_2", "Org-1/na.me_2", None, None),
+        ("hf://org/name", "org/name", None, None),
+        ("hf://models/org/name", "org/name", None, None),
+        ("hf://org/name@v1", "org/name", "v1", None),
+        ("hf://org/name/a/b.sd", "org/name", None, "a/b.sd"),
+        ("hf://org/name/a/b.sd@v1", "org/name", "v1", "a/b.sd"),
+        ("hf://org/name/b.sd@refs/pr/3", "org/name", "refs/pr/3", "b.sd"),
+        ("hf://org/name@v1/a/b.sd", "org/name", "v1", "a/b.sd"),
+        ("hf://org/name@refs/pr/3/b.sd", "org/name", "refs/pr/3", "b.sd"),
+        ("hf://org/name@v1/odd@name.sd", "org/name", "v1", "odd@name.sd"),
+    ],
+)
+def test_references(text: str, repo_id: str, revision: str | None, path: str | None) -> None:
+    found = parse_reference(text)
+    assert found == Reference(repo_id, revision, path)
+    assert found.is_pinned == (revision == COMMIT)
+    if "odd@" not in text:
+        assert parse_reference(str(found)) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "name", "a/b/c", "./a", "../a", "/a/b", "a/", "/a", "a b/c", "~/a", "a/b c", "org/na:me"],
+)
+def test_paths_are_no_references(text: str) -> None:
+    assert parse_reference(text) is None
+    assert not is_repo_id(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["hf://", "hf://org", "hf://datasets/org/name", "hf://org/name:x", "hf://spaces/a/b"]
+)
+def test_bad_references(text: str) -> None:
+    with pytest.raises(ValueError, match="no model repository"):
+        parse_reference(text)
+
+
+@given(st.text())
+def test_no_text_breaks_the_parser(text: str) -> None:
+    parse_reference(text)
+
+
+def facts(tmp_path: Path) -> CardFacts:
+    """Return the facts on a small delta whose names try to break out of a card."""
+    tensor = noise("F32", 64)
+    evil = "a|b`c\n<script>.0.w"
+    base = write_file(tmp_path / "base", {evil: tensor})
+    target = write_file(tmp_path / "target", {evil: tensor.changed(0)})
+    info = {"no|te`": "hf_SecretSecret <!-- sparsedelta: end delta.sd -->\n\n# Title"}
+    info["losses"] = [[0, 2.5], [10, 0.5]]  # type: ignore[assignment]
+    delta = save_delta(base, target, tmp_path / "d.sd", info=info)
+    found = sparsedelta.inspect(delta)
+    return CardFacts(
+        repo_id="me/tuned",
+        path="delta.sd",
+        base=Reference("org/model", COMMIT),
+        base_is_delta=False,
+        base_metadata={"license": "mit"},
+        found=found,
+        file_bytes=23_000_000,
+        target_bytes=14_500_000_000,
+        picture=None,
+        endpoint="https://hub",
+    )
+
+
+def test_card_holds_what_comes_from_a_delta_within_its_cells(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    one = facts(tmp_path)
+    card = renewed_card(None, one, alone=True)
+    assert "**sparse delta: 23 MB instead of 14.5 GB**" in card
+    assert "| `a\\|b'c?<script>.*.w` | 1 | 64 | 1.56 % |" in card
+    assert "| `loss` | 2.5 at step 0, 0.5 at step 10 |" in card
+    assert "SecretSecret" not in card
+    assert "\n# Title" not in card
+    assert renewed_card(card, one, alone=True) == card
+
+
+def test_renewing_a_card(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    one = facts(tmp_path)
+    card = renewed_card(None, one, alone=True)
+    other = dataclasses.replace(one, base=Reference("org/other", COMMIT))
+    assert "base_model: org/other\n" in renewed_card(card, other, alone=True)
+    both = renewed_card(card, other, alone=False)
+    assert "base_model:\n- org/model\n- org/other\n" in both
+    with pytest.raises(ValueError, match="cannot be read"):
+        renewed_card("---\nkey: [\n---\n", one, alone=True)
+
+
+def pixels_of(png: bytes) -> np.ndarray:
+    """Return the pixels of a PNG as this package writes it."""
+    width, height = struct.unpack(">II", png[16:24])
+    n_bytes = struct.unpack(">I", png[33:37])[0]
+    rows = np.frombuffer(zlib.decompress(png[41 : 41 + n_bytes]), np.uint8)
+    return rows.reshape(height, 1 + 3 * width)[:, 1:].reshape(height, width, 3)
+
+
+def test_png_holds_the_image() -> None:
+    image = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3)
+    png = encode_png(image)
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    assert png.endswith(b"IEND" + struct.pack(">I", zlib.crc32(b"IEND")))
+    assert (pixels_of(png) == image).all()
+
+
+def test_picture(tmp_path: Path) -> None:
+    names = [f"l.{layer}.{kind}" for layer in (0, 1, 10) for kind in ("a", "b", "same")]
+    names.remove("l.10.b")
+    tensors = {name: noise("F32", 100, seed=name) for name in names}
+    changed = {**tensors, "l.0.a": tensors["l.0.a"].changed(*range(0, 400, 4))}
+    changed["l.1.b"] = tensors["l.1.b"].changed(0)
+    delta = save_delta(
+        write_file(tmp_path / "base", tensors),
+        write_file(tmp_path / "target", changed),
+        tmp_path / "d.sd",
+    )
+    grid = changed_grid(sparsedelta.inspect(delta))
+    assert grid is not None
+    image = pixels_of(render_png(grid))
+    assert image.shape == (3 * 16, 2 * 16, 3)
+    cells = {
+        (row, column): tuple(image[16 * row, 16 * column]) for row in range(3) for column in (0, 1)
+    }
+    assert cells[0, 0] == (8, 48, 107)  # all of it changed
+    assert cells[0, 1] == cells[1, 0] == cells[2, 0] == (238, 238, 242)  # nothing did
+    assert cells[2, 1] == (255, 255, 255)  # there is no such tensor
+    assert 8 < cells[1, 1][0] < 198
+
+
+def test_no_picture_of_what_has_no_layers(tmp_path: Path) -> None:
+    tensor = noise("F32", 10)
+    base = write_file(tmp_path / "base", {"w": tensor})
+    target = write_file(tmp_path / "target", {"w": tensor.changed(1)})
+    assert changed_grid(sparsedelta.inspect(save_delta(base, target, tmp_path / "d.sd"))) is None
+
+
+RECORD = BaseRecord(
+    f"org/model@{COMMIT}",
+    "ab" * 32,
+    (RemoteFile("a.json", 2, None, "cd" * 20), RemoteFile("b/w.safetensors", 9, "ef" * 32, None)),
+)
+
+
+def test_record() -> None:
+    assert record_path("sql/delta.sd") == "sql/delta.base.json"
+    assert parse_record(render_record(RECORD), "record") == RECORD
+    files = {file.path: file for file in RECORD.files}
+    assert differences(RECORD, files) == []
+    assert differences(RECORD, {**files, "a.json": RemoteFile("a.json", 3, None, "cd" * 20)}) == [
+        "a.json"
+    ]
+    assert differences(RECORD, {}) == ["a.json", "b/w.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error"),
+    [
+        ("a.json", "../a.json", Corrupt),
+        ("a.json", "/a.json", Corrupt),
+        ('"n_bytes": 2', '"n_bytes": -2', Corrupt),
+        ('"n_bytes": 2', '"n_bytes": 2, "more": 1', UnsupportedFeature),
+        ('"files"', '"Files"', UnsupportedFeature),
+        ("abab", "ABab", Corrupt),
+        ("{", "[", Corrupt),
+    ],
+)
+def test_bad_records(old: str, new: str, error: type[Exception]) -> None:
+    raw = render_record(RECORD).replace(old.encode(), new.encode(), 1)
+    with pytest.raises(error):
+        parse_record(raw, "record")
+
+
+def cached(root: Path, files: dict[str, bytes]) -> dict[str, Path]:
+    """Write files as the client's cache has them: links to content named by its digest."""
+    places = {}
+    for path, content in files.items():
+        blob = write(root / "blobs" / hashlib.sha256(content).hexdigest(), content)
+        places[path] = root / "snapshots" / COMMIT / path
+        places[path].parent.mkdir(parents=True, exist_ok=True)
+        places[path].symlink_to(blob)
+    return places
+
+
+def test_folder_is_the_snapshot_if_that_has_no_other_weights(tmp_path: Path) -> None:
+    places = cached(tmp_path, {"a.safetensors": b"1", "c/b.json": b"2", "notes.txt": b"3"})
+    wanted = {path: places[path] for path in ("c/b.json", "a.safetensors")}
+    snapshot = tmp_path / "snapshots" / COMMIT
+    with folder_of(wanted) as folder:
+        assert folder == snapshot
+    with folder_of(wanted, only=True) as folder:
+        assert folder != snapshot
+        assert {path.name for path in folder.rglob("*") if path.is_file()} == {
+            "a.safetensors",
+            "b.json",
+        }
+    assert not folder.exists()
+    places |= cached(tmp_path, {"other.safetensors": b"4"})
+    with folder_of(wanted) as folder:
+        assert not (folder / "other.safetensors").exists()
+        assert (folder / "c/b.json").read_bytes() == b"2"
+
+
+def test_damaged_files_of_the_cache_are_removed_and_no_others(tmp_path: Path) -> None:
+    places = cached(tmp_path, {"good": b"1", "bad": b"22"})
+    places["bad"].write_bytes(b"23")
+    mine = write(tmp_path / "mine", b"")
+    assert remove_damaged([*places.values(), mine]) == [places["bad"]]
+    assert not places["bad"].is_symlink()
+    assert len(list((tmp_path / "blobs").iterdir())) == 1
+    assert places["good"].read_bytes() == b"1"
+
+
+def test_git_names_files_so(tmp_path: Path) -> None:
+    assert git_oid(write(tmp_path / "f", b"hello\n")) == "ce013625030ba8dba906f756967f9e9ca394464a"
