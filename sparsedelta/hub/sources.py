@@ -1,0 +1,167 @@
+"""Repositories in the place of paths: fetched into the cache, and given as files and folders on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsedelta._diff import UNREAD_WEIGHT_SUFFIXES
+from sparsedelta.delta import Delta
+from sparsedelta.errors import (
+    BaseMismatch,
+    CheckpointError,
+    FormatError,
+    MismatchError,
+    RemoteNotFound,
+)
+from sparsedelta.hub.chain import Link, files_of_base, follow, open_link, raise_if_damaged
+from sparsedelta.hub.client import Hub, Token
+from sparsedelta.hub.folders import folder_of
+from sparsedelta.hub.proof import base_reference, check_link, check_remote_structure
+from sparsedelta.hub.record import differences
+from sparsedelta.hub.references import Reference
+from sparsedelta.hub.repository import Repository, open_repository
+from sparsedelta.weightsets import WEIGHT_SUFFIX
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedBase:
+    """A base on disk.
+
+    Attributes:
+        name: the repository with its weights, pinned.
+        folder: the weights and the side files wanted.
+        deltas: those to be applied to it first, where the repository named is itself a delta.
+    """
+
+    name: str
+    folder: Path
+    deltas: tuple[Delta, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteBaseReport:
+    """What the Hub's word shows of the base of a delta.
+
+    Attributes:
+        base: its repository, pinned.
+        recorded: whether the delta's repository records which files were proved to be its base, and
+            the Hub has just these.
+        n_files: how many they are.
+    """
+
+    base: str
+    recorded: bool
+    n_files: int
+
+
+@contextmanager
+def remote_delta(reference: Reference, *, token: Token = None) -> Iterator[Delta]:
+    """Yield a delta on the Hub of which only header and manifest are fetched; the rest when it is read.
+
+    Raises:
+        FormatError: it is not a delta this version can read.
+        RemoteError: it cannot be had.
+    """
+    with open_repository(Hub(token), reference).read_delta() as delta:
+        yield delta
+
+
+def fetch_delta(reference: Reference, *, token: Token = None) -> Path:
+    """Return where a delta on the Hub is on disk, downloaded unless it is in the cache.
+
+    Raises:
+        FormatError: it is not a delta this version can read, or damaged.
+        RemoteError: it cannot be had.
+    """
+    link = open_link(open_repository(Hub(token), reference))
+    link.delta.close()
+    return link.place
+
+
+@contextmanager
+def fetched_base(
+    reference: Reference, delta: Delta, *, token: Token = None
+) -> Iterator[FetchedBase]:
+    """Yield a repository as the base for a delta; only the files that the delta needs are downloaded.
+
+    Raises:
+        MismatchError: it cannot be the base.
+        RemoteError: it cannot be had.
+    """
+    hub = Hub(token)
+    base = open_repository(hub, reference)
+    links: list[Link] = []
+    with ExitStack() as stack:
+        if base.is_delta_repository:
+            links, base = follow(hub, open_link(base))
+            for link in links:
+                stack.enter_context(link.delta)
+        places = base.download(files_of_base(base, links[0]) if links else base.base_files(delta))
+        folder = stack.enter_context(folder_of(places))
+        try:
+            yield FetchedBase(base.name, folder, tuple(link.delta for link in links))
+        except (MismatchError, FormatError, CheckpointError) as error:
+            raise_if_damaged([*places.values()], error)
+            raise
+
+
+@contextmanager
+def fetched_checkpoint(reference: Reference, *, token: Token = None) -> Iterator[tuple[str, Path]]:
+    """Yield a repository's name at its commit, and its files that belong to a checkpoint in a folder.
+
+    Weights in other formats than safetensors and git's own files are left out.
+
+    Raises:
+        RemoteError: it cannot be had, or holds no weights.
+    """
+    repository = open_repository(Hub(token), reference)
+    if not repository.has_weights:
+        hint = "it holds a delta, pull it first" if repository.is_delta_repository else "convert it"
+        raise RemoteNotFound(
+            f"repository '{repository.name}' holds no {WEIGHT_SUFFIX} files; {hint}"
+        )
+    wanted = [path for path in repository.files if _is_of_checkpoint(path)]
+    with folder_of(repository.download(wanted), only=True) as folder:
+        yield repository.name, folder
+
+
+def check_remote_base(reference: Reference, *, token: Token = None) -> RemoteBaseReport:
+    """Return what the Hub shows of the base of a delta there, without a download of weights.
+
+    The names, dtypes and shapes of all tensors are compared by headers; the hashes of files with those
+    that were proved to be the base's when the delta was pushed, if that was recorded.
+
+    Raises:
+        MismatchError: the base is another.
+        RemoteError: the delta or the base cannot be had.
+    """
+    hub = Hub(token)
+    link = open_link(open_repository(hub, reference))
+    with link.delta as delta:
+        base = open_repository(hub, base_reference(delta, f"the delta in '{reference.repo_id}'"))
+        record = link.record()
+        files = record.files if record else ()
+        if record is not None:
+            _check_record(base, link, differences(record, base.files))
+        if base.is_delta_repository:
+            with base.read_delta() as before:
+                check_link(before, delta, base.name)
+        else:
+            check_remote_structure(base, delta)
+        return RemoteBaseReport(base.name, record is not None, len(files))
+
+
+def _check_record(base: Repository, link: Link, different: list[str]) -> None:
+    if different:
+        raise BaseMismatch(
+            f"file {different[0]!r} of '{base.name}' is not the one that is recorded in"
+            f" '{link.repository.name}' as proved to be the base; pull the delta with a base of your own"
+        )
+
+
+def _is_of_checkpoint(path: str) -> bool:
+    name = path.rpartition("/")[2]
+    return not name.startswith(".git") and not name.lower().endswith(UNREAD_WEIGHT_SUFFIXES)
