@@ -69,11 +69,23 @@ def _resized(raw: Raw, n_rows: int, seed: object) -> Raw:
     """Return a tensor with rows cut or added."""
     shape = (n_rows, *raw.shape[1:])
     other = noise(raw.dtype, *shape, seed=seed)
-    return Raw(raw.dtype, shape, (raw.data + other.data[len(raw.data) :])[: len(other.data)])
+    made = other.with_data((raw.data + other.data[len(raw.data) :])[: len(other.data)])
+    return _with_zeros(made, random.Random(f"{seed}"))
+
+
+def _with_zeros(raw: Raw, draw: random.Random) -> Raw:
+    """Return a tensor some elements of which are zero bits, as those that a base has not."""
+    width = WIDTHS[raw.dtype]
+    data = bytearray(raw.data)
+    for start in range(0, len(data), width):
+        if draw.random() < 0.3:
+            data[start : start + width] = bytes(width)
+    return raw.with_data(bytes(data))
 
 
 def _new_tensor(draw: random.Random) -> Raw:
-    return noise(draw.choice(DTYPES), draw.choice([0, 1, 5, 9]), 4, seed=draw.random())
+    raw = noise(draw.choice(DTYPES), draw.choice([0, 1, 5, 9]), 4, seed=draw.random())
+    return _with_zeros(raw, draw)
 
 
 IN_PLACE = ("keep", "change", "change", "back")

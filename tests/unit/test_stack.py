@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import Raw, assert_same_files, noise, of_array, write, write_file
+from helpers import Raw, assert_same_files, noise, of_array, small_chunks, write, write_file
 
 import sparsedelta
 from sparsedelta import Delta
@@ -390,3 +390,22 @@ def test_the_payload_is_let_go_on_failure(
     with pytest.raises(ConflictError):
         sparsedelta.stack(a, b)
     assert len(closed) == 1
+
+
+def test_what_is_cut_stays_cut(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk that one delta alone touches, cut by the next and grown again by the last with zeros."""
+    assert sparsedelta.stack is not sparsedelta.diff  # its modules are imported now
+    small_chunks(monkeypatch, 8, 16)
+    raw = noise("U8", 8)
+    folders = [
+        make.checkpoint({"w": Raw("U8", (len(data),), data)})
+        for data in (
+            raw.data,
+            raw.changed(1, 6).data,
+            raw.changed(1).data[:5],
+            raw.changed(1).data[:5] + bytes(3),
+        )
+    ]
+    result = make.stack(*deltas_of(make, folders))
+    assert result.nnz == 1
+    make.check(result, folders[0], folders[-1])
