@@ -3,14 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+HUB_1X := $(VENV)-hub-1x
 
-.PHONY: demo test lint format bench vectors clean
+.PHONY: demo test test-hub-1x lint format bench vectors clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
+
+# The Hub's tests with the last huggingface_hub before 2, which transformers still asks for.
+test-hub-1x: $(HUB_1X)/.ready
+	$(HUB_1X)/bin/python -m pytest -n auto tests/hub
 
 lint: $(READY)
 	$(BIN)/ruff format --check
@@ -30,5 +35,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[hub,train]" --group demo --group dev
 	touch $@
 
+$(HUB_1X)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(HUB_1X)
+	$(HUB_1X)/bin/python -m pip install --quiet -e . "huggingface_hub>=1.30,<2" pytest pytest-xdist hypothesis
+	touch $@
+
 clean:
-	rm -rf $(VENV) .demo build dist
+	rm -rf $(VENV) $(HUB_1X) .demo build dist

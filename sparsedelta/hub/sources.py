@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsedelta._diff import UNREAD_WEIGHT_SUFFIXES
+from sparsedelta._stack import stack
 from sparsedelta.delta import Delta
 from sparsedelta.errors import (
     BaseMismatch,
@@ -16,12 +17,19 @@ from sparsedelta.errors import (
     MismatchError,
     RemoteNotFound,
 )
-from sparsedelta.hub.chain import Link, files_of_base, follow, open_link, raise_if_damaged
+from sparsedelta.hub.chain import (
+    Link,
+    fetching_base,
+    files_of_base,
+    follow,
+    open_link,
+    raise_if_damaged,
+)
 from sparsedelta.hub.client import Hub, Token
 from sparsedelta.hub.folders import folder_of
 from sparsedelta.hub.proof import base_reference, check_link, check_remote_structure
 from sparsedelta.hub.record import differences
-from sparsedelta.hub.references import Reference
+from sparsedelta.hub.references import Reference, parse_reference
 from sparsedelta.hub.repository import Repository, open_repository
 from sparsedelta.weightsets import WEIGHT_SUFFIX
 
@@ -82,6 +90,40 @@ def fetch_delta(reference: Reference, *, token: Token = None) -> Path:
 
 
 @contextmanager
+def fetched(reference: str | Reference, *, token: Token = None) -> Iterator[tuple[Delta, Path]]:
+    """Yield a delta on the Hub and the folder of its base with weights, both downloaded or cached.
+
+    Of a delta whose base is a delta itself, all of the chain is stacked into one. So nothing is
+    written, and ``sparsedelta.load_model`` or ``sparsedelta.apply`` can take both.
+
+    Args:
+        reference: ``org/name``, ``org/name@revision`` or ``hf://org/name/path@revision``.
+        token: of the Hub; None: the one that is logged in.
+
+    Raises:
+        FormatError, MismatchError, ConflictError: a part is not what it should be.
+        RemoteError: a part cannot be had.
+        ValueError: ``reference`` names no repository.
+    """
+    wanted = parse_reference(reference) if isinstance(reference, str) else reference
+    if wanted is None:
+        raise ValueError(f"{reference!r} is no repository; write org/name or hf://org/name/path")
+    hub = Hub(token)
+    links, base = follow(hub, open_link(open_repository(hub, wanted)))
+    with ExitStack() as context:
+        deltas = [context.enter_context(link.delta) for link in links]
+        with fetching_base(links[0]):
+            places = base.download(files_of_base(base, links[0]))
+        folder = context.enter_context(folder_of(places))
+        delta = deltas[0] if len(deltas) == 1 else context.enter_context(stack(*deltas))
+        try:
+            yield delta, folder
+        except (MismatchError, FormatError, CheckpointError) as error:
+            raise_if_damaged([*places.values()], error)
+            raise
+
+
+@contextmanager
 def fetched_base(
     reference: Reference, delta: Delta, *, token: Token = None
 ) -> Iterator[FetchedBase]:
@@ -94,13 +136,13 @@ def fetched_base(
     hub = Hub(token)
     base = open_repository(hub, reference)
     links: list[Link] = []
-    with ExitStack() as stack:
+    with ExitStack() as context:
         if base.is_delta_repository:
             links, base = follow(hub, open_link(base))
             for link in links:
-                stack.enter_context(link.delta)
+                context.enter_context(link.delta)
         places = base.download(files_of_base(base, links[0]) if links else base.base_files(delta))
-        folder = stack.enter_context(folder_of(places))
+        folder = context.enter_context(folder_of(places))
         try:
             yield FetchedBase(base.name, folder, tuple(link.delta for link in links))
         except (MismatchError, FormatError, CheckpointError) as error:

@@ -82,6 +82,18 @@ def test_apply_and_verify_on_a_link(
     assert "has the 1 file proved when the delta was pushed" in other.good("verify", "me/second")
 
 
+def test_fetched_chain_is_one_delta(
+    other: Person, hub: LoopbackHub, chain: list[str], states: list[Path]
+) -> None:
+    script = (
+        "import sparsedelta\nfrom sparsedelta.hub.sources import fetched\n"
+        "with fetched('me/second') as (delta, base): sparsedelta.apply(base, delta, 'out')\n"
+    )
+    done = other.python("-c", script)
+    assert done.returncode == 0, done.stderr
+    assert_same_files(states[2], other.folder / "out")
+
+
 def test_a_link_that_was_replaced(
     me: Person, other: Person, hub: LoopbackHub, states: list[Path], chain: list[str]
 ) -> None:
