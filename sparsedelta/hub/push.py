@@ -33,6 +33,7 @@ from sparsedelta.sidefiles import carried_content
 CONFIG_NAME = "config.json"
 PICTURE_SUFFIX = ".png"
 MAIN = "main"
+PULL_REQUEST = "refs/pr/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,8 @@ def push(
         base: a local copy of the base, so that it need be neither in the cache nor downloaded.
         subfolder: folder of the repository to put it in, where there are several.
         private: whether a repository that is made is private.
-        revision: branch to push to, made from the default branch if it does not exist.
+        revision: branch to push to, made from the default branch if it does not exist; or
+            ``refs/pr/N``, a pull request that is open.
         create_pr: open a pull request in place of pushing to the branch.
         commit_message: first line of the commit's message.
         commit_description: the rest of it.
@@ -230,6 +232,8 @@ def _find_place(hub: Hub, repo_id: str, branch: str, tag: str | None, *, create_
             )
         return _Place(False, branch, None, {}, None)
     head = refs.branches.get(branch)
+    if head is None and branch.startswith(PULL_REQUEST):
+        head = hub.pin(Reference(repo_id, branch)).revision
     start = head or refs.branches.get(MAIN)
     if tag is not None and tag in refs.tags and refs.tags[tag] != head:
         raise RemoteConflict(

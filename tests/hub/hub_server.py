@@ -464,9 +464,10 @@ class _Handler(BaseHTTPRequestHandler):
             number, commit = repo.open_pull_request(parent, changes, message, description)
             pull_request = f"{self.server_hub.url}/{repo.id}/discussions/{number}"
             self._committed(repo, commit, {"pullRequestUrl": pull_request})
-        if revision not in repo.branches:
+        head = repo.names(revision).get(revision)
+        if head is None:
             self._commit(repo, "no such branch " + revision)
-        if header.get("parentCommit") not in (None, repo.branches[revision]):
+        if header.get("parentCommit") not in (None, head):
             message = "A commit has happened since. Please refresh and try again."
             raise Answer(412, {"error": message}, {"X-Error-Message": message})
         self._committed(repo, repo.commit(revision, changes, message, description), {})

@@ -82,10 +82,14 @@ class Repo:
     def commit(
         self, branch: str, changes: Mapping[str, Blob | None], message: str, description: str = ""
     ) -> Commit:
-        """Add a commit to a branch: files set, or removed where the value is None."""
-        oid = self._next(self.branches[branch], changes, message, description)
-        self.branches[branch] = oid
+        """Add a commit to a branch or pull request: files set, or removed where the value is None."""
+        names = self.names(branch)
+        oid = names[branch] = self._next(names[branch], changes, message, description)
         return self.commits[oid]
+
+    def names(self, branch: str) -> dict[str, str]:
+        """Return where the commit of a branch or pull request is noted."""
+        return self.pull_requests if branch.startswith("refs/pr/") else self.branches
 
     def open_pull_request(
         self, parent: str, changes: Mapping[str, Blob | None], message: str, description: str

@@ -236,6 +236,11 @@ def test_branch_tag_and_pull_request(me: Person, hub: LoopbackHub, delta: Path) 
     proposed = repo.commits[repo.pull_requests["refs/pr/1"]]
     assert (proposed.message, proposed.description) == ("Mine", "More")
     assert "delta.sd" not in repo.commits[repo.branches["main"]].files
+    assert "nothing was pushed" in me.good(*arguments, "--revision", "refs/pr/1")
+    repo.commit("refs/pr/1", {"delta.sd": None}, "Remove")
+    me.good(*arguments, "--revision", "refs/pr/1")
+    assert "delta.sd" in repo.commits[repo.pull_requests["refs/pr/1"]].files
+    assert {*repo.branches} == {"main", "dev"}
     error = me.bad(*arguments, "--tag", "v1")
     assert "has a tag 'v1' already" in error
     assert "a pull request is made to 'main'" in me.bad(
