@@ -15,7 +15,7 @@ SparseDeltaError
 │  ├─ StructureMismatch            other tensors, dtypes or shapes
 │  └─ TargetMismatch               a checkpoint is not the delta's target
 ├─ CheckpointError (ValueError)    base or target cannot be read as a checkpoint
-├─ ConflictError (ValueError)      deltas that cannot be stacked
+├─ ConflictError (ValueError)      deltas that cannot be stacked, inverted or merged
 └─ RemoteError                     the Hub said no
    ├─ RemoteNotFound               no such repository, revision or file there
    ├─ AccessDenied                 private, gated, or the token is not good for it
@@ -137,7 +137,7 @@ class CheckpointError(SparseDeltaError, ValueError):
 
 
 class ConflictError(SparseDeltaError, ValueError):
-    """Deltas that cannot be stacked."""
+    """Deltas that cannot be stacked, inverted or merged as was asked."""
 
     code = "conflict"
 

@@ -18,6 +18,7 @@ from sparsedelta.payload import SpoolPayload
 from sparsedelta.progress import Progress, Silent
 
 _BLOCK_BYTES = 1 << 20
+_MOST_STACKED = 1 << 32  # more than anyone stacks: info may say anything
 
 Rows: TypeAlias = Sequence[TensorDelta | None]  # of one tensor, one of each delta
 Item: TypeAlias = tuple[str, Rows]  # name and rows
@@ -101,7 +102,7 @@ class Stacking(ABC):
         n_stacked = 0
         for delta in self.deltas:
             known = delta.info.get("stacked")
-            n_stacked += known if type(known) is int and known > 1 else 1
+            n_stacked += known if type(known) is int and 1 < known < _MOST_STACKED else 1
         last = self.deltas[-1].info
         nested = "stacked" in last and "last" in last
         return {"stacked": n_stacked, "last": last["last"] if nested else dict(last)}

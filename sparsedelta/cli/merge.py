@@ -10,6 +10,7 @@ import click
 import sparsedelta
 from sparsedelta.cli._common import PATH, Settings, check_output_file, examples, json_option
 from sparsedelta.cli._progress import progress_bar
+from sparsedelta.cli._sources import Sources
 from sparsedelta.cli._written import show_written
 
 METHODS = ("linear", "task-arithmetic", "ties", "dare", "dare-ties")
@@ -31,8 +32,8 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> li
     "merge",
     epilog=examples("sparsedelta merge base/ sql.sd chat.sd -o both.sd --method ties"),
 )
-@click.argument("base", type=PATH)
-@click.argument("deltas", type=PATH, nargs=-1, required=True, metavar="DELTA...")
+@click.argument("base")
+@click.argument("deltas", nargs=-1, required=True, metavar="DELTA...")
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The file to write.")
 @click.option(
     "--method",
@@ -63,8 +64,8 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> li
 def command(
     settings: Settings,
     *,
-    base: Path,
-    deltas: tuple[Path, ...],
+    base: str,
+    deltas: tuple[str, ...],
     output: Path,
     method: Literal["linear", "task-arithmetic", "ties", "dare", "dare-ties"],
     weights: list[float] | None,
@@ -80,14 +81,15 @@ def command(
 
     linear is the weighted average of the targets; task-arithmetic adds what each changes; ties keeps
     the largest changes and lets their signs vote; dare keeps a random share and scales it up. The
-    result has the files of BASE.
+    result has the files of BASE. BASE and DELTA may be repositories on the Hub: org/name@revision.
     """
-    check_output_file(output, overwrite=overwrite, inputs=(base, *deltas))
-    with (
-        progress_bar(settings) as progress,
-        sparsedelta.merge(
-            base,
-            *deltas,
+    with Sources(settings) as sources, progress_bar(settings) as progress:
+        inputs = sources.paths(base, *deltas)
+        check_output_file(output, overwrite=overwrite, inputs=inputs)
+        paths = [sources.delta(delta) for delta in deltas]
+        with sparsedelta.merge(
+            sources.only_base(base, paths[0]),
+            *paths,
             method=method,
             weights=weights,
             density=density,
@@ -97,7 +99,6 @@ def command(
             exclude=exclude,
             progress=progress,
             spool_dir=str(output.parent),
-        ) as merged,
-    ):
-        merged.save(output, overwrite=overwrite)
+        ) as merged:
+            merged.save(output, overwrite=overwrite)
     show_written(output, as_json=as_json)
