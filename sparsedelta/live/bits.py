@@ -97,17 +97,6 @@ def _memory(tensor: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, to
     return memory, places
 
 
-def ordered(dtype: DType, bits: torch.Tensor) -> torch.Tensor:
-    """Return M − S of every element, M as in FORMAT §7.2: signed order is the order of the values.
-
-    The map is its own inverse.
-    """
-    if not dtype.is_float:
-        return bits
-    width = bits.element_size()
-    return bits ^ ((bits >> (8 * width - 1)) & ((1 << (8 * width - 1)) - 1))
-
-
 def overlaps_itself(tensor: torch.Tensor) -> bool:
     """Return whether elements of a tensor may share memory, as in one that was expanded."""
     strides = sorted(

@@ -14,7 +14,7 @@ import numpy as np
 from blake3 import blake3
 
 from sparsedelta.codecs.chunks import CHUNK_ELEMENTS
-from sparsedelta.codecs.values import ulp_differences
+from sparsedelta.codecs.values import Bits, ordered, ulp_differences, unordered
 from sparsedelta.delta import DIGEST_BYTES, TOUCHED_BYTES, Delta
 from sparsedelta.errors import (
     AlreadyApplied,
@@ -24,7 +24,7 @@ from sparsedelta.errors import (
     MismatchError,
     PartlyApplied,
 )
-from sparsedelta.live.bits import gather, integer_view, ordered, scatter
+from sparsedelta.live.bits import gather, integer_view, scatter
 from sparsedelta.live.names import (
     Model,
     Names,
@@ -162,27 +162,28 @@ def _decode(
         codes[start:end] = ulp_differences(coded) if change.values == "ulp" else coded
         start = end
     where = torch.from_numpy(index).to(tensor.device)
-    operand = torch.from_numpy(codes.view(f"<i{dtype.width}")).to(tensor.device)
     now = gather(tensor, where)
-    if change.values == "target":
-        other = operand
-    else:
-        other = ordered(dtype, ordered(dtype, now) + (-operand if undo else operand))
-    before, after = (other, now) if undo else (now, other)
+    held = now.cpu().numpy().view(dtype.view)
+    other = codes  # reckoned on the host, where digests are made: workers share its cores already
+    if change.values == "ulp":
+        moved = ordered(dtype, held)
+        moved += np.negative(codes, out=codes) if undo else codes
+        other = unordered(dtype, moved)
     state: State = "target" if undo else "base"
     if verify == "touched":
-        state = _state(place, before, after, undo=undo)
+        state = _state(place, held, other, undo=undo)
+    then = torch.from_numpy(other.view(f"<i{dtype.width}")).to(tensor.device)
+    before, after = (then, now) if undo else (now, then)
     return Patch(place, where, before, after), state
 
 
-def _state(place: Place, before: torch.Tensor, after: torch.Tensor, *, undo: bool) -> State:
+def _state(place: Place, now: Bits, then: Bits, *, undo: bool) -> State:
     """Return what the model holds, told by the digests of the touched values.
 
     Raises:
         Corrupt: it is right, and what it becomes is not.
     """
     expected, change = place.change.touched, place.change
-    now, then = (after, before) if undo else (before, after)
     if expected is None or not change.nnz:
         return "target" if undo else "base"
     found = _digest(now)
@@ -198,9 +199,8 @@ def _state(place: Place, before: torch.Tensor, after: torch.Tensor, *, undo: boo
     return "target" if undo else "base"
 
 
-def _digest(bits: torch.Tensor) -> bytes:
-    raw = bits.cpu().contiguous().numpy()
-    return blake3(raw.view(np.uint8).data).digest()[:TOUCHED_BYTES]
+def _digest(bits: Bits) -> bytes:
+    return blake3(np.ascontiguousarray(bits).view(np.uint8).data).digest()[:TOUCHED_BYTES]
 
 
 def _check_states(states: Sequence[tuple[Place, State]], undo: bool) -> None:
