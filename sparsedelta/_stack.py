@@ -58,7 +58,8 @@ def stack(
             one.payload.check()
         payload = SpoolPayload(spool_dir)
         try:
-            stacking = Chain if kind == "chain" else Siblings
+            alone = len(opened) == 1 and opened[0].target.fingerprint is None
+            stacking = Siblings if kind == "siblings" or alone else Chain
             return stacking(opened, checkpoint, payload, progress or Silent()).run()
         except BaseException:
             payload.close()

@@ -80,7 +80,10 @@ class Siblings(Stacking):
             )
 
     def _author(self, work: Sequence[Item]) -> Delta | None:
-        """Return the delta that alone changes tensors, or any if none does; None: several do."""
+        """Return the delta that alone changes tensors, or any if none does, if its target is known.
+
+        None: several do, or the base is there to make that target known.
+        """
         authors = {
             number
             for _, rows in work
@@ -89,7 +92,9 @@ class Siblings(Stacking):
         }
         if len(authors) > 1:
             return None
-        return self.deltas[authors.pop() if authors else 0]
+        author = self.deltas[authors.pop() if authors else 0]
+        known = author.target.fingerprint is not None or self.base is None
+        return author if known else None
 
     def _stages(self, rows: Rows) -> list[Stage]:
         return [

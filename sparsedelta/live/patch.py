@@ -118,7 +118,7 @@ def prepare(delta: Delta, model: Model, *, verify: Check, names: Names, undo: bo
                 " there before it does not know: use applied(), or load the base again",
                 tensor=place.row.name,
             )
-        if verify == "touched" and place.change.touched is None:
+        if verify == "touched" and place.change.touched is None and place.change.nnz:
             raise ValueError(
                 f"the delta has no digests of the touched values of tensor {place.row.name!r}, as one"
                 " that was stacked without its base; ask for verify='full' or 'none'"

@@ -298,6 +298,17 @@ class TestSiblings:
         changed = self.raw.changed(0, 2, 4, 6)
         make.check(result, base, make.checkpoint({"v": self.raw, "w": changed, "x": changed}))
 
+    def test_the_base_makes_a_target_known_later(self, make: Maker) -> None:
+        base, deltas = self.variants(make, [0, 2], [4])
+        unknown = make.stack(*deltas)
+        known = make.stack(*deltas, base=base)
+        for later in (
+            make.stack(unknown, base=base),
+            make.stack(unknown, make.diff(base, base), base=base),
+        ):
+            assert later.target == known.target
+            assert later.tensors == known.tensors
+
     def test_the_wrong_base(self, make: Maker) -> None:
         _, deltas = self.variants(make, [0, 2], [4])
         other = make.checkpoint({"v": self.raw, "w": self.raw, "x": self.raw.changed(20)})
