@@ -26,7 +26,14 @@ from sparsedelta.parallel import Pace, run_all
 from sparsedelta.progress import Progress, Silent
 from sparsedelta.rebuild import BaseDiffers, Check, Digests, Write, rebuild
 from sparsedelta.sidefiles import read_side_file, write_side_file
-from sparsedelta.staging import check_absent, check_no_folder, check_room, staged_output, synced
+from sparsedelta.staging import (
+    check_absent,
+    check_checkpoint_folder,
+    check_no_folder,
+    check_room,
+    staged_output,
+    synced,
+)
 
 AnyPath: TypeAlias = str | os.PathLike[str]
 AnyDelta: TypeAlias = AnyPath | Delta
@@ -61,8 +68,9 @@ def apply(
         MismatchError: ``base`` is not the base of the delta; the message says which tensor differs,
             or that it is the target already.
         CheckpointError: ``base`` cannot be read as a checkpoint.
-        FileExistsError: ``out`` exists and ``overwrite`` is false.
+        FileExistsError: ``out`` exists and ``overwrite`` is false, or is no checkpoint.
         IsADirectoryError: ``out`` is a folder, and the target one file.
+        NotADirectoryError: ``out`` is a file, and the target a folder.
         ValueError: an argument is wrong.
     """
     if verify not in get_args(Check):
@@ -75,8 +83,10 @@ def apply(
             one if isinstance(one, Delta) else stack.enter_context(load(one)) for one in given
         ]
         check_chain(deltas)
-        if not deltas[-1].target.is_folder:
-            check_no_folder(Path(out))
+        check_replaceable = (
+            check_checkpoint_folder if deltas[-1].target.is_folder else check_no_folder
+        )
+        check_replaceable(Path(out))
         staged = stack.enter_context(staged_output(out, overwrite=overwrite))
         source = Path(base)
         for number, one in enumerate(deltas, 1):

@@ -185,7 +185,7 @@ def _side_files(
     payload: SpoolPayload,
 ) -> tuple[SideFile, ...]:
     """Return the target's side files, having put those the base lacks into the payload."""
-    result, unread, too_large = [], [], []
+    result, unread, too_large, linked = [], [], [], []
     for path, location in new.side_files.items():
         _check_path(path, new.path)
         n_bytes, digest = digest_file(location)
@@ -194,6 +194,8 @@ def _side_files(
             unread.append(path)
         elif carried and n_bytes > CARRY_LIMIT_BYTES:
             too_large.append(path)
+        elif carried and _leads_out(location, new.path):
+            linked.append(path)
         elif carried:
             content = location.read_bytes()
             if blake3(content).digest() != digest:
@@ -206,9 +208,20 @@ def _side_files(
         _refuse(
             f"larger than the {CARRY_LIMIT_BYTES >> 20} MiB a delta carries", too_large, new.path
         )
+    if linked:
+        _refuse("a link to a file elsewhere, which may not be meant to be shared", linked, new.path)
     for file in new.weight_files:
         _check_path(file.path, new.path)
     return tuple(result)
+
+
+def _leads_out(location: Path, root: Path) -> bool:
+    """Return whether a file is elsewhere than in the folder, or its repository in the Hub's cache."""
+    if not location.is_symlink():
+        return False
+    real, home = Path(os.path.realpath(location)), Path(os.path.realpath(root))
+    blobs = home.parent.parent / "blobs"  # beside snapshots/<commit>/, which holds the links
+    return not (real.is_relative_to(home) or real.is_relative_to(blobs))
 
 
 def _empty_folders(new: Checkpoint) -> tuple[str, ...]:

@@ -335,7 +335,8 @@ def _read_header(fd: int, location: Path) -> tuple[bytes, Header]:
     size = int.from_bytes(os.pread(fd, 8, 0), "little")
     if size > min(file_bytes - 8, MAX_HEADER_BYTES):
         raise CheckpointError(
-            f"'{location}' is not a whole safetensors file: it states a header of {size} bytes"
+            f"'{location}' is no safetensors file, or a part of one: it states a header of {size}"
+            " bytes; convert it, or copy or download it again"
         )
     raw = bytearray(size)
     read_exactly(fd, memoryview(raw), 8, str(location))

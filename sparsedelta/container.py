@@ -182,8 +182,8 @@ class FilePayload:
         size = int.from_bytes(self._read_at(0, _LENGTH_BYTES), "little")
         if size > MAX_HEADER_BYTES:
             raise LimitExceeded(
-                f"'{self.name}' states a header of {size} bytes, the limit is {MAX_HEADER_BYTES};"
-                " it may not be a delta"
+                f"'{self.name}' is no delta: it states a header of {size} bytes, the limit is"
+                f" {MAX_HEADER_BYTES}"
             )
         raw = self._read_at(_LENGTH_BYTES, size)
         self._data_offset = _LENGTH_BYTES + size
@@ -232,7 +232,8 @@ class FilePayload:
         found = self.file_bytes - self._data_offset
         if end > found:
             raise Truncated(
-                f"'{self.name}' ends early: {found} bytes of data, its header says {end}"
+                f"'{self.name}' ends early: {found} bytes of data, its header says {end};"
+                " copy or download it again"
             )
         if end < found:
             raise Corrupt(f"'{self.name}' has {found - end} bytes after its last entry")
@@ -254,7 +255,9 @@ class FilePayload:
         while n_bytes:
             part = self._source.read(offset, n_bytes)
             if not part:
-                raise Truncated(f"'{self.name}' ends early, at byte {offset}")
+                raise Truncated(
+                    f"'{self.name}' ends early, at byte {offset}; copy or download it again"
+                )
             parts.append(part)
             offset += len(part)
             n_bytes -= len(part)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -151,7 +151,7 @@ class Target:
     empty_folders: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Delta:
     """The transition from a base to a target.
 
@@ -167,7 +167,11 @@ class Delta:
     target: Target
     tensors: tuple[TensorDelta, ...]
     info: Mapping[str, JSON]
-    payload: Payload = field(repr=False)
+    payload: Payload
+
+    def __repr__(self) -> str:
+        base = self.base.id or self.base.fingerprint.hex()[:12]
+        return f"<Delta of {base}: {self.nnz:,} of {self.numel:,} elements changed>"
 
     @property
     def nnz(self) -> int:

@@ -19,5 +19,5 @@ def open_regular(path: str | os.PathLike[str]) -> int:
         return fd
     os.close(fd)
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        raise IsADirectoryError(errno.EISDIR, "A folder, expected a file", os.fspath(path))
     raise OSError(errno.EINVAL, "Not a regular file; copy it into one first", os.fspath(path))

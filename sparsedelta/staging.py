@@ -55,7 +55,9 @@ def staged_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
 def check_absent(path: Path, *, overwrite: bool) -> None:
     """Raise FileExistsError if something is at ``path`` and may not be replaced."""
     if not overwrite and os.path.lexists(path):
-        raise FileExistsError(f"output '{path}' exists; choose another name or ask to overwrite it")
+        raise FileExistsError(
+            f"output '{path}' exists; choose another name, or overwrite it (--overwrite)"
+        )
 
 
 def check_no_folder(path: Path) -> None:
@@ -63,6 +65,26 @@ def check_no_folder(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(
             errno.EISDIR, "A folder, and the output is one file; give the name of a file", str(path)
+        )
+
+
+def check_checkpoint_folder(path: Path) -> None:
+    """Check that what is at ``path``, if anything, may be replaced by the folder of a checkpoint.
+
+    Raises:
+        NotADirectoryError: it is a file: most likely the name of the output was forgotten.
+        FileExistsError: it is a folder in which there is something, but no checkpoint.
+    """
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise NotADirectoryError(
+            f"output '{path}' is a file, and the output is a folder; give the name of the output last"
+        )
+    if any(path.iterdir()) and not any(path.rglob("*.safetensors")):
+        raise FileExistsError(
+            f"output '{path}' is a folder without a safetensors file, no checkpoint to overwrite;"
+            " choose another name"
         )
 
 

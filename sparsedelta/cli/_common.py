@@ -51,7 +51,7 @@ def check_output_file(output: Path, *, overwrite: bool, inputs: tuple[Path, ...]
         inputs: files and folders that it must not replace or alter.
 
     Raises:
-        FileExistsError: it exists and may not be replaced, or is part of an input.
+        FileExistsError: it exists and may not be replaced, or would be part of an input.
         FileNotFoundError: its folder does not exist.
         IsADirectoryError: it is a folder.
     """
@@ -64,5 +64,7 @@ def check_output_file(output: Path, *, overwrite: bool, inputs: tuple[Path, ...]
         raise FileNotFoundError(f"the folder of output '{output}' does not exist; create it first")
     place = Path(os.path.realpath(output))
     for path in inputs:
-        if output.exists() and place.is_relative_to(os.path.realpath(path)):
-            raise FileExistsError(f"output '{output}' is part of '{path}'; choose another name")
+        if place.is_relative_to(os.path.realpath(path)):
+            raise FileExistsError(
+                f"output '{output}' would be a part of '{path}'; choose another place"
+            )

@@ -8,7 +8,7 @@ from typing import Literal
 import click
 
 import sparsedelta
-from sparsedelta.cli._common import PATH, Settings, examples
+from sparsedelta.cli._common import Settings, examples
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.staging import check_absent
@@ -16,8 +16,7 @@ from sparsedelta.staging import check_absent
 
 @click.command("apply", epilog=examples("sparsedelta apply base/ delta.sd out/"))
 @click.argument("base")
-@click.argument("deltas", nargs=-1, required=True, metavar="DELTA...")
-@click.argument("out", type=PATH)
+@click.argument("deltas_and_out", nargs=-1, metavar="DELTA... OUT")
 @click.option(
     "--verify",
     type=click.Choice(["full", "touched", "none"]),
@@ -34,8 +33,7 @@ def command(
     settings: Settings,
     *,
     base: str,
-    deltas: tuple[str, ...],
-    out: Path,
+    deltas_and_out: tuple[str, ...],
     verify: Literal["full", "touched", "none"],
     exclude: tuple[str, ...],
     overwrite: bool,
@@ -46,6 +44,10 @@ def command(
     appears once it is complete and checked; BASE is only read. BASE and DELTA may be repositories
     on the Hub: org/name@revision.
     """
+    if len(deltas_and_out) < 2:
+        raise click.UsageError("give BASE, at least one DELTA, and OUT, in this order")
+    *deltas, last = deltas_and_out
+    out = Path(last)
     check_absent(out, overwrite=overwrite)
     with Sources(settings) as sources, progress_bar(settings) as progress:
         paths = [sources.delta(delta) for delta in deltas]

@@ -96,6 +96,12 @@ def _report(output: Path, target: Path, *, as_json: bool) -> None:
             f" ({size(target_bytes)}); keeping the target itself takes less",
             err=True,
         )
+    if found.states["retyped"] == len(found.tensors) > 0:
+        click.echo(
+            "warning: every tensor changed its dtype, so nothing of the base was used; convert one"
+            " of them and diff again for a small delta",
+            err=True,
+        )
 
 
 def _target_bytes(target: Path, found: Inspection) -> int:
@@ -130,12 +136,15 @@ def _describe(output: Path, file_bytes: int, target_bytes: int, found: Inspectio
         f"{printable(str(output))}: {size(file_bytes)},"
         f" {percent(share)} of the target's {size(target_bytes)}"
     ]
-    n_rows = len(found.tensors) - found.states["unchanged"]
-    if not n_rows:
+    n_removed = found.states["removed"]
+    n_target = len(found.tensors) - n_removed
+    n_changed = n_target - found.states["unchanged"]
+    if not n_changed + n_removed:
         return "\n".join([*lines, "no tensor changed"])
+    removed = f", {count(n_removed, 'tensor')} removed" if n_removed else ""
     lines.append(
         f"{count(found.nnz)} of {count(found.numel, 'element')} changed ({percent(found.density)}),"
-        f" in {count(n_rows)} of {count(len(found.tensors), 'tensor')}"
+        f" in {count(n_changed)} of {count(n_target, 'tensor')}{removed}"
     )
     if found.nnz:
         lines.append(

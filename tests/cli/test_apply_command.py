@@ -72,11 +72,11 @@ def test_wrong_base_is_one_line_and_no_output(workplace: Workplace, process: Pro
 
 def test_keeps_an_existing_output_unless_told(workplace: Workplace, run: Run) -> None:
     delta = workplace.save_delta()
-    write(workplace.out / "kept", "mine")
+    write(workplace.out / "model.safetensors", "mine")
     result = run("apply", workplace.base, delta, workplace.out)
     assert result.exit_code == 1
     assert result.stderr.startswith(f"error: output '{workplace.out}' exists")
-    assert tree(workplace.out) == {"kept": b"mine"}
+    assert tree(workplace.out) == {"model.safetensors": b"mine"}
     assert run("apply", workplace.base, delta, workplace.out, "--overwrite").exit_code == 0
     assert_same_files(workplace.target, workplace.out)
 
@@ -97,7 +97,22 @@ def test_refuses_an_output_that_would_touch_the_base(
 def test_needs_a_delta(workplace: Workplace, run: Run) -> None:
     result = run("apply", workplace.base, workplace.out)
     assert result.exit_code == 2
-    assert "Missing argument 'DELTA...'" in result.stderr
+    assert "give BASE, at least one DELTA, and OUT, in this order" in result.stderr
+
+
+def test_overwrites_neither_a_delta_nor_what_is_no_checkpoint(
+    workplace: Workplace, run: Run
+) -> None:
+    delta = workplace.save_delta()
+    second = workplace.path / "second.sd"
+    second.write_bytes(delta.read_bytes())
+    write(workplace.out / "thesis.txt", "mine")
+    before = tree(workplace.path)
+    for out, reason in ((second, "is a file"), (workplace.out, "no checkpoint to overwrite")):
+        result = run("apply", workplace.base, delta, out, "--overwrite")
+        assert result.exit_code == 1
+        assert reason in result.stderr
+    assert tree(workplace.path) == before
 
 
 def test_damaged_delta(workplace: Workplace, run: Run) -> None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from blake3 import blake3
 from helpers import (
@@ -20,6 +21,7 @@ from helpers import (
     write_file,
     write_sharded,
 )
+from safetensors.numpy import save_file
 
 import sparsedelta
 from sparsedelta import _diff
@@ -213,14 +215,14 @@ def test_existing_or_overlapping_output(kind: str, case: Case) -> None:
 
 
 def test_overwriting(case: Case) -> None:
-    write(case.out / "old/file", "x")
+    write(case.out / "old/model.safetensors", "x")
     sparsedelta.apply(case.base, case.delta, case.out, overwrite=True)
     assert_same_files(case.target, case.out)
     assert os.listdir(case.place) == ["out"]
 
 
 def test_failing_to_overwrite_keeps_what_was_there(case: Case) -> None:
-    write(case.out / "old/file", "x")
+    write(case.out / "old/model.safetensors", "x")
     before = state(case.out)
     with pytest.raises(AlreadyApplied):
         sparsedelta.apply(case.target, case.delta, case.out, overwrite=True)
@@ -472,3 +474,22 @@ def test_progress_adds_up_to_what_was_announced(case: Case) -> None:
     count = Count()
     sparsedelta.apply(case.base, case.delta, case.out, progress=count)
     assert count.done == count.announced > 0
+
+
+@pytest.mark.parametrize("to", ["elsewhere", "blobs"])
+def test_a_side_file_that_is_a_link_out_of_the_folder(to: str, tmp_path: Path) -> None:
+    weights = {"w": (np.zeros(4, np.float32))}
+    base, target = tmp_path / "base", tmp_path / "repo/snapshots/commit"
+    for folder in (base, target):
+        folder.mkdir(parents=True)
+        save_file(weights, folder / "model.safetensors")
+    place = {"elsewhere": tmp_path / "secret", "blobs": tmp_path / "repo/blobs/1"}[to]
+    write(place, "content")
+    (target / "linked.txt").symlink_to(place)
+    if to == "blobs":  # as the Hub's cache has it
+        sparsedelta.diff(base, target).close()
+    else:
+        with pytest.raises(
+            CheckpointError, match=r"linked\.txt.*link to a file elsewhere.*--exclude"
+        ):
+            sparsedelta.diff(base, target)

@@ -178,7 +178,7 @@ def test_header_of_another_version(path: Path) -> None:
 
 def test_header_too_large(path: Path) -> None:
     write(path, (100_000_001).to_bytes(8, "little") + b"{")
-    refused(path, LimitExceeded, "it may not be a delta")
+    refused(path, LimitExceeded, "is no delta")
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_existing_output(old: str, folder: bool, tmp_path: Path) -> None:
         places = {"link": "elsewhere/kept", "dangling link": "nothing"}
         out.symlink_to(tmp_path / places.get(old, "elsewhere"))
     before = os.lstat(out)
-    with pytest.raises(FileExistsError, match="exists; choose another name or ask to overwrite"):
+    with pytest.raises(FileExistsError, match="exists; choose another name, or overwrite it"):
         make(out, b"new", folder=folder)
     assert os.lstat(out) == before
     make(out, b"new", folder=folder, overwrite=True)
