@@ -54,10 +54,17 @@ class Refs:
 
 
 class Hub:
-    """A connection to the Hub, with a token or without."""
+    """A connection to the Hub, with a token or without.
 
-    def __init__(self, token: Token = None) -> None:
+    Args:
+        token: None: the one that is logged in.
+        cache_will_do: whether what is in the cache may stand for a repository's list of files while
+            the Hub cannot be asked. It may lack files, so nothing may be written on its account.
+    """
+
+    def __init__(self, token: Token = None, *, cache_will_do: bool = True) -> None:
         self.token = token
+        self._cache_will_do = cache_will_do
         self.api: HfApi = _import_client()(
             token=token, library_name="sparsedelta", library_version=_version()
         )
@@ -82,6 +89,8 @@ class Hub:
     def files(self, pinned: Reference) -> dict[str, RemoteFile]:
         """Return the files of a repository at a commit by path; offline, those in the cache.
 
+        The latter are known by name and size alone.
+
         Raises:
             RemoteError: there is no such repository or commit, or the Hub cannot be asked.
         """
@@ -94,7 +103,7 @@ class Hub:
                     )
                 )
         except Unreachable:
-            cached = self._cached_files(pinned)
+            cached = self._cached_files(pinned) if self._cache_will_do else {}
             if not cached:
                 raise
             return cached

@@ -135,7 +135,7 @@ def push(
     """
     _check_arguments(repo_id, subfolder, revision, create_pr=create_pr)
     with _opened(delta) as opened:
-        hub = Hub(token)
+        hub = Hub(token, cache_will_do=False)
         place = _find_place(hub, repo_id, revision or MAIN, tag, create_pr=create_pr)
         recorded = _recorded_base(opened, place, _delta_path(subfolder))
         reference = _wanted_base(opened, base_id, recorded)

@@ -47,6 +47,11 @@ class Repository:
         return str(Reference(self.reference.repo_id, self.reference.revision))
 
     @property
+    def is_listed(self) -> bool:
+        """Whether the files are all that there are: the Hub's list, not what is in the cache."""
+        return all(file.sha256 or file.git_oid for file in self.files.values())
+
+    @property
     def has_weights(self) -> bool:
         """Whether it holds safetensors files."""
         return any(path.endswith(WEIGHT_SUFFIX) for path in self.files)
@@ -72,14 +77,15 @@ class Repository:
         if usual in self.files:
             return self.files[usual]
         found = self._deltas_below(path)
-        if len(found) == 1:
+        if len(found) == 1 and self.is_listed:
             return self.files[found[0]]
         where = f"'{self.name}'" + (f" below {path!r}" if path else "")
         if not found:
             raise RemoteNotFound(f"repository {where} holds no delta ({DELTA_SUFFIX} file)")
         listed = ", ".join(found[:_MAX_LISTED]) + (", …" if len(found) > _MAX_LISTED else "")
+        several = "several deltas" if self.is_listed else "in the local cache"
         raise RemoteNotFound(
-            f"repository {where} holds several deltas: {listed}; choose one, such as"
+            f"repository {where} holds {several}: {listed}; choose one, such as"
             f" hf://{self.reference.repo_id}/{found[0]}"
         )
 

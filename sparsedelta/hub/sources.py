@@ -180,7 +180,7 @@ def check_remote_base(reference: Reference, *, token: Token = None) -> RemoteBas
         MismatchError: the base is another.
         RemoteError: the delta or the base cannot be had.
     """
-    hub = Hub(token)
+    hub = Hub(token, cache_will_do=False)
     link = open_link(open_repository(hub, reference))
     with link.delta as delta:
         base = open_repository(hub, base_reference(delta, f"the delta in '{reference.repo_id}'"))

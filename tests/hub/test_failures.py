@@ -151,6 +151,17 @@ def test_hub_in_trouble(other: Person, hub: LoopbackHub, pushed: str) -> None:
     assert "the Hub is in trouble (HTTP 502)" in other.bad("pull", TUNED, "out")
 
 
+def test_push_does_not_take_the_cache_for_the_repository(
+    me: Person, hub: LoopbackHub, delta: Path, pushed: str
+) -> None:
+    me.good("pull", TUNED, "out")
+    hub.state.add_commit(TUNED, {"README.md": b"My own words.\n"})
+    me.good("pull", TUNED, "out", "--overwrite")
+    hub.fail("GET", f"/api/models/{TUNED}/revision/", status=502, headers=NOW, times=99)
+    assert "the Hub is in trouble" in me.bad("push", delta, TUNED, "--base-id", BASE)
+    assert hub.state.head(TUNED).files["README.md"].data == b"My own words.\n"
+
+
 def test_slow_hub(other: Person, hub: LoopbackHub, pushed: str) -> None:
     hub.fail("GET", large_file(hub, BASE, SHARD), seconds=2)
     other.good("pull", TUNED, "out", HF_HUB_DOWNLOAD_TIMEOUT="1")

@@ -223,6 +223,11 @@ def test_several_deltas_in_one_repository(
     other.good("pull", "hf://me/tuned/chat", "out2")
     assert_same_files(target, other.folder / "out")
     assert_same_files(target, other.folder / "out2")
+    other.offline = True
+    other.good("pull", TUNED, "out3", "--subfolder", "sql")
+    assert "in the local cache: chat/delta.sd, sql/delta.sd; choose" in other.bad(
+        "pull", TUNED, "out4"
+    )
 
 
 def test_branch_tag_and_pull_request(me: Person, hub: LoopbackHub, delta: Path) -> None:
