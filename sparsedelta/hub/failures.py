@@ -6,6 +6,8 @@ import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 from sparsedelta.errors import (
     AccessDenied,
@@ -79,8 +81,9 @@ def explained(error: BaseException, about: Reference) -> Exception | None:
 
 def _of_the_connection(error: BaseException, about: Reference) -> Exception | None:
     import huggingface_hub.errors as hf
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
+    # httpx or httpx2, whichever the client uses: its own errors say.
+    httpx: Any = import_module(hf.HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
     cause = error.__cause__
     if isinstance(error, hf.OfflineModeIsEnabled) or isinstance(cause, hf.OfflineModeIsEnabled):
         return not_cached(about)
