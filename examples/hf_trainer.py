@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from labelled import (
     BATCH,
     MAX_TOKENS,
@@ -64,6 +65,7 @@ def main() -> int:
                 save_steps=options.steps,
                 report_to="none",
                 disable_tqdm=True,
+                dataloader_pin_memory=torch.cuda.is_available(),
             ),
             train_dataset=dataset,
             data_collator=DataCollatorWithPadding(tokenizer),

@@ -110,7 +110,7 @@ def status(field):
             return int(line.split()[1]) * 1024
 
 torch.set_num_threads(1)
-layers = [nn.Linear(1024, 1024, bias=False) for _ in range(48)]  # 192 MiB
+layers = [nn.Linear(1024, 1024, bias=False) for _ in range(24)]  # 96 MiB
 model = nn.Sequential(*layers)
 x = torch.randn(2, 1024)
 sift = SIFT(model, {rate}, "weight", selection="random")
