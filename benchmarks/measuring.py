@@ -34,6 +34,7 @@ WORK = ROOT / "benchmarks" / "work"
 PACKAGES = ("numpy", "torch", "zstandard", "blake3")
 SAMPLE_SECONDS = 0.02
 CLI = (sys.executable, "-m", "sparsedelta")
+VERIFY = ("full", "touched", "none")
 
 Command = Sequence[str | Path]
 
@@ -58,6 +59,16 @@ class Contender:
 
     commands: Sequence[Command]
     output: Path
+
+
+def diff_command(base: Path, target: Path, output: Path) -> Command:
+    """Return the command that makes a delta."""
+    return [*CLI, "diff", base, target, "-o", output]
+
+
+def apply_command(base: Path, delta: Path, output: Path, verify: str) -> Command:
+    """Return the command that applies a delta."""
+    return [*CLI, "apply", base, delta, output, "--verify", verify]
 
 
 def run(*commands: Command, sample_memory: bool = False) -> Run:
@@ -167,6 +178,12 @@ def options_for(description: str | None, result: str) -> argparse.ArgumentParser
     return parser
 
 
+def first_value(path: Path, key: str) -> str:
+    """Return the value of the first ``key: value`` line."""
+    pairs = (line.partition(":") for line in path.read_text("utf-8").splitlines())
+    return next((value.strip() for name, _, value in pairs if name.strip() == key), "unknown")
+
+
 @contextmanager
 def work_folder(path: Path, *, keep: bool) -> Iterator[Path]:
     """Yield a new, empty folder ``path``, removed at the end unless ``keep``.
@@ -255,12 +272,12 @@ def _words(path: Path) -> list[str]:
 
 
 def _circumstances(where: Path) -> str:
-    memory = _first(Path("/proc/meminfo"), "MemTotal")
+    memory = first_value(Path("/proc/meminfo"), "MemTotal")
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     lines = {
         "command": f"`python {' '.join([_shown(sys.argv[0]), *sys.argv[1:]])}`",
         "date": date.today().isoformat(),
-        "machine": f"{_first(Path('/proc/cpuinfo'), 'model name')}, {os.cpu_count()} cores,"
+        "machine": f"{first_value(Path('/proc/cpuinfo'), 'model name')}, {os.cpu_count()} cores,"
         f" {int(memory.split()[0]) / 2**20:.0f} GiB, Linux {platform.release()},"
         f" {_file_system(where)}",
         "versions": f"sparsedelta {sparsedelta.__version__}, Python {platform.python_version()}, {versions}",
@@ -273,12 +290,6 @@ def _circumstances(where: Path) -> str:
 def _shown(path: str) -> str:
     full = Path(path).resolve()
     return str(full.relative_to(ROOT)) if full.is_relative_to(ROOT) else full.name
-
-
-def _first(path: Path, key: str) -> str:
-    """Return the value of the first ``key: value`` line."""
-    pairs = (line.partition(":") for line in path.read_text("utf-8").splitlines())
-    return next((value.strip() for name, _, value in pairs if name.strip() == key), "unknown")
 
 
 def _file_system(where: Path) -> str:

@@ -1,6 +1,6 @@
-"""Speed and memory of ``diff`` and ``apply`` on a sharded bf16 checkpoint, beside ``cp -r``.
+"""Speed of ``diff`` and ``apply`` on a sharded bf16 checkpoint, beside ``cp -r``.
 
-    python benchmarks/speed.py [--gb 2] [--memory-gb 2 8] [--rounds 5]
+    python benchmarks/speed.py [--gb 2] [--rounds 5]
 
 The command line is what is measured: start-up, digests, writing and syncing are all in the times.
 """
@@ -14,14 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from measuring import (
-    CLI,
+    VERIFY,
     Command,
     Contender,
     Run,
+    apply_command,
     compare,
+    diff_command,
+    first_value,
     median,
     options_for,
-    peak_memory,
     ratio_and_range,
     ratio_of_fastest,
     run,
@@ -35,17 +37,6 @@ from measuring import (
 from synthetic import CHANGED, make_pair
 
 SHARED_MEMORY = Path("/dev/shm")
-VERIFY = ("full", "touched", "none")
-
-
-def diff_command(base: Path, target: Path, output: Path) -> Command:
-    """Return the command that makes a delta."""
-    return [*CLI, "diff", base, target, "-o", output]
-
-
-def apply_command(base: Path, delta: Path, output: Path, verify: str) -> Command:
-    """Return the command that applies a delta."""
-    return [*CLI, "apply", base, delta, output, "--verify", verify]
 
 
 def measure_diff(base: Path, target: Path, n_rounds: int) -> str:
@@ -117,16 +108,6 @@ def apply_table(runs: Mapping[str, Sequence[Run]]) -> str:
     )
 
 
-def measure_memory(base: Path, target: Path) -> list[str]:
-    """Return the peak anonymous memory of ``diff`` and each ``apply``, in MB, as cells."""
-    delta, out = base.parent / "memory.sd", base.parent / "out"
-    peaks = [peak_memory(diff_command(base, target, delta), delta)]
-    run(diff_command(base, target, delta))
-    peaks += [peak_memory(apply_command(base, delta, out, v), out) for v in VERIFY]
-    delta.unlink()
-    return [f"{peak / 1e6:.0f}" for peak in peaks]
-
-
 def measure_speed(folder: Path, gigabytes: float, n_rounds: int) -> list[str]:
     """Return the sections on speed, for checkpoints made in ``folder``."""
     base, target = make_pair(folder, round(gigabytes * 1e9))
@@ -141,9 +122,12 @@ def measure_speed(folder: Path, gigabytes: float, n_rounds: int) -> list[str]:
     return [size, on_disk, applied]
 
 
-def has_room(folder: Path, n_bytes: float) -> bool:
-    """Return whether a folder is there and has that much free."""
-    return folder.is_dir() and shutil.disk_usage(folder).free >= n_bytes
+def shared_memory_holds(n_bytes: float) -> bool:
+    """Return whether that much can be put in shared memory without driving other memory out."""
+    if not SHARED_MEMORY.is_dir():
+        return False
+    available = int(first_value(Path("/proc/meminfo"), "MemAvailable").split()[0]) * 1024
+    return min(available, shutil.disk_usage(SHARED_MEMORY).free) >= n_bytes
 
 
 def main() -> int:
@@ -151,29 +135,18 @@ def main() -> int:
     parser = options_for(__doc__, "speed.md")
     parser.add_argument("--gb", type=float, default=2.0, help="size of the base, in GB")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--memory-gb", type=float, nargs="*", default=[2.0, 8.0], help="sizes to watch memory at"
-    )
     parser.add_argument("--no-shm", action="store_true", help="do not measure on /dev/shm too")
     options = parser.parse_args()
     sections = []
     with work_folder(options.work_dir, keep=options.keep) as work:
         sections += ["## On disk, read from the page cache"]
-        with work_folder(work / "speed", keep=options.keep) as folder:
+        with work_folder(work / "disk", keep=options.keep) as folder:
             sections += measure_speed(folder, options.gb, options.rounds)
-        if not options.no_shm and has_room(SHARED_MEMORY, 4 * options.gb * 1e9):
+        if not options.no_shm and shared_memory_holds(5 * options.gb * 1e9):
             sections += [f"## In memory, on {SHARED_MEMORY}"]
             with work_folder(SHARED_MEMORY / "sparsedelta-benchmark", keep=options.keep) as folder:
                 sections += measure_speed(folder, options.gb, options.rounds)
-        rows = []
-        for gigabytes in options.memory_gb:
-            with work_folder(work / f"memory-{gigabytes}", keep=options.keep) as folder:
-                base, target = make_pair(folder, round(gigabytes * 1e9))
-                rows.append([f"{tree_bytes(base) / 1e9:.2f}", *measure_memory(base, target)])
-        if rows:
-            columns = ["base, GB", "`diff`", *(f"`apply --verify {v}`" for v in VERIFY)]
-            sections += ["## Peak anonymous memory, MB", table(columns, rows)]
-        write_result(options.result, "Speed and memory", sections, where=work)
+        write_result(options.result, "Speed", sections, where=work)
     return 0
 
 

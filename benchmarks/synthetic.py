@@ -27,8 +27,14 @@ Bits = npt.NDArray[np.uint16]
 Tensor = tuple[str, tuple[int, ...]]
 
 
-def make_pair(folder: Path, n_bytes: int) -> tuple[Path, Path]:
-    """Write ``base`` and ``target`` of about ``n_bytes`` each below ``folder``, and return both."""
+def make_pair(folder: Path, n_bytes: int, changed: float = CHANGED) -> tuple[Path, Path]:
+    """Write ``base`` and ``target`` of about ``n_bytes`` each below ``folder``, and return both.
+
+    Args:
+        folder: made if it is not there.
+        n_bytes: size of each.
+        changed: share of the elements that differ.
+    """
     base, target = folder / "base", folder / "target"
     tensors = transformer_tensors(n_bytes)
     shards = [tensors[i::N_SHARDS] for i in range(N_SHARDS)]
@@ -38,7 +44,7 @@ def make_pair(folder: Path, n_bytes: int) -> tuple[Path, Path]:
         config = {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"}
         (path / "config.json").write_text(json.dumps(config, indent=2))
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda i: _write_shard(base, target, i, shards[i]), range(N_SHARDS)))
+        list(pool.map(lambda i: _write_shard(base, target, i, shards[i], changed), range(N_SHARDS)))
     return base, target
 
 
@@ -72,7 +78,9 @@ def _write_index(folder: Path, shards: list[list[Tensor]]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _write_shard(base: Path, target: Path, number: int, tensors: list[Tensor]) -> None:
+def _write_shard(
+    base: Path, target: Path, number: int, tensors: list[Tensor], changed: float
+) -> None:
     rng = np.random.default_rng(number)
     entries, end = [], 0
     for name, shape in tensors:
@@ -83,20 +91,22 @@ def _write_shard(base: Path, target: Path, number: int, tensors: list[Tensor]) -
     with open(base / name, "xb") as old, open(target / name, "xb") as new:
         for file in (old, new):
             file.write(len(header).to_bytes(8, "little") + header)
-        for before, after in _blocks(rng, end // _BYTES):
+        for before, after in _blocks(rng, end // _BYTES, changed):
             old.write(before.data)
             new.write(after.data)
 
 
-def _blocks(rng: np.random.Generator, n_elements: int) -> Iterator[tuple[Bits, Bits]]:
+def _blocks(
+    rng: np.random.Generator, n_elements: int, changed: float
+) -> Iterator[tuple[Bits, Bits]]:
     for start in range(0, n_elements, _BLOCK_ELEMENTS):
         n = min(_BLOCK_ELEMENTS, n_elements - start)
         values = rng.standard_normal(n, np.float32) * np.float32(0.02)
         before = (values.view(np.uint32) >> 16).astype(np.uint16)
         after = before.copy()
-        changed = np.flatnonzero(rng.random(n, np.float32) < CHANGED)
-        steps = rng.geometric(ULP_SUCCESS, len(changed)) * rng.choice([-1, 1], len(changed))
-        after[changed] += steps.astype(np.uint16)
+        positions = np.flatnonzero(rng.random(n, np.float32) < changed)
+        steps = rng.geometric(ULP_SUCCESS, len(positions)) * rng.choice([-1, 1], len(positions))
+        after[positions] += steps.astype(np.uint16)
         yield before, after
 
 

@@ -16,7 +16,7 @@ SPEED_ROWS = ("| all cores |", "| one core |", "| `cp` |", "| `apply --verify fu
     ("script", "options", "rows"),
     [
         ("speed.py", ["--gb", "0.01", "--rounds", "1", "--no-shm"], SPEED_ROWS),
-        ("memory.py", ["--gb", "0.01"], ("| 0.01 |",)),
+        ("memory.py", ["--gb", "0.01"], ("| 0.01 | 1% |", "| 0.01 | 100% |")),
     ],
 )
 def test_benchmark_writes_its_tables_and_cleans_up(
