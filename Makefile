@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 HUB_1X := $(VENV)-hub-1x
+BENCH := $(VENV)-bench
 
 .PHONY: demo test test-hub-1x lint format bench vectors clean
 
@@ -26,6 +27,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# sparsedelta beside other tools, on changes that training makes; hours in full, `BENCH_OPTIONS=--quick` for minutes.
+bench: $(BENCH)/.ready
+	$(BENCH)/bin/python benchmarks/against.py $(BENCH_OPTIONS)
+
 vectors: $(READY)
 	$(BIN)/python spec/make_vectors.py
 
@@ -40,5 +45,11 @@ $(HUB_1X)/.ready: pyproject.toml
 	$(HUB_1X)/bin/python -m pip install --quiet -e . "huggingface_hub>=1.30,<2" pytest pytest-xdist hypothesis
 	touch $@
 
+$(BENCH)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BENCH)/bin/python -m pip install --quiet -c constraints.txt -e ".[train]" --group demo --group bench
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(HUB_1X) .demo build dist
+	rm -rf $(VENV) $(HUB_1X) $(BENCH) .demo build dist

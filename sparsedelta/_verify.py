@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sparsedelta._apply import AnyDelta, AnyPath, make_tensors
 from sparsedelta.basecheck import check_structure
 from sparsedelta.checkpoint import Checkpoint, Tensor
-from sparsedelta.codecs.chunks import chunk_span, decode_chunk
+from sparsedelta.codecs.chunks import check_streams, chunk_span, decode_chunk
 from sparsedelta.compare import digest_tensor
 from sparsedelta.container import load
 from sparsedelta.delta import DIGEST_BYTES, Delta, TensorDelta, TensorSpec, tensor_key
@@ -57,7 +57,8 @@ def verify(
 ) -> VerifyReport:
     """Return what was checked, all of it found right.
 
-    Without base and target every stream of the delta is decoded and checked. With a base, all its
+    Without base and target every stream of the delta is opened, and decoded if that does not take the
+    base; and all of it is checked. With a base, all its
     digests are compared and the target is made in memory; with a target, all its files are compared.
 
     Args:
@@ -125,7 +126,10 @@ def _decode(delta: Delta, row: TensorDelta, pace: Pace) -> None:
         with place_for(chunk, row.target.dtype):
             coded = delta.payload.read(tensor_key(row.name), offset, n_bytes) if n_bytes else b""
             span = chunk_span(row.target.n_elements, chunk.number)
-            decode_chunk(chunk, row.target.dtype, span, coded)
+            if chunk.needs_base:
+                check_streams(chunk, row.target.dtype, coded)
+            else:
+                decode_chunk(chunk, row.target.dtype, span, coded)
         offset += n_bytes
         pace.advance(n_bytes)
 

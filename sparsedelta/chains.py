@@ -17,6 +17,8 @@ from sparsedelta.stages import chain_stages, check_alike
 class Chain(Stacking):
     """Deltas each made from the target of the one before it."""
 
+    in_turn = True
+
     def run(self) -> Delta:
         """Return the stack; its coded bytes are in the payload afterwards."""
         by_name = [{row.name: row for row in delta.tensors} for delta in self.deltas]

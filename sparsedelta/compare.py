@@ -12,9 +12,11 @@ from typing import Protocol
 import numpy as np
 from blake3 import blake3
 
+from sparsedelta.basebits import ChunkBase
 from sparsedelta.codecs.chunks import (
     CHUNK_ELEMENTS,
     Chunk,
+    Level,
     chunk_span,
     encode_chunk,
     n_chunks,
@@ -102,7 +104,15 @@ class Comparison:
     """Compares one tensor of the target with the base's of the same name, if there is one."""
 
     def __init__(
-        self, base: Source | None, target: Source, *, values: str, payload: SpoolPayload, pace: Pace
+        self,
+        base: Source | None,
+        target: Source,
+        *,
+        values: str,
+        payload: SpoolPayload,
+        pace: Pace,
+        level: Level = Level.DEFAULT,
+        standalone: bool = False,
     ) -> None:
         """Prepare.
 
@@ -112,7 +122,11 @@ class Comparison:
             values: the value encoding where there is a base value to start from.
             payload: receives the coded chunks.
             pace: told of every byte read.
+            level: how much time a smaller delta may cost.
+            standalone: use nothing that the base is needed to read.
         """
+        self._standalone = standalone
+        self._level = level
         self._base = base
         self._target = target
         self._keep = kept_elements(base, target)
@@ -181,9 +195,23 @@ class Comparison:
                 codes[nnz:end] = encode(dtype, before, after)
                 nnz = end
             if nnz:
-                chunk, frames = encode_chunk(number, span, positions[:nnz], codes[:nnz])
+                chunk, frames = encode_chunk(
+                    number,
+                    span,
+                    positions[:nnz],
+                    codes[:nnz],
+                    level=self._level,
+                    base=self._base_bits(number),
+                    columns=self._target.shape[-1] if self._target.shape else 0,
+                )
                 self._payload.append(tensor_key(self._target.name), frames)
                 self._chunks.append(chunk)
+
+    def _base_bits(self, number: int) -> ChunkBase | None:
+        """Return a reader of a chunk's bits before the change; None if they must not help or are zero."""
+        if self._standalone or self._base is None or self._keep <= number * CHUNK_ELEMENTS:
+            return None
+        return ChunkBase(self._base, self._target.dtype, self._keep, number)
 
     def _read(self, start: int, n: int) -> tuple[Bits, Bits]:
         """Return the bits of elements ``start`` … ``start + n`` before and after the change."""

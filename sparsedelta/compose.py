@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from sparsedelta.basebits import ChunkBase, Readable
 from sparsedelta.codecs.chunks import CHUNK_ELEMENTS, Chunk, chunk_span, encode_chunk
 from sparsedelta.codecs.indices import Positions
 from sparsedelta.codecs.values import Bits, ordered, ulp_codes, ulp_differences, unordered
@@ -160,19 +161,29 @@ class _Touched:
         return self._before.digest()[:TOUCHED_BYTES], self._after.digest()[:TOUCHED_BYTES]
 
 
-def count_overlap(stages: Sequence[Stage], pace: Pace) -> int:
-    """Return how many positions of one tensor more than one of the changes touches."""
-    return sum(int(np.count_nonzero(twice)) for twice in _twice(stages, pace))
+def count_overlap(stages: Sequence[Stage], pace: Pace, base: Readable | None = None) -> int:
+    """Return how many positions of one tensor more than one of the changes touches.
+
+    Args:
+        stages: changes of one base.
+        pace: told of the coded bytes.
+        base: the base's tensor, if it is at hand.
+    """
+    return sum(int(np.count_nonzero(twice)) for twice in _twice(stages, pace, base))
 
 
-def _twice(stages: Sequence[Stage], pace: Pace) -> Iterator[npt.NDArray[np.bool_]]:
+def _twice(
+    stages: Sequence[Stage], pace: Pace, base: Readable | None
+) -> Iterator[npt.NDArray[np.bool_]]:
     numbers = [chunk.number for stage in stages for chunk in stage.change.chunks]
     for number in sorted({n for n in numbers if numbers.count(n) > 1}):
         span = max(chunk_span(stage.target.n_elements, number) for stage in stages)
         once, twice = np.zeros(span, np.bool_), np.zeros(span, np.bool_)
         for stage in stages:
             if stage.chunk(number):
-                positions, _ = stage.decode(number, pace)
+                dtype, keep = stage.target.dtype, stage.change.keep
+                before = ChunkBase(base, dtype, keep, number) if base else None
+                positions, _ = stage.decode(number, pace, before)
                 twice[positions] |= once[positions]
                 once[positions] = True
         yield twice

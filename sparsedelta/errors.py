@@ -14,6 +14,7 @@ SparseDeltaError
 │  ├─ PartlyApplied                some tensors are the base's, others the target's
 │  ├─ StructureMismatch            other tensors, dtypes or shapes
 │  └─ TargetMismatch               a checkpoint is not the delta's target
+├─ BaseNeeded (ValueError)         the delta's changes are coded against its base, not given
 ├─ CheckpointError (ValueError)    base or target cannot be read as a checkpoint
 ├─ ConflictError (ValueError)      deltas that cannot be stacked, inverted or merged
 └─ RemoteError                     the Hub said no
@@ -128,6 +129,12 @@ class TargetMismatch(MismatchError):
     """A checkpoint is not the target that the delta describes."""
 
     code = "target_mismatch"
+
+
+class BaseNeeded(SparseDeltaError, ValueError):
+    """The delta's changes are coded against its base, which was not given."""
+
+    code = "base_needed"
 
 
 class CheckpointError(SparseDeltaError, ValueError):

@@ -34,6 +34,8 @@ def why_row(row: TensorDelta) -> str | None:
         return f"it retypes tensor {name}"
     if change.values != "ulp":
         return f"it holds new values of tensor {name}, not differences"
+    if any(chunk.needs_base for chunk in change.chunks):
+        return f"it codes the changes of tensor {name} by its base's exponents"
     if change.keep < row.base.n_elements:
         return f"it cuts tensor {name}"
     return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -58,6 +59,7 @@ class MadeTensor(Made):
         stages: the changes, in order.
         keep: leading elements that come from the base.
         pace: told of every coded byte.
+        in_turn: each change was made to what the one before it left; else each to the base.
     """
 
     def __init__(
@@ -68,23 +70,36 @@ class MadeTensor(Made):
         stages: Sequence[Stage],
         keep: int,
         pace: Pace,
+        *,
+        in_turn: bool = True,
     ) -> None:
         super().__init__(name, spec)
         self._base = base
         self._stages = stages
         self._keep = keep
         self._pace = pace
+        self._in_turn = in_turn
 
     def make(self, number: int) -> Bits:
         """Return the bits of a chunk."""
-        dtype = self.dtype
-        bits = read_chunk(self._base, dtype, self.n_elements, self._keep, number)
-        for stage in self._stages:
+        dtype, start = self.dtype, number * CHUNK_ELEMENTS
+        # What is cut later is there until then: it may tell how a change is coded.
+        stages = [replace(stage, limit=stage.target.n_elements) for stage in self._stages]
+        n_elements = max([self.n_elements, *(stage.target.n_elements for stage in stages)])
+        keep = stages[0].change.keep if stages else self._keep
+        bits = read_chunk(self._base, dtype, n_elements, keep, number)
+        base = bits if self._in_turn else bits.copy()
+
+        def before(start: int, n: int) -> Bits:
+            return base[start : start + n]
+
+        for stage in stages:
+            bits[max(0, stage.change.keep - start) :] = 0
             if stage.chunk(number):
-                positions, codes = stage.decode(number, self._pace)
+                positions, codes = stage.decode(number, self._pace, before)
                 decode = VALUE_ENCODINGS[stage.change.values].decode
                 bits[positions] = decode(dtype, bits[positions], codes)
-        return bits
+        return bits[: chunk_span(self.n_elements, number)]
 
 
 def read_chunk(base: Source | None, dtype: DType, n_elements: int, keep: int, number: int) -> Bits:

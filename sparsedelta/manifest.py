@@ -12,6 +12,7 @@ from typing import Any
 
 from sparsedelta.codecs.chunks import Chunk, check_chunk
 from sparsedelta.codecs.indices import INDEX_ENCODINGS
+from sparsedelta.codecs.packings import VALUE_PACKINGS
 from sparsedelta.codecs.values import VALUE_ENCODINGS
 from sparsedelta.delta import (
     DIGEST_BYTES,
@@ -53,6 +54,7 @@ FINGERPRINT_BYTES = 32
 _KINDS = {"folder": True, "file": False}
 _HEADERS = {"stored": True, "canonical": False}
 _INDEX_NAMES = {name: name for name in INDEX_ENCODINGS}
+_PACKING_NAMES = {name: name for name in VALUE_PACKINGS if name != "planes"}
 _VALUE_NAMES = {name: name for name in VALUE_ENCODINGS}
 
 
@@ -273,22 +275,32 @@ def _change_json(change: Change | None) -> dict[str, JSON] | None:
         "keep": change.keep,
         "values": change.values,
         "touched": [digest.hex() for digest in change.touched] if change.touched else None,
-        "chunks": [
-            [c.number, c.nnz, c.index_encoding, c.index_bytes, list(c.coded_bytes)]
-            for c in change.chunks
-        ],
+        "chunks": [_chunk_json(chunk) for chunk in change.chunks],
     }
+
+
+def _chunk_json(chunk: Chunk) -> list[JSON]:
+    coded: list[JSON] = [*chunk.coded_bytes]
+    listed: list[JSON] = [chunk.number, chunk.nnz, chunk.index_encoding, chunk.index_bytes, coded]
+    if chunk.value_packing != "planes":
+        listed += [chunk.value_packing, chunk.value_bytes]
+    return listed
 
 
 def _chunk(value: Any, where: str) -> Chunk:
     what = f"{where}, chunk"
-    number, nnz, encoding, index_bytes, coded = fixed_items(value, what, 5)
+    found = items(value, what)
+    plain = len(found) == 5  # in planes
+    number, nnz, encoding, index_bytes, coded, *rest = fixed_items(value, what, 5 if plain else 7)
+    packing, value_bytes = rest or ("planes", 0)
     return Chunk(
         integer(number, what),
         integer(nnz, what),
         one_of(encoding, f"{what}, index encoding", _INDEX_NAMES),
         integer(index_bytes, what),
         tuple(integer(size, what) for size in items(coded, what)),
+        packing if plain else one_of(packing, f"{what}, value packing", _PACKING_NAMES),
+        integer(value_bytes, what),
     )
 
 

@@ -116,7 +116,9 @@ class MergedTensor(Made):
         """Yield positions and differences of one delta in a chunk, if it has any there."""
         if not stage.chunk(number):
             return
-        positions, codes = stage.decode(number, self._pace)
+        positions, codes = stage.decode(
+            number, self._pace, lambda start, n: bits[start : start + n]
+        )
         before = bits[positions]
         after = VALUE_ENCODINGS[stage.change.values].decode(self.dtype, before, codes)
         with np.errstate(invalid="ignore", over="ignore"):

@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from blake3 import blake3
 
+from sparsedelta.basebits import ChunkBase
 from sparsedelta.checkpoint import Tensor
 from sparsedelta.codecs.chunks import CHUNK_ELEMENTS, Chunk, chunk_span, decode_chunk, n_chunks
 from sparsedelta.codecs.indices import Positions
@@ -176,8 +177,8 @@ class _Rebuild:
                 n_bytes = sum(chunk.coded_bytes)
                 key = tensor_key(self._row.name)
                 # Not by a name here: the coded bytes may be as many as the codes.
-                positions, codes = decode_chunk(
-                    chunk, dtype, span, self._payload.read(key, offset, n_bytes) if n_bytes else b""
+                positions, codes = self._decode_chunk(
+                    chunk, span, self._payload.read(key, offset, n_bytes) if n_bytes else b""
                 )
             starts = range(0, span, len(self._block))
             edges = np.searchsorted(positions, [*starts, span]).tolist()
@@ -193,6 +194,17 @@ class _Rebuild:
                     self._target_hash.update(raw)
                 self._write(raw, (number * CHUNK_ELEMENTS + start) * dtype.width)
                 self._pace.advance(len(raw))
+
+    def _decode_chunk(self, chunk: Chunk, span: int, coded: bytes) -> tuple[Positions, Bits]:
+        dtype, keep = self._target.dtype, self._change.keep
+        base = ChunkBase(self._base, dtype, keep, chunk.number) if chunk.needs_base else None
+        try:
+            return decode_chunk(chunk, dtype, span, coded, base=base)
+        except Corrupt:
+            # What is read with the help of another base makes no sense: that is the thing to say.
+            if base and self._base is not None:
+                _check_base(self._row, self._base, self._pace)
+            raise
 
     def _read(self, start: int, n: int) -> Bits:
         """Return elements ``start`` … ``start + n`` before the change, in a buffer used again."""
@@ -263,12 +275,13 @@ class _Rebuild:
         """Return whether only the right base can become a tensor with the target's digest.
 
         An ulp code maps the bits before onto the bits after one to one, and so do all of them
-        together if every element of the base is kept.
+        together if every element of the base is kept, and if none was read with the base's help.
         """
         base, target = self._row.base, self._target
         return (
             target.digest is not None
             and self._change.values == "ulp"
+            and not any(chunk.needs_base for chunk in self._change.chunks)
             and base is not None
             and self._change.keep == base.n_elements == target.n_elements
         )

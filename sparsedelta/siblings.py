@@ -20,6 +20,8 @@ from sparsedelta.stages import Stage, stage_of
 class Siblings(Stacking):
     """Deltas made from one base."""
 
+    in_turn = False
+
     def run(self) -> Delta:
         """Return the stack; its coded bytes are in the payload afterwards."""
         by_name = [{row.name: row for row in delta.tensors} for delta in self.deltas]
@@ -66,7 +68,9 @@ class Siblings(Stacking):
         shared = [item for item in work if len(self._stages(item[1])) > 1]
         counts = self.run_all(
             "comparing positions",
-            lambda item, pace: count_overlap(self._stages(item[1]), pace),
+            lambda item, pace: count_overlap(
+                self._stages(item[1]), pace, self.base.tensors.get(item[0]) if self.base else None
+            ),
             shared,
         )
         n_positions, n_tensors = sum(counts), sum(count > 0 for count in counts)

@@ -28,6 +28,8 @@ R = TypeVar("R")
 class Stacking(ABC):
     """What chains and siblings have in common."""
 
+    in_turn: bool  # each delta is of the target of the one before it
+
     def __init__(
         self,
         deltas: Sequence[Delta],
@@ -79,7 +81,13 @@ class Stacking(ABC):
         """Return a row found by comparing the target's tensor, made on the way, with the base's."""
         base = self.base.tensors.get(name) if self.base else None
         made = MadeTensor(
-            name, composition.target, base, composition.stages, composition.keep, pace
+            name,
+            composition.target,
+            base,
+            composition.stages,
+            composition.keep,
+            pace,
+            in_turn=self.in_turn,
         )
         silent = Pace(Silent())  # coded bytes are what is counted
         compared = Comparison(

@@ -9,6 +9,7 @@ import numpy as np
 
 from sparsedelta.codecs.chunks import CHUNK_ELEMENTS, Chunk, chunk_span, decode_chunk
 from sparsedelta.codecs.indices import Positions
+from sparsedelta.codecs.site import BaseBits
 from sparsedelta.codecs.values import Bits
 from sparsedelta.delta import Change, Delta, Payload, TensorDelta, TensorSpec, tensor_key
 from sparsedelta.errors import Corrupt
@@ -50,12 +51,23 @@ class Stage:
             return None
         return self._places[number][0]
 
-    def decode(self, number: int, pace: Pace) -> tuple[Positions, Bits]:
-        """Return positions within a chunk, below the limit, and their codes."""
+    def decode(
+        self, number: int, pace: Pace, base: BaseBits | None = None
+    ) -> tuple[Positions, Bits]:
+        """Return positions within a chunk, below the limit, and their codes.
+
+        Args:
+            number: the chunk.
+            pace: told of the coded bytes.
+            base: the bits of the chunk's elements before this change, if they are at hand.
+
+        Raises:
+            BaseNeeded: they are not, and are needed.
+        """
         chunk, _ = self._places[number]
         coded = self.coded(number, pace)
         span = chunk_span(self.target.n_elements, number)
-        positions, codes = decode_chunk(chunk, self.target.dtype, span, coded)
+        positions, codes = decode_chunk(chunk, self.target.dtype, span, coded, base=base)
         left = self.limit - number * CHUNK_ELEMENTS
         if left < span:
             n_kept = int(np.searchsorted(positions, left))

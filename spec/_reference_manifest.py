@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,16 +37,21 @@ class Tensor:
 
 @dataclass
 class Chunk:
-    """Where and how one span is coded; `positions` and `planes` are filled in by decoding."""
+    """Where and how one span is coded; `streams` are filled in by decoding."""
 
     number: int
     length: int
     nnz: int
     encoding: str
-    index_bytes: int
     sizes: list[int]
-    positions: array[int] = field(default_factory=lambda: array("Q"))
-    planes: list[bytes] = field(default_factory=list)
+    packing: str
+    stream_bytes: list[int]  # of all streams before compression
+    streams: list[bytes] = field(default_factory=list)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the base's bits are needed to read it."""
+        return self.encoding == "exponent" or self.packing == "exponent_steps"
 
 
 @dataclass
@@ -114,24 +118,39 @@ def read_tensor(value: Any, digest_may_be_null: bool) -> Tensor | None:
 def read_chunk(value: Any, after: int, width: int, n_elements: int) -> Chunk:
     """Return one chunk of a tensor (§5), its number above `after`."""
     fields = listed(value)
-    check(len(fields) == 5, "corrupt", "a chunk is a list of five")
+    check(len(fields) in (5, 7), "corrupt", "a chunk is a list of five or seven")
     number, nnz, n = integer(fields[0]), integer(fields[1]), integer(fields[3])
     sizes = [integer(size) for size in listed(fields[4])]
     check(number > after, "corrupt", "chunks are not in ascending order")
     check(number * SPAN < n_elements, "corrupt", f"chunk {number} lies outside its tensor")
     length = min(SPAN, n_elements - number * SPAN)
     check(1 <= nnz <= length, "corrupt", f"{nnz} positions in a span of {length}")
-    encoding = one_of(fields[2], ("gap8", "gap16", "bitmap", "all"))
+    encoding = one_of(fields[2], ("gap8", "gap16", "bitmap", "all", "exponent", "tiles", "rice"))
     possible = {
         "gap8": nnz <= n <= nnz + length // 255,
         "gap16": n % 2 == 0 and nnz <= n // 2 <= nnz + length // 65535,
         "bitmap": n == (length + 7) // 8,
         "all": n == 0 and nnz == length,
+        "exponent": 3 <= n <= length // 4 + 32768,
+        "tiles": 8 <= n <= length // 4 + 32768,
+        "rice": 1 <= n <= length // 4 + 32768,
     }
     check(possible[encoding], "corrupt", f"{encoding} stream of {n} bytes cannot be")
-    check(len(sizes) == 1 + width, "corrupt", f"not {1 + width} coded sizes")
-    check((sizes[0] == 0) == (n == 0), "corrupt", "index stream wrongly left out or stored")
-    return Chunk(number, length, nnz, encoding, n, sizes)
+    packing, stated = "planes", 0
+    if len(fields) == 7:
+        packing = one_of(fields[5], ("steps", "scaled", "exponent_steps"))
+        stated = integer(fields[6])
+    streams, fair = {
+        "planes": ([n] + [nnz] * width, True),
+        "scaled": ([n, nnz, stated], stated <= min(width, 4) * nnz),
+    }.get(packing, ([n, stated], 4 <= stated <= (width + 1) * nnz + 32768))
+    check(fair, "corrupt", f"{packing} of {stated} bytes cannot be")
+    check(len(sizes) == len(streams), "corrupt", f"not {len(streams)} coded sizes")
+    for i, (size, n_bytes) in enumerate(zip(sizes, streams, strict=True)):
+        may_be_left_out = i > 0 and packing == "planes"
+        fair = (size == 0) == (n_bytes == 0) or (may_be_left_out and size == 0)
+        check(fair, "corrupt", "a stream wrongly left out or stored")
+    return Chunk(number, length, nnz, encoding, sizes, packing, streams)
 
 
 def read_row(value: Any, target_known: bool) -> Row:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import _reference_bits
 import zstandard
 from _reference_base import Tensors, fingerprint, prefixes, read_base
 from _reference_json import Refused, check, hexadecimal, parse_json
@@ -54,10 +55,18 @@ def open_frame(data: bytes, size: int | None) -> bytes:
     return content
 
 
-def positions(encoding: str, stream: bytes, nnz: int, length: int) -> array[int]:
-    """Return the touched positions within a span of `length` (§6)."""
+def positions(
+    encoding: str, stream: bytes, nnz: int, length: int, keys: Sequence[int] | None
+) -> array[int]:
+    """Return the touched positions within a span of `length` (§6), of elements with these keys."""
     out = array("Q")
-    if encoding == "all":
+    if encoding == "exponent":
+        out.extend(_reference_bits.exponent(stream, length, keys or ()))
+    elif encoding == "rice":
+        out.extend(_reference_bits.rice(stream, length))
+    elif encoding == "tiles":
+        out.extend(_reference_bits.tiles(stream, length))
+    elif encoding == "all":
         out.extend(range(length))
     elif encoding == "bitmap":
         out.extend(p for p in range(8 * len(stream)) if stream[p // 8] >> p % 8 & 1)
@@ -126,15 +135,24 @@ def entry_key(row: Row) -> str:
     return TENSOR + row.name if row.name.startswith("sparsedelta:") else row.name
 
 
-def decode_chunk(chunk: Chunk, data: bytes) -> None:
-    """Fill in positions and planes from the chunk's coded streams (§5)."""
-    streams = []
-    expected = [chunk.index_bytes] + [chunk.nnz] * (len(chunk.sizes) - 1)
-    for size, n_bytes in zip(chunk.sizes, expected, strict=True):
-        streams.append(open_frame(data[:size], n_bytes) if size else bytes(n_bytes))
+def open_chunk(chunk: Chunk, data: bytes) -> None:
+    """Fill in the chunk's streams (§5)."""
+    for size, n_bytes in zip(chunk.sizes, chunk.stream_bytes, strict=True):
+        chunk.streams.append(open_frame(data[:size], n_bytes) if size else bytes(n_bytes))
         data = data[size:]
-    chunk.positions = positions(chunk.encoding, streams[0], chunk.nnz, chunk.length)
-    chunk.planes = streams[1:]
+
+
+def decode_chunk(
+    chunk: Chunk, width: int, keys: Sequence[int] | None
+) -> tuple[array[int], Sequence[int]]:
+    """Return positions and codes of a chunk, whose elements had these keys before the change."""
+    index, *values = chunk.streams
+    found = positions(chunk.encoding, index, chunk.nnz, chunk.length, keys)
+    if chunk.packing == "planes":
+        return found, [int.from_bytes(bytes(code), "little") for code in zip(*values, strict=True)]
+    touched_keys = None if keys is None else [keys[position] for position in found]
+    codes = _reference_bits.PACKINGS[chunk.packing](values, chunk.nnz, width, touched_keys)
+    return found, codes
 
 
 def check_header(file: WeightFile) -> None:
@@ -190,8 +208,10 @@ def decode(path: Path | str) -> Delta:
         data = entries.get(entry_key(row), b"")
         check(len(data) == sizes[entry_key(row)], "corrupt", f"coded sizes of {row.name!r:.40}")
         for chunk in row.changes or ():
-            decode_chunk(chunk, data)
+            open_chunk(chunk, data)
             data = data[sum(chunk.sizes) :]
+            if row.target and not chunk.needs_base:
+                decode_chunk(chunk, DTYPES[row.target.dtype][1], None)
     return delta
 
 
@@ -238,12 +258,16 @@ def make_tensor(row: Row, old: bytes) -> bytes:
     out[: row.keep * width] = old[: row.keep * width]
     touched = blake3(), blake3()
     for chunk in row.changes:
-        for i, position in enumerate(chunk.positions):
+        span = range(chunk.number * SPAN, chunk.number * SPAN + chunk.length)
+        keys = None
+        if chunk.needs_base:
+            before_bits = (out[i * width : (i + 1) * width] for i in span)
+            keys = [_reference_bits.key(int.from_bytes(b, "little"), width) for b in before_bits]
+        for position, code in zip(*decode_chunk(chunk, width, keys), strict=True):
             begin = (chunk.number * SPAN + position) * width
             at = slice(begin, begin + width)
             touched[0].update(out[at])
             before = int.from_bytes(out[at], "little")
-            code = int.from_bytes(bytes(plane[i] for plane in chunk.planes), "little")
             out[at] = new_bits(code, before, row.values, width, is_float).to_bytes(width, "little")
             touched[1].update(out[at])
     found = [digest.digest()[:8] for digest in touched]

@@ -42,6 +42,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="Store differences in units of the last place (small) or the target's bits.",
 )
+@click.option(
+    "--level",
+    type=click.Choice(["fast", "default", "max"]),
+    default="default",
+    show_default=True,
+    help="How much time a smaller delta may cost.",
+)
+@click.option("--standalone", is_flag=True, help="Let stack and invert read it without the base.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave files out. May be repeated.")
 @click.option("--overwrite", is_flag=True, help="Replace DELTA if it exists.")
 @json_option
@@ -54,6 +62,8 @@ def command(
     output: Path,
     base_id: str | None,
     values: str,
+    level: str,
+    standalone: bool,
     exclude: tuple[str, ...],
     overwrite: bool,
     as_json: bool,
@@ -74,6 +84,8 @@ def command(
             new,
             base_id=base_id or name,
             values=values,
+            level=level,
+            standalone=standalone,
             exclude=exclude,
             progress=progress,
             spool_dir=str(output.parent),  # has to have the room anyway; /tmp may be memory

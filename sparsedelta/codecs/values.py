@@ -98,8 +98,3 @@ VALUE_ENCODINGS: Mapping[str, ValueEncoding] = MappingProxyType(
         "target": ValueEncoding(_target_encode, _target_decode),
     }
 )
-
-
-def plane(codes: Bits, number: int) -> npt.NDArray[np.uint8]:
-    """Return byte ``number`` (0 the least significant) of every code; a view, not contiguous."""
-    return codes.view(np.uint8).reshape(len(codes), codes.itemsize)[:, number]

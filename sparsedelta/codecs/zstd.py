@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from enum import IntEnum
 
 import zstandard
 
@@ -24,6 +25,7 @@ _ENTROPY = zstandard.ZstdCompressionParameters(
     target_length=0,
 )
 _MATCHES = zstandard.ZstdCompressionParameters.from_level(5, window_log=20)
+_THOROUGH = zstandard.ZstdCompressionParameters.from_level(19, window_log=24)
 _COMPRESSIBLE = 0.9  # below this ratio a stream may repeat itself, and a search for matches may pay
 _TEXT_LEVEL = 15
 _PIECE_BYTES = 64
@@ -31,12 +33,23 @@ _PIECE_BYTES = 64
 _local = threading.local()
 
 
-def compress_stream(data: bytes | memoryview) -> bytes:
-    """Return one frame holding an index stream or a value plane."""
+class Effort(IntEnum):
+    """How hard to look for what a stream repeats: not at all, if it is likely to, in any case."""
+
+    ENTROPY = 0
+    MATCHES = 1
+    THOROUGH = 2
+
+
+def compress_stream(data: bytes | memoryview, effort: Effort = Effort.MATCHES) -> bytes:
+    """Return one frame holding an index stream or a value stream."""
     frame = _compressor("entropy", _ENTROPY).compress(data)
-    if len(frame) < _COMPRESSIBLE * len(data):
-        frame = min(frame, _compressor("matches", _MATCHES).compress(data), key=len)
-    return frame
+    others = []
+    if effort >= Effort.MATCHES and len(frame) < _COMPRESSIBLE * len(data):
+        others.append(_compressor("matches", _MATCHES).compress(data))
+    if effort is Effort.THOROUGH:
+        others.append(_compressor("thorough", _THOROUGH).compress(data))
+    return min([frame, *others], key=len)
 
 
 def compress_text(data: bytes) -> bytes:

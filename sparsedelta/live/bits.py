@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from sparsedelta.codecs.chunks import CHUNK_ELEMENTS
+from sparsedelta.codecs.site import BaseBits, Bits
 from sparsedelta.dtypes import DType
 
 if TYPE_CHECKING:
@@ -71,6 +73,18 @@ def gather(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Return the bits at flat indices, ``(nnz,)``."""
     memory, places = _memory(tensor, index)
     return memory.index_select(0, places)
+
+
+def chunk_bits(tensor: torch.Tensor, number: int) -> BaseBits:
+    """Return a reader of the bits of a chunk's elements."""
+    first = number * CHUNK_ELEMENTS
+
+    def read(start: int, n: int) -> Bits:
+        flat = flat_bits(tensor) if tensor.is_contiguous() else integer_view(tensor).reshape(-1)
+        part: Bits = flat[first + start : first + start + n].cpu().numpy()
+        return part.view(f"<u{part.itemsize}")
+
+    return read
 
 
 def scatter(tensor: torch.Tensor, index: torch.Tensor, bits: torch.Tensor) -> None:

@@ -24,7 +24,7 @@ from sparsedelta.errors import (
     MismatchError,
     PartlyApplied,
 )
-from sparsedelta.live.bits import gather, integer_view, scatter
+from sparsedelta.live.bits import chunk_bits, gather, integer_view, scatter
 from sparsedelta.live.names import (
     Model,
     Names,
@@ -157,7 +157,17 @@ def _decode(
     stage, start = stage_of(delta, place.row), 0
     for chunk in change.chunks:
         end = start + chunk.nnz
-        positions, coded = stage.decode(chunk.number, pace)
+        base = None if undo else chunk_bits(tensor, chunk.number)
+        try:
+            positions, coded = stage.decode(chunk.number, pace, base)
+        except Corrupt as error:
+            if not chunk.needs_base:
+                raise
+            raise BaseMismatch(
+                f"tensor {place.row.name!r} of the model is not the base's, or the delta is applied"
+                " already: its changes, coded by the base's exponents, make no sense of it",
+                tensor=place.row.name,
+            ) from error
         np.add(positions, chunk.number * CHUNK_ELEMENTS, out=index[start:end], casting="unsafe")
         codes[start:end] = ulp_differences(coded) if change.values == "ulp" else coded
         start = end

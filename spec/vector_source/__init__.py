@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from vector_source.invalid_container import entries, magic, truncated
 from vector_source.invalid_frames import frames, limits
 from vector_source.invalid_manifest import features, json_rules, paths
-from vector_source.invalid_tensors import against_the_base, chunks, contents, rows
+from vector_source.invalid_tensors import against_the_base, below_a_byte, chunks, contents, rows
 from vector_source.samples import Invalid, sample_base
 from vector_source.valid import Valid, valid_vectors
 
@@ -27,6 +27,7 @@ VARIATIONS = """
     row_twice_* row_bits_f6* row_n_most row_removed_between row_delta_same row_digest_unchanged
     chunk_outside_far chunk_sizes_many chunk_gap16_short chunk_all_stream chunk_bitmap_long
     index_*_more index_*_only index_*_skip
+    *_trailing_one chunk_tiles_long chunk_steps_long *_steps_trailing *_number_large *_no_numbers
     stored_list stored_utf8 stored_offsets stored_order stored_entry stored_float
     apply_shape apply_side_digest apply_removed* apply_dtype
 """.split()
@@ -35,7 +36,7 @@ VARIATIONS = """
 def invalid_vectors() -> list[Invalid]:
     """Return all invalid vectors, those that are not stored too."""
     sections = [truncated, magic, entries, frames, json_rules, features, limits, paths]
-    sections += [rows, chunks, contents, against_the_base]
+    sections += [rows, chunks, below_a_byte, contents, against_the_base]
     return [one for section in sections for one in section()]
 
 

@@ -195,6 +195,7 @@ def features() -> list[Invalid]:
         ("header", "target.weight_files.0.header", "pretty"),
         ("index", "tensors.0.delta.chunks.0.2", "gap32"),
         ("index_empty", "tensors.0.delta.chunks.0.2", ""),
+        ("packing", "tensors.0.delta.chunks.0", [0, 3, "gap8", 3, [15, 15, 15], "planes", 0]),
         ("values", "tensors.0.delta.values", "xor"),
     ):
         why = f"{path} is {json.dumps(value)}"

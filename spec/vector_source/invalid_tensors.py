@@ -6,6 +6,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from vector_source import bits
 from vector_source.samples import (
     CONFIG,
     HEADER,
@@ -207,6 +208,152 @@ def chunks() -> list[Invalid]:
         3,
         b"\x07\x00\x80",
     )
+    return out
+
+
+def below_a_byte() -> list[Invalid]:
+    """Return R17, R18 and R21: encodings that work below a byte."""
+    out = []
+
+    def add(rule: str, name: str, why: str, delta: Draft, of_base: bool = False) -> None:
+        prefix = {"R17": "chunk_", "R18": "index_", "R21": "values_"}[rule]
+        made = assemble(delta)
+        out.append(Invalid(prefix + name, why, rule, "corrupt", made, on_apply=of_base))
+
+    def recoded(chunk: list[Any], streams: list[bytes], of: Coding = Coding()) -> Draft:  # noqa: B008
+        delta = sample(of)
+        frames = [frame(stream) if stream else b"" for stream in streams]
+        chunk[4:5] = [[len(one) for one in frames]]
+        delta.manifest["tensors"][0]["delta"]["chunks"] = [chunk]
+        delta.entries["w"] = b"".join(frames)
+        return delta
+
+    planes = [b"\x02" * 4, b"\0\0\1\0"]
+
+    def tiled(rule: str, name: str, why: str, stream: bytes, nnz: int = 3) -> None:
+        streams = [stream, *(plane[:nnz] for plane in planes)]
+        add(rule, "tiles_" + name, why, recoded([0, nnz, "tiles", len(stream), None], streams))
+
+    # 8 elements as rows of 4: bands by row and column, then the subset of each tile.
+    rows, columns = ([0, 1], 1), ([0, 0, 1, 0], 1)
+    head = bits.number(4) + bits.number(0) + bytes([2, 1, 2, 1])
+    tiles = [bits.subset(*one, 1) for one in (([1], 3), ([], 1), ([], 3), ([0], 1))]
+    tiles[2] = bits.subset([0], 3, 1)
+    gaps = [sequence for _, sequence in tiles]
+    heads = b"".join(part for part, _ in tiles)
+    good = head + heads + bits.rice([rows, columns, *gaps])
+    tiled("R17", "short", "a tiles stream of 7 bytes", good[:7])
+    tiled("R17", "long", "a tiles stream of 32 771 bytes", good + bytes(32_771 - len(good)))
+    tiled("R18", "few", "fewer positions than nnz", good, 4)
+    tiled("R18", "many", "more positions than nnz", good, 2)
+    tiled("R18", "trailing", "a byte after the stream", good + b"\0")
+    tiled("R18", "trailing_one", "a number after the stream", good + b"\1")
+    tiled("R18", "truncated", "the stream ends early", good[:-1])
+    for name, why, start in (
+        ("columns", "rows of one element", bytes([1, 0, 2, 1, 2, 1])),
+        ("columns_many", "rows longer than the span", bytes([9, 0, 2, 1, 2, 1])),
+        ("first", "the first element beyond the end of its row", bytes([4, 4, 2, 1, 2, 1])),
+        ("bands", "no band of rows", bytes([4, 0, 0, 1, 2, 1])),
+        ("bands_many", "65 bands of columns", bytes([4, 0, 2, 1, 65, 1])),
+        ("parameter", "a parameter of 32", bytes([4, 0, 2, 32, 2, 1])),
+        ("number", "a number of six bytes", b"\x84\x80\x80\x80\x80\0" + bytes([0, 2, 1, 2, 1])),
+        ("number_large", "a number of 33 bits", b"\x84\x80\x80\x80\x10" + bytes([0, 2, 1, 2, 1])),
+    ):
+        tiled("R18", name, why, start + heads + bits.rice([rows, columns, *gaps]))
+    wrong = head + heads + bits.rice([([0, 2], 1), columns, *gaps])
+    tiled("R18", "label", "a row in a band that is none", wrong)
+    wrong = head + heads + bits.rice([rows, columns, ([3], 1), *gaps[1:]])
+    tiled("R18", "beyond", "a place beyond its tile", wrong)
+    wrong = head + heads + bits.rice([rows, columns, ([1 << 32], 1), *gaps[1:]])[:0]
+    tiled("R18", "no_numbers", "no numbers at all", wrong)
+    shifted = bits.number(4) + bits.number(1) + bytes([1, 0, 1, 0])
+    for name, why, cells in (("before", "before", [0, 4, 5]), ("after", "after", [1, 4, 9])):
+        part, sequence = bits.subset(cells, 12, 1)
+        stream = shifted + part + bits.rice([([0] * 3, 0), ([0] * 4, 0), sequence])
+        tiled("R18", name, f"a position {why} the span", stream)
+    low = bytearray(good)
+    low[len(head + heads)] |= 0x80
+    tiled("R18", "padding", "a bit set behind packed numbers", bytes(low))
+
+    part, sequence = bits.subset([1, 2, 5], 8, 1)
+    for name, why, stream, nnz in (
+        ("few", "fewer positions than nnz", part + bits.rice([sequence]), 4),
+        ("beyond", "a position beyond the span", part + bits.rice([([1, 0, 6], 1)]), 3),
+        ("trailing", "a byte after the stream", part + bits.rice([sequence]) + b"\0", 3),
+        ("truncated", "the stream ends early", part + bits.rice([sequence])[:-1], 3),
+        ("parameter", "a parameter of 32", part[:1] + b"\x20" + bits.rice([sequence]), 3),
+    ):
+        streams = [stream, *(plane[:nnz] for plane in planes)]
+        chunk = [0, nnz, "rice", len(stream), None]
+        add("R18", "rice_" + name, why, recoded(chunk, streams))
+
+    def packed(rule: str, name: str, why: str, packing: str, *streams: bytes) -> None:
+        index = bytes([2, 0, 2])
+        chunk = [0, 3, "gap8", len(index), None, packing, len(streams[-1])]
+        add(rule, f"{packing}_{name}", why, recoded(chunk, [index, *streams]))
+
+    part, sequence = bits.subset([1], 3, 0)
+    body = bits.rice([sequence, ([2], 1)])
+    good = b"\0" + part + b"\1" + b"\5" + body
+    packed("R17", "short", "a stream of 3 bytes", "steps", good[:3])
+    packed("R17", "long", "a stream of 32 778 bytes", "steps", good + bytes(32_778 - len(good)))
+    packed("R21", "trailing", "a byte after the stream", "steps", good + b"\0")
+    packed("R21", "truncated", "the stream ends early", "steps", good[:-1])
+    packed("R21", "no_signs", "the stream ends before the signs", "steps", good[:4])
+    packed("R21", "sign", "a bit set behind the signs", "steps", good.replace(b"\5", b"\x0d"))
+    packed("R21", "classes", "steps in classes", "steps", b"\1\5" + part + b"\1" + good[1:])
+    packed("R21", "parameter", "a parameter of 32", "steps", b"\0" + part + b"\x20\5" + body)
+    many = b"\0" + bits.number(8) + b"\0\0\5" + bits.rice([([0] * 4, 0), ([0] * 4, 0)])
+    packed("R21", "many", "more long steps than steps", "steps", many)
+    wrong = b"\0" + part + b"\1\5" + bits.rice([([3], 0), ([2], 1)])
+    packed("R21", "beyond", "a long step that is none", "steps", wrong)
+    wide = b"\0" + part + b"\x0f\5" + bits.rice([sequence, ([1 << 15], 15)])
+    packed("R21", "wide", "a code of more than two bytes", "steps", wide)
+    symbols, lower = bits.scaled([2, 9, 300])
+    packed(
+        "R17", "long", "a second stream above 2 bytes a code", "scaled", symbols, lower + bytes(7)
+    )
+    packed("R21", "symbol", "a symbol of more than two bytes", "scaled", b"\x02\x02\x20", lower)
+    packed("R21", "trailing", "a byte after the stream", "scaled", symbols, lower + b"\0")
+    packed("R21", "truncated", "the stream ends early", "scaled", symbols, lower[:-1])
+    padded = bytes([lower[0] | 4]) + lower[1:]
+    packed("R21", "padding", "a bit set behind packed numbers", "scaled", symbols, padded)
+    delta = recoded([0, 3, "gap8", 3, None, "scaled", 0], [bytes([2, 0, 2]), b"\2\2\2", b""])
+    delta.manifest["tensors"][0]["delta"]["chunks"][0][4][1] = 0
+    delta.entries["w"] = delta.entries["w"][:-12]
+    add("R17", "scaled_left_out", "a first stream of scaled left out", delta)
+    chunk = [0, 3, "gap8", 3, None, "steps"]
+    delta = recoded(chunk, [bytes([2, 0, 2]), good])
+    add("R17", "six", "a chunk that is a list of six", delta)
+
+    # What only the base makes readable is refused where it meets its base.
+    keys = [bits.key(one, 2) for one in sample_base().tensors()["w"].elements()]
+    middle = (sorted(keys)[4],)
+
+    def of_base(name: str, why: str, stream: bytes, nnz: int = 3) -> None:
+        chunk = [0, nnz, "exponent", len(stream), None]
+        delta = recoded(chunk, [stream, *(plane[:nnz] for plane in planes)])
+        add("R18", "exponent_" + name, why, delta, of_base=True)
+
+    good = bits.exponent([2, 3, 6], keys, middle, 1)
+    of_base("few", "fewer positions than nnz", good, 4)
+    of_base("many", "more positions than nnz", good, 2)
+    of_base("trailing", "a byte after the stream", good + b"\0")
+    of_base("truncated", "the stream ends early", good[:-1])
+    of_base("thresholds", "thresholds that do not ascend", b"\2\5\5" + good[2:])
+    of_base("threshold_zero", "a threshold of 0", b"\1\0" + good[2:])
+    of_base("thresholds_end", "more thresholds than bytes", b"\xff" + good[1:])
+    beyond = bytes([1, *middle, 2, 0, 0]) + bits.rice([([8], 0), ([], 0)])
+    of_base("beyond", "a place beyond its class", beyond, 1)
+    stream = bits.steps([2, 2, 9], [keys[p] for p in (2, 3, 6)], middle, 1)
+    for name, why, wrong in (
+        ("trailing", "a byte after the stream", stream + b"\0"),
+        ("truncated", "the stream ends early", stream[:-1]),
+        ("thresholds", "thresholds that do not ascend", b"\2\5\5" + stream[2:]),
+    ):
+        chunk = [0, 3, "gap8", 3, None, "exponent_steps", len(wrong)]
+        delta = recoded(chunk, [bytes([2, 0, 2]), wrong])
+        add("R21", "exponent_steps_" + name, why, delta, of_base=True)
     return out
 
 

@@ -129,6 +129,116 @@ def encodings() -> list[Valid]:
     return out
 
 
+def graded(dtype: str, n: int, seed: int, shape: Sequence[int] | None = None) -> Tensor:
+    """Return a tensor of values of many magnitudes and both signs."""
+    draw = random.Random(f"graded {dtype} {n} {seed}")
+    width = BITS[dtype] // 8
+    top = {"BF16": 0x3F80, "F16": 0x3C00, "F32": 0x3F800000}.get(dtype, 0x40)
+    lowest = top - (top >> 3)
+    bits = [draw.randint(lowest, top) | draw.getrandbits(1) << 8 * width - 1 for _ in range(n)]
+    return tensor(dtype, bits, shape)
+
+
+def drawn(n: int, share: float, seed: int) -> list[int]:
+    """Return some of n positions."""
+    draw = random.Random(f"drawn {n} {seed}")
+    return [p for p in range(n) if draw.random() < share]
+
+
+def moved(one: Tensor, positions: Sequence[int], seed: int, most: int = 3) -> Tensor:
+    """Return a tensor with the bits at some positions moved, mostly by one."""
+    draw = random.Random(f"moved {seed}")
+    for p in positions:
+        by = draw.choice((1, 1, 1, 1, 2, most)) * draw.choice((1, -1))
+        one = nudged(one, (p,), by)
+    return one
+
+
+def below_a_byte() -> list[Valid]:
+    """Return the encodings that work below a byte, and their edges."""
+    out = []
+
+    def add(name: str, shows: str, old: Tensor, new: Tensor, coding: Coding) -> None:
+        base, target = one_file({"w": old}), one_file({"w": new})
+        out.append(vector(name, shows, base, target, default=coding))
+
+    old = graded("BF16", 300, 1)
+    new = moved(old, drawn(300, 0.2, 1), 1)
+    for values in ("ulp", "target"):
+        coding = Coding("exponent", values, thresholds=(114, 122, 125), k=2)
+        add(f"exponent_{values}", f"exponent with value encoding {values}", old, new, coding)
+    coding = Coding("exponent", packing="exponent_steps", thresholds=(1, 114, 126, 255))
+    add("exponent_both", "exponent with exponent_steps; a class of none", old, new, coding)
+    coding = Coding("exponent", packing="steps", thresholds=(), k=4)
+    add("exponent_one_class", "exponent without thresholds, with steps", old, new, coding)
+    low = [p for p, bits in enumerate(old.elements()) if bits >> 7 & 255 < 126]
+    coding = Coding("exponent", packing="scaled", thresholds=(126,), k=0)
+    shows = "a class of which all is touched, and one of which nothing is"
+    add("exponent_all_and_none", shows, old, moved(old, low, 2), coding)
+    for dtype in ("F8_E4M3", "F16", "F32", "I8"):
+        old = graded(dtype, 90, 2)
+        new = moved(old, drawn(90, 0.3, 2), 2, 9)
+        thresholds = (58, 61) if BITS[dtype] == 8 else (117, 119) if dtype == "F16" else (117, 125)
+        coding = Coding("exponent", packing="exponent_steps", thresholds=thresholds, k=0)
+        add(f"exponent_{dtype.lower()}", f"keys of {dtype}", old, new, coding)
+    old, longer = graded("BF16", 40, 3), graded("BF16", 60, 3)
+    longer = Tensor("BF16", (60,), old.data + longer.data[80:])
+    longer = moved(longer, (3, 8, 20, 39), 3)
+    coding = Coding("exponent", packing="scaled", thresholds=(1, 120))
+    add("exponent_grown", "elements beyond keep count as zero", old, longer, coding)
+
+    old = graded("BF16", 300, 6)
+    for name, shows, share in (("rice", "rice", 0.1), ("rice_rest", "rice of the rest", 0.9)):
+        new = moved(old, drawn(300, share, 6), 6)
+        add(name, shows, old, new, Coding("rice", packing="steps", k=3))
+    add(
+        "rice_all",
+        "rice without a gap: all is touched",
+        old,
+        moved(old, range(300), 6),
+        Coding("rice"),
+    )
+
+    old = graded("BF16", 300, 4, (12, 25))
+    some = drawn(300, 0.1, 4) + [75 + c for c in range(25) if c != 9] + list(range(6, 300, 25))
+    new = moved(old, sorted(set(some)), 4)
+    rows, columns = [int(r == 3) for r in range(12)], [int(c == 6) for c in range(25)]
+    add(
+        "tiles",
+        "tiles: one row and one column apart",
+        old,
+        new,
+        Coding("tiles", bands=(rows, columns)),
+    )
+    labels = [0, 2, 1] * 4, [c % 4 for c in range(25)]
+    coding = Coding("tiles", bands=labels, packing="steps", k=2)
+    add("tiles_steps", "tiles of three by four bands, with steps", old, new, coding)
+    rows = [int(r % 3 == 0) for r in range(44)]
+    coding = Coding("tiles", "target", bands=(rows, [0, 0, 1, 0, 1, 1, 0]), first=5)
+    shows = "tiles whose columns are not the tensor's, beginning in the fifth"
+    add("tiles_first", shows, old, new, coding)
+    coding = Coding("tiles", bands=([0] * 12, [0] * 25), k=0)
+    add("tiles_one", "one tile, parameter 0", old, new, coding)
+
+    for dtype, most in (("U8", 127), ("BF16", 300), ("F32", 100_000), ("I64", 70_000)):
+        old = graded(dtype, 80, 5) if dtype in ("BF16", "F32") else noise(dtype, 80, 5)
+        new = moved(old, drawn(80, 0.5, 5), 5, most)
+        for packing in ("steps", "scaled"):
+            shows = f"packing {packing} for {dtype}"
+            coding = Coding(packing=packing, k=3)
+            add(f"{packing}_{dtype.lower()}", shows, old, new, coding)
+    old = tensor("I32", [0] * 9)
+    new = tensor("I32", [0, 1, 2**32 - 1, 2**31, 2**31 - 1, 2**30, 5, 2**32 - 3, 77])
+    coding = Coding(packing="scaled", positions=range(9))
+    add("scaled_widest", "scaled: codes of 0 to 32 bits", old, new, coding)
+    new = tensor("I32", [0, 1, 2**32 - 1, 0, 0, 1, 0, 0, 0])
+    coding = Coding(packing="scaled")
+    add("scaled_no_lower", "scaled without a second stream", old, new, coding)
+    new = tensor("I32", [1, 2**32 - 1, 1, 1, 1, 1, 2**32 - 1, 1, 1])
+    add("steps_short", "steps all of one unit", old, new, Coding("all", packing="steps", k=0))
+    return out
+
+
 def large() -> list[Valid]:
     """Return a tensor of more than one chunk."""
     zeros = Tensor("U8", (2 * SPAN + 9,), bytes(2 * SPAN + 9))
@@ -517,6 +627,7 @@ def compressed() -> Valid:
 SECTIONS: tuple[Callable[[], list[Valid]], ...] = (
     example,
     encodings,
+    below_a_byte,
     large,
     codes,
     dtypes,

@@ -13,6 +13,8 @@ from typing import Any
 
 from blake3 import blake3
 
+from vector_source import bits
+
 SPAN = 1 << 24
 RUN = 600  # runs of one byte at least this long become run-length blocks
 FLOATS = ("F8_E5M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F16", "BF16", "F32", "F64")
@@ -100,13 +102,21 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Coding:
-    """How a tensor is coded; None: keep as much as can be, touch what changes."""
+    """How a tensor is coded; None: keep as much as can be, touch what changes.
+
+    Thresholds are of `exponent` and `exponent_steps`, bands and `first` of `tiles`, `k` of all these.
+    """
 
     index: str = "gap8"
     values: str = "ulp"
     keep: int | None = None
     positions: Sequence[int] | None = None
     touched: bool = True
+    packing: str = "planes"
+    thresholds: Sequence[int] = ()
+    bands: tuple[Sequence[int], Sequence[int]] = ((), ())
+    first: int = 0
+    k: int = 1
 
 
 @dataclass
@@ -202,14 +212,43 @@ def code(before: int, after: int, values: str, dtype: str) -> int:
 
 
 def coded(
-    positions: Sequence[int], codes: Sequence[int], encoding: str, length: int, width: int
+    positions: Sequence[int],
+    codes: Sequence[int],
+    coding: Coding,
+    before: Sequence[int],
+    width: int,
 ) -> tuple[list[Any], bytes]:
-    """Return a chunk without its number, and its coded streams."""
-    stream = index_stream(encoding, positions, length)
-    planes = [bytes(c >> 8 * j & 255 for c in codes) for j in range(width)]
+    """Return a chunk without its number, and its coded streams; `before` are the span's bits."""
+    keys = [bits.key(one, width) for one in before] if needs_base(coding) else []
+    if coding.index == "exponent":
+        stream = bits.exponent(positions, keys, coding.thresholds, coding.k)
+    elif coding.index == "rice":
+        head, gaps = bits.subset(positions, len(before), coding.k)
+        stream = head + bits.rice([gaps])
+    elif coding.index == "tiles":
+        stream = bits.tiles(positions, coding.first, *coding.bands, coding.k)
+    else:
+        stream = index_stream(coding.index, positions, len(before))
+    streams = [bytes(c >> 8 * j & 255 for c in codes) for j in range(width)]
+    left_out = [not any(plane) for plane in streams]
+    if coding.packing == "scaled":
+        streams = [*bits.scaled(codes)]
+    elif coding.packing != "planes":
+        touched = [keys[p] for p in positions] if keys else [0] * len(codes)
+        streams = [bits.steps(codes, touched, coding.thresholds if keys else (), coding.k)]
+    if coding.packing != "planes":
+        left_out = [not one for one in streams]
     frames = [frame(stream) if stream else b""]
-    frames += [frame(plane) if any(plane) else b"" for plane in planes]
-    return [len(positions), encoding, len(stream), [len(one) for one in frames]], b"".join(frames)
+    frames += [b"" if out else frame(one) for one, out in zip(streams, left_out, strict=True)]
+    chunk: list[Any] = [len(positions), coding.index, len(stream), [len(one) for one in frames]]
+    if coding.packing != "planes":
+        chunk += [coding.packing, len(streams[-1])]
+    return chunk, b"".join(frames)
+
+
+def needs_base(coding: Coding) -> bool:
+    """Return whether the base is needed to read what is coded so."""
+    return coding.index == "exponent" or coding.packing == "exponent_steps"
 
 
 def delta_of(base: Tensor | None, target: Tensor, coding: Coding) -> tuple[dict[str, Any], bytes]:
@@ -231,8 +270,8 @@ def delta_of(base: Tensor | None, target: Tensor, coding: Coding) -> tuple[dict[
         start = number * SPAN
         mine = [p for p in touched if p // SPAN == number]
         codes = [code(before[p], after[p], coding.values, target.dtype) for p in mine]
-        length = min(SPAN, len(after) - start)
-        chunk, data = coded([p - start for p in mine], codes, coding.index, length, w)
+        span = before[start : start + SPAN]
+        chunk, data = coded([p - start for p in mine], codes, coding, span, w)
         chunks.append([number, *chunk])
         entry += data
     pieces = (b"".join(bits[p].to_bytes(w, "little") for p in touched) for bits in (before, after))

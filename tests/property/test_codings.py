@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from strategies import relaxed
 
-from sparsedelta.codecs.chunks import check_chunk, decode_chunk, encode_chunk
+from sparsedelta.codecs.chunks import Level, check_chunk, decode_chunk, encode_chunk
 from sparsedelta.codecs.indices import INDEX_ENCODINGS, Positions
+from sparsedelta.codecs.site import Site
 from sparsedelta.codecs.values import VALUE_ENCODINGS
 from sparsedelta.dtypes import DTYPES
 
@@ -37,30 +38,50 @@ def positions(draw: st.DrawFn) -> tuple[Positions, int]:
 
 
 @relaxed(200)
-@given(positions())
-def test_all_index_encodings_decode_what_they_encode(drawn: tuple[Positions, int]) -> None:
+@given(positions(), st.integers(0, 99), st.sampled_from([0, 2, 7, 64, 1000]))
+def test_all_index_encodings_decode_what_they_encode(
+    drawn: tuple[Positions, int], seed: int, columns: int
+) -> None:
     wanted, span = drawn
+    base = np.random.default_rng(seed).normal(0, 0.02, span).astype("<f4").view("<u4")
+    site = Site(lambda start, n: base[start : start + n], columns, seed % max(columns, 1))
     for name, encoding in INDEX_ENCODINGS.items():
         if name == "all" and len(wanted) < span:
             continue
-        stream = encoding.encode(wanted, span).tobytes()
+        encoded = encoding.encode(wanted, span, site)
+        if encoded is None:
+            assert not encoding.is_quick
+            continue
+        stream = encoded.tobytes()
         assert encoding.possible(len(stream), len(wanted), span), name
-        assert_bit_equal(encoding.decode(stream, len(wanted), span), wanted)
+        assert_bit_equal(encoding.decode(stream, len(wanted), span, site), wanted)
 
 
 @relaxed(150)
-@given(positions(), st.sampled_from(sorted(BITS)), st.integers(0, 63), st.integers(0, 99))
+@given(
+    positions(),
+    st.sampled_from(sorted(BITS)),
+    st.integers(0, 63),
+    st.integers(0, 99),
+    st.sampled_from(Level),
+)
 def test_chunks_decode_what_they_encode(
-    drawn: tuple[Positions, int], name: str, n_bits: int, seed: int
+    drawn: tuple[Positions, int], name: str, n_bits: int, seed: int, level: Level
 ) -> None:
     wanted, span = drawn
     dtype = DTYPES[name]
     draw = np.random.default_rng(seed)
     high = (1 << min(n_bits + 1, 8 * dtype.width)) - 1
     codes = draw.integers(0, high, len(wanted), np.uint64, endpoint=True).astype(dtype.view)
-    chunk, frames = encode_chunk(0, span, wanted, codes)
+    bits = draw.integers(0, 1 << 63, min(span, 4096), np.uint64).astype(dtype.view)
+    whole = np.resize(bits, span)
+
+    def base(start: int, n: int) -> npt.NDArray[Any]:
+        return whole[start : start + n]
+
+    chunk, frames = encode_chunk(0, span, wanted, codes, level=level, base=base, columns=64)
     check_chunk(chunk, dtype, span)
-    found, found_codes = decode_chunk(chunk, dtype, span, b"".join(frames))
+    found, found_codes = decode_chunk(chunk, dtype, span, b"".join(frames), base=base)
     assert_bit_equal(found, wanted)
     assert_bit_equal(found_codes, codes)
 

@@ -13,16 +13,19 @@ from helpers import assert_bit_equal
 from sparsedelta.codecs.chunks import (
     CHUNK_ELEMENTS,
     Chunk,
+    Level,
     check_chunk,
+    check_streams,
     chunk_span,
     decode_chunk,
     encode_chunk,
     n_chunks,
 )
 from sparsedelta.codecs.indices import INDEX_ENCODINGS, Positions
+from sparsedelta.codecs.site import BaseBits
 from sparsedelta.codecs.zstd import compress_stream, decompress
 from sparsedelta.dtypes import DTYPES
-from sparsedelta.errors import Corrupt
+from sparsedelta.errors import BaseNeeded, Corrupt
 
 BF16 = DTYPES["BF16"]
 
@@ -58,7 +61,8 @@ def test_roundtrip(nnz: int, span: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nnz", "encoding"), [(3, "gap16"), (2_000, "gap8"), (50_000, "bitmap"), (100_000, "all")]
+    ("nnz", "encoding"),
+    [(3, "gap16"), (2_000, "rice"), (50_000, "bitmap"), (100_000, "all")],
 )
 def test_smallest_encoding_is_kept(nnz: int, encoding: str) -> None:
     span = 100_000
@@ -69,6 +73,7 @@ def test_smallest_encoding_is_kept(nnz: int, encoding: str) -> None:
         for name, other in INDEX_ENCODINGS.items()
         if name != "all" or nnz == span
         for stream in [other.encode(positions, span)]
+        if stream is not None
     }
     assert chunk.index_encoding == encoding
     assert chunk.coded_bytes[0] == min(sizes.values()) == sizes[encoding]
@@ -80,17 +85,19 @@ def test_no_encoding_left_untried_would_have_won() -> None:
         positions, codes = sample(nnz, span, seed=nnz)
         chunk, _ = encode_chunk(0, span, positions, codes)
         for name in {"gap8", "gap16", "bitmap"} - {chunk.index_encoding}:
-            other = compress_stream(INDEX_ENCODINGS[name].encode(positions, span).data)
+            stream = INDEX_ENCODINGS[name].encode(positions, span)
+            assert stream is not None
+            other = compress_stream(stream.data)
             assert chunk.coded_bytes[0] <= len(other), (nnz, name)
 
 
 def test_planes_of_zeros_are_not_stored() -> None:
     positions = np.arange(4, dtype=np.uint32)
-    chunk, frames = encode_chunk(0, 4, positions, np.array([1, 2, 3, 4], "<u2"))
+    chunk, frames = encode_chunk(0, 4, positions, np.array([1, 2, 3, 4], "<u2"), level=Level.FAST)
     assert chunk.coded_bytes == (0, len(frames[1]), 0)
     assert decompress(frames[1], 4) == b"\1\2\3\4"
     codes = np.array([0x100, 0x200, 0x300, 0x100], "<u2")
-    chunk, frames = encode_chunk(0, 4, positions, codes)
+    chunk, frames = encode_chunk(0, 4, positions, codes, level=Level.FAST)
     assert chunk.coded_bytes == (0, 0, len(frames[2]))
     assert_bit_equal(decode_chunk(chunk, BF16, 4, b"".join(frames))[1], codes)
 
@@ -115,6 +122,15 @@ def test_stored_plane_of_zeros_is_read() -> None:
         ({"coded_bytes": (9, 9, 9, 9)}, "4 streams, expected 3"),
         ({"coded_bytes": (0, 9, 9)}, "disagree"),
         ({"index_encoding": "all", "nnz": 100, "index_bytes": 0}, "disagree"),
+        ({"index_encoding": "tiles", "index_bytes": 7}, "cannot hold"),
+        ({"index_encoding": "exponent", "index_bytes": 32_794}, "cannot hold"),
+        ({"value_bytes": 1}, "cannot hold"),
+        ({"value_packing": "steps", "value_bytes": 9}, "3 streams, expected 2"),
+        ({"value_packing": "steps", "value_bytes": 3, "coded_bytes": (9, 9)}, "cannot hold"),
+        ({"value_packing": "steps", "value_bytes": 9, "coded_bytes": (9, 0)}, "disagree"),
+        ({"value_packing": "scaled", "value_bytes": 5}, "cannot hold"),
+        ({"value_packing": "scaled", "value_bytes": 0}, "disagree"),
+        ({"value_packing": "scaled", "value_bytes": 4, "coded_bytes": (9, 0, 9)}, "disagree"),
     ],
 )
 def test_impossible_records_are_refused(changes: dict[str, Any], problem: str) -> None:
@@ -138,7 +154,7 @@ def test_last_chunk_is_held_to_its_own_span() -> None:
 
 def test_damaged_streams_are_refused() -> None:
     positions, codes = sample(20, 300)
-    chunk, frames = encode_chunk(0, 300, positions, codes)
+    chunk, frames = encode_chunk(0, 300, positions, codes, level=Level.FAST)
     coded = b"".join(frames)
     with pytest.raises(Corrupt, match="bytes of streams"):
         decode_chunk(chunk, BF16, 300, coded + b"\0")
@@ -150,3 +166,58 @@ def test_damaged_streams_are_refused() -> None:
     damaged = replace(chunk, coded_bytes=tuple(map(len, short)))
     with pytest.raises(Corrupt, match="holds 19 bytes, expected 20"):
         decode_chunk(damaged, BF16, 300, b"".join(short))
+
+
+def small_steps(span: int, share: float) -> tuple[Positions, npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return positions that go with the base's exponents, codes of small steps, and the base."""
+    draw = np.random.default_rng(7)
+    base = (draw.normal(0, 0.02, span).astype("<f4").view("<u4") >> 16).astype("<u2")
+    exponents = (base >> 7 & 255).astype(float)
+    likely = np.minimum(0.8, share * 2.0 ** (121 - exponents))
+    positions = np.flatnonzero(draw.random(span) < likely).astype(np.uint32)
+    return positions, draw.choice(np.array([1, 2], "<u2"), len(positions)), base
+
+
+def test_the_base_helps_where_it_saves_a_tenth() -> None:
+    positions, codes, bits = small_steps(1 << 18, 0.002)
+    found, frames = encode_chunk(0, 1 << 18, positions, codes, base=reader(bits))
+    alone, alone_frames = encode_chunk(0, 1 << 18, positions, codes)
+    assert (found.index_encoding, found.needs_base, alone.needs_base) == ("exponent", True, False)
+    assert sum(map(len, frames)) <= 0.9 * sum(map(len, alone_frames))
+    with pytest.raises(BaseNeeded, match="--standalone"):
+        decode_chunk(found, BF16, 1 << 18, b"".join(frames))
+    check_streams(found, BF16, b"".join(frames))
+    with pytest.raises(Corrupt):
+        check_streams(found, BF16, b"\0" + b"".join(frames)[1:])
+    uniform, codes = sample(4000, 1 << 18)
+    found, _ = encode_chunk(0, 1 << 18, uniform, codes, base=reader(bits))
+    assert not found.needs_base
+
+
+def test_fast_never_needs_the_base_and_max_is_never_larger() -> None:
+    positions, codes, bits = small_steps(1 << 18, 0.002)
+    sizes = {}
+    for level in Level:
+        chunk, frames = encode_chunk(0, 1 << 18, positions, codes, level=level, base=reader(bits))
+        sizes[level] = sum(map(len, frames))
+        assert chunk.needs_base == (level is not Level.FAST)
+    assert sizes[Level.MAX] <= sizes[Level.DEFAULT] < sizes[Level.FAST]
+
+
+def reader(bits: npt.NDArray[Any]) -> BaseBits:
+    return lambda start, n: bits[start : start + n]
+
+
+def test_another_base_is_an_error_or_other_positions_never_more() -> None:
+    positions, codes, bits = small_steps(1 << 16, 0.01)
+    chunk, frames = encode_chunk(0, 1 << 16, positions, codes, base=reader(bits))
+    assert chunk.needs_base
+    noise = np.random.default_rng(8).integers(0, 1 << 16, 1 << 16).astype("<u2")
+    for other in (bits[::-1].copy(), bits ^ np.uint16(0x80), noise):
+        try:
+            found, _ = decode_chunk(chunk, BF16, 1 << 16, b"".join(frames), base=reader(other))
+        except Corrupt:
+            continue
+        assert len(found) == chunk.nnz
+        assert (np.diff(found.astype(np.int64)) > 0).all()
+        assert found[-1] < 1 << 16

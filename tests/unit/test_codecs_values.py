@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from helpers import BITS, assert_bit_equal
 
-from sparsedelta.codecs.values import VALUE_ENCODINGS, plane
+from sparsedelta.codecs.values import VALUE_ENCODINGS
 from sparsedelta.dtypes import DTYPES, DType
 
 SPECIAL = {
@@ -87,8 +87,3 @@ def test_registry_is_the_formats() -> None:
 def test_target_codes_are_the_new_bits() -> None:
     before, after = all_pairs(DTYPES["F32"])
     assert_bit_equal(VALUE_ENCODINGS["target"].encode(DTYPES["F32"], before, after), after)
-
-
-def test_planes_begin_with_the_least_significant_byte() -> None:
-    codes = np.array([0x04030201, 0x0D0C0B0A], "<u4")
-    assert [plane(codes, j).tolist() for j in range(4)] == [[1, 10], [2, 11], [3, 12], [4, 13]]

@@ -14,6 +14,7 @@ CODES = {
     "AlreadyApplied": "already_applied",
     "BadMagic": "bad_magic",
     "BaseMismatch": "base_mismatch",
+    "BaseNeeded": "base_needed",
     "CheckpointError": "checkpoint",
     "ConflictError": "conflict",
     "Corrupt": "corrupt",

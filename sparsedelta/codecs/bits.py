@@ -1,0 +1,134 @@
+"""Numbers as bits (FORMAT §6.5): packed, as Rice codes, or in groups of seven.
+
+Rice codes come in sequences, each with a parameter k. The low k bits of its numbers are packed, sequence
+after sequence; what is above them is counted in zeros, a one ending each count, for all sequences end
+to end: so a decoder finds all ends at once, without walking from number to number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsedelta.errors import Corrupt
+
+Numbers = npt.NDArray[np.uint32]  # (n,)
+Bytes = npt.NDArray[np.uint8]
+
+MAX_LOW_BITS = 31
+_MAX_NUMBER_BYTES = 5
+
+
+def best_low_bits(numbers: Numbers) -> int:
+    """Return the parameter k that codes ``numbers`` in the fewest bits."""
+    n = len(numbers)
+    if not n:
+        return 0
+    mean = int(numbers.sum(dtype=np.uint64)) / n
+    guess = max(0, int(mean * 0.7).bit_length() - 1)
+    candidates = range(max(0, guess - 1), min(MAX_LOW_BITS, guess + 1) + 1)
+    bits = {k: int((numbers >> k).sum(dtype=np.uint64)) + n * k for k in candidates}
+    return min(bits, key=bits.__getitem__)
+
+
+def encode_rice(sequences: Iterable[tuple[Numbers, int]]) -> bytes:
+    """Return sequences of numbers, each with its k, as one run of bytes."""
+    pairs = list(sequences)
+    lows = [pack(numbers, k).tobytes() for numbers, k in pairs]
+    counts = np.concatenate([np.empty(0, np.uint32), *(numbers >> k for numbers, k in pairs)])
+    return b"".join([*lows, _unary(counts).tobytes()])
+
+
+def decode_rice(data: bytes, lengths: Sequence[tuple[int, int]]) -> list[Numbers]:
+    """Return the sequences in ``data``, whose lengths and k are given.
+
+    Raises:
+        Corrupt: ``data`` does not hold just these.
+    """
+    raw = np.frombuffer(data, np.uint8)
+    sizes = [-(-n * k // 8) for n, k in lengths]
+    n_low_bytes = sum(sizes)
+    if n_low_bytes > len(raw):
+        raise Corrupt(f"stream has {len(raw)} bytes, expected at least {n_low_bytes}")
+    counts = _counts(raw[n_low_bytes:], sum(n for n, _ in lengths))
+    result, start, first = [], 0, 0
+    for size, (n, k) in zip(sizes, lengths, strict=True):
+        numbers = counts[first : first + n].astype(np.uint32)
+        if len(numbers) and int(numbers.max()) >> (32 - k):
+            raise Corrupt("stream holds a number of more than 32 bits")
+        numbers <<= np.uint32(k)
+        numbers |= unpack(raw[start : start + size], n, k)
+        result.append(numbers)
+        start, first = start + size, first + n
+    return result
+
+
+def pack(numbers: npt.NDArray[Any], k: int) -> Bytes:
+    """Return the low ``k`` bits of every number, end to end, the least significant first."""
+    if not k:
+        return np.empty(0, np.uint8)
+    columns = numbers.astype("<u4").view(np.uint8).reshape(-1, 4)
+    used = columns[:, : -(-k // 8)]
+    bits = np.unpackbits(used, axis=1, count=k, bitorder="little")
+    return np.packbits(bits, bitorder="little")
+
+
+def unpack(data: Bytes, n: int, k: int) -> Numbers:
+    """Return ``n`` numbers of ``k`` bits from as many bytes as they fill.
+
+    Raises:
+        Corrupt: a bit behind the last number is set.
+    """
+    if not k:
+        return np.zeros(n, np.uint32)
+    if n * k % 8 and data[-1] >> n * k % 8:
+        raise Corrupt("stream has a bit set behind packed numbers")
+    bits = np.unpackbits(data, count=n * k, bitorder="little").reshape(n, k)
+    columns = np.zeros((n, 4), np.uint8)
+    used = np.packbits(bits, axis=1, bitorder="little")
+    columns[:, : used.shape[1]] = used
+    return columns.view("<u4").reshape(n)
+
+
+def _unary(counts: Numbers) -> Bytes:
+    ends = np.cumsum(counts, dtype=np.int64)
+    ends += np.arange(len(counts))
+    bits = np.zeros(int(ends[-1]) + 1 if len(ends) else 0, np.bool_)
+    bits[ends] = True
+    return np.packbits(bits, bitorder="little")
+
+
+def _counts(data: Bytes, n: int) -> npt.NDArray[np.int64]:
+    ends = np.flatnonzero(np.unpackbits(data, bitorder="little").view(np.bool_))
+    if len(ends) != n or (len(data) and not data[-1]):
+        raise Corrupt(f"stream holds {len(ends)} numbers, expected {n}")
+    counts = np.diff(ends, prepend=-1)
+    counts -= 1
+    return counts
+
+
+def write_number(number: int) -> bytes:
+    """Return a number in groups of seven bits, the lowest first, all but the last byte above 127."""
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def read_number(stream: bytes, at: int) -> tuple[int, int]:
+    """Return the number at ``at`` and where the next thing begins.
+
+    Raises:
+        Corrupt: it does not end, within the stream or within 32 bits.
+    """
+    number = 0
+    for i, byte in enumerate(stream[at : at + _MAX_NUMBER_BYTES]):
+        number |= (byte & 127) << 7 * i
+        if byte < 128 and not number >> 32:
+            return number, at + i + 1
+    raise Corrupt("stream has a number that does not end, or of more than 32 bits")

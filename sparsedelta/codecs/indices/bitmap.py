@@ -1,0 +1,45 @@
+"""``bitmap``: one bit a position."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparsedelta.codecs.site import NOWHERE, Positions, Site, Stream
+from sparsedelta.errors import Corrupt
+
+_BLOCK_POSITIONS = 1 << 20
+
+
+class _Bitmap:
+    """One bit a position, the least significant first."""
+
+    is_quick = True
+    needs_base = False
+
+    def worth_trying(self, nnz: int, span: int) -> bool:
+        return nnz * 16 >= span
+
+    def encode(self, positions: Positions, span: int, site: Site = NOWHERE) -> Stream:
+        touched = np.zeros(span, np.bool_)
+        touched[positions] = True
+        return np.packbits(touched, bitorder="little")
+
+    def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
+        return n_bytes == -(-span // 8)
+
+    def decode(self, stream: bytes, nnz: int, span: int, site: Site = NOWHERE) -> Positions:
+        touched = np.unpackbits(np.frombuffer(stream, np.uint8), bitorder="little")
+        if touched[span:].any():
+            raise Corrupt(f"bitmap touches positions outside its span of {span} elements")
+        found = int(np.count_nonzero(touched))
+        if found != nnz:
+            raise Corrupt(f"bitmap holds {found} positions, expected {nnz}")
+        positions, end = np.empty(nnz, np.uint32), 0
+        for start in range(0, span, _BLOCK_POSITIONS):  # flatnonzero takes 8 bytes a position
+            here = np.flatnonzero(touched[start : start + _BLOCK_POSITIONS])
+            np.add(here, start, out=positions[end : end + len(here)], casting="unsafe")
+            end += len(here)
+        return positions
+
+
+BITMAP = _Bitmap()

@@ -1,0 +1,34 @@
+"""What an index encoding is: positions to a stream of bytes and back, with an encoder's right to decline."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from sparsedelta.codecs.site import NOWHERE, Positions, Site, Stream
+
+
+class IndexEncoding(Protocol):
+    """How positions become bytes."""
+
+    is_quick: bool  # to encode and decode
+    needs_base: bool  # to decode
+
+    def worth_trying(self, nnz: int, span: int) -> bool:
+        """Return whether this encoding can be the smallest at this density."""
+
+    def encode(self, positions: Positions, span: int, site: Site = NOWHERE) -> Stream | None:
+        """Return the stream of ``positions`` in a span of ``span`` elements.
+
+        None: it cannot be smaller than others, as a cheap look shows, or ``site`` lacks what it needs.
+        """
+
+    def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
+        """Return whether a stream of ``n_bytes`` can hold ``nnz`` positions (FORMAT §12)."""
+
+    def decode(self, stream: bytes, nnz: int, span: int, site: Site = NOWHERE) -> Positions:
+        """Return exactly ``nnz`` positions.
+
+        Raises:
+            Corrupt: the stream does not hold ``nnz`` increasing positions below ``span``; with an
+                encoding that needs the base, this also says that the base is another.
+        """

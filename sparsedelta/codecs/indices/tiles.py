@@ -1,0 +1,213 @@
+"""``tiles``: rows and columns sorted into bands by how much of them is touched (FORMAT §6.6).
+
+Gradients are large in a few rows and columns, and what is chosen by them crowds there. A band of rows
+and a band of columns make a tile, a rectangle once they are moved together, coded by its own density.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsedelta.codecs.bits import (
+    MAX_LOW_BITS,
+    Numbers,
+    best_low_bits,
+    decode_rice,
+    encode_rice,
+    read_number,
+    write_number,
+)
+from sparsedelta.codecs.classes import (
+    N_KEYS,
+    choice_bits,
+    class_table,
+    merge_keys,
+    total_choice_bits,
+)
+from sparsedelta.codecs.site import NOWHERE, Positions, Site, Stream
+from sparsedelta.codecs.subsets import encode_subset, read_subset
+from sparsedelta.errors import Corrupt
+
+MAX_BANDS = 64
+_MOST_BANDS = 16
+_KEYS_PER_OCTAVE = 2
+_TILE_BITS = 24  # what a tile costs besides its gaps
+_BAND_BITS = (
+    2 * _TILE_BITS
+)  # a further band makes as many tiles as there are bands of the other kind
+_WORTH = 0.97  # of the entropy without tiles
+
+Labels = npt.NDArray[np.uint32]  # the band of each row or column
+
+
+class _Tiles:
+    """Touched positions as places within tiles."""
+
+    is_quick = False
+    needs_base = False
+
+    def worth_trying(self, nnz: int, span: int) -> bool:
+        return 64 <= nnz < span
+
+    def encode(self, positions: Positions, span: int, site: Site = NOWHERE) -> Stream | None:
+        columns, first = site.columns, site.first
+        if not 2 <= columns <= span:
+            return None
+        n_rows = _n_rows(columns, first, span)
+        row, column = np.divmod(positions + np.uint32(first), np.uint32(columns))
+        rows = _choose_bands(np.bincount(row, minlength=n_rows), columns)
+        lines = _choose_bands(np.bincount(column, minlength=columns), n_rows)
+        if not (rows.any() or lines.any()):
+            return None
+        grid = _Grid(rows, lines)
+        places = grid.places(row, column)
+        places.sort()
+        counts = np.diff(np.searchsorted(places, grid.edges))
+        if not _is_worth_it(grid, counts):
+            return None
+        head = bytearray(write_number(columns) + write_number(first))
+        sequences: list[tuple[Numbers, int]] = []
+        for labels, n_bands in zip(grid.labels, grid.shape, strict=True):
+            k = best_low_bits(labels)
+            head += bytes([n_bands, k])
+            sequences.append((labels, k))
+        start = 0
+        for n, area, edge in zip(counts.tolist(), grid.areas.tolist(), grid.edges, strict=False):
+            part, sequence = encode_subset(places[start : start + n] - np.uint32(edge), area)
+            head += part
+            sequences.append(sequence)
+            start += n
+        return np.frombuffer(bytes(head) + encode_rice(sequences), np.uint8)
+
+    def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
+        return 8 <= n_bytes <= span // 4 + (1 << 15)
+
+    def decode(self, stream: bytes, nnz: int, span: int, site: Site = NOWHERE) -> Positions:
+        columns, at = read_number(stream, 0)
+        first, at = read_number(stream, at)
+        if not (2 <= columns <= span and first < columns):
+            raise Corrupt(
+                f"index stream has {columns} columns, of which it begins in number {first}"
+            )
+        n_tiles, lengths = 1, []
+        for n in (_n_rows(columns, first, span), columns):
+            n_bands, at = read_number(stream, at)
+            k, at = read_number(stream, at)
+            if not 1 <= n_bands <= MAX_BANDS or k > MAX_LOW_BITS:
+                raise Corrupt(f"index stream has {n_bands} bands with parameter {k}")
+            n_tiles *= n_bands
+            lengths.append((n, k, n_bands))
+        heads = []
+        for _ in range(n_tiles):
+            head, at = read_subset(stream, at)
+            heads.append(head)
+        sequences = decode_rice(
+            stream[at:], [(n, k) for n, k, _ in lengths] + [head.length for head in heads]
+        )
+        for labels, (_, _, n_bands) in zip(sequences, lengths, strict=False):
+            if int(labels.max()) >= n_bands:
+                raise Corrupt(f"index stream puts a line into band {labels.max()} of {n_bands}")
+        grid = _Grid(sequences[0], sequences[1], (lengths[0][2], lengths[1][2]))
+        parts, left = [], nnz
+        for number, (head, gaps) in enumerate(zip(heads, sequences[2:], strict=True)):
+            chosen = head.chosen(gaps, int(grid.areas[number]))
+            left -= len(chosen)
+            if left < 0:
+                break
+            if len(chosen):
+                row, column = grid.cells(number, chosen)
+                parts.append(row * np.int64(columns) + column)
+        if left:
+            raise Corrupt(f"index stream does not hold exactly {nnz} positions")
+        cells = np.concatenate(parts)
+        cells.sort()
+        cells -= first
+        if cells[0] < 0 or cells[-1] >= span:
+            raise Corrupt(f"index stream leaves its span of {span} elements")
+        return cells.astype(np.uint32)
+
+
+class _Grid:
+    """Rows and columns in bands; the cells in order of tiles, and by rows within a tile."""
+
+    def __init__(
+        self, row_labels: Labels, column_labels: Labels, shape: tuple[int, int] | None = None
+    ) -> None:
+        self.labels = (row_labels, column_labels)
+        self.shape = shape or (int(row_labels.max()) + 1, int(column_labels.max()) + 1)
+        self._counts = [
+            np.bincount(labels, minlength=n)
+            for labels, n in zip(self.labels, self.shape, strict=True)
+        ]
+        self._orders = [np.argsort(labels, kind="stable") for labels in self.labels]
+        self._starts = [np.cumsum(counts) - counts for counts in self._counts]
+        self.areas = np.outer(*self._counts).ravel()  # of the tiles
+        self.edges = np.concatenate([[0], np.cumsum(self.areas)])  # of the tiles, in their order
+
+    def places(self, row: Numbers, column: Numbers) -> Numbers:
+        """Return where cells are in the order of tiles."""
+        band, other = self.labels[0][row], self.labels[1][column]
+        places = self.edges[band * np.uint32(self.shape[1]) + other]
+        places += self._ranks(0)[row] * self._counts[1][other]
+        places += self._ranks(1)[column]
+        result: Numbers = places.astype(np.uint32)
+        return result
+
+    def cells(self, number: int, places: Numbers) -> tuple[npt.NDArray[np.int64], ...]:
+        """Return rows and columns of places within a tile."""
+        band, other = divmod(number, self.shape[1])
+        row, column = np.divmod(places, np.uint32(self._counts[1][other]))
+        return (
+            self._orders[0][self._starts[0][band] :][row],
+            self._orders[1][self._starts[1][other] :][column],
+        )
+
+    def _ranks(self, axis: int) -> npt.NDArray[np.int64]:
+        """Return for each line how many before it are in the same band."""
+        ranks = np.empty(len(self.labels[axis]), np.int64)
+        order = self._orders[axis]
+        ranks[order] = np.arange(len(order)) - self._starts[axis][self.labels[axis][order]]
+        return ranks
+
+
+def _n_rows(columns: int, first: int, span: int) -> int:
+    return -(-(first + span) // columns)
+
+
+def _choose_bands(counts: npt.NDArray[np.int64], n_across: int) -> Labels:
+    """Return a band for each line, given how many of its ``n_across`` cells are touched.
+
+    The most frequent band is number 0: the labels are Rice codes. All are in it if lines are alike.
+    """
+    keys = np.round(_KEYS_PER_OCTAVE * (1 + np.log2(counts + 0.5))).astype(np.int64)
+    lines = np.bincount(keys, minlength=N_KEYS)
+    touched = np.bincount(keys, counts, minlength=N_KEYS).astype(np.int64)
+    untouched = lines * n_across - touched
+    together = choice_bits(int(untouched.sum()), int(touched.sum()))
+    if total_choice_bits(untouched, touched) > _WORTH * together:
+        return np.zeros(len(counts), np.uint32)
+
+    def cost(untouched: float, touched: float, n_lines: float) -> float:
+        return choice_bits(untouched, touched) + n_lines * math.log2(len(counts) / n_lines)
+
+    statistics = (untouched, touched, lines)
+    thresholds = merge_keys(statistics, cost, most=_MOST_BANDS, overhead=_BAND_BITS)
+    labels = class_table(thresholds)[keys]
+    order = np.argsort(-np.bincount(labels), kind="stable")
+    renamed: Labels = np.argsort(order).astype(np.uint32)[labels]
+    return renamed
+
+
+def _is_worth_it(grid: _Grid, counts: npt.NDArray[np.int64]) -> bool:
+    untouched = grid.areas - counts
+    apart = total_choice_bits(untouched, counts) + _TILE_BITS * len(counts)
+    for labels in grid.labels:
+        n = np.bincount(labels)
+        apart += float((n * np.log2(len(labels) / np.maximum(n, 1))).sum())
+    return apart < _WORTH * choice_bits(int(untouched.sum()), int(counts.sum()))
+
+
+TILES = _Tiles()

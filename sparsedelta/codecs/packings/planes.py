@@ -1,0 +1,41 @@
+"""``planes``: one stream for each byte of a code, the least significant first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sparsedelta.codecs.classes import Keys
+from sparsedelta.codecs.site import Bits, Stream
+
+_NOTHING = np.empty(0, np.uint8)
+
+
+class _Planes:
+    """Byte planes; one of zeros is not stored."""
+
+    is_quick = True
+    states_size = False
+    needs_base = False
+
+    def stream_sizes(self, n_bytes: int, nnz: int, width: int) -> Sequence[int]:
+        return [nnz] * width
+
+    def encode(self, codes: Bits, keys: Keys | None) -> Sequence[Stream]:
+        columns = codes.view(np.uint8).reshape(len(codes), codes.itemsize)
+        planes = (columns[:, j] for j in range(codes.itemsize))
+        return [np.ascontiguousarray(plane) if plane.any() else _NOTHING for plane in planes]
+
+    def possible(self, n_bytes: int, nnz: int, width: int) -> bool:
+        return n_bytes == 0
+
+    def decode(self, streams: Sequence[bytes], nnz: int, width: int, keys: Keys | None) -> Bits:
+        planes = np.zeros((nnz, width), np.uint8)
+        for j, stream in enumerate(streams):
+            if stream:
+                planes[:, j] = np.frombuffer(stream, np.uint8)
+        return planes.view(f"<u{width}").reshape(nnz)
+
+
+PLANES = _Planes()

@@ -1,0 +1,78 @@
+"""``scaled``: the magnitude of a code as a symbol, the bits below it packed plainly (FORMAT §7.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsedelta.codecs.bits import pack, unpack
+from sparsedelta.codecs.classes import Keys
+from sparsedelta.codecs.site import Bits, Stream
+from sparsedelta.errors import Corrupt
+
+_SHORT = 2  # a code of one unit; where most are such others do better
+_MAX_SYMBOL = 63  # of codes below 2^32
+
+Symbols = npt.NDArray[np.uint8]
+
+
+class _Scaled:
+    """Symbols, and the bits below them."""
+
+    is_quick = False
+    states_size = True
+    needs_base = False
+
+    def stream_sizes(self, n_bytes: int, nnz: int, width: int) -> Sequence[int]:
+        return [nnz, n_bytes]
+
+    def encode(self, codes: Bits, keys: Keys | None) -> Sequence[Stream] | None:
+        if int(codes.max()) >> 32 or 2 * np.count_nonzero(codes <= _SHORT) > len(codes):
+            return None
+        numbers = codes.astype(np.uint32)
+        symbols = _symbols(numbers)
+        parts = [pack(numbers[chosen], k) for chosen, k in _by_symbol(symbols)]
+        return [symbols, np.concatenate([np.empty(0, np.uint8), *parts])]
+
+    def possible(self, n_bytes: int, nnz: int, width: int) -> bool:
+        return n_bytes <= min(width, 4) * nnz
+
+    def decode(self, streams: Sequence[bytes], nnz: int, width: int, keys: Keys | None) -> Bits:
+        symbols, raw = (np.frombuffer(stream, np.uint8) for stream in streams)
+        if int(symbols.max()) > min(_MAX_SYMBOL, 16 * width - 1):
+            raise Corrupt(f"value stream holds symbol {symbols.max()}, too high for {width} bytes")
+        codes = symbols.astype(np.uint32)  # of codes below 4 there is nothing but the symbol
+        at = 0
+        for chosen, k in _by_symbol(symbols):
+            size = -(-len(chosen) * k // 8)
+            if at + size > len(raw):
+                raise Corrupt("value stream ends within a code")
+            leading = (symbols[chosen] & 1).astype(np.uint32) | np.uint32(2)
+            codes[chosen] = leading << np.uint32(k) | unpack(raw[at : at + size], len(chosen), k)
+            at += size
+        if at != len(raw):
+            raise Corrupt("value stream goes on after its codes")
+        return codes.astype(f"<u{width}")
+
+
+def _symbols(codes: npt.NDArray[np.uint32]) -> Symbols:
+    """Return twice the number of bits below the two leading ones, plus those two."""
+    exponents = np.frexp(codes.astype(np.float64))[1]
+    below = np.maximum(exponents - 2, 0).astype(np.uint32)
+    symbols: Symbols = ((codes >> below) + 2 * below).astype(np.uint8)
+    return symbols
+
+
+def _by_symbol(symbols: Symbols) -> Iterator[tuple[npt.NDArray[np.intp], int]]:
+    """Yield where codes have k bits below their two leading ones, and k, ascending from 1."""
+    order = np.argsort(symbols >> 1, kind="stable")
+    edges = np.cumsum(np.bincount(symbols >> 1, minlength=_MAX_SYMBOL // 2 + 1))
+    for k in range(1, _MAX_SYMBOL // 2):
+        chosen = order[edges[k] : edges[k + 1]]
+        if len(chosen):
+            yield chosen, k
+
+
+SCALED = _Scaled()

@@ -1,0 +1,82 @@
+"""Which of n things in order: gaps between those chosen, or between the others if they are fewer (FORMAT §6.5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparsedelta.codecs.bits import MAX_LOW_BITS, Numbers, best_low_bits, read_number, write_number
+from sparsedelta.errors import Corrupt
+
+
+def encode_subset(chosen: Numbers, n: int) -> tuple[bytes, tuple[Numbers, int]]:
+    """Return the head of a subset, and its gaps with their parameter.
+
+    Args:
+        chosen: ascending, below ``n``.
+        n: how many there are to choose from.
+    """
+    rest = 2 * len(chosen) > n
+    gaps = _gaps(_others(chosen, n) if rest else chosen)
+    k = best_low_bits(gaps)
+    return write_number(2 * len(gaps) + rest) + (write_number(k) if len(gaps) else b""), (gaps, k)
+
+
+@dataclass(frozen=True, slots=True)
+class SubsetHead:
+    """What is known of a subset before its gaps: how many, their parameter, and whose they are."""
+
+    n_gaps: int
+    k: int
+    of_rest: bool
+
+    @property
+    def length(self) -> tuple[int, int]:
+        """Number of gaps and their parameter."""
+        return self.n_gaps, self.k
+
+    def chosen(self, gaps: Numbers, n: int) -> Numbers:
+        """Return what was chosen of ``n``, ascending.
+
+        Raises:
+            Corrupt: the gaps do not stay below ``n``.
+        """
+        numbers = _numbers(gaps, n)
+        return _others(numbers, n) if self.of_rest else numbers
+
+
+def read_subset(stream: bytes, at: int) -> tuple[SubsetHead, int]:
+    """Return the head of a subset at ``at``, and where the next thing begins.
+
+    Raises:
+        Corrupt: there is none.
+    """
+    doubled, at = read_number(stream, at)
+    k, at = read_number(stream, at) if doubled > 1 else (0, at)
+    if k > MAX_LOW_BITS:
+        raise Corrupt(f"stream has parameter {k}, at most {MAX_LOW_BITS} is allowed")
+    return SubsetHead(doubled >> 1, k, bool(doubled & 1)), at
+
+
+def _gaps(ascending: Numbers) -> Numbers:
+    """Return how many numbers are left out before each of strictly ascending ones."""
+    gaps = np.diff(ascending, prepend=np.uint32(0))
+    gaps[1:] -= 1
+    return gaps
+
+
+def _numbers(gaps: Numbers, n: int) -> Numbers:
+    """Return the ascending numbers, below ``n``, that leave out ``gaps`` numbers before each."""
+    numbers = np.cumsum(gaps, dtype=np.uint64)
+    numbers += np.arange(len(gaps), dtype=np.uint64)
+    if len(numbers) and int(numbers[-1]) >= n:
+        raise Corrupt(f"stream chooses number {numbers[-1]} of {n}")
+    return numbers.astype(np.uint32)
+
+
+def _others(ascending: Numbers, n: int) -> Numbers:
+    """Return the numbers below ``n`` that are not among ``ascending``."""
+    left = np.ones(n, np.bool_)
+    left[ascending] = False
+    return np.flatnonzero(left).astype(np.uint32)
