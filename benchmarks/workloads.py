@@ -129,7 +129,6 @@ def wide_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
 
 def uniform_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
     """Yield one tensor in which positions drawn at random change by a few units in the last place."""
-    folder.mkdir(parents=True)
     draw = np.random.default_rng(SEED)
     weights = torch.from_numpy(draw.standard_normal(amount.uniform_elements, np.float32) * 0.02)
     dtypes = {
@@ -142,8 +141,7 @@ def uniform_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
     for name, dtype in dtypes.items():
         scaled = weights * (32 / 0.02) if dtype == torch.int8 else weights
         before = scaled.reshape(1024, -1).to(dtype)
-        base = folder / f"{name}-base.safetensors"
-        save_file({"weight": before}, base)
+        base = save_alone(before, folder / name / "base")
         for density in amount.densities:
             after = before.clone()
             width = before.element_size()
@@ -151,9 +149,15 @@ def uniform_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
             changed = np.flatnonzero(draw.random(amount.uniform_elements, np.float32) < density)
             steps = draw.geometric(0.7, len(changed)) * draw.choice([-1, 1], len(changed))
             bits[changed] += steps.astype(bits.dtype)
-            target = folder / f"{name}-{density:g}.safetensors"
-            save_file({"weight": after}, target)
+            target = save_alone(after, folder / name / f"{density:g}")
             yield Pair(f"uniform-{name}-{density:g}", base, target)
+
+
+def save_alone(tensor: torch.Tensor, folder: Path) -> Path:
+    """Save one tensor as a checkpoint, and return its folder."""
+    folder.mkdir(parents=True)
+    save_file({"weight": tensor}, folder / "model.safetensors")
+    return folder
 
 
 def small_training(
