@@ -216,22 +216,27 @@ def _thinned(losses: Sequence[float]) -> list[list[float]]:
 
 @contextmanager
 def _accelerator(config: FitConfig, folder: Path | None) -> Iterator[Accelerator]:
-    """Lend an accelerator; what it sets up for the process goes with it, unless it was there."""
-    was_set_up = bool(AcceleratorState._shared_state)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=list(config.trackers) or None,
-        project_dir=None if folder is None else str(folder),
-    )
+    """Lend an accelerator; what it sets up for the process goes with it, and what was there returns.
+
+    Trainer leaves its own settings behind, which another accelerator could not differ from.
+    """
+    shared: dict[str, Any] = AcceleratorState._shared_state
+    before = dict(shared)
+    shared.clear()
     try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=list(config.trackers) or None,
+            project_dir=None if folder is None else str(folder),
+        )
         if accelerator.num_processes > 1:
             raise ValueError(
                 f"fit runs in {accelerator.num_processes} processes, but trains on one device; "
                 "start it as a single process"
             )
         yield accelerator
-    finally:
         if config.trackers:
             accelerator.end_training()
-        if not was_set_up:
-            AcceleratorState._reset_state()
+    finally:
+        shared.clear()
+        shared.update(before)
