@@ -30,7 +30,10 @@ from measuring import (
 
 import sift_train
 import sparsedelta
-from examples.demo import (
+from sparsedelta.delta import side_file_key
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from demo import (
     LAYERS,
     SEED,
     collect_pairs,
@@ -38,7 +41,6 @@ from examples.demo import (
     load_encoder,
     make_batches,
 )
-from sparsedelta.delta import side_file_key
 
 LR = 3e-6
 SIFT_RATE = 0.01

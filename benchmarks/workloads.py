@@ -24,9 +24,10 @@ import transformers
 from safetensors.torch import save_file
 from torch.nn.utils import parametrize
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sift_train
-from examples.demo import LAYERS, collect_pairs, contrastive_loss, load_encoder, make_batches
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from demo import LAYERS, collect_pairs, contrastive_loss, load_encoder, make_batches
 
 SEED = 0
 SMALL_LR = 3e-6

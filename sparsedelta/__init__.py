@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from sparsedelta.container import load
     from sparsedelta.delta import Delta
     from sparsedelta.errors import SparseDeltaError
-    from sparsedelta.live.bank import DeltaBank
-    from sparsedelta.live.loading import load_model
     from sparsedelta.hub.pull import PullReport, pull
     from sparsedelta.hub.push import PushReport, push
+    from sparsedelta.live.bank import DeltaBank
+    from sparsedelta.live.loading import load_model
 
 __version__ = "0.1.0"
 
