@@ -104,8 +104,8 @@ def encode_chunk(
     first = number * CHUNK_ELEMENTS % columns if columns else 0
     if level is Level.FAST:
         base = None
-    index = _position_candidates(positions, span, Site(base, columns, first), level)
     keys = keys_at(base, positions, span) if base else None
+    index = _position_candidates(positions, span, Site(base, columns, first, keys), level)
     values = _code_candidates(codes, keys, level)
     chosen = [_smallest(parts, with_base=False) for parts in (index, values)]
     smallest = [_smallest(parts, with_base=True) for parts in (index, values)]

@@ -23,7 +23,7 @@ Keys: TypeAlias = npt.NDArray[np.uint8]
 
 N_KEYS = 256
 _BLOCK_ELEMENTS = 1 << 18
-_SAMPLE_ELEMENTS = 1 << 16
+_SAMPLE_PIECES, _PIECE_ELEMENTS = 64, 1 << 10
 _DENSE = 64  # where more than one in so many of a span's elements is sought, listing all is quicker
 
 
@@ -120,13 +120,18 @@ def _edges(positions: Positions, span: int) -> Iterator[tuple[int, int, int]]:
 
 
 def sample_keys(base: BaseBits, span: int) -> npt.NDArray[np.int64]:
-    """Return about how many elements of the span have each key, from a sample."""
-    counts = np.zeros(N_KEYS, np.int64)
-    step = max(1, span // _SAMPLE_ELEMENTS)
-    for start in range(0, span, _BLOCK_ELEMENTS):
-        bits = base(start, min(_BLOCK_ELEMENTS, span - start))
-        counts += np.bincount(keys_of(bits[::step]), minlength=N_KEYS)
-    return counts * step
+    """Return about how many elements of the span have each key, from pieces spread over it."""
+    n_pieces = min(_SAMPLE_PIECES, max(1, span // _PIECE_ELEMENTS))
+    size = (
+        min(_PIECE_ELEMENTS, span)
+        if span > _SAMPLE_PIECES * _PIECE_ELEMENTS
+        else -(-span // n_pieces)
+    )
+    counts, n_seen = np.zeros(N_KEYS, np.int64), 0
+    for start in np.linspace(0, span - size, n_pieces).astype(np.int64).tolist():
+        counts += np.bincount(keys_of(base(start, size)), minlength=N_KEYS)
+        n_seen += size
+    return counts * span // n_seen
 
 
 def merge_keys(

@@ -26,11 +26,13 @@ class Site:
         base: the base's bits; None where no base is at hand.
         columns: elements in a row of the tensor, for encoders; 0: unknown.
         first: the chunk's first element, as its place in its row; for encoders.
+        keys: of the base's elements at the positions, for encoders (FORMAT §6.5); None: not looked up.
     """
 
     base: BaseBits | None = None
     columns: int = 0
     first: int = 0
+    keys: npt.NDArray[np.uint8] | None = None
 
 
 NOWHERE = Site()

@@ -45,7 +45,7 @@ class _Exponent:
     def encode(self, positions: Positions, span: int, site: Site = NOWHERE) -> Stream | None:
         if site.base is None:
             return None
-        keys = keys_at(site.base, positions, span)
+        keys = keys_at(site.base, positions, span) if site.keys is None else site.keys
         thresholds = _choose_classes(site.base, keys, span)
         if not thresholds:
             return None
