@@ -392,7 +392,8 @@ def cost_table(record: Record) -> str:
         reference = statistics.median(s for r in found["full"] for s in r["cpu_seconds"])
         for method, results in found.items():
             seconds = statistics.median(s for r in results for s in r["seconds"])
-            cpu = statistics.median(s for r in results for s in r["cpu_seconds"])
+            all_cpu = [s for r in results for s in r["cpu_seconds"]]
+            cpu = statistics.median(all_cpu)
             peak = statistics.median(r["peak_bytes"] for r in results)
             reported = results[0].get("reported_peak_bytes")
             cells = (
@@ -400,7 +401,7 @@ def cost_table(record: Record) -> str:
                 method,
                 f"{results[0]['n_trained']:,}",
                 f"{seconds:.3f}",
-                f"{cpu:.3f}",
+                f"{cpu:.3f} ({min(all_cpu):.2f}–{max(all_cpu):.2f})",
                 f"{cpu / reference:.2f}",
                 f"{peak / 2**20:.0f}",
                 f"{results[0]['weight_bytes'] / 2**20:.0f}",
@@ -481,7 +482,8 @@ def main() -> None:
         f"(full: all parameters), LoRA and SHiRA of rank {RANK}, SIFT as many components, chosen by "
         "gradient in the first step; a process each. Peak: highest memory of the process over what "
         "it held before the method was set up, and the weights; activations are in it. The choice "
-        "of components is in the peak, too. memory_report is without activations.",
+        "of components is in the peak, too. memory_report is without activations. Other work on "
+        "the machine moves the times from one process to the next: see the range.",
         cost_table(record),
         f"## Quality\n\nMiniLM, mean of states and a linear head (trained densely by all at "
         f"{HEAD_LR:g}), {shared.get('data')}: {shared.get('n_train')} examples, "
