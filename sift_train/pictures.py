@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import sparsedelta
-from sparsedelta.pictured import Grid, by_layer, curve_points
 
 COLOUR = "#1565c0"
 
@@ -25,8 +24,7 @@ def density_map(delta: str | PathLike[str], png: str | PathLike[str]) -> Path:
         ValueError: none of the delta's tensors belongs to a layer.
     """
     found = sparsedelta.inspect(delta)
-    grids, _ = by_layer(found.tensors)
-    touched = [grid for grid in grids if grid.changed_kinds]
+    touched = [grid for grid in found.layers if grid.changed_kinds]
     if not touched:
         raise ValueError(f"'{delta}' changes nothing in numbered layers; there is nothing to draw")
     figures = _figures()
@@ -57,7 +55,7 @@ def loss_curve(source: str | PathLike[str] | Sequence[float], png: str | PathLik
         ValueError: the delta records no losses.
     """
     if isinstance(source, str | PathLike):
-        points = curve_points(sparsedelta.inspect(source).info)
+        points = sparsedelta.inspect(source).losses
     else:
         points = [(number, loss) for number, loss in enumerate(source, 1)]
     if not points:
@@ -72,7 +70,7 @@ def loss_curve(source: str | PathLike[str] | Sequence[float], png: str | PathLik
     return _save(figure, png)
 
 
-def _draw(figure: Any, axis: Any, grid: Grid) -> None:
+def _draw(figure: Any, axis: Any, grid: Any) -> None:
     kinds = grid.changed_kinds
     cells = grid.cells
     rows = [

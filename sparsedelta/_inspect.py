@@ -18,6 +18,7 @@ from sparsedelta.delta import (
     header_key,
     side_file_key,
 )
+from sparsedelta.pictured import Grid, by_layer, curve_points
 
 STATES = ("changed", "added", "removed", "retyped", "resized", "reshaped", "unchanged")
 
@@ -163,6 +164,16 @@ class Inspection:
     def density(self) -> float:
         """Changed elements over all elements; 0 if there are none."""
         return _ratio(self.nnz, self.numel) or 0.0
+
+    @property
+    def layers(self) -> list[Grid]:
+        """The changed tensors as layers by kinds, one grid for each stack of layers."""
+        return by_layer(self.tensors)[0]
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """Step and loss of the training that made the delta, as far as it recorded them."""
+        return curve_points(self.info)
 
     @property
     def states(self) -> dict[str, int]:

@@ -305,6 +305,7 @@ def test_a_copied_model_is_its_own() -> None:
 def test_a_dropped_model_takes_its_hooks_along() -> None:
     from sift_train.steps import _listeners
 
+    gc.collect()  # what other tests dropped is not this one's
     before = len(_listeners)
     model = make_net()
     sift = SIFT(model, 0.1, "weight")
