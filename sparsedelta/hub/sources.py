@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,9 @@ from sparsedelta._stack import stack
 from sparsedelta.delta import Delta
 from sparsedelta.errors import (
     BaseMismatch,
+    BaseNeeded,
     CheckpointError,
+    ConflictError,
     FormatError,
     MismatchError,
     RemoteNotFound,
@@ -115,12 +117,19 @@ def fetched(reference: str | Reference, *, token: Token = None) -> Iterator[tupl
         with fetching_base(links[0]):
             places = base.download(files_of_base(base, links[0]))
         folder = context.enter_context(folder_of(places))
-        delta = deltas[0] if len(deltas) == 1 else context.enter_context(stack(*deltas))
+        delta = deltas[0] if len(deltas) == 1 else context.enter_context(_stacked(deltas, folder))
         try:
             yield delta, folder
         except (MismatchError, FormatError, CheckpointError) as error:
             raise_if_damaged([*places.values()], error)
             raise
+
+
+def _stacked(deltas: Sequence[Delta], base: Path) -> Delta:
+    try:
+        return stack(*deltas)
+    except (BaseNeeded, ConflictError):  # chunks coded against the base, or mixed encodings
+        return stack(*deltas, base=base)
 
 
 @contextmanager

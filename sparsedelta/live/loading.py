@@ -37,7 +37,7 @@ _GENERATION = "generation_config.json"
 def load_model(
     delta: str | os.PathLike[str] | Delta,
     *,
-    base: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
     model_class: Any = None,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
@@ -50,8 +50,9 @@ def load_model(
     memory holds one model and a tensor or two. The target may differ in structure and configuration.
 
     Args:
-        delta: an ``.sd`` file, a folder that holds one, or a loaded delta.
-        base: the folder of its base.
+        delta: an ``.sd`` file, a folder that holds one, a loaded delta, or a repository on the Hub
+            such as ``org/name@revision``; a path that exists wins.
+        base: the folder of its base; for a repository the base that it names is fetched.
         model_class: a transformers class, such as ``AutoModelForCausalLM``; None: the one that the
             target's configuration names.
         dtype: as for ``from_pretrained``; bits are kept where it is that of the checkpoint.
@@ -62,11 +63,12 @@ def load_model(
     Raises:
         FormatError: the delta cannot be read, or contradicts itself.
         MismatchError: ``base`` is not its base.
-        ValueError: the target has no configuration of a transformers model.
+        RemoteError: the repository or its base cannot be had.
+        ValueError: ``base`` is missing or superfluous, or the target has no configuration of a transformers model.
     """
     with ExitStack() as context:
-        opened = delta if isinstance(delta, Delta) else context.enter_context(load(_file(delta)))
-        checkpoint = context.enter_context(Checkpoint(base, whole=False))
+        opened, place = _opened(delta, base, context)
+        checkpoint = context.enter_context(Checkpoint(place, whole=False))
         opened.payload.check()
         check_structure(opened, checkpoint)
         folder = context.enter_context(_small_files(opened, checkpoint))
@@ -74,6 +76,29 @@ def load_model(
         return _from_pretrained(
             folder, tensors, model_class, dtype, device_map, dict(options or {})
         )
+
+
+def _opened(
+    delta: str | os.PathLike[str] | Delta,
+    base: str | os.PathLike[str] | None,
+    context: ExitStack,
+) -> tuple[Delta, str | os.PathLike[str]]:
+    """Return the delta and where its base is, fetched or as given."""
+    reference = None
+    if isinstance(delta, str) and not os.path.lexists(delta) and not delta.endswith(".sd"):
+        from sparsedelta.hub.references import parse_reference
+
+        reference = parse_reference(delta)
+    if reference is not None:
+        from sparsedelta.hub.sources import fetched
+
+        if base is not None:
+            raise ValueError(f"'{delta}' is a repository, which names its base; leave base out")
+        return context.enter_context(fetched(reference))
+    if base is None:
+        raise ValueError("the delta's base is not given; give its folder as base")
+    opened = delta if isinstance(delta, Delta) else context.enter_context(load(_file(delta)))
+    return opened, base
 
 
 class _Tensors:
