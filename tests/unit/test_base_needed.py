@@ -132,3 +132,20 @@ def test_a_chain_whose_tensor_grows_and_shrinks(steps: list[Path], tmp_path: Pat
 def test_unknown_level(steps: list[Path]) -> None:
     with pytest.raises(ValueError, match="level is 'best', expected one of fast, default, max"):
         sparsedelta.diff(steps[0], steps[1], level="best")
+
+
+def test_merging_needs_no_standalone_deltas(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", 0)
+    tuned = [checkpoint(tmp_path / str(seed), 1, seed=seed) for seed in (1, 2)]
+    merged = []
+    for standalone in (False, True):
+        deltas = [sparsedelta.diff(base, one, standalone=standalone) for one in tuned]
+        assert [needs_base(one) for one in deltas] == [not standalone] * 2
+        with sparsedelta.merge(base, *deltas) as result:
+            result.save(tmp_path / "merged.sd", overwrite=True)
+        out = tmp_path / f"out-{standalone}"
+        sparsedelta.apply(base, tmp_path / "merged.sd", out)
+        merged.append(out)
+        for delta in deltas:
+            delta.close()
+    assert_same_files(*merged)
