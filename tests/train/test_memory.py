@@ -146,4 +146,4 @@ def test_a_step_takes_no_more_than_the_report_says(rate: float) -> None:
     )
     (rise, reported), (weights,) = (map(int, line.split()) for line in done.stdout.splitlines())
     assert rise <= reported + 0.05 * weights
-    assert rise > 4 << 20  # one dense gradient at least: the measurement works
+    assert rise > 3 << 20  # most of a dense gradient, of 4 MiB, at least: the measurement works
