@@ -7,7 +7,7 @@ to end: so a decoder finds all ends at once, without walking from number to numb
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,13 @@ Bytes = npt.NDArray[np.uint8]
 
 MAX_LOW_BITS = 31
 _MAX_NUMBER_BYTES = 5
+_BLOCK = 1 << 16  # numbers dealt with at a time: in cache, and of any k they fill whole bytes
+
+
+def blocks(n: int) -> Iterator[slice]:
+    """Yield slices that cover ``n`` numbers, so that what is made of them on the way stays small."""
+    for start in range(0, n, _BLOCK):
+        yield slice(start, min(start + _BLOCK, n))
 
 
 def best_low_bits(numbers: Numbers) -> int:
@@ -38,8 +45,7 @@ def encode_rice(sequences: Iterable[tuple[Numbers, int]]) -> bytes:
     """Return sequences of numbers, each with its k, as one run of bytes."""
     pairs = list(sequences)
     lows = [pack(numbers, k).tobytes() for numbers, k in pairs]
-    counts = np.concatenate([np.empty(0, np.uint32), *(numbers >> k for numbers, k in pairs)])
-    return b"".join([*lows, _unary(counts).tobytes()])
+    return b"".join([*lows, _unary(pairs).tobytes()])
 
 
 def decode_rice(data: bytes, lengths: Sequence[tuple[int, int]]) -> list[Numbers]:
@@ -56,7 +62,7 @@ def decode_rice(data: bytes, lengths: Sequence[tuple[int, int]]) -> list[Numbers
     counts = _counts(raw[n_low_bytes:], sum(n for n, _ in lengths))
     result, start, first = [], 0, 0
     for size, (n, k) in zip(sizes, lengths, strict=True):
-        numbers = counts[first : first + n].astype(np.uint32)
+        numbers = counts[first : first + n]
         if len(numbers) and int(numbers.max()) >> (32 - k):
             raise Corrupt("stream holds a number of more than 32 bits")
         numbers <<= np.uint32(k)
@@ -68,12 +74,14 @@ def decode_rice(data: bytes, lengths: Sequence[tuple[int, int]]) -> list[Numbers
 
 def pack(numbers: npt.NDArray[Any], k: int) -> Bytes:
     """Return the low ``k`` bits of every number, end to end, the least significant first."""
-    if not k:
-        return np.empty(0, np.uint8)
-    columns = numbers.astype("<u4").view(np.uint8).reshape(-1, 4)
-    used = columns[:, : -(-k // 8)]
-    bits = np.unpackbits(used, axis=1, count=k, bitorder="little")
-    return np.packbits(bits, bitorder="little")
+    packed = np.empty(-(-len(numbers) * k // 8), np.uint8)
+    for block in blocks(len(numbers) if k else 0):
+        part = numbers[block]
+        bits = np.empty((len(part), k), np.uint8)
+        for j in range(k):
+            np.bitwise_and(part >> j, 1, out=bits[:, j], casting="unsafe")
+        packed[_bytes_of(block, k)] = np.packbits(bits, bitorder="little")
+    return packed
 
 
 def unpack(data: Bytes, n: int, k: int) -> Numbers:
@@ -82,31 +90,51 @@ def unpack(data: Bytes, n: int, k: int) -> Numbers:
     Raises:
         Corrupt: a bit behind the last number is set.
     """
-    if not k:
-        return np.zeros(n, np.uint32)
     if n * k % 8 and data[-1] >> n * k % 8:
         raise Corrupt("stream has a bit set behind packed numbers")
-    bits = np.unpackbits(data, count=n * k, bitorder="little").reshape(n, k)
-    columns = np.zeros((n, 4), np.uint8)
-    used = np.packbits(bits, axis=1, bitorder="little")
-    columns[:, : used.shape[1]] = used
-    return columns.view("<u4").reshape(n)
+    numbers = np.zeros(n, np.uint32)
+    for block in blocks(n if k else 0):
+        part = numbers[block]
+        bits = np.unpackbits(data[_bytes_of(block, k)], count=len(part) * k, bitorder="little")
+        for j in reversed(range(k)):
+            part <<= 1
+            part |= bits[j::k]
+    return numbers
 
 
-def _unary(counts: Numbers) -> Bytes:
-    ends = np.cumsum(counts, dtype=np.int64)
-    ends += np.arange(len(counts))
-    bits = np.zeros(int(ends[-1]) + 1 if len(ends) else 0, np.bool_)
-    bits[ends] = True
+def _bytes_of(block: slice, k: int) -> slice:
+    return slice(block.start * k // 8, -(-block.stop * k // 8))
+
+
+def _unary(sequences: Sequence[tuple[Numbers, int]]) -> Bytes:
+    n_bits = sum(
+        len(numbers) + int((numbers >> k).sum(dtype=np.uint64)) for numbers, k in sequences
+    )
+    bits = np.zeros(n_bits, np.bool_)
+    at = 0
+    for numbers, k in sequences:
+        for block in blocks(len(numbers)):
+            ends = np.cumsum(numbers[block] >> k, dtype=np.int64)
+            ends += np.arange(at, at + len(ends))
+            bits[ends] = True
+            at = int(ends[-1]) + 1
     return np.packbits(bits, bitorder="little")
 
 
-def _counts(data: Bytes, n: int) -> npt.NDArray[np.int64]:
-    ends = np.flatnonzero(np.unpackbits(data, bitorder="little").view(np.bool_))
-    if len(ends) != n or (len(data) and not data[-1]):
-        raise Corrupt(f"stream holds {len(ends)} numbers, expected {n}")
-    counts = np.diff(ends, prepend=-1)
-    counts -= 1
+def _counts(data: Bytes, n: int) -> Numbers:
+    counts = np.empty(min(n, 8 * len(data)), np.uint32)
+    found, last = 0, -1
+    for block in blocks(len(data)):
+        ends = np.flatnonzero(np.unpackbits(data[block], bitorder="little").view(np.bool_))
+        ends += 8 * block.start
+        start, found = found, found + len(ends)
+        if found > len(counts):
+            break
+        if len(ends):
+            counts[start:found] = np.diff(ends, prepend=last) - 1
+            last = int(ends[-1])
+    if found != n or (len(data) and not data[-1]):
+        raise Corrupt(f"stream holds {found} numbers or more, expected {n}")
     return counts
 
 

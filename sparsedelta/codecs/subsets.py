@@ -69,7 +69,7 @@ def _gaps(ascending: Numbers) -> Numbers:
 def _numbers(gaps: Numbers, n: int) -> Numbers:
     """Return the ascending numbers, below ``n``, that leave out ``gaps`` numbers before each."""
     numbers = np.cumsum(gaps, dtype=np.uint64)
-    numbers += np.arange(len(gaps), dtype=np.uint64)
+    numbers += np.arange(len(gaps), dtype=np.uint32)
     if len(numbers) and int(numbers[-1]) >= n:
         raise Corrupt(f"stream chooses number {numbers[-1]} of {n}")
     return numbers.astype(np.uint32)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from sparsedelta.codecs.bits import pack, unpack
+from sparsedelta.codecs.bits import blocks, pack, unpack
 from sparsedelta.codecs.classes import Keys
 from sparsedelta.codecs.site import Bits, Stream
 from sparsedelta.errors import Corrupt
@@ -59,18 +59,19 @@ class _Scaled:
 
 def _symbols(codes: npt.NDArray[np.uint32]) -> Symbols:
     """Return twice the number of bits below the two leading ones, plus those two."""
-    exponents = np.frexp(codes.astype(np.float64))[1]
-    below = np.maximum(exponents - 2, 0).astype(np.uint32)
-    symbols: Symbols = ((codes >> below) + 2 * below).astype(np.uint8)
+    symbols = np.empty(len(codes), np.uint8)
+    for block in blocks(len(codes)):
+        exponents = np.frexp(codes[block].astype(np.float64))[1]
+        below = np.maximum(exponents - 2, 0).astype(np.uint32)
+        symbols[block] = (codes[block] >> below) + 2 * below
     return symbols
 
 
 def _by_symbol(symbols: Symbols) -> Iterator[tuple[npt.NDArray[np.intp], int]]:
     """Yield where codes have k bits below their two leading ones, and k, ascending from 1."""
-    order = np.argsort(symbols >> 1, kind="stable")
-    edges = np.cumsum(np.bincount(symbols >> 1, minlength=_MAX_SYMBOL // 2 + 1))
+    halved = symbols >> 1  # one more than the bits below the two leading ones
     for k in range(1, _MAX_SYMBOL // 2):
-        chosen = order[edges[k] : edges[k + 1]]
+        chosen = np.flatnonzero(halved == k + 1)
         if len(chosen):
             yield chosen, k
 

@@ -7,14 +7,16 @@ longer, and how long, goes with the base's exponent: ``exponent_steps`` sorts th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from sparsedelta.codecs.bits import (
     MAX_LOW_BITS,
     Numbers,
     best_low_bits,
+    blocks,
     decode_rice,
     encode_rice,
     pack,
@@ -23,6 +25,7 @@ from sparsedelta.codecs.bits import (
     write_number,
 )
 from sparsedelta.codecs.classes import (
+    N_KEYS,
     Keys,
     choice_bits,
     class_table,
@@ -58,30 +61,33 @@ class _Steps:
             return None
         if 2 * np.count_nonzero(codes > _LONG) > len(codes):
             return None
-        codes = codes - codes.dtype.type(1)
-        beyond = (codes >> 1).astype(np.uint32)  # units beyond the first
-        keys = keys if self.needs_base and keys is not None else np.zeros(len(codes), np.uint8)
-        thresholds = _choose_classes(keys, beyond)
-        if self.needs_base and not thresholds:
-            return None
-        number = class_table(thresholds)[keys]
-        order = np.argsort(number, kind="stable")
-        signs = (codes & 1)[order]
-        beyond = beyond[order]
-        ends = np.cumsum(np.bincount(number, minlength=len(thresholds) + 1)).tolist()
+        width = codes.itemsize
+        codes = codes.astype(f"<u{min(width, 4)}")  # a copy
+        codes -= 1
+        thresholds: list[int] = []
+        counts = [len(codes)]
+        if self.needs_base and keys is not None:
+            thresholds = _choose_classes(keys, codes)
+            if not thresholds:
+                return None
+            number = class_table(thresholds)[keys]
+            counts = _count(number, len(thresholds) + 1)
+            unsorted, codes = codes, np.empty_like(codes)
+            for where, to in _by_class(number, counts):
+                codes[to] = unsorted[where]
         head = bytearray([len(thresholds), *thresholds])
         sequences: list[tuple[Numbers, int]] = []
-        for start, end in itertools.pairwise([0, *ends]):
-            part = beyond[start:end]
-            long = np.flatnonzero(part).astype(np.uint32)
-            subset_head, sequence = encode_subset(long, len(part))
-            excess = part[long] - np.uint32(1)
+        for start, end in itertools.pairwise(itertools.accumulate(counts, initial=0)):
+            beyond = codes[start:end] >> 1  # units beyond the first
+            long = np.flatnonzero(beyond).astype(np.uint32)
+            subset_head, sequence = encode_subset(long, end - start)
+            excess = beyond[long].astype(np.uint32) - np.uint32(1)
             k = best_low_bits(excess)
             head += subset_head + write_number(k)
             sequences += [sequence, (excess, k)]
-        packed = pack(signs, 1).tobytes()
-        stream = np.frombuffer(bytes(head) + packed + encode_rice(sequences), np.uint8)
-        return [stream] if self.possible(len(stream), len(codes), codes.itemsize) else None
+        signs = pack(codes, 1).tobytes()
+        stream = np.frombuffer(bytes(head) + signs + encode_rice(sequences), np.uint8)
+        return [stream] if self.possible(len(stream), len(codes), width) else None
 
     def possible(self, n_bytes: int, nnz: int, width: int) -> bool:
         return 4 <= n_bytes <= (width + 1) * nnz + (1 << 15)
@@ -92,11 +98,12 @@ class _Steps:
         if not self.needs_base:
             if thresholds:
                 raise Corrupt("value stream of steps has classes")
-            keys = np.zeros(nnz, np.uint8)
+            number, counts = None, [nnz]
         elif keys is None:
             raise ValueError("a stream of exponent_steps needs the base")
-        number = class_table(thresholds)[keys]
-        counts = np.bincount(number, minlength=len(thresholds) + 1).tolist()
+        else:
+            number = class_table(thresholds)[keys]
+            counts = _count(number, len(thresholds) + 1)
         heads, lengths = [], []
         for n in counts:
             head, at = read_subset(stream, at)
@@ -110,31 +117,67 @@ class _Steps:
         packed = np.frombuffer(stream[at : at + n_sign_bytes], np.uint8)
         if len(packed) != n_sign_bytes:
             raise Corrupt("value stream ends within its signs")
-        signs = unpack(packed, nnz, 1)
+        codes = unpack(packed, nnz, 1).astype(f"<u{width}")
+        codes += 1
         sequences = decode_rice(stream[at + n_sign_bytes :], lengths)
-        ordered = np.zeros(nnz, np.uint64)
         start = 0
         for n, head, gaps, excess in zip(
             counts, heads, sequences[::2], sequences[1::2], strict=True
         ):
-            ordered[start : start + n][head.chosen(gaps, n)] = excess + np.uint64(1)
+            _lengthen(codes[start : start + n], head.chosen(gaps, n), excess)
             start += n
-        ordered <<= np.uint64(1)
-        ordered += signs
-        ordered += np.uint64(1)
-        if int(ordered.max()) >> 8 * width:
-            raise Corrupt(f"value stream holds a code of more than {width} bytes")
-        codes = np.empty(nnz, f"<u{width}")
-        codes[np.argsort(number, kind="stable")] = ordered
+        if number is None:
+            return codes
+        ordered, codes = codes, np.empty_like(codes)
+        for where, to in _by_class(number, counts):
+            codes[where] = ordered[to]
         return codes
 
 
-def _choose_classes(keys: Keys, beyond: Numbers) -> list[int]:
-    n, n_long, excess = (
-        np.bincount(keys, weights, minlength=256).astype(np.int64)
-        for weights in (None, beyond > 0, np.maximum(beyond, 1) - np.uint32(1))
-    )
-    return merge_keys((n, n_long, excess), _cost, most=_MOST_CLASSES, overhead=_CLASS_BITS)
+def _lengthen(codes: Bits, long: Numbers, excess: Numbers) -> None:
+    """Add to the codes at ``long`` their units beyond the first."""
+    if not len(long):
+        return
+    more = excess + np.uint64(1)
+    more <<= np.uint64(1)
+    more += codes[long]
+    if int(more.max()) >> 8 * codes.itemsize:
+        raise Corrupt(f"value stream holds a code of more than {codes.itemsize} bytes")
+    codes[long] = more
+
+
+def _count(number: Keys, n_classes: int) -> list[int]:
+    counts = np.zeros(n_classes, np.int64)
+    for block in blocks(len(number)):
+        counts += np.bincount(number[block], minlength=n_classes)
+    listed: list[int] = counts.tolist()
+    return listed
+
+
+def _by_class(number: Keys, counts: list[int]) -> Iterator[tuple[npt.NDArray[np.intp], slice]]:
+    """Yield where elements are, and where they come to be when sorted by class, piece by piece."""
+    next_free = list(itertools.accumulate(counts, initial=0))
+    for block in blocks(len(number)):
+        part = number[block]
+        order = np.argsort(part, kind="stable")
+        order += block.start
+        at = 0
+        for one, n in enumerate(np.bincount(part).tolist()):
+            if n:
+                yield order[at : at + n], slice(next_free[one], next_free[one] + n)
+            at += n
+            next_free[one] += n
+
+
+def _choose_classes(keys: Keys, codes: Bits) -> list[int]:
+    sums = np.zeros((3, N_KEYS), np.int64)  # of each key: steps, long ones, how much longer
+    for block in blocks(len(keys)):
+        beyond = codes[block] >> 1
+        excess = np.maximum(beyond, 1) - 1
+        for row, weights in zip(sums, (None, beyond > 0, excess), strict=True):
+            row += np.bincount(keys[block], weights, minlength=N_KEYS).astype(np.int64)
+    n, n_long, longer = sums
+    return merge_keys((n, n_long, longer), _cost, most=_MOST_CLASSES, overhead=_CLASS_BITS)
 
 
 def _cost(n: float, n_long: float, excess: float) -> float:
