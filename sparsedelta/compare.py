@@ -21,6 +21,7 @@ from sparsedelta.codecs.chunks import (
     encode_chunk,
     n_chunks,
 )
+from sparsedelta.codecs.classes import keys_of
 from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits
 from sparsedelta.delta import (
     DIGEST_BYTES,
@@ -173,6 +174,7 @@ class Comparison:
         # Not resident until filled: a sparse chunk touches few pages of these.
         positions = np.empty(span, np.uint32)
         codes = np.empty(span, dtype.view)
+        keys = np.empty(span, np.uint8)
         encode = VALUE_ENCODINGS[self._values].encode
         nnz = 0
         with ExitStack() as place:
@@ -193,6 +195,7 @@ class Comparison:
                     place.enter_context(wide_places if dtype.width == WIDE_BYTES else dense_places)
                 np.add(touched, start, out=positions[nnz:end], casting="unsafe")
                 codes[nnz:end] = encode(dtype, before, after)
+                keys[nnz:end] = keys_of(before)
                 nnz = end
             if nnz:
                 chunk, frames = encode_chunk(
@@ -202,6 +205,7 @@ class Comparison:
                     codes[:nnz],
                     level=self._level,
                     base=self._base_bits(number),
+                    keys=keys[:nnz],
                     columns=self._target.shape[-1] if self._target.shape else 0,
                 )
                 self._payload.append(tensor_key(self._target.name), frames)

@@ -86,6 +86,7 @@ def encode_chunk(
     *,
     level: Level = Level.DEFAULT,
     base: BaseBits | None = None,
+    keys: Keys | None = None,
     columns: int = 0,
 ) -> tuple[Chunk, list[bytes]]:
     """Return the chunk's record and its coded streams, the smallest that the level tries.
@@ -99,12 +100,16 @@ def encode_chunk(
         codes: (nnz,) unsigned codes of a value encoding.
         level: how much to try.
         base: the bits of the chunk's elements before the change; None: use nothing that needs them.
+        keys: of the base's elements at ``positions``, if they are at hand.
         columns: elements in a row of the tensor; 0: not known.
     """
     first = number * CHUNK_ELEMENTS % columns if columns else 0
     if level is Level.FAST:
         base = None
-    keys = keys_at(base, positions, span) if base else None
+    if base is None:
+        keys = None
+    elif keys is None:
+        keys = keys_at(base, positions, span)
     index = _position_candidates(positions, span, Site(base, columns, first, keys), level)
     values = _code_candidates(codes, keys, level)
     chosen = [_smallest(parts, with_base=False) for parts in (index, values)]
