@@ -31,6 +31,7 @@ from sparsedelta.staging import (
     check_checkpoint_folder,
     check_no_folder,
     check_room,
+    reserve,
     staged_output,
     synced,
 )
@@ -251,7 +252,7 @@ def _new_file(path: Path, layout: FileLayout) -> Iterator[int]:
     """Yield the descriptor of a new weight file that has its size and its header."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        os.truncate(fd, layout.n_bytes)
+        reserve(fd, layout.n_bytes)
         head = len(layout.header).to_bytes(8, "little") + layout.header
         _write_at(fd, 0, memoryview(head), 0)
         yield fd

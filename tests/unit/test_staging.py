@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 import threading
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from helpers import noise, tree, write, write_sharded
 
 import sparsedelta
-from sparsedelta.staging import staged_output, synced
+from sparsedelta.staging import reserve, staged_output, synced
 
 
 def make(path: Path, content: bytes, *, folder: bool, overwrite: bool = False) -> None:
@@ -183,3 +185,22 @@ def test_failure_to_reach_the_disk_is_raised(
     failed.clear()
     with pytest.raises(OSError, match="Input/output error"):
         fill(wait=False)
+
+
+def test_reserved_file_has_its_size_and_reads_as_zeros(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with open(path, "xb") as file:
+        reserve(file.fileno(), 10_000)
+    assert path.read_bytes() == bytes(10_000)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reserves")
+def test_no_room_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open(tmp_path / "file", "xb") as file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                reserve(file.fileno(), 10_000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
