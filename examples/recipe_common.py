@@ -1,0 +1,283 @@
+"""What the recipes share: the memory plan before anything is loaded, the best step, the delta.
+
+A recipe's command line says what it would hold in memory with ``--help`` already, and ends with one
+sentence where something given cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from recipe_methods import (
+    ADAPTERS,
+    ALL_LINEAR,
+    METHODS,
+    Adapted,
+    Choice,
+    adapt,
+    equalized,
+    find_layers,
+    is_of,
+    rank_of,
+    sift_names,
+    sizes,
+)
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+import sift_train
+import sparsedelta
+from sift_train.loading import checkpoint_dtype
+
+__all__ = [
+    "ADAPTERS", "ALL_LINEAR", "METHODS", "Adapted", "Choice", "KeepBest", "adapt", "by_method",
+    "empty_model", "equalized", "export", "local_model", "parse", "plan_table", "planned_dtype",
+    "print_plan", "run", "table",
+]  # fmt: skip
+
+GIB = 1 << 30
+SMALL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.md")
+WEIGHTS = (
+    "*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx*", "*.gguf",
+    "*.ot", "*.pb", "*.tflite", "onnx", "openvino", ".git", ".cache",
+)  # fmt: skip
+
+
+# Memory ---------------------------------------------------------------------------------------
+
+
+def planned_dtype(model: str, config: Any) -> torch.dtype:
+    """Return the dtype that a checkpoint's weights have, or that its config states."""
+    folder = Path(model)
+    found = checkpoint_dtype(folder) if folder.is_dir() else None
+    stated = getattr(config, "dtype", None)
+    return found or (stated if isinstance(stated, torch.dtype) else torch.float32)
+
+
+def empty_model(make: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """Return a model without values, on the meta device, for ``plan_table``.
+
+    Args:
+        make: an auto class, such as ``AutoModelForCausalLM``.
+        config: of transformers.
+        dtype: of the weights.
+    """
+    with torch.device("meta"):
+        model: nn.Module = make.from_config(config, dtype=dtype)
+    return model
+
+
+def plan_table(model: nn.Module, methods: Sequence[str], choice: Choice) -> str:
+    """Return what each method would keep in memory beside activations; the model may be empty."""
+    choice = equalized(model, choice, methods)
+    rows = []
+    for method in methods:
+        n_trained, *parts = _planned(model, method, choice)
+        cells = [f"{n_bytes / GIB:.3f}" for n_bytes in (*parts, sum(parts))]
+        rows.append((method, f"{n_trained:,}", *cells))
+    columns = ("method", "trained", "weights", "gradients", "optimizer", "other", "sum")
+    lines = [
+        "Memory in GiB, activations apart (other: indices, masters, adapters, and the dense weights "
+        "that SHiRA makes for a forward pass):",
+        table(columns, rows),
+    ]
+    if "sift" in methods:
+        lines.append(f"sift: {_sift_plan(model, choice).fits()}")
+    return "\n".join(lines)
+
+
+def print_plan(model: nn.Module, methods: Sequence[str], choice: Choice) -> None:
+    """Print ``plan_table``."""
+    print(plan_table(model, methods, choice), flush=True)
+
+
+def _planned(model: nn.Module, method: str, choice: Choice) -> tuple[int, ...]:
+    """Return components trained, and bytes of weights, gradients, optimizer and other."""
+    if method == "sift":
+        plan = _sift_plan(model, choice)
+        gradients = plan.gradient_bytes + plan.largest_gradient_bytes
+        other = plan.master_bytes + plan.index_bytes
+        return plan.n_trained, plan.weight_bytes, gradients, plan.optimizer_bytes, other
+    weights = sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
+    if method == "full":
+        own = [(p.numel(), p.element_size()) for p in model.parameters()]
+        other = 0
+    else:
+        layers = find_layers(model, choice)
+        n = rank_of(choice, layers) * sizes(layers)[1]
+        dense = [p for name, p in model.named_parameters() if is_of(name, choice.dense)]
+        own = [(n, 4), *((p.numel(), p.element_size()) for p in dense)]  # PEFT's adapters are fp32
+        other = sum(count * size for count, size in own)  # of the dense ones PEFT trains a copy
+        if method == "shira":  # coordinates, int32; each layer's weight with the adapter in it
+            other += 8 * n + sum(
+                m.weight.numel() * m.weight.element_size() for m in layers.values()
+            )
+    gradients = sum(count * size for count, size in own)
+    return sum(count for count, _ in own), weights, gradients, 2 * gradients, other
+
+
+def _sift_plan(model: nn.Module, choice: Choice) -> sift_train.Plan:
+    sparse, dense = sift_names(find_layers(model, choice), choice)
+    return sift_train.plan(model, choice.rate, sparse_module=sparse, exception=dense)
+
+
+# Training -------------------------------------------------------------------------------------
+
+
+class KeepBest(TrainerCallback):
+    """Keeps the state of the evaluation with the highest value, and goes back to it at the end.
+
+    Attributes:
+        step: after which the best was found; None before the first evaluation.
+        value: what was found.
+    """
+
+    def __init__(self, adapted: Adapted, metric: str) -> None:
+        self._adapted = adapted
+        self._metric = metric
+        self._state: dict[str, Tensor] = {}
+        self.step: int | None = None
+        self.value = -math.inf
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Keep what is better than all before; of a tie the first."""
+        value = float(given["metrics"][self._metric])
+        if self.step is None or value > self.value:
+            self.step = state.global_step
+            self.value = -math.inf if math.isnan(value) else value
+            self._state = self._adapted.snapshot()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Go back to the best."""
+        if self._state:
+            self._adapted.restore(self._state)
+
+
+# Checkpoints ----------------------------------------------------------------------------------
+
+
+def local_model(model: str) -> tuple[Path, str | None]:
+    """Return a model's folder, fetched from the Hub if it is none yet, and where others find it."""
+    if Path(model).is_dir():
+        return Path(model), None
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(model, allow_patterns=list(SMALL_FILES)))
+    return folder, f"{model}@{folder.name}"
+
+
+def export(
+    model: Any,
+    output: Path,
+    *,
+    base: Path,
+    base_id: str | None = None,
+    info: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Write the delta from the base's folder to a trained model; return how many bytes it has.
+
+    The target is the base's folder with the trained weights and config in place of its own. Its
+    tensors keep the names that they have in the base, with or without the model's prefix, so that
+    the delta holds only what changed and, in full, what is new, such as a head. What the base has
+    and the model does not, such as another head, is removed.
+    """
+    output = Path(os.path.abspath(output))
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as work:
+        target = Path(work) / "target"
+        shutil.copytree(base, target, ignore=shutil.ignore_patterns(*WEIGHTS))
+        model.save_pretrained(target, state_dict=_named_as_in(base, model))
+        with sparsedelta.diff(base, target, base_id=base_id, info=dict(info or {})) as delta:
+            delta.save(output, overwrite=overwrite)
+    return output.stat().st_size
+
+
+def _named_as_in(base: Path, model: Any) -> dict[str, Tensor]:
+    names: set[str] = set()
+    for path in base.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names.update(file.keys())
+    prefix = f"{model.base_model_prefix}."
+    found = {}
+    for name, tensor in model.state_dict().items():
+        others = (name, name.removeprefix(prefix), prefix + name)
+        found[next((other for other in others if other in names), name)] = tensor
+    return found
+
+
+# Command line ---------------------------------------------------------------------------------
+
+
+def parse(
+    parser: argparse.ArgumentParser, plan: Callable[[argparse.Namespace], str]
+) -> argparse.Namespace:
+    """Return what the command line asks for; ``--help`` ends with the plan for what it chooses.
+
+    Args:
+        parser: made with ``add_help=False`` and without required arguments.
+        plan: maps the options to the text of the memory plan.
+    """
+    parser.add_argument("-h", "--help", action="store_true", help="show this and the memory plan")
+    options = parser.parse_args()
+    if options.help:
+        print(parser.format_help())
+        print(plan(options))
+        sys.exit(0)
+    return options
+
+
+def by_method(given: Sequence[str], defaults: Mapping[str, float], what: str) -> dict[str, float]:
+    """Return a number for each method, from words such as ``1e-4`` or ``sift=1e-4``.
+
+    Raises:
+        ValueError: a word is neither.
+    """
+    found = dict(defaults)
+    for word in given:
+        name, equals, number = word.rpartition("=")
+        if equals and name not in found:
+            raise ValueError(f"{what} {word!r} names no method; choose one of {', '.join(found)}")
+        try:
+            value = float(number)
+        except ValueError:
+            raise ValueError(
+                f"{what} {word!r} is not a number, nor a method and a number as in sift=1e-4"
+            ) from None
+        found.update(dict.fromkeys([name] if equals else found, value))
+    return found
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a recipe and end the process; what cannot be used is told in one sentence."""
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        main()
+    except (ValueError, OSError, sparsedelta.SparseDeltaError) as error:
+        if "--debug" in sys.argv:
+            raise
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    sys.exit(0)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table, its columns aligned."""
+    cells = [list(columns), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[at]) for row in cells) for at in range(len(columns))]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    return "\n".join(lines)
