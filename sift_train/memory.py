@@ -6,6 +6,7 @@ index, master, gradient and optimizer state. Index bytes are counted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
@@ -16,6 +17,7 @@ from torch import nn
 
 from sift_train.masters import SparseParameter
 from sift_train.selection import index_dtype, n_selected
+from sift_train.shape import without_weights
 from sift_train.targets import ALL_LINEAR, Names, find_targets
 
 GIB = 1 << 30
@@ -81,10 +83,12 @@ class Plan(MemoryReport):
     Attributes:
         rate: what was asked for.
         fixed_bytes: what stays at a rate of 0.
+        dtype: of most of the weights, such as ``"bfloat16"``.
     """
 
     rate: float
     fixed_bytes: int
+    dtype: str
 
     def room_in(self, gb: float) -> int:
         """Return the bytes left for activations on a device of ``gb`` GiB; negative: it lacks them."""
@@ -112,7 +116,7 @@ class Plan(MemoryReport):
         return f"lacks {_shown(-room)} in {gb:g} GiB; a rate of {highest:.4f} would just fit"
 
     def __str__(self) -> str:
-        return f"{super().__str__()}\n{self.fits()}"
+        return f"{super().__str__()}\n{self.fits()}; weights in {self.dtype}"
 
 
 def memory_of(
@@ -136,7 +140,7 @@ def plan(
     *,
     sparse_module: Names = ALL_LINEAR,
     exception: Names = (),
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str | None = None,
     optimizer: str = "adamw",
 ) -> Plan:
     """Return what training would keep in memory; no weights are loaded.
@@ -147,13 +151,16 @@ def plan(
         rate: share of each tensor's components to train.
         sparse_module: as for ``SIFT``.
         exception: as for ``SIFT``.
-        dtype: that the weights would be loaded in; a module keeps its own.
+        dtype: that the weights would be loaded in, such as ``torch.float32`` or ``"bf16"``. By
+            default that of the folder's safetensors, else what the config says, else bfloat16. A
+            module keeps its own.
         optimizer: one of ``OPTIMIZER_STATE_BYTES``.
 
     Raises:
+        OSError: there is no such folder or model.
         ValueError: an argument is out of range, or the config's model is not known.
     """
-    empty = model if isinstance(model, nn.Module) else _without_weights(model, dtype)
+    empty = model if isinstance(model, nn.Module) else without_weights(model, dtype)
     rows = []
     for target in find_targets(empty, sparse_module, exception, needs_values=False):
         numel = target.parameter.numel()
@@ -162,7 +169,7 @@ def plan(
         rows.append((target.parameter, k, k == numel, width))
     counted = _count(empty, rows, optimizer)
     fixed = counted["weight_bytes"] + counted["largest_gradient_bytes"]
-    return Plan(**counted, rate=rate, fixed_bytes=fixed)
+    return Plan(**counted, rate=rate, fixed_bytes=fixed, dtype=_main_dtype(empty))
 
 
 def _count(
@@ -189,20 +196,11 @@ def _count(
     }
 
 
-def _without_weights(source: Any, dtype: torch.dtype) -> nn.Module:
-    import transformers  # takes seconds
-
-    auto: Any = transformers.AutoConfig
-    config = auto.from_pretrained(source) if isinstance(source, str | PathLike) else source
-    names = getattr(config, "architectures", None) or []
-    model_class: Any = getattr(transformers, names[0], None) if names else None
-    with torch.device("meta"):
-        if model_class is not None:
-            model: nn.Module = model_class._from_config(config, dtype=dtype)
-        else:
-            causal: Any = transformers.AutoModelForCausalLM
-            model = causal.from_config(config, dtype=dtype)
-    return model
+def _main_dtype(model: nn.Module) -> str:
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        counts[parameter.dtype] += parameter.numel()
+    return str(counts.most_common(1)[0][0]).removeprefix("torch.")
 
 
 def _shown(n_bytes: int) -> str:

@@ -18,7 +18,7 @@ REGEX = "re:"
 
 Names = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 
-_TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
@@ -179,7 +179,7 @@ def _problem(
         )
     if parameter.is_meta and needs_values:
         return "is on the meta device and holds no values; load the model's weights first"
-    if parameter.dtype not in _TRAINABLE:
+    if parameter.dtype not in TRAINABLE:
         return (
             f"has dtype {parameter.dtype}, expected float16, bfloat16, float32 or float64; "
             "load the model unquantized, or leave this parameter out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -97,6 +98,82 @@ def test_a_plan_of_a_module_keeps_its_dtype() -> None:
     assert planned.optimizer_bytes == 0
     with pytest.raises(ValueError, match="optimizer is 'lion'"):
         plan(model, 0.1, optimizer="lion")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plan_reads_the_dtype_that_the_folder_holds(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = make_bert(tmp_path / "base", dtype)
+    name = str(dtype).removeprefix("torch.")
+    planned = plan(folder, 0.1)
+    assert planned.dtype == name
+    assert planned.weight_bytes == pytest.approx(planned.n_total * dtype.itemsize, rel=0.05)
+    assert f"weights in {name}" in str(planned)
+    assert plan(folder, 0.1, dtype="fp16").dtype == "float16"  # what is asked for wins
+    assert plan(folder, 0.1, dtype=torch.float64).dtype == "float64"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == name
+    (folder / "model.safetensors").unlink()  # the config says it, too
+    assert plan(folder, 0.1).dtype == name
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": None}))
+    assert plan(folder, 0.1).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["float8", "int8", torch.int8, "bf17", "nn"])
+def test_a_dtype_that_is_not_trained_in_is_refused(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"dtype is '.*', which is not trained in; choose one of"):
+        plan(seven_b(), 0.05, dtype=dtype)
+
+
+@pytest.mark.parametrize("place", ["./nowhere", "a/b/c", "/nowhere", "org/", Path("org/name")])
+def test_a_folder_that_is_not_there_is_told_without_asking_the_hub(
+    monkeypatch: pytest.MonkeyPatch, place: str | Path
+) -> None:
+    asked = no_hub(monkeypatch)
+    with pytest.raises(FileNotFoundError, match=r"no folder '.*' exists"):
+        plan(place, 0.1)
+    assert asked == []
+
+
+def test_a_folder_without_a_config_has_no_plan(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is not a model folder, which holds a config"):
+        plan(tmp_path, 0.1)
+
+
+def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    asked = no_hub(monkeypatch)
+    auto: Any = transformers.AutoConfig
+    look = auto.from_pretrained
+    looked: list[bool] = []
+
+    def from_pretrained(source: Any, *, local_files_only: bool = False) -> Any:
+        looked.append(local_files_only)
+        return look(source, local_files_only=local_files_only)
+
+    monkeypatch.setattr(auto, "from_pretrained", from_pretrained)
+    with pytest.raises(FileNotFoundError) as told:
+        plan("org/no-such-name", 0.1)
+    assert str(told.value) == (
+        "no folder 'org/no-such-name' exists, nor is the config of such a model in the local cache "
+        "or to be had from the Hub (no route); look for a typing error"
+    )
+    assert looked == [True]  # the client's own way of asking tries again and again
+    assert [url.endswith("org/no-such-name/resolve/main/config.json") for url in asked] == [True]
+
+
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Cut the Hub off; return the list that its addresses come to when they are asked for."""
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def metadata(url: str, **_: Any) -> None:
+        asked.append(url)
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    return asked
 
 
 PEAK = """
