@@ -10,7 +10,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -79,8 +79,17 @@ def read_state(path: str | PathLike[str]) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is not a state of this version.
     """
-    with safe_open(path, framework="pt") as file:
-        found = file.metadata() or {}
-        if {key: found.get(key) for key in FORMAT} != FORMAT:
-            raise ValueError(f"'{path}' is not a training state of version 1")
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+            if {key: found.get(key) for key in FORMAT} != FORMAT:
+                raise ValueError(
+                    f"'{path}' is not a training state of version 1; give a file that "
+                    "SIFT.save wrote"
+                )
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise ValueError(
+            f"'{path}' is not a training state, nor any safetensors file: {error}; "
+            "give a file that SIFT.save wrote"
+        ) from error

@@ -28,7 +28,7 @@ from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, memory_of
 from sift_train.rules import RULES, Selection, find_rule
 from sift_train.selection import n_selected
-from sift_train.steps import listen, silence
+from sift_train.steps import listen, listening, silence
 from sift_train.targets import ALL_LINEAR, Names, find_targets
 from sift_train.zeroing import zero_with, zero_without
 
@@ -87,6 +87,7 @@ class SIFT:
     ) -> None:
         if grad_acc < 1:
             raise ValueError(f"grad_acc is {grad_acc}; it counts micro-batches and is at least 1")
+        _refuse_second(model)
         self.model = model
         self._grad_acc = grad_acc
         self._only_scoring = False
@@ -273,16 +274,21 @@ class SIFT:
         if not self._parts_of(optimizer):
             self._refuse_own_parameters(optimizer, set(self.trainable_parameters()))
             return
-        self.finish_selection()
+        self.after_closure(optimizer)
         for group in optimizer.param_groups:
             for master in group["params"]:
                 part = self._by_master.get(id(master))
-                if part is None:
-                    continue
-                if not part.is_selected:
-                    master.grad = None
-                elif group.get(BASE_DECAY):
+                if part is not None and part.is_selected and group.get(BASE_DECAY):
                     part.decay_to_original(float(group["lr"]) * group[BASE_DECAY])
+
+    def after_closure(self, optimizer: torch.optim.Optimizer) -> None:
+        """Choose among the gradients that a step is about to use; none are left of what waits."""
+        parts = self._parts_of(optimizer)
+        if parts:
+            self.finish_selection()
+        for part in parts:
+            if not part.is_selected:
+                part.master.grad = None
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Write the masters that an optimizer has stepped; called by every one of torch."""
@@ -307,6 +313,15 @@ class SIFT:
             parameter.requires_grad_(requires_grad)
         if self._checkpointing:
             disable_checkpointing(self.model)
+
+    def __repr__(self) -> str:
+        parts = self.sparse_mapping.values()
+        n_selected = sum(part.is_selected for part in parts)
+        return (
+            f"SIFT({type(self.model).__name__}: {self.n_trained:,} of {self.n_total:,} components "
+            f"trained, {100 * self.n_trained / self.n_total:.2f} %; {n_selected:,} of "
+            f"{len(parts):,} parameters chosen{'' if self._handles else '; closed'})"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -392,6 +407,16 @@ class SIFT:
             may_differ = part.is_behind or not self._is_stepped_by_torch
             if part.is_selected and may_differ and part.differs:
                 part.write()
+
+
+def _refuse_second(model: nn.Module) -> None:
+    own = set(model.parameters())
+    for other in listening():
+        if isinstance(other, SIFT) and not own.isdisjoint(other._requires_grad):
+            raise ValueError(
+                f"the {type(model).__name__} is trained by a SIFT already, whose hooks take its "
+                "gradients; close() that one first, which keeps the trained weights"
+            )
 
 
 def _on_gradient(me: weakref.ref[SIFT], name: str, parameter: Tensor) -> None:

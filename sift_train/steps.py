@@ -7,6 +7,8 @@ without any.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -22,6 +24,9 @@ class StepListener(Protocol):
 
     def before_step(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step."""
+
+    def after_closure(self, optimizer: Optimizer) -> None:
+        """A closure that an optimizer steps with has computed gradients."""
 
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped; it has not if a gradient scaler skipped it."""
@@ -40,9 +45,35 @@ def silence(listener: StepListener) -> None:
     _listeners.discard(listener)
 
 
-def _before(optimizer: Optimizer, *_: Any) -> None:
+def listening() -> list[Any]:
+    """Return the listeners there are."""
+    return list(_listeners)
+
+
+def _before(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     for listener in list(_listeners):
         listener.before_step(optimizer)
+    if not _listeners:
+        return None
+    # A closure is the first argument of `step`; the optimizer itself stands before it.
+    if kwargs.get("closure") is not None:
+        return args, {**kwargs, "closure": _told(optimizer, kwargs["closure"])}
+    if len(args) > 1 and callable(args[1]):
+        return (args[0], _told(optimizer, args[1]), *args[2:]), kwargs
+    return None
+
+
+def _told(optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+    @wraps(closure)
+    def run() -> Any:
+        loss = closure()
+        for listener in list(_listeners):
+            listener.after_closure(optimizer)
+        return loss
+
+    return run
 
 
 def _after(optimizer: Optimizer, *_: Any) -> None:

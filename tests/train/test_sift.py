@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from train_helpers import make_inputs, make_net, same_bits, snapshot, square_loss
 
@@ -508,6 +511,74 @@ def test_a_model_may_be_used_twice_in_one_loss() -> None:
         for x, y in zip(make_inputs(2), make_inputs(2, seed=5), strict=True):
             (model(x) * model(y)).mean().backward()
             optimizer.step()
+
+
+def test_a_second_sift_over_the_same_weights_is_refused() -> None:
+    model = make_net()
+    first = SIFT(model, 0.1, "first.weight")
+    for again in (model, model.first, nn.Sequential(model)):
+        with pytest.raises(ValueError, match=r"is trained by a SIFT already.*close\(\)"):
+            SIFT(again, 0.1, "weight")
+    SIFT(copy.deepcopy(model), 0.1, "first.weight").close()
+    first.close()
+    SIFT(model, 0.1, "last.weight").close()
+
+
+def test_a_sift_tells_what_it_is() -> None:
+    model = make_net()
+    sift = SIFT(model, 0.1, ["first.weight", "last"], "last.bias")
+    assert repr(sift) == (
+        "SIFT(Net: 31 of 308 components trained, 10.06 %; 1 of 3 parameters chosen)"
+    )
+    square_loss(model, make_inputs(1)[0]).backward()
+    sift.close()
+    assert "3 of 3 parameters chosen; closed)" in repr(sift)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_closure_is_a_step_as_any_other(accumulation: int, by_name: bool) -> None:
+    """The gradients come inside the step; with several micro-batches the first is no exception."""
+    plain, closed = make_net(), make_net()
+    inputs = make_inputs(2 * accumulation)
+
+    def windows() -> list[list[Tensor]]:
+        return [inputs[at : at + accumulation] for at in range(0, len(inputs), accumulation)]
+
+    with SIFT(plain, 0.1, ["first", "last"], grad_acc=accumulation) as sift:
+        optimizer = sgd(sift)
+        for window in windows():
+            step(plain, optimizer, *window)
+    with SIFT(closed, 0.1, ["first", "last"], grad_acc=accumulation) as sift:
+        optimizer = sgd(sift)
+        for window in windows():
+
+            def closure(window: list[Tensor] = window) -> float:
+                optimizer.zero_grad()
+                for batch in window:
+                    square_loss(closed, batch).backward()
+                return 0.0
+
+            if by_name:
+                optimizer.step(closure=closure)
+            else:
+                optimizer.step(closure)
+    assert all(
+        same_bits(p, q) for p, q in zip(plain.parameters(), closed.parameters(), strict=True)
+    )
+
+
+def test_what_is_no_state_is_one_clear_sentence(tmp_path: Path) -> None:
+    with SIFT(make_net(), 0.1, "first.weight") as sift:
+        (tmp_path / "notes.txt").write_text("not a state")
+        with pytest.raises(
+            ValueError, match=r"notes.txt' is not a training state, nor any"
+        ) as told:
+            sift.load(tmp_path / "notes.txt")
+        assert "\n" not in str(told.value)
+        save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match=r"give a file that SIFT\.save wrote"):
+            sift.load(tmp_path / "other.safetensors")
 
 
 def test_grad_acc_is_a_count() -> None:
