@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 from torch.optim import Optimizer
 
@@ -47,7 +47,8 @@ class FitConfig:
         schedule: after the warm-up: ``"constant"``, or to zero by ``"linear"`` or ``"cosine"``.
         warmup: share of all steps in which the learning rate rises linearly, 0 to 1.
         epochs: passes over the data, unless ``max_steps`` is given.
-        max_steps: optimizer steps; the data is repeated as often as needed.
+        max_steps: optimizer steps; the data is repeated as often as needed. Where it cannot be,
+            as with a generator, the run ends with it.
         accumulation: micro-batches per optimizer step; the last step of a pass may have fewer.
         max_grad_norm: clip the gradient of what is trained to this norm; None does not clip.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (GPU only).
@@ -111,7 +112,10 @@ class FitConfig:
             _check_range("max_grad_norm", self.max_grad_norm, above=0.0)
         for name, value in (("weight_decay", self.weight_decay), ("momentum", self.momentum)):
             _check_range(name, value)
-        for name, value in (("warmup", self.warmup), *(("betas", beta) for beta in self.betas)):
+        betas: Any = self.betas
+        if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
+            raise ValueError(f"betas is {betas!r}; it must be two numbers")
+        for name, value in (("warmup", self.warmup), *(("betas", beta) for beta in betas)):
             _check_range(name, value, up_to=1.0)
 
     def as_json(self) -> dict[str, PlainJSON]:
@@ -172,7 +176,8 @@ class FitResult:
         train_seconds: selection and training, of this call.
         export_seconds: saving, comparing and writing.
         evaluations: in order.
-        stopped: why the run ended: ``"done"``, ``"patience"`` or ``"interrupted"``.
+        stopped: why the run ended: ``"done"``, ``"patience"``, ``"interrupted"``, or ``"data"``
+            if the data ended before the steps asked for.
     """
 
     delta: Path
@@ -221,10 +226,13 @@ def _check_at_least_one(name: str, value: Any) -> None:
 
 
 def _check_range(
-    name: str, value: float, *, above: float | None = None, up_to: float | None = None
+    name: str, value: Any, *, above: float | None = None, up_to: float | None = None
 ) -> None:
-    fits = value > above if above is not None else value >= 0.0
-    if not fits or value == float("inf") or (up_to is not None and value > up_to):
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
+        raise ValueError(f"{name} is {value!r}, a {type(value).__name__}; it must be a number")
+    number = float(value)
+    fits = number > above if above is not None else number >= 0.0
+    if not fits or number == float("inf") or (up_to is not None and number > up_to):
         low = f"above {above:g}" if above is not None else "0 or more"
         high = f" and at most {up_to:g}" if up_to is not None else " and finite"
         raise ValueError(f"{name} is {value}; it must be {low}{high}")

@@ -19,6 +19,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 import sparsedelta
+from sift_train.basecheck import check_base, check_weights
 from sift_train.sift import SIFT
 
 WEIGHT_SUFFIXES = (
@@ -48,7 +49,8 @@ def export_delta(
         model: trained.
         output: where the delta goes; its folder must exist.
         sift: what trained the model. Without ``base`` it lends the model its first weights, and
-            the base is the model saved with those.
+            the base is the model saved with those. With ``base`` it is made sure that this is what
+            the model was before training; leave ``sift`` out for a delta between any two.
         base: the checkpoint that the training began with: a folder for a transformers model, a
             safetensors file for any other module.
         base_id: where others find the base, such as ``org/model@<commit>``.
@@ -58,11 +60,43 @@ def export_delta(
 
     Raises:
         FileExistsError: something is at ``output`` or ``save_target`` and may not be replaced.
-        ValueError: there is neither ``base`` nor ``sift``, or the base is of the wrong kind.
+        ValueError: there is neither ``base`` nor ``sift``, or the base is of the wrong kind or is
+            not what ``sift`` began with.
     """
     check_places(model, output, base=base, save_target=save_target, overwrite=overwrite)
     if base is None and sift is None:
         raise ValueError("nothing says what the base is; give base, or the sift that trained")
+    if base is not None and sift is not None:
+        check_base(model, Path(base), sift)
+    return write_delta(
+        model,
+        output,
+        sift=sift,
+        base=base,
+        base_id=base_id,
+        info=info,
+        save_target=save_target,
+        overwrite=overwrite,
+    )
+
+
+def write_delta(
+    model: nn.Module,
+    output: str | PathLike[str],
+    *,
+    sift: SIFT | None,
+    base: str | PathLike[str] | None,
+    base_id: str | None,
+    info: Mapping[str, Any] | None,
+    save_target: str | PathLike[str] | None = None,
+    overwrite: bool,
+) -> int:
+    """Do what ``export_delta`` does, where the base is known to be the right one.
+
+    Raises:
+        OSError: something cannot be written.
+        ValueError: base and model cannot be compared.
+    """
     final = Path(os.path.abspath(output))
     with ExitStack() as stack:
         if base is None and sift is not None:
@@ -96,7 +130,7 @@ def check_places(
     Raises:
         FileExistsError: something is in the way.
         FileNotFoundError: base, or a folder to write in, does not exist.
-        ValueError: the base is of the wrong kind.
+        ValueError: the base is of the wrong kind, or holds no safetensors.
     """
     for place in (output, save_target):
         if place is None:
@@ -117,6 +151,7 @@ def check_places(
             f"base '{base_path}' is not a {wanted}, which is what a {type(model).__name__} "
             "is saved as; give one, or leave base out"
         )
+    check_weights(base_path)
 
 
 def _is_transformers(model: nn.Module) -> bool:

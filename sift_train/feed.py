@@ -15,7 +15,7 @@ from sift_train.randomness import State, bring_back, capture, generators_of
 
 
 class Feed:
-    """Gives windows of micro-batches, pass after pass, without end.
+    """Gives windows of micro-batches, pass after pass.
 
     Args:
         data: iterated over once per pass.
@@ -39,21 +39,22 @@ class Feed:
         return list(self._ahead)
 
     def windows(self) -> Iterator[list[Any]]:
-        """Yield windows.
+        """Yield windows, until a further pass gives nothing, as with an iterator that is used up.
 
         Raises:
-            ValueError: a pass has no micro-batch.
+            ValueError: the first pass has no micro-batch.
         """
+        is_first = True
         while True:
             stream = self._stream or self._begin()
             while window := self._take(stream):
                 self._n_given += len(window)
                 yield window
+            if self._n_given == 0 and is_first:
+                raise ValueError("the data gave no batch; give at least one")
             if self._n_given == 0:
-                raise ValueError(
-                    "the data gave no batch, or none on a further pass; give a list or a loader"
-                )
-            self._stream, self._n_ahead = None, 0
+                return
+            is_first, self._stream, self._n_ahead = False, None, 0
 
     def place(self) -> State:
         """Return where the run is in the data, to be saved."""

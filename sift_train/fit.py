@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from accelerate.utils import set_seed  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from sift_train import runfolder
+from sift_train.basecheck import check_base
 from sift_train.config import Evaluation, FitConfig, FitResult, StepReport
-from sift_train.export import check_places, export_delta
+from sift_train.export import check_places, write_delta
 from sift_train.listeners import Teller, Tracker, shown_bar
-from sift_train.loading import load_model
+from sift_train.loading import load_model, without_bars
 from sift_train.loop import Evaluate, Listener, Loss, Run
 from sift_train.sift import SIFT
 
@@ -62,8 +63,8 @@ def fit(
         config: settings; the defaults if left out.
         loss: maps model and micro-batch, on the model's device, to a scalar. By default the batch
             is a mapping of keyword arguments and the model's output has a ``loss``.
-        base: the checkpoint that a module was loaded from. By default the folder the model was
-            given as; for a module, the module saved with the weights it came with.
+        base: the checkpoint that a module was loaded from; checked to be. By default the folder
+            the model was given as; for a module, the module saved with the weights it came with.
         base_id: where others find the base, such as ``org/model@<commit>``; recorded as a hint.
         save_target: keep the trained checkpoint here, which the delta makes of the base.
         overwrite: replace what is at ``output`` and ``save_target``.
@@ -82,16 +83,24 @@ def fit(
         FileNotFoundError: base, or a folder to write in, does not exist.
         TypeError: no loss can be found in the model's output, or the data has no length where one
             is needed.
-        ValueError: an argument is out of range, a parameter cannot be trained in place, there is
-            no data, the loss stops being finite, or the checkpoint is of another run.
+        ValueError: an argument is out of range, a parameter cannot be trained in place, the base is
+            not what the model was loaded from or holds no safetensors, there is no data, the loss
+            is or becomes infinite or NaN, or the checkpoint is of another run.
     """
     config = config or FitConfig()
+    source = None if isinstance(model, nn.Module) else model
     if not isinstance(model, nn.Module):
         base = model if base is None else base
-        model = load_model(model)
+        import transformers  # noqa: F401 - takes seconds, and is what shows bars
+
+        with nullcontext() if progress else without_bars():
+            model = load_model(model)
     check_places(model, output, base=base, save_target=save_target, overwrite=overwrite)
     folder = _run_folder(config, run_dir, resume=resume)
+    checkpoint = runfolder.newest(folder) if resume and folder else None
     n_steps = _count_steps(data, config)
+    if base is not None and base != source and checkpoint is None:
+        check_base(model, Path(base))
     start = time.perf_counter()
     with ExitStack() as stack:
         accelerator = stack.enter_context(_accelerator(config, folder))
@@ -114,18 +123,19 @@ def fit(
             folder=folder,
             listeners=listeners,
         )
-        run.train(checkpoint=runfolder.newest(folder) if resume and folder else None)
+        run.train(checkpoint=checkpoint)
         trained = time.perf_counter()
-        nnz = export_delta(
-            model,
-            output,
-            sift=sift,
-            base=base,
-            base_id=base_id,
-            info=_info(config, sift, run),
-            save_target=save_target,
-            overwrite=overwrite,
-        )
+        with nullcontext() if progress else without_bars():
+            nnz = write_delta(
+                model,
+                output,
+                sift=sift,
+                base=base,
+                base_id=base_id,
+                info=_info(config, sift, run),
+                save_target=save_target,
+                overwrite=overwrite,
+            )
     return FitResult(
         delta=Path(output),
         delta_bytes=Path(output).stat().st_size,

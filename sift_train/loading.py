@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
+
+from sift_train.basecheck import check_weights
 
 _FLOATS = {
     "F64": torch.float64,
@@ -18,11 +23,30 @@ _FLOATS = {
 }
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep the progress bars of transformers from showing while inside, if it is loaded at all."""
+    if "transformers" not in sys.modules:
+        yield
+        return
+    from transformers.utils import logging
+
+    bars: Any = logging  # untyped
+    was_shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            bars.enable_progress_bar()
+
+
 def load_model(path: str | PathLike[str]) -> nn.Module:
     """Return the model of a checkpoint folder.
 
     Raises:
-        ValueError: the path is no folder with a config that names a class of transformers.
+        ValueError: the path is no folder with safetensors and a config that names a class of
+            transformers.
     """
     import transformers  # takes seconds
 
@@ -32,6 +56,7 @@ def load_model(path: str | PathLike[str]) -> nn.Module:
             f"'{folder}' is not a model folder, which holds a config.json; "
             "give a local folder, or a model that is loaded already"
         )
+    check_weights(folder)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     names = config.architectures or []
     model_class: Any = getattr(transformers, names[0], None) if names else None

@@ -7,6 +7,7 @@ stopped.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
@@ -25,6 +26,8 @@ from sift_train.interrupts import held_interrupts
 from sift_train.optim import build_optimizer, build_schedule
 from sift_train.randomness import bring_back, capture, generators_of, undisturbed
 from sift_train.sift import SIFT
+
+logger = logging.getLogger(__name__)
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
@@ -97,6 +100,8 @@ class Run:
                     if interrupts.came or self._has_lost_patience():
                         break
                 self.stopped = self._why_stopped(was_interrupted=interrupts.came)
+                if self.stopped == "data":
+                    self._end_early()
         finally:
             model.train(was_training)
 
@@ -118,12 +123,12 @@ class Run:
     def _step(self, window: list[Any]) -> None:
         lr = float(self._schedule.get_last_lr()[0])
         self._optimizer.zero_grad()
-        loss = self._backward(window)
+        loss = self._finite(self._backward(window), len(self.losses) + 1)
         norm = self._clip()
         self._optimizer.step()
         if not self._optimizer.step_was_skipped:
             self._schedule.step()
-        self.losses.append(self._finite(loss, len(self.losses) + 1))
+        self.losses.append(loss)
         report = StepReport(len(self.losses), self._n_steps, self.losses[-1], lr, norm)
         for listener in self._listeners:
             listener.on_step(report)
@@ -154,14 +159,22 @@ class Run:
     @staticmethod
     def _finite(loss: Tensor, step: int) -> float:
         value = float(loss)
-        if not math.isfinite(value):
-            raise ValueError(f"the loss is {value} at step {step}; lower the learning rate")
-        return value
+        if math.isfinite(value):
+            return value
+        if step == 1:
+            raise ValueError(
+                f"the loss is {value} at step 1, before anything was trained; look at the first "
+                "batches, at the loss function and at the weights of the base"
+            )
+        raise ValueError(f"the loss is {value} at step {step}; lower the learning rate")
 
     def _evaluate_if_due(self) -> None:
         step, every = len(self.losses), self._config.eval_every
-        is_due = step == self._n_steps or (every is not None and step % every == 0)
-        if self._evaluate_model is None or not is_due:
+        if step == self._n_steps or (every is not None and step % every == 0):
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        if self._evaluate_model is None:
             return
         model = self._sift.model
         model.eval()
@@ -171,7 +184,9 @@ class Run:
         finally:
             model.train()
         values = found if isinstance(found, Mapping) else {"value": found}
-        evaluation = Evaluation(step, {name: float(value) for name, value in values.items()})
+        evaluation = Evaluation(
+            len(self.losses), {name: float(value) for name, value in values.items()}
+        )
         self.evaluations.append(evaluation)
         for listener in self._listeners:
             listener.on_evaluation(evaluation)
@@ -187,7 +202,21 @@ class Run:
     def _why_stopped(self, *, was_interrupted: bool) -> str:
         if len(self.losses) >= self._n_steps:
             return "done"
-        return "interrupted" if was_interrupted else "patience"
+        if was_interrupted:
+            return "interrupted"
+        return "patience" if self._has_lost_patience() else "data"
+
+    def _end_early(self) -> None:
+        """Do what the last step would have been followed by."""
+        logger.warning(
+            "the data ended after %d of %d steps; what was learnt until then is written. Give a "
+            "list or a loader, which can be gone through again, or ask for fewer steps",
+            len(self.losses),
+            self._n_steps,
+        )
+        if not self.evaluations or self.evaluations[-1].step != len(self.losses):
+            self._evaluate()
+        self._save_if_due(is_last=True)
 
     def _save_if_due(self, *, is_last: bool) -> None:
         every = self._config.save_every

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ def n_selected(numel: int, rate: float) -> int:
     Raises:
         ValueError: the rate is not between 0 and 1.
     """
+    if isinstance(rate, bool) or not isinstance(rate, SupportsFloat):
+        raise ValueError(f"sparse rate is {rate!r}, a {type(rate).__name__}; it must be a number")
     if not 0.0 <= rate <= 1.0:
         raise ValueError(f"sparse rate is {rate}; it is a share and must lie between 0 and 1")
     return min(int(rate * numel) + 1, numel)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn, optim
 from transformers import TrainerCallback
 
-from sift_train.export import export_delta
+from sift_train.basecheck import check_base, check_weights
+from sift_train.export import write_delta
 from sift_train.groups import grouped_parameters
 from sift_train.sift import SIFT
 
@@ -87,6 +88,9 @@ class SiftTrainerMixin(_Trainer):
         base: the checkpoint the model was loaded from, which the deltas are against. By default
             the model saved with the weights it came with.
         base_id: where others find the base.
+
+    Raises:
+        ValueError: the base is not what the model was before training, or holds no safetensors.
     """
 
     def __init__(
@@ -100,6 +104,9 @@ class SiftTrainerMixin(_Trainer):
         self.sift = sift
         self._base = base
         self._base_id = base_id
+        if base is not None:
+            check_weights(Path(base))
+            check_base(sift.model, Path(base), sift)
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> optim.Optimizer:
@@ -127,7 +134,7 @@ class SiftTrainerMixin(_Trainer):
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         info = {"method": "sift", "steps": self.state.global_step, "trainer": type(self).__name__}
-        export_delta(
+        write_delta(
             self.sift.model,
             folder / DELTA,
             sift=self.sift,

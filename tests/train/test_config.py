@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sift_train import FitConfig, Rule
@@ -43,3 +44,23 @@ def test_as_json_is_plain() -> None:
     assert json.loads(json.dumps(plain)) == plain
     assert plain["selection"] == "custom"
     assert plain["sparse_module"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"lr": "1e-3"}, "lr is '1e-3', a str; it must be a number"),
+        ({"weight_decay": None}, "weight_decay is None, a NoneType; it must be a number"),
+        ({"sparse_rate": "0.1"}, "sparse rate is '0.1', a str; it must be a number"),
+        ({"betas": 0.9}, "betas is 0.9; it must be two numbers"),
+        ({"betas": (0.9, "0.99")}, "betas is '0.99', a str; it must be a number"),
+    ],
+)
+def test_what_is_no_number_is_one_clear_sentence(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FitConfig(**setting)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    lr: Any = np.float32(1e-3)
+    assert FitConfig(lr=lr, sparse_rate=np.float64(0.1)).lr == lr

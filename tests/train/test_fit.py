@@ -286,7 +286,11 @@ def test_save_target_replaces_only_when_told(tmp_path: Path, bert_folder: Path) 
         ({"data": iter(make_inputs(2))}, TypeError, "without a length; set max_steps"),
         ({"loss": None}, TypeError, "expected a mapping"),
         ({"loss": lambda model, batch: model(batch)}, TypeError, "not a tensor of one element"),
-        ({"loss": lambda model, batch: model(batch).sum() * torch.nan}, ValueError, "loss is nan"),
+        (
+            {"loss": lambda model, batch: model(batch).sum() * torch.nan},
+            ValueError,
+            "loss is nan at step 1, before anything was trained; look at the first batches",
+        ),
         ({"base": "nowhere.safetensors"}, FileNotFoundError, "does not exist"),
         ({"base": "."}, ValueError, "is not a safetensors file"),
         ({"output": "nowhere/d.sd"}, FileNotFoundError, "create it first"),
@@ -315,6 +319,56 @@ def test_one_pass_over_an_iterator_is_enough_when_steps_are_given(tmp_path: Path
     data = iter(make_inputs(4))
     result = fit(make_net(), data, output=tmp_path / "d.sd", loss=square_loss, config=config)
     assert result.n_steps == 4
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights_sound(tmp_path: Path) -> None:
+    n_losses = 0
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        nonlocal n_losses
+        n_losses += 1
+        return square_loss(model, batch) * (torch.inf if n_losses == 4 else 1.0)
+
+    model = make_net()
+    config = FitConfig(lr=1e-2, selection="magnitude")
+    with pytest.raises(ValueError, match="loss is inf at step 4; lower the learning rate"):
+        fit(model, make_inputs(5), output=tmp_path / "d.sd", loss=loss, config=config)
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
+def test_data_that_ends_early_is_told_and_what_was_learnt_is_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, before = make_net(), snapshot(make_net())
+    result = fit(
+        model,
+        iter(make_inputs(5)),
+        output=tmp_path / "d.sd",
+        loss=square_loss,
+        config=FitConfig(max_steps=10, accumulation=2, lr=1e-2),
+        evaluate=lambda m: 0.5,
+        run_dir=tmp_path / "run",
+    )
+    assert (result.stopped, result.n_steps) == ("data", 3)
+    assert [evaluation.step for evaluation in result.evaluations] == [3]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000003"]
+    assert "the data ended after 3 of 10 steps; what was learnt until then is" in caplog.text
+    changed = int((before["first.weight"] != model.first.weight).sum())
+    assert 0 < changed <= result.nnz
+    with sparsedelta.load(result.delta) as delta:
+        assert (delta.info["steps"], delta.info["stopped"]) == (3, "data")
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_bars_of_transformers_show_only_when_asked_for(
+    tmp_path: Path, bert_folder: Path, capfd: pytest.CaptureFixture[str], progress: bool
+) -> None:
+    fit(bert_folder, bert_batches(1), output=tmp_path / "d.sd", progress=progress)
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert ("Loading weights" in shown.err) == progress
+    if not progress:
+        assert shown.err == ""
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,114 @@
+"""Whether a checkpoint is what a model was before its training, tensor by tensor, bit for bit.
+
+Tensors are compared under the names they have in both; what only one of them has, or has in another
+shape, is a change of structure, which a delta records.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sift_train.masters import SparseParameter
+
+if TYPE_CHECKING:
+    from sift_train.sift import SIFT
+
+_PRIMARY = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def check_weights(base: Path) -> None:
+    """Find out whether a checkpoint holds weights as safetensors, which a delta is made against.
+
+    Raises:
+        ValueError: it holds none, or is a file of another kind.
+    """
+    if not base.is_dir():
+        with ExitStack() as stack:
+            _open(base, stack)
+    elif not any(base.rglob("*.safetensors")):
+        others = sorted(path.name for path in base.iterdir() if path.suffix in _PICKLED)
+        held = f", only {', '.join(others)}" if others else ""
+        raise ValueError(
+            f"base '{base}' has no .safetensors file{held}; load its model and save it with "
+            "save_pretrained(), which writes one"
+        )
+
+
+def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
+    """Find out whether a checkpoint holds what the model's parameters were before training.
+
+    Args:
+        model: trained or not.
+        base: a folder or a safetensors file. Its tensors are compared in the model's dtype.
+        sift: what trains the model; lends the trained components as they were.
+
+    Raises:
+        ValueError: a tensor differs, or a file is no safetensors file.
+    """
+    parts = {} if sift is None else {id(p.parameter): p for p in sift.sparse_mapping.values()}
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, held in _tensors(base, own):
+        parameter = own[name]
+        if held.shape != parameter.shape:
+            continue
+        before = _before(parameter, parts.get(id(parameter)))
+        n_different = int((_bits(held.to(before.dtype)) != _bits(before)).sum())
+        if n_different:
+            raise ValueError(
+                f"base '{base}' is not what the model was before training: {n_different:,} of "
+                f"{before.numel():,} components of {name!r} differ; give the checkpoint that the "
+                "model was loaded from, or leave base out"
+            )
+
+
+def _before(parameter: Tensor, part: SparseParameter | None) -> Tensor:
+    """Return a parameter on the CPU as it was before training."""
+    now = parameter.detach().cpu()
+    if part is None or part.original is None:
+        return now
+    flat = now.reshape(-1).clone()
+    flat[part.flat_index.cpu().long()] = part.original.cpu()
+    return flat.view(now.shape)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(_BITS[tensor.element_size()])
+
+
+def _tensors(base: Path, wanted: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for path in _weight_files(base):
+        with ExitStack() as stack:
+            file = _open(path, stack)
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                if name in wanted:
+                    yield name, file.get_tensor(name)
+
+
+def _weight_files(base: Path) -> list[Path]:
+    """Return the files of the weights that transformers loads: one, or those of the index."""
+    if not base.is_dir():
+        return [base]
+    if (base / _PRIMARY).is_file():
+        return [base / _PRIMARY]
+    if (base / _INDEX).is_file():
+        index = json.loads((base / _INDEX).read_text("utf-8"))
+        return [base / name for name in sorted(set(index["weight_map"].values()))]
+    return sorted(base.glob("*.safetensors"))
+
+
+def _open(path: Path, stack: ExitStack) -> Any:
+    try:
+        return stack.enter_context(safe_open(path, framework="pt"))
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is no safetensors file, or a part of one: {error}") from error

@@ -1,0 +1,142 @@
+"""The base is what a run begins with: found wrong before anything is trained, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from train_helpers import bert_batches, make_bert, make_inputs, make_net, snapshot, square_loss
+
+import sparsedelta
+from sift_train import SIFT, FitConfig, SiftTrainerMixin, export_delta, fit
+
+
+def never(model: nn.Module, batch: Any) -> Tensor:
+    raise AssertionError("a batch was trained on")
+
+
+def saved(model: nn.Module, path: Path, **changed: Tensor) -> Path:
+    save_file({**snapshot(model), **changed}, path)
+    return path
+
+
+def trained(rate: float = 0.1) -> tuple[nn.Module, SIFT]:
+    model = make_net()
+    sift = SIFT(model, rate, ["first.weight"])
+    optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
+    for batch in make_inputs(2):
+        optimizer.zero_grad()
+        square_loss(model, batch).backward()
+        optimizer.step()
+    sift.close()
+    return model, sift
+
+
+def test_a_folder_without_safetensors_is_refused_before_training(tmp_path: Path) -> None:
+    import transformers
+
+    base = make_bert(tmp_path / "base", torch.float32)
+    load: Any = transformers.BertForSequenceClassification
+    model = load.from_pretrained(base)
+    (base / "model.safetensors").unlink()
+    torch.save(model.state_dict(), base / "pytorch_model.bin")
+    places: dict[str, Any] = {"output": tmp_path / "d.sd", "loss": never}
+    message = r"has no \.safetensors file, only pytorch_model\.bin; load its model and save it"
+    with pytest.raises(ValueError, match=message):
+        fit(base, bert_batches(1), **places)
+    with pytest.raises(ValueError, match=message):
+        fit(model, bert_batches(1), base=base, **places)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_base_that_is_no_safetensors_file_is_refused_before_training(tmp_path: Path) -> None:
+    base = tmp_path / "base.safetensors"
+    base.write_bytes(b"not weights")
+    with pytest.raises(ValueError, match=r"base\.safetensors' is no safetensors file"):
+        fit(make_net(), make_inputs(1), output=tmp_path / "d.sd", base=base, loss=never)
+
+
+def test_fit_refuses_another_base_before_training(tmp_path: Path) -> None:
+    base = saved(make_net(seed=1), tmp_path / "base.safetensors")
+    with pytest.raises(ValueError, match=r"16 of 16 components of 'first\.bias' differ") as told:
+        fit(make_net(), make_inputs(1), output=tmp_path / "d.sd", base=base, loss=never)
+    assert "give the checkpoint that the model was loaded from" in str(told.value)
+
+
+@pytest.mark.parametrize("place", ["frozen", "chosen", "not chosen"])
+def test_export_names_the_tensor_that_is_not_the_bases(tmp_path: Path, place: str) -> None:
+    first = make_net()
+    model, sift = trained()
+    chosen = set(sift.sparse_mapping["first.weight"].flat_index.tolist())
+    name = "last.weight" if place == "frozen" else "first.weight"
+    at = next(n for n in range(64) if place == "frozen" or (n in chosen) == (place == "chosen"))
+    other = first.get_parameter(name).detach().clone()
+    other.view(-1)[at] += 1
+    base = saved(first, tmp_path / "base.safetensors", **{name: other})
+    with pytest.raises(ValueError, match=rf": 1 of {other.numel()} components of '{name}' differ"):
+        export_delta(model, tmp_path / "d.sd", sift=sift, base=base)
+    assert not (tmp_path / "d.sd").exists()
+    assert export_delta(model, tmp_path / "d.sd", base=base) > 0  # between any two, when asked
+
+
+def test_a_changed_structure_is_no_other_base(tmp_path: Path) -> None:
+    """A new head, a grown tensor and a base in another dtype are what deltas are for."""
+    first = make_net()
+    weights = {k: v.to(torch.float64) for k, v in snapshot(first).items() if "last" not in k}
+    weights["norm.weight"] = weights["norm.weight"][:3].clone()
+    save_file(weights, tmp_path / "base.safetensors")
+    model, sift = trained()
+    delta = tmp_path / "d.sd"
+    assert export_delta(model, delta, sift=sift, base=tmp_path / "base.safetensors") > 0
+    sparsedelta.apply(tmp_path / "base.safetensors", delta, tmp_path / "out.safetensors")
+    assert torch.equal(
+        load_file(tmp_path / "out.safetensors")["first.weight"], model.get_parameter("first.weight")
+    )
+
+
+def sharded(folder: Path, model: Any) -> None:
+    model.save_pretrained(folder, max_shard_size="5KB")
+
+
+def whole(folder: Path, model: Any) -> None:
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("save", [whole, sharded])
+def test_every_file_of_a_folder_is_compared(
+    tmp_path: Path, save: Callable[[Path, Any], None]
+) -> None:
+    import transformers
+
+    load: Any = transformers.BertForSequenceClassification
+    model = load.from_pretrained(make_bert(tmp_path / "made", torch.bfloat16))
+    save(tmp_path / "base", model)
+    config = FitConfig(sparse_module=["query"], lr=1e-2)
+    arguments: dict[str, Any] = {"config": config, "base": tmp_path / "base", "overwrite": True}
+    assert fit(model, bert_batches(1), output=tmp_path / "d.sd", **arguments).nnz > 0
+    with pytest.raises(ValueError, match=r"of 'bert\.encoder\.layer\..*query\..*' differ"):
+        fit(model, bert_batches(1), output=tmp_path / "d.sd", **arguments)  # it is trained now
+
+
+def test_the_trainer_is_told_before_it_trains(tmp_path: Path) -> None:
+    import transformers
+
+    class Trainer(SiftTrainerMixin, transformers.Trainer):
+        pass
+
+    base = make_bert(tmp_path / "base", torch.float32)
+    load: Any = transformers.BertForSequenceClassification
+    model = load.from_pretrained(base)
+    with torch.no_grad():
+        model.classifier.weight[0, 0] += 1
+    arguments: Any = transformers.TrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True)
+    with (
+        SIFT(model, 0.1, "query") as sift,
+        pytest.raises(ValueError, match=r"1 of 48 components of 'classifier\.weight' differ"),
+    ):
+        Trainer(model, arguments, train_dataset=bert_batches(1), sift=sift, base=base)
