@@ -1,0 +1,229 @@
+"""Instruction tuning of any causal language model, to a delta of the components it trained.
+
+    python examples/instruct.py --preset 7b --model huggyllama/llama-7b --data alpaca_data.json \
+        --gradient-checkpointing --packing --fast --output delta.sd
+
+Only answers are learnt. ``--help`` with ``--model`` shows what memory that model would take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from causal_loss import (
+    LOSSES,
+    check_chunked,
+    chunked_loss,
+    compile_layers,
+    plain_loss,
+)
+from instruct_common import Loaded, check, choice_of, load, make_parser, peak_bytes, plan
+from instructions import Steps, collate, encode, read_conversations
+from recipe_common import parse, run
+from recipe_methods import find_layers, sift_names
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+import sift_train
+
+N_LINES = 10  # of losses to show
+
+
+def options_of() -> argparse.Namespace:
+    """Return what the command line asks for."""
+    parser = make_parser(__doc__)
+    own = parser.add_argument_group("of this way")
+    own.add_argument("--selection-batches", type=int, default=4, help="micro-batches that choose")
+    own.add_argument(
+        "--loss", choices=LOSSES, default="plain", help="chunked: few logits at a time"
+    )
+    own.add_argument(
+        "--fast",
+        action="store_true",
+        help="chunked loss, compiled layers, fastest attention at hand",
+    )
+    own.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
+    own.add_argument("--test", type=Path, help="examples whose loss is told, in any of the formats")
+    own.add_argument(
+        "--eval-every", type=int, help="steps between looks at them; default: at the end"
+    )
+    own.add_argument("--run-dir", type=Path, help="folder of checkpoints, to go on from")
+    own.add_argument("--save-every", type=int, help="steps between checkpoints")
+    own.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    own.add_argument("--save-target", type=Path, help="keep the trained checkpoint here as well")
+    own.add_argument("--report", type=Path, help="write what was measured, as JSON")
+    options = parse(parser, plan)
+    if options.fast:
+        has_flash = torch.cuda.is_available() and is_flash_attn_2_available()
+        options.attention = options.attention or ("flash_attention_2" if has_flash else "sdpa")
+    return options
+
+
+def main() -> None:
+    """Train, write the delta, say what it took."""
+    options = options_of()
+    n_micro = check(options)
+    loaded = load(options)
+    loss = choose_loss(options, loaded.model)
+    compile_model(options, loaded.model)
+    data = Steps(
+        loaded.rows,
+        batch=options.batch,
+        micro_batch=options.micro_batch,
+        pad_id=loaded.pad_id,
+        is_packed=options.packing,
+        is_flat=loaded.is_flat,
+    )
+    clock = Clock()
+    result = sift_train.fit(
+        loaded.model,
+        data,
+        output=options.output,
+        config=config_of(options, loaded, n_micro),
+        loss=loss,
+        base=loaded.folder,
+        base_id=loaded.base_id,
+        save_target=options.save_target,
+        overwrite=options.overwrite,
+        evaluate=make_evaluate(options, loaded) if options.test else None,
+        on_step=clock.on_step,
+        on_evaluation=lambda found: print(f"  loss on --test: {found.first:.4f}", flush=True),
+        run_dir=options.run_dir,
+        resume=options.resume,
+    )
+    measured = describe(result, clock, loaded)
+    for name, value in measured.items():
+        print(f"{name.replace('_', ' '):<24}{value}")
+    if options.report:
+        options.report.write_text(json.dumps(measured, indent=1), "utf-8")
+
+
+def config_of(options: argparse.Namespace, loaded: Loaded, n_micro: int) -> sift_train.FitConfig:
+    """Return the settings of ``fit``."""
+    choice = choice_of(options)
+    sparse, dense = sift_names(find_layers(loaded.model, choice), choice)
+    return sift_train.FitConfig(
+        sparse_rate=options.rate,
+        sparse_module=sparse,
+        exception=dense,
+        selection=options.selection,
+        selection_batches=options.selection_batches,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        schedule=options.schedule,
+        warmup=options.warmup,
+        epochs=options.epochs,
+        max_steps=options.steps,
+        accumulation=n_micro,
+        mixed_precision=options.mixed_precision,
+        gradient_checkpointing=options.gradient_checkpointing,
+        eval_every=options.eval_every,
+        higher_is_better=False,
+        save_every=options.save_every,
+        seed=options.seed,
+    )
+
+
+def choose_loss(
+    options: argparse.Namespace, model: Any
+) -> Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor]:
+    """Return the loss asked for; ``--fast`` does without chunks where a model cannot have them."""
+    if options.loss == "plain" and not options.fast:
+        return plain_loss
+    try:
+        check_chunked(model)
+    except ValueError as error:
+        if options.loss == "chunked":
+            raise
+        print(f"not chunked: {error}", flush=True)
+        return plain_loss
+    return chunked_loss
+
+
+def compile_model(options: argparse.Namespace, model: Any) -> None:
+    """Compile the layers if asked to; ``--fast`` does without where it cannot be done."""
+    if not (options.compile or options.fast):
+        return
+    try:
+        print(f"{compile_layers(model)} layers are compiled when they first run", flush=True)
+    except ValueError as error:
+        if options.compile:
+            raise
+        print(f"not compiled: {error}", flush=True)
+
+
+def make_evaluate(
+    options: argparse.Namespace, loaded: Loaded
+) -> Callable[[torch.nn.Module], dict[str, float]]:
+    """Return what finds the mean loss of the test examples' learnt tokens."""
+    examples, _ = encode(
+        read_conversations(options.test),
+        loaded.tokenizer,
+        template=options.template,
+        max_tokens=options.max_tokens,
+    )
+    rows = [[example] for example in examples]
+
+    def evaluate(model: torch.nn.Module) -> dict[str, float]:
+        device, total = next(model.parameters()).device, 0.0
+        for at in range(0, len(rows), options.micro_batch):
+            batch = collate(
+                rows[at : at + options.micro_batch], pad_id=loaded.pad_id, is_packed=False
+            )
+            here = {name: value.to(device) for name, value in batch.items()}
+            total += float(plain_loss(model, {**here, "n_learnt": torch.tensor(1.0)}))
+        return {"test_loss": total / sum(example.n_learnt for example in examples)}
+
+    return evaluate
+
+
+class Clock:
+    """Shows some of the losses, and keeps the seconds between steps."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last: float | None = None
+
+    def on_step(self, report: sift_train.StepReport) -> None:
+        """Take the time since the step before."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self.seconds.append(now - self._last)
+        self._last = now
+        every = max(1, report.n_steps // N_LINES)
+        if report.step % every == 0 or report.step in (1, report.n_steps):
+            line = f"  step {report.step:>5}/{report.n_steps}  loss {report.loss:.4f}"
+            print(line, flush=True)
+
+
+def describe(
+    result: sift_train.FitResult, clock: Clock, loaded: Loaded
+) -> dict[str, float | int | str]:
+    """Return what a run made and took, to be shown."""
+    found: dict[str, float | int | str] = {
+        "delta": str(result.delta),
+        "delta_bytes": result.delta_bytes,
+        "trained": result.n_trained,
+        "trained_share": round(result.trained_share, 6),
+        "changed": result.nnz,
+        "steps": result.n_steps,
+        "first_loss": round(result.losses[0], 4),
+        "last_loss": round(result.losses[-1], 4),
+        "ended": result.stopped,
+        "train_seconds": round(result.train_seconds, 1),
+        "peak_bytes": peak_bytes(),
+        "rows": len(loaded.rows),
+    }
+    if clock.seconds:
+        found["seconds_per_step"] = round(statistics.median(clock.seconds), 4)
+    return found
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,396 @@
+"""Instructions and answers of any common format, as tokens of which only the answers are learnt.
+
+A label is a token of an answer, or −100. An answer is what the model has to write after its prompt,
+the sign that ends it included.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+ROLES = ("system", "user", "assistant")
+TEMPLATES = ("auto", "chat", "alpaca")
+PAD_TO = 8  # multiples of it suit tensor cores
+
+# Stanford Alpaca's, word for word: models tuned with it expect it.
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation.
+
+    Attributes:
+        role: one of ``ROLES``.
+        content: the text; of an instruction, without its input.
+        input: what an instruction is to be carried out on.
+    """
+
+    role: str
+    content: str
+    input: str = ""
+
+    @property
+    def text(self) -> str:
+        """Content and input."""
+        return f"{self.content}\n\n{self.input}" if self.input else self.content
+
+
+Conversation = tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of an example and as many labels."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def n_learnt(self) -> int:
+        """Tokens that are learnt."""
+        return sum(label != IGNORED for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A text to learn from, and where the answers are in it, as spans of characters."""
+
+    text: str
+    answers: list[tuple[int, int]]
+
+
+def read_conversations(path: Path) -> list[Conversation]:
+    """Return the conversations of a JSON or JSON-lines file, whose format its keys tell.
+
+    Known are Alpaca's (``instruction``, ``input``, ``output``), chat ``messages`` of ``role`` and
+    ``content``, and self-instruct's (``instruction``, ``instances`` of ``input`` and ``output``).
+
+    Raises:
+        ValueError: the file is no JSON, a record has none of the formats, or there is none.
+    """
+    found = [
+        conversation
+        for where, record in _read_records(path)
+        for conversation in _conversations_of(record, where)
+    ]
+    if not found:
+        raise ValueError(f"'{path}' holds no example; give a file with at least one")
+    return found
+
+
+def choose_template(template: str, tokenizer: Any) -> str:
+    """Return ``"chat"`` or ``"alpaca"``: ``"auto"`` is the tokenizer's own template if it has one.
+
+    Raises:
+        ValueError: a chat template is asked for and the tokenizer has none.
+    """
+    has_one = bool(getattr(tokenizer, "chat_template", None))
+    if template == "chat" and not has_one:
+        raise ValueError("the tokenizer has no chat template; use the Alpaca prompt")
+    if template == "auto":
+        return "chat" if has_one else "alpaca"
+    return template
+
+
+def encode(
+    conversations: Iterable[Conversation], tokenizer: Any, *, template: str, max_tokens: int
+) -> tuple[list[Tokens], int]:
+    """Return the tokens of the conversations, and how many pieces were left out.
+
+    Those are left out that have no token of an answer within ``max_tokens``, where all are cut off.
+
+    Args:
+        conversations: as read.
+        tokenizer: of transformers, fast or slow.
+        template: one of ``TEMPLATES``.
+        max_tokens: of an example.
+
+    Raises:
+        ValueError: the template cannot be used for a conversation, or nothing is left.
+    """
+    template = choose_template(template, tokenizer)
+    kept, n_left_out = [], 0
+    for conversation in conversations:
+        render = render_chat if template == "chat" else render_alpaca
+        for piece in render(conversation, tokenizer):
+            tokens = _encode_piece(piece, tokenizer, is_chat=template == "chat")
+            cut = Tokens(tokens.input_ids[:max_tokens], tokens.labels[:max_tokens])
+            if cut.n_learnt:
+                kept.append(cut)
+            else:
+                n_left_out += 1
+    if not kept:
+        raise ValueError(
+            f"no example has a token of its answer within {max_tokens} tokens; allow more"
+        )
+    return kept, n_left_out
+
+
+def render_alpaca(conversation: Conversation, tokenizer: Any) -> list[Piece]:
+    """Return the one piece of a conversation of one instruction and its answer.
+
+    Raises:
+        ValueError: the conversation is another one.
+    """
+    roles = tuple(message.role for message in conversation)
+    if roles != ("user", "assistant"):
+        raise ValueError(
+            f"a conversation goes {', '.join(roles)}, but the Alpaca prompt takes one instruction and "
+            "its answer; use a tokenizer with a chat template"
+        )
+    user, answer = conversation
+    form = WITH_INPUT if user.input else WITHOUT_INPUT
+    prompt = form.format_map({"instruction": user.content, "input": user.input})
+    return [Piece(prompt + answer.content, [(len(prompt), len(prompt) + len(answer.content))])]
+
+
+def render_chat(conversation: Conversation, tokenizer: Any) -> list[Piece]:
+    """Return the conversation as its chat template writes it.
+
+    It is one piece, or one for each answer if the template writes a message differently once others
+    follow it, as those do that drop earlier reasoning.
+
+    Raises:
+        ValueError: the template does not write an answer right after its prompt, or refuses.
+    """
+    messages = [{"role": message.role, "content": message.text} for message in conversation]
+    pieces = []
+    for n, message in enumerate(conversation):
+        if message.role != "assistant":
+            continue
+        prompt = _rendered(messages[:n], tokenizer, is_prompt=True)
+        whole = _rendered(messages[: n + 1], tokenizer, is_prompt=False)
+        if not whole.startswith(prompt):
+            raise ValueError(
+                "the chat template does not write an answer right after its prompt, so that it cannot "
+                "be told what is to be learnt; use the Alpaca prompt or another chat template"
+            )
+        pieces.append(Piece(whole, [(len(prompt), len(whole))]))
+    if all(pieces[-1].text.startswith(piece.text) for piece in pieces):
+        return [Piece(pieces[-1].text, [piece.answers[0] for piece in pieces])]
+    return pieces
+
+
+def _rendered(messages: list[dict[str, str]], tokenizer: Any, *, is_prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=is_prompt
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses a conversation: {error}") from error
+    return text
+
+
+def _encode_piece(piece: Piece, tokenizer: Any, *, is_chat: bool) -> Tokens:
+    """Return the tokens of the whole text; where it is cut, tokens at the cut belong to the answer.
+
+    A chat template writes the special tokens itself; otherwise the tokenizer adds them.
+    """
+
+    def ids_of(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
+        return ids
+
+    ids = ids_of(piece.text)
+    labels = [IGNORED] * len(ids)
+    for start, end in piece.answers:
+        first = _n_common(ids, ids_of(piece.text[:start]))
+        last = len(ids) if end == len(piece.text) else _n_common(ids, ids_of(piece.text[:end]))
+        labels[first:last] = ids[first:last]
+    if not is_chat and ids[-1:] != [tokenizer.eos_token_id]:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no token that ends a text, by which an answer ends; set its eos_token"
+            )
+        ids.append(tokenizer.eos_token_id)
+        labels.append(tokenizer.eos_token_id)
+    labels[0] = IGNORED  # nothing comes before it, or in a pack another example
+    return Tokens(ids, labels)
+
+
+def _n_common(left: Sequence[int], right: Sequence[int]) -> int:
+    pairs = zip(left, right, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+
+
+def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
+    text = path.read_text("utf-8")
+    try:
+        if text.lstrip().startswith("["):
+            for number, record in enumerate(json.loads(text), 1):
+                yield f"record {number} of '{path}'", record
+            return
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"line {number} of '{path}'", json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"'{path}' is neither a JSON list nor a record of JSON on each line: {error}"
+        ) from error
+
+
+def _conversations_of(record: Any, where: str) -> list[Conversation]:
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{where} is no JSON object; each example is one")
+    if "messages" in record:
+        return [_messages_of(record["messages"], where)]
+    if "instruction" in record and isinstance(record.get("instances"), list):
+        return [_pair(record["instruction"], one, where) for one in record["instances"]]
+    if "instruction" in record and "output" in record:
+        return [_pair(record["instruction"], record, where)]
+    raise ValueError(
+        f"{where} has the keys {', '.join(sorted(record))}; expected messages, or instruction and "
+        "output, or instruction and instances"
+    )
+
+
+def _messages_of(messages: Any, where: str) -> Conversation:
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+        raise ValueError(f"{where}: messages are no list of objects with role and content")
+    found = tuple(Message(_text(m, "role", where), _text(m, "content", where)) for m in messages)
+    for message in found:
+        if message.role not in ROLES:
+            raise ValueError(
+                f"{where} has a message of role {message.role!r}; expected {', '.join(ROLES)}"
+            )
+    if not any(message.role == "assistant" for message in found):
+        raise ValueError(f"{where} has no message of the assistant; there is no answer to learn")
+    return found
+
+
+def _pair(instruction: Any, rest: Any, where: str) -> Conversation:
+    if not isinstance(instruction, str) or not isinstance(rest, Mapping):
+        raise ValueError(f"{where}: the instruction is no text, or what belongs to it no object")
+    given = _text(rest, "input", where) if "input" in rest else ""
+    return (
+        Message("user", instruction, given),
+        Message("assistant", _text(rest, "output", where)),
+    )
+
+
+def _text(record: Mapping[str, Any], key: str, where: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key} is {value!r}, expected text")
+    return value
+
+
+def pack(examples: Sequence[Tokens], max_tokens: int) -> list[list[Tokens]]:
+    """Return the examples in rows of at most ``max_tokens``, best fit first; none is cut."""
+    from datasets import Dataset  # type: ignore[import-untyped]
+    from datasets.utils.logging import disable_progress_bar  # type: ignore[import-untyped]
+    from trl.data_utils import pack_dataset
+
+    disable_progress_bar()
+    numbers = Dataset.from_dict({"number": [[n] * len(e) for n, e in enumerate(examples)]})
+    rows: Any = pack_dataset(numbers, max_tokens)
+    return [[examples[n] for n in dict.fromkeys(row)] for row in rows["number"]]
+
+
+def collate(rows: Sequence[Sequence[Tokens]], *, pad_id: int, is_packed: bool) -> Batch:
+    """Return a micro-batch of one row for each list of examples.
+
+    Packed rows have positions that begin again with each example and no attention mask, from which
+    transformers tells that examples do not see each other; padding is one more example.
+
+    Args:
+        rows: one example each, unless packed.
+        pad_id: a token for the padding.
+        is_packed: rows hold any number of examples.
+    """
+    lengths = [sum(len(example) for example in row) for row in rows]
+    width = -(-max(lengths) // PAD_TO) * PAD_TO
+    ids = torch.full((len(rows), width), pad_id)
+    labels = torch.full((len(rows), width), IGNORED)
+    positions = torch.zeros((len(rows), width), dtype=torch.int64)
+    for number, row in enumerate(rows):
+        start = 0
+        for example in row:
+            end = start + len(example)
+            ids[number, start:end] = torch.tensor(example.input_ids)
+            labels[number, start:end] = torch.tensor(example.labels)
+            positions[number, start:end] = torch.arange(len(example))
+            start = end
+        positions[number, start:] = torch.arange(width - start)
+    if is_packed:
+        return {"input_ids": ids, "labels": labels, "position_ids": positions}
+    is_token = torch.arange(width) < torch.tensor(lengths)[:, None]
+    return {"input_ids": ids, "labels": labels, "attention_mask": is_token.long()}
+
+
+class Steps:
+    """Micro-batches, in the groups that optimizer steps take, drawn anew on every pass.
+
+    Each has ``n_learnt``: the step's learnt tokens by its number of micro-batches, so that a sum of
+    losses divided by it, averaged over the step, is the mean over the step's tokens.
+
+    Args:
+        rows: one example each, unless packed.
+        batch: rows of an optimizer step.
+        micro_batch: rows at a time.
+        pad_id: a token for the padding.
+        is_packed: rows hold any number of examples.
+        is_flat: the rows of a micro-batch become one, as flash attention needs packed rows.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Sequence[Tokens]],
+        *,
+        batch: int,
+        micro_batch: int,
+        pad_id: int,
+        is_packed: bool,
+        is_flat: bool = False,
+    ) -> None:
+        self._rows = rows
+        self._batch = batch
+        self._micro_batch = micro_batch
+        self._pad_id = pad_id
+        self._is_packed = is_packed
+        self._is_flat = is_flat
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self._rows), self._batch)
+        return whole * (self._batch // self._micro_batch) + -(-rest // self._micro_batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = torch.randperm(len(self._rows)).tolist()
+        for group in _split(order, self._batch):
+            parts = [[self._rows[n] for n in part] for part in _split(group, self._micro_batch)]
+            n_learnt = sum(e.n_learnt for part in parts for row in part for e in row)
+            share = torch.tensor(n_learnt / len(parts))
+            for part in parts:
+                if self._is_flat:
+                    part = [[example for row in part for example in row]]
+                made = collate(part, pad_id=self._pad_id, is_packed=self._is_packed)
+                yield {**made, "n_learnt": share}
+
+
+def _split(items: list[int], n: int) -> list[list[int]]:
+    return [items[at : at + n] for at in range(0, len(items), n)]
