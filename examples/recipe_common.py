@@ -82,13 +82,15 @@ def plan_table(model: nn.Module, methods: Sequence[str], choice: Choice) -> str:
     """Return what each method would keep in memory beside activations; the model may be empty."""
     choice = equalized(model, choice, methods)
     rows = []
-    for method in methods:
-        n_trained, *parts = _planned(model, method, choice)
-        cells = [f"{n_bytes / GIB:.3f}" for n_bytes in (*parts, sum(parts))]
+    planned = {method: _planned(model, method, choice) for method in methods}
+    is_small = max(sum(parts[1:]) for parts in planned.values()) < GIB
+    unit, n_bytes = ("MiB", 1 << 20) if is_small else ("GiB", GIB)
+    for method, (n_trained, *parts) in planned.items():
+        cells = [f"{part / n_bytes:.2f}" for part in (*parts, sum(parts))]
         rows.append((method, f"{n_trained:,}", *cells))
     columns = ("method", "trained", "weights", "gradients", "optimizer", "other", "sum")
     lines = [
-        "Memory in GiB, activations apart (other: indices, masters, adapters, and the dense weights "
+        f"Memory in {unit}, activations apart (other: indices, masters, adapters, and the dense weights "
         "that SHiRA makes for a forward pass):",
         table(columns, rows),
     ]
@@ -157,6 +159,7 @@ class KeepBest(TrainerCallback):
             self.step = state.global_step
             self.value = -math.inf if math.isnan(value) else value
             self._state = self._adapted.snapshot()
+        print(f"step {state.global_step}: {self._metric} {value:.4f}", file=sys.stderr, flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Go back to the best."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -195,8 +196,15 @@ def _with_adapters(
     from peft import LoraConfig, ShiraConfig, get_peft_model  # takes seconds
 
     rank = rank_of(choice, layers)
+    # One by one: PEFT's SHiRA cannot merge beside a module that only holds others.
+    dense = [
+        name
+        for name, module in model.named_modules()
+        if is_of(f"{name}.", choice.dense)
+        and next(module.parameters(recurse=False), None) is not None
+    ]
     shared: dict[str, Any] = {
-        "r": rank, "target_modules": list(layers), "modules_to_save": list(choice.dense) or None,
+        "r": rank, "target_modules": list(layers), "modules_to_save": dense or None,
     }  # fmt: skip
     if method == "lora":
         config: Any = LoraConfig(lora_alpha=2 * rank, **shared)
@@ -206,7 +214,10 @@ def _with_adapters(
         torch.sparse.check_sparse_tensor_invariants.disable()
     if checkpointing:
         model.enable_input_require_grads()
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # PEFT 0.21 reads what transformers 5.23 has renamed.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def find_layers(model: Any, choice: Choice) -> dict[str, Any]:
