@@ -21,7 +21,7 @@ from sift_train.shape import without_weights
 from sift_train.targets import ALL_LINEAR, Names, find_targets
 
 GIB = 1 << 30
-OPTIMIZER_STATE_BYTES = {"adamw": 8, "sgd": 0, "sgd-momentum": 4, "adafactor": 4}
+OPTIMIZER_STATE_BYTES = {"adamw": 8, "sgd": 0, "sgd-momentum": 4, "adafactor": 4, "adamw-8bit": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
