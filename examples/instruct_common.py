@@ -198,8 +198,12 @@ def check(options: argparse.Namespace) -> int:
     return n_micro
 
 
-def load(options: argparse.Namespace) -> Loaded:
+def load(options: argparse.Namespace, *, is_flat: bool | None = None) -> Loaded:
     """Print the memory plan, then read the data, then load the model.
+
+    Args:
+        options: of the command line.
+        is_flat: packed rows of a micro-batch become one; None: if the attention needs that.
 
     Raises:
         ValueError: data or model cannot be used.
@@ -224,7 +228,8 @@ def load(options: argparse.Namespace) -> Loaded:
         report += f"; {n_left_out} left out, whose answers begin after {options.max_tokens} tokens"
     print(report, flush=True)
     model = _load_model(folder, options.attention)
-    is_flat = options.packing and str(model.config._attn_implementation).startswith("flash")
+    if is_flat is None:
+        is_flat = str(model.config._attn_implementation).startswith("flash")
     if options.packing:
         check_packing(model, is_flat=is_flat)
     return Loaded(model, tokenizer, folder, base_id, rows, is_flat, report)

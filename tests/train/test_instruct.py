@@ -423,3 +423,52 @@ def test_what_cannot_be_used_is_told_in_a_sentence(
 ) -> None:
     ended = run_script("instruct", [*words_for(place, tmp_path), *more], monkeypatch)
     assert str(ended).startswith(message)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # TRL's own default
+def test_trl_trains_on_the_same_and_its_delta_applies(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    whole = ["--batch", 24, "--steps", 8, "--overwrite", "--warmup", 0]
+    report = ["--report", tmp_path / "report.json"]
+    words = [*words_for(place, tmp_path), *whole]
+    assert run_script("instruct", [*words, *report], monkeypatch) == 0
+    ours = json.loads((tmp_path / "report.json").read_text())
+    capsys.readouterr()
+    models: list[Any] = []
+    train = SFTTrainer.train
+
+    def train_and_show(trainer: Any, **given: Any) -> None:
+        models.append(trainer.model)
+        train(trainer, **given)
+
+    monkeypatch.setattr(SFTTrainer, "train", train_and_show)
+    words += ["--packing", "--gradient-checkpointing", "--run-dir", tmp_path / "run"]
+    assert run_script("trl_sft", [*words, "--save-every", 4], monkeypatch) == 0
+    shown = capsys.readouterr().out
+    losses = [float(line.split()[-1]) for line in shown.splitlines() if " loss  " in line]
+    assert losses[0] == pytest.approx(ours["first_loss"], rel=1e-3)
+    assert losses[1] == pytest.approx(ours["last_loss"], rel=0.05)
+    sparsedelta.apply(place / "model", tmp_path / "delta.sd", tmp_path / "rebuilt")
+    rebuilt, trained = snapshot(load(tmp_path / "rebuilt")), snapshot(models[0])
+    assert all(same_bits(rebuilt[name], trained[name]) for name in trained)
+    configs = [
+        (folder / "config.json").read_text() for folder in (place / "model", tmp_path / "rebuilt")
+    ]
+    assert configs[0] == configs[1]
+    files = sorted(path.name for path in (tmp_path / "run" / "checkpoint-8").iterdir())
+    assert "delta.sd" in files
+    assert not any(name.startswith("model") for name in files)
+    whole_run = (tmp_path / "delta.sd").read_bytes()
+    words = [*words, "--save-every", 4, "--resume"]  # from step 8: nothing is left to train
+    assert run_script("trl_sft", words, monkeypatch) == 0
+    with sparsedelta.load(tmp_path / "delta.sd") as delta:
+        again = delta.target.fingerprint
+    (tmp_path / "delta.sd").write_bytes(whole_run)
+    with sparsedelta.load(tmp_path / "delta.sd") as delta:
+        assert delta.target.fingerprint == again
