@@ -54,7 +54,8 @@ def export_delta(
         base: the checkpoint that the training began with: a folder for a transformers model, a
             safetensors file for any other module.
         base_id: where others find the base, such as ``org/model@<commit>``.
-        info: plain JSON, recorded in the delta.
+        info: plain JSON, recorded in the delta. With ``sift``, ``mean_change`` is added: by tensor,
+            the mean absolute change of the components that changed.
         save_target: keep the trained checkpoint here.
         overwrite: replace what is at ``output`` and ``save_target``.
 
@@ -108,7 +109,7 @@ def write_delta(
         work = stack.enter_context(_work_folder(final, "target"))
         target = _save(model, work, base_path if base is not None else None)
         delta = stack.enter_context(
-            sparsedelta.diff(base_path, target, base_id=base_id, info=dict(info or {}))
+            sparsedelta.diff(base_path, target, base_id=base_id, info=_with_changes(info, sift))
         )
         delta.save(final, overwrite=overwrite)
         nnz = delta.nnz
@@ -152,6 +153,16 @@ def check_places(
             "is saved as; give one, or leave base out"
         )
     check_weights(base_path)
+
+
+def _with_changes(info: Mapping[str, Any] | None, sift: SIFT | None) -> dict[str, Any]:
+    """Return the info with how far the trained components have moved, which a delta cannot tell."""
+    whole = dict(info or {})
+    if sift is None:
+        return whole
+    moved = {name: part.mean_change for name, part in sift.sparse_mapping.items()}
+    known = {name: float(f"{mean:.3g}") for name, mean in moved.items() if mean is not None}
+    return {"mean_change": known, **whole} if known else whole
 
 
 def _is_transformers(model: nn.Module) -> bool:

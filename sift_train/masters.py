@@ -7,12 +7,15 @@ where a parameter is one rank's part of a larger one, they become global by addi
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sift_train.selection import index_dtype
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class SparseParameter:
@@ -189,6 +192,18 @@ class SparseParameter:
         """Whether the selected weights are not the master's, whatever changed it and how."""
         held = self._take(self.parameter)
         return not _same_bits(held, self.master.detach().to(held.dtype))
+
+    @property
+    def mean_change(self) -> float | None:
+        """Mean |change| of the components whose bits are not the original's; None: no finite one."""
+        if self.original is None:
+            return None
+        before, now = self.original.cpu(), self._take(self.parameter).cpu()
+        bits = _BITS[before.element_size()]
+        changed = before.view(bits) != now.view(bits)
+        moved = (now[changed].double() - before[changed].double()).abs()
+        mean = float(moved.mean()) if len(moved) else math.nan
+        return mean if math.isfinite(mean) else None
 
     def decay_to_original(self, share: float) -> None:
         """Move the master toward the original by a share of the way.

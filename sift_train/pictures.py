@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,25 @@ from typing import Any
 import sparsedelta
 
 COLOUR = "#1565c0"
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """What the colour of a cell says: its value, a title, and how a value is written."""
+
+    of: Callable[[Any], float | None]
+    title: str
+    shown: Callable[[float], str]
+
+
+_DENSITY = _Measure(
+    lambda cell: float(cell.density), "share of elements that changed", lambda share: f"{share:.2%}"
+)
+_CHANGE = _Measure(
+    lambda cell: 0.0 if not cell.nnz else cell.mean_change,
+    "mean |change| of the elements that changed",
+    lambda mean: f"{mean:.2g}",
+)
 
 
 def density_map(delta: str | PathLike[str], png: str | PathLike[str]) -> Path:
@@ -23,24 +44,30 @@ def density_map(delta: str | PathLike[str], png: str | PathLike[str]) -> Path:
         ImportError: matplotlib is not installed.
         ValueError: none of the delta's tensors belongs to a layer.
     """
-    found = sparsedelta.inspect(delta)
-    touched = [grid for grid in found.layers if grid.changed_kinds]
+    touched = [grid for grid in sparsedelta.inspect(delta).layers if grid.changed_kinds]
     if not touched:
         raise ValueError(f"'{delta}' changes nothing in numbered layers; there is nothing to draw")
-    figures = _figures()
-    heights = [1.6 + 0.3 * len(grid.layers) for grid in touched]
-    width = 3.0 + 0.62 * max(len(grid.changed_kinds) for grid in touched)
-    figure, axes = figures.subplots(
-        len(touched),
-        1,
-        figsize=(width, sum(heights) + 1.2),
-        squeeze=False,
-        gridspec_kw={"height_ratios": heights},
-        layout="constrained",
-    )
-    for grid, (axis,) in zip(touched, axes, strict=True):
-        _draw(figure, axis, grid)
-    return _save(figure, png)
+    return _draw_grids(touched, _DENSITY, png)
+
+
+def change_map(delta: str | PathLike[str], png: str | PathLike[str]) -> Path:
+    """Draw how far the changed elements of each kind of tensor moved in each layer; return where it is.
+
+    Args:
+        delta: a delta's file that records it, as ``fit`` and ``export_delta`` with a ``sift`` do.
+        png: the picture to write; one that exists is replaced.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the delta records it of no layer.
+    """
+    told = [grid for grid in sparsedelta.inspect(delta).layers if grid.tells_change]
+    if not told:
+        raise ValueError(
+            f"'{delta}' does not record how far elements of numbered layers moved; "
+            "there is nothing to draw"
+        )
+    return _draw_grids(told, _CHANGE, png)
 
 
 def loss_curve(source: str | PathLike[str] | Sequence[float], png: str | PathLike[str]) -> Path:
@@ -70,20 +97,35 @@ def loss_curve(source: str | PathLike[str] | Sequence[float], png: str | PathLik
     return _save(figure, png)
 
 
-def _draw(figure: Any, axis: Any, grid: Any) -> None:
+def _draw_grids(grids: Sequence[Any], measure: _Measure, png: str | PathLike[str]) -> Path:
+    figures = _figures()
+    heights = [1.6 + 0.3 * len(grid.layers) for grid in grids]
+    width = 3.0 + 0.62 * max(len(grid.changed_kinds) for grid in grids)
+    figure, axes = figures.subplots(
+        len(grids),
+        1,
+        figsize=(width, sum(heights) + 1.2),
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights},
+        layout="constrained",
+    )
+    for grid, (axis,) in zip(grids, axes, strict=True):
+        _draw(figure, axis, grid, measure)
+    return _save(figure, png)
+
+
+def _draw(figure: Any, axis: Any, grid: Any, measure: _Measure) -> None:
     kinds = grid.changed_kinds
-    cells = grid.cells
-    rows = [
-        [cells[layer, k].density if (layer, k) in cells else float("nan") for k in kinds]
-        for layer in grid.layers
-    ]
+    cells = [[grid.cells.get((layer, kind)) for kind in kinds] for layer in grid.layers]
+    found = [[None if cell is None else measure.of(cell) for cell in row] for row in cells]
+    rows = [[math.nan if value is None else value for value in row] for row in found]
     image = axis.imshow(rows, cmap="Blues", vmin=0.0, aspect="auto")
     axis.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(grid.layers)), [str(layer) for layer in grid.layers])
     axis.set_ylabel(grid.stack or "layer")
-    axis.set_title("share of elements that changed", fontsize=10)
+    axis.set_title(measure.title, fontsize=10)
     bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
-    bar.ax.yaxis.set_major_formatter(lambda share, _: f"{share:.2%}")
+    bar.ax.yaxis.set_major_formatter(lambda value, _: measure.shown(value))
 
 
 def _figures() -> Any:

@@ -18,7 +18,7 @@ from sparsedelta.delta import (
     header_key,
     side_file_key,
 )
-from sparsedelta.pictured import Grid, by_layer, curve_points
+from sparsedelta.pictured import Grid, by_layer, curve_points, mean_changes
 
 STATES = ("changed", "added", "removed", "retyped", "resized", "reshaped", "unchanged")
 
@@ -168,7 +168,12 @@ class Inspection:
     @property
     def layers(self) -> list[Grid]:
         """The changed tensors as layers by kinds, one grid for each stack of layers."""
-        return by_layer(self.tensors)[0]
+        return by_layer(self.tensors, self.mean_changes)[0]
+
+    @property
+    def mean_changes(self) -> dict[str, float]:
+        """Mean |change| of the changed elements by tensor, as far as the training recorded it."""
+        return mean_changes(self.info)
 
     @property
     def losses(self) -> list[tuple[int, float]]:

@@ -32,11 +32,18 @@ class Countable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Tensors of one kind in one layer, taken together."""
+    """Tensors of one kind in one layer, taken together.
+
+    Attributes:
+        names: of the tensors.
+        nnz, numel: changed elements, and all.
+        mean_change: mean |change| of the changed ones; None if it is not known of all of them.
+    """
 
     names: tuple[str, ...]
     nnz: int
     numel: int
+    mean_change: float | None = None
 
     @property
     def density(self) -> float:
@@ -66,35 +73,61 @@ class Grid:
         changed = {kind for (_, kind), cell in self.cells.items() if cell.nnz}
         return tuple(kind for kind in self.kinds if kind in changed)
 
+    @property
+    def tells_change(self) -> bool:
+        """Whether it is known of any cell how far its elements moved."""
+        return any(cell.mean_change is not None for cell in self.cells.values())
 
-def by_layer(tensors: Iterable[Countable]) -> tuple[list[Grid], list[Cell]]:
-    """Return a grid per stack of layers, and the tensors that belong to none; all in order."""
+
+def by_layer(
+    tensors: Iterable[Countable], mean_changes: Mapping[str, float] | None = None
+) -> tuple[list[Grid], list[Cell]]:
+    """Return a grid per stack of layers, and the tensors that belong to none; all in order.
+
+    Args:
+        tensors: of a delta.
+        mean_changes: by tensor, the mean |change| of its changed elements, as far as known.
+    """
+    known = mean_changes or {}
     gathered: dict[str, dict[tuple[int, str], list[Countable]]] = {}
     single: list[Cell] = []
     for tensor in tensors:
         found = _NUMBER.search(tensor.name)
         if found is None:
-            single.append(Cell((tensor.name,), tensor.nnz, tensor.numel))
+            single.append(_cell([tensor], known))
             continue
         stack = tensor.name[: found.start()].rstrip(".")
         kind = _NUMBER.sub("*", tensor.name[found.end() :].lstrip(".")) or "(itself)"
         place = (int(found.group()), kind)
         gathered.setdefault(stack, {}).setdefault(place, []).append(tensor)
-    return [_grid(stack, own) for stack, own in gathered.items()], single
+    return [_grid(stack, own, known) for stack, own in gathered.items()], single
 
 
-def _grid(stack: str, gathered: dict[tuple[int, str], list[Countable]]) -> Grid:
-    cells = {
-        place: Cell(
-            tuple(tensor.name for tensor in own),
-            sum(tensor.nnz for tensor in own),
-            sum(tensor.numel for tensor in own),
-        )
-        for place, own in gathered.items()
-    }
+def _grid(
+    stack: str, gathered: dict[tuple[int, str], list[Countable]], known: Mapping[str, float]
+) -> Grid:
+    cells = {place: _cell(own, known) for place, own in gathered.items()}
     layers = tuple(sorted({layer for layer, _ in cells}))
     kinds = tuple(dict.fromkeys(kind for _, kind in cells))
     return Grid(stack, layers, kinds, cells)
+
+
+def _cell(tensors: Sequence[Countable], known: Mapping[str, float]) -> Cell:
+    changed = [tensor for tensor in tensors if tensor.nnz]
+    nnz = sum(tensor.nnz for tensor in changed)
+    mean_change = None
+    if changed and all(tensor.name in known for tensor in changed):
+        mean_change = sum(known[tensor.name] * tensor.nnz for tensor in changed) / nnz
+    names = tuple(tensor.name for tensor in tensors)
+    return Cell(names, nnz, sum(tensor.numel for tensor in tensors), mean_change)
+
+
+def mean_changes(info: Mapping[str, Any]) -> dict[str, float]:
+    """Return the mean |change| by tensor as the maker of a delta recorded it; what is no figure is not."""
+    raw: Any = info.get("mean_change")
+    if not isinstance(raw, Mapping):
+        return {}
+    return {name: float(mean) for name, mean in raw.items() if _is_number(mean) and mean >= 0}
 
 
 def curve_points(info: Mapping[str, Any]) -> list[tuple[int, float]]:

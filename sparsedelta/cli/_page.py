@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from sparsedelta.pictured import Cell, Grid, by_layer, curve_points
 from sparsedelta.staging import staged_output
 
 MAX_TENSOR_ROWS = 2000
+_DRAWN = ("losses", "mean_change")  # of the info: what has pictures of its own
+_NO_CELL = '<td class="none"></td>'
 WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 720, 240, 56, 34, 12
 
 _STYLE = """
@@ -59,8 +61,9 @@ def page(found: Inspection, *, title: str) -> str:
         found: of the delta.
         title: shown on top, such as the file's name.
     """
-    grids, single = by_layer(found.tensors)
-    highest = max((cell.density for cell in _all_cells(grids, single)), default=0.0)
+    grids, single = by_layer(found.tensors, found.mean_changes)
+    cells = _all_cells(grids, single)
+    highest = max((cell.density for cell in cells), default=0.0)
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -75,7 +78,8 @@ def page(found: Inspection, *, title: str) -> str:
         "<h2>Where it changes the model</h2>",
         "<p>Share of elements that changed, by layer and kind of tensor; the darkest is "
         f"{percent(highest)}. Point at a cell for its counts.</p>",
-        *(_heat(grid, highest) for grid in grids),
+        *(_heat(grid, _density_cell, highest) for grid in grids),
+        *_change_section(grids, cells),
         _singles(single),
         _tensor_table(found),
         _settings(found.info),
@@ -136,19 +140,40 @@ def _all_cells(grids: Iterable[Grid], single: Iterable[Cell]) -> list[Cell]:
     return [*(cell for grid in grids for cell in grid.cells.values()), *single]
 
 
-def _heat(grid: Grid, highest: float) -> str:
+def _change_section(grids: Sequence[Grid], cells: Iterable[Cell]) -> list[str]:
+    """Return the same grids by how far elements moved; nothing if nobody recorded it."""
+    told = [grid for grid in grids if grid.tells_change]
+    if not told:
+        return []
+    highest = max(cell.mean_change or 0.0 for cell in cells)
+    return [
+        "<h2>How far it moves it</h2>",
+        "<p>Mean |change| of the elements that changed, as the training recorded it; the darkest "
+        f"is {highest:.3g}.</p>",
+        *(_heat(grid, _change_cell, highest, tells_rest=False) for grid in told),
+    ]
+
+
+def _heat(
+    grid: Grid,
+    render: Callable[[Cell, float], str],
+    highest: float,
+    *,
+    tells_rest: bool = True,
+) -> str:
     kinds = grid.changed_kinds
     if not kinds:
         return ""
     head = "".join(f'<th scope="col">{_text(kind)}</th>' for kind in kinds)
     rows = []
     for layer in grid.layers:
-        cells = "".join(_heat_cell(grid.cells.get((layer, kind)), highest) for kind in kinds)
+        found = (grid.cells.get((layer, kind)) for kind in kinds)
+        cells = "".join(render(cell, highest) if cell else _NO_CELL for cell in found)
         rows.append(f'<tr><th scope="row">{layer}</th>{cells}</tr>')
     return (
         f'<div class="wide"><table class="heat"><caption>{_text(grid.stack or "layers")}</caption>'
         f"<thead><tr><td class='none'></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-        f"</table></div>{_left_out(grid)}"
+        f"</table></div>{_left_out(grid) if tells_rest else ''}"
     )
 
 
@@ -157,23 +182,33 @@ def _left_out(grid: Grid) -> str:
     return f"<p>Unchanged in every layer: {_text(', '.join(same))}.</p>" if same else ""
 
 
-def _heat_cell(cell: Cell | None, highest: float) -> str:
-    if cell is None:
-        return '<td class="none"></td>'
-    strength = _strength(cell.density, highest)
-    title = f"{', '.join(cell.names[:3])}{', …' if len(cell.names) > 3 else ''}: "
-    title += f"{cell.nnz:,} of {cell.numel:,} changed, {percent(cell.density)}"
-    look = ' class="dark"' if strength > 0.55 else ""
+def _density_cell(cell: Cell, highest: float) -> str:
+    told = f"{cell.nnz:,} of {cell.numel:,} changed, {percent(cell.density)}"
     shown = percent(cell.density) if cell.nnz else "–"
+    return _heat_cell(cell, told, shown, _strength(cell.density, highest))
+
+
+def _change_cell(cell: Cell, highest: float) -> str:
+    if not cell.nnz:
+        return _heat_cell(cell, "unchanged", "–", 0.0)
+    if cell.mean_change is None:
+        return _heat_cell(cell, "not recorded", "?", 0.0)
+    told = f"mean |change| {cell.mean_change:.3g} of {cell.nnz:,} changed"
+    return _heat_cell(cell, told, f"{cell.mean_change:.2g}", _strength(cell.mean_change, highest))
+
+
+def _heat_cell(cell: Cell, told: str, shown: str, strength: float) -> str:
+    names = f"{', '.join(cell.names[:3])}{', …' if len(cell.names) > 3 else ''}"
+    look = ' class="dark"' if strength > 0.62 else ""
     return (
         f'<td{look} style="background: rgba(var(--heat), {strength:.3f})" '
-        f'title="{_text(title)}">{shown}</td>'
+        f'title="{_text(f"{names}: {told}")}">{shown}</td>'
     )
 
 
-def _strength(density: float, highest: float) -> float:
-    """Return the depth of colour, 0 to 1; by square root, for densities range over decades."""
-    return math.sqrt(density / highest) if highest else 0.0
+def _strength(value: float, highest: float) -> float:
+    """Return the depth of colour, 0 to 1; by square root, for values range over decades."""
+    return math.sqrt(value / highest) if highest else 0.0
 
 
 def _singles(cells: Sequence[Cell]) -> str:
@@ -183,14 +218,15 @@ def _singles(cells: Sequence[Cell]) -> str:
     rows = "".join(_cell_row(_text(cell.names[0]), cell) for cell in changed)
     return (
         "<h2>Outside the layers</h2><table><thead><tr><th>tensor</th><th>changed</th><th>of</th>"
-        f"<th>density</th></tr></thead><tbody>{rows}</tbody></table>"
+        f"<th>density</th><th>mean |change|</th></tr></thead><tbody>{rows}</tbody></table>"
     )
 
 
 def _cell_row(name: str, cell: Cell) -> str:
     return (
         f"<tr><td>{name}</td><td>{cell.nnz:,}</td><td>{cell.numel:,}</td>"
-        f"<td>{percent(cell.density)}</td></tr>"
+        f"<td>{percent(cell.density)}</td>"
+        f"<td>{'?' if cell.mean_change is None else f'{cell.mean_change:.2g}'}</td></tr>"
     )
 
 
@@ -215,7 +251,7 @@ def _tensor_table(found: Inspection) -> str:
 
 
 def _settings(info: Any) -> str:
-    flat = dict(_flatten("", {k: v for k, v in info.items() if k != "losses"}))
+    flat = dict(_flatten("", {k: v for k, v in info.items() if k not in _DRAWN}))
     if not flat:
         return ""
     rows = "".join(

@@ -12,7 +12,7 @@ from cli.cli_helpers import Run, Workplace
 from helpers import noise, write_file
 
 import sparsedelta
-from sparsedelta.pictured import by_layer, curve_points
+from sparsedelta.pictured import by_layer, curve_points, mean_changes
 
 EVIL = "<script>alert(1)</script>"
 
@@ -95,6 +95,57 @@ def test_the_page_stands_by_itself_and_names_are_text(run: Run, tmp_path: Path) 
     assert EVIL in page.text
     assert "settings.lr" in page.text
     assert {"svg", "polyline"} <= set(page.tags)
+
+
+MOVED = {
+    "model.layers.0.attn.q.weight": 0.25,
+    "model.layers.1.mlp.experts.1.w": 1e-4,
+    EVIL: 0.125,
+    "elsewhere": 9.0,
+}
+
+
+def test_a_second_map_shows_how_far_elements_moved(run: Run, tmp_path: Path) -> None:
+    page = Reader(page_of(run, tmp_path, {"mean_change": MOVED}))
+    titles = [value for name, value in page.attributes if name == "title"]
+    assert len(titles) == 8
+    assert titles[4] == "model.layers.0.attn.q.weight: mean |change| 0.25 of 50 changed"
+    assert str(titles[5]).endswith("experts.2.w: unchanged")
+    assert str(titles[7]).endswith("experts.2.w: mean |change| 0.0001 of 6 changed")
+    strengths = [
+        float(str(value).split()[-1].rstrip(")"))
+        for name, value in page.attributes
+        if name == "style" and value is not None
+    ]
+    assert strengths[4:] == [1.0, 0.0, 0.0, 0.02]  # the square root of 1e-4 / 0.25
+    assert {"How far it moves it", "0.25", "0.0001", "0.12"} <= set(page.text)
+    assert not [text for text in page.text if text.startswith("mean_change")]
+
+
+def test_what_is_not_recorded_is_not_made_up(run: Run, tmp_path: Path) -> None:
+    some = {"model.layers.0.attn.q.weight": 0.25}
+    page = Reader(page_of(run, tmp_path, {"mean_change": some}))
+    titles = [value for name, value in page.attributes if name == "title"]
+    assert str(titles[7]).endswith("experts.2.w: not recorded")
+    assert page.text.count("?") == 2  # that cell, and the tensor outside the layers
+
+
+@pytest.mark.parametrize(
+    "recorded",
+    [None, 1, [0.1], {EVIL: "x"}, {EVIL: True}, {EVIL: -1.0}, {EVIL: [1]}, {EVIL: 1e300}, {}],
+)
+def test_a_record_of_another_form_is_no_map(run: Run, tmp_path: Path, recorded: object) -> None:
+    assert mean_changes({"mean_change": recorded}) == {}
+    assert "How far" not in page_of(run, tmp_path, {"mean_change": recorded})
+
+
+def test_cells_weigh_their_tensors_by_what_changed(tmp_path: Path) -> None:
+    info = {"mean_change": {**MOVED, "model.layers.1.mlp.experts.0.w": 5.0}}
+    found = sparsedelta.inspect(make_delta(tmp_path, info))
+    (grid,) = found.layers
+    assert grid.cells[0, "attn.q.weight"].mean_change == 0.25
+    assert grid.cells[1, "mlp.experts.*.w"].mean_change == pytest.approx(1e-4)  # 0.w is unchanged
+    assert grid.cells[1, "attn.q.weight"].mean_change is None
 
 
 @pytest.mark.parametrize(
