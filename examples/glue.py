@@ -36,6 +36,7 @@ from recipe_common import (
     equalized,
     export,
     local_model,
+    model_config,
     parse,
     plan_table,
     planned_dtype,
@@ -43,7 +44,6 @@ from recipe_common import (
 )
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PrinterCallback,
@@ -120,7 +120,7 @@ def plan(options: argparse.Namespace, n_labels: int = 2) -> str:
             intermediate_size=4096, max_position_embeddings=514, type_vocab_size=1,
         )  # fmt: skip
     else:
-        config = AutoConfig.from_pretrained(options.model)
+        config = model_config(options.model)
     config.num_labels = n_labels
     dtype = planned_dtype(options.model, config)
     model = empty_model(AutoModelForSequenceClassification, config, dtype)

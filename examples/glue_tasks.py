@@ -145,7 +145,7 @@ def load_task(name: str, data_dir: Path | None) -> Data:
     if name not in TASKS:
         raise ValueError(f"task {name!r} is not one of GLUE's; choose one of {', '.join(TASKS)}")
     task = TASKS[name]
-    splits = _local_splits(task, data_dir) if data_dir else datasets.load_dataset(HUB_ID, name)
+    splits = _local_splits(task, data_dir) if data_dir else _hub_splits(task)
     classes = splits["train"].features["label"]
     labels = [str(n) for n in getattr(classes, "names", range(task.n_labels))]
 
@@ -161,6 +161,15 @@ def load_task(name: str, data_dir: Path | None) -> Data:
         scored=scored,
         labels=labels if task.n_labels > 1 else [],
     )
+
+
+def _hub_splits(task: Task) -> Mapping[str, datasets.Dataset]:
+    try:
+        return datasets.load_dataset(HUB_ID, task.name)  # type: ignore[no-any-return]
+    except OSError as error:
+        raise OSError(
+            f"{task.name} cannot be had from {HUB_ID} on the Hub ({error}); give a copy by --data-dir"
+        ) from error
 
 
 def _local_splits(task: Task, data_dir: Path) -> Mapping[str, datasets.Dataset]:

@@ -42,7 +42,7 @@ from sift_train.loading import checkpoint_dtype
 
 __all__ = [
     "ADAPTERS", "ALL_LINEAR", "METHODS", "Adapted", "Choice", "KeepBest", "adapt", "by_method",
-    "empty_model", "equalized", "export", "local_model", "parse", "plan_table", "planned_dtype",
+    "empty_model", "equalized", "export", "local_model", "model_config", "parse", "plan_table", "planned_dtype",
     "print_plan", "run", "table",
 ]  # fmt: skip
 
@@ -152,6 +152,11 @@ class KeepBest(TrainerCallback):
         self.step: int | None = None
         self.value = -math.inf
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> Any:
+        """Ask for an evaluation after the last step, too."""
+        control.should_evaluate |= state.global_step >= state.max_steps
+        return control
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Keep what is better than all before; of a tie the first."""
         value = float(given["metrics"][self._metric])
@@ -171,13 +176,40 @@ class KeepBest(TrainerCallback):
 
 
 def local_model(model: str) -> tuple[Path, str | None]:
-    """Return a model's folder, fetched from the Hub if it is none yet, and where others find it."""
-    if Path(model).is_dir():
-        return Path(model), None
-    from huggingface_hub import snapshot_download
+    """Return a model's folder, fetched from the Hub if it is none yet, and where others find it.
 
-    folder = Path(snapshot_download(model, allow_patterns=list(SMALL_FILES)))
-    return folder, f"{model}@{folder.name}"
+    Raises:
+        OSError: it is neither.
+        ValueError: it holds no safetensors, which a delta is made from.
+    """
+    folder, base_id = Path(model), None
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(model, allow_patterns=list(SMALL_FILES)))
+        except (OSError, ValueError) as error:
+            raise OSError(f"{_not_had(model)}: {error}") from error
+        base_id = f"{model}@{folder.name}"
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"'{folder}' holds no safetensors weights, which a delta is made from")
+    return folder, base_id
+
+
+def model_config(model: str) -> Any:
+    """Return the config of a folder, or of a model of the Hub.
+
+    Raises:
+        OSError: there is none.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise OSError(f"{_not_had(model)}: {error}") from error
+
+
+def _not_had(model: str) -> str:
+    return f"model {model!r} is no model's folder here, and the Hub does not give it"
 
 
 def export(
