@@ -30,6 +30,7 @@ format: $(READY)
 # sparsedelta beside other tools, on changes that training makes; hours in full, `BENCH_OPTIONS=--quick` for minutes.
 bench: $(BENCH)/.ready
 	$(BENCH)/bin/python benchmarks/against.py $(BENCH_OPTIONS)
+	$(BENCH)/bin/python benchmarks/plots.py
 
 vectors: $(READY)
 	$(BIN)/python spec/make_vectors.py

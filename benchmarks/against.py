@@ -1,9 +1,10 @@
 """Bytes, time, memory and exactness of sparsedelta and of other tools, on changes that training makes.
 
-    python benchmarks/against.py [--quick] [--only NAME …]
+    python benchmarks/against.py [--quick] [--pairs pairs.jsonl] [--resume]
 
 Every tool writes a delta of the same pair of checkpoints and makes the target of it again, in
-processes of its own, bound to one core; what it makes is compared bit for bit.
+processes of its own, bound to one core; what it makes is compared bit for bit. What was measured goes
+into a file of JSON lines, a line for each pair, of which the tables and ``plots.py`` are made.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,17 @@ sys.path.insert(0, str(ROOT))
 from opponents import OPPONENTS, read
 
 import sparsedelta
+from sparsedelta.codecs.values import VALUE_ENCODINGS
+from sparsedelta.dtypes import DTYPES
 
 WEIGHTS = "model.safetensors"
 COLUMNS = ("tool", "bytes / change", "file, kB", "write, s", "apply, s", "peak MB", "exact")
-BOUNDS = ("pair", "changed", "density", "positions, uniform", "positions by exponent", "values")
+BOUNDS = (
+    "pair", "changed", "density", "positions, uniform", "positions by exponent", "values",
+    "sparsedelta's payload", "the rest, bytes / tensor",
+)  # fmt: skip
 
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What one tool did with one pair; ``problem`` is set if it failed."""
-
-    tool: str
-    n_bytes: int = 0
-    write: dict[str, float] | None = None
-    apply: dict[str, float] | None = None
-    exact: str = ""
-    problem: str = ""
+Measured = Mapping[str, Any]
 
 
 def weights(path: Path) -> Path:
@@ -49,8 +44,8 @@ def weights(path: Path) -> Path:
     return path / WEIGHTS if path.is_dir() else path
 
 
-def run_tool(tool: str, base: Path, target: Path, work: Path) -> Result:
-    """Return what a tool makes of a pair."""
+def run_tool(tool: str, base: Path, target: Path, work: Path) -> dict[str, Any]:
+    """Return what a tool makes of a pair: bytes, what both ways took, exactness; or the problem."""
     delta, out = work / "delta", work / "out.safetensors"
     took = []
     try:
@@ -63,17 +58,34 @@ def run_tool(tool: str, base: Path, target: Path, work: Path) -> Result:
                 env=dict(os.environ, PYTHONWARNINGS="ignore"),
             )
             if done.returncode:
-                return Result(tool, problem=done.stderr.strip().splitlines()[-1][:80])
+                lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                return {"problem": lines[-1][:80]}
             took.append(json.loads(done.stdout.splitlines()[-1]))
         exact = "no"
-        if out.read_bytes() == target.read_bytes():
+        if same_bytes(out, target):
             exact = "file"
         elif same_tensors(out, target):
             exact = "tensors"
-        return Result(tool, delta.stat().st_size, took[0], took[1], exact)
+        found = {"bytes": delta.stat().st_size, "write": took[0], "apply": took[1], "exact": exact}
+        if tool == "sparsedelta":
+            found |= parts(delta)
+        return found
     finally:
         delta.unlink(missing_ok=True)
         out.unlink(missing_ok=True)
+
+
+def parts(delta: Path) -> dict[str, float]:
+    """Return the bytes of a delta's payload, and of what is left of it for each tensor."""
+    with sparsedelta.load(delta) as loaded:
+        payload = sum(row.change.coded_bytes for row in loaded.tensors if row.change)
+        rest = delta.stat().st_size - payload
+        return {"payload_bytes": payload, "rest_per_tensor": rest / len(loaded.tensors)}
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    """Return whether two files are equal."""
+    return subprocess.run(["cmp", "-s", one, other]).returncode == 0
 
 
 def same_tensors(one: Path, other: Path) -> bool:
@@ -85,37 +97,51 @@ def same_tensors(one: Path, other: Path) -> bool:
     )
 
 
-def measure(base: Path, target: Path, work: Path) -> list[Result]:
-    """Return what every tool that is there makes of a pair."""
+def measure(name: str, base: Path, target: Path, work: Path) -> dict[str, Any]:
+    """Return what is to be known of a pair, and what every tool that is there makes of it."""
     size = target.stat().st_size
-    two_bytes = b'"BF16"' in target.read_bytes()[:100_000]
-    results = []
-    for name, tool in OPPONENTS.items():
-        if tool.is_there and size <= tool.largest and (two_bytes or not tool.two_bytes):
-            results.append(run_tool(name, base, target, work))
-            print(f"  {name:<28} {results[-1].n_bytes:>12,} {results[-1].problem}", flush=True)
-    return results
+    dtype = dtype_of(target)
+    tools = {}
+    for tool, opponent in OPPONENTS.items():
+        if (
+            opponent.is_there
+            and size <= opponent.largest
+            and (dtype == "BF16" or opponent.any_dtype)
+        ):
+            tools[tool] = run_tool(tool, base, target, work)
+            shown = tools[tool].get("bytes") or tools[tool]["problem"]
+            print(f"  {tool:<28} {shown:>12}", flush=True)
+    return {"pair": name, "bytes": size, **bounds(base, target, dtype), "tools": tools}
 
 
-def rows(results: Iterable[Result], nnz: int) -> Iterable[Sequence[str]]:
+def dtype_of(path: Path) -> str:
+    """Return the dtype of most of the elements of a weight file."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    largest = max(header.values(), key=lambda entry: int(np.diff(entry["data_offsets"])[0]))
+    return str(largest["dtype"])
+
+
+def rows(measured: Measured) -> Iterable[Sequence[str]]:
     """Return the rows of a pair's table."""
-    for r in results:
-        if r.write is None or r.apply is None:
-            yield [r.tool, f"failed: {r.problem}", "", "", "", "", ""]
+    for tool, found in measured["tools"].items():
+        if "problem" in found:
+            yield [tool, f"failed: {found['problem']}", "", "", "", "", ""]
             continue
         yield [
-            r.tool,
-            f"{r.n_bytes / nnz:.3f}",
-            f"{r.n_bytes / 1e3:,.0f}",
-            f"{r.write['cpu_seconds']:.2f}",
-            f"{r.apply['cpu_seconds']:.2f}",
-            f"{max(r.write['peak_bytes'], r.apply['peak_bytes']) / 1e6:.0f}",
-            r.exact,
+            tool,
+            f"{found['bytes'] / measured['nnz']:.3f}",
+            f"{found['bytes'] / 1e3:,.0f}",
+            f"{found['write']['cpu_seconds']:.2f}",
+            f"{found['apply']['cpu_seconds']:.2f}",
+            f"{max(found[way]['peak_bytes'] for way in ('write', 'apply')) / 1e6:.0f}",
+            found["exact"],
         ]
 
 
-def bounds(name: str, base: Path, target: Path) -> tuple[list[str], int]:
-    """Return the row of what information theory says of a pair of two-byte floats, and its changes."""
+def bounds(base: Path, target: Path, dtype: str) -> dict[str, float]:
+    """Return how much changes, and what information theory says of it, in bits."""
     old, new = read(base), read(target)
     numel = nnz = 0
     uniform = by_exponent = values = 0.0
@@ -124,21 +150,33 @@ def bounds(name: str, base: Path, target: Path) -> tuple[list[str], int]:
         index = np.flatnonzero(before != bits)
         numel, nnz = numel + len(bits), nnz + len(index)
         uniform += choice_bits(len(bits), len(index))
-        keys = before >> 7 & 255
-        totals, touched = (np.bincount(k, minlength=256) for k in (keys, keys[index]))
-        by_exponent += sum(map(choice_bits, totals.tolist(), touched.tolist()))
-        codes = ulp_codes(before[index], bits[index])
-        for key in np.flatnonzero(touched):
-            values += entropy(codes[keys[index] == key])
-    shown = [f"{bits / 8 / nnz:.3f}" for bits in (uniform, by_exponent, values)]
-    return [name, f"{nnz:,}", f"{nnz / numel:.2%}", *shown], nnz
+        if bits.itemsize == 2 and dtype == "BF16":
+            keys = before >> 7 & 255
+            totals, touched = (np.bincount(k, minlength=256) for k in (keys, keys[index]))
+            by_exponent += sum(map(choice_bits, totals.tolist(), touched.tolist()))
+            codes = ulp_codes(before[index], bits[index])
+            for key in np.flatnonzero(touched):
+                values += entropy(codes[keys[index] == key])
+    found = {"numel": numel, "nnz": nnz, "uniform_bits": uniform}
+    return found | ({"exponent_bits": by_exponent, "value_bits": values} if dtype == "BF16" else {})
+
+
+def bound_row(measured: Measured) -> list[str]:
+    """Return a pair's row in the table of bounds."""
+    nnz, own = measured["nnz"], measured["tools"]["sparsedelta"]
+    keys = ("uniform_bits", "exponent_bits", "value_bits")
+    return [
+        measured["pair"],
+        f"{nnz:,}",
+        f"{nnz / measured['numel']:.2%}",
+        *(f"{measured[key] / 8 / nnz:.3f}" if key in measured else "" for key in keys),
+        f"**{own['payload_bytes'] / nnz:.3f}**",
+        f"{own['rest_per_tensor']:.0f}",
+    ]
 
 
 def ulp_codes(before: npt.NDArray[Any], after: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the codes of FORMAT §7.2 for two-byte floats."""
-    from sparsedelta.codecs.values import VALUE_ENCODINGS
-    from sparsedelta.dtypes import DTYPES
-
     return VALUE_ENCODINGS["ulp"].encode(DTYPES["BF16"], before, after)
 
 
@@ -153,54 +191,53 @@ def entropy(codes: npt.NDArray[Any]) -> float:
     return float((counts * np.log2(len(codes) / counts)).sum())
 
 
-def n_changed(base: Path, target: Path) -> int:
-    """Return how many elements a pair differs in."""
-    with sparsedelta.diff(base, target, level="fast") as delta:
-        return delta.nnz
+def speed_row(measured: Measured) -> list[str]:
+    """Return a pair's row of how many times as long the others take as sparsedelta at each level."""
+    cells = [measured["pair"], f"{measured['bytes'] / 1e6:,.0f}"]
+    for way in ("write", "apply"):
+        for level in ("sparsedelta", "sparsedelta --level fast"):
+            own = measured["tools"][level][way]["cpu_seconds"]
+            others = {
+                tool: found[way]["cpu_seconds"] / own
+                for tool, found in measured["tools"].items()
+                if not tool.startswith("sparsedelta") and "problem" not in found
+            }
+            quickest = min(others, key=others.__getitem__)
+            strongest = others.get("z4ai model_delta")
+            shown = f"{strongest:.1f}" if strongest else "–"
+            cells.append(f"{shown}; {others[quickest]:.1f} ({quickest.split()[0]})")
+    return cells
 
 
-def main() -> int:
-    """Run the benchmark."""
-    parser = options_for(__doc__, "against.md")
-    parser.add_argument("--quick", action="store_true", help="less training, fewer pairs")
-    parser.add_argument("--pairs", type=Path, help="checkpoints made before: name, base, target")
-    options = parser.parse_args()
-    with work_folder(options.work_dir, keep=options.keep) as work:
-        sections, bound_rows, best = [], [], []
-        for name, base_path, target_path in pairs(options.pairs, work, quick=options.quick):
-            base, target = weights(base_path), weights(target_path)
-            print(name, flush=True)
-            nnz = n_changed(base, target)
-            if b'"BF16"' in target.read_bytes()[:100_000]:
-                bound_rows.append(bounds(name, base, target)[0])
-            results = measure(base, target, work)
-            sections.append(f"## {name}\n\n" + table(COLUMNS, rows(results, nnz)))
-            best.append(summary(name, results, nnz))
-        first = "## Bytes per changed value\n\n" + table(
-            tuple(best[0]), [list(b.values()) for b in best]
-        )
-        second = "## Bounds, bytes per changed value\n\n" + table(BOUNDS, bound_rows)
-        write_result(
-            options.result,
-            "Size and time beside other tools",
-            [first, second, *sections],
-            where=work,
-        )
-    return 0
-
-
-def summary(name: str, results: Iterable[Result], nnz: int) -> dict[str, str]:
+def summary(measured: Measured) -> list[str]:
     """Return bytes per changed value of every tool; those that are not exact in brackets."""
-    shown = {"pair": name}
+    cells = [measured["pair"]]
     for tool in OPPONENTS:
-        found = next((r for r in results if r.tool == tool and r.write), None)
-        text = f"{found.n_bytes / nnz:.2f}" if found else "–"
-        shown[tool] = text if found is None or found.exact != "no" else f"({text})"
-    return shown
+        found = measured["tools"].get(tool, {})
+        text = f"{found['bytes'] / measured['nnz']:.2f}" if "bytes" in found else "–"
+        cells.append(f"({text})" if found.get("exact") == "no" else text)
+    return cells
 
 
-def pairs(listed: Path | None, work: Path, *, quick: bool) -> Iterable[tuple[str, Path, Path]]:
-    """Yield names and paths of pairs: those listed in a file, or made now."""
+def sections(record: Sequence[Measured]) -> Iterator[str]:
+    """Yield the parts of the result."""
+    yield "## Bytes per changed value"
+    yield table(("pair", *OPPONENTS), map(summary, record))
+    yield "## Bounds, bytes per changed value"
+    yield table(BOUNDS, map(bound_row, record))
+    yield (
+        "## Speed\n\nCPU time of z4ai, and of the quickest of all others, by sparsedelta's: above 1,"
+        " sparsedelta is quicker. The layouts have neither digests nor checks."
+    )
+    columns = ("pair", "MB", "write", "write, fast", "apply", "apply, of fast")
+    yield table(columns, map(speed_row, record))
+    for measured in record:
+        yield f"## {measured['pair']}"
+        yield table(COLUMNS, rows(measured))
+
+
+def pairs(listed: Path | None, work: Path, *, quick: bool) -> Iterator[tuple[str, Path, Path]]:
+    """Yield names and paths of pairs: those listed in a file, or made now and listed in one."""
     if listed:
         for line in listed.read_text("utf-8").splitlines():
             name, base, target = json.loads(line)
@@ -208,8 +245,38 @@ def pairs(listed: Path | None, work: Path, *, quick: bool) -> Iterable[tuple[str
         return
     from workloads import FULL, QUICK, make_pairs
 
-    for pair in make_pairs(work / "pairs", QUICK if quick else FULL):
-        yield pair.name, pair.base, pair.target
+    with open(work / "pairs.jsonl", "x", encoding="utf-8") as file:
+        for pair in make_pairs(work / "pairs", QUICK if quick else FULL):
+            file.write(json.dumps([pair.name, str(pair.base), str(pair.target)]) + "\n")
+            file.flush()
+            yield pair.name, pair.base, pair.target
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = options_for(__doc__, "against.md")
+    parser.add_argument("--quick", action="store_true", help="less training, smaller pairs")
+    parser.add_argument("--pairs", type=Path, help="pairs made before: --keep leaves pairs.jsonl")
+    parser.add_argument("--resume", action="store_true", help="keep what the record holds")
+    parser.add_argument("--make-only", action="store_true", help="make the pairs, measure nothing")
+    options = parser.parse_args()
+    path = options.result.with_suffix(".jsonl")
+    record: dict[str, Any] = {}
+    if options.resume and path.exists():
+        lines = map(json.loads, path.read_text("utf-8").splitlines())
+        record = {measured["pair"]: measured for measured in lines}
+    with work_folder(options.work_dir, keep=options.keep) as work:
+        for name, base, target in pairs(options.pairs, work, quick=options.quick):
+            print(name, flush=True)
+            if options.make_only or name in record:
+                continue
+            record[name] = measure(name, weights(base), weights(target), work)
+            text = "".join(json.dumps(measured) + "\n" for measured in record.values())
+            path.write_text(text, "utf-8")
+        if not options.make_only:
+            title = "Size and time beside other tools"
+            write_result(options.result, title, list(sections([*record.values()])), where=work)
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ JSON. Times begin when the tool is loaded and end when the file is written.
 from __future__ import annotations
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -36,14 +37,14 @@ class Opponent:
     Attributes:
         needs: a module or, after "!", a command; without it the tool is left out.
         encode, decode: get the paths of base, target and delta.
-        two_bytes: works on two-byte elements only.
+        any_dtype: works on other elements than bf16, too.
         largest: in bytes; a tool that takes too long above is left out.
     """
 
     needs: str
     encode: Work
     decode: Work
-    two_bytes: bool = False
+    any_dtype: bool = True
     largest: int = 1 << 62
 
     @property
@@ -53,30 +54,27 @@ class Opponent:
 
 
 def _sparsedelta(level: str, *, standalone: bool = False) -> Opponent:
-    import sparsedelta
+    from sparsedelta import apply, diff  # here: both are loaded when they are first asked for
 
     def encode(base: Path, target: Path, delta: Path) -> None:
-        with sparsedelta.diff(base, target, level=level, standalone=standalone) as made:
+        with diff(base, target, level=level, standalone=standalone) as made:
             made.save(delta)
 
-    return Opponent(
-        "sparsedelta", encode, lambda base, out, delta: sparsedelta.apply(base, delta, out)
-    )
+    return Opponent("sparsedelta", encode, lambda base, out, delta: apply(base, delta, out))
 
 
 def read(path: Path) -> Tensors:
-    """Return the tensors of a weight file of two-byte elements."""
-    raw = path.read_bytes()
-    n = int.from_bytes(raw[:8], "little")
-    header: dict[str, Any] = json.loads(raw[8 : 8 + n])
+    """Return the tensors of a weight file as unsigned integers of their width."""
+    raw = np.memmap(path, np.uint8, "r")
+    n = int.from_bytes(raw[:8].tobytes(), "little")
+    header: dict[str, Any] = json.loads(raw[8 : 8 + n].tobytes())
     header.pop("__metadata__", None)
     found = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        found[name] = (
-            tuple(entry["shape"]),
-            np.frombuffer(raw, "<u2", (end - begin) // 2, 8 + n + begin),
-        )
+        width = (end - begin) // max(1, math.prod(entry["shape"]))
+        bits = raw[8 + n + begin : 8 + n + end].view(f"<u{width or 1}")
+        found[name] = (tuple(entry["shape"]), bits)
     return found
 
 
@@ -99,7 +97,7 @@ def _layout(name: str) -> Opponent:
     def decode(base: Path, out: Path, delta: Path) -> None:
         _write_like(base, layout.decode(read(base), delta.read_bytes()), out)
 
-    return Opponent("numpy", encode, decode, two_bytes=True)
+    return Opponent("numpy", encode, decode, any_dtype=False)
 
 
 def _z4ai_encode(base: Path, target: Path, delta: Path) -> None:
@@ -195,7 +193,7 @@ OPPONENTS = {
         "fireworks_delta_compression", _fireworks_encode, _fireworks_decode
     ),
     "weightscope": Opponent("weightscope", _weightscope_encode, _weightscope_decode),
-    "zipnn delta": Opponent("zipnn", _zipnn_encode, _zipnn_decode, two_bytes=True),
+    "zipnn delta": Opponent("zipnn", _zipnn_encode, _zipnn_decode, any_dtype=False),
     "zstd --patch-from": Opponent("!zstd", _zstd_encode, _zstd_decode, largest=1 << 27),
     "bsdiff": Opponent("bsdiff4", _bsdiff_encode, _bsdiff_decode, largest=1 << 25),
     **{f"{name} layout": _layout(name) for name in LAYOUTS},

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -78,22 +78,29 @@ def _write_index(folder: Path, shards: list[list[Tensor]]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _write_shard(
-    base: Path, target: Path, number: int, tensors: list[Tensor], changed: float
+def write_tensors(
+    old: BinaryIO, new: BinaryIO, tensors: list[Tensor], seed: int, changed: float = CHANGED
 ) -> None:
-    rng = np.random.default_rng(number)
+    """Write two weight files of bf16 tensors: random ones, and those with a share changed by a few ulps."""
+    rng = np.random.default_rng(seed)
     entries, end = [], 0
     for name, shape in tensors:
         begin, end = end, end + _BYTES * math.prod(shape)
         entries.append(HeaderEntry(name, "BF16", shape, begin, end))
     header = render_header({"format": "pt"}, entries)
+    for file in (old, new):
+        file.write(len(header).to_bytes(8, "little") + header)
+    for before, after in _blocks(rng, end // _BYTES, changed):
+        old.write(before.data)
+        new.write(after.data)
+
+
+def _write_shard(
+    base: Path, target: Path, number: int, tensors: list[Tensor], changed: float
+) -> None:
     name = _file_name(number)
     with open(base / name, "xb") as old, open(target / name, "xb") as new:
-        for file in (old, new):
-            file.write(len(header).to_bytes(8, "little") + header)
-        for before, after in _blocks(rng, end // _BYTES, changed):
-            old.write(before.data)
-            new.write(after.data)
+        write_tensors(old, new, tensors, number, changed)
 
 
 def _blocks(

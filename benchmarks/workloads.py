@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
+from synthetic import write_tensors
 from torch.nn.utils import parametrize
 
 import sift_train
@@ -64,10 +65,13 @@ class Amount:
     wide_sift_steps: int
     densities: Sequence[float]
     uniform_elements: int
+    large_bytes: int
 
 
-QUICK = Amount((1, 10), 20, 20, 10, 20, (1,), 8, (0.001, 0.01, 0.1), 1 << 21)
-FULL = Amount((1, 10, 100), 100, 60, 40, 120, (1, 10), 40, (0.0001, 0.001, 0.01, 0.1, 0.5), 1 << 24)
+QUICK = Amount((1,), 8, 8, 4, 8, (1,), 4, (0.001, 0.01, 0.1), 1 << 20, 0)
+FULL = Amount(
+    (1, 10, 100), 60, 40, 30, 80, (1, 10), 20, (0.0001, 0.001, 0.01, 0.1, 0.5), 1 << 24, 1 << 30
+)
 
 
 def make_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
@@ -75,6 +79,8 @@ def make_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
     yield from minilm_pairs(folder / "minilm", amount)
     yield from wide_pairs(folder / "wide", amount)
     yield from uniform_pairs(folder / "uniform", amount)
+    if amount.large_bytes:
+        yield large_pair(folder / "large", amount.large_bytes)
 
 
 def minilm_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
@@ -86,17 +92,20 @@ def minilm_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
     random.Random(SEED).shuffle(texts)
     batches = [fewer(batch) for batch in make_batches(encoder, texts)]
     model = encoder[0].auto_model
-    base = save_bf16(model, folder / "base")
+    base = save(model, folder / "base")
     saved = small_training(model, batches, contrastive_loss, amount.small_steps, folder)
     for step, (before, after) in zip(amount.small_steps, saved, strict=True):
         yield Pair(f"small-step-{step}", before, after)
     for rate in (0.01, 0.05):
-        trained = sparse_training(
+        sparse = sparse_training(
             model, batches, contrastive_loss, rate, amount.sift_steps, base, LAYERS
         )
-        yield Pair(f"sift-{rate:.0%}", base, trained)
-    trained = full_training(model, batches, contrastive_loss, amount.full_steps, folder / "full")
-    yield Pair("full", base, trained)
+        yield Pair(f"sift-{rate:.0%}", base, sparse)
+    exact_base = save(model, folder / "base-fp32", torch.float32)
+    trained = copy.deepcopy(model).float()
+    train(trained, batches, contrastive_loss, amount.full_steps, FULL_LR)
+    yield Pair("full", base, save(trained, folder / "full"))
+    yield Pair("full-fp32", exact_base, save(trained, folder / "full-fp32", torch.float32))
     yield Pair("lora", base, lora_training(model, batches, amount.lora_steps, folder / "lora"))
 
 
@@ -116,16 +125,16 @@ def wide_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
         )
     )
     train(model, batches, next_byte_loss, amount.pretrain_steps, PRETRAIN_LR)
-    base = save_bf16(model, folder / "base")
+    base = save(model, folder / "base")
     rest = batches[amount.pretrain_steps :]
     saved = small_training(model, rest, next_byte_loss, amount.wide_steps, folder)
     for step, (before, after) in zip(amount.wide_steps, saved, strict=True):
-        yield Pair(f"wide-small-step-{step}", before, after)
+        yield Pair(f"wide-step-{step}", before, after)
     for rate in (0.01, 0.05):
-        trained = sparse_training(
+        sparse = sparse_training(
             model, rest, next_byte_loss, rate, amount.wide_sift_steps, base, "all-linear"
         )
-        yield Pair(f"wide-sift-{rate:.0%}", base, trained)
+        yield Pair(f"wide-sift-{rate:.0%}", base, sparse)
 
 
 def uniform_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
@@ -154,6 +163,19 @@ def uniform_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
             yield Pair(f"uniform-{name}-{density:g}", base, target)
 
 
+def large_pair(folder: Path, n_bytes: int) -> Pair:
+    """Return a pair for speed: a tensor in which one element in a hundred changes by a unit or a few."""
+    base, target = folder / "base", folder / "target"
+    base.mkdir(parents=True)
+    target.mkdir()
+    with (
+        open(base / "model.safetensors", "xb") as old,
+        open(target / "model.safetensors", "xb") as new,
+    ):
+        write_tensors(old, new, [("weight", (n_bytes // 2 >> 12, 1 << 12))], SEED)
+    return Pair("large", base, target)
+
+
 def save_alone(tensor: torch.Tensor, folder: Path) -> Path:
     """Save one tensor as a checkpoint, and return its folder."""
     folder.mkdir(parents=True)
@@ -168,19 +190,12 @@ def small_training(
     model = copy.deepcopy(model).float()
     saved: dict[int, Path] = {}
 
-    def save(step: int) -> None:
+    def keep(step: int) -> None:
         if step in steps or step + 1 in steps:
-            saved[step] = save_bf16(model, folder / f"step-{step}")
+            saved[step] = save(model, folder / f"step-{step}")
 
-    train(model, batches, loss, max(steps), SMALL_LR, constant=True, after=save)
+    train(model, batches, loss, max(steps), SMALL_LR, constant=True, after=keep)
     return [(saved[step - 1], saved[step]) for step in steps]
-
-
-def full_training(model: Any, batches: Sequence[Any], loss: Loss, n_steps: int, path: Path) -> Path:
-    """Train all weights as one usually does; return the bf16 checkpoint."""
-    model = copy.deepcopy(model).float()
-    train(model, batches, loss, n_steps, FULL_LR)
-    return save_bf16(model, path)
 
 
 def sparse_training(
@@ -233,7 +248,7 @@ def lora_training(model: Any, batches: Sequence[Any], n_steps: int, path: Path) 
     train(model, batches, contrastive_loss, n_steps, LORA_LR)
     for layer in layers:
         parametrize.remove_parametrizations(layer, "weight")
-    return save_bf16(model, path)
+    return save(model, path)
 
 
 def train(
@@ -265,9 +280,9 @@ def train(
             print(f"  step {number + 1}/{n_steps}  loss {float(value.detach()):.3f}", flush=True)
 
 
-def save_bf16(model: Any, path: Path) -> Path:
-    """Save a copy of the model rounded to bf16, and return the folder."""
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(path)
+def save(model: Any, path: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Save a copy of the model rounded to ``dtype``, and return the folder."""
+    copy.deepcopy(model).to(dtype).save_pretrained(path)
     return path
 
 
