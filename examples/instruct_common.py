@@ -170,7 +170,7 @@ def plan(options: argparse.Namespace) -> str:
     """Return the memory plan of the chosen model, by its config alone."""
     if options.model is None:
         return "The memory plan: name a model with --model, whose config alone is read."
-    return plan_table(_empty(options), ("sift", "full"), choice_of(options))
+    return plan_table(empty_causal(options.model), ("sift", "full"), choice_of(options))
 
 
 def check(options: argparse.Namespace) -> int:
@@ -208,7 +208,7 @@ def load(options: argparse.Namespace, *, is_flat: bool | None = None) -> Loaded:
     Raises:
         ValueError: data or model cannot be used.
     """
-    print_plan(_empty(options), ("sift", "full"), choice_of(options))
+    print_plan(empty_causal(options.model), ("sift", "full"), choice_of(options))
     folder, base_id = local_model(options.model)
     auto: Any = transformers.AutoTokenizer
     tokenizer = auto.from_pretrained(folder)
@@ -227,7 +227,7 @@ def load(options: argparse.Namespace, *, is_flat: bool | None = None) -> Loaded:
     if n_left_out:
         report += f"; {n_left_out} left out, whose answers begin after {options.max_tokens} tokens"
     print(report, flush=True)
-    model = _load_model(folder, options.attention)
+    model = load_causal(folder, options.attention)
     if is_flat is None:
         is_flat = str(model.config._attn_implementation).startswith("flash")
     if options.packing:
@@ -235,7 +235,12 @@ def load(options: argparse.Namespace, *, is_flat: bool | None = None) -> Loaded:
     return Loaded(model, tokenizer, folder, base_id, rows, is_flat, report)
 
 
-def _load_model(folder: Path, attention: str | None) -> Any:
+def load_causal(folder: Path, attention: str | None = None) -> Any:
+    """Return the causal language model of a folder, in the dtype of its files, on the GPU if any.
+
+    Raises:
+        ValueError: the attention cannot be had.
+    """
     auto: Any = transformers.AutoConfig
     config = auto.from_pretrained(folder)
     make: Any = transformers.AutoModelForCausalLM
@@ -245,16 +250,14 @@ def _load_model(folder: Path, attention: str | None) -> Any:
         )
     except ImportError as error:
         raise ValueError(f"--attention {attention} cannot be had here: {error}") from error
-    # Flash attention has no CPU kernels, and examples are tried on the model before training.
     return model.to("cuda") if torch.cuda.is_available() else model
 
 
-def _empty(options: argparse.Namespace) -> Any:
+def empty_causal(name: str) -> Any:
+    """Return the model of a folder or of an id of the Hub without values, by its config alone."""
     auto: Any = transformers.AutoConfig
-    config = auto.from_pretrained(options.model)
-    return empty_model(
-        transformers.AutoModelForCausalLM, config, planned_dtype(options.model, config)
-    )
+    config = auto.from_pretrained(name)
+    return empty_model(transformers.AutoModelForCausalLM, config, planned_dtype(name, config))
 
 
 def peak_bytes() -> int:

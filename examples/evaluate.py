@@ -1,0 +1,238 @@
+"""A base beside its deltas, on tasks of the lm-evaluation-harness; no tuned model is written.
+
+    python examples/evaluate.py --base org/model --delta tuned.sd --tasks mmlu --shots 5
+    python examples/evaluate.py --base base/ --delta tuned.sd --mmlu-csv folder/ --shots 5
+
+Deltas are applied to the one model in memory and taken back, one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import transformers
+from instruct_common import empty_causal, load_causal
+from mmlu_csv import write_tasks
+from recipe_common import local_model, parse, run, table
+
+import sparsedelta
+from sparsedelta.errors import StructureMismatch
+
+BASE = "base"
+INDEX_BYTES = 8  # of a touched element in memory, beside its value before and after
+MIB, GIB = 1 << 20, 1 << 30
+
+Scores = Mapping[str, Any]
+
+
+def options_of() -> argparse.Namespace:
+    """Return what the command line asks for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], add_help=False)
+    parser.add_argument("--base", help="folder of the base, or its id on the Hub")
+    parser.add_argument("--delta", type=Path, nargs="+", default=[], help=".sd files")
+    what = parser.add_argument_group("tasks")
+    what.add_argument(
+        "--tasks", nargs="+", default=[], help="of the harness: mmlu, humaneval, glue, sst2, ..."
+    )
+    what.add_argument("--tasks-dir", type=Path, help="folder of tasks of your own, as YAML")
+    what.add_argument(
+        "--mmlu-csv", type=Path, help="folder of <subject>_test.csv and <subject>_dev.csv"
+    )
+    what.add_argument("--shots", type=int, help="worked examples; default: the task's own, or 0")
+    what.add_argument("--limit", type=int, help="questions of each task, for a quick look")
+    what.add_argument("--chat", action="store_true", help="ask through the chat template")
+    what.add_argument(
+        "--run-generated-code", action="store_true", help="let humaneval run what a model writes"
+    )
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--json", type=Path, help="write all scores here")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    return parse(parser, plan)
+
+
+def plan(options: argparse.Namespace) -> str:
+    """Return the memory plan: the base's weights, by its config, and the largest delta."""
+    if options.base is None:
+        return "The memory plan: name a base with --base, whose config alone is read."
+    empty = empty_causal(options.base)
+    weights = sum(t.numel() * t.element_size() for t in {*empty.parameters(), *empty.buffers()})
+    found = {"weights": weights}
+    found |= {f"{path.name}, while applied": decoded_bytes(path) for path in options.delta}
+    largest = max((n for name, n in found.items() if name != "weights"), default=0)
+    found["sum, one delta at a time"] = weights + largest
+    unit, size = ("MiB", MIB) if weights < GIB else ("GiB", GIB)
+    rows = [(name, f"{n_bytes / size:.2f}") for name, n_bytes in found.items()]
+    return "Memory, activations apart:\n" + table(("what", unit), rows)
+
+
+def decoded_bytes(path: Path) -> int:
+    """Return what a delta takes in memory while it is applied."""
+    with sparsedelta.load(path) as delta:
+        return sum(
+            row.change.nnz * (INDEX_BYTES + 2 * row.target.dtype.width)
+            for row in delta.tensors
+            if row.change is not None and row.target is not None
+        )
+
+
+def main() -> None:
+    """Evaluate the base, then each delta, and show the scores side by side."""
+    options = options_of()
+    check(options)
+    print(plan(options), flush=True)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if options.run_generated_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    folder, _ = local_model(options.base)
+    with tempfile.TemporaryDirectory() as work:
+        names, manager = find_tasks(options, Path(work))
+        found = measure_all(
+            folder,
+            options.delta,
+            lambda model: measure(model, folder, names, manager, options),
+        )
+    print(side_by_side(found))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1, default=str), "utf-8")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Find out what is missing.
+
+    Raises:
+        ValueError: something is.
+    """
+    if options.base is None:
+        raise ValueError("--base is missing; see --help")
+    if not options.tasks and options.mmlu_csv is None:
+        raise ValueError("nothing says what to evaluate on; give --tasks or --mmlu-csv")
+    names = [path.stem for path in options.delta]
+    for name in names:
+        if names.count(name) > 1 or name == BASE:
+            raise ValueError(f"two columns would be called {name!r}; rename a delta's file")
+
+
+def find_tasks(options: argparse.Namespace, work: Path) -> tuple[list[str], Any]:
+    """Return the names of all tasks, and what the harness finds them by.
+
+    Raises:
+        ValueError: there is no such task, or it runs what a model writes and may not.
+    """
+    from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
+
+    for name in options.tasks:
+        if name.startswith(("humaneval", "mbpp")) and not options.run_generated_code:
+            raise ValueError(
+                f"{name} runs code that a model wrote; if this machine may, say --run-generated-code"
+            )
+    names = list(options.tasks)
+    folders = [str(options.tasks_dir)] if options.tasks_dir else []
+    if options.mmlu_csv is not None:
+        names.append(write_tasks(options.mmlu_csv, work, n_shots=options.shots or 0))
+        folders.append(str(work))
+    manager: Any = TaskManager(include_path=folders, include_defaults=False)
+    if not all(name in manager.all_tasks for name in names):
+        manager = TaskManager(include_path=folders or None)  # reads thousands of files
+    for name in names:
+        if name not in manager.all_tasks:
+            raise ValueError(
+                f"the harness has no task {name!r}; `lm-eval ls tasks` lists what it has, and "
+                "--tasks-dir adds tasks of your own"
+            )
+    return names, manager
+
+
+def measure_all(
+    folder: Path, deltas: list[Path], measure: Callable[[Any], Scores]
+) -> dict[str, Scores]:
+    """Return what is measured of the base and of the target of each delta, by name.
+
+    A delta that changes more than values in place, such as a grown vocabulary, comes last, as a
+    model of its own made of the base's files.
+
+    Raises:
+        MismatchError: a delta is of another base.
+    """
+    model = load_causal(folder).eval()
+    device, found, apart = model.device, {BASE: measure(model)}, []
+    for path in deltas:
+        with sparsedelta.load(path) as delta, ExitStack() as stack:
+            try:
+                stack.enter_context(delta.applied(model))
+            except StructureMismatch:
+                apart.append(path)
+                continue
+            found[path.stem] = measure(model)
+    del model  # before another is loaded
+    for path in apart:
+        other = sparsedelta.load_model(path, base=folder)
+        found[path.stem] = measure(other.to(device).eval())
+    return found
+
+
+def measure(
+    model: Any, folder: Path, names: list[str], manager: Any, options: argparse.Namespace
+) -> Scores:
+    """Return the harness's scores of a model by task."""
+    from lm_eval import simple_evaluate  # type: ignore[import-untyped]
+    from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped]
+
+    auto: Any = transformers.AutoTokenizer
+    wrapped: Any = HFLM(
+        pretrained=model,
+        tokenizer=auto.from_pretrained(folder),
+        batch_size=options.batch_size,
+    )
+    found: Any = simple_evaluate(
+        wrapped,
+        tasks=list(names),
+        num_fewshot=options.shots,
+        limit=options.limit,
+        task_manager=manager,
+        apply_chat_template=options.chat,
+        confirm_run_unsafe_code=options.run_generated_code,
+        log_samples=False,
+    )
+    counts = {task: n["effective"] for task, n in found["n-samples"].items()}
+    for group, members in found.get("group_subtasks", {}).items():
+        counts.setdefault(group, sum(counts.get(member, 0) for member in members))
+    return {task: {**scores, "n": counts.get(task)} for task, scores in found["results"].items()}
+
+
+def side_by_side(found: Mapping[str, Scores]) -> str:
+    """Return a table of all scores: the base's, each delta's, and how far they are from the base's."""
+    tuned = [name for name in found if name != BASE]
+    columns = ["task", "n", "score", BASE]
+    for name in tuned:
+        columns += [name, "difference"]
+    rows = []
+    for task, scores in found[BASE].items():
+        for metric, value in scores.items():
+            if "," not in metric or "_stderr" in metric or not isinstance(value, int | float):
+                continue
+            row = [scores.get("alias", task).strip(" -"), scores["n"] or "", metric.split(",")[0]]
+            row.append(_with_error(scores, metric))
+            for name in tuned:
+                other = found[name][task]
+                row += [_with_error(other, metric), f"{other[metric] - value:+.4f}"]
+            rows.append(row)
+    return table(columns, rows)
+
+
+def _with_error(scores: Scores, metric: str) -> str:
+    name, _, kind = metric.partition(",")
+    error = scores.get(f"{name}_stderr,{kind}")
+    shown = f"{scores[metric]:.4f}"
+    return f"{shown} ± {error:.4f}" if isinstance(error, int | float) else shown
+
+
+if __name__ == "__main__":
+    run(main)
