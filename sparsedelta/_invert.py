@@ -13,6 +13,9 @@ from typing import TypeVar
 
 from sparsedelta._apply import AnyDelta, AnyPath
 from sparsedelta._diff import describe_files
+from sparsedelta.algebra.inverse import files_without_base, inverse_row, only_base_tells, why_row
+from sparsedelta.algebra.made import MadeTensor
+from sparsedelta.algebra.stages import stage_of
 from sparsedelta.basecheck import check_structure, explain_mismatch
 from sparsedelta.checkpoint import Checkpoint
 from sparsedelta.compare import Compared, Comparison, Source, digest_tensor, spec_of
@@ -20,12 +23,9 @@ from sparsedelta.container import load
 from sparsedelta.delta import JSON, Base, Delta, TensorDelta, header_key
 from sparsedelta.errors import ConflictError, Corrupt, StructureMismatch
 from sparsedelta.identity import fingerprint
-from sparsedelta.inverse import files_without_base, inverse_row, only_base_tells, why_row
-from sparsedelta.made import MadeTensor
 from sparsedelta.parallel import Pace, run_all
 from sparsedelta.payload import SpoolPayload
 from sparsedelta.progress import Progress, Silent
-from sparsedelta.stages import stage_of
 
 R = TypeVar("R")
 

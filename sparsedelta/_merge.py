@@ -12,23 +12,23 @@ from dataclasses import replace
 
 from sparsedelta._apply import AnyDelta, AnyPath
 from sparsedelta._diff import describe_files
+from sparsedelta.algebra.commonfiles import is_structural
+from sparsedelta.algebra.floats import work_dtype
+from sparsedelta.algebra.made import MadeTensor
+from sparsedelta.algebra.merging import MergedTensor
+from sparsedelta.algebra.recipe import Method, Recipe, make_recipe
+from sparsedelta.algebra.stages import Stage, stage_of
 from sparsedelta.basecheck import check_structure, explain_mismatch
 from sparsedelta.checkpoint import Checkpoint
-from sparsedelta.commonfiles import is_structural
 from sparsedelta.compare import Compared, Comparison, digest_tensor, spec_of
 from sparsedelta.container import load
 from sparsedelta.delta import JSON, Base, Delta, TensorDelta
 from sparsedelta.errors import BaseMismatch, ConflictError, StructureMismatch
-from sparsedelta.floats import work_dtype
 from sparsedelta.identity import fingerprint
-from sparsedelta.made import MadeTensor
-from sparsedelta.merging import MergedTensor
 from sparsedelta.parallel import Pace, run_all
 from sparsedelta.payload import SpoolPayload
 from sparsedelta.progress import Progress, Silent
-from sparsedelta.recipe import Method, Recipe, make_recipe
 from sparsedelta.sidefiles import digest_file
-from sparsedelta.stages import Stage, stage_of
 
 
 def merge(

@@ -9,15 +9,15 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from sparsedelta._apply import AnyDelta, AnyPath
+from sparsedelta.algebra.chains import Chain
+from sparsedelta.algebra.relation import relation
+from sparsedelta.algebra.siblings import Siblings
 from sparsedelta.basecheck import check_structure
-from sparsedelta.chains import Chain
 from sparsedelta.checkpoint import Checkpoint
 from sparsedelta.container import load
 from sparsedelta.delta import Delta
 from sparsedelta.payload import SpoolPayload
 from sparsedelta.progress import Progress, Silent
-from sparsedelta.relation import relation
-from sparsedelta.siblings import Siblings
 
 
 def stack(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 import numpy as np
 from blake3 import blake3
 
+from sparsedelta.algebra.stages import stage_of
 from sparsedelta.codecs.chunks import CHUNK_ELEMENTS
 from sparsedelta.codecs.values import Bits, ordered, ulp_differences, unordered
 from sparsedelta.delta import DIGEST_BYTES, TOUCHED_BYTES, Delta
@@ -35,7 +36,6 @@ from sparsedelta.live.names import (
 )
 from sparsedelta.parallel import Pace, run_all
 from sparsedelta.progress import Silent
-from sparsedelta.stages import stage_of
 
 if TYPE_CHECKING:
     import torch

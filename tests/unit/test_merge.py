@@ -14,10 +14,10 @@ import torch
 from helpers import Raw, noise, of_array, small_chunks, tree, write, write_file
 
 import sparsedelta
+from sparsedelta.algebra.floats import to_bits, to_numbers
+from sparsedelta.algebra.recipe import dropped_at_random, kept_largest, make_recipe
 from sparsedelta.dtypes import DTYPES
 from sparsedelta.errors import BaseMismatch, ConflictError, StructureMismatch
-from sparsedelta.floats import to_bits, to_numbers
-from sparsedelta.recipe import dropped_at_random, kept_largest, make_recipe
 
 Array = npt.NDArray[Any]
 SHAPE = (40, 30)
@@ -156,7 +156,7 @@ class TestFormulas:
     ) -> None:
         assert sparsedelta.merge is not sparsedelta.diff  # its modules are imported now
         small_chunks(monkeypatch, 256, 128)
-        monkeypatch.setattr("sparsedelta.merging._BLOCK_ELEMENTS", 100)
+        monkeypatch.setattr("sparsedelta.algebra.merging._BLOCK_ELEMENTS", 100)
         bench, base, differences = self.bench(tmp_path, dtype, values)
         weights = self.weights[:, None, None]
         kept = np.stack([trimmed(difference, density) for difference in differences])

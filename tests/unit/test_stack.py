@@ -159,7 +159,7 @@ def test_chunks_that_only_one_changes_are_taken_over(
         folders.append(make.checkpoint({"w": of_array("U8", data)}))
     a, b = deltas_of(make, folders)
     made: list[object] = []
-    monkeypatch.setattr("sparsedelta.compose.encode_chunk", lambda *a: made.append(a))
+    monkeypatch.setattr("sparsedelta.algebra.compose.encode_chunk", lambda *a: made.append(a))
     result = make.stack(a, b)
     assert not made
     assert result.nnz == 2

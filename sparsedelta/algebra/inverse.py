@@ -8,14 +8,14 @@ from itertools import chain
 
 import numpy as np
 
+from sparsedelta.algebra.commonfiles import is_structural
+from sparsedelta.algebra.stages import Stage, stage_of
 from sparsedelta.codecs.chunks import Chunk, chunk_span, encode_chunk
 from sparsedelta.codecs.values import ulp_codes, ulp_differences
-from sparsedelta.commonfiles import is_structural
 from sparsedelta.delta import Change, Delta, Target, TensorDelta, TensorSpec, tensor_key
 from sparsedelta.layout import rows_by_file
 from sparsedelta.parallel import Pace
 from sparsedelta.payload import SpoolPayload
-from sparsedelta.stages import Stage, stage_of
 
 
 def only_base_tells(delta: Delta) -> list[str]:

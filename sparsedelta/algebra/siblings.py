@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sparsedelta.algebra.commonfiles import common_files, is_structural
+from sparsedelta.algebra.compose import Composition, count_overlap
+from sparsedelta.algebra.stacking import Item, Rows, Stacking
+from sparsedelta.algebra.stages import Stage, stage_of
 from sparsedelta.checkpoint import Checkpoint
-from sparsedelta.commonfiles import common_files, is_structural
 from sparsedelta.compare import Compared, digest_tensor, spec_of
-from sparsedelta.compose import Composition, count_overlap
 from sparsedelta.delta import Delta, Target, TensorDelta, TensorSpec, header_key
 from sparsedelta.errors import BaseMismatch, ConflictError, Corrupt
 from sparsedelta.identity import fingerprint
 from sparsedelta.parallel import Pace
 from sparsedelta.progress import Silent
-from sparsedelta.stacking import Item, Rows, Stacking
-from sparsedelta.stages import Stage, stage_of
 
 
 class Siblings(Stacking):

@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
+from sparsedelta.algebra.commonfiles import Carrier
+from sparsedelta.algebra.compose import Composition
+from sparsedelta.algebra.made import MadeTensor
 from sparsedelta.basecheck import explain_mismatch
 from sparsedelta.checkpoint import Checkpoint
-from sparsedelta.commonfiles import Carrier
 from sparsedelta.compare import Compared, Comparison
-from sparsedelta.compose import Composition
 from sparsedelta.delta import JSON, Base, Delta, Target, TensorDelta, side_file_key
-from sparsedelta.made import MadeTensor
 from sparsedelta.parallel import Pace, run_all
 from sparsedelta.payload import SpoolPayload
 from sparsedelta.progress import Progress, Silent

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-from sparsedelta.commonfiles import Carrier
-from sparsedelta.compose import Composition
+from sparsedelta.algebra.commonfiles import Carrier
+from sparsedelta.algebra.compose import Composition
+from sparsedelta.algebra.stacking import Item, Stacking
+from sparsedelta.algebra.stages import chain_stages, check_alike
 from sparsedelta.delta import Delta, SideFile, Target, TensorDelta, header_key
 from sparsedelta.errors import ConflictError, Corrupt
 from sparsedelta.parallel import Pace
-from sparsedelta.stacking import Item, Stacking
-from sparsedelta.stages import chain_stages, check_alike
 
 
 class Chain(Stacking):

@@ -14,15 +14,15 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from sparsedelta.algebra.floats import Numbers, to_bits, to_numbers, work_dtype
+from sparsedelta.algebra.made import Made, read_chunk
+from sparsedelta.algebra.recipe import Recipe, dropped_at_random, kept_largest
+from sparsedelta.algebra.stages import Stage
 from sparsedelta.codecs.indices import Positions
 from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits
 from sparsedelta.compare import Source
 from sparsedelta.delta import TensorSpec
-from sparsedelta.floats import Numbers, to_bits, to_numbers, work_dtype
-from sparsedelta.made import Made, read_chunk
 from sparsedelta.parallel import Pace
-from sparsedelta.recipe import Recipe, dropped_at_random, kept_largest
-from sparsedelta.stages import Stage
 
 _BLOCK_ELEMENTS = 1 << 20
 _SMALLEST_NORM = 1e-7  # below it nothing is scaled up

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from sparsedelta.algebra.stages import Stage
 from sparsedelta.basebits import ChunkBase, Readable
 from sparsedelta.codecs.chunks import CHUNK_ELEMENTS, Chunk, chunk_span, encode_chunk
 from sparsedelta.codecs.indices import Positions
@@ -24,7 +25,6 @@ from sparsedelta.delta import TOUCHED_BYTES, Change, TensorSpec, tensor_key
 from sparsedelta.errors import ConflictError
 from sparsedelta.parallel import DENSE_ELEMENTS, Pace, dense_places
 from sparsedelta.payload import SpoolPayload
-from sparsedelta.stages import Stage
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from sparsedelta.algebra.stages import Stage
 from sparsedelta.codecs.chunks import CHUNK_ELEMENTS, chunk_span
 from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits
 from sparsedelta.compare import Source
 from sparsedelta.delta import TensorSpec
 from sparsedelta.dtypes import DType
 from sparsedelta.parallel import Pace
-from sparsedelta.stages import Stage
 
 
 class Made(ABC):
