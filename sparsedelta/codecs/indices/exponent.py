@@ -86,7 +86,9 @@ class _Exponent:
         if left:
             raise Corrupt(f"index stream does not hold exactly {nnz} positions")
         positions = np.concatenate(parts)
-        positions.sort(kind="stable")  # timsort: those of a class ascend already, the rest is merging
+        positions.sort(
+            kind="stable"
+        )  # timsort: those of a class ascend already, the rest is merging
         return positions
 
 
