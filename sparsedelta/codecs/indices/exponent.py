@@ -86,9 +86,8 @@ class _Exponent:
         if left:
             raise Corrupt(f"index stream does not hold exactly {nnz} positions")
         positions = np.concatenate(parts)
-        positions.sort(
-            kind="stable"
-        )  # timsort: those of a class ascend already, the rest is merging
+        # Timsort: those of a class ascend already, what is left is merging.
+        positions.sort(kind="stable")
         return positions
 
 

@@ -123,7 +123,8 @@ class _Tiles:
         if left:
             raise Corrupt(f"index stream does not hold exactly {nnz} positions")
         cells = np.concatenate(parts)
-        cells.sort(kind="stable")  # timsort: those of a tile ascend already, the rest is merging
+        # Timsort: those of a tile ascend already, what is left is merging.
+        cells.sort(kind="stable")
         cells -= first
         if cells[0] < 0 or cells[-1] >= span:
             raise Corrupt(f"index stream leaves its span of {span} elements")
