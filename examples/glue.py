@@ -10,6 +10,7 @@ rate 0.008). Several methods train equally many components, the head apart, and 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -221,6 +222,7 @@ def arguments_of(
         save_strategy="no",
         logging_steps=max(1, n_steps // 100),
         bf16=options.bf16,
+        use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         seed=seed,
         label_names=["labels"],
         remove_unused_columns=False,
@@ -334,27 +336,27 @@ def main() -> None:
 
     runs: list[dict[str, Any]] = []
     deltas: dict[str, dict[str, Any]] = {}
-    for method in options.method:
-        highest = -math.inf
-        for seed in options.seeds:
-            found, model = train_once(options, data, method, seed, lr=lrs[method], folder=folder)
-            runs.append(found)
-            chosen = next(iter(found["scores"].values()))["score"]
-            print(
-                f"{method}, seed {seed}: score {chosen:.4f} after step {found['best_step']} of "
-                f"{found['steps']}, {found['seconds']:.0f} s",
-                flush=True,
+    highest = dict.fromkeys(options.method, -math.inf)
+    # All methods with a seed before the next seed, so that a run cut short is a comparison.
+    for seed, method in itertools.product(options.seeds, options.method):
+        found, model = train_once(options, data, method, seed, lr=lrs[method], folder=folder)
+        runs.append(found)
+        chosen = next(iter(found["scores"].values()))["score"]
+        print(
+            f"{method}, seed {seed}: score {chosen:.4f} after step {found['best_step']} of "
+            f"{found['steps']}, {found['seconds']:.0f} s",
+            flush=True,
+        )
+        output = delta_path(options, method)
+        if output is not None and chosen > highest[method]:
+            highest[method] = chosen
+            # What is there by now is the delta of an earlier seed, or may be replaced.
+            n_bytes = export(
+                model, output, base=folder, base_id=base_id, info=found, overwrite=True
             )
-            output = delta_path(options, method)
-            if output is not None and chosen > highest:
-                highest = chosen
-                # What is there by now is the delta of an earlier seed, or may be replaced.
-                n_bytes = export(
-                    model, output, base=folder, base_id=base_id, info=found, overwrite=True
-                )
-                deltas[method] = {"path": str(output), "seed": seed, "bytes": n_bytes}
-            if options.json is not None:
-                write_json(options, runs, deltas)
+            deltas[method] = {"path": str(output), "seed": seed, "bytes": n_bytes}
+        if options.json is not None:
+            write_json(options, runs, deltas)
     print(f"\nScores in percent, mean ± deviation over {len(options.seeds)} seed(s):\n")
     print(comparison(summary(runs, deltas)))
 

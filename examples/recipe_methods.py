@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 import sift_train
+from sift_train.checkpointing import enable_checkpointing
 
 METHODS = ("sift", "full", "lora", "shira")
 ADAPTERS = ("lora", "shira")
@@ -137,7 +138,7 @@ def adapt(
     layers = find_layers(model, choice)
     if checkpointing:
         model.config.use_cache = False
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     if method == "sift":
         return _sparse(model, choice, layers, grad_acc)
     if method == "full":

@@ -102,14 +102,18 @@ def accuracy_of(folder: Path, rows: Sequence[tuple[str, int]]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "methods", "seeds"),
-    [("roberta", ["full", "lora", "shira", "sift"], [0, 1]), ("bert", ["lora", "sift"], [0])],
+    ("name", "methods", "seeds", "more"),
+    [
+        ("roberta", ["full", "lora", "shira", "sift"], [0, 1], []),
+        ("bert", ["lora", "sift"], [0], ["--checkpointing", "--accumulation", 2]),
+    ],
 )
 def test_the_methods_train_as_much_and_their_deltas_make_the_classifiers(
     bases: dict[str, Path],
     name: str,
     methods: list[str],
     seeds: list[int],
+    more: list[object],
     recipe: Recipe,
     tmp_path: Path,
 ) -> None:
@@ -119,7 +123,7 @@ def test_the_methods_train_as_much_and_their_deltas_make_the_classifiers(
     printed = recipe(
         "--model", bases[name], "--data", train, "--test", test, "--method", *methods,
         "--seeds", *seeds, "--epochs", 5, "--eval-every", 10, "--batch", 16, "--rate", 0.1,
-        "--lr", "1e-2", "full=5e-3", "--output", tmp_path / "out.sd", "--json", tmp_path / "out.json",
+        "--lr", "1e-2", "full=5e-3", "--output", tmp_path / "out.sd", "--json", tmp_path / "out.json", *more,
     )  # fmt: skip
 
     found = json.loads((tmp_path / "out.json").read_text())
@@ -142,6 +146,8 @@ def test_the_methods_train_as_much_and_their_deltas_make_the_classifiers(
         own = [r for r in found["runs"] if r["method"] == method]
         best = max(own, key=lambda r: float(r["scores"]["dev"]["score"]))
         assert row["delta"]["seed"] == best["seed"]
+        with sparsedelta.load(output) as delta:
+            assert delta.info["seed"] == best["seed"]
         assert accuracy_of(tmp_path / method, held_out) == pytest.approx(
             best["scores"]["test"]["accuracy"]
         )
