@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sparsedelta.cli._common import Settings
 from sparsedelta.cli._text import printable
-from sparsedelta.errors import RemoteNotFound
+from sparsedelta.errors import AccessDenied, RemoteNotFound, Unreachable
 from sparsedelta.hub.references import DELTA_SUFFIX, SCHEME, Reference, parse_reference
 
 if TYPE_CHECKING:
@@ -127,10 +127,10 @@ class Sources(ExitStack):
 
 @contextmanager
 def _or_path(text: str) -> Iterator[None]:
-    """Say of a repository that is not found that it is no path either."""
+    """Say of a repository that cannot be had that it is no path either: most likely one was meant."""
     try:
         yield
-    except RemoteNotFound as error:
-        if text.startswith(SCHEME) or error.expected is None:
+    except (RemoteNotFound, AccessDenied, Unreachable) as error:
+        if text.startswith(SCHEME) or (isinstance(error, RemoteNotFound) and not error.expected):
             raise  # the repository is there, something in it is not
-        raise RemoteNotFound(f"nothing is at '{text}' here, and {error}") from error
+        raise type(error)(f"nothing is at '{text}' here, and {error}") from error

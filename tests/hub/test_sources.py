@@ -142,3 +142,8 @@ def test_nothing_there(
 ) -> None:
     (other.folder / "delta.sd").write_bytes(delta.read_bytes())
     assert words in other.bad(*arguments)
+
+
+def test_mistyped_path_without_a_network(other: Person) -> None:
+    error = other.bad("inspect", "modles/tuned", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "nothing is at 'modles/tuned' here, and the Hub cannot be reached" in error
