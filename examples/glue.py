@@ -33,6 +33,7 @@ from recipe_common import (
     KeepBest,
     adapt,
     by_method,
+    count,
     empty_model,
     equalized,
     export,
@@ -42,6 +43,7 @@ from recipe_common import (
     plan_table,
     planned_dtype,
     run,
+    share,
 )
 from torch.utils.data import DataLoader
 from transformers import (
@@ -81,28 +83,28 @@ def options_parser() -> argparse.ArgumentParser:
     data("--label", default="label", metavar="COLUMN", help="of the label")
     data("--regression", action="store_true", help="labels are numbers to be predicted")
     data("--encoding", default="utf-8", help="of the files")
-    data("--n-train", type=int, metavar="N", help="train on N examples only")
+    data("--n-train", type=count, metavar="N", help="train on N examples only")
     data("--score", nargs="+", default=[], choices=SCORES, help="the task's own if left out")
-    data("--max-length", type=int, default=512, help="tokens of a text or pair")
+    data("--max-length", type=count, default=512, help="tokens of a text or pair")
     method = parser.add_argument_group("method").add_argument
     method("--model", default=PAPER_MODEL, help="a folder, or a model of the Hub")
     method("--method", nargs="+", default=["sift"], choices=METHODS, help="one or several")
-    method("--rate", type=float, default=0.008, help="share of each layer that SIFT trains")
-    method("--rank", type=int, help="of LoRA and SHiRA; without it the one nearest to the rate")
+    method("--rate", type=share, default=0.008, help="share of each layer that SIFT trains")
+    method("--rank", type=count, help="of LoRA and SHiRA; without it the one nearest to the rate")
     method("--selection", default="gradient", choices=RULES, help="how SIFT chooses")
-    method("--selection-batches", type=int, default=4, help="whose gradients choose")
+    method("--selection-batches", type=count, default=4, help="whose gradients choose")
     method("--layers", nargs="+", default=LAYERS, metavar="FRAGMENT", help="linear layers to train")
     method("--dense", nargs="+", default=["classifier"], metavar="MODULE", help="trained densely")
     training = parser.add_argument_group("training").add_argument
     training("--lr", nargs="+", default=[], metavar="LR", help="1e-4, or by method: sift=1e-4 …")
     training("--dense-lr", type=float, help="of what is trained densely; the same if left out")
-    training("--epochs", type=int, help="passes; the task's if left out, 10 for files")
-    training("--max-steps", type=int, help="optimizer steps in place of passes")
-    training("--batch", type=int, default=32, help="examples a step")
-    training("--accumulation", type=int, default=1, help="parts a batch is computed in")
-    training("--warmup", type=float, default=0.06, help="share of steps")
+    training("--epochs", type=count, help="passes; the task's if left out, 10 for files")
+    training("--max-steps", type=count, help="optimizer steps in place of passes")
+    training("--batch", type=count, default=32, help="examples a step")
+    training("--accumulation", type=count, default=1, help="parts a batch is computed in")
+    training("--warmup", type=share, default=0.06, help="share of steps")
     training("--weight-decay", type=float, default=0.1)
-    training("--eval-every", type=int, metavar="STEPS", help="once a pass if left out")
+    training("--eval-every", type=count, metavar="STEPS", help="once a pass if left out")
     training("--seeds", type=int, nargs="+", default=[42], help="a run for each")
     training("--bf16", action="store_true", help="compute in bfloat16")
     training("--checkpointing", action="store_true", help="recompute activations")
@@ -324,6 +326,7 @@ def check_outputs(options: argparse.Namespace) -> None:
 def main() -> None:
     """Train every method with every seed, keep the best deltas, show the table."""
     options = parse(options_parser(), plan)
+    options.method = list(dict.fromkeys(options.method))
     datasets.disable_progress_bars()
     check_outputs(options)
     print(plan(options, TASKS[options.task].n_labels if options.task else 2), flush=True)

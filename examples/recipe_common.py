@@ -41,9 +41,9 @@ import sparsedelta
 from sift_train.loading import checkpoint_dtype
 
 __all__ = [
-    "ADAPTERS", "ALL_LINEAR", "METHODS", "Adapted", "Choice", "KeepBest", "adapt", "by_method",
+    "ADAPTERS", "ALL_LINEAR", "METHODS", "Adapted", "Choice", "KeepBest", "adapt", "by_method", "count",
     "empty_model", "equalized", "export", "local_model", "model_config", "parse", "plan_table", "planned_dtype",
-    "print_plan", "run", "table",
+    "print_plan", "run", "share", "table",
 ]  # fmt: skip
 
 GIB = 1 << 30
@@ -270,6 +270,32 @@ def parse(
         print(plan(options))
         sys.exit(0)
     return options
+
+
+def count(text: str) -> int:
+    """Return a whole number of at least 1, as a type for argparse.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """Return a number from 0 to 1, as a type for argparse.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return number
 
 
 def by_method(given: Sequence[str], defaults: Mapping[str, float], what: str) -> dict[str, float]:

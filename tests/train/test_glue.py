@@ -350,6 +350,16 @@ def test_rates_are_given_for_all_methods_or_one() -> None:
     assert by_method(["3", "full=4"], known, "--lr") == {"sift": 3.0, "full": 4.0}
 
 
+@pytest.mark.parametrize("words", [["--batch", "0"], ["--epochs", "x"], ["--rate", "1.5"]])
+def test_numbers_out_of_range_are_usage_errors(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["glue.py", *words])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(EXAMPLES / "glue.py"), run_name="__main__")
+    assert f"{words[0]}: {words[1]!r} is not a" in capsys.readouterr().err
+
+
 BAD: dict[str, tuple[list[str], str]] = {
     "nothing to train on": ([], "either --task"),
     "both": (["--task", "rte", "--data", "train.txt"], "either --task"),
