@@ -7,6 +7,7 @@ imported when it is asked for. stdout gets results and nothing else.
 from __future__ import annotations
 
 import io
+import resource
 import sys
 from importlib import import_module
 
@@ -17,6 +18,7 @@ from sparsedelta.cli._common import Settings, examples
 from sparsedelta.cli._failures import EXPECTED, report_failure, report_interrupt
 
 COMMANDS = ("diff", "apply", "verify", "inspect", "stack", "invert", "merge", "push", "pull")
+_MANY_FILES = 10_000  # macOS refuses more than its own limit of 10,240
 
 
 class Commands(click.Group):
@@ -66,4 +68,13 @@ def main(ctx: click.Context, *, debug: bool, quiet: bool) -> None:
     """Keep only what changed between two model checkpoints, bit for bit."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # tensor names may hold any character
+    _allow_many_files()
     ctx.obj = Settings(quiet=quiet)
+
+
+def _allow_many_files() -> None:
+    """Let this process hold as many files open as it may: every shard of base and output is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

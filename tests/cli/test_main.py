@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -18,7 +19,7 @@ from types import SimpleNamespace
 import click
 import pytest
 from cli.cli_helpers import Process, Run, Workplace, command, environment
-from helpers import assert_same_files
+from helpers import assert_same_files, noise, write_sharded
 
 import sparsedelta
 from sparsedelta.cli import COMMANDS, main
@@ -242,6 +243,27 @@ def test_interrupted_work_leaves_nothing(tmp_path: Path) -> None:
     assert terminal.process.returncode == 130
     assert terminal.seen.rstrip().endswith(b"interrupted")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "target"}
+
+
+def test_more_shards_than_files_may_be_open_at_first(tmp_path: Path) -> None:
+    shards = [{f"w{number}": noise("F32", 4, seed=number)} for number in range(60)]
+    changed = [{name: tensor.changed(1)} for shard in shards for name, tensor in shard.items()]
+    write_sharded(tmp_path / "base", shards)
+    write_sharded(tmp_path / "target", changed)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    for arguments in (
+        ("diff", "base", "target", "-o", "delta.sd"),
+        ("apply", "base", "delta.sd", "out"),
+    ):
+        subprocess.run(
+            command(*arguments),
+            cwd=tmp_path,
+            env=environment(),
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)),
+            check=True,
+            capture_output=True,
+        )
+    assert_same_files(tmp_path / "target", tmp_path / "out")
 
 
 def test_bar_counts_all_and_shows_some(monkeypatch: pytest.MonkeyPatch) -> None:
