@@ -184,18 +184,22 @@ def make_evaluate(
 
 
 class Clock:
-    """Shows some of the losses, and keeps the seconds between steps."""
+    """Shows some of the losses; keeps the time between steps, and memory before and after them."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self._last: float | None = None
+        self.cpu_seconds: list[float] = []
+        self.loaded_bytes = self.peak_bytes = peak_bytes()
+        self._last: tuple[float, float] | None = None
 
     def on_step(self, report: sift_train.StepReport) -> None:
         """Take the time since the step before."""
-        now = time.perf_counter()
+        now = time.perf_counter(), time.process_time()
         if self._last is not None:
-            self.seconds.append(now - self._last)
+            self.seconds.append(now[0] - self._last[0])
+            self.cpu_seconds.append(now[1] - self._last[1])
         self._last = now
+        self.peak_bytes = peak_bytes()
         every = max(1, report.n_steps // N_LINES)
         if report.step % every == 0 or report.step in (1, report.n_steps):
             line = f"  step {report.step:>5}/{report.n_steps}  loss {report.loss:.4f}"
@@ -217,11 +221,14 @@ def describe(
         "last_loss": round(result.losses[-1], 4),
         "ended": result.stopped,
         "train_seconds": round(result.train_seconds, 1),
-        "peak_bytes": peak_bytes(),
+        "loaded_bytes": clock.loaded_bytes,
+        "peak_bytes": clock.peak_bytes,
         "rows": len(loaded.rows),
+        "learnt_tokens": sum(e.n_learnt for row in loaded.rows for e in row),
     }
-    if clock.seconds:
-        found["seconds_per_step"] = round(statistics.median(clock.seconds), 4)
+    for name, seconds in (("", clock.seconds), ("cpu_", clock.cpu_seconds)):
+        if seconds:
+            found[f"{name}seconds_per_step"] = round(statistics.median(seconds), 4)
     return found
 
 

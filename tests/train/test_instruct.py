@@ -264,17 +264,20 @@ def test_the_loss_in_chunks_is_the_loss(place: Path) -> None:
     torch.testing.assert_close(chunked_gradient, gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_model_that_does_more_to_its_logits_is_refused(tokenizer: Any) -> None:
+@pytest.mark.parametrize(("kind", "more"), [("Granite", {"logits_scaling": 8.0}), ("Gemma2", {})])
+def test_a_model_that_does_more_to_its_logits_is_refused(
+    tokenizer: Any, kind: str, more: dict[str, float]
+) -> None:
     import transformers
 
-    make_config: Any = transformers.GraniteConfig
-    config = make_config(
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=4, logits_scaling=8.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        **more,
     )  # fmt: skip
-    make: Any = transformers.GraniteForCausalLM
-    with pytest.raises(ValueError, match="logits of GraniteForCausalLM are not just"):
-        causal_loss.check_chunked(make(config).eval())
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with pytest.raises(ValueError, match=f"logits of {kind}ForCausalLM are not just"):
+        causal_loss.check_chunked(model)
 
 
 def test_a_step_is_the_mean_over_its_tokens_whatever_the_micro_batches(place: Path) -> None:
