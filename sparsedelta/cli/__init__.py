@@ -18,7 +18,31 @@ from sparsedelta.cli._common import Settings, examples
 from sparsedelta.cli._failures import EXPECTED, report_failure, report_interrupt
 
 COMMANDS = ("diff", "apply", "verify", "inspect", "stack", "invert", "merge", "push", "pull")
+_DEBUG_HELP = "Show where an error comes from."
+_QUIET_HELP = "Show neither progress nor notes."
 _MANY_FILES = 10_000  # macOS refuses more than its own limit of 10,240
+
+
+def _shared_options() -> list[click.Option]:
+    """Return the options of the whole program as those of one command: people type them there."""
+
+    def quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.obj = Settings(quiet=True)
+
+    def debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value and ctx.parent is not None:
+            ctx.parent.params["debug"] = True
+
+    return [
+        click.Option(
+            names, is_flag=True, expose_value=False, is_eager=True, callback=callback, help=text
+        )
+        for names, callback, text in (
+            (["--debug"], debug, _DEBUG_HELP),
+            (["-q", "--quiet"], quiet, _QUIET_HELP),
+        )
+    ]
 
 
 class Commands(click.Group):
@@ -33,6 +57,8 @@ class Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = import_module(f"{__name__}.{cmd_name}").command
+        have = {param.name for param in command.params}
+        command.params += [option for option in _shared_options() if option.name not in have]
         return command
 
     def invoke(self, ctx: click.Context) -> None:
@@ -61,8 +87,8 @@ class Commands(click.Group):
 @click.version_option(
     sparsedelta.__version__, prog_name="sparsedelta", message="%(prog)s %(version)s"
 )
-@click.option("--debug", is_flag=True, help="Show where an error comes from.")
-@click.option("-q", "--quiet", is_flag=True, help="Show neither progress nor notes.")
+@click.option("--debug", is_flag=True, help=_DEBUG_HELP)
+@click.option("-q", "--quiet", is_flag=True, help=_QUIET_HELP)
 @click.pass_context
 def main(ctx: click.Context, *, debug: bool, quiet: bool) -> None:
     """Keep only what changed between two model checkpoints, bit for bit."""

@@ -21,8 +21,9 @@ def test_rebuilds_the_target(workplace: Workplace, process: Process) -> None:
     assert {path.name for path in workplace.path.iterdir()} == {"base", "target", "delta.sd", "out"}
 
 
-def test_quiet_says_nothing(workplace: Workplace, run: Run) -> None:
-    result = run("-q", "apply", workplace.base, workplace.save_delta(), workplace.out)
+@pytest.mark.parametrize("words", [("-q", "apply"), ("apply", "-q")])
+def test_quiet_says_nothing(workplace: Workplace, run: Run, words: tuple[str, str]) -> None:
+    result = run(*words, workplace.base, workplace.save_delta(), workplace.out)
     assert (result.exit_code, result.output) == (0, "")
     assert_same_files(workplace.target, workplace.out)
 
