@@ -88,8 +88,7 @@ class Chooser:
         at_once = at_once and not self._is_global
         scores = self._scores.get(part.name)
         if scores is None:
-            device = gradient.device if at_once else _CPU
-            scores = GradientScores(self._rule, device, keeps_gradient=is_trained_on)
+            scores = GradientScores(self._rule, is_summed=not at_once, keeps_gradient=is_trained_on)
             self._scores[part.name] = scores
         scores.add(part.parameter.detach(), gradient)
         if at_once:

@@ -1,8 +1,9 @@
 """The running scores of one tensor while its components are being chosen.
 
 Only finite gradient entries score. What is summed over micro-batches lies on the CPU, so no device
-ever holds more than the one dense gradient and its scores. The dense gradient itself is summed
-beside the scores when the micro-batches that choose are trained on too.
+ever holds more than the one dense gradient and its scores, both in the gradient's own dtype. The
+dense gradient itself is summed beside the scores when the micro-batches that choose are trained on
+too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from sift_train.rules import Rule
-from sift_train.selection import finite_or_zero
+from sift_train.selection import SLICE, finite_or_zero
+
+_CPU = torch.device("cpu")
 
 
 class GradientScores:
@@ -19,12 +22,18 @@ class GradientScores:
 
     Attributes:
         total: summed scores, of the tensor's shape; meaningful after the first ``add``.
-        gradient: summed dense gradient in at least fp32, None if it is not kept.
+        gradient: summed dense gradient, None if it is not kept.
+
+    Args:
+        rule: how components are scored.
+        is_summed: more than one micro-batch is taken in: sums lie on the CPU, in at least fp32, and
+            count what is not finite as nothing. Otherwise scores and gradient stay as they come.
+        keeps_gradient: sum the gradient beside the scores.
     """
 
-    def __init__(self, rule: Rule, device: torch.device, *, keeps_gradient: bool) -> None:
+    def __init__(self, rule: Rule, *, is_summed: bool, keeps_gradient: bool) -> None:
         self._rule = rule
-        self._device = device
+        self._is_summed = is_summed
         self._keeps_gradient = keeps_gradient
         self.total: Tensor = torch.zeros(())
         self.gradient: Tensor | None = None
@@ -44,9 +53,13 @@ class GradientScores:
                 f"the selection rule gave scores of shape {tuple(raw.shape)} for a parameter of "
                 f"shape {tuple(weight.shape)}; give one score a component"
             )
-        scores = finite_or_zero(raw.detach().to(self._device))
+        if not self._is_summed:
+            self.total = raw.detach()
+            self.gradient = gradient if self._keeps_gradient else None
+            return
+        scores = finite_or_zero(raw.detach().to(_CPU))
         wide = torch.promote_types(gradient.dtype, torch.float32)
-        held = gradient.to(self._device, wide) if self._keeps_gradient else None
+        held = gradient.to(_CPU, wide) if self._keeps_gradient else None
         if self._n_added == 0:
             self.total, self.gradient = scores, held
         else:
@@ -58,4 +71,5 @@ class GradientScores:
     @property
     def tells_apart(self) -> bool:
         """Whether any component has a score, so that a choice is better than a blind one."""
-        return bool(self.total.any())
+        parts = self.total.reshape(-1).split(SLICE)
+        return any(bool((part.isfinite() & (part != 0)).any()) for part in parts)

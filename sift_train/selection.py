@@ -15,7 +15,7 @@ from torch import Tensor
 
 _Bins = Callable[[Tensor], Tensor]
 
-SLICE = 1 << 24  # elements looked at together: what the search for a threshold holds beside them
+SLICE = 1 << 17  # elements looked at together: what the search for a threshold holds beside them
 
 
 def n_selected(numel: int, rate: float) -> int:
@@ -122,8 +122,10 @@ def _kth_largest(all_scores: Sequence[Tensor], k: int) -> int:
 def _count(all_scores: Sequence[Tensor], bins: _Bins) -> Tensor:
     total = torch.zeros(1 << 16, dtype=torch.int64)
     for scores in all_scores:
+        own = torch.zeros_like(total, device=scores.device)  # one wait for the device a tensor
         for part in scores.split(SLICE):
-            total += torch.bincount(bins(_order(part)), minlength=1 << 16).cpu()
+            own += torch.bincount(bins(_order(part)), minlength=1 << 16)
+        total += own.cpu()
     return total
 
 

@@ -212,7 +212,7 @@ def test_no_device_holds_more_than_one_tensor_s_scores() -> None:
     """Summed scores lie on the CPU whatever the device: seen with the meta device as another one."""
     from sift_train.scores import GradientScores
 
-    scores = GradientScores(RULES["gradient"], torch.device("cpu"), keeps_gradient=False)
+    scores = GradientScores(RULES["gradient"], is_summed=True, keeps_gradient=False)
     scores.add(torch.ones(3), torch.tensor([1.0, torch.nan, -2.0], dtype=torch.bfloat16))
     scores.add(torch.ones(3), torch.tensor([1.0, 1.0, torch.inf], dtype=torch.bfloat16))
     assert scores.total.device.type == "cpu"
