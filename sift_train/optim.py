@@ -21,7 +21,18 @@ def build_optimizer(sift: SIFT, config: FitConfig) -> Optimizer:
         return SGD(groups, lr=config.lr, momentum=config.momentum)
     if config.optimizer == "adafactor":
         return Adafactor(groups, lr=config.lr)
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, **_lean(sift, config))
+
+
+def _lean(sift: SIFT, config: FitConfig) -> dict[str, bool]:
+    """Return what keeps AdamW from copying all masters' state at once, as torch's default on CUDA does.
+
+    A gradient scaler leaves it to a fused step whether to change anything, and the step counts as
+    taken; without one, each tensor is stepped by itself.
+    """
+    if not all(master.is_cuda for master in sift.parameters_in_optimizer()):
+        return {}
+    return {"foreach": False} if config.mixed_precision == "fp16" else {"fused": True}
 
 
 def build_schedule(optimizer: Optimizer, config: FitConfig, n_steps: int) -> LambdaLR:

@@ -257,6 +257,17 @@ def test_mixed_precision_trains_fp32_weights(tmp_path: Path) -> None:
     fit(make_net(), make_inputs(2), output=tmp_path / "e.sd", loss=square_loss)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_on_a_gpu_every_precision_trains(tmp_path: Path, precision: str) -> None:
+    model, before = make_net(), snapshot(make_net())
+    config = FitConfig(mixed_precision=precision, lr=1e-2, epochs=4)
+    result = fit(model, make_inputs(2), output=tmp_path / "d.sd", loss=square_loss, config=config)
+    assert result.losses[-1] < result.losses[0]
+    assert not same_bits(before["first.weight"], model.first.weight.cpu())
+
+
 def test_an_existing_output_stops_before_training(tmp_path: Path) -> None:
     (tmp_path / "d.sd").write_text("mine")
     model = make_net()
