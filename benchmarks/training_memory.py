@@ -1,0 +1,391 @@
+"""Peak memory of training as the allocator counts it, beside what the planner says.
+
+    python benchmarks/training_memory.py --shape 350m
+
+A figure is the highest number of bytes that tensors held at one time: of torch's CUDA allocator, or
+of its CPU allocator as the profiler sees every allocation and release. It is exact, and does not
+depend on what else runs or on what a C library keeps for later.
+
+A planner knows no activations. What forward and backward take themselves is measured on the same
+model in plain torch, where every gradient is dropped as soon as it exists: its peak, less weights
+and the one gradient.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from measuring import options_for, table, write_result
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from sift_train import SIFT, MemoryReport, plan
+from sift_train.checkpointing import enable_checkpointing
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WINDOW = "training"
+MIB = 1 << 20
+TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a Llama: seven projections a layer, embeddings and head apart from each other."""
+
+    hidden: int
+    intermediate: int
+    n_layers: int
+    n_heads: int
+    vocabulary: int = 32_000
+
+
+SHAPES = {
+    "30m": Shape(512, 1376, 8, 8, 4_000),
+    "350m": Shape(1024, 2816, 24, 16),
+    "7b": Shape(4096, 11008, 32, 32),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and on what.
+
+    Attributes:
+        shape: of the model.
+        dtype: of its weights.
+        device: a device of torch.
+        rate: of all seven projections.
+        length: tokens a sequence.
+        batch_size: sequences a step.
+        n_steps: optimizer steps, the one that chooses included.
+        checkpointing: recompute activations layer by layer.
+    """
+
+    shape: Shape
+    dtype: torch.dtype
+    device: str
+    rate: float
+    length: int
+    batch_size: int = 1
+    n_steps: int = 3
+    checkpointing: bool = True
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens a step."""
+        return self.batch_size * self.length
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training took.
+
+    Attributes:
+        n_trained: components trained.
+        peak_bytes: the highest over all steps.
+        step_seconds: of the fastest step but the first; under the profiler on a CPU.
+    """
+
+    n_trained: int
+    peak_bytes: int
+    step_seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A measured peak of SIFT and what the planner and the target say of it.
+
+    Attributes:
+        report: what ``plan`` said, before the model was there.
+        measured_bytes: the peak.
+        activation_bytes: what forward and backward take themselves.
+        host_bytes: originals, where the device trained on is the host, else 0.
+        step_seconds: as for ``Trained``.
+    """
+
+    report: MemoryReport
+    measured_bytes: int
+    activation_bytes: int
+    host_bytes: int
+    step_seconds: float
+
+    @property
+    def expected_bytes(self) -> int:
+        """What the planner says, with the activations that it cannot know."""
+        return self.report.peak_bytes + self.activation_bytes + self.host_bytes
+
+    @property
+    def deviation(self) -> float:
+        """Measured over expected, less one."""
+        return self.measured_bytes / self.expected_bytes - 1.0
+
+    @property
+    def target_bytes(self) -> int:
+        """Weights, largest gradient and 20 bytes a trained component, 5 % more, and activations."""
+        report = self.report
+        lean = report.weight_bytes + report.largest_gradient_bytes + 20 * report.n_trained
+        return int((1 + TOLERANCE) * lean) + self.activation_bytes + self.host_bytes
+
+    @property
+    def holds(self) -> bool:
+        """Whether the planner is within 5 % and the peak within the target."""
+        return abs(self.deviation) <= TOLERANCE and self.measured_bytes <= self.target_bytes
+
+
+class Around(Protocol):
+    """What to do with a model around its training, outside the window that is measured."""
+
+    def before(self, model: nn.Module) -> None:
+        """Take the model as it comes."""
+
+    def after(self, model: nn.Module, sift: SIFT) -> None:
+        """Take the trained model."""
+
+
+def config_of(shape: Shape) -> Any:
+    """Return a config of transformers."""
+    from transformers import LlamaConfig
+
+    make: Any = LlamaConfig
+    return make(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.n_heads,
+        num_key_value_heads=shape.n_heads,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+
+
+def make_model(setting: Setting) -> nn.Module:
+    """Return a model of random weights, made on the device in the dtype."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    make: Any = LlamaForCausalLM
+    with torch.device(setting.device):
+        model: nn.Module = make._from_config(config_of(setting.shape), dtype=setting.dtype)
+    if setting.checkpointing:
+        enable_checkpointing(model)
+    return model.train()
+
+
+def make_batches(setting: Setting) -> list[dict[str, Tensor]]:
+    """Return one batch of random tokens a step."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (setting.n_steps, setting.batch_size, setting.length)
+    tokens = torch.randint(0, setting.shape.vocabulary, shape, generator=generator)
+    return [{"input_ids": ids, "labels": ids} for ids in tokens.to(setting.device)]
+
+
+def compare(setting: Setting, around: Around | None = None) -> Comparison:
+    """Return a SIFT training's peak beside what was planned for it.
+
+    Args:
+        setting: what is trained.
+        around: what to do with the model before and after its training.
+    """
+    report = plan(
+        config_of(setting.shape), setting.rate, sparse_module=PROJECTIONS, dtype=setting.dtype
+    )
+    own = measure(lambda: train_plainly(setting), setting.device)
+    sift = measure(lambda: train_sift(setting, around), setting.device)
+    return Comparison(
+        report,
+        sift.peak_bytes,
+        max(own.peak_bytes - report.weight_bytes - report.largest_gradient_bytes, 0),
+        report.host_bytes if setting.device == "cpu" else 0,
+        sift.step_seconds,
+    )
+
+
+def train_plainly(setting: Setting) -> tuple[int, float]:
+    """Run forward and backward only, each gradient dropped; return components and seconds a step."""
+    model = make_model(setting)
+    trained = _projections(model)
+    for parameter in trained:
+        hooked: Any = parameter  # the method is untyped
+        hooked.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    seconds = run_steps(setting, model, lambda: None)
+    return sum(p.numel() for p in trained), seconds
+
+
+def train_sift(setting: Setting, around: Around | None = None) -> tuple[int, float]:
+    """Train by SIFT; return how many components, and the seconds a step."""
+    model = make_model(setting)
+    if around is not None:
+        around.before(model)
+    with SIFT(model, setting.rate, PROJECTIONS) as sift:
+        optimizer = lean_adamw(sift.parameters_in_optimizer(), setting)
+        seconds = run_steps(setting, model, lambda: step(optimizer))
+        if around is not None:
+            around.after(model, sift)
+        return sift.n_trained, seconds
+
+
+def lean_adamw(parameters: list[nn.Parameter], setting: Setting) -> torch.optim.Optimizer:
+    """Return an AdamW that makes no copies of everything at once, as torch's default on CUDA does."""
+    fused = setting.device != "cpu"
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=fused, foreach=None if fused else False)
+
+
+def step(optimizer: torch.optim.Optimizer) -> None:
+    """Step, and drop the gradients."""
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def run_steps(setting: Setting, model: nn.Module, after: Callable[[], None]) -> float:
+    """Train on every batch inside the window; return the seconds of the fastest step but the first.
+
+    Raises:
+        ValueError: a loss is not finite.
+    """
+    seconds = []
+    batches = make_batches(setting)
+    with record_function(WINDOW):
+        for batch in batches:
+            start = time.perf_counter()
+            loss: Tensor = model(**batch).loss
+            value = loss.detach()
+            loss.backward()
+            del loss
+            after()
+            if not bool(value.isfinite()):  # waits for the device, too
+                raise ValueError(f"the loss is {float(value)}")
+            seconds.append(time.perf_counter() - start)
+    return min(seconds[1:] or seconds)
+
+
+def measure(train: Callable[[], tuple[int, float]], device: str) -> Trained:
+    """Return what a training took; everything it makes is gone afterwards."""
+    peaks: list[int] = []
+    with _cpu_peak(peaks) if device == "cpu" else _cuda_peak(peaks):
+        n_trained, seconds = train()
+        gc.collect()
+    return Trained(n_trained, peaks[0], seconds)
+
+
+@contextmanager
+def _cuda_peak(peaks: list[int]) -> Iterator[None]:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    peaks.append(torch.cuda.max_memory_allocated())
+    torch.cuda.empty_cache()
+
+
+@contextmanager
+def _cpu_peak(peaks: list[int]) -> Iterator[None]:
+    """Append the highest total within the window; what was allocated before is not counted."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen,
+    ):
+        yield
+        seen.stop()
+        trace = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(trace))
+        peaks.append(_peak_in_window(json.loads(trace.read_bytes())["traceEvents"]))
+
+
+def _peak_in_window(events: list[dict[str, Any]]) -> int:
+    (window,) = (e for e in events if e.get("name") == WINDOW and e.get("ph") == "X")
+    begin, end = window["ts"], window["ts"] + window["dur"]
+    changes = sorted((e["ts"], e["args"]) for e in events if e.get("name") == "[memory]")
+    first = changes[0][1]
+    before = first["Total Allocated"] - first["Bytes"]
+    return int(max(args["Total Allocated"] for ts, args in changes if begin <= ts <= end) - before)
+
+
+def _projections(model: nn.Module) -> list[nn.Parameter]:
+    """Freeze everything but the seven projections, and return those."""
+    trained = []
+    for name, parameter in model.named_parameters():
+        is_target = any(fragment in name for fragment in PROJECTIONS)
+        parameter.requires_grad_(is_target)
+        if is_target:
+            trained.append(parameter)
+    return trained
+
+
+def row_of(setting: Setting, found: Comparison) -> list[str]:
+    """Return the cells of a comparison."""
+    report = found.report
+    return [
+        f"{str(setting.dtype).removeprefix('torch.')}, {setting.rate:.0%}",
+        f"{report.n_trained / 1e6:.1f} M of {report.n_total / 1e6:.0f} M",
+        shown(report.weight_bytes),
+        shown(report.largest_gradient_bytes),
+        shown(report.trained_bytes),
+        shown(found.host_bytes),
+        shown(found.activation_bytes),
+        shown(found.expected_bytes),
+        shown(found.measured_bytes),
+        f"{found.deviation:+.2%}",
+        f"{found.measured_bytes / found.target_bytes:.3f}",
+    ]
+
+
+COLUMNS = (
+    "weights in, rate", "trained", "weights", "one gradient", "trained parts", "originals",
+    "activations", "expected", "measured", "deviation", "of the target",
+)  # fmt: skip
+
+
+def shown(n_bytes: int) -> str:
+    """Return bytes in MiB."""
+    return f"{n_bytes / MIB:,.1f}"
+
+
+def main() -> None:
+    """Measure each dtype and rate, and write the table."""
+    parser = options_for(__doc__, "training_memory.md")
+    parser.add_argument("--shape", choices=SHAPES, default="350m")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rate", type=float, nargs="+", default=[0.01, 0.05])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=3)
+    options = parser.parse_args()
+    setting = Setting(
+        SHAPES[options.shape], torch.float32, options.device, 0.0, options.length,
+        n_steps=options.steps,
+    )  # fmt: skip
+    rows, all_hold = [], True
+    for name in options.dtype:
+        for rate in options.rate:
+            own = replace(setting, dtype=getattr(torch, name), rate=rate)
+            found = compare(own)
+            rows.append(row_of(own, found))
+            all_hold = all_hold and found.holds
+            print(" | ".join(rows[-1]), flush=True)
+    text = (
+        f"A Llama of the shape {options.shape}, random weights, {options.length} tokens a step, "
+        "activation checkpointing, all seven projections, AdamW. MiB. *Expected*: the planner's "
+        "figure with activations and, on a CPU, the originals, which lie on the host. *Of the "
+        "target*: measured over weights, one gradient and 20 bytes a trained component, 5 % more, "
+        "and the same activations and originals."
+    )
+    write_result(
+        options.result, "Memory of training", [text, table(COLUMNS, rows)], where=Path.cwd()
+    )
+    if not all_hold:
+        raise SystemExit("a peak is beyond 5 % of the plan, or beyond the target")
+
+
+if __name__ == "__main__":
+    main()
