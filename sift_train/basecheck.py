@@ -57,7 +57,7 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
         ValueError: a tensor differs, or a file is no safetensors file.
     """
     parts = {} if sift is None else {id(p.parameter): p for p in sift.sparse_mapping.values()}
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own = dict(model.named_parameters())  # of tied ones the first: a base may hold the others apart
     for name, held in _tensors(base, own):
         parameter = own[name]
         if held.shape != parameter.shape:

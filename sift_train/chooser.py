@@ -6,11 +6,11 @@ together and share what each would have had.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sift_train.masters import SparseParameter
 from sift_train.rules import Rule
@@ -139,6 +139,29 @@ class Chooser:
         chosen: dict[str, Any] = top_k_of_all(scores, min(total, numel), generator)
         for name, part in waiting.items():
             part.choose(chosen.get(name, torch.empty(0, dtype=torch.int32)))
+
+
+def choose_by_hand(
+    model: nn.Module, parts: Iterable[SparseParameter], masks: Mapping[str, Any]
+) -> None:
+    """Choose what masks, flat indices or coordinates name, by a parameter's name in the model.
+
+    Raises:
+        ValueError: a mask has another shape than its parameter, or an index is not sound.
+    """
+    own = {id(part.parameter): part for part in parts}
+    for name, mask in masks.items():
+        part = own[id(model.get_parameter(name))]
+        given = torch.as_tensor(mask)
+        if given.dtype != torch.bool:
+            part.idx = given
+        elif given.shape == part.parameter.shape:
+            part.choose(given.flatten().nonzero().flatten())
+        else:
+            raise ValueError(
+                f"the mask of {name!r} has shape {tuple(given.shape)}, "
+                f"expected {tuple(part.parameter.shape)}"
+            )
 
 
 def _hand_over(part: SparseParameter, scores: GradientScores) -> None:

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sift_train import saved
 from sift_train.checkpointing import disable_checkpointing, enable_checkpointing
-from sift_train.chooser import Chooser
+from sift_train.chooser import Chooser, choose_by_hand
 from sift_train.groups import BASE_DECAY
 from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, memory_of
@@ -109,7 +109,7 @@ class SIFT:
         self._by_master = {id(part.master): part for part in parts}
         rule = find_rule(selection) or RULES["gradient"]
         self._chooser = Chooser(self.sparse_mapping, rule, budget, seed)
-        self._choose_by_hand(masks)
+        choose_by_hand(model, self.sparse_mapping.values(), masks)
         self._checkpointing = gradient_checkpointing and enable_checkpointing(model)
         self._requires_grad = {p: p.requires_grad for p in model.parameters()}
         self._first_config = copy.deepcopy(getattr(model, "config", None))
@@ -337,21 +337,6 @@ class SIFT:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # A copied model takes its hooks along; they must go on serving the model that is trained.
         return self
-
-    def _choose_by_hand(self, masks: Mapping[str, Any]) -> None:
-        own = {id(part.parameter): part for part in self.sparse_mapping.values()}
-        for name, mask in masks.items():
-            part = own[id(self.model.get_parameter(name))]
-            given = torch.as_tensor(mask)
-            if given.dtype != torch.bool:
-                part.idx = given
-            elif given.shape == part.parameter.shape:
-                part.choose(given.flatten().nonzero().flatten())
-            else:
-                raise ValueError(
-                    f"the mask of {name!r} has shape {tuple(given.shape)}, "
-                    f"expected {tuple(part.parameter.shape)}"
-                )
 
     def _freeze_and_hook(self) -> None:
         trained = {part.parameter for part in self.sparse_mapping.values()}

@@ -99,6 +99,14 @@ def test_a_changed_structure_is_no_other_base(tmp_path: Path) -> None:
     )
 
 
+def test_a_base_may_hold_tied_weights_apart(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 8, bias=False), "b": nn.Linear(8, 8, bias=False)})
+    save_file(snapshot(model), tmp_path / "base.safetensors")
+    model["b"].weight = model["a"].weight
+    with SIFT(model, 0.1, "weight", selection="magnitude") as sift:
+        export_delta(model, tmp_path / "d.sd", sift=sift, base=tmp_path / "base.safetensors")
+
+
 def sharded(folder: Path, model: Any) -> None:
     model.save_pretrained(folder, max_shard_size="5KB")
 

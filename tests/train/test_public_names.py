@@ -1,0 +1,69 @@
+"""The public face of ``sift_train``, pinned: one that goes, or comes, is a decision."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import sift_train
+
+NAMES = (
+    "RULES SIFT Evaluation FitConfig FitResult MemoryReport Plan Rule SiftCallback "
+    "SiftTrainerMixin SparseParameter StepReport export_delta fit grouped_parameters plan principal"
+).split()
+
+
+def test_names() -> None:
+    assert sorted(sift_train.__all__) == sorted(NAMES)
+    for name in NAMES:
+        assert getattr(sift_train, name) is not None
+    with pytest.raises(AttributeError, match="module 'sift_train' has no attribute 'train'"):
+        sift_train.train  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        (
+            "SIFT",
+            "model sparse_rate sparse_module exception grad_acc gradient_checkpointing "
+            "* selection budget seed",
+        ),
+        (
+            "fit",
+            "model data * output config loss base base_id save_target overwrite evaluate on_step "
+            "on_evaluation progress run_dir resume",
+        ),
+        ("export_delta", "model output * sift base base_id info save_target overwrite"),
+        ("plan", "model rate * sparse_module exception dtype optimizer"),
+        ("grouped_parameters", "sift weight_decay * decay_to"),
+        ("principal", "rank"),
+        (
+            "FitConfig",
+            "* sparse_rate sparse_module exception selection selection_batches budget optimizer lr "
+            "weight_decay decay_to betas eps momentum schedule warmup epochs max_steps accumulation "
+            "max_grad_norm mixed_precision gradient_checkpointing eval_every patience "
+            "higher_is_better save_every trackers seed",
+        ),
+    ],
+)
+def test_parameters(name: str, parameters: str) -> None:
+    found: list[str] = []
+    for parameter in inspect.signature(getattr(sift_train, name)).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in found:
+            found.append("*")
+        found.append(parameter.name)
+    assert " ".join(found) == parameters
+
+
+def test_what_a_sift_offers() -> None:
+    offered = {name for name in vars(sift_train.SIFT) if not name.startswith("_")}
+    assert offered == {
+        "after_closure", "after_step", "attach", "before_step", "clip_grad_norm_", "close",
+        "finish_selection", "first_config", "get_trainable_num", "load", "load_state_dict",
+        "memory_report", "n_total", "n_trained", "named_parameters_in_optimizer",
+        "named_trainable_parameters", "parameters_in_optimizer", "print_trainable_parameters",
+        "revert", "reverted", "save", "selecting", "state_dict", "trainable_parameters",
+        "write_back", "zero_grad",
+    }  # fmt: skip
