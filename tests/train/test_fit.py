@@ -374,7 +374,17 @@ def test_data_that_ends_early_is_told_and_what_was_learnt_is_written(
 def test_bars_of_transformers_show_only_when_asked_for(
     tmp_path: Path, bert_folder: Path, capfd: pytest.CaptureFixture[str], progress: bool
 ) -> None:
-    fit(bert_folder, bert_batches(1), output=tmp_path / "d.sd", progress=progress)
+    from transformers.utils import logging
+
+    bars: Any = logging  # untyped
+    was_shown = bars.is_progress_bar_enabled()
+    bars.enable_progress_bar()
+    try:
+        fit(bert_folder, bert_batches(1), output=tmp_path / "d.sd", progress=progress)
+        assert bars.is_progress_bar_enabled()
+    finally:
+        if not was_shown:
+            bars.disable_progress_bar()
     shown = capfd.readouterr()
     assert shown.out == ""
     assert ("Loading weights" in shown.err) == progress
