@@ -195,7 +195,7 @@ def check(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--batch {options.batch} is no multiple of --micro-batch {options.micro_batch}"
         )
-    return n_micro
+    return int(n_micro)
 
 
 def load(options: argparse.Namespace, *, is_flat: bool | None = None) -> Loaded:

@@ -249,7 +249,8 @@ def test_a_model_whose_packed_examples_see_each_other_is_refused(tokenizer: Any)
         causal_loss.check_packing(make(config).eval(), is_flat=False)
 
 
-def test_the_loss_in_chunks_is_the_loss(place: Path) -> None:
+def test_the_loss_in_chunks_is_the_loss(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(causal_loss, "CHUNK", 16)
     model = load(place / "model")
     causal_loss.check_chunked(model)
     model.lm_head.requires_grad_(False)  # as when training
