@@ -53,9 +53,6 @@ def options_of() -> argparse.Namespace:
     own.add_argument(
         "--eval-every", type=int, help="steps between looks at them; default: at the end"
     )
-    own.add_argument("--run-dir", type=Path, help="folder of checkpoints, to go on from")
-    own.add_argument("--save-every", type=int, help="steps between checkpoints")
-    own.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     own.add_argument("--save-target", type=Path, help="keep the trained checkpoint here as well")
     own.add_argument("--report", type=Path, help="write what was measured, as JSON")
     options = parse(parser, plan)

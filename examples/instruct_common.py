@@ -113,6 +113,7 @@ def make_parser(description: str | None, epilog: str = "") -> argparse.ArgumentP
     )
     text.add_argument("--packing", action="store_true", help="several examples in a row")
     _add_training(parser)
+    _add_checkpoints(parser)
     speed = parser.add_argument_group("memory and speed")
     speed.add_argument(
         "--gradient-checkpointing",
@@ -128,6 +129,13 @@ def make_parser(description: str | None, epilog: str = "") -> argparse.ArgumentP
     preset = finder.parse_known_args()[0].preset
     parser.set_defaults(**PRESETS.get(preset or "", {}))
     return parser
+
+
+def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    saved = parser.add_argument_group("checkpoints")
+    saved.add_argument("--run-dir", type=Path, help="their folder")
+    saved.add_argument("--save-every", type=int, help="steps between them")
+    saved.add_argument("--resume", action="store_true", help="go on from the newest one")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -187,6 +195,8 @@ def check(options: argparse.Namespace) -> int:
         raise ValueError(f"--data '{options.data}' is not a file")
     if options.output.exists() and not options.overwrite:
         raise FileExistsError(f"'{options.output}' exists; name another --output or --overwrite")
+    if options.run_dir is None and (options.resume or options.save_every):
+        raise ValueError("--resume and --save-every need a folder for checkpoints; give --run-dir")
     for name in ("batch", "micro_batch", "max_tokens"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, below 1")

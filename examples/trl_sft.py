@@ -34,9 +34,6 @@ def options_of() -> argparse.Namespace:
     """Return what the command line asks for."""
     parser = make_parser(__doc__)
     own = parser.add_argument_group("of this way")
-    own.add_argument("--run-dir", type=Path, help="folder of checkpoints, to go on from")
-    own.add_argument("--save-every", type=int, help="steps between checkpoints")
-    own.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     own.add_argument("--trackers", nargs="+", default=[], help="such as tensorboard, wandb")
     return parse(parser, plan)
 
@@ -45,8 +42,6 @@ def main() -> None:
     """Train, keep the last save's delta, show what it took."""
     options = options_of()
     n_micro = check(options)
-    if options.run_dir is None and (options.resume or options.save_every):
-        raise ValueError("--resume and --save-every need a folder for checkpoints; give --run-dir")
     loaded = load(options, is_flat=True)  # as TRL hands packed rows on, whatever the attention
     if options.compile:
         print(f"{compile_layers(loaded.model)} layers are compiled when they first run", flush=True)

@@ -418,7 +418,7 @@ def test_help_shows_the_plan_of_the_preset_without_weights(
             ["--template", "chat"],
             "error: the tokenizer has no chat template; use the Alpaca prompt",
         ),
-        (["--resume"], "error: resume needs a folder for checkpoints; give run_dir"),
+        (["--resume"], "error: --resume and --save-every need a folder for checkpoints"),
         (["--targets", "qqq"], "error: no linear layer of LlamaForCausalLM has 'qqq' in its name"),
     ],
 )
