@@ -36,6 +36,7 @@ def run(folder: Path, *options: str) -> tuple[int, dict[str, str], str]:
     return done.returncode, {row[0]: " ".join(row[1:]) for row in rows}, done.stderr
 
 
+@pytest.mark.slow
 def test_the_script_trains_exports_and_applies_within_the_plan(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     status, told, messages = run(tmp_path)
@@ -57,6 +58,7 @@ def test_the_script_trains_exports_and_applies_within_the_plan(tmp_path: Path) -
     assert told["apply"].endswith("every tensor bit for bit the trained one")
 
 
+@pytest.mark.slow
 def test_a_peak_beyond_the_plan_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where every dense gradient is held on to, the same comparison must see it."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
