@@ -1,13 +1,13 @@
 """Whether a checkpoint is what a model was before its training, tensor by tensor, bit for bit.
 
-Tensors are compared under the names they have in both; what only one of them has, or has in another
-shape, is a change of structure, which a delta records.
+Tensors are compared under the names they have in both, a model's prefix apart; what only one of them
+has, or has in another shape, is a change of structure, which a delta records.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,11 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
         ValueError: a tensor differs, or a file is no safetensors file.
     """
     parts = {} if sift is None else {id(p.parameter): p for p in sift.sparse_mapping.values()}
-    own = dict(model.named_parameters())  # of tied ones the first: a base may hold the others apart
+    named = dict(
+        model.named_parameters()
+    )  # of tied ones the first: a base may hold the others apart
+    renamed = names_in_base(model, named, base)
+    own = {renamed.get(name, name): parameter for name, parameter in named.items()}
     for name, held in _tensors(base, own):
         parameter = own[name]
         if held.shape != parameter.shape:
@@ -70,6 +74,29 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
                 f"{before.numel():,} components of {name!r} differ; give the checkpoint that the "
                 "model was loaded from, or leave base out"
             )
+
+
+def names_in_base(model: nn.Module, names: Iterable[str], base: Path) -> dict[str, str]:
+    """Return the names under which a base holds tensors that it does not hold by the model's names.
+
+    A base saved without a head lacks the prefix that a model with one puts before its names, and the
+    other way round; transformers loads both.
+
+    Args:
+        model: has a ``base_model_prefix`` if it is one of transformers.
+        names: of its tensors.
+        base: a folder or a safetensors file.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    if prefix == ".":
+        return {}
+    held = set(tensor_names(base))
+    found = {}
+    for name in names:
+        other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+        if name not in held and other in held:
+            found[name] = other
+    return found
 
 
 def _before(parameter: Tensor, part: SparseParameter | None) -> Tensor:
@@ -86,8 +113,15 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(_BITS[tensor.element_size()])
 
 
+def tensor_names(base: Path) -> Iterator[str]:
+    """Yield the names of a checkpoint's tensors."""
+    for path in weight_files(base):
+        with ExitStack() as stack:
+            yield from _open(path, stack).keys()
+
+
 def _tensors(base: Path, wanted: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    for path in _weight_files(base):
+    for path in weight_files(base):
         with ExitStack() as stack:
             file = _open(path, stack)
             for name in file.keys():  # noqa: SIM118 - not a mapping
@@ -95,7 +129,7 @@ def _tensors(base: Path, wanted: dict[str, Any]) -> Iterator[tuple[str, Tensor]]
                     yield name, file.get_tensor(name)
 
 
-def _weight_files(base: Path) -> list[Path]:
+def weight_files(base: Path) -> list[Path]:
     """Return the files of the weights that transformers loads: one, or those of the index."""
     if not base.is_dir():
         return [base]

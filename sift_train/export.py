@@ -6,6 +6,7 @@ The trained checkpoint is a complete one, with the base's tokenizer and other fi
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -15,11 +16,17 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_model
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 import sparsedelta
-from sift_train.basecheck import check_base, check_weights
+from sift_train.basecheck import (
+    check_base,
+    check_weights,
+    names_in_base,
+    tensor_names,
+    weight_files,
+)
 from sift_train.sift import SIFT
 
 WEIGHT_SUFFIXES = (
@@ -43,7 +50,8 @@ def export_delta(
 ) -> int:
     """Write the delta from the base to the model as it is now; return how many components it changes.
 
-    A transformers model is saved as a folder, any other module as one safetensors file.
+    A transformers model is saved as a folder, any other module as one safetensors file. Its tensors
+    keep the names that ``base`` has for them, with or without the model's prefix.
 
     Args:
         model: trained.
@@ -202,8 +210,25 @@ def _save(model: nn.Module, work: Path, base: Path | None) -> Path:
     save_pretrained: Any = model.save_pretrained
     save_pretrained(folder)
     if base is not None:
+        _rename(folder, model, base)
         _complete(folder, base)
     return folder
+
+
+def _rename(folder: Path, model: nn.Module, base: Path) -> None:
+    """Give the tensors of a saved model the names that they have in the base."""
+    renamed = names_in_base(model, list(tensor_names(folder)), base)
+    if not renamed:
+        return
+    for path in weight_files(folder):
+        tensors = {renamed.get(name, name): tensor for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    index_path = folder / f"{PLAIN_NAME}.index.json"
+    if index_path.exists():
+        index = json.loads(index_path.read_text("utf-8"))
+        shards = index["weight_map"]
+        index["weight_map"] = {renamed.get(name, name): shards[name] for name in shards}
+        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _complete(folder: Path, base: Path) -> None:

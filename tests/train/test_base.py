@@ -148,3 +148,17 @@ def test_the_trainer_is_told_before_it_trains(tmp_path: Path) -> None:
         pytest.raises(ValueError, match=r"1 of 48 components of 'classifier\.weight' differ"),
     ):
         Trainer(model, arguments, train_dataset=bert_batches(1), sift=sift, base=base)
+
+
+def test_a_wrong_base_is_found_under_a_prefix_too(tmp_path: Path) -> None:
+    import transformers
+
+    base = make_bert(tmp_path / "base", torch.float32)
+    encoder: Any = transformers.AutoModel.from_pretrained(base)
+    encoder.save_pretrained(tmp_path / "encoder")
+    classifier: Any = transformers.BertForSequenceClassification
+    model = classifier.from_pretrained(tmp_path / "encoder", num_labels=3)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.bias += 1
+    with pytest.raises(ValueError, match=r"'encoder\.layer\.0\.output\.dense\.bias' differ"):
+        fit(model, bert_batches(1), base=tmp_path / "encoder", output=tmp_path / "d.sd", loss=never)

@@ -69,6 +69,33 @@ def test_from_a_folder_the_delta_makes_the_trained_folder(
     assert {"vocab.txt", "1_Pooling/config.json", "config.json"} <= set(files_of(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("max_shard_size", ["50GB", "5KB"])
+def test_a_new_head_on_a_base_without_the_prefix_leaves_the_names_of_the_base(
+    tmp_path: Path, bert_folder: Path, max_shard_size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    encoder: Any = transformers.AutoModel.from_pretrained(bert_folder)
+    base = tmp_path / "encoder"
+    encoder.save_pretrained(base, max_shard_size=max_shard_size)
+    classifier: Any = transformers.BertForSequenceClassification
+    model = classifier.from_pretrained(base, num_labels=3)
+    save_whole = model.save_pretrained
+    monkeypatch.setattr(
+        model, "save_pretrained", lambda path: save_whole(path, max_shard_size=max_shard_size)
+    )
+    config = FitConfig(sparse_module=LAYERS, exception="classifier", lr=1e-2)
+    result = fit(model, bert_batches(1), output=tmp_path / "delta.sd", base=base, config=config)
+    head = {"classifier.weight", "classifier.bias"}
+    with sparsedelta.load(result.delta) as delta:
+        assert {row.name for row in delta.tensors if row.base is None} == head
+    assert result.nnz <= result.n_trained
+    sparsedelta.apply(base, result.delta, tmp_path / "out")
+    loaded = classifier.from_pretrained(tmp_path / "out")
+    for name, tensor in model.state_dict().items():
+        assert same_bits(tensor, loaded.state_dict()[name]), name
+
+
 def test_only_delta_is_left_beside_the_base(tmp_path: Path, bert_folder: Path) -> None:
     fit(bert_folder, bert_batches(1), output=tmp_path / "delta.sd")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta.sd"]
