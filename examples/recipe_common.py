@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,6 @@ from recipe_methods import (
     sift_names,
     sizes,
 )
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -48,10 +44,6 @@ __all__ = [
 
 GIB = 1 << 30
 SMALL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.md")
-WEIGHTS = (
-    "*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx*", "*.gguf",
-    "*.ot", "*.pb", "*.tflite", "onnx", "openvino", ".git", ".cache",
-)  # fmt: skip
 
 
 # Memory ---------------------------------------------------------------------------------------
@@ -223,32 +215,13 @@ def export(
 ) -> int:
     """Write the delta from the base's folder to a trained model; return how many bytes it has.
 
-    The target is the base's folder with the trained weights and config in place of its own. Its
-    tensors keep the names that they have in the base, with or without the model's prefix, so that
-    the delta holds only what changed and, in full, what is new, such as a head. What the base has
-    and the model does not, such as another head, is removed.
+    The target is the base's folder with the trained weights and config in place of its own. What is
+    new, such as a head, is in the delta in full; what the base has and the model does not is removed.
     """
-    output = Path(os.path.abspath(output))
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as work:
-        target = Path(work) / "target"
-        shutil.copytree(base, target, ignore=shutil.ignore_patterns(*WEIGHTS))
-        model.save_pretrained(target, state_dict=_named_as_in(base, model))
-        with sparsedelta.diff(base, target, base_id=base_id, info=dict(info or {})) as delta:
-            delta.save(output, overwrite=overwrite)
+    sift_train.export_delta(
+        model, output, base=base, base_id=base_id, info=info, overwrite=overwrite
+    )
     return output.stat().st_size
-
-
-def _named_as_in(base: Path, model: Any) -> dict[str, Tensor]:
-    names: set[str] = set()
-    for path in base.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            names.update(file.keys())
-    prefix = f"{model.base_model_prefix}."
-    found = {}
-    for name, tensor in model.state_dict().items():
-        others = (name, name.removeprefix(prefix), prefix + name)
-        found[next((other for other in others if other in names), name)] = tensor
-    return found
 
 
 # Command line ---------------------------------------------------------------------------------
