@@ -236,7 +236,7 @@ def _status(field: str) -> int:
 
 def read_examples(path: Path) -> list[tuple[int, str]]:
     """Return the labels and texts of a file."""
-    lines = path.read_text("latin-1").splitlines()
+    lines = path.read_text("latin-1").split("\n")
     pairs = (line.split(" ", 1) for line in lines if line.strip())
     return [(int(label), text) for label, text in pairs]
 

@@ -59,7 +59,7 @@ def load(folder: Path, n_labels: int) -> tuple[nn.Module, Any]:
 
 def read_examples(path: Path) -> list[tuple[int, str]]:
     """Return labels and texts, shuffled."""
-    lines = [line for line in path.read_text("latin-1").splitlines() if line.strip()]
+    lines = [line for line in path.read_text("latin-1").split("\n") if line.strip()]
     pairs = [(int(label), text) for label, text in (line.split(" ", 1) for line in lines)]
     random.Random(SEED).shuffle(pairs)
     return pairs
