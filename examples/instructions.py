@@ -89,7 +89,8 @@ def read_conversations(path: Path) -> list[Conversation]:
     ``content``, and self-instruct's (``instruction``, ``instances`` of ``input`` and ``output``).
 
     Raises:
-        ValueError: the file is no JSON, a record has none of the formats, or there is none.
+        ValueError: the file is no JSON, a record has none of the formats, there is none, or all
+            answers are empty.
     """
     found = [
         conversation
@@ -98,7 +99,20 @@ def read_conversations(path: Path) -> list[Conversation]:
     ]
     if not found:
         raise ValueError(f"'{path}' holds no example; give a file with at least one")
+    if all(_is_empty(conversation) for conversation in found):
+        raise ValueError(
+            f"all {len(found)} examples of '{path}' have empty answers; there is nothing to learn"
+        )
     return found
+
+
+def count_empty(conversations: Iterable[Conversation]) -> int:
+    """Return how many conversations have no text in any of their answers."""
+    return sum(map(_is_empty, conversations))
+
+
+def _is_empty(conversation: Conversation) -> bool:
+    return not any(m.content.strip() for m in conversation if m.role == "assistant")
 
 
 def choose_template(template: str, tokenizer: Any) -> str:
@@ -240,18 +254,25 @@ def _n_common(left: Sequence[int], right: Sequence[int]) -> int:
 
 def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
     text = path.read_text("utf-8")
-    try:
-        if text.lstrip().startswith("["):
-            for number, record in enumerate(json.loads(text), 1):
-                yield f"record {number} of '{path}'", record
-            return
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"line {number} of '{path}'", json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"'{path}' is neither a JSON list nor a record of JSON on each line: {error}"
-        ) from error
+    if text.lstrip().startswith("["):
+        try:
+            records = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"'{path}' begins as a JSON list but is none: {error}") from error
+        for number, record in enumerate(records, 1):
+            yield f"record {number} of '{path}'", record
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"line {number} of '{path}' is no JSON: {error.msg} at column {error.colno}; expected "
+                "a JSON list, or one record on each line"
+            ) from error
+        yield f"line {number} of '{path}'", record
 
 
 def _conversations_of(record: Any, where: str) -> list[Conversation]:

@@ -37,8 +37,8 @@ import sparsedelta
 from sift_train.loading import checkpoint_dtype
 
 __all__ = [
-    "ADAPTERS", "ALL_LINEAR", "METHODS", "Adapted", "Choice", "KeepBest", "adapt", "by_method", "count",
-    "empty_model", "equalized", "export", "local_model", "model_config", "parse", "plan_table", "planned_dtype",
+    "ADAPTERS", "ALL_LINEAR", "METHODS", "Adapted", "Choice", "KeepBest", "adapt", "by_method",
+    "check_folder", "count", "empty_model", "equalized", "export", "local_model", "model_config", "parse", "plan_table", "planned_dtype",
     "print_plan", "run", "share", "table",
 ]  # fmt: skip
 
@@ -82,13 +82,24 @@ def plan_table(model: nn.Module, methods: Sequence[str], choice: Choice) -> str:
         rows.append((method, f"{n_trained:,}", *cells))
     columns = ("method", "trained", "weights", "gradients", "optimizer", "other", "sum")
     lines = [
-        f"Memory in {unit}, activations apart (other: indices, masters, adapters, and the dense weights "
-        "that SHiRA makes for a forward pass):",
+        f"Memory in {unit}, activations apart{_other(methods)}:",
         table(columns, rows),
     ]
     if "sift" in methods:
         lines.append(f"sift: {_sift_plan(model, choice).fits()}")
     return "\n".join(lines)
+
+
+def _other(methods: Sequence[str]) -> str:
+    """Return what the column "other" holds of these methods, in brackets."""
+    parts = ["indices", "masters"] if "sift" in methods else []
+    if any(method in ADAPTERS for method in methods):
+        parts.append("adapters")
+    if "shira" in methods:
+        parts.append("the dense weights that SHiRA makes for a forward pass")
+    if len(parts) < 3:
+        return f" (other: {' and '.join(parts)})" if parts else ""
+    return f" (other: {', '.join(parts[:-1])}, and {parts[-1]})"
 
 
 def print_plan(model: nn.Module, methods: Sequence[str], choice: Choice) -> None:
@@ -181,7 +192,7 @@ def local_model(model: str) -> tuple[Path, str | None]:
         try:
             folder = Path(snapshot_download(model, allow_patterns=list(SMALL_FILES)))
         except (OSError, ValueError) as error:
-            raise OSError(f"{_not_had(model)}: {error}") from error
+            raise OSError(_not_had(model, error)) from error
         base_id = f"{model}@{folder.name}"
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"'{folder}' holds no safetensors weights, which a delta is made from")
@@ -197,11 +208,28 @@ def model_config(model: str) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise OSError(f"{_not_had(model)}: {error}") from error
+        raise OSError(_not_had(model, error)) from error
 
 
-def _not_had(model: str) -> str:
-    return f"model {model!r} is no model's folder here, and the Hub does not give it"
+def _not_had(model: str, error: Exception) -> str:
+    """Return a sentence in place of what the libraries say at length."""
+    if (Path(model) / "config.json").is_file():
+        return f"'{model}/config.json' cannot be used: {error}"
+    if Path(model).is_dir():
+        return f"folder '{model}' holds no config.json, so it is no model's; name another"
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    why = "offline, or the Hub does not answer"
+    if any(isinstance(cause, RepositoryNotFoundError | HFValidationError) for cause in causes):
+        why = "not found"
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        why = "its owners have to grant access, and to an account that is logged in"
+    return (
+        f"'{model}' is no folder here, and no model of that name could be had from the Hub ({why})"
+    )
 
 
 def export(
@@ -243,6 +271,21 @@ def parse(
         print(plan(options))
         sys.exit(0)
     return options
+
+
+def check_folder(path: Path | None) -> None:
+    """Check before any work that a file can be written there at its end.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+        IsADirectoryError: it is a folder itself.
+    """
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"folder '{path.parent}' does not exist; create it first")
+    if path.is_dir():
+        raise IsADirectoryError(f"'{path}' is a folder; name a file in it")
 
 
 def count(text: str) -> int:
@@ -293,7 +336,11 @@ def by_method(given: Sequence[str], defaults: Mapping[str, float], what: str) ->
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a recipe and end the process; what cannot be used is told in one sentence."""
+    """Run a recipe and end the process; what cannot be used is told in one sentence.
+
+    One that was interrupted ends with 130, as a shell expects it; a sentence that the
+    ``KeyboardInterrupt`` carries says how to go on.
+    """
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
@@ -302,6 +349,9 @@ def run(main: Callable[[], None]) -> None:
         if "--debug" in sys.argv:
             raise
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped", file=sys.stderr, flush=True)
+        sys.exit(130)
     sys.exit(0)
 
 

@@ -164,7 +164,13 @@ def test_what_is_cut_off_is_not_learnt_and_empty_examples_are_left_out(tokenizer
         ('{"instruction": "a", "output": 3}', "output is 3, expected text"),
         ('{"messages": [{"role": "tool", "content": "a"}]}', "message of role 'tool'"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no message of the assistant"),
-        ("nothing", "neither a JSON list nor a record of JSON on each line"),
+        ("nothing", "line 1 of '.*' is no JSON: Expecting value at column 1; expected a JSON list"),
+        (
+            '\n{"instruction": "a", "output": "b"}\n{"a": }',
+            "line 3 of '.*' is no JSON: .* column 7",
+        ),
+        ("[1,", "begins as a JSON list but is none"),
+        ('{"instruction": "a", "output": " "}\n' * 2, "all 2 examples of '.*' have empty answers"),
         ("\n", "holds no example"),
     ],
 )
