@@ -13,18 +13,17 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
 from instruct_common import empty_causal, load_causal
 from mmlu_csv import write_tasks
-from recipe_common import local_model, parse, run, table
+from recipe_common import check_folder, local_model, parse, run, table
 
 import sparsedelta
-from sparsedelta.errors import StructureMismatch
+from sparsedelta.errors import FormatError, MismatchError, StructureMismatch
 
 BASE = "base"
 INDEX_BYTES = 8  # of a touched element in memory, beside its value before and after
@@ -94,14 +93,20 @@ def main() -> None:
     folder, _ = local_model(options.base)
     with tempfile.TemporaryDirectory() as work:
         names, manager = find_tasks(options, Path(work))
-        found = measure_all(
-            folder,
-            options.delta,
-            lambda model: measure(model, folder, names, manager, options),
-        )
-    print(side_by_side(found))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1, default=str), "utf-8")
+        found: dict[str, Scores] = {}
+        try:
+            for name, scores in measure_all(
+                folder,
+                options.delta,
+                lambda model: measure(model, folder, names, manager, options),
+                base=options.base,
+            ):
+                found[name] = scores
+                if options.json:
+                    options.json.write_text(json.dumps(found, indent=1, default=str), "utf-8")
+        finally:  # what has been measured is shown even if a later delta fails
+            if found:
+                print(side_by_side(found), flush=True)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -118,6 +123,7 @@ def check(options: argparse.Namespace) -> None:
     for name in names:
         if names.count(name) > 1 or name == BASE:
             raise ValueError(f"two columns would be called {name!r}; rename a delta's file")
+    check_folder(options.json)
 
 
 def find_tasks(options: argparse.Namespace, work: Path) -> tuple[list[str], Any]:
@@ -150,41 +156,76 @@ def find_tasks(options: argparse.Namespace, work: Path) -> tuple[list[str], Any]
     return names, manager
 
 
-def measure_all(
-    folder: Path, deltas: list[Path], measure: Callable[[Any], Scores]
-) -> dict[str, Scores]:
-    """Return what is measured of the base and of the target of each delta, by name.
+def check_deltas(model: Any, folder: Path, deltas: Sequence[Path], *, base: str) -> list[Path]:
+    """Return those deltas that change more than values in place; every one is the base's.
 
-    A delta that changes more than values in place, such as a grown vocabulary, comes last, as a
-    model of its own made of the base's files.
+    Args:
+        model: the base in memory, left as it is.
+        folder: of the base.
+        deltas: to be evaluated.
+        base: what the base is called.
 
     Raises:
-        MismatchError: a delta is of another base.
+        ValueError: a delta is of another base, or damaged.
+    """
+    apart = []
+    for path in deltas:
+        with sparsedelta.load(path) as delta:
+            try:
+                try:
+                    with delta.applied(model):
+                        pass
+                except StructureMismatch:
+                    sparsedelta.verify(delta, base=folder)
+                    apart.append(path)
+            except MismatchError as error:
+                raise ValueError(f"'{path}' was not made from '{base}': {error}") from error
+            except FormatError as error:
+                raise ValueError(f"'{path}' is damaged: {error}") from error
+    return apart
+
+
+def measure_all(
+    folder: Path, deltas: Sequence[Path], measure: Callable[[Any], Scores], *, base: str
+) -> Iterator[tuple[str, Scores]]:
+    """Yield what is measured of the base and of the target of each delta, with its name.
+
+    All deltas are checked before anything is measured. One that changes more than values in place,
+    such as a grown vocabulary, comes last, as a model of its own made of the base's files.
+
+    Args:
+        folder: of the base.
+        deltas: of the base.
+        measure: returns the scores of a model.
+        base: what the base is called.
+
+    Raises:
+        ValueError: a delta is of another base, or damaged.
     """
     model = load_causal(folder).eval()
-    device, found, apart = model.device, {BASE: measure(model)}, []
+    device, apart = model.device, check_deltas(model, folder, deltas, base=base)
+    yield BASE, measure(model)
     for path in deltas:
-        with sparsedelta.load(path) as delta, ExitStack() as stack:
-            try:
-                stack.enter_context(delta.applied(model))
-            except StructureMismatch:
-                apart.append(path)
-                continue
-            found[path.stem] = measure(model)
+        if path in apart:
+            continue
+        with sparsedelta.load(path) as delta, delta.applied(model):
+            scores = measure(model)
+        yield path.stem, scores
     del model  # before another is loaded
     for path in apart:
         other = sparsedelta.load_model(path, base=folder)
-        found[path.stem] = measure(other.to(device).eval())
-    return found
+        yield path.stem, measure(other.to(device).eval())
 
 
 def measure(
     model: Any, folder: Path, names: list[str], manager: Any, options: argparse.Namespace
 ) -> Scores:
     """Return the harness's scores of a model by task."""
-    from lm_eval import simple_evaluate  # type: ignore[import-untyped]
+    from lm_eval import evaluator, simple_evaluate  # type: ignore[import-untyped]
     from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped]
 
+    # The harness asks git for the commit of whatever folder it runs in, and git complains outside one.
+    evaluator.get_git_commit_hash = lambda: None
     auto: Any = transformers.AutoTokenizer
     wrapped: Any = HFLM(
         pretrained=model,

@@ -139,6 +139,15 @@ def test_help_shows_what_base_and_delta_take(
         (["--tasks", "humaneval"], "error: humaneval runs code that a model wrote"),
         (["--mmlu-csv", "base"], "error: 'base' is no folder with files such as"),
         (["--mmlu-csv", "mmlu", "--shots", "5"], "error: 'mmlu/night_sky_dev.csv' has 3 worked"),
+        (
+            ["--mmlu-csv", "mmlu", "--json", "nodir/x.json"],
+            "error: folder 'nodir' does not exist; create it first",
+        ),
+        (
+            ["--base", "nolm", "--tasks", "x"],
+            "error: 'nolm' is no folder here, and no model of that",
+        ),
+        (["--base", "mmlu", "--tasks", "x"], "error: folder 'mmlu' holds no config.json"),
         (["--mmlu-csv", "bad"], "error: line 2 of 'bad/a_test.csv' has 3 columns and ends in 'c'"),
         (
             ["--mmlu-csv", "mmlu", "--delta", "one.sd", "other/one.sd"],
@@ -152,17 +161,53 @@ def test_what_cannot_be_used_is_told_in_a_sentence(
     (place / "bad").mkdir(exist_ok=True)
     (place / "bad" / "a_test.csv").write_text("q,1,2,3,4,A\na,b,c\n")
     monkeypatch.chdir(place)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     ended = run_script("evaluate", ["--base", "base", *words], monkeypatch)
     assert str(ended).startswith(message)
 
 
-def test_a_delta_of_another_base_is_refused(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("wrong", ["other.sd", "taller.sd"])
+def test_a_delta_of_another_base_is_refused_before_anything_is_scored(
+    place: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
-    with sparsedelta.diff(place / "one", place / "two") as delta:
-        delta.save(tmp_path / "wrong.sd")
-    words = ["--base", place / "base", "--delta", tmp_path / "wrong.sd"]
-    more = ["--mmlu-csv", place / "mmlu", "--limit", 1]
-    ended = run_script("evaluate", [*words, *more], monkeypatch)
-    assert str(ended).startswith("error: tensor 'model.layers.1.")
-    assert "neither the values of the delta's base" in str(ended)
+    import lm_eval  # type: ignore[import-untyped]
+
+    pairs = {"other.sd": ("one", "two"), "taller.sd": ("grown", "one")}
+    with sparsedelta.diff(*(place / name for name in pairs[wrong])) as delta:
+        delta.save(place / wrong, overwrite=True)
+    scored: list[Any] = []
+    monkeypatch.setattr(lm_eval, "simple_evaluate", scored.append)
+    monkeypatch.chdir(place)
+    words = ["--base", "base", "--delta", "one.sd", wrong, "--mmlu-csv", "mmlu"]
+    ended = run_script("evaluate", words, monkeypatch)
+    assert str(ended).startswith(f"error: '{wrong}' was not made from 'base': tensor '")
+    assert not scored
+
+
+def test_scores_are_kept_when_a_later_one_fails(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    import lm_eval
+
+    evaluate, n_calls = lm_eval.simple_evaluate, 0
+
+    def fail_at_the_third(*args: Any, **given: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 3:
+            raise OSError("the disk is gone")
+        return evaluate(*args, **given)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", fail_at_the_third)
+    monkeypatch.chdir(tmp_path)  # which git knows nothing of
+    deltas = [place / f"{name}.sd" for name in ("one", "two")]
+    words = ["--base", place / "base", "--delta", *deltas, "--mmlu-csv", place / "mmlu"]
+    more = ["--limit", 2, "--json", "scores.json"]
+    assert run_script("evaluate", [*words, *more], monkeypatch) == "error: the disk is gone"
+    assert list(json.loads(Path("scores.json").read_text())) == ["base", "one"]
+    shown = capfd.readouterr()
+    assert "| one " in shown.out
+    assert "not a git repository" not in shown.err
