@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import random
@@ -278,6 +279,12 @@ def train_once(
         optimizer, lambda step: min((step + 1) / n_warm, 1 - step / n_steps)
     )
     model.train()
+    if method.sift is not None and spec.get("selection_batches"):
+        rows = random.Random(f"{spec['seed']}/0").sample(training, len(training))
+        chosen_by = itertools.islice(batches_of(tokenizer, rows), spec["selection_batches"])
+        with method.sift.selecting():
+            for tokens, labels in chosen_by:
+                nn.functional.cross_entropy(model(tokens), labels).backward()
     for epoch in range(n_epochs):
         rows = random.Random(f"{spec['seed']}/{epoch}").sample(training, len(training))
         for tokens, labels in batches_of(tokenizer, rows):
@@ -303,6 +310,10 @@ def quality_methods() -> list[dict[str, Any]]:
             {"method": "sift", "selection": rule, "rate": rate}
             for rate in reversed(RATES)
             for rule in RULES
+        ),
+        *(
+            {"method": "sift", "selection": "gradient", "rate": rate, "selection_batches": 8}
+            for rate in reversed(RATES)
         ),
     ]
 
@@ -436,14 +447,22 @@ def quality_table(measured: list[dict[str, Any]]) -> str:
     """Return the test accuracy of each method at its best learning rate."""
     rows = []
     for method in quality_methods():
-        own = [row for row in measured if method.items() <= row["spec"].items()]
+        own = [
+            row
+            for row in measured
+            if method.items() <= row["spec"].items()
+            and method.get("selection_batches") == row["spec"].get("selection_batches")
+        ]
         if not own:
             continue
         first = [row for row in own if row["spec"]["seed"] == SEEDS[0]]
         best = max(first, key=lambda row: float(row["result"]["dev"]))["spec"]["lr"]
         tests = [100 * row["result"]["test"] for row in own if row["spec"]["lr"] == best]
         name = method["method"]
-        shown = name if name != "sift" else f"sift {method['rate']:.1%} {method['selection']}"
+        shown = name
+        if name == "sift":
+            shown = f"sift {method['rate']:.1%} {method['selection']}"
+            shown += " of 8 batches" if "selection_batches" in method else ""
         rows.append(
             (
                 shown,
