@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from causal_loss import (
@@ -25,14 +26,16 @@ from causal_loss import (
     plain_loss,
 )
 from instruct_common import Loaded, check, choice_of, load, make_parser, peak_bytes, plan
+from instruct_resume import note_interrupted
 from instructions import Steps, collate, encode, read_conversations
-from recipe_common import parse, run
+from recipe_common import check_folder, parse, run
 from recipe_methods import find_layers, sift_names
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 import sift_train
 
-N_LINES = 10  # of losses to show
+N_FIRST, N_LINES = 3, 10  # steps whose losses are shown: the first, and others evenly
+SHOW_SECONDS = 30  # the longest without a line, unless a step takes longer
 
 
 def options_of() -> argparse.Namespace:
@@ -66,6 +69,11 @@ def main() -> None:
     """Train, write the delta, say what it took."""
     options = options_of()
     n_micro = check(options)
+    check_folder(options.report)
+    if options.save_target is not None and not options.save_target.parent.is_dir():
+        raise FileNotFoundError(
+            f"folder '{options.save_target.parent}' does not exist; create it first"
+        )
     loaded = load(options)
     loss = choose_loss(options, loaded.model)
     compile_model(options, loaded.model)
@@ -99,6 +107,27 @@ def main() -> None:
         print(f"{name.replace('_', ' '):<24}{value}")
     if options.report:
         options.report.write_text(json.dumps(measured, indent=1), "utf-8")
+    if result.stopped == "interrupted":
+        end_interrupted(options, result, clock)
+
+
+def end_interrupted(
+    options: argparse.Namespace, result: sift_train.FitResult, clock: Clock
+) -> NoReturn:
+    """Say how an interrupted run goes on.
+
+    Raises:
+        KeyboardInterrupt: always, with the sentence.
+    """
+    at = f"stopped after step {result.n_steps:,}" + (
+        f" of {clock.n_steps:,}" if clock.n_steps else ""
+    )
+    if options.run_dir is None:
+        raise KeyboardInterrupt(
+            f"{at}; without --run-dir no checkpoint was kept to go on from, only '{result.delta}'"
+        )
+    note_interrupted(options)
+    raise KeyboardInterrupt(f"{at}; go on with --resume")
 
 
 def config_of(options: argparse.Namespace, loaded: Loaded, n_micro: int) -> sift_train.FitConfig:
@@ -187,7 +216,9 @@ class Clock:
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
         self.loaded_bytes = self.peak_bytes = peak_bytes()
+        self.n_steps: int | None = None
         self._last: tuple[float, float] | None = None
+        self._shown = -math.inf
 
     def on_step(self, report: sift_train.StepReport) -> None:
         """Take the time since the step before."""
@@ -197,8 +228,11 @@ class Clock:
             self.cpu_seconds.append(now[1] - self._last[1])
         self._last = now
         self.peak_bytes = peak_bytes()
+        self.n_steps = report.n_steps
         every = max(1, report.n_steps // N_LINES)
-        if report.step % every == 0 or report.step in (1, report.n_steps):
+        is_due = report.step % every == 0 or report.step in (*range(1, N_FIRST + 1), report.n_steps)
+        if is_due or now[0] - self._shown >= SHOW_SECONDS:
+            self._shown = now[0]
             line = f"  step {report.step:>5}/{report.n_steps}  loss {report.loss:.4f}"
             print(line, flush=True)
 
@@ -214,8 +248,8 @@ def describe(
         "trained_share": round(result.trained_share, 6),
         "changed": result.nnz,
         "steps": result.n_steps,
-        "first_loss": round(result.losses[0], 4),
-        "last_loss": round(result.losses[-1], 4),
+        "first_loss": round(result.losses[0], 4) if result.losses else "none",
+        "last_loss": round(result.losses[-1], 4) if result.losses else "none",
         "ended": result.stopped,
         "train_seconds": round(result.train_seconds, 1),
         "loaded_bytes": clock.loaded_bytes,

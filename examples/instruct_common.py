@@ -16,10 +16,12 @@ from typing import Any
 import torch
 import transformers
 from causal_loss import check_packing
+from instruct_resume import is_left_by_interrupted
 from instructions import (
     TEMPLATES,
     Tokens,
     choose_template,
+    count_empty,
     encode,
     pack,
     read_conversations,
@@ -27,8 +29,10 @@ from instructions import (
 from recipe_common import (
     ALL_LINEAR,
     Choice,
+    check_folder,
     empty_model,
     local_model,
+    model_config,
     plan_table,
     planned_dtype,
     print_plan,
@@ -184,8 +188,11 @@ def plan(options: argparse.Namespace) -> str:
 def check(options: argparse.Namespace) -> int:
     """Return the micro-batches of an optimizer step, having checked what can be checked at once.
 
+    What the run that is resumed left at the output when it was interrupted may be replaced.
+
     Raises:
         FileExistsError: something is at the output.
+        FileNotFoundError: its folder does not exist.
         ValueError: an option is missing, or does not go with another.
     """
     for name in ("model", "data"):
@@ -193,6 +200,9 @@ def check(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} is missing; see --help")
     if not options.data.is_file():
         raise ValueError(f"--data '{options.data}' is not a file")
+    check_folder(options.output)
+    if options.resume and not options.overwrite:
+        options.overwrite = is_left_by_interrupted(options)
     if options.output.exists() and not options.overwrite:
         raise FileExistsError(f"'{options.output}' exists; name another --output or --overwrite")
     if options.run_dir is None and (options.resume or options.save_every):
@@ -234,6 +244,8 @@ def load(options: argparse.Namespace, *, is_flat: bool | None = None) -> Loaded:
     )
     if options.packing:
         report += f", packed in {len(rows)} rows"
+    if n_empty := count_empty(conversations):
+        report += f"; {n_empty} have empty answers, of which only the end is learnt"
     if n_left_out:
         report += f"; {n_left_out} left out, whose answers begin after {options.max_tokens} tokens"
     print(report, flush=True)
@@ -264,10 +276,19 @@ def load_causal(folder: Path, attention: str | None = None) -> Any:
 
 
 def empty_causal(name: str) -> Any:
-    """Return the model of a folder or of an id of the Hub without values, by its config alone."""
-    auto: Any = transformers.AutoConfig
-    config = auto.from_pretrained(name)
-    return empty_model(transformers.AutoModelForCausalLM, config, planned_dtype(name, config))
+    """Return the model of a folder or of an id of the Hub without values, by its config alone.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: it is of another kind.
+    """
+    config = model_config(name)
+    make: Any = transformers.AutoModelForCausalLM
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"'{name}' is a {config.model_type!r} model, which is no causal language model"
+        )
+    return empty_model(make, config, planned_dtype(name, config))
 
 
 def peak_bytes() -> int:

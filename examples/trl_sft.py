@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ import torch
 from causal_loss import compile_layers
 from datasets import Dataset  # type: ignore[import-untyped]
 from instruct_common import Loaded, check, choice_of, load, make_parser, peak_bytes, plan
+from instruct_resume import keep_settings
 from recipe_common import parse, run
 from recipe_methods import find_layers, sift_names
+from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -43,12 +46,13 @@ def main() -> None:
     options = options_of()
     n_micro = check(options)
     loaded = load(options, is_flat=True)  # as TRL hands packed rows on, whatever the attention
+    keep_settings(options, len(loaded.rows))
     if options.compile:
         print(f"{compile_layers(loaded.model)} layers are compiled when they first run", flush=True)
     with ExitStack() as stack:
         work = options.run_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         trainer = make_trainer(options, loaded, n_micro, work)
-        trainer.train(resume_from_checkpoint=True if options.resume else None)
+        train(trainer, options, newest_in(options.run_dir) if options.resume else None)
         first_config: Any = trainer.sift.first_config
         if hasattr(first_config, "use_cache"):  # Trainer turns it off for gradient checkpointing
             loaded.model.config.use_cache = first_config.use_cache
@@ -66,6 +70,29 @@ def main() -> None:
         ("peak bytes", peak_bytes()),
     ):
         print(f"{name:<24}{value}")
+
+
+def train(trainer: SiftSFTTrainer, options: argparse.Namespace, checkpoint: str | None) -> None:
+    """Train, from a checkpoint if there is one.
+
+    Raises:
+        KeyboardInterrupt: someone interrupts it; it carries how to go on.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        state = trainer.state
+        at = f"stopped after step {state.global_step:,} of {state.max_steps:,}"
+        newest = newest_in(options.run_dir)
+        if newest is None:
+            raise KeyboardInterrupt(f"{at}; no checkpoint was kept to go on from") from None
+        raise KeyboardInterrupt(f"{at}; go on from '{Path(newest).name}' with --resume") from None
+
+
+def newest_in(run_dir: Path | None) -> str | None:
+    """Return the newest checkpoint of a run's folder, None if there is none."""
+    found: Callable[[str], str | None] = get_last_checkpoint
+    return found(str(run_dir)) if run_dir is not None and run_dir.is_dir() else None
 
 
 def make_trainer(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,6 +183,12 @@ def test_a_file_of_another_format_is_refused(tmp_path: Path, text: str, message:
         instructions.read_conversations(path)
 
 
+def test_empty_answers_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    write_lines(path, [{"instruction": "a", "output": text} for text in ("b", "", " ")])
+    assert instructions.count_empty(instructions.read_conversations(path)) == 2
+
+
 def test_alpaca_takes_no_long_conversation(chatty: Any) -> None:
     conversation = (Message("system", "s"), Message("user", "u"), Message("assistant", "a"))
     with pytest.raises(ValueError, match="goes system, user, assistant, but the Alpaca prompt"):
@@ -332,6 +340,7 @@ def test_it_learns_and_its_delta_makes_the_trained_checkpoint(
     test = ["--test", place / "alpaca.json", "--eval-every", 3]
     assert run_script("instruct", [*words, *more, *kept, *test], monkeypatch) == 0
     shown = capsys.readouterr().out
+    assert "activations apart (other: indices and masters):" in shown
     assert shown.index("| sift") < shown.index("24 examples of 24 conversations")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["last_loss"] < 0.7 * report["first_loss"]
@@ -374,6 +383,61 @@ def test_a_run_goes_on_to_the_same_delta(
     sparsedelta.apply(place / "model", tmp_path / "delta.sd", first)
     name = "model.safetensors"
     assert (again / name).read_bytes() == (first / name).read_bytes()
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_may_replace_only_its_own(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import sift_train
+
+    fit = sift_train.fit
+
+    def interrupted(*args: Any, on_step: Any, **given: Any) -> Any:
+        def step(report: Any) -> None:
+            on_step(report)
+            if report.step == 2:
+                signal.raise_signal(signal.SIGINT)
+
+        return fit(*args, on_step=step, **given)
+
+    target = ["--save-target", tmp_path / "trained"]
+    words = [*words_for(place, tmp_path), "--steps", 4, "--run-dir", tmp_path / "run", *target]
+    with monkeypatch.context() as patch:
+        patch.setattr(sift_train, "fit", interrupted)
+        assert run_script("instruct", words, patch) == 130
+    assert capsys.readouterr().err.endswith("stopped after step 2 of 4; go on with --resume\n")
+    output = tmp_path / "delta.sd"
+    left = output.read_bytes()
+    output.write_bytes(b"of someone else")
+    ended = run_script("instruct", [*words, "--resume"], monkeypatch)
+    assert str(ended).startswith(f"error: '{output}' exists")
+    output.write_bytes(left)
+    assert run_script("instruct", [*words, "--resume"], monkeypatch) == 0
+    with sparsedelta.load(output) as delta:
+        assert (delta.info["steps"], delta.info["stopped"]) == (4, "done")
+    ended = run_script("instruct", [*words, "--resume"], monkeypatch)
+    assert str(ended).startswith(f"error: '{output}' exists")
+
+
+def test_steps_that_take_long_are_shown_at_least_twice_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import instruct
+
+    now = iter(range(0, 10_000, 12))  # seconds
+    monkeypatch.setattr(
+        instruct,
+        "time",
+        SimpleNamespace(perf_counter=lambda: next(now), process_time=lambda: 0),
+    )
+    clock = instruct.Clock()
+    for step in range(1, 12):
+        clock.on_step(SimpleNamespace(step=step, n_steps=1000, loss=1.0))  # type: ignore[arg-type]
+    shown = [int(line.split()[1].split("/")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert shown == [1, 2, 3, 6, 9]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # from its compiler, when imported
@@ -424,6 +488,13 @@ def test_help_shows_the_plan_of_the_preset_without_weights(
             ["--template", "chat"],
             "error: the tokenizer has no chat template; use the Alpaca prompt",
         ),
+        (["--output", "nodir/x.sd"], "error: folder 'nodir' does not exist; create it first"),
+        (["--report", "nodir/r.json"], "error: folder 'nodir' does not exist; create it first"),
+        (["--save-target", "nodir/t"], "error: folder 'nodir' does not exist; create it first"),
+        (
+            ["--model", "nolm"],
+            "error: 'nolm' is no folder here, and no model of that name could be",
+        ),
         (["--resume"], "error: --resume and --save-every need a folder for checkpoints"),
         (["--targets", "qqq"], "error: no linear layer of LlamaForCausalLM has 'qqq' in its name"),
     ],
@@ -431,6 +502,7 @@ def test_help_shows_the_plan_of_the_preset_without_weights(
 def test_what_cannot_be_used_is_told_in_a_sentence(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[object], message: str
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     ended = run_script("instruct", [*words_for(place, tmp_path), *more], monkeypatch)
     assert str(ended).startswith(message)
 
@@ -475,7 +547,12 @@ def test_trl_trains_on_the_same_and_its_delta_applies(
     assert "delta.sd" in files
     assert not any(name.startswith("model") for name in files)
     whole_run = (tmp_path / "delta.sd").read_bytes()
-    words = [*words, "--save-every", 4, "--resume"]  # from step 8: nothing is left to train
+    words = [*words, "--save-every", 4]
+    ended = run_script("trl_sft", words, monkeypatch)
+    assert str(ended).startswith(f"error: '{tmp_path / 'run'}' holds checkpoints of another run")
+    ended = run_script("trl_sft", [*words, "--resume", "--steps", 9], monkeypatch)
+    assert f"error: the run saved in '{tmp_path / 'run'}' has steps 8, this one 9" in str(ended)
+    words = [*words, "--resume"]  # from step 8: nothing is left to train
     assert run_script("trl_sft", words, monkeypatch) == 0
     with sparsedelta.load(tmp_path / "delta.sd") as delta:
         again = delta.target.fingerprint
