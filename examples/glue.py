@@ -24,8 +24,9 @@ import datasets  # type: ignore[import-untyped]
 import numpy as np
 import torch
 import transformers
+from glue_files import load_files, regression_hint
 from glue_report import comparison, summary
-from glue_tasks import SCORES, TASKS, Data, load_files, load_task, narrowed, score
+from glue_tasks import SCORES, TASKS, Data, load_task, narrowed, score
 from recipe_common import (
     ADAPTERS,
     METHODS,
@@ -331,6 +332,9 @@ def main() -> None:
     check_outputs(options)
     print(plan(options, TASKS[options.task].n_labels if options.task else 2), flush=True)
     data = load_data(options)
+    hint = regression_hint(data.labels)
+    if hint:
+        print(f"note: {hint}", file=sys.stderr, flush=True)
     own = {"sift": data.task.lr, "shira": data.task.lr, **RATES}
     lrs = by_method(options.lr, own, "--lr")
     sizes = ", ".join(f"{len(rows):,} {name}" for name, rows in data.scored.items())
@@ -362,6 +366,21 @@ def main() -> None:
             write_json(options, runs, deltas)
     print(f"\nScores in percent, mean ± deviation over {len(options.seeds)} seed(s):\n")
     print(comparison(summary(runs, deltas)))
+    check_deltas(options, deltas)
+
+
+def check_deltas(options: argparse.Namespace, deltas: dict[str, dict[str, Any]]) -> None:
+    """Find out whether every delta that was asked for is written.
+
+    Raises:
+        ValueError: one is not, as no score of its method is a number.
+    """
+    missing = [method for method in options.method if method not in deltas]
+    if options.output is not None and missing:
+        raise ValueError(
+            f"no delta of {' and '.join(missing)} is written, since no score that chooses it is a "
+            "number: training diverged; try a lower --lr"
+        )
 
 
 def write_json(

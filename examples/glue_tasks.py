@@ -1,14 +1,11 @@
-"""The nine GLUE tasks and local files as one thing: texts, labels, and the scores that count.
+"""The nine GLUE tasks, and any data as one thing: texts, labels, and the scores that count.
 
 The settings of a task are those of the paper's authors where they published some; see docs/glue.md.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,7 @@ from scipy import stats  # type: ignore[import-untyped]
 from sklearn import metrics  # type: ignore[import-untyped]
 
 HUB_ID = "nyu-mll/glue"
-MAX_HELD_OUT = 500
 
-Rows = list[tuple[tuple[str, ...], str]]  # texts, label
 Array = npt.NDArray[Any]
 
 
@@ -152,7 +147,7 @@ def load_task(name: str, data_dir: Path | None) -> Data:
     def plain(split: str) -> datasets.Dataset:
         rows = splits[split]
         texts = [list(rows[column]) for column in task.texts]
-        return _dataset(texts, list(rows["label"]))
+        return dataset_of(texts, list(rows["label"]))
 
     scored = {shown: plain(split) for shown, split in task.dev.items()}
     return Data(
@@ -190,158 +185,12 @@ def _local_splits(task: Task, data_dir: Path) -> Mapping[str, datasets.Dataset]:
     return found  # type: ignore[no-any-return]
 
 
-def _dataset(texts: Sequence[Sequence[str]], labels: Sequence[float]) -> datasets.Dataset:
+def dataset_of(texts: Sequence[Sequence[str]], labels: Sequence[float]) -> datasets.Dataset:
+    """Return examples as all that is trained on; ``texts`` is one column, or the two of a pair."""
     columns: dict[str, Any] = {"text": texts[0], "labels": labels}
     if len(texts) == 2:
         columns["text_pair"] = texts[1]
     return datasets.Dataset.from_dict(columns)
-
-
-# Files ----------------------------------------------------------------------------------------
-
-
-def load_files(
-    train: Path,
-    dev: Path | None = None,
-    test: Path | None = None,
-    *,
-    texts: Sequence[str] = (),
-    label: str = "label",
-    is_regression: bool = False,
-    encoding: str = "utf-8",
-) -> Data:
-    """Return the data of local files.
-
-    A ``.csv`` has a line of column names first, a ``.jsonl`` an object a line; any other file has a
-    label, a space and a text on each line. Without ``dev`` a tenth of the training examples, at
-    most 500, is held out to choose the step by.
-
-    Args:
-        train: to train on.
-        dev: to choose the step by.
-        test: scored in the end.
-        texts: the column of the text, or of two texts; by default all but the label's and ``id``
-            and ``idx``.
-        label: the column of the label.
-        is_regression: labels are numbers to be predicted.
-        encoding: of the files.
-
-    Raises:
-        ValueError: a file cannot be read as what it is.
-        OSError: it cannot be read at all.
-    """
-    read: dict[str, Rows] = {}
-    rows = _rows(train, texts, label, encoding)
-    if dev is not None:
-        read["dev"] = _rows(dev, texts, label, encoding)
-    else:
-        random.Random(0).shuffle(rows)
-        n_held_out = min(MAX_HELD_OUT, len(rows) // 10)
-        if not n_held_out:
-            raise ValueError(f"'{train}' has {len(rows)} examples, too few to hold some out")
-        read["dev"], rows = rows[:n_held_out], rows[n_held_out:]
-    read["train"] = rows
-    if test is not None:
-        read["test"] = _rows(test, texts, label, encoding)
-    classes = [] if is_regression else _classes(label for _, label in read["train"])
-    made = {name: _numbered(rows, classes, name) for name, rows in read.items()}
-    task = Task(
-        name=train.name,
-        texts=tuple(texts),
-        scores=("pearson", "spearman") if is_regression else ("accuracy",),
-        dev={},
-        epochs=10,
-        n_labels=max(1, len(classes)),
-    )
-    train_rows = made.pop("train")
-    return Data(task=task, train=train_rows, scored=made, labels=classes)
-
-
-def _rows(path: Path, texts: Sequence[str], label: str, encoding: str) -> Rows:
-    try:
-        content = path.read_text(encoding)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"'{path}' is not {encoding}: {error.reason} at byte {error.start}; "
-            "say by --encoding what it is, such as latin-1"
-        ) from error
-    if path.suffix.lower() == ".csv":
-        rows = _from_table(path, list(csv.DictReader(content.splitlines(True))), texts, label)
-    elif path.suffix.lower() in (".jsonl", ".json"):
-        rows = _from_table(path, _objects(path, content), texts, label)
-    else:
-        rows = _from_lines(path, content)
-    if not rows:
-        raise ValueError(f"'{path}' holds no example")
-    return rows
-
-
-def _from_lines(path: Path, content: str) -> Rows:
-    rows: Rows = []
-    for number, line in enumerate(content.split("\n"), 1):
-        if line.strip():
-            label, space, text = line.strip().partition(" ")
-            if not space:
-                raise ValueError(
-                    f"'{path}', line {number} is {line[:40]!r}; expected a label, a space, a text"
-                )
-            rows.append(((text,), label))
-    return rows
-
-
-def _objects(path: Path, content: str) -> list[dict[str, Any]]:
-    found = []
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"'{path}', line {number} is not JSON: {error.msg}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"'{path}', line {number} is not a JSON object")
-        found.append(row)
-    return found
-
-
-def _from_table(
-    path: Path, table: Sequence[Mapping[str, Any]], texts: Sequence[str], label: str
-) -> Rows:
-    columns = [str(name) for name in table[0]] if table else []
-    texts = texts or [name for name in columns if name not in (label, "id", "idx")]
-    for name in (label, *texts):
-        if table and name not in columns:
-            raise ValueError(f"'{path}' has no column {name!r}, only {', '.join(columns)}")
-    if table and len(texts) not in (1, 2):
-        raise ValueError(
-            f"'{path}' has the columns {', '.join(columns)}; name the text, or two, by --text"
-        )
-    rows: Rows = []
-    for number, row in enumerate(table, 1):
-        if any(row.get(name) is None for name in (label, *texts)):
-            raise ValueError(f"'{path}', example {number} lacks {label} or {' or '.join(texts)}")
-        rows.append((tuple(str(row[name]) for name in texts), str(row[label])))
-    return rows
-
-
-def _classes(labels: Iterable[str]) -> list[str]:
-    found = sorted(set(labels))
-    if len(found) < 2:
-        raise ValueError(f"every label is {found[0]!r}; there is nothing to tell apart")
-    return sorted(found, key=int) if all(label.isdecimal() for label in found) else found
-
-
-def _numbered(rows: Rows, classes: list[str], name: str) -> datasets.Dataset:
-    numbers = {label: number for number, label in enumerate(classes)}
-    labels: list[float] = []
-    for _, label in rows:
-        if classes and label not in numbers:
-            raise ValueError(f"label {label!r} of the {name} examples is none of {classes}")
-        try:
-            labels.append(numbers[label] if classes else float(label))
-        except ValueError:
-            raise ValueError(f"label {label!r} is not a number, as a regression needs") from None
-    return _dataset(list(zip(*(texts for texts, _ in rows), strict=True)), labels)
 
 
 def narrowed(data: Data, *, n_train: int | None = None, scores: Sequence[str] = ()) -> Data:

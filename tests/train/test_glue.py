@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 import re
 import runpy
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ import sparsedelta
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
-from glue_tasks import SCORES, TASKS, load_files, load_task, narrowed
+from glue_files import MAX_HELD_OUT, load_files, regression_hint
+from glue_tasks import SCORES, TASKS, load_task, narrowed
 from recipe_common import Choice, KeepBest, adapt, by_method, equalized, export
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -309,6 +312,100 @@ def test_files_of_three_kinds_are_the_same_data(tmp_path: Path) -> None:
     assert len(narrowed(found[0], n_train=5).train) == 5
 
 
+def test_the_held_out_are_a_tenth_of_each_class_and_no_class_is_lost(tmp_path: Path) -> None:
+    sizes = {"many": 300, "some": 100, "few": 10, "two": 2, **{f"one{n}": 1 for n in range(30)}}
+    lines = [f"{label} text{n}" for label, size in sizes.items() for n in range(size)]
+    (tmp_path / "data.txt").write_text("\n".join(lines))
+    data = load_files(tmp_path / "data.txt")
+
+    def count(rows: datasets.Dataset) -> dict[str, int]:
+        return dict(Counter(data.labels[number] for number in rows["labels"]))
+
+    train, held_out = count(data.train), count(data.scored["dev"])
+    assert data.labels == sorted(sizes)
+    assert set(train) == set(sizes)
+    assert sum(held_out.values()) == len(lines) // 10
+    assert held_out["few"] == 1
+    assert held_out["many"] == pytest.approx(3 * held_out["some"], abs=2)
+    assert not any(label.startswith("one") for label in held_out)
+    assert {label: train[label] + held_out.get(label, 0) for label in sizes} == sizes
+    every = [
+        f"{data.labels[row['labels']]} {row['text']}" for row in [*data.train, *data.scored["dev"]]
+    ]
+    assert sorted(every) == sorted(lines)
+
+
+def test_at_most_a_fixed_number_is_held_out(tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_text("1 sun\n2 rain\n" * 6 * MAX_HELD_OUT)
+    for is_regression in (False, True):
+        data = load_files(tmp_path / "data.txt", is_regression=is_regression)
+        assert len(data.scored["dev"]) == MAX_HELD_OUT
+        assert len(data.train) == 11 * MAX_HELD_OUT
+
+
+def test_lists_in_messages_are_short_and_quantities_are_hinted_at(tmp_path: Path) -> None:
+    numbers = [str(n / 4) for n in range(100)]
+    (tmp_path / "data.txt").write_text("\n".join(f"{number} sun" for number in numbers * 2))
+    (tmp_path / "test.txt").write_text("0.1 sun")
+    with pytest.raises(ValueError, match=r"row 1 of '.*test.txt' has the label '0.1'") as told:
+        load_files(tmp_path / "data.txt", test=tmp_path / "test.txt")
+    shown = [number for number in numbers if f"'{number}'" in str(told.value)]
+    assert len(shown) == 10
+    assert "and 90 more; the 101 labels are all numbers; set --regression" in str(told.value)
+    assert "--regression" in regression_hint(numbers)
+    assert not regression_hint(numbers[:10])
+    assert not regression_hint([*numbers, "wet"])
+    assert not regression_hint([])
+
+    columns = [f"column{n}" for n in range(300)]
+    (tmp_path / "wide.csv").write_text(",".join(columns) + "\n" + ",".join(columns))
+    with pytest.raises(ValueError, match=r"no column 'label', only .* and 290 more$"):
+        load_files(tmp_path / "wide.csv")
+
+
+def test_quantities_as_classes_are_noted_before_training(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "data.txt").write_text("\n".join(f"{n / 4} sun" for n in range(20)) + "\n0.0 sun")
+    words = ["--data", tmp_path / "data.txt", "--model", bases["bert"], "--max-steps", 1]
+    monkeypatch.setattr(sys, "argv", ["glue.py", *map(str, words)])
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(EXAMPLES / "glue.py"), run_name="__main__")
+    assert "note: the 20 labels are all numbers; set --regression" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "jsonl"])
+def test_lines_end_at_line_feeds_alone(kind: str, tmp_path: Path) -> None:
+    text = "sun\x85warm\x1clight\x0bsky"  # str.splitlines makes four of it
+    rows = [("wet" if n % 2 else "dry", text) for n in range(20)]
+    lines = {
+        "txt": [f"{label} {said}" for label, said in rows],
+        "csv": ["label,text", *(f"{label},{said}" for label, said in rows)],
+        "jsonl": [
+            json.dumps({"label": label, "text": said}, ensure_ascii=False) for label, said in rows
+        ],
+    }
+    (tmp_path / f"data.{kind}").write_bytes("\r\n".join(lines[kind]).encode("latin-1"))
+    data = load_files(tmp_path / f"data.{kind}", encoding="latin-1")
+    assert data.labels == ["dry", "wet"]
+    assert [*data.train["text"], *data.scored["dev"]["text"]] == [text] * 20
+
+
+def test_a_run_that_diverges_ends_with_an_error_if_a_delta_was_wanted(
+    bases: dict[str, Path], recipe: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "data.txt").write_text("1 sun\n2 rain\n3 warm\n" * 20)
+    words = [
+        "--data", tmp_path / "data.txt", "--regression", "--model", bases["bert"],
+        "--max-steps", 3, "--lr", "1e36",
+    ]  # fmt: skip
+    message = recipe(*words, "--output", tmp_path / "delta.sd", fails=True)
+    assert message.startswith("error: no delta of sift is written")
+    assert not (tmp_path / "delta.sd").exists()
+    assert "nan" in recipe(*words)
+
+
 def test_numbers_are_predicted_for_pairs_of_texts(
     bases: dict[str, Path], recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -365,14 +462,32 @@ BAD: dict[str, tuple[list[str], str]] = {
     "both": (["--task", "rte", "--data", "train.txt"], "either --task"),
     "no copy": (["--task", "rte", "--data-dir", "."], "lacks train and validation"),
     "no file": (["--data", "absent.txt"], "absent.txt"),
-    "encoding": (["--data", "latin.txt"], "not utf-8"),
+    "encoding": (
+        ["--data", "latin.txt"],
+        "not utf-8: invalid continuation byte at byte 7; say by --encoding",
+    ),
+    "no encoding": (["--data", "train.txt", "--encoding", "latin-x"], "--encoding 'latin-x'"),
     "no text": (["--data", "bare.txt"], "line 2 is 'wet'"),
-    "new label": (["--data", "train.txt", "--test", "other.txt"], "label 'hot' of the test"),
+    "new label": (
+        ["--data", "train.txt", "--test", "other.txt"],
+        "row 1 of 'other.txt' has the label 'hot'",
+    ),
     "one label": (["--data", "other.txt", "--dev", "other.txt"], "nothing to tell apart"),
     "no column": (["--data", "table.csv", "--text", "said"], "no column 'said'"),
     "columns": (["--data", "table.csv"], "by --text"),
     "not JSON": (["--data", "bad.jsonl"], "line 1 is not JSON"),
-    "not a number": (["--data", "train.txt", "--regression"], "is not a number"),
+    "not a number": (["--data", "train.txt", "--regression"], "'dry', which is no finite number"),
+    "not finite": (["--data", "nan.csv", "--regression"], "row 4 of 'nan.csv' has the label 'nan'"),
+    "infinite": (["--data", "inf.txt", "--regression"], "row 21 of 'inf.txt' has the label '-inf'"),
+    "empty label": (["--data", "empty.csv", "--text", "text"], "row 5 of 'empty.csv' has no label"),
+    "blank label": (["--data", "blank.txt"], "row 2 of 'blank.txt' has no label"),
+    "absent label": (["--data", "absent.jsonl"], "row 2 of 'absent.jsonl' has no label"),
+    "null label": (["--data", "null.jsonl"], "row 1 of 'null.jsonl' has no label"),
+    "NaN label": (["--data", "NaN.jsonl"], "row 1 of 'NaN.jsonl' has no label"),
+    "no text in a row": (["--data", "empty.csv", "--text", "more"], "row 2 of 'empty.csv' lacks"),
+    "not CSV": (["--data", "long.csv"], "line 2 is not CSV: field larger"),
+    "labels once each": (["--data", "once.txt"], "no label of 'once.txt' occurs twice"),
+    "quantities": (["--data", "once.txt"], "set --regression if they are"),
     "score": (["--data", "train.txt", "--score", "pearson"], "is not for 2 classes"),
     "rate": (["--data", "train.txt", "--lr", "lara=1"], "names no method"),
     "module": (["--data", "train.txt", "--dense", "score"], "no module 'score'"),
@@ -398,6 +513,23 @@ def test_what_cannot_be_used_is_told_in_one_sentence(
     (tmp_path / "latin.txt").write_bytes("wet caf\u00e9 au lait\n".encode("latin-1") * 20)
     (tmp_path / "table.csv").write_text("a,b,c,label\n1,2,3,wet\n")
     (tmp_path / "bad.jsonl").write_text("{")
+    (tmp_path / "nan.csv").write_text("label,text\n1,sun\n2,sun\nnan,sun\n" + "3,sun\n" * 20)
+    (tmp_path / "inf.txt").write_text("1 sun\n" * 20 + "-inf sun\n")
+    # The empty line is a row, as a spreadsheet shows it; the last column is in no row but one.
+    (tmp_path / "empty.csv").write_text("label,text,more\nwet,rain\n\ndry,sun,1\n,sun,1\n" * 9)
+    (tmp_path / "blank.txt").write_text("wet rain\n sun and warm\n" * 20)
+    labels: dict[str, list[dict[str, Any]]] = {
+        "absent": [{"label": 1}, {}],
+        "null": [{"label": None}],
+        "NaN": [{"label": math.nan}],
+    }
+    for name, rows in labels.items():
+        records = [
+            {"text": "sun", **row} for row in [*rows, *[{"label": n % 2} for n in range(20)]]
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "long.csv").write_text(f"label,text\nwet,{'rain' * 40_000}\n")
+    (tmp_path / "once.txt").write_text("\n".join(f"{n / 4} sun" for n in range(20)))
     words, told = BAD[what]
     message = recipe("--model", bases["bert"], *words, fails=True)
     assert message.startswith("error: ")
