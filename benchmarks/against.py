@@ -101,6 +101,7 @@ def measure(name: str, base: Path, target: Path, work: Path) -> dict[str, Any]:
     """Return what is to be known of a pair, and what every tool that is there makes of it."""
     size = target.stat().st_size
     dtype = dtype_of(target)
+    found = bounds(base, target, dtype)  # first: it leaves both in the page cache
     tools = {}
     for tool, opponent in OPPONENTS.items():
         if (
@@ -111,7 +112,7 @@ def measure(name: str, base: Path, target: Path, work: Path) -> dict[str, Any]:
             tools[tool] = run_tool(tool, base, target, work)
             shown = tools[tool].get("bytes") or tools[tool]["problem"]
             print(f"  {tool:<28} {shown:>12}", flush=True)
-    return {"pair": name, "bytes": size, **bounds(base, target, dtype), "tools": tools}
+    return {"pair": name, "bytes": size, **found, "tools": tools}
 
 
 def dtype_of(path: Path) -> str:
