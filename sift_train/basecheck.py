@@ -57,9 +57,8 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
         ValueError: a tensor differs, or a file is no safetensors file.
     """
     parts = {} if sift is None else {id(p.parameter): p for p in sift.sparse_mapping.values()}
-    named = dict(
-        model.named_parameters()
-    )  # of tied ones the first: a base may hold the others apart
+    # Of tied parameters the first: a base may hold the others apart.
+    named = dict(model.named_parameters())
     renamed = names_in_base(model, named, base)
     own = {renamed.get(name, name): parameter for name, parameter in named.items()}
     for name, held in _tensors(base, own):
@@ -99,6 +98,25 @@ def names_in_base(model: nn.Module, names: Iterable[str], base: Path) -> dict[st
     return found
 
 
+def tensor_names(base: Path) -> Iterator[str]:
+    """Yield the names of a checkpoint's tensors."""
+    for path in weight_files(base):
+        with ExitStack() as stack:
+            yield from _open(path, stack).keys()
+
+
+def weight_files(base: Path) -> list[Path]:
+    """Return the files of the weights that transformers loads: one, or those of the index."""
+    if not base.is_dir():
+        return [base]
+    if (base / _PRIMARY).is_file():
+        return [base / _PRIMARY]
+    if (base / _INDEX).is_file():
+        index = json.loads((base / _INDEX).read_text("utf-8"))
+        return [base / name for name in sorted(set(index["weight_map"].values()))]
+    return sorted(base.glob("*.safetensors"))
+
+
 def _before(parameter: Tensor, part: SparseParameter | None) -> Tensor:
     """Return a parameter on the CPU as it was before training."""
     now = parameter.detach().cpu()
@@ -113,13 +131,6 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(_BITS[tensor.element_size()])
 
 
-def tensor_names(base: Path) -> Iterator[str]:
-    """Yield the names of a checkpoint's tensors."""
-    for path in weight_files(base):
-        with ExitStack() as stack:
-            yield from _open(path, stack).keys()
-
-
 def _tensors(base: Path, wanted: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for path in weight_files(base):
         with ExitStack() as stack:
@@ -127,18 +138,6 @@ def _tensors(base: Path, wanted: dict[str, Any]) -> Iterator[tuple[str, Tensor]]
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 if name in wanted:
                     yield name, file.get_tensor(name)
-
-
-def weight_files(base: Path) -> list[Path]:
-    """Return the files of the weights that transformers loads: one, or those of the index."""
-    if not base.is_dir():
-        return [base]
-    if (base / _PRIMARY).is_file():
-        return [base / _PRIMARY]
-    if (base / _INDEX).is_file():
-        index = json.loads((base / _INDEX).read_text("utf-8"))
-        return [base / name for name in sorted(set(index["weight_map"].values()))]
-    return sorted(base.glob("*.safetensors"))
 
 
 def _open(path: Path, stack: ExitStack) -> Any:

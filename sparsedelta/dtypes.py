@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
-
-UIntArray = npt.NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True, slots=True)
