@@ -32,7 +32,7 @@ from measuring import (
 )
 from variants import make_base, make_variant
 
-from sparsedelta.checkpoint import Checkpoint
+from sparsedelta.files.checkpoint import Checkpoint
 
 WEIGHTS = (0.7, 0.3)
 ONE_CORE = (

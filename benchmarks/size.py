@@ -30,7 +30,7 @@ from measuring import (
 
 import sift_train
 import sparsedelta
-from sparsedelta.delta import side_file_key
+from sparsedelta.format.records import side_file_key
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from demo import (

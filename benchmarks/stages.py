@@ -20,8 +20,7 @@ from measuring import options_for, table, warm, work_folder, write_result
 from synthetic import write_tensors
 
 import sparsedelta
-from sparsedelta.checkpoint import Checkpoint, Tensor
-from sparsedelta.codecs.chunks import (
+from sparsedelta.codecs.chunk import (
     CHUNK_ELEMENTS,
     Chunk,
     Level,
@@ -30,9 +29,10 @@ from sparsedelta.codecs.chunks import (
     encode_chunk,
 )
 from sparsedelta.codecs.values import VALUE_ENCODINGS
-from sparsedelta.compare import BLOCK_BYTES
 from sparsedelta.dtypes import DTYPES
-from sparsedelta.staging import reserve
+from sparsedelta.files.checkpoint import Checkpoint, Tensor
+from sparsedelta.fs import reserve
+from sparsedelta.tensors.compare import BLOCK_BYTES
 
 BF16 = DTYPES["BF16"]
 COLUMNS = 1 << 12

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from sparsedelta.headers import HeaderEntry, render_header
+from sparsedelta.format.safetensors_header import HeaderEntry, render_header
 
 CHANGED = 0.01
 N_SHARDS = 4

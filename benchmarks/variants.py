@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from synthetic import CHANGED, ULP_SUCCESS, make_pair, transformer_tensors
 
-from sparsedelta.checkpoint import Checkpoint
+from sparsedelta.files.checkpoint import Checkpoint
 
 _BLOCK_ELEMENTS = 1 << 22
 

@@ -11,20 +11,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsedelta._apply import apply
-    from sparsedelta._diff import diff
-    from sparsedelta._inspect import Inspection, inspect
-    from sparsedelta._invert import invert
-    from sparsedelta._merge import merge
-    from sparsedelta._stack import stack
-    from sparsedelta._verify import VerifyReport, verify
-    from sparsedelta.container import load
-    from sparsedelta.delta import Delta
     from sparsedelta.errors import SparseDeltaError
+    from sparsedelta.format.delta import Delta, load
+    from sparsedelta.hub.load_model import load_model
     from sparsedelta.hub.pull import PullReport, pull
     from sparsedelta.hub.push import PushReport, push
     from sparsedelta.live.bank import DeltaBank
-    from sparsedelta.live.loading import load_model
+    from sparsedelta.ops.apply import apply
+    from sparsedelta.ops.diff import diff
+    from sparsedelta.ops.inspect import Inspection, inspect
+    from sparsedelta.ops.invert import invert
+    from sparsedelta.ops.merge import merge
+    from sparsedelta.ops.stack import stack
+    from sparsedelta.ops.verify import VerifyReport, verify
 
 __version__ = "0.1.0"
 
@@ -50,26 +49,26 @@ __all__ = [
     "verify",
 ]
 
-# The verbs live in private modules: a module `diff` would take the place of the function `diff`.
+# The verbs live in a room of their own: a module `sparsedelta.diff` would take the place of the function.
 _HOMES = {
-    "Delta": "delta",
+    "Delta": "format.delta",
     "DeltaBank": "live.bank",
-    "Inspection": "_inspect",
+    "Inspection": "ops.inspect",
     "PullReport": "hub.pull",
     "PushReport": "hub.push",
     "SparseDeltaError": "errors",
-    "VerifyReport": "_verify",
-    "apply": "_apply",
-    "diff": "_diff",
-    "inspect": "_inspect",
-    "invert": "_invert",
-    "load": "container",
-    "load_model": "live.loading",
-    "merge": "_merge",
+    "VerifyReport": "ops.verify",
+    "apply": "ops.apply",
+    "diff": "ops.diff",
+    "inspect": "ops.inspect",
+    "invert": "ops.invert",
+    "load": "format.delta",
+    "load_model": "hub.load_model",
+    "merge": "ops.merge",
     "pull": "hub.pull",
     "push": "hub.push",
-    "stack": "_stack",
-    "verify": "_verify",
+    "stack": "ops.stack",
+    "verify": "ops.verify",
 }
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from sparsedelta.delta import JSON
+    from sparsedelta._typing import JSON
 
 PATH = click.Path(path_type=Path)
 
@@ -55,7 +55,7 @@ def check_output_file(output: Path, *, overwrite: bool, inputs: tuple[Path, ...]
         FileNotFoundError: its folder does not exist.
         IsADirectoryError: it is a folder.
     """
-    from sparsedelta.staging import check_absent
+    from sparsedelta.fs import check_absent
 
     if output.is_dir():
         raise IsADirectoryError(f"output '{output}' is a folder; give the name of a file")

@@ -7,8 +7,8 @@ import traceback
 
 import click
 
-from sparsedelta.cli._text import printable
 from sparsedelta.errors import SparseDeltaError
+from sparsedelta.report.text import printable
 
 # ValueError: an argument that only the library can judge. Anything else is a bug: a traceback.
 EXPECTED = (SparseDeltaError, ValueError, OSError, MemoryError)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsedelta.cli._common import Settings
-from sparsedelta.cli._text import printable
 from sparsedelta.errors import AccessDenied, RemoteNotFound, Unreachable
 from sparsedelta.hub.references import DELTA_SUFFIX, SCHEME, Reference, parse_reference
+from sparsedelta.report.text import printable
 
 if TYPE_CHECKING:
-    from sparsedelta.delta import Delta
+    from sparsedelta.format.delta import Delta
     from sparsedelta.hub.sources import RemoteBaseReport
 
 _PATH_SUFFIXES = (DELTA_SUFFIX, ".safetensors")

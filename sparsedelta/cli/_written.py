@@ -8,7 +8,7 @@ import click
 
 import sparsedelta
 from sparsedelta.cli._common import print_json
-from sparsedelta.cli._text import count, percent, printable, size
+from sparsedelta.report.text import count, percent, printable, size
 
 
 def show_written(output: Path, *, as_json: bool) -> None:

@@ -11,7 +11,7 @@ import sparsedelta
 from sparsedelta.cli._common import Settings, examples
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
-from sparsedelta.staging import check_absent
+from sparsedelta.fs import check_absent
 
 
 @click.command("apply", epilog=examples("sparsedelta apply base/ delta.sd out/"))

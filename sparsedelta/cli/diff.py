@@ -18,11 +18,11 @@ from sparsedelta.cli._common import (
 )
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
-from sparsedelta.cli._text import count, percent, printable, size
+from sparsedelta.report.text import count, percent, printable, size
 
 if TYPE_CHECKING:
     from sparsedelta import Inspection
-    from sparsedelta.delta import JSON
+    from sparsedelta._typing import JSON
 
 
 @click.command(

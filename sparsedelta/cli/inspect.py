@@ -7,7 +7,14 @@ from pathlib import Path
 import click
 
 import sparsedelta
-from sparsedelta.cli._common import PATH, Settings, examples, json_option, print_json
+from sparsedelta.cli._common import (
+    PATH,
+    Settings,
+    check_output_file,
+    examples,
+    json_option,
+    print_json,
+)
 from sparsedelta.cli._sources import Sources
 
 
@@ -35,16 +42,19 @@ def command(
     with Sources(settings) as sources:
         found = sparsedelta.inspect(sources.head_of_delta(delta))
     if html is not None:
-        from sparsedelta.cli._page import write_page
+        from sparsedelta.report.html import write_page
 
         title = Path(delta).name if Path(delta).exists() else delta  # others need no path of mine
+        check_output_file(html, overwrite=overwrite, inputs=())
         write_page(found, html, title=title, overwrite=overwrite)
     if as_json:
         print_json({"delta": delta, **found.as_json()})
         return
-    from sparsedelta.cli._summary import show_summary
-    from sparsedelta.cli._tensors import show_tensors
+    from sparsedelta.report.summary import new_console, summary_text
+    from sparsedelta.report.tables import tensors_text
 
-    show_summary(delta, found)
+    console = new_console()
+    # click's printing ends quietly when a pipe is closed.
+    click.echo(summary_text(delta, found, console), color=console.is_terminal)
     if tensors:
-        show_tensors(found)
+        click.echo(tensors_text(found))

@@ -11,11 +11,11 @@ import sparsedelta
 from sparsedelta.cli._common import PATH, Settings, examples, json_option, print_json
 from sparsedelta.cli._hub import quiet_client, token_option
 from sparsedelta.cli._progress import progress_bar
-from sparsedelta.cli._text import printable
+from sparsedelta.report.text import printable
 
 if TYPE_CHECKING:
     from sparsedelta import PullReport
-    from sparsedelta.delta import JSON
+    from sparsedelta._typing import JSON
 
 
 @click.command("pull", epilog=examples("sparsedelta pull me/tuned out/"))

@@ -12,7 +12,7 @@ import sparsedelta
 from sparsedelta.cli._common import PATH, Settings, examples, json_option, print_json
 from sparsedelta.cli._hub import quiet_client, token_option
 from sparsedelta.cli._progress import progress_bar
-from sparsedelta.cli._text import printable, size
+from sparsedelta.report.text import printable, size
 
 if TYPE_CHECKING:
     from sparsedelta import PushReport

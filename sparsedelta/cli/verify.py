@@ -11,7 +11,7 @@ import sparsedelta
 from sparsedelta.cli._common import Settings, examples, json_option, print_json
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
-from sparsedelta.cli._text import count, printable, size
+from sparsedelta.report.text import count, printable, size
 
 if TYPE_CHECKING:
     from sparsedelta import VerifyReport

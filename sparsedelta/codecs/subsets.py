@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsedelta.codecs.bits import MAX_LOW_BITS, Numbers, best_low_bits, read_number, write_number
+from sparsedelta.codecs.bitpack import (
+    MAX_LOW_BITS,
+    Numbers,
+    best_low_bits,
+    read_number,
+    write_number,
+)
 from sparsedelta.errors import Corrupt
 
 

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sparsedelta._inspect import Inspection
-from sparsedelta.delta import JSON
-from sparsedelta.hub.failures import redacted
-from sparsedelta.hub.picture import changed_kinds
+from sparsedelta._typing import JSON
+from sparsedelta.hub.errors import redacted
 from sparsedelta.hub.references import DELTA_NAME, Reference
-from sparsedelta.pictured import Grid, curve_points
+from sparsedelta.ops.inspect import Inspection
+from sparsedelta.ops.layers import Grid, curve_points
+from sparsedelta.report.png import changed_kinds
 
 LIBRARY = "sparsedelta"
 CARD_NAME = "README.md"

@@ -11,18 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsedelta.container import load
-from sparsedelta.delta import Delta
-from sparsedelta.errors import (
-    AccessDenied,
-    ConflictError,
-    FormatError,
-    RemoteError,
-    RemoteNotFound,
-)
+from sparsedelta.errors import AccessDenied, ConflictError, FormatError, RemoteError, RemoteNotFound
+from sparsedelta.format.delta import Delta, load
+from sparsedelta.hub.base_proof import base_reference, check_link
 from sparsedelta.hub.client import Hub
 from sparsedelta.hub.folders import remove_damaged
-from sparsedelta.hub.proof import base_reference, check_link
 from sparsedelta.hub.record import (
     MAX_RECORD_BYTES,
     BaseRecord,

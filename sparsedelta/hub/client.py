@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsedelta.errors import Corrupt, RemoteError, Unreachable
-from sparsedelta.hub.failures import not_cached, told
+from sparsedelta.format.paths import path_problem
+from sparsedelta.hub.errors import not_cached, told
 from sparsedelta.hub.references import Reference
-from sparsedelta.paths import path_problem
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

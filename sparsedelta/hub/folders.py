@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from sparsedelta.files.weight_sets import INDEX_SUFFIX, WEIGHT_SUFFIX
 from sparsedelta.hub.client import RemoteFile
 from sparsedelta.hub.record import is_content
-from sparsedelta.weightsets import INDEX_SUFFIX, WEIGHT_SUFFIX
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT_OID = re.compile(r"[0-9a-f]{40}")

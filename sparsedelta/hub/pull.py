@@ -12,11 +12,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsedelta._apply import AnyPath, apply, check_apart
-from sparsedelta.checkpoint import Checkpoint
-from sparsedelta.compare import digest_tensor
-from sparsedelta.delta import Delta
+from sparsedelta._typing import AnyPath
 from sparsedelta.errors import CheckpointError, FormatError, MismatchError
+from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.format.delta import Delta
+from sparsedelta.format.digests import fingerprint
+from sparsedelta.fs import check_absent, staged_output
+from sparsedelta.hub.base_proof import parse_base_id
 from sparsedelta.hub.chain import (
     Link,
     fetching_base,
@@ -28,14 +30,13 @@ from sparsedelta.hub.chain import (
 )
 from sparsedelta.hub.client import Hub, Token
 from sparsedelta.hub.folders import folder_of
-from sparsedelta.hub.proof import parse_base_id
 from sparsedelta.hub.references import DELTA_SUFFIX, Reference, parse_reference
 from sparsedelta.hub.repository import open_repository
-from sparsedelta.identity import fingerprint
-from sparsedelta.parallel import Pace, run_all
+from sparsedelta.ops.apply import apply, check_apart
 from sparsedelta.progress import Progress, Silent
-from sparsedelta.rebuild import Check
-from sparsedelta.staging import check_absent, staged_output
+from sparsedelta.tensors.compare import digest_tensor
+from sparsedelta.tensors.parallel import Pace, run_all
+from sparsedelta.tensors.rebuild import Check
 
 COUNTED_NAME = "config.json"
 

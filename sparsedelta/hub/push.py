@@ -12,23 +12,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsedelta._apply import AnyDelta, AnyPath
-from sparsedelta._inspect import Inspection, inspect
-from sparsedelta.container import load
-from sparsedelta.delta import Base, Delta
+from sparsedelta._typing import AnyPath
 from sparsedelta.errors import RemoteConflict, RemoteNotFound
+from sparsedelta.files.side_files import carried_content
+from sparsedelta.format.delta import Delta, load
+from sparsedelta.format.paths import path_problem
+from sparsedelta.format.records import Base
+from sparsedelta.hub.base_proof import Proof, base_reference, parse_base_id, prove_base
 from sparsedelta.hub.card import CARD_NAME, CardFacts, renewed_card
 from sparsedelta.hub.chain import read_record
 from sparsedelta.hub.client import Hub, RemoteFile, Token
-from sparsedelta.hub.failures import told
-from sparsedelta.hub.picture import changed_grid, render_png
-from sparsedelta.hub.proof import Proof, base_reference, parse_base_id, prove_base
+from sparsedelta.hub.errors import told
 from sparsedelta.hub.record import is_content, record_path, render_record
 from sparsedelta.hub.references import DELTA_NAME, DELTA_SUFFIX, Reference, is_repo_id
 from sparsedelta.hub.repository import Repository
-from sparsedelta.paths import path_problem
+from sparsedelta.ops.apply import AnyDelta
+from sparsedelta.ops.inspect import Inspection, inspect
 from sparsedelta.progress import Progress
-from sparsedelta.sidefiles import carried_content
+from sparsedelta.report.png import changed_grid, render_png
 
 CONFIG_NAME = "config.json"
 PICTURE_SUFFIX = ".png"
@@ -106,7 +107,7 @@ def push(
 ) -> PushReport:
     """Put a delta into a repository, with a card, in one commit; return what was done.
 
-    The base is pinned to a commit and proved first; see ``sparsedelta.hub.proof``. Pushing the same
+    The base is pinned to a commit and proved first; see ``sparsedelta.hub.base_proof``. Pushing the same
     delta again makes no commit.
 
     Args:

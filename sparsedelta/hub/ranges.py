@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from sparsedelta.container import read_delta
-from sparsedelta.delta import Delta
+from sparsedelta.format.delta import Delta, read_delta
 from sparsedelta.hub.client import Hub, RemoteFile
 from sparsedelta.hub.references import Reference
 
@@ -13,7 +12,7 @@ READ_AHEAD_BYTES = 128 << 10
 
 
 class RemoteBytes:
-    """The bytes of a file on the Hub (``sparsedelta.container.ByteSource``).
+    """The bytes of a file on the Hub (``sparsedelta.stores.base.ByteSource``).
 
     A request fetches at least ``READ_AHEAD_BYTES``, so that a header and what follows it come at once.
     """

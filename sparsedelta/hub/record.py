@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsedelta.delta import DIGEST_BYTES
 from sparsedelta.errors import Corrupt
-from sparsedelta.hub.client import RemoteFile
-from sparsedelta.hub.references import DELTA_SUFFIX
-from sparsedelta.paths import path_problem
-from sparsedelta.strictjson import (
+from sparsedelta.format.paths import path_problem
+from sparsedelta.format.records import DIGEST_BYTES
+from sparsedelta.format.strict_json import (
     hex_bytes,
     integer,
     items,
@@ -26,6 +24,8 @@ from sparsedelta.strictjson import (
     parse_json,
     text,
 )
+from sparsedelta.hub.client import RemoteFile
+from sparsedelta.hub.references import DELTA_SUFFIX
 
 RECORD_SUFFIX = ".base.json"
 MAX_RECORD_BYTES = 4 << 20

@@ -10,12 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsedelta.delta import Delta
 from sparsedelta.errors import BaseMismatch, RemoteNotFound
-from sparsedelta.hub.client import Hub, RemoteFile
-from sparsedelta.hub.ranges import read_remote_delta
-from sparsedelta.hub.references import DELTA_NAME, DELTA_SUFFIX, Reference
-from sparsedelta.weightsets import (
+from sparsedelta.files.weight_sets import (
     INDEX_SUFFIX,
     PRIMARY_STEM,
     WEIGHT_SUFFIX,
@@ -23,6 +19,10 @@ from sparsedelta.weightsets import (
     set_stems,
     shards_of_index,
 )
+from sparsedelta.format.delta import Delta
+from sparsedelta.hub.client import Hub, RemoteFile
+from sparsedelta.hub.ranges import read_remote_delta
+from sparsedelta.hub.references import DELTA_NAME, DELTA_SUFFIX, Reference
 
 _MAX_LISTED = 8
 

@@ -7,9 +7,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsedelta._diff import UNREAD_WEIGHT_SUFFIXES
-from sparsedelta._stack import stack
-from sparsedelta.delta import Delta
 from sparsedelta.errors import (
     BaseMismatch,
     BaseNeeded,
@@ -19,6 +16,9 @@ from sparsedelta.errors import (
     MismatchError,
     RemoteNotFound,
 )
+from sparsedelta.files.weight_sets import WEIGHT_SUFFIX
+from sparsedelta.format.delta import Delta
+from sparsedelta.hub.base_proof import base_reference, check_link, check_remote_structure
 from sparsedelta.hub.chain import (
     Link,
     fetching_base,
@@ -29,11 +29,11 @@ from sparsedelta.hub.chain import (
 )
 from sparsedelta.hub.client import Hub, Token
 from sparsedelta.hub.folders import folder_of
-from sparsedelta.hub.proof import base_reference, check_link, check_remote_structure
 from sparsedelta.hub.record import differences
 from sparsedelta.hub.references import Reference, parse_reference
 from sparsedelta.hub.repository import Repository, open_repository
-from sparsedelta.weightsets import WEIGHT_SUFFIX
+from sparsedelta.ops.diff import UNREAD_WEIGHT_SUFFIXES
+from sparsedelta.ops.stack import stack
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from sparsedelta.container import load
-from sparsedelta.delta import Delta
+from sparsedelta._typing import Model, ModelCheck, Names
 from sparsedelta.errors import ConflictError, StructureMismatch
+from sparsedelta.format.delta import Delta, load
 from sparsedelta.live.bits import scatter, torch_dtype
-from sparsedelta.live.names import Model, Names
-from sparsedelta.live.patch import Check, Patch, prepare
-from sparsedelta.live.sharing import SharedLock
+from sparsedelta.live.inplace import Patch, prepare
+from sparsedelta.live.rwlock import SharedLock
 
 
 @dataclass(slots=True)
@@ -53,12 +52,12 @@ class DeltaBank:
         model: Model,
         *,
         budget_bytes: int | None = None,
-        verify: Check = "touched",
+        verify: ModelCheck = "touched",
         names: Names = None,
     ) -> None:
         self._model = model
         self._budget_bytes = budget_bytes
-        self._verify: Check = verify
+        self._verify: ModelCheck = verify
         self._names = names
         self._lock = SharedLock()
         self._deltas: dict[str, _Resident] = {}  # the one used last comes last

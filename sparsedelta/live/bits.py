@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from sparsedelta.codecs.chunks import CHUNK_ELEMENTS
-from sparsedelta.codecs.site import BaseBits, Bits
+from sparsedelta.codecs.chunk import CHUNK_ELEMENTS
+from sparsedelta.codecs.context import BaseBits, Bits
 from sparsedelta.dtypes import DType
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from cli.cli_helpers import Run, Workplace
 from helpers import noise, write_file
 
 import sparsedelta
-from sparsedelta.pictured import by_layer, curve_points, mean_changes
+from sparsedelta.ops.layers import by_layer, curve_points, mean_changes
 
 EVIL = "<script>alert(1)</script>"
 

@@ -24,8 +24,6 @@ from helpers import (
 from safetensors.numpy import save_file
 
 import sparsedelta
-from sparsedelta import _diff
-from sparsedelta.checkpoint import Tensor
 from sparsedelta.errors import (
     AlreadyApplied,
     BaseMismatch,
@@ -36,6 +34,8 @@ from sparsedelta.errors import (
     StructureMismatch,
     TargetMismatch,
 )
+from sparsedelta.files.checkpoint import Tensor
+from sparsedelta.ops import diff
 
 W = noise("BF16", 400, 3)
 V = noise("F32", 70)
@@ -349,7 +349,7 @@ def check_excluded(base: Path, target: Path, name: str) -> None:
 def test_file_too_large_to_carry_stops_diff(tmp_path: Path) -> None:
     base = folder(tmp_path / "base", BASE, config="1")
     target = folder(tmp_path / "target", TARGET, config="2")
-    limit = _diff.CARRY_LIMIT_BYTES
+    limit = diff.CARRY_LIMIT_BYTES
     os.truncate(write(target / "corpus.txt", "x"), limit + 1)
     with pytest.raises(CheckpointError, match=r"corpus\.txt.*64 MiB.*--exclude 'corpus.txt'"):
         sparsedelta.diff(base, target)
@@ -424,9 +424,7 @@ def test_target_that_changes_while_it_is_read(
 ) -> None:
     base = folder(tmp_path / "base", BASE, config="1")
     target = folder(tmp_path / "target", TARGET, config="2")
-    monkeypatch.setattr(
-        _diff, "digest_file", lambda location: (1, blake3(bytes(location)).digest())
-    )
+    monkeypatch.setattr(diff, "digest_file", lambda location: (1, blake3(bytes(location)).digest()))
     with pytest.raises(CheckpointError, match="changed while it was read"):
         sparsedelta.diff(base, target)
 

@@ -11,7 +11,7 @@ from hub.hub_helpers import BASE, Person, files_of, make_checkpoints, save_delta
 from hub.hub_server import LoopbackHub
 
 import sparsedelta
-from sparsedelta.delta import Base
+from sparsedelta.format.records import Base
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hub.hub_server import LoopbackHub
 from hub.hub_state import Blob
 
 from sparsedelta.errors import AccessDenied, RemoteError, Unreachable
-from sparsedelta.hub.failures import explained, redacted, told
+from sparsedelta.hub.errors import explained, redacted, told
 from sparsedelta.hub.references import Reference
 
 SHARD = "model-00001-of-00002.safetensors"

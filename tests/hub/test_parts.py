@@ -20,7 +20,6 @@ from sparsedelta.errors import Corrupt, UnsupportedFeature
 from sparsedelta.hub.card import CardFacts, renewed_card
 from sparsedelta.hub.client import RemoteFile
 from sparsedelta.hub.folders import folder_of, remove_damaged
-from sparsedelta.hub.picture import changed_grid, encode_png, render_png
 from sparsedelta.hub.record import (
     BaseRecord,
     differences,
@@ -30,6 +29,7 @@ from sparsedelta.hub.record import (
     render_record,
 )
 from sparsedelta.hub.references import Reference, is_repo_id, parse_reference
+from sparsedelta.report.png import changed_grid, encode_png, render_png
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -26,10 +26,10 @@ PRELOADED = (
     "tqdm.auto",
     "yaml",
     "zstandard",
-    "sparsedelta._apply",
-    "sparsedelta._diff",
-    "sparsedelta._inspect",
-    "sparsedelta._verify",
+    "sparsedelta.ops.apply",
+    "sparsedelta.ops.diff",
+    "sparsedelta.ops.inspect",
+    "sparsedelta.ops.verify",
     "sparsedelta.cli",
 )
 

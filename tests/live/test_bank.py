@@ -13,7 +13,7 @@ from live.live_helpers import Disk, Net, State, copied, disk, same, tuned
 import sparsedelta
 from sparsedelta import Delta, DeltaBank
 from sparsedelta.errors import AlreadyApplied, BaseMismatch, ConflictError, StructureMismatch
-from sparsedelta.live.sharing import SharedLock
+from sparsedelta.live.rwlock import SharedLock
 
 NAMES = ("a", "b", "c")
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import sparsedelta
 from sparsedelta.errors import BaseMismatch, BaseNeeded
-from sparsedelta.live.patch import apply_, revert_
+from sparsedelta.live.inplace import apply_, revert_
 
 
 def weights(n_steps: int) -> torch.Tensor:

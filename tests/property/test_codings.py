@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from strategies import relaxed
 
-from sparsedelta.codecs.chunks import Level, check_chunk, decode_chunk, encode_chunk
+from sparsedelta.codecs.chunk import Level, check_chunk, decode_chunk, encode_chunk
+from sparsedelta.codecs.context import ChunkContext
 from sparsedelta.codecs.indices import INDEX_ENCODINGS, Positions
-from sparsedelta.codecs.site import Site
 from sparsedelta.codecs.values import VALUE_ENCODINGS
 from sparsedelta.dtypes import DTYPES
 
@@ -44,17 +44,19 @@ def test_all_index_encodings_decode_what_they_encode(
 ) -> None:
     wanted, span = drawn
     base = np.random.default_rng(seed).normal(0, 0.02, span).astype("<f4").view("<u4")
-    site = Site(lambda start, n: base[start : start + n], columns, seed % max(columns, 1))
+    context = ChunkContext(
+        lambda start, n: base[start : start + n], columns, seed % max(columns, 1)
+    )
     for name, encoding in INDEX_ENCODINGS.items():
         if name == "all" and len(wanted) < span:
             continue
-        encoded = encoding.encode(wanted, span, site)
+        encoded = encoding.encode(wanted, span, context)
         if encoded is None:
             assert not encoding.is_quick
             continue
         stream = encoded.tobytes()
         assert encoding.possible(len(stream), len(wanted), span), name
-        assert_bit_equal(encoding.decode(stream, len(wanted), span, site), wanted)
+        assert_bit_equal(encoding.decode(stream, len(wanted), span, context), wanted)
 
 
 @relaxed(150)

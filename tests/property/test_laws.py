@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from strategies import Plan, pairs, relaxed
 
 import sparsedelta
-from sparsedelta import parallel
 from sparsedelta.errors import CheckpointError
+from sparsedelta.tensors import parallel
 
 value_encodings = st.sampled_from(["ulp", "target"])
 chunk_sizes = st.sampled_from([1, 2, 3, 7, 16, 1 << 24])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from sparsedelta.codecs.context import Positions
 from sparsedelta.codecs.indices.bitmap import BITMAP
 from sparsedelta.codecs.indices.contract import IndexEncoding
 from sparsedelta.codecs.indices.everything import EVERYTHING
@@ -16,7 +17,6 @@ from sparsedelta.codecs.indices.exponent import EXPONENT
 from sparsedelta.codecs.indices.gaps import GAP8, GAP16
 from sparsedelta.codecs.indices.rice import RICE
 from sparsedelta.codecs.indices.tiles import TILES
-from sparsedelta.codecs.site import Positions
 
 __all__ = ["INDEX_ENCODINGS", "IndexEncoding", "Positions"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsedelta.codecs.site import NOWHERE, Positions, Site, Stream
+from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stream
 from sparsedelta.errors import Corrupt
 
 _BLOCK_POSITIONS = 1 << 20
@@ -19,7 +19,7 @@ class _Bitmap:
     def worth_trying(self, nnz: int, span: int) -> bool:
         return nnz * 16 >= span
 
-    def encode(self, positions: Positions, span: int, site: Site = NOWHERE) -> Stream:
+    def encode(self, positions: Positions, span: int, context: ChunkContext = NO_CONTEXT) -> Stream:
         touched = np.zeros(span, np.bool_)
         touched[positions] = True
         return np.packbits(touched, bitorder="little")
@@ -27,7 +27,9 @@ class _Bitmap:
     def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
         return n_bytes == -(-span // 8)
 
-    def decode(self, stream: bytes, nnz: int, span: int, site: Site = NOWHERE) -> Positions:
+    def decode(
+        self, stream: bytes, nnz: int, span: int, context: ChunkContext = NO_CONTEXT
+    ) -> Positions:
         touched = np.unpackbits(np.frombuffer(stream, np.uint8), bitorder="little")
         if touched[span:].any():
             raise Corrupt(f"bitmap touches positions outside its span of {span} elements")

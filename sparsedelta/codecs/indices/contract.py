@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from sparsedelta.codecs.site import NOWHERE, Positions, Site, Stream
+from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stream
 
 
 class IndexEncoding(Protocol):
@@ -16,16 +16,20 @@ class IndexEncoding(Protocol):
     def worth_trying(self, nnz: int, span: int) -> bool:
         """Return whether this encoding can be the smallest at this density."""
 
-    def encode(self, positions: Positions, span: int, site: Site = NOWHERE) -> Stream | None:
+    def encode(
+        self, positions: Positions, span: int, context: ChunkContext = NO_CONTEXT
+    ) -> Stream | None:
         """Return the stream of ``positions`` in a span of ``span`` elements.
 
-        None: it cannot be smaller than others, as a cheap look shows, or ``site`` lacks what it needs.
+        None: it cannot be smaller than others, as a cheap look shows, or ``context`` lacks what it needs.
         """
 
     def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
         """Return whether a stream of ``n_bytes`` can hold ``nnz`` positions (FORMAT §12)."""
 
-    def decode(self, stream: bytes, nnz: int, span: int, site: Site = NOWHERE) -> Positions:
+    def decode(
+        self, stream: bytes, nnz: int, span: int, context: ChunkContext = NO_CONTEXT
+    ) -> Positions:
         """Return exactly ``nnz`` positions.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsedelta.codecs.site import NOWHERE, Positions, Site, Stream
+from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stream
 
 
 class _Everything:
@@ -16,13 +16,15 @@ class _Everything:
     def worth_trying(self, nnz: int, span: int) -> bool:
         return nnz == span
 
-    def encode(self, positions: Positions, span: int, site: Site = NOWHERE) -> Stream:
+    def encode(self, positions: Positions, span: int, context: ChunkContext = NO_CONTEXT) -> Stream:
         return np.empty(0, np.uint8)
 
     def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
         return n_bytes == 0 and nnz == span
 
-    def decode(self, stream: bytes, nnz: int, span: int, site: Site = NOWHERE) -> Positions:
+    def decode(
+        self, stream: bytes, nnz: int, span: int, context: ChunkContext = NO_CONTEXT
+    ) -> Positions:
         return np.arange(span, dtype=np.uint32)
 
 

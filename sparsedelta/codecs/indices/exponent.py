@@ -11,8 +11,9 @@ import itertools
 import numpy as np
 import numpy.typing as npt
 
-from sparsedelta.codecs.bits import decode_rice, encode_rice
-from sparsedelta.codecs.classes import (
+from sparsedelta.codecs.bitpack import decode_rice, encode_rice
+from sparsedelta.codecs.context import NO_CONTEXT, BaseBits, ChunkContext, Positions, Stream
+from sparsedelta.codecs.exponent_classes import (
     N_KEYS,
     ElementClass,
     choice_bits,
@@ -24,7 +25,6 @@ from sparsedelta.codecs.classes import (
     sample_keys,
     total_choice_bits,
 )
-from sparsedelta.codecs.site import NOWHERE, BaseBits, Positions, Site, Stream
 from sparsedelta.codecs.subsets import encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 
@@ -42,11 +42,13 @@ class _Exponent:
     def worth_trying(self, nnz: int, span: int) -> bool:
         return 256 <= nnz < span  # of fewer the base cannot save enough
 
-    def encode(self, positions: Positions, span: int, site: Site = NOWHERE) -> Stream | None:
-        if site.base is None:
+    def encode(
+        self, positions: Positions, span: int, context: ChunkContext = NO_CONTEXT
+    ) -> Stream | None:
+        if context.base is None:
             return None
-        keys = keys_at(site.base, positions, span) if site.keys is None else site.keys
-        thresholds = _choose_classes(site.base, keys, span)
+        keys = keys_at(context.base, positions, span) if context.keys is None else context.keys
+        thresholds = _choose_classes(context.base, keys, span)
         if not thresholds:
             return None
         number = class_table(thresholds)[keys]
@@ -54,7 +56,7 @@ class _Exponent:
         ends = np.cumsum(np.bincount(number, minlength=len(thresholds) + 1)).tolist()
         head = bytearray([len(thresholds), *thresholds])
         sequences = []
-        classes = class_words(site.base, span, thresholds)
+        classes = class_words(context.base, span, thresholds)
         for words, (start, end) in zip(classes, itertools.pairwise([0, *ends]), strict=True):
             members = ElementClass(words)
             part, sequence = encode_subset(members.ranks(ordered[start:end]), len(members))
@@ -65,8 +67,10 @@ class _Exponent:
     def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
         return 3 <= n_bytes <= span // 4 + (1 << 15)
 
-    def decode(self, stream: bytes, nnz: int, span: int, site: Site = NOWHERE) -> Positions:
-        if site.base is None:
+    def decode(
+        self, stream: bytes, nnz: int, span: int, context: ChunkContext = NO_CONTEXT
+    ) -> Positions:
+        if context.base is None:
             raise ValueError("an exponent stream needs the base")
         thresholds, at = read_thresholds(stream)
         heads = []
@@ -75,7 +79,7 @@ class _Exponent:
             heads.append(head)
         sequences = decode_rice(stream[at:], [head.length for head in heads])
         parts, left = [], nnz
-        classes = class_words(site.base, span, thresholds)
+        classes = class_words(context.base, span, thresholds)
         for words, head, gaps in zip(classes, heads, sequences, strict=True):
             members = ElementClass(words)
             chosen = head.chosen(gaps, len(members))

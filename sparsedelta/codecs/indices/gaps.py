@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from sparsedelta.codecs.site import NOWHERE, Positions, Site, Stream
+from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stream
 from sparsedelta.errors import Corrupt
 
 
@@ -23,7 +23,7 @@ class _Gaps:
         # Eight-bit tokens drown in skips when sparse; sixteen-bit ones never win when dense.
         return nnz * 2000 >= span if self.width == 1 else nnz * 100 <= span
 
-    def encode(self, positions: Positions, span: int, site: Site = NOWHERE) -> Stream:
+    def encode(self, positions: Positions, span: int, context: ChunkContext = NO_CONTEXT) -> Stream:
         gaps = np.empty(len(positions), np.uint32)
         gaps[0] = positions[0]
         np.subtract(positions[1:], positions[:-1], out=gaps[1:])
@@ -40,7 +40,9 @@ class _Gaps:
         n_tokens, rest = divmod(n_bytes, self.width)
         return not rest and nnz <= n_tokens <= nnz + span // self.skip
 
-    def decode(self, stream: bytes, nnz: int, span: int, site: Site = NOWHERE) -> Positions:
+    def decode(
+        self, stream: bytes, nnz: int, span: int, context: ChunkContext = NO_CONTEXT
+    ) -> Positions:
         tokens = self._tokens(stream)
         touching = tokens != self.skip
         if int(np.count_nonzero(touching)) != nnz or not touching[-1]:

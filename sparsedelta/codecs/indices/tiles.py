@@ -11,7 +11,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from sparsedelta.codecs.bits import (
+from sparsedelta.codecs.bitpack import (
     MAX_LOW_BITS,
     Numbers,
     best_low_bits,
@@ -20,14 +20,14 @@ from sparsedelta.codecs.bits import (
     read_number,
     write_number,
 )
-from sparsedelta.codecs.classes import (
+from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stream
+from sparsedelta.codecs.exponent_classes import (
     N_KEYS,
     choice_bits,
     class_table,
     merge_keys,
     total_choice_bits,
 )
-from sparsedelta.codecs.site import NOWHERE, Positions, Site, Stream
 from sparsedelta.codecs.subsets import encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 
@@ -52,8 +52,10 @@ class _Tiles:
     def worth_trying(self, nnz: int, span: int) -> bool:
         return 64 <= nnz < span
 
-    def encode(self, positions: Positions, span: int, site: Site = NOWHERE) -> Stream | None:
-        columns, first = site.columns, site.first
+    def encode(
+        self, positions: Positions, span: int, context: ChunkContext = NO_CONTEXT
+    ) -> Stream | None:
+        columns, first = context.columns, context.first
         if not 2 <= columns <= span:
             return None
         n_rows = _n_rows(columns, first, span)
@@ -85,7 +87,9 @@ class _Tiles:
     def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
         return 8 <= n_bytes <= span // 4 + (1 << 15)
 
-    def decode(self, stream: bytes, nnz: int, span: int, site: Site = NOWHERE) -> Positions:
+    def decode(
+        self, stream: bytes, nnz: int, span: int, context: ChunkContext = NO_CONTEXT
+    ) -> Positions:
         columns, at = read_number(stream, 0)
         first, at = read_number(stream, at)
         if not (2 <= columns <= span and first < columns):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from sparsedelta.codecs.classes import Keys
-from sparsedelta.codecs.site import Bits, Stream
+from sparsedelta.codecs.context import Bits, Stream
+from sparsedelta.codecs.exponent_classes import Keys
 
 
 class ValuePacking(Protocol):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sparsedelta.codecs.classes import Keys
-from sparsedelta.codecs.site import Bits, Stream
+from sparsedelta.codecs.context import Bits, Stream
+from sparsedelta.codecs.exponent_classes import Keys
 
 _NOTHING = np.empty(0, np.uint8)
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from sparsedelta.codecs.bits import blocks, pack, unpack
-from sparsedelta.codecs.classes import Keys
-from sparsedelta.codecs.site import Bits, Stream
+from sparsedelta.codecs.bitpack import blocks, pack, unpack
+from sparsedelta.codecs.context import Bits, Stream
+from sparsedelta.codecs.exponent_classes import Keys
 from sparsedelta.errors import Corrupt
 
 _SHORT = 2  # a code of one unit; where most are such others do better

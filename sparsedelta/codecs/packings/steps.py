@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from sparsedelta.codecs.bits import (
+from sparsedelta.codecs.bitpack import (
     MAX_LOW_BITS,
     Numbers,
     best_low_bits,
@@ -24,7 +24,8 @@ from sparsedelta.codecs.bits import (
     unpack,
     write_number,
 )
-from sparsedelta.codecs.classes import (
+from sparsedelta.codecs.context import Bits, Stream
+from sparsedelta.codecs.exponent_classes import (
     N_KEYS,
     Keys,
     choice_bits,
@@ -32,7 +33,6 @@ from sparsedelta.codecs.classes import (
     merge_keys,
     read_thresholds,
 )
-from sparsedelta.codecs.site import Bits, Stream
 from sparsedelta.codecs.subsets import encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 

@@ -1,0 +1,38 @@
+"""What is known of a chunk besides its positions, and the shapes of what passes between codecs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Positions: TypeAlias = npt.NDArray[np.uint32]  # (nnz,), strictly increasing, below the span
+Stream: TypeAlias = npt.NDArray[np.uint8]  # (n_bytes,)
+Bits: TypeAlias = npt.NDArray[Any]  # (n,) unsigned, one an element
+
+# Returns the bits of elements start … start + n of a span before the change, zero where the base has
+# none. The array is only read, and until the next call.
+BaseBits: TypeAlias = Callable[[int, int], Bits]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkContext:
+    """What is known of a chunk besides its positions.
+
+    Attributes:
+        base: the base's bits; None where no base is at hand.
+        columns: elements in a row of the tensor, for encoders; 0: unknown.
+        first: the chunk's first element, as its place in its row; for encoders.
+        keys: of the base's elements at the positions, for encoders (FORMAT §6.5); None: not looked up.
+    """
+
+    base: BaseBits | None = None
+    columns: int = 0
+    first: int = 0
+    keys: npt.NDArray[np.uint8] | None = None
+
+
+NO_CONTEXT = ChunkContext()

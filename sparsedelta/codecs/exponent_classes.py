@@ -1,0 +1,207 @@
+"""Elements of a span sorted into classes by their base's magnitude, without moving one (FORMAT §6.5).
+
+A class is a bitmap over the span with counts beside it, so that going from a position to its place
+among the elements of its class, and back, takes a few operations for each touched position only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsedelta.codecs.context import BaseBits, Bits, Positions
+from sparsedelta.errors import Corrupt
+
+Words: TypeAlias = npt.NDArray[np.uint64]
+Keys: TypeAlias = npt.NDArray[np.uint8]
+
+N_KEYS = 256
+_BLOCK_ELEMENTS = 1 << 18
+_SAMPLE_PIECES, _PIECE_ELEMENTS = 64, 1 << 10
+_DENSE = 64  # where more than one in so many of a span's elements is sought, listing all is quicker
+
+
+def keys_of(bits: Bits) -> Keys:
+    """Return the key of every element: the eight bits below its sign, or the seven there are."""
+    if bits.itemsize == 1:
+        all_bits: Keys = bits & np.uint8(127)
+        return all_bits
+    upper: Keys = (bits >> bits.dtype.type(8 * bits.itemsize - 9)).astype(np.uint8)
+    return upper
+
+
+def keys_at(base: BaseBits, positions: Positions, span: int) -> Keys:
+    """Return the keys of the elements at ``positions``."""
+    keys = np.empty(len(positions), np.uint8)
+    for start, low, high in _edges(positions, span):
+        if high > low:
+            bits = base(start, min(_BLOCK_ELEMENTS, span - start))
+            keys[low:high] = keys_of(bits[positions[low:high] - np.uint32(start)])
+    return keys
+
+
+def class_table(thresholds: Sequence[int]) -> npt.NDArray[np.uint8]:
+    """Return for every key how many of the ascending thresholds are not above it: its class."""
+    return np.searchsorted(np.array([*thresholds], np.int64), np.arange(N_KEYS), "right").astype(
+        np.uint8
+    )
+
+
+def class_words(base: BaseBits, span: int, thresholds: Sequence[int]) -> npt.NDArray[np.uint64]:
+    """Return one bitmap a class, ``(n_classes, ceil(span / 64))``: which elements are in it."""
+    n_words = -(-span // 64)
+    below = np.zeros((len(thresholds) + 1, n_words), "<u8")
+    rows = below.view(np.uint8)
+    inside = np.empty(_BLOCK_ELEMENTS, np.bool_)
+    for start in range(0, span, _BLOCK_ELEMENTS):
+        n = min(_BLOCK_ELEMENTS, span - start)
+        keys = keys_of(base(start, n))
+        for row, threshold in zip(rows, thresholds, strict=False):
+            np.less(keys, np.uint8(threshold), out=inside[:n])
+            row[start // 8 : start // 8 + -(-n // 8)] = np.packbits(inside[:n], bitorder="little")
+    last = np.full(8 * n_words, 255, np.uint8)
+    last[span // 8 :] = 0
+    last[span // 8 : span // 8 + 1] = (1 << span % 8) - 1
+    rows[-1] = last
+    for number in range(len(thresholds), 0, -1):
+        below[number] ^= below[number - 1]
+    return below
+
+
+class ElementClass:
+    """The elements of one class, in order."""
+
+    def __init__(self, words: Words) -> None:
+        self._words = words
+        self._ends = np.cumsum(np.bitwise_count(words), dtype=np.uint32)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def ranks(self, positions: Positions) -> Positions:
+        """Return how many elements of the class lie before each of its elements ``positions``."""
+        number = positions >> 6
+        word = self._words[number]
+        before: Positions = self._ends[number] - np.bitwise_count(word)
+        lower = (np.uint64(1) << (positions & 63).astype(np.uint64)) - np.uint64(1)
+        before += np.bitwise_count(word & lower)
+        return before
+
+    def positions(self, ranks: Positions) -> Positions:
+        """Return the elements with these ranks, ascending and below ``len``."""
+        if len(ranks) * _DENSE > 64 * len(self._words):
+            everything = np.unpackbits(self._words.view(np.uint8), bitorder="little")
+            listed: Positions = np.flatnonzero(everything.view(np.bool_))[ranks].astype(np.uint32)
+            return listed
+        number: Positions = np.searchsorted(self._ends, ranks, "right").astype(np.uint32)
+        word = self._words[number]
+        left = (ranks - (self._ends[number] - np.bitwise_count(word))).astype(np.uint8)
+        result: Positions = number << np.uint32(6)
+        for half in (32, 16, 8, 4, 2, 1):
+            n_low = np.bitwise_count(word & np.uint64((1 << half) - 1))
+            upper = left >= n_low
+            left -= n_low * upper
+            shift = upper * np.uint8(half)
+            word >>= shift
+            result += shift
+        return result
+
+
+def _edges(positions: Positions, span: int) -> Iterator[tuple[int, int, int]]:
+    starts = range(0, span, _BLOCK_ELEMENTS)
+    edges = np.searchsorted(positions, [*starts, span]).tolist()
+    return zip(starts, edges, edges[1:], strict=False)
+
+
+def sample_keys(base: BaseBits, span: int) -> npt.NDArray[np.int64]:
+    """Return about how many elements of the span have each key, from pieces spread over it."""
+    n_pieces = min(_SAMPLE_PIECES, max(1, span // _PIECE_ELEMENTS))
+    size = (
+        min(_PIECE_ELEMENTS, span)
+        if span > _SAMPLE_PIECES * _PIECE_ELEMENTS
+        else -(-span // n_pieces)
+    )
+    counts, n_seen = np.zeros(N_KEYS, np.int64), 0
+    for start in np.linspace(0, span - size, n_pieces).astype(np.int64).tolist():
+        counts += np.bincount(keys_of(base(start, size)), minlength=N_KEYS)
+        n_seen += size
+    return counts * span // n_seen
+
+
+def merge_keys(
+    statistics: Sequence[npt.NDArray[np.int64]],
+    cost: Callable[..., float],
+    *,
+    most: int,
+    overhead: float,
+) -> list[int]:
+    """Return thresholds between classes of neighbouring keys, merged while that saves bits.
+
+    Args:
+        statistics: ``(256,)`` each; those of a class are the sums over its keys. Keys for which all
+            are 0 have no element.
+        cost: bits of one class, from its statistics.
+        most: classes.
+        overhead: bits that a class costs besides.
+    """
+    live = np.flatnonzero(np.any(statistics, axis=0))
+    classes = list(zip(*(numbers[live].tolist() for numbers in statistics), strict=True))
+    costs = [cost(*one) + overhead for one in classes]
+    merged = [_joined(a, b) for a, b in itertools.pairwise(classes)]
+    merged_costs = [cost(*one) + overhead for one in merged]
+    first = live.tolist()
+    while merged:
+        gains = [a + b - c for a, b, c in zip(costs, costs[1:], merged_costs, strict=False)]
+        i = max(range(len(gains)), key=gains.__getitem__)
+        if gains[i] < 0 and len(first) <= most:
+            break
+        classes[i : i + 2], costs[i : i + 2] = [merged[i]], [merged_costs[i]]
+        del first[i + 1], merged[i], merged_costs[i]
+        for j in (i - 1, i):
+            if 0 <= j < len(merged):
+                merged[j] = _joined(classes[j], classes[j + 1])
+                merged_costs[j] = cost(*merged[j]) + overhead
+    return first[1:]
+
+
+def _joined(one: tuple[float, ...], other: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(map(operator.add, one, other))
+
+
+def choice_bits(some: float, others: float) -> float:
+    """Return the bits that tell two kinds of things apart, given how many there are of each."""
+    if some <= 0 or others <= 0:
+        return 0.0
+    n = some + others
+    return n * math.log2(n) - some * math.log2(some) - others * math.log2(others)
+
+
+def total_choice_bits(some: npt.ArrayLike, others: npt.ArrayLike) -> float:
+    """Return the sum of ``choice_bits`` over arrays."""
+    parts = np.stack([np.asarray(some, float), np.asarray(others, float)])
+    total = parts.sum(axis=0)
+    return float(_times_log2(total).sum() - _times_log2(parts).sum())
+
+
+def _times_log2(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return numbers * np.log2(np.maximum(numbers, 1))
+
+
+def read_thresholds(stream: bytes) -> tuple[bytes, int]:
+    """Return the thresholds with which a stream begins, and where they end.
+
+    Raises:
+        Corrupt: they do not ascend from 1, or the stream is too short.
+    """
+    at = 1 + stream[0] if stream else 1
+    thresholds = stream[1:at]
+    ascend = all(a < b for a, b in itertools.pairwise(b"\0" + thresholds))
+    if at > len(stream) or not ascend:
+        raise Corrupt("thresholds of a stream do not ascend")
+    return thresholds, at

@@ -1,0 +1,371 @@
+"""A checkpoint as people have it: one safetensors file, or a folder of them with other files beside.
+
+Opening reads headers only and checks them; tensors are read on demand, from several threads. Nothing
+here opens a file for writing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from sparsedelta.dtypes import DTYPES, DType, tensor_bytes
+from sparsedelta.errors import CheckpointError, FormatError
+from sparsedelta.files.weight_sets import (
+    INDEX_SUFFIX,
+    SHARD,
+    WEIGHT_SUFFIX,
+    name_prefixes,
+    set_stems,
+    shard_path,
+)
+from sparsedelta.format.paths import path_problem
+from sparsedelta.format.safetensors_header import (
+    MAX_HEADER_BYTES,
+    Header,
+    HeaderEntry,
+    parse_header,
+)
+from sparsedelta.format.strict_json import parse_json
+from sparsedelta.fs import open_regular
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Where one tensor lies.
+
+    Attributes:
+        name: its name in the checkpoint (FORMAT §4.1).
+        own_name: its name in its file's header.
+        dtype, shape: as the header gives them.
+        fd: the open file.
+        offset: of its first byte, from the start of the file.
+        n_bytes: its size.
+    """
+
+    name: str
+    own_name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    fd: int
+    offset: int
+    n_bytes: int
+
+    @property
+    def n_elements(self) -> int:
+        """Elements as the format counts them (FORMAT §1.1)."""
+        return self.n_bytes // self.dtype.width
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with the tensor's bytes from ``offset``.
+
+        Raises:
+            CheckpointError: the file has become shorter.
+        """
+        read_exactly(self.fd, buffer, self.offset + offset, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """One safetensors file: path relative to the checkpoint, header as bytes and parsed, tensors in order."""
+
+    path: str
+    raw_header: bytes
+    header: Header
+    tensors: tuple[Tensor, ...]
+
+
+class Checkpoint:
+    """An open checkpoint.
+
+    Attributes:
+        path: the file or folder.
+        is_folder: which of the two.
+        weight_files: sorted by path.
+        tensors: by name, in the order of the files and of the data in them.
+        sets: the names of the tensors of each weight set.
+        side_files: relative path to file, of every other file, sorted.
+        empty_folders: relative paths of folders that hold nothing, sorted.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, exclude: Sequence[str] = (), whole: bool = True
+    ) -> None:
+        """Open a checkpoint, leaving out files that a glob of ``exclude`` matches.
+
+        Args:
+            path: a safetensors file or a folder.
+            exclude: globs; without "/" they match a file's last component.
+            whole: refuse what is neither file nor folder, and links to folders, instead of passing
+                them over.
+
+        Raises:
+            CheckpointError: it cannot be read as one, or contradicts itself.
+            FileNotFoundError: there is nothing at ``path``.
+        """
+        if isinstance(exclude, str):  # a sequence of globs too, of one character each
+            exclude = [exclude]
+        self.path = Path(path)
+        self.is_folder = self.path.is_dir()
+        self._fds: list[int] = []
+        self.weight_files: tuple[WeightFile, ...] = ()
+        self.tensors: dict[str, Tensor] = {}
+        self.sets: tuple[frozenset[str], ...] = ()
+        self.side_files: dict[str, Path] = {}
+        self.empty_folders: tuple[str, ...] = ()
+        try:
+            if self.is_folder:
+                self._open_folder(exclude, whole=whole)
+            else:
+                self._add_weight_file(self.path.name, self.path, "")
+                self.sets = (frozenset(self.tensors),)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.n_bytes for tensor in self.tensors.values())
+
+    def _open_folder(self, exclude: Sequence[str], *, whole: bool) -> None:
+        files, folders = list_folder(self.path, exclude, whole=whole)
+        self.empty_folders = tuple(folders)
+        weights = {path for path in files if path.endswith(WEIGHT_SUFFIX)}
+        for path in sorted(weights):
+            _check_utf8(path, files[path])
+        indexes = {p: read_index(files[p], p, weights) for p in files if p.endswith(INDEX_SUFFIX)}
+        check_sets(weights, indexes)
+        stems = set_stems(sorted(weights), {i: set(m.values()) for i, m in indexes.items()})
+        prefixes = name_prefixes(stems)
+        names: dict[str, set[str]] = {stem: set() for stem in stems.values()}
+        for path, stem in stems.items():
+            names[stem] |= self._add_weight_file(path, files[path], prefixes[path])
+        self._check_indexes(indexes)
+        self.sets = tuple(frozenset(group) for group in names.values())
+        self.side_files = {path: files[path] for path in files if path not in weights}
+
+    def _add_weight_file(self, path: str, location: Path, prefix: str) -> set[str]:
+        fd = open_regular(location)
+        self._fds.append(fd)
+        raw, header = _read_header(fd, location)
+        data_offset = 8 + len(raw)
+        tensors = []
+        end = 0
+        for entry in header.entries:
+            tensor = _tensor(entry, prefix, fd, data_offset, location)
+            if entry.begin != end:
+                raise CheckpointError(
+                    f"'{location}': tensor {entry.name!r} begins at byte {entry.begin}, expected {end}"
+                )
+            end = entry.end
+            if tensor.name in self.tensors:
+                raise CheckpointError(
+                    f"tensor {tensor.name!r} occurs twice in '{self.path}', again in {path};"
+                    " leave one of the files out with --exclude"
+                )
+            self.tensors[tensor.name] = tensor
+            tensors.append(tensor)
+        found = os.fstat(fd).st_size - data_offset
+        if found != end:
+            raise CheckpointError(f"'{location}' has {found} bytes of data, its header says {end}")
+        self.weight_files = (*self.weight_files, WeightFile(path, raw, header, tuple(tensors)))
+        return {tensor.name for tensor in tensors}
+
+    def _check_indexes(self, indexes: dict[str, dict[str, str]]) -> None:
+        own_names = {file.path: {t.own_name for t in file.tensors} for file in self.weight_files}
+        for index, weight_map in indexes.items():
+            found = {name: path for path in set(weight_map.values()) for name in own_names[path]}
+            for name in weight_map.keys() | found.keys():
+                if found.get(name) != weight_map.get(name):
+                    raise CheckpointError(
+                        f"tensor {name!r} is in {found.get(name, 'no shard')}, but {index} says"
+                        f" {weight_map.get(name, 'nothing of it')}; the checkpoint is inconsistent"
+                    )
+
+
+def list_folder(
+    root: Path, exclude: Sequence[str], *, whole: bool
+) -> tuple[dict[str, Path], list[str]]:
+    """Return all files below a folder by relative path, and its empty folders, both sorted.
+
+    Symbolic links to files count as files; a file that ``exclude`` matches is left out, a folder it
+    matches with all that is in it.
+
+    Raises:
+        CheckpointError: ``whole``, and something is neither file nor folder, or a link to a folder.
+        OSError: ``whole``, and a folder cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        if whole:
+            raise error
+
+    files: dict[str, Path] = {}
+    empty: list[str] = []
+    for folder, subfolders, names in os.walk(root, onerror=fail):
+        here = Path(folder)
+        relative = "" if here == root else here.relative_to(root).as_posix() + "/"
+        subfolders[:] = sorted(s for s in subfolders if not is_excluded(relative + s, exclude))
+        for name in subfolders:
+            if whole and (here / name).is_symlink():
+                raise CheckpointError(
+                    f"'{here / name}' is a symbolic link to a folder, which is not followed;"
+                    " put the folder in its place or leave it out with --exclude"
+                )
+        kept = [name for name in names if not is_excluded(relative + name, exclude)]
+        for name in kept:
+            if (here / name).is_file():
+                files[relative + name] = here / name
+            elif whole:
+                raise CheckpointError(
+                    f"'{here / name}' is not a regular file; leave it out with --exclude"
+                )
+        if relative and not subfolders and not kept:
+            empty.append(relative[:-1])
+    return dict(sorted(files.items(), key=lambda item: os.fsencode(item[0]))), sorted(
+        empty, key=os.fsencode
+    )
+
+
+def is_excluded(path: str, globs: Iterable[str]) -> bool:
+    """Return whether a glob matches a relative path, or, for a glob without "/", its last component."""
+    name = path.rsplit("/", 1)[-1]
+    return any(fnmatchcase(path if "/" in glob else name, glob.rstrip("/")) for glob in globs)
+
+
+def read_index(location: Path, path: str, weights: set[str]) -> dict[str, str]:
+    """Return the ``weight_map`` of an index file, with shard paths relative to the checkpoint.
+
+    Args:
+        location: the index file.
+        path: the same, relative to the checkpoint.
+        weights: relative paths of the safetensors files there are.
+
+    Raises:
+        CheckpointError: it has none, or names a shard that is not there or not a plain name.
+    """
+    try:
+        index = parse_json(location.read_bytes(), f"'{location}'")
+    except FormatError as error:
+        raise CheckpointError(str(error)) from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"'{location}' has no weight_map; repair it or leave it out")
+    result = {}
+    for name, shard in weight_map.items():
+        plain = isinstance(shard, str) and not path_problem(shard)
+        found = shard_path(shard, path) if plain else None
+        if found not in weights:
+            raise CheckpointError(
+                f"'{location}' places tensor {name!r} in {shard!r}, which is not a safetensors file"
+                " beside it; the checkpoint is incomplete"
+            )
+        result[name] = found
+    return result
+
+
+def check_sets(weights: set[str], indexes: dict[str, dict[str, str]]) -> None:
+    """Check that every shard is there and belongs to one set.
+
+    Args:
+        weights: paths of the safetensors files.
+        indexes: the ``weight_map`` of each index file, as ``read_index`` gives it.
+
+    Raises:
+        CheckpointError: a file is in two indexes, or a numbered shard without an index is missing.
+    """
+    claimed: dict[str, str] = {}
+    for index, weight_map in indexes.items():
+        for path in set(weight_map.values()):
+            if claimed.setdefault(path, index) != index:
+                raise CheckpointError(f"'{path}' is a shard of both {claimed[path]} and {index}")
+    for path in sorted(weights - claimed.keys()):
+        shard = SHARD.fullmatch(path)
+        if shard and shard["stem"] + INDEX_SUFFIX not in indexes:
+            _check_numbers(path, shard, weights)
+
+
+def read_exactly(fd: int, buffer: memoryview, offset: int, what: str) -> None:
+    """Fill ``buffer`` from a file; raises CheckpointError if it ends before."""
+    while len(buffer):
+        n_read = os.preadv(fd, [buffer], offset)
+        if not n_read:
+            raise CheckpointError(f"{what!r}: its file became shorter while it was read")
+        buffer = buffer[n_read:]
+        offset += n_read
+
+
+def _check_utf8(path: str, location: Path) -> None:
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        shown = os.fsencode(location).decode("utf-8", "backslashreplace")
+        raise CheckpointError(
+            f"the name of the weight file '{shown}' is not UTF-8; rename it or leave it out with"
+            " --exclude"
+        ) from None
+
+
+def _check_numbers(path: str, shard: re.Match[str], weights: set[str]) -> None:
+    count = int(shard["count"])
+    first = next((n for n in range(1, count + 1) if _numbered(shard, n) not in weights), None)
+    if first is not None:
+        raise CheckpointError(f"'{path}' is one of {count} shards, shard {first} is not there")
+
+
+def _numbered(shard: re.Match[str], number: int) -> str:
+    return f"{shard['stem']}-{number:05d}-of-{shard['count']}{WEIGHT_SUFFIX}"
+
+
+def _read_header(fd: int, location: Path) -> tuple[bytes, Header]:
+    file_bytes = os.fstat(fd).st_size
+    if file_bytes < 8:
+        raise CheckpointError(f"'{location}' is not a safetensors file: it has {file_bytes} bytes")
+    size = int.from_bytes(os.pread(fd, 8, 0), "little")
+    if size > min(file_bytes - 8, MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"'{location}' is no safetensors file, or a part of one: it states a header of {size}"
+            " bytes; convert it, or copy or download it again"
+        )
+    raw = bytearray(size)
+    read_exactly(fd, memoryview(raw), 8, str(location))
+    try:
+        return bytes(raw), parse_header(bytes(raw), f"'{location}'")
+    except FormatError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _tensor(entry: HeaderEntry, prefix: str, fd: int, data_offset: int, location: Path) -> Tensor:
+    dtype = DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise CheckpointError(
+            f"'{location}': tensor {entry.name!r} has dtype {entry.dtype!r}, which format version 1"
+            " does not know"
+        )
+    try:
+        n_bytes = tensor_bytes(dtype, entry.shape)
+    except (OverflowError, ValueError) as error:
+        raise CheckpointError(f"'{location}': tensor {entry.name!r}: {error}") from error
+    if entry.end - entry.begin != n_bytes:
+        raise CheckpointError(
+            f"'{location}': tensor {entry.name!r} has {entry.end - entry.begin} bytes, its shape"
+            f" and dtype say {n_bytes}"
+        )
+    offset = data_offset + entry.begin
+    return Tensor(prefix + entry.name, entry.name, dtype, entry.shape, fd, offset, n_bytes)

@@ -1,0 +1,86 @@
+"""Side files of the target: carried in the delta, or the base's, and in either case checked (FORMAT §3.3)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from blake3 import blake3
+
+from sparsedelta.codecs.zstd import decompress
+from sparsedelta.errors import BaseMismatch, Corrupt
+from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.format.delta import Delta
+from sparsedelta.format.records import SideFile, side_file_key
+
+_BLOCK_BYTES = 1 << 20
+
+
+def digest_file(location: Path, copy: Callable[[bytes], object] | None = None) -> tuple[int, bytes]:
+    """Return size and BLAKE3 of a file, having handed its content to ``copy`` on the way."""
+    hasher = blake3()
+    n_bytes = 0
+    with open(location, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            hasher.update(block)
+            n_bytes += len(block)
+            if copy:
+                copy(block)
+    return n_bytes, hasher.digest()
+
+
+def carried_content(delta: Delta, file: SideFile) -> bytes:
+    """Return the content of a carried file.
+
+    Raises:
+        Corrupt: it is damaged or not what the manifest says.
+    """
+    key = side_file_key(file.path)
+    raw = decompress(delta.payload.read(key, 0, delta.payload.n_bytes(key)), file.n_bytes)
+    if blake3(raw).digest() != file.digest:
+        raise Corrupt(f"carried file {file.path!r} does not match its digest; the delta is damaged")
+    return raw
+
+
+def read_side_file(delta: Delta, base: Checkpoint, file: SideFile) -> bytes:
+    """Return the whole content of a side file; for small ones, such as an index.
+
+    Raises:
+        BaseMismatch: it is the base's, which has none or another.
+        Corrupt: it is carried and damaged.
+    """
+    if file.carried:
+        return carried_content(delta, file)
+    blocks: list[bytes] = []
+    check_base_file(delta, base, file, blocks.append)
+    return b"".join(blocks)
+
+
+def write_side_file(delta: Delta, base: Checkpoint, file: SideFile, path: Path) -> None:
+    """Write a side file and sync it; raises as ``read_side_file``."""
+    with open(path, "xb") as output:
+        if file.carried:
+            output.write(carried_content(delta, file))
+        else:
+            check_base_file(delta, base, file, output.write)
+        output.flush()
+        os.fsync(output.fileno())
+
+
+def check_base_file(
+    delta: Delta, base: Checkpoint, file: SideFile, copy: Callable[[bytes], object] | None = None
+) -> None:
+    """Check that the base has the file that the target takes from it; see ``digest_file``.
+
+    Raises:
+        BaseMismatch: it has not.
+    """
+    location = base.side_files.get(file.path)
+    source = (
+        f"the base that the delta was made from{f', {delta.base.id},' if delta.base.id else ''}"
+    )
+    if location is None:
+        raise BaseMismatch(f"'{base.path}' has no file {file.path!r}, which {source} has")
+    if digest_file(location, copy) != (file.n_bytes, file.digest):
+        raise BaseMismatch(f"file '{location}' differs from that of {source}")

@@ -1,0 +1,1 @@
+"""The verbs, one a file, and what they are made of."""

@@ -1,0 +1,278 @@
+"""``apply``: make the target of a base and a delta, byte for byte, whole or not at all.
+
+The base is only read. The output is written beside its place and appears under its name once every
+check has passed and everything is on disk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias, get_args
+
+from sparsedelta._typing import AnyPath
+from sparsedelta.errors import BaseMismatch, Corrupt
+from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.files.layout import FileLayout, target_layout
+from sparsedelta.files.side_files import read_side_file, write_side_file
+from sparsedelta.format.delta import Delta, load
+from sparsedelta.format.digests import fingerprint
+from sparsedelta.format.records import TensorDelta
+from sparsedelta.fs import (
+    check_absent,
+    check_checkpoint_folder,
+    check_no_folder,
+    check_room,
+    reserve,
+    staged_output,
+    synced,
+)
+from sparsedelta.ops.base_check import check_structure, explain_mismatch
+from sparsedelta.progress import Progress, Silent
+from sparsedelta.tensors.parallel import Pace, run_all
+from sparsedelta.tensors.rebuild import BaseDiffers, Check, Digests, Write, rebuild
+
+AnyDelta: TypeAlias = AnyPath | Delta
+
+
+def apply(
+    base: AnyPath,
+    delta: AnyDelta | Sequence[AnyDelta],
+    out: AnyPath,
+    *,
+    verify: Check = "full",
+    overwrite: bool = False,
+    exclude: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> None:
+    """Write the target of ``base`` under the name ``out``.
+
+    Args:
+        base: a safetensors file, or a folder holding safetensors files (sharded or not) and others.
+        delta: an ``.sd`` file or a loaded delta; or several, each made from the target of the one
+            before it.
+        out: the file or folder to make.
+        verify: ``"full"`` compares the digest of every tensor of base and target, ``"touched"``
+            only those of the touched values where the delta has them, ``"none"`` neither. Structure, the delta itself and
+            all other files are checked in any case.
+        overwrite: replace what is at ``out``.
+        exclude: globs of files of ``base`` to leave out, as for ``diff``.
+        progress: told of the bytes written.
+
+    Raises:
+        FormatError: a delta cannot be read, or contradicts itself.
+        MismatchError: ``base`` is not the base of the delta; the message says which tensor differs,
+            or that it is the target already.
+        CheckpointError: ``base`` cannot be read as a checkpoint.
+        FileExistsError: ``out`` exists and ``overwrite`` is false, or is no checkpoint.
+        IsADirectoryError: ``out`` is a folder, and the target one file.
+        NotADirectoryError: ``out`` is a file, and the target a folder.
+        ValueError: an argument is wrong.
+    """
+    if verify not in get_args(Check):
+        raise ValueError(f"verify is {verify!r}, expected one of {', '.join(get_args(Check))}")
+    check_absent(Path(out), overwrite=overwrite)
+    given = _as_sequence(delta)
+    check_apart([base, *(one for one in given if not isinstance(one, Delta))], out)
+    with ExitStack() as stack:
+        deltas = [
+            one if isinstance(one, Delta) else stack.enter_context(load(one)) for one in given
+        ]
+        check_chain(deltas)
+        check_replaceable = (
+            check_checkpoint_folder if deltas[-1].target.is_folder else check_no_folder
+        )
+        check_replaceable(Path(out))
+        staged = stack.enter_context(staged_output(out, overwrite=overwrite))
+        source = Path(base)
+        for number, one in enumerate(deltas, 1):
+            made = staged if number == len(deltas) else staged.with_name(f"step-{number}")
+            left_out = exclude if number == 1 else ()
+            with Checkpoint(source, exclude=left_out, whole=False) as checkpoint:
+                write_target(checkpoint, one, made, check=verify, progress=progress or Silent())
+            if number > 1:
+                _remove(source)
+            source = made
+
+
+def check_chain(deltas: Sequence[Delta]) -> None:
+    """Check that each delta was made from the target of the one before it, as far as is known.
+
+    Raises:
+        BaseMismatch: one was not.
+        ValueError: there is none.
+    """
+    if not deltas:
+        raise ValueError("no delta is given; give at least one")
+    for number, (one, following) in enumerate(itertools.pairwise(deltas), 2):
+        known = one.target.fingerprint
+        if known is not None and known != following.base.fingerprint:
+            raise BaseMismatch(
+                f"delta {number} was made from base {following.base.fingerprint.hex()[:12]}…, but"
+                f" the delta before it makes {known.hex()[:12]}…; give them in the order in which"
+                " they were made",
+                expected=following.base.fingerprint.hex(),
+                found=known.hex(),
+            )
+
+
+def check_apart(inputs: Iterable[AnyPath], out: AnyPath) -> None:
+    """Raise ValueError if ``out`` would replace or alter an input, or the current folder."""
+    here = Path(os.path.realpath(out))
+    if here == Path.cwd() or here in Path.cwd().parents:
+        raise ValueError(f"output '{out}' is the current folder, or holds it; choose a name within")
+    for path in inputs:
+        there = Path(os.path.realpath(path))
+        if here == there or here in there.parents or there in here.parents:
+            raise ValueError(
+                f"output '{out}' and input '{path}' lie within each other; choose another output"
+            )
+
+
+def write_target(
+    base: Checkpoint, delta: Delta, out: Path, *, check: Check, progress: Progress
+) -> None:
+    """Write the target as a new file or folder ``out`` and sync its files; see ``apply``."""
+    delta.payload.check()
+    check_structure(delta, base)
+    files = target_layout(delta, partial(read_side_file, delta, base))
+    n_bytes = sum(file.n_bytes for file in files)
+    check_room(out, n_bytes + sum(file.n_bytes for file in delta.target.side_files))
+    if delta.target.is_folder:
+        _make_folders(delta, out)
+    for side_file in delta.target.side_files:
+        write_side_file(delta, base, side_file, out / side_file.path)
+    with ExitStack() as stack:
+        outputs = [
+            stack.enter_context(_new_file(out / file.path if delta.target.is_folder else out, file))
+            for file in files
+        ]
+        places = {
+            row.name: partial(_write_at, fd, start)
+            for fd, file in zip(outputs, files, strict=True)
+            for row, start in zip(file.rows, file.offsets, strict=True)
+        }
+        stack.enter_context(synced(outputs))
+        make_tensors(base, delta, places, check=check, progress=progress)
+
+
+def make_tensors(
+    base: Checkpoint,
+    delta: Delta,
+    places: Mapping[str, Write],
+    *,
+    check: Check,
+    progress: Progress,
+    every_base: bool = False,
+) -> None:
+    """Make all tensors of the target, each handed to its place, and check them and the base's.
+
+    Raises:
+        MismatchError: ``base`` is not the delta's base.
+        Corrupt: it is, but the delta does not make its target of it.
+    """
+    pace = Pace(progress)
+
+    def work(row: TensorDelta) -> Digests:
+        return rebuild(
+            row,
+            base.tensors.get(row.name) if row.base else None,
+            delta.payload,
+            places.get(row.name, _nowhere),
+            check=check,
+            pace=pace,
+            every_base=every_base,
+        )
+
+    progress.start("applying", sum(row.target.n_bytes for row in delta.tensors if row.target))
+    try:
+        digests = run_all(work, delta.tensors, cost=_n_bytes, pace=pace)
+    except BaseDiffers as error:
+        raise explain_mismatch(delta, base, error.row, error.digest) from None
+    finally:
+        progress.finish()
+    if check == "full":
+        _check_fingerprints(base, delta, digests)
+
+
+def _check_fingerprints(base: Checkpoint, delta: Delta, digests: Sequence[Digests]) -> None:
+    made = [
+        (row.name, row.target.dtype.name, row.target.shape, digest.target)
+        for row, digest in zip(delta.tensors, digests, strict=True)
+        if row.target and digest.target
+    ]
+    expected = delta.target.fingerprint
+    # A base that only the target's digests prove is proved whole by them; there is no more to ask.
+    found = [
+        (row.name, row.base.dtype.name, row.base.shape, digest.base)
+        for row, digest in zip(delta.tensors, digests, strict=True)
+        if row.base and digest.base
+    ]
+    n_base = sum(row.base is not None for row in delta.tensors)
+    if len(found) == n_base and fingerprint(found) != delta.base.fingerprint:
+        raise BaseMismatch(
+            f"'{base.path}' has fingerprint {fingerprint(found).hex()[:12]}…, expected"
+            f" {delta.base.fingerprint.hex()[:12]}…; this is not the base that the delta was made from",
+            expected=delta.base.fingerprint.hex(),
+            found=fingerprint(found).hex(),
+        )
+    if expected is not None and fingerprint(made) != expected:
+        raise Corrupt(
+            f"the target has fingerprint {fingerprint(made).hex()[:12]}…, expected"
+            f" {expected.hex()[:12]}…, from the right base; the delta contradicts itself",
+            expected=expected.hex(),
+            found=fingerprint(made).hex(),
+        )
+
+
+def _as_sequence(delta: AnyDelta | Sequence[AnyDelta]) -> Sequence[AnyDelta]:
+    return [delta] if isinstance(delta, str | os.PathLike | Delta) else delta
+
+
+def _n_bytes(row: TensorDelta) -> int:
+    spec = row.target or row.base
+    return spec.n_bytes if spec else 0
+
+
+def _make_folders(delta: Delta, out: Path) -> None:
+    out.mkdir()
+    paths = [file.path for file in delta.target.weight_files]
+    paths += [file.path for file in delta.target.side_files]
+    for folder in {*delta.target.empty_folders, *(os.path.dirname(path) for path in paths)}:
+        (out / folder).mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _new_file(path: Path, layout: FileLayout) -> Iterator[int]:
+    """Yield the descriptor of a new weight file that has its size and its header."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        reserve(fd, layout.n_bytes)
+        head = len(layout.header).to_bytes(8, "little") + layout.header
+        _write_at(fd, 0, memoryview(head), 0)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _write_at(fd: int, start: int, data: memoryview, offset: int) -> None:
+    while data:
+        n_written = os.pwrite(fd, data, start + offset)
+        data = data[n_written:]
+        offset += n_written
+
+
+def _nowhere(data: memoryview, offset: int) -> None:
+    """Take bytes that only their digest is wanted of."""
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

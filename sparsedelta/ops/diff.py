@@ -1,0 +1,273 @@
+"""``diff``: find what changed between two checkpoints, exactly, and describe the target completely."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from blake3 import blake3
+
+from sparsedelta._typing import JSON
+from sparsedelta.codecs.chunk import Level
+from sparsedelta.codecs.values import VALUE_ENCODINGS
+from sparsedelta.codecs.zstd import compress_text
+from sparsedelta.errors import CheckpointError
+from sparsedelta.files.checkpoint import Checkpoint, Tensor, WeightFile
+from sparsedelta.files.side_files import digest_file
+from sparsedelta.files.weight_sets import WEIGHT_SUFFIX
+from sparsedelta.format.delta import Delta
+from sparsedelta.format.digests import fingerprint
+from sparsedelta.format.paths import path_problem
+from sparsedelta.format.records import (
+    Base,
+    SideFile,
+    Target,
+    TensorDelta,
+    header_key,
+    side_file_key,
+)
+from sparsedelta.format.records import WeightFile as DeltaWeightFile
+from sparsedelta.format.safetensors_header import render_header
+from sparsedelta.format.spool import SpoolPayload
+from sparsedelta.format.strict_json import compact_json, parse_json
+from sparsedelta.progress import Progress, Silent
+from sparsedelta.tensors.compare import Compared, Comparison, digest_tensor, spec_of
+from sparsedelta.tensors.parallel import Pace, run_all
+
+_LEVELS = {level.value: level for level in Level}
+CARRY_LIMIT_BYTES = 64 << 20
+
+# Files that usually hold weights in a form this version does not read.
+UNREAD_WEIGHT_SUFFIXES = (
+    ".bin", ".ckpt", ".gguf", ".ggml", ".h5", ".mlmodel", ".msgpack", ".npy", ".npz", ".onnx",
+    ".onnx_data", ".ot", ".pb", ".pickle", ".pkl", ".pt", ".pth", ".tflite",
+)  # fmt: skip
+
+
+def diff(
+    base: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    base_id: str | None = None,
+    values: str = "ulp",
+    level: str = "default",
+    standalone: bool = False,
+    exclude: Sequence[str] = (),
+    info: Mapping[str, JSON] | None = None,
+    progress: Progress | None = None,
+    spool_dir: str | None = None,
+) -> Delta:
+    """Return the delta that makes ``target`` of ``base``, byte for byte.
+
+    Args:
+        base: a safetensors file, or a folder holding safetensors files (sharded or not) and others.
+        target: the same.
+        base_id: where the base may be found, such as ``org/model@<commit>``; recorded as a hint.
+        values: ``"ulp"`` (differences in units of the last place: small) or ``"target"`` (new bits).
+        level: ``"fast"``, ``"default"`` or ``"max"``: how much time a smaller delta may cost.
+        standalone: code all changes so that they can be read without the base, as ``stack`` and
+            ``invert`` like to. Otherwise the base's exponents help where they save a tenth, as they
+            do after small steps. At level ``"fast"`` they never do.
+        exclude: globs of files to leave out of both; without "/" they match a file's last component.
+        info: free JSON to record, such as training settings.
+        progress: told of the bytes read.
+        spool_dir: where coded changes wait if they outgrow memory; None: the system's choice.
+
+    Raises:
+        CheckpointError: base or target cannot be read, or the target holds a file that cannot be
+            carried; the message names it.
+        ValueError: an argument is wrong.
+    """
+    if values not in VALUE_ENCODINGS:
+        raise ValueError(f"values is {values!r}, expected one of {', '.join(VALUE_ENCODINGS)}")
+    if level not in _LEVELS:
+        raise ValueError(f"level is {level!r}, expected one of {', '.join(_LEVELS)}")
+    checked_info = _check_json(info or {}, "info")
+    _check_json({"base_id": base_id}, "base_id")
+    progress = progress or Silent()
+    payload = SpoolPayload(spool_dir)
+    try:
+        with (
+            Checkpoint(base, exclude=exclude, whole=False) as old,
+            Checkpoint(target, exclude=exclude) as new,
+        ):
+            _check_has_weights(old)
+            _check_has_weights(new)
+            files = describe_files(new, partial(_digest_if_there, old), payload)
+            comparison = partial(
+                Comparison,
+                values=values,
+                payload=payload,
+                level=_LEVELS[level],
+                standalone=standalone,
+            )
+            compared = _compare_all(old, new, comparison, progress)
+            known = _fingerprint(new, [c.target_digest for c in compared], compared)
+            return Delta(
+                Base(base_id, _fingerprint(old, [c.base_digest for c in compared], compared)),
+                replace(files, fingerprint=known),
+                tuple(c.row for c in compared),
+                checked_info,
+                payload,
+            )
+    except BaseException:
+        payload.close()
+        raise
+
+
+def describe_files(
+    new: Checkpoint,
+    in_base: Callable[[str], tuple[int, bytes] | None],
+    payload: SpoolPayload,
+) -> Target:
+    """Return a target's files, having put those that the base lacks into the payload.
+
+    Args:
+        new: the target.
+        in_base: returns size and digest of the base's side file of a path, None if there is none.
+        payload: receives headers and side files.
+
+    Raises:
+        CheckpointError: a file cannot be carried; the message names it.
+    """
+    side_files = _side_files(new, in_base, payload)
+    weight_files = tuple(_weight_file(file, payload) for file in new.weight_files)
+    return Target(None, new.is_folder, weight_files, side_files, _empty_folders(new))
+
+
+def _digest_if_there(checkpoint: Checkpoint, path: str) -> tuple[int, bytes] | None:
+    location = checkpoint.side_files.get(path)
+    return None if location is None else digest_file(location)
+
+
+def _check_has_weights(checkpoint: Checkpoint) -> None:
+    if not checkpoint.weight_files:
+        raise CheckpointError(
+            f"'{checkpoint.path}' holds no {WEIGHT_SUFFIX} file; convert its weights to"
+            " safetensors first"
+        )
+
+
+def _compare_all(
+    old: Checkpoint,
+    new: Checkpoint,
+    comparison: Callable[..., Comparison],
+    progress: Progress,
+) -> list[Compared]:
+    pace = Pace(progress)
+    removed = sorted(old.tensors.keys() - new.tensors.keys(), key=str.encode)
+    pairs = [(old.tensors.get(name), tensor) for name, tensor in new.tensors.items()]
+    work: list[tuple[Tensor | None, Tensor | None]] = [*pairs]
+    work += [(old.tensors[name], None) for name in removed]
+
+    def compare(pair: tuple[Tensor | None, Tensor | None]) -> Compared:
+        before, after = pair
+        if after is not None:
+            return comparison(before, after, pace=pace).run()
+        if before is None:
+            raise ValueError("a tensor is in neither checkpoint")
+        digest = digest_tensor(before, pace)
+        return Compared(TensorDelta(before.name, spec_of(before, digest), None, None), digest, None)
+
+    progress.start("comparing", old.tensor_bytes + new.tensor_bytes)
+    try:
+        return run_all(
+            compare, work, cost=lambda pair: sum(t.n_bytes for t in pair if t), pace=pace
+        )
+    finally:
+        progress.finish()
+
+
+def _fingerprint(
+    checkpoint: Checkpoint, digests: Sequence[bytes | None], compared: Sequence[Compared]
+) -> bytes:
+    return fingerprint(
+        (tensor.name, tensor.dtype.name, tensor.shape, digest)
+        for digest, c in zip(digests, compared, strict=True)
+        if digest is not None
+        for tensor in (checkpoint.tensors[c.row.name],)
+    )
+
+
+def _weight_file(file: WeightFile, payload: SpoolPayload) -> DeltaWeightFile:
+    if render_header(file.header.metadata, file.header.entries) == file.raw_header:
+        return DeltaWeightFile(file.path, len(file.tensors), file.header.metadata, False)
+    payload.append(header_key(file.path), [compress_text(file.raw_header)])
+    return DeltaWeightFile(file.path, len(file.tensors), None, True)
+
+
+def _side_files(
+    new: Checkpoint,
+    in_base: Callable[[str], tuple[int, bytes] | None],
+    payload: SpoolPayload,
+) -> tuple[SideFile, ...]:
+    """Return the target's side files, having put those the base lacks into the payload."""
+    result, unread, too_large, linked = [], [], [], []
+    for path, location in new.side_files.items():
+        _check_path(path, new.path)
+        n_bytes, digest = digest_file(location)
+        carried = in_base(path) != (n_bytes, digest)
+        if carried and path.lower().endswith(UNREAD_WEIGHT_SUFFIXES):
+            unread.append(path)
+        elif carried and n_bytes > CARRY_LIMIT_BYTES:
+            too_large.append(path)
+        elif carried and _leads_out(location, new.path):
+            linked.append(path)
+        elif carried:
+            content = location.read_bytes()
+            if blake3(content).digest() != digest:
+                raise CheckpointError(f"'{location}' changed while it was read; try again")
+            payload.append(side_file_key(path), [compress_text(content)])
+        result.append(SideFile(path, n_bytes, digest, carried))
+    if unread:
+        _refuse("in a weight format that is not read, only safetensors is", unread, new.path)
+    if too_large:
+        _refuse(
+            f"larger than the {CARRY_LIMIT_BYTES >> 20} MiB a delta carries", too_large, new.path
+        )
+    if linked:
+        _refuse("a link to a file elsewhere, which may not be meant to be shared", linked, new.path)
+    for file in new.weight_files:
+        _check_path(file.path, new.path)
+    return tuple(result)
+
+
+def _leads_out(location: Path, root: Path) -> bool:
+    """Return whether a file is elsewhere than in the folder, or its repository in the Hub's cache."""
+    if not location.is_symlink():
+        return False
+    real, home = Path(os.path.realpath(location)), Path(os.path.realpath(root))
+    blobs = home.parent.parent / "blobs"  # beside snapshots/<commit>/, which holds the links
+    return not (real.is_relative_to(home) or real.is_relative_to(blobs))
+
+
+def _empty_folders(new: Checkpoint) -> tuple[str, ...]:
+    for path in new.empty_folders:
+        _check_path(path, new.path)
+    return new.empty_folders
+
+
+def _refuse(why: str, paths: Sequence[str], root: Path) -> None:
+    listed = ", ".join(repr(path) for path in paths[:5]) + (", …" if len(paths) > 5 else "")
+    hint = " ".join(f"--exclude '{path}'" for path in paths[:5])
+    raise CheckpointError(f"'{root}' holds {listed}, {why}; convert or leave out: {hint}")
+
+
+def _check_path(path: str, root: Path) -> None:
+    problem = path_problem(path)
+    if problem:
+        shown = path.encode("utf-8", "backslashreplace").decode("utf-8")
+        raise CheckpointError(
+            f"the name {shown!r} in '{root}' {problem}; rename it or leave it out with --exclude"
+        )
+
+
+def _check_json(members: Mapping[str, JSON], what: str) -> Mapping[str, JSON]:
+    try:
+        checked: dict[str, JSON] = parse_json(compact_json({what: dict(members)}), what)[what]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what} cannot be recorded as JSON: {error}") from error
+    return checked

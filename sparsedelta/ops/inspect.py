@@ -1,0 +1,343 @@
+"""``inspect``: what a delta changes and what its bytes are spent on, from header and manifest alone."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from sparsedelta._typing import JSON
+from sparsedelta.format.container import FilePayload
+from sparsedelta.format.delta import Delta, load
+from sparsedelta.format.records import (
+    SideFile,
+    TensorDelta,
+    WeightFile,
+    entry_keys,
+    header_key,
+    side_file_key,
+)
+from sparsedelta.ops.layers import Grid, by_layer, curve_points, mean_changes
+
+STATES = ("changed", "added", "removed", "retyped", "resized", "reshaped", "unchanged")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInspection:
+    """What a delta does to one tensor, and the bytes that takes.
+
+    Attributes:
+        name: the tensor's name.
+        state: one of ``STATES``; "resized": along the first dimension only.
+        dtype, shape: in the target; of a removed tensor, in the base.
+        base_dtype, base_shape: in the base; None if it is added.
+        nnz: its changed elements; of those that the base lacks, the ones whose bits are not zero.
+        numel: its elements in the target.
+        index_bytes, value_bytes: coded size of the positions, and of the values.
+        index_encodings: how many chunks use each index encoding.
+        value_encoding: None if no value is stored.
+    """
+
+    name: str
+    state: str
+    dtype: str
+    shape: tuple[int, ...]
+    base_dtype: str | None
+    base_shape: tuple[int, ...] | None
+    nnz: int
+    numel: int
+    index_bytes: int
+    value_bytes: int
+    index_encodings: Mapping[str, int]
+    value_encoding: str | None
+
+    @property
+    def payload_bytes(self) -> int:
+        """Coded size of positions and values."""
+        return self.index_bytes + self.value_bytes
+
+    @property
+    def density(self) -> float:
+        """Changed elements over all elements; 0 if there are none."""
+        return _ratio(self.nnz, self.numel) or 0.0
+
+    def as_json(self) -> dict[str, JSON]:
+        """Return everything as JSON."""
+        return {
+            "name": self.name,
+            "state": self.state,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "base_dtype": self.base_dtype,
+            "base_shape": None if self.base_shape is None else list(self.base_shape),
+            "nnz": self.nnz,
+            "numel": self.numel,
+            "density": self.density,
+            "payload_bytes": self.payload_bytes,
+            "index_bytes": self.index_bytes,
+            "value_bytes": self.value_bytes,
+            "index_encodings": dict(self.index_encodings),
+            "value_encoding": self.value_encoding,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the bytes of a delta are spent on; the parts add up to ``file_bytes``.
+
+    Attributes:
+        file_bytes: the whole file; None, as the next two, for a delta that is not read from a file.
+        header_bytes: the container's header, with its length.
+        manifest_bytes: the manifest as stored.
+        index_bytes: positions of all tensors.
+        value_bytes: values of all tensors.
+        side_file_bytes: carried side files as stored.
+        stored_header_bytes: headers of weight files that cannot be made from the rows.
+    """
+
+    file_bytes: int | None
+    header_bytes: int | None
+    manifest_bytes: int | None
+    index_bytes: int
+    value_bytes: int
+    side_file_bytes: int
+    stored_header_bytes: int
+
+    @property
+    def payload_bytes(self) -> int:
+        """Positions and values of all tensors."""
+        return self.index_bytes + self.value_bytes
+
+    def as_json(self) -> dict[str, JSON]:
+        """Return everything as JSON."""
+        return {
+            "file_bytes": self.file_bytes,
+            "header_bytes": self.header_bytes,
+            "manifest_bytes": self.manifest_bytes,
+            "payload_bytes": self.payload_bytes,
+            "index_bytes": self.index_bytes,
+            "value_bytes": self.value_bytes,
+            "side_file_bytes": self.side_file_bytes,
+            "stored_header_bytes": self.stored_header_bytes,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a delta changes and what its bytes are spent on.
+
+    Attributes:
+        base_id: where the base may be found: a hint, never proof.
+        base_fingerprint, target_fingerprint: hex; the target's is None if the writer did not know it.
+        target_kind: "folder" or "file".
+        weight_files, side_files, empty_folders: of the target.
+        target_bytes: of the target's tensors, without headers and side files.
+        sizes: what the delta's bytes are spent on.
+        info: how the target was made, as its maker recorded it.
+        tensors: in the target's order, removed ones last.
+    """
+
+    base_id: str | None
+    base_fingerprint: str
+    target_fingerprint: str | None
+    target_kind: str
+    weight_files: tuple[WeightFile, ...]
+    side_files: tuple[SideFile, ...]
+    empty_folders: tuple[str, ...]
+    target_bytes: int
+    sizes: Sizes
+    info: Mapping[str, JSON]
+    tensors: tuple[TensorInspection, ...]
+
+    @property
+    def nnz(self) -> int:
+        """Changed elements over all tensors."""
+        return sum(tensor.nnz for tensor in self.tensors)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the target over all tensors."""
+        return sum(tensor.numel for tensor in self.tensors)
+
+    @property
+    def density(self) -> float:
+        """Changed elements over all elements; 0 if there are none."""
+        return _ratio(self.nnz, self.numel) or 0.0
+
+    @property
+    def layers(self) -> list[Grid]:
+        """The changed tensors as layers by kinds, one grid for each stack of layers."""
+        return by_layer(self.tensors, self.mean_changes)[0]
+
+    @property
+    def mean_changes(self) -> dict[str, float]:
+        """Mean |change| of the changed elements by tensor, as far as the training recorded it."""
+        return mean_changes(self.info)
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """Step and loss of the training that made the delta, as far as it recorded them."""
+        return curve_points(self.info)
+
+    @property
+    def states(self) -> dict[str, int]:
+        """How many tensors are in each state, all of ``STATES`` in order."""
+        found = Counter(tensor.state for tensor in self.tensors)
+        return {state: found[state] for state in STATES}
+
+    @property
+    def index_encodings(self) -> dict[str, int]:
+        """How many chunks use each index encoding, the most used first."""
+        return _summed(tensor.index_encodings for tensor in self.tensors)
+
+    @property
+    def value_encodings(self) -> dict[str, int]:
+        """How many chunks use each value encoding, the most used first."""
+        return _summed(
+            {t.value_encoding: sum(t.index_encodings.values())}
+            for t in self.tensors
+            if t.value_encoding is not None
+        )
+
+    @property
+    def share(self) -> float | None:
+        """Size of the file over that of the target's tensors; None if one of them is not known or 0."""
+        return _ratio(self.sizes.file_bytes, self.target_bytes)
+
+    @property
+    def payload_bytes_per_change(self) -> float | None:
+        """Bytes of positions and values per changed element; None if nothing changed."""
+        return _ratio(self.sizes.payload_bytes, self.nnz)
+
+    @property
+    def file_bytes_per_change(self) -> float | None:
+        """Bytes of the whole file per changed element; None if there is no file or no change."""
+        return _ratio(self.sizes.file_bytes, self.nnz)
+
+    def as_json(self) -> dict[str, JSON]:
+        """Return everything as JSON."""
+        return {
+            "base": {"id": self.base_id, "fingerprint": self.base_fingerprint},
+            "target": {
+                "kind": self.target_kind,
+                "fingerprint": self.target_fingerprint,
+                "tensor_bytes": self.target_bytes,
+                "weight_files": [
+                    {"path": f.path, "n_tensors": f.n_tensors, "stored_header": f.stored_header}
+                    for f in self.weight_files
+                ],
+                "side_files": [
+                    {"path": f.path, "n_bytes": f.n_bytes, "carried": f.carried}
+                    for f in self.side_files
+                ],
+                "empty_folders": list(self.empty_folders),
+            },
+            "n_tensors": len(self.tensors),
+            "states": {**self.states},
+            "nnz": self.nnz,
+            "numel": self.numel,
+            "density": self.density,
+            "share": self.share,
+            "sizes": self.sizes.as_json(),
+            "payload_bytes_per_change": self.payload_bytes_per_change,
+            "file_bytes_per_change": self.file_bytes_per_change,
+            "index_encodings": {**self.index_encodings},
+            "value_encodings": {**self.value_encodings},
+            "info": dict(self.info),
+            "tensors": [tensor.as_json() for tensor in self.tensors],
+        }
+
+
+def inspect(delta: str | os.PathLike[str] | Delta) -> Inspection:
+    """Return what a delta changes and what its bytes are spent on; the payload is not read.
+
+    Args:
+        delta: an ``.sd`` file, or a delta. The size of the file is known only of one read from a file.
+
+    Raises:
+        FormatError: the file is not a delta this version can read.
+        OSError: it cannot be opened.
+    """
+    if not isinstance(delta, Delta):
+        with load(delta) as opened:
+            return inspect(opened)
+    rows = tuple(_tensor(row) for row in delta.tensors)
+    target = delta.target
+    return Inspection(
+        delta.base.id,
+        delta.base.fingerprint.hex(),
+        None if target.fingerprint is None else target.fingerprint.hex(),
+        "folder" if target.is_folder else "file",
+        target.weight_files,
+        target.side_files,
+        target.empty_folders,
+        sum(row.target.n_bytes for row in delta.tensors if row.target),
+        _sizes(delta, rows),
+        delta.info,
+        rows,
+    )
+
+
+def _sizes(delta: Delta, rows: tuple[TensorInspection, ...]) -> Sizes:
+    payload = delta.payload
+    file_bytes = header_bytes = manifest_bytes = None
+    if isinstance(payload, FilePayload):
+        file_bytes, manifest_bytes = payload.file_bytes, payload.manifest_bytes
+        coded_bytes = sum(payload.n_bytes(key) for key in entry_keys(delta.target, delta.tensors))
+        header_bytes = file_bytes - manifest_bytes - coded_bytes  # entries leave no holes
+    return Sizes(
+        file_bytes,
+        header_bytes,
+        manifest_bytes,
+        sum(row.index_bytes for row in rows),
+        sum(row.value_bytes for row in rows),
+        sum(payload.n_bytes(side_file_key(f.path)) for f in delta.target.side_files),
+        sum(payload.n_bytes(header_key(f.path)) for f in delta.target.weight_files),
+    )
+
+
+def _tensor(row: TensorDelta) -> TensorInspection:
+    shown = row.target or row.base
+    if shown is None:
+        raise ValueError(f"tensor {row.name!r} is neither in the base nor in the target")
+    chunks = row.change.chunks if row.change else ()
+    return TensorInspection(
+        row.name,
+        _state(row),
+        shown.dtype.name,
+        shown.shape,
+        row.base.dtype.name if row.base else None,
+        row.base.shape if row.base else None,
+        sum(chunk.nnz for chunk in chunks),
+        row.target.n_elements if row.target else 0,
+        sum(chunk.coded_bytes[0] for chunk in chunks),
+        sum(sum(chunk.coded_bytes[1:]) for chunk in chunks),
+        dict(Counter(chunk.index_encoding for chunk in chunks)),
+        row.change.values if row.change and chunks else None,
+    )
+
+
+def _state(row: TensorDelta) -> str:
+    base, target = row.base, row.target
+    if base is None:
+        return "added"
+    if target is None:
+        return "removed"
+    if base.dtype is not target.dtype:
+        return "retyped"
+    if base.shape != target.shape:
+        same_rows = len(base.shape) == len(target.shape) and base.shape[1:] == target.shape[1:]
+        return "resized" if same_rows else "reshaped"
+    return "changed" if row.change else "unchanged"
+
+
+def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return dict(total.most_common())
+
+
+def _ratio(part: int | None, whole: int) -> float | None:
+    return None if part is None or not whole else part / whole

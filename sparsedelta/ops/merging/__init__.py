@@ -1,0 +1,1 @@
+"""What ``merge`` is made of: the recipe, and the one place of the package that computes with floats."""

@@ -1,0 +1,66 @@
+"""``stack``: several deltas as one, exactly, and without their base as far as that can be.
+
+Applying the stack is applying the deltas one after the other: tensors, files and all. It is made
+tensor by tensor and chunk by chunk, whatever the number of deltas.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from sparsedelta._typing import AnyPath
+from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.format.delta import Delta, load
+from sparsedelta.format.spool import SpoolPayload
+from sparsedelta.ops.apply import AnyDelta
+from sparsedelta.ops.base_check import check_structure
+from sparsedelta.ops.stacking.chains import Chain
+from sparsedelta.ops.stacking.relation import relation
+from sparsedelta.ops.stacking.siblings import Siblings
+from sparsedelta.progress import Progress, Silent
+
+
+def stack(
+    *deltas: AnyDelta,
+    base: AnyPath | None = None,
+    progress: Progress | None = None,
+    spool_dir: str | None = None,
+) -> Delta:
+    """Return the one delta that does what all do.
+
+    Deltas each made from the target of the one before it are a chain: applying the stack is
+    applying them in order. Deltas made from one base are siblings: where none touches what another
+    does, the stack has the changes of all.
+
+    Args:
+        deltas: ``.sd`` files or loaded deltas; at least one.
+        base: the base of the first. It is needed where differences and new values meet in a tensor;
+            given, positions that return to the base are found in tensors that hold new values too,
+            digests of touched values are known in every tensor, and so is the target of siblings.
+        progress: told of the bytes read.
+        spool_dir: where coded changes wait if they outgrow memory; None: the system's choice.
+
+    Raises:
+        ConflictError: they are neither chain nor siblings, or siblings that change the same.
+        FormatError: one cannot be read, or contradicts itself or its neighbour.
+        MismatchError: ``base`` is not the base.
+    """
+    with ExitStack() as context:
+        opened = [
+            one if isinstance(one, Delta) else context.enter_context(load(one)) for one in deltas
+        ]
+        kind = relation(opened)
+        checkpoint = None
+        if base is not None:
+            checkpoint = context.enter_context(Checkpoint(base, whole=False))
+            check_structure(opened[0], checkpoint)
+        for one in opened:
+            one.payload.check()
+        payload = SpoolPayload(spool_dir)
+        try:
+            alone = len(opened) == 1 and opened[0].target.fingerprint is None
+            stacking = Siblings if kind == "siblings" or alone else Chain
+            return stacking(opened, checkpoint, payload, progress or Silent()).run()
+        except BaseException:
+            payload.close()
+            raise

@@ -1,0 +1,1 @@
+"""What ``stack`` is made of: several deltas as one, one after the other or side by side."""

@@ -1,0 +1,139 @@
+"""The files of deltas of one base, side by side: one target that has the changes of all.
+
+Nothing is guessed: what two of them change in different ways is a conflict. What the base has is known
+only as far as a delta takes it from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparsedelta.errors import ConflictError, Corrupt
+from sparsedelta.files.layout import rows_by_file, stored_header
+from sparsedelta.format.delta import Delta
+from sparsedelta.format.paths import check_paths
+from sparsedelta.format.records import SideFile, Target, TensorDelta
+
+
+@dataclass(frozen=True, slots=True)
+class Carrier:
+    """A side file, and the delta that carries its content or says that it is the base's."""
+
+    delta: Delta
+    file: SideFile
+
+
+def common_files(deltas: Sequence[Delta]) -> tuple[Target, Delta, list[Carrier]]:
+    """Return the target that has the files of all, its fingerprint left open.
+
+    With it the delta whose weight files they are, and where the side files come from.
+
+    Raises:
+        ConflictError: two change files, or the set of tensors, in different ways.
+    """
+    chosen = layout_delta(deltas)
+    carriers = side_files(deltas)
+    paths = [file.path for file in chosen.target.weight_files] + [c.file.path for c in carriers]
+    folders = {folder for delta in deltas for folder in delta.target.empty_folders}
+    empty = [
+        folder
+        for folder in sorted(folders, key=str.encode)
+        if not any(path.startswith(folder + "/") for path in [*paths, *folders])
+    ]
+    try:
+        check_paths([*paths, *empty])
+    except Corrupt as error:
+        raise ConflictError(f"the deltas have no common target: {error}") from error
+    files = tuple(carrier.file for carrier in carriers)
+    target = Target(None, chosen.target.is_folder, chosen.target.weight_files, files, tuple(empty))
+    return target, chosen, carriers
+
+
+def is_structural(row: TensorDelta) -> bool:
+    """Return whether a row does more than change elements in place."""
+    if row.base is None or row.target is None or not row.base.same_layout(row.target):
+        return True
+    return row.change is not None and row.change.keep != row.target.n_elements
+
+
+def layout_delta(deltas: Sequence[Delta]) -> Delta:
+    """Return the delta whose weight files, and order of tensors, are those of all together.
+
+    Raises:
+        ConflictError: more than one adds, removes or reshapes tensors, or they lay the others out
+            in different ways.
+    """
+    structural = [
+        number for number, delta in enumerate(deltas) if any(map(is_structural, delta.tensors))
+    ]
+    if len(structural) > 1:
+        first, second = structural[:2]
+        raise ConflictError(
+            f"deltas {first + 1} and {second + 1} both add, remove, retype or reshape tensors of one"
+            " base; apply one of them and make the other anew from the result"
+        )
+    chosen = deltas[structural[0] if structural else 0]
+    for number, delta in enumerate(deltas, 1):
+        if not _same_layout(delta, chosen, whole=not structural):
+            raise ConflictError(
+                f"delta {number} lays the tensors out in files, or spells the headers of these, in"
+                " another way than the other deltas of its base; they have no common target"
+            )
+    return chosen
+
+
+def _same_layout(one: Delta, other: Delta, *, whole: bool) -> bool:
+    """Return whether two targets place the tensors that both have in the same files and order."""
+    if one.target.is_folder != other.target.is_folder:
+        return False
+    if whole and _headers(one) != _headers(other):
+        return False
+    left, right = _places(one), _places(other)
+    common = left.keys() & right.keys()
+    return [(n, left[n]) for n in left if n in common] == [
+        (n, right[n]) for n in right if n in common
+    ]
+
+
+def _places(delta: Delta) -> dict[str, str]:
+    folder = delta.target.is_folder  # else the path is but a suggestion (FORMAT §3.4)
+    return {
+        row.name: file.path if folder else "" for file, rows in rows_by_file(delta) for row in rows
+    }
+
+
+def _headers(delta: Delta) -> list[object]:
+    return [
+        stored_header(delta, file, rows)
+        if file.stored_header
+        else tuple((file.metadata or {}).items())
+        for file, rows in rows_by_file(delta)
+    ]
+
+
+def side_files(deltas: Sequence[Delta]) -> list[Carrier]:
+    """Return the side files of all together, sorted by path.
+
+    A file that one takes from the base and another lacks is gone; one that one carries and another
+    lacks is taken to be new.
+
+    Raises:
+        ConflictError: two carry different content, or know different base files.
+    """
+    found = [{f.path: Carrier(delta, f) for f in delta.target.side_files} for delta in deltas]
+    result = []
+    for path in sorted({path for files in found for path in files}, key=str.encode):
+        carriers = [files[path] for files in found if path in files]
+        carried = [c for c in carriers if c.file.carried]
+        for alike in (carried, [c for c in carriers if not c.file.carried]):
+            if len({c.file.digest for c in alike}) > 1:
+                what = "carry" if alike is carried else "were made from"
+                raise ConflictError(
+                    f"the deltas {what} different files {path!r}; they have no common target"
+                )
+        if carried:
+            result.append(carried[0])
+        elif len(carriers) == len(deltas):
+            result.append(carriers[0])
+    return result

@@ -1,0 +1,1 @@
+"""An inspection drawn: as text, as a page and as a picture."""

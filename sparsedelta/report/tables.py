@@ -1,0 +1,119 @@
+"""The tensors that a delta touches as tables, one for each state.
+
+Made by hand: rich takes 0.3 ms a row, and there are models of 100 000 tensors.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from sparsedelta.ops.inspect import STATES
+from sparsedelta.report.text import count, line_width, percent, printable, size
+
+if TYPE_CHECKING:
+    from sparsedelta.ops.inspect import Inspection, TensorInspection
+
+_GAP = "  "
+_INDENT = "  "
+_MIN_NAME = 20
+
+
+def tensors_text(found: Inspection) -> str:
+    """Return the tensors that the delta touches, a table for each state."""
+    width = line_width(is_terminal=sys.stdout.isatty())
+    lines = []
+    for state in STATES[:-1]:
+        tensors = [tensor for tensor in found.tensors if tensor.state == state]
+        if tensors:
+            lines += ["", *_tensors_table(state, tensors, width)]
+    if n_unchanged := found.states[STATES[-1]]:
+        lines += ["", f"{count(n_unchanged, f'{STATES[-1]} tensor')} not listed"]
+    return "\n".join(lines)
+
+
+def _tensors_table(state: str, tensors: Sequence[TensorInspection], width: int) -> list[str]:
+    """Return the lines of a table; what is the same for all is in its heading, to leave room for names."""
+    heading = f"{state}: {count(len(tensors), 'tensor')}"
+    columns = {}
+    for title, cell in _COLUMNS.items():
+        cells = [cell(tensor) for tensor in tensors]
+        if title in _SAID_ONCE and len(set(cells)) == 1:
+            heading += f", {cells[0]}" if cells[0] else ""
+        elif any(cells):
+            columns[title] = [title, *cells]
+    names = ["tensor", *(printable(tensor.name) for tensor in tensors)]
+    longest = max(map(len, names))
+    if _room(columns, width) < longest:
+        columns.pop("encodings", None)
+    room = min(longest, max(_MIN_NAME, _room(columns, width)))
+    padded = [_padded(cells, right=title in _NUMBERS) for title, cells in columns.items()]
+    lines = [
+        _line(_folded(name, room), room, cells) for name, *cells in zip(names, *padded, strict=True)
+    ]
+    return [_bold(heading), _bold(lines[0]), *lines[1:]]
+
+
+def _bold(text: str) -> str:
+    return f"\x1b[1m{text}\x1b[0m"
+
+
+def _padded(cells: Sequence[str], *, right: bool) -> list[str]:
+    width = max(map(len, cells))
+    return [cell.rjust(width) if right else cell.ljust(width) for cell in cells]
+
+
+def _line(name: Sequence[str], room: int, cells: Sequence[str]) -> str:
+    first = _GAP.join([name[0].ljust(room), *cells]).rstrip()
+    return "\n".join([first, *name[1:]])
+
+
+def _room(columns: Mapping[str, Sequence[str]], width: int) -> int:
+    """Return how wide names can be beside these columns."""
+    return width - sum(len(_GAP) + max(map(len, cells)) for cells in columns.values())
+
+
+def _folded(name: str, width: int) -> list[str]:
+    """Return a name as lines of at most ``width`` characters, broken before dots where there are any."""
+    lines = []
+    while len(name) > width:
+        cut = name.rfind(".", len(_INDENT) + 1, width + 1)
+        cut = width if cut < 0 else cut
+        lines.append(name[:cut])
+        name = _INDENT + name[cut:]
+    return [*lines, name]
+
+
+def _dtype(tensor: TensorInspection) -> str:
+    return _became(tensor.base_dtype, tensor.dtype)
+
+
+def _shape(tensor: TensorInspection) -> str:
+    before = None if tensor.base_shape is None else _dimensions(tensor.base_shape)
+    return _became(before, _dimensions(tensor.shape))
+
+
+def _became(before: str | None, after: str) -> str:
+    return after if before in (None, after) else f"{before} → {after}"
+
+
+def _dimensions(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) if shape else "scalar"
+
+
+def _encodings(tensor: TensorInspection) -> str:
+    names = [*tensor.index_encodings, *([tensor.value_encoding] if tensor.value_encoding else [])]
+    return "/".join(names)
+
+
+_COLUMNS: dict[str, Callable[[TensorInspection], str]] = {
+    "dtype": _dtype,
+    "shape": _shape,
+    "changed": lambda tensor: count(tensor.nnz) if tensor.numel else "",
+    "density": lambda tensor: percent(tensor.density) if tensor.numel else "",
+    "size": lambda tensor: size(tensor.payload_bytes) if tensor.numel else "",
+    "encodings": _encodings,
+}
+_NUMBERS = {"changed", "density", "size"}
+_SAID_ONCE = {"dtype", "encodings"}

@@ -1,0 +1,1 @@
+"""Where bytes are: by range, from a file on disk."""

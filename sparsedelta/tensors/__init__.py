@@ -1,0 +1,1 @@
+"""One tensor at a time: compared, rebuilt, its changes read; threads and bounds of memory."""

@@ -1,0 +1,192 @@
+"""What holds for every index encoding and value packing; a new one joins by its name in the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import _reference_bits
+import numpy as np
+import numpy.typing as npt
+import pytest
+from helpers import assert_bit_equal
+
+from sparsedelta.codecs.context import ChunkContext
+from sparsedelta.codecs.exponent_classes import keys_of
+from sparsedelta.codecs.indices import INDEX_ENCODINGS, Positions
+from sparsedelta.codecs.packings import VALUE_PACKINGS
+from sparsedelta.errors import Corrupt
+
+SPAN, COLUMNS = 6000, 60
+each_encoding = pytest.mark.parametrize("name", INDEX_ENCODINGS)
+each_packing = pytest.mark.parametrize("name", VALUE_PACKINGS)
+
+DRAW = np.random.default_rng(1)
+BASE = (DRAW.normal(0, 0.02, SPAN).astype("<f4").view("<u4") >> 16).astype("<u2")
+KEYS = keys_of(BASE)
+SITE = ChunkContext(lambda start, n: BASE[start : start + n], COLUMNS, 0)
+
+
+def masks() -> dict[str, Positions]:
+    """Return positions of every kind that an encoding is made for."""
+    rows, columns = np.divmod(np.arange(SPAN), COLUMNS)
+    crowded = np.where(rows % 10 == 0, 0.5, 0.002) * np.where(columns % 7 == 0, 1.0, 0.3)
+    likely = np.minimum(0.9, 0.02 * 2.0 ** (121.0 - KEYS))
+    shares = {
+        "sparse": np.full(SPAN, 0.005),
+        "dense": np.full(SPAN, 0.5),
+        "all": np.ones(SPAN),
+        "crowded": crowded,
+        "by exponent": likely,
+        "whole rows": (rows % 9 == 0).astype(float),
+    }
+    drawn = {name: np.flatnonzero(DRAW.random(SPAN) < share) for name, share in shares.items()}
+    return {name: positions.astype(np.uint32) for name, positions in drawn.items()}
+
+
+def codes(width: int) -> dict[str, npt.NDArray[Any]]:
+    """Return codes of every kind that a packing is made for; 500 each."""
+    ones = DRAW.integers(1, 3, 500, np.uint64)
+    some = np.where(DRAW.random(500) < 0.1, DRAW.integers(3, 60, 500, np.uint64), ones)
+    wide = DRAW.integers(1, 1 << min(8 * width, 24), 500, np.uint64)
+    longer = np.where(KEYS[:500] < 121, DRAW.integers(5, 12, 500, np.uint64), ones)
+    found = {"ones": ones, "some longer": some, "longer by exponent": longer}
+    found |= {"wide": wide, "zero": np.append(wide[1:], 0)}
+    return {name: numbers.astype(f"<u{width}") for name, numbers in found.items()}
+
+
+MASKS = masks()
+CODES = {width: codes(width) for width in (1, 2, 4, 8)}
+
+
+def streams(name: str) -> list[tuple[Positions, bytes]]:
+    """Return the streams that an encoding makes of those masks that are for it."""
+    encoding = INDEX_ENCODINGS[name]
+    found = []
+    for positions in MASKS.values():
+        if name == "all" and len(positions) < SPAN:
+            continue
+        stream = encoding.encode(positions, SPAN, SITE)
+        if stream is not None:
+            found.append((positions, stream.tobytes()))
+    return found
+
+
+@each_encoding
+def test_positions_come_back(name: str) -> None:
+    encoding = INDEX_ENCODINGS[name]
+    assert streams(name)
+    for positions, stream in streams(name):
+        assert encoding.possible(len(stream), len(positions), SPAN)
+        decoded = encoding.decode(stream, len(positions), SPAN, SITE)
+        assert decoded.dtype == np.uint32
+        assert_bit_equal(decoded, positions)
+
+
+@each_encoding
+def test_damaged_index_streams_are_refused_or_positions_all_the_same(name: str) -> None:
+    encoding = INDEX_ENCODINGS[name]
+    draw = np.random.default_rng(2)
+    for positions, stream in streams(name):
+        for _ in range(60 if stream else 0):
+            damaged = bytearray(stream)
+            if draw.random() < 0.3:
+                del damaged[draw.integers(len(damaged)) :]
+            else:
+                damaged[draw.integers(len(damaged))] ^= 1 << int(draw.integers(8))
+            nnz = len(positions) + int(draw.integers(-1, 2))
+            if not 1 <= nnz <= SPAN or not encoding.possible(len(damaged), nnz, SPAN):
+                continue
+            try:
+                found = encoding.decode(bytes(damaged), nnz, SPAN, SITE).astype(np.int64)
+            except Corrupt:
+                continue
+            assert len(found) == nnz
+            assert (np.diff(found) > 0).all()
+            assert 0 <= found[0] <= found[-1] < SPAN
+
+
+@pytest.mark.parametrize("name", ["rice", "exponent", "tiles"])
+def test_index_streams_are_the_formats(name: str) -> None:
+    keys = KEYS.tolist()
+    for positions, stream in streams(name):
+        if name == "exponent":
+            found = _reference_bits.exponent(stream, SPAN, keys)
+        else:
+            found = {"rice": _reference_bits.rice, "tiles": _reference_bits.tiles}[name](
+                stream, SPAN
+            )
+        assert found == positions.tolist()
+
+
+def packed(name: str, width: int) -> list[tuple[npt.NDArray[Any], Sequence[bytes]]]:
+    """Return the streams that a packing makes of those codes that are for it."""
+    found: list[tuple[npt.NDArray[Any], Sequence[bytes]]] = []
+    for numbers in CODES[width].values():
+        made = VALUE_PACKINGS[name].encode(numbers, KEYS[:500])
+        if made is not None:
+            found.append((numbers, [stream.tobytes() for stream in made]))
+    return found
+
+
+def stated(name: str, parts: Sequence[bytes]) -> int:
+    """Return the size that the record of a chunk states."""
+    return len(parts[-1]) if VALUE_PACKINGS[name].states_size else 0
+
+
+@each_packing
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_codes_come_back(name: str, width: int) -> None:
+    packing = VALUE_PACKINGS[name]
+    assert packed(name, width)
+    for numbers, parts in packed(name, width):
+        n_bytes = stated(name, parts)
+        assert packing.possible(n_bytes, 500, width)
+        sizes = packing.stream_sizes(n_bytes, 500, width)
+        # A plane of zeros is left out.
+        assert [len(part) or size for part, size in zip(parts, sizes, strict=True)] == [*sizes]
+        decoded = packing.decode(parts, 500, width, KEYS[:500])
+        assert decoded.dtype == numbers.dtype
+        assert_bit_equal(decoded, numbers)
+
+
+@each_packing
+def test_damaged_value_streams_are_refused_or_codes_all_the_same(name: str) -> None:
+    draw = np.random.default_rng(3)
+    packing = VALUE_PACKINGS[name]
+    for numbers, parts in packed(name, 2):
+        for _ in range(100):
+            damaged = [bytearray(part) for part in parts]
+            one = damaged[int(draw.integers(len(damaged)))]
+            if not one:
+                continue
+            if one is damaged[-1] and packing.states_size and draw.random() < 0.3:
+                del one[draw.integers(len(one)) :]
+            else:
+                one[draw.integers(len(one))] ^= 1 << int(draw.integers(8))
+            whole = [bytes(part) for part in damaged]
+            if not packing.possible(stated(name, whole), 500, 2):
+                continue
+            try:
+                found = packing.decode(whole, 500, 2, KEYS[:500])
+            except Corrupt:
+                continue
+            assert (found.dtype, found.shape) == (numbers.dtype, numbers.shape)
+
+
+@pytest.mark.parametrize("name", ["steps", "scaled", "exponent_steps"])
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_value_streams_are_the_formats(name: str, width: int) -> None:
+    for numbers, parts in packed(name, width):
+        found = _reference_bits.PACKINGS[name]([*parts], 500, width, KEYS[:500].tolist())
+        assert found == numbers.tolist()
+
+
+def test_packings_of_one_kind_of_codes_leave_others_alone() -> None:
+    numbers = CODES[4]
+    assert VALUE_PACKINGS["steps"].encode(numbers["zero"], None) is None  # 0 is no step
+    assert VALUE_PACKINGS["scaled"].encode(numbers["ones"], None) is None
+    assert VALUE_PACKINGS["exponent_steps"].encode(numbers["ones"], None) is None
+    high = np.full(9, 1 << 32, "<u8")
+    assert VALUE_PACKINGS["steps"].encode(high, None) is None
+    assert VALUE_PACKINGS["scaled"].encode(high, None) is None

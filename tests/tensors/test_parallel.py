@@ -1,0 +1,134 @@
+"""Work on all cores: results in order, the first failure raised, nothing left running."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from sparsedelta.progress import Silent
+from sparsedelta.tensors import parallel
+from sparsedelta.tensors.parallel import Pace, run_all
+
+
+@pytest.fixture(autouse=True, params=[1, 4])
+def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(parallel, "n_workers", lambda: request.param)
+    return int(request.param)
+
+
+def run(work: Callable[[int], int], items: list[int], pace: Pace | None = None) -> list[int]:
+    return run_all(work, items, cost=lambda item: item, pace=pace or Pace(Silent()))
+
+
+def test_results_come_in_the_items_order() -> None:
+    def work(item: int) -> int:
+        time.sleep(item / 1000)
+        return item * item
+
+    assert run(work, [3, 1, 20, 0, 7]) == [9, 1, 400, 0, 49]
+    assert run(work, []) == []
+
+
+def test_costliest_begin_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "n_workers", lambda: 1)
+    begun: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        return item
+
+    assert run(work, [3, 1, 20, 0, 7]) == [3, 1, 20, 0, 7]
+    assert begun == [20, 7, 3, 1, 0]
+
+
+def test_failure_is_raised_and_stops_the_others() -> None:
+    pace = Pace(Silent())
+    begun: list[int] = []
+    ended: list[int] = []
+
+    def work(item: int) -> int:
+        if item == 9:
+            raise OSError("disk")
+        begun.append(item)
+        try:
+            while True:
+                pace.advance(1)
+                time.sleep(0.001)
+        finally:
+            ended.append(item)
+
+    before = threading.active_count()
+    with pytest.raises(OSError, match="disk"):
+        run(work, [1, 9, 2, 3, 4, 5, 6], pace)
+    assert threading.active_count() == before
+    assert len(ended) == len(begun)
+
+
+def test_interrupt_stops_the_workers() -> None:
+    pace = Pace(Silent())
+
+    def work(item: int) -> int:
+        while True:
+            pace.advance(1)
+            time.sleep(0.001)
+
+    def interrupt() -> None:
+        time.sleep(0.1)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    before = threading.active_count()
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(work, [1, 2, 3], pace)
+    thread.join()
+    assert threading.active_count() == before
+
+
+def test_interrupt_while_work_is_handed_out_stops_the_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pace = Pace(Silent())
+
+    def work(item: int) -> int:
+        while True:
+            pace.advance(1)
+            time.sleep(0.001)
+
+    def submit(pool: ThreadPoolExecutor, function: Callable[[int], int], item: int) -> Future[int]:
+        if item == 1:
+            raise KeyboardInterrupt
+        future: Future[int] = right(pool, function, item)
+        return future
+
+    right: Any = ThreadPoolExecutor.submit
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    with pytest.raises(KeyboardInterrupt):
+        run(work, [1, 2, 3], pace)
+
+
+def test_pace_reports_progress_until_stopped() -> None:
+    class Counter(Silent):
+        total = 0
+
+        def advance(self, n_bytes: int) -> None:
+            self.total += n_bytes
+
+    counter = Counter()
+    pace = Pace(counter)
+    pace.advance(3)
+    pace.advance(4)
+    pace.stop()
+    with pytest.raises(parallel.Stopped):
+        pace.advance(5)
+    assert counter.total == 7
+
+
+def test_there_is_a_core() -> None:
+    assert parallel.n_workers() >= 1
