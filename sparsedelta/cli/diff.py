@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ from sparsedelta.report.text import count, percent, printable, size
 if TYPE_CHECKING:
     from sparsedelta import Inspection
     from sparsedelta._typing import JSON
+
+_MOST_SHOWN = 5
 
 
 @click.command(
@@ -51,6 +54,12 @@ if TYPE_CHECKING:
 )
 @click.option("--standalone", is_flag=True, help="Let stack and invert read it without the base.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave files out. May be repeated.")
+@click.option(
+    "--include",
+    multiple=True,
+    metavar="GLOB",
+    help="Keep files that are usually left out, such as .git or checkpoint-*. May be repeated.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace DELTA if it exists.")
 @json_option
 @click.pass_obj
@@ -65,6 +74,7 @@ def command(
     level: str,
     standalone: bool,
     exclude: tuple[str, ...],
+    include: tuple[str, ...],
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -87,11 +97,13 @@ def command(
             level=level,
             standalone=standalone,
             exclude=exclude,
+            include=include,
             progress=progress,
             spool_dir=str(output.parent),  # has to have the room anyway; /tmp may be memory
         ) as delta:
             delta.save(output, overwrite=overwrite)
         _report(output, new, as_json=as_json)
+        _report_left_out(new, exclude, include)
 
 
 def _report(output: Path, target: Path, *, as_json: bool) -> None:
@@ -113,6 +125,21 @@ def _report(output: Path, target: Path, *, as_json: bool) -> None:
             "warning: every tensor changed its dtype, so nothing of the base was used; convert one"
             " of them and diff again for a small delta",
             err=True,
+        )
+
+
+def _report_left_out(target: Path, exclude: Sequence[str], include: Sequence[str]) -> None:
+    """Say which files of the target are not in the delta because they are no part of a checkpoint."""
+    from sparsedelta.files.checkpoint import list_folder
+
+    if not target.is_dir():
+        return
+    _, _, left_out = list_folder(target, exclude, include, whole=False)
+    if left_out:
+        shown = ", ".join(printable(path) for path in left_out[:_MOST_SHOWN])
+        more = f" and {len(left_out) - _MOST_SHOWN} more" if len(left_out) > _MOST_SHOWN else ""
+        click.echo(
+            f"left out: {shown}{more} (no part of a checkpoint; --include keeps them)", err=True
         )
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from sparsedelta.dtypes import DTYPES, DType, tensor_bytes
 from sparsedelta.errors import CheckpointError, FormatError
+from sparsedelta.files import junk
 from sparsedelta.files.weight_sets import (
     INDEX_SUFFIX,
     SHARD,
@@ -90,16 +90,24 @@ class Checkpoint:
         sets: the names of the tensors of each weight set.
         side_files: relative path to file, of every other file, sorted.
         empty_folders: relative paths of folders that hold nothing, sorted.
+        left_out: relative paths of files and folders that are no part of a checkpoint.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, exclude: Sequence[str] = (), whole: bool = True
+        self,
+        path: str | os.PathLike[str],
+        *,
+        exclude: Sequence[str] = (),
+        include: Sequence[str] | None = None,
+        whole: bool = True,
     ) -> None:
         """Open a checkpoint, leaving out files that a glob of ``exclude`` matches.
 
         Args:
             path: a safetensors file or a folder.
             exclude: globs; without "/" they match a file's last component.
+            include: globs of what is part of the checkpoint although ``files.junk`` says that it is not;
+                None: everything is part of it.
             whole: refuse what is neither file nor folder, and links to folders, instead of passing
                 them over.
 
@@ -109,6 +117,8 @@ class Checkpoint:
         """
         if isinstance(exclude, str):  # a sequence of globs too, of one character each
             exclude = [exclude]
+        if isinstance(include, str):
+            include = [include]
         self.path = Path(path)
         self.is_folder = self.path.is_dir()
         self._fds: list[int] = []
@@ -117,9 +127,10 @@ class Checkpoint:
         self.sets: tuple[frozenset[str], ...] = ()
         self.side_files: dict[str, Path] = {}
         self.empty_folders: tuple[str, ...] = ()
+        self.left_out: tuple[str, ...] = ()
         try:
             if self.is_folder:
-                self._open_folder(exclude, whole=whole)
+                self._open_folder(exclude, include, whole=whole)
             else:
                 self._add_weight_file(self.path.name, self.path, "")
                 self.sets = (frozenset(self.tensors),)
@@ -143,8 +154,11 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(tensor.n_bytes for tensor in self.tensors.values())
 
-    def _open_folder(self, exclude: Sequence[str], *, whole: bool) -> None:
-        files, folders = list_folder(self.path, exclude, whole=whole)
+    def _open_folder(
+        self, exclude: Sequence[str], include: Sequence[str] | None, *, whole: bool
+    ) -> None:
+        files, folders, left_out = list_folder(self.path, exclude, include, whole=whole)
+        self.left_out = tuple(left_out)
         self.empty_folders = tuple(folders)
         weights = {path for path in files if path.endswith(WEIGHT_SUFFIX)}
         for path in sorted(weights):
@@ -200,12 +214,12 @@ class Checkpoint:
 
 
 def list_folder(
-    root: Path, exclude: Sequence[str], *, whole: bool
-) -> tuple[dict[str, Path], list[str]]:
-    """Return all files below a folder by relative path, and its empty folders, both sorted.
+    root: Path, exclude: Sequence[str], include: Sequence[str] | None = None, *, whole: bool
+) -> tuple[dict[str, Path], list[str], list[str]]:
+    """Return all files below a folder by relative path, its empty folders, and what is no part of it.
 
-    Symbolic links to files count as files; a file that ``exclude`` matches is left out, a folder it
-    matches with all that is in it.
+    All are sorted. Symbolic links to files count as files; a file that ``exclude`` matches is left
+    out, a folder it matches with all that is in it. ``include``: see ``Checkpoint``.
 
     Raises:
         CheckpointError: ``whole``, and something is neither file nor folder, or a link to a folder.
@@ -218,35 +232,41 @@ def list_folder(
 
     files: dict[str, Path] = {}
     empty: list[str] = []
+    left_out: list[str] = []
+    is_part = junk.is_part([] if include is None else include)
+
+    def kept(paths: list[str]) -> list[str]:
+        found = sorted(path for path in paths if not junk.matches(path, exclude))
+        if include is None:
+            return found
+        left_out.extend(path for path in found if not is_part(path))
+        return [path for path in found if is_part(path)]
+
     for folder, subfolders, names in os.walk(root, onerror=fail):
         here = Path(folder)
         relative = "" if here == root else here.relative_to(root).as_posix() + "/"
-        subfolders[:] = sorted(s for s in subfolders if not is_excluded(relative + s, exclude))
+        subfolders[:] = [Path(path).name for path in kept([relative + s for s in subfolders])]
         for name in subfolders:
             if whole and (here / name).is_symlink():
                 raise CheckpointError(
                     f"'{here / name}' is a symbolic link to a folder, which is not followed;"
                     " put the folder in its place or leave it out with --exclude"
                 )
-        kept = [name for name in names if not is_excluded(relative + name, exclude)]
-        for name in kept:
+        here_files = [path[len(relative) :] for path in kept([relative + name for name in names])]
+        for name in here_files:
             if (here / name).is_file():
                 files[relative + name] = here / name
             elif whole:
                 raise CheckpointError(
                     f"'{here / name}' is not a regular file; leave it out with --exclude"
                 )
-        if relative and not subfolders and not kept:
+        if relative and not subfolders and not here_files:
             empty.append(relative[:-1])
-    return dict(sorted(files.items(), key=lambda item: os.fsencode(item[0]))), sorted(
-        empty, key=os.fsencode
+    return (
+        dict(sorted(files.items(), key=lambda item: os.fsencode(item[0]))),
+        sorted(empty, key=os.fsencode),
+        sorted(left_out, key=os.fsencode),
     )
-
-
-def is_excluded(path: str, globs: Iterable[str]) -> bool:
-    """Return whether a glob matches a relative path, or, for a glob without "/", its last component."""
-    name = path.rsplit("/", 1)[-1]
-    return any(fnmatchcase(path if "/" in glob else name, glob.rstrip("/")) for glob in globs)
 
 
 def read_index(location: Path, path: str, weights: set[str]) -> dict[str, str]:

@@ -33,6 +33,7 @@ from sparsedelta.hub.folders import folder_of
 from sparsedelta.hub.references import DELTA_SUFFIX, Reference, parse_reference
 from sparsedelta.hub.repository import open_repository
 from sparsedelta.ops.apply import apply, check_apart
+from sparsedelta.ops.base_check import included
 from sparsedelta.progress import Progress, Silent
 from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.parallel import Pace, run_all
@@ -230,7 +231,7 @@ def _count(link: Link) -> None:
 def _fingerprint_of(base: Path, delta: Delta) -> bytes:
     """Return the fingerprint of those tensors of a checkpoint that a delta names in its base."""
     names = [row.name for row in delta.tensors if row.base]
-    with Checkpoint(base, whole=False) as checkpoint:
+    with Checkpoint(base, include=included(delta), whole=False) as checkpoint:
         tensors = [checkpoint.tensors[name] for name in names if name in checkpoint.tensors]
         pace = Pace(Silent())
         digests = run_all(

@@ -22,7 +22,7 @@ from sparsedelta.files.side_files import read_side_file, write_side_file
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.records import TensorDelta, TensorSpec
 from sparsedelta.live.bits import torch_dtype
-from sparsedelta.ops.base_check import check_structure, explain_mismatch
+from sparsedelta.ops.base_check import check_structure, explain_mismatch, included
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.parallel import Pace
 from sparsedelta.tensors.rebuild import BaseDiffers, Check, rebuild
@@ -46,7 +46,7 @@ def load_target(
 ) -> Any:
     """Return the transformers model of a delta's target; see ``sparsedelta.load_model``."""
     with ExitStack() as context:
-        checkpoint = context.enter_context(Checkpoint(base, whole=False))
+        checkpoint = context.enter_context(Checkpoint(base, include=included(delta), whole=False))
         delta.payload.check()
         check_structure(delta, checkpoint)
         folder = context.enter_context(_small_files(delta, checkpoint))

@@ -32,7 +32,7 @@ from sparsedelta.fs import (
     staged_output,
     synced,
 )
-from sparsedelta.ops.base_check import check_structure, explain_mismatch
+from sparsedelta.ops.base_check import check_structure, explain_mismatch, included
 from sparsedelta.progress import Progress, Silent
 from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import BaseDiffers, Check, Digests, Write, rebuild
@@ -93,7 +93,9 @@ def apply(
         for number, one in enumerate(deltas, 1):
             made = staged if number == len(deltas) else staged.with_name(f"step-{number}")
             left_out = exclude if number == 1 else ()
-            with Checkpoint(source, exclude=left_out, whole=False) as checkpoint:
+            with Checkpoint(
+                source, exclude=left_out, include=included(one), whole=False
+            ) as checkpoint:
                 write_target(checkpoint, one, made, check=verify, progress=progress or Silent())
             if number > 1:
                 _remove(source)

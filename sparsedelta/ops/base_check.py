@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sparsedelta.errors import (
     AlreadyApplied,
     BaseMismatch,
@@ -9,12 +11,30 @@ from sparsedelta.errors import (
     PartlyApplied,
     StructureMismatch,
 )
+from sparsedelta.files import junk
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.records import DIGEST_BYTES, TensorDelta, TensorSpec
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.parallel import Pace
+
+
+def included(delta: Delta) -> Sequence[str] | None:
+    """Return what ``Checkpoint`` includes where this delta is used: all if the delta names ``files.junk``.
+
+    Otherwise such files are left out, as they were when the delta was made.
+    """
+    target = delta.target
+    paths = [file.path for file in target.weight_files]
+    paths += [file.path for file in target.side_files]
+    paths += [row.name.rpartition(":")[0] for row in delta.tensors if ":" in row.name]
+    names_junk = any(
+        junk.matches(component, junk.NOT_PART)
+        for path in set(paths)
+        for component in path.split("/")
+    )
+    return None if names_junk else ()
 
 
 def check_structure(delta: Delta, base: Checkpoint) -> None:

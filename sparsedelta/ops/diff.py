@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from sparsedelta.files.side_files import digest_file
 from sparsedelta.files.weight_sets import WEIGHT_SUFFIX
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.digests import fingerprint
-from sparsedelta.format.paths import path_problem
+from sparsedelta.format.paths import path_collision, path_problem
 from sparsedelta.format.records import (
     Base,
     SideFile,
@@ -37,6 +38,7 @@ from sparsedelta.progress import Progress, Silent
 from sparsedelta.tensors.compare import Compared, Comparison, digest_tensor, spec_of
 from sparsedelta.tensors.parallel import Pace, run_all
 
+_log = logging.getLogger(__name__)
 _LEVELS = {level.value: level for level in Level}
 CARRY_LIMIT_BYTES = 64 << 20
 
@@ -56,6 +58,7 @@ def diff(
     level: str = "default",
     standalone: bool = False,
     exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
     info: Mapping[str, JSON] | None = None,
     progress: Progress | None = None,
     spool_dir: str | None = None,
@@ -72,6 +75,9 @@ def diff(
             ``invert`` like to. Otherwise the base's exponents help where they save a tenth, as they
             do after small steps. At level ``"fast"`` they never do.
         exclude: globs of files to leave out of both; without "/" they match a file's last component.
+        include: globs of files to keep although they are usually no part of a checkpoint: ``.git``,
+            ``.env``, caches, editor files, the state of training and its ``checkpoint-*`` folders
+            (``sparsedelta.files.junk``). What was left out is logged.
         info: free JSON to record, such as training settings.
         progress: told of the bytes read.
         spool_dir: where coded changes wait if they outgrow memory; None: the system's choice.
@@ -91,11 +97,13 @@ def diff(
     payload = SpoolPayload(spool_dir)
     try:
         with (
-            Checkpoint(base, exclude=exclude, whole=False) as old,
-            Checkpoint(target, exclude=exclude) as new,
+            Checkpoint(base, exclude=exclude, include=include, whole=False) as old,
+            Checkpoint(target, exclude=exclude, include=include) as new,
         ):
             _check_has_weights(old)
             _check_has_weights(new)
+            if new.left_out:
+                _log.info("left out of '%s': %s", new.path, ", ".join(new.left_out))
             files = describe_files(new, partial(_digest_if_there, old), payload)
             comparison = partial(
                 Comparison,
@@ -135,7 +143,9 @@ def describe_files(
     """
     side_files = _side_files(new, in_base, payload)
     weight_files = tuple(_weight_file(file, payload) for file in new.weight_files)
-    return Target(None, new.is_folder, weight_files, side_files, _empty_folders(new))
+    folders = _empty_folders(new)
+    _check_collisions([f.path for f in (*weight_files, *side_files)] + [*folders], new.path)
+    return Target(None, new.is_folder, weight_files, side_files, folders)
 
 
 def _digest_if_there(checkpoint: Checkpoint, path: str) -> tuple[int, bytes] | None:
@@ -259,10 +269,21 @@ def _refuse(why: str, paths: Sequence[str], root: Path) -> None:
 def _check_path(path: str, root: Path) -> None:
     problem = path_problem(path)
     if problem:
-        shown = path.encode("utf-8", "backslashreplace").decode("utf-8")
-        raise CheckpointError(
-            f"the name {shown!r} in '{root}' {problem}; rename it or leave it out with --exclude"
-        )
+        raise _name_error(path, root, problem)
+
+
+def _check_collisions(paths: Sequence[str], root: Path) -> None:
+    collision = path_collision(paths)
+    if collision:
+        path, how = collision
+        raise _name_error(path, root, how)
+
+
+def _name_error(path: str, root: Path, problem: str) -> CheckpointError:
+    shown = path.encode("utf-8", "backslashreplace").decode("utf-8")
+    return CheckpointError(
+        f"the name {shown!r} in '{root}' {problem}; rename it or leave it out with --exclude"
+    )
 
 
 def _check_json(members: Mapping[str, JSON], what: str) -> Mapping[str, JSON]:

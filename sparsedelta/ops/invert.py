@@ -19,7 +19,7 @@ from sparsedelta.format.digests import fingerprint
 from sparsedelta.format.records import Base, TensorDelta, header_key
 from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.ops.apply import AnyDelta
-from sparsedelta.ops.base_check import check_structure, explain_mismatch
+from sparsedelta.ops.base_check import check_structure, explain_mismatch, included
 from sparsedelta.ops.diff import describe_files
 from sparsedelta.ops.inverse import files_without_base, inverse_row, only_base_tells, why_row
 from sparsedelta.progress import Progress, Silent
@@ -68,7 +68,9 @@ def invert(
             opened.payload.check()
             if base is None:
                 return _without_base(opened, base_id, payload, progress or Silent())
-            checkpoint = context.enter_context(Checkpoint(base, exclude=exclude, whole=False))
+            checkpoint = context.enter_context(
+                Checkpoint(base, exclude=exclude, include=included(opened), whole=False)
+            )
             return _WithBase(opened, checkpoint, payload, progress or Silent()).run(base_id)
         except BaseException:
             payload.close()

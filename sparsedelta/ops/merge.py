@@ -89,7 +89,9 @@ def merge(
             one if isinstance(one, Delta) else context.enter_context(load(one)) for one in deltas
         ]
         _check_siblings(opened)
-        checkpoint = context.enter_context(Checkpoint(base, exclude=exclude, whole=False))
+        checkpoint = context.enter_context(
+            Checkpoint(base, exclude=exclude, include=(), whole=False)
+        )
         for one in opened:
             check_structure(one, checkpoint)
             one.payload.check()

@@ -13,7 +13,7 @@ from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.ops.apply import AnyDelta
-from sparsedelta.ops.base_check import check_structure
+from sparsedelta.ops.base_check import check_structure, included
 from sparsedelta.ops.stacking.chains import Chain
 from sparsedelta.ops.stacking.relation import relation
 from sparsedelta.ops.stacking.siblings import Siblings
@@ -52,7 +52,9 @@ def stack(
         kind = relation(opened)
         checkpoint = None
         if base is not None:
-            checkpoint = context.enter_context(Checkpoint(base, whole=False))
+            checkpoint = context.enter_context(
+                Checkpoint(base, include=included(opened[0]), whole=False)
+            )
             check_structure(opened[0], checkpoint)
         for one in opened:
             one.payload.check()

@@ -20,7 +20,7 @@ from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.digests import fingerprint
 from sparsedelta.format.records import DIGEST_BYTES, TensorDelta, TensorSpec, tensor_key
 from sparsedelta.ops.apply import AnyDelta, make_tensors
-from sparsedelta.ops.base_check import check_structure
+from sparsedelta.ops.base_check import check_structure, included
 from sparsedelta.progress import Progress, Silent
 from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.parallel import Pace, run_all
@@ -80,10 +80,10 @@ def verify(
     progress = progress or Silent()
     check_delta(delta, progress)
     if base is not None:
-        with Checkpoint(base, exclude=exclude, whole=False) as checkpoint:
+        with _open(base, delta, exclude) as checkpoint:
             _check_with_base(delta, checkpoint, progress)
     if target is not None:
-        with Checkpoint(target, exclude=exclude, whole=False) as checkpoint:
+        with _open(target, delta, exclude) as checkpoint:
             _check_target(delta, checkpoint, progress)
     changed = [row.change for row in delta.tensors if row.change]
     return VerifyReport(
@@ -94,6 +94,10 @@ def verify(
         base_checked=base is not None,
         target_checked=target is not None,
     )
+
+
+def _open(path: AnyPath, delta: Delta, exclude: Sequence[str]) -> Checkpoint:
+    return Checkpoint(path, exclude=exclude, include=included(delta), whole=False)
 
 
 def check_delta(delta: Delta, progress: Progress) -> None:

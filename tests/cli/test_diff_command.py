@@ -142,14 +142,14 @@ def test_refuses_an_input_by_any_of_its_names(tmp_path: Path, run: Run) -> None:
 
 
 def test_names_what_cannot_be_carried(workplace: Workplace, run: Run) -> None:
-    write(workplace.target / "optimizer.pt", "x")
+    write(workplace.target / "head.pt", "x")
     result = run("diff", workplace.base, workplace.target, "-o", workplace.delta)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "optimizer.pt" in result.stderr
-    assert "--exclude 'optimizer.pt'" in result.stderr
+    assert "head.pt" in result.stderr
+    assert "--exclude 'head.pt'" in result.stderr
     assert not workplace.delta.exists()
     again = run(
-        "diff", workplace.base, workplace.target, "-o", workplace.delta, "--exclude", "optimizer.pt"
+        "diff", workplace.base, workplace.target, "-o", workplace.delta, "--exclude", "head.pt"
     )
     assert again.exit_code == 0
 
@@ -161,3 +161,22 @@ def test_id_that_is_no_text(workplace: Workplace, process: Process) -> None:
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
     assert not workplace.delta.exists()
+
+
+def test_says_what_was_left_out(workplace: Workplace, run: Run) -> None:
+    write(workplace.target / ".env", "TOKEN=hf_secret")
+    result = run("diff", workplace.base, workplace.target, "-o", workplace.delta)
+    assert result.exit_code == 0
+    assert "left out: .env (no part of a checkpoint; --include keeps them)" in result.stderr
+    assert b"hf_secret" not in workplace.delta.read_bytes()
+    run(
+        "diff",
+        workplace.base,
+        workplace.target,
+        "-o",
+        workplace.delta,
+        "--overwrite",
+        "--include",
+        ".env",
+    )
+    assert ".env" in run("inspect", workplace.delta, "--json").stdout

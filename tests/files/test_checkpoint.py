@@ -23,7 +23,8 @@ from helpers import (
 )
 
 from sparsedelta.errors import CheckpointError
-from sparsedelta.files.checkpoint import Checkpoint, Tensor, is_excluded
+from sparsedelta.files import junk
+from sparsedelta.files.checkpoint import Checkpoint, Tensor
 
 W = noise("BF16", 2, 3)
 V = noise("F32", 5)
@@ -304,7 +305,7 @@ def test_weight_file_without_a_utf8_name_is_refused(tmp_path: Path) -> None:
 )
 def test_globs(glob: str, matched: set[str]) -> None:
     paths = ["a.bin", "sub/b.bin", "sub/deep", "sub/deep/c", "other"]
-    assert {path for path in paths if is_excluded(path, ["none", glob])} == matched
+    assert {path for path in paths if junk.matches(path, ["none", glob])} == matched
 
 
 def test_excluded_files_and_folders(tmp_path: Path) -> None:
