@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,9 @@ DTYPES = {
     "F32": (32, 4, True),
     **dict.fromkeys(("U64", "I64", "C64"), (64, 8, False)),
     "F64": (64, 8, True),
+}
+RESERVED = {"CON", "PRN", "AUX", "NUL"} | {
+    f"{name}{n}" for name in ("COM", "LPT") for n in range(10)
 }
 
 
@@ -187,15 +191,23 @@ def read_row(value: Any, target_known: bool) -> Row:
 def check_paths(paths: list[str]) -> None:
     """Refuse paths that break §3.4."""
     for path in paths:
-        plain = not re.search(r"[\\:\x00-\x1f\x7f]", path) and len(path.encode()) <= 4096
+        plain = not re.search(r'[\x00-\x1f\x7f\\:*?"<>|]', path) and len(path.encode()) <= 4096
         check(plain, "corrupt", f"path {path!r:.60}")
         check(path.count("/") < 64, "limit_exceeded", f"components of path {path!r:.60}")
         for part in path.split("/"):
             fair = part not in ("", ".", "..") and len(part.encode()) <= 255
+            fair = fair and not part.endswith((".", " ")) and part.lower() != ".git"
+            fair = fair and part.split(".")[0].upper() not in RESERVED
             check(fair, "corrupt", f"path {path!r:.60}")
-    check(len(set(paths)) == len(paths), "corrupt", "a path occurs twice")
-    above = {path[:i] for path in paths for i, letter in enumerate(path) if letter == "/"}
-    check(above.isdisjoint(paths), "corrupt", "a path is a leading part of another")
+    folded = {fold(path) for path in paths}
+    check(len(folded) == len(paths), "corrupt", "a path occurs twice")
+    above = {path[:i] for path in folded for i, letter in enumerate(path) if letter == "/"}
+    check(above.isdisjoint(folded), "corrupt", "a path is a leading part of another")
+
+
+def fold(path: str) -> str:
+    """Return a path as it is compared with others."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
 
 def in_order(names: list[str]) -> bool:
@@ -255,6 +267,9 @@ def read_manifest(raw: bytes) -> Delta:
     check(in_order(sides) and in_order(empty_folders), "corrupt", "paths are not sorted")
     alone = len(weights) == 1 and "/" not in weights[0] and not sides and not empty_folders
     check(kind == "folder" or alone, "corrupt", "a target of kind file is one file")
+    named = all(path.endswith(".safetensors") for path in weights)
+    named = named and not any(path.endswith(".safetensors") for path in sides)
+    check(kind == "file" or named, "corrupt", "the suffix of a weight or side file")
     return Delta(
         kind,
         hexadecimal(base_fingerprint, 32),

@@ -17,7 +17,7 @@ from sparsedelta.codecs.packings import VALUE_PACKINGS
 from sparsedelta.codecs.values import VALUE_ENCODINGS
 from sparsedelta.dtypes import DTYPES, tensor_bytes
 from sparsedelta.errors import Corrupt, LimitExceeded
-from sparsedelta.format.paths import check_paths
+from sparsedelta.format.paths import check_paths, check_suffixes
 from sparsedelta.format.records import (
     DIGEST_BYTES,
     TOUCHED_BYTES,
@@ -144,8 +144,11 @@ def _target(value: Any) -> Target:
     side_paths = [file.path for file in target.side_files]
     _check_sorted(side_paths, "side_files")
     _check_sorted(list(target.empty_folders), "empty_folders")
-    check_paths([*(f.path for f in target.weight_files), *side_paths, *target.empty_folders])
-    if not target.is_folder and (
+    weight_paths = [file.path for file in target.weight_files]
+    check_paths([*weight_paths, *side_paths, *target.empty_folders])
+    if target.is_folder:
+        check_suffixes(weight_paths, side_paths)
+    elif (
         len(target.weight_files) != 1
         or "/" in target.weight_files[0].path
         or target.side_files

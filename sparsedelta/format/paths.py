@@ -1,9 +1,10 @@
-"""File paths inside a delta (FORMAT §3.4): plain relative names that cannot leave the output folder."""
+"""File paths inside a delta (FORMAT §3.4): plain relative names that stay in the output folder on any system."""
 
 from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from collections.abc import Iterable
 
 from sparsedelta.errors import Corrupt, LimitExceeded
@@ -11,7 +12,9 @@ from sparsedelta.errors import Corrupt, LimitExceeded
 MAX_PATH_BYTES = 4096
 MAX_COMPONENT_BYTES = 255
 MAX_COMPONENTS = 64  # making and removing folders recurses, here and in other programs
-_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\:]")
+WEIGHT_SUFFIX = ".safetensors"
+_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
+_RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9])(\..*)?", re.IGNORECASE)
 
 
 def path_problem(path: str) -> str | None:
@@ -25,34 +28,77 @@ def path_problem(path: str) -> str | None:
     if path.count("/") >= MAX_COMPONENTS:
         return f"has more than {MAX_COMPONENTS} components"
     if _FORBIDDEN.search(path):
-        return "holds a backslash, a colon or a control character"
-    for component in path.split("/"):
-        if component in ("", ".", ".."):
-            return "is not a plain relative path"
-        if len(component.encode("utf-8")) > MAX_COMPONENT_BYTES:
-            return f"has a component longer than {MAX_COMPONENT_BYTES} bytes"
+        return 'holds a control character or one of \\ : * ? " < > |'
+    problems = map(_component_problem, path.split("/"))
+    return next((problem for problem in problems if problem), None)
+
+
+def _component_problem(component: str) -> str | None:
+    if component in ("", ".", ".."):
+        return "is not a plain relative path"
+    if len(component.encode("utf-8")) > MAX_COMPONENT_BYTES:
+        return f"has a component longer than {MAX_COMPONENT_BYTES} bytes"
+    if component[-1] in ". ":
+        return "has a component that ends with a dot or a space"
+    if component.lower() == ".git":
+        return "has a component '.git': the files of git can run commands"
+    if _RESERVED.fullmatch(component):
+        return f"has a component {component!r}, a name that Windows reserves"
     return None
+
+
+def path_collision(paths: Iterable[str]) -> tuple[str, str] | None:
+    """Return a path that collides with another, and how; None if none does.
+
+    Two collide if they are equal, or one is a folder of the other, on a system that ignores case.
+    Each path is sound by itself (`path_problem`).
+    """
+    # With "/" sorted before every other character a folder stands right before what lies in it.
+    ordered = sorted((_folded(path).replace("/", "\0"), path) for path in paths)
+    for (first, path), (second, other) in itertools.pairwise(ordered):
+        if path == other:
+            return other, "occurs twice"
+        if first == second:
+            return other, f"is {path!r} too on a system that ignores case or Unicode form"
+        if second.startswith(first + "\0"):
+            return other, f"lies in {path!r}, a file or an empty folder"
+    return None
+
+
+def _folded(path: str) -> str:
+    if path.isascii():
+        return path.lower()
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
 
 def check_paths(paths: Iterable[str]) -> None:
     """Check all paths of a target, each by itself and against the others.
 
     Raises:
-        Corrupt: a path is not allowed, occurs twice, or is a folder of another.
+        Corrupt: a path is not allowed, or collides with another.
         LimitExceeded: a path has too many components.
     """
-    seen: set[str] = set()
-    for path in paths:
+    known = tuple(paths)
+    for path in known:
         problem = path_problem(path)
         if problem:
             error = LimitExceeded if path.count("/") >= MAX_COMPONENTS else Corrupt
             raise error(f"path {path[:200]!r} {problem}")
-        if path in seen:
-            raise Corrupt(f"path {path!r} occurs twice")
-        seen.add(path)
-    # With "/" sorted before every other character a folder stands right before what lies in it.
-    ordered = sorted(path.replace("/", "\0") for path in seen)
-    for folder, path in itertools.pairwise(ordered):
-        if path.startswith(folder + "\0"):
-            name = path.replace("\0", "/")
-            raise Corrupt(f"path {name!r} lies in a path that is a file or an empty folder")
+    collision = path_collision(known)
+    if collision:
+        path, how = collision
+        raise Corrupt(f"path {path!r} {how}")
+
+
+def check_suffixes(weight_paths: Iterable[str], side_paths: Iterable[str]) -> None:
+    """Check the names of a target folder's files: the suffix tells weight files from others.
+
+    Raises:
+        Corrupt: a name says another kind of file.
+    """
+    for path in weight_paths:
+        if not path.endswith(WEIGHT_SUFFIX):
+            raise Corrupt(f"weight file {path[:200]!r} does not end in {WEIGHT_SUFFIX}")
+    for path in side_paths:
+        if path.endswith(WEIGHT_SUFFIX):
+            raise Corrupt(f"side file {path[:200]!r} ends in {WEIGHT_SUFFIX}")

@@ -144,7 +144,8 @@ def describe_files(
     side_files = _side_files(new, in_base, payload)
     weight_files = tuple(_weight_file(file, payload) for file in new.weight_files)
     folders = _empty_folders(new)
-    _check_collisions([f.path for f in (*weight_files, *side_files)] + [*folders], new.path)
+    paths = [file.path for file in weight_files] + [file.path for file in side_files]
+    _check_collisions([*paths, *folders], new.path)
     return Target(None, new.is_folder, weight_files, side_files, folders)
 
 

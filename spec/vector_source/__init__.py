@@ -21,6 +21,7 @@ VARIATIONS = """
     entry_dtype_list entry_string entry_three* entry_list entry_no*
     path_up_only path_up_last path_dot_* path_stream path_long path_*_utf8 path_escape path_newline
     path_folder_twice path_folder_up path_folder_within path_weights_* path_side_twice
+    path_reserved_com[1-8] path_reserved_lpt[1-8]
     frame_second_same frame_skippable_only frame_no_last* frame_header_only frame_plain
     frame_other* frame_reserved* manifest_frame_[ns]* manifest_frame_plain manifest_digest_*
     limit_manifest_most limit_header_most limit_nesting_objects

@@ -17,6 +17,14 @@ from vector_source.samples import (
 from vector_source.valid import WEIGHTS, folder, noise
 from vector_source.writer import WeightFile, assemble, draft
 
+# Names of devices on Windows: FORMAT §3.4.
+RESERVED = [
+    "CON",
+    "PRN",
+    "AUX",
+    "NUL",
+    *(f"{name}{n}" for name in ("COM", "LPT") for n in range(10)),
+]
 MEMBERS = (
     "info",
     "base.id",
@@ -233,6 +241,22 @@ def paths() -> list[Invalid]:
         ("long_component", "c" * 256),
         ("long_component_utf8", "\u00e9" * 128),
         ("long", "/".join(["c" * 255] * 16) + "/c"),
+        ("star", "config*.json"),
+        ("question", "config?.json"),
+        ("quote", 'config".json'),
+        ("less", "config<.json"),
+        ("greater", "config>.json"),
+        ("bar", "config|.json"),
+        ("ends_dot", "config.json."),
+        ("ends_dot_folder", "a./config.json"),
+        ("ends_space", "config.json "),
+        ("git", ".git/config"),
+        ("git_case", ".GiT/config"),
+        ("git_file", "a/.git"),
+        *((f"reserved_{name.lower()}", name) for name in RESERVED),
+        ("reserved_case", "nUl"),
+        ("reserved_suffix", "aux.tar.gz"),
+        ("reserved_folder", "a/Lpt1.d/config.json"),
     ):
         add(name, f"a side file {path!r:.40}", assemble(with_side_file(path)))
     for kind, member, held in (
@@ -250,8 +274,31 @@ def paths() -> list[Invalid]:
     add("folder_is_file", "an empty folder and a side file of one path", with_manifest(folders))
     folders = {"target.empty_folders": ["kept.txt/logs"]}
     add("folder_in_file", "an empty folder within a file", with_manifest(folders))
-    weights = {"target.weight_files.0.path": "kept.txt"}
-    add("shadows_weights", "a side file and a weight file of one path", with_manifest(weights))
+    folders = {"target.empty_folders": [WEIGHTS]}
+    add("shadows_weights", "an empty folder and a weight file of one path", with_manifest(folders))
+    folders = {"target.empty_folders": ["\u00c4", "\u00e4"]}
+    add("case_folder", "empty folders that differ in case", with_manifest(folders))
+    folders = {"target.empty_folders": ["Config.JSON"]}
+    add("case_side", "an empty folder, a side file but for case", with_manifest(folders))
+    folders = {"target.empty_folders": ["Model.safetensors"]}
+    add("case_weights", "an empty folder, a weight file but for case", with_manifest(folders))
+    folders = {"target.empty_folders": ["KEPT.txt/logs"]}
+    add("case_in_file", "an empty folder within a file but for case", with_manifest(folders))
+    folders = {"target.empty_folders": ["strasse", "stra\u00dfe"]}
+    add("case_full", "empty folders that are one where \u00df folds to ss", with_manifest(folders))
+    folders = {"target.empty_folders": ["e\u0301", "\u00e9"]}
+    add("form", "empty folders in two forms of Unicode", with_manifest(folders))
+    folders = {"target.empty_folders": ["e\u0301", "\u00e9/logs"]}
+    add("form_within", "an empty folder within another in another form", with_manifest(folders))
+    for name, path in (
+        ("suffix_python", "run.py"),
+        ("suffix_case", "MODEL.SAFETENSORS"),
+        ("suffix_longer", "part.safetensorsx"),
+    ):
+        weights = {"target.weight_files.0.path": path}
+        add(name, f"a weight file {path} in a folder", with_manifest(weights, of=plain))
+    side_path = "config.safetensors"
+    add("suffix_side", f"a side file {side_path}", assemble(with_side_file(side_path)))
     weights = {"target.weight_files.0.path": "kept.txt/model.safetensors"}
     add("weights_in_file", "a weight file within a side file", with_manifest(weights))
     delta = sample()

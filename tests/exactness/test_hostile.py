@@ -22,7 +22,7 @@ from vector_source.writer import (
 )
 
 import sparsedelta
-from sparsedelta.errors import BaseMismatch, CheckpointError, TargetMismatch
+from sparsedelta.errors import BaseMismatch, CheckpointError, Corrupt, TargetMismatch
 
 W = tensor("U8", [1, 2, 3, 4])
 BASE = folder(WeightFile(WEIGHTS, {"w": W}))
@@ -68,25 +68,51 @@ def test_stored_header_of_many_empty_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (folder(WeightFile("weights.bin", {"w": W})), "'weights.bin' is another file in"),
+        (folder(WeightFile("run.py", {"w": W})), "weight file 'run.py' does not end in"),
+        (folder(WeightFile("MODEL.SAFETENSORS", {"w": W})), "does not end in .safetensors"),
         (
             folder(
                 WeightFile(WEIGHTS, {"w": W}),
                 side={"x.safetensors": WeightFile("x", {"v": W}).content()},
             ),
-            "'x.safetensors' is a weight file in",
+            "side file 'x.safetensors' ends in .safetensors",
         ),
+        (
+            folder(WeightFile(WEIGHTS, {"w": W}), side={".git/config": b"[core]"}),
+            "path '.git/config' has a component '.git'",
+        ),
+        (folder(WeightFile(WEIGHTS, {"w": W}), side={"a": b"", "A": b""}), "that ignores case"),
     ],
-    ids=["weights", "side"],
+    ids=["weights", "weights_case", "side", "git", "case"],
 )
-def test_files_that_are_not_read_as_the_delta_has_them(
+def test_names_that_are_not_what_they_say_are_refused(
     target: Checkpoint, message: str, tmp_path: Path
 ) -> None:
     base = put(BASE, tmp_path / "base")
     path = save(draft(BASE, target), tmp_path / "delta.sd")
-    sparsedelta.apply(base, path, tmp_path / "out")
-    with pytest.raises(TargetMismatch, match=message):
-        sparsedelta.verify(path, target=tmp_path / "out")
+    with pytest.raises(Corrupt, match=message):
+        sparsedelta.apply(base, path, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["base", "delta.sd"]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        (".GIT", "the files of git can run commands"),
+        ("Aux.json", "Windows reserves"),
+        ("a ", "ends with a dot or a space"),
+        ("what?", "control character or one of"),
+        ("Config.json", "that ignores case"),
+    ],
+)
+def test_diff_refuses_names_that_a_delta_must_not_hold(name: str, why: str, tmp_path: Path) -> None:
+    base, target = put(BASE, tmp_path / "base"), put(BASE, tmp_path / "target")
+    write(target / "config.json", b"{}")
+    write(target / "sub" / name, b"{}")
+    write(target / name, b"{}")
+    with pytest.raises(CheckpointError, match=f"{why}.*--exclude"):
+        sparsedelta.diff(base, target)
+    sparsedelta.diff(base, target, exclude=[name]).close()
 
 
 def test_one_file_does_not_replace_a_folder(tmp_path: Path) -> None:
