@@ -11,12 +11,18 @@ import errno
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+if sys.platform != "win32":
+    import resource
+
+_MANY_FILES = 10_000  # macOS refuses more than its own limit of 10,240
+_FEW_FILES = 32  # that every process may open besides those it has
 _WRITE_OUT_SECONDS = 0.1
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -35,6 +41,19 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "A folder, expected a file", os.fspath(path))
     raise OSError(errno.EINVAL, "Not a regular file; copy it into one first", os.fspath(path))
+
+
+def allow_open_files(n_files: int) -> None:
+    """Let this process hold ``n_files`` more files open, as far as the system lets it choose.
+
+    Every shard of base and output is one, and the usual limit is 256 or 1,024.
+    """
+    if sys.platform == "win32" or n_files <= _FEW_FILES:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextmanager

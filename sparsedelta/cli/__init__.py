@@ -7,9 +7,10 @@ imported when it is asked for. stdout gets results and nothing else.
 from __future__ import annotations
 
 import io
-import resource
+import os
 import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -20,7 +21,6 @@ from sparsedelta.cli._failures import EXPECTED, report_failure, report_interrupt
 COMMANDS = ("diff", "apply", "verify", "inspect", "stack", "invert", "merge", "push", "pull")
 _DEBUG_HELP = "Show where an error comes from."
 _QUIET_HELP = "Show neither progress nor notes."
-_MANY_FILES = 10_000  # macOS refuses more than its own limit of 10,240
 
 
 def _shared_options() -> list[click.Option]:
@@ -61,6 +61,11 @@ class Commands(click.Group):
         command.params += [option for option in _shared_options() if option.name not in have]
         return command
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program; standard streams that are closed, as a daemon has them, lead nowhere."""
+        _open_standard_streams()
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> None:
         """Run a command; exit with 1 on an expected failure and with 130 on Ctrl-C."""
         try:
@@ -73,6 +78,17 @@ class Commands(click.Group):
         except EXPECTED as error:
             report_failure(error, with_traceback=ctx.params["debug"])
             ctx.exit(1)
+
+
+def _open_standard_streams() -> None:
+    # In order, so that each gets its own number; else a file opened later would take it.
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "r" if fd == 0 else "w", closefd=False))  # noqa: SIM115
 
 
 @click.command(
@@ -94,13 +110,4 @@ def main(ctx: click.Context, *, debug: bool, quiet: bool) -> None:
     """Keep only what changed between two model checkpoints, bit for bit."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # tensor names may hold any character
-    _allow_many_files()
     ctx.obj = Settings(quiet=quiet)
-
-
-def _allow_many_files() -> None:
-    """Let this process hold as many files open as it may: every shard of base and output is one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -31,7 +31,9 @@ from sparsedelta.format.safetensors_header import (
     parse_header,
 )
 from sparsedelta.format.strict_json import parse_json
-from sparsedelta.fs import open_regular
+from sparsedelta.fs import allow_open_files, open_regular
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,7 @@ class Checkpoint:
         self.left_out = tuple(left_out)
         self.empty_folders = tuple(folders)
         weights = {path for path in files if path.endswith(WEIGHT_SUFFIX)}
+        allow_open_files(len(weights))
         for path in sorted(weights):
             _check_utf8(path, files[path])
         indexes = {p: read_index(files[p], p, weights) for p in files if p.endswith(INDEX_SUFFIX)}
@@ -358,6 +361,11 @@ def _read_header(fd: int, location: Path) -> tuple[bytes, Header]:
     if file_bytes < 8:
         raise CheckpointError(f"'{location}' is not a safetensors file: it has {file_bytes} bytes")
     size = int.from_bytes(os.pread(fd, 8, 0), "little")
+    if os.pread(fd, len(_LFS_POINTER), 0) == _LFS_POINTER:
+        raise CheckpointError(
+            f"'{location}' is a pointer of Git LFS, not the weights themselves; run `git lfs pull` in"
+            " its repository"
+        )
     if size > min(file_bytes - 8, MAX_HEADER_BYTES):
         raise CheckpointError(
             f"'{location}' is no safetensors file, or a part of one: it states a header of {size}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterable
 
 from sparsedelta.fs import name_full_disk
@@ -22,6 +23,7 @@ class SpoolPayload:
         self._file = tempfile.SpooledTemporaryFile(  # noqa: SIM115 - closed by close()
             max_size=_MEMORY_BYTES, dir=folder
         )
+        self._closing = weakref.finalize(self, self._file.close)  # also when the interpreter ends
         self._folder = folder or tempfile.gettempdir()
         self._lock = threading.Lock()
         self._end = 0
@@ -69,8 +71,4 @@ class SpoolPayload:
 
     def close(self) -> None:
         """Discard the entries."""
-        self._file.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            self.close()
+        self._closing()

@@ -24,6 +24,7 @@ from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.digests import fingerprint
 from sparsedelta.format.records import TensorDelta
 from sparsedelta.fs import (
+    allow_open_files,
     check_absent,
     check_checkpoint_folder,
     check_no_folder,
@@ -149,6 +150,7 @@ def write_target(
         _make_folders(delta, out)
     for side_file in delta.target.side_files:
         write_side_file(delta, base, side_file, out / side_file.path)
+    allow_open_files(len(files))
     with ExitStack() as stack:
         outputs = [
             stack.enter_context(_new_file(out / file.path if delta.target.is_folder else out, file))

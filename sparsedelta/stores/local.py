@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 
 from sparsedelta.fs import open_regular
 
@@ -13,20 +14,16 @@ class OpenFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = os.fsdecode(path)
         self._fd = open_regular(path)
+        # A finalizer also runs, once and in order, when the interpreter ends with the file open.
+        self._closing = weakref.finalize(self, os.close, self._fd)
         self.n_bytes = os.fstat(self._fd).st_size
 
     def read(self, offset: int, n_bytes: int) -> bytes:
         """Return up to ``n_bytes`` bytes from ``offset``, none at the end."""
-        if self._fd < 0:
+        if not self._closing.alive:
             raise ValueError(f"'{self.name}' is closed; load the delta again")
         return os.pread(self._fd, n_bytes, offset)
 
     def close(self) -> None:
         """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            self.close()
+        self._closing()

@@ -251,12 +251,18 @@ def test_more_shards_than_files_may_be_open_at_first(tmp_path: Path) -> None:
     write_sharded(tmp_path / "base", shards)
     write_sharded(tmp_path / "target", changed)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    for arguments in (
-        ("diff", "base", "target", "-o", "delta.sd"),
-        ("apply", "base", "delta.sd", "out"),
+    script = (
+        "import sparsedelta\n"
+        "with sparsedelta.diff('base', 'target') as delta: delta.save('api.sd')\n"
+        "sparsedelta.apply('base', 'api.sd', 'api')"
+    )
+    for line in (
+        command("diff", "base", "target", "-o", "delta.sd"),
+        command("apply", "base", "delta.sd", "out"),
+        [sys.executable, "-c", script],
     ):
         subprocess.run(
-            command(*arguments),
+            line,
             cwd=tmp_path,
             env=environment(),
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)),
@@ -264,6 +270,15 @@ def test_more_shards_than_files_may_be_open_at_first(tmp_path: Path) -> None:
             capture_output=True,
         )
     assert_same_files(tmp_path / "target", tmp_path / "out")
+    assert_same_files(tmp_path / "target", tmp_path / "api")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_lead_nowhere(workplace: Workplace, closed: str) -> None:
+    line = command("diff", str(workplace.base), str(workplace.target), "-o", str(workplace.delta))
+    shell = f"{shlex.join(line)} {closed}"
+    assert subprocess.run(["sh", "-c", shell], env=environment()).returncode == 0
+    sparsedelta.verify(workplace.delta, base=workplace.base, target=workplace.target)
 
 
 def test_bar_counts_all_and_shows_some(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -318,3 +318,10 @@ def test_excluded_files_and_folders(tmp_path: Path) -> None:
     with Checkpoint(tmp_path, exclude=["*.bin"]) as checkpoint:
         assert list(checkpoint.side_files) == ["README.md"]
         assert checkpoint.empty_folders == ("optimizer",)
+
+
+def test_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123\n"
+    path = write(tmp_path / "model.safetensors", pointer)
+    with pytest.raises(CheckpointError, match=r"pointer of Git LFS.*git lfs pull"):
+        Checkpoint(path)
