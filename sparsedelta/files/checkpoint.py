@@ -18,12 +18,11 @@ from sparsedelta.files import junk
 from sparsedelta.files.weight_sets import (
     INDEX_SUFFIX,
     SHARD,
-    WEIGHT_SUFFIX,
     name_prefixes,
     set_stems,
     shard_path,
 )
-from sparsedelta.format.paths import path_problem
+from sparsedelta.format.paths import WEIGHT_SUFFIX, path_problem
 from sparsedelta.format.safetensors_header import (
     MAX_HEADER_BYTES,
     Header,

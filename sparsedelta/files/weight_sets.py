@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 
 from sparsedelta.errors import FormatError
+from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.format.strict_json import parse_json
 
-WEIGHT_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 PRIMARY_STEM = "model"
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors")

@@ -19,8 +19,8 @@ from sparsedelta.errors import (
     RemoteNotFound,
     StructureMismatch,
 )
-from sparsedelta.files.weight_sets import WEIGHT_SUFFIX
 from sparsedelta.format.delta import Delta
+from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.format.records import TensorSpec
 from sparsedelta.format.safetensors_header import MAX_HEADER_BYTES, Header, parse_header
 from sparsedelta.hub.client import Hub

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from sparsedelta.files.weight_sets import INDEX_SUFFIX, WEIGHT_SUFFIX
+from sparsedelta.files.weight_sets import INDEX_SUFFIX
+from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.hub.client import RemoteFile
 from sparsedelta.hub.record import is_content
 

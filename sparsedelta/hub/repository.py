@@ -14,12 +14,12 @@ from sparsedelta.errors import BaseMismatch, RemoteNotFound
 from sparsedelta.files.weight_sets import (
     INDEX_SUFFIX,
     PRIMARY_STEM,
-    WEIGHT_SUFFIX,
     name_prefixes,
     set_stems,
     shards_of_index,
 )
 from sparsedelta.format.delta import Delta
+from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.hub.client import Hub, RemoteFile
 from sparsedelta.hub.ranges import read_remote_delta
 from sparsedelta.hub.references import DELTA_NAME, DELTA_SUFFIX, Reference

@@ -16,8 +16,8 @@ from sparsedelta.errors import (
     MismatchError,
     RemoteNotFound,
 )
-from sparsedelta.files.weight_sets import WEIGHT_SUFFIX
 from sparsedelta.format.delta import Delta
+from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.hub.base_proof import base_reference, check_link, check_remote_structure
 from sparsedelta.hub.chain import (
     Link,

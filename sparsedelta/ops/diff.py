@@ -18,10 +18,9 @@ from sparsedelta.codecs.zstd import compress_text
 from sparsedelta.errors import CheckpointError
 from sparsedelta.files.checkpoint import Checkpoint, Tensor, WeightFile
 from sparsedelta.files.side_files import digest_file
-from sparsedelta.files.weight_sets import WEIGHT_SUFFIX
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.digests import fingerprint
-from sparsedelta.format.paths import path_collision, path_problem
+from sparsedelta.format.paths import WEIGHT_SUFFIX, path_collision, path_problem
 from sparsedelta.format.records import (
     Base,
     SideFile,
