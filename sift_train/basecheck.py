@@ -144,4 +144,6 @@ def _open(path: Path, stack: ExitStack) -> Any:
     try:
         return stack.enter_context(safe_open(path, framework="pt"))
     except SafetensorError as error:
-        raise ValueError(f"'{path}' is no safetensors file, or a part of one: {error}") from error
+        raise ValueError(
+            f"'{path}' is not a safetensors file, or only a part of one: {error}"
+        ) from error

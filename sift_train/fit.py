@@ -52,7 +52,7 @@ def fit(
     """Train a sparse set of the model's components, write what changed, and say how it went.
 
     A model given as a module is trained in place and keeps the trained weights. Random number
-    generators are seeded. Ctrl-C ends the training after the step at hand, and what was learnt is
+    generators are seeded. Ctrl-C ends the training after the current step, and what was learnt is
     written; a second Ctrl-C stops at once.
 
     Args:

@@ -1,4 +1,4 @@
-"""Ctrl-C as a wish to stop after the step at hand, so that no step is left half done."""
+"""Ctrl-C as a wish to stop after the current step, so that no step is left half done."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One parameter and the fp32 master of its selected components: gather, write back, revert.
 
 The optimizer sees only the master. The parameter holds the master rounded to its own dtype at the
-selected positions, and its original bits everywhere else. Indices are those of the tensor at hand:
+selected positions, and its original bits everywhere else. Indices are those of the current tensor:
 where a parameter is one rank's part of a larger one, they become global by adding its offset.
 """
 

@@ -66,5 +66,5 @@ def tensor_bytes(dtype: DType, shape: Sequence[int]) -> int:
         if bits >= 1 << 63:
             raise OverflowError(f"shape {list(shape)} of {dtype.name} exceeds 2^63 bits")
     if bits % 8:
-        raise ValueError(f"shape {list(shape)} of {dtype.name} is no whole number of bytes")
+        raise ValueError(f"shape {list(shape)} of {dtype.name} is not a whole number of bytes")
     return bits // 8

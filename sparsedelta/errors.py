@@ -6,7 +6,7 @@ SparseDeltaError
 │  ├─ UnsupportedVersion           a delta of another format version
 │  ├─ UnsupportedFeature           names an encoding, dtype or member that version 1 does not have
 │  ├─ Truncated                    ends too early
-│  ├─ Corrupt                      contradicts itself or the format
+│  ├─ Corrupt                      is inconsistent, or breaks a rule of the format
 │  └─ LimitExceeded                above a limit of FORMAT §11
 ├─ MismatchError (ValueError)      delta and checkpoint do not belong together
 │  ├─ BaseMismatch                 a tensor or file of the base has other content
@@ -84,7 +84,7 @@ class Truncated(FormatError):
 
 
 class Corrupt(FormatError):
-    """The file contradicts itself or the format."""
+    """The file is inconsistent, or breaks a rule of the format."""
 
     code = "corrupt"
 

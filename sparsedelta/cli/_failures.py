@@ -1,4 +1,4 @@
-"""How failures are told: one line on stderr, free of anything that a terminal would act on."""
+"""How failures are reported: one line on stderr, free of anything that a terminal would act on."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class Sources(ExitStack):
 
 @contextmanager
 def _or_path(text: str) -> Iterator[None]:
-    """Say of a repository that cannot be had that it is no path either: most likely one was meant."""
+    """Add to the error of a repository that is not available that no such path exists either."""
     try:
         yield
     except (RemoteNotFound, AccessDenied, Unreachable) as error:

@@ -25,7 +25,10 @@ from sparsedelta.fs import check_absent
     help="Check the digests of all tensors, of the touched values only, or none.",
 )
 @click.option(
-    "--exclude", multiple=True, metavar="GLOB", help="Leave files of BASE out. May be repeated."
+    "--exclude",
+    multiple=True,
+    metavar="GLOB",
+    help="Leave out files of BASE that match. May be repeated.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT, a folder with all that is in it.")
 @click.pass_obj
@@ -38,11 +41,11 @@ def command(
     exclude: tuple[str, ...],
     overwrite: bool,
 ) -> None:
-    """Rebuild a target from BASE and DELTA, byte for byte.
+    """Rebuild the target from BASE and DELTA, byte for byte.
 
-    Several deltas are applied in order, each made from the target of the one before it. OUT
-    appears once it is complete and checked; BASE is only read. BASE and DELTA may be repositories
-    on the Hub: org/name@revision.
+    Several deltas are applied in order; each must start from the target of the one before it.
+    OUT appears only when it is complete and checked. BASE is not changed. BASE and DELTA may be
+    repositories on the Hub (org/name@revision).
     """
     if len(deltas_and_out) < 2:
         raise click.UsageError("give BASE, at least one DELTA, and OUT, in this order")

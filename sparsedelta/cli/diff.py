@@ -37,7 +37,9 @@ _MOST_SHOWN = 5
 @click.option(
     "-o", "--output", type=PATH, required=True, metavar="DELTA", help="The file to write."
 )
-@click.option("--base-id", metavar="ID", help="Where others find the base: org/model@<commit>.")
+@click.option(
+    "--base-id", metavar="ID", help="Record where others can find the base: org/model@<commit>."
+)
 @click.option(
     "--values",
     type=click.Choice(["ulp", "target"]),
@@ -50,15 +52,21 @@ _MOST_SHOWN = 5
     type=click.Choice(["fast", "default", "max"]),
     default="default",
     show_default=True,
-    help="How much time a smaller delta may cost.",
+    help="Spend more time for a smaller file.",
 )
-@click.option("--standalone", is_flag=True, help="Let stack and invert read it without the base.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave files out. May be repeated.")
+@click.option(
+    "--standalone",
+    is_flag=True,
+    help="Write a delta that stack and invert can read without the base.",
+)
+@click.option(
+    "--exclude", multiple=True, metavar="GLOB", help="Leave out files that match. May be repeated."
+)
 @click.option(
     "--include",
     multiple=True,
     metavar="GLOB",
-    help="Keep files that are usually left out, such as .git or checkpoint-*. May be repeated.",
+    help="Keep files that are left out by default, such as .git or checkpoint-*. May be repeated.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace DELTA if it exists.")
 @json_option
@@ -78,11 +86,10 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write the delta that makes TARGET of BASE.
+    """Compare BASE and TARGET and write the difference to a delta file.
 
-    BASE and TARGET are each a .safetensors file, or a folder that holds such files, sharded or
-    not, with config, tokenizer and other files beside them; or a repository on the Hub of such
-    files: org/name@revision.
+    BASE and TARGET are each a .safetensors file, a folder with such files (sharded or not) and
+    config, tokenizer and other files, or a repository on the Hub (org/name@revision).
     """
     with Sources(settings) as sources:
         check_output_file(output, overwrite=overwrite, inputs=sources.paths(base, target))
@@ -116,7 +123,7 @@ def _report(output: Path, target: Path, *, as_json: bool) -> None:
         click.echo(_describe(output, file_bytes, target_bytes, found))
     if file_bytes >= target_bytes:
         click.echo(
-            f"warning: the delta ({size(file_bytes)}) is no smaller than the target"
+            f"warning: the delta ({size(file_bytes)}) is not smaller than the target"
             f" ({size(target_bytes)}); keeping the target itself takes less",
             err=True,
         )

@@ -20,8 +20,8 @@ from sparsedelta.cli._sources import Sources
 
 @click.command("inspect", epilog=examples("sparsedelta inspect delta.sd --tensors"))
 @click.argument("delta")
-@click.option("--tensors", is_flag=True, help="List the tensors it touches, too.")
-@click.option("--html", type=PATH, help="Write a page with pictures here, one file by itself.")
+@click.option("--tensors", is_flag=True, help="Also list the changed tensors.")
+@click.option("--html", type=PATH, help="Write a page with pictures to this file.")
 @click.option("--overwrite", is_flag=True, help="Replace the page if it exists.")
 @json_option
 @click.pass_obj
@@ -34,10 +34,10 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Show what DELTA changes and what its bytes are spent on.
+    """Show what DELTA changes and how large each part is.
 
-    Only the beginning of the file is read, also of one on the Hub (org/name@revision). With --json
-    every tensor is listed in any case.
+    Only the beginning of the file is read, also from a repository on the Hub (org/name@revision).
+    --json always lists every tensor.
     """
     with Sources(settings) as sources:
         found = sparsedelta.inspect(sources.head_of_delta(delta))

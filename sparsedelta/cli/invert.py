@@ -16,10 +16,13 @@ from sparsedelta.cli._written import show_written
 @click.command("invert", epilog=examples("sparsedelta invert delta.sd --base base/ -o undo.sd"))
 @click.argument("delta")
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The file to write.")
-@click.option("--base", help="The base of DELTA; needed for what only it tells.")
-@click.option("--base-id", metavar="ID", help="Where others find the target of DELTA.")
+@click.option("--base", help="The base of DELTA, if it is required.")
+@click.option("--base-id", metavar="ID", help="Record where others can find the target of DELTA.")
 @click.option(
-    "--exclude", multiple=True, metavar="GLOB", help="Leave files of the base out. May be repeated."
+    "--exclude",
+    multiple=True,
+    metavar="GLOB",
+    help="Leave out files of the base that match. May be repeated.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @json_option
@@ -35,11 +38,11 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write the delta that makes the base of the target.
+    """Write the delta that turns the target back into the base.
 
-    Without --base the tensors of the base are laid out in files as the target's are; a delta does
-    not know those of its base. Removed, retyped and cut tensors, new values and carried files
-    cannot be inverted without it. DELTA and BASE may be repositories on the Hub: org/name@revision.
+    Without --base the result lays out its tensors in files as the target does. The base is
+    required if DELTA removes, retypes or truncates tensors, stores new values or carries files.
+    DELTA and BASE may be repositories on the Hub (org/name@revision).
     """
     with Sources(settings) as sources, progress_bar(settings) as progress:
         inputs = sources.paths(delta, *([base] if base else []))

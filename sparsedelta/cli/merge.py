@@ -40,23 +40,35 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> li
     type=click.Choice(METHODS),
     default="linear",
     show_default=True,
-    help="How changes are weighed.",
+    help="How to combine the changes.",
 )
 @click.option(
-    "--weights", callback=numbers, metavar="W,W,...", help="One a delta. [default: 1 each]"
+    "--weights", callback=numbers, metavar="W,W,...", help="One weight per delta. [default: 1 each]"
 )
 @click.option(
-    "--density", callback=numbers, metavar="D[,D...]", help="Share of changes kept: ties, dare."
+    "--density",
+    callback=numbers,
+    metavar="D[,D...]",
+    help="Share of changes to keep, for ties and dare.",
 )
-@click.option("--scale", type=float, default=1.0, show_default=True, help="Of the merged change.")
+@click.option(
+    "--scale",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Multiply the merged change by this.",
+)
 @click.option(
     "--normalize/--no-normalize",
     default=None,
-    help="Divide by the weights. [default: for linear and ties]",
+    help="Divide by the sum of weights. [default: for linear and ties]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of dare.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed, for dare.")
 @click.option(
-    "--exclude", multiple=True, metavar="GLOB", help="Leave files of BASE out. May be repeated."
+    "--exclude",
+    multiple=True,
+    metavar="GLOB",
+    help="Leave out files of BASE that match. May be repeated.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @json_option
@@ -77,11 +89,11 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write a delta of BASE that merges every DELTA in float.
+    """Combine several deltas of BASE in floating point and write the result as one delta.
 
-    linear is the weighted average of the targets; task-arithmetic adds what each changes; ties keeps
-    the largest changes and lets their signs vote; dare keeps a random share and scales it up. The
-    result has the files of BASE. BASE and DELTA may be repositories on the Hub: org/name@revision.
+    linear averages the targets; task-arithmetic adds the changes; ties keeps the largest changes
+    and elects their signs; dare keeps a random share and rescales it. The result has the files of
+    BASE. BASE and DELTA may be repositories on the Hub (org/name@revision).
     """
     with Sources(settings) as sources, progress_bar(settings) as progress:
         inputs = sources.paths(base, *deltas)

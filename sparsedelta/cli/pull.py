@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 @click.option("--subfolder", metavar="NAME", help="Folder of the delta, if there are several.")
 @click.option("--base", metavar="BASE", help="A local copy of the base, or a repository of it.")
 @click.option(
-    "--base-revision", metavar="REV", help="Commit of the base, in place of the one DELTA names."
+    "--base-revision",
+    metavar="REV",
+    help="Commit of the base, instead of the one that DELTA names.",
 )
-@click.option("--keep-delta", is_flag=True, help="Keep the delta, too, as OUT.sd.")
+@click.option("--keep-delta", is_flag=True, help="Also keep the delta, as OUT.sd.")
 @click.option(
     "--verify",
     type=click.Choice(["full", "touched", "none"]),
@@ -54,10 +56,10 @@ def command(
     token: str | None,
     as_json: bool,
 ) -> None:
-    """Make the target of a delta on the Hub.
+    """Download a delta and its base from the Hub, and rebuild the model.
 
-    The delta and its base are downloaded into the cache of the Hub's client unless they are there, and checked. A base
-    that is a delta itself is made first. OUT appears once it is complete.
+    Files that the cache of the Hub's client holds already are not downloaded again. If the base is
+    itself a delta, it is rebuilt first. OUT appears only when it is complete and checked.
     """
     quiet_client(settings)
     with progress_bar(settings) as progress:

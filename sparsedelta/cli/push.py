@@ -27,17 +27,19 @@ if TYPE_CHECKING:
     help="Repository of the base; without it the one that DELTA names.",
 )
 @click.option("--base", type=PATH, help="A local copy of the base, to save a download.")
-@click.option("--subfolder", metavar="NAME", help="Folder for it, in a repository of several.")
+@click.option(
+    "--subfolder", metavar="NAME", help="Folder for the delta, if the repository holds several."
+)
 @click.option("--private", is_flag=True, default=None, help="Make the repository private, if new.")
-@click.option("--revision", metavar="BRANCH", help="Branch to push to, made if it is not there.")
+@click.option(
+    "--revision", metavar="BRANCH", help="Branch to push to; created if it does not exist."
+)
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
 @click.option("-m", "--commit-message", metavar="TEXT", help="First line of the commit message.")
 @click.option("--commit-description", metavar="TEXT", help="The rest of the commit message.")
 @click.option("--tag", metavar="TAG", help="Set a tag on the commit.")
 @token_option
-@click.option(
-    "--dry-run", is_flag=True, help="Send nothing; show what would be sent, and the card."
-)
+@click.option("--dry-run", is_flag=True, help="Send nothing; show what would be sent and the card.")
 @json_option
 @click.pass_obj
 def command(
@@ -58,10 +60,11 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Put DELTA into a repository on the Hub.
+    """Upload DELTA to a repository on the Hub.
 
-    A model card is made, or its section on DELTA renewed. The base is pinned to a commit and proved to be the delta's before anything is sent. All goes
-    into one commit; what the repository already has is not sent again.
+    A model card is written, or its section about DELTA updated. Before anything is sent, the base
+    is pinned to a commit and checked to be the base of the delta. Everything goes into one commit;
+    files that the repository has already are not sent again.
     """
     quiet_client(settings)
     with progress_bar(settings) as progress:

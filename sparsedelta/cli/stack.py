@@ -16,7 +16,7 @@ from sparsedelta.cli._written import show_written
 @click.command("stack", epilog=examples("sparsedelta stack monday.sd tuesday.sd -o both.sd"))
 @click.argument("deltas", nargs=-1, required=True, metavar="DELTA...")
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The file to write.")
-@click.option("--base", help="The base of the first; needed for some deltas.")
+@click.option("--base", help="The base of the first delta; some deltas require it.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @json_option
 @click.pass_obj
@@ -29,12 +29,12 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write the one delta that does what every DELTA does.
+    """Write one delta that has the effect of several.
 
-    Deltas each made from the target of the one before it are a chain: applying OUT is applying
-    them in order. Deltas of one base are siblings: where none touches what another does, OUT has
-    the changes of all. Their fingerprints tell which they are. DELTA and BASE may be repositories
-    on the Hub: org/name@revision.
+    Deltas that each start from the target of the one before are a chain: applying OUT equals
+    applying them in order. Deltas of one base are siblings: OUT has the changes of all, and no
+    two may touch the same element. Which of the two they are is detected. DELTA and BASE may be
+    repositories on the Hub (org/name@revision).
     """
     with Sources(settings) as sources, progress_bar(settings) as progress:
         inputs = sources.paths(*deltas, *([base] if base else []))

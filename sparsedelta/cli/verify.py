@@ -20,10 +20,15 @@ if TYPE_CHECKING:
 
 @click.command("verify", epilog=examples("sparsedelta verify delta.sd --base base/ --target out/"))
 @click.argument("delta")
-@click.option("--base", help="Check that this is the base, and becomes the target.")
-@click.option("--target", metavar="OUT", help="Check that this is the target.")
 @click.option(
-    "--exclude", multiple=True, metavar="GLOB", help="Leave files of both out. May be repeated."
+    "--base", help="Check that this is the base and that the delta rebuilds the target from it."
+)
+@click.option("--target", metavar="OUT", help="Check that this checkpoint is the target.")
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="GLOB",
+    help="Leave out files of both that match. May be repeated.",
 )
 @json_option
 @click.pass_obj
@@ -36,11 +41,11 @@ def command(
     exclude: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Check all of DELTA, and that BASE and OUT belong to it.
+    """Check DELTA, and compare it with its base and target if given.
 
-    Nothing is written. The first thing found wrong is told, and the exit code is 1. Each may be a
-    repository on the Hub (org/name@revision); without BASE the base of one is then compared with what
-    the Hub says of it, and no weights are downloaded.
+    Nothing is written. The first problem found is reported, and the exit code is 1. DELTA, BASE
+    and OUT may be repositories on the Hub (org/name@revision). If DELTA is one and BASE is not
+    given, the base is compared with what the Hub lists, without downloading weights.
     """
     with Sources(settings) as sources, progress_bar(settings) as progress:
         path = sources.delta(delta)

@@ -100,7 +100,7 @@ def encode_chunk(
         codes: (nnz,) unsigned codes of a value encoding.
         level: how much to try.
         base: the bits of the chunk's elements before the change; None: use nothing that needs them.
-        keys: of the base's elements at ``positions``, if they are at hand.
+        keys: of the base's elements at ``positions``, if they are available.
         columns: elements in a row of the tensor; 0: not known.
     """
     first = number * CHUNK_ELEMENTS % columns if columns else 0
@@ -191,7 +191,7 @@ def decode_chunk(
         dtype: the target tensor's dtype.
         span: elements the chunk covers.
         coded: its coded streams, end to end.
-        base: the bits of the chunk's elements before the change; None: they are not at hand.
+        base: the bits of the chunk's elements before the change; None: they are not available.
 
     Raises:
         BaseNeeded: the chunk cannot be read without the base's bits.

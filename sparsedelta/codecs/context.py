@@ -23,7 +23,7 @@ class ChunkContext:
     """What is known of a chunk besides its positions.
 
     Attributes:
-        base: the base's bits; None where no base is at hand.
+        base: the base's bits; None where no base is available.
         columns: elements in a row of the tensor, for encoders; 0: unknown.
         first: the chunk's first element, as its place in its row; for encoders.
         keys: of the base's elements at the positions, for encoders (FORMAT §6.5); None: not looked up.

@@ -113,7 +113,7 @@ class Checkpoint:
                 them over.
 
         Raises:
-            CheckpointError: it cannot be read as one, or contradicts itself.
+            CheckpointError: it cannot be read as one, or is inconsistent.
             FileNotFoundError: there is nothing at ``path``.
         """
         if isinstance(exclude, str):  # a sequence of globs too, of one character each
@@ -367,7 +367,7 @@ def _read_header(fd: int, location: Path) -> tuple[bytes, Header]:
         )
     if size > min(file_bytes - 8, MAX_HEADER_BYTES):
         raise CheckpointError(
-            f"'{location}' is no safetensors file, or a part of one: it states a header of {size}"
+            f"'{location}' is not a safetensors file, or only a part of one: it states a header of {size}"
             " bytes; convert it, or copy or download it again"
         )
     raw = bytearray(size)

@@ -137,7 +137,7 @@ class FilePayload:
         size = int.from_bytes(self._read_at(0, _LENGTH_BYTES), "little")
         if size > MAX_HEADER_BYTES:
             raise LimitExceeded(
-                f"'{self.name}' is no delta: it states a header of {size} bytes, the limit is"
+                f"'{self.name}' is not a delta: it states a header of {size} bytes, the limit is"
                 f" {MAX_HEADER_BYTES}"
             )
         raw = self._read_at(_LENGTH_BYTES, size)

@@ -126,7 +126,7 @@ class Delta:
             PartlyApplied: some tensors are the base's, others the target's.
             StructureMismatch: a changed tensor is missing or has another dtype or shape, or the
                 delta adds, removes or reshapes tensors.
-            FormatError: the delta is damaged or contradicts itself.
+            FormatError: the delta is damaged or is inconsistent.
             ValueError: the delta lacks what ``verify`` asks for.
         """
         from sparsedelta.live.inplace import apply_

@@ -89,7 +89,7 @@ def prove_base(
 
     Raises:
         MismatchError: it is not.
-        RemoteError: it cannot be had.
+        RemoteError: it is not available.
     """
     base = open_repository(hub, reference)
     if base.is_delta_repository:

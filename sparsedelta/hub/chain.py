@@ -75,7 +75,7 @@ def open_link(repository: Repository) -> Link:
 
     Raises:
         FormatError: it cannot be read.
-        RemoteError: it cannot be had, or was damaged in the cache and is removed from there.
+        RemoteError: it is not available, or was damaged in the cache and is removed from there.
     """
     file = repository.delta_file()
     place = repository.download_delta()
@@ -101,7 +101,7 @@ def follow(
     Raises:
         BaseMismatch: a delta was not made from the target of the one below it.
         ConflictError: the chain goes round in a circle, or has no end.
-        RemoteError: a part cannot be had.
+        RemoteError: a part is not available.
     """
     links = [link]
     while True:
@@ -157,12 +157,12 @@ def files_of_base(base: Repository, link: Link) -> list[str]:
 
 @contextmanager
 def fetching_base(link: Link) -> Iterator[None]:
-    """Say of what cannot be had that it is the base of a delta, and what helps."""
+    """Return the error for a base that is not available, with a way out."""
     try:
         yield
     except (RemoteNotFound, AccessDenied) as error:
         raise type(error)(
-            f"the base of '{link.reference.repo_id}' cannot be had: {error}; or, having a copy of"
+            f"the base of '{link.reference.repo_id}' is not available: {error}; or, having a copy of"
             " it, give that as the base"
         ) from error
 

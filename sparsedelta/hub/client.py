@@ -143,7 +143,7 @@ class Hub:
         """Return where files of a repository are on disk, having downloaded those not in the cache.
 
         Raises:
-            RemoteError: one cannot be had.
+            RemoteError: one is not available.
             Corrupt: one has a name that leads out of its folder.
         """
         wanted = sorted(set(paths))
@@ -188,7 +188,7 @@ class Hub:
         """Return a range of a file's bytes; fewer at its end.
 
         Raises:
-            RemoteError: it cannot be had.
+            RemoteError: it is not available.
         """
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import (  # type: ignore[attr-defined]

@@ -73,7 +73,7 @@ def explained(error: BaseException, about: Reference) -> Exception | None:
     if isinstance(error, hf.HfHubHTTPError):
         return _by_status(error, where)
     if isinstance(error, hf.HFValidationError):
-        return ValueError(f"{about.repo_id!r} is no name of a repository; write org/name")
+        return ValueError(f"{about.repo_id!r} is not the name of a repository; write org/name")
     if isinstance(error, hf.LocalTokenNotFoundError):
         return AccessDenied(f"no token is known; {_LOG_IN} use {where}")
     return _of_the_connection(error, about)

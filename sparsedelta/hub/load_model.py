@@ -42,9 +42,9 @@ def load_model(
         options: more arguments of ``from_pretrained``.
 
     Raises:
-        FormatError: the delta cannot be read, or contradicts itself.
+        FormatError: the delta cannot be read, or is inconsistent.
         MismatchError: ``base`` is not its base.
-        RemoteError: the repository or its base cannot be had.
+        RemoteError: the repository or its base is not available.
         ValueError: ``base`` is missing or superfluous, or the target has no configuration of a transformers model.
     """
     with ExitStack() as context:

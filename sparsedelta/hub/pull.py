@@ -1,4 +1,4 @@
-"""``pull``: from a delta repository to the target on disk, fetching the base where it is not at hand.
+"""``pull``: from a delta repository to the target on disk, fetching the base where it is not available locally.
 
 What is downloaded is cached and checked; the output appears whole or not at all, as ``apply`` makes it.
 """
@@ -95,7 +95,7 @@ def pull(
         progress: told of the bytes written.
 
     Raises:
-        RemoteError: something cannot be had.
+        RemoteError: something is not available.
         MismatchError: a base is not the delta's.
         FormatError: a delta cannot be read.
         FileExistsError: ``out`` exists and ``overwrite`` is false.
@@ -203,7 +203,7 @@ class _Pull:
 def _wanted(repo_id: str, revision: str | None, subfolder: str | None) -> Reference:
     reference = parse_reference(repo_id)
     if reference is None:
-        raise ValueError(f"{repo_id!r} is no repository; write org/name or hf://org/name/path")
+        raise ValueError(f"{repo_id!r} is not a repository; write org/name or hf://org/name/path")
     if revision is not None and reference.revision not in (None, revision):
         raise ValueError(
             f"{repo_id!r} names a revision and so does revision={revision!r}; give one"

@@ -178,7 +178,7 @@ def _check_arguments(
     repo_id: str, subfolder: str | None, revision: str | None, *, create_pr: bool
 ) -> None:
     if not is_repo_id(repo_id):
-        raise ValueError(f"{repo_id!r} is no name of a repository; write org/name")
+        raise ValueError(f"{repo_id!r} is not the name of a repository; write org/name")
     problem = path_problem(subfolder) if subfolder is not None else None
     if problem:
         raise ValueError(f"subfolder {subfolder!r} {problem}")

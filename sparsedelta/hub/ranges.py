@@ -31,7 +31,7 @@ class RemoteBytes:
         """Return up to ``n_bytes`` bytes from ``offset``, none at the end.
 
         Raises:
-            RemoteError: they cannot be had.
+            RemoteError: they are not available.
         """
         n_bytes = min(n_bytes, self.n_bytes - offset)
         if n_bytes <= 0:
@@ -54,6 +54,6 @@ def read_remote_delta(hub: Hub, pinned: Reference, file: RemoteFile) -> Delta:
 
     Raises:
         FormatError: it is not a delta this version can read.
-        RemoteError: it cannot be had.
+        RemoteError: it is not available.
     """
     return read_delta(RemoteBytes(hub, pinned, file))

@@ -68,7 +68,7 @@ def _parse_with_scheme(text: str) -> Reference:
     kind = rest.partition("/")[0]
     after = rest[found.end() :] if found else ""
     if not found or kind in _OTHER_KINDS or (after and not after.startswith("/")):
-        raise ValueError(f"{text!r} is no model repository; write hf://org/name/path@revision")
+        raise ValueError(f"{text!r} is not a model repository; write hf://org/name/path@revision")
     path: str | None = after[1:] or None
     revision: str | None = found["revision"]
     if path is not None and "@" in path and revision is None:

@@ -73,7 +73,7 @@ def remote_delta(reference: Reference, *, token: Token = None) -> Iterator[Delta
 
     Raises:
         FormatError: it is not a delta this version can read.
-        RemoteError: it cannot be had.
+        RemoteError: it is not available.
     """
     with open_repository(Hub(token), reference).read_delta() as delta:
         yield delta
@@ -84,7 +84,7 @@ def fetch_delta(reference: Reference, *, token: Token = None) -> Path:
 
     Raises:
         FormatError: it is not a delta this version can read, or damaged.
-        RemoteError: it cannot be had.
+        RemoteError: it is not available.
     """
     link = open_link(open_repository(Hub(token), reference))
     link.delta.close()
@@ -104,12 +104,12 @@ def fetched(reference: str | Reference, *, token: Token = None) -> Iterator[tupl
 
     Raises:
         FormatError, MismatchError, ConflictError: a part is not what it should be.
-        RemoteError: a part cannot be had.
+        RemoteError: a part is not available.
         ValueError: ``reference`` names no repository.
     """
     wanted = parse_reference(reference) if isinstance(reference, str) else reference
     if wanted is None:
-        raise ValueError(f"{reference!r} is no repository; write org/name or hf://org/name/path")
+        raise ValueError(f"{reference!r} is not a repository; write org/name or hf://org/name/path")
     hub = Hub(token)
     links, base = follow(hub, open_link(open_repository(hub, wanted)))
     with ExitStack() as context:
@@ -140,7 +140,7 @@ def fetched_base(
 
     Raises:
         MismatchError: it cannot be the base.
-        RemoteError: it cannot be had.
+        RemoteError: it is not available.
     """
     hub = Hub(token)
     base = open_repository(hub, reference)
@@ -166,7 +166,7 @@ def fetched_checkpoint(reference: Reference, *, token: Token = None) -> Iterator
     Weights in other formats than safetensors and git's own files are left out.
 
     Raises:
-        RemoteError: it cannot be had, or holds no weights.
+        RemoteError: it is not available, or holds no weights.
     """
     repository = open_repository(Hub(token), reference)
     if not repository.has_weights:
@@ -187,7 +187,7 @@ def check_remote_base(reference: Reference, *, token: Token = None) -> RemoteBas
 
     Raises:
         MismatchError: the base is another.
-        RemoteError: the delta or the base cannot be had.
+        RemoteError: the delta or the base is not available.
     """
     hub = Hub(token, cache_will_do=False)
     link = open_link(open_repository(hub, reference))

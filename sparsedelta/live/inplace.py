@@ -104,7 +104,7 @@ def prepare(
     Raises:
         MismatchError: the model is not the base, or with ``undo`` the target.
         ConflictError: with ``undo``, the delta holds new values.
-        FormatError: the delta contradicts itself.
+        FormatError: the delta is inconsistent.
         ValueError: the check asked for cannot be made.
     """
     if verify not in get_args(ModelCheck):
@@ -202,8 +202,8 @@ def _state(place: Place, now: Bits, then: Bits, *, undo: bool) -> State:
         return kinds.get(found, "other")
     if _digest(then) != expected[int(not undo)]:
         raise Corrupt(
-            f"tensor {place.row.name!r}: its touched values are right and become others than the delta"
-            " says; it contradicts itself, ask for it again",
+            f"tensor {place.row.name!r}: its touched values are the base's, but applying the delta gives"
+            " other values than it states; the delta is inconsistent; download it again",
             tensor=place.row.name,
         )
     return "target" if undo else "base"
@@ -233,7 +233,7 @@ def _check_states(states: Sequence[tuple[Place, State]], undo: bool) -> None:
 def _applied_error(name: str, n_done: int, n_due: int, wanted: str, done: str) -> MismatchError:
     if n_done == n_due:
         return AlreadyApplied(
-            f"the model already is this delta's {done}; nothing is to be done", tensor=name
+            f"the model already is this delta's {done}; there is nothing to do", tensor=name
         )
     return PartlyApplied(
         f"the model has {n_done} of {n_due} changed tensors as in this delta's {done}, {name!r} among"

@@ -195,7 +195,7 @@ def _small_files(delta: Delta, base: Checkpoint) -> Iterator[Path]:
     ]
     if not any(file.path == _CONFIG for file in files):
         raise ValueError(
-            f"the delta's target has no {_CONFIG}, so it is no transformers model; apply the delta"
+            f"the delta's target has no {_CONFIG}, so it is not a transformers model; apply the delta"
             " and load the target by other means"
         )
     with tempfile.TemporaryDirectory(prefix="sparsedelta-") as name:

@@ -66,7 +66,7 @@ def apply(
         progress: told of the bytes written.
 
     Raises:
-        FormatError: a delta cannot be read, or contradicts itself.
+        FormatError: a delta cannot be read, or is inconsistent.
         MismatchError: ``base`` is not the base of the delta; the message says which tensor differs,
             or that it is the target already.
         CheckpointError: ``base`` cannot be read as a checkpoint.
@@ -228,7 +228,7 @@ def _check_fingerprints(base: Checkpoint, delta: Delta, digests: Sequence[Digest
     if expected is not None and fingerprint(made) != expected:
         raise Corrupt(
             f"the target has fingerprint {fingerprint(made).hex()[:12]}…, expected"
-            f" {expected.hex()[:12]}…, from the right base; the delta contradicts itself",
+            f" {expected.hex()[:12]}…, from the right base; the delta is inconsistent",
             expected=expected.hex(),
             found=fingerprint(made).hex(),
         )

@@ -93,7 +93,7 @@ def _applied_error(
     due = [r for r in delta.tensors if r.change is not None or r.target is None]
     if n_target == len(due):
         return AlreadyApplied(
-            f"'{base.path}' already is this delta's target; nothing is to be done", tensor=row.name
+            f"'{base.path}' already is this delta's target; there is nothing to do", tensor=row.name
         )
     return PartlyApplied(
         f"'{base.path}' has {n_target} of {len(due)} changed tensors as in this delta's target,"

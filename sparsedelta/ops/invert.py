@@ -57,7 +57,7 @@ def invert(
 
     Raises:
         ConflictError: ``base`` is needed and not given; the message says what for.
-        FormatError: the delta cannot be read, or contradicts itself.
+        FormatError: the delta cannot be read, or is inconsistent.
         MismatchError: ``base`` is not the base of the delta.
         CheckpointError: ``base`` cannot be read, or holds a file that cannot be carried.
     """
@@ -100,7 +100,7 @@ def _without_base(
 
 
 class _WithBase:
-    """Inverts a delta whose base is at hand."""
+    """Inverts a delta whose base is given."""
 
     def __init__(
         self, delta: Delta, base: Checkpoint, payload: SpoolPayload, progress: Progress
@@ -163,7 +163,7 @@ class _WithBase:
         if row.target and row.target.digest is not None and inverse.base != row.target:
             raise Corrupt(
                 f"tensor {row.name!r} does not become what the delta says, on the right base; the"
-                " delta contradicts itself",
+                " delta is inconsistent",
                 tensor=row.name,
             )
         return compared

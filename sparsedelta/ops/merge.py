@@ -77,7 +77,7 @@ def merge(
     Raises:
         ConflictError: the deltas were made from different bases, or change what has no float.
         StructureMismatch: a delta adds, removes, retypes or reshapes tensors.
-        FormatError: a delta cannot be read, or contradicts itself.
+        FormatError: a delta cannot be read, or is inconsistent.
         MismatchError: ``base`` is not their base.
         ValueError: a setting is wrong.
     """

@@ -42,7 +42,7 @@ def stack(
 
     Raises:
         ConflictError: they are neither chain nor siblings, or siblings that change the same.
-        FormatError: one cannot be read, or contradicts itself or its neighbour.
+        FormatError: one cannot be read, or is inconsistent, with itself or its neighbour.
         MismatchError: ``base`` is not the base.
     """
     with ExitStack() as context:

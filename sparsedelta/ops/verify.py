@@ -70,7 +70,7 @@ def verify(
         progress: told of the bytes read.
 
     Raises:
-        FormatError: the delta cannot be read, or contradicts itself.
+        FormatError: the delta cannot be read, or is inconsistent.
         MismatchError: base or target is not the delta's.
         CheckpointError: base or target cannot be read as a checkpoint.
     """

@@ -60,7 +60,7 @@ class Stage:
         Args:
             number: the chunk.
             pace: told of the coded bytes.
-            base: the bits of the chunk's elements before this change, if they are at hand.
+            base: the bits of the chunk's elements before this change, if they are available.
 
         Raises:
             BaseNeeded: they are not, and are needed.
@@ -133,6 +133,6 @@ def check_alike(name: str, found: TensorSpec | None, expected: TensorSpec | None
         return
     raise Corrupt(
         f"tensor {name!r}: the target of one delta and the base of the next have one fingerprint, but"
-        " differ in it; one of the deltas contradicts itself",
+        " differ in it; one of the deltas is inconsistent",
         tensor=name,
     )

@@ -77,7 +77,7 @@ def rebuild(
 
     Raises:
         BaseDiffers: the base's tensor, or its touched values, have another digest than the row says.
-        Corrupt: the base is right and the tensor made is not: the delta contradicts itself.
+        Corrupt: the base is right and the tensor made is not: the delta is inconsistent.
     """
     if row.target is None:
         return Digests(_check_base(row, base, pace) if check == "full" else None)
@@ -241,7 +241,7 @@ class _Rebuild:
                 _check_base(row, self._base, self._pace)
             raise Corrupt(
                 f"tensor {row.name!r} becomes {digest.hex()[:12]}…, expected {expected.hex()[:12]}…,"
-                " on the right base; the delta contradicts itself, ask for it again",
+                " on the right base; the delta is inconsistent; download it again",
                 tensor=row.name,
                 expected=expected.hex(),
                 found=digest[:DIGEST_BYTES].hex(),
@@ -264,8 +264,8 @@ class _Rebuild:
             _check_base(self._row, self._base, self._pace)
         raise Corrupt(
             f"tensor {self._row.name!r}: its touched values {before.hex()} become {after.hex()},"
-            f" expected {expected[0].hex()} and {expected[1].hex()}; the delta contradicts itself,"
-            " ask for it again",
+            f" expected {expected[0].hex()} and {expected[1].hex()}; the delta is inconsistent;"
+            " download it again",
             tensor=self._row.name,
             expected=expected[1].hex(),
             found=after.hex(),

@@ -82,7 +82,7 @@ def test_says_when_the_target_is_smaller(tmp_path: Path, run: Run) -> None:
     assert result.exit_code == 0
     assert (tmp_path / "delta.sd").is_file()
     assert result.stderr.startswith("warning: the delta (")
-    assert "is no smaller than the target (" in result.stderr
+    assert "is not smaller than the target (" in result.stderr
     assert "warning" not in result.stdout
 
 

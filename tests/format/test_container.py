@@ -179,7 +179,7 @@ def test_header_of_another_version(path: Path) -> None:
 
 def test_header_too_large(path: Path) -> None:
     write(path, (100_000_001).to_bytes(8, "little") + b"{")
-    refused(path, LimitExceeded, "is no delta")
+    refused(path, LimitExceeded, "is not a delta")
 
 
 @pytest.mark.parametrize(

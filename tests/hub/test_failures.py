@@ -32,7 +32,7 @@ def assert_nothing_left(person: Person) -> None:
 def test_gated_base(other: Person, hub: LoopbackHub, pushed: str) -> None:
     hub.state.repos[BASE].gated = True
     error = other.bad("pull", TUNED, "out")
-    assert "the base of 'me/tuned' cannot be had: repository 'org/model' is gated" in error
+    assert "the base of 'me/tuned' is not available: repository 'org/model' is gated" in error
     assert "accept its license" in error
     assert_nothing_left(other)
     hub.state.accepted.add(BASE)

@@ -85,7 +85,7 @@ def test_base_of_another_repository(
 ) -> None:
     hub.state.repos.pop(BASE)
     error = other.bad("pull", TUNED, "out")
-    assert "the base of 'me/tuned' cannot be had: there is no repository 'org/model'" in error
+    assert "the base of 'me/tuned' is not available: there is no repository 'org/model'" in error
     assert "give that as the base" in error
     commit = publish(hub, "them/mirror", checkpoints[0])
     assert other.json("pull", TUNED, "out", "--base", "them/mirror")["base"] == (
@@ -150,7 +150,7 @@ def test_wrong_arguments(other: Person, hub: LoopbackHub, pushed: str) -> None:
     assert "exclude each other" in other.bad(
         "pull", TUNED, "out", "--base", "x", "--base-revision", "main"
     )
-    assert "is no model repository" in other.bad("pull", "hf://datasets/me/x", "out")
+    assert "is not a model repository" in other.bad("pull", "hf://datasets/me/x", "out")
     assert hub.requests == []
 
 

@@ -132,7 +132,7 @@ def test_a_path_that_exists_wins(
         (["inspect", "hf://me/nothing"], "error: there is no repository 'me/nothing'"),
         (["inspect", "folder/none.sd"], "'folder/none.sd': no such file or directory"),
         (["apply", "none/base.safetensors", "delta.sd", "out"], "no such file"),
-        (["inspect", "hf://me"], "'hf://me' is no model repository"),
+        (["inspect", "hf://me"], "'hf://me' is not a model repository"),
         (["inspect", "me/tuned@gone"], "repository 'me/tuned' has no revision 'gone'"),
         (["inspect", "hf://me/tuned/none.sd"], "holds no delta"),
     ],

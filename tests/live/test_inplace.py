@@ -209,7 +209,7 @@ class TestWrongModel:
         state["last.weight"][tuple(changed)] = net.state_dict()["last.weight"][tuple(changed)]
         self.check_untouched(state, delta, BaseMismatch, "neither")
 
-    def test_a_delta_that_contradicts_itself(self, net: Net, delta: Delta) -> None:
+    def test_an_inconsistent_delta(self, net: Net, delta: Delta) -> None:
         row = next(row for row in delta.tensors if row.name == "last.weight")
         assert row.change
         assert row.change.touched

@@ -206,7 +206,7 @@ def target_less_bin(base: Path) -> Path:
     return base
 
 
-def test_a_delta_that_contradicts_itself(base: Path, tmp_path: Path) -> None:
+def test_an_inconsistent_delta(base: Path, tmp_path: Path) -> None:
     target = checkpoint(tmp_path / "t", {"v": RAW, "w": RAW.changed(0)})
     with sparsedelta.diff(base, target, values="target") as delta:
         row = delta.tensors[1]

@@ -229,7 +229,7 @@ class TestOrder:
         row = b.tensors[0]
         assert row.base
         lie = dataclasses.replace(row, base=dataclasses.replace(row.base, digest=bytes(16)))
-        with pytest.raises(Corrupt, match="contradicts itself"):
+        with pytest.raises(Corrupt, match="is inconsistent"):
             make.stack(a, dataclasses.replace(b, tensors=(lie,)))
 
 

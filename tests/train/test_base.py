@@ -57,7 +57,7 @@ def test_a_folder_without_safetensors_is_refused_before_training(tmp_path: Path)
 def test_a_base_that_is_no_safetensors_file_is_refused_before_training(tmp_path: Path) -> None:
     base = tmp_path / "base.safetensors"
     base.write_bytes(b"not weights")
-    with pytest.raises(ValueError, match=r"base\.safetensors' is no safetensors file"):
+    with pytest.raises(ValueError, match=r"base\.safetensors' is not a safetensors file"):
         fit(make_net(), make_inputs(1), output=tmp_path / "d.sd", base=base, loss=never)
 
 

@@ -28,7 +28,7 @@ class ValuePacking(Protocol):
     def encode(self, codes: Bits, keys: Keys | None) -> Sequence[Stream] | None:
         """Return the streams of ``codes``; an empty one is not stored.
 
-        ``keys`` are those of the base's elements at the positions (FORMAT §6.5), if it is at hand.
+        ``keys`` are those of the base's elements at the positions (FORMAT §6.5), if it is available.
         None: this cannot be smaller than other packings, or cannot hold these codes.
         """
 

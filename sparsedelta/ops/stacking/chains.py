@@ -84,7 +84,7 @@ class Chain(Stacking):
         if row.target != target and target.digest is not None:
             raise Corrupt(
                 f"tensor {name!r} does not become the target of the last delta, on the right base;"
-                " one of the deltas contradicts itself",
+                " one of the deltas is inconsistent",
                 tensor=name,
             )
         return TensorDelta(name, base, target, row.change)

@@ -167,7 +167,7 @@ def count_overlap(stages: Sequence[Stage], pace: Pace, base: Readable | None = N
     Args:
         stages: changes of one base.
         pace: told of the coded bytes.
-        base: the base's tensor, if it is at hand.
+        base: the base's tensor, if it is available.
     """
     return sum(int(np.count_nonzero(twice)) for twice in _twice(stages, pace, base))
 

@@ -52,7 +52,7 @@ class Siblings(Stacking):
         if any(base != bases[0] for base in bases):
             raise Corrupt(
                 f"tensor {name!r}: the bases of the deltas have one fingerprint, but differ in it; one"
-                " of the deltas contradicts itself",
+                " of the deltas is inconsistent",
                 tensor=name,
             )
         altering = [number for number, row in enumerate(rows, 1) if row and row.base != row.target]
