@@ -121,13 +121,7 @@ def _neither(delta: Delta, row: TensorDelta, digest: bytes) -> BaseMismatch | No
 def _structure_error(
     delta: Delta, base: Checkpoint, name: str, found: Tensor | None, expected: TensorSpec | None
 ) -> StructureMismatch:
-    hint = ""
-    if all(
-        row.name in base.tensors and _fits(base.tensors[row.name], row.target)
-        for row in delta.tensors
-        if row.target
-    ):
-        hint = "; it has the structure of the target: the delta may be applied already"
+    hint = "; it is the target: the delta is applied already" if _is_target(delta, base) else ""
     return StructureMismatch(
         f"tensor {name!r} in '{base.path}' is {_shown(found)}, expected {_shown(expected)}; this is"
         f" not the base that the delta was made from{_made_from(delta)}{hint}",
@@ -135,6 +129,25 @@ def _structure_error(
         expected=_shown(expected),
         found=_shown(found),
     )
+
+
+def _is_target(delta: Delta, base: Checkpoint) -> bool:
+    """Return whether a checkpoint has the target's tensors, and its bytes in the smallest that is changed."""
+    alters_structure = any(
+        row.base is None or row.target is None or not row.base.same_layout(row.target)
+        for row in delta.tensors
+    )
+    if not alters_structure:
+        return False
+    targets = {row.name: row.target for row in delta.tensors if row.target}
+    if not all(n in base.tensors and _fits(base.tensors[n], spec) for n, spec in targets.items()):
+        return False
+    changed = [row.name for row in delta.tensors if row.change and row.name in targets]
+    if not changed:
+        return False
+    name = min(changed, key=lambda name: targets[name].n_bytes)
+    digest = digest_tensor(base.tensors[name], Pace(Silent()))[:DIGEST_BYTES]
+    return digest == targets[name].digest
 
 
 def _fits(found: Tensor, spec: TensorSpec) -> bool:

@@ -141,7 +141,16 @@ def test_structure_of_the_target_is_told(tmp_path: Path) -> None:
     grown = folder(tmp_path / "grown", BASE | {"new": V}, config="1", same="same")
     with sparsedelta.diff(case.base, grown) as delta:
         delta.save(case.delta, overwrite=True)
-    case.refused(StructureMismatch, "may be applied already", grown)
+    case.refused(StructureMismatch, "the delta is applied already", grown)
+
+
+def test_untouched_base_is_not_called_the_target(tmp_path: Path) -> None:
+    base = write_file(tmp_path / "base", BASE)
+    target = write_file(tmp_path / "target", {"w": TARGET["w"]})
+    less = write_file(tmp_path / "less", {"w": BASE["w"]})
+    with sparsedelta.diff(base, target) as delta, pytest.raises(StructureMismatch) as caught:
+        sparsedelta.apply(less, delta, tmp_path / "out")
+    assert "applied already" not in str(caught.value)
 
 
 def test_already_applied(case: Case) -> None:
@@ -161,7 +170,7 @@ def test_already_applied_whatever_the_values(values: str, tmp_path: Path) -> Non
     base = write_file(tmp_path / "base", BASE)
     target = write_file(tmp_path / "target", {"w": TARGET["w"], "u": U})
     delta = sparsedelta.diff(base, target, values=values)
-    with delta, pytest.raises(StructureMismatch, match="may be applied already"):
+    with delta, pytest.raises(StructureMismatch, match="the delta is applied already"):
         sparsedelta.apply(target, delta, tmp_path / "out")
     target = write_file(tmp_path / "target", TARGET)
     with sparsedelta.diff(base, target, values=values) as delta, pytest.raises(AlreadyApplied):
