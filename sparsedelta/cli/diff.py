@@ -19,6 +19,7 @@ from sparsedelta.cli._common import (
 )
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
+from sparsedelta.report.counterparts import no_counterpart
 from sparsedelta.report.text import count, percent, printable, size
 
 if TYPE_CHECKING:
@@ -131,6 +132,16 @@ def _report(output: Path, target: Path, *, as_json: bool) -> None:
         click.echo(
             "warning: every tensor changed its dtype, so nothing of the base was used; convert one"
             " of them and diff again for a small delta",
+            err=True,
+        )
+    added = [tensor.name for tensor in found.tensors if tensor.state == "added"]
+    removed = [tensor.name for tensor in found.tensors if tensor.state == "removed"]
+    n_target = len(found.tensors) - len(removed)
+    if added and removed and 2 * len(added) > n_target:
+        is_adapter = (target / "adapter_config.json").is_file()
+        click.echo(
+            f"warning: {count(len(added))} of {count(n_target, 'tensor')} have no counterpart in the"
+            f" base; {no_counterpart(added, removed, is_adapter=is_adapter)}",
             err=True,
         )
 

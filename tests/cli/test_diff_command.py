@@ -180,3 +180,12 @@ def test_says_what_was_left_out(workplace: Workplace, run: Run) -> None:
         ".env",
     )
     assert ".env" in run("inspect", workplace.delta, "--json").stdout
+
+
+def test_says_why_tensors_have_no_counterpart(tmp_path: Path, run: Run) -> None:
+    base = write_file(tmp_path / "base", {"w": noise("F32", 9), "v": noise("F32", 8)})
+    wrapped = {f"_orig_mod.{n}": t for n, t in (("w", noise("F32", 9)), ("v", noise("F32", 8)))}
+    target = write_file(tmp_path / "target", wrapped)
+    result = run("diff", base, target, "-o", tmp_path / "delta.sd")
+    assert "warning: 2 of 2 tensors have no counterpart in the base" in result.stderr
+    assert "the target's names begin with '_orig_mod.'" in result.stderr
