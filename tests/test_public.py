@@ -60,7 +60,7 @@ def test_no_other_name() -> None:
     [
         (
             "diff",
-            "base target * base_id values level standalone exclude info progress spool_dir",
+            "base target * base_id values level standalone exclude include info progress spool_dir",
         ),
         ("apply", "base delta out * verify overwrite exclude progress"),
         ("verify", "delta * base target exclude progress"),

@@ -89,7 +89,7 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Combine several deltas of BASE in floating point and write the result as one delta.
+    """Combine deltas of BASE in floating point into one delta.
 
     linear averages the targets; task-arithmetic adds the changes; ties keeps the largest changes
     and elects their signs; dare keeps a random share and rescales it. The result has the files of

@@ -56,7 +56,7 @@ def command(
     token: str | None,
     as_json: bool,
 ) -> None:
-    """Download a delta and its base from the Hub, and rebuild the model.
+    """Download a delta and its base, and rebuild the model.
 
     Files that the cache of the Hub's client holds already are not downloaded again. If the base is
     itself a delta, it is rebuilt first. OUT appears only when it is complete and checked.

@@ -422,7 +422,7 @@ SIDE: dict[str, tuple[dict[str, str | bytes], dict[str, str | bytes]]] = {
     "moved": ({"a/vocab.txt": "x"}, {"b/vocab.txt": "x"}),
     "file becomes folder": ({"a": "x"}, {"a/b": "x"}),
     "names that sort oddly": ({}, {"a": "1", "a-": "2", "a.b/c": "3", "a0": "4", "é/é": "5"}),
-    "hidden": ({}, {".gitattributes": "x", ".cache/x": "y"}),
+    "hidden": ({}, {".gitattributes": "x", ".config/x": "y"}),
     "long": ({}, {"/".join(["d" * 200] * 4) + "/" + "f" * 255: "x"}),
     "binary": ({"tokenizer.model": bytes(range(256)) * 99}, {"tokenizer.model": b"\0" * 70_000}),
     "weights that are the base's": ({"old.bin": "x" * 99}, {"old.bin": "x" * 99}),

@@ -74,7 +74,7 @@ def test_paths_are_no_references(text: str) -> None:
     "text", ["hf://", "hf://org", "hf://datasets/org/name", "hf://org/name:x", "hf://spaces/a/b"]
 )
 def test_bad_references(text: str) -> None:
-    with pytest.raises(ValueError, match="no model repository"):
+    with pytest.raises(ValueError, match="not a model repository"):
         parse_reference(text)
 
 

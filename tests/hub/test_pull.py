@@ -143,7 +143,7 @@ def test_moved_base_is_found(
 
 
 def test_wrong_arguments(other: Person, hub: LoopbackHub, pushed: str) -> None:
-    assert "no repository" in other.bad("pull", "tuned", "out")
+    assert "is not a repository" in other.bad("pull", "tuned", "out")
     assert "names a revision and so does" in other.bad(
         "pull", f"{TUNED}@main", "out", "--revision", "v1"
     )

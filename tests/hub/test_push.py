@@ -264,7 +264,7 @@ def test_base_is_not_known(me: Person, hub: LoopbackHub, checkpoints: tuple[Path
     delta = save_delta(*checkpoints, me.folder / "d.sd", base_id="/home/me/base")
     assert "only says '/home/me/base' where its base is" in me.bad("push", delta, TUNED)
     assert "names no repository" in me.bad("push", delta, TUNED, "--base-id", "./base")
-    assert "no name of a repository" in me.bad("push", delta, "tuned", "--base-id", BASE)
+    assert "not the name of a repository" in me.bad("push", delta, "tuned", "--base-id", BASE)
     assert writes(hub) == []
 
 
