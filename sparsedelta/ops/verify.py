@@ -185,11 +185,6 @@ def _check_file_names(delta: Delta, target: Checkpoint) -> None:
     for path in sorted(expected ^ found):
         problem = "is missing from" if path in expected else "is not of the delta's target, but in"
         raise TargetMismatch(f"{path!r} {problem} '{target.path}'")
-    weights = {file.path for file in target.weight_files}
-    for path in sorted(weights ^ {file.path for file in described.weight_files}):
-        kinds = ("a weight file", "another file")
-        here, there = kinds if path in weights else kinds[::-1]
-        raise TargetMismatch(f"{path!r} is {here} in '{target.path}', but {there} for the delta")
 
 
 def _check_target_tensors(delta: Delta, target: Checkpoint, progress: Progress) -> None:
