@@ -1,11 +1,17 @@
-"""The closed table of tensor dtypes (FORMAT §1.1): every dtype of safetensors 0.8 and no other."""
+"""Dtypes and element types (FORMAT §1.1): how many bits a value has, and what counts as one element."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from sparsedelta.errors import Corrupt, LimitExceeded, UnsupportedFeature
+
+MAX_BITS = 1024  # of a value
+_WIDTHS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +29,11 @@ class DType:
     bits: int
     width: int
     is_float: bool
+
+    @property
+    def element(self) -> str:
+        """The element type, such as ``f2``."""
+        return f"{'f' if self.is_float else 'i'}{self.width}"
 
     @property
     def view(self) -> np.dtype[np.unsignedinteger]:
@@ -53,18 +64,56 @@ def _table() -> dict[str, DType]:
 DTYPES = _table()
 
 
+def check_dtype(name: str, bits: int, element: str) -> DType:
+    """Return the dtype that a delta describes.
+
+    Raises:
+        Corrupt: a dtype of safetensors 0.8 has other bits or another element type, or bits are 0.
+        LimitExceeded: a value has more bits than the format allows.
+        UnsupportedFeature: no such element type is known.
+    """
+    width = int(element[1:]) if element[1:].isascii() and element[1:].isdigit() else 0
+    if element[:1] not in ("i", "f") or width not in _WIDTHS or len(element) != 2:
+        raise UnsupportedFeature(f"dtype {name[:80]!r} has unknown element type {element[:80]!r}")
+    if bits > MAX_BITS:
+        raise LimitExceeded(f"dtype {name[:80]!r} has {bits} bits, the limit is {MAX_BITS}")
+    found = DType(name, bits, width, element[0] == "f")
+    if found != DTYPES.get(name, found) or not bits:
+        raise Corrupt(f"dtype {name[:80]!r} is described with {bits} bits as {element}")
+    return found
+
+
+def dtype_of(name: str, shape: Sequence[int], n_bytes: int) -> DType:
+    """Return the dtype of a tensor in a safetensors file; of an unknown one elements are bytes.
+
+    Raises:
+        Corrupt: values of an unknown dtype do not have a whole number of bits.
+        LimitExceeded: they have more than ``MAX_BITS``.
+    """
+    known = DTYPES.get(name)
+    if known is not None:
+        return known
+    n_values = math.prod(shape)
+    bits, rest = divmod(8 * n_bytes, n_values) if n_values else (8, n_bytes)
+    if rest or not bits:
+        raise Corrupt(f"dtype {name!r} is unknown, and {n_bytes} bytes do not fit {list(shape)}")
+    return check_dtype(name, bits, "i1")
+
+
 def tensor_bytes(dtype: DType, shape: Sequence[int]) -> int:
     """Return the size in bytes of a tensor.
 
     Raises:
-        OverflowError: the size in bits reaches 2^63, or an intermediate product of dimensions does.
-        ValueError: the tensor does not fill a whole number of bytes.
+        LimitExceeded: the size in bits reaches 2^63, or an intermediate product of dimensions does.
+        Corrupt: the tensor does not fill a whole number of bytes or elements.
     """
     bits = dtype.bits
     for size in sorted(shape):  # a zero first: an empty tensor never overflows
         bits *= size
         if bits >= 1 << 63:
-            raise OverflowError(f"shape {list(shape)} of {dtype.name} exceeds 2^63 bits")
-    if bits % 8:
-        raise ValueError(f"shape {list(shape)} of {dtype.name} is not a whole number of bytes")
+            raise LimitExceeded(f"shape {list(shape)} of {dtype.name[:80]} exceeds 2^63 bits")
+    if bits % (8 * dtype.width):
+        raise Corrupt(
+            f"shape {list(shape)} of {dtype.name[:80]} is not a whole number of bytes and elements"
+        )
     return bits // 8

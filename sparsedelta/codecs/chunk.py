@@ -1,16 +1,18 @@
-"""One chunk of a delta: touched positions and their codes, to and from coded streams (FORMAT §5).
+"""One chunk of a delta: touched positions and their codes, to and from stored streams (FORMAT §5).
 
-The encoder keeps the index encoding and the value packing whose streams are smallest. Some need the
-base's bits to be read again; ``Level.FAST`` uses none of these.
+The encoder keeps the index encoding and the value packing whose streams are smallest. Classes need the
+start of the tensor to be read again; ``Level.FAST`` does not use them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
-from sparsedelta.codecs.context import NO_CONTEXT, BaseBits, Bits, ChunkContext, Positions
+from blake3 import blake3
+
+from sparsedelta.codecs.context import NO_CONTEXT, StartBits, Bits, ChunkContext, Positions
 from sparsedelta.codecs.exponent_classes import Keys, keys_at
 from sparsedelta.codecs.indices import INDEX_ENCODINGS
 from sparsedelta.codecs.packings import VALUE_PACKINGS
@@ -18,7 +20,9 @@ from sparsedelta.codecs.zstd import Effort, compress_stream, decompress
 from sparsedelta.dtypes import DType
 from sparsedelta.errors import BaseNeeded, Corrupt
 
-CHUNK_ELEMENTS = 1 << 24
+MAX_SPAN = 1 << 24
+CODED_DIGEST_BYTES = 16
+TOUCHED_BYTES = 8
 
 
 class Level(Enum):
@@ -29,8 +33,8 @@ class Level(Enum):
     MAX = "max"
 
 
-# What needs the base to be read has to save so much: deltas that do not can be stacked and inverted alone.
-_BASE_SAVES, _BASE_SAVES_BYTES = 0.1, 256
+# Classes have to save so much: deltas without them can be stacked and inverted without their base.
+_CLASSES_SAVE, _CLASSES_SAVE_BYTES = 0.1, 256
 
 _EFFORTS = {
     Level.FAST: Effort.ENTROPY,
@@ -40,183 +44,216 @@ _EFFORTS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Coding:
+    """How a chunk is coded.
+
+    Attributes:
+        values: a name of ``VALUE_ENCODINGS``.
+        index: a name of ``INDEX_ENCODINGS``.
+        packing: a name of ``VALUE_PACKINGS``.
+        classes: the start of the tensor is needed to decode (FORMAT §6.2).
+    """
+
+    values: str
+    index: str
+    packing: str
+    classes: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """What the manifest says of one chunk.
 
     Attributes:
-        number: the chunk covers flat indices from ``number * CHUNK_ELEMENTS``.
+        start: flat index of its first element.
+        span: elements it covers, at most ``MAX_SPAN``.
         nnz: touched positions, at least 1.
-        index_encoding: a name of ``INDEX_ENCODINGS``.
-        index_bytes: size of the index stream before compression.
-        coded_bytes: sizes of the coded streams: index stream, then value streams. 0: not stored.
-        value_packing: a name of ``VALUE_PACKINGS``.
-        value_bytes: size of the last value stream before compression; 0 if ``nnz`` gives it.
+        coding: how it is coded.
+        raw: raw sizes of the streams whose size is not implied.
+        stored: stored sizes of all streams.
+        digest: of the stored streams, end to end.
+        touched: short digests of the touched elements before and after, if known.
+        offset: where the streams begin in the payload.
     """
 
-    number: int
+    start: int
+    span: int
     nnz: int
-    index_encoding: str
-    index_bytes: int
-    coded_bytes: tuple[int, ...]
-    value_packing: str = "planes"
-    value_bytes: int = 0
+    coding: Coding
+    raw: tuple[int, ...]
+    stored: tuple[int, ...]
+    digest: bytes
+    touched: tuple[bytes, bytes] | None
+    offset: int = field(compare=False, default=-1)
 
     @property
-    def needs_base(self) -> bool:
-        """Whether the base's bits are needed to decode it."""
-        index, values = INDEX_ENCODINGS[self.index_encoding], VALUE_PACKINGS[self.value_packing]
-        return index.needs_base or values.needs_base
+    def end(self) -> int:
+        """Flat index after its last element."""
+        return self.start + self.span
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of its streams in the payload."""
+        return sum(self.stored)
 
 
-def n_chunks(n_elements: int) -> int:
-    """Return how many chunks a tensor of ``n_elements`` elements has."""
-    return -(-n_elements // CHUNK_ELEMENTS)
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The elements that a chunk covers, and what an encoder may know of them.
+
+    Attributes:
+        start: flat index of the first.
+        n: how many.
+        columns: elements in a row of the tensor; 0: not known.
+        before: the bits of the elements before the change; None: make no classes.
+    """
+
+    start: int
+    n: int
+    columns: int = 0
+    before: StartBits | None = None
 
 
-def chunk_span(n_elements: int, number: int) -> int:
-    """Return how many elements chunk ``number`` covers in a tensor of ``n_elements``."""
-    return min(CHUNK_ELEMENTS, n_elements - number * CHUNK_ELEMENTS)
+def touched_digest(bits: Bits) -> bytes:
+    """Return the short digest of touched elements (FORMAT §9)."""
+    return blake3(memoryview(bits).cast("B") if len(bits) else b"").digest()[:TOUCHED_BYTES]
 
 
 def encode_chunk(
-    number: int,
-    span: int,
+    span: Span,
     positions: Positions,
     codes: Bits,
     *,
+    values: str,
+    touched: tuple[bytes, bytes] | None,
     level: Level = Level.DEFAULT,
-    base: BaseBits | None = None,
     keys: Keys | None = None,
-    columns: int = 0,
 ) -> tuple[Chunk, list[bytes]]:
-    """Return the chunk's record and its coded streams, the smallest that the level tries.
+    """Return the chunk's record, without an offset, and its streams: the smallest that the level tries.
 
-    What can be read without the base is preferred unless the other saves a tenth.
+    A coding without classes is preferred unless classes save a tenth.
 
     Args:
-        number: which chunk of its tensor.
-        span: elements it covers.
-        positions: (nnz,) uint32, strictly increasing, below ``span``; not empty.
-        codes: (nnz,) unsigned codes of a value encoding.
+        span: the elements it covers.
+        positions: (nnz,) uint32, strictly increasing, below ``span.n``; not empty.
+        codes: (nnz,) unsigned codes of the value encoding ``values``.
+        values: the value encoding.
+        touched: digests of the touched elements, if known.
         level: how much to try.
-        base: the bits of the chunk's elements before the change; None: use nothing that needs them.
-        keys: of the base's elements at ``positions``, if they are available.
-        columns: elements in a row of the tensor; 0: not known.
+        keys: of the elements before the change at ``positions``, if they are known already.
     """
-    first = number * CHUNK_ELEMENTS % columns if columns else 0
-    if level is Level.FAST:
-        base = None
-    if base is None:
+    first = span.start % span.columns if span.columns else 0
+    before = None if level is Level.FAST else span.before
+    if before is None:
         keys = None
     elif keys is None:
-        keys = keys_at(base, positions, span)
-    index = _position_candidates(positions, span, ChunkContext(base, columns, first, keys), level)
-    values = _code_candidates(codes, keys, level)
-    chosen = [_smallest(parts, with_base=False) for parts in (index, values)]
-    smallest = [_smallest(parts, with_base=True) for parts in (index, values)]
+        keys = keys_at(before, positions, span.n)
+    context = ChunkContext(before, span.columns, first, keys)
+    index = _position_candidates(positions, span.n, context, level)
+    packing = _code_candidates(codes, context, level)
+    chosen = [_smallest(some, classes=False) for some in (index, packing)]
+    smallest = [_smallest(some, classes=True) for some in (index, packing)]
     n_bytes = sum(map(len, chosen))
     saved = n_bytes - sum(map(len, smallest))
-    if saved >= _BASE_SAVES_BYTES and saved >= _BASE_SAVES * n_bytes:
+    if saved >= _CLASSES_SAVE_BYTES and saved >= _CLASSES_SAVE * n_bytes:
         chosen = smallest
-    index_part, value_part = chosen
-    frames = [*index_part.frames, *value_part.frames]
+    streams = [stream for one in chosen for stream in one.streams]
+    coding = Coding(values, chosen[0].name, chosen[1].name, any(one.classes for one in chosen))
     chunk = Chunk(
-        number,
+        span.start,
+        span.n,
         len(positions),
-        index_part.name,
-        index_part.n_bytes,
-        tuple(len(frame) for frame in frames),
-        value_part.name,
-        value_part.n_bytes,
+        coding,
+        tuple(size for one in chosen for size in one.raw),
+        tuple(map(len, streams)),
+        coded_digest(b"".join(streams)),
+        touched,
     )
-    return chunk, frames
+    return chunk, streams
 
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
     name: str
-    needs_base: bool
-    n_bytes: int  # before compression, as the record states it
-    frames: list[bytes]
+    classes: bool
+    raw: tuple[int, ...]  # as the record states them
+    streams: list[bytes]
 
     def __len__(self) -> int:
-        return sum(len(frame) for frame in self.frames)
+        return sum(map(len, self.streams))
 
 
-def _smallest(candidates: Sequence[_Candidate], *, with_base: bool) -> _Candidate:
-    return min((c for c in candidates if with_base or not c.needs_base), key=len)
+def _smallest(candidates: Sequence[_Candidate], *, classes: bool) -> _Candidate:
+    return min((c for c in candidates if classes or not c.classes), key=len)
 
 
 def _position_candidates(
-    positions: Positions, span: int, context: ChunkContext, level: Level
+    positions: Positions, n: int, context: ChunkContext, level: Level
 ) -> list[_Candidate]:
     candidates = []
     for name, encoding in INDEX_ENCODINGS.items():
-        tried = encoding.is_quick or level is not Level.FAST
-        if not (tried and encoding.worth_trying(len(positions), span)):
+        size = len(positions), n
+        if not encoding.worth_trying(*size) or (level is Level.FAST and not encoding.is_quick(*size)):
             continue
-        stream = encoding.encode(positions, span, context)
-        if stream is None:
-            continue
-        frame = compress_stream(stream.data, _EFFORTS[level]) if len(stream) else b""
-        candidates.append(_Candidate(name, encoding.needs_base, len(stream), [frame]))
-        if not frame:
-            break
+        for classes in (False, True) if encoding.has_classes and context.before else (False,):
+            stream = encoding.encode(positions, n, context.sorted(classes))
+            if stream is not None:
+                raw = () if encoding.implied_bytes(n) is not None else (len(stream),)
+                stored = compress_stream(stream.data, _EFFORTS[level])
+                candidates.append(_Candidate(name, classes, raw, [stored]))
     return candidates
 
 
-def _code_candidates(codes: Bits, keys: Keys | None, level: Level) -> list[_Candidate]:
+def _code_candidates(codes: Bits, context: ChunkContext, level: Level) -> list[_Candidate]:
     candidates = []
     for name, packing in VALUE_PACKINGS.items():
-        tried = packing.is_quick or level is not Level.FAST
-        streams = packing.encode(codes, keys) if tried else None
-        if streams is None:
+        if level is Level.FAST and not packing.is_quick:
             continue
-        frames = [
-            compress_stream(stream.data, _EFFORTS[level]) if len(stream) else b""
-            for stream in streams
-        ]
-        n_bytes = len(streams[-1]) if packing.states_size else 0
-        candidates.append(_Candidate(name, packing.needs_base, n_bytes, frames))
+        for classes in (False, True) if packing.has_classes and context.before else (False,):
+            streams = packing.encode(codes, context.keys if classes else None)
+            if streams is not None:
+                raw = (len(streams[-1]),) if packing.states_size else ()
+                stored = [compress_stream(s.data, _EFFORTS[level]) for s in streams]
+                candidates.append(_Candidate(name, classes, raw, stored))
     return candidates
 
 
 def decode_chunk(
-    chunk: Chunk, dtype: DType, span: int, coded: bytes, *, base: BaseBits | None = None
+    chunk: Chunk, dtype: DType, coded: bytes, *, before: StartBits | None = None
 ) -> tuple[Positions, Bits]:
-    """Return positions ``(nnz,)`` uint32 and codes ``(nnz,)`` of a chunk; positions are checked.
+    """Return positions ``(nnz,)`` uint32 within a chunk and codes ``(nnz,)``; positions are checked.
 
     Args:
         chunk: its record, already checked by ``check_chunk``.
         dtype: the target tensor's dtype.
-        span: elements the chunk covers.
-        coded: its coded streams, end to end.
-        base: the bits of the chunk's elements before the change; None: they are not available.
+        coded: its stored streams, end to end, as its digest says.
+        before: the bits of the chunk's elements before the change; None: they are not available.
 
     Raises:
-        BaseNeeded: the chunk cannot be read without the base's bits.
-        Corrupt: a stream is damaged or does not hold what the record says; of a chunk that needs the
-            base, or the base is another.
+        BaseNeeded: the chunk cannot be decoded without them.
+        Corrupt: a stream is damaged or does not hold what the record says; of a chunk with classes,
+            or the base is another.
     """
+    coding = chunk.coding
+    index, packing = INDEX_ENCODINGS[coding.index], VALUE_PACKINGS[coding.packing]
     streams = list(_streams(chunk, dtype, coded))
-    if chunk.needs_base and base is None:
-        raise BaseNeeded(
-            f"chunk {chunk.number} is coded by the base's exponents ({chunk.index_encoding},"
-            f" {chunk.value_packing}) and cannot be read without the base; give the base (--base), or"
-            " make the delta with --standalone"
-        )
-    index = INDEX_ENCODINGS[chunk.index_encoding]
-    context = NO_CONTEXT if base is None else ChunkContext(base)
-    positions = index.decode(streams[0], chunk.nnz, span, context)
-    if len(positions) != chunk.nnz:
-        raise Corrupt(f"chunk holds {len(positions)} positions, expected {chunk.nnz}")
-    packing = VALUE_PACKINGS[chunk.value_packing]
-    keys = keys_at(base, positions, span) if base and packing.needs_base else None
+    context = NO_CONTEXT
+    if coding.classes:
+        if before is None:
+            raise BaseNeeded(
+                "its changes are sorted by the base's exponents and cannot be read without the base;"
+                " give the base (--base), or make the delta with --standalone"
+            )
+        context = ChunkContext(before, classes=True)
+    positions = index.decode(streams[0], chunk.nnz, chunk.span, context)
+    keys = None
+    if before is not None and coding.classes and packing.has_classes:
+        keys = keys_at(before, positions, chunk.span)
     return positions, packing.decode(streams[1:], chunk.nnz, dtype.width, keys)
 
 
 def check_streams(chunk: Chunk, dtype: DType, coded: bytes) -> None:
-    """Check what can be known of a chunk's coded streams without the base: every frame is sound.
+    """Check what can be known of a chunk's streams without the base: every frame is sound.
 
     Raises:
         Corrupt: one is not.
@@ -225,62 +262,62 @@ def check_streams(chunk: Chunk, dtype: DType, coded: bytes) -> None:
         pass
 
 
+def coded_digest(coded: bytes) -> bytes:
+    """Return the digest of a chunk's stored streams (FORMAT §9)."""
+    return blake3(coded).digest()[:CODED_DIGEST_BYTES]
+
+
+def raw_sizes(chunk: Chunk, width: int) -> list[int]:
+    """Return the raw sizes of all streams of a chunk."""
+    coding, stated = chunk.coding, iter(chunk.raw)
+    index, packing = INDEX_ENCODINGS[coding.index], VALUE_PACKINGS[coding.packing]
+    implied = index.implied_bytes(chunk.span)
+    first = next(stated) if implied is None else implied
+    return [first, *packing.stream_sizes(next(stated, 0), chunk.nnz, width)]
+
+
+def n_streams(coding: Coding, width: int) -> tuple[int, int]:
+    """Return how many streams a chunk has, and of how many the raw size is stated."""
+    index, packing = INDEX_ENCODINGS[coding.index], VALUE_PACKINGS[coding.packing]
+    n_stated = (index.implied_bytes(0) is None) + packing.states_size
+    return 1 + len(packing.stream_sizes(0, 0, width)), n_stated
+
+
 def _streams(chunk: Chunk, dtype: DType, coded: bytes) -> Iterator[bytes]:
-    packing = VALUE_PACKINGS[chunk.value_packing]
-    sizes = [
-        chunk.index_bytes,
-        *packing.stream_sizes(chunk.value_bytes, chunk.nnz, dtype.width),
-    ]
-    for frame, n_bytes in zip(_split(coded, chunk.coded_bytes), sizes, strict=True):
-        yield decompress(frame, n_bytes) if frame else b""
+    if len(coded) != chunk.stored_bytes:
+        raise Corrupt(f"chunk has {len(coded)} bytes of streams, expected {chunk.stored_bytes}")
+    view, start = memoryview(coded), 0
+    for stored, n_bytes in zip(chunk.stored, raw_sizes(chunk, dtype.width), strict=True):
+        stream = view[start : start + stored]
+        start += stored
+        yield bytes(stream) if stored in (0, n_bytes) else decompress(stream, n_bytes)
 
 
 def check_chunk(chunk: Chunk, dtype: DType, n_elements: int) -> None:
-    """Check what can be known of a chunk before a frame is opened (FORMAT §12, R17).
+    """Check what can be known of a chunk before a stream is opened (FORMAT §12, R8 and R17).
 
     Args:
-        chunk: the record; its index encoding is a known one.
+        chunk: the record; it has as many raw and stored sizes as its coding calls for.
         dtype: the target tensor's dtype.
         n_elements: the target tensor's elements.
 
     Raises:
         Corrupt: it cannot be a chunk of such a tensor.
     """
-    if chunk.number >= n_chunks(n_elements):
-        raise Corrupt(f"chunk {chunk.number} lies outside a tensor of {n_elements} elements")
-    span = chunk_span(n_elements, chunk.number)
-    if not 1 <= chunk.nnz <= span:
-        raise Corrupt(f"chunk {chunk.number} touches {chunk.nnz} of {span} elements")
-    if not INDEX_ENCODINGS[chunk.index_encoding].possible(chunk.index_bytes, chunk.nnz, span):
-        raise Corrupt(
-            f"chunk {chunk.number}: {chunk.index_bytes} bytes of {chunk.index_encoding}"
-            f" cannot hold {chunk.nnz} positions in {span} elements"
-        )
-    packing = VALUE_PACKINGS[chunk.value_packing]
-    sizes = [chunk.index_bytes, *packing.stream_sizes(chunk.value_bytes, chunk.nnz, dtype.width)]
-    if len(chunk.coded_bytes) != len(sizes):
-        raise Corrupt(
-            f"chunk {chunk.number} has {len(chunk.coded_bytes)} streams, expected {len(sizes)}"
-            f" for {dtype.name} in {chunk.value_packing}"
-        )
-    if not packing.possible(chunk.value_bytes, chunk.nnz, dtype.width):
-        raise Corrupt(
-            f"chunk {chunk.number}: {chunk.value_bytes} bytes of {chunk.value_packing} cannot hold"
-            f" {chunk.nnz} codes"
-        )
-    for number, (size, n_bytes) in enumerate(zip(chunk.coded_bytes, sizes, strict=True)):
-        is_plane = number and chunk.value_packing == "planes"
-        if not is_plane and bool(size) != bool(n_bytes):
-            raise Corrupt(
-                f"chunk {chunk.number}: a stream and its coded size disagree, {n_bytes} and {size}"
-            )
-
-
-def _split(coded: bytes, sizes: Sequence[int]) -> list[memoryview]:
-    frames, start = [], 0
-    for size in sizes:
-        frames.append(memoryview(coded)[start : start + size])
-        start += size
-    if start != len(coded):
-        raise Corrupt(f"chunk has {len(coded)} bytes of streams, expected {start}")
-    return frames
+    where, span, nnz, coding = f"chunk at {chunk.start}", chunk.span, chunk.nnz, chunk.coding
+    if not 1 <= span <= MAX_SPAN or chunk.end > n_elements:
+        raise Corrupt(f"{where} covers {span} elements of a tensor of {n_elements}")
+    if not 1 <= nnz <= span:
+        raise Corrupt(f"{where} touches {nnz} of {span} elements")
+    index, packing = INDEX_ENCODINGS[coding.index], VALUE_PACKINGS[coding.packing]
+    if coding.classes and not (index.has_classes or packing.has_classes):
+        raise Corrupt(f"{where} has classes, which {coding.index} and {coding.packing} have not")
+    sizes = raw_sizes(chunk, dtype.width)
+    if not index.possible(sizes[0], nnz, span):
+        raise Corrupt(f"{where}: {sizes[0]} bytes of {coding.index} cannot hold {nnz} of {span}")
+    if packing.states_size and not packing.possible(sizes[-1], nnz, dtype.width):
+        raise Corrupt(f"{where}: {sizes[-1]} bytes of {coding.packing} cannot hold {nnz} codes")
+    for number, (stored, n_bytes) in enumerate(zip(chunk.stored, sizes, strict=True)):
+        zeros_allowed = number and coding.packing == "planes"
+        if stored > n_bytes or (not stored and n_bytes and not zeros_allowed):
+            raise Corrupt(f"{where}: a stream of {n_bytes} bytes cannot be stored in {stored}")

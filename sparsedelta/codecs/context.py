@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,7 +15,7 @@ Bits: TypeAlias = npt.NDArray[Any]  # (n,) unsigned, one an element
 
 # Returns the bits of elements start … start + n of a span before the change, zero where the base has
 # none. The array is only read, and until the next call.
-BaseBits: TypeAlias = Callable[[int, int], Bits]
+StartBits: TypeAlias = Callable[[int, int], Bits]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +23,22 @@ class ChunkContext:
     """What is known of a chunk besides its positions.
 
     Attributes:
-        base: the base's bits; None where no base is available.
+        before: the bits of its elements before the change; None where they are not available.
         columns: elements in a row of the tensor, for encoders; 0: unknown.
         first: the chunk's first element, as its place in its row; for encoders.
-        keys: of the base's elements at the positions, for encoders (FORMAT §6.5); None: not looked up.
+        keys: of the elements at the positions, for encoders (FORMAT §6.2); None: not looked up.
+        classes: sort positions and codes into classes.
     """
 
-    base: BaseBits | None = None
+    before: StartBits | None = None
     columns: int = 0
     first: int = 0
     keys: npt.NDArray[np.uint8] | None = None
+    classes: bool = False
+
+    def sorted(self, classes: bool) -> ChunkContext:
+        """Return the same with classes, or without."""
+        return replace(self, classes=classes)
 
 
 NO_CONTEXT = ChunkContext()

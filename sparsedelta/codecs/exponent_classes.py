@@ -1,4 +1,4 @@
-"""Elements of a span sorted into classes by their base's magnitude, without moving one (FORMAT §6.5).
+"""Elements of a span sorted into classes by their magnitude before the change, without moving one (FORMAT §6.2).
 
 A class is a bitmap over the span with counts beside it, so that going from a position to its place
 among the elements of its class, and back, takes a few operations for each touched position only.
@@ -15,13 +15,14 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from sparsedelta.codecs.context import BaseBits, Bits, Positions
+from sparsedelta.codecs.context import StartBits, Bits, Positions
 from sparsedelta.errors import Corrupt
 
 Words: TypeAlias = npt.NDArray[np.uint64]
 Keys: TypeAlias = npt.NDArray[np.uint8]
 
 N_KEYS = 256
+MAX_THRESHOLDS = 15
 _BLOCK_ELEMENTS = 1 << 18
 _SAMPLE_PIECES, _PIECE_ELEMENTS = 64, 1 << 10
 _DENSE = 64  # where more than one in so many of a span's elements is sought, listing all is quicker
@@ -36,12 +37,12 @@ def keys_of(bits: Bits) -> Keys:
     return upper
 
 
-def keys_at(base: BaseBits, positions: Positions, span: int) -> Keys:
+def keys_at(before: StartBits, positions: Positions, span: int) -> Keys:
     """Return the keys of the elements at ``positions``."""
     keys = np.empty(len(positions), np.uint8)
     for start, low, high in _edges(positions, span):
         if high > low:
-            bits = base(start, min(_BLOCK_ELEMENTS, span - start))
+            bits = before(start, min(_BLOCK_ELEMENTS, span - start))
             keys[low:high] = keys_of(bits[positions[low:high] - np.uint32(start)])
     return keys
 
@@ -53,7 +54,7 @@ def class_table(thresholds: Sequence[int]) -> npt.NDArray[np.uint8]:
     )
 
 
-def class_words(base: BaseBits, span: int, thresholds: Sequence[int]) -> npt.NDArray[np.uint64]:
+def class_words(before: StartBits, span: int, thresholds: Sequence[int]) -> npt.NDArray[np.uint64]:
     """Return one bitmap a class, ``(n_classes, ceil(span / 64))``: which elements are in it."""
     n_words = -(-span // 64)
     below = np.zeros((len(thresholds) + 1, n_words), "<u8")
@@ -61,7 +62,7 @@ def class_words(base: BaseBits, span: int, thresholds: Sequence[int]) -> npt.NDA
     inside = np.empty(_BLOCK_ELEMENTS, np.bool_)
     for start in range(0, span, _BLOCK_ELEMENTS):
         n = min(_BLOCK_ELEMENTS, span - start)
-        keys = keys_of(base(start, n))
+        keys = keys_of(before(start, n))
         for row, threshold in zip(rows, thresholds, strict=False):
             np.less(keys, np.uint8(threshold), out=inside[:n])
             row[start // 8 : start // 8 + -(-n // 8)] = np.packbits(inside[:n], bitorder="little")
@@ -119,7 +120,7 @@ def _edges(positions: Positions, span: int) -> Iterator[tuple[int, int, int]]:
     return zip(starts, edges, edges[1:], strict=False)
 
 
-def sample_keys(base: BaseBits, span: int) -> npt.NDArray[np.int64]:
+def sample_keys(before: StartBits, span: int) -> npt.NDArray[np.int64]:
     """Return about how many elements of the span have each key, from pieces spread over it."""
     n_pieces = min(_SAMPLE_PIECES, max(1, span // _PIECE_ELEMENTS))
     size = (
@@ -129,7 +130,7 @@ def sample_keys(base: BaseBits, span: int) -> npt.NDArray[np.int64]:
     )
     counts, n_seen = np.zeros(N_KEYS, np.int64), 0
     for start in np.linspace(0, span - size, n_pieces).astype(np.int64).tolist():
-        counts += np.bincount(keys_of(base(start, size)), minlength=N_KEYS)
+        counts += np.bincount(keys_of(before(start, size)), minlength=N_KEYS)
         n_seen += size
     return counts * span // n_seen
 
@@ -193,15 +194,17 @@ def _times_log2(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return numbers * np.log2(np.maximum(numbers, 1))
 
 
-def read_thresholds(stream: bytes) -> tuple[bytes, int]:
+def read_thresholds(stream: bytes, *, classes: bool) -> tuple[bytes, int]:
     """Return the thresholds with which a stream begins, and where they end.
 
     Raises:
-        Corrupt: they do not ascend from 1, or the stream is too short.
+        Corrupt: they do not ascend from 1, are too many, or the stream is too short.
     """
     at = 1 + stream[0] if stream else 1
     thresholds = stream[1:at]
     ascend = all(a < b for a, b in itertools.pairwise(b"\0" + thresholds))
     if at > len(stream) or not ascend:
         raise Corrupt("thresholds of a stream do not ascend")
+    if len(thresholds) > (MAX_THRESHOLDS if classes else 0):
+        raise Corrupt(f"a stream has {len(thresholds)} thresholds, which its chunk does not allow")
     return thresholds, at

@@ -7,7 +7,7 @@ from enum import IntEnum
 
 import zstandard
 
-from sparsedelta.errors import Corrupt
+from sparsedelta.errors import Corrupt, LimitExceeded
 
 MAX_WINDOW_BYTES = 1 << 27
 _SKIPPABLE_MAGIC = range(0x184D2A50, 0x184D2A60)
@@ -28,7 +28,7 @@ _MATCHES = zstandard.ZstdCompressionParameters.from_level(5, window_log=20)
 _THOROUGH = zstandard.ZstdCompressionParameters.from_level(19, window_log=24)
 _COMPRESSIBLE = 0.9  # below this ratio a stream may repeat itself, and a search for matches may pay
 _TEXT_LEVEL = 15
-_PIECE_BYTES = 64
+MAX_EXPANSION, _EXPANSION_EXTRA = 64, 1 << 16  # of texts and files, which strangers may inflate
 
 _local = threading.local()
 
@@ -42,23 +42,44 @@ class Effort(IntEnum):
 
 
 def compress_stream(data: bytes | memoryview, effort: Effort = Effort.MATCHES) -> bytes:
-    """Return one frame holding an index stream or a value stream."""
+    """Return an index stream or a value stream as it is stored: one frame, or as it is if that is not larger."""
     frame = _compressor("entropy", _ENTROPY).compress(data)
     others = []
     if effort >= Effort.MATCHES and len(frame) < _COMPRESSIBLE * len(data):
         others.append(_compressor("matches", _MATCHES).compress(data))
     if effort is Effort.THOROUGH:
         others.append(_compressor("thorough", _THOROUGH).compress(data))
-    return min([frame, *others], key=len)
+    return min([bytes(data), frame, *others], key=len)
 
 
 def compress_text(data: bytes) -> bytes:
-    """Return one frame holding a manifest, a header or a side file, packed tightly."""
-    return zstandard.ZstdCompressor(level=_TEXT_LEVEL).compress(data)
+    """Return a text or a side file as it is stored: one frame, or as it is.
+
+    It is left as it is where a frame is not smaller, or expands more than a reader may accept.
+    """
+    frame = zstandard.ZstdCompressor(level=_TEXT_LEVEL).compress(data)
+    return frame if len(frame) < len(data) <= max_expanded(len(frame)) else data
+
+
+def max_expanded(n_stored: int) -> int:
+    """Return how many bytes a frame of a text or a side file may hold (FORMAT §8)."""
+    return MAX_EXPANSION * n_stored + _EXPANSION_EXTRA
+
+
+def check_expansion(n_bytes: int, n_stored: int) -> None:
+    """Check that a text or a side file expands no more than it may.
+
+    Raises:
+        LimitExceeded: it expands more.
+    """
+    if n_bytes > max_expanded(n_stored):
+        raise LimitExceeded(
+            f"{n_bytes} bytes are stored in {n_stored}; at most {MAX_EXPANSION} times as many are allowed"
+        )
 
 
 def decompress(frame: bytes | memoryview, n_bytes: int) -> bytes:
-    """Return the ``n_bytes`` bytes that one frame holds.
+    """Return the ``n_bytes`` bytes, at least one, that one frame holds.
 
     Raises:
         Corrupt: the frame is damaged, states another size or none, wants a dictionary or a window
@@ -67,9 +88,6 @@ def decompress(frame: bytes | memoryview, n_bytes: int) -> bytes:
     found = content_bytes(frame)
     if found != n_bytes:
         raise Corrupt(f"compressed stream holds {found} bytes, expected {n_bytes}")
-    if not n_bytes:
-        _check_empty(frame)
-        return b""
     try:
         raw: bytes = _decompressor().decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
@@ -99,20 +117,6 @@ def content_bytes(frame: bytes | memoryview) -> int:
     if header.window_size > MAX_WINDOW_BYTES:
         raise Corrupt(f"compressed stream asks for a window of {header.window_size} bytes")
     return int(size)
-
-
-def _check_empty(frame: bytes | memoryview) -> None:
-    # python-zstandard 0.25 does not look at what follows a header that states 0 bytes. In pieces, so
-    # that a frame that holds much all the same is refused before much of it is there.
-    stream = _decompressor().decompressobj()
-    content, rest = b"", memoryview(frame)
-    try:
-        while rest and not content and not stream.eof:
-            content, rest = stream.decompress(rest[:_PIECE_BYTES]), rest[_PIECE_BYTES:]
-    except zstandard.ZstdError as error:
-        raise Corrupt(f"compressed stream is damaged: {error}") from error
-    if content or rest or not stream.eof or stream.unused_data:
-        raise Corrupt("compressed stream is not the frame of no bytes that its header states")
 
 
 def _compressor(

@@ -12,17 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsedelta.dtypes import DTYPES, DType, tensor_bytes
+from sparsedelta.dtypes import dtype_of
 from sparsedelta.errors import CheckpointError, FormatError
 from sparsedelta.files import junk
-from sparsedelta.files.weight_sets import (
-    INDEX_SUFFIX,
-    SHARD,
-    name_prefixes,
-    set_stems,
-    shard_path,
-)
+from sparsedelta.files.shards import INDEX_SUFFIX, SHARD, roles, shard_path
 from sparsedelta.format.paths import WEIGHT_SUFFIX, path_problem
+from sparsedelta.format.records import TensorKey, TensorSpec
 from sparsedelta.format.safetensors_header import (
     MAX_HEADER_BYTES,
     Header,
@@ -40,26 +35,23 @@ class Tensor:
     """Where one tensor lies.
 
     Attributes:
-        name: its name in the checkpoint (FORMAT §4.1).
-        own_name: its name in its file's header.
-        dtype, shape: as the header gives them.
+        file: path of its weight file in the checkpoint.
+        name: its name in that file.
+        spec: dtype and shape.
         fd: the open file.
         offset: of its first byte, from the start of the file.
-        n_bytes: its size.
     """
 
+    file: str
     name: str
-    own_name: str
-    dtype: DType
-    shape: tuple[int, ...]
+    spec: TensorSpec
     fd: int
     offset: int
-    n_bytes: int
 
     @property
-    def n_elements(self) -> int:
-        """Elements as the format counts them (FORMAT §1.1)."""
-        return self.n_bytes // self.dtype.width
+    def key(self) -> TensorKey:
+        """File and name."""
+        return self.file, self.name
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``offset``.
@@ -87,8 +79,8 @@ class Checkpoint:
         path: the file or folder.
         is_folder: which of the two.
         weight_files: sorted by path.
-        tensors: by name, in the order of the files and of the data in them.
-        sets: the names of the tensors of each weight set.
+        tensors: by file and name, in the order of the files and of the data in them.
+        roles: what each weight file is for, by path (``files.shards``).
         side_files: relative path to file, of every other file, sorted.
         empty_folders: relative paths of folders that hold nothing, sorted.
         left_out: relative paths of files and folders that are no part of a checkpoint.
@@ -124,8 +116,8 @@ class Checkpoint:
         self.is_folder = self.path.is_dir()
         self._fds: list[int] = []
         self.weight_files: tuple[WeightFile, ...] = ()
-        self.tensors: dict[str, Tensor] = {}
-        self.sets: tuple[frozenset[str], ...] = ()
+        self.tensors: dict[TensorKey, Tensor] = {}
+        self.roles: dict[str, str] = {}
         self.side_files: dict[str, Path] = {}
         self.empty_folders: tuple[str, ...] = ()
         self.left_out: tuple[str, ...] = ()
@@ -133,8 +125,8 @@ class Checkpoint:
             if self.is_folder:
                 self._open_folder(exclude, include, whole=whole)
             else:
-                self._add_weight_file(self.path.name, self.path, "")
-                self.sets = (frozenset(self.tensors),)
+                self._add_weight_file(self.path.name, self.path)
+                self.roles = roles([self.path.name], {})
         except BaseException:
             self.close()
             raise
@@ -153,7 +145,7 @@ class Checkpoint:
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.n_bytes for tensor in self.tensors.values())
+        return sum(tensor.spec.n_bytes for tensor in self.tensors.values())
 
     def _open_folder(
         self, exclude: Sequence[str], include: Sequence[str] | None, *, whole: bool
@@ -167,16 +159,13 @@ class Checkpoint:
             _check_utf8(path, files[path])
         indexes = {p: read_index(files[p], p, weights) for p in files if p.endswith(INDEX_SUFFIX)}
         check_sets(weights, indexes)
-        stems = set_stems(sorted(weights), {i: set(m.values()) for i, m in indexes.items()})
-        prefixes = name_prefixes(stems)
-        names: dict[str, set[str]] = {stem: set() for stem in stems.values()}
-        for path, stem in stems.items():
-            names[stem] |= self._add_weight_file(path, files[path], prefixes[path])
+        for path in sorted(weights):
+            self._add_weight_file(path, files[path])
         self._check_indexes(indexes)
-        self.sets = tuple(frozenset(group) for group in names.values())
+        self.roles = roles(weights, {index: set(m.values()) for index, m in indexes.items()})
         self.side_files = {path: files[path] for path in files if path not in weights}
 
-    def _add_weight_file(self, path: str, location: Path, prefix: str) -> set[str]:
+    def _add_weight_file(self, path: str, location: Path) -> None:
         fd = open_regular(location)
         self._fds.append(fd)
         raw, header = _read_header(fd, location)
@@ -184,29 +173,24 @@ class Checkpoint:
         tensors = []
         end = 0
         for entry in header.entries:
-            tensor = _tensor(entry, prefix, fd, data_offset, location)
             if entry.begin != end:
                 raise CheckpointError(
                     f"'{location}': tensor {entry.name!r} begins at byte {entry.begin}, expected {end}"
                 )
             end = entry.end
-            if tensor.name in self.tensors:
-                raise CheckpointError(
-                    f"tensor {tensor.name!r} occurs twice in '{self.path}', again in {path};"
-                    " leave one of the files out with --exclude"
-                )
-            self.tensors[tensor.name] = tensor
-            tensors.append(tensor)
+            tensors.append(
+                Tensor(path, entry.name, _spec(entry, location), fd, data_offset + entry.begin)
+            )
         found = os.fstat(fd).st_size - data_offset
         if found != end:
             raise CheckpointError(f"'{location}' has {found} bytes of data, its header says {end}")
+        self.tensors |= {tensor.key: tensor for tensor in tensors}
         self.weight_files = (*self.weight_files, WeightFile(path, raw, header, tuple(tensors)))
-        return {tensor.name for tensor in tensors}
 
     def _check_indexes(self, indexes: dict[str, dict[str, str]]) -> None:
-        own_names = {file.path: {t.own_name for t in file.tensors} for file in self.weight_files}
+        names = {file.path: {t.name for t in file.tensors} for file in self.weight_files}
         for index, weight_map in indexes.items():
-            found = {name: path for path in set(weight_map.values()) for name in own_names[path]}
+            found = {name: path for path in set(weight_map.values()) for name in names[path]}
             for name in weight_map.keys() | found.keys():
                 if found.get(name) != weight_map.get(name):
                     raise CheckpointError(
@@ -378,21 +362,15 @@ def _read_header(fd: int, location: Path) -> tuple[bytes, Header]:
         raise CheckpointError(str(error)) from error
 
 
-def _tensor(entry: HeaderEntry, prefix: str, fd: int, data_offset: int, location: Path) -> Tensor:
-    dtype = DTYPES.get(entry.dtype)
-    if dtype is None:
-        raise CheckpointError(
-            f"'{location}': tensor {entry.name!r} has dtype {entry.dtype!r}, which format version 1"
-            " does not know"
-        )
+def _spec(entry: HeaderEntry, location: Path) -> TensorSpec:
+    n_bytes = entry.end - entry.begin
     try:
-        n_bytes = tensor_bytes(dtype, entry.shape)
-    except (OverflowError, ValueError) as error:
+        spec = TensorSpec(dtype_of(entry.dtype, entry.shape, n_bytes), entry.shape)
+        expected = spec.n_bytes
+    except FormatError as error:
         raise CheckpointError(f"'{location}': tensor {entry.name!r}: {error}") from error
-    if entry.end - entry.begin != n_bytes:
+    if n_bytes != expected:
         raise CheckpointError(
-            f"'{location}': tensor {entry.name!r} has {entry.end - entry.begin} bytes, its shape"
-            f" and dtype say {n_bytes}"
+            f"'{location}': tensor {entry.name!r} has {n_bytes} bytes, its shape and dtype say {expected}"
         )
-    offset = data_offset + entry.begin
-    return Tensor(prefix + entry.name, entry.name, dtype, entry.shape, fd, offset, n_bytes)
+    return spec

@@ -1,4 +1,4 @@
-"""Side files of the target: carried in the delta, or the base's, and in either case checked (FORMAT §3.3)."""
+"""Side files of the target: carried in the delta, or the base's, and in either case checked (FORMAT §3.1)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from sparsedelta.codecs.zstd import decompress
 from sparsedelta.errors import BaseMismatch, Corrupt
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.delta import Delta
-from sparsedelta.format.records import SideFile, side_file_key
+from sparsedelta.format.manifest import read_text
+from sparsedelta.format.records import SideFile, Stored
 
 _BLOCK_BYTES = 1 << 20
 
@@ -30,38 +30,28 @@ def digest_file(location: Path, copy: Callable[[bytes], object] | None = None) -
     return n_bytes, hasher.digest()
 
 
-def carried_content(delta: Delta, file: SideFile) -> bytes:
-    """Return the content of a carried file.
+def carried_content(delta: Delta, file: SideFile, stored: Stored) -> bytes:
+    """Return the content of a file that the delta carries.
 
     Raises:
         Corrupt: it is damaged or not what the manifest says.
     """
-    key = side_file_key(file.path)
-    raw = decompress(delta.payload.read(key, 0, delta.payload.n_bytes(key)), file.n_bytes)
+    raw = read_text(delta.payload.read(stored.offset, stored.stored_bytes), stored.n_bytes)
     if blake3(raw).digest() != file.digest:
         raise Corrupt(f"carried file {file.path!r} does not match its digest; the delta is damaged")
     return raw
 
 
-def read_side_file(delta: Delta, base: Checkpoint, file: SideFile) -> bytes:
-    """Return the whole content of a side file; for small ones, such as an index.
+def write_side_file(delta: Delta, base: Checkpoint, file: SideFile, path: Path) -> None:
+    """Write a side file and sync it.
 
     Raises:
         BaseMismatch: it is the base's, which has none or another.
         Corrupt: it is carried and damaged.
     """
-    if file.carried:
-        return carried_content(delta, file)
-    blocks: list[bytes] = []
-    check_base_file(delta, base, file, blocks.append)
-    return b"".join(blocks)
-
-
-def write_side_file(delta: Delta, base: Checkpoint, file: SideFile, path: Path) -> None:
-    """Write a side file and sync it; raises as ``read_side_file``."""
     with open(path, "xb") as output:
-        if file.carried:
-            output.write(carried_content(delta, file))
+        if file.stored:
+            output.write(carried_content(delta, file, file.stored))
         else:
             check_base_file(delta, base, file, output.write)
         output.flush()
@@ -77,10 +67,10 @@ def check_base_file(
         BaseMismatch: it has not.
     """
     location = base.side_files.get(file.path)
-    source = (
-        f"the base that the delta was made from{f', {delta.base.id},' if delta.base.id else ''}"
-    )
+    named = f", {delta.base.id}," if delta.base.id else ""
+    source = f"the base that the delta was made from{named}"
     if location is None:
-        raise BaseMismatch(f"'{base.path}' has no file {file.path!r}, which {source} has")
+        hint = f"; take the base from {delta.base.id}, or get the file from there" if named else ""
+        raise BaseMismatch(f"'{base.path}' has no file {file.path!r}, which {source} has{hint}")
     if digest_file(location, copy) != (file.n_bytes, file.digest):
         raise BaseMismatch(f"file '{location}' differs from that of {source}")

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsedelta._typing import JSON, AnyPath, Model, ModelCheck, Names
-from sparsedelta.format.container import FilePayload, payload_digest, write_container
+from sparsedelta.format.container import FilePayload, write_container
+from sparsedelta.format.digests import base_tensors, fingerprint
 from sparsedelta.format.manifest import Manifest
-from sparsedelta.format.records import Base, Payload, Target, TensorDelta, entry_keys
+from sparsedelta.format.records import Base, Payload, Row, Target
 from sparsedelta.fs import check_no_folder
-from sparsedelta.progress import Progress
 from sparsedelta.stores.base import ByteSource
 from sparsedelta.stores.local import OpenFile
 
@@ -23,32 +23,44 @@ class Delta:
     """The transition from a base to a target.
 
     Attributes:
-        base: identity of the base.
+        base: hints about the base.
         target: the target's files.
-        tensors: rows, in the target's order, removed ones last.
+        tensors: the target's tensors, in the order of its files and their data, and how each is made.
         info: how the target was made; free JSON.
         payload: the coded bytes.
     """
 
     base: Base
     target: Target
-    tensors: tuple[TensorDelta, ...]
+    tensors: tuple[Row, ...]
     info: Mapping[str, JSON]
     payload: Payload
 
     def __repr__(self) -> str:
-        base = self.base.id or self.base.fingerprint.hex()[:12]
+        base = self.base.id or self.base_fingerprint.hex()[:12]
         return f"<Delta of {base}: {self.nnz:,} of {self.numel:,} elements changed>"
 
     @property
     def nnz(self) -> int:
         """Changed elements over all tensors."""
-        return sum(row.change.nnz for row in self.tensors if row.change)
+        return sum(row.nnz for row in self.tensors)
 
     @property
     def numel(self) -> int:
         """Elements of the target over all tensors."""
-        return sum(row.target.n_elements for row in self.tensors if row.target)
+        return sum(row.target.n_elements for row in self.tensors)
+
+    @property
+    def base_fingerprint(self) -> bytes:
+        """Fingerprint of the base tensors that the target is made from."""
+        return fingerprint((name, spec) for (_, name), spec in base_tensors(self.tensors).items())
+
+    @property
+    def target_fingerprint(self) -> bytes | None:
+        """Fingerprint of the target; None if the digest of a tensor is not known."""
+        if any(row.target.digest is None for row in self.tensors):
+            return None
+        return fingerprint((row.name, row.target) for row in self.tensors)
 
     def save(self, path: AnyPath, *, overwrite: bool = False) -> None:
         """Write the delta as one ``.sd`` file, whole or not at all.
@@ -59,53 +71,19 @@ class Delta:
             LimitExceeded: the delta is beyond what the format can hold (FORMAT §11).
         """
         check_no_folder(Path(path))
-        self.payload.check()
-        digest = payload_digest(entry_keys(self.target, self.tensors), self.payload)
-        manifest = Manifest(self.base, self.target, self.tensors, self.info, digest)
+        manifest = Manifest(self.base, self.target, self.tensors, self.info)
         write_container(manifest, self.payload, path, overwrite=overwrite)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        base_id: str | None = None,
-        base: AnyPath | None = None,
-        subfolder: str | None = None,
-        private: bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        tag: str | None = None,
-        token: str | bool | None = None,
-        dry_run: bool = False,
-        progress: Progress | None = None,
-    ) -> Any:
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Put the delta into a repository on the Hub; return the ``PushReport`` of ``sparsedelta.push``.
 
-        Raises:
-            MismatchError: the base is not the delta's.
-            RemoteError: the Hub refuses, or cannot be reached.
-            ValueError: an argument is wrong.
+        Args:
+            repo_id: of the repository.
+            options: the other arguments of ``sparsedelta.push``.
         """
         from sparsedelta.hub.push import push
 
-        return push(
-            self,
-            repo_id,
-            base_id=base_id,
-            base=base,
-            subfolder=subfolder,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            tag=tag,
-            token=token,
-            dry_run=dry_run,
-            progress=progress,
-        )
+        return push(self, repo_id, **options)
 
     def apply_(self, model: Model, *, verify: ModelCheck = "touched", names: Names = None) -> None:
         """Make the target of the base that a model in memory holds: in place, bit for bit.
@@ -169,8 +147,7 @@ class Delta:
 def load(path: AnyPath) -> Delta:
     """Return the delta in a ``.sd`` file: header and manifest read and checked, the payload on demand.
 
-    The file stays open until ``Delta.close``; the payload is compared with its digest before it is
-    first used.
+    The file stays open until ``Delta.close``. What is read of the payload is compared with its digest.
 
     Raises:
         FormatError: the file is not a delta this version can read.
@@ -184,7 +161,6 @@ def read_delta(source: ByteSource) -> Delta:
     payload = FilePayload(source)
     try:
         manifest = payload.open()
-        payload.check_against(manifest)
     except BaseException:
         payload.close()
         raise

@@ -1,26 +1,38 @@
-"""Identity is content (FORMAT §9): digests of tensors, fingerprints of checkpoints."""
+"""Fingerprints: the tensors of a checkpoint named in a few bytes (FORMAT §14)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from blake3 import blake3
 
-_DOMAIN = b"sparsedelta fingerprint 1\0"
+from sparsedelta.format.records import Row, TensorKey, TensorSpec
+
+_DOMAIN = b"sparsedelta fingerprint 2\0"
 
 
-def fingerprint(tensors: Iterable[tuple[str, str, Sequence[int], bytes]]) -> bytes:
-    """Return a checkpoint's 32-byte fingerprint; it does not depend on order or sharding.
+def fingerprint(tensors: Iterable[tuple[str, TensorSpec]]) -> bytes:
+    """Return the 32-byte fingerprint of tensors; it does not depend on their order or files.
 
     Args:
-        tensors: name, dtype name, shape and whole 32-byte digest of each tensor.
+        tensors: name and spec of each; the digests are known.
     """
-    hasher = blake3(_DOMAIN)
-    for name, dtype, shape, digest in sorted(tensors, key=lambda item: item[0].encode("utf-8")):
-        coded_name, coded_dtype = name.encode("utf-8"), dtype.encode("ascii")
-        hasher.update(len(coded_name).to_bytes(4, "little") + coded_name)
-        hasher.update(len(coded_dtype).to_bytes(1, "little") + coded_dtype)
-        hasher.update(len(shape).to_bytes(4, "little"))
-        hasher.update(b"".join(size.to_bytes(8, "little") for size in shape))
-        hasher.update(digest)
-    return hasher.digest()
+    return blake3(_DOMAIN + b"".join(sorted(_coded(*tensor) for tensor in tensors))).digest()
+
+
+def _coded(name: str, spec: TensorSpec) -> bytes:
+    coded_name, coded_dtype = name.encode("utf-8"), spec.dtype.name.encode("utf-8")
+    return b"".join(
+        [
+            len(coded_name).to_bytes(4, "little") + coded_name,
+            len(coded_dtype).to_bytes(1, "little") + coded_dtype,
+            len(spec.shape).to_bytes(4, "little"),
+            *(size.to_bytes(8, "little") for size in spec.shape),
+            spec.digest or b"",
+        ]
+    )
+
+
+def base_tensors(rows: Iterable[Row]) -> dict[TensorKey, TensorSpec]:
+    """Return the base tensors that rows are made from, by file and name."""
+    return {row.base.key: row.base.spec for row in rows if row.base}

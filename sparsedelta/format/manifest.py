@@ -1,367 +1,684 @@
-"""The manifest (FORMAT §3–§5): the frozen model of a delta to and from strict JSON.
+"""The manifest (FORMAT §3–§5 and §9): what a delta says, to and from bytes.
 
-Reading checks everything that can be known without opening a stream or a base.
+Reading checks everything that can be known without the payload or a base. Time and memory stay within
+a constant times the size of the manifest: every row, chunk and side file has digests, which are not compressed.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sparsedelta._typing import JSON
-from sparsedelta.codecs.chunk import Chunk, check_chunk
+from sparsedelta.codecs.chunk import (
+    CODED_DIGEST_BYTES,
+    TOUCHED_BYTES,
+    Chunk,
+    Coding,
+    check_chunk,
+    n_streams,
+)
 from sparsedelta.codecs.indices import INDEX_ENCODINGS
 from sparsedelta.codecs.packings import VALUE_PACKINGS
 from sparsedelta.codecs.values import VALUE_ENCODINGS
-from sparsedelta.dtypes import DTYPES, tensor_bytes
-from sparsedelta.errors import Corrupt, LimitExceeded
-from sparsedelta.format.paths import check_paths, check_suffixes
+from sparsedelta.codecs.zstd import check_expansion, compress_text, decompress
+from sparsedelta.dtypes import DType, check_dtype, tensor_bytes
+from sparsedelta.errors import Corrupt, LimitExceeded, UnsupportedFeature
+from sparsedelta.format.paths import WEIGHT_SUFFIX, check_path, check_paths
 from sparsedelta.format.records import (
     DIGEST_BYTES,
-    TOUCHED_BYTES,
+    FILE_DIGEST_BYTES,
     Base,
-    Change,
+    BaseTensor,
+    Row,
     SideFile,
+    Stored,
     Target,
-    TensorDelta,
     TensorSpec,
     WeightFile,
+    default_keep,
 )
-from sparsedelta.format.safetensors_header import MAX_NAME_BYTES, METADATA_KEY, read_shape
-from sparsedelta.format.strict_json import (
-    boolean,
-    compact_json,
-    fixed_items,
-    hex_bytes,
-    integer,
-    items,
-    members,
-    one_of,
-    optional,
-    parse_json,
-    text,
-)
+from sparsedelta.format.safetensors_header import MAX_DIMENSIONS, METADATA_KEY
+from sparsedelta.format.strict_json import compact_json, members, parse_json
 
 MAX_MANIFEST_BYTES = 1 << 27
+MAX_STRUCTURE_RATIO, MAX_STRUCTURE_EXTRA = 8, 1 << 19
+MAX_NOTES_BYTES = 1 << 20
 MAX_CARRIED_BYTES = 1 << 27
-MAX_ROWS = 1 << 20
+MAX_ROWS = 1 << 19
+MAX_CHUNKS = 1 << 20
 MAX_FILES = 1 << 16
-FINGERPRINT_BYTES = 32
+MAX_EMPTY_FOLDERS = 1 << 12
+MAX_NAME_BYTES = 1024
+_MAX_BITS = 1 << 63
+_SIZES_BYTES = 16
 
-_KINDS = {"folder": True, "file": False}
-_HEADERS = {"stored": True, "canonical": False}
-_INDEX_NAMES = {name: name for name in INDEX_ENCODINGS}
-_PACKING_NAMES = {name: name for name in VALUE_PACKINGS if name != "planes"}
-_VALUE_NAMES = {name: name for name in VALUE_ENCODINGS}
+_STRUCTURE = ("requires", "base", "target", "layouts", "tensors", "codings", "chunks")
+_BASE = ("id", "n_unused", "files")
+_TARGET = ("kind", "digests", "weight_files", "side_files", "empty_folders")
+_TENSORS = ("names", "layouts", "base_files", "base_names", "base_layouts", "keep", "n_chunks")
+_CHUNKS = ("starts", "spans", "nnz", "codings", "touched", "raw", "stored")
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a manifest says: a delta without its payload, and that payload's digest."""
+    """What a manifest says: a delta without its payload."""
 
     base: Base
     target: Target
-    tensors: tuple[TensorDelta, ...]
+    tensors: tuple[Row, ...]
     info: Mapping[str, JSON]
-    payload_digest: bytes
+
+    @property
+    def target_digests(self) -> bool:
+        """Whether the digest of every target tensor is known."""
+        return all(row.target.digest is not None for row in self.tensors)
+
+    def stored(self) -> Iterator[Stored | Chunk]:
+        """Yield what lies in the payload, in its order (FORMAT §5)."""
+        yield from (file.stored for file in self.target.side_files if file.stored)
+        yield from (file.stored for file in self.target.weight_files if file.stored)
+        for row in self.tensors:
+            yield from row.chunks
+
+
+# ---- writing
 
 
 def render_manifest(manifest: Manifest) -> bytes:
-    """Return the manifest's JSON text.
+    """Return the bytes of a manifest.
 
     Raises:
-        LimitExceeded: the delta is beyond the limits of FORMAT §11.
+        LimitExceeded: it is beyond the limits of FORMAT §11.
     """
+    _check_limits(manifest)
+    structure = compact_json(_structure(manifest))
+    notes = compact_json({"info": dict(manifest.info)})
+    _at_most(len(notes), MAX_NOTES_BYTES, "bytes of notes (info)")
+    texts = [(raw, compress_text(raw)) for raw in (structure, notes)]
+    sizes = [size for raw, stored in texts for size in (len(raw), len(stored))]
+    result = b"".join(
+        [
+            *(size.to_bytes(4, "little") for size in sizes),
+            *(stored for _, stored in texts),
+            *_digests(manifest),
+        ]
+    )
+    _at_most(len(result), MAX_MANIFEST_BYTES, "bytes of manifest")
+    _check_structure_size(len(structure), len(result))
+    return result
+
+
+def _check_limits(manifest: Manifest) -> None:
     target = manifest.target
     _at_most(len(manifest.tensors), MAX_ROWS, "tensors")
-    longest = max((len(row.name.encode("utf-8")) for row in manifest.tensors), default=0)
-    _at_most(longest, MAX_NAME_BYTES, "bytes of tensor name")
-    for files in (target.weight_files, target.side_files, target.empty_folders):
-        _at_most(len(files), MAX_FILES, "files of one kind")
-    raw = compact_json(
-        {
-            "base": {"id": manifest.base.id, "fingerprint": manifest.base.fingerprint.hex()},
-            "target": {
-                "kind": "folder" if target.is_folder else "file",
-                "fingerprint": _hex_or_null(target.fingerprint),
-                "weight_files": [_weight_file_json(f) for f in target.weight_files],
-                "side_files": [_side_file_json(f) for f in target.side_files],
-                "empty_folders": list(target.empty_folders),
-            },
-            "tensors": [_row_json(row) for row in manifest.tensors],
-            "info": dict(manifest.info),
-            "payload_digest": manifest.payload_digest.hex(),
-        }
+    _at_most(sum(len(row.chunks) for row in manifest.tensors), MAX_CHUNKS, "chunks")
+    _at_most(len(target.weight_files), MAX_FILES, "weight files")
+    _at_most(len(target.side_files), MAX_FILES, "side files")
+    _at_most(len(target.empty_folders), MAX_EMPTY_FOLDERS, "empty folders")
+    for row in manifest.tensors:
+        for name in (row.name, row.base.name if row.base else ""):
+            _at_most(len(name.encode("utf-8")), MAX_NAME_BYTES, f"bytes of the name {name[:80]!r}")
+
+
+def _structure(manifest: Manifest) -> dict[str, JSON]:
+    layouts: dict[tuple[DType, tuple[int, ...]], int] = {}
+    codings: dict[Coding, int] = {}
+    base_files: dict[str, int] = {}
+    tensors: dict[str, list[Any]] = {name: [] for name in _TENSORS}
+    chunks: dict[str, list[Any]] = {name: [] for name in _CHUNKS}
+
+    def layout(spec: TensorSpec) -> int:
+        return layouts.setdefault((spec.dtype, spec.shape), len(layouts))
+
+    for number, row in enumerate(manifest.tensors):
+        own, base = layout(row.target), row.base
+        tensors["names"].append(row.name)
+        tensors["layouts"].append(own)
+        tensors["n_chunks"].append(len(row.chunks))
+        if base is None:
+            tensors["base_files"].append(-1)
+        else:
+            tensors["base_files"].append(base_files.setdefault(base.file, len(base_files)))
+            if base.name != row.name:
+                tensors["base_names"].append([number, base.name])
+            if layout(base.spec) != own:
+                tensors["base_layouts"].append([number, layout(base.spec)])
+            if row.keep != default_keep(base.spec, row.target):
+                tensors["keep"].append([number, row.keep])
+        for chunk in row.chunks:
+            chunks["starts"].append(chunk.start)
+            chunks["spans"].append(chunk.span)
+            chunks["nnz"].append(chunk.nnz)
+            chunks["codings"].append(codings.setdefault(chunk.coding, len(codings)))
+            chunks["touched"].append(int(chunk.touched is not None))
+            chunks["raw"] += chunk.raw
+            chunks["stored"] += chunk.stored
+    target = manifest.target
+    counts = {file.path: 0 for file in target.weight_files}
+    for row in manifest.tensors:
+        counts[row.file] += 1
+    return {
+        "requires": [],
+        "base": {
+            "id": manifest.base.id,
+            "n_unused": manifest.base.n_unused,
+            "files": [*base_files],
+        },
+        "target": {
+            "kind": "folder" if target.is_folder else "file",
+            "digests": manifest.target_digests,
+            "weight_files": [
+                [file.path, counts[file.path], _header_json(file)] for file in target.weight_files
+            ],
+            "side_files": [
+                [file.path, file.n_bytes, file.stored.stored_bytes if file.stored else -1]
+                for file in target.side_files
+            ],
+            "empty_folders": list(target.empty_folders),
+        },
+        "layouts": [
+            [dtype.name, dtype.bits, dtype.element, list(shape)] for dtype, shape in layouts
+        ],
+        "tensors": {name: column for name, column in tensors.items()},
+        "codings": [[c.values, c.index, c.packing, int(c.classes)] for c in codings],
+        "chunks": {name: column for name, column in chunks.items()},
+    }
+
+
+def _header_json(file: WeightFile) -> list[JSON]:
+    if file.stored:
+        return ["stored", file.stored.n_bytes, file.stored.stored_bytes]
+    pairs = file.metadata
+    return ["canonical", None if pairs is None else [[key, pairs[key]] for key in pairs]]
+
+
+def _digests(manifest: Manifest) -> Iterator[bytes]:
+    rows = manifest.tensors
+    yield from (file.digest for file in manifest.target.weight_files)
+    yield from (file.digest for file in manifest.target.side_files)
+    yield from (row.base.spec.digest or b"" for row in rows if row.base)
+    known = manifest.target_digests
+    yield from (
+        row.target.digest or b""
+        for row in rows
+        if row.base is None or (known and not row.is_copied)
     )
-    _at_most(len(raw), MAX_MANIFEST_BYTES, "bytes of manifest")
-    return raw
+    chunks = [chunk for row in rows for chunk in row.chunks]
+    yield from (chunk.digest for chunk in chunks)
+    yield from (digest for chunk in chunks if chunk.touched for digest in chunk.touched)
 
 
-def parse_manifest(raw: bytes) -> Manifest:
+# ---- reading
+
+
+def parse_manifest(raw: bytes, payload_bytes: int) -> Manifest:
     """Return what a manifest says, checked.
+
+    Args:
+        raw: its bytes.
+        payload_bytes: the size of the payload that follows it.
 
     Raises:
         FormatError: it breaks a rule of FORMAT §12.
     """
-    names = ("base", "target", "tensors", "info", "payload_digest")
-    base, target, tensors, info, digest = members(
-        parse_json(raw, "the manifest"), "the manifest", names
+    structure, notes, digests = _split(raw)
+    parsed = _parse_structure(structure)
+    requires, base, target, layouts, tensors, codings, chunks = _objects(
+        parsed, "structure", _STRUCTURE
     )
-    if type(info) is not dict:
-        raise Corrupt("info is not an object")
-    parsed_target = _target(target)
-    rows = tuple(_row(value) for value in items(tensors, "tensors", MAX_ROWS))
-    _check_rows(rows, parsed_target)
-    return Manifest(
-        _base(base),
-        parsed_target,
-        rows,
-        info,
-        hex_bytes(digest, "payload_digest", FINGERPRINT_BYTES),
-    )
-
-
-def _base(value: Any) -> Base:
-    base_id, fingerprint = members(value, "base", ("id", "fingerprint"))
-    return Base(
-        optional(base_id, "base.id", text),
-        hex_bytes(fingerprint, "base.fingerprint", FINGERPRINT_BYTES),
-    )
-
-
-def _target(value: Any) -> Target:
-    names = ("kind", "fingerprint", "weight_files", "side_files", "empty_folders")
-    kind, fingerprint, weight_files, side_files, folders = members(value, "target", names)
-    target = Target(
-        optional(fingerprint, "target.fingerprint", _hex(FINGERPRINT_BYTES)),
-        one_of(kind, "target.kind", _KINDS),
-        tuple(_weight_file(v) for v in items(weight_files, "weight_files", MAX_FILES)),
-        tuple(_side_file(v) for v in items(side_files, "side_files", MAX_FILES)),
-        tuple(text(v, "empty_folders") for v in items(folders, "empty_folders", MAX_FILES)),
-    )
-    side_paths = [file.path for file in target.side_files]
-    _check_sorted(side_paths, "side_files")
-    _check_sorted(list(target.empty_folders), "empty_folders")
-    weight_paths = [file.path for file in target.weight_files]
-    check_paths([*weight_paths, *side_paths, *target.empty_folders])
-    if target.is_folder:
-        check_suffixes(weight_paths, side_paths)
-    elif (
-        len(target.weight_files) != 1
-        or "/" in target.weight_files[0].path
-        or target.side_files
-        or target.empty_folders
-    ):
-        raise Corrupt("a target of kind 'file' is one weight file without a folder, and no more")
-    return target
-
-
-def _weight_file(value: Any) -> WeightFile:
-    names = ("path", "n_tensors", "header", "metadata")
-    path, n_tensors, header, metadata = members(value, "weight file", names)
-    stored = one_of(header, "weight file header", _HEADERS)
-    if metadata is not None:
-        if type(metadata) is not dict or stored:
-            raise Corrupt(
-                "weight file metadata is neither null nor the object of a canonical header"
-            )
-        for item in metadata.values():
-            text(item, "weight file metadata")
-    return WeightFile(
-        text(path, "weight file path"), integer(n_tensors, "n_tensors"), metadata, stored
-    )
-
-
-def _weight_file_json(file: WeightFile) -> dict[str, JSON]:
-    return {
-        "path": file.path,
-        "n_tensors": file.n_tensors,
-        "header": "stored" if file.stored_header else "canonical",
-        "metadata": None if file.metadata is None else dict(file.metadata),
-    }
-
-
-def _side_file(value: Any) -> SideFile:
-    path, n_bytes, digest, carried = members(
-        value, "side file", ("path", "n_bytes", "digest", "carried")
-    )
-    file = SideFile(
-        text(path, "side file path"),
-        integer(n_bytes, "side file n_bytes"),
-        hex_bytes(digest, "side file digest", FINGERPRINT_BYTES),
-        boolean(carried, "side file carried"),
-    )
-    if file.carried:
-        _at_most(file.n_bytes, MAX_CARRIED_BYTES, "bytes of a carried file")
-    return file
-
-
-def _side_file_json(file: SideFile) -> dict[str, JSON]:
-    return {
-        "path": file.path,
-        "n_bytes": file.n_bytes,
-        "digest": file.digest.hex(),
-        "carried": file.carried,
-    }
-
-
-def _row(value: Any) -> TensorDelta:
-    name, base, target, delta = members(value, "tensor row", ("name", "base", "target", "delta"))
-    _at_most(len(text(name, "tensor name").encode("utf-8")), MAX_NAME_BYTES, "bytes of tensor name")
-    where = f"tensor {name[:200]!r}"
-    row = TensorDelta(
-        name,
-        optional(base, f"{where}, base", _spec),
-        optional(target, f"{where}, target", _spec),
-        optional(delta, f"{where}, delta", _change),
-    )
-    _check_row(row, where)
-    return row
-
-
-def _row_json(row: TensorDelta) -> dict[str, JSON]:
-    return {
-        "name": row.name,
-        "base": _spec_json(row.base),
-        "target": _spec_json(row.target),
-        "delta": _change_json(row.change),
-    }
-
-
-def _spec(value: Any, where: str) -> TensorSpec:
-    dtype_name, sizes, digest = members(value, where, ("dtype", "shape", "digest"))
-    dtype = one_of(dtype_name, f"{where}, dtype", DTYPES)
-    shape = read_shape(sizes, where)
-    try:
-        tensor_bytes(dtype, shape)
-    except OverflowError as error:
-        raise LimitExceeded(f"{where}: {error}") from error
-    except ValueError as error:
-        raise Corrupt(f"{where}: {error}") from error
-    return TensorSpec(dtype, shape, optional(digest, f"{where}, digest", _hex(DIGEST_BYTES)))
-
-
-def _spec_json(spec: TensorSpec | None) -> dict[str, JSON] | None:
-    if spec is None:
-        return None
-    return {
-        "dtype": spec.dtype.name,
-        "shape": list(spec.shape),
-        "digest": _hex_or_null(spec.digest),
-    }
-
-
-def _change(value: Any, where: str) -> Change:
-    keep, values, touched, chunks = members(value, where, ("keep", "values", "touched", "chunks"))
-    parsed = None
-    if touched is not None:
-        before, after = fixed_items(touched, f"{where}, touched", 2)
-        parsed = (
-            hex_bytes(before, f"{where}, touched", TOUCHED_BYTES),
-            hex_bytes(after, f"{where}, touched", TOUCHED_BYTES),
+    _strings(requires, "requires")
+    if requires:
+        raise UnsupportedFeature(
+            f"the delta requires {requires[0][:80]!r}, which this release does not know; a newer"
+            " sparsedelta may read it"
         )
-    return Change(
-        integer(keep, f"{where}, keep"),
-        one_of(values, f"{where}, values", _VALUE_NAMES),
-        parsed,
-        tuple(_chunk(chunk, where) for chunk in items(chunks, f"{where}, chunks")),
-    )
-
-
-def _change_json(change: Change | None) -> dict[str, JSON] | None:
-    if change is None:
-        return None
-    return {
-        "keep": change.keep,
-        "values": change.values,
-        "touched": [digest.hex() for digest in change.touched] if change.touched else None,
-        "chunks": [_chunk_json(chunk) for chunk in change.chunks],
-    }
-
-
-def _chunk_json(chunk: Chunk) -> list[JSON]:
-    coded: list[JSON] = [*chunk.coded_bytes]
-    listed: list[JSON] = [chunk.number, chunk.nnz, chunk.index_encoding, chunk.index_bytes, coded]
-    if chunk.value_packing != "planes":
-        listed += [chunk.value_packing, chunk.value_bytes]
-    return listed
-
-
-def _chunk(value: Any, where: str) -> Chunk:
-    what = f"{where}, chunk"
-    found = items(value, what)
-    plain = len(found) == 5  # in planes
-    number, nnz, encoding, index_bytes, coded, *rest = fixed_items(value, what, 5 if plain else 7)
-    packing, value_bytes = rest or ("planes", 0)
-    return Chunk(
-        integer(number, what),
-        integer(nnz, what),
-        one_of(encoding, f"{what}, index encoding", _INDEX_NAMES),
-        integer(index_bytes, what),
-        tuple(integer(size, what) for size in items(coded, what)),
-        packing if plain else one_of(packing, f"{what}, value packing", _PACKING_NAMES),
-        integer(value_bytes, what),
-    )
-
-
-def _check_row(row: TensorDelta, where: str) -> None:
-    base, target, change = row.base, row.target, row.change
-    if base is None and target is None:
-        raise Corrupt(f"{where} is neither in the base nor in the target")
-    if base is not None and base.digest is None:
-        raise Corrupt(f"{where}: the base's digest is null")
-    unchanged = base is not None and base == target
-    if (change is None) != (target is None or unchanged):
-        raise Corrupt(f"{where}: delta is {'absent' if change is None else 'present'} wrongly")
-    if target is None or change is None:
-        return
-    most = 0
-    if base is not None and base.dtype is target.dtype:
-        most = min(base.n_elements, target.n_elements)
-    if change.keep > most:
+    reader = _DigestReader(digests)
+    base_id, n_unused, base_files = _objects(base, "base", _BASE)
+    if base_id is not None and type(base_id) is not str:
+        raise Corrupt("base.id is neither null nor a string")
+    _integers([n_unused], "base.n_unused")
+    _strings(base_files, "base.files", MAX_FILES)
+    for path in base_files:
+        check_path(path)
+    files, counts, known, offset = _parse_target(target, reader)
+    known_layouts = [_layout(value) for value in _list(layouts, "layouts")]
+    known_codings = [_coding(value) for value in _list(codings, "codings")]
+    rows = _Rows(files, counts, base_files, known_layouts, tensors)
+    columns = _Chunks(rows, known_codings, chunks)
+    result = columns.finish(rows.finish(reader, known), reader, known=known, offset=offset)
+    reader.finish()
+    if columns.end != payload_bytes:
         raise Corrupt(
-            f"{where} keeps {change.keep} elements of the base, at most {most} can be kept"
+            f"the payload has {payload_bytes} bytes, the manifest calls for {columns.end}"
         )
-    previous = -1
-    for chunk in change.chunks:
-        if chunk.number <= previous:
-            raise Corrupt(f"{where}: chunk {chunk.number} does not follow chunk {previous}")
-        check_chunk(chunk, target.dtype, target.n_elements)
-        previous = chunk.number
+    return Manifest(Base(base_id, n_unused), files, tuple(result), _info(notes))
 
 
-def _check_rows(rows: tuple[TensorDelta, ...], target: Target) -> None:
-    if len({row.name for row in rows}) != len(rows):
-        raise Corrupt("a tensor has two rows")
-    n_target = sum(row.target is not None for row in rows)
-    if any(row.target is None for row in rows[:n_target]):
-        raise Corrupt("rows of removed tensors do not come last")
-    _check_sorted([row.name for row in rows[n_target:]], "rows of removed tensors")
-    n_listed = sum(file.n_tensors for file in target.weight_files)
-    if n_listed != n_target:
-        raise Corrupt(f"weight files list {n_listed} tensors, there are {n_target}")
-    for row in rows[:n_target]:
-        known = row.target is not None and row.target.digest is not None
-        if row.change is not None and known != (target.fingerprint is not None):
-            raise Corrupt(f"tensor {row.name!r}: its digest is null, or the fingerprint, not both")
-    if any(row.name == METADATA_KEY for row in rows):
-        raise Corrupt(f"a tensor cannot be named {METADATA_KEY}")
+def _split(raw: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return structure, notes and digests of a manifest."""
+    if len(raw) < _SIZES_BYTES:
+        raise Corrupt(f"the manifest has {len(raw)} bytes")
+    sizes = [int.from_bytes(raw[at : at + 4], "little") for at in range(0, _SIZES_BYTES, 4)]
+    n_structure, stored_structure, n_notes, stored_notes = sizes
+    _check_structure_size(n_structure, len(raw))
+    _at_most(n_notes, MAX_NOTES_BYTES, "bytes of notes")
+    texts, at = [], _SIZES_BYTES
+    for n_bytes, stored in ((n_structure, stored_structure), (n_notes, stored_notes)):
+        coded = raw[at : at + stored]
+        at += stored
+        if len(coded) != stored:
+            raise Corrupt("the manifest ends within its texts")
+        texts.append(read_text(coded, n_bytes))
+    return texts[0], texts[1], raw[at:]
 
 
-def _check_sorted(names: list[str], what: str) -> None:
-    coded = [name.encode("utf-8") for name in names]
-    if any(a >= b for a, b in itertools.pairwise(coded)):
-        raise Corrupt(f"{what} are not sorted, or one is there twice")
+def read_text(coded: bytes, n_bytes: int) -> bytes:
+    """Return the content of a text or file stored in the delta (FORMAT §8).
+
+    Raises:
+        Corrupt: it is not a stream of that size.
+        LimitExceeded: it expands too much.
+    """
+    if len(coded) > n_bytes or (not coded and n_bytes):
+        raise Corrupt(f"{n_bytes} bytes cannot be stored in {len(coded)}")
+    if len(coded) == n_bytes:
+        return coded
+    check_expansion(n_bytes, len(coded))
+    return decompress(coded, n_bytes)
 
 
-def _hex(n_bytes: int) -> Callable[[Any, str], bytes]:
-    return lambda value, what: hex_bytes(value, what, n_bytes)
+def _check_structure_size(n_bytes: int, manifest_bytes: int) -> None:
+    limit = MAX_STRUCTURE_RATIO * manifest_bytes + MAX_STRUCTURE_EXTRA
+    _at_most(n_bytes, limit, "bytes of structure")
 
 
-def _hex_or_null(value: bytes | None) -> str | None:
-    return None if value is None else value.hex()
+def _parse_structure(raw: bytes) -> Any:
+    """Return the value of compact JSON; any other spelling is refused, so none is ambiguous."""
+    try:
+        value = json.loads(raw, parse_float=_refuse, parse_constant=_refuse)
+        same = compact_json(value) == raw
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(f"the structure is not JSON: {error}") from error
+    if not same:
+        raise Corrupt("the structure is not compact JSON")
+    return value
+
+
+def _refuse(token: str) -> float:
+    raise ValueError(f"{token[:24]} is not an integer")
+
+
+def _info(notes: bytes) -> Mapping[str, JSON]:
+    parsed = parse_json(notes, "notes")
+    if type(parsed) is not dict:
+        raise Corrupt("the notes are not an object")
+    info = parsed.get("info", {})
+    return info if type(info) is dict else {}
+
+
+def _parse_target(value: Any, reader: _DigestReader) -> tuple[Target, list[int], bool, int]:
+    """Return the target's files, rows of each weight file, whether digests are known, and where chunks begin."""
+    kind, known, weight_files, side_files, folders = _objects(value, "target", _TARGET)
+    if type(known) is not bool:
+        raise Corrupt("target.digests is not a boolean")
+    if kind not in ("folder", "file"):
+        _known_name(kind, "target.kind", ("folder", "file"))
+    parsed_weights, counts = [], []
+    for item in _list(weight_files, "weight_files", MAX_FILES):
+        path, n, header = _tuple(item, "a weight file", 3)
+        _integers([n], "rows of a weight file")
+        counts.append(n)
+        parsed_weights.append(_weight_file(path, header, reader.take(DIGEST_BYTES)))
+    offset = 0
+
+    def placed(stored: Stored | None) -> Stored | None:
+        nonlocal offset
+        if stored is not None:
+            stored = replace(stored, offset=offset)
+            offset += stored.stored_bytes
+        return stored
+
+    parsed_sides = []
+    for item in _list(side_files, "side_files", MAX_FILES):
+        path, n_bytes, stored = _tuple(item, "a side file", 3)
+        _strings([path], "path of a side file")
+        _integers([n_bytes, stored], "sizes of a side file", least=-1)
+        _integers([n_bytes], "size of a side file")
+        digest = reader.take(FILE_DIGEST_BYTES)
+        parsed_sides.append(SideFile(path, n_bytes, digest, placed(_stored(n_bytes, stored))))
+    weights = [replace(file, stored=placed(file.stored)) for file in parsed_weights]
+    _strings(folders, "empty_folders", MAX_EMPTY_FOLDERS)
+    target = Target(kind == "folder", tuple(weights), tuple(parsed_sides), tuple(folders))
+    _check_files(target)
+    return target, counts, known, offset
+
+
+def _check_files(target: Target) -> None:
+    """Check paths and kind of a target's files (FORMAT §3.1, §3.4)."""
+    weights = [file.path for file in target.weight_files]
+    sides = [file.path for file in target.side_files]
+    check_paths([*weights, *sides, *target.empty_folders])
+    for paths, what in ((sides, "side_files"), (target.empty_folders, "empty_folders")):
+        coded = [path.encode("utf-8") for path in paths]
+        if any(a >= b for a, b in itertools.pairwise(coded)):
+            raise Corrupt(f"{what} are not sorted by path")
+    if not target.is_folder:
+        if len(weights) != 1 or "/" in weights[0] or sides or target.empty_folders:
+            raise Corrupt("a target of kind 'file' is more than one weight file without a folder")
+        return
+    for path in weights:
+        if not path.endswith(WEIGHT_SUFFIX):
+            raise Corrupt(f"weight file {path[:200]!r} does not end in {WEIGHT_SUFFIX}")
+    for path in sides:
+        if path.endswith(WEIGHT_SUFFIX):
+            raise Corrupt(f"side file {path[:200]!r} ends in {WEIGHT_SUFFIX}")
+
+
+def _stored(n_bytes: int, stored: int) -> Stored | None:
+    if stored < 0:
+        return None
+    _at_most(n_bytes, MAX_CARRIED_BYTES, "bytes of a stored file")
+    if stored > n_bytes or (not stored and n_bytes):
+        raise Corrupt(f"{n_bytes} bytes cannot be stored in {stored}")
+    if stored < n_bytes:
+        check_expansion(n_bytes, stored)
+    return Stored(n_bytes, stored, -1)
+
+
+def _weight_file(path: Any, header: Any, digest: bytes) -> WeightFile:
+    _strings([path], "path of a weight file")
+    kind, *rest = _list(header, "header of a weight file") or [None]
+    _known_name(kind, "header kind", ("canonical", "stored"))
+    if kind == "stored":
+        n_bytes, stored = _tuple(rest, "a stored header", 2)
+        _integers([n_bytes, stored], "sizes of a stored header")
+        return WeightFile(path, digest, None, _stored(n_bytes, stored))
+    (pairs,) = _tuple(rest, "a canonical header", 1)
+    if pairs is None:
+        return WeightFile(path, digest, None, None)
+    metadata: dict[str, str] = {}
+    for pair in _list(pairs, "header metadata"):
+        key, item = _tuple(pair, "header metadata", 2)
+        _strings([key, item], "header metadata")
+        if key in metadata:
+            raise Corrupt(f"header metadata have key {key[:80]!r} twice")
+        metadata[key] = item
+    return WeightFile(path, digest, metadata, None)
+
+
+def _layout(value: Any) -> TensorSpec:
+    name, bits, element, shape = _tuple(value, "a layout", 4)
+    _strings([name, element], "a layout")
+    _integers([bits], "bits of a layout")
+    _integers(_list(shape, "shape", MAX_DIMENSIONS), "shape")
+    dtype = check_dtype(name, bits, element)
+    tensor_bytes(dtype, shape)
+    return TensorSpec(dtype, tuple(shape), None)
+
+
+def _coding(value: Any) -> Coding:
+    values, index, packing, classes = _tuple(value, "a coding", 4)
+    _known_name(values, "value encoding", VALUE_ENCODINGS)
+    _known_name(index, "index encoding", INDEX_ENCODINGS)
+    _known_name(packing, "value packing", VALUE_PACKINGS)
+    if type(classes) is not int or classes not in (0, 1):
+        raise Corrupt("classes of a coding are neither 0 nor 1")
+    return Coding(values, index, packing, bool(classes))
+
+
+class _Rows:
+    """The columns of rows, checked, and the rows without digests and chunks."""
+
+    def __init__(
+        self,
+        target: Target,
+        counts: Sequence[int],
+        base_files: Sequence[str],
+        layouts: Sequence[TensorSpec],
+        columns: Any,
+    ) -> None:
+        names, own, files, base_names, base_layouts, keep, n_chunks = _objects(
+            columns, "tensors", _TENSORS
+        )
+        n = len(_list(names, "names", MAX_ROWS))
+        _strings(names, "names")
+        _column(own, "layouts of tensors", n, below=len(layouts))
+        _column(files, "base_files", n, least=-1, below=len(base_files))
+        _column(n_chunks, "n_chunks", n)
+        if sum(counts) != n:
+            raise Corrupt(f"weight files list {sum(counts)} tensors, there are {n}")
+        _check_names(names, counts)
+        self.n = n
+        self.n_chunks: list[int] = n_chunks
+        self.specs = [layouts[i] for i in own]
+        self.names: list[str] = names
+        self.files = [
+            file.path
+            for file, count in zip(target.weight_files, counts, strict=True)
+            for _ in range(count)
+        ]
+        self._base_files = [base_files[i] if i >= 0 else None for i in files]
+        self._base_names = self._exceptions(base_names, "base_names")
+        self._base_specs = {
+            row: layouts[i]
+            for row, i in self._exceptions(base_layouts, "base_layouts", len(layouts)).items()
+        }
+        self._keep = self._exceptions(keep, "keep", _MAX_BITS)
+        _check_name_bytes(self._base_names.values())
+        self._check_total()
+
+    def finish(self, reader: _DigestReader, known: bool) -> list[Row]:
+        """Return the rows without chunks; base and target digests are read."""
+        bases: list[BaseTensor | None] = []
+        for number, file in enumerate(self._base_files):
+            if file is None:
+                bases.append(None)
+                continue
+            spec = self._base_specs.get(number, self.specs[number])
+            spec = TensorSpec(spec.dtype, spec.shape, reader.take(DIGEST_BYTES))
+            bases.append(BaseTensor(file, self._base_names.get(number, self.names[number]), spec))
+        rows = []
+        for number, (file, name, spec, base) in enumerate(
+            zip(self.files, self.names, self.specs, bases, strict=True)
+        ):
+            most = default_keep(base.spec, spec) if base else 0
+            keep = self._keep.get(number, most)
+            if keep > most:
+                raise Corrupt(f"tensor {name!r} keeps {keep} elements, at most {most} can be kept")
+            row = Row(file, name, spec, base, keep, ())
+            if base is not None and not self.n_chunks[number] and row.is_copied:
+                same = base.spec.same_layout(spec)
+                digest = base.spec.digest
+                target = base.spec if same else TensorSpec(spec.dtype, spec.shape, digest)
+                rows.append(Row(file, name, target, base, keep, ()))
+            elif base is None or known:
+                digest = reader.take(DIGEST_BYTES)
+                target = TensorSpec(spec.dtype, spec.shape, digest)
+                rows.append(Row(file, name, target, base, keep, ()))
+            else:
+                rows.append(row)
+        return rows
+
+    def _exceptions(self, value: Any, what: str, below: int | None = None) -> dict[int, Any]:
+        """Return the values of some rows by number; ``below``: they are integers below it."""
+        pairs = [_tuple(item, what, 2) for item in _list(value, what, MAX_ROWS)]
+        rows = [row for row, _ in pairs]
+        values = [item for _, item in pairs]
+        _column(rows, what, len(pairs), below=self.n)
+        if any(a >= b for a, b in itertools.pairwise(rows)):
+            raise Corrupt(f"{what} do not ascend by row")
+        if any(self._base_files[row] is None for row in rows):
+            raise Corrupt(f"{what} name a tensor without a base")
+        if below is None:
+            _strings(values, what)
+        else:
+            _column(values, what, len(pairs), below=below)
+        return dict(pairs)
+
+    def _check_total(self) -> None:
+        total = sum(8 * spec.n_bytes for spec in self.specs)
+        if total >= _MAX_BITS:
+            raise LimitExceeded(f"the target has {total} bits, the limit is 2^63")
+
+
+class _Chunks:
+    """The columns of chunks, checked."""
+
+    def __init__(self, rows: _Rows, codings: Sequence[Coding], columns: Any) -> None:
+        starts, spans, nnz, coding, touched, raw, stored = _objects(columns, "chunks", _CHUNKS)
+        n = len(_list(starts, "starts", MAX_CHUNKS))
+        if sum(rows.n_chunks) != n:
+            raise Corrupt(f"tensors list {sum(rows.n_chunks)} chunks, there are {n}")
+        for column, what in ((starts, "starts"), (spans, "spans"), (nnz, "nnz")):
+            _column(column, f"{what} of chunks", n)
+        _column(coding, "codings of chunks", n, below=len(codings))
+        _column(touched, "touched of chunks", n, below=2)
+        _column(raw, "raw sizes", None)
+        _column(stored, "stored sizes", None)
+        self._columns = zip(starts, spans, nnz, coding, touched, strict=True)
+        self._codings = codings
+        self._raw, self._stored = raw, stored
+        self._n_chunks = rows.n_chunks
+        self.end = 0  # of the payload, once finished
+
+    def finish(
+        self, rows: Sequence[Row], reader: _DigestReader, *, known: bool, offset: int
+    ) -> list[Row]:
+        """Return the rows with their chunks; their digests are read, their streams begin at ``offset``."""
+        result = []
+        n = sum(self._n_chunks)
+        coded = [reader.take(CODED_DIGEST_BYTES) for _ in range(n)]
+        number = raw_at = stored_at = 0
+        for row, n_chunks in zip(rows, self._n_chunks, strict=True):
+            if not n_chunks:
+                result.append(row)
+                continue
+            dtype, n_elements, end, chunks = row.target.dtype, row.target.n_elements, 0, []
+            for start, span, nnz, coding, touched in itertools.islice(self._columns, n_chunks):
+                code = self._codings[coding]
+                n_stored, n_raw = n_streams(code, dtype.width)
+                chunk = Chunk(
+                    start,
+                    span,
+                    nnz,
+                    code,
+                    tuple(self._raw[raw_at : raw_at + n_raw]),
+                    tuple(self._stored[stored_at : stored_at + n_stored]),
+                    coded[number],
+                    (reader.take(TOUCHED_BYTES), reader.take(TOUCHED_BYTES)) if touched else None,
+                    offset,
+                )
+                offset += chunk.stored_bytes
+                if len(chunk.raw) != n_raw or len(chunk.stored) != n_stored:
+                    raise Corrupt(f"tensor {row.name!r}: sizes of streams are missing")
+                check_chunk(chunk, dtype, n_elements)
+                if start < end:
+                    raise Corrupt(f"tensor {row.name!r}: chunks overlap or do not ascend")
+                if not (touched or known):
+                    raise Corrupt(f"tensor {row.name!r}: neither it nor its chunk has a digest")
+                end = start + span
+                raw_at, stored_at, number = raw_at + n_raw, stored_at + n_stored, number + 1
+                chunks.append(chunk)
+            result.append(replace(row, chunks=tuple(chunks)))
+        if raw_at != len(self._raw) or stored_at != len(self._stored):
+            raise Corrupt("there are more sizes of streams than streams")
+        self.end = offset
+        return result
+
+
+class _DigestReader:
+    """Hands out the digests at the end of a manifest, in their order."""
+
+    def __init__(self, raw: bytes) -> None:
+        self._raw = raw
+        self._at = 0
+
+    def take(self, n_bytes: int) -> bytes:
+        """Return the next digest."""
+        digest = self._raw[self._at : self._at + n_bytes]
+        self._at += n_bytes
+        if len(digest) != n_bytes:
+            raise Corrupt(f"the manifest ends within its digests, at {len(self._raw)} bytes of them")
+        return digest
+
+    def finish(self) -> None:
+        """Check that no bytes are left."""
+        if self._at != len(self._raw):
+            raise Corrupt(f"{len(self._raw) - self._at} bytes follow the last digest")
+
+
+def _check_names(names: list[str], counts: Sequence[int]) -> None:
+    _check_name_bytes(names)
+    start = 0
+    for count in counts:
+        own = names[start : start + count]
+        start += count
+        if len(set(own)) != count:
+            raise Corrupt("a weight file has two tensors of one name")
+        if METADATA_KEY in own:
+            raise Corrupt(f"a tensor cannot be named {METADATA_KEY}")
+
+
+def _check_name_bytes(names: Iterable[str]) -> None:
+    for name in names:
+        if len(name) > MAX_NAME_BYTES or len(name.encode("utf-8")) > MAX_NAME_BYTES:
+            raise LimitExceeded(f"tensor name {name[:80]!r}… is longer than {MAX_NAME_BYTES} bytes")
+
+
+def _objects(value: Any, what: str, names: Sequence[str]) -> list[Any]:
+    found = members(value, what, names)
+    if [*value] != [*names]:
+        raise Corrupt(f"the members of {what} are not in order")
+    return found
+
+
+def _list(value: Any, what: str, limit: int | None = None) -> list[Any]:
+    if type(value) is not list:
+        raise Corrupt(f"{what}: expected a list")
+    if limit is not None:
+        _at_most(len(value), limit, what)
+    return value
+
+
+def _tuple(value: Any, what: str, n: int) -> list[Any]:
+    if type(value) is not list or len(value) != n:
+        raise Corrupt(f"{what}: expected a list of {n}")
+    return value
+
+
+def _strings(value: Any, what: str, limit: int | None = None) -> None:
+    if not set(map(type, _list(value, what, limit))) <= {str}:
+        raise Corrupt(f"{what}: expected strings")
+
+
+def _integers(values: list[Any], what: str, *, least: int = 0) -> None:
+    if not set(map(type, values)) <= {int}:
+        raise Corrupt(f"{what}: expected integers")
+    if values and not (least <= min(values) and max(values) < _MAX_BITS):
+        raise Corrupt(f"{what}: an integer is out of range")
+
+
+def _column(
+    value: Any, what: str, n: int | None, *, least: int = 0, below: int | None = None
+) -> None:
+    _integers(_list(value, what), what, least=least)
+    if n is not None and len(value) != n:
+        raise Corrupt(f"{what}: {len(value)} entries, expected {n}")
+    if below is not None and value and max(value) >= below:
+        raise Corrupt(f"{what}: {max(value)} where less than {below} is expected")
+
+
+def _known_name(value: Any, what: str, known: Iterable[str]) -> None:
+    if type(value) is not str:
+        raise Corrupt(f"{what}: expected a string")
+    if value not in known:
+        raise UnsupportedFeature(
+            f"{what} is {value[:80]!r}, this release knows {', '.join(sorted(known))}"
+        )
 
 
 def _at_most(found: int, limit: int, what: str) -> None:

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from sparsedelta.errors import Corrupt, LimitExceeded
+from sparsedelta.errors import Corrupt
 
 MAX_PATH_BYTES = 4096
 MAX_COMPONENT_BYTES = 255
@@ -71,34 +71,23 @@ def _folded(path: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
 
+def check_path(path: str) -> None:
+    """Check one path by itself; raises Corrupt if it is not allowed."""
+    problem = path_problem(path)
+    if problem:
+        raise Corrupt(f"path {path[:200]!r} {problem}")
+
+
 def check_paths(paths: Iterable[str]) -> None:
     """Check all paths of a target, each by itself and against the others.
 
     Raises:
         Corrupt: a path is not allowed, or collides with another.
-        LimitExceeded: a path has too many components.
     """
     known = tuple(paths)
     for path in known:
-        problem = path_problem(path)
-        if problem:
-            error = LimitExceeded if path.count("/") >= MAX_COMPONENTS else Corrupt
-            raise error(f"path {path[:200]!r} {problem}")
+        check_path(path)
     collision = path_collision(known)
     if collision:
         path, how = collision
         raise Corrupt(f"path {path!r} {how}")
-
-
-def check_suffixes(weight_paths: Iterable[str], side_paths: Iterable[str]) -> None:
-    """Check the names of a target folder's files: the suffix tells weight files from others.
-
-    Raises:
-        Corrupt: a name says another kind of file.
-    """
-    for path in weight_paths:
-        if not path.endswith(WEIGHT_SUFFIX):
-            raise Corrupt(f"weight file {path[:200]!r} does not end in {WEIGHT_SUFFIX}")
-    for path in side_paths:
-        if path.endswith(WEIGHT_SUFFIX):
-            raise Corrupt(f"side file {path[:200]!r} ends in {WEIGHT_SUFFIX}")

@@ -1,34 +1,29 @@
-"""What a manifest says, as frozen dataclasses, and the keys of the entries that hold its bytes."""
+"""What a manifest says (FORMAT §3–§5), as frozen dataclasses. They hold no bytes of the payload, only where these lie."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeAlias
 
 from sparsedelta.codecs.chunk import Chunk
 from sparsedelta.dtypes import DType, tensor_bytes
 
-RESERVED_PREFIX = "sparsedelta:"
-MANIFEST_KEY = RESERVED_PREFIX + "manifest"
-DIGEST_BYTES = 16
-TOUCHED_BYTES = 8
+TensorKey: TypeAlias = tuple[str, str]  # file and name: what identifies a tensor within a checkpoint
+
+DIGEST_BYTES = 16  # of a tensor, a header, a coded chunk
+FILE_DIGEST_BYTES = 32  # of a side file
 
 
 class Payload(Protocol):
-    """The coded bytes of a delta, by entry key (FORMAT §2). Safe for reading from several threads."""
+    """The coded bytes of a delta. Safe for reading from several threads."""
 
-    def n_bytes(self, key: str) -> int:
-        """Return the size of an entry, 0 if there is none."""
-
-    def read(self, key: str, offset: int, n_bytes: int) -> bytes:
-        """Return ``n_bytes`` bytes of an entry from ``offset``."""
-
-    def check(self) -> None:
-        """ModelCheck the payload as a whole against its digest, once.
+    def read(self, offset: int, n_bytes: int) -> bytes:
+        """Return ``n_bytes`` bytes from ``offset``.
 
         Raises:
-            Corrupt: it has changed.
+            Truncated: the file behind it has become shorter.
+            ValueError: the payload is closed.
         """
 
     def close(self) -> None:
@@ -41,7 +36,7 @@ class TensorSpec:
 
     dtype: DType
     shape: tuple[int, ...]
-    digest: bytes | None
+    digest: bytes | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -53,26 +48,77 @@ class TensorSpec:
         """Elements as the format counts them (FORMAT §1.1)."""
         return self.n_bytes // self.dtype.width
 
+    def with_digest(self, digest: bytes | None) -> TensorSpec:
+        """Return the same dtype and shape with another digest."""
+        return replace(self, digest=digest)
+
     def same_layout(self, other: TensorSpec) -> bool:
         """Return whether dtype and shape are equal."""
-        return self.dtype is other.dtype and self.shape == other.shape
+        return self.dtype == other.dtype and self.shape == other.shape
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """How a tensor's target elements come from the base's (FORMAT §4).
+class BaseTensor:
+    """The base tensor that a target tensor is made from.
 
     Attributes:
-        keep: leading elements taken from the base; the others start as zero bits.
-        values: the value encoding.
-        touched: short digests of the touched values before and after, if known.
-        chunks: the changes, by ascending chunk number.
+        file: path of its weight file in the base.
+        name: its name in that file.
+        spec: dtype, shape and digest; the digest is known.
     """
 
+    file: str
+    name: str
+    spec: TensorSpec
+
+    @property
+    def key(self) -> TensorKey:
+        """File and name."""
+        return self.file, self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tensor of the target and how it is made (FORMAT §4).
+
+    Attributes:
+        file: path of its weight file in the target.
+        name: its name in that file.
+        target: dtype, shape, and digest if known.
+        base: the base tensor it is made from, if any.
+        keep: leading elements taken from the base; the others start as zero bits.
+        chunks: the changes, by ascending start.
+    """
+
+    file: str
+    name: str
+    target: TensorSpec
+    base: BaseTensor | None
     keep: int
-    values: str
-    touched: tuple[bytes, bytes] | None
     chunks: tuple[Chunk, ...]
+
+    @property
+    def key(self) -> TensorKey:
+        """File and name."""
+        return self.file, self.name
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the tensor has exactly the bytes of its base tensor."""
+        return (
+            self.base is not None
+            and not self.chunks
+            and self.keep == self.base.spec.n_elements == self.target.n_elements
+        )
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every element of the target starts as the base's and the layout is unchanged."""
+        return (
+            self.base is not None
+            and self.base.spec.same_layout(self.target)
+            and self.keep == self.target.n_elements
+        )
 
     @property
     def nnz(self) -> int:
@@ -81,18 +127,23 @@ class Change:
 
     @property
     def coded_bytes(self) -> int:
-        """Size of the tensor's entry; without one it is 0."""
-        return sum(sum(chunk.coded_bytes) for chunk in self.chunks)
+        """Size of all its chunks in the payload."""
+        return sum(chunk.stored_bytes for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
-class TensorDelta:
-    """One row: a tensor in base and target, and its change. No change, same spec: unchanged."""
+class Stored:
+    """A text or file in the payload (FORMAT §8).
 
-    name: str
-    base: TensorSpec | None
-    target: TensorSpec | None
-    change: Change | None
+    Attributes:
+        n_bytes: its raw size.
+        stored_bytes: its size in the payload; equal to ``n_bytes`` if it is stored plain.
+        offset: where it lies in the payload.
+    """
+
+    n_bytes: int
+    stored_bytes: int
+    offset: int = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,64 +152,54 @@ class WeightFile:
 
     Attributes:
         path: relative to the target folder.
-        n_tensors: how many rows, in order, belong to it.
+        digest: of its header's bytes, 16 bytes.
         metadata: the header's ``__metadata__`` in order, for a canonical header.
-        stored_header: the header's bytes are in the payload instead of being canonical.
+        stored: where the header's bytes are, for a header that is not canonical.
     """
 
     path: str
-    n_tensors: int
+    digest: bytes
     metadata: Mapping[str, str] | None
-    stored_header: bool
+    stored: Stored | None
 
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """Any other file of the target: carried in the delta, or the base's file of the same path."""
+    """Any other file of the target.
+
+    Attributes:
+        path: relative to the target folder.
+        n_bytes: its size.
+        digest: of its content, 32 bytes.
+        stored: where the delta carries it; None: it is the base's file of the same path.
+    """
 
     path: str
     n_bytes: int
     digest: bytes
-    carried: bool
+    stored: Stored | None
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The base's identity: its fingerprint, and a hint where it may be found."""
+    """Hints about the base: where it may be found, and how many of its tensors the target does not use."""
 
     id: str | None
-    fingerprint: bytes
+    n_unused: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The target: fingerprint if known, and everything about its files but the tensors."""
+    """The target's files without their tensors."""
 
-    fingerprint: bytes | None
     is_folder: bool
     weight_files: tuple[WeightFile, ...]
     side_files: tuple[SideFile, ...]
     empty_folders: tuple[str, ...]
 
 
-def tensor_key(name: str) -> str:
-    """Return the entry key of a tensor's coded chunks."""
-    return f"{RESERVED_PREFIX}tensor/{name}" if name.startswith(RESERVED_PREFIX) else name
-
-
-def side_file_key(path: str) -> str:
-    """Return the entry key of a carried side file."""
-    return f"{RESERVED_PREFIX}file/{path}"
-
-
-def header_key(path: str) -> str:
-    """Return the entry key of a weight file's stored header."""
-    return f"{RESERVED_PREFIX}header/{path}"
-
-
-def entry_keys(target: Target, tensors: Sequence[TensorDelta]) -> list[str]:
-    """Return the keys of all entries but the manifest, in the order of the file (FORMAT §2)."""
-    keys = [side_file_key(f.path) for f in target.side_files if f.carried]
-    keys += [header_key(f.path) for f in target.weight_files if f.stored_header]
-    keys += [tensor_key(row.name) for row in tensors if row.change and row.change.coded_bytes]
-    return keys
+def default_keep(base: TensorSpec | None, target: TensorSpec) -> int:
+    """Return how many leading elements of the base the target can keep (FORMAT §4)."""
+    if base is None or base.dtype != target.dtype:
+        return 0
+    return min(base.n_elements, target.n_elements)

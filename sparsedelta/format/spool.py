@@ -1,4 +1,4 @@
-"""Where a new delta's coded bytes wait until it is saved: memory first, a temporary file when they grow."""
+"""Where the coded bytes of a new delta are kept until it is saved: memory first, then a temporary file."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 
+from sparsedelta.codecs.chunk import Chunk
+from sparsedelta.codecs.zstd import compress_text
+from sparsedelta.format.records import Stored
 from sparsedelta.fs import name_full_disk
 
 _MEMORY_BYTES = 32 << 20
 
 
 class SpoolPayload:
-    """Coded entries written by several threads in any order (``sparsedelta.format.records.Payload``).
+    """Coded bytes written by several threads in any order (``sparsedelta.format.records.Payload``).
 
     Args:
         folder: where the temporary file goes; None: the system's place for such files.
@@ -27,48 +31,45 @@ class SpoolPayload:
         self._folder = folder or tempfile.gettempdir()
         self._lock = threading.Lock()
         self._end = 0
-        self._pieces: dict[str, list[tuple[int, int]]] = {}
 
-    def append(self, key: str, frames: Iterable[bytes]) -> None:
-        """Add bytes at the end of the entry ``key``."""
-        with self._lock:
-            start = self._end
-            self._file.seek(start)
-            try:
-                for frame in frames:
-                    self._file.write(frame)
-                    self._end += len(frame)
-            except OSError as error:
-                name_full_disk(error, self._folder)
-                raise
-            self._pieces.setdefault(key, []).append((start, self._end - start))
+    def add_chunk(self, chunk: Chunk, streams: Iterable[bytes]) -> Chunk:
+        """Store the streams of a chunk; return its record with their offset."""
+        return replace(chunk, offset=self._append(streams))
 
-    def n_bytes(self, key: str) -> int:
-        """Return the size of an entry, 0 if there is none."""
-        return sum(size for _, size in self._pieces.get(key, ()))
+    def add_text(self, raw: bytes) -> Stored:
+        """Store a header or a side file, compressed where that pays; return where it lies."""
+        stored = compress_text(raw)
+        return Stored(len(raw), len(stored), self._append([stored]))
 
-    def read(self, key: str, offset: int, n_bytes: int) -> bytes:
-        """Return ``n_bytes`` bytes of an entry from ``offset``."""
-        parts = []
-        with self._lock:
-            for start, size in self._pieces.get(key, ()):
-                take = min(size - offset, n_bytes)
-                if take > 0:
-                    self._file.seek(start + offset)
-                    parts.append(self._file.read(take))
-                    n_bytes -= take
-                offset = max(0, offset - size)
-        return b"".join(parts)
+    def add_stored(self, stored: Stored, coded: bytes) -> Stored:
+        """Store the bytes of a header or side file as another delta has them."""
+        return replace(stored, offset=self._append([coded]))
 
-    def check(self) -> None:
-        """Check that the entries are still there; what this process wrote itself needs no digest.
+    def read(self, offset: int, n_bytes: int) -> bytes:
+        """Return ``n_bytes`` bytes from ``offset``.
 
         Raises:
             ValueError: the payload is closed.
         """
-        if self._file.closed:
-            raise ValueError("the delta is closed; make it again")
+        with self._lock:
+            if self._file.closed:
+                raise ValueError("the delta is closed; make it again")
+            self._file.seek(offset)
+            return self._file.read(n_bytes)
 
     def close(self) -> None:
-        """Discard the entries."""
+        """Discard the bytes."""
         self._closing()
+
+    def _append(self, parts: Iterable[bytes]) -> int:
+        with self._lock:
+            start = self._end
+            self._file.seek(start)
+            try:
+                for part in parts:
+                    self._file.write(part)
+                    self._end += len(part)
+            except OSError as error:
+                name_full_disk(error, self._folder)
+                raise
+            return start

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import TypeAlias, get_args
 
 from sparsedelta._typing import AnyPath
-from sparsedelta.errors import BaseMismatch, Corrupt
-from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.errors import BaseMismatch
+from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.layout import FileLayout, target_layout
-from sparsedelta.files.side_files import read_side_file, write_side_file
+from sparsedelta.files.side_files import write_side_file
 from sparsedelta.format.delta import Delta, load
-from sparsedelta.format.digests import fingerprint
-from sparsedelta.format.records import TensorDelta
+from sparsedelta.format.records import BaseTensor, Row, TensorKey
 from sparsedelta.fs import (
     allow_open_files,
     check_absent,
@@ -33,10 +32,11 @@ from sparsedelta.fs import (
     staged_output,
     synced,
 )
-from sparsedelta.ops.base_check import check_structure, explain_mismatch, included
+from sparsedelta.ops.base_check import explained, find_base, included
+from sparsedelta.ops.lookup import Lookup
 from sparsedelta.progress import Progress, Silent
 from sparsedelta.tensors.parallel import Pace, run_all
-from sparsedelta.tensors.rebuild import BaseDiffers, Check, Digests, Write, rebuild
+from sparsedelta.tensors.rebuild import Check, Write, rebuild
 
 AnyDelta: TypeAlias = AnyPath | Delta
 
@@ -59,8 +59,8 @@ def apply(
             before it.
         out: the file or folder to make.
         verify: ``"full"`` compares the digest of every tensor of base and target, ``"touched"``
-            only those of the touched values where the delta has them, ``"none"`` neither. Structure, the delta itself and
-            all other files are checked in any case.
+            only those of touched values, where the delta has them; ``"none"`` neither. Structure, the delta
+            itself and all other files are checked in any case.
         overwrite: replace what is at ``out``.
         exclude: globs of files of ``base`` to leave out, as for ``diff``.
         progress: told of the bytes written.
@@ -113,15 +113,33 @@ def check_chain(deltas: Sequence[Delta]) -> None:
     if not deltas:
         raise ValueError("no delta is given; give at least one")
     for number, (one, following) in enumerate(itertools.pairwise(deltas), 2):
-        known = one.target.fingerprint
-        if known is not None and known != following.base.fingerprint:
+        missing = first_gap(one, following)
+        if missing is not None:
             raise BaseMismatch(
-                f"delta {number} was made from base {following.base.fingerprint.hex()[:12]}…, but"
-                f" the delta before it makes {known.hex()[:12]}…; give them in the order in which"
-                " they were made",
-                expected=following.base.fingerprint.hex(),
-                found=known.hex(),
+                f"delta {number} was made from another tensor {missing.name!r} than the delta before it"
+                " makes; give the deltas in the order in which they were made",
+                tensor=missing.name,
             )
+
+
+def first_gap(one: Delta, following: Delta) -> BaseTensor | None:
+    """Return a tensor that a delta is made from and the target of the one before it lacks; None: it has all.
+
+    Tensors whose digest the first delta does not know are taken to be right.
+    """
+    made = target_lookup(one)
+    for row in following.tensors:
+        if row.base:
+            found = made.find(row.base)
+            if found is None or found.spec.digest not in (None, row.base.spec.digest):
+                return row.base
+    return None
+
+
+def target_lookup(delta: Delta) -> Lookup[BaseTensor]:
+    """Return what finds tensors of a delta's target."""
+    made = [BaseTensor(row.file, row.name, row.target) for row in delta.tensors]
+    return Lookup(made, lambda tensor: tensor.spec.digest)
 
 
 def check_apart(inputs: Iterable[AnyPath], out: AnyPath) -> None:
@@ -141,34 +159,33 @@ def write_target(
     base: Checkpoint, delta: Delta, out: Path, *, check: Check, progress: Progress
 ) -> None:
     """Write the target as a new file or folder ``out`` and sync its files; see ``apply``."""
-    delta.payload.check()
-    check_structure(delta, base)
-    files = target_layout(delta, partial(read_side_file, delta, base))
+    files = target_layout(delta)
     n_bytes = sum(file.n_bytes for file in files)
     check_room(out, n_bytes + sum(file.n_bytes for file in delta.target.side_files))
-    if delta.target.is_folder:
-        _make_folders(delta, out)
-    for side_file in delta.target.side_files:
-        write_side_file(delta, base, side_file, out / side_file.path)
-    allow_open_files(len(files))
-    with ExitStack() as stack:
+    with explained(delta, base), ExitStack() as stack:
+        found = find_base(delta, base)
+        if delta.target.is_folder:
+            _make_folders(delta, out)
+        for side_file in delta.target.side_files:
+            write_side_file(delta, base, side_file, out / side_file.path)
+        allow_open_files(len(files))
         outputs = [
             stack.enter_context(_new_file(out / file.path if delta.target.is_folder else out, file))
             for file in files
         ]
         places = {
-            row.name: partial(_write_at, fd, start)
+            row.key: partial(_write_at, fd, start)
             for fd, file in zip(outputs, files, strict=True)
             for row, start in zip(file.rows, file.offsets, strict=True)
         }
         stack.enter_context(synced(outputs))
-        make_tensors(base, delta, places, check=check, progress=progress)
+        make_tensors(found, delta, places, check=check, progress=progress)
 
 
 def make_tensors(
-    base: Checkpoint,
+    base: Mapping[TensorKey, Tensor],
     delta: Delta,
-    places: Mapping[str, Write],
+    places: Mapping[TensorKey, Write],
     *,
     check: Check,
     progress: Progress,
@@ -176,71 +193,39 @@ def make_tensors(
 ) -> None:
     """Make all tensors of the target, each handed to its place, and check them and the base's.
 
+    Args:
+        base: the base tensor of each row that has one (``find_base``).
+        delta: what to apply.
+        places: where each tensor goes; those without a place are only checked.
+        check, every_base: see ``rebuild``.
+        progress: told of the bytes of the target.
+
     Raises:
-        MismatchError: ``base`` is not the delta's base.
-        Corrupt: it is, but the delta does not make its target of it.
+        BaseDiffers: a base tensor is not the delta's.
+        Corrupt: all are, but the delta does not make its target from them.
     """
     pace = Pace(progress)
 
-    def work(row: TensorDelta) -> Digests:
-        return rebuild(
+    def work(row: Row) -> None:
+        rebuild(
             row,
-            base.tensors.get(row.name) if row.base else None,
+            base.get(row.key),
             delta.payload,
-            places.get(row.name, _nowhere),
+            places.get(row.key, _nowhere),
             check=check,
             pace=pace,
             every_base=every_base,
         )
 
-    progress.start("applying", sum(row.target.n_bytes for row in delta.tensors if row.target))
+    progress.start("applying", sum(row.target.n_bytes for row in delta.tensors))
     try:
-        digests = run_all(work, delta.tensors, cost=_n_bytes, pace=pace)
-    except BaseDiffers as error:
-        raise explain_mismatch(delta, base, error.row, error.digest) from None
+        run_all(work, delta.tensors, cost=lambda row: row.target.n_bytes, pace=pace)
     finally:
         progress.finish()
-    if check == "full":
-        _check_fingerprints(base, delta, digests)
-
-
-def _check_fingerprints(base: Checkpoint, delta: Delta, digests: Sequence[Digests]) -> None:
-    made = [
-        (row.name, row.target.dtype.name, row.target.shape, digest.target)
-        for row, digest in zip(delta.tensors, digests, strict=True)
-        if row.target and digest.target
-    ]
-    expected = delta.target.fingerprint
-    # A base that only the target's digests prove is proved whole by them; there is no more to ask.
-    found = [
-        (row.name, row.base.dtype.name, row.base.shape, digest.base)
-        for row, digest in zip(delta.tensors, digests, strict=True)
-        if row.base and digest.base
-    ]
-    n_base = sum(row.base is not None for row in delta.tensors)
-    if len(found) == n_base and fingerprint(found) != delta.base.fingerprint:
-        raise BaseMismatch(
-            f"'{base.path}' has fingerprint {fingerprint(found).hex()[:12]}…, expected"
-            f" {delta.base.fingerprint.hex()[:12]}…; this is not the base that the delta was made from",
-            expected=delta.base.fingerprint.hex(),
-            found=fingerprint(found).hex(),
-        )
-    if expected is not None and fingerprint(made) != expected:
-        raise Corrupt(
-            f"the target has fingerprint {fingerprint(made).hex()[:12]}…, expected"
-            f" {expected.hex()[:12]}…, from the right base; the delta is inconsistent",
-            expected=expected.hex(),
-            found=fingerprint(made).hex(),
-        )
 
 
 def _as_sequence(delta: AnyDelta | Sequence[AnyDelta]) -> Sequence[AnyDelta]:
     return [delta] if isinstance(delta, str | os.PathLike | Delta) else delta
-
-
-def _n_bytes(row: TensorDelta) -> int:
-    spec = row.target or row.base
-    return spec.n_bytes if spec else 0
 
 
 def _make_folders(delta: Delta, out: Path) -> None:

@@ -1,8 +1,9 @@
-"""Whether a checkpoint is a delta's base: its structure first, then what a wrong tensor means (FORMAT §10)."""
+"""Whether a checkpoint is a delta's base: where its tensors are, and what a missing or wrong one means (FORMAT §10)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from sparsedelta.errors import (
     AlreadyApplied,
@@ -14,10 +15,12 @@ from sparsedelta.errors import (
 from sparsedelta.files import junk
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.format.delta import Delta
-from sparsedelta.format.records import DIGEST_BYTES, TensorDelta, TensorSpec
+from sparsedelta.format.records import BaseTensor, Row, TensorKey, TensorSpec
+from sparsedelta.ops.lookup import Lookup
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.parallel import Pace
+from sparsedelta.tensors.rebuild import BaseDiffers
 
 
 def included(delta: Delta) -> Sequence[str] | None:
@@ -26,136 +29,114 @@ def included(delta: Delta) -> Sequence[str] | None:
     Otherwise such files are left out, as they were when the delta was made.
     """
     target = delta.target
-    paths = [file.path for file in target.weight_files]
-    paths += [file.path for file in target.side_files]
-    paths += [row.name.rpartition(":")[0] for row in delta.tensors if ":" in row.name]
+    paths = {file.path for file in (*target.weight_files, *target.side_files)}
+    paths |= {row.base.file for row in delta.tensors if row.base}
     names_junk = any(
-        junk.matches(component, junk.NOT_PART)
-        for path in set(paths)
-        for component in path.split("/")
+        junk.matches(component, junk.NOT_PART) for path in paths for component in path.split("/")
     )
     return None if names_junk else ()
 
 
-def check_structure(delta: Delta, base: Checkpoint) -> None:
-    """Check that the base has just the tensors that the delta was made from, by name, dtype, shape.
-
-    Weight sets of which the delta names no tensor are not looked at.
+def find_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Tensor]:
+    """Return the base tensor of each row that has one, by the row's file and name.
 
     Raises:
-        StructureMismatch: it has not.
+        StructureMismatch: there is none of the right name, dtype and shape.
     """
+    lookup = Lookup(base.tensors.values(), _digest)
+    found = {}
     for row in delta.tensors:
-        found = base.tensors.get(row.name)
-        if row.base and (found is None or not _fits(found, row.base)):
-            raise _structure_error(delta, base, row.name, found, row.base)
-    named = {row.name for row in delta.tensors}
-    expected = {row.name for row in delta.tensors if row.base}
-    for group in base.sets:
-        further = sorted(group - expected)
-        if further and not group.isdisjoint(named):
-            raise _structure_error(delta, base, further[0], base.tensors[further[0]], None)
+        if row.base:
+            tensor = lookup.find(row.base)
+            if tensor is None:
+                there = lookup.at(row.base.file, row.base.name)
+                raise _structure_error(delta, base, row.base, there.spec if there else None)
+            found[row.key] = tensor
+    return found
 
 
-def explain_mismatch(
-    delta: Delta, base: Checkpoint, row: TensorDelta, digest: bytes
-) -> MismatchError:
-    """Return the error that tells what the base is, one of its tensors not being the delta's base's.
+@contextmanager
+def explained(delta: Delta, base: Checkpoint) -> Iterator[None]:
+    """Say of a checkpoint that turns out not to be the base whether it is the target, wholly or in part.
 
-    Args:
-        delta: being applied; the structure of ``base`` has been checked.
-        base: what it is applied to.
-        row: of the tensor found to differ.
-        digest: that tensor's digest in ``base``.
+    Raises:
+        AlreadyApplied, PartlyApplied: it is.
+        StructureMismatch, BaseMismatch: it is not.
     """
-    other = _neither(delta, row, digest)
-    if other is None:
-        pace = Pace(Silent())
-        n_target = 0
-        for changed in delta.tensors:
-            if changed.base is None or (changed.change is None and changed.target is not None):
-                continue
-            found = digest_tensor(base.tensors[changed.name], pace)
-            if found[:DIGEST_BYTES] == changed.base.digest:
-                continue
-            n_target += 1
-            other = _neither(delta, changed, found)
-            if other is not None:
-                break
-        else:
-            return _applied_error(delta, base, row, n_target)
-    return other
+    try:
+        yield
+    except BaseDiffers as error:
+        raise (_applied(delta, base) or _mismatch(delta, error.row, error.digest)) from None
+    except (StructureMismatch, BaseMismatch) as error:
+        applied = _applied(delta, base)
+        if applied is None:
+            raise
+        raise applied from error
 
 
-def _applied_error(
-    delta: Delta, base: Checkpoint, row: TensorDelta, n_target: int
-) -> MismatchError:
-    due = [r for r in delta.tensors if r.change is not None or r.target is None]
-    if n_target == len(due):
+def _applied(delta: Delta, base: Checkpoint) -> MismatchError | None:
+    """Return the error for a base in which made tensors are the target's already; None if it is another."""
+    lookup = Lookup(base.tensors.values(), _digest)
+    made = [row for row in delta.tensors if not row.is_copied]
+    done: list[Row] = []
+    for row in made:
+        if _has(lookup, BaseTensor(row.file, row.name, row.target)):
+            done.append(row)
+        elif row.base and not _has(lookup, row.base):
+            return None
+    if not done:
+        return None
+    name = done[0].name
+    if len(done) == len(made):
         return AlreadyApplied(
-            f"'{base.path}' already is this delta's target; there is nothing to do", tensor=row.name
+            f"'{base.path}' already is this delta's target; there is nothing to do", tensor=name
         )
     return PartlyApplied(
-        f"'{base.path}' has {n_target} of {len(due)} changed tensors as in this delta's target,"
-        f" {row.name!r} among them, and the others as in its base; apply it to the base{_made_from(delta)}",
-        tensor=row.name,
+        f"'{base.path}' has {len(done)} of {len(made)} changed tensors as in this delta's target,"
+        f" {name!r} among them, and the others as in its base; apply it to the base{_made_from(delta)}",
+        tensor=name,
     )
 
 
-def _neither(delta: Delta, row: TensorDelta, digest: bytes) -> BaseMismatch | None:
-    """Return the error for a tensor that is neither the base's nor the target's."""
-    found = digest[:DIGEST_BYTES]
-    if row.change is not None and row.target is not None and row.target.digest == found:
-        return None
-    expected = row.base.digest if row.base and row.base.digest else b""
+def _has(lookup: Lookup[Tensor], wanted: BaseTensor) -> bool:
+    found = lookup.find(wanted)
+    return (
+        found is not None
+        and wanted.spec.digest is not None
+        and _digest(found) == wanted.spec.digest
+    )
+
+
+def _mismatch(delta: Delta, row: Row, digest: bytes) -> BaseMismatch:
+    expected = row.base.spec.digest if row.base else None
+    shown = expected.hex() if expected else "none"
     return BaseMismatch(
-        f"tensor {row.name!r} has digest {found.hex()[:12]}… in the base, expected"
-        f" {expected.hex()[:12]}…; this is not the base that the delta was made"
-        f" from{_made_from(delta)}",
+        f"tensor {row.name!r} has digest {digest.hex()[:12]}… in the base, expected {shown[:12]}…;"
+        f" this is not the base that the delta was made from{_made_from(delta)}",
         tensor=row.name,
-        expected=expected.hex(),
-        found=found.hex(),
+        expected=shown,
+        found=digest.hex(),
     )
 
 
 def _structure_error(
-    delta: Delta, base: Checkpoint, name: str, found: Tensor | None, expected: TensorSpec | None
+    delta: Delta, base: Checkpoint, expected: BaseTensor, found: TensorSpec | None
 ) -> StructureMismatch:
-    hint = "; it is the target: the delta is applied already" if _is_target(delta, base) else ""
     return StructureMismatch(
-        f"tensor {name!r} in '{base.path}' is {_shown(found)}, expected {_shown(expected)}; this is"
-        f" not the base that the delta was made from{_made_from(delta)}{hint}",
-        tensor=name,
-        expected=_shown(expected),
+        f"tensor {expected.name!r} in '{base.path}' is {_shown(found)}, expected {_shown(expected.spec)};"
+        f" this is not the base that the delta was made from{_made_from(delta)}",
+        tensor=expected.name,
+        expected=_shown(expected.spec),
         found=_shown(found),
     )
 
 
-def _is_target(delta: Delta, base: Checkpoint) -> bool:
-    """Return whether a checkpoint has the target's tensors, and its bytes in the smallest that is changed."""
-    alters_structure = any(
-        row.base is None or row.target is None or not row.base.same_layout(row.target)
-        for row in delta.tensors
-    )
-    if not alters_structure:
-        return False
-    targets = {row.name: row.target for row in delta.tensors if row.target}
-    if not all(n in base.tensors and _fits(base.tensors[n], spec) for n, spec in targets.items()):
-        return False
-    changed = [row.name for row in delta.tensors if row.change and row.name in targets]
-    if not changed:
-        return False
-    name = min(changed, key=lambda name: targets[name].n_bytes)
-    digest = digest_tensor(base.tensors[name], Pace(Silent()))[:DIGEST_BYTES]
-    return digest == targets[name].digest
+def _digest(tensor: Tensor) -> bytes:
+    return digest_tensor(tensor, Pace(Silent()))
 
 
-def _fits(found: Tensor, spec: TensorSpec) -> bool:
-    return found.dtype is spec.dtype and found.shape == spec.shape
-
-
-def _shown(tensor: Tensor | TensorSpec | None) -> str:
-    return f"{tensor.dtype.name} {list(tensor.shape)}" if tensor else "absent"
+def _shown(spec: TensorSpec | None) -> str:
+    return f"{spec.dtype.name} {list(spec.shape)}" if spec else "absent"
 
 
 def _made_from(delta: Delta) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,27 +13,19 @@ from blake3 import blake3
 from sparsedelta._typing import JSON
 from sparsedelta.codecs.chunk import Level
 from sparsedelta.codecs.values import VALUE_ENCODINGS
-from sparsedelta.codecs.zstd import compress_text
 from sparsedelta.errors import CheckpointError
 from sparsedelta.files.checkpoint import Checkpoint, Tensor, WeightFile
 from sparsedelta.files.side_files import digest_file
 from sparsedelta.format.delta import Delta
-from sparsedelta.format.digests import fingerprint
 from sparsedelta.format.paths import WEIGHT_SUFFIX, path_collision, path_problem
-from sparsedelta.format.records import (
-    Base,
-    SideFile,
-    Target,
-    TensorDelta,
-    header_key,
-    side_file_key,
-)
+from sparsedelta.format.records import DIGEST_BYTES, Base, Row, SideFile, Stored, Target
 from sparsedelta.format.records import WeightFile as DeltaWeightFile
 from sparsedelta.format.safetensors_header import render_header
 from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.format.strict_json import compact_json, parse_json
+from sparsedelta.ops.counterparts import counterparts
 from sparsedelta.progress import Progress, Silent
-from sparsedelta.tensors.compare import Compared, Comparison, digest_tensor, spec_of
+from sparsedelta.tensors.compare import Comparison
 from sparsedelta.tensors.parallel import Pace, run_all
 
 _log = logging.getLogger(__name__)
@@ -111,15 +102,8 @@ def diff(
                 level=_LEVELS[level],
                 standalone=standalone,
             )
-            compared = _compare_all(old, new, comparison, progress)
-            known = _fingerprint(new, [c.target_digest for c in compared], compared)
-            return Delta(
-                Base(base_id, _fingerprint(old, [c.base_digest for c in compared], compared)),
-                replace(files, fingerprint=known),
-                tuple(c.row for c in compared),
-                checked_info,
-                payload,
-            )
+            rows = _compare_all(old, new, comparison, progress)
+            return Delta(Base(base_id, n_unused(old, rows)), files, tuple(rows), checked_info, payload)
     except BaseException:
         payload.close()
         raise
@@ -145,7 +129,7 @@ def describe_files(
     folders = _empty_folders(new)
     paths = [file.path for file in weight_files] + [file.path for file in side_files]
     _check_collisions([*paths, *folders], new.path)
-    return Target(None, new.is_folder, weight_files, side_files, folders)
+    return Target(new.is_folder, weight_files, side_files, folders)
 
 
 def _digest_if_there(checkpoint: Checkpoint, path: str) -> tuple[int, bytes] | None:
@@ -166,47 +150,35 @@ def _compare_all(
     new: Checkpoint,
     comparison: Callable[..., Comparison],
     progress: Progress,
-) -> list[Compared]:
+) -> list[Row]:
     pace = Pace(progress)
-    removed = sorted(old.tensors.keys() - new.tensors.keys(), key=str.encode)
-    pairs = [(old.tensors.get(name), tensor) for name, tensor in new.tensors.items()]
-    work: list[tuple[Tensor | None, Tensor | None]] = [*pairs]
-    work += [(old.tensors[name], None) for name in removed]
+    matched = counterparts(old, new, pace.unreported())
 
-    def compare(pair: tuple[Tensor | None, Tensor | None]) -> Compared:
-        before, after = pair
-        if after is not None:
-            return comparison(before, after, pace=pace).run()
-        if before is None:
-            raise ValueError("a tensor is in neither checkpoint")
-        digest = digest_tensor(before, pace)
-        return Compared(TensorDelta(before.name, spec_of(before, digest), None, None), digest, None)
+    def compare(tensor: Tensor) -> Row:
+        return comparison(matched.get(tensor.key), tensor, pace=pace).run()
 
     progress.start("comparing", old.tensor_bytes + new.tensor_bytes)
     try:
-        return run_all(
-            compare, work, cost=lambda pair: sum(t.n_bytes for t in pair if t), pace=pace
-        )
+        return run_all(compare, [*new.tensors.values()], cost=lambda t: t.spec.n_bytes, pace=pace)
     finally:
         progress.finish()
 
 
-def _fingerprint(
-    checkpoint: Checkpoint, digests: Sequence[bytes | None], compared: Sequence[Compared]
-) -> bytes:
-    return fingerprint(
-        (tensor.name, tensor.dtype.name, tensor.shape, digest)
-        for digest, c in zip(digests, compared, strict=True)
-        if digest is not None
-        for tensor in (checkpoint.tensors[c.row.name],)
-    )
+def n_unused(base: Checkpoint, rows: Sequence[Row]) -> int:
+    """Return how many tensors of the base no row is made from."""
+    return len(base.tensors.keys() - {row.base.key for row in rows if row.base})
 
 
 def _weight_file(file: WeightFile, payload: SpoolPayload) -> DeltaWeightFile:
+    digest = blake3(file.raw_header).digest()[:DIGEST_BYTES]
     if render_header(file.header.metadata, file.header.entries) == file.raw_header:
-        return DeltaWeightFile(file.path, len(file.tensors), file.header.metadata, False)
-    payload.append(header_key(file.path), [compress_text(file.raw_header)])
-    return DeltaWeightFile(file.path, len(file.tensors), None, True)
+        return DeltaWeightFile(file.path, digest, file.header.metadata, None)
+    if not file.header.only_known_members:
+        raise CheckpointError(
+            f"the header of {file.path!r} says more of a tensor than dtype, shape and data_offsets;"
+            " write the file anew with the safetensors library"
+        )
+    return DeltaWeightFile(file.path, digest, None, payload.add_text(file.raw_header))
 
 
 def _side_files(
@@ -219,6 +191,7 @@ def _side_files(
     for path, location in new.side_files.items():
         _check_path(path, new.path)
         n_bytes, digest = digest_file(location)
+        stored: Stored | None = None
         carried = in_base(path) != (n_bytes, digest)
         if carried and path.lower().endswith(UNREAD_WEIGHT_SUFFIXES):
             unread.append(path)
@@ -230,8 +203,8 @@ def _side_files(
             content = location.read_bytes()
             if blake3(content).digest() != digest:
                 raise CheckpointError(f"'{location}' changed while it was read; try again")
-            payload.append(side_file_key(path), [compress_text(content)])
-        result.append(SideFile(path, n_bytes, digest, carried))
+            stored = payload.add_text(content)
+        result.append(SideFile(path, n_bytes, digest, stored))
     if unread:
         _refuse("in a weight format that is not read, only safetensors is", unread, new.path)
     if too_large:

@@ -6,25 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsedelta._typing import AnyPath
-from sparsedelta.codecs.chunk import check_streams, chunk_span, decode_chunk
+from sparsedelta.codecs.chunk import check_streams
 from sparsedelta.errors import TargetMismatch
-from sparsedelta.files.checkpoint import Checkpoint, Tensor
-from sparsedelta.files.layout import rows_by_file, stored_header, target_layout
-from sparsedelta.files.side_files import (
-    carried_content,
-    check_base_file,
-    digest_file,
-    read_side_file,
-)
+from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.files.layout import target_layout
+from sparsedelta.files.side_files import carried_content, check_base_file, digest_file
 from sparsedelta.format.delta import Delta, load
-from sparsedelta.format.digests import fingerprint
-from sparsedelta.format.records import DIGEST_BYTES, TensorDelta, TensorSpec, tensor_key
+from sparsedelta.format.records import BaseTensor, Row
 from sparsedelta.ops.apply import AnyDelta, make_tensors
-from sparsedelta.ops.base_check import check_structure, included
+from sparsedelta.ops.base_check import explained, find_base, included
+from sparsedelta.ops.lookup import Lookup
 from sparsedelta.progress import Progress, Silent
+from sparsedelta.tensors.changes import decode_row_chunk, place_for, read_coded
 from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.parallel import Pace, run_all
-from sparsedelta.tensors.rebuild import place_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +80,11 @@ def verify(
     if target is not None:
         with _open(target, delta, exclude) as checkpoint:
             _check_target(delta, checkpoint, progress)
-    changed = [row.change for row in delta.tensors if row.change]
     return VerifyReport(
-        n_tensors=sum(row.target is not None for row in delta.tensors),
-        n_changed=len(changed),
+        n_tensors=len(delta.tensors),
+        n_changed=sum(not row.is_copied for row in delta.tensors),
         nnz=delta.nnz,
-        payload_bytes=sum(change.coded_bytes for change in changed),
+        payload_bytes=sum(row.coded_bytes for row in delta.tensors),
         base_checked=base is not None,
         target_checked=target is not None,
     )
@@ -106,46 +100,40 @@ def check_delta(delta: Delta, progress: Progress) -> None:
     Raises:
         FormatError: something is damaged or contradicts the manifest.
     """
-    delta.payload.check()
     for side_file in delta.target.side_files:
-        if side_file.carried:
-            carried_content(delta, side_file)
-    for file, rows in rows_by_file(delta):
-        if file.stored_header:
-            stored_header(delta, file, rows)
+        if side_file.stored:
+            carried_content(delta, side_file, side_file.stored)
+    target_layout(delta)
     pace = Pace(progress)
-    changed = [row for row in delta.tensors if row.change]
-    progress.start("decoding", sum(row.change.coded_bytes for row in changed if row.change))
+    progress.start("decoding", sum(row.coded_bytes for row in delta.tensors))
     try:
-        run_all(lambda row: _decode(delta, row, pace), changed, cost=_coded_bytes, pace=pace)
+        run_all(
+            lambda row: _decode(delta, row, pace),
+            delta.tensors,
+            cost=lambda row: row.coded_bytes,
+            pace=pace,
+        )
     finally:
         progress.finish()
 
 
-def _decode(delta: Delta, row: TensorDelta, pace: Pace) -> None:
-    if row.target is None or row.change is None:
-        return
-    offset = 0
-    for chunk in row.change.chunks:
-        n_bytes = sum(chunk.coded_bytes)
-        with place_for(chunk, row.target.dtype):
-            coded = delta.payload.read(tensor_key(row.name), offset, n_bytes) if n_bytes else b""
-            span = chunk_span(row.target.n_elements, chunk.number)
-            if chunk.needs_base:
-                check_streams(chunk, row.target.dtype, coded)
+def _decode(delta: Delta, row: Row, pace: Pace) -> None:
+    for chunk in row.chunks:
+        with place_for(chunk.nnz, row.target.dtype):
+            if chunk.coding.classes and chunk.start < row.keep:
+                check_streams(chunk, row.target.dtype, read_coded(row, chunk, delta.payload))
             else:
-                decode_chunk(chunk, row.target.dtype, span, coded)
-        offset += n_bytes
-        pace.advance(n_bytes)
+                decode_row_chunk(row, chunk, delta.payload, None)
+        pace.advance(chunk.stored_bytes)
 
 
 def _check_with_base(delta: Delta, base: Checkpoint, progress: Progress) -> None:
-    check_structure(delta, base)
-    for file in delta.target.side_files:
-        if not file.carried:
-            check_base_file(delta, base, file)
-    target_layout(delta, lambda file: read_side_file(delta, base, file))
-    make_tensors(base, delta, {}, check="full", progress=progress, every_base=True)
+    with explained(delta, base):
+        found = find_base(delta, base)
+        for file in delta.target.side_files:
+            if not file.stored:
+                check_base_file(delta, base, file)
+        make_tensors(found, delta, {}, check="full", progress=progress, every_base=True)
 
 
 def _check_target(delta: Delta, target: Checkpoint, progress: Progress) -> None:
@@ -163,7 +151,7 @@ def _check_target(delta: Delta, target: Checkpoint, progress: Progress) -> None:
                 raise TargetMismatch(
                     f"file '{target.side_files[file.path]}' is not the delta's target's"
                 )
-    layout = target_layout(delta, lambda file: target.side_files[file.path].read_bytes())
+    layout = target_layout(delta)
     found_files = {file.path: file for file in target.weight_files}
     for expected in layout:
         found = found_files[expected.path] if target.is_folder else target.weight_files[0]
@@ -189,36 +177,27 @@ def _check_file_names(delta: Delta, target: Checkpoint) -> None:
 
 def _check_target_tensors(delta: Delta, target: Checkpoint, progress: Progress) -> None:
     pace = Pace(progress)
-    rows = [(row, row.target) for row in delta.tensors if row.target]
+    lookup = Lookup(target.tensors.values(), lambda tensor: None)
 
-    def digest(item: tuple[TensorDelta, TensorSpec]) -> tuple[Tensor, bytes]:
-        row, spec = item
-        tensor = target.tensors.get(row.name)
+    def check(row: Row) -> None:
+        tensor = lookup.find(BaseTensor(row.file, row.name, row.target))
         if tensor is None:
             raise TargetMismatch(
                 f"tensor {row.name!r} of the delta's target is missing from '{target.path}'",
                 tensor=row.name,
             )
-        found = digest_tensor(tensor, pace)
-        if spec.digest is not None and found[:DIGEST_BYTES] != spec.digest:
+        found, expected = digest_tensor(tensor, pace), row.target.digest
+        if expected is not None and found != expected:
             raise TargetMismatch(
                 f"tensor {row.name!r} has digest {found.hex()[:12]}… in '{target.path}', the delta"
-                f" makes {spec.digest.hex()[:12]}…",
+                f" makes {expected.hex()[:12]}…",
                 tensor=row.name,
-                expected=spec.digest.hex(),
-                found=found[:DIGEST_BYTES].hex(),
+                expected=expected.hex(),
+                found=found.hex(),
             )
-        return tensor, found
 
     progress.start("reading the target", target.tensor_bytes)
     try:
-        digests = run_all(digest, rows, cost=lambda item: item[1].n_bytes, pace=pace)
+        run_all(check, delta.tensors, cost=lambda row: row.target.n_bytes, pace=pace)
     finally:
         progress.finish()
-    found = fingerprint((t.name, t.dtype.name, t.shape, whole) for t, whole in digests)
-    if delta.target.fingerprint not in (None, found):
-        raise TargetMismatch(f"'{target.path}' has not the fingerprint of the delta's target")
-
-
-def _coded_bytes(row: TensorDelta) -> int:
-    return row.change.coded_bytes if row.change else 0

@@ -1,138 +1,140 @@
-"""One tensor through several deltas: the changes it meets, decoded one chunk at a time (FORMAT §4–§7)."""
+"""The changes of one row, decoded a chunk at a time for whatever window is asked for (FORMAT §5–§7)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 
-from sparsedelta.codecs.chunk import CHUNK_ELEMENTS, Chunk, chunk_span, decode_chunk
-from sparsedelta.codecs.context import BaseBits
+from sparsedelta.codecs.chunk import Chunk, coded_digest, decode_chunk
+from sparsedelta.codecs.context import StartBits
 from sparsedelta.codecs.indices import Positions
-from sparsedelta.codecs.values import Bits
-from sparsedelta.errors import Corrupt
-from sparsedelta.format.delta import Delta
-from sparsedelta.format.records import Change, Payload, TensorDelta, TensorSpec, tensor_key
-from sparsedelta.tensors.parallel import Pace
-
-_BLOCK_BYTES = 1 << 20
+from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits
+from sparsedelta.dtypes import DType
+from sparsedelta.errors import BaseNeeded, Corrupt
+from sparsedelta.format.records import Payload, Row
+from sparsedelta.tensors.parallel import DENSE_ELEMENTS, WIDE_BYTES, Pace, dense_places, wide_places
+from sparsedelta.tensors.start import Readable, RowStart
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """The change that one delta makes to a tensor.
+class Piece:
+    """The changes of one chunk within a window.
 
     Attributes:
-        number: of the delta, from 1, for messages.
-        name: the tensor's.
-        target: the tensor afterwards.
-        change: how it came to be.
-        payload: holds the coded chunks.
-        limit: elements from here on are cut by a later change, or begin anew.
+        values: the value encoding.
+        positions: (nnz,) uint32, counted from the window's first element.
+        codes: (nnz,) unsigned.
     """
 
-    number: int
-    name: str
-    target: TensorSpec
-    change: Change
-    payload: Payload = field(repr=False)
-    limit: int
-    _places: dict[int, tuple[Chunk, int]] = field(init=False, repr=False, default_factory=dict)
+    values: str
+    positions: Positions
+    codes: Bits
 
-    def __post_init__(self) -> None:
-        offset = 0
-        for chunk in self.change.chunks:
-            self._places[chunk.number] = (chunk, offset)
-            offset += sum(chunk.coded_bytes)
-
-    def chunk(self, number: int) -> Chunk | None:
-        """Return the record of a chunk, None if the change does not touch it or it is cut whole."""
-        if number * CHUNK_ELEMENTS >= self.limit or number not in self._places:
-            return None
-        return self._places[number][0]
-
-    def decode(
-        self, number: int, pace: Pace, base: BaseBits | None = None
-    ) -> tuple[Positions, Bits]:
-        """Return positions within a chunk, below the limit, and their codes.
-
-        Args:
-            number: the chunk.
-            pace: told of the coded bytes.
-            base: the bits of the chunk's elements before this change, if they are available.
-
-        Raises:
-            BaseNeeded: they are not, and are needed.
-        """
-        chunk, _ = self._places[number]
-        coded = self.coded(number, pace)
-        span = chunk_span(self.target.n_elements, number)
-        positions, codes = decode_chunk(chunk, self.target.dtype, span, coded, base=base)
-        left = self.limit - number * CHUNK_ELEMENTS
-        if left < span:
-            n_kept = int(np.searchsorted(positions, left))
-            positions, codes = positions[:n_kept], codes[:n_kept]
-        return positions, codes
-
-    def coded(self, number: int, pace: Pace) -> bytes:
-        """Return the coded streams of a chunk, end to end."""
-        chunk, offset = self._places[number]
-        n_bytes = sum(chunk.coded_bytes)
-        pace.advance(n_bytes)
-        return self.payload.read(tensor_key(self.name), offset, n_bytes) if n_bytes else b""
+    def apply(self, dtype: DType, bits: Bits) -> None:
+        """Change the bits of a window."""
+        before = bits[self.positions]
+        bits[self.positions] = VALUE_ENCODINGS[self.values].decode(dtype, before, self.codes)
 
 
-def chain_stages(rows: Sequence[tuple[Delta, TensorDelta | None]]) -> tuple[list[Stage], int]:
-    """Return the changes that make the last target of a chain, and how many base elements it keeps.
-
-    Changes before one that keeps nothing leave no trace and are left out.
+class ChangeReader:
+    """Reads what a row changes; windows are best asked for in ascending order.
 
     Args:
-        rows: each delta with its row of one tensor; None where the tensor is in neither of its
-            checkpoints. The last has a target.
+        row: a tensor.
+        payload: holds its chunks.
+        pace: told of the coded bytes.
+        base: the base tensor; None: it is not available, or there is none.
     """
-    stages: list[Stage] = []
-    limit: int | None = None  # None: every element so far
-    for number in range(len(rows), 0, -1):
-        delta, row = rows[number - 1]
-        if limit == 0 or row is None or row.target is None:
-            break
-        if row.change is not None:
-            n_elements = row.target.n_elements
-            end = n_elements if limit is None else limit
-            stages.append(Stage(number, row.name, row.target, row.change, delta.payload, end))
-            limit = min(end, row.change.keep)
-    if limit is None:
-        last = rows[-1][1]
-        limit = last.target.n_elements if last and last.target else 0
-    return stages[::-1], limit
+
+    def __init__(self, row: Row, payload: Payload, pace: Pace, base: Readable | None = None) -> None:
+        self.row = row
+        self._payload = payload
+        self._pace = pace
+        self._base = base
+        self._decoded: tuple[Chunk, Positions, Bits] | None = None
+
+    def window(self, start: int, n: int) -> list[Piece]:
+        """Return the changes of elements ``start`` … ``start + n``.
+
+        Raises:
+            BaseNeeded: they cannot be decoded without the base, which is not there.
+            Corrupt: a chunk is damaged; of a chunk with classes, or the base is another.
+        """
+        found = []
+        for chunk in self.row.chunks:
+            if chunk.start >= start + n:
+                break
+            if chunk.end <= start:
+                continue
+            positions, codes = self._decode(chunk)
+            low, high = np.searchsorted(
+                positions, [max(0, start - chunk.start), start + n - chunk.start]
+            ).tolist()
+            if low == high:
+                continue
+            part = positions[low:high]
+            if chunk.start != start:
+                part = (part + np.int64(chunk.start - start)).astype(np.uint32)
+            found.append(Piece(chunk.coding.values, part, codes[low:high]))
+        return found
+
+    def _decode(self, chunk: Chunk) -> tuple[Positions, Bits]:
+        if self._decoded is None or self._decoded[0] is not chunk:
+            self._decoded = None  # not two at a time
+            self._decoded = chunk, *decode_row_chunk(self.row, chunk, self._payload, self._base)
+            self._pace.advance(chunk.stored_bytes)
+        return self._decoded[1:]
 
 
-def stage_of(delta: Delta, row: TensorDelta, number: int = 1) -> Stage:
-    """Return the change of one row.
+def decode_row_chunk(
+    row: Row, chunk: Chunk, payload: Payload, base: Readable | None
+) -> tuple[Positions, Bits]:
+    """Return positions and codes of one chunk of a row; see ``ChangeReader.window``."""
+    before: StartBits | None = None
+    if chunk.coding.classes and (base is not None or row.keep <= chunk.start):
+        before = RowStart(base, row.target.dtype, row.keep, chunk.start)
+    coded = read_coded(row, chunk, payload)
+    try:
+        return decode_chunk(chunk, row.target.dtype, coded, before=before)
+    except (BaseNeeded, Corrupt) as error:
+        raise type(error)(f"tensor {row.name!r}: {error}", tensor=row.name) from error
+
+
+def read_coded(row: Row, chunk: Chunk, payload: Payload) -> bytes:
+    """Return the stored streams of a chunk, which have its digest.
 
     Raises:
-        ValueError: it has none.
+        Corrupt: they have not.
     """
-    if row.target is None or row.change is None:
-        raise ValueError(f"tensor {row.name!r} is not changed")
-    return Stage(number, row.name, row.target, row.change, delta.payload, row.target.n_elements)
+    coded = payload.read(chunk.offset, chunk.stored_bytes)
+    found = coded_digest(coded)
+    if found != chunk.digest:
+        raise Corrupt(
+            f"tensor {row.name!r}: a chunk of the delta is damaged; copy or download the delta again",
+            tensor=row.name,
+            expected=chunk.digest.hex(),
+            found=found.hex(),
+        )
+    return coded
 
 
-def check_alike(name: str, found: TensorSpec | None, expected: TensorSpec | None) -> None:
-    """Check that the target's tensor of one delta is the base's of the next.
+def segments(row: Row) -> Iterator[tuple[int, int, Chunk | None]]:
+    """Yield begin and end of every part of the target tensor: a chunk, or what lies between chunks."""
+    at = 0
+    for chunk in row.chunks:
+        if at < chunk.start:
+            yield at, chunk.start, None
+        yield chunk.start, chunk.end, chunk
+        at = chunk.end
+    if at < row.target.n_elements:
+        yield at, row.target.n_elements, None
 
-    Raises:
-        Corrupt: it is not, although the fingerprints agree.
-    """
-    if found and expected and found.same_layout(expected):
-        if found.digest is None or found.digest == expected.digest:
-            return
-    elif found is None and expected is None:
-        return
-    raise Corrupt(
-        f"tensor {name!r}: the target of one delta and the base of the next have one fingerprint, but"
-        " differ in it; one of the deltas is inconsistent",
-        tensor=name,
-    )
+
+def place_for(nnz: int, dtype: DType) -> AbstractContextManager[object]:
+    """Return a place to hold a chunk's changes in; those with many take turns."""
+    if nnz <= DENSE_ELEMENTS:
+        return nullcontext()
+    return wide_places if dtype.width == WIDE_BYTES else dense_places

@@ -6,34 +6,20 @@ Memory stays within one block of each and the changes of one chunk, whatever the
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from blake3 import blake3
 
-from sparsedelta.codecs.chunk import (
-    CHUNK_ELEMENTS,
-    Chunk,
-    Level,
-    chunk_span,
-    encode_chunk,
-    n_chunks,
-)
+from sparsedelta.codecs.chunk import MAX_SPAN, TOUCHED_BYTES, Chunk, Level, Span, encode_chunk
 from sparsedelta.codecs.exponent_classes import keys_of
 from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits
 from sparsedelta.dtypes import DType
-from sparsedelta.format.records import (
-    DIGEST_BYTES,
-    TOUCHED_BYTES,
-    Change,
-    TensorDelta,
-    TensorSpec,
-    tensor_key,
-)
+from sparsedelta.format.records import DIGEST_BYTES, BaseTensor, Row, TensorSpec, default_keep
 from sparsedelta.format.spool import SpoolPayload
-from sparsedelta.tensors.base_bits import ChunkBase
-from sparsedelta.tensors.parallel import DENSE_ELEMENTS, WIDE_BYTES, Pace, dense_places, wide_places
+from sparsedelta.tensors.changes import place_for
+from sparsedelta.tensors.parallel import DENSE_ELEMENTS, Pace
+from sparsedelta.tensors.start import RowStart
 
 BLOCK_BYTES = 1 << 19
 
@@ -42,41 +28,19 @@ class Source(Protocol):
     """A tensor whose bytes can be read: of a checkpoint, or made as they are asked for."""
 
     @property
+    def file(self) -> str:
+        """The path of its weight file in the checkpoint."""
+
+    @property
     def name(self) -> str:
-        """Its name in the checkpoint."""
+        """Its name in that file."""
 
     @property
-    def dtype(self) -> DType:
-        """Its dtype."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-
-    @property
-    def n_bytes(self) -> int:
-        """Its size."""
-
-    @property
-    def n_elements(self) -> int:
-        """Its elements, as the format counts them."""
+    def spec(self) -> TensorSpec:
+        """Its dtype and shape; the digest may be unknown."""
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``offset``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """A row, and the whole digests of the tensor in base and target (None where it has none)."""
-
-    row: TensorDelta
-    base_digest: bytes | None
-    target_digest: bytes | None
-
-
-def spec_of(tensor: Source, digest: bytes) -> TensorSpec:
-    """Return a tensor's dtype, shape and shortened digest."""
-    return TensorSpec(tensor.dtype, tensor.shape, digest[:DIGEST_BYTES])
 
 
 def digest_tensor(
@@ -84,25 +48,24 @@ def digest_tensor(
 ) -> bytes:
     """Return the digest of a tensor's bytes from ``offset``, continuing ``hasher`` if one is given."""
     hasher = hasher or blake3()
-    buffer = memoryview(bytearray(min(BLOCK_BYTES, tensor.n_bytes - offset)))
-    while offset < tensor.n_bytes:
-        block = buffer[: tensor.n_bytes - offset]
+    n_bytes = tensor.spec.n_bytes
+    buffer = memoryview(bytearray(min(BLOCK_BYTES, n_bytes - offset)))
+    while offset < n_bytes:
+        block = buffer[: n_bytes - offset]
         tensor.read_into(block, offset)
         hasher.update(block)
         offset += len(block)
         pace.advance(len(block))
-    return hasher.digest()
+    return hasher.digest()[:DIGEST_BYTES]
 
 
-def kept_elements(base: Source | TensorSpec | None, target: Source | TensorSpec) -> int:
-    """Return how many leading elements of the base the target can keep (FORMAT §4)."""
-    if base is None or base.dtype is not target.dtype:
-        return 0
-    return min(base.n_elements, target.n_elements)
+def base_tensor(tensor: Source, digest: bytes) -> BaseTensor:
+    """Return how a row refers to a base tensor."""
+    return BaseTensor(tensor.file, tensor.name, tensor.spec.with_digest(digest))
 
 
 class Comparison:
-    """Compares one tensor of the target with the base's of the same name, if there is one."""
+    """Compares one tensor of the target with its counterpart in the base, if there is one."""
 
     def __init__(
         self,
@@ -126,100 +89,99 @@ class Comparison:
             level: how much time a smaller delta may cost.
             standalone: use nothing that the base is needed to read.
         """
-        self._standalone = standalone
-        self._level = level
+        spec = target.spec
+        keep = default_keep(base.spec if base else None, spec)
+        if base is not None and not keep and not base.spec.same_layout(spec):
+            base = None  # nothing of it is of use
         self._base = base
         self._target = target
-        self._keep = kept_elements(base, target)
-        self._values = values if self._keep else "target"
+        self._dtype = spec.dtype
+        self._n_elements = spec.n_elements
+        self._columns = spec.shape[-1] if spec.shape else 0
+        self._keep = keep
+        self._values = values
+        self._standalone = standalone
+        self._level = level
         self._payload = payload
         self._pace = pace
-        n_block = BLOCK_BYTES // target.dtype.width
-        self._base_block = np.zeros(n_block, target.dtype.view)
-        self._target_block = np.zeros(n_block, target.dtype.view)
+        n_block = BLOCK_BYTES // self._dtype.width
+        self._base_block = np.zeros(n_block, self._dtype.view)
+        self._target_block = np.zeros(n_block, self._dtype.view)
         self._differs = np.empty(n_block, np.bool_)
         self._base_hash = blake3()
         self._target_hash: blake3 | None = None  # None while the target equals the base so far
-        self._touched = (blake3(), blake3())
-        self._chunks: list[Chunk] = []
 
-    def run(self) -> Compared:
-        """Return the row and both digests; the chunks are in the payload afterwards."""
-        base, target = self._base, self._target
-        for number in range(n_chunks(target.n_elements)):
-            self._compare_chunk(number)
-        target_digest = (self._target_hash or self._base_hash).digest()
-        if base is None:
-            return Compared(
-                TensorDelta(target.name, None, spec_of(target, target_digest), self._change()),
-                None,
-                target_digest,
+    def run(self) -> Row:
+        """Return the row; its chunks are in the payload afterwards."""
+        base, target, chunks = self._base, self._target, []
+        for start in range(0, self._n_elements, MAX_SPAN):
+            chunk = self._compare_chunk(start, min(MAX_SPAN, self._n_elements - start))
+            if chunk:
+                chunks.append(chunk)
+        digest = (self._target_hash or self._base_hash).digest()[:DIGEST_BYTES]
+        found = None
+        if base is not None:
+            kept_bytes = self._keep * self._dtype.width
+            found = base_tensor(
+                base,
+                digest_tensor(base, self._pace, offset=kept_bytes, hasher=self._base_hash),
             )
-        base_digest = digest_tensor(
-            base, self._pace, offset=self._keep * target.dtype.width, hasher=self._base_hash
-        )
-        base_spec, target_spec = spec_of(base, base_digest), spec_of(target, target_digest)
-        change = None if base_spec == target_spec else self._change()
-        return Compared(
-            TensorDelta(target.name, base_spec, target_spec, change), base_digest, target_digest
-        )
+        spec = target.spec.with_digest(digest)
+        return Row(target.file, target.name, spec, found, self._keep, tuple(chunks))
 
-    def _change(self) -> Change:
-        before, after = (hasher.digest()[:TOUCHED_BYTES] for hasher in self._touched)
-        return Change(self._keep, self._values, (before, after), tuple(self._chunks))
-
-    def _compare_chunk(self, number: int) -> None:
-        dtype = self._target.dtype
-        span = chunk_span(self._target.n_elements, number)
+    def _compare_chunk(self, first: int, span: int) -> Chunk | None:
+        dtype = self._dtype
+        values = self._values if first < self._keep else "target"
         # Not resident until filled: a sparse chunk touches few pages of these.
         positions = np.empty(span, np.uint32)
         codes = np.empty(span, dtype.view)
         keys = np.empty(span, np.uint8)
-        encode = VALUE_ENCODINGS[self._values].encode
+        encode = VALUE_ENCODINGS[values].encode
+        touched_hashes = blake3(), blake3()
         nnz = 0
         with ExitStack() as place:
             for start in range(0, span, len(self._differs)):
                 n = min(len(self._differs), span - start)
-                base_bits, target_bits = self._read(number * CHUNK_ELEMENTS + start, n)
+                base_bits, target_bits = self._read(first + start, n)
                 touched = np.flatnonzero(
                     np.not_equal(base_bits, target_bits, out=self._differs[:n])
                 )
-                self._hash(base_bits, target_bits, number * CHUNK_ELEMENTS + start, len(touched))
+                self._hash(base_bits, target_bits, first + start, len(touched))
                 if not len(touched):
                     continue
                 before, after = base_bits[touched], target_bits[touched]
-                self._touched[0].update(before.view(np.uint8).data)
-                self._touched[1].update(after.view(np.uint8).data)
+                for hasher, bits in zip(touched_hashes, (before, after), strict=True):
+                    hasher.update(bits.view(np.uint8).data)
                 end = nnz + len(touched)
                 if nnz <= DENSE_ELEMENTS < end:
-                    place.enter_context(wide_places if dtype.width == WIDE_BYTES else dense_places)
+                    place.enter_context(place_for(end, dtype))
                 np.add(touched, start, out=positions[nnz:end], casting="unsafe")
                 codes[nnz:end] = encode(dtype, before, after)
                 keys[nnz:end] = keys_of(before)
                 nnz = end
-            if nnz:
-                chunk, frames = encode_chunk(
-                    number,
-                    span,
-                    positions[:nnz],
-                    codes[:nnz],
-                    level=self._level,
-                    base=self._base_bits(number),
-                    keys=keys[:nnz],
-                    columns=self._target.shape[-1] if self._target.shape else 0,
-                )
-                self._payload.append(tensor_key(self._target.name), frames)
-                self._chunks.append(chunk)
+            if not nnz:
+                return None
+            before_digest, after_digest = (h.digest()[:TOUCHED_BYTES] for h in touched_hashes)
+            chunk, streams = encode_chunk(
+                Span(first, span, self._columns, self._start(first)),
+                positions[:nnz],
+                codes[:nnz],
+                values=values,
+                touched=(before_digest, after_digest),
+                level=self._level,
+                keys=keys[:nnz],
+            )
+            return self._payload.add_chunk(chunk, streams)
 
-    def _base_bits(self, number: int) -> ChunkBase | None:
-        """Return a reader of a chunk's bits before the change; None if they must not help or are zero."""
-        if self._standalone or self._base is None or self._keep <= number * CHUNK_ELEMENTS:
+    def _start(self, first: int) -> RowStart | None:
+        """Return a reader of the row's start from ``first``; None if it must not help or is zero."""
+        if self._standalone or self._base is None or self._keep <= first:
             return None
-        return ChunkBase(self._base, self._target.dtype, self._keep, number)
+        return RowStart(self._base, self._dtype, self._keep, first)
 
     def _read(self, start: int, n: int) -> tuple[Bits, Bits]:
         """Return the bits of elements ``start`` … ``start + n`` before and after the change."""
-        width = self._target.dtype.width
+        width = self._dtype.width
         kept = max(0, min(n, self._keep - start))
         base_bits, target_bits = self._base_block[:n], self._target_block[:n]
         base_bits[kept:] = 0

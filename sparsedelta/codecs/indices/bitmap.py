@@ -1,4 +1,4 @@
-"""``bitmap``: one bit a position."""
+"""``bitmap``: one bit a position (FORMAT §6.4)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ _BLOCK_POSITIONS = 1 << 20
 class _Bitmap:
     """One bit a position, the least significant first."""
 
-    is_quick = True
-    needs_base = False
+    has_classes = False
+
+    def is_quick(self, nnz: int, span: int) -> bool:
+        return True
 
     def worth_trying(self, nnz: int, span: int) -> bool:
         return nnz * 16 >= span
@@ -24,8 +26,11 @@ class _Bitmap:
         touched[positions] = True
         return np.packbits(touched, bitorder="little")
 
+    def implied_bytes(self, span: int) -> int:
+        return -(-span // 8)
+
     def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
-        return n_bytes == -(-span // 8)
+        return n_bytes == self.implied_bytes(span)
 
     def decode(
         self, stream: bytes, nnz: int, span: int, context: ChunkContext = NO_CONTEXT

@@ -10,8 +10,10 @@ from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stre
 class IndexEncoding(Protocol):
     """How positions become bytes."""
 
-    is_quick: bool  # to encode and decode
-    needs_base: bool  # to decode
+    has_classes: bool  # may sort positions by what the tensor was before the change
+
+    def is_quick(self, nnz: int, span: int) -> bool:
+        """Return whether it is quick to encode and decode at this density."""
 
     def worth_trying(self, nnz: int, span: int) -> bool:
         """Return whether this encoding can be the smallest at this density."""
@@ -24,8 +26,11 @@ class IndexEncoding(Protocol):
         None: it cannot be smaller than others, as a cheap look shows, or ``context`` lacks what it needs.
         """
 
+    def implied_bytes(self, span: int) -> int | None:
+        """Return the raw size of the stream; None: the manifest states it."""
+
     def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
-        """Return whether a stream of ``n_bytes`` can hold ``nnz`` positions (FORMAT §12)."""
+        """Return whether a stream of ``n_bytes`` can hold ``nnz`` positions (FORMAT §6)."""
 
     def decode(
         self, stream: bytes, nnz: int, span: int, context: ChunkContext = NO_CONTEXT
@@ -33,6 +38,6 @@ class IndexEncoding(Protocol):
         """Return exactly ``nnz`` positions.
 
         Raises:
-            Corrupt: the stream does not hold ``nnz`` increasing positions below ``span``; with an
-                encoding that needs the base, this also says that the base is another.
+            Corrupt: the stream does not hold ``nnz`` increasing positions below ``span``; with
+                classes, this also says that the base is another.
         """

@@ -1,42 +1,144 @@
-"""``rice``: gaps between touched positions as Rice codes, for low densities (FORMAT §6.8)."""
+"""``rice``: gaps between touched positions as Rice codes, perhaps by classes (FORMAT §6.5).
+
+When steps are small an element changes if its step exceeds half its spacing, so exponents before the
+change tell which elements are likely to. Classes sort by them, and the base is needed to read these.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
+
 import numpy as np
+import numpy.typing as npt
 
 from sparsedelta.codecs.bitpack import decode_rice, encode_rice
-from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stream
+from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, StartBits, Stream
+from sparsedelta.codecs.exponent_classes import (
+    N_KEYS,
+    ElementClass,
+    choice_bits,
+    class_table,
+    class_words,
+    keys_at,
+    merge_keys,
+    read_thresholds,
+    sample_keys,
+    total_choice_bits,
+)
 from sparsedelta.codecs.subsets import encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 
+_FEWEST = 256  # touched positions; of fewer, classes cannot save enough
+_CLASS_BITS = 32  # what a class costs besides its gaps
+_MOST_CLASSES = 8  # each costs time in proportion to the span, and further ones save under 1 %
+_WORTH = 0.97  # of the entropy without classes
+
 
 class _Rice:
-    """Touched positions as a subset of the span."""
+    """Touched positions as subsets of classes of elements, one class or several."""
 
-    is_quick = False
-    needs_base = False
+    has_classes = True
+
+    def is_quick(self, nnz: int, span: int) -> bool:
+        return nnz * 100 <= span
 
     def worth_trying(self, nnz: int, span: int) -> bool:
-        return nnz * 8 <= span
+        return nnz < span
 
     def encode(
         self, positions: Positions, span: int, context: ChunkContext = NO_CONTEXT
     ) -> Stream | None:
-        head, sequence = encode_subset(positions, span)
-        return np.frombuffer(head + encode_rice([sequence]), np.uint8)
+        thresholds: list[int] = []
+        parts: Iterator[tuple[Positions, int]] = iter([(positions, span)])
+        if context.classes:
+            if context.before is None or len(positions) < _FEWEST:
+                return None
+            keys = keys_at(context.before, positions, span) if context.keys is None else context.keys
+            thresholds = _choose_classes(context.before, keys, span)
+            if not thresholds:
+                return None
+            parts = _by_class(context.before, positions, keys, span, thresholds)
+        head = bytearray([len(thresholds), *thresholds])
+        sequences = []
+        for chosen, n in parts:
+            part, sequence = encode_subset(chosen, n)
+            head += part
+            sequences.append(sequence)
+        return np.frombuffer(bytes(head) + encode_rice(sequences), np.uint8)
+
+    def implied_bytes(self, span: int) -> None:
+        return None
 
     def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
-        return 1 <= n_bytes <= span // 4 + (1 << 15)
+        return 2 <= n_bytes <= span // 4 + (1 << 15)
 
     def decode(
         self, stream: bytes, nnz: int, span: int, context: ChunkContext = NO_CONTEXT
     ) -> Positions:
-        head, at = read_subset(stream, 0)
-        (gaps,) = decode_rice(stream[at:], [head.length])
-        positions = head.chosen(gaps, span)
-        if len(positions) != nnz:
-            raise Corrupt(f"index stream holds {len(positions)} positions, expected {nnz}")
+        thresholds, at = read_thresholds(stream, classes=context.classes)
+        heads = []
+        for _ in range(len(thresholds) + 1):
+            head, at = read_subset(stream, at)
+            heads.append(head)
+        sequences = decode_rice(stream[at:], [head.length for head in heads])
+        if not thresholds:
+            positions = heads[0].chosen(sequences[0], span)
+            _check_number(nnz - len(positions), nnz)
+            return positions
+        if context.before is None:
+            raise ValueError("classes need the start of the tensor")
+        parts, left = [], nnz
+        classes = class_words(context.before, span, thresholds)
+        for words, head, gaps in zip(classes, heads, sequences, strict=True):
+            members = ElementClass(words)
+            chosen = head.chosen(gaps, len(members))
+            left -= len(chosen)
+            if left < 0:
+                break
+            parts.append(members.positions(chosen))
+        _check_number(left, nnz)
+        positions = np.concatenate(parts)
+        # Timsort: those of a class ascend already, what is left is merging.
+        positions.sort(kind="stable")
         return positions
+
+
+def _check_number(left: int, nnz: int) -> None:
+    if left:
+        raise Corrupt(f"index stream does not hold exactly {nnz} positions")
+
+
+def _by_class(
+    before: StartBits,
+    positions: Positions,
+    keys: npt.NDArray[np.uint8],
+    span: int,
+    thresholds: Sequence[int],
+) -> Iterator[tuple[Positions, int]]:
+    """Yield for each class which of its elements are touched, and how many it has."""
+    number = class_table(thresholds)[keys]
+    ordered = positions[np.argsort(number, kind="stable")]
+    ends = np.cumsum(np.bincount(number, minlength=len(thresholds) + 1)).tolist()
+    classes = class_words(before, span, thresholds)
+    for words, (begin, end) in zip(classes, itertools.pairwise([0, *ends]), strict=True):
+        members = ElementClass(words)
+        yield members.ranks(ordered[begin:end]), len(members)
+
+
+def _choose_classes(before: StartBits, keys: npt.NDArray[np.uint8], span: int) -> list[int]:
+    """Return thresholds between classes of unlike density; none if that would save too little."""
+    touched = np.bincount(keys, minlength=N_KEYS)
+    untouched = np.maximum(sample_keys(before, span), touched) - touched
+    most = _WORTH * choice_bits(int(untouched.sum()), len(keys))
+    if total_choice_bits(untouched, touched) > most:
+        return []
+    thresholds = merge_keys(
+        (untouched, touched), choice_bits, most=_MOST_CLASSES, overhead=_CLASS_BITS
+    )
+    edges = [0, *thresholds]
+    bits = total_choice_bits(np.add.reduceat(untouched, edges), np.add.reduceat(touched, edges))
+    return thresholds if bits + _CLASS_BITS * len(edges) < most else []
 
 
 RICE = _Rice()

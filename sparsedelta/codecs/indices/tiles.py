@@ -31,8 +31,7 @@ from sparsedelta.codecs.exponent_classes import (
 from sparsedelta.codecs.subsets import encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 
-MAX_BANDS = 64
-_MOST_BANDS = 16
+MAX_BANDS = 16
 _KEYS_PER_OCTAVE = 2
 _TILE_BITS = 24  # what a tile costs besides its gaps
 _BAND_BITS = (
@@ -46,8 +45,10 @@ Labels = npt.NDArray[np.uint32]  # the band of each row or column
 class _Tiles:
     """Touched positions as places within tiles."""
 
-    is_quick = False
-    needs_base = False
+    has_classes = False
+
+    def is_quick(self, nnz: int, span: int) -> bool:
+        return False
 
     def worth_trying(self, nnz: int, span: int) -> bool:
         return 64 <= nnz < span
@@ -83,6 +84,9 @@ class _Tiles:
             sequences.append(sequence)
             start += n
         return np.frombuffer(bytes(head) + encode_rice(sequences), np.uint8)
+
+    def implied_bytes(self, span: int) -> None:
+        return None
 
     def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
         return 8 <= n_bytes <= span // 4 + (1 << 15)
@@ -199,7 +203,7 @@ def _choose_bands(counts: npt.NDArray[np.int64], n_across: int) -> Labels:
         return choice_bits(untouched, touched) + n_lines * math.log2(len(counts) / n_lines)
 
     statistics = (untouched, touched, lines)
-    thresholds = merge_keys(statistics, cost, most=_MOST_BANDS, overhead=_BAND_BITS)
+    thresholds = merge_keys(statistics, cost, most=MAX_BANDS, overhead=_BAND_BITS)
     labels = class_table(thresholds)[keys]
     order = np.argsort(-np.bincount(labels), kind="stable")
     renamed: Labels = np.argsort(order).astype(np.uint32)[labels]

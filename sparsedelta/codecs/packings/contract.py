@@ -13,32 +13,32 @@ class ValuePacking(Protocol):
     """How codes become bytes."""
 
     is_quick: bool  # to encode and decode
-    needs_base: bool  # to decode
-    states_size: bool  # the record of the chunk states the size of the last stream
+    has_classes: bool  # may sort codes by what the elements were before the change
+    states_size: bool  # the manifest states the raw size of the last stream
 
     def stream_sizes(self, n_bytes: int, nnz: int, width: int) -> Sequence[int]:
-        """Return the sizes before compression of the streams of ``nnz`` codes of ``width`` bytes.
+        """Return the raw sizes of the streams of ``nnz`` codes of ``width`` bytes.
 
         Args:
             nnz: number of codes.
             width: bytes of a code.
-            n_bytes: what the record of the chunk states of the last stream; 0 if it states nothing.
+            n_bytes: what the manifest states of the last stream; 0 if it states nothing.
         """
 
     def encode(self, codes: Bits, keys: Keys | None) -> Sequence[Stream] | None:
-        """Return the streams of ``codes``; an empty one is not stored.
+        """Return the streams of ``codes``; an empty one stands for zeros.
 
-        ``keys`` are those of the base's elements at the positions (FORMAT §6.5), if it is available.
+        ``keys`` are those of the elements before the change (FORMAT §6.2), None: make no classes.
         None: this cannot be smaller than other packings, or cannot hold these codes.
         """
 
     def possible(self, n_bytes: int, nnz: int, width: int) -> bool:
-        """Return whether the record can state ``n_bytes`` for ``nnz`` codes (FORMAT §12)."""
+        """Return whether the manifest can state ``n_bytes`` for ``nnz`` codes (FORMAT §7)."""
 
     def decode(self, streams: Sequence[bytes], nnz: int, width: int, keys: Keys | None) -> Bits:
-        """Return exactly ``nnz`` codes.
+        """Return exactly ``nnz`` codes; ``keys`` None: there are no classes.
 
         Raises:
-            Corrupt: the streams do not hold ``nnz`` codes; with a packing that needs the base, this
-                also says that the base is another.
+            Corrupt: the streams do not hold ``nnz`` codes; with classes, this also says that the base
+                is another.
         """

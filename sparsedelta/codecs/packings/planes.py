@@ -17,7 +17,7 @@ class _Planes:
 
     is_quick = True
     states_size = False
-    needs_base = False
+    has_classes = False
 
     def stream_sizes(self, n_bytes: int, nnz: int, width: int) -> Sequence[int]:
         return [nnz] * width

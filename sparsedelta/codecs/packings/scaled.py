@@ -1,4 +1,4 @@
-"""``scaled``: the magnitude of a code as a symbol, the bits below it packed plainly (FORMAT §7.5)."""
+"""``scaled``: the magnitude of a code as a symbol, the bits below it packed plainly (FORMAT §7.4)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Scaled:
 
     is_quick = False
     states_size = True
-    needs_base = False
+    has_classes = False
 
     def stream_sizes(self, n_bytes: int, nnz: int, width: int) -> Sequence[int]:
         return [nnz, n_bytes]

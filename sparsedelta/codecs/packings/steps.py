@@ -1,7 +1,7 @@
-"""``steps`` and ``exponent_steps``: codes mostly of one unit up or down, below a byte (FORMAT §7.4).
+"""``steps``: codes mostly of one unit up or down, below a byte, perhaps by classes (FORMAT §7.3).
 
 Signs are plain bits; which steps are longer than one unit, and by how much, are Rice codes. How many are
-longer, and how long, goes with the base's exponent: ``exponent_steps`` sorts the steps by it.
+longer, and how long, goes with the element's exponent before the change, which classes sort by.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sparsedelta.codecs.bitpack import (
 )
 from sparsedelta.codecs.context import Bits, Stream
 from sparsedelta.codecs.exponent_classes import (
+    MAX_THRESHOLDS,
     N_KEYS,
     Keys,
     choice_bits,
@@ -37,8 +38,8 @@ from sparsedelta.codecs.subsets import encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 
 _CLASS_BITS = 40  # what a class costs besides its codes
-_MOST_CLASSES = 32
-_FEWEST = 256  # codes; of fewer the base cannot save enough
+_MOST_CLASSES = MAX_THRESHOLDS + 1
+_FEWEST = 256  # codes; of fewer, classes cannot save enough
 _LONG = 16  # a code; where most are above it others do better
 
 
@@ -46,16 +47,14 @@ class _Steps:
     """Signs; which steps are longer than one unit; how much longer."""
 
     is_quick = False
+    has_classes = True
     states_size = True
-
-    def __init__(self, *, needs_base: bool) -> None:
-        self.needs_base = needs_base
 
     def stream_sizes(self, n_bytes: int, nnz: int, width: int) -> Sequence[int]:
         return [n_bytes]
 
     def encode(self, codes: Bits, keys: Keys | None) -> Sequence[Stream] | None:
-        if self.needs_base and (keys is None or len(codes) < _FEWEST):
+        if keys is not None and len(codes) < _FEWEST:
             return None
         if not codes.all() or int(codes.max()) >> 32:
             return None
@@ -66,7 +65,7 @@ class _Steps:
         codes -= 1
         thresholds: list[int] = []
         counts = [len(codes)]
-        if self.needs_base and keys is not None:
+        if keys is not None:
             thresholds = _choose_classes(keys, codes)
             if not thresholds:
                 return None
@@ -94,14 +93,9 @@ class _Steps:
 
     def decode(self, streams: Sequence[bytes], nnz: int, width: int, keys: Keys | None) -> Bits:
         (stream,) = streams
-        thresholds, at = read_thresholds(stream)
-        if not self.needs_base:
-            if thresholds:
-                raise Corrupt("value stream of steps has classes")
-            number, counts = None, [nnz]
-        elif keys is None:
-            raise ValueError("a stream of exponent_steps needs the base")
-        else:
+        thresholds, at = read_thresholds(stream, classes=keys is not None)
+        number, counts = None, [nnz]
+        if thresholds and keys is not None:
             number = class_table(thresholds)[keys]
             counts = _count(number, len(thresholds) + 1)
         heads, lengths = [], []
@@ -185,4 +179,4 @@ def _cost(n: float, n_long: float, excess: float) -> float:
     return choice_bits(n - n_long, n_long) + choice_bits(excess, n_long)
 
 
-STEPS, EXPONENT_STEPS = _Steps(needs_base=False), _Steps(needs_base=True)
+STEPS = _Steps()

@@ -1,0 +1,67 @@
+"""Where a checkpoint, or the target of another delta, has the tensors that a delta's rows refer to (FORMAT §10)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Generic, Protocol, TypeVar
+
+from sparsedelta.dtypes import DType
+from sparsedelta.format.records import TensorKey, TensorSpec
+
+
+class Named(Protocol):
+    """A tensor of a checkpoint."""
+
+    @property
+    def file(self) -> str:
+        """The path of its weight file."""
+
+    @property
+    def name(self) -> str:
+        """Its name in that file."""
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Its dtype and shape."""
+
+
+T = TypeVar("T", bound=Named)
+
+
+class Lookup(Generic[T]):
+    """Finds tensors by file and name, and by name where they lie in another file.
+
+    Args:
+        tensors: of the checkpoint.
+        digest: returns the digest of one; None: it is not known.
+    """
+
+    def __init__(self, tensors: Iterable[T], digest: Callable[[T], bytes | None]) -> None:
+        self._digest = digest
+        self._by_key: dict[TensorKey, T] = {}
+        self._by_name: dict[tuple[str, DType, tuple[int, ...]], list[T]] = defaultdict(list)
+        for tensor in tensors:
+            self._by_key[tensor.file, tensor.name] = tensor
+            self._by_name[tensor.name, tensor.spec.dtype, tensor.spec.shape].append(tensor)
+
+    def find(self, wanted: Named) -> T | None:
+        """Return the tensor that is meant, of the dtype and shape that are wanted; None if there is none.
+
+        Of several with its name in other files, the one with the digest that is wanted.
+        """
+        spec = wanted.spec
+        exact = self._by_key.get((wanted.file, wanted.name))
+        if exact is not None and exact.spec.same_layout(spec):
+            return exact
+        others = self._by_name.get((wanted.name, spec.dtype, spec.shape), [])
+        if len(others) < 2:
+            return others[0] if others else None
+        return next((t for t in others if self._digest(t) == spec.digest), others[0])
+
+    def at(self, file: str, name: str) -> T | None:
+        """Return the tensor of a file and name, whatever its dtype and shape; else one of that name."""
+        exact = self._by_key.get((file, name))
+        if exact is not None:
+            return exact
+        return next((t for (_, own), t in self._by_key.items() if own == name), None)
