@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers import BITS, Raw, compact, n_bytes, write, write_file, write_sharded
+from helpers import BITS, UNKNOWN_BITS, Raw, compact, n_bytes, write, write_file, write_sharded
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
@@ -25,18 +26,23 @@ def relaxed(n_examples: int) -> settings:
     )
 
 
-dtypes = st.sampled_from(sorted(BITS))
+dtypes = st.sampled_from(sorted(BITS) + sorted(UNKNOWN_BITS))
 names = st.text(max_size=6).filter(lambda name: name != "__metadata__") | st.sampled_from(
-    ["w", "v", "layer.0.weight", "sparsedelta:manifest", "sparsedelta:tensor/w", "m:w", "s/m:w"]
+    ["w", "v", "layer.0.weight", "model.layer.0.weight", "manifest", "m:w", "a/b"]
 )
 patterns = st.sampled_from([b"\0", b"\xff", b"\x80", b"\0\x80", b"\x80\x7f", b"\xc1\x7f", b"\1"])
+
+
+def is_below_a_byte(dtype: str) -> bool:
+    """Return whether a value takes less than a byte."""
+    return (BITS | UNKNOWN_BITS)[dtype] < 8
 
 
 @st.composite
 def shapes(draw: st.DrawFn, dtype: str) -> tuple[int, ...]:
     """Draw a shape that fills whole bytes."""
     shape = tuple(draw(st.lists(st.integers(0, 6), max_size=3)))
-    return shape if BITS[dtype] >= 8 else (*shape, 4 * draw(st.integers(0, 3)))
+    return (*shape, 4 * draw(st.integers(0, 3))) if is_below_a_byte(dtype) else shape
 
 
 @st.composite
@@ -69,7 +75,7 @@ def resized(draw: st.DrawFn, tensor: Raw) -> Raw:
     if len(tensor.shape) < 2:
         return changed(draw, tensor)
     shape = (draw(st.integers(0, 8)), *tensor.shape[1:])
-    if BITS[tensor.dtype] < 8 and shape[-1] % 4:
+    if is_below_a_byte(tensor.dtype) and shape[-1] % 4:
         return tensor
     data = tensor.data + draw(contents(n_bytes(tensor.dtype, shape)))
     return Raw(tensor.dtype, shape, data[: n_bytes(tensor.dtype, shape)])
@@ -77,7 +83,7 @@ def resized(draw: st.DrawFn, tensor: Raw) -> Raw:
 
 def reshaped(draw: st.DrawFn, tensor: Raw) -> Raw:
     """Return the tensor turned, or flat."""
-    flat = (len(tensor.data) * 8 // BITS[tensor.dtype],)
+    flat = (math.prod(tensor.shape),)
     shape = draw(st.sampled_from([tuple(reversed(tensor.shape)), flat, (1, *tensor.shape)]))
     return Raw(tensor.dtype, shape, tensor.data)
 
@@ -110,6 +116,22 @@ def edited(draw: st.DrawFn, tensors: dict[str, Raw]) -> dict[str, Raw]:
     return {name: result[name] for name in order}
 
 
+def moved(draw: st.DrawFn, files: dict[str, dict[str, Raw]]) -> dict[str, dict[str, Raw]]:
+    """Return files some of whose tensors have got another name or file, or are there twice."""
+    fate = draw(st.sampled_from(["prefix", "no prefix", "rename", "move", "copy", "as they are"]))
+    files = {stem: dict(tensors) for stem, tensors in files.items()}
+    stem, other = draw(st.tuples(*[st.sampled_from(sorted(files))] * 2))
+    if fate == "prefix":
+        files[stem] = {f"model.{name}": tensor for name, tensor in files[stem].items()}
+    elif fate == "no prefix":
+        files[stem] = {name.removeprefix("model."): t for name, t in files[stem].items()}
+    elif files[stem] and fate != "as they are":
+        name = draw(st.sampled_from(sorted(files[stem])))
+        tensor = files[stem][name] if fate == "copy" else files[stem].pop(name)
+        files[other][name if fate == "move" else draw(names)] = tensor
+    return files
+
+
 def spelled(
     indent: int | None, spaces: int, *, backwards: bool
 ) -> Callable[[dict[str, Any]], bytes]:
@@ -140,33 +162,33 @@ class Plan:
     """A checkpoint to be written.
 
     Attributes:
-        sets: the tensors of each weight set by its stem; a lone set of stem "" is a single file.
+        files: the tensors of each weight file, or of the shards in its place, by its stem.
         write: writes the files below a path and returns the checkpoint.
     """
 
-    sets: dict[str, dict[str, Raw]]
+    files: dict[str, dict[str, Raw]]
     write: Callable[[Path], Path]
 
 
 @st.composite
-def plans(draw: st.DrawFn, sets: dict[str, dict[str, Raw]]) -> Plan:
-    """Draw how weight sets are laid out in files, and what lies beside them."""
+def plans(draw: st.DrawFn, weights: dict[str, dict[str, Raw]]) -> Plan:
+    """Draw which weight files are cut into shards, and what lies beside them."""
     spell, meta = draw(spellings), draw(metadata)
-    if len(sets) == 1 and draw(st.booleans()):
-        (tensors,) = sets.values()
-        return Plan(sets, lambda path: write_file(path, tensors, meta, spell=spell))
+    if len(weights) == 1 and draw(st.booleans()):
+        (tensors,) = weights.values()
+        return Plan(weights, lambda path: write_file(path, tensors, meta, spell=spell))
     parts = {
         stem: draw(st.lists(st.integers(0, 2), min_size=len(tensors), max_size=len(tensors)))
         if draw(st.booleans())
         else None
-        for stem, tensors in sets.items()
+        for stem, tensors in weights.items()
     }
     files = draw(st.dictionaries(paths, st.binary(max_size=20), max_size=3))
     folders = draw(st.lists(paths, max_size=2))
 
     def write_plan(root: Path) -> Path:
         root.mkdir()
-        for stem, tensors in sets.items():
+        for stem, tensors in weights.items():
             numbers = parts[stem]
             if numbers is None:
                 write_file(root / f"{stem}.safetensors", tensors, meta, spell=spell)
@@ -183,7 +205,7 @@ def plans(draw: st.DrawFn, sets: dict[str, dict[str, Raw]]) -> Plan:
                 (root / path).mkdir(parents=True)
         return root
 
-    return Plan(sets, write_plan)
+    return Plan(weights, write_plan)
 
 
 def free(root: Path, path: str) -> bool:
@@ -193,16 +215,16 @@ def free(root: Path, path: str) -> bool:
     return not os.path.lexists(place) and all(p.is_dir() or not p.exists() for p in parents)
 
 
-STEMS = [["model"], ["model"], ["model", "m"], ["a", "s/m"], ["sparsedelta", "model"], ["x"]]
+STEMS = [["model"], ["model"], ["model", "m"], ["a", "s/m"], ["model", "model.fp16"], ["x"]]
 
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[Plan, Plan]:
     """Draw a base and a target made of it."""
-    sets: dict[str, dict[str, Raw]] = {}
+    old: dict[str, dict[str, Raw]] = {}
     for stem in draw(st.sampled_from(STEMS)):
-        sets[stem] = draw(st.dictionaries(names, raws(), max_size=4))
-    edited_sets = {stem: draw(edited(tensors)) for stem, tensors in sets.items()}
-    if len(edited_sets) > 1 and not draw(st.integers(0, 3)):
-        edited_sets.popitem()
-    return draw(plans(sets)), draw(plans(edited_sets))
+        old[stem] = draw(st.dictionaries(names, raws(), max_size=4))
+    new = moved(draw, {stem: draw(edited(tensors)) for stem, tensors in old.items()})
+    if len(new) > 1 and not draw(st.integers(0, 3)):
+        new.popitem()
+    return draw(plans(old)), draw(plans(new))
