@@ -1,12 +1,11 @@
 """Whether a repository is a delta's base: by headers, by what the Hub says of its files, and by digests.
 
 The Hub knows SHA-256 of files, a delta BLAKE3 of tensors. A local copy joins the two: its files are the
-Hub's, its tensors the delta's. For a base that is a delta itself its fingerprint is proof enough.
+Hub's, its tensors the delta's. For a base that is a delta itself the digests in it are proof enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,25 +13,21 @@ from pathlib import Path
 from sparsedelta.errors import (
     AlreadyApplied,
     BaseMismatch,
-    CheckpointError,
-    FormatError,
     RemoteNotFound,
     StructureMismatch,
 )
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.paths import WEIGHT_SUFFIX
-from sparsedelta.format.records import TensorSpec
-from sparsedelta.format.safetensors_header import MAX_HEADER_BYTES, Header, parse_header
+from sparsedelta.format.records import BaseTensor
 from sparsedelta.hub.client import Hub
 from sparsedelta.hub.folders import folder_of
-from sparsedelta.hub.ranges import RemoteBytes
 from sparsedelta.hub.record import BaseRecord, is_content
 from sparsedelta.hub.references import Reference
 from sparsedelta.hub.repository import Repository, open_repository
+from sparsedelta.ops.apply import first_gap
+from sparsedelta.ops.lookup import Lookup
 from sparsedelta.ops.verify import verify
 from sparsedelta.progress import Progress
-
-Structure = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +98,9 @@ def prove_base(
                 f"'{place}' is not the file {path!r} of '{base.name}'; leave the local base away to"
                 " have it downloaded, or name the repository that it is from"
             )
-    with nullcontext(local) if local else folder_of(places) as folder:
+    single = local if local is not None and not local.is_dir() else None
+    # Only the files compared: a local copy may have the tensors in others, too.
+    with nullcontext(single) if single else folder_of(places) as folder:
         try:
             verify(delta, base=folder, progress=progress)
         except AlreadyApplied as error:
@@ -111,28 +108,28 @@ def prove_base(
                 f"'{base.name}' is the delta's target, not its base; name the base's repository"
             ) from error
     files = tuple(base.files[path] for path in wanted)
-    return Proof(base, BaseRecord(base.name, delta.base.fingerprint.hex(), files), how)
+    return Proof(base, BaseRecord(base.name, delta.base_fingerprint.hex(), files), how)
 
 
 def check_remote_structure(base: Repository, delta: Delta) -> None:
-    """Compare the tensors that a base's headers name with a delta's; only headers are fetched.
+    """Check that a base has the tensors that a delta is made from; only headers are fetched.
 
     Raises:
-        StructureMismatch: they differ.
+        StructureMismatch: one is not there, or has another dtype or shape.
         RemoteNotFound: there are no weights in the repository.
     """
     _check_has_weights(base)
-    found = _structure(base, delta)
-    expected = {row.name: row.base for row in delta.tensors if row.base}
-    for name in [*expected, *sorted(found.keys() - expected.keys())]:
-        spec = expected.get(name)
-        if spec is None or found.get(name) != (spec.dtype.name, spec.shape):
+    tensors = [tensor for path in base.weight_files(delta) for tensor in base.tensors(path)]
+    lookup = Lookup(tensors, lambda tensor: None)
+    for expected in (row.base for row in delta.tensors if row.base):
+        if lookup.find(expected) is None:
+            found = lookup.at(expected.file, expected.name)
             raise StructureMismatch(
-                f"tensor {name!r} in '{base.name}' is {_shown(found.get(name))}, expected"
-                f" {_shown_spec(spec)}; this is not the base that the delta was made from",
-                tensor=name,
-                expected=_shown_spec(spec),
-                found=_shown(found.get(name)),
+                f"tensor {expected.name!r} in '{base.name}' is {_shown(found)}, expected"
+                f" {_shown(expected)}; this is not the base that the delta was made from",
+                tensor=expected.name,
+                expected=_shown(expected),
+                found=_shown(found),
             )
 
 
@@ -142,29 +139,6 @@ def _check_has_weights(base: Repository) -> None:
             f"repository '{base.name}' holds neither {WEIGHT_SUFFIX} files nor a delta; a base needs"
             " one or the other"
         )
-
-
-def _structure(base: Repository, delta: Delta) -> Structure:
-    paths = [path for path in base.weight_files(delta) if path.endswith(WEIGHT_SUFFIX)]
-    prefixes = base.prefixes()
-    return {
-        prefixes[path] + entry.name: (entry.dtype, entry.shape)
-        for path in paths
-        for entry in _remote_header(base, path).entries
-    }
-
-
-def _remote_header(base: Repository, path: str) -> Header:
-    source = RemoteBytes(base.hub, base.reference, base.files[path])
-    size = int.from_bytes(source.read(0, 8), "little")
-    if size > min(source.n_bytes, MAX_HEADER_BYTES):
-        raise CheckpointError(
-            f"'{source.name}' is not a safetensors file: it states a header of {size} bytes"
-        )
-    try:
-        return parse_header(source.read(8, size), f"'{source.name}'")
-    except FormatError as error:
-        raise CheckpointError(str(error)) from error
 
 
 def _find_copy(
@@ -187,44 +161,39 @@ def _prove_link(base: Repository, delta: Delta) -> Proof:
     """Prove a base that is the target of a delta by fingerprint and by the digests of side files."""
     file = base.delta_file()
     with base.read_delta() as before:
+        if before.target_fingerprint is None:
+            raise BaseMismatch(
+                f"the delta in '{base.name}' does not have the digests of its target, so it cannot be"
+                " shown to be a base; make it again with `sparsedelta diff`"
+            )
         check_link(before, delta, base.name)
     reference = Reference(base.reference.repo_id, base.reference.revision, file.path)
-    record = BaseRecord(str(reference), delta.base.fingerprint.hex(), (file,))
-    return Proof(base, record, "the fingerprint of its target")
+    record = BaseRecord(str(reference), delta.base_fingerprint.hex(), (file,))
+    return Proof(base, record, "the digests of its target")
 
 
 def check_link(before: Delta, delta: Delta, name: str) -> None:
     """Check that a delta was made from the target of another, files and all.
 
     Raises:
-        BaseMismatch: it was not, or the other does not know its target's fingerprint.
+        BaseMismatch: it was not.
     """
-    known, expected = before.target.fingerprint, delta.base.fingerprint
-    if known is None:
+    missing = first_gap(before, delta)
+    if missing is not None:
         raise BaseMismatch(
-            f"the delta in '{name}' does not know the fingerprint of its target, so it cannot be"
-            " shown to be a base; make it again with `sparsedelta diff`"
-        )
-    if known != expected:
-        raise BaseMismatch(
-            f"the delta in '{name}' makes {known.hex()[:12]}…, but the delta above it was made from"
-            f" {expected.hex()[:12]}…; it is not its base",
-            expected=expected.hex(),
-            found=known.hex(),
+            f"the delta in '{name}' does not make tensor {missing.name!r} that the delta above it was"
+            " made from; it is not its base",
+            tensor=missing.name,
         )
     there = {f.path: (f.n_bytes, f.digest) for f in before.target.side_files}
     for side_file in delta.target.side_files:
         described = (side_file.n_bytes, side_file.digest)
-        if not side_file.carried and there.get(side_file.path) != described:
+        if not side_file.stored and there.get(side_file.path) != described:
             raise BaseMismatch(
                 f"file {side_file.path!r} is not, or another, in the target of the delta in '{name}';"
                 " it is not the base that the delta above it was made from"
             )
 
 
-def _shown(found: tuple[str, tuple[int, ...]] | None) -> str:
-    return f"{found[0]} {list(found[1])}" if found else "absent"
-
-
-def _shown_spec(spec: TensorSpec | None) -> str:
-    return _shown((spec.dtype.name, spec.shape) if spec else None)
+def _shown(tensor: BaseTensor | None) -> str:
+    return f"{tensor.spec.dtype.name} {list(tensor.spec.shape)}" if tensor else "absent"

@@ -1,28 +1,22 @@
 """A delta in a repository and the deltas below it, down to a base with weights.
 
-Every link is checked by fingerprint before any weights are downloaded; a chain that comes back to where
-it was is refused.
+Every link is checked by digests before any weights are downloaded; a chain that comes back to where it
+was is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsedelta.errors import AccessDenied, ConflictError, FormatError, RemoteError, RemoteNotFound
+from sparsedelta.errors import AccessDenied, ConflictError, RemoteError, RemoteNotFound
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.hub.base_proof import base_reference, check_link
 from sparsedelta.hub.client import Hub
 from sparsedelta.hub.folders import remove_damaged
-from sparsedelta.hub.record import (
-    MAX_RECORD_BYTES,
-    BaseRecord,
-    differences,
-    parse_record,
-    record_path,
-)
+from sparsedelta.hub.record import MAX_RECORD_BYTES, BaseRecord, parse_record, record_path
 from sparsedelta.hub.references import Reference
 from sparsedelta.hub.repository import Repository, open_repository
 
@@ -79,13 +73,8 @@ def open_link(repository: Repository) -> Link:
     """
     file = repository.delta_file()
     place = repository.download_delta()
-    try:
-        delta = load(place)
-        delta.payload.check()
-    except FormatError as error:
-        raise_if_damaged([place], error)
-        raise
-    return Link(repository, file.path, place, delta)
+    raise_if_damaged([place])
+    return Link(repository, file.path, place, load(place))
 
 
 def follow(
@@ -111,8 +100,13 @@ def follow(
         _descend(links, base)
 
 
-def follow_to(hub: Hub, link: Link, fingerprint: bytes) -> list[Link] | None:
-    """Return a link with those below it down to the one made from a base of this fingerprint.
+def follow_to(hub: Hub, link: Link, is_base: Callable[[Delta], bool]) -> list[Link] | None:
+    """Return a link with those below it, down to the one whose base is available.
+
+    Args:
+        hub: where they are.
+        link: the delta to begin with.
+        is_base: returns whether the base that is available is that of a delta.
 
     Returns:
         the lowest first; None if there is none.
@@ -121,7 +115,7 @@ def follow_to(hub: Hub, link: Link, fingerprint: bytes) -> list[Link] | None:
         BaseMismatch, ConflictError, RemoteError: as ``follow``.
     """
     links = [link]
-    while links[0].delta.base.fingerprint != fingerprint:
+    while not is_base(links[0].delta):
         base = _open_base(hub, links[0], None)
         if not base.is_delta_repository:
             return None
@@ -145,16 +139,6 @@ def _descend(links: list[Link], base: Repository) -> None:
     links.insert(0, below)
 
 
-def files_of_base(base: Repository, link: Link) -> list[str]:
-    """Return the files of a base that a delta needs: those recorded, if they are as recorded."""
-    needed = base.base_files(link.delta)
-    record = link.record()
-    same = record is not None and record.base == base.name
-    if record is not None and same and not differences(record, base.files):
-        return sorted(file.path for file in record.files)
-    return needed
-
-
 @contextmanager
 def fetching_base(link: Link) -> Iterator[None]:
     """Return the error for a base that is not available, with a way out."""
@@ -167,7 +151,7 @@ def fetching_base(link: Link) -> Iterator[None]:
         ) from error
 
 
-def raise_if_damaged(places: list[Path], error: Exception) -> None:
+def raise_if_damaged(places: list[Path], error: Exception | None = None) -> None:
     """Raise a RemoteError if files of the cache are damaged, having removed them.
 
     Args:
@@ -183,11 +167,9 @@ def raise_if_damaged(places: list[Path], error: Exception) -> None:
 
 
 def _comes_back(links: list[Link]) -> bool:
-    """Return whether the lowest delta was made from a state that lies above it."""
-    lowest = links[0].delta.base.fingerprint
-    return any(link.delta.target.fingerprint == lowest for link in links) or any(
-        link.delta.base.fingerprint == lowest for link in links[1:]
-    )
+    """Return whether the lowest delta was made from what it or one above it makes."""
+    lowest = links[0].delta.base_fingerprint
+    return any(link.delta.target_fingerprint == lowest for link in links)
 
 
 def _open_base(hub: Hub, link: Link, base_revision: str | None) -> Repository:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from sparsedelta.files.weight_sets import INDEX_SUFFIX
+from sparsedelta.files.shards import INDEX_SUFFIX
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.hub.client import RemoteFile
 from sparsedelta.hub.record import is_content
@@ -26,11 +26,12 @@ def folder_of(places: Mapping[str, Path], *, only: bool = False) -> Iterator[Pat
         places: where the files are, by path: all in one snapshot of the cache.
         only: whether it may not hold any other files either.
     """
-    path, place = next(iter(places.items()))
-    snapshot = place.parents[path.count("/")]
-    if _files_below(snapshot, weights=not only) <= places.keys():
-        yield snapshot
-        return
+    if places:
+        path, place = next(iter(places.items()))
+        snapshot = place.parents[path.count("/")]
+        if _files_below(snapshot, weights=not only) <= places.keys():
+            yield snapshot
+            return
     with tempfile.TemporaryDirectory(prefix="sparsedelta-base-") as made:
         for path, place in places.items():
             link = Path(made, path)

@@ -5,24 +5,23 @@ What is downloaded is cached and checked; the output appears whole or not at all
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparsedelta._typing import AnyPath
-from sparsedelta.errors import CheckpointError, FormatError, MismatchError
-from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.errors import CheckpointError, FormatError, MismatchError, StructureMismatch
+from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.format.delta import Delta
-from sparsedelta.format.digests import fingerprint
 from sparsedelta.fs import check_absent, staged_output
 from sparsedelta.hub.base_proof import parse_base_id
 from sparsedelta.hub.chain import (
     Link,
     fetching_base,
-    files_of_base,
     follow,
     follow_to,
     open_link,
@@ -33,10 +32,10 @@ from sparsedelta.hub.folders import folder_of
 from sparsedelta.hub.references import DELTA_SUFFIX, Reference, parse_reference
 from sparsedelta.hub.repository import open_repository
 from sparsedelta.ops.apply import apply, check_apart
-from sparsedelta.ops.base_check import included
+from sparsedelta.ops.base_check import find_base, included
 from sparsedelta.progress import Progress, Silent
 from sparsedelta.tensors.compare import digest_tensor
-from sparsedelta.tensors.parallel import Pace, run_all
+from sparsedelta.tensors.parallel import Pace
 from sparsedelta.tensors.rebuild import Check
 
 COUNTED_NAME = "config.json"
@@ -163,7 +162,7 @@ class _Pull:
             links, base = [self.link], open_repository(self.hub, given)
         self._hold(links)
         with fetching_base(links[0]):
-            places = base.download(files_of_base(base, links[0]))
+            places = base.download(base.base_files(links[0].delta))
         try:
             with folder_of(places) as folder:
                 self._apply(folder, [one.delta for one in links])
@@ -173,12 +172,13 @@ class _Pull:
         return links, base.name
 
     def _down_to(self, base: Path, error: MismatchError) -> list[Link]:
-        """Return the chain from the state that a local base is, if it is further down the chain."""
+        """Return the links from the one that a local base is the base of; raise the error if there is none."""
         stated = self.link.delta.base.id
         below = parse_base_id(stated) if stated else None
         if below is None or not open_repository(self.hub, below).is_delta_repository:
             raise error
-        links = follow_to(self.hub, self.link, _fingerprint_of(base, self.link.delta))
+        with Checkpoint(base, include=included(self.link.delta), whole=False) as checkpoint:
+            links = follow_to(self.hub, self.link, _base_test(checkpoint))
         if links is None:
             raise error
         self._hold(links)
@@ -228,22 +228,23 @@ def _count(link: Link) -> None:
         link.repository.download([COUNTED_NAME])
 
 
-def _fingerprint_of(base: Path, delta: Delta) -> bytes:
-    """Return the fingerprint of those tensors of a checkpoint that a delta names in its base."""
-    names = [row.name for row in delta.tensors if row.base]
-    with Checkpoint(base, include=included(delta), whole=False) as checkpoint:
-        tensors = [checkpoint.tensors[name] for name in names if name in checkpoint.tensors]
-        pace = Pace(Silent())
-        digests = run_all(
-            lambda tensor: digest_tensor(tensor, pace),
-            tensors,
-            cost=lambda tensor: tensor.n_bytes,
-            pace=pace,
+def _base_test(checkpoint: Checkpoint) -> Callable[[Delta], bool]:
+    """Return what tells whether a checkpoint has all tensors that a delta is made from."""
+
+    @functools.cache
+    def digest(tensor: Tensor) -> bytes:
+        return digest_tensor(tensor, Pace(Silent()))
+
+    def is_base(delta: Delta) -> bool:
+        try:
+            found = find_base(delta, checkpoint)
+        except StructureMismatch:
+            return False
+        return all(
+            digest(found[row.key]) == row.base.spec.digest for row in delta.tensors if row.base
         )
-    return fingerprint(
-        (tensor.name, tensor.dtype.name, tensor.shape, digest)
-        for tensor, digest in zip(tensors, digests, strict=True)
-    )
+
+    return is_base
 
 
 def _keep(place: Path, kept: Path, *, overwrite: bool) -> None:

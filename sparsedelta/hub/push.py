@@ -17,7 +17,6 @@ from sparsedelta.errors import RemoteConflict, RemoteNotFound
 from sparsedelta.files.side_files import carried_content
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.paths import path_problem
-from sparsedelta.format.records import Base
 from sparsedelta.hub.base_proof import Proof, base_reference, parse_base_id, prove_base
 from sparsedelta.hub.card import CARD_NAME, CardFacts, renewed_card
 from sparsedelta.hub.chain import read_record
@@ -204,7 +203,7 @@ def _recorded_base(delta: Delta, place: _Place, path: str) -> Reference | None:
     if repository is None or path not in repository.files:
         return None
     record = read_record(repository, path)
-    if record is None or record.fingerprint != delta.base.fingerprint.hex():
+    if record is None or record.fingerprint != delta.base_fingerprint.hex():
         return None
     return parse_base_id(record.base)
 
@@ -257,7 +256,7 @@ def _make_files(
 ) -> dict[str, Path]:
     """Return the files of the push by their paths in the repository, written into a folder."""
     path = _delta_path(subfolder)
-    pinned = dataclasses.replace(delta, base=Base(proof.record.base, delta.base.fingerprint))
+    pinned = dataclasses.replace(delta, base=dataclasses.replace(delta.base, id=proof.record.base))
     made = {path: folder / DELTA_NAME}
     pinned.save(made[path])
     found = inspect(made[path])
@@ -307,8 +306,8 @@ def _config(delta: Delta, proof: Proof) -> bytes | None:
     The Hub counts downloads of it, and shows the kind of model by it.
     """
     for file in delta.target.side_files:
-        if file.path == CONFIG_NAME and file.carried:
-            return carried_content(delta, file)
+        if file.path == CONFIG_NAME and file.stored:
+            return carried_content(delta, file, file.stored)
     base = proof.base
     place = f"{(base.delta_file().path if base.is_delta_repository else '').rpartition('/')[0]}"
     path = f"{place}/{CONFIG_NAME}" if place else CONFIG_NAME

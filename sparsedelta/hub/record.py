@@ -1,7 +1,7 @@
 """The record beside a delta in a repository: which files of the base's repository were proved to be its base.
 
-It lets others compare the base with what the Hub says of it, and download just these files. It is a
-hint like all that comes from the Hub: ``apply`` proves the base by digests in any case.
+It lets others compare the base with what the Hub says of it, without a download. It is a hint like all
+that comes from the Hub: ``apply`` proves the base by digests in any case.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 
 from sparsedelta.errors import Corrupt
 from sparsedelta.format.paths import path_problem
-from sparsedelta.format.records import DIGEST_BYTES
 from sparsedelta.format.strict_json import (
     hex_bytes,
     integer,
@@ -31,7 +30,6 @@ RECORD_SUFFIX = ".base.json"
 MAX_RECORD_BYTES = 4 << 20
 _MEMBERS = ("base", "fingerprint", "files")
 _FILE_MEMBERS = ("path", "n_bytes", "sha256", "git_oid")
-_FINGERPRINT_BYTES = 2 * DIGEST_BYTES
 _BLOCK_BYTES = 1 << 20
 
 
@@ -41,8 +39,8 @@ class BaseRecord:
 
     Attributes:
         base: reference of its repository, pinned.
-        fingerprint: the delta's base's, hex.
-        files: those that make up the base, as the Hub described them.
+        fingerprint: of the tensors that the delta is made from, hex.
+        files: those of the base that the delta needs, as the Hub described them.
     """
 
     base: str
@@ -74,7 +72,7 @@ def parse_record(raw: bytes, what: str) -> BaseRecord:
     base, fingerprint, files = members(parse_json(raw, what), what, _MEMBERS)
     return BaseRecord(
         text(base, f"base of {what}"),
-        hex_bytes(fingerprint, f"fingerprint of {what}", _FINGERPRINT_BYTES).hex(),
+        hex_bytes(fingerprint, f"fingerprint of {what}", 32).hex(),
         tuple(_parse_file(file, what) for file in items(files, f"files of {what}")),
     )
 

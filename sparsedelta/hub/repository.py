@@ -1,28 +1,27 @@
 """A repository at one commit: which of its files is the delta, and which a base for one.
 
-A repository with weights is a base; one with a delta and no weights is a delta repository. Weight sets
-that a delta does not name, such as the same weights in another layout, are left where they are.
+A repository with weights is a base; one with a delta and no weights is a delta repository. Weight files
+that a delta does not refer to, such as the same weights in another layout, are left where they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparsedelta.errors import BaseMismatch, RemoteNotFound
-from sparsedelta.files.weight_sets import (
-    INDEX_SUFFIX,
-    PRIMARY_STEM,
-    name_prefixes,
-    set_stems,
-    shards_of_index,
-)
+from sparsedelta.dtypes import dtype_of
+from sparsedelta.errors import BaseMismatch, CheckpointError, FormatError, RemoteNotFound
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.paths import WEIGHT_SUFFIX
+from sparsedelta.format.records import BaseTensor, TensorSpec
+from sparsedelta.format.safetensors_header import MAX_HEADER_BYTES, HeaderEntry, parse_header
 from sparsedelta.hub.client import Hub, RemoteFile
-from sparsedelta.hub.ranges import read_remote_delta
+from sparsedelta.hub.ranges import RemoteBytes, read_remote_delta
 from sparsedelta.hub.references import DELTA_NAME, DELTA_SUFFIX, Reference
+from sparsedelta.stores.base import ByteSource
+from sparsedelta.stores.local import OpenFile
 
 _MAX_LISTED = 8
 
@@ -40,6 +39,9 @@ class Repository:
     hub: Hub
     reference: Reference
     files: Mapping[str, RemoteFile]
+    _tensors: dict[str, tuple[BaseTensor, ...]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @property
     def name(self) -> str:
@@ -54,7 +56,7 @@ class Repository:
     @property
     def has_weights(self) -> bool:
         """Whether it holds safetensors files."""
-        return any(path.endswith(WEIGHT_SUFFIX) for path in self.files)
+        return bool(self._weights())
 
     @property
     def is_delta_repository(self) -> bool:
@@ -103,12 +105,12 @@ class Repository:
         return self.hub.download(self.reference, paths)
 
     def base_files(self, delta: Delta) -> list[str]:
-        """Return what a delta needs of this as its base: weights it names, side files it leaves to it.
+        """Return what a delta needs of this as its base: weight files and the side files it does not carry.
 
         Raises:
             BaseMismatch: a side file is not here.
         """
-        side_files = {f.path for f in delta.target.side_files if not f.carried}
+        side_files = {f.path for f in delta.target.side_files if not f.stored}
         missing = sorted(side_files - self.files.keys())
         if missing:
             raise BaseMismatch(
@@ -118,25 +120,38 @@ class Repository:
         return sorted({*self.weight_files(delta), *side_files})
 
     def weight_files(self, delta: Delta) -> list[str]:
-        """Return the safetensors files of the weight sets that a delta names, with their indexes."""
-        weights = [path for path in self.files if path.endswith(WEIGHT_SUFFIX)]
-        stems = set_stems(weights, self._shards())
-        named = _named_stems(delta, stems)
-        indexes = [path for path in self.files if path.endswith(INDEX_SUFFIX)]
-        return sorted(
-            [path for path in weights if stems[path] in named]
-            + [path for path in indexes if path.removesuffix(INDEX_SUFFIX) in named]
-        )
+        """Return the safetensors files that have the tensors that a delta is made from, as names say.
 
-    def prefixes(self) -> dict[str, str]:
-        """Return what stands before the own names of the tensors of each safetensors file."""
-        weights = [path for path in self.files if path.endswith(WEIGHT_SUFFIX)]
-        return name_prefixes(set_stems(weights, self._shards()))
+        They are those that the delta names. For tensors of a file that is not here, they are all others
+        with a tensor of that name.
+        """
+        wanted = [row.base for row in delta.tensors if row.base]
+        weights = self._weights()
+        named = weights & {tensor.file for tensor in wanted}
+        moved = {tensor.name for tensor in wanted if tensor.file not in named}
+        others = weights - named if moved else set()
+        holding = {path for path in others if any(t.name in moved for t in self.tensors(path))}
+        return sorted(named | holding)
 
-    def _shards(self) -> dict[str, set[str]]:
-        indexes = [path for path in self.files if path.endswith(INDEX_SUFFIX)]
-        places = self.download(indexes)
-        return {path: shards_of_index(place.read_bytes(), path) for path, place in places.items()}
+    def tensors(self, path: str) -> tuple[BaseTensor, ...]:
+        """Return the tensors of a safetensors file; if it is not in the cache, its header is fetched.
+
+        Raises:
+            CheckpointError: it is not a safetensors file.
+            RemoteError: it is not available.
+        """
+        if path not in self._tensors:
+            cached = self.hub.cached(self.reference, [path])
+            file = self.files[path]
+            source: ByteSource = (
+                OpenFile(cached[path]) if cached else RemoteBytes(self.hub, self.reference, file)
+            )
+            with closing(source):
+                self._tensors[path] = _read_tensors(source, path)
+        return self._tensors[path]
+
+    def _weights(self) -> set[str]:
+        return {path for path in self.files if path.endswith(WEIGHT_SUFFIX)}
 
     def _deltas_below(self, folder: str) -> list[str]:
         start = f"{folder}/" if folder else ""
@@ -153,13 +168,18 @@ def open_repository(hub: Hub, reference: Reference) -> Repository:
     return Repository(hub, pinned, hub.files(pinned))
 
 
-def _named_stems(delta: Delta, stems: Mapping[str, str]) -> set[str]:
-    """Return the stems of the sets that a delta's rows name; all, if that is not certain."""
-    known = set(stems.values())
-    if PRIMARY_STEM not in known:
-        return known  # leaving one out could make another the primary set, and rename its tensors
-    named = set()
-    for row in delta.tensors:
-        stem = row.name.partition(":")[0]
-        named.add(stem if ":" in row.name and stem in known else PRIMARY_STEM)
-    return named
+def _read_tensors(source: ByteSource, path: str) -> tuple[BaseTensor, ...]:
+    size = int.from_bytes(source.read(0, 8), "little")
+    if size > min(source.n_bytes, MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"'{source.name}' is not a safetensors file: it states a header of {size} bytes"
+        )
+    try:
+        entries = parse_header(source.read(8, size), f"'{source.name}'").entries
+        return tuple(BaseTensor(path, entry.name, _spec(entry)) for entry in entries)
+    except FormatError as error:
+        raise CheckpointError(f"'{source.name}': {error}") from error
+
+
+def _spec(entry: HeaderEntry) -> TensorSpec:
+    return TensorSpec(dtype_of(entry.dtype, entry.shape, entry.end - entry.begin), entry.shape)

@@ -22,7 +22,6 @@ from sparsedelta.hub.base_proof import base_reference, check_link, check_remote_
 from sparsedelta.hub.chain import (
     Link,
     fetching_base,
-    files_of_base,
     follow,
     open_link,
     raise_if_damaged,
@@ -115,7 +114,7 @@ def fetched(reference: str | Reference, *, token: Token = None) -> Iterator[tupl
     with ExitStack() as context:
         deltas = [context.enter_context(link.delta) for link in links]
         with fetching_base(links[0]):
-            places = base.download(files_of_base(base, links[0]))
+            places = base.download(base.base_files(links[0].delta))
         folder = context.enter_context(folder_of(places))
         delta = deltas[0] if len(deltas) == 1 else context.enter_context(_stacked(deltas, folder))
         try:
@@ -150,7 +149,7 @@ def fetched_base(
             links, base = follow(hub, open_link(base))
             for link in links:
                 context.enter_context(link.delta)
-        places = base.download(files_of_base(base, links[0]) if links else base.base_files(delta))
+        places = base.download(base.base_files(links[0].delta if links else delta))
         folder = context.enter_context(folder_of(places))
         try:
             yield FetchedBase(base.name, folder, tuple(link.delta for link in links))
@@ -182,8 +181,9 @@ def fetched_checkpoint(reference: Reference, *, token: Token = None) -> Iterator
 def check_remote_base(reference: Reference, *, token: Token = None) -> RemoteBaseReport:
     """Return what the Hub shows of the base of a delta there, without a download of weights.
 
-    The names, dtypes and shapes of all tensors are compared by headers; the hashes of files with those
-    that were proved to be the base's when the delta was pushed, if that was recorded.
+    The names, dtypes and shapes of the tensors that the delta is made from are compared by headers; the
+    hashes of files with those that were proved to be the base's when the delta was pushed, if that was
+    recorded.
 
     Raises:
         MismatchError: the base is another.
