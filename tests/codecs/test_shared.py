@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import _reference_bits
 import numpy as np
-import numpy.typing as npt
 import pytest
 from helpers import assert_bit_equal
 
-from sparsedelta.codecs.context import ChunkContext
-from sparsedelta.codecs.exponent_classes import keys_of
+from sparsedelta.codecs.context import Bits, ChunkContext
+from sparsedelta.codecs.exponent_classes import Keys, keys_of
 from sparsedelta.codecs.indices import INDEX_ENCODINGS, Positions
 from sparsedelta.codecs.packings import VALUE_PACKINGS
 from sparsedelta.errors import Corrupt
@@ -24,7 +22,7 @@ each_packing = pytest.mark.parametrize("name", VALUE_PACKINGS)
 DRAW = np.random.default_rng(1)
 BASE = (DRAW.normal(0, 0.02, SPAN).astype("<f4").view("<u4") >> 16).astype("<u2")
 KEYS = keys_of(BASE)
-SITE = ChunkContext(lambda start, n: BASE[start : start + n], COLUMNS, 0)
+CONTEXT = ChunkContext(lambda start, n: BASE[start : start + n], COLUMNS)
 
 
 def masks() -> dict[str, Positions]:
@@ -44,7 +42,7 @@ def masks() -> dict[str, Positions]:
     return {name: positions.astype(np.uint32) for name, positions in drawn.items()}
 
 
-def codes(width: int) -> dict[str, npt.NDArray[Any]]:
+def codes(width: int) -> dict[str, Bits]:
     """Return codes of every kind that a packing is made for; 500 each."""
     ones = DRAW.integers(1, 3, 500, np.uint64)
     some = np.where(DRAW.random(500) < 0.1, DRAW.integers(3, 60, 500, np.uint64), ones)
@@ -59,26 +57,28 @@ MASKS = masks()
 CODES = {width: codes(width) for width in (1, 2, 4, 8)}
 
 
-def streams(name: str) -> list[tuple[Positions, bytes]]:
-    """Return the streams that an encoding makes of those masks that are for it."""
+def streams(name: str) -> list[tuple[Positions, bytes, ChunkContext]]:
+    """Return the streams that an encoding makes of those masks that are for it, without and with classes."""
     encoding = INDEX_ENCODINGS[name]
     found = []
-    for positions in MASKS.values():
-        if name == "all" and len(positions) < SPAN:
-            continue
-        stream = encoding.encode(positions, SPAN, SITE)
-        if stream is not None:
-            found.append((positions, stream.tobytes()))
+    for classes in (False, True) if encoding.has_classes else (False,):
+        context = CONTEXT.sorted(classes)
+        for positions in MASKS.values():
+            stream = encoding.encode(positions, SPAN, context)
+            if stream is not None:
+                found.append((positions, stream.tobytes(), context))
     return found
 
 
 @each_encoding
 def test_positions_come_back(name: str) -> None:
     encoding = INDEX_ENCODINGS[name]
-    assert streams(name)
-    for positions, stream in streams(name):
+    made = streams(name)
+    assert {context.classes for *_, context in made} == {False, encoding.has_classes}
+    for positions, stream, context in made:
         assert encoding.possible(len(stream), len(positions), SPAN)
-        decoded = encoding.decode(stream, len(positions), SPAN, SITE)
+        assert encoding.implied_bytes(SPAN) in (None, len(stream))
+        decoded = encoding.decode(stream, len(positions), SPAN, context)
         assert decoded.dtype == np.uint32
         assert_bit_equal(decoded, positions)
 
@@ -87,8 +87,8 @@ def test_positions_come_back(name: str) -> None:
 def test_damaged_index_streams_are_refused_or_positions_all_the_same(name: str) -> None:
     encoding = INDEX_ENCODINGS[name]
     draw = np.random.default_rng(2)
-    for positions, stream in streams(name):
-        for _ in range(60 if stream else 0):
+    for positions, stream, context in streams(name):
+        for _ in range(60):
             damaged = bytearray(stream)
             if draw.random() < 0.3:
                 del damaged[draw.integers(len(damaged)) :]
@@ -98,7 +98,7 @@ def test_damaged_index_streams_are_refused_or_positions_all_the_same(name: str) 
             if not 1 <= nnz <= SPAN or not encoding.possible(len(damaged), nnz, SPAN):
                 continue
             try:
-                found = encoding.decode(bytes(damaged), nnz, SPAN, SITE).astype(np.int64)
+                found = encoding.decode(bytes(damaged), nnz, SPAN, context).astype(np.int64)
             except Corrupt:
                 continue
             assert len(found) == nnz
@@ -106,26 +106,22 @@ def test_damaged_index_streams_are_refused_or_positions_all_the_same(name: str) 
             assert 0 <= found[0] <= found[-1] < SPAN
 
 
-@pytest.mark.parametrize("name", ["rice", "exponent", "tiles"])
+@each_encoding
 def test_index_streams_are_the_formats(name: str) -> None:
-    keys = KEYS.tolist()
-    for positions, stream in streams(name):
-        if name == "exponent":
-            found = _reference_bits.exponent(stream, SPAN, keys)
-        else:
-            found = {"rice": _reference_bits.rice, "tiles": _reference_bits.tiles}[name](
-                stream, SPAN
-            )
+    for positions, stream, context in streams(name):
+        keys = KEYS.tolist() if context.classes else None
+        found = _reference_bits.positions(name, stream, len(positions), SPAN, keys)
         assert found == positions.tolist()
 
 
-def packed(name: str, width: int) -> list[tuple[npt.NDArray[Any], Sequence[bytes]]]:
-    """Return the streams that a packing makes of those codes that are for it."""
-    found: list[tuple[npt.NDArray[Any], Sequence[bytes]]] = []
-    for numbers in CODES[width].values():
-        made = VALUE_PACKINGS[name].encode(numbers, KEYS[:500])
-        if made is not None:
-            found.append((numbers, [stream.tobytes() for stream in made]))
+def packed(name: str, width: int) -> list[tuple[Bits, Sequence[bytes], Keys | None]]:
+    """Return the streams that a packing makes of those codes that are for it, without and with classes."""
+    found: list[tuple[Bits, Sequence[bytes], Keys | None]] = []
+    for keys in (None, KEYS[:500]) if VALUE_PACKINGS[name].has_classes else (None,):
+        for numbers in CODES[width].values():
+            made = VALUE_PACKINGS[name].encode(numbers, keys)
+            if made is not None:
+                found.append((numbers, [stream.tobytes() for stream in made], keys))
     return found
 
 
@@ -139,13 +135,13 @@ def stated(name: str, parts: Sequence[bytes]) -> int:
 def test_codes_come_back(name: str, width: int) -> None:
     packing = VALUE_PACKINGS[name]
     assert packed(name, width)
-    for numbers, parts in packed(name, width):
+    for numbers, parts, keys in packed(name, width):
         n_bytes = stated(name, parts)
         assert packing.possible(n_bytes, 500, width)
         sizes = packing.stream_sizes(n_bytes, 500, width)
         # A plane of zeros is left out.
         assert [len(part) or size for part, size in zip(parts, sizes, strict=True)] == [*sizes]
-        decoded = packing.decode(parts, 500, width, KEYS[:500])
+        decoded = packing.decode(parts, 500, width, keys)
         assert decoded.dtype == numbers.dtype
         assert_bit_equal(decoded, numbers)
 
@@ -154,7 +150,7 @@ def test_codes_come_back(name: str, width: int) -> None:
 def test_damaged_value_streams_are_refused_or_codes_all_the_same(name: str) -> None:
     draw = np.random.default_rng(3)
     packing = VALUE_PACKINGS[name]
-    for numbers, parts in packed(name, 2):
+    for numbers, parts, keys in packed(name, 2):
         for _ in range(100):
             damaged = [bytearray(part) for part in parts]
             one = damaged[int(draw.integers(len(damaged)))]
@@ -168,25 +164,29 @@ def test_damaged_value_streams_are_refused_or_codes_all_the_same(name: str) -> N
             if not packing.possible(stated(name, whole), 500, 2):
                 continue
             try:
-                found = packing.decode(whole, 500, 2, KEYS[:500])
+                found = packing.decode(whole, 500, 2, keys)
             except Corrupt:
                 continue
             assert (found.dtype, found.shape) == (numbers.dtype, numbers.shape)
 
 
-@pytest.mark.parametrize("name", ["steps", "scaled", "exponent_steps"])
+@each_packing
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
 def test_value_streams_are_the_formats(name: str, width: int) -> None:
-    for numbers, parts in packed(name, width):
-        found = _reference_bits.PACKINGS[name]([*parts], 500, width, KEYS[:500].tolist())
-        assert found == numbers.tolist()
+    for numbers, parts, keys in packed(name, width):
+        sizes = VALUE_PACKINGS[name].stream_sizes(stated(name, parts), 500, width)
+        whole = [part or bytes(size) for part, size in zip(parts, sizes, strict=True)]
+        listed = None if keys is None else keys.tolist()
+        assert _reference_bits.codes(name, whole, 500, width, listed) == numbers.tolist()
 
 
 def test_packings_of_one_kind_of_codes_leave_others_alone() -> None:
     numbers = CODES[4]
     assert VALUE_PACKINGS["steps"].encode(numbers["zero"], None) is None  # 0 is no step
     assert VALUE_PACKINGS["scaled"].encode(numbers["ones"], None) is None
-    assert VALUE_PACKINGS["exponent_steps"].encode(numbers["ones"], None) is None
+    assert (
+        VALUE_PACKINGS["steps"].encode(numbers["ones"], KEYS[:500]) is None
+    )  # classes save nothing
     high = np.full(9, 1 << 32, "<u8")
     assert VALUE_PACKINGS["steps"].encode(high, None) is None
     assert VALUE_PACKINGS["scaled"].encode(high, None) is None

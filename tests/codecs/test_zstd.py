@@ -8,25 +8,58 @@ import threading
 import pytest
 import zstandard
 
-from sparsedelta.codecs.zstd import compress_stream, compress_text, content_bytes, decompress
-from sparsedelta.errors import Corrupt
+from sparsedelta.codecs.zstd import (
+    Effort,
+    check_expansion,
+    compress_stream,
+    compress_text,
+    content_bytes,
+    decompress,
+)
+from sparsedelta.errors import Corrupt, LimitExceeded
 
 DATA = random.Random(0).randbytes(200) + bytes(2000)
 FRAME = zstandard.ZstdCompressor().compress(DATA)
+EMPTY = zstandard.ZstdCompressor().compress(b"")
 SKIPPABLE = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"
 
 
 @pytest.mark.parametrize("compress", [compress_stream, compress_text])
-@pytest.mark.parametrize("n", [0, 1, 255, 256, 70_000, 3 << 20])
+@pytest.mark.parametrize("n", [0, 1, 255, 256, 70_000, 1 << 20])
 def test_what_is_written_is_read(compress: object, n: int) -> None:
     assert callable(compress)
     for data in (bytes(n), random.Random(n).randbytes(n), (b"abcdefg" * n)[:n]):
-        frame = compress(data)
-        parameters = zstandard.get_frame_parameters(frame)
-        assert parameters.content_size == content_bytes(frame) == n
+        stored = compress(data)
+        if len(stored) == len(data):
+            assert stored == data
+            continue
+        assert len(stored) < len(data)
+        parameters = zstandard.get_frame_parameters(stored)
+        assert parameters.content_size == content_bytes(stored) == n
         assert parameters.dict_id == 0
         assert parameters.window_size <= 1 << 27
-        assert decompress(frame, n) == data
+        assert decompress(stored, n) == data
+
+
+def test_what_a_frame_makes_no_smaller_stays_as_it_is() -> None:
+    noise = random.Random(0).randbytes(5000)
+    for effort in Effort:
+        for data in (b"", b"a", b"\0" * 3, noise):
+            assert compress_stream(data, effort) == compress_text(data) == data
+        assert len(compress_stream(bytes(5000), effort)) < 50
+
+
+def test_texts_expand_no_more_than_a_reader_accepts() -> None:
+    for n in (1 << 16, 1 << 17, 1 << 20):
+        stored = compress_text(bytes(n))
+        assert n <= 64 * len(stored) + 65_536
+        check_expansion(n, len(stored))
+    assert len(compress_text(bytes(1 << 16))) < 100  # within what any frame may hold
+    assert compress_text(bytes(1 << 20)) == bytes(1 << 20)
+    assert len(compress_stream(bytes(1 << 20))) < 100  # streams are limited by their chunk
+    check_expansion(64 * 100 + 65_536, 100)
+    with pytest.raises(LimitExceeded, match="at most 64 times"):
+        check_expansion(64 * 100 + 65_537, 100)
 
 
 def test_writing_is_deterministic() -> None:
@@ -57,7 +90,7 @@ def test_every_truncation_is_refused() -> None:
             decompress(FRAME[:n], len(DATA))
 
 
-@pytest.mark.parametrize("extra", [b"\0", FRAME, SKIPPABLE, compress_text(b"")])
+@pytest.mark.parametrize("extra", [b"\0", FRAME, SKIPPABLE, EMPTY])
 def test_something_after_the_frame_is_refused(extra: bytes) -> None:
     with pytest.raises(Corrupt):
         decompress(FRAME + extra, len(DATA))

@@ -41,10 +41,10 @@ class _Rice:
     has_classes = True
 
     def is_quick(self, nnz: int, span: int) -> bool:
-        return nnz * 100 <= span
+        return nnz * 100 <= span or nnz == span  # all are touched: two bytes
 
     def worth_trying(self, nnz: int, span: int) -> bool:
-        return nnz < span
+        return True
 
     def encode(
         self, positions: Positions, span: int, context: ChunkContext = NO_CONTEXT
