@@ -93,6 +93,7 @@ class Checkpoint:
         exclude: Sequence[str] = (),
         include: Sequence[str] | None = None,
         whole: bool = True,
+        complete: bool = True,
     ) -> None:
         """Open a checkpoint, leaving out files that a glob of ``exclude`` matches.
 
@@ -103,6 +104,8 @@ class Checkpoint:
                 None: everything is part of it.
             whole: refuse what is neither file nor folder, and links to folders, instead of passing
                 them over.
+            complete: refuse sets of shards of which some are missing, and index files that say other
+                than the shards.
 
         Raises:
             CheckpointError: it cannot be read as one, or is inconsistent.
@@ -123,7 +126,7 @@ class Checkpoint:
         self.left_out: tuple[str, ...] = ()
         try:
             if self.is_folder:
-                self._open_folder(exclude, include, whole=whole)
+                self._open_folder(exclude, include, whole=whole, complete=complete)
             else:
                 self._add_weight_file(self.path.name, self.path)
                 self.roles = roles([self.path.name], {})
@@ -148,7 +151,12 @@ class Checkpoint:
         return sum(tensor.spec.n_bytes for tensor in self.tensors.values())
 
     def _open_folder(
-        self, exclude: Sequence[str], include: Sequence[str] | None, *, whole: bool
+        self,
+        exclude: Sequence[str],
+        include: Sequence[str] | None,
+        *,
+        whole: bool,
+        complete: bool,
     ) -> None:
         files, folders, left_out = list_folder(self.path, exclude, include, whole=whole)
         self.left_out = tuple(left_out)
@@ -157,8 +165,11 @@ class Checkpoint:
         allow_open_files(len(weights))
         for path in sorted(weights):
             _check_utf8(path, files[path])
-        indexes = {p: read_index(files[p], p, weights) for p in files if p.endswith(INDEX_SUFFIX)}
-        check_sets(weights, indexes)
+        indexes = {}
+        if complete:
+            paths = [path for path in files if path.endswith(INDEX_SUFFIX)]
+            indexes = {path: read_index(files[path], path, weights) for path in paths}
+            check_sets(weights, indexes)
         for path in sorted(weights):
             self._add_weight_file(path, files[path])
         self._check_indexes(indexes)

@@ -32,7 +32,7 @@ from sparsedelta.hub.folders import folder_of
 from sparsedelta.hub.references import DELTA_SUFFIX, Reference, parse_reference
 from sparsedelta.hub.repository import open_repository
 from sparsedelta.ops.apply import apply, check_apart
-from sparsedelta.ops.base_check import find_base, included
+from sparsedelta.ops.base_check import find_base, open_base
 from sparsedelta.progress import Progress, Silent
 from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.parallel import Pace
@@ -177,7 +177,7 @@ class _Pull:
         below = parse_base_id(stated) if stated else None
         if below is None or not open_repository(self.hub, below).is_delta_repository:
             raise error
-        with Checkpoint(base, include=included(self.link.delta), whole=False) as checkpoint:
+        with open_base(base, self.link.delta) as checkpoint:
             links = follow_to(self.hub, self.link, _base_test(checkpoint))
         if links is None:
             raise error

@@ -32,7 +32,7 @@ from sparsedelta.fs import (
     staged_output,
     synced,
 )
-from sparsedelta.ops.base_check import explained, find_base, included
+from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.ops.lookup import Lookup
 from sparsedelta.progress import Progress, Silent
 from sparsedelta.tensors.parallel import Pace, run_all
@@ -94,9 +94,7 @@ def apply(
         for number, one in enumerate(deltas, 1):
             made = staged if number == len(deltas) else staged.with_name(f"step-{number}")
             left_out = exclude if number == 1 else ()
-            with Checkpoint(
-                source, exclude=left_out, include=included(one), whole=False
-            ) as checkpoint:
+            with open_base(source, one, exclude=left_out) as checkpoint:
                 write_target(checkpoint, one, made, check=verify, progress=progress or Silent())
             if number > 1:
                 _remove(source)
@@ -197,8 +195,9 @@ def make_tensors(
         base: the base tensor of each row that has one (``find_base``).
         delta: what to apply.
         places: where each tensor goes; those without a place are only checked.
-        check, every_base: see ``rebuild``.
+        check: see ``rebuild``.
         progress: told of the bytes of the target.
+        every_base: see ``rebuild``.
 
     Raises:
         BaseDiffers: a base tensor is not the delta's.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from sparsedelta._typing import AnyPath
 from sparsedelta.errors import (
     AlreadyApplied,
     BaseMismatch,
@@ -29,12 +30,18 @@ def included(delta: Delta) -> Sequence[str] | None:
     Otherwise such files are left out, as they were when the delta was made.
     """
     target = delta.target
-    paths = {file.path for file in (*target.weight_files, *target.side_files)}
+    paths = {file.path for file in target.weight_files}
+    paths |= {file.path for file in target.side_files}
     paths |= {row.base.file for row in delta.tensors if row.base}
     names_junk = any(
         junk.matches(component, junk.NOT_PART) for path in paths for component in path.split("/")
     )
     return None if names_junk else ()
+
+
+def open_base(path: AnyPath, delta: Delta, *, exclude: Sequence[str] = ()) -> Checkpoint:
+    """Return a checkpoint that may be a delta's base; shards that the delta does not need may be missing."""
+    return Checkpoint(path, exclude=exclude, include=included(delta), whole=False, complete=False)
 
 
 def find_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Tensor]:

@@ -14,7 +14,7 @@ from sparsedelta.files.side_files import carried_content, check_base_file, diges
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.records import BaseTensor, Row
 from sparsedelta.ops.apply import AnyDelta, make_tensors
-from sparsedelta.ops.base_check import explained, find_base, included
+from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.ops.lookup import Lookup
 from sparsedelta.progress import Progress, Silent
 from sparsedelta.tensors.changes import decode_row_chunk, place_for, read_coded
@@ -75,10 +75,10 @@ def verify(
     progress = progress or Silent()
     check_delta(delta, progress)
     if base is not None:
-        with _open(base, delta, exclude) as checkpoint:
+        with open_base(base, delta, exclude=exclude) as checkpoint:
             _check_with_base(delta, checkpoint, progress)
     if target is not None:
-        with _open(target, delta, exclude) as checkpoint:
+        with open_base(target, delta, exclude=exclude) as checkpoint:
             _check_target(delta, checkpoint, progress)
     return VerifyReport(
         n_tensors=len(delta.tensors),
@@ -88,10 +88,6 @@ def verify(
         base_checked=base is not None,
         target_checked=target is not None,
     )
-
-
-def _open(path: AnyPath, delta: Delta, exclude: Sequence[str]) -> Checkpoint:
-    return Checkpoint(path, exclude=exclude, include=included(delta), whole=False)
 
 
 def check_delta(delta: Delta, progress: Progress) -> None:
