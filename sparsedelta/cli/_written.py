@@ -36,4 +36,6 @@ def show_written(output: Path, *, as_json: bool) -> None:
         f" {count(len(found.tensors), 'tensor')}"
     )
     if found.target_fingerprint is None:
-        click.echo("the target's fingerprint is not known; with --base it would be")
+        click.echo(
+            "what the target must be is known of the touched values only; with --base it is of all"
+        )

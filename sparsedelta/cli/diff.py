@@ -110,11 +110,13 @@ def command(
             spool_dir=str(output.parent),  # has to have the room anyway; /tmp may be memory
         ) as delta:
             delta.save(output, overwrite=overwrite)
-        _report(output, new, as_json=as_json)
+        _report(output, old, new, exclude, as_json=as_json)
         _report_left_out(new, exclude, include)
 
 
-def _report(output: Path, target: Path, *, as_json: bool) -> None:
+def _report(
+    output: Path, base: Path, target: Path, exclude: Sequence[str], *, as_json: bool
+) -> None:
     """Tell what was written, and say so if that was not worth it."""
     found = sparsedelta.inspect(output)
     file_bytes, target_bytes = output.stat().st_size, _target_bytes(target, found)
@@ -128,22 +130,23 @@ def _report(output: Path, target: Path, *, as_json: bool) -> None:
             f" ({size(target_bytes)}); keeping the target itself takes less",
             err=True,
         )
-    if found.states["retyped"] == len(found.tensors) > 0:
+    n_added = found.states["added"]
+    if found.n_unused and 2 * n_added > len(found.tensors):
         click.echo(
-            "warning: every tensor changed its dtype, so nothing of the base was used; convert one"
-            " of them and diff again for a small delta",
+            f"warning: {count(n_added)} of {count(len(found.tensors), 'tensor')} have no counterpart in the"
+            f" base; {_no_counterpart(base, target, found, exclude)}",
             err=True,
         )
-    added = [tensor.name for tensor in found.tensors if tensor.state == "added"]
-    removed = [tensor.name for tensor in found.tensors if tensor.state == "removed"]
-    n_target = len(found.tensors) - len(removed)
-    if added and removed and 2 * len(added) > n_target:
-        is_adapter = (target / "adapter_config.json").is_file()
-        click.echo(
-            f"warning: {count(len(added))} of {count(n_target, 'tensor')} have no counterpart in the"
-            f" base; {no_counterpart(added, removed, is_adapter=is_adapter)}",
-            err=True,
-        )
+
+
+def _no_counterpart(base: Path, target: Path, found: Inspection, exclude: Sequence[str]) -> str:
+    """Return the likely cause of most tensors being made from none of the base."""
+    from sparsedelta.files.checkpoint import Checkpoint
+
+    with Checkpoint(base, exclude=exclude, whole=False) as old:
+        known = {tensor.name: tensor.spec.dtype.name for tensor in old.tensors.values()}
+    added = {t.name: t.dtype for t in found.tensors if t.state == "added"}
+    return no_counterpart(added, known, is_adapter=(target / "adapter_config.json").is_file())
 
 
 def _report_left_out(target: Path, exclude: Sequence[str], include: Sequence[str]) -> None:
@@ -180,6 +183,7 @@ def _as_json(
         "numel": found.numel,
         "density": found.density,
         "states": {**found.states},
+        "n_unused": found.n_unused,
         "payload_bytes_per_change": found.payload_bytes_per_change,
         "file_bytes_per_change": found.file_bytes_per_change,
         "base_fingerprint": found.base_fingerprint,
@@ -193,15 +197,13 @@ def _describe(output: Path, file_bytes: int, target_bytes: int, found: Inspectio
         f"{printable(str(output))}: {size(file_bytes)},"
         f" {percent(share)} of the target's {size(target_bytes)}"
     ]
-    n_removed = found.states["removed"]
-    n_target = len(found.tensors) - n_removed
-    n_changed = n_target - found.states["unchanged"]
-    if not n_changed + n_removed:
-        return "\n".join([*lines, "no tensor changed"])
-    removed = f", {count(n_removed, 'tensor')} removed" if n_removed else ""
+    n_changed = len(found.tensors) - found.states["unchanged"]
+    unused = f", {count(found.n_unused, 'tensor')} of the base not used" if found.n_unused else ""
+    if not n_changed:
+        return "\n".join([*lines, f"no tensor changed{unused}"])
     lines.append(
         f"{count(found.nnz)} of {count(found.numel, 'element')} changed ({percent(found.density)}),"
-        f" in {count(n_changed)} of {count(n_target, 'tensor')}{removed}"
+        f" in {count(n_changed)} of {count(len(found.tensors), 'tensor')}{unused}"
     )
     if found.nnz:
         lines.append(

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
 from blake3 import blake3
 
-from sparsedelta.codecs.context import NO_CONTEXT, StartBits, Bits, ChunkContext, Positions
+from sparsedelta.codecs.context import NO_CONTEXT, Bits, ChunkContext, Positions, StartBits
 from sparsedelta.codecs.exponent_classes import Keys, keys_at
 from sparsedelta.codecs.indices import INDEX_ENCODINGS
 from sparsedelta.codecs.packings import VALUE_PACKINGS
@@ -116,7 +117,7 @@ class Span:
 
 def touched_digest(bits: Bits) -> bytes:
     """Return the short digest of touched elements (FORMAT §9)."""
-    return blake3(memoryview(bits).cast("B") if len(bits) else b"").digest()[:TOUCHED_BYTES]
+    return blake3(np.ascontiguousarray(bits).view(np.uint8).data).digest()[:TOUCHED_BYTES]
 
 
 def encode_chunk(
@@ -193,7 +194,9 @@ def _position_candidates(
     candidates = []
     for name, encoding in INDEX_ENCODINGS.items():
         size = len(positions), n
-        if not encoding.worth_trying(*size) or (level is Level.FAST and not encoding.is_quick(*size)):
+        if not encoding.worth_trying(*size) or (
+            level is Level.FAST and not encoding.is_quick(*size)
+        ):
             continue
         for classes in (False, True) if encoding.has_classes and context.before else (False,):
             stream = encoding.encode(positions, n, context.sorted(classes))

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from sparsedelta.codecs.context import StartBits, Bits, Positions
+from sparsedelta.codecs.context import Bits, Positions, StartBits
 from sparsedelta.errors import Corrupt
 
 Words: TypeAlias = npt.NDArray[np.uint64]

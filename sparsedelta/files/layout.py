@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -10,7 +10,7 @@ from blake3 import blake3
 from sparsedelta.errors import Corrupt, FormatError
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.manifest import read_text
-from sparsedelta.format.records import DIGEST_BYTES, Row, Stored, WeightFile
+from sparsedelta.format.records import DIGEST_BYTES, Row, Stored, TensorSpec, WeightFile
 from sparsedelta.format.safetensors_header import HeaderEntry, parse_header, render_header
 
 
@@ -50,8 +50,8 @@ def target_layout(delta: Delta) -> list[FileLayout]:
     """
     result = []
     for file, rows in rows_by_file(delta):
-        entries = list(_entries(rows))
-        header = header_bytes(delta, file, entries)
+        entries = list(_entries((row.name, row.target) for row in rows))
+        header = _header(delta, file, entries)
         start = 8 + len(header)
         offsets = tuple(start + entry.begin for entry in entries)
         end = entries[-1].end if entries else 0
@@ -59,8 +59,8 @@ def target_layout(delta: Delta) -> list[FileLayout]:
     return result
 
 
-def header_bytes(delta: Delta, file: WeightFile, entries: Sequence[HeaderEntry]) -> bytes:
-    """Return the header of a weight file, checked against its tensors; see ``target_layout``."""
+def _header(delta: Delta, file: WeightFile, entries: Sequence[HeaderEntry]) -> bytes:
+    """Return the header of a weight file, checked against its tensors."""
     if file.stored:
         raw = _read_stored(delta, file, file.stored, entries)
     else:
@@ -89,9 +89,14 @@ def _read_stored(
     return raw
 
 
-def _entries(rows: Sequence[Row]) -> Iterator[HeaderEntry]:
+def canonical_header(file: WeightFile, tensors: Iterable[tuple[str, TensorSpec]]) -> bytes:
+    """Return the canonical header of a file with these tensors, by name, and the file's metadata."""
+    return render_header(file.metadata, _entries(tensors))
+
+
+def _entries(tensors: Iterable[tuple[str, TensorSpec]]) -> Iterator[HeaderEntry]:
     begin = 0
-    for row in rows:
-        end = begin + row.target.n_bytes
-        yield HeaderEntry(row.name, row.target.dtype.name, row.target.shape, begin, end)
+    for name, spec in tensors:
+        end = begin + spec.n_bytes
+        yield HeaderEntry(name, spec.dtype.name, spec.shape, begin, end)
         begin = end

@@ -127,7 +127,9 @@ class FilePayload:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def write_container(manifest: Manifest, payload: Payload, path: AnyPath, *, overwrite: bool) -> None:
+def write_container(
+    manifest: Manifest, payload: Payload, path: AnyPath, *, overwrite: bool
+) -> None:
     """Write a delta as one file that appears complete or not at all; see ``Delta.save``."""
     with staged_output(path, overwrite=overwrite) as staged, open(staged, "xb") as file:
         for block in container_blocks(manifest, payload):

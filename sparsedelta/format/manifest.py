@@ -42,7 +42,7 @@ from sparsedelta.format.records import (
     default_keep,
 )
 from sparsedelta.format.safetensors_header import MAX_DIMENSIONS, METADATA_KEY
-from sparsedelta.format.strict_json import compact_json, members, parse_json
+from sparsedelta.format.strict_json import compact_json, parse_json
 
 MAX_MANIFEST_BYTES = 1 << 27
 MAX_STRUCTURE_RATIO, MAX_STRUCTURE_EXTRA = 8, 1 << 19
@@ -183,9 +183,9 @@ def _structure(manifest: Manifest) -> dict[str, JSON]:
         "layouts": [
             [dtype.name, dtype.bits, dtype.element, list(shape)] for dtype, shape in layouts
         ],
-        "tensors": {name: column for name, column in tensors.items()},
+        "tensors": {**tensors},
         "codings": [[c.values, c.index, c.packing, int(c.classes)] for c in codings],
-        "chunks": {name: column for name, column in chunks.items()},
+        "chunks": {**chunks},
     }
 
 
@@ -463,10 +463,13 @@ class _Rows:
         ]
         self._base_files = [base_files[i] if i >= 0 else None for i in files]
         self._base_names = self._exceptions(base_names, "base_names")
-        self._base_specs = {
-            row: layouts[i]
-            for row, i in self._exceptions(base_layouts, "base_layouts", len(layouts)).items()
-        }
+        other_layouts = self._exceptions(base_layouts, "base_layouts", len(layouts))
+        for exceptions, usual in ((self._base_names, names), (other_layouts, own)):
+            if any(usual[row] == item for row, item in exceptions.items()):
+                raise Corrupt(
+                    "a tensor's base has its own name or layout, which goes without saying"
+                )
+        self._base_specs = {row: layouts[i] for row, i in other_layouts.items()}
         self._keep = self._exceptions(keep, "keep", _MAX_BITS)
         _check_name_bytes(self._base_names.values())
         self._check_total()
@@ -487,8 +490,10 @@ class _Rows:
         ):
             most = default_keep(base.spec, spec) if base else 0
             keep = self._keep.get(number, most)
-            if keep > most:
-                raise Corrupt(f"tensor {name!r} keeps {keep} elements, at most {most} can be kept")
+            if number in self._keep and keep >= most:
+                raise Corrupt(
+                    f"tensor {name!r} keeps {keep} elements, less than {most} is expected"
+                )
             row = Row(file, name, spec, base, keep, ())
             if base is not None and not self.n_chunks[number] and row.is_copied:
                 same = base.spec.same_layout(spec)
@@ -602,7 +607,9 @@ class _DigestReader:
         digest = self._raw[self._at : self._at + n_bytes]
         self._at += n_bytes
         if len(digest) != n_bytes:
-            raise Corrupt(f"the manifest ends within its digests, at {len(self._raw)} bytes of them")
+            raise Corrupt(
+                f"the manifest ends within its digests, at {len(self._raw)} bytes of them"
+            )
         return digest
 
     def finish(self) -> None:
@@ -630,10 +637,9 @@ def _check_name_bytes(names: Iterable[str]) -> None:
 
 
 def _objects(value: Any, what: str, names: Sequence[str]) -> list[Any]:
-    found = members(value, what, names)
-    if [*value] != [*names]:
-        raise Corrupt(f"the members of {what} are not in order")
-    return found
+    if type(value) is not dict or [*value] != [*names]:
+        raise Corrupt(f"{what}: expected an object of {', '.join(names)}, in this order")
+    return [*value.values()]
 
 
 def _list(value: Any, what: str, limit: int | None = None) -> list[Any]:

@@ -9,7 +9,9 @@ from typing import Protocol, TypeAlias
 from sparsedelta.codecs.chunk import Chunk
 from sparsedelta.dtypes import DType, tensor_bytes
 
-TensorKey: TypeAlias = tuple[str, str]  # file and name: what identifies a tensor within a checkpoint
+TensorKey: TypeAlias = tuple[
+    str, str
+]  # file and name: what identifies a tensor within a checkpoint
 
 DIGEST_BYTES = 16  # of a tensor, a header, a coded chunk
 FILE_DIGEST_BYTES = 32  # of a side file

@@ -59,7 +59,7 @@ def parse_header(raw: bytes, what: str, *, longest_name: int = MAX_NAME_BYTES) -
     Raises:
         NotJSON: not a JSON object, or one whose metadata are none.
         Corrupt: not a header.
-        LimitExceeded: nested too deeply, or a name or shape too long.
+        LimitExceeded: a name or shape is too long.
     """
     unpadded = raw.rstrip(b" ")
     if not (unpadded.startswith(b"{") and unpadded.endswith(b"}")):

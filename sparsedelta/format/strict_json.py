@@ -40,9 +40,9 @@ def parse_json(raw: bytes, what: str) -> Any:
         what: what it is, for messages.
 
     Raises:
-        LimitExceeded: nested deeper than ``MAX_DEPTH``.
         NotJSON: no JSON at all: bad UTF-8, NaN, a lone surrogate.
-        Corrupt: JSON, but not strict: a key given twice, an integer beyond 63 bits.
+        Corrupt: JSON, but not strict: a key given twice, an integer beyond 63 bits, nested deeper than
+            ``MAX_DEPTH``.
     """
     try:
         _check_depth(raw, what)
@@ -173,7 +173,7 @@ def _check_depth(raw: bytes, what: str) -> None:
         steps[inside] = 0
         depths = np.cumsum(steps, dtype=np.int64) + depth
         if int(depths.max()) > MAX_DEPTH:
-            raise LimitExceeded(f"{what} is nested deeper than {MAX_DEPTH}")
+            raise Corrupt(f"{what} is nested deeper than {MAX_DEPTH}")
         depth, in_string = int(depths[-1]), bool(inside[-1])
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from sparsedelta.codecs.chunk import CHUNK_ELEMENTS
-from sparsedelta.codecs.context import BaseBits, Bits
+import numpy as np
+
 from sparsedelta.dtypes import DType
 
 if TYPE_CHECKING:
@@ -75,16 +75,24 @@ def gather(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return memory.index_select(0, places)
 
 
-def chunk_bits(tensor: torch.Tensor, number: int) -> BaseBits:
-    """Return a reader of the bits of a chunk's elements."""
-    first = number * CHUNK_ELEMENTS
+class TensorBytes:
+    """The bytes of a tensor on any device, in the order of its elements (``tensors.start.Readable``)."""
 
-    def read(start: int, n: int) -> Bits:
-        flat = flat_bits(tensor) if tensor.is_contiguous() else integer_view(tensor).reshape(-1)
-        part: Bits = flat[first + start : first + start + n].cpu().numpy()
-        return part.view(f"<u{part.itemsize}")
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
 
-    return read
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with bytes from ``offset``; both are whole elements."""
+        import torch
+
+        tensor = self._tensor
+        width = tensor.element_size()
+        first, end = offset // width, (offset + len(buffer)) // width
+        if tensor.is_contiguous():
+            part = flat_bits(tensor)[first:end]
+        else:
+            part = gather(tensor, torch.arange(first, end, device=tensor.device))
+        np.frombuffer(buffer, np.uint8)[:] = part.cpu().numpy().view(np.uint8)
 
 
 def scatter(tensor: torch.Tensor, index: torch.Tensor, bits: torch.Tensor) -> None:

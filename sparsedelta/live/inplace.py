@@ -5,6 +5,7 @@ Work and memory go with the touched elements. All tensors are looked at before t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ import numpy as np
 from blake3 import blake3
 
 from sparsedelta._typing import Model, ModelCheck, Names
-from sparsedelta.codecs.chunk import CHUNK_ELEMENTS
-from sparsedelta.codecs.values import Bits, ordered, ulp_differences, unordered
+from sparsedelta.codecs.chunk import Chunk, touched_digest
+from sparsedelta.codecs.context import Bits, Positions
+from sparsedelta.codecs.values import VALUE_ENCODINGS, ordered, ulp_differences, unordered
+from sparsedelta.dtypes import DType
 from sparsedelta.errors import (
     AlreadyApplied,
     BaseMismatch,
@@ -25,17 +28,18 @@ from sparsedelta.errors import (
     PartlyApplied,
 )
 from sparsedelta.format.delta import Delta
-from sparsedelta.format.records import DIGEST_BYTES, TOUCHED_BYTES
-from sparsedelta.live.bits import chunk_bits, gather, integer_view, scatter
-from sparsedelta.live.slots import Place, Slot, find_places, unchanged_places
+from sparsedelta.format.records import DIGEST_BYTES, Row
+from sparsedelta.live.bits import TensorBytes, gather, integer_view, scatter
+from sparsedelta.live.slots import Place, Places, Slot, find_places
 from sparsedelta.progress import Silent
-from sparsedelta.tensors.changes import stage_of
+from sparsedelta.tensors.changes import decode_row_chunk
 from sparsedelta.tensors.parallel import Pace, run_all
 
 if TYPE_CHECKING:
     import torch
 
 State: TypeAlias = Literal["base", "target", "other"]
+_BLOCK_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,33 +113,25 @@ def prepare(
     """
     if verify not in get_args(ModelCheck):
         raise ValueError(f"verify is {verify!r}, expected one of {', '.join(get_args(ModelCheck))}")
-    delta.payload.check()
     places = find_places(delta, model, names)
-    for place in places:
-        if undo and place.change.values != "ulp":
-            raise ConflictError(
-                f"the delta holds new values of tensor {place.row.name!r}, not differences; what was"
-                " there before it does not know: use applied(), or load the base again",
-                tensor=place.row.name,
-            )
-        if verify == "touched" and place.change.touched is None and place.change.nnz:
-            raise ValueError(
-                f"the delta has no digests of the touched values of tensor {place.row.name!r}, as one"
-                " that was stacked without its base; ask for verify='full' or 'none'"
-            )
+    for place in places.changed:
+        _check_possible(place.row, verify, undo=undo)
     if verify == "full":
-        _check_whole(delta, model, names, places, undo=undo)
+        _check_whole(places, undo=undo)
     pace = Pace(Silent())
-    found = run_all(
-        lambda place: _decode(delta, place, verify=verify, undo=undo, pace=pace),
-        places,
-        cost=lambda place: place.change.coded_bytes,
-        pace=pace,
-    )
-    if verify == "touched":
-        _check_states(
-            [(place, state) for place, (_, state) in zip(places, found, strict=True)], undo
+    try:
+        found = run_all(
+            lambda place: _decode(delta, place, verify=verify, undo=undo, pace=pace),
+            places.changed,
+            cost=lambda place: place.row.coded_bytes,
+            pace=pace,
         )
+        _check_states([(patch.place, state) for patch, state in found], undo=undo)
+    except BaseMismatch:
+        # A target is not recognised by touched values if classes of the base say where these are.
+        if any(chunk.coding.classes for place in places.changed for chunk in place.row.chunks):
+            _check_whole(places, undo=undo)
+        raise
     return [patch for patch, _ in found]
 
 
@@ -145,89 +141,116 @@ def write(patches: Sequence[Patch], *, undo: bool) -> None:
         scatter(patch.place.slot.tensor(), patch.index, patch.before if undo else patch.after)
 
 
+def _check_possible(row: Row, verify: ModelCheck, *, undo: bool) -> None:
+    if undo and any(chunk.coding.values != "ulp" for chunk in row.chunks):
+        raise ConflictError(
+            f"the delta holds new values of tensor {row.name!r}, not differences; what was"
+            " there before it does not know: use applied(), or load the base again",
+            tensor=row.name,
+        )
+    if verify == "touched" and any(chunk.touched is None for chunk in row.chunks):
+        raise ValueError(
+            f"the delta has no digests of the touched values of tensor {row.name!r}, as one"
+            " that was stacked without its base; ask for verify='full' or 'none'"
+        )
+
+
 def _decode(
     delta: Delta, place: Place, *, verify: ModelCheck, undo: bool, pace: Pace
 ) -> tuple[Patch, State]:
-    """Return a tensor's decoded change and what the model holds at its positions."""
+    """Return a tensor's decoded changes and what the model holds at their positions."""
     import torch
 
-    dtype, change, tensor = place.target.dtype, place.change, place.slot.tensor()
-    index = np.empty(change.nnz, np.int64)
-    codes = np.empty(change.nnz, dtype.view)
-    stage, start = stage_of(delta, place.row), 0
-    for chunk in change.chunks:
-        end = start + chunk.nnz
-        base = None if undo else chunk_bits(tensor, chunk.number)
-        try:
-            positions, coded = stage.decode(chunk.number, pace, base)
-        except Corrupt as error:
-            if not chunk.needs_base:
-                raise
-            raise BaseMismatch(
-                f"tensor {place.row.name!r} of the model is not the base's, or the delta is applied"
-                " already: its changes, coded by the base's exponents, make no sense of it",
-                tensor=place.row.name,
-            ) from error
-        np.add(positions, chunk.number * CHUNK_ELEMENTS, out=index[start:end], casting="unsafe")
-        codes[start:end] = ulp_differences(coded) if change.values == "ulp" else coded
-        start = end
+    row, tensor = place.row, place.slot.tensor()
+    dtype = row.target.dtype
+    index = np.empty(row.nnz, np.int64)
+    codes = np.empty(row.nnz, dtype.view)
+    ends = itertools.accumulate(chunk.nnz for chunk in row.chunks)
+    parts = [(c, slice(end - c.nnz, end)) for c, end in zip(row.chunks, ends, strict=True)]
+    for chunk, part in parts:
+        positions, codes[part] = _decode_chunk(delta, place, chunk, undo=undo)
+        np.add(positions, np.int64(chunk.start), out=index[part])
+        pace.advance(chunk.stored_bytes)
     where = torch.from_numpy(index).to(tensor.device)
     now = gather(tensor, where)
     held = now.cpu().numpy().view(dtype.view)
-    other = codes  # reckoned on the host, where digests are made: workers share its cores already
-    if change.values == "ulp":
-        moved = ordered(dtype, held)
-        moved += np.negative(codes, out=codes) if undo else codes
-        other = unordered(dtype, moved)
-    state: State = "target" if undo else "base"
-    if verify == "touched":
-        state = _state(place, held, other, undo=undo)
+    other = codes  # computed on the host, where digests are made: workers share its cores already
+    possible: set[State] = {"base", "target"}
+    for chunk, part in parts:
+        other[part] = _moved(dtype, chunk, held[part], codes[part], undo=undo)
+        if verify == "touched":
+            possible &= _possible_states(row, chunk, held[part], other[part], undo=undo)
     then = torch.from_numpy(other.view(f"<i{dtype.width}")).to(tensor.device)
     before, after = (then, now) if undo else (now, then)
+    wanted, done = _wanted_and_done(undo=undo)
+    state = wanted if wanted in possible else done if done in possible else "other"
     return Patch(place, where, before, after), state
 
 
-def _state(place: Place, now: Bits, then: Bits, *, undo: bool) -> State:
-    """Return what the model holds, told by the digests of the touched values.
+def _decode_chunk(
+    delta: Delta, place: Place, chunk: Chunk, *, undo: bool
+) -> tuple[Positions, Bits]:
+    row, classes = place.row, chunk.coding.classes
+    base = TensorBytes(place.slot.tensor()) if classes and not undo else None
+    try:
+        return decode_row_chunk(row, chunk, delta.payload, base)
+    except Corrupt as error:
+        if not classes or (row.base and _whole_digest(place.slot) == row.base.spec.digest):
+            raise
+        raise BaseMismatch(
+            f"tensor {row.name!r} of the model is not the base's: its changes, coded by the base's"
+            " exponents, make no sense of it; nothing was written",
+            tensor=row.name,
+        ) from error
+
+
+def _moved(dtype: DType, chunk: Chunk, held: Bits, codes: Bits, *, undo: bool) -> Bits:
+    """Return what touched elements become; with ``undo`` the codes are differences."""
+    if not undo:
+        return VALUE_ENCODINGS[chunk.coding.values].decode(dtype, held, codes)
+    places = ordered(dtype, held)
+    places -= ulp_differences(codes)
+    return unordered(dtype, places)
+
+
+def _possible_states(row: Row, chunk: Chunk, now: Bits, then: Bits, *, undo: bool) -> set[State]:
+    """Return what the model may hold in a chunk, by the digests of its touched elements.
 
     Raises:
         Corrupt: it is right, and what it becomes is not.
     """
-    expected, change = place.change.touched, place.change
-    if expected is None or not change.nnz:
-        return "target" if undo else "base"
-    found = _digest(now)
-    if found != expected[int(undo)]:
-        kinds: dict[bytes, State] = {expected[0]: "base", expected[1]: "target"}
-        return kinds.get(found, "other")
-    if _digest(then) != expected[int(not undo)]:
+    before, after = chunk.touched or (b"", b"")
+    found = touched_digest(now)
+    wanted, becomes = (after, before) if undo else (before, after)
+    if found == wanted and touched_digest(then) != becomes:
         raise Corrupt(
-            f"tensor {place.row.name!r}: its touched values are the base's, but applying the delta gives"
-            " other values than it states; the delta is inconsistent; download it again",
-            tensor=place.row.name,
+            f"tensor {row.name!r}: its touched values are right, but they become others than the delta"
+            " states; the delta is inconsistent; download it again",
+            tensor=row.name,
         )
-    return "target" if undo else "base"
+    kinds: list[tuple[State, bytes]] = [("base", before), ("target", after)]
+    return {state for state, digest in kinds if digest == found}
 
 
-def _digest(bits: Bits) -> bytes:
-    return blake3(np.ascontiguousarray(bits).view(np.uint8).data).digest()[:TOUCHED_BYTES]
+def _wanted_and_done(*, undo: bool) -> tuple[State, State]:
+    """Return what the model must hold, and what it becomes."""
+    return ("target", "base") if undo else ("base", "target")
 
 
-def _check_states(states: Sequence[tuple[Place, State]], undo: bool) -> None:
-    """ModelCheck that every tensor is the base's, or with ``undo`` the target's, by what was found."""
-    due = [(place, state) for place, state in states if place.change.nnz]
-    wanted, done = ("target", "base") if undo else ("base", "target")
-    wrong = [place for place, state in due if state == "other"]
+def _check_states(states: Sequence[tuple[Place, State]], *, undo: bool) -> None:
+    """Check that every tensor is the base's, or with ``undo`` the target's, by what was found."""
+    wanted, done = _wanted_and_done(undo=undo)
+    wrong = [place for place, state in states if state == "other"]
     if wrong:
         raise BaseMismatch(
             f"tensor {wrong[0].row.name!r} has at its touched positions neither the values of the"
-            f" delta's base nor those of its target, as {len(wrong)} of {len(due)} changed tensors;"
+            f" delta's base nor those of its target, as {len(wrong)} of {len(states)} changed tensors;"
             " nothing was written",
             tensor=wrong[0].row.name,
         )
-    finished = [place for place, state in due if state == done]
+    finished = [place for place, state in states if state == done]
     if finished:
-        raise _applied_error(finished[0].row.name, len(finished), len(due), wanted, done)
+        raise _applied_error(finished[0].row.name, len(finished), len(states), wanted, done)
 
 
 def _applied_error(name: str, n_done: int, n_due: int, wanted: str, done: str) -> MismatchError:
@@ -242,40 +265,42 @@ def _applied_error(name: str, n_done: int, n_due: int, wanted: str, done: str) -
     )
 
 
-def _check_whole(
-    delta: Delta, model: Model, names: Names, places: Sequence[Place], *, undo: bool
-) -> None:
+def _check_whole(places: Places, *, undo: bool) -> None:
     """Compare the digests of all tensors that the model has with those of the base or target."""
+    wanted, done = _wanted_and_done(undo=undo)
     states: list[tuple[Place, State]] = []
-    for place in places:
+    for place in places.changed:
         row = place.row
-        digests = [spec.digest if spec else None for spec in (row.base, row.target)]
-        if digests[int(undo)] is None:
+        digests = row.base.spec.digest if row.base else None, row.target.digest
+        due, becomes = reversed(digests) if undo else digests
+        if due is None:
             raise ValueError(
                 f"the delta does not know the digest of tensor {row.name!r} in its target; ask for"
                 " verify='touched' or 'none'"
             )
         found = _whole_digest(place.slot)
-        kinds: dict[bytes | None, State] = {digests[1]: "target", digests[0]: "base"}
-        states.append((place, kinds.get(found, "other")))
-    for row, slot in unchanged_places(delta, model, names):
+        states.append(
+            (place, wanted if found == expected else done if found == becomes else "other")
+        )
+    for rows, slot in places.unchanged:
         found = _whole_digest(slot)
-        if row.base and found != row.base.digest:
+        expected = [row.base.spec.digest or b"" for row in rows if row.base]
+        if found not in expected:
             raise BaseMismatch(
-                f"tensor {row.name!r}, which the delta leaves as it is, has digest {found.hex()[:12]}…"
-                f" in the model, expected {(row.base.digest or b'').hex()[:12]}…; nothing was written",
-                tensor=row.name,
-                expected=(row.base.digest or b"").hex(),
+                f"tensor {rows[0].name!r}, which the delta leaves as it is, has digest"
+                f" {found.hex()[:12]}… in the model, expected {expected[0].hex()[:12]}…; nothing was written",
+                tensor=rows[0].name,
+                expected=expected[0].hex(),
                 found=found.hex(),
             )
-    _check_states(states, undo)
+    _check_states(states, undo=undo)
 
 
 def _whole_digest(slot: Slot) -> bytes:
     tensor = slot.tensor()
     bits = integer_view(tensor).contiguous().view(-1)
     hasher = blake3()
-    for start in range(0, len(bits), CHUNK_ELEMENTS):
-        block = bits[start : start + CHUNK_ELEMENTS].cpu().numpy()
+    for start in range(0, len(bits), _BLOCK_ELEMENTS):
+        block = bits[start : start + _BLOCK_ELEMENTS].cpu().numpy()
         hasher.update(block.view(np.uint8).data)
     return hasher.digest()[:DIGEST_BYTES]

@@ -5,6 +5,7 @@ Every changed tensor is found, fitting in dtype and shape, or the search fails: 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sparsedelta._typing import Model, Names
 from sparsedelta.errors import StructureMismatch
 from sparsedelta.format.delta import Delta
-from sparsedelta.format.records import Change, TensorDelta, TensorSpec
+from sparsedelta.format.records import Row, TensorKey, TensorSpec
 from sparsedelta.live.bits import overlaps_itself, torch_dtype, wire_name
 
 if TYPE_CHECKING:
@@ -67,53 +68,66 @@ class Slot:
 class Place:
     """A changed tensor and where the model holds it."""
 
-    row: TensorDelta
-    target: TensorSpec
-    change: Change
+    row: Row
     slot: Slot
 
 
-def find_places(delta: Delta, model: Model, names: Names) -> list[Place]:
-    """Return where the model holds each tensor that the delta changes; tied ones once.
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Which tensors of a model are a delta's.
+
+    Attributes:
+        changed: those that the delta changes; tied ones once.
+        unchanged: those that it leaves as they are, each with the rows that it may be; they are of one
+            name in several files.
+    """
+
+    changed: Sequence[Place]
+    unchanged: Sequence[tuple[Sequence[Row], Slot]]
+
+
+def find_places(delta: Delta, model: Model, names: Names) -> Places:
+    """Return where the model holds the delta's tensors, of which a changed one is never missing.
+
+    A tensor of the model is found by its name, whatever the file it is in. If several files have a tensor
+    of this name, it is the one with the dtype and shape that the model has.
 
     Args:
         delta: changes elements in place, and nothing else.
         model: a module or a state dict.
-        names: from a tensor's name in the delta to that in the model; None as a value: leave this
-            tensor out. None: as they are, but for what wrappers add, and one common prefix.
+        names: from a tensor's name, or file and name, in the delta to its name in the model; None as a
+            value: leave this tensor out. None: as they are, but for what wrappers add, and one common prefix.
 
     Raises:
-        StructureMismatch: a tensor is missing, of another dtype or shape, tied to one that becomes
-            another, or holds no plain data; or the delta adds, removes or reshapes tensors.
+        StructureMismatch: a changed tensor is missing, of another dtype or shape, one of several, tied to one
+            that becomes another, or holds no plain data; or the delta adds, renames or reshapes tensors.
     """
     slots = find_slots(model)
-    renamed = [(row, _renamed(row.name, names)) for row in delta.tensors]
-    changed = [(row, name) for row, name in renamed if name is not None and row.base != row.target]
-    for row, _ in changed:
-        _check_in_place(row)
-    resolve = _resolver([name for _, name in changed], slots)
-    places: dict[object, Place] = {}
-    for row, name in changed:
-        place = _place(row, slots[resolve(name)])
-        places.setdefault(_memory_of(place.slot.tensor()), place)
-    for row, wanted in renamed:
-        slot = None if wanted is None else slots.get(resolve(wanted))
-        if slot is not None:
-            _check_tied(row, places.get(_memory_of(slot.tensor())))
-    return list(places.values())
+    named = [(row, _renamed(row.key, names)) for row in delta.tensors]
+    wanted = [(row, name) for row, name in named if name is not None]
+    own_name = _resolver([name for row, name in wanted if _is_in_place(row) and row.chunks], slots)
 
+    def slot_of(key: TensorKey) -> Slot | None:
+        name = _renamed(key, names)
+        return None if name is None else slots.get(own_name(name))
 
-def unchanged_places(delta: Delta, model: Model, names: Names) -> list[tuple[TensorDelta, Slot]]:
-    """Return the tensors that the delta leaves as they are and the model has."""
-    slots = find_slots(model)
-    renamed = [(row, _renamed(row.name, names)) for row in delta.tensors]
-    changed = [name for row, name in renamed if name is not None and row.base != row.target]
-    resolve = _resolver(changed, slots)
-    return [
-        (row, slots[resolve(name)])
-        for row, name in renamed
-        if name is not None and row.base == row.target and resolve(name) in slots
-    ]
+    rows_by_name: dict[str, list[Row]] = defaultdict(list)
+    for row, name in wanted:
+        rows_by_name[own_name(name)].append(row)
+    changed: dict[object, Place] = {}
+    found: list[tuple[list[Row], Slot]] = []
+    for name, rows in rows_by_name.items():
+        slot = slots.get(name)
+        meant = _meant(rows, slot, slot_of)
+        if slot is None or not meant:
+            continue
+        found.append((meant, slot))
+        if meant[0].chunks:
+            _check_usable(meant[0], slot.tensor())
+            changed.setdefault(_memory_of(slot.tensor()), Place(meant[0], slot))
+    for meant, slot in found:
+        _check_tied(meant[0], changed.get(_memory_of(slot.tensor())))
+    return Places([*changed.values()], [(rows, slot) for rows, slot in found if not rows[0].chunks])
 
 
 def find_slots(model: Model) -> dict[str, Slot]:
@@ -152,14 +166,17 @@ def _plain(name: str) -> str:
     return ".".join(parts)
 
 
-def _renamed(name: str, names: Names) -> str | None:
+def _renamed(key: TensorKey, names: Names) -> str | None:
     if names is None:
-        return name
-    return names(name) if callable(names) else names.get(name, name)
+        return key[1]
+    if callable(names):
+        return names(key[1])
+    return names[key] if key in names else names.get(key[1], key[1])
 
 
 def _resolver(changed: Sequence[str], slots: Mapping[str, Slot]) -> Callable[[str], str]:
     """Return what makes a name of the delta one of the model, the same way for every name."""
+    changed = list(dict.fromkeys(changed))
     missing = [name for name in changed if name not in slots]
     if not missing:
         return lambda name: name
@@ -179,7 +196,7 @@ def _resolver(changed: Sequence[str], slots: Mapping[str, Slot]) -> Callable[[st
         more = f", nor are {len(missing) - 1} more" if len(missing) > 1 else ""
         problem = f"tensor {missing[0]!r}, which the delta changes, is not in the model{more}"
     raise StructureMismatch(
-        f"{problem}; give the names the model has (names)",
+        f"{problem}; give the names the model has, None for tensors to leave out (names)",
         tensor=missing[0],
         expected=missing[0],
         found="absent",
@@ -202,45 +219,103 @@ def _converted(name: str, way: tuple[str, str]) -> str:
     return add + name.removeprefix(cut)
 
 
-def _check_in_place(row: TensorDelta) -> None:
-    change, base, target = row.change, row.base, row.target
-    if base is None or target is None:
-        problem = f"{'adds' if base is None else 'removes'} tensor {row.name!r}"
-    elif not base.same_layout(target) or not change or change.keep != target.n_elements:
-        problem = f"makes tensor {row.name!r} {_shown(target)} of {_shown(base)}"
-    else:
-        return
-    raise StructureMismatch(
-        f"the delta {problem}, which cannot be done to a model in memory; load the target (load_model)",
-        tensor=row.name,
-        expected=_shown(base),
-        found=_shown(target),
+def _is_in_place(row: Row) -> bool:
+    """Return whether only elements change: name, dtype and shape are those of the base."""
+    return row.base is not None and row.base.name == row.name and row.keeps_all
+
+
+def _meant(
+    rows: Sequence[Row], slot: Slot | None, slot_of: Callable[[TensorKey], Slot | None]
+) -> list[Row]:
+    """Return which rows of one name a tensor of the model is: a changed one, else those that are unchanged.
+
+    Args:
+        rows: the rows of its name.
+        slot: the tensor; None: the model has none of this name.
+        slot_of: returns the tensor of a name in the base.
+
+    Raises:
+        StructureMismatch: several changed ones fit; or none fits, and one is changed.
+    """
+    tensor = None if slot is None else slot.tensor()
+    fitting = [row for row in rows if _is_in_place(row) and _fits(row, tensor)]
+    changed = [row for row in fitting if row.chunks]
+    for other in changed[1:]:
+        if not _same_change(changed[0], other):
+            raise _several_error(changed[0], other)
+    if fitting:
+        return changed[:1] or fitting
+    for row in rows:
+        if _is_in_place(row):
+            if row.chunks and tensor is not None:
+                raise _misfit_error(row, tensor)
+        elif not _is_tied_copy(row, slot, slot_of):
+            raise _not_in_place_error(row)
+    return [*rows]
+
+
+def _fits(row: Row, tensor: torch.Tensor | None) -> bool:
+    target = row.target
+    return (
+        tensor is not None
+        and tensor.dtype == torch_dtype(target.dtype)
+        and tuple(tensor.shape) == target.shape
     )
 
 
-def _place(row: TensorDelta, slot: Slot) -> Place:
-    base, target, change, name = row.base, row.target, row.change, repr(row.name)
-    if base is None or target is None or change is None:
-        raise ValueError(f"tensor {name} is not changed in place")
-    tensor = slot.tensor()
-    found = f"{wire_name(tensor.dtype)} {list(tensor.shape)}"
-    if tensor.dtype != torch_dtype(base.dtype) or tuple(tensor.shape) != base.shape:
-        hint = "" if tuple(tensor.shape) != base.shape else f"; load the model in {base.dtype.name}"
-        raise StructureMismatch(
-            f"tensor {name} is {found} in the model, expected {_shown(base)}{hint}",
-            tensor=row.name,
-            expected=_shown(base),
-            found=found,
-        )
+def _is_tied_copy(
+    row: Row, slot: Slot | None, slot_of: Callable[[TensorKey], Slot | None]
+) -> bool:
+    """Return whether a row is another tensor of the base, with which the model ties it."""
+    if slot is None or row.base is None or not (row.is_copied and row.keeps_all):
+        return False
+    base_slot = slot_of(row.base.key)
+    return base_slot is not None and _memory_of(base_slot.tensor()) == _memory_of(slot.tensor())
+
+
+def _not_in_place_error(row: Row) -> StructureMismatch:
+    base, name = row.base, repr(row.name)
+    if base is None:
+        problem = f"adds tensor {name}"
+    elif base.name != row.name:
+        problem = f"makes tensor {name} from tensor {base.name!r}"
+    else:
+        problem = f"makes tensor {name} {_shown(row.target)} of {_shown(base.spec)}"
+    return StructureMismatch(
+        f"the delta {problem}, which cannot be done to a model in memory; load the target (load_model)",
+        tensor=row.name,
+        expected=_shown(base.spec if base else None),
+        found=_shown(row.target),
+    )
+
+
+def _several_error(row: Row, other: Row) -> StructureMismatch:
+    return StructureMismatch(
+        f"tensor {row.name!r} of the model may be that of {row.file!r} or of {other.file!r}, both of which"
+        f" the delta changes; leave one out, as with names={{({other.file!r}, {other.name!r}): None}}",
+        tensor=row.name,
+    )
+
+
+def _misfit_error(row: Row, tensor: torch.Tensor) -> StructureMismatch:
+    expected, found = row.target, f"{wire_name(tensor.dtype)} {list(tensor.shape)}"
+    other_dtype = tuple(tensor.shape) == expected.shape
+    hint = f"; load the model in {expected.dtype.name}" if other_dtype else ""
+    return StructureMismatch(
+        f"tensor {row.name!r} is {found} in the model, expected {_shown(expected)}{hint}",
+        tensor=row.name,
+        expected=_shown(expected),
+        found=found,
+    )
+
+
+def _check_usable(row: Row, tensor: torch.Tensor) -> None:
     problem = _unusable(tensor)
     if problem:
         raise StructureMismatch(
-            f"tensor {name} {problem}, so its elements cannot be changed in place",
+            f"tensor {row.name!r} {problem}, so its elements cannot be changed in place",
             tensor=row.name,
-            expected=_shown(base),
-            found=found,
         )
-    return Place(row, target, change, slot)
 
 
 def _unusable(tensor: torch.Tensor) -> str | None:
@@ -261,20 +336,27 @@ def _memory_of(tensor: torch.Tensor) -> object:
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def _check_tied(row: TensorDelta, place: Place | None) -> None:
+def _check_tied(row: Row, place: Place | None) -> None:
     """Check that a tensor which shares its memory with a changed one becomes the same as that."""
-    if place is None or row is place.row:
-        return
-    same = (row.base, row.target) == (place.row.base, place.row.target)
-    if same and place.target.digest is None:  # equal touched values say as much
-        touched = row.change.touched if row.change else None
-        same = touched is not None and touched == place.change.touched
-    if not same:
+    if place is not None and not _same_change(row, place.row):
         raise StructureMismatch(
             f"tensors {place.row.name!r} and {row.name!r} are tied in the model, but not in the delta's"
             " base and target; untie them before applying it",
             tensor=row.name,
         )
+
+
+def _same_change(row: Row, other: Row) -> bool:
+    """Return whether two tensors are the same in the base, and in the target."""
+    if row is other:
+        return True
+    if row.base is None or other.base is None or row.base.spec != other.base.spec:
+        return False
+    if row.target.digest is not None and other.target.digest is not None:
+        return row.target == other.target
+    # Equal touched values at as many positions say as much.
+    changes = [[(c.start, c.span, c.nnz, c.touched) for c in one.chunks] for one in (row, other)]
+    return changes[0] == changes[1] and all(chunk.touched for chunk in row.chunks)
 
 
 def _shown(spec: TensorSpec | None) -> str:

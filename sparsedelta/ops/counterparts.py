@@ -43,7 +43,11 @@ def counterparts(base: Checkpoint, target: Checkpoint, pace: Pace) -> dict[Tenso
 
 
 def _of_name(
-    base: Checkpoint, target: Checkpoint, tensor: Tensor, same_name: Sequence[Tensor], one_role: bool
+    base: Checkpoint,
+    target: Checkpoint,
+    tensor: Tensor,
+    same_name: Sequence[Tensor],
+    one_role: bool,
 ) -> Tensor | None:
     """Return the best of the base tensors of one name."""
     role = target.roles[tensor.file]

@@ -103,7 +103,9 @@ def diff(
                 standalone=standalone,
             )
             rows = _compare_all(old, new, comparison, progress)
-            return Delta(Base(base_id, n_unused(old, rows)), files, tuple(rows), checked_info, payload)
+            return Delta(
+                Base(base_id, n_unused(old, rows)), files, tuple(rows), checked_info, payload
+            )
     except BaseException:
         payload.close()
         raise

@@ -10,17 +10,10 @@ from dataclasses import dataclass
 from sparsedelta._typing import JSON
 from sparsedelta.format.container import FilePayload
 from sparsedelta.format.delta import Delta, load
-from sparsedelta.format.records import (
-    SideFile,
-    TensorDelta,
-    WeightFile,
-    entry_keys,
-    header_key,
-    side_file_key,
-)
+from sparsedelta.format.records import Row, SideFile, Stored, WeightFile
 from sparsedelta.ops.layers import Grid, by_layer, curve_points, mean_changes
 
-STATES = ("changed", "added", "removed", "retyped", "resized", "reshaped", "unchanged")
+STATES = ("changed", "added", "resized", "reshaped", "renamed", "unchanged")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,28 +22,30 @@ class TensorInspection:
 
     Attributes:
         name: the tensor's name.
-        state: one of ``STATES``; "resized": along the first dimension only.
-        dtype, shape: in the target; of a removed tensor, in the base.
-        base_dtype, base_shape: in the base; None if it is added.
+        file: path of its weight file in the target.
+        state: one of ``STATES``; "resized": along the first dimension only; "renamed": not changed.
+        dtype, shape: in the target.
+        base_name, base_file, base_shape: of the base tensor it is made from; None if it is added.
         nnz: its changed elements; of those that the base lacks, the ones whose bits are not zero.
         numel: its elements in the target.
         index_bytes, value_bytes: coded size of the positions, and of the values.
-        index_encodings: how many chunks use each index encoding.
-        value_encoding: None if no value is stored.
+        index_encodings, value_encodings: how many chunks use each.
     """
 
     name: str
+    file: str
     state: str
     dtype: str
     shape: tuple[int, ...]
-    base_dtype: str | None
+    base_name: str | None
+    base_file: str | None
     base_shape: tuple[int, ...] | None
     nnz: int
     numel: int
     index_bytes: int
     value_bytes: int
     index_encodings: Mapping[str, int]
-    value_encoding: str | None
+    value_encodings: Mapping[str, int]
 
     @property
     def payload_bytes(self) -> int:
@@ -66,10 +61,12 @@ class TensorInspection:
         """Return everything as JSON."""
         return {
             "name": self.name,
+            "file": self.file,
             "state": self.state,
             "dtype": self.dtype,
             "shape": list(self.shape),
-            "base_dtype": self.base_dtype,
+            "base_name": self.base_name,
+            "base_file": self.base_file,
             "base_shape": None if self.base_shape is None else list(self.base_shape),
             "nnz": self.nnz,
             "numel": self.numel,
@@ -78,7 +75,7 @@ class TensorInspection:
             "index_bytes": self.index_bytes,
             "value_bytes": self.value_bytes,
             "index_encodings": dict(self.index_encodings),
-            "value_encoding": self.value_encoding,
+            "value_encodings": dict(self.value_encodings),
         }
 
 
@@ -93,7 +90,7 @@ class Sizes:
         index_bytes: positions of all tensors.
         value_bytes: values of all tensors.
         side_file_bytes: carried side files as stored.
-        stored_header_bytes: headers of weight files that cannot be made from the rows.
+        stored_header_bytes: headers of weight files that are not canonical.
     """
 
     file_bytes: int | None
@@ -129,17 +126,20 @@ class Inspection:
 
     Attributes:
         base_id: where the base may be found: a hint, never proof.
-        base_fingerprint, target_fingerprint: hex; the target's is None if the writer did not know it.
+        base_fingerprint: of the base tensors that the target is made from, hex.
+        n_unused: tensors of the base that the target is not made from, when the delta was made.
+        target_fingerprint: hex; None if the digest of a tensor is not known.
         target_kind: "folder" or "file".
         weight_files, side_files, empty_folders: of the target.
         target_bytes: of the target's tensors, without headers and side files.
         sizes: what the delta's bytes are spent on.
         info: how the target was made, as its maker recorded it.
-        tensors: in the target's order, removed ones last.
+        tensors: in the target's order.
     """
 
     base_id: str | None
     base_fingerprint: str
+    n_unused: int
     target_fingerprint: str | None
     target_kind: str
     weight_files: tuple[WeightFile, ...]
@@ -194,11 +194,7 @@ class Inspection:
     @property
     def value_encodings(self) -> dict[str, int]:
         """How many chunks use each value encoding, the most used first."""
-        return _summed(
-            {t.value_encoding: sum(t.index_encodings.values())}
-            for t in self.tensors
-            if t.value_encoding is not None
-        )
+        return _summed(tensor.value_encodings for tensor in self.tensors)
 
     @property
     def share(self) -> float | None:
@@ -217,18 +213,27 @@ class Inspection:
 
     def as_json(self) -> dict[str, JSON]:
         """Return everything as JSON."""
+        n_tensors = Counter(tensor.file for tensor in self.tensors)
         return {
-            "base": {"id": self.base_id, "fingerprint": self.base_fingerprint},
+            "base": {
+                "id": self.base_id,
+                "fingerprint": self.base_fingerprint,
+                "n_unused": self.n_unused,
+            },
             "target": {
                 "kind": self.target_kind,
                 "fingerprint": self.target_fingerprint,
                 "tensor_bytes": self.target_bytes,
                 "weight_files": [
-                    {"path": f.path, "n_tensors": f.n_tensors, "stored_header": f.stored_header}
+                    {
+                        "path": f.path,
+                        "n_tensors": n_tensors[f.path],
+                        "stored_header": f.stored is not None,
+                    }
                     for f in self.weight_files
                 ],
                 "side_files": [
-                    {"path": f.path, "n_bytes": f.n_bytes, "carried": f.carried}
+                    {"path": f.path, "n_bytes": f.n_bytes, "carried": f.stored is not None}
                     for f in self.side_files
                 ],
                 "empty_folders": list(self.empty_folders),
@@ -262,17 +267,18 @@ def inspect(delta: str | os.PathLike[str] | Delta) -> Inspection:
     if not isinstance(delta, Delta):
         with load(delta) as opened:
             return inspect(opened)
-    rows = tuple(_tensor(row) for row in delta.tensors)
-    target = delta.target
+    rows = tuple(map(_tensor, delta.tensors))
+    target, known = delta.target, delta.target_fingerprint
     return Inspection(
         delta.base.id,
-        delta.base.fingerprint.hex(),
-        None if target.fingerprint is None else target.fingerprint.hex(),
+        delta.base_fingerprint.hex(),
+        delta.base.n_unused,
+        None if known is None else known.hex(),
         "folder" if target.is_folder else "file",
         target.weight_files,
         target.side_files,
         target.empty_folders,
-        sum(row.target.n_bytes for row in delta.tensors if row.target),
+        sum(row.target.n_bytes for row in delta.tensors),
         _sizes(delta, rows),
         delta.info,
         rows,
@@ -280,56 +286,60 @@ def inspect(delta: str | os.PathLike[str] | Delta) -> Inspection:
 
 
 def _sizes(delta: Delta, rows: tuple[TensorInspection, ...]) -> Sizes:
-    payload = delta.payload
+    index_bytes = sum(row.index_bytes for row in rows)
+    value_bytes = sum(row.value_bytes for row in rows)
+    side_file_bytes = _stored_bytes(file.stored for file in delta.target.side_files)
+    stored_header_bytes = _stored_bytes(file.stored for file in delta.target.weight_files)
     file_bytes = header_bytes = manifest_bytes = None
-    if isinstance(payload, FilePayload):
-        file_bytes, manifest_bytes = payload.file_bytes, payload.manifest_bytes
-        coded_bytes = sum(payload.n_bytes(key) for key in entry_keys(delta.target, delta.tensors))
-        header_bytes = file_bytes - manifest_bytes - coded_bytes  # entries leave no holes
+    if isinstance(delta.payload, FilePayload):
+        file_bytes, manifest_bytes = delta.payload.file_bytes, delta.payload.manifest_bytes
+        payload_bytes = index_bytes + value_bytes + side_file_bytes + stored_header_bytes
+        header_bytes = file_bytes - manifest_bytes - payload_bytes
     return Sizes(
         file_bytes,
         header_bytes,
         manifest_bytes,
-        sum(row.index_bytes for row in rows),
-        sum(row.value_bytes for row in rows),
-        sum(payload.n_bytes(side_file_key(f.path)) for f in delta.target.side_files),
-        sum(payload.n_bytes(header_key(f.path)) for f in delta.target.weight_files),
+        index_bytes,
+        value_bytes,
+        side_file_bytes,
+        stored_header_bytes,
     )
 
 
-def _tensor(row: TensorDelta) -> TensorInspection:
-    shown = row.target or row.base
-    if shown is None:
-        raise ValueError(f"tensor {row.name!r} is neither in the base nor in the target")
-    chunks = row.change.chunks if row.change else ()
+def _stored_bytes(stored: Iterable[Stored | None]) -> int:
+    return sum(one.stored_bytes for one in stored if one)
+
+
+def _tensor(row: Row) -> TensorInspection:
+    base, target = row.base, row.target
     return TensorInspection(
         row.name,
+        row.file,
         _state(row),
-        shown.dtype.name,
-        shown.shape,
-        row.base.dtype.name if row.base else None,
-        row.base.shape if row.base else None,
-        sum(chunk.nnz for chunk in chunks),
-        row.target.n_elements if row.target else 0,
-        sum(chunk.coded_bytes[0] for chunk in chunks),
-        sum(sum(chunk.coded_bytes[1:]) for chunk in chunks),
-        dict(Counter(chunk.index_encoding for chunk in chunks)),
-        row.change.values if row.change and chunks else None,
+        target.dtype.name,
+        target.shape,
+        base.name if base else None,
+        base.file if base else None,
+        base.spec.shape if base else None,
+        row.nnz,
+        target.n_elements,
+        sum(chunk.stored[0] for chunk in row.chunks),
+        sum(sum(chunk.stored[1:]) for chunk in row.chunks),
+        dict(Counter(chunk.coding.index for chunk in row.chunks)),
+        dict(Counter(chunk.coding.values for chunk in row.chunks)),
     )
 
 
-def _state(row: TensorDelta) -> str:
-    base, target = row.base, row.target
-    if base is None:
+def _state(row: Row) -> str:
+    if row.base is None or row.base.spec.dtype != row.target.dtype:
         return "added"
-    if target is None:
-        return "removed"
-    if base.dtype is not target.dtype:
-        return "retyped"
-    if base.shape != target.shape:
-        same_rows = len(base.shape) == len(target.shape) and base.shape[1:] == target.shape[1:]
+    before, after = row.base.spec.shape, row.target.shape
+    if before != after:
+        same_rows = len(before) == len(after) and before[1:] == after[1:]
         return "resized" if same_rows else "reshaped"
-    return "changed" if row.change else "unchanged"
+    if not row.is_copied:
+        return "changed"
+    return "unchanged" if row.base.name == row.name else "renamed"
 
 
 def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -3,93 +3,100 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import chain
 
 import numpy as np
 
-from sparsedelta.codecs.chunk import Chunk, chunk_span, encode_chunk
+from sparsedelta.codecs.chunk import Chunk, Span, encode_chunk
 from sparsedelta.codecs.values import ulp_codes, ulp_differences
 from sparsedelta.files.layout import rows_by_file
 from sparsedelta.format.delta import Delta
-from sparsedelta.format.records import Change, Target, TensorDelta, TensorSpec, tensor_key
+from sparsedelta.format.records import BaseTensor, Row
 from sparsedelta.format.spool import SpoolPayload
-from sparsedelta.ops.stacking.common_files import is_structural
-from sparsedelta.tensors.changes import Stage, stage_of
+from sparsedelta.tensors.changes import ChangeReader
 from sparsedelta.tensors.parallel import Pace
 
 
 def only_base_tells(delta: Delta) -> list[str]:
     """Return why the base is needed to invert a delta, each reason as a clause; none if it is not."""
-    return [*filter(None, map(why_row, delta.tensors)), *_why_files(delta)]
+    return [*_why_tensors(delta), *_why_files(delta)]
 
 
-def why_row(row: TensorDelta) -> str | None:
-    """Return why a row cannot be inverted without the base, None if it can."""
-    name, change = repr(row.name), row.change
-    if row.target is None:
-        return f"it removes tensor {name}"
-    if row.base is None or change is None:
+def _why_tensors(delta: Delta) -> Iterator[str]:
+    if delta.base.n_unused:
+        yield f"it leaves out {delta.base.n_unused} tensors of its base"
+    if any(row.target.digest is None for row in delta.tensors):
+        yield "it does not know the digests of its target"
+    for row in delta.tensors:
+        reason = why_row(row)
+        if reason:
+            yield reason
+        if row.base and row.base.key != row.key:
+            yield f"it renames or moves tensor {row.base.name!r}"
+
+
+def why_row(row: Row) -> str | None:
+    """Return why the tensor's elements cannot be inverted without the base, None if they can."""
+    if row.base is None:
         return None
-    if row.base.dtype is not row.target.dtype:
-        return f"it retypes tensor {name}"
-    if change.values != "ulp":
-        return f"it holds new values of tensor {name}, not differences"
-    if any(chunk.needs_base for chunk in change.chunks):
-        return f"it codes the changes of tensor {name} by its base's exponents"
-    if change.keep < row.base.n_elements:
+    name = repr(row.base.name)
+    if row.keep < row.base.spec.n_elements:
         return f"it cuts tensor {name}"
+    for chunk in row.chunks:
+        if chunk.start < row.keep and chunk.coding.values != "ulp":
+            return f"it holds new values of tensor {name}, not differences"
+        if chunk.start < row.keep and chunk.coding.classes:
+            return f"it sorts the changes of tensor {name} by its base's exponents"
     return None
 
 
 def _why_files(delta: Delta) -> Iterator[str]:
     for side_file in delta.target.side_files:
-        if side_file.carried:
+        if side_file.stored:
             yield f"it carries file {side_file.path!r}"
     for file, rows in rows_by_file(delta):
         if rows and all(row.base is None for row in rows):
             yield f"it adds all tensors of file {file.path!r}"
-        elif file.stored_header and any(is_structural(row) for row in rows):
+        elif file.stored and not all(row.keeps_all for row in rows):
             yield f"it stores the header of {file.path!r}, which its base cannot have"
 
 
-def files_without_base(delta: Delta) -> Target:
-    """Return the files of the inverse's target: those of the delta's target, less added tensors."""
-    weight_files = tuple(
-        replace(file, n_tensors=sum(row.base is not None for row in rows))
-        for file, rows in rows_by_file(delta)
+def inverse_row(row: Row, base: BaseTensor, delta: Delta, payload: SpoolPayload, pace: Pace) -> Row:
+    """Return the inverse of a row that needs no base, having put its chunks into ``payload``.
+
+    Args:
+        row: the row.
+        base: what it is made from, and the inverse makes.
+        delta: holds it.
+        payload: receives the chunks.
+        pace: told of the coded bytes.
+    """
+    reader = ChangeReader(row, delta.payload, pace)
+    found = (_negated(reader, chunk, payload) for chunk in row.chunks)
+    made_from = BaseTensor(row.file, row.name, row.target)
+    chunks = tuple(chain.from_iterable(found))
+    return Row(base.file, base.name, base.spec, made_from, row.keep, chunks)
+
+
+def _negated(reader: ChangeReader, chunk: Chunk, payload: SpoolPayload) -> Iterator[Chunk]:
+    """Yield the record of the negated chunk; none if all of it is cut."""
+    n = min(chunk.end, reader.row.keep) - chunk.start
+    if n <= 0:
+        return
+    for piece in reader.window(chunk.start, n):
+        differences = ulp_differences(piece.codes)
+        codes = ulp_codes(np.negative(differences, out=differences))
+        # Of a chunk that is cut, the digests are of positions that are cut, too.
+        touched = chunk.touched[::-1] if chunk.touched and n == chunk.span else None
+        negated, streams = encode_chunk(
+            Span(chunk.start, n), piece.positions, codes, values="ulp", touched=touched
+        )
+        yield payload.add_chunk(negated, streams)
+
+
+def told(row: Row) -> bool:
+    """Return whether nothing would be lost by inverting a row without reading its base tensor."""
+    return why_row(row) is None and (
+        row.is_copied
+        or (row.keep == row.target.n_elements and all(chunk.touched for chunk in row.chunks))
     )
-    return replace(delta.target, fingerprint=delta.base.fingerprint, weight_files=weight_files)
-
-
-def inverse_row(delta: Delta, row: TensorDelta, payload: SpoolPayload, pace: Pace) -> TensorDelta:
-    """Return the inverse of a row that needs no base, having put its chunks into ``payload``."""
-    if row.base is None or row.change is None:
-        return TensorDelta(row.name, row.target, row.base, None)
-    keep = row.change.keep
-    stage = replace(stage_of(delta, row), limit=keep)
-    found = [_negated(stage, row.base, chunk.number, payload, pace) for chunk in row.change.chunks]
-    swapped = row.change.touched[::-1] if row.change.touched else None
-    whole = stage.target.n_elements == keep  # else digests are of positions that are cut, too
-    change = Change(keep, "ulp", swapped if whole else None, tuple(chain.from_iterable(found)))
-    return TensorDelta(row.name, row.target, row.base, change)
-
-
-def _negated(
-    stage: Stage, base: TensorSpec, number: int, payload: SpoolPayload, pace: Pace
-) -> list[Chunk]:
-    """Return the record of a negated chunk; none if all of it is cut."""
-    if stage.chunk(number) is None:
-        return []
-    positions, codes = stage.decode(number, pace)
-    if not len(positions):
-        return []
-    differences = ulp_differences(codes)
-    chunk, frames = encode_chunk(
-        number,
-        chunk_span(base.n_elements, number),
-        positions,
-        ulp_codes(np.negative(differences, out=differences)),
-    )
-    payload.append(tensor_key(stage.name), frames)
-    return [chunk]

@@ -6,29 +6,35 @@ tensors that were removed or cut, the bits that new values replaced, files that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TypeVar
+
+from blake3 import blake3
 
 from sparsedelta._typing import JSON, AnyPath
-from sparsedelta.errors import ConflictError, Corrupt, StructureMismatch
-from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.errors import ConflictError, Corrupt
+from sparsedelta.files.checkpoint import Checkpoint, Tensor
+from sparsedelta.files.layout import canonical_header, rows_by_file
 from sparsedelta.format.delta import Delta, load
-from sparsedelta.format.digests import fingerprint
-from sparsedelta.format.records import Base, TensorDelta, header_key
+from sparsedelta.format.records import (
+    DIGEST_BYTES,
+    Base,
+    BaseTensor,
+    Row,
+    TensorKey,
+    WeightFile,
+)
 from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.ops.apply import AnyDelta
-from sparsedelta.ops.base_check import check_structure, explain_mismatch, included
+from sparsedelta.ops.base_check import explained, find_base, included
 from sparsedelta.ops.diff import describe_files
-from sparsedelta.ops.inverse import files_without_base, inverse_row, only_base_tells, why_row
+from sparsedelta.ops.inverse import inverse_row, only_base_tells, told
 from sparsedelta.progress import Progress, Silent
-from sparsedelta.tensors.changes import stage_of
-from sparsedelta.tensors.compare import Compared, Comparison, Source, digest_tensor, spec_of
+from sparsedelta.tensors.compare import Comparison
 from sparsedelta.tensors.parallel import Pace, run_all
+from sparsedelta.tensors.rebuild import BaseDiffers
 from sparsedelta.tensors.sources import MadeTensor
-
-R = TypeVar("R")
 
 
 def invert(
@@ -65,12 +71,12 @@ def invert(
         opened = delta if isinstance(delta, Delta) else context.enter_context(load(delta))
         payload = SpoolPayload(spool_dir)
         try:
-            opened.payload.check()
             if base is None:
                 return _without_base(opened, base_id, payload, progress or Silent())
             checkpoint = context.enter_context(
                 Checkpoint(base, exclude=exclude, include=included(opened), whole=False)
             )
+            context.enter_context(explained(opened, checkpoint))
             return _WithBase(opened, checkpoint, payload, progress or Silent()).run(base_id)
         except BaseException:
             payload.close()
@@ -81,22 +87,37 @@ def _without_base(
     delta: Delta, base_id: str | None, payload: SpoolPayload, progress: Progress
 ) -> Delta:
     reasons = only_base_tells(delta)
-    known = delta.target.fingerprint
-    if reasons or known is None:
-        reason = reasons[0] if reasons else "its target's fingerprint is not known"
+    if reasons:
         raise ConflictError(
-            f"the delta cannot be inverted without its base: {reason}; give the base (--base)"
+            f"the delta cannot be inverted without its base: {reasons[0]}; give the base (--base)"
         )
-    target = files_without_base(delta)
-    for file in target.weight_files:
-        if file.stored_header:
-            key = header_key(file.path)
-            payload.append(key, [delta.payload.read(key, 0, delta.payload.n_bytes(key))])
     pace = Pace(progress)
-    rows = _run(progress, lambda row: inverse_row(delta, row, payload, pace), delta.tensors, pace)
-    kept = [row for row in rows if row.target]
-    removed = sorted((row for row in rows if not row.target), key=lambda row: row.name.encode())
-    return Delta(Base(base_id, known), target, (*kept, *removed), _info(delta), payload)
+    bases = [(row, row.base) for row in delta.tensors if row.base]
+    progress.start("inverting", sum(row.coded_bytes for row, _ in bases))
+    try:
+        rows = run_all(
+            lambda item: inverse_row(*item, delta, payload, pace),
+            bases,
+            cost=lambda item: item[0].coded_bytes,
+            pace=pace,
+        )
+    finally:
+        progress.finish()
+    files = tuple(_weight_file(delta, file, own, payload) for file, own in rows_by_file(delta))
+    target = replace(delta.target, weight_files=files)
+    n_added = len(delta.tensors) - len(rows)
+    return Delta(Base(base_id, n_added), target, tuple(rows), _info(delta), payload)
+
+
+def _weight_file(
+    delta: Delta, file: WeightFile, rows: Sequence[Row], payload: SpoolPayload
+) -> WeightFile:
+    """Return the file of the base that the rows of a file of the target were made from."""
+    if file.stored:
+        coded = delta.payload.read(file.stored.offset, file.stored.stored_bytes)
+        return replace(file, stored=payload.add_stored(file.stored, coded))
+    header = canonical_header(file, [(row.name, row.base.spec) for row in rows if row.base])
+    return replace(file, digest=blake3(header).digest()[:DIGEST_BYTES])
 
 
 class _WithBase:
@@ -105,102 +126,56 @@ class _WithBase:
     def __init__(
         self, delta: Delta, base: Checkpoint, payload: SpoolPayload, progress: Progress
     ) -> None:
-        check_structure(delta, base)
         self._delta = delta
         self._base = base
         self._payload = payload
         self._progress = progress
         self._pace = Pace(progress)
+        self._rows: dict[TensorKey, Row] = {}  # one made from each tensor of the base
+        rows = {row.key: row for row in delta.tensors}
+        for key, tensor in find_base(delta, base).items():
+            known = self._rows.setdefault(tensor.key, rows[key])
+            if key == tensor.key or (rows[key].name == tensor.name != known.name):
+                self._rows[tensor.key] = rows[key]
 
     def run(self, base_id: str | None) -> Delta:
         delta, base = self._delta, self._base
-        self._check_covered()
         there = {file.path: (file.n_bytes, file.digest) for file in delta.target.side_files}
         files = describe_files(base, there.get, self._payload)
-        rows = {row.name: row for row in delta.tensors}
-        names = [name for name in base.tensors if name in rows and rows[name].base]
-        kept = set(names)
-        names += sorted((name for name in rows if name not in kept), key=str.encode)
-        compared = _run(self._progress, self._row, [rows[name] for name in names], self._pace)
-        known = delta.target.fingerprint or fingerprint(
-            (c.row.name, c.row.base.dtype.name, c.row.base.shape, c.base_digest)
-            for c in compared
-            if c.row.base and c.base_digest
-        )
-        return Delta(
-            Base(base_id, known),
-            replace(files, fingerprint=delta.base.fingerprint),
-            tuple(c.row for c in compared),
-            _info(delta),
-            self._payload,
-        )
-
-    def _check_covered(self) -> None:
-        """Check that the base has no weights beyond those that the delta knows."""
-        known = {row.name for row in self._delta.tensors if row.base}
-        further = next((name for name in self._base.tensors if name not in known), None)
-        if further is not None:
-            raise StructureMismatch(
-                f"'{self._base.path}' has tensor {further!r} in weights of which the delta knows nothing;"
-                " leave their files out (--exclude)",
-                tensor=further,
+        self._progress.start("inverting", sum(row.coded_bytes for row in delta.tensors))
+        try:
+            rows = run_all(
+                self._row,
+                [*base.tensors.values()],
+                cost=lambda tensor: tensor.spec.n_bytes,
+                pace=self._pace,
             )
+        finally:
+            self._progress.finish()
+        used = {row.base.key for row in rows if row.base}
+        n_unused = sum(row.key not in used for row in delta.tensors)
+        return Delta(Base(base_id, n_unused), files, tuple(rows), _info(delta), self._payload)
 
-    def _row(self, row: TensorDelta) -> Compared:
-        """Return the inverse of a row, by reading the base only where that tells more."""
-        change = row.change
-        told = why_row(row) is None and (
-            change is None
-            or row.base is None
-            or (change.touched is not None and row.target and change.keep == row.target.n_elements)
-        )
-        if told and self._delta.target.fingerprint is not None:
-            return Compared(inverse_row(self._delta, row, self._payload, self._pace), None, None)
-        compared = self._compare(row)
-        inverse = compared.row
-        if row.base and inverse.target != row.base and compared.target_digest:
-            raise explain_mismatch(self._delta, self._base, row, compared.target_digest)
-        if row.target and row.target.digest is not None and inverse.base != row.target:
+    def _row(self, tensor: Tensor) -> Row:
+        """Return how a tensor of the base is made from the target's, by reading it only where that tells more."""
+        row = self._rows.get(tensor.key)
+        pace = self._pace.unreported()  # coded bytes are what is counted
+        if row is None or row.base is None:
+            return Comparison(None, tensor, values="ulp", payload=self._payload, pace=pace).run()
+        base = BaseTensor(tensor.file, tensor.name, row.base.spec)
+        if told(row) and row.target.digest is not None:
+            return inverse_row(row, base, self._delta, self._payload, self._pace)
+        made = MadeTensor(row, tensor, self._delta.payload, self._pace)
+        inverse = Comparison(made, tensor, values="ulp", payload=self._payload, pace=pace).run()
+        if inverse.target != row.base.spec:
+            raise BaseDiffers(row, inverse.target.digest or b"")
+        if inverse.base and row.target.digest not in (None, inverse.base.spec.digest):
             raise Corrupt(
                 f"tensor {row.name!r} does not become what the delta says, on the right base; the"
                 " delta is inconsistent",
                 tensor=row.name,
             )
-        return compared
-
-    def _compare(self, row: TensorDelta) -> Compared:
-        name, silent = row.name, Pace(Silent())
-        base = self._base.tensors.get(name) if row.base else None
-        made: Source | None = base
-        if row.target is None:
-            made = None
-        elif row.change:
-            stage, keep = stage_of(self._delta, row), row.change.keep
-            made = MadeTensor(name, row.target, base, [stage], keep, self._pace)
-        if base is None:
-            if made is None:
-                raise ValueError(f"tensor {name!r} is in neither checkpoint")
-            digest = digest_tensor(made, silent)
-            return Compared(TensorDelta(name, spec_of(made, digest), None, None), digest, None)
-        values = row.change.values if row.change else "ulp"
-        return Comparison(made, base, values=values, payload=self._payload, pace=silent).run()
-
-
-def _run(
-    progress: Progress,
-    work: Callable[[TensorDelta], R],
-    rows: Sequence[TensorDelta],
-    pace: Pace,
-) -> list[R]:
-    progress.start("inverting", sum(map(_coded_bytes, rows)))
-    try:
-        return run_all(work, rows, cost=_coded_bytes, pace=pace)
-    finally:
-        progress.finish()
-
-
-def _coded_bytes(row: TensorDelta) -> int:
-    return row.change.coded_bytes if row.change else 0
+        return inverse
 
 
 def _info(delta: Delta) -> Mapping[str, JSON]:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Generic, Protocol, TypeVar
 
 from sparsedelta.dtypes import DType
+from sparsedelta.format.delta import Delta
+from sparsedelta.format.digests import base_tensors
 from sparsedelta.format.records import TensorKey, TensorSpec
 
 
@@ -65,3 +67,17 @@ class Lookup(Generic[T]):
         if exact is not None:
             return exact
         return next((t for (_, own), t in self._by_key.items() if own == name), None)
+
+
+def base_conflict(one: Delta, other: Delta) -> str | None:
+    """Return the name of a tensor in which the bases of two deltas differ; None: they may be one base.
+
+    Bases that have no tensor in common differ in any, unless a delta needs none.
+    """
+    mine, theirs = base_tensors(one.tensors), base_tensors(other.tensors)
+    if all(len({file for file, _ in base}) == 1 for base in (mine, theirs)):  # by whatever name
+        mine, theirs = ({("", name): s for (_, name), s in b.items()} for b in (mine, theirs))
+    common = sorted(mine.keys() & theirs.keys())
+    if mine and theirs and not common:
+        return next(iter(mine))[1]
+    return next((key[1] for key in common if mine[key] != theirs[key]), None)

@@ -8,27 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
 from sparsedelta._typing import JSON, AnyPath
-from sparsedelta.errors import BaseMismatch, ConflictError, StructureMismatch
-from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.errors import ConflictError, StructureMismatch
+from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.side_files import digest_file
 from sparsedelta.format.delta import Delta, load
-from sparsedelta.format.digests import fingerprint
-from sparsedelta.format.records import Base, TensorDelta
+from sparsedelta.format.records import Base, Row, TensorKey
 from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.ops.apply import AnyDelta
-from sparsedelta.ops.base_check import check_structure, explain_mismatch
+from sparsedelta.ops.base_check import explained, find_base
 from sparsedelta.ops.diff import describe_files
+from sparsedelta.ops.lookup import base_conflict
 from sparsedelta.ops.merging.floats import work_dtype
 from sparsedelta.ops.merging.merged_tensor import MergedTensor
 from sparsedelta.ops.merging.recipe import Method, Recipe, make_recipe
-from sparsedelta.ops.stacking.common_files import is_structural
+from sparsedelta.ops.stacking.fold import Link
 from sparsedelta.progress import Progress, Silent
-from sparsedelta.tensors.changes import Stage, stage_of
-from sparsedelta.tensors.compare import Compared, Comparison, digest_tensor, spec_of
+from sparsedelta.tensors.compare import Comparison
 from sparsedelta.tensors.parallel import Pace, run_all
+from sparsedelta.tensors.rebuild import BaseDiffers
 from sparsedelta.tensors.sources import MadeTensor
 
 
@@ -92,9 +91,7 @@ def merge(
         checkpoint = context.enter_context(
             Checkpoint(base, exclude=exclude, include=(), whole=False)
         )
-        for one in opened:
-            check_structure(one, checkpoint)
-            one.payload.check()
+        context.enter_context(explained(opened[0], checkpoint))
         payload = SpoolPayload(spool_dir)
         try:
             return _Merge(opened, checkpoint, recipe, payload, progress or Silent()).run()
@@ -118,86 +115,57 @@ class _Merge:
         self._payload = payload
         self._progress = progress
         self._pace = Pace(progress)
-        self._rows = [{row.name: row for row in delta.tensors} for delta in deltas]
+        self._rows = [_rows_by_base(delta, base) for delta in deltas]
 
     def run(self) -> Delta:
-        base, known = self._base, self._rows[0]
-        further = next((name for name in base.tensors if name not in known), None)
-        if further is not None:
-            raise StructureMismatch(
-                f"'{base.path}' has tensor {further!r} in weights of which the deltas know nothing;"
-                " leave their files out (--exclude)",
-                tensor=further,
-            )
+        base = self._base
         files = describe_files(base, lambda path: digest_file(base.side_files[path]), self._payload)
         self._progress.start("merging", 2 * base.tensor_bytes)
         try:
-            compared = run_all(
+            rows = run_all(
                 self._row,
-                list(base.tensors),
-                cost=lambda name: base.tensors[name].n_bytes,
+                [*base.tensors.values()],
+                cost=lambda tensor: tensor.spec.n_bytes,
                 pace=self._pace,
             )
         finally:
             self._progress.finish()
-        self._check_base(_fingerprint(compared, of_target=False))
         base_id = next((delta.base.id for delta in self._deltas if delta.base.id), None)
-        return Delta(
-            Base(base_id, self._deltas[0].base.fingerprint),
-            replace(files, fingerprint=_fingerprint(compared, of_target=True)),
-            tuple(c.row for c in compared),
-            self._info(),
-            self._payload,
-        )
+        return Delta(Base(base_id), files, tuple(rows), self._info(), self._payload)
 
-    def _row(self, name: str) -> Compared:
-        tensor = self._base.tensors[name]
-        rows = [rows[name] for rows in self._rows]
-        stages = [
-            stage_of(delta, row, number) if row.change else None
+    def _row(self, tensor: Tensor) -> Row:
+        """Return the merged tensor; one that no delta knows stays as it is."""
+        rows = [rows.get(tensor.key) for rows in self._rows]
+        links = [
+            Link(number, row, delta.payload) if row and row.chunks else None
             for number, (delta, row) in enumerate(zip(self._deltas, rows, strict=True), 1)
         ]
-        if not any(stages):
-            digest = digest_tensor(tensor, self._pace)
-            spec = spec_of(tensor, digest)
-            compared = Compared(TensorDelta(name, spec, spec, None), digest, digest)
-        else:
-            made = self._made(name, stages)
-            compared = Comparison(
-                tensor, made, values="ulp", payload=self._payload, pace=self._pace
-            ).run()
-        if compared.base_digest and compared.row.base != rows[0].base:
-            raise explain_mismatch(self._deltas[0], self._base, rows[0], compared.base_digest)
-        return compared
+        made = self._made(tensor, links) if any(links) else tensor
+        row = Comparison(tensor, made, values="ulp", payload=self._payload, pace=self._pace).run()
+        if row.base:
+            found = row.base.spec.digest or b""
+            for one in rows:
+                if one and one.base and one.base.spec.digest != found:
+                    raise BaseDiffers(one, found)
+        return row
 
-    def _made(self, name: str, stages: Sequence[Stage | None]) -> MergedTensor | MadeTensor:
-        tensor, silent = self._base.tensors[name], Pace(Silent())
-        present = [stage for stage in stages if stage]
-        spec = present[0].target
-        if work_dtype(spec.dtype) is not None:
-            return MergedTensor(spec, tensor, stages, self._recipe, silent)
-        digests = {stage.target.digest for stage in present}
-        if len(present) < len(stages) or len(digests) > 1 or None in digests:
+    def _made(self, tensor: Tensor, links: Sequence[Link | None]) -> MergedTensor | MadeTensor:
+        silent = Pace(Silent())
+        present = [link for link in links if link]
+        if work_dtype(tensor.spec.dtype) is not None:
+            return MergedTensor(tensor, links, self._recipe, silent)
+        digests = {link.row.target.digest for link in present}
+        if len(present) < len(links) or len(digests) > 1 or None in digests:
             raise ConflictError(
-                f"tensor {name!r} is {spec.dtype.name}, which is not merged in float, and the targets"
-                " do not agree on it",
-                tensor=name,
+                f"tensor {tensor.name!r} is {tensor.spec.dtype.name}, which is not merged in float, and"
+                " the targets do not agree on it",
+                tensor=tensor.name,
             )
-        return MadeTensor(name, spec, tensor, present[:1], spec.n_elements, silent)
-
-    def _check_base(self, found: bytes) -> None:
-        expected = self._deltas[0].base.fingerprint
-        if found != expected:
-            raise BaseMismatch(
-                f"'{self._base.path}' has fingerprint {found.hex()[:12]}…, expected"
-                f" {expected.hex()[:12]}…; this is not the base that the deltas were made from",
-                expected=expected.hex(),
-                found=found.hex(),
-            )
+        return MadeTensor(present[0].row, tensor, present[0].payload, silent)
 
     def _info(self) -> Mapping[str, JSON]:
         recipe = self._recipe
-        targets = [delta.target.fingerprint for delta in self._deltas]
+        targets = [delta.target_fingerprint for delta in self._deltas]
         merged: dict[str, JSON] = {
             "method": recipe.method,
             "weights": [*recipe.weights],
@@ -215,29 +183,32 @@ class _Merge:
 def _check_siblings(deltas: Sequence[Delta]) -> None:
     if not deltas:
         raise ValueError("no delta is given; give at least one")
-    first = deltas[0].base.fingerprint
     for number, delta in enumerate(deltas, 1):
-        if delta.base.fingerprint != first:
+        name = base_conflict(deltas[0], delta)
+        if name is not None:
             raise ConflictError(
-                f"delta {number} was made from base {delta.base.fingerprint.hex()[:12]}…, delta 1 from"
-                f" {first.hex()[:12]}…; only deltas of one base are merged",
-                expected=first.hex(),
-                found=delta.base.fingerprint.hex(),
+                f"deltas 1 and {number} were made from different bases: tensor {name!r} is another; only"
+                " deltas of one base are merged",
+                tensor=name,
             )
         for row in delta.tensors:
-            if is_structural(row):
+            if not row.keeps_all or (row.base and row.base.name != row.name):
                 raise StructureMismatch(
-                    f"delta {number} adds, removes, retypes or reshapes tensor {row.name!r}; only"
-                    " changes of elements in place are merged",
+                    f"delta {number} adds, renames, retypes or reshapes tensor {row.name!r}; only changes"
+                    " of elements in place are merged",
                     tensor=row.name,
                 )
+    known = [{row.name for row in delta.tensors} for delta in deltas]
+    for number, names in enumerate(known, 1):
+        missing = sorted(set().union(*known) - names)
+        if missing:
+            raise StructureMismatch(
+                f"delta {number} removes tensor {missing[0]!r}, which other deltas have; only changes of"
+                " elements in place are merged",
+                tensor=missing[0],
+            )
 
 
-def _fingerprint(compared: Sequence[Compared], *, of_target: bool) -> bytes:
-    found = []
-    for c in compared:
-        spec = c.row.target if of_target else c.row.base
-        digest = c.target_digest if of_target else c.base_digest
-        if spec and digest:
-            found.append((c.row.name, spec.dtype.name, spec.shape, digest))
-    return fingerprint(found)
+def _rows_by_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Row]:
+    found = find_base(delta, base)
+    return {found[row.key].key: row for row in delta.tensors if row.key in found}

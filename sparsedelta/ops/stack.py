@@ -13,7 +13,7 @@ from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.ops.apply import AnyDelta
-from sparsedelta.ops.base_check import check_structure, included
+from sparsedelta.ops.base_check import explained, included
 from sparsedelta.ops.stacking.chains import Chain
 from sparsedelta.ops.stacking.relation import relation
 from sparsedelta.ops.stacking.siblings import Siblings
@@ -34,9 +34,9 @@ def stack(
 
     Args:
         deltas: ``.sd`` files or loaded deltas; at least one.
-        base: the base of the first. It is needed where differences and new values meet in a tensor;
-            given, positions that return to the base are found in tensors that hold new values too,
-            digests of touched values are known in every tensor, and so is the target of siblings.
+        base: the base of the first. It is needed where differences and new values meet in a tensor,
+            where siblings change the same tensor, and where changes were coded with its help. Given, positions
+            that return to the base are found in tensors that hold new values too.
         progress: told of the bytes read.
         spool_dir: where coded changes wait if they outgrow memory; None: the system's choice.
 
@@ -55,13 +55,10 @@ def stack(
             checkpoint = context.enter_context(
                 Checkpoint(base, include=included(opened[0]), whole=False)
             )
-            check_structure(opened[0], checkpoint)
-        for one in opened:
-            one.payload.check()
+            context.enter_context(explained(opened[0], checkpoint))
         payload = SpoolPayload(spool_dir)
         try:
-            alone = len(opened) == 1 and opened[0].target.fingerprint is None
-            stacking = Siblings if kind == "siblings" or alone else Chain
+            stacking = Siblings if kind == "siblings" else Chain
             return stacking(opened, checkpoint, payload, progress or Silent()).run()
         except BaseException:
             payload.close()

@@ -129,7 +129,7 @@ def _facts(found: Inspection) -> str:
         ("target fingerprint", f"<code>{_text(target)}</code>"),
         ("positions", _size(found.sizes.index_bytes)),
         ("values", _size(found.sizes.value_bytes)),
-        ("files carried", str(sum(file.carried for file in found.side_files))),
+        ("files carried", str(sum(file.stored is not None for file in found.side_files))),
     ]
     body = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in rows)
     return f'<table class="facts">{body}</table>'

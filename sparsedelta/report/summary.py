@@ -57,7 +57,9 @@ def _facts(path: str | Path, found: Inspection) -> Iterator[tuple[str, str]]:
     yield "base", f"{printable(found.base_id)}, {fingerprint}" if found.base_id else fingerprint
     yield "target", _target(found)
     yield "files", _files(found)
-    yield "tensors", ", ".join(f"{count(n)} {state}" for state, n in found.states.items() if n)
+    states = [f"{count(n)} {state}" for state, n in found.states.items() if n]
+    unused = f"; {count(found.n_unused)} of the base not used" if found.n_unused else ""
+    yield "tensors", ", ".join(states) + unused
     yield (
         "changed",
         f"{count(found.nnz)} of {count(found.numel, 'element')}, {percent(found.density)}",
@@ -76,7 +78,7 @@ def _target(found: Inspection) -> str:
 
 def _files(found: Inspection) -> str:
     parts = [count(len(found.weight_files), "weight file")]
-    carried = [file.path for file in found.side_files if file.carried]
+    carried = [file.path for file in found.side_files if file.stored]
     n_kept = len(found.side_files) - len(carried)
     if carried:
         parts.append(f"{count(len(carried))} carried ({listed(carried, _MAX_FILES)})")

@@ -85,10 +85,6 @@ def _folded(name: str, width: int) -> list[str]:
     return [*lines, name]
 
 
-def _dtype(tensor: TensorInspection) -> str:
-    return _became(tensor.base_dtype, tensor.dtype)
-
-
 def _shape(tensor: TensorInspection) -> str:
     before = None if tensor.base_shape is None else _dimensions(tensor.base_shape)
     return _became(before, _dimensions(tensor.shape))
@@ -103,12 +99,11 @@ def _dimensions(shape: Sequence[int]) -> str:
 
 
 def _encodings(tensor: TensorInspection) -> str:
-    names = [*tensor.index_encodings, *([tensor.value_encoding] if tensor.value_encoding else [])]
-    return "/".join(names)
+    return "/".join([*tensor.index_encodings, *tensor.value_encodings])
 
 
 _COLUMNS: dict[str, Callable[[TensorInspection], str]] = {
-    "dtype": _dtype,
+    "dtype": lambda tensor: tensor.dtype,
     "shape": _shape,
     "changed": lambda tensor: count(tensor.nnz) if tensor.numel else "",
     "density": lambda tensor: percent(tensor.density) if tensor.numel else "",

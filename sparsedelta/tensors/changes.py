@@ -49,7 +49,9 @@ class ChangeReader:
         base: the base tensor; None: it is not available, or there is none.
     """
 
-    def __init__(self, row: Row, payload: Payload, pace: Pace, base: Readable | None = None) -> None:
+    def __init__(
+        self, row: Row, payload: Payload, pace: Pace, base: Readable | None = None
+    ) -> None:
         self.row = row
         self._payload = payload
         self._pace = pace

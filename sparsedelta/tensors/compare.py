@@ -14,7 +14,6 @@ from blake3 import blake3
 from sparsedelta.codecs.chunk import MAX_SPAN, TOUCHED_BYTES, Chunk, Level, Span, encode_chunk
 from sparsedelta.codecs.exponent_classes import keys_of
 from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits
-from sparsedelta.dtypes import DType
 from sparsedelta.format.records import DIGEST_BYTES, BaseTensor, Row, TensorSpec, default_keep
 from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.tensors.changes import place_for

@@ -54,7 +54,9 @@ class _Rice:
         if context.classes:
             if context.before is None or len(positions) < _FEWEST:
                 return None
-            keys = keys_at(context.before, positions, span) if context.keys is None else context.keys
+            keys = (
+                keys_at(context.before, positions, span) if context.keys is None else context.keys
+            )
             thresholds = _choose_classes(context.before, keys, span)
             if not thresholds:
                 return None

@@ -1,6 +1,6 @@
-"""One tensor of several deltas merged in float, made chunk by chunk while it is read.
+"""One tensor of several deltas merged in float, made window by window while it is read.
 
-Memory stays within one chunk of the base, the changes of one chunk and, where the largest changes are
+Memory stays within one window of the base, the changes in it and, where the largest changes are
 chosen, the magnitudes of one delta's changes.
 """
 
@@ -14,15 +14,17 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from sparsedelta.codecs.chunk import MAX_SPAN
 from sparsedelta.codecs.indices import Positions
 from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits
 from sparsedelta.format.records import TensorSpec
 from sparsedelta.ops.merging.floats import Numbers, to_bits, to_numbers, work_dtype
 from sparsedelta.ops.merging.recipe import Recipe, dropped_at_random, kept_largest
-from sparsedelta.tensors.changes import Stage
+from sparsedelta.ops.stacking.fold import Link
+from sparsedelta.tensors.changes import ChangeReader
 from sparsedelta.tensors.compare import Source
 from sparsedelta.tensors.parallel import Pace
-from sparsedelta.tensors.sources import Made, read_chunk
+from sparsedelta.tensors.start import read_start
 
 _BLOCK_ELEMENTS = 1 << 20
 _SMALLEST_NORM = 1e-7  # below it nothing is scaled up
@@ -34,52 +36,68 @@ class _Thinned:
 
     Attributes:
         number: of the delta, from 0.
-        stage: its change of the tensor.
+        changes: what it changes.
         factor: by which what is left is scaled up.
         least: the smallest magnitude that is kept; None: all are.
         n_least: how many of that magnitude are still to be kept.
     """
 
     number: int
-    stage: Stage
+    changes: ChangeReader
     factor: float = 1.0
     least: np.floating[Any] | None = None
     n_least: int = 0
 
 
-class MergedTensor(Made):
-    """The base's tensor with the merged changes of several deltas.
+class MergedTensor:
+    """The base tensor with the merged changes of several deltas (a ``Source``).
+
+    One window of ``MAX_SPAN`` elements is made at a time, when it is read.
 
     Args:
-        spec: the tensor, in the base and so in all targets.
-        base: where its bytes are.
-        stages: the change that each delta makes, None where it makes none.
-        recipe: how they are merged.
+        base: the base tensor, and so of the layout of all targets.
+        links: what each delta changes, None where it changes nothing.
+        recipe: how the changes are merged.
         pace: told of every coded byte.
     """
 
     def __init__(
-        self,
-        spec: TensorSpec,
-        base: Source,
-        stages: Sequence[Stage | None],
-        recipe: Recipe,
-        pace: Pace,
+        self, base: Source, links: Sequence[Link | None], recipe: Recipe, pace: Pace
     ) -> None:
-        super().__init__(base.name, spec)
+        self.file = base.file
+        self.name = base.name
+        self.spec: TensorSpec = base.spec
         self._base = base
         self._recipe = recipe
-        self._pace = pace
-        self._n_deltas = len(stages)
-        self._thinned = [self._thin(number, stage) for number, stage in enumerate(stages) if stage]
+        self._n_elements = base.spec.n_elements
+        self._dtype = base.spec.dtype
+        self._n_deltas = len(links)
+        self._number, self._bits = -1, np.empty(0, self._dtype.view)
+        self._thinned = [
+            self._thin(number, ChangeReader(link.row, link.payload, pace, base))
+            for number, link in enumerate(links)
+            if link
+        ]
 
-    def make(self, number: int) -> Bits:
-        """Return the bits of a chunk."""
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with the tensor's bytes from ``offset``."""
+        window_bytes = MAX_SPAN * self._dtype.width
+        while len(buffer):
+            number, start = divmod(offset, window_bytes)
+            if number != self._number:
+                self._bits, self._number = self._make(number), number
+            raw = self._bits.view(np.uint8).data[start : start + len(buffer)]
+            buffer[: len(raw)] = raw
+            buffer = buffer[len(raw) :]
+            offset += len(raw)
+
+    def _make(self, number: int) -> Bits:
+        """Return the bits of a window."""
         bits = self._read(number)
         found = [
             (thinned.number, positions, self._thinned_out(thinned, number, values))
             for thinned in self._thinned
-            for positions, values in self._differences(thinned.stage, number, bits)
+            for positions, values in self._differences(thinned.changes, number, bits)
         ]
         for start in range(0, len(bits), _BLOCK_ELEMENTS):
             self._merge_block(bits, found, start, min(start + _BLOCK_ELEMENTS, len(bits)))
@@ -98,61 +116,70 @@ class MergedTensor(Made):
         union = np.flatnonzero(touched)
         if not len(union):
             return
-        work = np.zeros((self._n_deltas, len(union)), work_dtype(self.dtype))
+        work = np.zeros((self._n_deltas, len(union)), work_dtype(self._dtype))
         for number, where, values in parts:
             work[number, np.searchsorted(union, where)] = values
         with np.errstate(invalid="ignore", over="ignore"):
             merged = self._recipe.merge(work)
             before = bits[start:end][union]
-            after = to_bits(self.dtype, to_numbers(self.dtype, before) + merged)
+            after = to_bits(self._dtype, to_numbers(self._dtype, before) + merged)
         bits[start:end][union] = np.where(merged == 0, before, after)
 
     def _read(self, number: int) -> Bits:
-        return read_chunk(self._base, self.dtype, self.n_elements, self.n_elements, number)
+        first = number * MAX_SPAN
+        bits: Bits = np.empty(min(MAX_SPAN, self._n_elements - first), self._dtype.view)
+        read_start(self._base, self._n_elements, first, bits)
+        return bits
 
     def _differences(
-        self, stage: Stage, number: int, bits: Bits
+        self, changes: ChangeReader, number: int, bits: Bits
     ) -> Iterator[tuple[Positions, Numbers]]:
-        """Yield positions and differences of one delta in a chunk, if it has any there."""
-        if not stage.chunk(number):
+        """Yield positions and differences of one delta in a window, together, if it has any there."""
+        pieces = changes.window(number * MAX_SPAN, len(bits))
+        if not pieces:
             return
-        positions, codes = stage.decode(
-            number, self._pace, lambda start, n: bits[start : start + n]
-        )
+        positions = np.concatenate([piece.positions for piece in pieces])
         before = bits[positions]
-        after = VALUE_ENCODINGS[stage.change.values].decode(self.dtype, before, codes)
+        after = np.concatenate(
+            [
+                VALUE_ENCODINGS[piece.values].decode(
+                    self._dtype, bits[piece.positions], piece.codes
+                )
+                for piece in pieces
+            ]
+        )
         with np.errstate(invalid="ignore", over="ignore"):
-            yield positions, to_numbers(self.dtype, after) - to_numbers(self.dtype, before)
+            yield positions, to_numbers(self._dtype, after) - to_numbers(self._dtype, before)
 
-    def _thin(self, number: int, stage: Stage) -> _Thinned:
+    def _thin(self, number: int, changes: ChangeReader) -> _Thinned:
         """Return how one delta's differences are thinned out, having looked at all of them."""
         density = self._recipe.densities[number]
-        thinned = _Thinned(number, stage)
+        thinned = _Thinned(number, changes)
         if density == 1:
             return thinned
         if not self._recipe.drops_at_random:
-            n_kept = max(1, int(density * self.n_elements))
-            if n_kept < stage.change.nnz:
-                magnitudes = np.concatenate([np.abs(v) for _, v in self._all(stage)])
+            n_kept = max(1, int(density * self._n_elements))
+            if n_kept < changes.row.nnz:
+                magnitudes = np.concatenate([np.abs(v) for _, v in self._all(changes)])
                 thinned.least, thinned.n_least = kept_largest(magnitudes, n_kept)
             return thinned
         norm = kept_norm = 0.0
-        for chunk, values in self._all(stage):
+        for window, values in self._all(changes):
             magnitudes = np.abs(values)
             norm += float(magnitudes.sum(dtype=np.float64))
-            magnitudes[self._dropped(thinned, chunk, len(values))] = 0
+            magnitudes[self._dropped(thinned, window, len(values))] = 0
             kept_norm += float(magnitudes.sum(dtype=np.float64))
         if norm >= _SMALLEST_NORM and kept_norm >= _SMALLEST_NORM:
             thinned.factor = norm / kept_norm
         return thinned
 
-    def _all(self, stage: Stage) -> Iterator[tuple[int, Numbers]]:
-        for chunk in stage.change.chunks:
-            for _, values in self._differences(stage, chunk.number, self._read(chunk.number)):
-                yield chunk.number, values
+    def _all(self, changes: ChangeReader) -> Iterator[tuple[int, Numbers]]:
+        for number in range(-(-self._n_elements // MAX_SPAN)):
+            for _, values in self._differences(changes, number, self._read(number)):
+                yield number, values
 
     def _thinned_out(self, thinned: _Thinned, number: int, values: Numbers) -> Numbers:
-        """Return the differences of a chunk with those that are dropped set to 0, the rest scaled."""
+        """Return the differences of a window with those that are dropped set to 0, the rest scaled."""
         if thinned.least is not None:
             magnitudes = np.abs(values)
             equal = np.flatnonzero(magnitudes == thinned.least)

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsedelta.errors import ConflictError, Corrupt
-from sparsedelta.files.layout import rows_by_file, stored_header
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.paths import check_paths
-from sparsedelta.format.records import SideFile, Target, TensorDelta
+from sparsedelta.format.records import SideFile, Target, TensorKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +24,7 @@ class Carrier:
 
 
 def common_files(deltas: Sequence[Delta]) -> tuple[Target, Delta, list[Carrier]]:
-    """Return the target that has the files of all, its fingerprint left open.
+    """Return the target that has the files of all.
 
     With it the delta whose weight files they are, and where the side files come from.
 
@@ -46,15 +45,8 @@ def common_files(deltas: Sequence[Delta]) -> tuple[Target, Delta, list[Carrier]]
     except Corrupt as error:
         raise ConflictError(f"the deltas have no common target: {error}") from error
     files = tuple(carrier.file for carrier in carriers)
-    target = Target(None, chosen.target.is_folder, chosen.target.weight_files, files, tuple(empty))
+    target = Target(chosen.target.is_folder, chosen.target.weight_files, files, tuple(empty))
     return target, chosen, carriers
-
-
-def is_structural(row: TensorDelta) -> bool:
-    """Return whether a row does more than change elements in place."""
-    if row.base is None or row.target is None or not row.base.same_layout(row.target):
-        return True
-    return row.change is not None and row.change.keep != row.target.n_elements
 
 
 def layout_delta(deltas: Sequence[Delta]) -> Delta:
@@ -64,8 +56,12 @@ def layout_delta(deltas: Sequence[Delta]) -> Delta:
         ConflictError: more than one adds, removes or reshapes tensors, or they lay the others out
             in different ways.
     """
+    used = [{row.base.name for row in delta.tensors if row.base} for delta in deltas]
+    everything = set().union(*used)
     structural = [
-        number for number, delta in enumerate(deltas) if any(map(is_structural, delta.tensors))
+        number
+        for number, delta in enumerate(deltas)
+        if used[number] != everything or not all(row.keeps_all for row in delta.tensors)
     ]
     if len(structural) > 1:
         first, second = structural[:2]
@@ -90,26 +86,16 @@ def _same_layout(one: Delta, other: Delta, *, whole: bool) -> bool:
     if whole and _headers(one) != _headers(other):
         return False
     left, right = _places(one), _places(other)
-    common = left.keys() & right.keys()
-    return [(n, left[n]) for n in left if n in common] == [
-        (n, right[n]) for n in right if n in common
-    ]
+    return [key for key in left if key in right] == [key for key in right if key in left]
 
 
-def _places(delta: Delta) -> dict[str, str]:
-    folder = delta.target.is_folder  # else the path is but a suggestion (FORMAT §3.4)
-    return {
-        row.name: file.path if folder else "" for file, rows in rows_by_file(delta) for row in rows
-    }
+def _places(delta: Delta) -> dict[TensorKey, int]:
+    folder = delta.target.is_folder  # else the path is but a suggestion (FORMAT §3.1)
+    return {(row.file if folder else "", row.name): n for n, row in enumerate(delta.tensors)}
 
 
-def _headers(delta: Delta) -> list[object]:
-    return [
-        stored_header(delta, file, rows)
-        if file.stored_header
-        else tuple((file.metadata or {}).items())
-        for file, rows in rows_by_file(delta)
-    ]
+def _headers(delta: Delta) -> list[bytes]:
+    return [file.digest for file in delta.target.weight_files]
 
 
 def side_files(deltas: Sequence[Delta]) -> list[Carrier]:
@@ -125,8 +111,8 @@ def side_files(deltas: Sequence[Delta]) -> list[Carrier]:
     result = []
     for path in sorted({path for files in found for path in files}, key=str.encode):
         carriers = [files[path] for files in found if path in files]
-        carried = [c for c in carriers if c.file.carried]
-        for alike in (carried, [c for c in carriers if not c.file.carried]):
+        carried = [c for c in carriers if c.file.stored]
+        for alike in (carried, [c for c in carriers if not c.file.stored]):
             if len({c.file.digest for c in alike}) > 1:
                 what = "carry" if alike is carried else "were made from"
                 raise ConflictError(

@@ -1,0 +1,207 @@
+"""Changes of one tensor made into one, exactly, and without the base.
+
+Differences in ulps are added modulo 2^w; new bits replace what was there. Only what is known without
+the base is used: an element whose difference meets another delta's new bits is known from then on,
+and so is every element that does not come from the base, which begins as zero bits.
+A chunk that no other overlaps stays as it is. Memory stays within the changes of one chunk of each delta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsedelta.codecs.chunk import MAX_SPAN, Chunk, Span, encode_chunk, touched_digest
+from sparsedelta.codecs.indices import Positions
+from sparsedelta.codecs.values import Bits, ordered, ulp_codes, ulp_differences, unordered
+from sparsedelta.errors import ConflictError
+from sparsedelta.format.records import Payload, Row, default_keep
+from sparsedelta.format.spool import SpoolPayload
+from sparsedelta.tensors.changes import ChangeReader, Piece, place_for, read_coded
+from sparsedelta.tensors.parallel import Pace
+from sparsedelta.tensors.start import Readable
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What one delta does to a tensor.
+
+    Attributes:
+        number: of the delta, from 1, for messages.
+        row: the tensor in its target.
+        payload: holds its chunks.
+    """
+
+    number: int
+    row: Row
+    payload: Payload
+
+
+class Fold:
+    """The changes of several deltas to one tensor as one change.
+
+    Args:
+        links: in order, each made from the target of the one before it; or, all of one shape, each made
+            from one base.
+        payload: receives the chunks.
+        pace: told of the coded bytes.
+    """
+
+    def __init__(self, links: Sequence[Link], payload: SpoolPayload, pace: Pace) -> None:
+        self._links = links
+        self._payload = payload
+        self._pace = pace
+        self._target = links[-1].row.target
+        keeps = [link.row.keep for link in links]
+        self._keep = min(keeps)
+        # Of each link, the elements from which on a later one cuts what it left.
+        self._limits = [min([self._target.n_elements, *keeps[i + 1 :]]) for i in range(len(links))]
+        self._readers = [ChangeReader(link.row, link.payload, pace) for link in links]
+
+    def run(self) -> Row:
+        """Return the row; its chunks are in the payload afterwards.
+
+        Raises:
+            BaseNeeded: a change cannot be decoded without the base.
+            ConflictError: some elements only the base can tell.
+        """
+        first, last = self._links[0].row, self._links[-1].row
+        base, keep = first.base, self._keep
+        if base and not keep and not base.spec.same_layout(last.target):
+            base = None
+        row = replace(last, base=base, keep=keep, chunks=())
+        known = last.target.digest is not None
+        returned = known and base is not None and base.spec.digest == last.target.digest
+        if returned and base and default_keep(base.spec, last.target) == base.spec.n_elements:
+            return replace(row, keep=base.spec.n_elements)
+        return replace(row, chunks=tuple(self._chunks()))
+
+    def _chunks(self) -> Iterator[Chunk]:
+        for group in overlapping(self._links):
+            if len(group) == 1:
+                number, chunk = group[0]
+                if chunk.end <= self._limits[number]:
+                    link = self._links[number]
+                    coded = read_coded(link.row, chunk, link.payload)
+                    self._pace.advance(len(coded))
+                    yield self._payload.add_chunk(chunk, [coded])
+                    continue
+            end = min(self._target.n_elements, max(chunk.end for _, chunk in group))
+            for start in range(group[0][1].start, end, MAX_SPAN):
+                folded = self._fold(start, min(MAX_SPAN, end - start))
+                if folded:
+                    yield folded
+
+    def _fold(self, start: int, n: int) -> Chunk | None:
+        with ExitStack() as place:
+            found = [
+                piece
+                for reader, limit in zip(self._readers, self._limits, strict=True)
+                if limit > start
+                for piece in reader.window(start, min(n, limit - start))
+            ]
+            nnz = sum(len(piece.positions) for piece in found)
+            place.enter_context(place_for(nnz, self._target.dtype))
+            if all(piece.values == "ulp" for piece in found):
+                positions, codes = self._add(found, n)
+                values = "ulp"
+            else:
+                positions, codes = self._replace(found, start, n)
+                values = "target"
+            if not len(positions):
+                return None
+            touched = self._touched(codes, values) if start >= self._keep else None
+            chunk, streams = encode_chunk(
+                Span(start, n), positions, codes, values=values, touched=touched
+            )
+            return self._payload.add_chunk(chunk, streams)
+
+    def _add(self, found: Sequence[Piece], n: int) -> tuple[Positions, Bits]:
+        total = np.zeros(n, self._target.dtype.view)
+        for piece in found:
+            total[piece.positions] += ulp_differences(piece.codes)
+        where = np.flatnonzero(total)
+        return where.astype(np.uint32), ulp_codes(total[where])
+
+    def _replace(self, found: Sequence[Piece], start: int, n: int) -> tuple[Positions, Bits]:
+        dtype = self._target.dtype
+        n_kept = min(n, max(0, self._keep - start))
+        zero = ordered(dtype, np.zeros(1, dtype.view))
+        places = np.zeros(n, dtype.view)  # M of what is known, the difference of what is not
+        places[n_kept:] = zero
+        known = np.zeros(n, np.bool_)
+        known[n_kept:] = True
+        for piece in found:
+            if piece.values == "ulp":
+                places[piece.positions] += ulp_differences(piece.codes)
+            else:
+                places[piece.positions] = ordered(dtype, piece.codes)
+                known[piece.positions] = True
+        n_unknown = int(np.count_nonzero(places[~known]))
+        if n_unknown:
+            name = self._links[-1].row.name
+            raise ConflictError(
+                f"tensor {name!r} is changed by differences in one delta and by new values in another;"
+                f" what {n_unknown} of its elements become only the base tells: give it (--base)",
+                tensor=name,
+            )
+        known[n_kept:] &= places[n_kept:] != zero
+        where = np.flatnonzero(known)
+        return where.astype(np.uint32), unordered(dtype, places[where])
+
+    def _touched(self, codes: Bits, values: str) -> tuple[bytes, bytes]:
+        """Return the digests of touched elements all of which were zero bits before."""
+        before = np.zeros(len(codes), codes.dtype)
+        after = codes
+        if values == "ulp":
+            dtype = self._target.dtype
+            after = unordered(dtype, ordered(dtype, before) + ulp_differences(codes))
+        return touched_digest(before), touched_digest(np.ascontiguousarray(after))
+
+
+def overlapping(links: Sequence[Link]) -> Iterator[list[tuple[int, Chunk]]]:
+    """Yield groups of chunks that overlap one another, ascending, each with the index of its link."""
+    chunks = [(number, chunk) for number, link in enumerate(links) for chunk in link.row.chunks]
+    group: list[tuple[int, Chunk]] = []
+    end = 0
+    for number, chunk in sorted(chunks, key=lambda item: (item[1].start, item[0])):
+        if group and chunk.start >= end:
+            yield group
+            group, end = [], 0
+        group.append((number, chunk))
+        end = max(end, chunk.end)
+    if group:
+        yield group
+
+
+def count_overlap(links: Sequence[Link], pace: Pace, base: Readable | None = None) -> int:
+    """Return how many positions of one tensor more than one of the changes touches.
+
+    Args:
+        links: changes of one base.
+        pace: told of the coded bytes.
+        base: the base tensor, if it is available.
+    """
+    return sum(int(np.count_nonzero(twice)) for twice in _twice(links, pace, base))
+
+
+def _twice(
+    links: Sequence[Link], pace: Pace, base: Readable | None
+) -> Iterator[npt.NDArray[np.bool_]]:
+    readers = [ChangeReader(link.row, link.payload, pace, base) for link in links]
+    for group in overlapping(links):
+        if len({number for number, _ in group}) == 1:
+            continue
+        end = max(chunk.end for _, chunk in group)
+        for start in range(group[0][1].start, end, MAX_SPAN):
+            n = min(MAX_SPAN, end - start)
+            once, twice = np.zeros(n, np.bool_), np.zeros(n, np.bool_)
+            for reader in readers:
+                for piece in reader.window(start, n):
+                    twice[piece.positions] |= once[piece.positions]
+                    once[piece.positions] = True
+            yield twice
