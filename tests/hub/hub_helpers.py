@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers import noise, write, write_file, write_sharded
+from helpers import Raw, noise, write, write_file, write_sharded
 from hub.hub_server import LoopbackHub
 
 import sparsedelta
@@ -145,15 +145,20 @@ class Person:
         }
 
 
-def make_checkpoints(folder: Path) -> tuple[Path, Path]:
-    """Write a sharded base and a fine-tune of it; return both."""
-    base, target = folder / "base", folder / "target"
+def make_tensors() -> tuple[dict[str, Raw], dict[str, Raw]]:
+    """Return the tensors of the base, shard by shard."""
     layers = {
         f"model.layers.{n}.{kind}.weight": noise("BF16", 64, 48, seed=(n, kind))
         for n in range(LAYERS)
         for kind in ("q_proj", "mlp")
     }
-    rest = {"embed.weight": noise("F32", 20, 48), "norm.bias": noise("F32", 48)}
+    return layers, {"embed.weight": noise("F32", 20, 48), "norm.bias": noise("F32", 48)}
+
+
+def make_checkpoints(folder: Path) -> tuple[Path, Path]:
+    """Write a sharded base and a fine-tune of it; return both."""
+    base, target = folder / "base", folder / "target"
+    layers, rest = make_tensors()
     tuned = {
         name: tensor.changed(2 * n, 640, 4096) if "q_proj" in name else tensor
         for n, (name, tensor) in enumerate(layers.items())

@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from helpers import assert_same_files
-from hub.hub_helpers import BASE, Person, files_of, make_checkpoints, save_delta
+from helpers import assert_same_files, noise, write_file
+from hub.hub_helpers import BASE, Person, files_of, make_checkpoints, publish, save_delta
 from hub.hub_server import LoopbackHub
 
 import sparsedelta
@@ -116,6 +116,41 @@ def test_push_on_a_delta_that_makes_something_else(
     error = me.bad("push", wrong, "me/third", "--base-id", "me/first")
     assert "it is not its base" in error
     assert "me/third" not in hub.state.repos
+
+
+def test_push_on_a_delta_without_digests_of_its_target(
+    me: Person, hub: LoopbackHub, states: list[Path]
+) -> None:
+    base, first, second = states
+    with sparsedelta.load(save_delta(base, first, me.folder / "one.sd", base_id=BASE)) as delta:
+        rows = (
+            row if row.is_copied else dataclasses.replace(row, target=row.target.with_digest(None))
+            for row in delta.tensors
+        )
+        dataclasses.replace(delta, tensors=tuple(rows)).save(me.folder / "unknown.sd")
+    hub.state.add_repo("me/unknown", {"delta.sd": (me.folder / "unknown.sd").read_bytes()})
+    two = save_delta(first, second, me.folder / "two.sd")
+    error = me.bad("push", two, "me/second", "--base-id", "me/unknown")
+    assert "does not have the digests of its target" in error
+    assert "me/second" not in hub.state.repos
+
+
+def test_chain_whose_deltas_need_the_same_tensors(
+    me: Person, other: Person, hub: LoopbackHub
+) -> None:
+    a, b, c = (noise("F32", 50, seed=seed) for seed in "abc")
+    contents = [{"a": a}, {"a": a, "b": b}, {"a": a, "c": c}]
+    base, first, second = (
+        write_file(me.folder / f"s{n}/model.safetensors", content).parent
+        for n, content in enumerate(contents)
+    )
+    one = save_delta(base, first, me.folder / "one.sd", base_id="org/small")
+    two = save_delta(first, second, me.folder / "two.sd", base_id="me/one")
+    publish(hub, "org/small", base)
+    hub.state.add_repo("me/one", {"delta.sd": one.read_bytes()})
+    hub.state.add_repo("me/two", {"delta.sd": two.read_bytes()})
+    assert len(other.json("pull", "me/two", "out")["applied"]) == 2
+    assert_same_files(second, other.folder / "out")
 
 
 def test_circles_are_refused(

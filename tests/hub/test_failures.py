@@ -197,7 +197,7 @@ def test_record_with_such_a_name(other: Person, hub: LoopbackHub, pushed: str) -
     head = hub.state.head(TUNED)
     evil = head.files["delta.base.json"].data.replace(b'"tokenizer.json"', b'"../../evil.json"')
     hub.state.add_commit(TUNED, {"delta.base.json": evil})
-    assert "path '../../evil.json' in 'delta.base.json'" in other.bad("pull", TUNED, "out")
+    assert "path '../../evil.json' in 'delta.base.json'" in other.bad("verify", TUNED)
 
 
 def test_base_without_a_file_it_should_have(

@@ -244,6 +244,11 @@ def test_folder_is_the_snapshot_if_that_has_no_other_weights(tmp_path: Path) -> 
         assert (folder / "c/b.json").read_bytes() == b"2"
 
 
+def test_folder_of_no_files() -> None:
+    with folder_of({}) as folder:
+        assert list(folder.iterdir()) == []
+
+
 def test_damaged_files_of_the_cache_are_removed_and_no_others(tmp_path: Path) -> None:
     places = cached(tmp_path, {"good": b"1", "bad": b"22"})
     places["bad"].write_bytes(b"23")

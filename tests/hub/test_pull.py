@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from helpers import assert_same_files
-from hub.hub_helpers import BASE, TUNED, Person, files_of, publish, save_delta
+from helpers import assert_same_files, noise, write, write_file
+from hub.hub_helpers import BASE, TUNED, Person, files_of, make_tensors, publish, save_delta
 from hub.hub_server import LoopbackHub
 
 
@@ -34,7 +34,47 @@ def test_only_what_is_needed_is_downloaded(
         "tokenizer.json",
     }
     # config.json is what the Hub counts downloads by.
-    assert downloaded(other, TUNED) == {"delta.sd", "delta.base.json", "config.json"}
+    assert downloaded(other, TUNED) == {"delta.sd", "config.json"}
+
+
+def test_shards_that_the_delta_does_not_name_are_not_downloaded(
+    me: Person, other: Person, hub: LoopbackHub, checkpoints: tuple[Path, Path]
+) -> None:
+    shard = checkpoints[1] / "model-00001-of-00002.safetensors"
+    part = write(me.folder / "part/model.safetensors", shard.read_bytes()).parent
+    delta = save_delta(checkpoints[0], part, me.folder / "part.sd", base_id=BASE)
+    hub.state.add_repo("me/part", {"delta.sd": delta.read_bytes()})
+    other.good("pull", "me/part", "out")
+    assert_same_files(part, other.folder / "out")
+    assert downloaded(other, BASE) == {shard.name}
+
+
+def test_delta_that_takes_nothing_from_its_base(
+    me: Person, other: Person, hub: LoopbackHub, checkpoints: tuple[Path, Path]
+) -> None:
+    new = write_file(me.folder / "new/model.safetensors", {"new": noise("F32", 9)}).parent
+    delta = save_delta(checkpoints[0], new, me.folder / "new.sd", base_id=BASE)
+    hub.state.add_repo("me/new", {"delta.sd": delta.read_bytes()})
+    other.good("pull", "me/new", "out")
+    assert_same_files(new, other.folder / "out")
+    assert downloaded(other, BASE) == set()
+
+
+def test_base_with_its_tensors_in_other_files(
+    me: Person, other: Person, hub: LoopbackHub, checkpoints: tuple[Path, Path]
+) -> None:
+    layers, rest = make_tensors()
+    whole = write_file(me.folder / "whole/weights.safetensors", layers | rest).parent
+    tuned = layers | {"norm.bias": rest["norm.bias"].changed(0)}
+    target = write_file(me.folder / "one/model.safetensors", tuned).parent
+    delta = save_delta(checkpoints[0], target, me.folder / "one.sd", base_id=BASE)
+    hub.state.add_repo("me/one", {"delta.sd": delta.read_bytes()})
+    publish(hub, "them/whole", whole)
+    for name in ("out", "again"):
+        other.good("pull", "me/one", name, "--base", "them/whole")
+        assert_same_files(target, other.folder / name)
+        assert downloaded(other, "them/whole") == {"weights.safetensors"}
+        other.offline = True
 
 
 def test_again_from_the_cache_and_offline(

@@ -7,8 +7,18 @@ from pathlib import Path
 
 import pytest
 import yaml  # type: ignore[import-untyped]
-from helpers import assert_same_files, noise, write_sharded
-from hub.hub_helpers import BASE, INFO, TOKEN, TUNED, Person, files_of, save_delta
+from helpers import assert_same_files, noise, write_file, write_sharded
+from hub.hub_helpers import (
+    BASE,
+    INFO,
+    TOKEN,
+    TUNED,
+    Person,
+    files_of,
+    make_tensors,
+    publish,
+    save_delta,
+)
 from hub.hub_server import LoopbackHub
 
 import sparsedelta
@@ -186,6 +196,33 @@ def test_local_base_must_be_what_the_hub_has(
     error = me.bad("push", delta, TUNED, "--base-id", BASE, "--base", checkpoints[0])
     assert "is not the file 'model-00002-of-00002.safetensors' of 'org/model@" in error
     assert writes(hub) == []
+
+
+def test_other_files_of_the_local_base_prove_nothing(
+    me: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
+) -> None:
+    layers, rest = make_tensors()
+    one = save_delta(
+        checkpoints[0],
+        write_file(me.folder / "one/model.safetensors", layers | rest).parent,
+        me.folder / "one.sd",
+    )
+    moved = write_file(me.folder / "moved/model.safetensors", layers | rest).parent
+    publish(hub, "org/moved", moved)
+    me.good("push", one, "me/one", "--base-id", "org/moved")
+    record = json.loads(hub.state.head("me/one").files["delta.base.json"].data)
+    assert [file["path"] for file in record["files"]] == ["model.safetensors"]
+    assert "has the 1 file proved" in me.good("verify", "me/one")
+    # The base is in this folder, but not in the one file of it that is in the repository.
+    wrong = layers | {
+        "embed.weight": rest["embed.weight"].changed(0),
+        "norm.bias": rest["norm.bias"],
+    }
+    publish(hub, "org/wrong", write_file(me.folder / "wrong/model.safetensors", wrong).parent)
+    write_file(checkpoints[0] / "model.safetensors", wrong)
+    error = me.bad("push", one, "me/two", "--base-id", "org/wrong", "--base", checkpoints[0])
+    assert "tensor 'embed.weight' has digest" in error
+    assert "me/two" not in hub.state.repos
 
 
 def test_base_that_moved_on_keeps_its_pin(
