@@ -6,13 +6,16 @@ The model is the base, or the target of the active delta, whenever nobody holds 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from sparsedelta._typing import Model, ModelCheck, Names
 from sparsedelta.errors import ConflictError, StructureMismatch
 from sparsedelta.format.delta import Delta, load
+from sparsedelta.format.digests import base_tensors
+from sparsedelta.format.records import TensorKey, TensorSpec
 from sparsedelta.live.bits import scatter, torch_dtype
 from sparsedelta.live.inplace import Patch, prepare
 from sparsedelta.live.rwlock import SharedLock
@@ -23,7 +26,7 @@ class _Resident:
     """One delta of the bank; without patches it is decoded again when it is asked for."""
 
     source: str | os.PathLike[str] | Delta
-    fingerprint: bytes
+    base: Mapping[TensorKey, TensorSpec]
     patches: list[Patch] | None = None
 
     @property
@@ -99,7 +102,7 @@ class DeltaBank:
             if name in self._deltas:
                 raise ValueError(f"the bank has a delta {name!r} already; remove it first")
             with _opened(delta) as opened:
-                resident = _Resident(delta, opened.base.fingerprint)
+                resident = _Resident(delta, base_tensors(opened.tensors))
                 self._check_sibling(name, resident)
                 active = self._active
                 self._switch(None)
@@ -211,14 +214,32 @@ class DeltaBank:
 
     def _check_sibling(self, name: str, resident: _Resident) -> None:
         for other_name, other in self._deltas.items():
-            if other.fingerprint != resident.fingerprint:
+            problem = _other_base(resident.base, other.base)
+            if problem:
                 raise ConflictError(
-                    f"delta {name!r} was made from base {resident.fingerprint.hex()[:12]}…, delta"
-                    f" {other_name!r} of this bank from {other.fingerprint.hex()[:12]}…; a bank holds"
-                    " deltas of one base",
-                    expected=other.fingerprint.hex(),
-                    found=resident.fingerprint.hex(),
+                    f"deltas {name!r} and {other_name!r} were made from different bases, which {problem};"
+                    " a bank holds deltas of one base"
                 )
+
+
+def _other_base(
+    one: Mapping[TensorKey, TensorSpec], other: Mapping[TensorKey, TensorSpec]
+) -> str | None:
+    """Return what tells the bases of two deltas apart; None: nothing that is known of them does.
+
+    Tensors are the same by file and name; by name alone if the other base has none of this file and name,
+    since weights may be divided among files in several ways.
+    """
+    digests: dict[str, set[bytes | None]] = defaultdict(set)
+    for (_, name), spec in other.items():
+        digests[name].add(spec.digest)
+    shared = False
+    for key, spec in one.items():
+        theirs = {other[key].digest} if key in other else digests.get(key[1])
+        if theirs and spec.digest not in theirs:
+            return f"have two tensors {key[1]!r}"
+        shared = shared or bool(theirs)
+    return None if shared or not one or not other else "have no tensor in common"
 
 
 @contextmanager
@@ -236,7 +257,7 @@ def _in_step(patch: Patch) -> Patch:
     Raises:
         StructureMismatch: the tensor has got another dtype or shape.
     """
-    tensor, target = patch.place.slot.tensor(), patch.place.target
+    tensor, target = patch.place.slot.tensor(), patch.place.row.target
     if tensor.dtype != torch_dtype(target.dtype) or tuple(tensor.shape) != target.shape:
         raise StructureMismatch(
             f"tensor {patch.place.slot.name!r} has become {tensor.dtype} {list(tensor.shape)}; make a"

@@ -279,9 +279,8 @@ def _check_whole(places: Places, *, undo: bool) -> None:
                 " verify='touched' or 'none'"
             )
         found = _whole_digest(place.slot)
-        states.append(
-            (place, wanted if found == expected else done if found == becomes else "other")
-        )
+        state = wanted if found == due else done if found == becomes else "other"
+        states.append((place, state))
     for rows, slot in places.unchanged:
         found = _whole_digest(slot)
         expected = [row.base.spec.digest or b"" for row in rows if row.base]

@@ -7,31 +7,33 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 from sparsedelta._typing import AnyPath, TorchDType
 from sparsedelta.errors import SparseDeltaError, StructureMismatch
-from sparsedelta.files.checkpoint import Checkpoint
-from sparsedelta.files.layout import file_prefixes, rows_by_file
-from sparsedelta.files.side_files import read_side_file, write_side_file
+from sparsedelta.files.checkpoint import Checkpoint, read_index
+from sparsedelta.files.shards import INDEX_SUFFIX, SHARD, roles
+from sparsedelta.files.side_files import write_side_file
 from sparsedelta.format.delta import Delta
-from sparsedelta.format.records import TensorDelta, TensorSpec
+from sparsedelta.format.paths import WEIGHT_SUFFIX
+from sparsedelta.format.records import Row, SideFile
 from sparsedelta.live.bits import torch_dtype
-from sparsedelta.ops.base_check import check_structure, explain_mismatch, included
+from sparsedelta.ops.base_check import explained, find_base, included
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.parallel import Pace
-from sparsedelta.tensors.rebuild import BaseDiffers, Check, rebuild
+from sparsedelta.tensors.rebuild import Check, rebuild
 
 if TYPE_CHECKING:
     import torch
 
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
+_ROLES = ("model", "pytorch_model", "diffusion_pytorch_model")  # of a model's weights, best first
 
 
 def load_target(
@@ -47,13 +49,68 @@ def load_target(
     """Return the transformers model of a delta's target; see ``sparsedelta.load_model``."""
     with ExitStack() as context:
         checkpoint = context.enter_context(Checkpoint(base, include=included(delta), whole=False))
-        delta.payload.check()
-        check_structure(delta, checkpoint)
-        folder = context.enter_context(_small_files(delta, checkpoint))
         tensors = _Tensors(delta, checkpoint, verify)
+        with explained(delta, checkpoint):
+            folder = context.enter_context(_small_files(delta, checkpoint))
+        files = _model_files(delta, folder)
         return _from_pretrained(
-            folder, tensors, model_class, dtype, device_map, dict(options or {})
+            folder, tensors, files, model_class, dtype, device_map, dict(options or {})
         )
+
+
+def _model_files(delta: Delta, folder: Path) -> set[str]:
+    """Return the weight files of the target that hold the model's tensors.
+
+    Args:
+        delta: what makes the target.
+        folder: holds the target's index files.
+    """
+    paths = {file.path for file in delta.target.weight_files}
+    indexes = {
+        path.name: {*read_index(path, path.name, paths).values()}
+        for path in folder.glob(f"*{INDEX_SUFFIX}")
+    }
+    return model_files({path for path in paths if "/" not in path}, indexes)
+
+
+def model_files(paths: Collection[str], indexes: Mapping[str, Collection[str]]) -> set[str]:
+    """Return which weight files of a folder hold the model's tensors.
+
+    Args:
+        paths: of all that lie in the folder itself.
+        indexes: of each index file there the paths of its shards.
+
+    Raises:
+        ValueError: that cannot be told.
+    """
+    by_role: dict[str, list[str]] = defaultdict(list)
+    for path, role in roles(paths, indexes).items():
+        by_role[role].append(path)
+    role = next((role for role in _ROLES if role in by_role), next(iter(by_role), ""))
+    if role not in _ROLES and len(by_role) != 1:
+        raise _unclear_error("for several purposes" if by_role else "only in subfolders", by_role)
+    stems = {path: _stem(path) for path in by_role[role]}
+    for index, shards in indexes.items():
+        stems |= {path: index.removesuffix(INDEX_SUFFIX) for path in shards if path in stems}
+    if role not in stems.values() and len({*stems.values()}) > 1:
+        raise _unclear_error("in several variants", stems.values())
+    single = role + WEIGHT_SUFFIX
+    if single in stems:  # rather than its shards, as transformers has it
+        return {single}
+    return {path for path, stem in stems.items() if stem == role or role not in stems.values()}
+
+
+def _stem(path: str) -> str:
+    shard = SHARD.fullmatch(path)
+    return shard["stem"] if shard else path.removesuffix(WEIGHT_SUFFIX)
+
+
+def _unclear_error(problem: str, found: Collection[str]) -> ValueError:
+    listed = f" ({', '.join(map(repr, sorted(set(found))))})" if found else ""
+    return ValueError(
+        f"the delta's target has weights {problem}{listed}, none of which is plainly the model's; apply the"
+        " delta and load the target by other means"
+    )
 
 
 class _Tensors:
@@ -62,33 +119,30 @@ class _Tensors:
     def __init__(self, delta: Delta, base: Checkpoint, verify: Check) -> None:
         self._delta = delta
         self._base = base
+        with explained(delta, base):
+            self._found = find_base(delta, base)
         self._verify: Check = verify
         self._pace = Pace(Silent())
         self._lock = threading.Lock()
         self.failure: SparseDeltaError | None = None
 
-    def all(self) -> dict[str, _Lazy]:
-        """Return the tensors of the primary weight set by their own names."""
-        prefixes = file_prefixes(self._delta, partial(read_side_file, self._delta, self._base))
-        return {
-            row.name: _Lazy(self, row, row.target)
-            for file, rows in rows_by_file(self._delta)
-            for row in rows
-            if row.target and not prefixes[file.path]
-        }
+    def of(self, files: Collection[str]) -> dict[str, _Lazy]:
+        """Return the tensors of weight files by name."""
+        return {row.name: _Lazy(self, row) for row in self._delta.tensors if row.file in files}
 
-    def make(self, row: TensorDelta, spec: TensorSpec) -> torch.Tensor:
+    def make(self, row: Row) -> torch.Tensor:
         """Return one tensor."""
         try:
-            return self._make(row, spec)
+            return self._make(row)
         except SparseDeltaError as error:
             with self._lock:
                 self.failure = self.failure or error
             raise
 
-    def _make(self, row: TensorDelta, spec: TensorSpec) -> torch.Tensor:
+    def _make(self, row: Row) -> torch.Tensor:
         import torch
 
+        spec = row.target
         dtype = torch_dtype(spec.dtype)
         if dtype is None:
             raise StructureMismatch(
@@ -101,24 +155,22 @@ class _Tensors:
         def write(data: memoryview, offset: int) -> None:
             memory[offset : offset + len(data)] = data
 
-        base = self._base.tensors.get(row.name) if row.base else None
-        try:
+        base = self._found.get(row.key)
+        with explained(self._delta, self._base):
             rebuild(row, base, self._delta.payload, write, check=self._verify, pace=self._pace)
-        except BaseDiffers as error:
-            raise explain_mismatch(self._delta, self._base, row, error.digest) from None
         return buffer.view(dtype).view(spec.shape)
 
 
 class _Lazy:
     """A tensor as transformers takes it up: ``tensor[...]`` makes it."""
 
-    def __init__(self, tensors: _Tensors, row: TensorDelta, spec: TensorSpec) -> None:
+    def __init__(self, tensors: _Tensors, row: Row) -> None:
         self._tensors = tensors
         self._row = row
-        self.spec = spec
+        self.spec = row.target
 
     def __getitem__(self, where: EllipsisType) -> torch.Tensor:
-        return self._tensors.make(self._row, self.spec)[where]
+        return self._tensors.make(self._row)[where]
 
     def get_shape(self) -> list[int]:
         """Return the shape, as a slice of safetensors does."""
@@ -132,6 +184,7 @@ class _Lazy:
 def _from_pretrained(
     folder: Path,
     tensors: _Tensors,
+    files: Collection[str],
     model_class: Any,
     dtype: torch.dtype | str,
     device_map: Any,
@@ -143,7 +196,7 @@ def _from_pretrained(
     trusted = {k: v for k, v in options.items() if k == "trust_remote_code"}
     if config is None:
         config = transformers.AutoConfig.from_pretrained(folder, **trusted)
-    state = tensors.all()
+    state = tensors.of(files)
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or _first_float(state)
     try:
@@ -187,11 +240,13 @@ def _first_float(state: Mapping[str, _Lazy]) -> torch.dtype:
 
 @contextmanager
 def _small_files(delta: Delta, base: Checkpoint) -> Iterator[Path]:
-    """Yield a folder with the target's configuration and, if it has any, code."""
+    """Yield a folder with the target's configuration, the index files beside it, and any code."""
     files = [
         file
         for file in delta.target.side_files
-        if file.path in (_CONFIG, _GENERATION) or file.path.endswith(".py")
+        if file.path in (_CONFIG, _GENERATION)
+        or file.path.endswith(".py")
+        or _is_index_there(file, base)
     ]
     if not any(file.path == _CONFIG for file in files):
         raise ValueError(
@@ -204,3 +259,9 @@ def _small_files(delta: Delta, base: Checkpoint) -> Iterator[Path]:
             (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
             write_side_file(delta, base, file, folder / file.path)
         yield folder
+
+
+def _is_index_there(file: SideFile, base: Checkpoint) -> bool:
+    """Return whether a file is an index of the model's own folder, and carried or in the base."""
+    is_index = file.path.endswith(INDEX_SUFFIX) and "/" not in file.path
+    return is_index and (file.stored is not None or file.path in base.side_files)

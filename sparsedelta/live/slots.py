@@ -250,7 +250,7 @@ def _meant(
             if row.chunks and tensor is not None:
                 raise _misfit_error(row, tensor)
         elif not _is_tied_copy(row, slot, slot_of):
-            raise _not_in_place_error(row)
+            raise _not_in_place_error(row, tensor)
     return [*rows]
 
 
@@ -263,9 +263,7 @@ def _fits(row: Row, tensor: torch.Tensor | None) -> bool:
     )
 
 
-def _is_tied_copy(
-    row: Row, slot: Slot | None, slot_of: Callable[[TensorKey], Slot | None]
-) -> bool:
+def _is_tied_copy(row: Row, slot: Slot | None, slot_of: Callable[[TensorKey], Slot | None]) -> bool:
     """Return whether a row is another tensor of the base, with which the model ties it."""
     if slot is None or row.base is None or not (row.is_copied and row.keeps_all):
         return False
@@ -273,10 +271,10 @@ def _is_tied_copy(
     return base_slot is not None and _memory_of(base_slot.tensor()) == _memory_of(slot.tensor())
 
 
-def _not_in_place_error(row: Row) -> StructureMismatch:
+def _not_in_place_error(row: Row, tensor: torch.Tensor | None) -> StructureMismatch:
     base, name = row.base, repr(row.name)
     if base is None:
-        problem = f"adds tensor {name}"
+        problem = f"{'adds' if tensor is None else 'replaces'} tensor {name}"
     elif base.name != row.name:
         problem = f"makes tensor {name} from tensor {base.name!r}"
     else:
