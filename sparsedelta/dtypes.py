@@ -11,6 +11,7 @@ import numpy as np
 from sparsedelta.errors import Corrupt, LimitExceeded, UnsupportedFeature
 
 MAX_BITS = 1024  # of a value
+MAX_NAME_BYTES = 255
 _WIDTHS = (1, 2, 4, 8)
 
 
@@ -69,9 +70,11 @@ def check_dtype(name: str, bits: int, element: str) -> DType:
 
     Raises:
         Corrupt: a dtype of safetensors 0.8 has other bits or another element type, or bits are 0.
-        LimitExceeded: a value has more bits than the format allows.
+        LimitExceeded: the name is longer, or a value has more bits, than the format allows.
         UnsupportedFeature: no such element type is known.
     """
+    if len(name) > MAX_NAME_BYTES or len(name.encode("utf-8")) > MAX_NAME_BYTES:
+        raise LimitExceeded(f"dtype {name[:80]!r}… is longer than {MAX_NAME_BYTES} bytes")
     width = int(element[1:]) if element[1:].isascii() and element[1:].isdigit() else 0
     if element[:1] not in ("i", "f") or width not in _WIDTHS or len(element) != 2:
         raise UnsupportedFeature(f"dtype {name[:80]!r} has unknown element type {element[:80]!r}")

@@ -8,15 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers import noise, write_file
-from vector_source.samples import plain
-from vector_source.writer import Draft, assemble
+from vector_source.writer import Checkpoint, Draft, WeightFile, assemble, draft, tensor
 
 import sparsedelta
-from sparsedelta.errors import FormatError, LimitExceeded, SparseDeltaError
+from sparsedelta.errors import FormatError, SparseDeltaError
 from sparsedelta.format import strict_json
 from sparsedelta.format.strict_json import parse_json
 
@@ -60,68 +58,97 @@ def test_depth_across_blocks(block_bytes: int, monkeypatch: pytest.MonkeyPatch) 
     draw = random.Random(block_bytes)
     pieces = [b"[", b"]", b"{", b"}", b'"', b'"', b'\\"', b"\\\\", b",", b"a"]
     n_deep = 0
-    for _ in range(2000):
+    for _ in range(600):
         raw = b"".join(draw.choices(pieces, k=draw.randrange(16)))
         found = ""
         try:
             parse_json(raw, "it")
         except SparseDeltaError as error:
-            found = error.code
+            found = "deep" if "deeper than 2" in str(error) else error.code
         deep = depth_of(raw) > 2
-        assert (found == LimitExceeded.code) == deep, raw
+        assert found == "deep" if deep else found != "deep", raw
         n_deep += deep
-    assert n_deep > 50
+    assert n_deep > 15
 
 
-@pytest.mark.parametrize(
-    "text", ["quote + b'a' * n + quote", "quote + (escape + quote) * (n // 2)"]
-)
-def test_a_long_string_takes_little_memory(text: str) -> None:
-    out = run_within_1_gb(f"""
+def test_a_long_string_takes_little_memory() -> None:
+    out = run_within_1_gb("""
 from sparsedelta.errors import FormatError
 from sparsedelta.format.strict_json import parse_json
 n, quote, escape = 1 << 24, b'"', bytes([92])
-try:
-    parse_json({text}, "it")
-except FormatError:
-    pass
+for text in (quote + b"a" * n + quote, quote + (escape + quote) * (n // 2)):
+    try:
+        parse_json(text, "it")
+    except FormatError:
+        pass
 print("parsed or refused")
 """)
     assert out == "parsed or refused\n"
 
 
-def member(draft: Draft, **hooks: Any) -> bytes:
-    draft.manifest["x" * 100_000] = 1
-    return assemble(draft, **hooks)
+def small() -> Draft:
+    """Return a small delta."""
+    old, new = (
+        Checkpoint([WeightFile("model.safetensors", {"w": tensor("BF16", bits)})])
+        for bits in ([1, 2, 3, 4], [1, 2, 3, 5])
+    )
+    return draft(old, new)
 
 
-def encoding(draft: Draft, **hooks: Any) -> bytes:
-    draft.manifest["tensors"][0]["delta"]["values"] = "x" * 100_000
-    return assemble(draft, **hooks)
+LONG = "x" * 100_000
+Alter = Callable[[Draft], object]
 
 
-def key_twice(draft: Draft, **hooks: Any) -> bytes:
-    key = b',"' + b"x" * 100_000 + b'":1'
-    return assemble(draft, text=lambda text: text[:-1] + key + key + b"}", **hooks)
-
-
-def metadata(draft: Draft, **hooks: Any) -> bytes:
-    def more(header: dict[str, Any]) -> dict[str, Any]:
-        return header | {"__metadata__": header["__metadata__"] | {"x" * 100_000: "1"}}
-
-    return assemble(draft, header=more, **hooks)
-
-
-@pytest.mark.parametrize("alter", [member, encoding, key_twice, metadata])
-def test_messages_quote_little_of_a_long_text(
-    alter: Callable[[Draft], bytes], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda d: d.structure.update(requires=[LONG]),
+        lambda d: d.structure["codings"][0].__setitem__(0, LONG),
+        lambda d: d.structure["layouts"][0].__setitem__(0, LONG),
+        lambda d: d.structure["layouts"].append(["x" * 255, 0, "i1", []]),
+        lambda d: d.structure["layouts"].append(["x" * 255, 8, "u1", []]),
+        lambda d: d.structure["layouts"].append(["x" * 255, 8, LONG, []]),
+        lambda d: d.structure["layouts"].append(["x" * 255, 4, "i1", [1]]),
+        lambda d: d.structure["tensors"].update(names=[LONG]),
+        lambda d: d.structure["target"].update(kind=LONG),
+        lambda d: d.structure["target"]["weight_files"][0].__setitem__(0, LONG),
+        lambda d: d.structure["target"]["weight_files"][0].__setitem__(0, f"a/../{LONG}"),
+        lambda d: d.structure["target"]["weight_files"][0].__setitem__(2, [LONG]),
+        lambda d: d.structure["target"]["weight_files"][0].__setitem__(
+            2, ["canonical", [[LONG, ""], [LONG, ""]]]
+        ),
+        lambda d: d.structure["base"].update(files=[LONG]),
+        lambda d: setattr(d, "notes", f'{{"{LONG}":1,"{LONG}":1}}'.encode()),
+    ],
+)
+def test_messages_quote_little_of_a_long_text(alter: Alter, tmp_path: Path) -> None:
+    changed = small()
+    alter(changed)
     path = tmp_path / "delta.sd"
-    path.write_bytes(alter(plain()))
+    path.write_bytes(assemble(changed, pack=bytes))
     with pytest.raises(FormatError) as caught:
         sparsedelta.load(path)
     assert "xxx" in str(caught.value)
     assert len(str(caught.value)) < len(str(path)) + 500
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda d: d.structure.update({LONG: 1}),
+        lambda d: d.structure.update(base=LONG),
+        lambda d: d.structure["base"].update(files=[[LONG]]),
+        lambda d: d.structure["tensors"].update(names=[1] * 100_000),
+        lambda d: d.structure["chunks"].update(raw=[-1] * 100_000),
+    ],
+)
+def test_messages_without_what_is_wrong_are_short_too(alter: Alter, tmp_path: Path) -> None:
+    changed = small()
+    alter(changed)
+    (tmp_path / "delta.sd").write_bytes(assemble(changed, pack=bytes))
+    with pytest.raises(FormatError) as caught:
+        sparsedelta.load(tmp_path / "delta.sd")
+    assert len(str(caught.value)) < 300
 
 
 def test_pipes_and_folders_are_not_waited_for(tmp_path: Path) -> None:

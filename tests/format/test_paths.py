@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparsedelta.errors import Corrupt
-from sparsedelta.format.paths import check_paths, check_suffixes, path_problem
+from sparsedelta.format.paths import check_paths, path_problem
 
 
 @pytest.mark.parametrize(
@@ -87,12 +87,3 @@ def test_paths_are_compared_without_case_and_form() -> None:
     for nested in (["B", "b/c"], ["\u00c4/x", "a\u0308"], ["a/B!", "A/b", "A/B/c"]):
         with pytest.raises(Corrupt, match="lies in"):
             check_paths(nested)
-
-
-def test_the_suffix_tells_weight_files_from_others() -> None:
-    check_suffixes(["a.safetensors"], ["run.py", "A.SAFETENSORS"])
-    for path in ("run.py", "A.SAFETENSORS", "a.safetensorsx"):
-        with pytest.raises(Corrupt, match="does not end in"):
-            check_suffixes(["a.safetensors", path], [])
-    with pytest.raises(Corrupt, match="ends in"):
-        check_suffixes([], ["a", "b.safetensors"])

@@ -1,4 +1,4 @@
-"""The spool gives back each entry whole, whatever order and thread its pieces came in."""
+"""The spool gives back what was put in, whatever order and thread it came in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from sparsedelta.codecs.chunk import Chunk, Coding
 from sparsedelta.format import spool as spool_module
+from sparsedelta.format.manifest import read_text
+from sparsedelta.format.records import Stored
 from sparsedelta.format.spool import SpoolPayload
 
 
@@ -26,49 +29,62 @@ def spool(
     made.close()
 
 
-def test_pieces_of_entries_are_joined(spool: SpoolPayload) -> None:
-    spool.append("a", [b"one", b"two"])
-    spool.append("b", [b"x" * 100])
-    spool.append("a", [])
-    spool.append("a", [b"three"])
-    assert [spool.n_bytes(key) for key in ("a", "b", "c")] == [11, 100, 0]
-    assert spool.read("a", 0, 11) == b"onetwothree"
-    assert spool.read("b", 0, 100) == b"x" * 100
-    spool.check()
+def chunk(data: bytes) -> Chunk:
+    coding = Coding("ulp", "gaps", "planes", classes=False)
+    return Chunk(0, 1, 1, coding, (1,), (len(data),), bytes(16), None)
+
+
+def test_what_is_added_is_found_where_its_record_says(spool: SpoolPayload) -> None:
+    one = spool.add_chunk(chunk(b"onetwo"), [b"one", b"", b"two"])
+    text, noise = b"x" * 1000, random.Random(0).randbytes(100)
+    framed, plain = spool.add_text(text), spool.add_text(noise)
+    moved = spool.add_stored(Stored(9, 5, 77), b"coded")
+    assert (one.offset, one) == (0, chunk(b"onetwo"))  # the offset is no part of what is compared
+    assert spool.read(one.offset, 6) == b"onetwo"
+    assert (framed.n_bytes, framed.offset) == (1000, 6)
+    assert framed.stored_bytes < 100
+    assert read_text(spool.read(framed.offset, framed.stored_bytes), 1000) == text
+    assert (plain.n_bytes, plain.stored_bytes) == (100, 100)
+    assert spool.read(plain.offset, 100) == noise
+    assert (moved.n_bytes, moved.stored_bytes) == (9, 5)
+    assert spool.read(moved.offset, 5) == b"coded"
 
 
 def test_every_range(spool: SpoolPayload) -> None:
-    pieces = [b"abc", b"", b"defgh", b"i"]
-    for piece in pieces:
-        spool.append("a", [piece])
-        spool.append("b", [b"-" * 9])
-    whole = b"".join(pieces)
+    whole = b"abcdefghi"
+    spool.add_stored(Stored(9, 9, -1), b"-" * 9)
+    start = spool.add_stored(Stored(9, 9, -1), whole).offset
+    spool.add_stored(Stored(9, 9, -1), b"-" * 9)
     for begin in range(len(whole) + 1):
         for end in range(begin, len(whole) + 1):
-            assert spool.read("a", begin, end - begin) == whole[begin:end]
+            assert spool.read(start + begin, end - begin) == whole[begin:end]
 
 
 def test_threads(spool: SpoolPayload) -> None:
-    wanted = {str(i): random.Random(i).randbytes(3000) for i in range(8)}
+    wanted = [random.Random(i).randbytes(3000) for i in range(8)]
+    found: dict[int, list[int]] = {i: [] for i in range(8)}
 
-    def fill(key: str) -> None:
+    def fill(number: int) -> None:
         for start in range(0, 3000, 100):
-            spool.append(key, [wanted[key][start : start + 50], wanted[key][start + 50 :][:50]])
-            assert spool.read(key, start, 100) == wanted[key][start : start + 100]
+            piece = wanted[number][start : start + 100]
+            placed = spool.add_chunk(chunk(piece), [piece[:50], piece[50:]])
+            assert spool.read(placed.offset, 100) == piece
+            found[number].append(placed.offset)
 
-    threads = [threading.Thread(target=fill, args=[key]) for key in wanted]
+    threads = [threading.Thread(target=fill, args=[number]) for number in found]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert {key: spool.read(key, 0, 3000) for key in wanted} == wanted
+    for number, offsets in found.items():
+        assert b"".join(spool.read(offset, 100) for offset in offsets) == wanted[number]
 
 
 def test_forgotten_spool_closes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spool_module, "_MEMORY_BYTES", 16)
     n_open = len(os.listdir("/dev/fd"))
     spool = SpoolPayload()
-    spool.append("a", [b"x" * 100])
+    spool.add_chunk(chunk(b"x" * 100), [b"x" * 100])
     del spool  # a warning would be an error here
     gc.collect()
     assert len(os.listdir("/dev/fd")) == n_open
@@ -79,8 +95,8 @@ def test_temporary_file_is_gone_after_close(
 ) -> None:
     monkeypatch.setattr(spool_module, "_MEMORY_BYTES", 16)
     spool = SpoolPayload(str(tmp_path))
-    spool.append("a", [b"x" * 100])
+    spool.add_chunk(chunk(b"x" * 100), [b"x" * 100])
     spool.close()
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="closed"):
-        spool.read("a", 0, 1)
+        spool.read(0, 1)
