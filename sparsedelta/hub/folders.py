@@ -43,19 +43,20 @@ def folder_of(places: Mapping[str, Path], *, only: bool = False) -> Iterator[Pat
 def remove_damaged(places: Iterable[Path]) -> list[Path]:
     """Remove files of the cache whose content is not that of their names; return which they were.
 
-    The cache names a file's content by what the Hub said of it: its SHA-256, or git's name.
+    The cache names a file's content by what the Hub said of it: its SHA-256, or git's name. From 2.4 on that
+    may be a link itself, to content that several repositories share under Xet's name for it.
     """
     damaged = []
     for place in places:
-        content = place.resolve()
-        name = content.name
+        blob = place.parent / os.readlink(place) if place.is_symlink() else place
+        content, name = blob.resolve(), blob.name
         sha256 = name if _SHA256.fullmatch(name) else None
         oid = name if _GIT_OID.fullmatch(name) else None
         if sha256 is None and oid is None:
             continue
         if not is_content(RemoteFile(name, content.stat().st_size, sha256, oid), content):
-            os.unlink(place)
-            content.unlink(missing_ok=True)
+            for path in (place, blob, content):  # some may be one
+                path.unlink(missing_ok=True)
             damaged.append(place)
     return damaged
 

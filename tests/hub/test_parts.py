@@ -259,5 +259,20 @@ def test_damaged_files_of_the_cache_are_removed_and_no_others(tmp_path: Path) ->
     assert places["good"].read_bytes() == b"1"
 
 
+def test_content_that_repositories_share_is_checked_by_the_names_they_have_for_it(
+    tmp_path: Path,
+) -> None:
+    places = cached(tmp_path, {"good": b"1", "bad": b"22"})
+    for path, place in places.items():
+        blob = place.resolve()
+        content = blob.read_bytes() if path == "good" else b"23"
+        shared = write(tmp_path / "shared" / hashlib.sha256(path.encode()).hexdigest(), content)
+        blob.unlink()
+        blob.symlink_to(shared)
+    assert remove_damaged(places.values()) == [places["bad"]]
+    assert len(list((tmp_path / "blobs").iterdir())) == 1
+    assert [place.read_bytes() for place in (tmp_path / "shared").iterdir()] == [b"1"]
+
+
 def test_git_names_files_so(tmp_path: Path) -> None:
     assert git_oid(write(tmp_path / "f", b"hello\n")) == "ce013625030ba8dba906f756967f9e9ca394464a"
