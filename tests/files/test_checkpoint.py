@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from helpers import (
     BITS,
+    UNKNOWN_BITS,
     Raw,
-    Tensors,
     compact,
     file_bytes,
     header_fields,
@@ -25,22 +25,24 @@ from helpers import (
 from sparsedelta.errors import CheckpointError
 from sparsedelta.files import junk
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
+from sparsedelta.files.shards import roles
 
 W = noise("BF16", 2, 3)
 V = noise("F32", 5)
 
 
 def content(tensor: Tensor) -> bytes:
-    buffer = bytearray(tensor.n_bytes)
+    buffer = bytearray(tensor.spec.n_bytes)
     tensor.read_into(memoryview(buffer), 0)
     return bytes(buffer)
 
 
 def read(path: Path, **options: Any) -> dict[str, Raw]:
+    """Return the tensors of a checkpoint by name, in their order."""
     with Checkpoint(path, **options) as checkpoint:
-        return {
-            name: Raw(t.dtype.name, t.shape, content(t)) for name, t in checkpoint.tensors.items()
-        }
+        tensors = checkpoint.tensors.values()
+        assert [t.key for t in tensors] == list(checkpoint.tensors)
+        return {t.name: Raw(t.spec.dtype.name, t.spec.shape, content(t)) for t in tensors}
 
 
 def assert_refused(path: Path, problem: str) -> None:
@@ -59,16 +61,21 @@ def test_single_file(tmp_path: Path) -> None:
         assert file.path == "any name"
         assert file.header.metadata == {"format": "pt"}
         assert with_header(file.raw_header, W.data + V.data) == path.read_bytes()
-        assert checkpoint.tensors["w"].n_elements == 6
+        assert checkpoint.tensors["any name", "w"].spec.n_elements == 6
         part = bytearray(4)
-        checkpoint.tensors["v"].read_into(memoryview(part), 3)
+        checkpoint.tensors["any name", "v"].read_into(memoryview(part), 3)
         assert part == V.data[3:7]
     assert read(path) == {"w": W, "v": V}
 
 
 def test_every_dtype(tmp_path: Path) -> None:
-    tensors = {name: noise(name, 8, 1) for name in BITS}
+    tensors = {name: noise(name, 8, 1) for name in [*BITS, *UNKNOWN_BITS]}
+    tensors["empty"] = noise("X24", 0, 3)
     assert read(write_file(tmp_path / "f", tensors)) == tensors
+    with Checkpoint(tmp_path / "f") as checkpoint:
+        dtypes = {name: checkpoint.tensors["f", name].spec.dtype for name in UNKNOWN_BITS}
+    assert {name: dtype.bits for name, dtype in dtypes.items()} == UNKNOWN_BITS
+    assert {dtype.element for dtype in dtypes.values()} == {"i1"}
 
 
 def test_tensors_come_in_the_order_of_the_data(tmp_path: Path) -> None:
@@ -96,37 +103,55 @@ def test_folder(tmp_path: Path) -> None:
             "é/vocab.txt",
         ]
         assert checkpoint.empty_folders == ("empty/inner",)
-        assert checkpoint.sets == (frozenset({"w", "v"}),)
+        assert set(checkpoint.roles.values()) == {"model"}
     assert read(tmp_path) == {"w": W, "v": V}
 
 
-SETS: list[tuple[str, dict[str, list[str]], list[str]]] = [
-    ("only set", {"adapter": ["w"]}, ["w"]),
-    ("model is primary", {"model": ["w"], "extra": ["w"]}, ["extra:w", "w"]),
-    ("no primary", {"a": ["w"], "b": ["w"]}, ["a:w", "b:w"]),
-    (
-        "diffusers",
-        {"unet/diffusion": ["w"], "vae/diffusion": ["w"], "text/model": ["x"]},
-        ["text/model:x", "unet/diffusion:w", "vae/diffusion:w"],
-    ),
-    ("reserved stem", {"model": ["w"], "sparsedelta": ["w"]}, ["sparsedelta:w", "w"]),
-]
+ROLES = {
+    "model.safetensors": "model",
+    "model.fp16.safetensors": "model",
+    "model.fp16-00001-of-00002.safetensors": "model",
+    "model-00001-of-00002.safetensors": "model",
+    "model-00001-of-00002.fp16.safetensors": "model",
+    "unet/model.safetensors": "unet/model",
+    "unet.v1/model.non_ema.safetensors": "unet.v1/model",
+    "adapter_model.safetensors": "adapter_model",
+    "model-1-of-2.safetensors": "model-1-of-2",
+    "model_00001-of-00002.safetensors": "model_00001-of-00002",
+}
 
 
-@pytest.mark.parametrize(("stems", "names"), [s[1:] for s in SETS], ids=[s[0] for s in SETS])
+@pytest.mark.parametrize(("path", "role"), ROLES.items())
+def test_roles(path: str, role: str) -> None:
+    assert roles([path], {}) == {path: role}
+
+
+def test_an_index_gives_its_shards_its_role(tmp_path: Path) -> None:
+    paths = ["x/a.safetensors", "x/b.safetensors", "x/c.safetensors"]
+    indexes = {"x/model.fp16.safetensors.index.json": paths[:2]}
+    assert roles(paths, indexes) == dict(zip(paths, ["x/model", "x/model", "x/c"], strict=True))
+    for path, tensors in zip(paths, ({"w": W}, {"v": V}, {"w": W}), strict=True):
+        write_file(tmp_path / path, tensors)
+    weight_map = {"w": "a.safetensors", "v": "b.safetensors"}
+    write(tmp_path / next(iter(indexes)), json.dumps({"weight_map": weight_map}))
+    with Checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.roles == roles(paths, indexes)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
-def test_weight_sets(
-    sharded: bool, stems: dict[str, list[str]], names: list[str], tmp_path: Path
-) -> None:
-    for stem, own in stems.items():
+def test_files_may_have_tensors_of_the_same_name(sharded: bool, tmp_path: Path) -> None:
+    for stem in ("model", "unet/model", "model.fp16"):
         if sharded:
-            write_sharded(tmp_path, [dict.fromkeys(own, W)], stem=stem)
+            write_sharded(tmp_path, [{"w": W, "x:v": W}], stem=stem)
         else:
-            write_file(tmp_path / f"{stem}.safetensors", dict.fromkeys(own, W))
-    assert sorted(read(tmp_path)) == names
+            write_file(tmp_path / f"{stem}.safetensors", {"w": W, "x:v": W})
+    with Checkpoint(tmp_path) as checkpoint:
+        assert len(checkpoint.tensors) == 6
+        assert {name for _, name in checkpoint.tensors} == {"w", "x:v"}
+        assert all(tensor.spec.shape == (2, 3) for tensor in checkpoint.tensors.values())
 
 
-def test_shards_without_an_index_are_a_set(tmp_path: Path) -> None:
+def test_shards_without_an_index(tmp_path: Path) -> None:
     write_sharded(tmp_path, [{"w": W}, {"v": V}], stem="weights", index=False)
     assert list(read(tmp_path)) == ["w", "v"]
     (tmp_path / "weights-00001-of-00002.safetensors").unlink()
@@ -191,19 +216,6 @@ def test_shard_of_two_indexes_is_refused(tmp_path: Path) -> None:
     assert_refused(tmp_path, "is a shard of both")
 
 
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        [{"w": W}, {"w": V}],
-        [{"w": W, "x:v": V}, {}],
-    ],
-)
-def test_name_that_occurs_twice_is_refused(tensors: list[Tensors], tmp_path: Path) -> None:
-    write_sharded(tmp_path, tensors, index=False)
-    write_file(tmp_path / "x.safetensors", {"v": V})
-    assert_refused(tmp_path, "occurs twice")
-
-
 WHOLE = file_bytes({"w": W})
 
 
@@ -218,7 +230,12 @@ WHOLE = file_bytes({"w": W})
         (WHOLE + b"\0", "13 bytes of data, its header says 12"),
         (with_header(b"[]"), "not a JSON object"),
         (with_header(b"\x80\x02}q"), "not a JSON object"),
-        (WHOLE.replace(b"BF16", b"BF17"), "dtype 'BF17'"),
+        (
+            file_bytes({"w": Raw("BF16", (5,), bytes(10))})
+            .replace(b"BF16", b"BF17")
+            .replace(b"[5]", b"[3]"),
+            "dtype 'BF17' is unknown",
+        ),
         (WHOLE.replace(b"[2,3]", b"[2,2]"), "has 12 bytes, its shape and dtype say 8"),
         (WHOLE.replace(b"[0,12]", b"[0,11]"), "has 11 bytes"),
         (with_header(compact({"w": {"dtype": "F4", "shape": [1], "data_offsets": [0, 0]}})), "F4"),
@@ -243,7 +260,7 @@ def test_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
     with Checkpoint(path) as checkpoint:
         os.truncate(path, path.stat().st_size - 1)
         with pytest.raises(CheckpointError, match="'w': its file became shorter"):
-            content(checkpoint.tensors["w"])
+            content(checkpoint.tensors["f", "w"])
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -10,16 +10,15 @@ import pytest
 from blake3 import blake3
 from helpers import Raw, noise, small_chunks, write_file
 
-from sparsedelta.codecs.chunk import chunk_span, decode_chunk
+from sparsedelta.codecs.chunk import decode_chunk, touched_digest
 from sparsedelta.codecs.values import VALUE_ENCODINGS
-from sparsedelta.dtypes import DTYPES
 from sparsedelta.files.checkpoint import Checkpoint
-from sparsedelta.format.records import tensor_key
+from sparsedelta.format.records import Row, default_keep
 from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.progress import Silent
-from sparsedelta.tensors import parallel
-from sparsedelta.tensors.compare import Compared, Comparison, digest_tensor, kept_elements
+from sparsedelta.tensors.compare import Comparison, digest_tensor
 from sparsedelta.tensors.parallel import Pace
+from sparsedelta.tensors.rebuild import rebuild
 
 
 class Counter(Silent):
@@ -29,17 +28,21 @@ class Counter(Silent):
         self.total += n_bytes
 
 
+def digest(tensor: Raw) -> bytes:
+    return blake3(tensor.data).digest()[:16]
+
+
 def compare(
     tmp_path: Path, base: Raw | None, target: Raw, values: str = "ulp"
-) -> tuple[Compared, SpoolPayload, int]:
+) -> tuple[Row, SpoolPayload, int]:
     """Return what comparing finds, its coded chunks, and how many bytes it reported."""
     payload, counter = SpoolPayload(), Counter()
     old = write_file(tmp_path / "base", {} if base is None else {"t": base})
     new = write_file(tmp_path / "target", {"t": target})
     with Checkpoint(old) as before, Checkpoint(new) as after:
         comparison = Comparison(
-            before.tensors.get("t"),
-            after.tensors["t"],
+            before.tensors.get(("base", "t")),
+            after.tensors["target", "t"],
             values=values,
             payload=payload,
             pace=Pace(counter),
@@ -47,22 +50,19 @@ def compare(
         return comparison.run(), payload, counter.total
 
 
-def decoded(compared: Compared, payload: SpoolPayload, before: Any) -> list[tuple[int, int]]:
-    """Return the touched positions and the bits there after the change."""
-    row, found, offset = compared.row, [], 0
-    assert row.change is not None
-    assert row.target is not None
-    for chunk in row.change.chunks:
-        n_bytes = sum(chunk.coded_bytes)
-        coded = payload.read(tensor_key("t"), offset, n_bytes)
-        span = chunk_span(row.target.n_elements, chunk.number)
-        positions, codes = decode_chunk(chunk, row.target.dtype, span, coded)
-        first = chunk.number * chunk_span(1 << 62, 0)
-        flat = positions.astype(np.int64) + first
-        bits = VALUE_ENCODINGS[row.change.values].decode(row.target.dtype, before[flat], codes)
+def decoded(row: Row, payload: SpoolPayload, before: Any) -> list[tuple[int, int]]:
+    """Return the touched positions and the bits there after the change, each chunk by itself."""
+    found, dtype, end = [], row.target.dtype, 0
+    for chunk in row.chunks:
+        assert chunk.start >= end
+        end = chunk.end
+        coded = payload.read(chunk.offset, chunk.stored_bytes)
+        positions, codes = decode_chunk(chunk, dtype, coded)
+        flat = positions.astype(np.int64) + chunk.start
+        bits = VALUE_ENCODINGS[chunk.coding.values].decode(dtype, before[flat], codes)
+        assert chunk.touched == (touched_digest(before[flat]), touched_digest(bits))
         found += list(zip(flat.tolist(), bits.tolist(), strict=True))
-        offset += n_bytes
-    assert offset == payload.n_bytes(tensor_key("t"))
+    assert end <= row.target.n_elements
     return found
 
 
@@ -74,18 +74,17 @@ def test_changes_are_found(
     small_chunks(monkeypatch, chunk, block)
     base = noise("I16", 40)
     target = base.changed(0, 5, 6, 7, 38, 79)
-    compared, payload, n_bytes = compare(tmp_path, base, target, values)
+    row, payload, n_bytes = compare(tmp_path, base, target, values)
     before, after = (np.frombuffer(t.data, "<u2") for t in (base, target))
-    touched = [0, 2, 3, 19, 39]
-    assert decoded(compared, payload, before) == [(i, int(after[i])) for i in touched]
-    change = compared.row.change
-    assert change is not None
-    assert (change.keep, change.values, change.nnz) == (40, values, 5)
-    assert change.touched == tuple(
-        blake3(bits[touched].tobytes()).digest()[:8] for bits in (before, after)
-    )
-    assert compared.base_digest == blake3(base.data).digest()
-    assert compared.target_digest == blake3(target.data).digest()
+    assert decoded(row, payload, before) == [(i, int(after[i])) for i in [0, 2, 3, 19, 39]]
+    assert all(c.span == min(chunk, 40 - c.start) for c in row.chunks)
+    assert (row.keep, row.nnz) == (40, 5)
+    assert {c.coding.values for c in row.chunks} == {values}
+    assert (row.file, row.name) == ("target", "t")
+    assert row.base is not None
+    assert (row.base.file, row.base.name) == ("base", "t")
+    assert row.base.spec.digest == digest(base)
+    assert row.target.digest == digest(target)
     assert n_bytes == len(base.data) + len(target.data)
 
 
@@ -100,6 +99,8 @@ def test_changes_are_found(
         (Raw("U8", (2, 3), bytes(6)), Raw("U8", (3, 2), bytes(6)), 6, []),
         (Raw("U8", (0,), b""), Raw("U8", (1,), b"\7"), 0, [0]),
         (Raw("U8", (3,), b"\1\2\3"), Raw("U8", (0,), b""), 0, []),
+        (Raw("X24", (2,), b"\1\2\3\4\5\6"), Raw("X24", (1,), b"\1\0\3"), 3, [1]),
+        (Raw("X24", (1,), b"\1\2\3"), Raw("X8_NEW", (3,), b"\1\2\3"), 0, [0, 1, 2]),
     ],
 )
 @pytest.mark.parametrize("block", [8, 1 << 19])
@@ -113,25 +114,27 @@ def test_structure_changes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     small_chunks(monkeypatch, 2, block)
-    compared, payload, _ = compare(tmp_path, base, target)
-    change = compared.row.change
-    assert change is not None
-    assert change.keep == keep
+    row, payload, _ = compare(tmp_path, base, target)
+    assert row.keep == keep
     before = np.zeros(len(target.data), np.uint8)
     if base is not None and keep:
         before[:keep] = np.frombuffer(base.data, np.uint8)[:keep]
-    assert decoded(compared, payload, before) == [(i, target.data[i]) for i in touched]
-    assert compared.base_digest == (None if base is None else blake3(base.data).digest())
-    assert compared.target_digest == blake3(target.data).digest()
-    assert change.values == ("ulp" if keep else "target")
+    assert decoded(row, payload, before) == [(i, target.data[i]) for i in touched]
+    # A base tensor of which nothing is of use is not named.
+    assert (row.base and row.base.spec.digest) == (digest(base) if base and keep else None)
+    assert row.target.digest == digest(target)
+    # What begins beyond the base's elements are new values.
+    assert [c.coding.values for c in row.chunks] == [
+        "ulp" if c.start < keep else "target" for c in row.chunks
+    ]
 
 
 @pytest.mark.parametrize("n", [0, 1, 1000])
-def test_equal_tensors_have_no_change(n: int, tmp_path: Path) -> None:
-    compared, payload, _ = compare(tmp_path, noise("F32", n), noise("F32", n))
-    assert compared.row.change is None
-    assert compared.base_digest == compared.target_digest == blake3(noise("F32", n).data).digest()
-    assert payload.n_bytes(tensor_key("t")) == 0
+def test_equal_tensors_are_copied(n: int, tmp_path: Path) -> None:
+    row, _, _ = compare(tmp_path, noise("F32", n), noise("F32", n))
+    assert row.is_copied
+    assert row.base is not None
+    assert row.base.spec.digest == row.target.digest == digest(noise("F32", n))
 
 
 def test_dense_chunks_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,34 +148,46 @@ def test_dense_chunks_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             taken.append("out")
 
     small_chunks(monkeypatch, 100, 16)
-    for module in ("sparsedelta.tensors.compare", "sparsedelta.tensors.rebuild"):
-        monkeypatch.setattr(f"{module}.DENSE_ELEMENTS", 50)
-        monkeypatch.setattr(f"{module}.dense_places", Place())
+    monkeypatch.setattr("sparsedelta.tensors.compare.DENSE_ELEMENTS", 50)
+    monkeypatch.setattr("sparsedelta.tensors.changes.DENSE_ELEMENTS", 50)
+    monkeypatch.setattr("sparsedelta.tensors.changes.dense_places", Place())
     base = Raw("U8", (300,), bytes(300))
     target = Raw("U8", (300,), b"\1" * 50 + bytes(50) + b"\1" * 51 + bytes(49) + b"\1" * 100)
-    compared, _, _ = compare(tmp_path, base, target)
-    assert compared.row.change is not None
-    assert compared.row.change.nnz == 201
+    row, payload, _ = compare(tmp_path, base, target)
+    assert row.nnz == 201
     assert taken == ["in", "out"] * 2  # the first chunk has no more than 50
-    assert parallel.dense_places is not None
+    made = bytearray(300)
+    with Checkpoint(tmp_path / "base") as checkpoint:
+        rebuild(
+            row,
+            checkpoint.tensors["base", "t"],
+            payload,
+            lambda data, offset: made.__setitem__(slice(offset, offset + len(data)), data),
+            check="full",
+            pace=Pace(Silent()),
+        )
+    assert made == target.data
+    assert taken == ["in", "out"] * 4
 
 
 def test_digest_of_the_rest_of_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_chunks(monkeypatch, 1 << 24, 8)
     tensor = noise("U8", 50)
     with Checkpoint(write_file(tmp_path / "f", {"t": tensor})) as checkpoint:
-        opened, pace = checkpoint.tensors["t"], Pace(Silent())
-        assert digest_tensor(opened, pace) == blake3(tensor.data).digest()
+        opened, pace = checkpoint.tensors["f", "t"], Pace(Silent())
+        assert digest_tensor(opened, pace) == digest(tensor)
         begun = blake3(tensor.data[:13])
-        assert digest_tensor(opened, pace, offset=13, hasher=begun) == blake3(tensor.data).digest()
-        assert digest_tensor(opened, pace, offset=50, hasher=blake3(b"x")) == blake3(b"x").digest()
+        assert digest_tensor(opened, pace, offset=13, hasher=begun) == digest(tensor)
+        assert (
+            digest_tensor(opened, pace, offset=50, hasher=blake3(b"x"))
+            == blake3(b"x").digest()[:16]
+        )
 
 
 def test_kept_elements(tmp_path: Path) -> None:
     tensors = {"a": noise("F32", 3, 4), "b": noise("F32", 5), "c": noise("I32", 5)}
     with Checkpoint(write_file(tmp_path / "f", tensors)) as checkpoint:
-        a, b, c = (checkpoint.tensors[name] for name in "abc")
-        assert kept_elements(a, b) == kept_elements(b, a) == 5
-        assert kept_elements(None, b) == 0
-        assert kept_elements(b, c) == 0
-    assert DTYPES["F32"].width == DTYPES["I32"].width
+        a, b, c = (checkpoint.tensors["f", name].spec for name in "abc")
+        assert default_keep(a, b) == default_keep(b, a) == 5
+        assert default_keep(None, b) == 0
+        assert default_keep(b, c) == 0
