@@ -94,16 +94,16 @@ class Delta:
             model: a ``torch.nn.Module`` or a state dict, on any device; its tensors are changed.
             verify: ``"touched"`` checks the touched values, ``"full"`` every byte of the tensors
                 that the model has of the delta's base, ``"none"`` nothing but dtypes and shapes.
-            names: from the name of a tensor in the delta to that in the model, None as a value: leave
-                this tensor out. What torch.compile, FSDP, DDP and PEFT put into names, and one
-                prefix common to all, are found without it.
+            names: from the name of a tensor in the delta, or from file and name, to its name in the
+                model; None as a value: leave this tensor out. What torch.compile, FSDP, DDP and PEFT
+                put into names, and one prefix common to all, are found without it.
 
         Raises:
             BaseMismatch: a tensor is neither the base's nor the target's.
             AlreadyApplied: the model already is the target.
             PartlyApplied: some tensors are the base's, others the target's.
-            StructureMismatch: a changed tensor is missing or has another dtype or shape, or the
-                delta adds, removes or reshapes tensors.
+            StructureMismatch: a changed tensor is missing, has another dtype or shape, or may be that
+                of several files; or the delta adds, renames or reshapes tensors.
             FormatError: the delta is damaged or is inconsistent.
             ValueError: the delta lacks what ``verify`` asks for.
         """

@@ -217,7 +217,7 @@ class DeltaBank:
             problem = _other_base(resident.base, other.base)
             if problem:
                 raise ConflictError(
-                    f"deltas {name!r} and {other_name!r} were made from different bases, which {problem};"
+                    f"deltas {name!r} and {other_name!r} were made from different bases: {problem};"
                     " a bank holds deltas of one base"
                 )
 
@@ -237,9 +237,9 @@ def _other_base(
     for key, spec in one.items():
         theirs = {other[key].digest} if key in other else digests.get(key[1])
         if theirs and spec.digest not in theirs:
-            return f"have two tensors {key[1]!r}"
+            return f"tensor {key[1]!r} differs"
         shared = shared or bool(theirs)
-    return None if shared or not one or not other else "have no tensor in common"
+    return None if shared or not one or not other else "they have no tensor in common"
 
 
 @contextmanager

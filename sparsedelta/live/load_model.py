@@ -92,12 +92,14 @@ def model_files(paths: Collection[str], indexes: Mapping[str, Collection[str]]) 
     stems = {path: _stem(path) for path in by_role[role]}
     for index, shards in indexes.items():
         stems |= {path: index.removesuffix(INDEX_SUFFIX) for path in shards if path in stems}
-    if role not in stems.values() and len({*stems.values()}) > 1:
-        raise _unclear_error("in several variants", stems.values())
     single = role + WEIGHT_SUFFIX
     if single in stems:  # rather than its shards, as transformers has it
         return {single}
-    return {path for path, stem in stems.items() if stem == role or role not in stems.values()}
+    variants = {*stems.values()}
+    if role not in variants and len(variants) != 1:
+        raise _unclear_error("in several variants", variants)
+    wanted = role if role in variants else variants.pop()
+    return {path for path, stem in stems.items() if stem == wanted}
 
 
 def _stem(path: str) -> str:

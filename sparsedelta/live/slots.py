@@ -111,12 +111,12 @@ def find_places(delta: Delta, model: Model, names: Names) -> Places:
         name = _renamed(key, names)
         return None if name is None else slots.get(own_name(name))
 
-    rows_by_name: dict[str, list[Row]] = defaultdict(list)
+    alike: dict[tuple[str, str], list[Row]] = defaultdict(list)  # of one name, in several files
     for row, name in wanted:
-        rows_by_name[own_name(name)].append(row)
+        alike[row.name, own_name(name)].append(row)
     changed: dict[object, Place] = {}
     found: list[tuple[list[Row], Slot]] = []
-    for name, rows in rows_by_name.items():
+    for (_, name), rows in alike.items():
         slot = slots.get(name)
         meant = _meant(rows, slot, slot_of)
         if slot is None or not meant:

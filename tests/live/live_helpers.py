@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -73,6 +74,15 @@ class Disk:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
         return path
 
+    def save_files(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> Path:
+        """Return a folder of weight files, given by their paths."""
+        self.n_saved += 1
+        folder = self.path / f"state-{self.n_saved}"
+        for path, state in files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / path)
+        return folder
+
     def diff(
         self,
         base: Mapping[str, torch.Tensor],
@@ -80,10 +90,22 @@ class Disk:
         values: str = "ulp",
     ) -> Delta:
         """Return the delta between two states, saved and loaded again."""
-        old, new = self.save(base), self.save(target)
-        with sparsedelta.diff(old, new, values=values) as delta:
-            delta.save(new.with_suffix(".sd"))
-        return self.context.enter_context(sparsedelta.load(new.with_suffix(".sd")))
+        return self.diff_paths(self.save(base), self.save(target), values=values)
+
+    def diff_files(
+        self,
+        base: Mapping[str, Mapping[str, torch.Tensor]],
+        target: Mapping[str, Mapping[str, torch.Tensor]],
+    ) -> Delta:
+        """Return the delta between two folders of weight files."""
+        return self.diff_paths(self.save_files(base), self.save_files(target))
+
+    def diff_paths(self, base: Path, target: Path, **options: Any) -> Delta:
+        """Return the delta between two checkpoints, saved and loaded again."""
+        path = target.with_suffix(".sd")
+        with sparsedelta.diff(base, target, **options) as delta:
+            delta.save(path)
+        return self.context.enter_context(sparsedelta.load(path))
 
     def load(self, path: Path) -> State:
         return load_file(path)

@@ -114,7 +114,7 @@ def test_what_is_refused(
     bank.activate("a")
     with pytest.raises(ValueError, match="'a' already"):
         bank.add("a", deltas["a"])
-    with pytest.raises(ConflictError, match="deltas of one base"):
+    with pytest.raises(ConflictError, match=r"'d' and '.'.*' differs.*deltas of one base"):
         bank.add("d", disk.diff(states["a"], states["b"]))
     with pytest.raises(KeyError, match="no delta 'd', only a, b, c"):
         bank.activate("d")
@@ -126,6 +126,71 @@ def test_what_is_refused(
     assert list(bank) == ["a", "c"]
     with pytest.raises(KeyError):
         bank.remove("b")
+
+
+class TestSiblings:
+    """Deltas are of one base if their bases have tensors in common, and none that differ."""
+
+    A, B = "a.safetensors", "b.safetensors"
+
+    @pytest.fixture
+    def base(self) -> State:
+        return {"w": torch.randn(4, 4), "v": torch.randn(6)}
+
+    def check(self, model: State, one: Delta, other: Delta, *targets: State) -> None:
+        bank = DeltaBank(model)
+        base = copied(model)
+        bank.add("one", one)
+        bank.add("other", other)
+        for name, state in zip(("one", "other", None), (*targets, base), strict=True):
+            bank.activate(name)
+            assert same(model, state)
+
+    def test_one_base_divided_in_other_files(self, disk: Disk, base: State) -> None:
+        one, other = tuned(base, seed=1), tuned(base, seed=2)
+        divided = {self.A: {"w": base["w"]}, self.B: {"v": base["v"]}}
+        deltas = disk.diff(base, one), disk.diff_files(divided, {self.A: other})
+        self.check(base, *deltas, one, other)
+
+    def test_tensors_of_one_name_in_two_files(self, disk: Disk, base: State) -> None:
+        """One delta is made from both, the other from one of them."""
+        half = {"w": base["w"].half()}
+        one, other = tuned(base, seed=1), tuned(base, seed=2)
+        files = {self.A: half, self.B: base}
+        deltas = disk.diff_files(files, {self.A: half, self.B: one}), disk.diff(base, other)
+        self.check(base, *deltas, one, other)
+
+    def test_a_tensor_that_only_one_has(self, disk: Disk, base: State) -> None:
+        one, other = tuned(base, seed=1), tuned(base, "w", seed=2)
+        deltas = disk.diff(base, one), disk.diff(base, {"w": other["w"]})
+        self.check(base, *deltas, one, other)
+
+    def test_none_from_any_base(self, disk: Disk, base: State) -> None:
+        """A delta that is made from no base tensor fits every base; this one changes nothing in place."""
+        new = disk.diff(base, {"new": torch.ones(2)})
+        assert not any(row.base for row in new.tensors)
+        bank = DeltaBank(base, names={"new": None})
+        bank.add("new", new)
+        bank.add("one", disk.diff(base, tuned(base)))
+        assert list(bank) == ["new", "one"]
+
+    def test_nothing_in_common(self, disk: Disk, base: State) -> None:
+        one = disk.diff({"w": base["w"]}, tuned({"w": base["w"]}))
+        other = disk.diff({"v": base["v"]}, tuned({"v": base["v"]}))
+        bank = DeltaBank(base)
+        bank.add("one", one)
+        with pytest.raises(ConflictError, match="no tensor in common"):
+            bank.add("other", other)
+
+    def test_one_of_two_files_differs(self, disk: Disk, base: State) -> None:
+        """Though the other file has a tensor of this name that is the same."""
+        files = {self.A: base, self.B: {"w": base["w"] + 1}}
+        others = {self.A: base, self.B: {"w": base["w"] + 2}}
+        target = tuned(base, "v")
+        bank = DeltaBank(base)
+        bank.add("one", disk.diff_files(files, {**files, self.A: target}))
+        with pytest.raises(ConflictError, match="tensor 'w' differs"):
+            bank.add("other", disk.diff_files(others, {**others, self.A: target}))
 
 
 def test_a_model_that_is_not_the_base(net: Net, deltas: dict[str, Delta]) -> None:

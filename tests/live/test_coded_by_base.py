@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import sparsedelta
-from sparsedelta.errors import BaseMismatch, BaseNeeded
+from sparsedelta.errors import AlreadyApplied, BaseMismatch, BaseNeeded, Corrupt
 from sparsedelta.live.inplace import apply_, revert_
 
 
@@ -34,7 +36,7 @@ def delta(tmp_path: Path) -> Path:
     for n in range(2):
         save_file({"weight": weights(n)}, tmp_path / f"{n}.safetensors")
     with sparsedelta.diff(tmp_path / "0.safetensors", tmp_path / "1.safetensors") as made:
-        assert any(c.needs_base for row in made.tensors if row.change for c in row.change.chunks)
+        assert any(chunk.coding.classes for row in made.tensors for chunk in row.chunks)
         made.save(tmp_path / "delta.sd")
     return tmp_path / "delta.sd"
 
@@ -48,11 +50,27 @@ def test_the_models_own_weights_are_the_base(delta: Path) -> None:
             revert_(loaded, one)
 
 
-def test_another_model_is_refused_and_left_alone(delta: Path) -> None:
-    one = model(1)
-    with sparsedelta.load(delta) as loaded, pytest.raises(BaseMismatch):
-        apply_(loaded, one)
-    assert torch.equal(bits(one.weight), bits(weights(1)))
+@pytest.mark.parametrize("verify", ["touched", "full"])
+@pytest.mark.parametrize(("n_steps", "error"), [(1, AlreadyApplied), (2, BaseMismatch)])
+def test_another_model_is_refused_and_left_alone(
+    delta: Path, n_steps: int, error: type[Exception], verify: Any
+) -> None:
+    one = model(n_steps)
+    with sparsedelta.load(delta) as loaded, pytest.raises(error):
+        apply_(loaded, one, verify=verify)
+    assert torch.equal(bits(one.weight), bits(weights(n_steps)))
+
+
+def test_a_delta_that_makes_no_sense_of_its_base(delta: Path) -> None:
+    """The base is right, so the delta is not."""
+    one = model(0)
+    with sparsedelta.load(delta) as loaded:
+        (row,) = loaded.tensors
+        chunks = tuple(replace(c, nnz=c.nnz - 1) if c.coding.classes else c for c in row.chunks)
+        wrong = replace(loaded, tensors=(replace(row, chunks=chunks),))
+        with pytest.raises(Corrupt):
+            apply_(wrong, one)
+    assert torch.equal(bits(one.weight), bits(weights(0)))
 
 
 def test_weights_that_are_not_contiguous(delta: Path) -> None:

@@ -211,15 +211,43 @@ class TestWrongModel:
 
     def test_an_inconsistent_delta(self, net: Net, delta: Delta) -> None:
         row = next(row for row in delta.tensors if row.name == "last.weight")
-        assert row.change
-        assert row.change.touched
-        change = dataclasses.replace(row.change, touched=(row.change.touched[0], bytes(8)))
-        lie = dataclasses.replace(row, change=change)
+        (chunk,) = row.chunks
+        assert chunk.touched
+        wrong = dataclasses.replace(chunk, touched=(chunk.touched[0], bytes(8)))
+        lie = dataclasses.replace(row, chunks=(wrong,))
         rows = tuple(lie if r is row else r for r in delta.tensors)
         state = copied(net.state_dict())
         self.check_untouched(
             state, dataclasses.replace(delta, tensors=rows), Corrupt, "last.weight"
         )
+
+    def test_a_damaged_chunk(self, disk: Disk, net: Net, target: State) -> None:
+        """All chunks are read and checked before anything is written."""
+        path = disk.path / "damaged.sd"
+        disk.diff(net.state_dict(), target).save(path)
+        raw = bytearray(path.read_bytes())
+        raw[-1] ^= 1
+        path.write_bytes(raw)
+        with sparsedelta.load(path) as delta:
+            state = copied(net.state_dict())
+            self.check_untouched(state, delta, Corrupt, "damaged", verify="none")
+
+    @pytest.mark.parametrize("undo", [False, True])
+    def test_chunks_of_both(self, disk: Disk, monkeypatch: pytest.MonkeyPatch, undo: bool) -> None:
+        """A tensor some of whose chunks are the base's and others the target's is neither."""
+        small_chunks(monkeypatch, 8, 16)
+        base = {"w": torch.randn(4, 8)}
+        target = tuned(base)
+        delta = disk.diff(base, target)
+        assert len(delta.tensors[0].chunks) > 1
+        first = delta.tensors[0].chunks[0].end
+        state = copied(base)
+        state["w"].view(-1)[:first] = target["w"].view(-1)[:first]
+        before = copied(state)
+        for verify in ("touched", "full"):
+            with pytest.raises(BaseMismatch, match="neither"):
+                (delta.revert_ if undo else delta.apply_)(state, verify=verify)
+        assert same(state, before)
 
     def test_unknown_check(self, net: Net, delta: Delta) -> None:
         with pytest.raises(ValueError, match="verify is 'some'"):
@@ -247,19 +275,54 @@ class TestStacked:
             stacked.apply_(net, verify="full")
         assert same(net.state_dict(), steps[2])
 
-    def test_full_is_not_known(self, disk: Disk, steps: list[State]) -> None:
-        one = {**copied(steps[0]), "scale": steps[1]["scale"]}
-        other = {**copied(steps[0]), "first.bias": steps[1]["first.bias"]}
-        both = {**one, "first.bias": steps[1]["first.bias"]}
-        deltas = disk.diff(steps[0], one), disk.diff(steps[0], other)
-        with sparsedelta.stack(*deltas) as stacked:
-            state = copied(steps[0])
-            stacked.apply_(state, verify="full")
-            assert same(state, both)
-            with pytest.raises(ValueError, match="verify='touched' or 'none'"):
-                stacked.revert_(state, verify="full")
+    @pytest.fixture
+    def halves(self, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> tuple[State, State, Delta]:
+        """Return a base, a target, and a stack of deltas of its halves, cut into other chunks each."""
+        base = {"w": torch.randn(6, 10)}
+        target = tuned(base)
+        deltas = []
+        for first, n_elements, values in ((0, 7, "ulp"), (33, 11, "target")):
+            small_chunks(monkeypatch, n_elements, 16)
+            half = copied(base)
+            end = first + 27
+            half["w"].view(-1)[first:end] = target["w"].view(-1)[first:end]
+            deltas.append(disk.diff(base, half, values=values))
+        target["w"].view(-1)[27:33] = base["w"].view(-1)[27:33]
+        stacked = disk.context.enter_context(sparsedelta.stack(*deltas))
+        return base, target, stacked
+
+    def test_full_is_not_known(self, halves: tuple[State, State, Delta]) -> None:
+        base, target, stacked = halves
+        (row,) = stacked.tensors
+        assert {chunk.start % 7 and chunk.start % 11 for chunk in row.chunks} == {0}
+        state = copied(base)
+        stacked.apply_(state, verify="full")
+        assert same(state, target)
+        with pytest.raises(AlreadyApplied):
+            stacked.apply_(state)
+
+    def test_encodings_by_chunk(self, halves: tuple[State, State, Delta]) -> None:
+        base, target, stacked = halves
+        assert {chunk.coding.values for chunk in stacked.tensors[0].chunks} == {"ulp", "target"}
+        state = copied(base)
+        with stacked.applied(state):
+            assert same(state, target)
+        assert same(state, base)
+        stacked.apply_(state)
+        with pytest.raises(ConflictError, match="new values of tensor 'w'"):
             stacked.revert_(state)
-            assert same(state, steps[0])
+        assert same(state, target)
+
+    def test_reverting_in_full(self, disk: Disk, steps: list[State]) -> None:
+        """Of a tensor whose digest in the target is not known, only touched values are compared."""
+        delta = disk.diff(steps[0], steps[1])
+        rows = (dataclasses.replace(r, target=r.target.with_digest(None)) for r in delta.tensors)
+        unknown = dataclasses.replace(delta, tensors=tuple(rows))
+        state = copied(steps[1])
+        with pytest.raises(ValueError, match="verify='touched' or 'none'"):
+            unknown.revert_(state, verify="full")
+        unknown.revert_(state)
+        assert same(state, steps[0])
 
 
 class Holder(nn.Module):
@@ -362,6 +425,163 @@ class TestTied:
         assert same({"a": shared}, {"a": base["a"]})
 
 
+class TestFiles:
+    """Tensors of a model are found by name, those of a delta have a file too."""
+
+    A, B = "a/x.safetensors", "b/x.safetensors"
+
+    @pytest.fixture
+    def base(self) -> State:
+        return {"w": torch.randn(4, 4), "v": torch.randn(3)}
+
+    def test_another_division_of_files(self, disk: Disk, base: State) -> None:
+        target = tuned(base)
+        delta = disk.diff_files(
+            {self.A: base}, {self.A: {"w": target["w"]}, self.B: {"v": target["v"]}}
+        )
+        state = copied(base)
+        delta.apply_(state, verify="full")
+        assert same(state, target)
+        delta.revert_(state, verify="full")
+        assert same(state, base)
+
+    @pytest.mark.parametrize("other", [torch.randn(5, 4), torch.randn(4, 4).half()])
+    @pytest.mark.parametrize("changed", ["both", "this", "other"])
+    def test_the_one_that_fits(
+        self, disk: Disk, base: State, other: torch.Tensor, changed: str
+    ) -> None:
+        """As of a variant in another dtype, or of a part of the model with the same names."""
+        others = {"w": other}
+        target = base if changed == "other" else tuned(base)
+        other_target = others if changed == "this" else tuned(others)
+        delta = disk.diff_files(
+            {self.A: others, self.B: base}, {self.A: other_target, self.B: target}
+        )
+        state = copied(base)
+        delta.apply_(state, verify="full")
+        assert same(state, target)
+
+    def test_a_variant_that_is_added(self, disk: Disk, base: State) -> None:
+        target = tuned(base)
+        half = {name: tensor.half() for name, tensor in target.items()}
+        delta = disk.diff_files({self.A: base}, {self.A: target, self.B: half})
+        state = copied(base)
+        delta.apply_(state, verify="full")
+        assert same(state, target)
+        with pytest.raises(StructureMismatch, match="load the model in F32"):
+            delta.apply_({name: tensor.half() for name, tensor in base.items()})
+
+    def test_one_that_changes_rather_than_others(self, disk: Disk, base: State) -> None:
+        others = {name: tensor + 1 for name, tensor in base.items()}
+        target = tuned(base)
+        delta = disk.diff_files({self.A: others, self.B: base}, {self.A: others, self.B: target})
+        state = copied(base)
+        delta.apply_(state, verify="full")
+        assert same(state, target)
+        with pytest.raises(BaseMismatch):
+            delta.apply_(others)
+
+    def test_either_of_those_that_do_not_change(self, disk: Disk, base: State) -> None:
+        others = {**tuned(base, seed=1), "more": torch.zeros(2)}
+        target = {**others, "more": torch.ones(2)}
+        delta = disk.diff_files({self.A: others, self.B: base}, {self.A: target, self.B: base})
+        for state in (base, others):
+            model = {**copied(state), "more": torch.zeros(2)}
+            delta.apply_(model, verify="full")
+            assert same(model, {**state, "more": torch.ones(2)})
+        with pytest.raises(BaseMismatch, match="leaves as it is"):
+            delta.apply_({**tuned(base, seed=2), "more": torch.zeros(2)}, verify="full")
+
+    def test_copies(self, disk: Disk, base: State) -> None:
+        target = tuned(base)
+        delta = disk.diff_files({self.A: base, self.B: base}, {self.A: target, self.B: target})
+        state = copied(base)
+        delta.apply_(state, verify="full")
+        assert same(state, target)
+
+    def test_several_that_fit(self, disk: Disk, base: State) -> None:
+        others = tuned(base, seed=1)
+        target, other_target = tuned(base, seed=2), tuned(others, seed=3)
+        delta = disk.diff_files(
+            {self.A: others, self.B: base}, {self.A: other_target, self.B: target}
+        )
+        before = copied(base)
+        with pytest.raises(
+            StructureMismatch, match=rf"'{self.A}' or of '{self.B}'.*names="
+        ) as error:
+            delta.apply_(base)
+        assert same(base, before)
+        assert f"{{('{self.B}', 'v'): None}}" in str(error.value)
+        delta.apply_(base, names={row.key: None for row in delta.tensors if row.file == self.A})
+        assert same(base, target)
+        both = {f"a.{n}": t for n, t in others.items()} | {f"b.{n}": t for n, t in before.items()}
+        delta.apply_(both, names={row.key: f"{row.file[0]}.{row.name}" for row in delta.tensors})
+        assert same({n: both[f"a.{n}"] for n in others}, other_target)
+        assert same({n: both[f"b.{n}"] for n in others}, target)
+
+
+class TestRenamed:
+    """A model cannot be given other names, unless it has a tensor under both."""
+
+    @pytest.fixture
+    def base(self) -> State:
+        return {"a": torch.randn(4, 4), "b": torch.randn(3)}
+
+    def test_not_in_place(self, disk: Disk, base: State) -> None:
+        target = tuned({**base, "copy": base["a"]}, "b")
+        delta = disk.diff(base, target)
+        before = copied(base)
+        for model in (base, {**base, "copy": torch.zeros(4, 4)}, {**base, "copy": before["a"]}):
+            with pytest.raises(
+                StructureMismatch, match=r"makes tensor 'copy' from tensor 'a'.*load_model"
+            ):
+                delta.apply_(model)
+        assert same(base, before)
+        delta.apply_(base, names={"copy": None})
+        assert same(base, {name: target[name] for name in base})
+
+    @pytest.mark.parametrize("is_kept", [True, False])
+    def test_tied(self, disk: Disk, base: State, is_kept: bool) -> None:
+        """Of tied tensors some programs save the one, some the other, and some both."""
+        target = tuned({**base, "copy": base["a"]}, "b")
+        if not is_kept:
+            del target["a"]
+        delta = disk.diff(base, target)
+        model = {**copied(base), "copy": base["a"]}
+        model["a"] = model["copy"]
+        delta.apply_(model, verify="full")
+        assert same(model, {**base, **target})
+        delta.revert_(model, verify="full")
+        assert same(model, {**base, "copy": base["a"]})
+        model["a"][0, 0] = 7
+        with pytest.raises(BaseMismatch, match="leaves as it is"):
+            delta.apply_(model, verify="full")
+
+    def test_tied_to_one_that_changes(self, disk: Disk, base: State) -> None:
+        delta = disk.diff(base, tuned({**base, "copy": base["a"]}, "a"))
+        model = {**base, "copy": base["a"]}
+        before = copied(model)
+        with pytest.raises(StructureMismatch, match="'a' and 'copy' are tied in the model"):
+            delta.apply_(model)
+        assert same(model, before)
+
+    def test_one_that_changes(self, disk: Disk) -> None:
+        base = {f"model.{n}": torch.randn(4, 4) for n in "abc"}
+        changed = tuned(base, "model.a")
+        target = {name.removeprefix("model."): tensor for name, tensor in changed.items()}
+        delta = disk.diff(base, target)
+        assert delta.tensors[0].base
+        for model in (base, copied(target)):
+            with pytest.raises(StructureMismatch, match=r"makes tensor 'a' from tensor 'model.a'"):
+                delta.apply_(model)
+
+    def test_removed_tensors_are_left_alone(self, disk: Disk, base: State) -> None:
+        target = tuned(base, "b")
+        delta = disk.diff(base, {"b": target["b"]})
+        delta.apply_(base, verify="full")
+        assert same(base, target)
+
+
 class TestStructure:
     def test_dtype(self, net: Net, delta: Delta) -> None:
         with pytest.raises(
@@ -390,14 +610,12 @@ class TestStructure:
         ("change", "match"),
         [
             ({"new": torch.ones(2)}, "adds tensor 'new'"),
-            ({"first.bias": None}, "removes tensor 'first.bias'"),
             ({"embed.weight": torch.ones(11, 8).bfloat16()}, r"BF16 \[11, 8\] of BF16 \[10, 8\]"),
-            ({"embed.weight": torch.ones(10, 8)}, r"F32 \[10, 8\] of BF16"),
+            ({"embed.weight": torch.ones(10, 8)}, "replaces tensor 'embed.weight'"),
+            ({"scale": torch.ones(1, 3).bfloat16()}, r"BF16 \[1, 3\] of BF16 \[3\]"),
         ],
     )
-    def test_other_structure(
-        self, disk: Disk, net: Net, change: dict[str, torch.Tensor | None], match: str
-    ) -> None:
-        target = {n: t for n, t in {**net.state_dict(), **change}.items() if t is not None}
+    def test_other_structure(self, disk: Disk, net: Net, change: State, match: str) -> None:
+        target = {**net.state_dict(), **change}
         with pytest.raises(StructureMismatch, match=rf"{match}.*load_model"):
             disk.diff(net.state_dict(), target).apply_(net)

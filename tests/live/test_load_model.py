@@ -11,11 +11,13 @@ import torch
 import transformers
 from helpers import assert_same_files, state
 from live.live_helpers import copied, same, tuned
+from safetensors.torch import load_file, save_file
 from train_helpers import make_bert
 
 import sparsedelta
 from sparsedelta import load_model
 from sparsedelta.errors import AlreadyApplied, BaseMismatch, StructureMismatch
+from sparsedelta.live.load_model import model_files
 
 Bert = transformers.AutoModelForSequenceClassification
 
@@ -123,6 +125,93 @@ def test_another_dtype(base: Path, target: Path, path: Path) -> None:
 def test_options(base: Path, path: Path) -> None:
     model = load_model(path, base=base, options={"attn_implementation": "eager"})
     assert model.config._attn_implementation == "eager"
+
+
+class TestWhichFiles:
+    """The model's own tensors are told by the names of weight files and indexes."""
+
+    @pytest.mark.parametrize(
+        ("paths", "found"),
+        [
+            ("model", "model"),
+            ("a", "a"),
+            ("model adapter consolidated", "model"),
+            ("model pytorch_model", "model"),
+            ("pytorch_model adapter", "pytorch_model"),
+            ("diffusion_pytorch_model adapter", "diffusion_pytorch_model"),
+            ("model model.fp16", "model"),
+            ("model.fp16", "model.fp16"),
+            ("gpt2.5", "gpt2.5"),
+            (
+                "model-00001-of-00002 model-00002-of-00002 model.fp16",
+                "model-00001-of-00002 model-00002-of-00002",
+            ),
+            ("model model-00001-of-00001", "model"),
+            ("model.fp16-00001-of-00002 model.fp16-00002-of-00002",) * 2,
+        ],
+    )
+    def test_by_path(self, paths: str, found: str) -> None:
+        assert model_files(files(paths), {}) == files(found)
+
+    @pytest.mark.parametrize(
+        ("indexes", "found"),
+        [
+            ({"model": "b c"}, "b c"),
+            ({"model": "a b", "other": "c"}, "a b"),
+            ({"model.fp16": "a b", "model": "c"}, "c"),
+            ({"model.fp16": "a b c"}, "a b c"),
+        ],
+    )
+    def test_by_index(self, indexes: dict[str, str], found: str) -> None:
+        named = {f"{k}.safetensors.index.json": files(v) for k, v in indexes.items()}
+        assert model_files(files("a b c"), named) == files(found)
+
+    @pytest.mark.parametrize(
+        ("paths", "message"),
+        [
+            ("a b", r"for several purposes \('a', 'b'\)"),
+            ("model.fp16 model.bf16", r"in several variants \('model.bf16', 'model.fp16'\)"),
+            ("", "only in subfolders"),
+        ],
+    )
+    def test_not_clear(self, paths: str, message: str) -> None:
+        with pytest.raises(ValueError, match=rf"{message}.*apply the delta"):
+            model_files(files(paths), {})
+
+    def test_beside_other_weights(self, base: Path, target: Path, tmp_path: Path) -> None:
+        for folder in (base, target):
+            raw = load_file(folder / "model.safetensors")
+            halves = {name: tensor.half() for name, tensor in raw.items()}
+            save_file(halves, folder / "model.fp16.safetensors")
+            save_file({n: t + 1 for n, t in raw.items()}, folder / "original.safetensors")
+            (folder / "onnx").mkdir()
+            save_file(halves, folder / "onnx" / "model.safetensors")
+        path = delta_of(base, target, tmp_path / "delta.sd")
+        wanted = Bert.from_pretrained(target).state_dict()
+        assert same(load_model(path, base=base).state_dict(), wanted)
+
+    @pytest.mark.parametrize("is_in_base", [True, False])
+    def test_an_index_of_unnumbered_shards(self, tmp_path: Path, is_in_base: bool) -> None:
+        base = make_llama(tmp_path / "base", tied=False)
+        cls = transformers.AutoModelForCausalLM
+        target = save_tuned(base, tmp_path / "target", cls, max_shard_size="4KB")
+        wanted = cls.from_pretrained(target).state_dict()
+        index = target / "model.safetensors.index.json"
+        text = index.read_text()
+        for number, shard in enumerate(sorted(target.glob("model-*.safetensors"))):
+            text = text.replace(shard.name, f"part{number}.safetensors")
+            shard.rename(target / f"part{number}.safetensors")
+        index.write_text(text)
+        save_file({"w": torch.zeros(2)}, target / "adapter.safetensors")
+        if is_in_base:
+            shutil.copytree(target, tmp_path / "base2")
+            base = tmp_path / "base2"
+        path = delta_of(base, target, tmp_path / "delta.sd")
+        assert same(load_model(path, base=base).state_dict(), wanted)
+
+
+def files(names: str) -> set[str]:
+    return {f"{name}.safetensors" for name in names.split()}
 
 
 class TestWrongBase:

@@ -81,4 +81,4 @@ def test_a_bank_is_where_it_was_sent(sequence: list[State], order: list[int], co
 
 def changed(delta: sparsedelta.Delta) -> list[str]:
     """Return the tensors with changed elements; a delta of none is applied as soon as it is made."""
-    return [row.name for row in delta.tensors if row.change and row.change.nnz]
+    return [row.name for row in delta.tensors if row.chunks]
