@@ -175,7 +175,7 @@ def _read_tensors(source: ByteSource, path: str) -> tuple[BaseTensor, ...]:
             f"'{source.name}' is not a safetensors file: it states a header of {size} bytes"
         )
     try:
-        entries = parse_header(source.read(8, size), f"'{source.name}'").entries
+        entries = parse_header(source.read(8, size), "its header").entries
         return tuple(BaseTensor(path, entry.name, _spec(entry)) for entry in entries)
     except FormatError as error:
         raise CheckpointError(f"'{source.name}': {error}") from error
