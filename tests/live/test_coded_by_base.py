@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import small_chunks
 from live.live_helpers import bits
 from safetensors.torch import save_file
 from torch import nn
@@ -31,12 +32,14 @@ def model(n_steps: int) -> nn.Linear:
     return made
 
 
-@pytest.fixture
-def delta(tmp_path: Path) -> Path:
+@pytest.fixture(params=[1 << 24, 1 << 14])
+def delta(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a delta of one chunk, or of several, each of which needs the base."""
+    small_chunks(monkeypatch, request.param, 1 << 19)
     for n in range(2):
         save_file({"weight": weights(n)}, tmp_path / f"{n}.safetensors")
     with sparsedelta.diff(tmp_path / "0.safetensors", tmp_path / "1.safetensors") as made:
-        assert any(chunk.coding.classes for row in made.tensors for chunk in row.chunks)
+        assert all(chunk.coding.classes for row in made.tensors for chunk in row.chunks)
         made.save(tmp_path / "delta.sd")
     return tmp_path / "delta.sd"
 
