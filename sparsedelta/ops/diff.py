@@ -159,7 +159,8 @@ def _compare_all(
     def compare(tensor: Tensor) -> Row:
         return comparison(matched.get(tensor.key), tensor, pace=pace).run()
 
-    progress.start("comparing", old.tensor_bytes + new.tensor_bytes)
+    n_bytes = new.tensor_bytes + sum(tensor.spec.n_bytes for tensor in matched.values())
+    progress.start("comparing", n_bytes)
     try:
         return run_all(compare, [*new.tensors.values()], cost=lambda t: t.spec.n_bytes, pace=pace)
     finally:

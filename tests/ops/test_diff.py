@@ -3,46 +3,57 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from blake3 import blake3
-from helpers import Raw, noise, write, write_file, write_sharded
+from helpers import UNKNOWN_BITS, Raw, noise, roundtrip, write, write_file, write_sharded
 
 import sparsedelta
+from sparsedelta.dtypes import DTYPES
 from sparsedelta.format.digests import fingerprint
+from sparsedelta.format.records import TensorSpec
 from sparsedelta.progress import Silent
 
 W, V, U = noise("BF16", 4, 3), noise("F32", 5), noise("I64", 2)
+V2, U2 = noise("F32", 5, seed=2), noise("I64", 2, seed=2)
 
 
 def digest(tensors: dict[str, Raw]) -> bytes:
-    return fingerprint((n, t.dtype, t.shape, blake3(t.data).digest()) for n, t in tensors.items())
+    """Return the fingerprint of tensors."""
+    return fingerprint(
+        (n, TensorSpec(DTYPES[t.dtype], t.shape, blake3(t.data).digest()[:16]))
+        for n, t in tensors.items()
+    )
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
     base = write_file(tmp_path / "base.safetensors", {"w": W, "gone": V, "also": U})
-    target = write_sharded(tmp_path / "target", [{"v": V}, {"u": U, "w": W.changed(0, 3)}])
+    target = write_sharded(tmp_path / "target", [{"v": V2}, {"u": U2, "w": W.changed(0, 3)}])
     return base, target
 
 
 def test_description(pair: tuple[Path, Path]) -> None:
     with sparsedelta.diff(*pair, base_id="org/model@4f1e", info={"lr": 0.1}) as delta:
         assert delta.base.id == "org/model@4f1e"
-        assert delta.base.fingerprint == digest({"w": W, "gone": V, "also": U})
-        assert delta.target.fingerprint == digest({"v": V, "u": U, "w": W.changed(0, 3)})
+        assert delta.base.n_unused == 2
+        assert delta.base_fingerprint == digest({"w": W})  # of the others nothing is used
+        assert delta.target_fingerprint == digest({"v": V2, "u": U2, "w": W.changed(0, 3)})
         assert delta.target.is_folder
-        assert [(f.path, f.n_tensors) for f in delta.target.weight_files] == [
-            ("model-00001-of-00002.safetensors", 1),
-            ("model-00002-of-00002.safetensors", 2),
+        assert [f.path for f in delta.target.weight_files] == [
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
         ]
         assert [f.path for f in delta.target.side_files] == ["model.safetensors.index.json"]
         assert delta.info == {"lr": 0.1}
-        assert [row.name for row in delta.tensors] == ["v", "u", "w", "also", "gone"]
-        changes = {row.name: row.change.nnz for row in delta.tensors if row.change}
-        assert changes == {"v": 5, "u": 2, "w": 2}
+        assert [row.name for row in delta.tensors] == ["v", "u", "w"]
+        assert [row.nnz for row in delta.tensors] == [5, 2, 2]
+        assert [row.base and row.base.key for row in delta.tensors] == [
+            None, None, ("base.safetensors", "w"),
+        ]  # fmt: skip
         assert (delta.nnz, delta.numel) == (9, 19)
 
 
@@ -51,8 +62,33 @@ def test_fingerprint_is_independent_of_sharding(tmp_path: Path) -> None:
     one = write_file(tmp_path / "one", tensors, {"format": "pt"})
     other = write_sharded(tmp_path / "other", [{"v": V}, {"w": W}])
     with sparsedelta.diff(one, other) as delta:
-        assert delta.base.fingerprint == delta.target.fingerprint == digest(tensors)
+        assert delta.base_fingerprint == delta.target_fingerprint == digest(tensors)
         assert delta.nnz == 0
+        assert all(row.is_copied for row in delta.tensors)
+
+
+def test_unknown_dtypes_pass_through(tmp_path: Path) -> None:
+    """A dtype that no release knows is compared by bytes and comes out as it was."""
+    before = {name: noise(name, 8, 3) for name in UNKNOWN_BITS}
+    after = {name: tensor.changed(0, 7) for name, tensor in before.items()}
+    grown = Raw("X24", (9, 3), after["X24"].data + b"123456789")
+    target = {**after, "X24": grown, "new": noise("X8_NEW", 5), "empty": noise("X24", 0)}
+    (tmp_path / "scratch").mkdir()
+    for values in ("ulp", "target"):
+        delta = roundtrip(
+            write_file(tmp_path / "base", before),
+            write_file(tmp_path / "target", target),
+            tmp_path / "scratch",
+            values=values,
+        )
+        rows = {row.name: row for row in delta.tensors}
+        assert {name: row.nnz for name, row in rows.items()} == {
+            "X24": 2 + 9, "X4": 2, "X8_NEW": 2, "new": 5, "empty": 0,
+        }  # fmt: skip
+        assert rows["X24"].keep == 72
+        sparsedelta.verify(delta, base=tmp_path / "base", target=tmp_path / "target")
+        shutil.rmtree(tmp_path / "scratch")
+        (tmp_path / "scratch").mkdir()
 
 
 @pytest.mark.parametrize("values", ["xor", "", None])
@@ -102,7 +138,7 @@ def test_progress_adds_up(pair: tuple[Path, Path]) -> None:
 
     recorder = Recorder()
     sparsedelta.diff(*pair, progress=recorder).close()
-    n_bytes = 2 * sum(len(t.data) for t in (W, V, U))
+    n_bytes = sum(len(t.data) for t in (W, W, V2, U2))  # "gone" and "also" are not read
     assert recorder.stages == [("comparing", n_bytes)]
     assert (recorder.total, recorder.finished) == (n_bytes, 1)
 
