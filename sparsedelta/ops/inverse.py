@@ -24,15 +24,28 @@ def only_base_tells(delta: Delta) -> list[str]:
 
 def _why_tensors(delta: Delta) -> Iterator[str]:
     if delta.base.n_unused:
-        yield f"it leaves out {delta.base.n_unused} tensors of its base"
+        yield "it leaves out tensors of its base"
     if any(row.target.digest is None for row in delta.tensors):
         yield "it does not know the digests of its target"
+    files = {file.path: base_file(delta, file.path) for file in delta.target.weight_files}
     for row in delta.tensors:
         reason = why_row(row)
         if reason:
             yield reason
-        if row.base and row.base.key != row.key:
+        if row.base and (row.base.name != row.name or row.base.file != files[row.file]):
             yield f"it renames or moves tensor {row.base.name!r}"
+
+
+def base_file(delta: Delta, path: str) -> str:
+    """Return the path in the base of a weight file of the target, if the base has the target's layout.
+
+    The path of a checkpoint that is one file is but a suggestion (FORMAT §3.1).
+    """
+    files = {row.base.file for row in delta.tensors if row.base}
+    if delta.target.is_folder or len(files) != 1:
+        return path
+    (file,) = files
+    return path if "/" in file else file
 
 
 def why_row(row: Row) -> str | None:

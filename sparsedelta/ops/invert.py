@@ -29,7 +29,7 @@ from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.ops.apply import AnyDelta
 from sparsedelta.ops.base_check import explained, find_base, included
 from sparsedelta.ops.diff import describe_files
-from sparsedelta.ops.inverse import inverse_row, only_base_tells, told
+from sparsedelta.ops.inverse import base_file, inverse_row, only_base_tells, told
 from sparsedelta.progress import Progress, Silent
 from sparsedelta.tensors.compare import Comparison
 from sparsedelta.tensors.parallel import Pace, run_all
@@ -113,11 +113,12 @@ def _weight_file(
     delta: Delta, file: WeightFile, rows: Sequence[Row], payload: SpoolPayload
 ) -> WeightFile:
     """Return the file of the base that the rows of a file of the target were made from."""
+    path = base_file(delta, file.path)
     if file.stored:
         coded = delta.payload.read(file.stored.offset, file.stored.stored_bytes)
-        return replace(file, stored=payload.add_stored(file.stored, coded))
+        return replace(file, path=path, stored=payload.add_stored(file.stored, coded))
     header = canonical_header(file, [(row.name, row.base.spec) for row in rows if row.base])
-    return replace(file, digest=blake3(header).digest()[:DIGEST_BYTES])
+    return replace(file, path=path, digest=blake3(header).digest()[:DIGEST_BYTES])
 
 
 class _WithBase:

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from helpers import Raw, assert_same_files, noise, of_array, small_chunks, write
 
 import sparsedelta
 from sparsedelta import Delta
-from sparsedelta.codecs.chunk import CHUNK_ELEMENTS
-from sparsedelta.errors import BaseMismatch, ConflictError, Corrupt
+from sparsedelta.codecs.chunk import MAX_SPAN
+from sparsedelta.errors import BaseMismatch, BaseNeeded, ConflictError, Corrupt
 
 Files = dict[str, str]
 
@@ -145,25 +146,132 @@ def test_new_values_over_all_differences_need_no_base(make: Maker) -> None:
     a = make.diff(folders[0], folders[1])
     b = make.diff(folders[1], folders[2], values="target")
     result = make.stack(a, b)
-    assert [row.change and row.change.values for row in result.tensors] == ["target"]
+    assert [chunk.coding.values for row in result.tensors for chunk in row.chunks] == ["target"]
     make.check(result, folders[0], folders[2])
+
+
+def no_encoding(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Return a list that would hold what is encoded while stacking."""
+    made: list[object] = []
+    monkeypatch.setattr(
+        "sparsedelta.ops.stacking.fold.encode_chunk", lambda *a, **k: made.append(a)
+    )
+    return made
 
 
 def test_chunks_that_only_one_changes_are_taken_over(
     make: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = np.zeros(CHUNK_ELEMENTS + 10, np.uint8)
+    data = np.zeros(MAX_SPAN + 10, np.uint8)
     folders = []
-    for position in (0, 5, CHUNK_ELEMENTS + 3):
+    for position in (0, 5, MAX_SPAN + 3):
         data[position] = 1
         folders.append(make.checkpoint({"w": of_array("U8", data)}))
     a, b = deltas_of(make, folders)
-    made: list[object] = []
-    monkeypatch.setattr("sparsedelta.ops.stacking.compose.encode_chunk", lambda *a: made.append(a))
+    made = no_encoding(monkeypatch)
     result = make.stack(a, b)
     assert not made
     assert result.nnz == 2
+    assert result.tensors[0].chunks == a.tensors[0].chunks + b.tensors[0].chunks
     make.check(result, folders[0], folders[2])
+
+
+class TestOtherBorders:
+    """Deltas of one tensor whose chunks begin and end at different elements."""
+
+    raw = noise("F32", 30)
+
+    def diff_in(
+        self, make: Maker, n_elements: int, base: Path, target: Path, **options: Any
+    ) -> Delta:
+        with pytest.MonkeyPatch.context() as patch:
+            small_chunks(patch, n_elements, 1 << 10)
+            return make.diff(base, target, **options)
+
+    def deltas(
+        self, make: Maker, spans: list[int], steps: list[list[int]], **options: Any
+    ) -> tuple[list[Path], list[Delta]]:
+        """Return checkpoints with more and more elements changed, and their deltas."""
+        done: list[int] = []
+        folders = [make.checkpoint({"w": self.raw})]
+        for step in steps:
+            done += [4 * n for n in step]
+            folders.append(make.checkpoint({"w": self.raw.changed(*done)}))
+        pairs = zip(spans, itertools.pairwise(folders), strict=True)
+        return folders, [self.diff_in(make, n, *pair, **options) for n, pair in pairs]
+
+    @pytest.mark.parametrize("values", ["ulp", "target"])
+    @pytest.mark.parametrize("with_base", [False, True])
+    def test_a_chain(self, make: Maker, values: str, with_base: bool) -> None:
+        steps = [[0, 9, 10, 21, 29], [3, 8, 11, 12, 24], [1, 13, 28]]
+        folders, deltas = self.deltas(make, [7, 10, 13], steps, values=values)
+        starts = [[chunk.start for chunk in delta.tensors[0].chunks] for delta in deltas]
+        assert starts == [[0, 7, 21, 28], [0, 10, 20], [0, 13, 26]]
+        result = make.stack(*deltas, base=folders[0] if with_base else None)
+        assert result.nnz == 13
+        make.check(result, folders[0], folders[-1])
+
+    def test_chunks_that_none_overlaps_are_taken_over(
+        self, make: Maker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of 7 elements at 0 and 14, and of 10 at 20: 14 … 21 and 20 … 30 overlap."""
+        folders, (a, b) = self.deltas(make, [7, 10], [[0, 15], [22]])
+        result = make.stack(a, b)
+        first, folded = result.tensors[0].chunks
+        assert first == a.tensors[0].chunks[0]
+        assert (folded.start, folded.end, folded.nnz) == (14, 30, 2)
+        make.check(result, folders[0], folders[-1])
+        folders, (a, b) = self.deltas(make, [7, 10], [[0, 8], [22]])
+        made = no_encoding(monkeypatch)
+        result = make.stack(a, b)
+        assert not made
+        assert result.tensors[0].chunks == a.tensors[0].chunks + b.tensors[0].chunks
+        make.check(result, folders[0], folders[-1])
+
+    def test_value_encodings_may_lie_side_by_side(self, make: Maker) -> None:
+        """Differences and new values need no base where no chunk of one overlaps one of the other."""
+        base, middle, target = (
+            make.checkpoint({"w": self.raw.changed(*p)}) for p in ([], [0], [0, 88])
+        )
+        a = self.diff_in(make, 7, base, middle)
+        b = self.diff_in(make, 10, middle, target, values="target")
+        result = make.stack(a, b)
+        assert [chunk.coding.values for chunk in result.tensors[0].chunks] == ["ulp", "target"]
+        make.check(result, base, target)
+
+    def test_what_was_coded_by_exponents_is_taken_over(self, make: Maker) -> None:
+        """Chunks that only the base can decode need not be decoded where no other overlaps."""
+        draw = np.random.default_rng(0)
+        values = draw.standard_normal(40_000).astype(np.float32).view(np.uint32)
+        small = np.flatnonzero((values[:20_000] >> 23 & 0xFF) < 124)
+        stepped = values.copy()
+        stepped[small] += 1
+        both = stepped.copy()
+        both[30_000] += 1
+        folders = [make.checkpoint({"w": of_array("F32", v)}) for v in (values, stepped, both)]
+        a, b = (self.diff_in(make, 20_000, *pair) for pair in itertools.pairwise(folders))
+        assert a.tensors[0].chunks[0].coding.classes
+        result = make.stack(a, b)
+        assert result.tensors[0].chunks[0] == a.tensors[0].chunks[0]
+        make.check(result, folders[0], folders[2])
+        cut = make.checkpoint({"w": of_array("F32", both[:15_000])})
+        with pytest.raises(BaseNeeded, match=r"'w'.*give the base \(--base\)"):
+            make.stack(a, make.diff(folders[1], cut))
+        given = make.stack(a, make.diff(folders[1], cut), base=folders[0])
+        make.check(given, folders[0], cut)
+
+    def test_siblings_that_lie_side_by_side(self, make: Maker) -> None:
+        base, one, other, both = (
+            make.checkpoint({"w": self.raw.changed(*p)}) for p in ([], [0], [88], [0, 88])
+        )
+        a, b = self.diff_in(make, 7, base, one), self.diff_in(make, 10, base, other)
+        result = make.stack(a, b)
+        assert result.target_fingerprint is None
+        assert result.tensors[0].chunks == a.tensors[0].chunks + b.tensors[0].chunks
+        make.check(result, base, both)
+        known = make.stack(a, b, base=base)
+        assert known.tensors[0].target == make.diff(base, both).tensors[0].target
+        make.check(known, base, both)
 
 
 def test_touched_digests_of_an_added_tensor_are_known(make: Maker) -> None:
@@ -180,15 +288,13 @@ def test_touched_digests_of_an_added_tensor_are_known(make: Maker) -> None:
 
 
 class TestOrder:
-    def test_a_gap_names_both_fingerprints(self, make: Maker, steps: list[Path]) -> None:
+    def test_a_gap_names_the_tensor(self, make: Maker, steps: list[Path]) -> None:
         a, _, c = deltas_of(make, steps)
-        with pytest.raises(ConflictError, match="missing") as error:
+        with pytest.raises(
+            ConflictError, match=r"delta 2 was made from another tensor 'w' than delta 1 .* missing"
+        ) as error:
             make.stack(a, c)
-        assert a.target.fingerprint is not None
-        assert a.target.fingerprint.hex()[:12] in str(error.value)
-        assert c.base.fingerprint.hex()[:12] in str(error.value)
-        assert error.value.found == a.target.fingerprint.hex()
-        assert error.value.expected == c.base.fingerprint.hex()
+        assert error.value.tensor == "w"
 
     def test_a_wrong_order_is_put_right(self, make: Maker, steps: list[Path]) -> None:
         a, b, c = deltas_of(make, steps)
@@ -198,39 +304,147 @@ class TestOrder:
     def test_a_cycle_in_order_is_nothing(self, make: Maker, steps: list[Path]) -> None:
         there, back = make.diff(steps[0], steps[1]), make.diff(steps[1], steps[0])
         result = make.stack(there, back)
-        assert all(row.change is None for row in result.tensors)
+        assert all(row.is_copied for row in result.tensors)
 
-    def test_a_cycle_out_of_order_has_no_beginning(self, make: Maker, steps: list[Path]) -> None:
+    def test_a_cycle_out_of_order_is_put_right(self, make: Maker, steps: list[Path]) -> None:
         a, b = make.diff(steps[0], steps[1]), make.diff(steps[1], steps[2])
         c = make.diff(steps[2], steps[0])
-        with pytest.raises(ConflictError, match="a cycle, 1, 3, 2 and so on"):
+        with pytest.raises(ConflictError, match="a chain in the order 1, 3, 2"):
             make.stack(b, a, c)
 
     def test_none_at_all(self) -> None:
         with pytest.raises(ValueError, match="at least one"):
             sparsedelta.stack()
 
-    def test_an_unknown_target_ends_a_chain(self, make: Maker) -> None:
+    def test_an_unknown_target_is_taken_to_be_right(self, make: Maker) -> None:
         raw = noise("F32", 8)
-        base, one, other, both, more = (
-            make.checkpoint({"w": raw.changed(*p)}) for p in ([], [0], [4], [0, 4], [0, 4, 8])
+        base, one, both, more = (
+            make.checkpoint({"w": raw.changed(*p)}) for p in ([], [0], [0, 20], [0, 20, 8])
         )
-        one_delta, other_delta = make.diff(base, one), make.diff(base, other)
-        unknown = make.stack(one_delta, other_delta)
-        with pytest.raises(ConflictError, match=r"not known.*make delta 1 again with its base"):
-            make.stack(unknown, make.diff(both, more))
-        known = make.stack(one_delta, other_delta, base=base)
-        make.check(make.stack(known, make.diff(both, more)), base, more)
+        unknown = unknown_target(make.diff(base, both))
+        later = make.diff(both, more)
+        result = make.stack(unknown, later)
+        assert result.target_fingerprint == later.target_fingerprint
+        make.check(result, base, more)
+        # Of one base with what follows it, it is not the target before that.
+        for beside in (make.diff(base, base), make.diff(base, make.checkpoint({"w": raw}))):
+            make.check(make.stack(unknown, beside), base, both)
+        with pytest.raises(ConflictError, match="touch 1 positions in common"):
+            make.stack(unknown, make.diff(base, one))
 
-    def test_neighbours_that_contradict_each_other(self, make: Maker, steps: list[Path]) -> None:
-        import dataclasses
+    def test_what_is_dropped_may_have_been_changed(self, make: Maker) -> None:
+        raw = noise("F32", 8)
+        base = make.checkpoint({"v": raw, "w": raw})
+        changed, dropped = (
+            make.checkpoint({"v": raw, "w": raw.changed(0)}),
+            make.checkpoint({"v": raw}),
+        )
+        result = make.stack(make.diff(base, changed), make.diff(changed, dropped))
+        assert (len(result.tensors), result.base.n_unused) == (1, 1)
+        make.check(result, base, dropped)
 
+    def test_a_delta_that_is_inconsistent(self, make: Maker, steps: list[Path]) -> None:
+        """Its target's digest is another: the base shows it, and so does applying the stack."""
         a, b, _ = deltas_of(make, steps)
         row = b.tensors[0]
-        assert row.base
-        lie = dataclasses.replace(row, base=dataclasses.replace(row.base, digest=bytes(16)))
+        lie = replace(b, tensors=(replace(row, target=row.target.with_digest(bytes(16))),))
         with pytest.raises(Corrupt, match="is inconsistent"):
-            make.stack(a, dataclasses.replace(b, tensors=(lie,)))
+            make.stack(a, lie, base=steps[0])
+        with pytest.raises(Corrupt, match="is inconsistent"):
+            sparsedelta.apply(steps[0], make.stack(a, lie), make.path / "out")
+
+
+class TestLineage:
+    """What a tensor was made from, through other names, files and layouts."""
+
+    raw, other = noise("BF16", 6, 4), noise("F32", 5)
+
+    def folder(self, make: Maker, files: dict[str, dict[str, Raw]]) -> Path:
+        make.n_made += 1
+        path = make.path / f"checkpoint-{make.n_made}"
+        for name, tensors in files.items():
+            write_file(path / f"{name}.safetensors", tensors)
+        return path
+
+    def check(self, make: Maker, *files: dict[str, dict[str, Raw]]) -> Delta:
+        """Stack the deltas from each checkpoint to the next, with and without the base."""
+        folders = [self.folder(make, one) for one in files]
+        for base in (None, folders[0]):
+            result = make.stack(*deltas_of(make, folders), base=base)
+            make.check(result, folders[0], folders[-1])
+        return result
+
+    def test_renames(self, make: Maker) -> None:
+        """The middle has a prefix, the end has not; the second step changes what was renamed."""
+        before = {"w": self.raw, "v": self.other}
+        prefixed = {f"model.{name}": raw for name, raw in before.items()}
+        changed = prefixed | {"model.w": self.raw.changed(0, 8)}
+        after = {"w": self.raw.changed(0, 8), "v": self.other}
+        result = self.check(make, {"m": before}, {"m": prefixed}, {"m": changed}, {"m": after})
+        assert result.nnz == 2
+        assert result.tensors[1].is_copied
+        result = self.check(make, {"m": before}, {"m": prefixed}, {"m": changed})
+        assert base_keys(result)["m.safetensors", "model.w"] == ("m.safetensors", "w")
+
+    def test_a_rename_by_content(self, make: Maker) -> None:
+        result = self.check(
+            make,
+            {"m": {"w": self.raw}},
+            {"m": {"head": self.raw, "w": self.raw}},
+            {"m": {"head": self.raw.changed(4), "w": self.raw.changed(8)}},
+        )
+        assert set(base_keys(result).values()) == {("m.safetensors", "w")}
+
+    def test_moved_files(self, make: Maker) -> None:
+        a, b = {"v": self.other}, {"w": self.raw}
+        one = {"model": a | b}
+        shards = {"model-00001-of-00002": a, "model-00002-of-00002": {"w": self.raw.changed(0)}}
+        turned = {"model-00001-of-00002": {"w": self.raw.changed(0, 4)}, "model-00002-of-00002": a}
+        result = self.check(make, one, shards, turned)
+        assert base_keys(result) == {
+            ("model-00001-of-00002.safetensors", "w"): ("model.safetensors", "w"),
+            ("model-00002-of-00002.safetensors", "v"): ("model.safetensors", "v"),
+        }
+        assert result.nnz == 2
+
+    def test_dropped_and_added_again(self, make: Maker) -> None:
+        """What comes back has no lineage, though its name was in the base."""
+        folders = [
+            self.folder(make, {"m": tensors})
+            for tensors in (
+                {"v": self.other, "w": self.raw},
+                {"v": self.other},
+                {"v": self.other, "w": self.raw.changed(0)},
+            )
+        ]
+        result = make.stack(*deltas_of(make, folders))
+        assert base_keys(result) == {("m.safetensors", "v"): ("m.safetensors", "v")}
+        assert result.base.n_unused == 1
+        make.check(result, folders[0], folders[-1])
+
+    def test_retyped_and_resized(self, make: Maker) -> None:
+        grown = Raw("BF16", (8, 4), self.raw.changed(0).data + noise("BF16", 2, 4).data)
+        cut = Raw("BF16", (3, 4), grown.data[:24])
+        result = self.check(make, *({"m": {"w": raw}} for raw in (self.raw, grown, cut)))
+        assert (result.tensors[0].keep, result.nnz) == (12, 1)
+        retyped = noise("F16", 6, 4)
+        files = [{"m": {"w": raw}} for raw in (self.raw, retyped, retyped.changed(0))]
+        result = self.check(make, *files)
+        assert result.tensors[0].base is None
+
+
+def base_keys(delta: Delta) -> dict[tuple[str, str], tuple[str, str]]:
+    """Return what each tensor that has a base tensor is made from."""
+    return {row.key: row.base.key for row in delta.tensors if row.base}
+
+
+def unknown_target(delta: Delta) -> Delta:
+    """Return a delta that does not know the digests of what it changes."""
+    rows = (
+        row if row.is_copied else replace(row, target=row.target.with_digest(None))
+        for row in delta.tensors
+    )
+    return replace(delta, tensors=tuple(rows))
 
 
 class TestFiles:
@@ -242,7 +456,7 @@ class TestFiles:
             {"w": raw.changed(0, 4)}, {"config.json": "2", "t.json": "t", "new": "n"}
         )
         result = make.stack(make.diff(base, middle), make.diff(middle, target))
-        carried = {file.path: file.carried for file in result.target.side_files}
+        carried = {file.path: file.stored is not None for file in result.target.side_files}
         assert carried == {"config.json": True, "t.json": False, "new": True}
         make.check(result, base, target)
 
@@ -288,20 +502,51 @@ class TestSiblings:
         assert "'w' among them" in str(e.value)
         assert "sparsedelta merge" in str(e.value)
 
-    def test_without_the_base_the_target_is_unknown(self, make: Maker) -> None:
+    def test_a_tensor_that_both_change_needs_the_base(self, make: Maker) -> None:
         base, deltas = self.variants(make, [0, 2], [4], [6])
-        result = make.stack(*deltas)
-        assert result.target.fingerprint is None
-        assert [row.target and row.target.digest is None for row in result.tensors] == [
-            False, True, True,
-        ]  # fmt: skip
+        with pytest.raises(
+            ConflictError, match=r"several of the deltas change tensor 'w'.*\(--base\)"
+        ) as error:
+            make.stack(*deltas)
+        assert error.value.tensor == "w"
+        result = make.stack(*deltas, base=base)
         changed = self.raw.changed(0, 2, 4, 6)
-        make.check(result, base, make.checkpoint({"v": self.raw, "w": changed, "x": changed}))
+        both = make.checkpoint({"v": self.raw, "w": changed, "x": changed})
+        assert result.target_fingerprint == make.diff(base, both).target_fingerprint
+        make.check(result, base, both)
+
+    def test_tensors_that_one_alone_changes_need_no_base(self, make: Maker) -> None:
+        base = make.checkpoint({"v": self.raw, "w": self.raw})
+        one = make.checkpoint({"v": self.raw.changed(0), "w": self.raw})
+        other = make.checkpoint({"v": self.raw, "w": self.raw.changed(4)})
+        both = make.checkpoint({"v": self.raw.changed(0), "w": self.raw.changed(4)})
+        a, b = make.diff(base, one), make.diff(base, other)
+        result = make.stack(a, b)
+        assert result.tensors == make.diff(base, both).tensors
+        assert result.tensors == (a.tensors[0], b.tensors[1])
+        make.check(result, base, both)
+
+    def test_single_files_of_any_name(self, make: Maker, tmp_path: Path) -> None:
+        paths = {
+            name: write_file(tmp_path / f"{name}.safetensors", {"v": self.raw.changed(*v), "w": w})
+            for name, v, w in (
+                ("base", [], self.raw),
+                ("one", [0], self.raw),
+                ("other", [4], self.raw.changed(6)),
+                ("both", [0, 4], self.raw.changed(6)),
+            )
+        }
+        deltas = [make.diff(paths["base"], paths[name]) for name in ("one", "other")]
+        result = make.stack(*deltas, base=paths["base"])
+        assert {row.file for row in result.tensors} == {"one.safetensors"}
+        result.save(tmp_path / "both.sd")
+        sparsedelta.apply(paths["base"], tmp_path / "both.sd", tmp_path / "out")
+        assert (tmp_path / "out").read_bytes() == paths["both"].read_bytes()
 
     def test_the_base_makes_a_target_known_later(self, make: Maker) -> None:
         base, deltas = self.variants(make, [0, 2], [4])
-        unknown = make.stack(*deltas)
         known = make.stack(*deltas, base=base)
+        unknown = unknown_target(known)
         for later in (
             make.stack(unknown, base=base),
             make.stack(unknown, make.diff(base, base), base=base),
@@ -333,7 +578,10 @@ class TestSiblings:
     def test_not_both(self, make: Maker) -> None:
         raw = self.raw
         base = make.checkpoint({"v": raw, "w": raw})
-        one, other = make.checkpoint({"v": raw}), make.checkpoint({"v": raw, "w": raw, "n": raw})
+        one, other = (
+            make.checkpoint({"v": raw}),
+            make.checkpoint({"v": raw, "w": raw, "n": raw}),
+        )  # a copy
         with pytest.raises(ConflictError, match="deltas 1 and 2 both add"):
             make.stack(make.diff(base, one), make.diff(base, other))
 
@@ -341,7 +589,17 @@ class TestSiblings:
         raw = self.raw
         base = make.checkpoint({"v": raw, "w": raw})
         one, other = make.checkpoint({"v": raw}), make.checkpoint({"v": raw, "w": raw.changed(0)})
-        with pytest.raises(ConflictError, match=r"delta 1 removes.*'w', delta 2 changes"):
+        with pytest.raises(
+            ConflictError, match=r"delta 2 changes tensor 'w', which another .* removes"
+        ):
+            make.stack(make.diff(base, one), make.diff(base, other))
+
+    def test_a_renamed_tensor_cannot_be_changed(self, make: Maker) -> None:
+        raw = self.raw
+        base = make.checkpoint({"v": raw, "w": noise("F32", 7)})
+        one = make.checkpoint({"v": raw, "x": noise("F32", 7), "y": raw})
+        other = make.checkpoint({"v": raw, "w": noise("F32", 7).changed(0)})
+        with pytest.raises(ConflictError, match=r"'w', which another .* renames"):
             make.stack(make.diff(base, one), make.diff(base, other))
 
     def test_other_orders_of_tensors(self, make: Maker) -> None:
@@ -373,7 +631,8 @@ class TestSiblings:
             with pytest.raises(ConflictError, match="different files 'c'"):
                 make.stack(*deltas)
         else:
-            make.check(make.stack(*deltas), base, make.checkpoint({"w": raw.changed(0, 2)}, found))
+            both = make.checkpoint({"w": raw.changed(0, 2)}, found)
+            make.check(make.stack(*deltas, base=base), base, both)
 
     def test_headers_are_compared(self, make: Maker) -> None:
         raw = self.raw

@@ -63,10 +63,10 @@ class Chain(Stacking):
         return Carrier(self.deltas[0], found)
 
     def _row(self, links: Links, pace: Pace) -> Row:
-        changing = [link for link in links if link.row.chunks]
+        fold = Fold(links, self.payload, pace)
+        if not self.base or (fold.copies and links[-1].row.target.digest is not None):
+            return fold.run()
         base = self.base_tensor(links[0])
-        if len(changing) < 2 or not self.base:
-            return Fold(links, self.payload, pace).run()
         made: MadeTensor | None = None
         for link in links:
             made = MadeTensor(link.row, made or base, link.payload, pace)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sparsedelta.errors import ConflictError, Corrupt
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.paths import check_paths
-from sparsedelta.format.records import SideFile, Target, TensorKey
+from sparsedelta.format.records import Row, SideFile, Target, TensorKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +53,20 @@ def layout_delta(deltas: Sequence[Delta]) -> Delta:
     """Return the delta whose weight files, and order of tensors, are those of all together.
 
     Raises:
-        ConflictError: more than one adds, removes or reshapes tensors, or they lay the others out
-            in different ways.
+        ConflictError: more than one adds, removes, renames or reshapes tensors, or they lay the others
+            out in different ways.
     """
     used = [{row.base.name for row in delta.tensors if row.base} for delta in deltas]
     everything = set().union(*used)
     structural = [
         number
         for number, delta in enumerate(deltas)
-        if used[number] != everything or not all(row.keeps_all for row in delta.tensors)
+        if used[number] != everything or not all(_in_place(row) for row in delta.tensors)
     ]
     if len(structural) > 1:
         first, second = structural[:2]
         raise ConflictError(
-            f"deltas {first + 1} and {second + 1} both add, remove, retype or reshape tensors of one"
+            f"deltas {first + 1} and {second + 1} both add, remove, rename, retype or reshape tensors of one"
             " base; apply one of them and make the other anew from the result"
         )
     chosen = deltas[structural[0] if structural else 0]
@@ -77,6 +77,10 @@ def layout_delta(deltas: Sequence[Delta]) -> Delta:
                 " another way than the other deltas of its base; they have no common target"
             )
     return chosen
+
+
+def _in_place(row: Row) -> bool:
+    return row.keeps_all and row.base is not None and row.base.name == row.name
 
 
 def _same_layout(one: Delta, other: Delta, *, whole: bool) -> bool:

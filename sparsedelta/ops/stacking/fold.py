@@ -62,6 +62,15 @@ class Fold:
         self._limits = [min([self._target.n_elements, *keeps[i + 1 :]]) for i in range(len(links))]
         self._readers = [ChangeReader(link.row, link.payload, pace) for link in links]
 
+    @property
+    def copies(self) -> bool:
+        """Whether at most one delta has chunks, and no later one cuts them: they stay as they are."""
+        changing = [n for n, link in enumerate(self._links) if link.row.chunks]
+        return not changing or (
+            len(changing) == 1
+            and self._links[changing[0]].row.chunks[-1].end <= self._limits[changing[0]]
+        )
+
     def run(self) -> Row:
         """Return the row; its chunks are in the payload afterwards.
 

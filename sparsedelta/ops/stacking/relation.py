@@ -26,7 +26,7 @@ def relation(deltas: Sequence[Delta]) -> Relation:
         raise ValueError("no delta is given; give at least one")
     siblings = all(base_conflict(deltas[0], delta) is None for delta in deltas[1:])
     gap = next((i for i, (a, b) in enumerate(itertools.pairwise(deltas)) if first_gap(a, b)), None)
-    if gap is None and not (siblings and len(deltas) > 1 and not _files_follow(deltas)):
+    if gap is None and not (siblings and not _follow(deltas)):
         return "chain"
     if siblings:
         return "siblings"
@@ -38,12 +38,15 @@ def base_files(delta: Delta) -> list[SideFile]:
     return [file for file in delta.target.side_files if not file.stored]
 
 
-def _files_follow(deltas: Sequence[Delta]) -> bool:
-    """Return whether each delta finds the files it takes from its base in the target before it.
+def _follow(deltas: Sequence[Delta]) -> bool:
+    """Return whether what was made from one base may nevertheless be a chain.
 
-    Deltas that change no tensor are a chain and siblings by their tensors; files tell which.
+    Not if a delta takes a file from its base that the target before it lacks, or if only an unknown
+    digest of that target hides that it has other tensors.
     """
     for one, following in itertools.pairwise(deltas):
+        if any(row.target.digest is None for row in one.tensors):
+            return False
         there = {file.path: file.digest for file in one.target.side_files}
         if any(there.get(file.path) != file.digest for file in base_files(following)):
             return False

@@ -32,7 +32,10 @@ class Siblings(Stacking):
         self._check_overlap(work)
         side_files = self.copy_carried(carriers)
         target = replace(target, weight_files=self.copy_headers(chosen), side_files=side_files)
-        return self.result(target, self.run_all("stacking", self._row, work))
+        rows = self.run_all("stacking", self._row, work)
+        # The path of a target that is one file is but a suggestion: each delta has its own.
+        placed = zip(rows, chosen.tensors, strict=True)
+        return self.result(target, [replace(row, file=own.file) for row, own in placed])
 
     def _work(self, chosen: Delta) -> list[Links]:
         """Return the tensors of one delta, each with what all deltas do to it.
@@ -86,10 +89,9 @@ class Siblings(Stacking):
 
     def _row(self, links: Links, pace: Pace) -> Row:
         changing = _changing(links) or links[:1]
-        if len(changing) == 1:
-            return Fold(changing, self.payload, pace).run()
-        open_links = [*changing[:-1], _of_unknown_target(changing[-1])]
-        if not self.base:
+        known = len(changing) == 1 and changing[0].row.target.digest is not None
+        open_links = changing if known else [*changing[:-1], _of_unknown_target(changing[-1])]
+        if known or not self.base:
             return Fold(open_links, self.payload, pace).run()
         base = self.base_tensor(changing[0])
         others = [(link.row, link.payload) for link in changing[1:]]
