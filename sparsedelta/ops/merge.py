@@ -191,13 +191,16 @@ def _check_siblings(deltas: Sequence[Delta]) -> None:
                 " deltas of one base are merged",
                 tensor=name,
             )
+        used: set[TensorKey] = set()
         for row in delta.tensors:
-            if not row.keeps_all or (row.base and row.base.name != row.name):
+            base = row.base
+            if not base or not row.keeps_all or base.name != row.name or base.key in used:
                 raise StructureMismatch(
                     f"delta {number} adds, renames, retypes or reshapes tensor {row.name!r}; only changes"
                     " of elements in place are merged",
                     tensor=row.name,
                 )
+            used.add(base.key)
     known = [{row.name for row in delta.tensors} for delta in deltas]
     for number, names in enumerate(known, 1):
         missing = sorted(set().union(*known) - names)

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from helpers import Raw, assert_same_files, noise, write, write_file
+from helpers import Raw, assert_same_files, noise, write, write_file, write_sharded
 
 import sparsedelta
 from sparsedelta import Delta
@@ -19,6 +19,7 @@ from sparsedelta.errors import (
 )
 
 RAW = noise("BF16", 6, 4)
+NEW = noise("F32", 7)
 GROWN = Raw("BF16", (8, 4), RAW.changed(0).data + noise("BF16", 2, 4).data)
 
 
@@ -48,12 +49,11 @@ def test_differences_without_the_base(base: Path, tmp_path: Path) -> None:
         sparsedelta.invert(delta, base_id="org/tuned") as inverse,
     ):
         assert inverse.base.id == "org/tuned"
-        assert inverse.base.fingerprint == delta.target.fingerprint
-        assert inverse.target.fingerprint == delta.base.fingerprint
+        assert inverse.base_fingerprint == delta.target_fingerprint
+        assert inverse.target_fingerprint == delta.base_fingerprint
         assert inverse.info == {"inverted": {"lr": 1}}
-        change, undone = delta.tensors[1].change, inverse.tensors[1].change
-        assert change
-        assert undone
+        assert inverse.tensors[0].is_copied
+        (change,), (undone,) = delta.tensors[1].chunks, inverse.tensors[1].chunks
         assert undone.touched == (change.touched or ())[::-1]
         check(inverse, target, base, tmp_path / "out")
 
@@ -66,28 +66,40 @@ def test_from_a_file(base: Path, tmp_path: Path) -> None:
         check(inverse, target, base, tmp_path / "out")
 
 
-def test_grown_and_added_tensors_are_cut(base: Path, tmp_path: Path) -> None:
-    target = checkpoint(tmp_path / "target", {"n": RAW, "v": GROWN, "w": RAW}, {"c": "0"})
+def test_single_files_of_any_name(tmp_path: Path) -> None:
+    base = write_file(tmp_path / "base.safetensors", {"v": RAW, "w": RAW})
+    target = write_file(tmp_path / "tuned.safetensors", {"v": RAW, "w": RAW.changed(0)})
     with sparsedelta.diff(base, target) as delta, sparsedelta.invert(delta) as inverse:
-        assert [(row.name, row.target is not None) for row in inverse.tensors] == [
-            ("v", True), ("w", True), ("n", False),
-        ]  # fmt: skip
-        change = inverse.tensors[0].change
-        assert change
-        assert (change.keep, change.nnz, change.touched) == (24, 1, None)
+        assert [file.path for file in inverse.target.weight_files] == ["base.safetensors"]
+        check(inverse, target, base, tmp_path / "out")
+        with sparsedelta.invert(inverse) as again:
+            assert (again.tensors, again.target) == (delta.tensors, delta.target)
+
+
+def test_grown_and_added_tensors_are_cut(base: Path, tmp_path: Path) -> None:
+    target = checkpoint(tmp_path / "target", {"n": NEW, "v": GROWN, "w": RAW}, {"c": "0"})
+    with sparsedelta.diff(base, target) as delta, sparsedelta.invert(delta) as inverse:
+        assert [row.name for row in inverse.tensors] == ["v", "w"]
+        assert inverse.base.n_unused == 1
+        row = inverse.tensors[0]
+        (chunk,) = row.chunks
+        assert (row.keep, row.nnz, chunk.touched) == (24, 1, None)
         check(inverse, target, base, tmp_path / "out")
     with sparsedelta.diff(base, target) as delta, sparsedelta.invert(delta, base=base) as inverse:
-        change = inverse.tensors[0].change
-        assert change
-        assert change.touched
+        assert inverse.base.n_unused == 1
+        (chunk,) = inverse.tensors[0].chunks
+        assert chunk.touched
         check(inverse, target, base, tmp_path / "out-2")
 
 
 @pytest.mark.parametrize(
     ("tensors", "files", "options", "reason"),
     [
-        ({"v": RAW}, {"c": "0"}, {}, "it removes tensor 'w'"),
-        ({"v": RAW, "w": noise("F16", 6, 4)}, {"c": "0"}, {}, "it retypes tensor 'w'"),
+        ({"v": RAW}, {"c": "0"}, {}, "it leaves out tensors of its base"),
+        ({"v": RAW, "w": noise("F16", 6, 4)}, {"c": "0"}, {}, "it leaves out tensors of its base"),
+        ({"m.v": RAW, "m.w": RAW.changed(0)}, {"c": "0"}, {}, "it renames or moves tensor 'v'"),
+        ({"v": RAW, "w": RAW, "x": RAW}, {"c": "0"}, {}, "it renames or moves tensor 'v'"),
+        ({"x": RAW, "w": RAW.changed(0)}, {"c": "0"}, {}, "it renames or moves tensor 'v'"),
         ({"v": RAW, "w": noise("BF16", 5, 4)}, {"c": "0"}, {}, "it cuts tensor 'w'"),
         ({"v": RAW, "w": RAW.changed(0)}, {"c": "0"}, {"values": "target"}, "it holds new values"),
         ({"v": RAW, "w": RAW.changed(0)}, {"c": "1"}, {}, "it carries file 'c'"),
@@ -109,11 +121,51 @@ def test_what_only_the_base_tells(
             check(inverse, target, base, tmp_path / "out")
 
 
+def test_several_tensors_made_from_one(base: Path, tmp_path: Path) -> None:
+    """Where several tensors were made from one, the one of its name gives it back."""
+    target = checkpoint(
+        tmp_path / "t", {"a": RAW, "v": RAW.changed(0), "w": RAW.changed(4), "x": RAW}, {"c": "0"}
+    )
+    with sparsedelta.diff(base, target) as delta, sparsedelta.invert(delta, base=base) as inverse:
+        made = {row.name: row.base.name for row in inverse.tensors if row.base}
+        assert made == {"v": "v", "w": "w"}
+        assert inverse.base.n_unused == 2
+        check(inverse, target, base, tmp_path / "out")
+
+
+def test_moved_tensors(tmp_path: Path) -> None:
+    """Other shards, the tensors of one changed."""
+    base = write_sharded(tmp_path / "base", [{"v": RAW}, {"w": RAW, "x": NEW}])
+    target = write_sharded(tmp_path / "target", [{"v": RAW, "w": RAW.changed(0)}, {"x": NEW}])
+    with sparsedelta.diff(base, target) as delta:
+        with pytest.raises(ConflictError, match="it renames or moves tensor 'w'"):
+            sparsedelta.invert(delta)
+        with sparsedelta.invert(delta, base=base) as inverse:
+            assert inverse.nnz == 1
+            assert all(row.base for row in inverse.tensors)
+            check(inverse, target, base, tmp_path / "out")
+
+
+def test_tensors_that_the_target_is_not_made_from(tmp_path: Path) -> None:
+    """They are in the inverse whole, those of files that the target lacks too."""
+    base = checkpoint(tmp_path / "base", {"v": RAW, "w": RAW, "x": NEW}, {"c": "0"})
+    write_file(base / "more" / "other.safetensors", {"y": noise("F32", 9)})
+    target = checkpoint(
+        tmp_path / "target", {"w": RAW.changed(0), "z": noise("I64", 3)}, {"c": "0"}
+    )
+    with sparsedelta.diff(base, target) as delta, sparsedelta.invert(delta, base=base) as inverse:
+        assert (delta.base.n_unused, inverse.base.n_unused) == (3, 1)
+        assert {row.name: row.base is None for row in inverse.tensors} == {
+            "v": True, "w": False, "x": True, "y": True,
+        }  # fmt: skip
+        check(inverse, target, base, tmp_path / "out")
+
+
 def test_a_shard_of_added_tensors(tmp_path: Path) -> None:
     base = write_file(tmp_path / "base" / "model.safetensors", {"w": RAW}).parent
     target = tmp_path / "target"
     write_file(target / "model.safetensors", {"w": RAW})
-    write_file(target / "other.safetensors", {"n": RAW})
+    write_file(target / "other.safetensors", {"n": NEW})
     with sparsedelta.diff(base, target) as delta:
         with pytest.raises(ConflictError, match=r"adds all tensors of file 'other\.safetensors'"):
             sparsedelta.invert(delta)
@@ -150,19 +202,16 @@ def test_a_stored_header_of_the_same_shape(tmp_path: Path) -> None:
 
 
 def test_an_unknown_target_is_made_known(base: Path, tmp_path: Path) -> None:
-    one = checkpoint(tmp_path / "1", {"v": RAW, "w": RAW.changed(0)}, {"c": "0"})
-    other = checkpoint(tmp_path / "2", {"v": RAW, "w": RAW.changed(4)}, {"c": "0"})
-    both = checkpoint(tmp_path / "3", {"v": RAW, "w": RAW.changed(0, 4)}, {"c": "0"})
-    with (
-        sparsedelta.diff(base, one) as a,
-        sparsedelta.diff(base, other) as b,
-        sparsedelta.stack(a, b) as unknown,
-    ):
-        with pytest.raises(ConflictError, match="its target's fingerprint is not known"):
+    target = checkpoint(tmp_path / "t", {"v": RAW, "w": RAW.changed(0, 4)}, {"c": "0"})
+    with sparsedelta.diff(base, target) as delta:
+        row = delta.tensors[1]
+        open_row = dataclasses.replace(row, target=row.target.with_digest(None))
+        unknown = dataclasses.replace(delta, tensors=(delta.tensors[0], open_row))
+        with pytest.raises(ConflictError, match="it does not know the digests of its target"):
             sparsedelta.invert(unknown)
         with sparsedelta.invert(unknown, base=base) as inverse:
-            check(inverse, both, base, tmp_path / "out")
-            with sparsedelta.diff(both, base) as direct:
+            check(inverse, target, base, tmp_path / "out")
+            with sparsedelta.diff(target, base) as direct:
                 assert inverse.tensors == direct.tensors
                 assert inverse.base == direct.base
 
@@ -183,11 +232,12 @@ class TestWrongBase:
             sparsedelta.invert(delta, base=checkpoint(tmp_path / "x", {"v": RAW}))
 
     def test_weights_the_delta_does_not_know(self, base: Path, tmp_path: Path) -> None:
+        """A tensor that was put there since comes back with the base, or is left out by its file."""
         target = checkpoint(tmp_path / "t", {"v": RAW, "w": RAW.changed(0)}, {"c": "0"})
         with sparsedelta.diff(base, target) as delta:
-            write_file(base / "sub" / "extra.safetensors", {"z": RAW})
-            with pytest.raises(StructureMismatch, match=r"sub/extra:z.*--exclude"):
-                sparsedelta.invert(delta, base=base)
+            write_file(base / "sub" / "extra.safetensors", {"z": NEW})
+            with sparsedelta.invert(delta, base=base) as inverse:
+                check(inverse, target, base, tmp_path / "out")
             with sparsedelta.invert(delta, base=base, exclude=["extra.safetensors"]) as inverse:
                 assert [file.path for file in inverse.target.weight_files] == ["model.safetensors"]
 
@@ -210,8 +260,7 @@ def test_an_inconsistent_delta(base: Path, tmp_path: Path) -> None:
     target = checkpoint(tmp_path / "t", {"v": RAW, "w": RAW.changed(0)})
     with sparsedelta.diff(base, target, values="target") as delta:
         row = delta.tensors[1]
-        assert row.target
-        lie = dataclasses.replace(row, target=dataclasses.replace(row.target, digest=bytes(16)))
+        lie = dataclasses.replace(row, target=row.target.with_digest(bytes(16)))
         with pytest.raises(Corrupt, match="'w'"):
             sparsedelta.invert(
                 dataclasses.replace(delta, tensors=(delta.tensors[0], lie)), base=base

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from helpers import Raw, noise, of_array, small_chunks, tree, write, write_file
+from helpers import Raw, noise, of_array, small_chunks, tree, write, write_file, write_sharded
 
 import sparsedelta
 from sparsedelta.dtypes import DTYPES
@@ -231,8 +231,9 @@ def test_it_is_a_delta_of_the_base(tmp_path: Path) -> None:
         sparsedelta.merge(bench.base, *bench.deltas, weights=[1, 3], method="ties") as merged,
     ):
         assert merged.base == first.base
-        assert merged.target.fingerprint is not None
-        assert [row.change is None for row in merged.tensors] == [True, False]
+        assert merged.base_fingerprint == first.base_fingerprint
+        assert merged.target_fingerprint is not None
+        assert [row.is_copied for row in merged.tensors] == [True, False]
         assert merged.info["merged"] == {
             "method": "ties",
             "weights": [1.0, 3.0],
@@ -249,7 +250,7 @@ def test_it_is_a_delta_of_the_base(tmp_path: Path) -> None:
 
 def delta_target(path: Path) -> str | None:
     with sparsedelta.load(path) as delta:
-        return delta.target.fingerprint.hex() if delta.target.fingerprint else None
+        return delta.target_fingerprint.hex() if delta.target_fingerprint else None
 
 
 class TestRefused:
@@ -279,17 +280,48 @@ class TestRefused:
         base, targets = variants("BF16", 2)
         bench = Bench(tmp_path / "a", base, targets)
         other = Bench(tmp_path / "b", noise("BF16", *SHAPE), targets)
-        with pytest.raises(ConflictError, match="delta 2 was made from base"):
+        with pytest.raises(
+            ConflictError, match="1 and 2 were made from different bases: tensor 'w'"
+        ):
             sparsedelta.merge(bench.base, bench.deltas[0], other.deltas[1])
         with pytest.raises(BaseMismatch):
             sparsedelta.merge(other.base, *bench.deltas)
 
-    def test_structure(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "kind", ["grown", "reshaped", "retyped", "added", "copied", "renamed", "copied elsewhere"]
+    )
+    def test_structure(self, tmp_path: Path, kind: str) -> None:
         base, _ = variants("BF16", 0)
-        grown = Raw("BF16", (41, 30), base.data + base.data[:60])
-        bench = Bench(tmp_path, base, [base.changed(0), grown])
-        with pytest.raises(StructureMismatch, match="delta 2 adds, removes, retypes or reshapes"):
-            bench.merge()
+        other = noise("F32", 3)
+        made: dict[str, dict[str, Raw]] = {
+            "grown": {"w": Raw("BF16", (41, 30), base.data + base.data[:60])},
+            "reshaped": {"w": Raw("BF16", (30, 40), base.data)},
+            "retyped": {"w": noise("F16", 40, 30)},
+            "added": {"w": base, "x": noise("F32", 5)},
+            "copied": {"w": base, "x": base},
+            "renamed": {"x": base},
+            "copied elsewhere": {"w": base},
+        }
+        bench = Bench(tmp_path, base, [base.changed(0)])
+        folder = tmp_path / "other"
+        write_file(folder / "model.safetensors", {"other": other} | made[kind])
+        if kind == "copied elsewhere":
+            write_file(folder / "model.fp16.safetensors", {"w": base.changed(2)})
+        with (
+            sparsedelta.diff(bench.base, folder) as delta,
+            pytest.raises(StructureMismatch, match="delta 2 adds, renames, retypes or reshapes"),
+        ):
+            sparsedelta.merge(bench.base, bench.deltas[0], delta)
+
+    def test_a_tensor_that_one_removes(self, tmp_path: Path) -> None:
+        base, _ = variants("BF16", 0)
+        bench = Bench(tmp_path, base, [base.changed(0)])
+        folder = write_file(tmp_path / "less" / "model.safetensors", {"w": base}).parent
+        with (
+            sparsedelta.diff(bench.base, folder) as delta,
+            pytest.raises(StructureMismatch, match="delta 2 removes tensor 'other'"),
+        ):
+            sparsedelta.merge(bench.base, bench.deltas[0], delta)
 
     def test_integers_only_if_all_agree(self, tmp_path: Path) -> None:
         base = noise("I64", 5)
@@ -301,14 +333,55 @@ class TestRefused:
                 bench.merge()
 
 
-def test_unknown_weights_of_the_base(tmp_path: Path) -> None:
-    base, targets = variants("BF16", 1)
-    bench = Bench(tmp_path, base, targets)
-    write_file(bench.base / "extra.safetensors", {"z": base})
-    with pytest.raises(StructureMismatch, match=r"extra:z.*--exclude"):
-        bench.merge()
+def test_tensors_that_no_delta_knows_stay(tmp_path: Path) -> None:
+    """Those put into the base since, and those that every target was made without."""
+    base, (one, other) = variants("BF16", 2)
+    bench = Bench(tmp_path, base, [one, other])
+    plain = bench.merge()
+    write_file(bench.base / "extra.safetensors", {"z": noise("F32", 7)})
+    assert bench.merge().data == plain.data
+    with sparsedelta.merge(bench.base, *bench.deltas) as merged:
+        assert [(row.name, row.is_copied) for row in merged.tensors] == [
+            ("z", True), ("other", True), ("w", False),
+        ]  # fmt: skip
+        assert merged.base.n_unused == 0
     with sparsedelta.merge(bench.base, *bench.deltas, exclude=["extra.*"]) as merged:
         assert [file.path for file in merged.target.weight_files] == ["model.safetensors"]
+    for path, target in zip(bench.deltas, (one, other), strict=True):
+        folder = write_file(tmp_path / path.stem / "model.safetensors", {"w": target}).parent
+        with sparsedelta.diff(bench.base, folder) as delta:
+            assert delta.base.n_unused == 2
+            delta.save(path, overwrite=True)
+    assert bench.merge().data == plain.data
+
+
+def test_deltas_of_other_layouts_are_merged(tmp_path: Path) -> None:
+    """What a target is laid out in is no concern of the merge, whose files are the base's."""
+    base, (one, other) = variants("BF16", 2)
+    bench = Bench(tmp_path, base, [one, other])
+    plain = bench.merge()
+    shards = write_sharded(tmp_path / "shards", [{"w": other}, {"other": noise("F32", 3)}])
+    with sparsedelta.diff(bench.base, shards) as delta:
+        delta.save(bench.deltas[1], overwrite=True)
+    assert bench.merge().data == plain.data
+
+
+def test_deltas_with_chunks_at_other_borders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, targets = variants("BF16", 3)
+    bench = Bench(tmp_path, base, targets)
+    options: dict[str, Any] = {"method": "ties", "density": 0.3}
+    plain = bench.merge(**options)
+    for number, (path, span) in enumerate(zip(bench.deltas, (100, 370, 999), strict=True)):
+        with pytest.MonkeyPatch.context() as patch:
+            small_chunks(patch, span, 1 << 10)
+            with sparsedelta.diff(bench.base, tmp_path / f"target-{number}") as delta:
+                assert len(delta.tensors[1].chunks) == -(-1200 // span)
+                delta.save(path, overwrite=True)
+    assert bench.merge(**options).data == plain.data
+    small_chunks(monkeypatch, 256, 128)
+    assert bench.merge(**options).data == plain.data
 
 
 class TestFloats:
