@@ -127,7 +127,7 @@ def make(root: Path, n_bytes: int, n_tensors: int) -> tuple[Path, Path, Path]:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    return make(tmp_path_factory.mktemp("killed"), 24 * MIB, 9)
+    return make(tmp_path_factory.mktemp("killed"), 8 * MIB, 9)
 
 
 POINTS = ["0", "0.4", "0.99", "before rename", "after rename"]
@@ -160,7 +160,7 @@ def test_interrupted(at: str, case: tuple[Path, Path, Path], tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_killed_from_outside_in_the_middle(tmp_path: Path) -> None:
-    base, target, delta = make(tmp_path, 256 * MIB, 24)
+    base, target, delta = make(tmp_path, 64 * MIB, 24)
     n_reports = 0
     for share in (0.2, 0.7, 2):
         out = tmp_path / f"out{share}"
@@ -168,17 +168,17 @@ def test_killed_from_outside_in_the_middle(tmp_path: Path) -> None:
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             if share < 1:
-                process.stdout.read(int(share * 256 * MIB / (1 << 19)))
+                process.stdout.read(int(share * 64 * MIB / (1 << 19)))
                 process.kill()
             else:  # once all is reported: while it syncs and renames
-                n_reports = len(process.stdout.read(256 * MIB // (1 << 19)))
+                n_reports = len(process.stdout.read(64 * MIB // (1 << 19)))
                 time.sleep(0.01)
                 process.kill()
         if out.exists():
             assert_same_files(target, out)
         else:
             assert process.returncode == -signal.SIGKILL
-    assert n_reports == 256 * MIB // (1 << 19)
+    assert n_reports == 64 * MIB // (1 << 19)
 
 
 def test_base_and_target_are_only_read(tmp_path: Path) -> None:

@@ -12,13 +12,15 @@ from helpers import Raw, noise, small_chunks, write_file
 
 from sparsedelta.codecs.chunk import decode_chunk, touched_digest
 from sparsedelta.codecs.values import VALUE_ENCODINGS
+from sparsedelta.dtypes import DTYPES
 from sparsedelta.files.checkpoint import Checkpoint
-from sparsedelta.format.records import Row, default_keep
+from sparsedelta.format.records import Row, TensorSpec, default_keep
 from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.compare import Comparison, digest_tensor
 from sparsedelta.tensors.parallel import Pace
 from sparsedelta.tensors.rebuild import rebuild
+from sparsedelta.tensors.sources import MadeTensor
 
 
 class Counter(Silent):
@@ -182,6 +184,43 @@ def test_digest_of_the_rest_of_a_tensor(tmp_path: Path, monkeypatch: pytest.Monk
             digest_tensor(opened, pace, offset=50, hasher=blake3(b"x"))
             == blake3(b"x").digest()[:16]
         )
+
+
+class Zeros:
+    """A tensor of zeros but for one element (a ``Source``)."""
+
+    file, name = "f", "w"
+
+    def __init__(self, n: int, other: int | None = None) -> None:
+        self.spec = TensorSpec(DTYPES["U8"], (n,))
+        self.other = other
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        block = np.frombuffer(buffer, np.uint8)
+        block[:] = 0
+        if self.other is not None and offset <= self.other < offset + len(block):
+            block[self.other - offset] = 7
+
+
+@pytest.mark.slow
+def test_one_element_beyond_2_31() -> None:
+    n, pace, payload = (1 << 31) + 100, Pace(Silent()), SpoolPayload()
+    base, found = Zeros(n), []
+    row = Comparison(base, Zeros(n, n - 2), values="ulp", payload=payload, pace=pace).run()
+    (chunk,) = row.chunks
+    assert (chunk.start, chunk.span, chunk.nnz) == (1 << 31, 100, 1)
+
+    def write(data: memoryview, offset: int) -> None:
+        if offset + len(data) > n - 2:
+            found.append((offset, bytes(data)))
+
+    rebuild(row, base, payload, write, check="full", pace=pace)
+    ((offset, last),) = found
+    assert offset + len(last) == n
+    assert last == bytes(len(last) - 2) + b"\7\0"
+    buffer = bytearray(100)
+    MadeTensor(row, base, payload, pace).read_into(memoryview(buffer), 1 << 31)
+    assert buffer == bytes(98) + b"\7\0"
 
 
 def test_kept_elements(tmp_path: Path) -> None:
