@@ -110,12 +110,18 @@ def command(
             spool_dir=str(output.parent),  # has to have the room anyway; /tmp may be memory
         ) as delta:
             delta.save(output, overwrite=overwrite)
-        _report(output, old, new, exclude, as_json=as_json)
+        _report(output, old, new, exclude, include, as_json=as_json)
         _report_left_out(new, exclude, include)
 
 
 def _report(
-    output: Path, base: Path, target: Path, exclude: Sequence[str], *, as_json: bool
+    output: Path,
+    base: Path,
+    target: Path,
+    exclude: Sequence[str],
+    include: Sequence[str],
+    *,
+    as_json: bool,
 ) -> None:
     """Tell what was written, and say so if that was not worth it."""
     found = sparsedelta.inspect(output)
@@ -134,16 +140,22 @@ def _report(
     if found.n_unused and 2 * n_added > len(found.tensors):
         click.echo(
             f"warning: {count(n_added)} of {count(len(found.tensors), 'tensor')} have no counterpart in the"
-            f" base; {_no_counterpart(base, target, found, exclude)}",
+            f" base; {_no_counterpart(base, target, found, exclude, include)}",
             err=True,
         )
 
 
-def _no_counterpart(base: Path, target: Path, found: Inspection, exclude: Sequence[str]) -> str:
+def _no_counterpart(
+    base: Path,
+    target: Path,
+    found: Inspection,
+    exclude: Sequence[str],
+    include: Sequence[str],
+) -> str:
     """Return the likely cause of most tensors being made from none of the base."""
     from sparsedelta.files.checkpoint import Checkpoint
 
-    with Checkpoint(base, exclude=exclude, whole=False) as old:
+    with Checkpoint(base, exclude=exclude, include=include, whole=False) as old:
         known = {tensor.name: tensor.spec.dtype.name for tensor in old.tensors.values()}
     added = {t.name: t.dtype for t in found.tensors if t.state == "added"}
     return no_counterpart(added, known, is_adapter=(target / "adapter_config.json").is_file())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cli.cli_helpers import Run, Workplace
-from helpers import assert_same_files, noise, state, write_file
+from helpers import assert_same_files, noise, small_chunks, state, write_file
 
 import sparsedelta
 
@@ -33,7 +33,7 @@ def test_the_inverse_gives_the_base_back(workplace: Workplace, undo: Path) -> No
 
 def test_there_and_back_is_nothing(workplace: Workplace, undo: Path, run: Run) -> None:
     output = workplace.path / "nothing.sd"
-    result = run("stack", workplace.delta, undo, "-o", output, "--json")
+    result = run("stack", workplace.delta, undo, "--base", workplace.base, "-o", output, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     found = json.loads(result.stdout)
     assert found["delta"] == str(output)
@@ -48,13 +48,11 @@ def test_a_stack_tells_its_size(workplace: Workplace, undo: Path, run: Run) -> N
     result = run("stack", workplace.delta, undo, workplace.delta, "-o", output)
     assert result.stdout == (
         f"{output}: {output.stat().st_size / 1000:.2f} kB, 27 of 30,669 elements changed (0.088 %),"
-        " in 4 of 5 tensors\n"
+        " in 3 of 4 tensors\n"
     )
 
 
-def test_siblings_without_the_base_say_what_is_not_known(
-    workplace: Workplace, tmp_path: Path, run: Run
-) -> None:
+def test_siblings_that_meet_in_a_tensor_need_the_base(tmp_path: Path, run: Run) -> None:
     raw = noise("F32", 8)
     base = write_file(tmp_path / "b.safetensors", {"w": raw})
     paths = []
@@ -63,12 +61,38 @@ def test_siblings_without_the_base_say_what_is_not_known(
         paths.append(tmp_path / f"{position}.sd")
         with sparsedelta.diff(base, target) as delta:
             delta.save(paths[-1])
-    with_base = tmp_path / "known.sd"
-    assert "not known" not in run("stack", *paths, "--base", base, "-o", with_base).stdout
+    output = tmp_path / "both.sd"
+    result = run("stack", *paths, "-o", output)
+    assert result.exit_code == 1
+    assert (
+        "change tensor 'w'; what it becomes only the base tells: give it (--base)" in result.stderr
+    )
+    assert not output.exists()
+    result = run("stack", *paths, "--base", base, "-o", output)
+    assert (result.exit_code, len(result.stdout.splitlines())) == (0, 1)
+    assert run("apply", base, output, tmp_path / "out").exit_code == 0
+    both = write_file(tmp_path / "both.safetensors", {"w": raw.changed(0, 4)})
+    assert (tmp_path / "out").read_bytes() == both.read_bytes()
+
+
+def test_siblings_whose_target_is_not_known_say_so(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_chunks(monkeypatch, 2, 1 << 10)
+    raw = noise("F32", 8)
+    base = write_file(tmp_path / "b.safetensors", {"w": raw})
+    paths = []
+    for position in (0, 16):
+        target = write_file(tmp_path / f"{position}.safetensors", {"w": raw.changed(position)})
+        paths.append(tmp_path / f"{position}.sd")
+        with sparsedelta.diff(base, target) as delta:
+            delta.save(paths[-1])
     result = run("stack", *paths, "-o", tmp_path / "unknown.sd")
     assert result.stdout.splitlines()[1:] == [
-        "the target's fingerprint is not known; with --base it would be"
+        "what the target must be is known of the touched values only; with --base it is of all"
     ]
+    with_base = run("stack", *paths, "--base", base, "-o", tmp_path / "known.sd")
+    assert len(with_base.stdout.splitlines()) == 1
 
 
 def test_what_needs_the_base_says_so(workplace: Workplace, run: Run) -> None:

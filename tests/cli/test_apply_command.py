@@ -124,4 +124,4 @@ def test_damaged_delta(workplace: Workplace, run: Run) -> None:
     assert "ends early" in result.stderr
     assert not workplace.out.exists()
     shutil.copy(workplace.base / "model.safetensors", delta)
-    assert "is not a delta" in run("apply", workplace.base, delta, workplace.out).stderr
+    assert "is not a sparsedelta file" in run("apply", workplace.base, delta, workplace.out).stderr

@@ -408,7 +408,7 @@ class TestLineage:
         assert result.nnz == 2
 
     def test_dropped_and_added_again(self, make: Maker) -> None:
-        """What comes back has no lineage, though its name was in the base."""
+        """What comes back has no lineage: only the base tells that it was there before."""
         folders = [
             self.folder(make, {"m": tensors})
             for tensors in (
@@ -419,8 +419,12 @@ class TestLineage:
         ]
         result = make.stack(*deltas_of(make, folders))
         assert base_keys(result) == {("m.safetensors", "v"): ("m.safetensors", "v")}
-        assert result.base.n_unused == 1
+        assert (result.base.n_unused, result.nnz) == (1, 24)
         make.check(result, folders[0], folders[-1])
+        found = make.stack(*deltas_of(make, folders), base=folders[0])
+        assert (found.base.n_unused, found.nnz) == (0, 1)
+        assert base_keys(found) == base_keys(make.diff(folders[0], folders[-1]))
+        make.check(found, folders[0], folders[-1])
 
     def test_retyped_and_resized(self, make: Maker) -> None:
         grown = Raw("BF16", (8, 4), self.raw.changed(0).data + noise("BF16", 2, 4).data)

@@ -63,13 +63,16 @@ class Chain(Stacking):
         return Carrier(self.deltas[0], found)
 
     def _row(self, links: Links, pace: Pace) -> Row:
-        fold = Fold(links, self.payload, pace)
-        if not self.base or (fold.copies and links[-1].row.target.digest is not None):
+        fold, last = Fold(links, self.payload, pace), links[-1].row
+        base, came_back = self.base_tensor(links[0]), None
+        if self.checkpoint and links[0].row.base is None:
+            came_back = self.checkpoint.tensors.get(last.key)  # dropped or retyped on the way
+        known = last.target.digest is not None
+        if not self.checkpoint or (fold.copies and known and not came_back):
             return fold.run()
-        base = self.base_tensor(links[0])
         made: MadeTensor | None = None
         for link in links:
             made = MadeTensor(link.row, made or base, link.payload, pace)
         if made is None:
             raise ValueError("a tensor without a delta cannot be stacked")
-        return self.compare(base, made, links, pace)
+        return self.compare(base or came_back, made, links, pace)

@@ -40,6 +40,7 @@ class Stacking(ABC):
         progress: Progress,
     ) -> None:
         self.deltas = deltas
+        self.checkpoint = base
         self.base = [find_base(delta, base) for delta in deltas[: self.n_of_base]] if base else []
         self.payload = payload
         self._progress = progress
@@ -86,9 +87,9 @@ class Stacking(ABC):
                     tensor=row.name,
                 )
         first = self.deltas[0]
-        used = {row.base.key for row in rows if row.base}
-        n_unused = first.base.n_unused + len(base_tensors(first.tensors).keys() - used)
-        base = Base(first.base.id, n_unused)
+        used, before = base_tensors(rows).keys(), base_tensors(first.tensors).keys()
+        n_unused = first.base.n_unused + len(before) - len(used)
+        base = Base(first.base.id, max(0, n_unused))
         return Delta(base, target, tuple(rows), self._info(), self.payload)
 
     def copy_headers(self, delta: Delta) -> tuple[WeightFile, ...]:
