@@ -8,16 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import _reference_manifest
 import pytest
 import reference_decoder
 from helpers import assert_same_files, roundtrip, small_chunks, tree
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Plan, pairs, relaxed
 
 import sparsedelta
-from sparsedelta.errors import CheckpointError
+from sparsedelta.errors import MismatchError
 from sparsedelta.tensors import parallel
 
 value_encodings = st.sampled_from(["ulp", "target"])
@@ -27,32 +26,23 @@ block_sizes = st.sampled_from([8, 16, 56, 1 << 19])
 
 @contextmanager
 def written(pair: tuple[Plan, Plan]) -> Iterator[tuple[Path, Path, Path]]:
-    """Yield base and target on disk and a scratch folder; gives up on names that clash."""
+    """Yield base and target on disk and a scratch folder."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         base, target = pair[0].write(root / "base"), pair[1].write(root / "target")
         (root / "scratch").mkdir()
-        try:
-            sparsedelta.diff(target, base).close()
-            sparsedelta.diff(base, target).close()
-        except CheckpointError as error:
-            assume("occurs twice" not in str(error))  # model's "m:w" and m's "w"
-            raise
         yield base, target, root / "scratch"
 
 
 @contextmanager
 def in_chunks(n_elements: int, block_bytes: int) -> Iterator[None]:
-    """Work in chunks of this size, the reference decoder too."""
+    """Write chunks of this size, and read blocks of that."""
     with pytest.MonkeyPatch.context() as patch:
         small_chunks(patch, n_elements, block_bytes)
-        for module in (reference_decoder, _reference_manifest):
-            if hasattr(module, "SPAN"):
-                patch.setattr(module, "SPAN", n_elements)
         yield
 
 
-@relaxed(300)
+@relaxed(150)
 @given(pairs(), value_encodings, chunk_sizes, block_sizes)
 def test_apply_undoes_diff(
     pair: tuple[Plan, Plan], values: str, n_elements: int, block_bytes: int
@@ -63,7 +53,7 @@ def test_apply_undoes_diff(
         assert report.nnz == delta.nnz
 
 
-@relaxed(150)
+@relaxed(100)
 @given(pairs(), value_encodings, chunk_sizes)
 def test_reference_decoder_agrees(pair: tuple[Plan, Plan], values: str, n_elements: int) -> None:
     with written(pair) as (base, target, scratch), in_chunks(n_elements, 16):
@@ -73,7 +63,7 @@ def test_reference_decoder_agrees(pair: tuple[Plan, Plan], values: str, n_elemen
         assert_same_files(target, scratch / "out")
 
 
-@relaxed(80)
+@relaxed(50)
 @given(pairs(), value_encodings, chunk_sizes)
 def test_output_is_deterministic(pair: tuple[Plan, Plan], values: str, n_elements: int) -> None:
     with written(pair) as (base, target, scratch), in_chunks(n_elements, 16):
@@ -91,7 +81,7 @@ def test_output_is_deterministic(pair: tuple[Plan, Plan], values: str, n_element
         assert len(saved) == 1
 
 
-@relaxed(60)
+@relaxed(40)
 @given(pairs())
 def test_every_verify_makes_the_same(pair: tuple[Plan, Plan]) -> None:
     with written(pair) as (base, target, scratch), sparsedelta.diff(base, target) as delta:
@@ -100,7 +90,7 @@ def test_every_verify_makes_the_same(pair: tuple[Plan, Plan]) -> None:
             assert_same_files(target, scratch / "out")
 
 
-@relaxed(60)
+@relaxed(40)
 @given(pairs(), value_encodings)
 def test_nothing_changed(pair: tuple[Plan, Plan], values: str) -> None:
     with written(pair) as (base, _, scratch):
@@ -108,40 +98,63 @@ def test_nothing_changed(pair: tuple[Plan, Plan], values: str) -> None:
         (shutil.copytree if base.is_dir() else shutil.copy)(base, same)
         delta = roundtrip(base, same, scratch, values=values)
         assert delta.nnz == 0
-        assert not any(row.change for row in delta.tensors)
-        assert not any(file.carried for file in delta.target.side_files)
+        # An empty tensor without a counterpart of its name is made from nothing.
+        assert all(row.is_copied for row in delta.tensors)
+        assert not any(file.stored for file in delta.target.side_files)
 
 
-@relaxed(60)
+@relaxed(40)
 @given(pairs(), value_encodings)
 def test_only_what_changed_is_touched(pair: tuple[Plan, Plan], values: str) -> None:
     with written(pair) as (base, target, _):
         with sparsedelta.diff(base, target, values=values) as delta:
             for row in delta.tensors:
-                if row.base and row.target and row.base == row.target:
-                    assert row.change is None
-                if row.change is not None and row.target is not None:
-                    assert row.change.nnz <= row.target.n_elements
-            changed = {row.name for row in delta.tensors if row.change}
+                if row.base and row.base.spec == row.target:
+                    assert row.is_copied
+                assert row.nnz <= row.target.n_elements
+            changed = {row.key for row in delta.tensors if not row.is_copied}
         with sparsedelta.diff(target, base, values=values) as back:
-            there = {row.name for row in back.tensors if row.base and row.target}
-            assert {row.name for row in back.tensors if row.change} & there == changed & there
+            mine = {row.key: row for row in back.tensors if row.base and row.base.key == row.key}
+            there = mine.keys() & {
+                row.key for row in delta.tensors if row.base and row.base.key == row.key
+            }
+            assert {key for key in there if not mine[key].is_copied} == changed & there
 
 
-@relaxed(60)
+@relaxed(40)
 @given(pairs())
 def test_targets_and_bases_are_told_apart(pair: tuple[Plan, Plan]) -> None:
-    """Applied to its target a delta is refused, unless the target has the base's tensors."""
+    """Applied to its target a delta is refused, unless that holds all it is made from; then it makes the same."""
     with written(pair) as (base, target, scratch), sparsedelta.diff(base, target) as delta:
-        before = tree(target)
-        if delta.base.fingerprint == delta.target.fingerprint:
-            return
-        with pytest.raises(sparsedelta.SparseDeltaError) as caught:
+        before, code = tree(target), ""
+        try:
             sparsedelta.apply(target, delta, scratch / "out")
-        assert getattr(caught.value, "code", None) in {
-            "already_applied",
-            "structure_mismatch",
-            "base_mismatch",
-        }
-        assert not list(scratch.iterdir())
+        except MismatchError as error:
+            code = error.code
+        if code:
+            assert not list(scratch.iterdir())
+        else:
+            assert_same_files(target, scratch / "out")
         assert tree(target) == before
+
+
+@relaxed(100)
+@given(pairs(), st.data())
+def test_a_base_with_one_byte_changed_is_refused_or_makes_the_same(
+    pair: tuple[Plan, Plan], data: st.DataObject
+) -> None:
+    """Whatever is not used may differ; all else is noticed."""
+    with written(pair) as (base, target, scratch), sparsedelta.diff(base, target) as delta:
+        files = [path for path in (base, *sorted(base.rglob("*"))) if path.is_file()]
+        path = data.draw(st.sampled_from(files))
+        content = bytearray(path.read_bytes())
+        if not content:
+            return
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(content)
+        try:
+            sparsedelta.apply(base, delta, scratch / "out")
+        except sparsedelta.SparseDeltaError:
+            assert not list(scratch.iterdir())
+        else:
+            assert_same_files(target, scratch / "out")
