@@ -67,6 +67,7 @@ def all_files(everything: bool = False) -> dict[str, bytes]:
             continue
         path = f"invalid/{one.name}.sd"
         member = {"name": one.name, "why": one.why, "breaks": one.breaks, "code": one.code}
+        member |= {"also": list(one.also)} if one.also else {}
         member |= {"delta": path} | ({"base": "invalid/base"} if one.on_apply else {})
         manifest["invalid"].append(member)
         if path in files:
@@ -97,6 +98,10 @@ def main(arguments: list[str]) -> int:
         return 1
     for path in released:
         (folder / path).unlink()
+        for above in (folder / path).parents:
+            if above == folder or any(above.iterdir()):
+                break
+            above.rmdir()
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)

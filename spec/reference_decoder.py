@@ -9,335 +9,296 @@ whole checkpoints in memory: it is for checking other decoders and for learning,
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
 import sys
-from array import array
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import _reference_bits
 import zstandard
-from _reference_base import Tensors, fingerprint, prefixes, read_base
-from _reference_json import Refused, check, hexadecimal, parse_json
-from _reference_manifest import DTYPES, SPAN, Chunk, Delta, Row, WeightFile, read_manifest
+from _reference_base import Base, Tensor
+from _reference_json import Refused, check, compact, strict_object
+from _reference_structure import Chunk, Delta, Row, WeightFile, read_structure
 from blake3 import blake3
 
 __all__ = ["Refused", "apply", "decode"]
-MANIFEST = "sparsedelta:manifest"
-FILE, HEADER, TENSOR = "sparsedelta:file/", "sparsedelta:header/", "sparsedelta:tensor/"
+HEADER = (
+    '{"__metadata__":{"format":"sparsedelta","format_version":"VERSION","manifest_digest":"DIGEST"},'
+    '"manifest":{"dtype":"U8","shape":[SIZE],"data_offsets":[0,SIZE]},'
+    '"payload":{"dtype":"U8","shape":[PAYLOAD],"data_offsets":[SIZE,END]}}'
+)
 
 
-def open_frame(data: bytes, size: int | None) -> bytes:
-    """Return the content of one frame: of just `size` bytes, or of at most 2^27 if it is None."""
+class Cursor:
+    """Takes bytes from the front of data that the manifest and the payload are cut into."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.at = 0
+
+    def take(self, n: int) -> bytes:
+        """Return the next n bytes; `end` notices if there are fewer."""
+        self.at += n
+        return self.data[self.at - n : self.at]
+
+    def end(self) -> None:
+        """Refuse data of another size than what was taken."""
+        check(self.at == len(self.data), "corrupt", "size of the manifest or the payload")
+
+
+def spaced(text: bytes) -> bytes:
+    """Return text with the fewest spaces that make its length a multiple of 8."""
+    return text + b" " * (-len(text) % 8)
+
+
+def open_stream(
+    data: bytes, raw: int, *, is_plane: bool = False, is_bounded: bool = False
+) -> bytes:
+    """Return the raw bytes of a stream (§8), of at most 64-fold expansion if it is bounded."""
+    check(len(data) <= raw, "corrupt", "a stream is stored in more bytes than its own")
+    if len(data) == raw:
+        return data
+    if not data:
+        check(is_plane, "corrupt", "a stream is missing")
+        return bytes(raw)
+    fair = not is_bounded or raw <= 64 * len(data) + 65536
+    check(fair, "limit_exceeded", f"a frame of {len(data)} bytes expands to {raw}")
     try:
-        check(data[:4] == b"\x28\xb5\x2f\xfd", "corrupt", "not a Zstandard frame")
         head = zstandard.get_frame_parameters(data)
-        stated = head.content_size
-        check(stated != zstandard.CONTENTSIZE_UNKNOWN, "corrupt", "frame without content size")
-        if size is None:
-            check(stated <= 1 << 27, "limit_exceeded", f"{stated} bytes before compression")
-        else:
-            check(stated == size, "corrupt", f"frame of {stated} bytes where {size} are due")
-        check(head.dict_id == 0, "corrupt", "frame with a dictionary")
-        check(head.window_size <= 1 << 27, "corrupt", "frame with a window above 2^27")
+        check(head.content_size == raw, "corrupt", f"a frame of {head.content_size} bytes")
+        check(head.window_size <= 1 << 27, "corrupt", "a frame with a window above 2^27")
         reader = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-        content = reader.decompress(data, allow_extra_data=False)
-        if stated == 0:  # the blocks of such a frame have not been looked at
-            stream = reader.decompressobj()
-            content = stream.decompress(data)
-            check(stream.eof and not stream.unused_data, "corrupt", "not one frame of no bytes")
+        return reader.decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise Refused("corrupt", f"damaged frame: {error}") from error
-    check(len(content) == stated, "corrupt", "frame ends early")
-    return content
 
 
-def positions(
-    encoding: str, stream: bytes, nnz: int, length: int, keys: Sequence[int] | None
-) -> array[int]:
-    """Return the touched positions within a span of `length` (§6), of elements with these keys."""
-    out = array("Q")
-    if encoding == "exponent":
-        out.extend(_reference_bits.exponent(stream, length, keys or ()))
-    elif encoding == "rice":
-        out.extend(_reference_bits.rice(stream, length))
-    elif encoding == "tiles":
-        out.extend(_reference_bits.tiles(stream, length))
-    elif encoding == "all":
-        out.extend(range(length))
-    elif encoding == "bitmap":
-        out.extend(p for p in range(8 * len(stream)) if stream[p // 8] >> p % 8 & 1)
-    else:
-        half = len(stream) // 2
-        tokens: Sequence[int] = stream
-        if encoding == "gap16":
-            tokens = [a + 256 * b for a, b in zip(stream[:half], stream[half:], strict=True)]
-        skip = 255 if encoding == "gap8" else 65535
-        p = -1
-        for token in tokens:
-            if token == skip:
-                p += skip
-            else:
-                p += token + 1
-                out.append(p)
-        check(tokens[-1] != skip, "corrupt", "the last gap token is a skip")
-    check(len(out) == nnz, "corrupt", f"{len(out)} positions where {nnz} are due")
-    check(out[-1] < length, "corrupt", "a position lies beyond its span")
+def read_container(raw: bytes) -> tuple[bytes, bytes]:
+    """Return manifest and payload (§2), with the bytes that follow it."""
+    start = 8 + int.from_bytes(raw[:8], "little")
+    check(start <= 8 + 1024, "limit_exceeded", f"a header of {start - 8} bytes")
+    check(start <= len(raw), "truncated", "shorter than its header")
+    header = raw[8:start]
+    pattern = r'.*"format_version":"([^"]*)","manifest_digest":"([0-9a-f]{64})"'
+    pattern += r'.*"shape":\[([0-9]+)\].*"shape":\[([0-9]+)\]'
+    found = re.match(pattern, header.decode("latin-1"))
+    if found is None:
+        raise Refused("bad_magic", "not the header of a delta")
+    version, digest, size, n_payload = found[1], found[2], int(found[3]), int(found[4])
+    written = HEADER.replace("VERSION", version).replace("DIGEST", digest)
+    written = written.replace("SIZE", str(size)).replace("PAYLOAD", str(n_payload))
+    written = written.replace("END", str(size + n_payload))
+    check(header == spaced(written.encode("latin-1")), "bad_magic", "not the header of a delta")
+    check(version == "1", "unsupported_version", f"format version {version!r:.40}")
+    check(size <= 1 << 27, "limit_exceeded", f"a manifest of {size} bytes")
+    end = start + size + n_payload
+    check(len(raw) >= end, "truncated", f"{len(raw)} of {end} bytes")
+    manifest = raw[start : start + size]
+    check(blake3(manifest).hexdigest() == digest, "corrupt", "manifest_digest is wrong")
+    return manifest, raw[start + size :]
+
+
+def read_manifest(manifest: bytes) -> Delta:
+    """Return what a manifest says (§3), its digests with what they are of (§9)."""
+    cursor = Cursor(manifest)
+    raw, stored, n_notes, notes_stored = (
+        int.from_bytes(cursor.take(4), "little") for _ in range(4)
+    )
+    check(raw <= 8 * len(manifest) + (1 << 19), "limit_exceeded", f"a structure of {raw} bytes")
+    check(n_notes <= 1 << 20, "limit_exceeded", f"notes of {n_notes} bytes")
+    delta = read_structure(open_stream(cursor.take(stored), raw, is_bounded=True))
+    strict_object(open_stream(cursor.take(notes_stored), n_notes, is_bounded=True), "corrupt")
+    for file in delta.weight_files:
+        file.digest = cursor.take(16)
+    for side in delta.side_files:
+        side.digest = cursor.take(32)
+    for row in delta.rows:
+        row.base_digest = cursor.take(16) if row.base_file is not None else b""
+    for row in delta.rows:
+        if row.is_copied:
+            row.target_digest = row.base_digest
+        elif row.base_file is None or delta.has_target_digests:
+            row.target_digest = cursor.take(16)
+    for chunk in delta.chunks:
+        chunk.digest = cursor.take(16)
+    for chunk in delta.chunks:
+        chunk.touched = cursor.take(16) if chunk.has_touched else None
+    cursor.end()
+    return delta
+
+
+def canonical_members(file: WeightFile) -> dict[str, Any]:
+    """Return the members of a canonical header but the metadata (§3.2)."""
+    out, begin = {}, 0
+    for row in file.rows:
+        end = begin + row.layout.n_bits // 8
+        entry = {"dtype": row.layout.dtype, "shape": row.layout.shape}
+        out[row.name] = entry | {"data_offsets": [begin, end]}
+        begin = end
     return out
 
 
-def read_container(raw: bytes) -> tuple[dict[str, bytes], bytes]:
-    """Return the entries, in data order, and the data section after the manifest (§2)."""
-    check(len(raw) >= 8, "truncated", "shorter than the length of its header")
-    n_header = int.from_bytes(raw[:8], "little")
-    check(n_header <= 100_000_000, "limit_exceeded", f"a header of {n_header} bytes")
-    check(8 + n_header <= len(raw), "truncated", "shorter than its header")
-    text, data = raw[8 : 8 + n_header].rstrip(b" "), raw[8 + n_header :]
-    fair = text[:1] == b"{" and text[-1:] == b"}"
-    check(fair, "bad_magic", "the header is no JSON object with spaces after it")
-    header = parse_json(text, "bad_magic")
-    meta = header.pop("__metadata__", None)
-    fair = type(meta) is dict and meta.get("format") == "sparsedelta"
-    check(fair, "bad_magic", "not of the format sparsedelta")
-    check(meta.get("format_version", "1") == "1", "unsupported_version", "not version 1")
-    fair = meta.keys() == {"format", "format_version", "manifest_digest"}
-    check(fair, "corrupt", "__metadata__ has other members")
-
-    spans = []
-    for key, entry in header.items():
-        fair = type(entry) is dict and entry.keys() == {"dtype", "shape", "data_offsets"}
-        check(fair and entry["dtype"] == "U8", "corrupt", f"entry {key!r:.40}")
-        shape, offsets = entry["shape"], entry["data_offsets"]
-        fair = type(shape) is type(offsets) is list and (len(shape), len(offsets)) == (1, 2)
-        fair = fair and all(type(n) is int and n >= 0 for n in shape + offsets)
-        fair = fair and offsets[1] - offsets[0] == shape[0] >= 1
-        check(fair, "corrupt", f"shape or offsets of entry {key!r:.40}")
-        spans.append((offsets[0], offsets[1], key))
-    spans.sort()
-    check(bool(spans) and spans[0][2] == MANIFEST, "corrupt", "the manifest is not first")
-    check(max(end for _, end, _ in spans) <= len(data), "truncated", "shorter than its entries")
-    ends = [0] + [end for _, end, _ in spans]
-    check(
-        [begin for begin, _, _ in spans] == ends[:-1], "corrupt", "entries overlap or leave a hole"
-    )
-    check(ends[-1] == len(data), "corrupt", "bytes follow the last entry")
-    entries = {key: data[begin:end] for begin, end, key in spans}
-    digest = hexadecimal(meta["manifest_digest"], 32)
-    check(blake3(entries[MANIFEST]).digest() == digest, "corrupt", "manifest_digest is wrong")
-    return entries, data[ends[1] :]
+def read_header(file: WeightFile, cursor: Cursor) -> bytes:
+    """Return the header of a weight file (§3.2)."""
+    members = canonical_members(file)
+    if file.stored is None:
+        metadata = {} if file.metadata is None else {"__metadata__": dict(file.metadata)}
+        return spaced(compact(metadata | members))
+    header = open_stream(cursor.take(file.stored[1]), file.stored[0], is_bounded=True)
+    fair = header[:1] == b"{" and header.rstrip(b" ")[-1:] == b"}"
+    check(fair, "corrupt", f"stored header of {file.path!r:.40}")
+    found = strict_object(header, "corrupt")
+    found.pop("__metadata__", None)
+    # As text, since 1 and 1.0 and true are equal in Python.
+    same = {name: sorted(map(str, entry.items())) for name, entry in members.items()}
+    for name, entry in found.items():
+        check(type(entry) is dict, "corrupt", f"stored header of {file.path!r:.40}")
+        found[name] = sorted(map(str, entry.items()))
+    check(found == same, "corrupt", f"stored header of {file.path!r:.40}")
+    return header
 
 
-def entry_key(row: Row) -> str:
-    """Return the key of a tensor's entry (§2)."""
-    return TENSOR + row.name if row.name.startswith("sparsedelta:") else row.name
+def decode_chunk(row: Row, chunk: Chunk, old: bytes) -> list[tuple[int, int, int]]:
+    """Return flat index, bits in the start and code of what a chunk touches (§5 to §7).
 
-
-def open_chunk(chunk: Chunk, data: bytes) -> None:
-    """Fill in the chunk's streams (§5)."""
-    for size, n_bytes in zip(chunk.sizes, chunk.stream_bytes, strict=True):
-        chunk.streams.append(open_frame(data[:size], n_bytes) if size else bytes(n_bytes))
-        data = data[size:]
-
-
-def decode_chunk(
-    chunk: Chunk, width: int, keys: Sequence[int] | None
-) -> tuple[array[int], Sequence[int]]:
-    """Return positions and codes of a chunk, whose elements had these keys before the change."""
-    index, *values = chunk.streams
-    found = positions(chunk.encoding, index, chunk.nnz, chunk.length, keys)
-    if chunk.packing == "planes":
-        return found, [int.from_bytes(bytes(code), "little") for code in zip(*values, strict=True)]
-    touched_keys = None if keys is None else [keys[position] for position in found]
-    codes = _reference_bits.PACKINGS[chunk.packing](values, chunk.nnz, width, touched_keys)
-    return found, codes
-
-
-def check_header(file: WeightFile) -> None:
-    """Refuse a stored header that disagrees with the rows of its file (§3.3).
-
-    A row's name is the tensor's own name, or ends in a colon and that name: which of them the
-    weight sets say, and so perhaps an index that only the base holds.
+    Args:
+        row: the row.
+        chunk: one of its chunks.
+        old: the bytes of its base tensor that it keeps; read only as far as the chunk needs them.
     """
-    header = parse_json(file.header, "corrupt")
-    check(type(header) is dict, "corrupt", f"stored header of {file.path}")
-    header.pop("__metadata__", None)
-    by_data: dict[tuple[str, str, str], list[str]] = {}
-    for name, entry in header.items():
-        fair = type(entry) is dict and entry.keys() >= {"dtype", "shape", "data_offsets"}
-        check(fair, "corrupt", f"stored header of {file.path}")
-        key = (str(entry["dtype"]), str(entry["shape"]), str(entry["data_offsets"]))
-        by_data.setdefault(key, []).append(name)
-    check(len(header) == len(file.rows), "corrupt", f"tensors in the header of {file.path}")
-    begin = 0
-    for row in file.rows:
-        if row.target is not None:
-            end = begin + row.target.n_bytes
-            key = (row.target.dtype, str(row.target.shape), str([begin, end]))
-            names = [n for n in by_data.get(key, []) if (":" + row.name).endswith(":" + n)]
-            check(bool(names), "corrupt", f"{row.name!r:.40} in the header of {file.path}")
-            by_data[key].remove(max(names, key=len))
-            begin = end
+    w = row.layout.width
+    _, index, packing, has_classes = chunk.coding
+    begin, end = chunk.start * w, (chunk.start + chunk.span) * w
+    data = old[begin:end].ljust(end - begin, b"\0")
+
+    def before(p: int) -> int:
+        return int.from_bytes(data[p * w : (p + 1) * w], "little")
+
+    every = range(chunk.span)
+    keys = [_reference_bits.key(before(p), w) for p in every] if has_classes else []
+    stream, *rest = chunk.streams
+    found = _reference_bits.positions(index, stream, chunk.nnz, chunk.span, keys)
+    touched_keys = [keys[p] for p in found] if keys else []
+    codes = _reference_bits.codes(packing, rest, chunk.nnz, w, touched_keys)
+    return [(chunk.start + p, before(p), code) for p, code in zip(found, codes, strict=True)]
 
 
 def decode(path: Path | str) -> Delta:
-    """Return a delta, every byte of it read and checked (§12).
+    """Return a delta, every byte of it read and checked as far as that needs no base (§12).
 
     Raises:
         Refused: it breaks a rule.
     """
-    entries, payload = read_container(Path(path).read_bytes())
-    delta = read_manifest(open_frame(entries.pop(MANIFEST), None))
-    check(blake3(payload).digest() == delta.payload_digest, "corrupt", "payload_digest is wrong")
-    called_for = {FILE + file.path for file in delta.side_files if file.is_carried}
-    called_for |= {HEADER + file.path for file in delta.weight_files if file.is_stored}
-    sizes = {entry_key(row): sum(sum(c.sizes) for c in row.changes or ()) for row in delta.rows}
-    called_for |= {key for key, size in sizes.items() if size}
-    check(called_for == entries.keys(), "corrupt", "entries and manifest disagree")
+    manifest, payload = read_container(Path(path).read_bytes())
+    delta = read_manifest(manifest)
+    cursor = Cursor(payload)
     for side in delta.side_files:
-        if side.is_carried:
-            side.content = open_frame(entries[FILE + side.path], side.n_bytes)
-            check(blake3(side.content).digest() == side.digest, "corrupt", f"digest of {side.path}")
-    for weights in delta.weight_files:
-        if weights.is_stored:
-            weights.header = open_frame(entries[HEADER + weights.path], None)
-            check_header(weights)
+        if side.stored >= 0:
+            side.content = open_stream(cursor.take(side.stored), side.n_bytes, is_bounded=True)
+            fair = blake3(side.content).digest() == side.digest
+            check(fair, "corrupt", f"digest of {side.path!r:.40}")
+    for file in delta.weight_files:
+        file.header = read_header(file, cursor)
+        fair = blake3(file.header).digest()[:16] == file.digest
+        check(fair, "corrupt", f"digest of the header of {file.path!r:.40}")
+    for chunk in delta.chunks:
+        stored = [cursor.take(size) for size in chunk.stored]
+        fair = blake3(b"".join(stored)).digest()[:16] == chunk.digest
+        check(fair, "corrupt", "digest of a chunk")
+        for i, (data, raw) in enumerate(zip(stored, chunk.raw, strict=True)):
+            is_plane = i > 0 and chunk.coding[2] == "planes"
+            chunk.streams.append(open_stream(data, raw, is_plane=is_plane))
+    cursor.end()
     for row in delta.rows:
-        data = entries.get(entry_key(row), b"")
-        check(len(data) == sizes[entry_key(row)], "corrupt", f"coded sizes of {row.name!r:.40}")
-        for chunk in row.changes or ():
-            open_chunk(chunk, data)
-            data = data[sum(chunk.sizes) :]
-            if row.target and not chunk.needs_base:
-                decode_chunk(chunk, DTYPES[row.target.dtype][1], None)
+        for chunk in row.chunks:
+            if row.keep == 0 or not chunk.coding[3]:
+                decode_chunk(row, chunk, b"")
     return delta
 
 
-def check_base(delta: Delta, tensors: Tensors) -> None:
-    """Refuse a base that is not the one the delta was made from (§10, steps 2 and 5)."""
-    rows = [row for row in delta.rows if row.base is not None]
-    structure = {row.name: (row.base.dtype, row.base.shape) for row in rows if row.base}
-    found = {name: (dtype, shape) for name, (dtype, shape, _) in tensors.items()}
-    check(structure == found, "structure_mismatch", "names, dtypes or shapes are not the base's")
-    fair = all(row.base and len(tensors[row.name][2]) == row.base.n_bytes for row in rows)
-    check(fair, "structure_mismatch", "sizes of tensors in the base")
-    digests = {row.name: blake3(tensors[row.name][2]).digest()[:16] for row in rows}
-    wrong = [row for row in rows if row.base and row.base.digest != digests[row.name]]
-    if wrong:
-        done = all(row.target and row.target.digest == digests[row.name] for row in wrong)
-        due = [row for row in delta.rows if row.changes is not None or row.target is None]
-        applied = "already_applied" if len(wrong) == len(due) else "partly_applied"
-        code = applied if done else "base_mismatch"
-        raise Refused(code, f"tensor {wrong[0].name!r:.60} is not the base's")
-    found_fingerprint = fingerprint([(row.name, *tensors[row.name]) for row in rows])
-    check(found_fingerprint == delta.base_fingerprint, "base_mismatch", "fingerprint of the base")
-
-
-def new_bits(code: int, before: int, values: str, width: int, is_float: bool) -> int:
-    """Return the bits that a code makes of the bits before (§7)."""
-    if values == "target":
-        return code
-    top, half = (1 << 8 * width) - 1, 1 << 8 * width - 1
-
-    def ordered(x: int) -> int:
-        return x if not is_float else x + half if x < half else top - x
-
-    d = code // 2 if code % 2 == 0 else -(code + 1) // 2
-    y = (ordered(before) + d) & top
-    return y if not is_float else y - half if y >= half else top - y
-
-
-def make_tensor(row: Row, old: bytes) -> bytes:
+def target_bytes(row: Row, old: bytes) -> bytes:
     """Return the target's bytes of a tensor, given the base's (§4, §7)."""
-    if row.target is None or row.changes is None:
-        return old
-    _, width, is_float = DTYPES[row.target.dtype]
-    out = bytearray(row.target.n_bytes)
-    out[: row.keep * width] = old[: row.keep * width]
-    touched = blake3(), blake3()
-    for chunk in row.changes:
-        span = range(chunk.number * SPAN, chunk.number * SPAN + chunk.length)
-        keys = None
-        if chunk.needs_base:
-            before_bits = (out[i * width : (i + 1) * width] for i in span)
-            keys = [_reference_bits.key(int.from_bytes(b, "little"), width) for b in before_bits]
-        for position, code in zip(*decode_chunk(chunk, width, keys), strict=True):
-            begin = (chunk.number * SPAN + position) * width
-            at = slice(begin, begin + width)
-            touched[0].update(out[at])
-            before = int.from_bytes(out[at], "little")
-            out[at] = new_bits(code, before, row.values, width, is_float).to_bytes(width, "little")
-            touched[1].update(out[at])
-    found = [digest.digest()[:8] for digest in touched]
-    check(row.touched in (None, found), "corrupt", f"touched digests of {row.name!r:.40}")
-    digest = blake3(out).digest()[:16]
-    check(row.target.digest in (None, digest), "corrupt", f"target digest of {row.name!r:.40}")
+    w = row.layout.width
+    old = old[: row.keep * w]
+    out = bytearray(old.ljust(row.layout.n_elements * w, b"\0"))
+    for chunk in row.chunks:
+        digests = blake3(), blake3()
+        for position, before, code in decode_chunk(row, chunk, old):
+            is_float = row.layout.element[0] == "f"
+            after = _reference_bits.new_bits(code, before, chunk.coding[0], w, is_float)
+            out[position * w : (position + 1) * w] = after.to_bytes(w, "little")
+            digests[0].update(before.to_bytes(w, "little"))
+            digests[1].update(after.to_bytes(w, "little"))
+        touched = b"".join(digest.digest()[:8] for digest in digests)
+        fair = chunk.touched in (None, touched)
+        check(fair, "corrupt", f"touched digests of {row.name!r:.40}")
+    fair = row.target_digest in (None, blake3(out).digest()[:16])
+    check(fair, "corrupt", f"target digest of {row.name!r:.40}")
     return bytes(out)
 
 
-def canonical_header(file: WeightFile, prefix: str) -> bytes:
-    """Return the header of a weight file that is canonical (§3.3)."""
-    header: dict[str, Any] = {} if file.metadata is None else {"__metadata__": file.metadata}
-    begin = 0
-    for row in file.rows:
-        check(row.name.startswith(prefix), "corrupt", f"{row.name!r:.40} is not of {prefix!r}")
-        if row.target is not None:
-            end = begin + row.target.n_bytes
-            entry = {"dtype": row.target.dtype, "shape": row.target.shape}
-            header[row.name.removeprefix(prefix)] = entry | {"data_offsets": [begin, end]}
-            begin = end
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
+def match_base(delta: Delta, base: Base) -> dict[int, Tensor]:
+    """Return the base tensors by the number of the row, checked (§10, steps 2, 3 and 5)."""
+    found, right = {}, {}
+    problems = []
+    for i, row in enumerate(delta.rows):
+        tensor = base.find(row) if row.base_file is not None else None
+        right[i] = row.base_file is None
+        if tensor:
+            found[i] = tensor
+            right[i] = tensor.digest() == row.base_digest
+        elif row.base_file is not None:
+            problems.append(("structure_mismatch", f"tensor {row.base_name!r:.60}"))
+        if tensor and not right[i]:
+            problems.append(("base_mismatch", f"tensor {row.base_name!r:.60}"))
+    for side in delta.side_files:
+        if side.stored < 0:
+            path = base.files.get(side.path)
+            side.content = path.read_bytes() if path else b""
+            same = blake3(side.content).digest() == side.digest
+            if path is None or len(side.content) != side.n_bytes or not same:
+                problems.append(("base_mismatch", f"side file {side.path!r:.60}"))
+    if problems:
+        made = {i: row for i, row in enumerate(delta.rows) if not row.is_copied}
+        done = set()
+        for i, row in made.items():
+            there = base.at(row.file, row.name, row.layout)
+            if there and there.digest() == row.target_digest:
+                done.add(i)
+        code, what = problems[0]
+        if done and all(i in done or right[i] for i in made):
+            code = "already_applied" if len(done) == len(made) else "partly_applied"
+        raise Refused(code, f"{what} is not the base's")
+    return found
 
 
-def apply(base: Path | str, delta_path: Path | str, out: Path | str) -> None:
-    """Write the target of a delta under the name `out`, which must be free.
+def apply(base: Path | str, delta: Path | str, out: Path | str) -> None:
+    """Write the target of a delta under the name `out`, which must be free (§10).
 
     Raises:
         Refused: the delta breaks a rule, or the base is not its base.
     """
-    delta, out = decode(delta_path), Path(out)
+    read, out = decode(delta), Path(out)
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists")
-    tensors, base_files = read_base(Path(base), {row.name for row in delta.rows})
-    contents: dict[str, bytes] = {}
-    for side in delta.side_files:
-        contents[side.path] = side.content
-        if not side.is_carried:
-            there = base_files.get(side.path)
-            contents[side.path] = there.read_bytes() if there else b""
-            found_digest = blake3(contents[side.path]).digest()
-            same = (len(contents[side.path]), found_digest) == (side.n_bytes, side.digest)
-            check(
-                there is not None and same,
-                "base_mismatch",
-                f"side file {side.path} is not the base's",
-            )
-    check_base(delta, tensors)
-
-    made: Tensors = {}
-    for row in delta.rows:
-        if row.target is not None:
-            old = tensors[row.name][2] if row.base else b""
-            made[row.name] = (row.target.dtype, row.target.shape, make_tensor(row, old))
-    found = fingerprint((name, *tensor) for name, tensor in made.items())
-    check(delta.target_fingerprint in (None, found), "corrupt", "fingerprint of the target")
-    paths = [file.path for file in delta.weight_files]
-    prefix = prefixes(paths + list(contents), contents.__getitem__)
-    for file in delta.weight_files:
-        own = "" if delta.kind == "file" else prefix[file.path]
-        header = file.header if file.is_stored else canonical_header(file, own)
-        data = b"".join(made[row.name][2] for row in file.rows)
-        contents[file.path] = len(header).to_bytes(8, "little") + header + data
+    found = match_base(read, Base(Path(base)))
+    data = {}
+    for i, row in enumerate(read.rows):
+        old = found[i].data if i in found else b""
+        data[row.file, row.name] = target_bytes(row, old)
+    contents = {side.path: side.content for side in read.side_files}
+    for file in read.weight_files:
+        tensors = b"".join(data[file.path, row.name] for row in file.rows)
+        contents[file.path] = len(file.header).to_bytes(8, "little") + file.header + tensors
 
     partial = out.with_name(out.name + ".partial")
     try:
-        if delta.kind == "file":
-            partial.write_bytes(contents[paths[0]])
+        if read.kind == "file":
+            partial.write_bytes(contents[read.weight_files[0].path])
         else:
-            for path in delta.empty_folders + [os.path.dirname(path) for path in contents]:
+            for path in read.empty_folders + [os.path.dirname(path) for path in contents] + [""]:
                 (partial / path).mkdir(parents=True, exist_ok=True)
             for path, content in contents.items():
                 (partial / path).write_bytes(content)
@@ -353,10 +314,9 @@ def main(arguments: list[str]) -> int:
     try:
         if len(arguments) == 1:
             for row in decode(arguments[0]).rows:
-                nnz = sum(chunk.nnz for chunk in row.changes or ())
-                state = "removed" if row.target is None else f"{nnz} touched of"
-                shown = row.target or row.base
-                print(row.name, state, *((shown.dtype, shown.shape) if shown else ()))
+                nnz = sum(chunk.nnz for chunk in row.chunks)
+                state = "copied" if row.is_copied else f"{nnz} touched"
+                print(row.file, row.name, row.layout.dtype, row.layout.shape, state)
         elif len(arguments) == 3:
             apply(*arguments)
         else:

@@ -1,4 +1,4 @@
-"""Streams that work below a byte (FORMAT §6.5 to §7.5), written number by number, right or wrong."""
+"""Streams that work below a byte (FORMAT §6 and §7), written number by number, right or wrong."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 Sequences = list[tuple[Sequence[int], int]]  # numbers and their parameter
 
 
-def number(n: int) -> bytes:
-    """Return a number in groups of seven bits."""
+def number(n: int, n_bytes: int = 1) -> bytes:
+    """Return a number in groups of seven bits, in `n_bytes` at least."""
     out = []
-    while n > 127:
+    while n > 127 or len(out) + 1 < n_bytes:
         out.append(n & 127 | 128)
         n >>= 7
     return bytes([*out, n])
@@ -44,7 +44,7 @@ def subset(chosen: Sequence[int], n: int, k: int) -> tuple[bytes, tuple[list[int
 
 
 def key(bits: int, width: int) -> int:
-    """Return the key of an element of the base."""
+    """Return the key of an element."""
     return bits & 127 if width == 1 else bits >> 8 * width - 9 & 255
 
 
@@ -56,10 +56,10 @@ def classes(keys: Sequence[int], thresholds: Sequence[int]) -> list[list[int]]:
     return out
 
 
-def exponent(
+def rice_index(
     positions: Sequence[int], keys: Sequence[int], thresholds: Sequence[int], k: int
 ) -> bytes:
-    """Return an `exponent` stream, all of its parameters k."""
+    """Return a `rice` stream of elements with these keys, all of its parameters k."""
     head = bytes([len(thresholds), *thresholds])
     sequences: Sequences = []
     for members in classes(keys, thresholds):
@@ -96,7 +96,7 @@ def tiles(
 
 
 def steps(codes: Sequence[int], keys: Sequence[int], thresholds: Sequence[int], k: int) -> bytes:
-    """Return a `steps` stream, or with thresholds an `exponent_steps` stream, its parameters k."""
+    """Return a `steps` stream, its parameters k."""
     head = bytes([len(thresholds), *thresholds])
     signs: list[int] = []
     sequences: Sequences = []

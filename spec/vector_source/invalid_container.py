@@ -1,259 +1,214 @@
-"""Invalid vectors of the container: FORMAT §12, R1 to R9."""
+"""Invalid vectors of the file, FORMAT §12: R1 to R4, R6 and R12 of the header and the manifest."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 from blake3 import blake3
 
 from vector_source.samples import (
     CONFIG,
-    HEADER,
     Invalid,
     plain,
     sample,
-    with_entry,
-    with_header,
     with_header_text,
+    with_manifest,
     with_side_file,
 )
 from vector_source.valid import WEIGHTS, noise
-from vector_source.writer import Draft, WeightFile, assemble, compact, frame
-
-MANIFEST = "sparsedelta:manifest"
+from vector_source.writer import WeightFile, assemble, container_header
 
 
 def truncated() -> list[Invalid]:
     """Return R1: files that end early."""
     whole = assemble(plain())
-    n_header = int.from_bytes(whole[:8], "little")
+    start = 8 + int.from_bytes(whole[:8], "little")
 
     def cut(name: str, why: str, data: bytes) -> Invalid:
         return Invalid("truncated_" + name, why, "R1", "truncated", data)
 
-    longer = (len(whole) - 7).to_bytes(8, "little") + whole[8:]
+    longer = (293).to_bytes(8, "little") + whole[8:300]
     return [
         cut("empty", "an empty file", b""),
         cut("length", "seven bytes", whole[:7]),
-        cut("header", "the file ends within the header", whole[: n_header // 2]),
-        cut("at_header", "the file ends with the header", whole[: 8 + n_header]),
+        cut("at_length", "eight bytes", whole[:8]),
+        cut("header", "the file ends within the header", whole[: start // 2]),
+        cut("at_header", "the file ends with the header", whole[:start]),
+        cut("manifest", "the file ends within the manifest", whole[: start + 99]),
         cut("by_one", "the last byte is missing", whole[:-1]),
         cut("before", "the header is one byte longer than the file", longer),
     ]
 
 
 def magic() -> list[Invalid]:
-    """Return R2 to R4: what is no delta, or of another version."""
+    """Return R2: what is not a delta, or of another version."""
     out = []
 
-    def add(name: str, why: str, breaks: str, code: str, data: bytes) -> None:
-        out.append(Invalid(name, why, breaks, code, data))
+    def bad(name: str, why: str, data: bytes) -> None:
+        out.append(Invalid("magic_" + name, why, "R2", "bad_magic", data))
 
-    def bad(name: str, why: str, text: Callable[[bytes], bytes]) -> None:
-        add(name, why, "R2", "bad_magic", assemble(plain(), header_text=text))
+    def spelled(name: str, why: str, old: str, new: str) -> None:
+        bad(name, why, with_header_text(old.encode(), new.encode()))
 
-    def meta(name: str, why: str, change: Callable[[dict[str, Any]], object], rule: str) -> None:
-        code = {"R2": "bad_magic", "R3": "unsupported_version", "R4": "corrupt"}[rule]
-        add(name, why, rule, code, with_entry("__metadata__", change))
+    def header(name: str, why: str, change: Callable[[bytes], bytes]) -> None:
+        def changed(text: bytes) -> bytes:
+            if not text.endswith(b"    "):
+                raise ValueError("the header ends with less than four spaces")
+            return change(text)
 
-    bad("header_text", "the header is no JSON", lambda text: text[:-1])
-    bad("header_list", "the header is a list", lambda text: b"[" + text + b"]")
-    bad("header_utf8", "the header is no UTF-8", lambda text: text.replace(b'"w"', b'"\xff"'))
-    bad("header_nan", "NaN in the header", lambda text: text[:-1] + b',"n":NaN}')
-    bad("header_tab", "a tab after the header's object", lambda text: text + b"\t")
-    bad("header_before", "a space before the header's object", lambda text: b" " + text)
-    bad("header_zero", "a zero byte after the header's object", lambda text: text + b"\0")
-    bad("header_mark", "a byte order mark before the object", lambda text: b"\xef\xbb\xbf" + text)
-    bad("header_empty", "a header of spaces", lambda text: b" " * 8)
-    add("header_none", "a header of length 0", "R2", "bad_magic", bytes(8))
+        bad(name, why, assemble(with_side_file(content=bytes(range(200))), header=changed))
+
+    bad("none", "a header of length 0", bytes(8))
+    header("empty", "a header of spaces", lambda text: b" " * 8)
+    header("text", "the header is not JSON", lambda text: text.replace(b"}}", b"} "))
+    header("mark", "a byte order mark before the object", lambda text: b"\xef\xbb\xbf" + text[:-3])
+    header("before", "a space before the object", lambda text: b" " + text[:-1])
+    header("tab", "padded with tabs", lambda text: text.replace(b" ", b"\t"))
+    header("zero", "padded with zero bytes", lambda text: text.replace(b" ", b"\0"))
+    header("more_spaces", "eight spaces too many", lambda text: text + b" " * 8)
+    header("less_spaces", "a length that is not a multiple of 8", lambda text: text[:-1])
+    header("no_spaces", "no padding", lambda text: text.rstrip())
     weights = WeightFile(WEIGHTS, {"w": noise("U8", 4, 1)}, {"format": "pt"})
-    add("safetensors", "a safetensors file of weights", "R2", "bad_magic", weights.content())
+    bad("safetensors", "a safetensors file of weights", weights.content())
     weights.metadata = None
-    add("no_metadata", "a safetensors file without metadata", "R2", "bad_magic", weights.content())
-
-    def listed(header: dict[str, Any]) -> dict[str, Any]:
-        return header | {"__metadata__": [["format", "sparsedelta"]]}
-
-    data = assemble(plain(), header=listed)
-    add("metadata_list", "__metadata__ is a list", "R2", "bad_magic", data)
-    meta("format_missing", "format is missing", lambda m: m.pop("format"), "R2")
-    meta("format_case", "format is Sparsedelta", lambda m: m.update(format="Sparsedelta"), "R2")
-    for name, version in (("2", "2"), ("zero", "0"), ("padded", "01"), ("point", "1.0")):
-        change = partial(dict.update, format_version=version)
-        meta(f"version_{name}", f"format_version is {version}", change, "R3")
-    meta("metadata_more", "a fourth member", lambda m: m.update(more="x"), "R4")
-    meta("version_missing", "no format_version", lambda m: m.pop("format_version"), "R4")
-    meta("digest_missing", "no manifest_digest", lambda m: m.pop("manifest_digest"), "R4")
-    twice = b'"format":"sparsedelta",'
-    data = with_header_text(twice, twice * 2)
-    add("metadata_twice", "a member of __metadata__ twice", "R4", "corrupt", data)
-    data = with_header_text(b'"dtype":"U8",', b'"dtype":"U8","dtype":"U8",')
-    add("entry_member_twice", "a member of an entry twice", "R4", "corrupt", data)
-
-    def again(text: bytes) -> bytes:
-        return text[:-1] + b"," + text[text.index(b'"w":') :]
-
-    data = assemble(plain(), header_text=again)
-    add("entry_twice", "an entry's key twice", "R4", "corrupt", data)
+    bad("no_metadata", "a safetensors file without metadata", weights.content())
+    moved = (
+        '{"format":"sparsedelta","format_version":"1"',
+        '{"format_version":"1","format":"sparsedelta"',
+    )
+    for name, why, old, new in (
+        ("space", "a space between tokens", '"payload":{', '"payload": {'),
+        ("format_case", "format is Sparsedelta", '"sparsedelta"', '"Sparsedelta"'),
+        ("format_missing", "no format", '"format":"sparsedelta",', ""),
+        ("version_missing", "no format_version", '"format_version":"1",', ""),
+        (
+            "version_number",
+            "format_version is a number",
+            '"format_version":"1"',
+            '"format_version":1',
+        ),
+        ("escape", "an escape in a key", '"format_version"', '"format\\u005fversion"'),
+        ("metadata_more", "one more member of the metadata", '"format":', '"a":"b","format":'),
+        ("entry_more", "one more entry", '{"__metadata__"', '{"a":1,"__metadata__"'),
+        ("member_more", "one more member of an entry", '"manifest":{', '"manifest":{"a":1,'),
+        ("order", "a member moved", *moved),
+        ("twice", "a member twice", '"format":"sparsedelta",', '"format":"sparsedelta",' * 2),
+        ("payload_name", "another name of the payload", '"payload"', '"payloads"'),
+        ("offset", "the manifest begins at 1", '"data_offsets":[0,', '"data_offsets":[1,'),
+        (
+            "zero_padded",
+            "an integer with a leading zero",
+            '"data_offsets":[0,',
+            '"data_offsets":[00,',
+        ),
+        ("newline", "a line end after the object", "}}", "}}\n"),
+    ):
+        spelled(name, why, old, new)
+    whole = assemble(plain())
+    start = 8 + int.from_bytes(whole[:8], "little")
+    text = whole[8:start].decode()
+    digest = text[text.index("_digest") + 10 :][:64]
+    spelled("digest_upper", "the digest in capitals", digest, digest.upper())
+    spelled("digest_short", "a digest of 31 bytes", digest, digest[:-2])
+    spelled("digest_letter", "a digest that is not hex", digest, "g" + digest[1:])
+    m = text[text.index("[") + 1 : text.index("]")]
+    p = len(whole) - start - int(m)
+    spelled("shape_zero", "a size with a leading zero", f'"shape":[{m}]', f'"shape":[0{m}]')
+    spelled("shape_float", "a size with a fraction", f'"shape":[{m}]', f'"shape":[{m}.0]')
+    spelled("shape_payload", "a shape unlike the offsets", f'"shape":[{p}]', f'"shape":[{p + 1}]')
+    spelled("hole", "a byte between manifest and payload", f"[{m},", f"[{int(m) + 1},")
+    spelled("dtype", "an entry is I8", f'"U8","shape":[{m}]', f'"I8","shape":[{m}]')
+    spelled("dimensions", "two dimensions", f'"shape":[{m}]', f'"shape":[1,{m}]')
+    for name, version in (("2", "2"), ("0", "0"), ("10", "10"), ("padded", "01"), ("point", "1.0")):
+        why = f"format_version is {version}"
+        data = with_header_text(b'"1"', f'"{version}"'.encode())
+        out.append(Invalid(f"version_{name}", why, "R2", "unsupported_version", data))
     return out
 
 
-def entries() -> list[Invalid]:
-    """Return R5 to R9: entries and digests."""
+def sizes() -> list[Invalid]:
+    """Return R3, R4 and R6: sizes of the file and the manifest, and the manifest's digest."""
     out = []
 
     def add(name: str, why: str, breaks: str, data: bytes) -> None:
         out.append(Invalid(name, why, breaks, "corrupt", data))
 
-    def entry(name: str, why: str, change: Callable[[dict[str, Any]], object]) -> None:
-        add("entry_" + name, why, "R5", with_entry("w", change))
+    add("trailing", "a byte after the payload", "R3", assemble(plain(), whole=lambda d: d + b"\0"))
+    add("trailing_twice", "the file twice", "R3", assemble(plain(), whole=lambda d: d * 2))
 
-    entry("dtype", "an entry is I8", lambda e: e.update(dtype="I8"))
-    entry("dtype_list", "the dtype of an entry is a list", lambda e: e.update(dtype=["U8"]))
-    entry("two_dimensions", "two dimensions", lambda e: e.update(shape=[1, *e["shape"]]))
-    entry("no_dimension", "no dimension", lambda e: e.update(shape=[]))
-    entry("shape", "shape and offsets disagree", lambda e: e["shape"].append(e["shape"].pop() + 1))
-    entry("reversed", "offsets the wrong way round", lambda e: e["data_offsets"].reverse())
-    entry("three_offsets", "three offsets", lambda e: e["data_offsets"].append(9))
-    entry("float", "an offset with a fraction", lambda e: e.update(shape=[float(e["shape"][0])]))
-    entry("string", "a size as a string", lambda e: e.update(shape=[str(e["shape"][0])]))
-    entry("negative", "a negative offset", lambda e: e["data_offsets"].__setitem__(0, -1))
-    entry("huge", "an offset of 2^63", lambda e: e["data_offsets"].__setitem__(1, 1 << 63))
-    entry("member_missing", "an entry without shape", lambda e: e.pop("shape"))
-    entry("member_more", "an entry with another member", lambda e: e.update(more=1))
+    def other(header: bytes) -> bytes:
+        at = header.index(b"_digest") + 10
+        return header[:at] + blake3(b"").hexdigest().encode() + header[at + 64 :]
 
-    def extra(value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        return lambda header: header | {"more": value}
+    add("manifest_digest", "manifest_digest is wrong", "R4", assemble(plain(), header=other))
 
-    end = sum(map(len, plain().entries.values()))
-    add("entry_list", "an entry is a list", "R5", assemble(plain(), header=extra([])))
+    def last(data: bytes) -> bytes:
+        delta = with_side_file()
+        n = len(b"".join(delta.entries.values()))
+        return data[: -n - 1] + bytes([data[-n - 1] ^ 1]) + data[-n:]
+
+    data = assemble(with_side_file(), whole=last)
+    add("manifest_changed", "a bit of the manifest is changed", "R4", data)
+
+    def manifest(name: str, why: str, change: Callable[[bytes], bytes]) -> None:
+        add("manifest_" + name, why, "R6", assemble(plain(), manifest=change))
+
+    manifest("empty", "a manifest of 0 bytes", lambda data: b"")
+    manifest("short", "a manifest of 15 bytes", lambda data: data[:15])
+    manifest("only_sizes", "a manifest that ends after its sizes", lambda data: data[:16])
+    manifest("half", "a manifest that ends within the structure", lambda data: data[:100])
+    manifest("no_digests", "a manifest without digests", lambda data: data[: -16 * 5])
+    manifest("digest_less", "a digest too few", lambda data: data[:-16])
+    manifest("digest_more", "a digest too many", lambda data: data + bytes(16))
+    manifest("byte_less", "a byte too few", lambda data: data[:-1])
+    manifest("byte_more", "a byte too many", lambda data: data + b"\0")
+    delta = sample()
+    delta.digests["side_files"][0] = delta.digests["side_files"][0][:16]
+    add("manifest_side_digest", "a digest of 16 bytes for a side file", "R6", assemble(delta))
+    delta = sample(known=False)
+    delta.digests["target"].append(bytes(16))
+    add("manifest_target_digest", "a target digest where none is due", "R6", assemble(delta))
+    for name, by in (("more", b"\0"), ("twice", b'{"a": 1}\n')):
+        delta = with_side_file()
+        delta.entries["more"] = by
+        why = f"a payload with {len(by)} bytes too many"
+        add("payload_" + name, why, "R6", assemble(delta))
+    delta = with_side_file()
+    delta.entries[CONFIG] = b'{"a": 1}'
+    add("payload_less", "a payload with a byte too few", "R6", assemble(delta))
+    delta = plain()
+    delta.entries["chunk:0:2"] += b"\0"
+    add("payload_streams", "streams with a byte too many", "R6", assemble(delta))
+    delta = plain()
+    del delta.entries["chunk:0:1"]
+    add("payload_stream", "a stream is missing", "R6", assemble(delta))
+    carried = {"target.side_files.1.2": 5}
+    add("payload_side", "a side file that is not there", "R6", with_manifest(carried))
+    return out
+
+
+def container_limits() -> list[Invalid]:
+    """Return R12 of the file's header and of the manifest's size."""
     whole = assemble(plain())
-    n_data = len(whole) - 8 - int.from_bytes(whole[:8], "little")
-    for name, shape, offsets in (
-        ("size_0", [0], [n_data, n_data]),
-        ("true", [True], [n_data, n_data + 1]),
-    ):
-        value = {"dtype": "U8", "shape": shape, "data_offsets": offsets}
-        data = assemble(plain(), header=extra(value), whole=lambda data: data + b"\0")
-        if name == "size_0":
-            data = data[:-1]
-        add("entry_" + name, f"an entry of shape {json.dumps(shape)}", "R5", data)
-
-    def moved(key: str, by_begin: int, by_end: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        def alter(header: dict[str, Any]) -> dict[str, Any]:
-            begin, stop = header[key]["data_offsets"]
-            header[key]["data_offsets"] = [begin + by_begin, stop + by_end]
-            header[key]["shape"] = [stop + by_end - begin - by_begin]
-            return header
-
-        return alter
-
-    add(
-        "overlap",
-        "an entry begins within another",
-        "R6",
-        assemble(plain(), header=moved("w", -1, 0)),
-    )
-    add(
-        "hole",
-        "a byte between two entries is in none",
-        "R6",
-        assemble(plain(), header=moved("w", 1, 0)),
-    )
-    add(
-        "trailing",
-        "a byte after the last entry",
-        "R6",
-        assemble(plain(), whole=lambda d: d + b"\0"),
-    )
-    add(
-        "trailing_short",
-        "the last entry ends early",
-        "R6",
-        assemble(plain(), header=moved("w", 0, -1)),
-    )
-
-    def shared(header: dict[str, Any]) -> dict[str, Any]:
-        return header | {"more": header["w"]}
-
-    add("same_bytes", "two entries of the same bytes", "R6", assemble(plain(), header=shared))
-
-    def manifest_last(header: dict[str, Any]) -> dict[str, Any]:
-        n = header[MANIFEST]["shape"][0]
-        for key, value in header.items():
-            if key not in ("__metadata__", MANIFEST):
-                value["data_offsets"] = [offset - n for offset in value["data_offsets"]]
-        header[MANIFEST]["data_offsets"] = [end, end + n]
-        return header
-
-    def rotated(whole: bytes) -> bytes:
-        start = 8 + int.from_bytes(whole[:8], "little")
-        n = len(whole) - start - end
-        return whole[:start] + whole[start + n :] + whole[start : start + n]
-
-    data = assemble(plain(), header=manifest_last, whole=rotated)
-    add("manifest_last", "the manifest is the last entry", "R7", data)
-
-    def renamed(header: dict[str, Any]) -> dict[str, Any]:
-        return {"sparsedelta:manifesto" if k == MANIFEST else k: v for k, v in header.items()}
-
-    add("manifest_missing", "no manifest", "R7", assemble(plain(), header=renamed))
-    meta = {"format": "sparsedelta", "format_version": "1", "manifest_digest": "00" * 32}
-    text = compact({"__metadata__": meta})
-    add("no_entries", "no entry at all", "R7", len(text).to_bytes(8, "little") + text)
-
-    def digest(to: Callable[[str], Any]) -> bytes:
-        key = "manifest_digest"
-        return with_entry("__metadata__", lambda m: m.update({key: to(m[key])}))
-
-    def turned(digest: str) -> str:
-        return ("1" if digest[0] == "0" else "0") + digest[1:]
-
-    add("manifest_digest", "manifest_digest is wrong", "R8", digest(turned))
-    add("manifest_digest_upper", "manifest_digest in capitals", "R8", digest(str.upper))
-    add("manifest_digest_short", "manifest_digest of 31 bytes", "R8", digest(lambda d: d[:-2]))
-    add("manifest_digest_number", "manifest_digest is a number", "R8", digest(lambda d: 0))
-    delta = plain()
-    right = blake3(b"".join(delta.entries.values())).hexdigest()
-    delta.manifest["payload_digest"] = turned(right)
-    add("payload_digest", "payload_digest is wrong", "R8", assemble(delta))
-    delta = plain()
-    delta.manifest["payload_digest"] = right.upper()
-    add("payload_digest_upper", "payload_digest in capitals", "R11", assemble(delta))
-
-    def renamed_entry(name: str, why: str, old: str, new: str) -> None:
-        delta = plain()
-        delta.entries = {new if key == old else key: one for key, one in delta.entries.items()}
-        add("entries_" + name, why, "R9", assemble(delta))
-
-    def added_entry(name: str, why: str, key: str, of: Callable[[], Draft] = plain) -> None:
-        delta = of()
-        delta.entries[key] = frame(b"x")
-        add("entries_" + name, why, "R9", assemble(delta))
-
-    def missing_entry(name: str, why: str, key: str, of: Callable[[], Draft] = plain) -> None:
-        delta = of()
-        del delta.entries[key]
-        add("entries_" + name, why, "R9", assemble(delta))
-
-    added_entry("unknown", "an entry that no row calls for", "y")
-    added_entry("reserved", "an entry of a reserved name that does not exist", "sparsedelta:other")
-    added_entry("unchanged", "an entry for a tensor that is unchanged", "same", with_header)
-    added_entry("removed", "an entry for a tensor that is removed", "gone")
-    added_entry(
-        "not_carried",
-        "an entry for a file that is not carried",
-        "sparsedelta:file/kept.txt",
-        sample,
-    )
-    added_entry("canonical", "a stored header for a canonical one", "sparsedelta:header/" + WEIGHTS)
-    renamed_entry(
-        "prefixed", "a tensor's entry with a prefix it must not have", "w", "sparsedelta:tensor/w"
-    )
-    missing_entry("tensor", "the entry of a tensor is missing", "w")
-    missing_entry("file", "the entry of a carried file is missing", CONFIG, with_side_file)
-    missing_entry("header", "the entry of a stored header is missing", HEADER, with_header)
+    start = 8 + int.from_bytes(whole[:8], "little")
+    most = ((1 << 64) - 1).to_bytes(8, "little") + whole[8:]
+    long = (1032).to_bytes(8, "little") + whole[8:start].ljust(1032) + whole[start:]
+    limit = "limit_exceeded"
+    out = [
+        Invalid("limit_header", "a header of 1032 bytes", "R12", limit, long, also=("bad_magic",)),
+        Invalid(
+            "limit_header_most",
+            "a header of 2^64 - 1 bytes",
+            "R12",
+            limit,
+            most,
+            also=("truncated", "bad_magic"),
+        ),
+    ]
+    for name, size in (("", (1 << 27) + 1), ("_most", 10**300)):
+        header = container_header(whole[start:], 0, size)
+        data = len(header).to_bytes(8, "little") + header + whole[start:]
+        why = f"a manifest of {size if size < 1 << 30 else '10^300'} bytes"
+        also = ("truncated",)
+        out.append(Invalid("limit_manifest" + name, why, "R12", limit, data, also=also))
     return out

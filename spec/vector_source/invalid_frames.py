@@ -1,175 +1,258 @@
-"""Invalid vectors of frames and limits: FORMAT §12, R10 and R13."""
+"""Invalid vectors of streams and limits, FORMAT §12: R8, R9, R10 and R12."""
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Callable
+from typing import Any
 
 from vector_source.samples import (
     CONFIG,
     HEADER,
     Invalid,
+    at,
     plain,
     with_header,
-    with_header_text,
     with_manifest,
+    with_notes,
     with_side_file,
-    with_text,
+    with_streams,
 )
-from vector_source.writer import assemble, block, frame, windowed_frame
+from vector_source.valid import noise
+from vector_source.writer import Coding, Draft, assemble, block, frame, same, windowed_frame
 
 MAGIC = b"\x28\xb5\x2f\xfd"
+CONTENT = b"a" * 60 + b"b" * 60
+
+
+def stored_as(delta: Draft, entry: str, stored: bytes, size_path: str) -> Draft:
+    """Return a delta with other stored bytes of one stream; its size follows."""
+    delta.entries[entry] = stored
+    holder, key = at(delta.structure, size_path)
+    holder[key] = len(stored)
+    return delta
+
+
+def side_as(stored: bytes, content: bytes = CONTENT) -> bytes:
+    """Return a delta with a carried file that is stored as these bytes."""
+    delta = with_side_file(content=content)
+    return assemble(stored_as(delta, CONFIG, stored, "target.side_files.0.2"))
+
+
+def streams() -> list[Invalid]:
+    """Return R8: stored sizes."""
+    out = []
+
+    def add(name: str, why: str, data: bytes) -> None:
+        out.append(Invalid("stored_" + name, why, "R8", "corrupt", data))
+
+    add("side_more", "a side file with more stored bytes than its own", side_as(b"ab", b"a"))
+    add(
+        "side_frame",
+        "a side file of 9 bytes as a frame of 18",
+        side_as(frame(b"123456789"), b"123456789"),
+    )
+    add("side_none", "a side file without stored bytes", side_as(b""))
+    add("side_empty", "an empty side file with a stored byte", side_as(b"a", b""))
+    delta = stored_as(with_header(), HEADER, b"", "target.weight_files.0.2.2")
+    add("header_none", "a stored header without stored bytes", assemble(delta))
+    text = with_header().entries[HEADER]
+    delta = stored_as(with_header(), HEADER, text + b" ", "target.weight_files.0.2.2")
+    add("header_more", "a stored header with more stored bytes than its own", assemble(delta))
+
+    def packed(of: bool, change: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+        return lambda text: change(text) if (text == b"{}") == of else text
+
+    for name, is_notes in (("structure", False), ("notes", True)):
+        data = assemble(plain(), pack=packed(is_notes, lambda text: text + b" "))
+        add(f"{name}_more", f"{name} with more stored bytes than their own", data)
+        data = assemble(plain(), pack=packed(is_notes, lambda text: b""))
+        add(f"{name}_none", f"{name} without stored bytes", data)
+    for name, j, coding in (
+        ("index", 0, Coding()),
+        ("plane", 1, Coding()),
+        ("steps", 1, Coding(packing="steps")),
+        ("symbols", 1, Coding(packing="scaled")),
+        ("lower", 2, Coding(packing="scaled")),
+    ):
+        raw = {"planes": [b"\2\2", b"\0\0"], "scaled": [b"\4\4", b"\3"]}
+        raw["steps"] = [b"\0\0\0\0"]
+        for kind in ("more", "none"):
+            if (name, kind) != ("plane", "none"):
+                delta = with_streams(coding, 2, [b"\0\0", *raw[coding.packing]])
+                key = f"chunk:0:{j}"
+                stored = delta.entries[key] + b"\0" if kind == "more" else b""
+                delta = stored_as(delta, key, stored, f"chunks.stored.{j}")
+                why = "with a byte too many" if kind == "more" else "without stored bytes"
+                add(f"{name}_{kind}", f"a stream ({name}) {why}", assemble(delta))
+    delta = with_streams(Coding(packing="scaled"), 2, [b"\0\0", b"\2\2", b""])
+    delta = stored_as(delta, "chunk:0:2", b"\0", "chunks.stored.2")
+    add("lower_empty", "a stream of no bytes with a stored byte", assemble(delta))
+    return out
 
 
 def frames() -> list[Invalid]:
-    """Return R10: frames."""
+    """Return R9: frames."""
     out = []
-    content = b'{"a": 1}\n'  # of the carried file
-    good = frame(content)
+    good = frame(CONTENT)  # 26 bytes
+    first, second = block(1, 60, b"a", False), block(1, 60, b"b", True)
+    size = bytes([len(CONTENT)])
 
-    def add(name: str, why: str, new: bytes) -> None:
-        delta = with_side_file()
-        delta.entries[CONFIG] = new
-        out.append(Invalid("frame_" + name, why, "R10", "corrupt", assemble(delta)))
+    def add(name: str, why: str, stored: bytes) -> None:
+        out.append(Invalid("frame_" + name, why, "R9", "corrupt", side_as(stored)))
 
     skippable = bytes.fromhex("502a4d18") + (3).to_bytes(4, "little") + b"abc"
-    raw = block(0, len(content), content, True)
-    add("no_size", "a frame without content size", MAGIC + b"\x00\x00" + raw)
-    add("small", "a frame of other size than the manifest says", frame(content[:-1]))
-    add("states_less", "a frame that holds more than it states", frame(content + b"x", 9))
-    add("states_more", "a frame that holds less than it states", frame(content[:-1], 9))
-    bomb = MAGIC + b"\x20\x09" + block(1, 1 << 17, b"x", False) * 50 + block(1, 1 << 17, b"x", True)
-    add("bomb", "a frame that states 9 bytes and holds 6 MiB", bomb)
-    add("dictionary", "a frame with a dictionary id", MAGIC + b"\x21\x05\x09" + raw)
+    add("no_size", "a frame without content size", MAGIC + b"\x00\x00" + first + second)
+    add("small", "a frame of other size than the manifest says", frame(CONTENT[:-1]))
+    add("states_less", "a frame that holds more than it states", frame(CONTENT + b"b", 120))
+    add("states_more", "a frame that holds less than it states", frame(CONTENT[:-1], 120))
+    add("holds_nothing", "a frame that holds nothing", frame(b"", 120))
+    bomb = block(1, 1 << 17, b"x", False) * 15 + block(1, 1 << 17, b"x", True)
+    add("bomb", "a frame that states 120 bytes and holds 2 MiB", MAGIC + b"\x20" + size + bomb)
+    add("dictionary", "a frame with a dictionary id", MAGIC + b"\x21\x05" + size + first + second)
     add("trailing", "a byte after the frame", good + b"\0")
     add("second", "a second frame", good + frame(b""))
     add("second_same", "the frame twice", good + good)
     add("skippable_after", "a skippable frame after the frame", good + skippable)
     add("skippable_before", "a skippable frame before the frame", skippable + good)
-    add("skippable_only", "a skippable frame in place of the frame", skippable)
+    add("skippable_only", "a skippable frame instead of the frame", skippable)
     add("truncated", "a frame that ends early", good[:-1])
-    add(
-        "no_last_block",
-        "a frame without a last block",
-        MAGIC + b"\x20\x09" + block(0, 9, content, False),
-    )
-    add("header_only", "a frame that ends with its header", MAGIC + b"\x20\x09")
-    add(
-        "block_type",
-        "a block of the reserved type",
-        MAGIC + b"\x20\x09" + block(3, 9, content, True),
-    )
-    add("reserved_bit", "the reserved bit of the frame header is set", MAGIC + b"\x28\x09" + raw)
-    add("checksum", "a wrong content checksum", MAGIC + b"\x24\x09" + raw + b"\0\0\0\0")
-    add("window", "a window of 2^28 bytes", windowed_frame(content, 28))
-    add("other_magic", "no frame: other magic", b"\x27" + good[1:])
-    add("plain", "content that is not compressed at all", content)
+    add("no_last_block", "a frame without a last block", good[:-4] + block(1, 60, b"b", False))
+    add("header_only", "a frame that ends with its header", good[:6])
+    add("magic_only", "a frame that ends with its magic number", good[:4])
+    add("one_byte", "one byte", good[:1])
+    wrong = good[:-4] + block(3, 60, b"b", True)
+    add("block_type", "a block of the reserved type", wrong)
+    add("reserved_bit", "the reserved bit of the frame header is set", MAGIC + b"\x28" + good[5:])
+    add("checksum", "a wrong content checksum", MAGIC + b"\x24" + good[5:] + b"\0\0\0\0")
+    add("window", "a window of 2^28 bytes", windowed_frame(CONTENT, 28))
+    add("other_magic", "not a frame: another magic number", b"\x27" + good[1:])
+    add("plain", "not a frame: the raw bytes without the last", CONTENT[:-1])
 
-    def empty(name: str, why: str, new: bytes) -> None:
-        delta = with_side_file(content=b"")
-        delta.entries[CONFIG] = new
-        out.append(Invalid("frame_empty_" + name, why, "R10", "corrupt", assemble(delta)))
+    def of(name: str, why: str, delta: Draft | bytes) -> None:
+        data = delta if isinstance(delta, bytes) else assemble(delta)
+        out.append(Invalid("frame_" + name, why, "R9", "corrupt", data))
 
-    none = frame(b"")
-    empty("trailing", "a byte after a frame of no bytes", none + b"\0")
-    empty("second", "a frame of no bytes twice", none + none)
-    empty("truncated", "a frame of no bytes that ends early", none[:-1])
-    empty("header_only", "a frame of no bytes that ends with its header", none[:6])
-    empty("states_less", "a frame that states 0 bytes and holds 9", frame(content, 0))
-    bomb = (
-        windowed_frame(b"", 20)[:14] + block(1, 1 << 17, b"x", False) * 50 + block(0, 0, b"", True)
-    )
-    empty("bomb", "a frame that states 0 bytes and holds 6 MiB", bomb)
-
-    def manifest(name: str, why: str, pack: Callable[[bytes], bytes]) -> None:
-        data = assemble(plain(), pack=pack)
-        out.append(Invalid("manifest_frame_" + name, why, "R10", "corrupt", data))
-
-    manifest("plain", "a manifest that is not compressed", lambda text: text)
-    manifest("trailing", "a byte after the manifest's frame", lambda text: frame(text) + b"\0")
-    manifest("truncated", "the manifest's frame ends early", lambda text: frame(text)[:-1])
-
-    def unsized(text: bytes) -> bytes:
-        return MAGIC + b"\x00\x50" + windowed_frame(text, 20)[14:]
-
-    manifest("no_size", "the manifest's frame has no content size", unsized)
-    manifest("states_more", "it holds less than it states", lambda text: frame(text, len(text) + 1))
-    for plane, name in ((0, "index"), (1, "plane")):
-        delta = plain()
-        chunk = delta.manifest["tensors"][0]["delta"]["chunks"][0]
-        sizes = chunk[4]
-        cut = sum(sizes[:plane])
-        wrong = frame(bytes(1) * (chunk[3] + 1))
-        old = delta.entries["w"]
-        delta.entries["w"] = old[:cut] + wrong + old[cut + sizes[plane] :]
-        sizes[plane] = len(wrong)
-        why = f"the frame of the {name} holds a byte more than it must"
-        out.append(Invalid(f"frame_{name}_size", why, "R10", "corrupt", assemble(delta)))
+    old = noise("U8", 200, 1)
+    for j, name in ((0, "index"), (1, "plane")):
+        for kind, content in (("size", bytes(199)), ("more", bytes(201))):
+            delta = with_streams(Coding(), 200, [bytes(200), b"\2" * 200], old=old)
+            key = f"chunk:0:{j}"
+            delta = stored_as(delta, key, frame(content), f"chunks.stored.{j}")
+            why = f"the frame of a stream ({name}) is of {len(content)} bytes instead of 200"
+            of(f"{name}_{kind}", why, delta)
     delta = with_header()
-    delta.entries[HEADER] += b"\0"
-    why = "a byte after the frame of a stored header"
-    out.append(Invalid("frame_header_trailing", why, "R10", "corrupt", assemble(delta)))
+    spaced = delta.entries[HEADER] + b" " * 200
+    delta.structure["target"]["weight_files"][0][2][1] = len(spaced)
+    stored = frame(spaced) + b"\0"
+    delta = stored_as(delta, HEADER, stored, "target.weight_files.0.2.2")
+    of("header_trailing", "a byte after the frame of a stored header", delta)
+    notes = plain()
+    notes.notes = b'{"info":"' + b"x" * 300 + b'"}'
+    longer = plain()
+    longer.structure["base"]["id"] = "x" * 300
+    for name, one, begin in (("notes", notes, b'{"info'), ("structure", longer, b'{"req')):
+
+        def packed(
+            change: Callable[[bytes], bytes], begin: bytes = begin
+        ) -> Callable[[bytes], bytes]:
+            return lambda raw: change(raw) if raw.startswith(begin) else raw
+
+        pack = packed(lambda raw: frame(raw) + b"\0")
+        of(f"{name}_trailing", f"a byte after the frame of {name}", assemble(one, pack=pack))
+        pack = packed(lambda raw: frame(raw)[:-1])
+        of(f"{name}_truncated", f"the frame of {name} ends early", assemble(one, pack=pack))
+        pack = packed(lambda raw: frame(raw, len(raw) - 1))
+        of(f"{name}_states_less", f"the frame of {name} states less", assemble(one, pack=pack))
+    return out
+
+
+def expansion() -> list[Invalid]:
+    """Return R10: frames that expand too much."""
+    out = []
+
+    def add(name: str, why: str, data: bytes) -> None:
+        out.append(Invalid("expand_" + name, why, "R10", "limit_exceeded", data))
+
+    # One run-length block in a frame of 13 bytes, which may hold 64 * 13 + 65 536.
+    content = b"a" * (64 * 13 + 65536 + 1)
+    add("side", "a side file of 13 bytes that holds 66 369", side_as(frame(content), content))
+    delta = with_header()
+    spaced = delta.entries[HEADER] + b" " * 100_000
+    delta.structure["target"]["weight_files"][0][2][1] = len(spaced)
+    delta = stored_as(delta, HEADER, frame(spaced), "target.weight_files.0.2.2")
+    add("header", "a stored header that expands too much", assemble(delta))
+    notes = b"{" + b" " * 70_000 + b"}"
+    add("notes", "notes that expand too much", with_notes(notes))
+    data = with_manifest({"base.id": "x" * 120_000}, of=plain)
+    add("structure", "a structure that expands too much", data)
     return out
 
 
 def limits() -> list[Invalid]:
-    """Return R13: limits."""
+    """Return R12: limits of what the manifest states."""
     out = []
 
-    def add(name: str, why: str, data: bytes) -> None:
-        out.append(Invalid("limit_" + name, why, "R13", "limit_exceeded", data))
+    def add(name: str, why: str, data: bytes, *also: str) -> None:
+        out.append(Invalid("limit_" + name, why, "R12", "limit_exceeded", data, also=also))
 
-    whole = assemble(plain())
-    most = (1 << 64) - 1
-    add("header", "a header of 100 000 001 bytes", (100_000_001).to_bytes(8, "little") + whole[8:])
-    add("header_most", "a header of 2^64 - 1 bytes", most.to_bytes(8, "little") + whole[8:])
+    def edit(name: str, why: str, edits: dict[str, Any], *also: str) -> None:
+        delta = plain()
+        for path, value in edits.items():
+            holder, key = at(delta.structure, path)
+            holder[key] = value
+        add(name, why, assemble(delta, pack=same), *also)
 
-    def states(size: int) -> Callable[[bytes], bytes]:
-        return lambda content: windowed_frame(content, 20, size)
+    def stated(i: int, size: int) -> bytes:
+        return assemble(plain(), sizes=lambda four: [*four[:i], size, *four[i + 1 :]])
 
     limit = 1 << 27
-    add(
-        "manifest",
-        "a manifest of 2^27 + 1 bytes, stated",
-        assemble(plain(), pack=states(limit + 1)),
-    )
-    add(
-        "manifest_most",
-        "a manifest of 2^63 bytes, stated",
-        assemble(plain(), pack=states(1 << 63)),
-    )
-
-    def spaced(text: bytes) -> bytes:
-        missing = limit + 1 - len(text)
-        runs = block(1, 1 << 17, b" ", False) * (missing >> 17)
-        runs += block(1, missing % (1 << 17), b" ", True)
-        return windowed_frame(text, 20, limit + 1)[:14] + block(0, len(text), text, False) + runs
-
-    data = assemble(plain(), pack=spaced)
-    add("manifest_bomb", "a manifest of 2^27 + 1 bytes, most of them spaces", data)
-    delta = with_header()
-    delta.entries[HEADER] = windowed_frame(b"{}", 20, limit + 1)
-    add("stored_header", "a stored header of 2^27 + 1 bytes, stated", assemble(delta))
-    delta = with_side_file()
-    delta.manifest["target"]["side_files"][0]["n_bytes"] = limit + 1
-    delta.entries[CONFIG] = windowed_frame(b"x", 20, limit + 1)
-    add("carried", "a carried file of 2^27 + 1 bytes", assemble(delta))
-    add("name", "a name of 65 536 bytes", with_manifest({"tensors.-1.name": "n" * 65536}, of=plain))
-    folders = {"target.empty_folders": ["/".join(["d"] * 65)]}
-    add("path", "a path of 65 components", with_manifest(folders, of=plain))
-    shape = "tensors.-1.base.shape"
-    add("dimensions", "a tensor of 65 dimensions", with_manifest({shape: [1] * 64 + [4]}, of=plain))
-    add("bits", "a tensor of 2^63 bits", with_manifest({shape: [1 << 60]}, of=plain))
-    add(
-        "elements",
-        "a tensor of 2^124 elements",
-        with_manifest({shape: [1 << 62, 1 << 62]}, of=plain),
-    )
-    deep = '"info":{"a":' + "[" * 63 + "]" * 63 + "}"
-    add("nesting", "JSON nested 65 deep", with_text('"info":{}', deep))
-    deep = '"info":{"a":' + "[" * 100_000 + "]" * 100_000 + "}"
-    add("nesting_much", "JSON nested 100 002 deep", with_text('"info":{}', deep))
-    deep = '"info":{"a":' + '{"a":' * 63 + "0" + "}" * 63 + "}"
-    add("nesting_objects", "objects nested 65 deep", with_text('"info":{}', deep))
-    data = with_header_text(b'"w":', b'"v":' + b"[" * 64 + b"]" * 64 + b',"w":')
-    add("nesting_header", "the header nested 65 deep", data)
+    whole = assemble(plain())
+    manifest = json.loads(whole[8:].split(b"}}")[0] + b"}}")["manifest"]["shape"][0]
+    most = 8 * manifest + (1 << 19)
+    add("structure", "a structure of a byte too many, stated", stated(0, most + 1), "corrupt")
+    draw = random.Random("structure")
+    letters = "".join(chr(draw.randrange(97, 123)) for _ in range(8300)) + "x" * 620_000
+    data = with_manifest({"base.id": letters}, of=plain)
+    add("structure_held", "a structure of too many bytes for the manifest", data)
+    add("structure_most", "a structure of 2^32 - 1 bytes", stated(0, (1 << 32) - 1), "corrupt")
+    add("notes", "notes of 2^20 + 1 bytes, stated", stated(2, (1 << 20) + 1), "corrupt")
+    noted = plain()
+    noted.notes = b'{"info":"' + b"x" * (1 << 20) + b'"}'
+    add("notes_held", "notes of more than 2^20 bytes", assemble(noted, pack=same))
+    edit("name", "a name of 1025 bytes", {"tensors.names.0": "n" * 1025})
+    edit("name_utf8", "a name of 1026 bytes and 513 letters", {"tensors.names.0": "é" * 513})
+    edit("base_name", "a base name of 1025 bytes", {"tensors.base_names": [[0, "n" * 1025]]})
+    shape = "layouts.0.3"
+    edit("dimensions", "a tensor of 65 dimensions", {shape: [1] * 64 + [4]})
+    edit("bits", "1025 bits a value", {"layouts.0": ["X", 1025, "i1", [8]]}, "corrupt")
+    edit("size", "a tensor of 2^63 bits", {shape: [1 << 59]}, "corrupt")
+    spare = {"layouts": [*plain().structure["layouts"], ["U8", 8, "i1", [1 << 60]]]}
+    edit("size_unused", "a layout of 2^63 bits that no row has", spare)
+    edit("elements", "a tensor of 2^122 elements", {shape: [1 << 61, 1 << 61]}, "corrupt")
+    half = {"layouts": [["U8", 8, "i1", [1 << 59]]], "tensors.layouts": [0, 0]}
+    half |= {"tensors.names": ["v", "w"], "tensors.base_files": [-1, -1]}
+    half |= {"tensors.n_chunks": [0, 0], "target.weight_files.0.1": 2}
+    edit("sum", "two tensors of 2^62 bits each", half, "corrupt")
+    empty = with_side_file()
+    header = ["stored", limit + 1, limit + 1]
+    empty.structure["target"] |= {"side_files": [], "weight_files": [["w.safetensors", 0, header]]}
+    empty.entries, empty.digests["side_files"] = {}, []
+    why = "a stored header of 2^27 + 1 bytes, stated"
+    add("stored_header", why, assemble(empty), "corrupt", "truncated")
+    sides = {"target.side_files": [["a", limit + 1, 13]]}
+    edit("carried", "a carried file of 2^27 + 1 bytes, stated", sides, "corrupt")
+    files = [[f"{n:05}", 0, ["canonical", None]] for n in range((1 << 16) + 1)]
+    edit("weight_files", "2^16 + 1 weight files", {"target.weight_files": files}, "corrupt")
+    sides = {"target.side_files": [[f"{n:05}", 0, -1] for n in range((1 << 16) + 1)]}
+    edit("side_files", "2^16 + 1 side files", sides, "corrupt")
+    paths = {"base.files": [f"{n:05}" for n in range((1 << 16) + 1)]}
+    edit("base_files", "2^16 + 1 base files", paths)
+    folders = {"target.empty_folders": [f"{n:04}" for n in range((1 << 12) + 1)]}
+    edit("folders", "2^12 + 1 empty folders", folders)
+    n = (1 << 19) + 1
+    edit("rows", "2^19 + 1 rows", {"tensors.names": [""] * n}, "corrupt")
+    edit("chunks", "2^20 + 1 chunks", {"tensors.n_chunks": [(1 << 20) + 1]}, "corrupt")
+    edit("chunks_most", "2^63 - 1 chunks", {"tensors.n_chunks": [(1 << 63) - 1]}, "corrupt")
     return out

@@ -1,7 +1,7 @@
-"""A writer for the vectors: it writes what it is told, right or wrong, independent of any library.
+"""A writer for the vectors: it writes what it is given, right or wrong, independent of any library.
 
 Frames are put together by hand from raw and run-length blocks, so that the bytes of the vectors
-depend on no version of a compressor.
+depend on no version of a compressor. A stream is a frame where that is smaller, and plain otherwise.
 """
 
 from __future__ import annotations
@@ -16,27 +16,42 @@ from blake3 import blake3
 from vector_source import bits
 
 SPAN = 1 << 24
-RUN = 600  # runs of one byte at least this long become run-length blocks
+RUN = 60  # runs of one byte at least this long become run-length blocks
 FLOATS = ("F8_E5M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F16", "BF16", "F32", "F64")
 BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E8M0", *FLOATS[:4]), 8),
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16},
     **{"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "C64": 64, "F64": 64},
 }
+DIGESTS = ("headers", "side_files", "base", "target", "chunks", "touched")
+Place = tuple[str, str]  # the path of a weight file and the name of a tensor in it
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor with its bytes."""
+    """A tensor with its bytes; bits per value and element type of a dtype that is not known."""
 
     dtype: str
     shape: tuple[int, ...]
     data: bytes
+    own: tuple[int, str] | None = None
+
+    @property
+    def layout(self) -> list[Any]:
+        """Dtype, bits, element type and shape, as a delta states them."""
+        letter, width = "f" if self.dtype in FLOATS else "i", max(BITS.get(self.dtype, 8) // 8, 1)
+        n_bits, element = self.own or (BITS[self.dtype], f"{letter}{width}")
+        return [self.dtype, n_bits, element, list(self.shape)]
+
+    @property
+    def element(self) -> str:
+        """The element type."""
+        return str(self.layout[2])
 
     @property
     def width(self) -> int:
         """The size of an element in bytes."""
-        return max(BITS[self.dtype] // 8, 1)
+        return int(self.element[1])
 
     def elements(self) -> Sequence[int]:
         """Return the bits of all elements."""
@@ -44,6 +59,10 @@ class Tensor:
             return self.data
         w = self.width
         return [int.from_bytes(self.data[i : i + w], "little") for i in range(0, len(self.data), w)]
+
+    def digest(self) -> bytes:
+        """Return the digest of its bytes."""
+        return blake3(self.data).digest()[:16]
 
 
 def tensor(dtype: str, elements: Sequence[int], shape: Sequence[int] | None = None) -> Tensor:
@@ -55,19 +74,21 @@ def tensor(dtype: str, elements: Sequence[int], shape: Sequence[int] | None = No
 
 @dataclass
 class WeightFile:
-    """A safetensors file: tensors by own name in data order; `header` replaces the usual one."""
+    """A safetensors file: tensors by name in data order; `header` replaces the canonical one."""
 
     path: str
     tensors: dict[str, Tensor]
     metadata: dict[str, str] | None = None
     header: bytes | None = None
-    prefix: str = ""
 
     def content(self) -> bytes:
         """Return the bytes of the file."""
-        header = self.canonical() if self.header is None else self.header
         data = b"".join(tensor.data for tensor in self.tensors.values())
-        return len(header).to_bytes(8, "little") + header + data
+        return len(self.own_header()).to_bytes(8, "little") + self.own_header() + data
+
+    def own_header(self) -> bytes:
+        """Return the header that the file has."""
+        return self.canonical() if self.header is None else self.header
 
     def canonical(self) -> bytes:
         """Return the canonical header."""
@@ -95,40 +116,54 @@ class Checkpoint:
         return {file.path: file.content() for file in self.weight_files} | self.side_files
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by the names that rows use."""
+        """Return the tensors by name; names that several files have are the last one's."""
+        return {name: one for (_, name), one in self.places().items()}
+
+    def places(self) -> dict[Place, Tensor]:
+        """Return the tensors by file and name, in the order of a delta's rows."""
         files = self.weight_files
-        return {file.prefix + name: one for file in files for name, one in file.tensors.items()}
+        return {(file.path, name): one for file in files for name, one in file.tensors.items()}
 
 
 @dataclass(frozen=True)
 class Coding:
     """How a tensor is coded; None: keep as much as can be, touch what changes.
 
-    Thresholds are of `exponent` and `exponent_steps`, bands and `first` of `tiles`, `k` of all these.
+    Thresholds are of `rice` and `steps`, bands and `first` of `tiles`, `k` of all these. `chunks`
+    are (start, span), or (start, span, coding) for a coding of its own.
     """
 
-    index: str = "gap8"
+    index: str = "gaps"
     values: str = "ulp"
     keep: int | None = None
     positions: Sequence[int] | None = None
     touched: bool = True
     packing: str = "planes"
     thresholds: Sequence[int] = ()
+    classes: bool | None = None
     bands: tuple[Sequence[int], Sequence[int]] = ((), ())
     first: int = 0
     k: int = 1
+    chunks: Sequence[tuple[Any, ...]] | None = None
 
 
 @dataclass
 class Draft:
-    """A delta before it is put together: its manifest and its entries, in data order, as frames."""
+    """A delta before it is put together.
 
-    manifest: dict[str, Any]
+    `structure` is its JSON. `entries` are the parts of the payload in order: `file:PATH`,
+    `header:PATH`, and `chunk:I:J` for stream J of chunk I. `digests` are lists by kind; a chunk's
+    that is None follows from its streams. `notes` are JSON, or its text.
+    """
+
+    structure: dict[str, Any]
     entries: dict[str, bytes]
+    digests: dict[str, list[Any]]
+    notes: dict[str, Any] | bytes = field(default_factory=dict)
 
 
 def compact(value: object) -> bytes:
-    """Return compact JSON (FORMAT §3.2)."""
+    """Return compact JSON (FORMAT §1.2)."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -178,130 +213,181 @@ def windowed_frame(content: bytes, window_log: int, stated: int | None = None) -
     return b"\x28\xb5\x2f\xfd" + head + blocks(content)
 
 
-def index_stream(encoding: str, positions: Sequence[int], length: int) -> bytes:
-    """Return the index stream of positions within a span (FORMAT §6)."""
-    if encoding == "all":
-        return b""
-    if encoding == "bitmap":
-        bitmap = bytearray((length + 7) // 8)
-        for p in positions:
-            bitmap[p // 8] |= 1 << p % 8
-        return bytes(bitmap)
-    skip = 255 if encoding == "gap8" else 65535
+def smaller(content: bytes) -> bytes:
+    """Return content as a frame if that is smaller, else plain."""
+    return min(content, frame(content), key=len)
+
+
+def gaps(positions: Sequence[int]) -> bytes:
+    """Return a `gaps` stream (FORMAT §6.3)."""
     tokens: list[int] = []
     before = -1
     for p in positions:
         gap = p - before - 1
-        tokens += [skip] * (gap // skip) + [gap % skip]
+        tokens += [255] * (gap // 255) + [gap % 255]
         before = p
-    if encoding == "gap8":
-        return bytes(tokens)
-    return bytes(t & 255 for t in tokens) + bytes(t >> 8 for t in tokens)
+    return bytes(tokens)
 
 
-def code(before: int, after: int, values: str, dtype: str) -> int:
-    """Return the code of one changed element (FORMAT §7)."""
+def bitmap(positions: Sequence[int], span: int) -> bytes:
+    """Return a `bitmap` stream (FORMAT §6.4)."""
+    out = bytearray((span + 7) // 8)
+    for p in positions:
+        out[p // 8] |= 1 << p % 8
+    return bytes(out)
+
+
+def code(before: int, after: int, values: str, element: str) -> int:
+    """Return the code of one changed element (FORMAT §7.1, §7.2)."""
     if values == "target":
         return after
-    width = max(BITS[dtype] // 8, 1)
+    width = int(element[1])
     modulus, half = 1 << 8 * width, 1 << 8 * width - 1
-    if dtype in FLOATS:
+    if element[0] == "f":
         before, after = (x + half if x < half else modulus - 1 - x for x in (before, after))
     d = (after - before) % modulus
     return 2 * d if d < half else 2 * (modulus - d) - 1
 
 
-def coded(
-    positions: Sequence[int],
-    codes: Sequence[int],
-    coding: Coding,
-    before: Sequence[int],
-    width: int,
-) -> tuple[list[Any], bytes]:
-    """Return a chunk without its number, and its coded streams; `before` are the span's bits."""
-    keys = [bits.key(one, width) for one in before] if needs_base(coding) else []
-    if coding.index == "exponent":
-        stream = bits.exponent(positions, keys, coding.thresholds, coding.k)
+def raw_streams(
+    coding: Coding, positions: Sequence[int], codes: Sequence[int], before: Sequence[int], w: int
+) -> list[bytes]:
+    """Return the streams of a chunk, raw; `before` are the bits of its elements in the start."""
+    in_classes = coding.index == "rice" or coding.packing == "steps"
+    keys = [bits.key(one, w) for one in before] if in_classes else []
+    if coding.index == "gaps":
+        streams = [gaps(positions)]
+    elif coding.index == "bitmap":
+        streams = [bitmap(positions, len(before))]
     elif coding.index == "rice":
-        head, gaps = bits.subset(positions, len(before), coding.k)
-        stream = head + bits.rice([gaps])
-    elif coding.index == "tiles":
-        stream = bits.tiles(positions, coding.first, *coding.bands, coding.k)
+        streams = [bits.rice_index(positions, keys, coding.thresholds, coding.k)]
     else:
-        stream = index_stream(coding.index, positions, len(before))
-    streams = [bytes(c >> 8 * j & 255 for c in codes) for j in range(width)]
-    left_out = [not any(plane) for plane in streams]
+        streams = [bits.tiles(positions, coding.first, *coding.bands, coding.k)]
+    if coding.packing == "planes":
+        return streams + [bytes(c >> 8 * j & 255 for c in codes) for j in range(w)]
     if coding.packing == "scaled":
-        streams = [*bits.scaled(codes)]
-    elif coding.packing != "planes":
-        touched = [keys[p] for p in positions] if keys else [0] * len(codes)
-        streams = [bits.steps(codes, touched, coding.thresholds if keys else (), coding.k)]
-    if coding.packing != "planes":
-        left_out = [not one for one in streams]
-    frames = [frame(stream) if stream else b""]
-    frames += [b"" if out else frame(one) for one, out in zip(streams, left_out, strict=True)]
-    chunk: list[Any] = [len(positions), coding.index, len(stream), [len(one) for one in frames]]
-    if coding.packing != "planes":
-        chunk += [coding.packing, len(streams[-1])]
-    return chunk, b"".join(frames)
+        return [*streams, *bits.scaled(codes)]
+    touched = [keys[p] for p in positions]
+    return [*streams, bits.steps(codes, touched, coding.thresholds, coding.k)]
 
 
-def needs_base(coding: Coding) -> bool:
-    """Return whether the base is needed to read what is coded so."""
-    return coding.index == "exponent" or coding.packing == "exponent_steps"
+def stated_sizes(coding: Coding, streams: Sequence[bytes]) -> list[int]:
+    """Return the raw sizes that a chunk states (FORMAT §6, §7)."""
+    sizes = [] if coding.index == "bitmap" else [len(streams[0])]
+    return sizes + ([] if coding.packing == "planes" else [len(streams[-1])])
 
 
-def delta_of(base: Tensor | None, target: Tensor, coding: Coding) -> tuple[dict[str, Any], bytes]:
-    """Return the delta of one row and the tensor's entry."""
-    w = target.width
-    keep = coding.keep
-    if keep is None:
-        same = base is not None and base.dtype == target.dtype
-        keep = min(len(base.data), len(target.data)) // w if base and same else 0
-    old = (base.data[: keep * w] if base else b"").ljust(len(target.data), b"\0")
-    before = Tensor(target.dtype, target.shape, old).elements()
-    after = target.elements()
-    touched = coding.positions
-    if touched is None:
-        everything = coding.index == "all"
-        touched = [p for p in range(len(after)) if everything or before[p] != after[p]]
-    chunks, entry = [], b""
-    for number in sorted({p // SPAN for p in touched}):
-        start = number * SPAN
-        mine = [p for p in touched if p // SPAN == number]
-        codes = [code(before[p], after[p], coding.values, target.dtype) for p in mine]
-        span = before[start : start + SPAN]
-        chunk, data = coded([p - start for p in mine], codes, coding, span, w)
-        chunks.append([number, *chunk])
-        entry += data
-    pieces = (b"".join(bits[p].to_bytes(w, "little") for p in touched) for bits in (before, after))
-    digests = [blake3(piece).hexdigest()[:16] for piece in pieces] if coding.touched else None
-    return {"keep": keep, "values": coding.values, "touched": digests, "chunks": chunks}, entry
+def add_chunk(
+    delta: Draft, coding: Coding, start: int, span: int, nnz: int, streams: Sequence[bytes]
+) -> None:
+    """Append a chunk of raw streams to a draft; its row must be told by the caller."""
+    structure = delta.structure
+    chunks, codings = structure["chunks"], structure["codings"]
+    i = len(chunks["starts"])
+    in_classes = bool(coding.thresholds) if coding.classes is None else coding.classes
+    kind = [coding.values, coding.index, coding.packing, int(in_classes)]
+    if kind not in codings:
+        codings.append(kind)
+    columns = {"starts": start, "spans": span, "nnz": nnz, "codings": codings.index(kind)}
+    for column, value in (columns | {"touched": int(coding.touched)}).items():
+        chunks[column].append(value)
+    chunks["raw"] += stated_sizes(coding, streams)
+    delta.digests["chunks"].append(None)
+    for j, stream in enumerate(streams):
+        is_zero_plane = coding.packing == "planes" and j > 0 and not any(stream)
+        stored = b"" if is_zero_plane else smaller(stream)
+        chunks["stored"].append(len(stored))
+        delta.entries[f"chunk:{i}:{j}"] = stored
 
 
-def row_tensor(one: Tensor | None) -> dict[str, Any] | None:
-    """Return a tensor as a row tells it."""
-    if one is None:
-        return None
-    digest = blake3(one.data).hexdigest()[:32]
-    return {"dtype": one.dtype, "shape": list(one.shape), "digest": digest}
+def add_changes(delta: Draft, start: Tensor, target: Tensor, coding: Coding) -> int:
+    """Append the chunks that turn the start of a row into the target; return their number."""
+    before, after = start.elements(), target.elements()
+    changed = coding.positions
+    if changed is None:
+        changed = [p for p in range(len(after)) if before[p] != after[p]]
+    parts = coding.chunks
+    if parts is None:
+        firsts = sorted({p // SPAN * SPAN for p in changed})
+        parts = [(first, min(SPAN, len(after) - first)) for first in firsts]
+    for begin, span, *own in parts:
+        one = own[0] if own else coding
+        mine = [p for p in changed if begin <= p < begin + span]
+        codes = [code(before[p], after[p], one.values, target.element) for p in mine]
+        bits_before, w = before[begin : begin + span], target.width
+        streams = raw_streams(one, [p - begin for p in mine], codes, bits_before, w)
+        add_chunk(delta, one, begin, span, len(mine), streams)
+        if one.touched:
+            both = (b"".join(b[p].to_bytes(w, "little") for p in mine) for b in (before, after))
+            digest = b"".join(blake3(data).digest()[:8] for data in both)
+            delta.digests["touched"].append(digest)
+    return len(parts)
 
 
-def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Return the fingerprint of a checkpoint in hex (FORMAT §9)."""
-    out = b"sparsedelta fingerprint 1\0"
-    for name in sorted(tensors, key=str.encode):
-        one = tensors[name]
-        out += len(name.encode()).to_bytes(4, "little") + name.encode()
-        out += len(one.dtype).to_bytes(1, "little") + one.dtype.encode()
-        out += len(one.shape).to_bytes(4, "little")
-        out += b"".join(n.to_bytes(8, "little") for n in one.shape) + blake3(one.data).digest()
-    return blake3(out).hexdigest()
+def empty_structure() -> dict[str, Any]:
+    """Return the structure of a delta without rows (FORMAT §3.1)."""
+    rows = ("names", "layouts", "base_files", "base_names", "base_layouts", "keep", "n_chunks")
+    chunks = ("starts", "spans", "nnz", "codings", "touched", "raw", "stored")
+    target = {"kind": "folder", "digests": True}
+    return {
+        "requires": [],
+        "base": {"id": None, "n_unused": 0, "files": []},
+        "target": target | {name: [] for name in ("weight_files", "side_files", "empty_folders")},
+        "layouts": [],
+        "tensors": {name: [] for name in rows},
+        "codings": [],
+        "chunks": {name: [] for name in chunks},
+    }
 
 
-def entry_key(name: str) -> str:
-    """Return the key of the entry of a tensor."""
-    return "sparsedelta:tensor/" + name if name.startswith("sparsedelta:") else name
+def counterpart(base: Checkpoint, place: Place) -> Place | None:
+    """Return where the base has the tensor of a row: in the file of that path, or in another."""
+    there = base.places()
+    if place in there:
+        return place
+    return next((other for other in there if other[1] == place[1]), None)
+
+
+def number_of(value: Any, within: list[Any]) -> int:
+    """Return the index of a value in a list, to which it is appended if it is missing."""
+    if value not in within:
+        within.append(value)
+    return within.index(value)
+
+
+def add_row(
+    delta: Draft, place: Place, target: Tensor, source: Place | None, base: Checkpoint, how: Coding
+) -> None:
+    """Append a row with its chunks and digests."""
+    structure, columns = delta.structure, delta.structure["tensors"]
+    row, w = len(columns["names"]), target.width
+    old = base.places()[source] if source else None
+    columns["names"].append(place[1])
+    layout = number_of(target.layout, structure["layouts"])
+    columns["layouts"].append(layout)
+    could_keep = kept = 0
+    if source is None or old is None:
+        columns["base_files"].append(-1)
+    else:
+        columns["base_files"].append(number_of(source[0], structure["base"]["files"]))
+        if source[1] != place[1]:
+            columns["base_names"].append([row, source[1]])
+        base_layout = number_of(old.layout, structure["layouts"])
+        if base_layout != layout:
+            columns["base_layouts"].append([row, base_layout])
+        if old.layout[:3] == target.layout[:3]:
+            could_keep = min(len(old.data), len(target.data)) // w
+        kept = could_keep if how.keep is None else how.keep
+        if kept != could_keep:
+            columns["keep"].append([row, kept])
+        delta.digests["base"].append(old.digest())
+    data = (old.data[: kept * w] if old else b"").ljust(len(target.data), b"\0")
+    start = Tensor(target.dtype, target.shape, data, target.own)
+    columns["n_chunks"].append(add_changes(delta, start, target, how))
+    sizes = {kept * w, len(target.data), len(old.data) if old else -1}
+    if len(sizes) > 1 or columns["n_chunks"][-1]:
+        is_told = structure["target"]["digests"] or old is None
+        delta.digests["target"] += [target.digest()] if is_told else []
 
 
 def draft(
@@ -310,63 +396,53 @@ def draft(
     codings: dict[str, Coding] | None = None,
     *,
     default: Coding | None = None,
+    sources: dict[Place, Place | None] | None = None,
     carry: Sequence[str] | None = None,
     known: bool = True,
     base_id: str | None = None,
-    info: dict[str, Any] | None = None,
+    notes: dict[str, Any] | None = None,
 ) -> Draft:
     """Return the delta from base to target.
 
     Args:
         base: where the delta starts; its side files are those that can be left with it.
-        target: what it makes.
-        codings: how tensors are coded, by row name; the others as `default`.
-        default: gap8 and ulp unless given.
+        target: what it gives.
+        codings: how tensors are coded, by name; the others as `default`.
+        default: gaps and ulp unless given.
+        sources: the base tensors of rows, None for none; by default those of `counterpart`.
         carry: the side files carried; those that the base lacks or has otherwise unless given.
-        known: whether the target's fingerprint and digests are stored.
+        known: whether the target digests of tensors with a base are stored.
         base_id: where the base may be found.
-        info: free.
+        notes: free.
     """
-    old, new = base.tensors(), target.tensors()
-    rows, tensor_entries = [], {}
-    for name in [*new, *sorted(old.keys() - new.keys(), key=str.encode)]:
-        row: dict[str, Any] = {"name": name, "base": row_tensor(old.get(name))}
-        row |= {"target": row_tensor(new.get(name)), "delta": None}
-        if name in new and row["base"] != row["target"]:
-            coding = (codings or {}).get(name, default or Coding())
-            row["delta"], entry = delta_of(old.get(name), new[name], coding)
-            if entry:
-                tensor_entries[entry_key(name)] = entry
-            if not known:
-                row["target"]["digest"] = None
-        rows.append(row)
-    side_files, entries, headers = [], {}, {}
+    delta = Draft(empty_structure(), {}, {kind: [] for kind in DIGESTS}, notes or {})
+    parts = delta.structure["target"]
+    parts |= {"kind": target.kind, "digests": known}
+    delta.structure["base"]["id"] = base_id
     for path in sorted(target.side_files, key=str.encode):
         content = target.side_files[path]
         carried = base.side_files.get(path) != content if carry is None else path in carry
-        member = {"path": path, "n_bytes": len(content), "digest": blake3(content).hexdigest()}
-        side_files.append(member | {"carried": carried})
+        stored = smaller(content)
+        parts["side_files"].append([path, len(content), len(stored) if carried else -1])
+        delta.digests["side_files"].append(blake3(content).digest())
         if carried:
-            entries["sparsedelta:file/" + path] = frame(content)
-    weight_files = []
+            delta.entries["file:" + path] = stored
     for file in target.weight_files:
-        kind = "canonical" if file.header is None else "stored"
-        member = {"path": file.path, "n_tensors": len(file.tensors), "header": kind}
-        weight_files.append(member | {"metadata": file.metadata if kind == "canonical" else None})
+        metadata = None if file.metadata is None else [[*pair] for pair in file.metadata.items()]
+        member: list[Any] = ["canonical", metadata]
         if file.header is not None:
-            headers["sparsedelta:header/" + file.path] = frame(file.header)
-    parts: dict[str, Any] = {
-        "kind": target.kind,
-        "fingerprint": fingerprint(new) if known else None,
-    }
-    parts |= {"weight_files": weight_files, "side_files": side_files}
-    parts |= {"empty_folders": sorted(target.empty_folders, key=str.encode)}
-    manifest: dict[str, Any] = {
-        "base": {"id": base_id, "fingerprint": fingerprint(old)},
-        "target": parts,
-    }
-    manifest |= {"tensors": rows, "info": info or {}}
-    return Draft(manifest, entries | headers | tensor_entries)
+            delta.entries["header:" + file.path] = smaller(file.header)
+            member = ["stored", len(file.header), len(delta.entries["header:" + file.path])]
+        parts["weight_files"].append([file.path, len(file.tensors), member])
+        delta.digests["headers"].append(blake3(file.own_header()).digest()[:16])
+    parts["empty_folders"] += sorted(target.empty_folders, key=str.encode)
+    used = set()
+    for place, one in target.places().items():
+        source = (sources or {}).get(place, counterpart(base, place))
+        used.add(source)
+        add_row(delta, place, one, source, base, (codings or {}).get(place[1], default or Coding()))
+    delta.structure["base"]["n_unused"] = len(base.places().keys() - used)
+    return delta
 
 
 def same(value: Any) -> Any:
@@ -374,37 +450,56 @@ def same(value: Any) -> Any:
     return value
 
 
+def chunk_digests(delta: Draft) -> list[bytes]:
+    """Return the digests of the chunks, those that are None from the streams."""
+    streams: dict[str, bytes] = {}
+    for key, data in delta.entries.items():
+        if key.startswith("chunk:"):
+            i = key.split(":")[1]
+            streams[i] = streams.get(i, b"") + data
+    given = enumerate(delta.digests["chunks"])
+    return [one or blake3(streams.get(str(i), b"")).digest()[:16] for i, one in given]
+
+
 def assemble(
     delta: Draft,
     *,
     text: Callable[[bytes], bytes] = same,
-    pack: Callable[[bytes], bytes] = frame,
-    header: Callable[[dict[str, Any]], dict[str, Any]] = same,
-    header_text: Callable[[bytes], bytes] = same,
+    pack: Callable[[bytes], bytes] = smaller,
+    sizes: Callable[[list[int]], list[int]] = same,
+    manifest: Callable[[bytes], bytes] = same,
+    header: Callable[[bytes], bytes] = same,
     whole: Callable[[bytes], bytes] = same,
 ) -> bytes:
     """Return the bytes of a delta; a hook may alter each stage, and later digests are true to it.
 
     Args:
-        delta: manifest and entries; a `payload_digest` that the manifest already has stays.
-        text: alters the JSON of the manifest.
-        pack: makes its frame.
-        header: alters the header of the container.
-        header_text: alters the text of the header, its padding not yet there.
+        delta: what it holds.
+        text: alters the JSON of the structure.
+        pack: makes the stored bytes of structure and notes.
+        sizes: alters the four sizes at the front of the manifest.
+        manifest: alters the manifest.
+        header: alters the header, its padding included.
         whole: alters the whole file.
     """
+    raw = [text(compact(delta.structure))]
+    raw.append(delta.notes if isinstance(delta.notes, bytes) else compact(delta.notes))
+    stored = [pack(one) for one in raw]
+    four = sizes([len(one) for pair in zip(raw, stored, strict=True) for one in pair])
+    held = b"".join(size.to_bytes(4, "little") for size in four) + b"".join(stored)
+    digests = delta.digests | {"chunks": chunk_digests(delta)}
+    held = manifest(held + b"".join(one for kind in DIGESTS for one in digests[kind]))
     payload = b"".join(delta.entries.values())
-    manifest = delta.manifest | {
-        "payload_digest": delta.manifest.get("payload_digest", blake3(payload).hexdigest())
-    }
-    packed = pack(text(compact(manifest)))
-    meta = {"format": "sparsedelta", "format_version": "1"}
-    top: dict[str, Any] = {"__metadata__": meta | {"manifest_digest": blake3(packed).hexdigest()}}
-    begin = 0
-    for key, data in [("sparsedelta:manifest", packed), *delta.entries.items()]:
-        offsets = [begin, begin + len(data)]
-        top[key] = {"dtype": "U8", "shape": [len(data)], "data_offsets": offsets}
-        begin += len(data)
-    written = header_text(compact(header(top)))
-    written += b" " * (-len(written) % 8)
-    return whole(len(written).to_bytes(8, "little") + written + packed + payload)
+    written = header(container_header(held, len(payload)))
+    return whole(len(written).to_bytes(8, "little") + written + held + payload)
+
+
+def container_header(manifest: bytes, n_payload: int, size: int | None = None) -> bytes:
+    """Return the header of a delta (FORMAT §2), that states this size of the manifest."""
+    m, p = len(manifest) if size is None else size, n_payload
+    digest = blake3(manifest).hexdigest()
+    meta = {"format": "sparsedelta", "format_version": "1", "manifest_digest": digest}
+    entry = {"dtype": "U8", "shape": [m], "data_offsets": [0, m]}
+    rest = {"dtype": "U8", "shape": [p], "data_offsets": [m, m + p]}
+    text = compact({"__metadata__": meta, "manifest": entry, "payload": rest})
+    return text + b" " * (-len(text) % 8)
