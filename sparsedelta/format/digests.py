@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from blake3 import blake3
 
@@ -21,16 +22,16 @@ def fingerprint(tensors: Iterable[tuple[str, TensorSpec]]) -> bytes:
 
 
 def _coded(name: str, spec: TensorSpec) -> bytes:
-    coded_name, coded_dtype = name.encode("utf-8"), spec.dtype.name.encode("utf-8")
-    return b"".join(
-        [
-            len(coded_name).to_bytes(4, "little") + coded_name,
-            len(coded_dtype).to_bytes(1, "little") + coded_dtype,
-            len(spec.shape).to_bytes(4, "little"),
-            *(size.to_bytes(8, "little") for size in spec.shape),
-            spec.digest or b"",
-        ]
-    )
+    coded = name.encode("utf-8")
+    layout = _coded_layout(spec.dtype.name, spec.shape)
+    return len(coded).to_bytes(4, "little") + coded + layout + (spec.digest or b"")
+
+
+@lru_cache(maxsize=1 << 10)
+def _coded_layout(dtype: str, shape: tuple[int, ...]) -> bytes:
+    coded = dtype.encode("utf-8")
+    sizes = (size.to_bytes(8, "little") for size in shape)
+    return b"".join([bytes([len(coded)]), coded, len(shape).to_bytes(4, "little"), *sizes])
 
 
 def base_tensors(rows: Iterable[Row]) -> dict[TensorKey, TensorSpec]:

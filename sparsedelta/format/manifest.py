@@ -45,7 +45,8 @@ from sparsedelta.format.safetensors_header import MAX_DIMENSIONS, METADATA_KEY
 from sparsedelta.format.strict_json import compact_json, parse_json
 
 MAX_MANIFEST_BYTES = 1 << 27
-MAX_STRUCTURE_RATIO, MAX_STRUCTURE_EXTRA = 8, 1 << 19
+MAX_STRUCTURE_RATIO, MAX_STRUCTURE_EXTRA = 4, 1 << 19
+_VALUES_EXTRA = 1 << 16
 MAX_NOTES_BYTES = 1 << 20
 MAX_CARRIED_BYTES = 1 << 27
 MAX_ROWS = 1 << 19
@@ -98,17 +99,15 @@ def render_manifest(manifest: Manifest) -> bytes:
     structure = compact_json(_structure(manifest))
     notes = compact_json({"info": dict(manifest.info)})
     _at_most(len(notes), MAX_NOTES_BYTES, "bytes of notes (info)")
-    texts = [(raw, compress_text(raw)) for raw in (structure, notes)]
-    sizes = [size for raw, stored in texts for size in (len(raw), len(stored))]
-    result = b"".join(
-        [
-            *(size.to_bytes(4, "little") for size in sizes),
-            *(stored for _, stored in texts),
-            *_digests(manifest),
-        ]
-    )
+    digests = b"".join(_digests(manifest))
+    stored, stored_notes = compress_text(structure), compress_text(notes)
+    n_bytes = _SIZES_BYTES + len(stored) + len(stored_notes) + len(digests)
+    if _structure_problem(structure, n_bytes):
+        stored = structure  # which makes the manifest large enough for any structure
+    sizes = (len(structure), len(stored), len(notes), len(stored_notes))
+    head = b"".join(size.to_bytes(4, "little") for size in sizes)
+    result = head + stored + stored_notes + digests
     _at_most(len(result), MAX_MANIFEST_BYTES, "bytes of manifest")
-    _check_structure_size(len(structure), len(result))
     return result
 
 
@@ -264,7 +263,7 @@ def _split(raw: bytes) -> tuple[bytes, bytes, bytes]:
         raise Corrupt(f"the manifest has {len(raw)} bytes")
     sizes = [int.from_bytes(raw[at : at + 4], "little") for at in range(0, _SIZES_BYTES, 4)]
     n_structure, stored_structure, n_notes, stored_notes = sizes
-    _check_structure_size(n_structure, len(raw))
+    _at_most(n_structure, _max_structure(len(raw)), "bytes of structure")
     _at_most(n_notes, MAX_NOTES_BYTES, "bytes of notes")
     texts, at = [], _SIZES_BYTES
     for n_bytes, stored in ((n_structure, stored_structure), (n_notes, stored_notes)):
@@ -272,28 +271,45 @@ def _split(raw: bytes) -> tuple[bytes, bytes, bytes]:
         at += stored
         if len(coded) != stored:
             raise Corrupt("the manifest ends within its texts")
-        texts.append(read_text(coded, n_bytes))
+        texts.append(_read_stream(coded, n_bytes))
+    problem = _structure_problem(texts[0], len(raw))
+    if problem:
+        raise LimitExceeded(problem)
     return texts[0], texts[1], raw[at:]
 
 
+def _max_structure(manifest_bytes: int) -> int:
+    return MAX_STRUCTURE_RATIO * manifest_bytes + MAX_STRUCTURE_EXTRA
+
+
+def _structure_problem(structure: bytes, manifest_bytes: int) -> str | None:
+    """Return why a structure is too much for a manifest of that size; None if it is not.
+
+    What it takes to parse goes with its length and the number of values, each of which has a separator.
+    """
+    if len(structure) > _max_structure(manifest_bytes):
+        return f"a manifest of {manifest_bytes} bytes has {len(structure)} bytes of structure"
+    n_values = sum(map(structure.count, (b",", b"[", b"{")))
+    if n_values > manifest_bytes // 3 + _VALUES_EXTRA:
+        return f"a manifest of {manifest_bytes} bytes has {n_values} values, too many for its size"
+    return None
+
+
 def read_text(coded: bytes, n_bytes: int) -> bytes:
-    """Return the content of a text or file stored in the delta (FORMAT §8).
+    """Return a header or a side file stored in the delta (FORMAT §8).
 
     Raises:
         Corrupt: it is not a stream of that size.
         LimitExceeded: it expands too much.
     """
+    check_expansion(n_bytes, len(coded))
+    return _read_stream(coded, n_bytes)
+
+
+def _read_stream(coded: bytes, n_bytes: int) -> bytes:
     if len(coded) > n_bytes or (not coded and n_bytes):
         raise Corrupt(f"{n_bytes} bytes cannot be stored in {len(coded)}")
-    if len(coded) == n_bytes:
-        return coded
-    check_expansion(n_bytes, len(coded))
-    return decompress(coded, n_bytes)
-
-
-def _check_structure_size(n_bytes: int, manifest_bytes: int) -> None:
-    limit = MAX_STRUCTURE_RATIO * manifest_bytes + MAX_STRUCTURE_EXTRA
-    _at_most(n_bytes, limit, "bytes of structure")
+    return coded if len(coded) == n_bytes else decompress(coded, n_bytes)
 
 
 def _parse_structure(raw: bytes) -> Any:
@@ -454,7 +470,9 @@ class _Rows:
         _check_names(names, counts)
         self.n = n
         self.n_chunks: list[int] = n_chunks
-        self.specs = [layouts[i] for i in own]
+        self._layouts = layouts
+        self._sizes = [spec.n_elements for spec in layouts]
+        self._own: list[int] = own
         self.names: list[str] = names
         self.files = [
             file.path
@@ -469,43 +487,43 @@ class _Rows:
                 raise Corrupt(
                     "a tensor's base has its own name or layout, which goes without saying"
                 )
-        self._base_specs = {row: layouts[i] for row, i in other_layouts.items()}
+        self._base_own = other_layouts
         self._keep = self._exceptions(keep, "keep", _MAX_BITS)
         _check_name_bytes(self._base_names.values())
         self._check_total()
 
     def finish(self, reader: _DigestReader, known: bool) -> list[Row]:
         """Return the rows without chunks; base and target digests are read."""
-        bases: list[BaseTensor | None] = []
-        for number, file in enumerate(self._base_files):
-            if file is None:
-                bases.append(None)
-                continue
-            spec = self._base_specs.get(number, self.specs[number])
-            spec = TensorSpec(spec.dtype, spec.shape, reader.take(DIGEST_BYTES))
-            bases.append(BaseTensor(file, self._base_names.get(number, self.names[number]), spec))
-        rows = []
-        for number, (file, name, spec, base) in enumerate(
-            zip(self.files, self.names, self.specs, bases, strict=True)
+        keeps: dict[tuple[int, int], int] = {}  # by layouts of base and target
+        rows, own, layouts, sizes = [], self._own, self._layouts, self._sizes
+        base_digests = [
+            None if file is None else reader.take(DIGEST_BYTES) for file in self._base_files
+        ]
+        for number, (file, name, base_file, base_digest, n_chunks) in enumerate(
+            zip(self.files, self.names, self._base_files, base_digests, self.n_chunks, strict=True)
         ):
-            most = default_keep(base.spec, spec) if base else 0
-            keep = self._keep.get(number, most)
-            if number in self._keep and keep >= most:
-                raise Corrupt(
-                    f"tensor {name!r} keeps {keep} elements, less than {most} is expected"
-                )
-            row = Row(file, name, spec, base, keep, ())
-            if base is not None and not self.n_chunks[number] and row.is_copied:
-                same = base.spec.same_layout(spec)
-                digest = base.spec.digest
-                target = base.spec if same else TensorSpec(spec.dtype, spec.shape, digest)
-                rows.append(Row(file, name, target, base, keep, ()))
+            spec, base, keep, is_copied = layouts[own[number]], None, 0, False
+            other = own[number]
+            if base_file is not None:
+                other = self._base_own.get(number, other)
+                base_name = self._base_names.get(number, name)
+                base = BaseTensor(base_file, base_name, layouts[other].with_digest(base_digest))
+                pair = other, own[number]
+                if pair not in keeps:
+                    keeps[pair] = default_keep(base.spec, spec)
+                most = keeps[pair]
+                keep = self._keep.get(number, most)
+                if number in self._keep and keep >= most:
+                    raise Corrupt(
+                        f"tensor {name!r} keeps {keep} elements, less than {most} is expected"
+                    )
+                is_copied = not n_chunks and keep == sizes[other] == sizes[own[number]]
+            if is_copied and base:
+                same = other == own[number]
+                spec = base.spec if same else spec.with_digest(base_digest)
             elif base is None or known:
-                digest = reader.take(DIGEST_BYTES)
-                target = TensorSpec(spec.dtype, spec.shape, digest)
-                rows.append(Row(file, name, target, base, keep, ()))
-            else:
-                rows.append(row)
+                spec = spec.with_digest(reader.take(DIGEST_BYTES))
+            rows.append(Row(file, name, spec, base, keep, ()))
         return rows
 
     def _exceptions(self, value: Any, what: str, below: int | None = None) -> dict[int, Any]:
@@ -525,7 +543,8 @@ class _Rows:
         return dict(pairs)
 
     def _check_total(self) -> None:
-        total = sum(8 * spec.n_bytes for spec in self.specs)
+        widths = [8 * spec.dtype.width for spec in self._layouts]
+        total = sum(widths[i] * self._sizes[i] for i in self._own)
         if total >= _MAX_BITS:
             raise LimitExceeded(f"the target has {total} bits, the limit is 2^63")
 

@@ -14,7 +14,13 @@ MAX_COMPONENT_BYTES = 255
 MAX_COMPONENTS = 64  # making and removing folders recurses, here and in other programs
 WEIGHT_SUFFIX = ".safetensors"
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
-_RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9])(\..*)?", re.IGNORECASE)
+_RESERVED_NAME = r"(con|prn|aux|nul|(com|lpt)[0-9])(\.[^/]*)?"
+_RESERVED = re.compile(_RESERVED_NAME, re.IGNORECASE)
+# Finds nothing in most paths, in one pass; what it finds is looked at component by component.
+_SUSPECT = re.compile(
+    rf"(?<![^/])(\.?|[^/]*[. ]|\.git|{_RESERVED_NAME})(?![^/])|[^/]{{{MAX_COMPONENT_BYTES // 4},}}",
+    re.IGNORECASE,
+)
 
 
 def path_problem(path: str) -> str | None:
@@ -29,6 +35,8 @@ def path_problem(path: str) -> str | None:
         return f"has more than {MAX_COMPONENTS} components"
     if _FORBIDDEN.search(path):
         return 'holds a control character or one of \\ : * ? " < > |'
+    if not _SUSPECT.search(path):
+        return None
     problems = map(_component_problem, path.split("/"))
     return next((problem for problem in problems if problem), None)
 

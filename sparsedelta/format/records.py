@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from sparsedelta.codecs.chunk import Chunk
@@ -34,7 +34,12 @@ class Payload(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of base or target: dtype, shape, and the first 16 bytes of its digest if known."""
+    """One tensor of base or target.
+
+    Attributes:
+        dtype, shape: its layout, one that ``tensor_bytes`` accepts.
+        digest: of its bytes, 16 bytes, if known.
+    """
 
     dtype: DType
     shape: tuple[int, ...]
@@ -52,7 +57,7 @@ class TensorSpec:
 
     def with_digest(self, digest: bytes | None) -> TensorSpec:
         """Return the same dtype and shape with another digest."""
-        return replace(self, digest=digest)
+        return TensorSpec(self.dtype, self.shape, digest)
 
     def same_layout(self, other: TensorSpec) -> bool:
         """Return whether dtype and shape are equal."""
@@ -107,11 +112,11 @@ class Row:
     @property
     def is_copied(self) -> bool:
         """Whether the tensor has exactly the bytes of its base tensor."""
-        return (
-            self.base is not None
-            and not self.chunks
-            and self.keep == self.base.spec.n_elements == self.target.n_elements
-        )
+        if self.base is None or self.chunks:
+            return False
+        n_elements = self.target.n_elements
+        same = self.base.spec is self.target or self.base.spec.n_elements == n_elements
+        return same and self.keep == n_elements
 
     @property
     def keeps_all(self) -> bool:

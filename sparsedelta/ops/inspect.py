@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from sparsedelta._typing import JSON
 from sparsedelta.format.container import FilePayload
@@ -14,6 +15,9 @@ from sparsedelta.format.records import Row, SideFile, Stored, WeightFile
 from sparsedelta.ops.layers import Grid, by_layer, curve_points, mean_changes
 
 STATES = ("changed", "added", "resized", "reshaped", "renamed", "unchanged")
+
+
+_NONE: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +315,7 @@ def _stored_bytes(stored: Iterable[Stored | None]) -> int:
 
 
 def _tensor(row: Row) -> TensorInspection:
-    base, target = row.base, row.target
+    base, target, chunks = row.base, row.target, row.chunks
     return TensorInspection(
         row.name,
         row.file,
@@ -323,23 +327,24 @@ def _tensor(row: Row) -> TensorInspection:
         base.spec.shape if base else None,
         row.nnz,
         target.n_elements,
-        sum(chunk.stored[0] for chunk in row.chunks),
-        sum(sum(chunk.stored[1:]) for chunk in row.chunks),
-        dict(Counter(chunk.coding.index for chunk in row.chunks)),
-        dict(Counter(chunk.coding.values for chunk in row.chunks)),
+        sum(chunk.stored[0] for chunk in chunks) if chunks else 0,
+        sum(sum(chunk.stored[1:]) for chunk in chunks) if chunks else 0,
+        Counter(chunk.coding.index for chunk in chunks) if chunks else _NONE,
+        Counter(chunk.coding.values for chunk in chunks) if chunks else _NONE,
     )
 
 
 def _state(row: Row) -> str:
-    if row.base is None or row.base.spec.dtype != row.target.dtype:
+    base, target = row.base, row.target
+    if base is None or base.spec.dtype != target.dtype:
         return "added"
-    before, after = row.base.spec.shape, row.target.shape
+    before, after = base.spec.shape, target.shape
     if before != after:
         same_rows = len(before) == len(after) and before[1:] == after[1:]
         return "resized" if same_rows else "reshaped"
-    if not row.is_copied:
+    if row.chunks or not row.is_copied:
         return "changed"
-    return "unchanged" if row.base.name == row.name else "renamed"
+    return "unchanged" if base.name == row.name else "renamed"
 
 
 def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
