@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, islice, pairwise
 from typing import Any
+from unicodedata import normalize
 
 from _reference_json import Refused, check, compact
 
@@ -150,8 +150,8 @@ def flag(value: Any) -> bool:
 
 def header_member(value: Any) -> bool:
     """Return whether a value is a header of version 1, or of a kind that is not known (§3.2)."""
-    known = {"canonical": (str, lambda m: m is None or fits(m, [(str, str)]))}
-    known["stored"] = (str, int, int)
+    known: dict[str, tuple[Any, ...]] = {"stored": (str, int, int)}
+    known["canonical"] = (str, lambda m: m is None or fits(m, [(str, str)]))
     kind = value[0] if type(value) is list and value else None
     return type(kind) is str and (kind not in known or fits(value, known[kind]))
 
@@ -255,8 +255,7 @@ def check_paths(paths: list[str]) -> None:
 
 def check_apart(paths: list[str]) -> None:
     """Refuse paths of the target of which one is another or leads to it (§3.4)."""
-    nfc = "NFC"
-    folded = [unicodedata.normalize(nfc, unicodedata.normalize(nfc, p).casefold()) for p in paths]
+    folded = [normalize("NFC", normalize("NFC", path).casefold()) for path in paths]
     check(len(set(folded)) == len(folded), "corrupt", "a path occurs twice")
     above = {path[:i] for path in folded for i, letter in enumerate(path) if letter == "/"}
     check(above.isdisjoint(folded), "corrupt", "a path leads through another")
@@ -384,7 +383,10 @@ def read_chunks(columns: dict[str, Any], codings: list[Any], n_chunks: list[int]
     fair = {len(column) for column in each} == {sum(n_chunks)}
     check(fair, "corrupt", "columns of chunks differ in length")
     check(all(index < len(codings) for index in each[3]), "corrupt", "the index of a coding")
-    return [Chunk(*four[:3], tuple(codings[four[3]]), four[4]) for four in zip(*each, strict=True)]
+    return [
+        Chunk(start, span, nnz, tuple(codings[index]), touched)
+        for start, span, nnz, index, touched in zip(*each, strict=True)
+    ]
 
 
 def place_chunks(rows: list[Row], raw: Iterator[int], stored: Iterator[int]) -> None:

@@ -9,7 +9,7 @@ Sequences = list[tuple[Sequence[int], int]]  # numbers and their parameter
 
 def number(n: int, n_bytes: int = 1) -> bytes:
     """Return a number in groups of seven bits, in `n_bytes` at least."""
-    out = []
+    out: list[int] = []
     while n > 127 or len(out) + 1 < n_bytes:
         out.append(n & 127 | 128)
         n >>= 7

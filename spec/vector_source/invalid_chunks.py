@@ -114,11 +114,11 @@ def chunks() -> list[Invalid]:
     frame = bits.number(100) + bytes([0, 1, 0, 1, 0]) + head
     worst["tiles"] = frame + bits.rice([([0] * 100, 0), ([0] * 100, 0), gaps])
     for index, stream in worst.items():
-        made = with_streams(Coding(index), n, [stream, changed], old=every)
-        add(f"{index}_long", f"a {index} stream above L div 4 + 32 768 bytes", made)
+        delta = with_streams(Coding(index), n, [stream, changed], old=every)
+        add(f"{index}_long", f"a {index} stream above L div 4 + 32 768 bytes", delta)
     stream = b"\0" + head + b"\x1f" + bytes(n // 8) + bits.rice([gaps, gaps])
-    made = with_streams(Coding(packing="steps"), n, [bytes(n), stream], old=every)
-    add("steps_long", "a steps stream above 2 nnz + 32 768 bytes", made)
+    delta = with_streams(Coding(packing="steps"), n, [bytes(n), stream], old=every)
+    add("steps_long", "a steps stream above 2 nnz + 32 768 bytes", delta)
     for name, coding in (
         ("planes", Coding(classes=True)),
         ("bitmap", Coding("bitmap", packing="scaled", classes=True)),

@@ -493,7 +493,8 @@ def rows() -> list[Invalid]:
         dtype = "I8" if own_bits is None else "X"
         first = Tensor("U8" if own_bits is None else "X", (8,), old.data, own_bits and (8, "i1"))
         second = Tensor(dtype, (4,) if own_bits else (8,), old.data, own_bits)
-        delta = draft(*(folder(WeightFile(WEIGHTS, {"w": one})) for one in (first, second)))
+        base, target = (folder(WeightFile(WEIGHTS, {"w": one})) for one in (first, second))
+        delta = draft(base, target)
         delta.structure["tensors"]["keep"] = [[0, 0]]
         why = "keep of a row whose dtype, bits or element type changes"
         out.append(Invalid("row_keep_" + name, why, "R16", "corrupt", assemble(delta)))

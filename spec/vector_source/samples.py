@@ -13,6 +13,7 @@ from vector_source.writer import (
     Checkpoint,
     Coding,
     Draft,
+    Place,
     Tensor,
     WeightFile,
     add_chunk,
@@ -66,7 +67,7 @@ def sample(changed: Coding = Coding(), *, known: bool = True) -> Draft:  # noqa:
     target.side_files = {"config.json": b'{"a": 1}\n', "kept.txt": b"kept\n"}
     target.empty_folders = ["logs", "tmp"]
     codings = {"new": Coding("bitmap"), "w": changed, "kin": Coding(keep=3)}
-    sources = {(PART, "kin"): (WEIGHTS, "gone")}
+    sources: dict[Place, Place | None] = {(PART, "kin"): (WEIGHTS, "gone")}
     return draft(base, target, codings, sources=sources, known=known)
 
 

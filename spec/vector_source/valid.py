@@ -103,7 +103,9 @@ def example() -> list[Valid]:
 
 def encodings() -> list[Valid]:
     """Return every index encoding with every packing and value encoding, and their edges."""
-    old, new, codings = {}, {}, {}
+    old: dict[str, Tensor] = {}
+    new: dict[str, Tensor] = {}
+    codings: dict[str, Coding] = {}
     bands = [int(r == 2) for r in range(6)], [int(c == 4) for c in range(10)]
     for index in ("gaps", "bitmap", "rice", "tiles"):
         for packing in ("planes", "steps", "scaled"):
@@ -177,8 +179,8 @@ def below_a_byte() -> list[Valid]:
     add("classes_both", "rice and steps in classes; a class of no element", old, new, coding)
     coding = Coding(packing="steps", thresholds=(120, 125), k=2)
     add("classes_steps", "steps in classes, the index not", old, new, coding)
-    most = Coding("rice", packing="steps", thresholds=range(112, 127), k=0)
-    add("classes_most", "fifteen thresholds", old, new, most)
+    coding = Coding("rice", packing="steps", thresholds=range(112, 127), k=0)
+    add("classes_most", "fifteen thresholds", old, new, coding)
     coding = Coding("rice", packing="steps", classes=True, k=4)
     add("classes_none", "classes 1 without a threshold", old, new, coding)
     low = [p for p, bits in enumerate(old.elements()) if bits >> 7 & 255 < 126]
@@ -344,7 +346,8 @@ def dtypes() -> list[Valid]:
     out.append(vector("float_specials", shows, one_file(before), one_file(after)))
     kinds = {"BF17": (17, "i1"), "Q4_K": (144 * 8 // 16, "f2"), "U128": (128, "i8")}
     kinds |= {"HUGE": (1024, "f8"), "BIT": (1, "f1"), "": (8, "i1"), "f32": (32, "f4")}
-    old, new = {}, {}
+    old: dict[str, Tensor] = {}
+    new: dict[str, Tensor] = {}
     for dtype, own in kinds.items():
         raw = noise("U8", own[0], len(old))
         old[dtype + "!"] = Tensor(dtype, (2, 4), raw.data, own)
