@@ -19,33 +19,37 @@ import sparsedelta
 
 DTYPES = ("BF16", "F32", "F8_E4M3", "I64", "F4", "BOOL")
 NAMES = ("a", "b", "model.c", "sparsedelta:d")
+_BLOCK_BYTES = 16
 WIDTHS = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "I64": 8, "F4": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
 class State:
-    """A checkpoint: tensors in order, side files, empty folders, and how it is written."""
+    """A checkpoint: tensors in order, side files, empty folders, and how it is written.
+
+    In the files every name begins with ``prefix``.
+    """
 
     tensors: Mapping[str, Raw]
     files: Mapping[str, str]
     sharded: bool
     spaced: bool
     folders: tuple[str, ...] = ()
+    prefix: str = ""
 
     def write(self, path: Path) -> Path:
         """Write it as a folder and return that."""
         path.mkdir()
+        tensors = {self.prefix + name: tensor for name, tensor in self.tensors.items()}
         if self.sharded:
-            names = list(self.tensors)
+            names = list(tensors)
             half = -(-len(names) // 2)
             shards = [names[:half], names[half:]]
-            write_sharded(path, [{n: self.tensors[n] for n in shard} for shard in shards])
+            write_sharded(path, [{n: tensors[n] for n in shard} for shard in shards])
         elif self.spaced:
-            write_file(
-                path / "model.safetensors", self.tensors, spell=lambda f: json.dumps(f).encode()
-            )
+            write_file(path / "model.safetensors", tensors, spell=lambda f: json.dumps(f).encode())
         else:
-            write_file(path / "model.safetensors", self.tensors, {"format": "pt"})
+            write_file(path / "model.safetensors", tensors, {"format": "pt"})
         for name, text in self.files.items():
             write(path / name, text)
         for folder in self.folders:
@@ -139,6 +143,7 @@ def _next(states: list[State], draw: random.Random, kinds: tuple[str, ...]) -> S
         len(tensors) > 1 and draw.random() < 0.3,
         draw.random() < 0.3,
         ("empty",) if draw.random() < 0.3 else (),
+        draw.choice(["", "", "module."]),
     )
 
 
@@ -157,6 +162,8 @@ def states(n_states: int, kinds: tuple[str, ...] = STRUCTURAL) -> st.SearchStrat
 
 
 values = st.sampled_from(["ulp", "ulp", "target"])
+SPAN = 8
+spans = st.sampled_from([SPAN, SPAN, 3, 13])  # of the chunks that diff makes
 
 
 @dataclass(frozen=True)
@@ -166,9 +173,11 @@ class Place:
     path: Path
     context: contextlib.ExitStack
 
-    def diff(self, *args: Any, **options: Any) -> sparsedelta.Delta:
-        """Return ``sparsedelta.diff``, closed at the end."""
-        return self.context.enter_context(sparsedelta.diff(*args, **options))
+    def diff(self, *args: Any, span: int = SPAN, **options: Any) -> sparsedelta.Delta:
+        """Return ``sparsedelta.diff`` in chunks of ``span`` elements, closed at the end."""
+        with pytest.MonkeyPatch.context() as patch:
+            small_chunks(patch, span, _BLOCK_BYTES)
+            return self.context.enter_context(sparsedelta.diff(*args, **options))
 
     def stack(self, *args: Any, **options: Any) -> sparsedelta.Delta:
         """Return ``sparsedelta.stack``, closed at the end."""
@@ -197,7 +206,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def place(n_elements: int = 8) -> Iterator[Place]:
+def place(n_elements: int = SPAN) -> Iterator[Place]:
     """Yield a folder, in tiny chunks."""
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -206,5 +215,5 @@ def place(n_elements: int = 8) -> Iterator[Place]:
     ):
         for name in ("stack", "invert", "merge", "DeltaBank"):
             getattr(sparsedelta, name)  # imported before sizes are changed, so not with these
-        small_chunks(patch, n_elements, 16)
+        small_chunks(patch, n_elements, _BLOCK_BYTES)
         yield Place(Path(folder), context)
