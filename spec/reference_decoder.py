@@ -144,13 +144,15 @@ def read_header(file: WeightFile, cursor: Cursor) -> bytes:
     """Return the header of a weight file (§3.2)."""
     members = canonical_members(file)
     if file.stored is None:
-        metadata = {} if file.metadata is None else {"__metadata__": dict(file.metadata)}
-        return spaced(compact(metadata | members))
+        first = {} if file.metadata is None else {"__metadata__": dict(file.metadata)}
+        return spaced(compact(first | members))
     header = open_stream(cursor.take(file.stored[1]), file.stored[0], is_bounded=True)
     fair = header[:1] == b"{" and header.rstrip(b" ")[-1:] == b"}"
     check(fair, "corrupt", f"stored header of {file.path!r:.40}")
     found = strict_object(header, "corrupt")
-    found.pop("__metadata__", None)
+    metadata = found.pop("__metadata__", {})
+    fair = type(metadata) is dict and all(type(text) is str for text in metadata.values())
+    check(fair, "corrupt", f"metadata of the stored header of {file.path!r:.40}")
     # As text, since 1 and 1.0 and true are equal in Python.
     same = {name: sorted(map(str, entry.items())) for name, entry in members.items()}
     for name, entry in found.items():

@@ -52,7 +52,7 @@ VARIATIONS = """
     values_steps_truncated values_scaled_none values_scaled_truncated values_*_unused
     header_mark header_tab header_zero header_braces header_utf8 header_nan header_twice_metadata
     header_list header_entry_null header_text_offset header_dtype_null header_offsets header_order
-    header_true header_members header_newline header_less
+    header_metadata_[ln]* header_true header_members header_newline header_less
     digest_touched_*_alone digest_chunk_other digest_target_alone digest_side_digest
     apply_shape apply_name_* apply_bits apply_side_digest apply_base_resized apply_dtype_unknown
     apply_already_not_shape apply_partly_added

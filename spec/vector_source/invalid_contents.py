@@ -71,8 +71,11 @@ def headers() -> list[Invalid]:
         b'{"__metadata__":{"a":1,"a":1},' + body[1:],
     )
     add("surrogate", "a lone surrogate", b'{"__metadata__":{"a":"\\ud800"},' + body[1:])
-    deep = b"[" * 64 + b"]" * 64
+    deep = b'{"a":' * 63 + b"{}" + b"}" * 63
     add("nested", "nested 65 deep", b'{"__metadata__":' + deep + b"," + body[1:])
+    for name, value in (("number", b'{"a":1}'), ("null", b"null"), ("list", b"[]")):
+        wrong = b'{"__metadata__":' + value + b"," + body[1:]
+        add(f"metadata_{name}", f"metadata {value.decode()}", wrong)
     altered("name", "another name", b'"new"', b'"old"')
     altered("dtype", "another dtype", b'"I32"', b'"U32"')
     altered("shape", "another shape of equal size", b"[3,1]", b"[1,3]")

@@ -543,7 +543,7 @@ def files() -> list[Valid]:
     swapped = WeightFile(WEIGHTS, empty)
     entries = json.loads(swapped.canonical())
     order = {name: dict(reversed(entries[name].items())) for name in ("a", "y", "x")}
-    swapped.header = compact(order | {"__metadata__": {"b": [1.5, {}, None], "a": -0.0}})
+    swapped.header = compact(order | {"__metadata__": {"b": "1.5", "a": ""}})
     escaped = WeightFile(WEIGHTS, {"\u00e9\n": a2})
     escaped.header = rb'{"\u00E9\u000a":' + escaped.canonical().split(b":", 1)[1].rstrip()
     long = WeightFile(WEIGHTS, {"a": a2})
@@ -607,7 +607,7 @@ def side_files() -> list[Valid]:
     out.append(vector("nothing", "a target without any file", base, Checkpoint([])))
     side = ("model.safetensors.index.json", "other.SAFETENSORS", "safetensors")
     strange = folder(WeightFile(WEIGHTS, {"a": a}), side=dict.fromkeys(side, b""))
-    odd = ["...a", ".gitignore", ".git2", "COM", "com10.txt", "LPTX", "a b", "-", "~", "#a;'&%$"]
+    odd = ["...a", ".gitignore", ".git2", "COM", "com10.txt", "LPTX", "a b", "-", "~a", "#a;'&%$"]
     odd += ["nul2", "c/.b", "\uffff", "\U0001f600", "\u0130", "\x80", "x" * 255, "\u00e9" * 127]
     odd += ["/".join("d" * 64), "/".join(["y" * 255] * 8), "w.safetensors", "other"]
     strange.empty_folders = odd
