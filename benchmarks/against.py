@@ -78,7 +78,7 @@ def run_tool(tool: str, base: Path, target: Path, work: Path) -> dict[str, Any]:
 def parts(delta: Path) -> dict[str, float]:
     """Return the bytes of a delta's payload, and of what is left of it for each tensor."""
     with sparsedelta.load(delta) as loaded:
-        payload = sum(row.change.coded_bytes for row in loaded.tensors if row.change)
+        payload = sum(row.coded_bytes for row in loaded.tensors)
         rest = delta.stat().st_size - payload
         return {"payload_bytes": payload, "rest_per_tensor": rest / len(loaded.tensors)}
 

@@ -29,7 +29,6 @@ from synthetic import ULP_SUCCESS
 import sparsedelta
 from sparsedelta.codecs import chunk as coding
 from sparsedelta.codecs.context import ChunkContext, Stream
-from sparsedelta.codecs.exponent_classes import keys_at
 from sparsedelta.codecs.indices import INDEX_ENCODINGS
 from sparsedelta.codecs.packings import VALUE_PACKINGS, scaled, steps
 from sparsedelta.codecs.zstd import compress_stream
@@ -50,64 +49,62 @@ class Candidate(NamedTuple):
     """One way to code the positions or the values of a chunk."""
 
     name: str
-    needs_base: bool
+    classes: bool
     is_tried: bool  # by the encoder, where all others are there
     n_bytes: int
-    plain_bytes: int  # were a stream stored as it is where compression does not help
 
 
-def candidate(name: str, coder: Any, is_tried: bool, streams: Sequence[Stream]) -> Candidate:
+def candidate(name: str, classes: bool, is_tried: bool, streams: Sequence[Stream]) -> Candidate:
     """Return what streams cost."""
     effort = coding._EFFORTS[coding.Level.DEFAULT]
-    coded = [len(compress_stream(s.data, effort)) if len(s) else 0 for s in streams]
-    plain = sum(min(len(s), n) for s, n in zip(streams, coded, strict=True))
-    return Candidate(name, coder.needs_base, is_tried, sum(coded), plain)
+    n_bytes = sum(len(compress_stream(stream.data, effort)) for stream in streams)
+    return Candidate(name, classes, is_tried, n_bytes)
 
 
 Parts = tuple[list[Candidate], list[Candidate]]  # of positions, of values
 
 
-def note(found: list[Parts], number: int, span: int, at: Any, codes: Any, **rest: Any) -> Any:
+def note(found: list[Parts], span: coding.Span, at: Any, codes: Any, **rest: Any) -> Any:
     """Encode a chunk as ``encode_chunk`` does, and note all candidates."""
-    base, columns, keys = rest.get("base"), rest.get("columns", 0), rest.get("keys")
-    if base is not None and keys is None:
-        keys = keys_at(base, at, span)
-    first = number * coding.CHUNK_ELEMENTS % columns if columns else 0
-    context = ChunkContext(base, columns, first, keys)
+    first = span.start % span.columns if span.columns else 0
+    keys = rest["keys"] if span.before else None
+    context = ChunkContext(span.before, span.columns, first, keys)
     parts: Parts = ([], [])
     for name, encoding in INDEX_ENCODINGS.items():
-        is_tried = encoding.worth_trying(len(at), span)
-        if is_tried or name not in ("all", "tiles", "exponent"):
-            stream = encoding.encode(at, span, context)
-            if stream is not None:
-                parts[0].append(candidate(name, encoding, is_tried, [stream]))
+        is_tried = encoding.worth_trying(len(at), span.n)
+        if is_tried or name != "tiles":  # which takes long
+            for classes in (False, True) if encoding.has_classes and span.before else (False,):
+                stream = encoding.encode(at, span.n, context.sorted(classes))
+                if stream is not None:
+                    parts[0].append(candidate(name, classes, is_tried, [stream]))
     for name, packing in VALUE_PACKINGS.items():
-        streams = packing.encode(codes, keys)
-        is_tried = streams is not None
-        if not is_tried:
-            with patch.object(steps, "_LONG", 1 << 31), patch.object(scaled, "_SHORT", 0):
-                streams = packing.encode(codes, keys)
-        if streams is not None:
-            parts[1].append(candidate(name, packing, is_tried, streams))
-    made, frames = _encode(number, span, at, codes, **{**rest, "keys": keys})
-    if sum(c.n_bytes for c in choice(parts)) != sum(made.coded_bytes):
+        for classes in (False, True) if packing.has_classes and span.before else (False,):
+            streams = packing.encode(codes, keys if classes else None)
+            is_tried = streams is not None
+            if not is_tried:
+                with patch.object(steps, "_LONG", 1 << 31), patch.object(scaled, "_SHORT", 0):
+                    streams = packing.encode(codes, keys if classes else None)
+            if streams is not None:
+                parts[1].append(candidate(name, classes, is_tried, streams))
+    made, coded = _encode(span, at, codes, **rest)
+    if sum(c.n_bytes for c in choice(parts)) != made.stored_bytes:
         raise AssertionError("this script and the encoder choose differently")
     found.append(parts)
-    return made, frames
+    return made, coded
 
 
 def choice(parts: Parts, without: str = "") -> list[Candidate]:
     """Return what the encoder would keep of the positions and of the values."""
     kept: list[Candidate] = []
-    for with_base in (False, True):
+    for with_classes in (False, True):
         for part in parts:
             left = [c for c in part if c.name != without]
             usable = [c for c in left if c.is_tried or len(left) < len(part)]
             kept.append(
-                min((c for c in usable if with_base or not c.needs_base), key=lambda c: c.n_bytes)
+                min((c for c in usable if with_classes or not c.classes), key=lambda c: c.n_bytes)
             )
     apart, smallest = sum(c.n_bytes for c in kept[:2]), sum(c.n_bytes for c in kept[2:])
-    enough = max(coding._BASE_SAVES_BYTES, coding._BASE_SAVES * apart)
+    enough = max(coding._CLASSES_SAVE_BYTES, coding._CLASSES_SAVE * apart)
     return kept[2:] if apart - smallest >= enough else kept[:2]
 
 
@@ -127,10 +124,9 @@ def row(name: str, pair: Pair, folder: Path) -> list[str]:
     with patch.object(compare, "encode_chunk", partial(note, found)):
         sparsedelta.diff(*paths).close()
     n_bytes = sum(payload(chunk, "") for chunk in found)
-    plain = sum(c.plain_bytes for chunk in found for c in choice(chunk))
     grown = [sum(payload(chunk, name) for chunk in found) - n_bytes for name in NAMES]
     cells = [f"{100 * more / n_bytes:.2f}" if more else "" for more in grown]
-    return [name, f"{n_bytes:,}", *cells, f"{100 * (1 - plain / n_bytes):.2f}"]
+    return [name, f"{n_bytes:,}", *cells]
 
 
 def normal(draw: Draw, scale: float, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
@@ -192,7 +188,7 @@ def main() -> int:
         with TemporaryDirectory() as work:
             draw = np.random.default_rng(zlib.crc32(name.encode()))
             rows.append(row(name, todo[name](draw), Path(work)))
-    print(table(("workload", "payload", *NAMES, "plain saves"), rows))
+    print(table(("workload", "payload", *NAMES), rows))
     return 0
 
 

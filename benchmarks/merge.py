@@ -32,7 +32,7 @@ from measuring import (
 )
 from variants import make_base, make_variant
 
-from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.files.checkpoint import Checkpoint, Tensor
 
 WEIGHTS = (0.7, 0.3)
 ONE_CORE = (
@@ -83,9 +83,11 @@ def differences(base: Path, left: Path, right: Path) -> list[str]:
     n_changed = n_differ = n_far = total = 0
     sums = [0.0, 0.0]
     with Checkpoint(base) as old, Checkpoint(left) as one, Checkpoint(right) as other:
-        for name, tensor in old.tensors.items():
-            before, a, b = (_places(c.tensors[name]) for c in (old, one, other))
-            total += tensor.n_elements
+        others = [{t.name: t for t in c.tensors.values()} for c in (one, other)]
+        for tensor in old.tensors.values():
+            before = _places(tensor)
+            a, b = (_places(tensors[tensor.name]) for tensors in others)
+            total += tensor.spec.n_elements
             n_changed += int(np.count_nonzero((a != before) | (b != before)))
             n_differ += int(np.count_nonzero(a != b))
             n_far += int(np.count_nonzero(np.abs(a - b) > 1))
@@ -95,10 +97,10 @@ def differences(base: Path, left: Path, right: Path) -> list[str]:
     return [f"{total:,}", f"{n_changed:,}", f"{n_differ:,}", f"{n_far:,}", f"{ratio:.5f}"]
 
 
-def _places(tensor: object) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+def _places(tensor: Tensor) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
     """Return bf16 values by their place in the order of all values; both zeros are one."""
-    bits = np.empty(tensor.n_elements, np.uint16)  # type: ignore[attr-defined]
-    tensor.read_into(bits.view(np.uint8).data, 0)  # type: ignore[attr-defined]
+    bits = np.empty(tensor.spec.n_elements, np.uint16)
+    tensor.read_into(bits.view(np.uint8).data, 0)
     size = (bits & 0x7FFF).astype(np.int32)
     return np.where(bits & 0x8000, -size, size)
 

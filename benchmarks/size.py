@@ -30,7 +30,6 @@ from measuring import (
 
 import sift_train
 import sparsedelta
-from sparsedelta.format.records import side_file_key
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from demo import (
@@ -107,17 +106,10 @@ def measure(name: str, base: Path, target: Path) -> list[str]:
     path = base.parent / "delta.sd"
     with sparsedelta.diff(base, target) as delta:
         delta.save(path, overwrite=True)
-        changes = [row.change for row in delta.tensors if row.change]
-        n_bits = sum(
-            position_bits(row.target.n_elements, row.change.nnz)
-            for row in delta.tensors
-            if row.change and row.target
-        )
-        carried = sum(
-            delta.payload.n_bytes(side_file_key(file.path)) for file in delta.target.side_files
-        )
-    payload = sum(change.coded_bytes for change in changes)
-    positions = sum(chunk.coded_bytes[0] for change in changes for chunk in change.chunks)
+        n_bits = sum(position_bits(row.target.n_elements, row.nnz) for row in delta.tensors)
+        carried = sum(f.stored.stored_bytes for f in delta.target.side_files if f.stored)
+        payload = sum(row.coded_bytes for row in delta.tensors)
+        positions = sum(chunk.stored[0] for row in delta.tensors for chunk in row.chunks)
     file_bytes, nnz = path.stat().st_size, delta.nnz
     return [
         name,

@@ -20,14 +20,7 @@ from measuring import options_for, table, warm, work_folder, write_result
 from synthetic import write_tensors
 
 import sparsedelta
-from sparsedelta.codecs.chunk import (
-    CHUNK_ELEMENTS,
-    Chunk,
-    Level,
-    chunk_span,
-    decode_chunk,
-    encode_chunk,
-)
+from sparsedelta.codecs.chunk import MAX_SPAN, Chunk, Level, Span, decode_chunk, encode_chunk
 from sparsedelta.codecs.values import VALUE_ENCODINGS
 from sparsedelta.dtypes import DTYPES
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
@@ -56,7 +49,7 @@ def stages_of(
     base: Tensor, target: Tensor, out: Path
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield the stages that go over every byte, each as something to run."""
-    n_blocks = base.n_bytes // BLOCK_BYTES
+    n_blocks = base.spec.n_bytes // BLOCK_BYTES
     old, new = np.empty((2, BLOCK_BYTES // 2), np.uint16)
     base.read_into(old.view(np.uint8).data, 0)
     target.read_into(new.view(np.uint8).data, 0)
@@ -76,7 +69,7 @@ def stages_of(
     far, away = np.ones((2, 1 << 26), np.uint8)
 
     def copy() -> None:
-        for _ in range(base.n_bytes >> 26):
+        for _ in range(base.spec.n_bytes >> 26):
             away[:] = far
 
     yield COPY, copy
@@ -90,7 +83,7 @@ def chunk_stages(
     base: Tensor, target: Tensor, level: Level, n_rounds: int
 ) -> Iterator[tuple[str, float, float]]:
     """Yield name, CPU seconds, and millions of values a second of coding the first chunk's changes."""
-    span = chunk_span(base.n_elements, 0)
+    span = min(MAX_SPAN, base.spec.n_elements)
     old, new = np.empty((2, span), np.uint16)
     base.read_into(old.view(np.uint8).data, 0)
     target.read_into(new.view(np.uint8).data, 0)
@@ -101,18 +94,19 @@ def chunk_stages(
         return old[start : start + n]
 
     def encode() -> tuple[Chunk, list[bytes]]:
-        return encode_chunk(0, span, positions, codes, level=level, base=bits, columns=COLUMNS)
+        whole = Span(0, span, COLUMNS, bits)
+        return encode_chunk(whole, positions, codes, values="ulp", touched=None, level=level)
 
-    chunk, frames = encode()
-    coded = b"".join(frames)
+    chunk, streams = encode()
+    coded = b"".join(streams)
     for name, work in (
         ("encode", encode),
-        ("decode", lambda: decode_chunk(chunk, BF16, span, coded, base=bits)),
+        ("decode", lambda: decode_chunk(chunk, BF16, coded, before=bits)),
     ):
         seconds = least(work, n_rounds)
         yield (
             f"{name}, {level.value}",
-            seconds * base.n_elements / span,
+            seconds * base.spec.n_elements / span,
             len(positions) / seconds / 1e6,
         )
 
@@ -126,13 +120,13 @@ def main() -> int:
     with work_folder(options.work_dir, keep=options.keep) as work:
         base_path, target_path = (work / f"{name}.safetensors" for name in ("base", "target"))
         n_rows = round(options.gb * 1e9) // 2 // COLUMNS
-        n_rows -= n_rows * COLUMNS % CHUNK_ELEMENTS // COLUMNS  # whole chunks
+        n_rows -= n_rows * COLUMNS % MAX_SPAN // COLUMNS  # whole chunks
         with open(base_path, "xb") as old, open(target_path, "xb") as new:
             write_tensors(old, new, [("weight", (n_rows, COLUMNS))], 0)
         warm(work)
         with Checkpoint(base_path) as one, Checkpoint(target_path) as other:
-            base, target = one.tensors["weight"], other.tensors["weight"]
-            gigabytes = base.n_bytes / 1e9
+            (base,), (target,) = one.tensors.values(), other.tensors.values()
+            gigabytes = base.spec.n_bytes / 1e9
             rows = []
             for name, run in stages_of(base, target, work / "out"):
                 seconds = least(run, options.rounds) / gigabytes

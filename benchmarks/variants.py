@@ -44,7 +44,7 @@ def make_variant(base: Path, folder: Path, seed: int, *, changed: float = CHANGE
     draw = np.random.default_rng(seed)
     with Checkpoint(folder) as checkpoint:
         places = {
-            folder / file.path: [(t.offset, t.n_elements) for t in file.tensors]
+            folder / file.path: [(t.offset, t.spec.n_elements) for t in file.tensors]
             for file in checkpoint.weight_files
         }
     for path, tensors in places.items():

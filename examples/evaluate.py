@@ -75,11 +75,7 @@ def plan(options: argparse.Namespace) -> str:
 def decoded_bytes(path: Path) -> int:
     """Return what a delta takes in memory while it is applied."""
     with sparsedelta.load(path) as delta:
-        return sum(
-            row.change.nnz * (INDEX_BYTES + 2 * row.target.dtype.width)
-            for row in delta.tensors
-            if row.change is not None and row.target is not None
-        )
+        return sum(row.nnz * (INDEX_BYTES + 2 * row.target.dtype.width) for row in delta.tensors)
 
 
 def main() -> None:
