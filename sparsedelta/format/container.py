@@ -34,7 +34,7 @@ _HEADER = (
     '{{"dtype":"U8","shape":[{p}],"data_offsets":[{m},{end}]}}}}'
 )
 _FIELDS = re.compile(
-    rb'\{"__metadata__":\{"format":"sparsedelta","format_version":"(?P<version>[0-9]{1,9})"'
+    rb'\{"__metadata__":\{"format":"sparsedelta","format_version":"(?P<version>[^"]*)"'
     rb'(?:,"manifest_digest":"(?P<digest>[0-9a-f]{64})"\},"manifest":\{"dtype":"U8","shape":'
     rb'\[(?P<m>[0-9]{1,18})\].*"payload":\{"dtype":"U8","shape":\[(?P<p>[0-9]{1,18})\].*)?',
     re.DOTALL,
@@ -100,9 +100,10 @@ class FilePayload:
         found = _FIELDS.match(raw)
         if found is None:
             raise BadMagic(f"'{self.name}' is not a sparsedelta file")
-        if int(found["version"]) != FORMAT_VERSION:
+        version = found["version"].decode("latin-1")
+        if version != str(FORMAT_VERSION):
             raise UnsupportedVersion(
-                f"'{self.name}' has format version {int(found['version'])}, this release reads"
+                f"'{self.name}' has format version {version[:20]}, this release reads"
                 f" {FORMAT_VERSION}; a newer sparsedelta may read it"
             )
         if found["digest"] is not None:

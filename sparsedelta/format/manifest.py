@@ -329,7 +329,7 @@ def _refuse(token: str) -> float:
 
 
 def _info(notes: bytes) -> Mapping[str, JSON]:
-    parsed = parse_json(notes, "notes")
+    parsed = parse_json(notes, "notes", any_numbers=True)
     if type(parsed) is not dict:
         raise Corrupt("the notes are not an object")
     info = parsed.get("info", {})
@@ -443,6 +443,8 @@ def _coding(value: Any) -> Coding:
     _known_name(packing, "value packing", VALUE_PACKINGS)
     if type(classes) is not int or classes not in (0, 1):
         raise Corrupt("classes of a coding are neither 0 nor 1")
+    if classes and not (INDEX_ENCODINGS[index].has_classes or VALUE_PACKINGS[packing].has_classes):
+        raise Corrupt(f"a coding has classes, which {index} and {packing} have not")
     return Coding(values, index, packing, bool(classes))
 
 

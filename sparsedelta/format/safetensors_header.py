@@ -41,7 +41,13 @@ class HeaderEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A parsed header; entries are sorted by offset, ties in the header's order."""
+    """A parsed header.
+
+    Attributes:
+        metadata: None if there are none, or null.
+        entries: sorted by offset, ties in the header's order.
+        only_known_members: it has nothing that a delta does not describe (FORMAT §3.2).
+    """
 
     metadata: dict[str, str] | None
     entries: tuple[HeaderEntry, ...]
@@ -65,8 +71,9 @@ def parse_header(raw: bytes, what: str, *, longest_name: int = MAX_NAME_BYTES) -
     if not (unpadded.startswith(b"{") and unpadded.endswith(b"}")):
         raise NotJSON(f"the header of {what} is not a JSON object followed by spaces")
     fields = parse_json(unpadded, f"the header of {what}")
+    known = fields.get(METADATA_KEY, {}) is not None
     metadata = _metadata(fields.pop(METADATA_KEY, None), what)
-    known = all(type(value) is dict and value.keys() == _MEMBERS for value in fields.values())
+    known &= all(type(value) is dict and value.keys() == _MEMBERS for value in fields.values())
     entries = [_entry(name, value, what, longest_name) for name, value in fields.items()]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     return Header(metadata, tuple(entries), known)

@@ -16,6 +16,7 @@ from sparsedelta.errors import Corrupt, FormatError, LimitExceeded, UnsupportedF
 MAX_DEPTH = 64
 MAX_INTEGER = (1 << 63) - 1
 _BLOCK_BYTES = 1 << 20
+_MOST_DIGITS = 4000  # of an integer, so that it can be written again
 _SHOWN = 200  # characters of a stranger's text in a message
 
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -32,12 +33,13 @@ class _NotStrict(ValueError):
     """JSON that is ambiguous or out of range."""
 
 
-def parse_json(raw: bytes, what: str) -> Any:
+def parse_json(raw: bytes, what: str, *, any_numbers: bool = False) -> Any:
     """Return the value of strict JSON text.
 
     Args:
         raw: the text, UTF-8.
         what: what it is, for messages.
+        any_numbers: accept numbers of any size; those that Python cannot hold are returned as text.
 
     Raises:
         NotJSON: no JSON at all: bad UTF-8, NaN, a lone surrogate.
@@ -49,8 +51,8 @@ def parse_json(raw: bytes, what: str) -> Any:
         value = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_unique,
-            parse_int=_integer,
-            parse_float=_number,
+            parse_int=_any_integer if any_numbers else _integer,
+            parse_float=_any_number if any_numbers else _number,
             parse_constant=_constant,
         )
         if _SURROGATE_ESCAPE.search(raw):
@@ -201,7 +203,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _integer(digits: str) -> int:
+def _integer(digits: str) -> int | float:
+    if digits == "-0":
+        return -0.0  # no spelling of an integer (FORMAT §1.2)
     if len(digits) > 20 or not -MAX_INTEGER - 1 <= int(digits) <= MAX_INTEGER:
         raise _NotStrict(f"integer {digits[:24]} does not fit in 63 bits and a sign")
     return int(digits)
@@ -212,6 +216,15 @@ def _number(digits: str) -> float:
     if not math.isfinite(number):
         raise _NotStrict(f"number {digits[:24]} is not finite")
     return number
+
+
+def _any_integer(digits: str) -> int | str:
+    return int(digits) if len(digits) <= _MOST_DIGITS else digits
+
+
+def _any_number(digits: str) -> float | str:
+    number = float(digits)
+    return number if math.isfinite(number) else digits
 
 
 def _constant(name: str) -> float:

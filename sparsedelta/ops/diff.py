@@ -178,8 +178,8 @@ def _weight_file(file: WeightFile, payload: SpoolPayload) -> DeltaWeightFile:
         return DeltaWeightFile(file.path, digest, file.header.metadata, None)
     if not file.header.only_known_members:
         raise CheckpointError(
-            f"the header of {file.path!r} says more of a tensor than dtype, shape and data_offsets;"
-            " write the file anew with the safetensors library"
+            f"the header of {file.path!r} has null metadata, or says more of a tensor than dtype, shape"
+            " and data_offsets; write the file anew with the safetensors library"
         )
     return DeltaWeightFile(file.path, digest, None, payload.add_text(file.raw_header))
 

@@ -165,7 +165,7 @@ def test_a_checkpoint_is_no_delta(tmp_path: Path) -> None:
     refused(write_file(tmp_path / "f", names), LimitExceeded, "is not a delta")
 
 
-@pytest.mark.parametrize("version", ["0", "2", "10", "999999999"])
+@pytest.mark.parametrize("version", ["0", "2", "10", "01", "1.0", "", "x" * 90])
 def test_header_of_another_version(version: str, path: Path) -> None:
     fields, _, data = parts(path)
     fields["__metadata__"]["format_version"] = version
@@ -208,7 +208,6 @@ Change = Callable[[dict[str, Any]], object]
     [
         lambda f: f["__metadata__"].update(more="x"),
         lambda f: f["__metadata__"].pop("format_version"),
-        lambda f: f["__metadata__"].update(format_version="01"),
         lambda f: f["__metadata__"].update(format_version=1),
         lambda f: f["__metadata__"].update(format="Sparsedelta"),
         lambda f: f.update(__metadata__=dict(reversed(f["__metadata__"].items()))),

@@ -37,7 +37,9 @@ def test_no_and_null_metadata() -> None:
     assert parse_header(b'{"__metadata__":{}}', "it").metadata == {}
 
 
-def test_further_members_are_told() -> None:
+def test_what_a_delta_does_not_describe_is_told() -> None:
+    assert parse_header(b'{"__metadata__":{}}', "it").only_known_members
+    assert not parse_header(b'{"__metadata__":null}', "it").only_known_members
     assert not parse_header(b'{"w":' + W[:-1] + b',"x":1}}', "it").only_known_members
 
 
@@ -59,6 +61,7 @@ def test_further_members_are_told() -> None:
         W.join([b'{"w":', b"}"]).replace(b"[2]", b"[true]"),
         W.join([b'{"w":', b"}"]).replace(b"[2]", b"[-2]"),
         W.join([b'{"w":', b"}"]).replace(b"[0,2]", b"[0]"),
+        W.join([b'{"w":', b"}"]).replace(b"[0,2]", b"[-0,2]"),
         W.join([b'{"w":', b"}"]).replace(b"[0,2]", b"[2,0]"),
         W.join([b'{"w":', b"}"]).replace(b"[0,2]", b"[0,18446744073709551616]"),
         b'{"__metadata__":[]}',

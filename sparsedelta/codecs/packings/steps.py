@@ -135,8 +135,9 @@ def _lengthen(codes: Bits, long: Numbers, excess: Numbers) -> None:
     more = excess + np.uint64(1)
     more <<= np.uint64(1)
     more += codes[long]
-    if int(more.max()) >> 8 * codes.itemsize:
-        raise Corrupt(f"value stream holds a code of more than {codes.itemsize} bytes")
+    n_bits = min(8 * codes.itemsize, 32)
+    if int(more.max()) >> n_bits:
+        raise Corrupt(f"value stream holds a code of more than {n_bits} bits")
     codes[long] = more
 
 
