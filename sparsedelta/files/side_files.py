@@ -58,6 +58,13 @@ def write_side_file(delta: Delta, base: Checkpoint, file: SideFile, path: Path) 
         os.fsync(output.fileno())
 
 
+def check_base_files(delta: Delta, base: Checkpoint) -> None:
+    """Check that the base has all files that the target takes from it; raises BaseMismatch if it has not."""
+    for file in delta.target.side_files:
+        if not file.stored:
+            check_base_file(delta, base, file)
+
+
 def check_base_file(
     delta: Delta, base: Checkpoint, file: SideFile, copy: Callable[[bytes], object] | None = None
 ) -> None:

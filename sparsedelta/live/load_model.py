@@ -23,7 +23,7 @@ from sparsedelta.format.delta import Delta
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.format.records import Row, SideFile
 from sparsedelta.live.bits import torch_dtype
-from sparsedelta.ops.base_check import explained, find_base, included
+from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.parallel import Pace
 from sparsedelta.tensors.rebuild import Check, rebuild
@@ -48,7 +48,7 @@ def load_target(
 ) -> Any:
     """Return the transformers model of a delta's target; see ``sparsedelta.load_model``."""
     with ExitStack() as context:
-        checkpoint = context.enter_context(Checkpoint(base, include=included(delta), whole=False))
+        checkpoint = context.enter_context(open_base(base, delta))
         tensors = _Tensors(delta, checkpoint, verify)
         with explained(delta, checkpoint):
             folder = context.enter_context(_small_files(delta, checkpoint))

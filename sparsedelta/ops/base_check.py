@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from sparsedelta._typing import AnyPath
 from sparsedelta.errors import (
@@ -58,6 +59,8 @@ def find_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Tensor]:
             if tensor is None:
                 there = lookup.at(row.base.file, row.base.name)
                 raise _structure_error(delta, base, row.base, there.spec if there else None)
+            if tensor.spec.dtype != row.base.spec.dtype:  # a file does not tell what an element is
+                tensor = replace(tensor, spec=row.base.spec.with_digest(None))
             found[row.key] = tensor
     return found
 

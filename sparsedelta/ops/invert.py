@@ -16,6 +16,7 @@ from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import ConflictError, Corrupt
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.layout import canonical_header, rows_by_file
+from sparsedelta.files.side_files import check_base_files
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.records import (
     DIGEST_BYTES,
@@ -33,7 +34,7 @@ from sparsedelta.ops.inverse import base_file, inverse_row, only_base_tells, tol
 from sparsedelta.progress import Progress, Silent
 from sparsedelta.tensors.compare import Comparison
 from sparsedelta.tensors.parallel import Pace, run_all
-from sparsedelta.tensors.rebuild import BaseDiffers
+from sparsedelta.tensors.rebuild import BaseDiffers, check_base_tensor
 from sparsedelta.tensors.sources import MadeTensor
 
 
@@ -77,6 +78,7 @@ def invert(
                 Checkpoint(base, exclude=exclude, include=included(opened), whole=False)
             )
             context.enter_context(explained(opened, checkpoint))
+            check_base_files(opened, checkpoint)
             return _WithBase(opened, checkpoint, payload, progress or Silent()).run(base_id)
         except BaseException:
             payload.close()
@@ -165,6 +167,7 @@ class _WithBase:
             return Comparison(None, tensor, values="ulp", payload=self._payload, pace=pace).run()
         base = BaseTensor(tensor.file, tensor.name, row.base.spec)
         if told(row) and row.target.digest is not None:
+            check_base_tensor(row, tensor, pace)
             return inverse_row(row, base, self._delta, self._payload, self._pace)
         made = MadeTensor(row, tensor, self._delta.payload, self._pace)
         inverse = Comparison(made, tensor, values="ulp", payload=self._payload, pace=pace).run()

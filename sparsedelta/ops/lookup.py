@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
-from sparsedelta.dtypes import DType
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.digests import base_tensors
 from sparsedelta.format.records import TensorKey, TensorSpec
@@ -29,6 +28,13 @@ class Named(Protocol):
 
 
 T = TypeVar("T", bound=Named)
+_Layout: TypeAlias = tuple[str, str, tuple[int, ...], int]
+
+
+def _layout(tensor: Named) -> _Layout:
+    """Return what a file tells of a tensor: its dtype by name, not what counts as an element."""
+    spec = tensor.spec
+    return tensor.name, spec.dtype.name, spec.shape, spec.n_bytes
 
 
 class Lookup(Generic[T]):
@@ -42,24 +48,23 @@ class Lookup(Generic[T]):
     def __init__(self, tensors: Iterable[T], digest: Callable[[T], bytes | None]) -> None:
         self._digest = digest
         self._by_key: dict[TensorKey, T] = {}
-        self._by_name: dict[tuple[str, DType, tuple[int, ...]], list[T]] = defaultdict(list)
+        self._by_name: dict[_Layout, list[T]] = defaultdict(list)
         for tensor in tensors:
             self._by_key[tensor.file, tensor.name] = tensor
-            self._by_name[tensor.name, tensor.spec.dtype, tensor.spec.shape].append(tensor)
+            self._by_name[_layout(tensor)].append(tensor)
 
     def find(self, wanted: Named) -> T | None:
         """Return the tensor that is meant, of the dtype and shape that are wanted; None if there is none.
 
         Of several with its name in other files, the one with the digest that is wanted.
         """
-        spec = wanted.spec
         exact = self._by_key.get((wanted.file, wanted.name))
-        if exact is not None and exact.spec.same_layout(spec):
+        if exact is not None and _layout(exact) == _layout(wanted):
             return exact
-        others = self._by_name.get((wanted.name, spec.dtype, spec.shape), [])
+        others = self._by_name.get(_layout(wanted), [])
         if len(others) < 2:
             return others[0] if others else None
-        return next((t for t in others if self._digest(t) == spec.digest), others[0])
+        return next((t for t in others if self._digest(t) == wanted.spec.digest), others[0])
 
     def at(self, file: str, name: str) -> T | None:
         """Return the tensor of a file and name, whatever its dtype and shape; else one of that name."""

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import ConflictError, StructureMismatch
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
-from sparsedelta.files.side_files import digest_file
+from sparsedelta.files.side_files import check_base_files, digest_file
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.records import Base, Row, TensorKey
 from sparsedelta.format.spool import SpoolPayload
@@ -92,6 +92,8 @@ def merge(
             Checkpoint(base, exclude=exclude, include=(), whole=False)
         )
         context.enter_context(explained(opened[0], checkpoint))
+        for one in opened:
+            check_base_files(one, checkpoint)
         payload = SpoolPayload(spool_dir)
         try:
             return _Merge(opened, checkpoint, recipe, payload, progress or Silent()).run()

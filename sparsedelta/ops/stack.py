@@ -9,11 +9,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from sparsedelta._typing import AnyPath
-from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.files.side_files import check_base_files
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.ops.apply import AnyDelta
-from sparsedelta.ops.base_check import explained, included
+from sparsedelta.ops.base_check import explained, open_base
 from sparsedelta.ops.stacking.chains import Chain
 from sparsedelta.ops.stacking.relation import relation
 from sparsedelta.ops.stacking.siblings import Siblings
@@ -52,10 +52,9 @@ def stack(
         kind = relation(opened)
         checkpoint = None
         if base is not None:
-            checkpoint = context.enter_context(
-                Checkpoint(base, include=included(opened[0]), whole=False)
-            )
+            checkpoint = context.enter_context(open_base(base, opened[0]))
             context.enter_context(explained(opened[0], checkpoint))
+            check_base_files(opened[0], checkpoint)
         payload = SpoolPayload(spool_dir)
         try:
             stacking = Siblings if kind == "siblings" else Chain

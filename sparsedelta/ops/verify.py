@@ -10,7 +10,7 @@ from sparsedelta.codecs.chunk import check_streams
 from sparsedelta.errors import TargetMismatch
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.layout import target_layout
-from sparsedelta.files.side_files import carried_content, check_base_file, digest_file
+from sparsedelta.files.side_files import carried_content, check_base_files, digest_file
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.records import BaseTensor, Row
 from sparsedelta.ops.apply import AnyDelta, make_tensors
@@ -126,9 +126,7 @@ def _decode(delta: Delta, row: Row, pace: Pace) -> None:
 def _check_with_base(delta: Delta, base: Checkpoint, progress: Progress) -> None:
     with explained(delta, base):
         found = find_base(delta, base)
-        for file in delta.target.side_files:
-            if not file.stored:
-                check_base_file(delta, base, file)
+        check_base_files(delta, base)
         make_tensors(found, delta, {}, check="full", progress=progress, every_base=True)
 
 

@@ -34,6 +34,13 @@ class BaseDiffers(Exception):
         self.digest = digest
 
 
+def check_base_tensor(row: Row, base: Source, pace: Pace) -> None:
+    """Raise BaseDiffers if a base tensor is another than the row says."""
+    digest = digest_tensor(base, pace)
+    if row.base and digest != row.base.spec.digest:
+        raise BaseDiffers(row, digest)
+
+
 def rebuild(
     row: Row,
     base: Source | None,
@@ -179,11 +186,8 @@ class _Rebuild:
 
     def _check_base(self) -> None:
         """Raise BaseDiffers if the base tensor is another."""
-        if self._base is None or self._row.base is None:
-            return
-        digest = digest_tensor(self._base, self._pace.unreported())
-        if digest != self._row.base.spec.digest:
-            raise BaseDiffers(self._row, digest)
+        if self._base is not None:
+            check_base_tensor(self._row, self._base, self._pace.unreported())
 
 
 def _target_proves_base(row: Row) -> bool:

@@ -69,6 +69,7 @@ class Chain(Stacking):
             came_back = self.checkpoint.tensors.get(last.key)  # dropped or retyped on the way
         known = last.target.digest is not None
         if not self.checkpoint or (fold.copies and known and not came_back):
+            self.check_base(links[0], pace)
             return fold.run()
         made: MadeTensor | None = None
         for link in links:

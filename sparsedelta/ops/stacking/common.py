@@ -20,7 +20,7 @@ from sparsedelta.ops.stacking.fold import Link
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import Comparison
 from sparsedelta.tensors.parallel import Pace, run_all
-from sparsedelta.tensors.rebuild import BaseDiffers
+from sparsedelta.tensors.rebuild import BaseDiffers, check_base_tensor
 from sparsedelta.tensors.sources import MadeTensor
 
 _MOST_STACKED = 1 << 32  # more than anyone stacks: info may say anything
@@ -59,6 +59,12 @@ class Stacking(ABC):
         if link.number > len(self.base):
             return None
         return self.base[link.number - 1].get(link.row.key)
+
+    def check_base(self, link: Link, pace: Pace) -> None:
+        """Raise BaseDiffers if the base is given and has another tensor than a delta of it was made from."""
+        base = self.base_tensor(link)
+        if base is not None:
+            check_base_tensor(link.row, base, pace.unreported())
 
     def run_all(
         self, label: str, work: Callable[[Links, Pace], R], items: Sequence[Links]

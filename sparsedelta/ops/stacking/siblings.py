@@ -92,6 +92,7 @@ class Siblings(Stacking):
         known = len(changing) == 1 and changing[0].row.target.digest is not None
         open_links = changing if known else [*changing[:-1], _of_unknown_target(changing[-1])]
         if known or not self.checkpoint:
+            self.check_base(open_links[0], pace)
             return Fold(open_links, self.payload, pace).run()
         base = self.base_tensor(changing[0])
         others = [(link.row, link.payload) for link in changing[1:]]
