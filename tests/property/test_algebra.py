@@ -99,10 +99,12 @@ def test_stacking_is_associative(sequence: list[State], with_base: bool, sizes: 
             check_makes(result, folders[0], folders[-1])
             assert result.target == whole.target
             assert result.info == whole.info
-            assert result.base == whole.base
-            assert [(r.key, r.base, r.target) for r in result.tensors] == [
-                (r.key, r.base, r.target) for r in whole.tensors
+            assert [(r.key, r.target) for r in result.tensors] == [
+                (r.key, r.target) for r in whole.tensors
             ]
+            if not with_base:  # else what came back may be found under the name it has on the way
+                assert result.base == whole.base
+                assert [r.base for r in result.tensors] == [r.base for r in whole.tensors]
 
 
 @FEW

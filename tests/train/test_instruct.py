@@ -555,7 +555,7 @@ def test_trl_trains_on_the_same_and_its_delta_applies(
     words = [*words, "--resume"]  # from step 8: nothing is left to train
     assert run_script("trl_sft", words, monkeypatch) == 0
     with sparsedelta.load(tmp_path / "delta.sd") as delta:
-        again = delta.target.fingerprint
+        again = delta.target_fingerprint
     (tmp_path / "delta.sd").write_bytes(whole_run)
     with sparsedelta.load(tmp_path / "delta.sd") as delta:
-        assert delta.target.fingerprint == again
+        assert delta.target_fingerprint == again
