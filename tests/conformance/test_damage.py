@@ -1,4 +1,4 @@
-"""A damaged delta is refused with an error of the decoder's own, or means what it meant before."""
+"""A damaged delta is refused with an error of the decoder's own, and both decoders refuse the same."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from decoders import DECODERS, Decoder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vector_source.samples import plain, sample, with_manifest
-from vector_source.writer import Draft, assemble, frame
-from vectors import VECTORS, tree
+from vector_source.samples import plain, sample
+from vector_source.writer import assemble, compact, frame, smaller
 
-BASE = VECTORS / "invalid" / "base"
 CODES = {
     "accepted",
     "bad_magic",
@@ -30,7 +29,7 @@ CODES = {
 MASKS = (0x01, 0x20, 0x80, 0xFF)
 each_decoder = pytest.mark.parametrize("decoder", DECODERS, ids=lambda decoder: decoder.name)
 relaxed = settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -46,20 +45,13 @@ def test_every_truncation_is_refused(decoder: Decoder, tmp_path: Path) -> None:
 
 
 @each_decoder
-def test_every_flip_is_refused_or_harmless(decoder: Decoder, tmp_path: Path) -> None:
+def test_every_flip_is_refused(decoder: Decoder, tmp_path: Path) -> None:
     path, whole = tmp_path / "delta.sd", assemble(sample())
-    path.write_bytes(whole)
-    decoder.apply(BASE, path, tmp_path / "right")
-    right = tree(tmp_path / "right")
     for position in range(len(whole)):
-        for mask in MASKS:
-            flipped = bytearray(whole)
-            flipped[position] ^= mask
-            path.write_bytes(flipped)
-            if decoder.read_code(path) == "accepted":
-                out = tmp_path / f"{position}-{mask}"
-                if decoder.apply_code(BASE, path, out) == "accepted":
-                    assert tree(out) == right, (position, mask)
+        flipped = bytearray(whole)
+        flipped[position] ^= MASKS[position % len(MASKS)]
+        path.write_bytes(flipped)
+        assert decoder.read_code(path) in CODES - {"accepted"}, position
 
 
 def flips(content: bytes, seed: str, n: int) -> Iterator[bytes]:
@@ -80,37 +72,56 @@ def agree(data: bytes, folder: Path) -> None:
     assert (codes[0] == "accepted") == (codes[1] == "accepted"), codes
 
 
-def test_decoders_agree_on_flipped_manifests(tmp_path: Path) -> None:
-    texts: list[bytes] = []
-
-    def noted(text: bytes) -> bytes:
-        texts.append(text)
-        return text
-
-    assemble(sample(), text=noted)
-    for flipped in flips(texts[0], "manifest", 600):
+def test_decoders_agree_on_flipped_structures(tmp_path: Path) -> None:
+    for flipped in flips(compact(sample().structure), "structure", 300):
         agree(assemble(sample(), text=partial(replaced, flipped)), tmp_path)
+
+
+def test_decoders_agree_on_flipped_sizes_and_digests(tmp_path: Path) -> None:
+    """The manifest's own digest is true to them."""
+    delta = sample()
+    texts = len(smaller(compact(delta.structure))) + 2  # notes: {}
+    for number in range(200):
+
+        def altered(manifest: bytes, number: int = number) -> bytes:
+            places = [*range(16), *range(16 + texts, len(manifest))]
+            changed = bytearray(manifest)
+            changed[places[number * 7 % len(places)]] ^= 1 << number % 8
+            return bytes(changed)
+
+        agree(assemble(delta, manifest=altered), tmp_path)
 
 
 def test_decoders_agree_on_flipped_headers(tmp_path: Path) -> None:
     delta = plain()
     whole = assemble(delta)
     text = whole[8 : 8 + int.from_bytes(whole[:8], "little")]
-    for flipped in flips(text.rstrip(), "header", 300):
-        agree(assemble(delta, header_text=partial(replaced, flipped)), tmp_path)
+    for flipped in flips(text, "header", 150):
+        agree(assemble(delta, header=partial(replaced, flipped)), tmp_path)
 
 
-@pytest.mark.parametrize("key", sample().entries)
+@pytest.mark.parametrize("key", [key for key, data in sample().entries.items() if data])
 def test_decoders_agree_on_flipped_entries(key: str, tmp_path: Path) -> None:
-    delta = sample()
-    for flipped in flips(delta.entries[key], key, 150):
-        agree(assemble(Draft(delta.manifest, delta.entries | {key: flipped})), tmp_path)
+    """A part of the payload that is not what it was, with digests that are true to it."""
+    for flipped in flips(sample().entries[key], key, 50):
+        delta = sample()
+        delta.entries[key] = flipped
+        if key.startswith("file:"):
+            delta.digests["side_files"][0] = blake3(flipped).digest()
+        elif key.startswith("header:"):
+            delta.digests["headers"][1] = blake3(flipped).digest()[:16]
+        agree(assemble(delta), tmp_path)
 
 
-def test_decoders_agree_on_flipped_manifest_frames(tmp_path: Path) -> None:
+def test_decoders_agree_on_flipped_frames(tmp_path: Path) -> None:
     delta = plain()
-    for flipped in flips(frame(b"{}"), "frame", 50):
-        agree(assemble(delta, pack=partial(replaced, flipped)), tmp_path)
+    delta.notes = b'{"info":"' + b"x" * 300 + b'"}'
+    for flipped in flips(frame(delta.notes), "frame", 60):
+
+        def pack(raw: bytes, flipped: bytes = flipped) -> bytes:
+            return flipped if raw == delta.notes else smaller(raw)
+
+        agree(assemble(delta, pack=pack), tmp_path)
 
 
 def replaced(new: bytes, _: bytes) -> bytes:
@@ -131,7 +142,7 @@ def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
         yield from places(value[step], (*above, step))
 
 
-WORDS = ["", "w", "gone", "BF16", "F4", "gap8", "bitmap", "all", "ulp", "0" * 16, "0" * 32, "a/b"]
+WORDS = ["", "w", "gone", "BF16", "F4", "X", "f2", "gaps", "rice", "bitmap", "planes", "ulp", "a/b"]
 NUMBERS = st.integers(-(2**64), 2**64) | st.integers(0, 20) | st.floats()
 LEAVES = st.none() | st.booleans() | NUMBERS | st.text(max_size=8) | st.sampled_from(WORDS)
 VALUES = st.recursive(
@@ -143,37 +154,45 @@ VALUES = st.recursive(
 
 @relaxed
 @given(data=st.data())
-def test_decoders_agree_on_altered_manifests(data: st.DataObject, tmp_path: Path) -> None:
-    def altered(text: bytes) -> bytes:
-        manifest = json.loads(text)
-        for _ in range(data.draw(st.integers(1, 2))):
-            way = data.draw(st.sampled_from(list(places(manifest))))
-            holder = manifest
-            for step in way[:-1]:
-                holder = holder[step]
-            if data.draw(st.booleans()) or isinstance(holder, list):
-                holder[way[-1]] = data.draw(VALUES)
-            else:
-                holder[data.draw(st.text(max_size=5))] = holder.pop(way[-1])
-        return json.dumps(manifest).encode()
-
-    agree(assemble(sample(), text=altered), tmp_path)
+def test_decoders_agree_on_altered_structures(data: st.DataObject, tmp_path: Path) -> None:
+    delta = sample()
+    for _ in range(data.draw(st.integers(1, 2))):
+        way = data.draw(st.sampled_from(list(places(delta.structure))))
+        holder: Any = delta.structure
+        for step in way[:-1]:
+            holder = holder[step]
+        if data.draw(st.booleans()) or isinstance(holder, list):
+            holder[way[-1]] = data.draw(VALUES)
+        else:
+            holder[data.draw(st.text(max_size=5))] = holder.pop(way[-1])
+    agree(assemble(delta), tmp_path)
 
 
 @relaxed
 @given(data=st.data())
-def test_decoders_agree_on_altered_headers(data: st.DataObject, tmp_path: Path) -> None:
-    def altered(header: dict[str, Any]) -> dict[str, Any]:
-        way = data.draw(st.sampled_from(list(places(header))))
-        holder: Any = header
-        for step in way[:-1]:
-            holder = holder[step]
-        holder[way[-1]] = data.draw(VALUES)
-        written.append(json.dumps(header).encode())
-        return {}
+def test_decoders_agree_on_altered_numbers(data: st.DataObject, tmp_path: Path) -> None:
+    """Numbers near those that were there break fewer rules at once."""
+    delta = sample()
+    numbers = [way for way in places(delta.structure) if type(found(delta.structure, way)) is int]
+    for way in data.draw(st.lists(st.sampled_from(numbers), min_size=1, max_size=2)):
+        found(delta.structure, way[:-1])[way[-1]] += data.draw(st.sampled_from([-2, -1, 1, 2, 8]))
+    agree(assemble(delta), tmp_path)
 
-    written: list[bytes] = []
-    agree(assemble(plain(), header=altered, header_text=lambda _: written[0]), tmp_path)
+
+def found(value: Any, way: tuple[Any, ...]) -> Any:
+    """Return the value at the end of a way within nested JSON."""
+    for step in way:
+        value = value[step]
+    return value
+
+
+@relaxed
+@given(notes=VALUES.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=40))
+def test_decoders_agree_on_notes(notes: bytes, tmp_path: Path) -> None:
+    for one in (notes, b'{"x":' + notes + b"}"):
+        delta = plain()
+        delta.notes = one
+        agree(assemble(delta), tmp_path)
 
 
 @relaxed
@@ -188,21 +207,3 @@ def test_random_bytes_are_refused(content: bytes, with_length: bool, tmp_path: P
 @given(text=st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).encode()))
 def test_random_manifests_are_refused(text: bytes, tmp_path: Path) -> None:
     agree(assemble(plain(), text=partial(replaced, text)), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("where", "limit"),
-    [
-        ("tensors", 1 << 20),
-        ("target.weight_files", 1 << 16),
-        ("target.side_files", 1 << 16),
-        ("target.empty_folders", 1 << 16),
-    ],
-)
-def test_lists_above_their_limits_are_refused(where: str, limit: int, tmp_path: Path) -> None:
-    path = tmp_path / "delta.sd"
-    for n, code in ((limit, "corrupt"), (limit + 1, "limit_exceeded")):
-        whole = with_manifest({where: [0] * n})
-        path.write_bytes(whole)
-        for decoder in DECODERS:
-            assert decoder.read_code(path) == code, (n, decoder.name)

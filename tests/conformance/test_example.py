@@ -27,18 +27,32 @@ def test_listing_is_the_whole_delta() -> None:
     assert delta == (VECTORS / "valid/example/delta.sd").read_bytes()
 
 
+def digest_after(comment: str) -> str:
+    """Return the digest in the listing that stands behind a comment, as hex."""
+    found = re.search(rf"# {comment}[^\n]*\n *\d+  ([0-9a-f ]+)\n", SECTION)
+    assert found is not None, comment
+    return found[1].replace(" ", "")
+
+
 def test_digests_are_of_the_bytes_told() -> None:
-    before, after = re.findall(r"BLAKE3\(`([0-9a-f ]+)`\)\[:8\]", SECTION)
-    found = re.search(r"\"touched\":\[\"(\w+)\",\"(\w+)\"\]", SECTION)
-    assert found is not None
-    for told, digest in zip((before, after), found.groups(), strict=True):
-        assert blake3(bytes.fromhex(told)).hexdigest()[:16] == digest
-    head, described = re.findall(r"^  `([0-9a-f ]+)`$", SECTION, re.MULTILINE)
-    for role in ("base", "target"):
-        data = (VECTORS / f"valid/example/{role}.safetensors").read_bytes()[-600:]
-        content = bytes.fromhex(head) + bytes.fromhex(described) + blake3(data).digest()
-        fingerprint = blake3(content).hexdigest()
-        assert fingerprint in re.sub(r"'\n *\d+  '", "", SECTION)
+    base, target = (
+        (VECTORS / f"valid/example/{role}.safetensors").read_bytes() for role in ("base", "target")
+    )
+    delta = (VECTORS / "valid/example/delta.sd").read_bytes()
+    told = [bytes.fromhex(one) for one in re.findall(r"BLAKE3\(`([0-9a-f ]+)`\)\[:8\]", SECTION)]
+    for comment, content in (
+        ("digest of the header", target[8:-600]),
+        ("base digest of w", base[-600:]),
+        ("target digest of w", target[-600:]),
+        ("digest of the chunk", delta[-13:]),
+        ("touched digest, before", told[0]),
+        ("touched digest, after", told[1]),
+    ):
+        digest = digest_after(comment)
+        assert digest == blake3(content).hexdigest()[: len(digest)], comment
+    assert len(told) == 2
+    start = 8 + int.from_bytes(delta[:8], "little")
+    assert f'"{blake3(delta[start:-13]).hexdigest()}"'.encode() in delta[8:start]
 
 
 def test_arithmetic_is_true() -> None:
