@@ -90,7 +90,7 @@ def _applied(delta: Delta, base: Checkpoint) -> MismatchError | None:
     made = [row for row in delta.tensors if not row.is_copied]
     done: list[Row] = []
     for row in made:
-        if _has(lookup, BaseTensor(row.file, row.name, row.target)):
+        if _is_made(base, row):
             done.append(row)
         elif row.base and not _has(lookup, row.base):
             return None
@@ -106,6 +106,14 @@ def _applied(delta: Delta, base: Checkpoint) -> MismatchError | None:
         f" {name!r} among them, and the others as in its base; apply it to the base{_made_from(delta)}",
         tensor=name,
     )
+
+
+def _is_made(base: Checkpoint, row: Row) -> bool:
+    """Return whether a base holds a row's target tensor, at the row's own file and name."""
+    file = row.file if base.is_folder else base.weight_files[0].path
+    there = base.tensors.get((file, row.name))
+    lookup = Lookup([there] if there else [], _digest)
+    return _has(lookup, BaseTensor(row.file, row.name, row.target))
 
 
 def _has(lookup: Lookup[Tensor], wanted: BaseTensor) -> bool:
