@@ -9,8 +9,9 @@ from vector_source import (
     invalid_frames,
     invalid_structure,
 )
-from vector_source.samples import Invalid, sample_base
-from vector_source.valid import Valid, valid_vectors
+from vector_source.samples import sample_base
+from vector_source.valid import valid_vectors
+from vector_source.vectors import Invalid, Valid
 
 __all__ = ["Invalid", "Valid", "invalid_vectors", "is_stored", "sample_base", "valid_vectors"]
 

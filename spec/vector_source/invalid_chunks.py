@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vector_source import bits
+from vector_source.checkpoints import Tensor, noise, nudged
 from vector_source.samples import (
-    Invalid,
     plain,
     sample,
     sample_base,
@@ -14,8 +14,8 @@ from vector_source.samples import (
     with_streams,
     with_true_header,
 )
-from vector_source.valid import noise, nudged
-from vector_source.writer import Coding, Draft, Tensor, assemble
+from vector_source.vectors import Invalid
+from vector_source.writer import Coding, Draft, assemble
 
 OLD = noise("U8", 600, 1)
 

@@ -6,17 +6,17 @@ from collections.abc import Callable
 
 from blake3 import blake3
 
+from vector_source.checkpoints import WEIGHTS, WeightFile, noise
 from vector_source.samples import (
     CONFIG,
-    Invalid,
     plain,
     sample,
     with_header_text,
     with_manifest,
     with_side_file,
 )
-from vector_source.valid import WEIGHTS, noise
-from vector_source.writer import WeightFile, assemble, container_header
+from vector_source.vectors import Invalid
+from vector_source.writer import assemble, container_header
 
 
 def truncated() -> list[Invalid]:

@@ -8,28 +8,28 @@ from typing import Any
 
 from blake3 import blake3
 
+from vector_source.checkpoints import (
+    WEIGHTS,
+    Checkpoint,
+    Place,
+    Tensor,
+    WeightFile,
+    folder,
+    noise,
+    nudged,
+)
+from vector_source.frames import smaller
 from vector_source.samples import (
     CONFIG,
     HEADER,
-    Invalid,
     at,
     sample,
     sample_base,
     with_header,
     with_side_file,
 )
-from vector_source.valid import WEIGHTS, folder, noise, nudged
-from vector_source.writer import (
-    Checkpoint,
-    Coding,
-    Draft,
-    Place,
-    Tensor,
-    WeightFile,
-    assemble,
-    draft,
-    smaller,
-)
+from vector_source.vectors import Invalid
+from vector_source.writer import Coding, Draft, assemble, draft
 
 ZERO = bytes(16)
 

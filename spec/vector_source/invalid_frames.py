@@ -7,10 +7,11 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from vector_source.checkpoints import noise
+from vector_source.frames import block, frame, windowed_frame
 from vector_source.samples import (
     CONFIG,
     HEADER,
-    Invalid,
     at,
     plain,
     with_header,
@@ -19,8 +20,8 @@ from vector_source.samples import (
     with_side_file,
     with_streams,
 )
-from vector_source.valid import noise
-from vector_source.writer import Coding, Draft, assemble, block, frame, same, windowed_frame
+from vector_source.vectors import Invalid
+from vector_source.writer import Coding, Draft, assemble, same
 
 MAGIC = b"\x28\xb5\x2f\xfd"
 CONTENT = b"a" * 60 + b"b" * 60

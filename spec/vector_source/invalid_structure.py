@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from vector_source.checkpoints import WEIGHTS, Tensor, WeightFile, compact, folder, noise, one_file
 from vector_source.samples import (
     PART,
-    Invalid,
     plain,
     sample,
     with_manifest,
@@ -17,8 +17,8 @@ from vector_source.samples import (
     with_text,
     with_true_header,
 )
-from vector_source.valid import WEIGHTS, folder, noise, one_file
-from vector_source.writer import Coding, Draft, Tensor, WeightFile, assemble, compact, draft
+from vector_source.vectors import Invalid
+from vector_source.writer import Coding, Draft, assemble, draft
 
 # Names of devices on Windows: FORMAT §3.4.
 RESERVED = [

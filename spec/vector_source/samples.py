@@ -3,45 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from blake3 import blake3
 
-from vector_source.valid import WEIGHTS, folder, noise, nudged
-from vector_source.writer import (
+from vector_source.checkpoints import (
+    WEIGHTS,
     Checkpoint,
-    Coding,
-    Draft,
     Place,
     Tensor,
     WeightFile,
-    add_chunk,
-    assemble,
     compact,
-    draft,
+    folder,
+    noise,
+    nudged,
     tensor,
 )
+from vector_source.writer import Coding, Draft, add_chunk, assemble, draft
 
 PART = "part.safetensors"
 CONFIG, HEADER = "file:config.json", "header:" + PART
-
-
-@dataclass(frozen=True)
-class Invalid:
-    """An invalid vector. With `on_apply` it is refused where it meets its base, or before.
-
-    It breaks the rule `breaks` and so has `code`. Where it cannot break that rule alone, `also` are
-    the codes of the others.
-    """
-
-    name: str
-    why: str
-    breaks: str
-    code: str
-    delta: bytes
-    on_apply: bool = False
-    also: tuple[str, ...] = ()
 
 
 def sample_base() -> Checkpoint:

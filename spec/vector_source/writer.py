@@ -1,12 +1,10 @@
 """A writer for the vectors: it writes what it is given, right or wrong, independent of any library.
 
-Frames are put together by hand from raw and run-length blocks, so that the bytes of the vectors
-depend on no version of a compressor. A stream is a frame where that is smaller, and plain otherwise.
+A stream is stored as a frame where that is smaller, and plain otherwise.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,115 +12,32 @@ from typing import Any
 from blake3 import blake3
 
 from vector_source import bits
+from vector_source.checkpoints import Checkpoint, Place, Tensor, WeightFile, compact, tensor
+from vector_source.frames import block, frame, smaller, windowed_frame
 
+__all__ = [
+    "Checkpoint",
+    "Coding",
+    "Draft",
+    "Place",
+    "Tensor",
+    "WeightFile",
+    "add_chunk",
+    "assemble",
+    "block",
+    "code",
+    "compact",
+    "container_header",
+    "draft",
+    "frame",
+    "gaps",
+    "same",
+    "smaller",
+    "tensor",
+    "windowed_frame",
+]
 SPAN = 1 << 24
-RUN = 60  # runs of one byte at least this long become run-length blocks
-FLOATS = ("F8_E5M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F16", "BF16", "F32", "F64")
-BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E8M0", *FLOATS[:4]), 8),
-    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16},
-    **{"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "C64": 64, "F64": 64},
-}
 DIGESTS = ("headers", "side_files", "base", "target", "chunks", "touched")
-Place = tuple[str, str]  # the path of a weight file and the name of a tensor in it
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor with its bytes; bits per value and element type of a dtype that is not known."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: bytes
-    own: tuple[int, str] | None = None
-
-    @property
-    def layout(self) -> list[Any]:
-        """Dtype, bits, element type and shape, as a delta states them."""
-        letter, width = "f" if self.dtype in FLOATS else "i", max(BITS.get(self.dtype, 8) // 8, 1)
-        n_bits, element = self.own or (BITS[self.dtype], f"{letter}{width}")
-        return [self.dtype, n_bits, element, list(self.shape)]
-
-    @property
-    def element(self) -> str:
-        """The element type."""
-        return str(self.layout[2])
-
-    @property
-    def width(self) -> int:
-        """The size of an element in bytes."""
-        return int(self.element[1])
-
-    def elements(self) -> Sequence[int]:
-        """Return the bits of all elements."""
-        if self.width == 1:
-            return self.data
-        w = self.width
-        return [int.from_bytes(self.data[i : i + w], "little") for i in range(0, len(self.data), w)]
-
-    def digest(self) -> bytes:
-        """Return the digest of its bytes."""
-        return blake3(self.data).digest()[:16]
-
-
-def tensor(dtype: str, elements: Sequence[int], shape: Sequence[int] | None = None) -> Tensor:
-    """Return a tensor of the given bits, of one dimension unless a shape is given."""
-    width = max(BITS[dtype] // 8, 1)
-    data = b"".join(bits.to_bytes(width, "little") for bits in elements)
-    return Tensor(dtype, tuple((len(data) * 8 // BITS[dtype],) if shape is None else shape), data)
-
-
-@dataclass
-class WeightFile:
-    """A safetensors file: tensors by name in data order; `header` replaces the canonical one."""
-
-    path: str
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str] | None = None
-    header: bytes | None = None
-
-    def content(self) -> bytes:
-        """Return the bytes of the file."""
-        data = b"".join(tensor.data for tensor in self.tensors.values())
-        return len(self.own_header()).to_bytes(8, "little") + self.own_header() + data
-
-    def own_header(self) -> bytes:
-        """Return the header that the file has."""
-        return self.canonical() if self.header is None else self.header
-
-    def canonical(self) -> bytes:
-        """Return the canonical header."""
-        out: dict[str, Any] = {} if self.metadata is None else {"__metadata__": self.metadata}
-        begin = 0
-        for name, one in self.tensors.items():
-            end = begin + len(one.data)
-            out[name] = {"dtype": one.dtype, "shape": one.shape, "data_offsets": [begin, end]}
-            begin = end
-        text = compact(out)
-        return text + b" " * (-len(text) % 8)
-
-
-@dataclass
-class Checkpoint:
-    """A base or target; one of kind `file` has one weight file and nothing else."""
-
-    weight_files: list[WeightFile]
-    side_files: dict[str, bytes] = field(default_factory=dict)
-    empty_folders: list[str] = field(default_factory=list)
-    kind: str = "folder"
-
-    def files(self) -> dict[str, bytes]:
-        """Return the content of every file by path."""
-        return {file.path: file.content() for file in self.weight_files} | self.side_files
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name; names that several files have are the last one's."""
-        return {name: one for (_, name), one in self.places().items()}
-
-    def places(self) -> dict[Place, Tensor]:
-        """Return the tensors by file and name, in the order of a delta's rows."""
-        files = self.weight_files
-        return {(file.path, name): one for file in files for name, one in file.tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -160,62 +75,6 @@ class Draft:
     entries: dict[str, bytes]
     digests: dict[str, list[Any]]
     notes: dict[str, Any] | bytes = field(default_factory=dict)
-
-
-def compact(value: object) -> bytes:
-    """Return compact JSON (FORMAT §1.2)."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def block(kind: int, size: int, body: bytes, last: bool) -> bytes:
-    """Return one block of a frame: kind 0 is raw, 1 is run-length."""
-    return (int(last) | kind << 1 | size << 3).to_bytes(3, "little") + body
-
-
-def blocks(content: bytes) -> bytes:
-    """Return content as raw blocks, with run-length blocks for long runs of one byte."""
-    parts: list[tuple[int, int, bytes]] = []
-    begin = at = 0
-    limit = 1 << 17
-    while at < len(content):
-        run = 1
-        if content[at : at + RUN] == content[at : at + 1] * RUN:
-            run = len(content) - at - len(content[at:].lstrip(content[at : at + 1]))
-            run = min(run, limit)
-        if run > 1 or at - begin == limit:
-            parts += [(0, at - begin, content[begin:at])] if at > begin else []
-            begin = at
-        if run > 1:
-            parts.append((1, run, content[at : at + 1]))
-            begin = at + run
-        at += run
-    if begin < at or not parts:
-        parts.append((0, at - begin, content[begin:at]))
-    return b"".join(block(*part, part is parts[-1]) for part in parts)
-
-
-def frame(content: bytes, stated: int | None = None) -> bytes:
-    """Return a single-segment frame of content, stating its size or a wrong one."""
-    size = len(content) if stated is None else stated
-    if size < 256:
-        head = b"\x20" + size.to_bytes(1, "little")
-    elif size < 256 + 65536:
-        head = b"\x60" + (size - 256).to_bytes(2, "little")
-    else:
-        head = b"\xa0" + size.to_bytes(4, "little")
-    return b"\x28\xb5\x2f\xfd" + head + blocks(content)
-
-
-def windowed_frame(content: bytes, window_log: int, stated: int | None = None) -> bytes:
-    """Return a frame with a window of 2^window_log bytes and a stated size of 8 bytes."""
-    size = len(content) if stated is None else stated
-    head = b"\xc0" + bytes([window_log - 10 << 3]) + size.to_bytes(8, "little")
-    return b"\x28\xb5\x2f\xfd" + head + blocks(content)
-
-
-def smaller(content: bytes) -> bytes:
-    """Return content as a frame if that is smaller, else plain."""
-    return min(content, frame(content), key=len)
 
 
 def gaps(positions: Sequence[int]) -> bytes:
