@@ -127,6 +127,15 @@ def below_a_byte() -> list[Valid]:
     coding = Coding("rice", packing="scaled", thresholds=(1, 120))
     add("classes_grown", "elements beyond those kept count as zero", old, longer, coding)
 
+    none = Coding("rice", "target", packing="steps", thresholds=(1, 9), k=12, keep=0)
+    shows = "classes of a tensor that keeps nothing: all keys are zero"
+    add("classes_keep_none", shows, graded("BF16", 20, 3), graded("BF16", 20, 4), none)
+    coding = Coding("rice", "target", thresholds=(1,), k=1)
+    tensors = {"w": old}, {"w": old, "new": tensor("F16", [0, 0x3C00, 0, 0, 0xBC00])}
+    shows = "classes of an added tensor: all keys are zero"
+    base, target = (one_file(one) for one in tensors)
+    out.append(vector("classes_added", shows, base, target, default=coding))
+
     old = graded("BF16", 300, 6)
     for name, shows, share in (("rice", "rice", 0.1), ("rice_rest", "rice of the rest", 0.9)):
         new = moved(old, drawn(300, share, 6), 6)
@@ -200,6 +209,12 @@ def large() -> list[Valid]:
     shows = "a chunk of the most elements, none of the next, and one that begins elsewhere"
     delta = assemble(draft(base, target, default=coding))
     out = [Valid("chunks_large", shows, base, target, delta, zeros)]
+    n = 70_000
+    zeros = tensor("U8", bytes(n))
+    base, target = one_file({"w": zeros}), one_file({"w": tensor("U8", b"\1" * n)})
+    delta = assemble(draft(base, target, default=Coding("bitmap")))
+    shows = "a stream of a chunk that expands more than other streams may"
+    out.append(Valid("frame_expands", shows, base, target, delta, zeros))
     old = graded("BF16", 200, 8)
     new = moved(old, [0, 1, 40, 41, 42, 99, 100, 150, 199], 8)
     parts = [

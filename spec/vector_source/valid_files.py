@@ -58,6 +58,10 @@ def files() -> list[Valid]:
     third = WeightFile("c/model.safetensors", {"a": a2}, header=long.header)
     mixed = folder(spelled, WeightFile("b.safetensors", {"a": a}, {"format": "pt"}), third)
 
+    hollow = folder(
+        changed.weight_files[0], WeightFile("m.safetensors", {}), changed.weight_files[1]
+    )
+
     def headed(name: str, shows: str, file: WeightFile) -> Valid:
         return vector(name, shows, none, folder(file), sources=from_a(file))
 
@@ -77,6 +81,7 @@ def files() -> list[Valid]:
         vector(
             "no_tensors", "a weight file without tensors", none, folder(WeightFile(WEIGHTS, {}))
         ),
+        vector("no_tensors_between", "a weight file without tensors", sharded, hollow),
         headed("header_stored", "a header with spaces and line ends", spelled),
         headed("header_stored_order", "members of a stored header in another order", swapped),
         headed("header_stored_escapes", "a name with escapes in a stored header", escaped),
@@ -184,6 +189,9 @@ def spelling() -> list[Valid]:
     loose = draft(base, target, notes={"info": "x" * 2000})
     out.append(made("notes_frame", "notes that are a frame", loose))
 
+    loose = draft(base, target)
+    loose.notes = b"{" + b" " * (64 * 21 + 65536 - 2) + b"}"  # its frame has 21 bytes
+    out.append(made("notes_expand", "notes that expand as much as they may", loose))
     text = b"z" * 40 + bytes(range(97, 123)) + b"z" * 40
     other = folder(*target.weight_files, side={"config.json": text})
     wide = draft(base, other)

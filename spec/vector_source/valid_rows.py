@@ -87,6 +87,7 @@ def structure() -> list[Valid]:
     many = {"s": nudged(scalar, (0,)), "e": empty, "t": tensor("BOOL", [1], ())}
     many |= {"i": Tensor("I64", (3, 0), b""), "j": Tensor("U8", (0,), b"")}
     many |= {"k": Tensor("F32", (1 << 40, 1 << 40, 0), b"")}
+    many |= {"d": tensor("U8", [1, 2], (1,) * 63 + (2,))}
     shows = "tensors without dimensions and without elements: copied, reshaped, added"
     out.append(vector("scalars_and_empty", shows, few, one_file(many)))
     both = one_file({"w": kept, "v": v, "new": new})
