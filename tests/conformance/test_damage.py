@@ -14,8 +14,10 @@ from blake3 import blake3
 from decoders import DECODERS, Decoder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vector_source.checkpoints import compact
+from vector_source.frames import frame, smaller
 from vector_source.samples import plain, sample
-from vector_source.writer import assemble, compact, frame, smaller
+from vector_source.writer import assemble
 
 CODES = {
     "accepted",

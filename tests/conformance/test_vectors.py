@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import check_vectors
 import make_vectors
 import pytest
 from decoders import DECODERS, PACKAGE, Decoder
@@ -174,3 +175,7 @@ def test_reference_decoder_uses_nothing_of_the_package() -> None:
         assert "import sparsedelta" not in text, path
         assert "from sparsedelta" not in text, path
         assert "numpy" not in text, path
+
+
+def test_vectors_guard_every_check_of_the_reference_decoder() -> None:
+    assert check_vectors.unguarded() == []

@@ -9,17 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import assert_same_files, noise, roundtrip, write, write_file, write_sharded
-from vector_source.valid import WEIGHTS, folder
-from vector_source.writer import (
-    Checkpoint,
-    Coding,
-    Draft,
-    Tensor,
-    WeightFile,
-    assemble,
-    draft,
-    tensor,
-)
+from vector_source.checkpoints import WEIGHTS, Checkpoint, Tensor, WeightFile, folder, tensor
+from vector_source.writer import Coding, Draft, assemble, draft
 
 import sparsedelta
 from sparsedelta.errors import BaseMismatch, CheckpointError, Corrupt

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from helpers import noise, write_file
-from vector_source.writer import Checkpoint, Draft, WeightFile, assemble, draft, tensor
+from vector_source.checkpoints import Checkpoint, WeightFile, tensor
+from vector_source.writer import Draft, assemble, draft
 
 import sparsedelta
 from sparsedelta.errors import FormatError, SparseDeltaError
