@@ -133,21 +133,6 @@ class Delta:
         return [chunk for row in self.rows for chunk in row.chunks]
 
 
-def optional_text(value: Any) -> bool:
-    """Return whether a value is a string or null."""
-    return value is None or type(value) is str
-
-
-def from_minus_one(value: Any) -> bool:
-    """Return whether a value is −1 or a natural number."""
-    return type(value) is int and (value == -1 or fits(value, int))
-
-
-def flag(value: Any) -> bool:
-    """Return whether a value is the integer 0 or 1."""
-    return type(value) is int and value in (0, 1)
-
-
 def header_member(value: Any) -> bool:
     """Return whether a value is a header of version 1, or of a kind that is not known (§3.2)."""
     known: dict[str, tuple[Any, ...]] = {"stored": (str, int, int)}
@@ -158,31 +143,31 @@ def header_member(value: Any) -> bool:
 
 STRUCTURE = {
     "requires": [str],
-    "base": {"id": optional_text, "n_unused": int, "files": [str]},
+    "base": {"id": {None, str}, "n_unused": int, "files": [str]},
     "target": {
         "kind": str,
         "digests": bool,
         "weight_files": [(str, int, header_member)],
-        "side_files": [(str, int, from_minus_one)],
+        "side_files": [(str, int, {-1, int})],
         "empty_folders": [str],
     },
     "layouts": [(str, int, str, [int])],
     "tensors": {
         "names": [str],
         "layouts": [int],
-        "base_files": [from_minus_one],
+        "base_files": [{-1, int}],
         "base_names": [(int, str)],
         "base_layouts": [(int, int)],
         "keep": [(int, int)],
         "n_chunks": [int],
     },
-    "codings": [(str, str, str, flag)],
+    "codings": [(str, str, str, {0, 1})],
     "chunks": {
         "starts": [int],
         "spans": [int],
         "nnz": [int],
         "codings": [int],
-        "touched": [flag],
+        "touched": [{0, 1}],
         "raw": [int],
         "stored": [int],
     },
@@ -190,11 +175,18 @@ STRUCTURE = {
 
 
 def fits(value: Any, template: Any) -> bool:
-    """Return whether a value is of a template's types; `int` stands for 0 to 2^63 - 1."""
+    """Return whether a value is of a template's types, a set being a choice of them.
+
+    `int` stands for 0 to 2^63 - 1; null and integers stand for themselves.
+    """
     if template is int:
         return type(value) is int and 0 <= value < 1 << 63
     if template in (str, bool):
         return type(value) is template
+    if template is None or isinstance(template, int):
+        return type(value) is type(template) and value == template
+    if isinstance(template, set):
+        return any(fits(value, one) for one in template)
     if isinstance(template, dict):
         return (
             type(value) is dict
@@ -322,9 +314,9 @@ def read_rows(tensors: dict[str, Any], files: list[str], layouts: list[Layout]) 
     every = own + list(base_layouts.values())
     check(all(index < len(layouts) for index in every), "corrupt", "the index of a layout")
     check(all(index < len(files) for index in base_files), "corrupt", "the index of a base file")
-    told = [name != names[row] for row, name in base_names.items()]
-    told += [index != own[row] for row, index in base_layouts.items()]
-    check(all(told), "corrupt", "a pair states what holds without it")
+    differs = [name != names[row] for row, name in base_names.items()]
+    differs += [index != own[row] for row, index in base_layouts.items()]
+    check(all(differs), "corrupt", "a pair states what holds without it")
     for name in names + list(base_names.values()):
         check(len(name.encode()) <= 1024, "limit_exceeded", "a name above 1024 bytes")
     check("__metadata__" not in names, "corrupt", "a tensor named __metadata__")

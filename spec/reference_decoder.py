@@ -244,7 +244,7 @@ def target_bytes(row: Row, old: bytes) -> bytes:
 def match_base(delta: Delta, base: Base) -> dict[int, Tensor]:
     """Return the base tensors by the number of the row, checked (§10, steps 2, 3 and 5)."""
     found, right = {}, {}
-    problems = []
+    missing, wrong = [], []
     for i, row in enumerate(delta.rows):
         tensor = base.find(row) if row.base_file is not None else None
         right[i] = row.base_file is None
@@ -252,24 +252,24 @@ def match_base(delta: Delta, base: Base) -> dict[int, Tensor]:
             found[i] = tensor
             right[i] = tensor.digest() == row.base_digest
         elif row.base_file is not None:
-            problems.append(("structure_mismatch", f"tensor {row.base_name!r:.60}"))
+            missing.append(("structure_mismatch", f"tensor {row.base_name!r:.60}"))
         if tensor and not right[i]:
-            problems.append(("base_mismatch", f"tensor {row.base_name!r:.60}"))
+            wrong.append(("base_mismatch", f"tensor {row.base_name!r:.60}"))
     for side in delta.side_files:
         if side.stored < 0:
             path = base.files.get(side.path)
             side.content = path.read_bytes() if path else b""
             same = blake3(side.content).digest() == side.digest
             if path is None or len(side.content) != side.n_bytes or not same:
-                problems.append(("base_mismatch", f"side file {side.path!r:.60}"))
-    if problems:
+                wrong.append(("base_mismatch", f"side file {side.path!r:.60}"))
+    if missing or wrong:
         made = {i: row for i, row in enumerate(delta.rows) if not row.is_copied}
         done = set()
         for i, row in made.items():
             there = base.at(row.file, row.name, row.layout)
             if there and there.digest() == row.target_digest:
                 done.add(i)
-        code, what = problems[0]
+        code, what = (missing + wrong)[0]
         if done and all(i in done or right[i] for i in made):
             code = "already_applied" if len(done) == len(made) else "partly_applied"
         raise Refused(code, f"{what} is not the base's")

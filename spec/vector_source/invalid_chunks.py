@@ -305,7 +305,7 @@ def moved_by(old: Tensor, codes: dict[int, int]) -> Tensor:
 
 
 def classes() -> list[Invalid]:
-    """Return R18 and R20 of streams in classes: refused where they meet their base."""
+    """Return R18 and R20 of streams in classes: refused when they are applied to the base."""
     out = []
     old = sample_base().tensors()["w"]
     keys = [bits.key(one, 2) for one in old.elements()]

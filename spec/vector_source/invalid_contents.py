@@ -155,7 +155,7 @@ def digests() -> list[Invalid]:
 
 
 def against_the_base() -> list[Invalid]:
-    """Return deltas that are refused where they meet the base (FORMAT §10)."""
+    """Return deltas that are refused when they are applied to the base (FORMAT §10)."""
     out = []
     structure, mismatch = "structure_mismatch", "base_mismatch"
 

@@ -93,7 +93,7 @@ def with_streams(
         span: from the start to the end of the tensor unless given.
         start: the first element.
         old: the base tensor; the sample base's `w` unless given.
-        new: the target tensor; it matters where the delta meets its base.
+        new: the target tensor; it matters when the delta is applied.
         of: a delta that this function returned, which gets one more chunk.
     """
     old = old or sample_base().tensors()["w"]

@@ -23,7 +23,7 @@ class Valid:
 
 @dataclass(frozen=True)
 class Invalid:
-    """An invalid vector. With `on_apply` it is refused where it meets its base, or before.
+    """An invalid vector. With `on_apply` it is refused when it is applied, or when it is read.
 
     It breaks the rule `breaks` and so has `code`. Where it cannot break that rule alone, `also` are
     the codes of the others.

@@ -139,7 +139,7 @@ def stated_sizes(coding: Coding, streams: Sequence[bytes]) -> list[int]:
 def add_chunk(
     delta: Draft, coding: Coding, start: int, span: int, nnz: int, streams: Sequence[bytes]
 ) -> None:
-    """Append a chunk of raw streams to a draft; its row must be told by the caller."""
+    """Append a chunk of raw streams to a draft; the caller counts it in its row."""
     structure = delta.structure
     chunks, codings = structure["chunks"], structure["codings"]
     i = len(chunks["starts"])
@@ -245,8 +245,8 @@ def add_row(
     columns["n_chunks"].append(add_changes(delta, start, target, how))
     sizes = {kept * w, len(target.data), len(old.data) if old else -1}
     if len(sizes) > 1 or columns["n_chunks"][-1]:
-        is_told = structure["target"]["digests"] or old is None
-        delta.digests["target"] += [target.digest()] if is_told else []
+        is_given = structure["target"]["digests"] or old is None
+        delta.digests["target"] += [target.digest()] if is_given else []
 
 
 def draft(
