@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -66,11 +67,12 @@ class ChangeReader:
             Corrupt: a chunk is damaged; of a chunk with classes, or the base is another.
         """
         found = []
-        for chunk in self.row.chunks:
+        chunks = self.row.chunks
+        first = bisect_right(chunks, start, key=lambda chunk: chunk.end)
+        for number in range(first, len(chunks)):
+            chunk = chunks[number]
             if chunk.start >= start + n:
                 break
-            if chunk.end <= start:
-                continue
             positions, codes = self._decode(chunk)
             low, high = np.searchsorted(
                 positions, [max(0, start - chunk.start), start + n - chunk.start]
