@@ -239,6 +239,23 @@ class TestOtherBorders:
         assert [chunk.coding.values for chunk in result.tensors[0].chunks] == ["ulp", "target"]
         make.check(result, base, target)
 
+    def test_new_rows_are_apart_from_those_of_the_base(self, make: Maker) -> None:
+        """New values for what the base has not meet differences for what it has, in one span."""
+        grown = Raw("F32", (40,), self.raw.changed(0).data + noise("F32", 10).data)
+        base, middle, target = (
+            make.checkpoint({"w": raw}) for raw in (self.raw, grown, grown.changed(4 * 29, 4 * 31))
+        )
+        a, b = self.diff_in(make, 10, base, middle), self.diff_in(make, 18, middle, target)
+        assert [(c.start, c.coding.values) for c in a.tensors[0].chunks] == [
+            (0, "ulp"), (30, "target"),
+        ]  # fmt: skip
+        assert [(c.start, c.end) for c in b.tensors[0].chunks] == [(18, 36)]
+        result = make.stack(a, b)
+        assert [(c.start, c.end, c.coding.values) for c in result.tensors[0].chunks] == [
+            (0, 10, "ulp"), (18, 30, "ulp"), (30, 40, "target"),
+        ]  # fmt: skip
+        make.check(result, base, target)
+
     def test_what_was_coded_by_exponents_is_taken_over(self, make: Maker) -> None:
         """Chunks that only the base can decode need not be decoded where no other overlaps."""
         draw = np.random.default_rng(0)

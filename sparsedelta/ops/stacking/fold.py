@@ -99,11 +99,22 @@ class Fold:
                     self._pace.advance(len(coded))
                     yield self._payload.add_chunk(chunk, [coded])
                     continue
-            end = min(self._target.n_elements, max(chunk.end for _, chunk in group))
-            for start in range(group[0][1].start, end, MAX_SPAN):
-                folded = self._fold(start, min(MAX_SPAN, end - start))
+            for start, n in self._windows([chunk for _, chunk in group]):
+                folded = self._fold(start, n)
                 if folded:
                     yield folded
+
+    def _windows(self, group: Sequence[Chunk]) -> Iterator[tuple[int, int]]:
+        """Yield start and length of the windows in which chunks that overlap are made into one each.
+
+        Where encodings meet, what does not come from the base, and so is known, is apart from what does.
+        """
+        start, end = group[0].start, min(self._target.n_elements, max(c.end for c in group))
+        mixed = len({chunk.coding.values for chunk in group}) > 1
+        border = min(max(start, self._keep), end) if mixed else start
+        for low, high in ((start, border), (border, end)):
+            for at in range(low, high, MAX_SPAN):
+                yield at, min(MAX_SPAN, high - at)
 
     def _fold(self, start: int, n: int) -> Chunk | None:
         with ExitStack() as place:
