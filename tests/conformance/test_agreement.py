@@ -1,9 +1,10 @@
-"""Deltas of another writer: any coding of each chunk, chunks at any borders, any base tensor. Decoders agree."""
+"""Decoders agree on deltas of another writer: any coding, any borders, any base tensor; and on any checkpoint."""
 
 from __future__ import annotations
 
 import itertools
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,13 @@ from decoders import DECODERS
 from helpers import write
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import relaxed
+from strategies import Plan, pairs, relaxed
 from vector_source.checkpoints import Checkpoint, Tensor, WeightFile
 from vector_source.writer import Coding, Place, assemble, code, draft
 from vectors import tree
 
 import sparsedelta
+from sparsedelta.errors import CheckpointError
 
 WIDTHS = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4, "I64": 8, "F4": 1}
 NAMES = ("w", "v", "model.w")
@@ -144,3 +146,48 @@ def test_decoders_give_the_target(
         shutil.rmtree(tmp_path / "out")
     put(target, tmp_path / "out")
     assert sparsedelta.verify(path, base=root, target=tmp_path / "out").target_checked
+
+
+@relaxed(50)
+@given(pair=pairs(), data=st.data())
+def test_decoders_say_the_same_of_other_checkpoints(
+    pair: tuple[Plan, Plan], data: st.DataObject
+) -> None:
+    """The target, a base with one bit changed, without a file, or with some of the target's files."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        base, target = pair[0].write(root / "base"), pair[1].write(root / "target")
+        with sparsedelta.diff(base, target) as delta:
+            delta.save(root / "delta.sd")
+        kind = data.draw(st.sampled_from(["target", "flip", "drop", "mix"]))
+        there = target if kind == "target" else base
+        files = [path for path in (there, *sorted(there.rglob("*"))) if path.is_file()]
+        one = data.draw(st.sampled_from(files))
+        if kind == "flip":
+            flip_content(data, one)
+        elif kind == "drop" and len(files) > 1:
+            one.unlink()
+        elif kind == "mix" and target.is_dir() and base.is_dir():
+            for path in files:
+                other = target / path.relative_to(base)
+                if other.is_file() and data.draw(st.booleans()):
+                    shutil.copy(other, path)
+        codes = {
+            decoder.name: decoder.apply_code(there, root / "delta.sd", root / decoder.name)
+            for decoder in DECODERS
+        }
+        # The package refuses a checkpoint that contradicts itself; the reference decoder does not look.
+        assert codes["package"] in (codes["reference"], CheckpointError.code)
+        if set(codes.values()) == {"accepted"}:
+            assert tree(root / "package") == tree(root / "reference")
+
+
+def flip_content(data: st.DataObject, path: Path) -> None:
+    """Change one bit of a file, not of the header of a weight file."""
+    content = bytearray(path.read_bytes())
+    first = 0
+    if path.suffix == ".safetensors" or path.name == "base":
+        first = 8 + int.from_bytes(content[:8], "little")
+    if first < len(content):
+        content[data.draw(st.integers(first, len(content) - 1))] ^= 1
+        path.write_bytes(content)
