@@ -11,7 +11,6 @@ from typing import Any
 
 from sparsedelta.errors import Corrupt, LimitExceeded
 from sparsedelta.format.strict_json import (
-    NotJSON,
     compact_json,
     fixed_items,
     integer,
@@ -54,27 +53,25 @@ class Header:
     only_known_members: bool
 
 
-def parse_header(raw: bytes, what: str, *, longest_name: int = MAX_NAME_BYTES) -> Header:
+def parse_header(raw: bytes, what: str) -> Header:
     """Return a header's metadata and entries. Offsets are sorted but not otherwise checked.
 
     Args:
         raw: the header's bytes, padding included.
         what: the file, for messages.
-        longest_name: in bytes.
 
     Raises:
-        NotJSON: not a JSON object, or one whose metadata are none.
         Corrupt: not a header.
         LimitExceeded: a name or shape is too long.
     """
     unpadded = raw.rstrip(b" ")
     if not (unpadded.startswith(b"{") and unpadded.endswith(b"}")):
-        raise NotJSON(f"the header of {what} is not a JSON object followed by spaces")
+        raise Corrupt(f"the header of {what} is not a JSON object followed by spaces")
     fields = parse_json(unpadded, f"the header of {what}")
     known = fields.get(METADATA_KEY, {}) is not None
     metadata = _metadata(fields.pop(METADATA_KEY, None), what)
     known &= all(type(value) is dict and value.keys() == _MEMBERS for value in fields.values())
-    entries = [_entry(name, value, what, longest_name) for name, value in fields.items()]
+    entries = [_entry(name, value, what) for name, value in fields.items()]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     return Header(metadata, tuple(entries), known)
 
@@ -99,14 +96,14 @@ def _metadata(value: Any, what: str) -> dict[str, str] | None:
         return None
     where = f"{METADATA_KEY} of {what}"
     if type(value) is not dict:
-        raise NotJSON(f"{where} is not an object")
+        raise Corrupt(f"{where} is not an object")
     return {key: text(item, f"{where}, {key[:200]!r}") for key, item in value.items()}
 
 
-def _entry(name: str, value: Any, what: str, longest_name: int) -> HeaderEntry:
+def _entry(name: str, value: Any, what: str) -> HeaderEntry:
     where = f"{what}, {name[:200]!r}"
-    if len(name.encode("utf-8")) > longest_name:
-        raise LimitExceeded(f"{where}: the name is longer than {longest_name} bytes")
+    if len(name.encode("utf-8")) > MAX_NAME_BYTES:
+        raise LimitExceeded(f"{where}: the name is longer than {MAX_NAME_BYTES} bytes")
     if type(value) is not dict or not value.keys() >= _MEMBERS:
         raise Corrupt(f"{where} is not an object with dtype, shape and data_offsets")
     shape = read_shape(value["shape"], where)

@@ -25,10 +25,6 @@ _HEX = re.compile(r"[0-9a-f]*")
 T = TypeVar("T")
 
 
-class NotJSON(Corrupt):
-    """The text is no JSON, as opposed to JSON that the format does not allow."""
-
-
 class _NotStrict(ValueError):
     """JSON that is ambiguous or out of range."""
 
@@ -42,9 +38,8 @@ def parse_json(raw: bytes, what: str, *, any_numbers: bool = False) -> Any:
         any_numbers: accept numbers of any size; those that Python cannot hold are returned as text.
 
     Raises:
-        NotJSON: no JSON at all: bad UTF-8, NaN, a lone surrogate.
-        Corrupt: JSON, but not strict: a key given twice, an integer beyond 63 bits, nested deeper than
-            ``MAX_DEPTH``.
+        Corrupt: no JSON, or not strict: bad UTF-8, NaN, a lone surrogate, a key given twice, an integer
+            beyond 63 bits, nested deeper than ``MAX_DEPTH``.
     """
     try:
         _check_depth(raw, what)
@@ -62,7 +57,7 @@ def parse_json(raw: bytes, what: str, *, any_numbers: bool = False) -> Any:
     except ValueError as error:
         if isinstance(error, FormatError):
             raise
-        raise NotJSON(f"{what} is not JSON: {error}") from error
+        raise Corrupt(f"{what} is not JSON: {error}") from error
     return value
 
 
