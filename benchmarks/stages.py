@@ -24,7 +24,7 @@ from sparsedelta.codecs.chunk import MAX_SPAN, Chunk, Level, Span, decode_chunk,
 from sparsedelta.codecs.values import VALUE_ENCODINGS
 from sparsedelta.dtypes import DTYPES
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
-from sparsedelta.fs import reserve
+from sparsedelta.system import reserve
 from sparsedelta.tensors.compare import BLOCK_BYTES
 
 BF16 = DTYPES["BF16"]

@@ -20,6 +20,7 @@ from torch import Tensor
 from sift_train.saved import read_state, write_state
 
 _STEP = re.compile(r"step-(\d{8})")
+_PARTIAL = ".checkpoint."  # what a killed run leaves of one; a folder belongs to one run
 TENSORS, PROGRESS, SETTINGS = "sift.safetensors", "progress.pt", "settings.json"
 
 
@@ -38,10 +39,10 @@ def write(
     progress: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> Path:
-    """Write a checkpoint, remove the older ones, return its folder."""
+    """Write a checkpoint, remove older and unfinished ones, return its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
-    work = Path(tempfile.mkdtemp(prefix=".checkpoint.", dir=folder))
+    work = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
     try:
         write_state(tensors, work / TENSORS)
         torch.save(dict(progress), work / PROGRESS)
@@ -56,7 +57,7 @@ def write(
         shutil.rmtree(work, ignore_errors=True)
         raise
     for path in folder.iterdir():
-        if _STEP.fullmatch(path.name) and path != final:
+        if (_STEP.fullmatch(path.name) and path != final) or path.name.startswith(_PARTIAL):
             shutil.rmtree(path)
     return final
 

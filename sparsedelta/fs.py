@@ -6,25 +6,20 @@ beside their place, synced, then renamed.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import shutil
 import stat
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-if sys.platform != "win32":
-    import resource
+from sparsedelta import system
 
-_MANY_FILES = 10_000  # macOS refuses more than its own limit of 10,240
-_FEW_FILES = 32  # that every process may open besides those it has
 _WRITE_OUT_SECONDS = 0.1
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PARTIAL, _UNLOCKED = ".sparsedelta.partial", ".sparsedelta-unlocked.partial"
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
@@ -33,7 +28,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     Raises:
         OSError: it cannot be opened, or is a folder, a pipe or a device; the path is named.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    fd = os.open(path, system.OPEN)
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
         return fd
@@ -41,19 +36,6 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "A folder, expected a file", os.fspath(path))
     raise OSError(errno.EINVAL, "Not a regular file; copy it into one first", os.fspath(path))
-
-
-def allow_open_files(n_files: int) -> None:
-    """Let this process hold ``n_files`` more files open, as far as the system lets it choose.
-
-    Every shard of base and output is one, and the usual limit is 256 or 1,024.
-    """
-    if sys.platform == "win32" or n_files <= _FEW_FILES:
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextmanager
@@ -71,26 +53,68 @@ def staged_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
     check_absent(final, overwrite=overwrite)
     if not final.parent.is_dir():
         raise FileNotFoundError(f"folder '{final.parent}' does not exist; create it first")
-    work = Path(
-        tempfile.mkdtemp(prefix=f".{final.name[:40]}.", suffix=".partial", dir=final.parent)
-    )
-    try:
+    _remove_abandoned(final.parent)
+    with _work_folder(final) as work:
         result = work / "new"
-        yield result
-        _sync_folders(result)
-        check_absent(final, overwrite=overwrite)
-        is_folder = result.is_dir() or (final.is_dir() and not final.is_symlink())
-        if is_folder and os.path.lexists(final):
-            final.rename(work / "old")  # only a file can replace, and only a file, in one step
-        result.replace(final)
-        _sync_folder(final.parent)
-    except BaseException as error:
-        if os.path.lexists(work / "old") and not os.path.lexists(final):
-            (work / "old").rename(final)
-        name_full_disk(error, final)
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        try:
+            yield result
+            for folder, _, _ in os.walk(result):
+                system.sync_folder(Path(folder))
+            check_absent(final, overwrite=overwrite)
+            _rename(result, final)
+            system.sync_folder(final.parent)
+        except BaseException as error:
+            name_full_disk(error, final)
+            raise
+
+
+def _rename(new: Path, final: Path) -> None:
+    """Give a file or folder the name ``final``; what had it before is then called ``new``, or gone."""
+    is_folder = new.is_dir() or (final.is_dir() and not final.is_symlink())
+    if not is_folder or not os.path.lexists(final):
+        new.replace(final)
+    elif not system.exchange(new, final):
+        # Only a file can replace, and only a file. A kill between the steps leaves the old one here.
+        old = final.with_name(new.parent.name[1:].rpartition(".sparsedelta")[0] + ".replaced")
+        try:
+            final.rename(old)
+            new.replace(final)
+        except BaseException:
+            if os.path.lexists(old) and not os.path.lexists(final):
+                old.rename(final)
+            raise
+        old.rename(new)
+
+
+@contextmanager
+def _work_folder(final: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``final``; it is removed at the end, or by a later run if this one is killed.
+
+    It is locked for as long as this process lives. Where locks tell nothing its name says so, and no
+    run removes what another has made.
+    """
+    is_local = system.is_local(final.parent)
+    suffix = _PARTIAL if is_local else _UNLOCKED
+    while True:
+        work = Path(
+            tempfile.mkdtemp(prefix=f".{final.name[:40]}.", suffix=suffix, dir=final.parent)
+        )
+        try:
+            with system.locked(work) if is_local else nullcontext(True) as is_mine:
+                if is_mine:  # else another run has found it, not locked yet, and removes it
+                    yield work
+                    return
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left in a folder."""
+    with suppress(OSError):
+        for work in folder.glob(f".*{_PARTIAL}"):
+            with suppress(OSError), system.locked(work) as is_abandoned:
+                if is_abandoned:
+                    shutil.rmtree(work, ignore_errors=True)
 
 
 def check_absent(path: Path, *, overwrite: bool) -> None:
@@ -131,36 +155,17 @@ def check_checkpoint_folder(path: Path) -> None:
 
 def check_room(path: Path, n_bytes: int) -> None:
     """Raise OSError if ``n_bytes`` will not fit where ``path`` is to be, as far as the system knows."""
-    system = os.statvfs(path.parent)
-    free = system.f_bfree * system.f_frsize
-    if system.f_blocks and n_bytes > free:  # some network file systems know nothing
+    free = system.n_free_bytes(path.parent)
+    if free is not None and n_bytes > free:
         raise OSError(
             errno.ENOSPC,
             f"The output takes {n_bytes} bytes, {free} are free; make room or choose another place",
         )
 
 
-def reserve(fd: int, n_bytes: int) -> None:
-    """Give a new, empty file its size, and blocks on the disk where the file system can.
-
-    With blocks reserved at once, writing costs a third less and does not wait for what is written
-    out. ``os.posix_fallocate`` will not do: where the system cannot, it writes to every block.
-
-    Raises:
-        OSError: there is no room.
-    """
-    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)  # Linux only
-    if fallocate is not None and n_bytes:
-        offset_type = ctypes.c_int64
-        fallocate.argtypes = (ctypes.c_int, ctypes.c_int, offset_type, offset_type)
-        if fallocate(fd, 0, 0, n_bytes) and (number := ctypes.get_errno()) in _NO_ROOM:
-            raise OSError(number, os.strerror(number))
-    os.truncate(fd, n_bytes)
-
-
 def name_full_disk(error: BaseException, path: str | os.PathLike[str]) -> None:
     """Make an error that says that there is no room say where: the system's writing calls do not."""
-    if isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename is None:
+    if isinstance(error, OSError) and error.errno in system.NO_ROOM and error.filename is None:
         error.filename = os.fspath(path)
 
 
@@ -196,17 +201,3 @@ def synced(fds: Sequence[int]) -> Iterator[None]:
         raise failure
     for fd in fds:
         os.fsync(fd)
-
-
-def _sync_folders(path: Path) -> None:
-    if path.is_dir():
-        for folder, _, _ in os.walk(path):
-            _sync_folder(Path(folder))
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -12,7 +12,8 @@ import pytest
 from helpers import noise, tree, write, write_sharded
 
 import sparsedelta
-from sparsedelta.fs import reserve, staged_output, synced
+from sparsedelta.fs import staged_output, synced
+from sparsedelta.system import reserve
 
 
 def make(path: Path, content: bytes, *, folder: bool, overwrite: bool = False) -> None:

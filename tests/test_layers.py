@@ -35,7 +35,7 @@ ROOMS = (
     "cli",
     "top",
 )
-GROUND = {"errors", "dtypes", "progress", "_typing", "fs"}
+GROUND = {"errors", "dtypes", "progress", "_typing", "fs", "system"}
 TOP = {"__init__", "__main__"}
 
 # What the thin methods of ``Delta`` import when they are called.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from importlib import import_module
 from typing import Any
@@ -16,7 +17,13 @@ import click
 
 import sparsedelta
 from sparsedelta.cli._common import Settings, examples
-from sparsedelta.cli._failures import EXPECTED, report_failure, report_interrupt
+from sparsedelta.cli._failures import (
+    EXPECTED,
+    ending_signals,
+    guard_streams,
+    report_failure,
+    report_interrupt,
+)
 
 COMMANDS = ("diff", "apply", "verify", "inspect", "stack", "invert", "merge", "push", "pull")
 _DEBUG_HELP = "Show where an error comes from."
@@ -64,17 +71,22 @@ class Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program; standard streams that are closed, as a daemon has them, lead nowhere."""
         _open_standard_streams()
-        return super().main(*args, **kwargs)
+        guard_streams()
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:  # outside commands: a help that cannot be written
+            report_failure(error, with_traceback=False)
+            sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> None:
-        """Run a command; exit with 1 on an expected failure and with 130 on Ctrl-C."""
+        """Run a command; exit with 1 on an expected failure and with 128 + its number on a signal."""
         try:
-            super().invoke(ctx)
-        except BrokenPipeError:
-            raise  # nobody reads any longer; click then ends without a word
-        except KeyboardInterrupt:
-            report_interrupt()
-            ctx.exit(130)
+            with ending_signals():
+                super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            number = error.args[0] if error.args else signal.SIGINT
+            report_interrupt(number)
+            ctx.exit(128 + number)
         except EXPECTED as error:
             report_failure(error, with_traceback=ctx.params["debug"])
             ctx.exit(1)

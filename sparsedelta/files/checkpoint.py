@@ -25,7 +25,8 @@ from sparsedelta.format.safetensors_header import (
     parse_header,
 )
 from sparsedelta.format.strict_json import parse_json
-from sparsedelta.fs import allow_open_files, open_regular
+from sparsedelta.fs import open_regular
+from sparsedelta.system import allow_open_files, read_at, read_into
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -321,7 +322,7 @@ def check_sets(weights: set[str], indexes: dict[str, dict[str, str]]) -> None:
 def read_exactly(fd: int, buffer: memoryview, offset: int, what: str) -> None:
     """Fill ``buffer`` from a file; raises CheckpointError if it ends before."""
     while len(buffer):
-        n_read = os.preadv(fd, [buffer], offset)
+        n_read = read_into(fd, buffer, offset)
         if not n_read:
             raise CheckpointError(f"{what!r}: its file became shorter while it was read")
         buffer = buffer[n_read:]
@@ -354,8 +355,8 @@ def _read_header(fd: int, location: Path) -> tuple[bytes, Header]:
     file_bytes = os.fstat(fd).st_size
     if file_bytes < 8:
         raise CheckpointError(f"'{location}' is not a safetensors file: it has {file_bytes} bytes")
-    size = int.from_bytes(os.pread(fd, 8, 0), "little")
-    if os.pread(fd, len(_LFS_POINTER), 0) == _LFS_POINTER:
+    size = int.from_bytes(read_at(fd, 8, 0), "little")
+    if read_at(fd, len(_LFS_POINTER), 0) == _LFS_POINTER:
         raise CheckpointError(
             f"'{location}' is a pointer of Git LFS, not the weights themselves; run `git lfs pull` in"
             " its repository"

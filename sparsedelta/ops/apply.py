@@ -23,18 +23,17 @@ from sparsedelta.files.side_files import write_side_file
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.records import BaseTensor, Row, TensorKey
 from sparsedelta.fs import (
-    allow_open_files,
     check_absent,
     check_checkpoint_folder,
     check_no_folder,
     check_room,
-    reserve,
     staged_output,
     synced,
 )
 from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.ops.lookup import Lookup
 from sparsedelta.progress import Progress, Silent
+from sparsedelta.system import CREATE, allow_open_files, reserve, write_at
 from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import Check, Write, rebuild
 
@@ -238,7 +237,7 @@ def _make_folders(delta: Delta, out: Path) -> None:
 @contextmanager
 def _new_file(path: Path, layout: FileLayout) -> Iterator[int]:
     """Yield the descriptor of a new weight file that has its size and its header."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    fd = os.open(path, CREATE, 0o666)
     try:
         reserve(fd, layout.n_bytes)
         head = len(layout.header).to_bytes(8, "little") + layout.header
@@ -250,7 +249,7 @@ def _new_file(path: Path, layout: FileLayout) -> Iterator[int]:
 
 def _write_at(fd: int, start: int, data: memoryview, offset: int) -> None:
     while data:
-        n_written = os.pwrite(fd, data, start + offset)
+        n_written = write_at(fd, data, start + offset)
         data = data[n_written:]
         offset += n_written
 

@@ -6,6 +6,7 @@ import os
 import weakref
 
 from sparsedelta.fs import open_regular
+from sparsedelta.system import read_at
 
 
 class OpenFile:
@@ -22,7 +23,7 @@ class OpenFile:
         """Return up to ``n_bytes`` bytes from ``offset``, none at the end."""
         if not self._closing.alive:
             raise ValueError(f"'{self.name}' is closed; load the delta again")
-        return os.pread(self._fd, n_bytes, offset)
+        return read_at(self._fd, n_bytes, offset)
 
     def close(self) -> None:
         """Close the file."""
