@@ -223,6 +223,8 @@ def read_layouts(items: list[list[Any]]) -> list[Layout]:
         named = (layout.bits, layout.element)
         fair = DTYPES.get(layout.dtype, named) == named
         check(fair, "corrupt", f"bits or element type of {layout.dtype!r:.40}")
+        fair = len(layout.dtype.encode()) <= 64
+        check(fair, "limit_exceeded", f"dtype {layout.dtype!r:.40} is too long")
         check(layout.bits <= 1024, "limit_exceeded", f"{layout.bits} bits a value")
         check(len(layout.shape) <= 64, "limit_exceeded", f"{len(layout.shape)} dimensions")
         check(layout.n_bits < 1 << 63, "limit_exceeded", "a tensor of 2^63 bits or more")

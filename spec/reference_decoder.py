@@ -63,7 +63,7 @@ def open_stream(
     if not data:
         check(is_plane, "corrupt", "a stream is missing")
         return bytes(raw)
-    fair = not is_bounded or raw <= 64 * len(data) + 65536
+    fair = not is_bounded or raw <= 64 * len(data) + 1024
     check(fair, "limit_exceeded", f"a frame of {len(data)} bytes expands to {raw}")
     try:
         head = zstandard.get_frame_parameters(data)
@@ -106,10 +106,14 @@ def read_manifest(manifest: bytes) -> Delta:
     raw, stored, n_notes, notes_stored = (
         int.from_bytes(cursor.take(4), "little") for _ in range(4)
     )
-    check(raw <= 8 * len(manifest) + (1 << 19), "limit_exceeded", f"a structure of {raw} bytes")
+    check(raw <= 4 * len(manifest) + (1 << 19), "limit_exceeded", f"a structure of {raw} bytes")
     check(n_notes <= 1 << 20, "limit_exceeded", f"notes of {n_notes} bytes")
-    delta = read_structure(open_stream(cursor.take(stored), raw, is_bounded=True))
-    strict_object(open_stream(cursor.take(notes_stored), n_notes, is_bounded=True), "corrupt")
+    structure = open_stream(cursor.take(stored), raw)
+    n_values = sum(structure.count(mark) for mark in b",[{")
+    fair = n_values <= len(manifest) // 3 + (1 << 16)
+    check(fair, "limit_exceeded", f"{n_values} values in the structure")
+    delta = read_structure(structure)
+    strict_object(open_stream(cursor.take(notes_stored), n_notes), "corrupt")
     for file in delta.weight_files:
         file.digest = cursor.take(16)
     for side in delta.side_files:

@@ -28,7 +28,7 @@ _MATCHES = zstandard.ZstdCompressionParameters.from_level(5, window_log=20)
 _THOROUGH = zstandard.ZstdCompressionParameters.from_level(19, window_log=24)
 _COMPRESSIBLE = 0.9  # below this ratio a stream may repeat itself, and a search for matches may pay
 _TEXT_LEVEL = 15
-MAX_EXPANSION, _EXPANSION_EXTRA = 64, 1 << 16  # of texts and files, which strangers may inflate
+MAX_EXPANSION, _EXPANSION_EXTRA = 64, 1 << 10  # of texts and files, which strangers may inflate
 
 _local = threading.local()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,6 @@ from vector_source.samples import (
     plain,
     with_header,
     with_manifest,
-    with_notes,
     with_side_file,
     with_streams,
 )
@@ -176,18 +174,14 @@ def expansion() -> list[Invalid]:
     def add(name: str, why: str, data: bytes) -> None:
         out.append(Invalid("expand_" + name, why, "R10", "limit_exceeded", data))
 
-    # One run-length block in a frame of 13 bytes, which may hold 64 * 13 + 65 536.
-    content = b"a" * (64 * 13 + 65536 + 1)
-    add("side", "a side file of 13 bytes that holds 66 369", side_as(frame(content), content))
+    # One run-length block in a frame of 11 bytes, which may hold 64 * 11 + 1024.
+    content = b"a" * (64 * 11 + 1024 + 1)
+    add("side", "a side file of 11 bytes that holds 1 729", side_as(frame(content), content))
     delta = with_header()
     spaced = delta.entries[HEADER] + b" " * 100_000
     delta.structure["target"]["weight_files"][0][2][1] = len(spaced)
     delta = stored_as(delta, HEADER, frame(spaced), "target.weight_files.0.2.2")
     add("header", "a stored header that expands too much", assemble(delta))
-    notes = b"{" + b" " * 70_000 + b"}"
-    add("notes", "notes that expand too much", with_notes(notes))
-    data = with_manifest({"base.id": "x" * 120_000}, of=plain)
-    add("structure", "a structure that expands too much", data)
     return out
 
 
@@ -211,12 +205,12 @@ def limits() -> list[Invalid]:
     limit = 1 << 27
     whole = assemble(plain())
     manifest = json.loads(whole[8:].split(b"}}")[0] + b"}}")["manifest"]["shape"][0]
-    most = 8 * manifest + (1 << 19)
+    most = 4 * manifest + (1 << 19)
     add("structure", "a structure of a byte too many, stated", stated(0, most + 1), "corrupt")
-    draw = random.Random("structure")
-    letters = "".join(chr(draw.randrange(97, 123)) for _ in range(8300)) + "x" * 620_000
-    data = with_manifest({"base.id": letters}, of=plain)
+    data = with_manifest({"base.id": "x" * 620_000}, of=plain)
     add("structure_held", "a structure of too many bytes for the manifest", data)
+    data = with_manifest({"base.id": "," * 66_500}, of=plain)
+    add("structure_values", "a structure of too many values for the manifest", data)
     add("structure_most", "a structure of 2^32 - 1 bytes", stated(0, (1 << 32) - 1), "corrupt")
     add("notes", "notes of 2^20 + 1 bytes, stated", stated(2, (1 << 20) + 1), "corrupt")
     noted = plain()
@@ -227,6 +221,7 @@ def limits() -> list[Invalid]:
     edit("base_name", "a base name of 1025 bytes", {"tensors.base_names": [[0, "n" * 1025]]})
     shape = "layouts.0.3"
     edit("dimensions", "a tensor of 65 dimensions", {shape: [1] * 64 + [4]})
+    edit("dtype", "a dtype of 65 bytes", {"layouts.0.0": "D" * 65}, "corrupt")
     edit("bits", "1025 bits a value", {"layouts.0": ["X", 1025, "i1", [8]]}, "corrupt")
     edit("size", "a tensor of 2^63 bits", {shape: [1 << 59]}, "corrupt")
     spare = {"layouts": [*plain().structure["layouts"], ["U8", 8, "i1", [1 << 60]]]}

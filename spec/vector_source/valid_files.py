@@ -100,7 +100,7 @@ def side_files() -> list[Valid]:
         "sub/new.bin": bytes(range(256)) * 3,
         "none": b"",
         "empty.txt": b"",
-        "long.txt": b"a" * 3000,
+        "long.txt": b"a" * (64 * 11 + 1024),  # as much as its frame of 11 bytes may hold
         "\u00e9t\u00e9 \U0001f600.txt": b"unicode",
         "sub.txt": b"a neighbour of the folder sub",
     }
@@ -190,8 +190,8 @@ def spelling() -> list[Valid]:
     out.append(made("notes_frame", "notes that are a frame", loose))
 
     loose = draft(base, target)
-    loose.notes = b"{" + b" " * (64 * 21 + 65536 - 2) + b"}"  # its frame has 21 bytes
-    out.append(made("notes_expand", "notes that expand as much as they may", loose))
+    loose.notes = b"{" + b" " * 100_000 + b"}"
+    out.append(made("notes_expand", "notes that expand a thousandfold", loose))
     text = b"z" * 40 + bytes(range(97, 123)) + b"z" * 40
     other = folder(*target.weight_files, side={"config.json": text})
     wide = draft(base, other)
