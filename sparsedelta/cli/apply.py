@@ -30,6 +30,11 @@ from sparsedelta.fs import check_absent
     metavar="GLOB",
     help="Leave out files of BASE that match. May be repeated.",
 )
+@click.option(
+    "--any-size",
+    is_flag=True,
+    help="Apply a delta that makes far more than its size explains.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT, a folder with all that is in it.")
 @click.pass_obj
 def command(
@@ -39,6 +44,7 @@ def command(
     deltas_and_out: tuple[str, ...],
     verify: Literal["full", "touched", "none"],
     exclude: tuple[str, ...],
+    any_size: bool,
     overwrite: bool,
 ) -> None:
     """Rebuild the target from BASE and DELTA, byte for byte.
@@ -62,6 +68,7 @@ def command(
             verify=verify,
             overwrite=overwrite,
             exclude=exclude,
+            any_size=any_size,
             progress=progress,
         )
     settings.note(f"wrote {out}")

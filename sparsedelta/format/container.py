@@ -48,12 +48,14 @@ class FilePayload:
         name: what messages call the file.
         file_bytes: its size.
         manifest_bytes: the size of its manifest.
+        any_size: it may make much more than its size explains (``Delta.check_output``).
     """
 
-    def __init__(self, source: ByteSource) -> None:
+    def __init__(self, source: ByteSource, *, any_size: bool = False) -> None:
         self.name = source.name
         self.file_bytes = source.n_bytes
         self.manifest_bytes = 0
+        self.any_size = any_size
         self._source = source
         self._start = 0
 

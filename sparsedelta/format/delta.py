@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsedelta._typing import JSON, AnyPath, Model, ModelCheck, Names
+from sparsedelta.errors import LimitExceeded
 from sparsedelta.format.container import FilePayload, write_container
 from sparsedelta.format.digests import base_tensors, fingerprint
 from sparsedelta.format.manifest import Manifest
@@ -16,6 +17,8 @@ from sparsedelta.format.records import Base, Payload, Row, Target
 from sparsedelta.fs import check_no_folder
 from sparsedelta.stores.base import ByteSource
 from sparsedelta.stores.local import OpenFile
+
+_OUTPUT_EXTRA, _OUTPUT_RATIO = 64 << 20, 1024
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -61,6 +64,30 @@ class Delta:
         if any(row.target.digest is None for row in self.tensors):
             return None
         return fingerprint((row.name, row.target) for row in self.tensors)
+
+    def check_output(self) -> None:
+        """Check that a file makes no more than its size and its base explain (FORMAT §14).
+
+        A file of 1 kB can state a tensor of any size. What is made may be twice the base tensors it is made
+        from, 1024 times the file and 64 MiB; what is touched only the last two.
+
+        Raises:
+            LimitExceeded: it makes more, and was not loaded with ``any_size``.
+        """
+        payload = self.payload
+        if not isinstance(payload, FilePayload) or payload.any_size:
+            return
+        allowed = _OUTPUT_EXTRA + _OUTPUT_RATIO * payload.file_bytes
+        base = sum(spec.n_bytes for spec in base_tensors(self.tensors).values())
+        made = sum(row.target.n_bytes for row in self.tensors)
+        made += sum(file.n_bytes for file in self.target.side_files if file.stored)
+        touched = sum(row.nnz * row.target.dtype.width for row in self.tensors)
+        if made > allowed + 2 * base or touched > allowed:
+            raise LimitExceeded(
+                f"'{payload.name}' has {payload.file_bytes} bytes and would make {made}, of which it touches"
+                f" {touched}: far more than its size explains; if you trust it, allow any size (--any-size,"
+                " load(any_size=True))"
+            )
 
     def save(self, path: AnyPath, *, overwrite: bool = False) -> None:
         """Write the delta as one ``.sd`` file, whole or not at all.
@@ -144,21 +171,25 @@ class Delta:
         self.close()
 
 
-def load(path: AnyPath) -> Delta:
+def load(path: AnyPath, *, any_size: bool = False) -> Delta:
     """Return the delta in a ``.sd`` file: header and manifest read and checked, the payload on demand.
 
     The file stays open until ``Delta.close``. What is read of the payload is compared with its digest.
+
+    Args:
+        path: of the file.
+        any_size: use it even if it makes far more than its size and its base explain, as a hostile file may.
 
     Raises:
         FormatError: the file is not a delta this version can read.
         OSError: it cannot be opened.
     """
-    return read_delta(OpenFile(path))
+    return read_delta(OpenFile(path), any_size=any_size)
 
 
-def read_delta(source: ByteSource) -> Delta:
+def read_delta(source: ByteSource, *, any_size: bool = False) -> Delta:
     """Return the delta whose file has these bytes; see ``load``. The source is closed with it."""
-    payload = FilePayload(source)
+    payload = FilePayload(source, any_size=any_size)
     try:
         manifest = payload.open()
     except BaseException:

@@ -48,6 +48,7 @@ def apply(
     verify: Check = "full",
     overwrite: bool = False,
     exclude: Sequence[str] = (),
+    any_size: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Write the target of ``base`` under the name ``out``.
@@ -62,6 +63,7 @@ def apply(
             itself and all other files are checked in any case.
         overwrite: replace what is at ``out``.
         exclude: globs of files of ``base`` to leave out, as for ``diff``.
+        any_size: apply files that make far more than their size and the base explain; see ``load``.
         progress: told of the bytes written.
 
     Raises:
@@ -81,7 +83,8 @@ def apply(
     check_apart([base, *(one for one in given if not isinstance(one, Delta))], out)
     with ExitStack() as stack:
         deltas = [
-            one if isinstance(one, Delta) else stack.enter_context(load(one)) for one in given
+            one if isinstance(one, Delta) else stack.enter_context(load(one, any_size=any_size))
+            for one in given
         ]
         check_chain(deltas)
         check_replaceable = (
@@ -156,6 +159,7 @@ def write_target(
     base: Checkpoint, delta: Delta, out: Path, *, check: Check, progress: Progress
 ) -> None:
     """Write the target as a new file or folder ``out`` and sync its files; see ``apply``."""
+    delta.check_output()
     files = target_layout(delta)
     n_bytes = sum(file.n_bytes for file in files)
     check_room(out, n_bytes + sum(file.n_bytes for file in delta.target.side_files))

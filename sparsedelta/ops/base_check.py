@@ -50,7 +50,9 @@ def find_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Tensor]:
 
     Raises:
         StructureMismatch: there is none of the right name, dtype and shape.
+        LimitExceeded: the delta makes far more than its size and the base explain.
     """
+    delta.check_output()
     lookup = Lookup(base.tensors.values(), _digest)
     found = {}
     for row in delta.tensors:

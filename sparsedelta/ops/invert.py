@@ -72,6 +72,7 @@ def invert(
         opened = delta if isinstance(delta, Delta) else context.enter_context(load(delta))
         payload = SpoolPayload(spool_dir)
         try:
+            opened.check_output()
             if base is None:
                 return _without_base(opened, base_id, payload, progress or Silent())
             checkpoint = context.enter_context(

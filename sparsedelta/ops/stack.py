@@ -49,6 +49,8 @@ def stack(
         opened = [
             one if isinstance(one, Delta) else context.enter_context(load(one)) for one in deltas
         ]
+        for one in opened:
+            one.check_output()
         kind = relation(opened)
         checkpoint = None
         if base is not None:

@@ -96,6 +96,7 @@ def check_delta(delta: Delta, progress: Progress) -> None:
     Raises:
         FormatError: something is damaged or contradicts the manifest.
     """
+    delta.check_output()
     for side_file in delta.target.side_files:
         if side_file.stored:
             carried_content(delta, side_file, side_file.stored)

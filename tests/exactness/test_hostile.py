@@ -8,12 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import assert_same_files, noise, roundtrip, write, write_file, write_sharded
+from helpers import Raw, assert_same_files, noise, roundtrip, write, write_file, write_sharded
 from vector_source.checkpoints import WEIGHTS, Checkpoint, Tensor, WeightFile, folder, tensor
 from vector_source.writer import Coding, Draft, assemble, draft
 
 import sparsedelta
-from sparsedelta.errors import BaseMismatch, CheckpointError, Corrupt
+from sparsedelta.errors import BaseMismatch, CheckpointError, Corrupt, LimitExceeded
 
 W = tensor("U8", [1, 2, 3, 4])
 BASE = folder(WeightFile(WEIGHTS, {"w": W}))
@@ -188,3 +188,45 @@ def test_a_full_disk_is_named(number: int, tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(OSError, match=f"{os.strerror(number)}.*{tmp_path / 'out'}"):
             sparsedelta.apply(base, delta, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["base"]
+
+
+def large(n_elements: int) -> Draft:
+    """Return a small delta that adds so many zeros to a tensor."""
+    longer = tensor("U8", [1, 2, 3, 4, 0, 0, 0, 0])
+    delta = draft(BASE, folder(WeightFile(WEIGHTS, {"w": longer})))
+    for layout in delta.structure["layouts"]:
+        if layout[3] == [8]:
+            layout[3] = [n_elements]
+    return delta
+
+
+@pytest.mark.parametrize("n_elements", [1 << 28, 1 << 36, 1 << 59])
+def test_small_files_that_make_much_are_refused(tmp_path: Path, n_elements: int) -> None:
+    base = put(BASE, tmp_path / "base")
+    path = save(large(n_elements), tmp_path / "delta.sd")
+    assert sparsedelta.inspect(path).target_bytes == n_elements  # says what it would make
+    for use in (
+        lambda: sparsedelta.apply(base, path, tmp_path / "out"),
+        lambda: sparsedelta.verify(path),
+        lambda: sparsedelta.invert(path),
+        lambda: sparsedelta.invert(path, base=base),
+        lambda: sparsedelta.stack(path),
+    ):
+        with pytest.raises(LimitExceeded, match="far more than its size explains"):
+            use()
+    assert sorted(os.listdir(tmp_path)) == ["base", "delta.sd"]
+
+
+def test_what_a_person_trusts_may_be_of_any_size(tmp_path: Path) -> None:
+    base = write_file(tmp_path / "base.safetensors", {"w": noise("U8", 4)})
+    target = write_file(
+        tmp_path / "target.safetensors", {"w": Raw("U8", (80 << 20,), bytes(80 << 20))}
+    )
+    with sparsedelta.diff(base, target) as delta:
+        delta.save(tmp_path / "delta.sd")
+    with pytest.raises(LimitExceeded):
+        sparsedelta.apply(base, tmp_path / "delta.sd", tmp_path / "out.safetensors")
+    sparsedelta.apply(base, tmp_path / "delta.sd", tmp_path / "out.safetensors", any_size=True)
+    assert (tmp_path / "out.safetensors").read_bytes() == target.read_bytes()
+    with sparsedelta.load(tmp_path / "delta.sd", any_size=True) as delta:
+        delta.check_output()
