@@ -23,6 +23,7 @@ class Chain(Stacking):
     def run(self) -> Delta:
         """Return the stack; its coded bytes are in the payload afterwards."""
         last = self.deltas[-1]
+        self._files = [{f.path: f for f in delta.target.side_files} for delta in self.deltas]
         carriers = [self._carrier(file) for file in last.target.side_files]
         side_files = self.copy_carried(carriers)
         target = replace(last.target, weight_files=self.copy_headers(last), side_files=side_files)
@@ -51,7 +52,7 @@ class Chain(Stacking):
         found = file
         for number in range(len(self.deltas), 0, -1):
             delta = self.deltas[number - 1]
-            there = {f.path: f for f in delta.target.side_files}.get(file.path)
+            there = self._files[number - 1].get(file.path)
             if there is None or (there.n_bytes, there.digest) != (file.n_bytes, file.digest):
                 raise ConflictError(
                     f"delta {number + 1} takes file {file.path!r} from its base, but the target of"

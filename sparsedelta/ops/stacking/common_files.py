@@ -6,7 +6,7 @@ only as far as a delta takes it from there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sparsedelta.errors import ConflictError, Corrupt
@@ -35,11 +35,8 @@ def common_files(deltas: Sequence[Delta]) -> tuple[Target, Delta, list[Carrier]]
     carriers = side_files(deltas)
     paths = [file.path for file in chosen.target.weight_files] + [c.file.path for c in carriers]
     folders = {folder for delta in deltas for folder in delta.target.empty_folders}
-    empty = [
-        folder
-        for folder in sorted(folders, key=str.encode)
-        if not any(path.startswith(folder + "/") for path in [*paths, *folders])
-    ]
+    filled = {parent for path in (*paths, *folders) for parent in _parents(path)}
+    empty = sorted(folders - filled, key=str.encode)
     try:
         check_paths([*paths, *empty])
     except Corrupt as error:
@@ -47,6 +44,12 @@ def common_files(deltas: Sequence[Delta]) -> tuple[Target, Delta, list[Carrier]]
     files = tuple(carrier.file for carrier in carriers)
     target = Target(chosen.target.is_folder, chosen.target.weight_files, files, tuple(empty))
     return target, chosen, carriers
+
+
+def _parents(path: str) -> Iterator[str]:
+    while "/" in path:
+        path = path.rpartition("/")[0]
+        yield path
 
 
 def layout_delta(deltas: Sequence[Delta]) -> Delta:
