@@ -82,6 +82,7 @@ def test_threads(spool: SpoolPayload) -> None:
 
 def test_forgotten_spool_closes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spool_module, "_MEMORY_BYTES", 16)
+    gc.collect()  # what other tests have left
     n_open = len(os.listdir("/dev/fd"))
     spool = SpoolPayload()
     spool.add_chunk(chunk(b"x" * 100), [b"x" * 100])
