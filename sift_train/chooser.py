@@ -57,7 +57,7 @@ class Chooser:
         for part in self._parts.values():
             if part.trains_all:
                 numel = part.parameter.numel()
-                part.choose(torch.arange(numel, dtype=index_dtype(numel)))
+                part.take_up(torch.arange(numel, dtype=index_dtype(numel)))
         from_weight = self._rule.from_weight
         if from_weight is None:
             return
@@ -70,7 +70,7 @@ class Chooser:
             if self._is_global:
                 scores[name] = finite_or_zero(raw.to(_CPU))
             else:
-                part.choose(top_k(raw, part.train_num, generator))
+                part.take_up(top_k(raw, part.train_num, generator))
         if self._is_global:
             self._choose_together(scores)
 
@@ -111,7 +111,7 @@ class Chooser:
             _hand_over(part, scores)
         elif scores.tells_apart:
             generator = seeded_generator(self._seed, part.name)
-            part.choose(top_k(scores.total, part.train_num, generator))
+            part.take_up(top_k(scores.total, part.train_num, generator))
             _hand_over(part, scores)
         else:
             _stand_in(part, scores)
@@ -138,7 +138,7 @@ class Chooser:
         generator = seeded_generator(self._seed, "")
         chosen: dict[str, Any] = top_k_of_all(scores, min(total, numel), generator)
         for name, part in waiting.items():
-            part.choose(chosen.get(name, torch.empty(0, dtype=torch.int32)))
+            part.take_up(chosen.get(name, torch.empty(0, dtype=torch.int32)))
 
 
 def choose_by_hand(

@@ -147,12 +147,16 @@ class SparseParameter:
             )
         if self.is_dense and len(index) != numel:
             raise ValueError(f"{self.name!r} is trained densely; it has no choice of components")
+        self.take_up(index)
+
+    def take_up(self, index: Tensor) -> None:
+        """Do what ``choose`` does with an index that is known to be right: nothing is checked."""
         if len(index) != self.train_num:
             self.master.data = self.master.new_zeros(len(index))
             self.master.grad = None
         self._index = None
         if not self.trains_all:
-            self._index = index.to(self.parameter.device, index_dtype(numel))
+            self._index = index.to(self.parameter.device, index_dtype(self.parameter.numel()))
         with torch.no_grad():
             selected = self._take(self.parameter)
             self.original = selected.to("cpu", copy=True)

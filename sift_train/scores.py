@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sift_train.rules import Rule
-from sift_train.selection import SLICE, finite_or_zero
+from sift_train.selection import finite_or_zero, slices_of
 
 _CPU = torch.device("cpu")
 
@@ -71,5 +71,5 @@ class GradientScores:
     @property
     def tells_apart(self) -> bool:
         """Whether any component has a score, so that a choice is better than a blind one."""
-        parts = self.total.reshape(-1).split(SLICE)
-        return any(bool((part.isfinite() & (part != 0)).any()) for part in parts)
+        parts = slices_of(self.total.reshape(-1))
+        return any(bool(part.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).any()) for part in parts)

@@ -1,21 +1,25 @@
 """Which components of a tensor, or of many, are trained: the k with the largest scores.
 
 Chosen indices are flat, row-major and strictly increasing; non-finite scores rank below all others,
-and equal scores are told apart by a seeded draw, so a choice depends on nothing but its inputs.
+and equal scores are told apart by a seeded draw, so a choice depends on nothing but its inputs: it
+is the same on every device.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import struct
+from collections.abc import Mapping, Sequence
 from typing import SupportsFloat
 
 import torch
 from torch import Tensor
 
-_Bins = Callable[[Tensor], Tensor]
+CPU_SLICE = 1 << 17  # elements looked at together: as many as suit a processor's cache
+DEVICE_SLICE = 1 << 23  # elsewhere every operation on a slice is a launch: few slices
 
-SLICE = 1 << 17  # elements looked at together: what the search for a threshold holds beside them
+_N_BINS = 1 << 16  # of 16 bits
+_NEGATIVE = 1 << 15  # the upper halves of negative numbers begin here
 
 
 def n_selected(numel: int, rate: float) -> int:
@@ -67,7 +71,8 @@ def top_k_of_all(
 ) -> dict[str, Tensor]:
     """Return the flat indices of the k largest of all scores together, by tensor.
 
-    The k-th largest value is found by counting, without sorting: two passes over the scores.
+    The k-th largest value is found by counting, without sorting: two passes over the scores. Until
+    it is known everything stays on the device, and the host waits once, and once more a tensor.
 
     Args:
         scores: by tensor; as for ``top_k``.
@@ -86,61 +91,133 @@ def top_k_of_all(
             name: torch.arange(min(k, len(each)), device=each.device, dtype=index_dtype(len(each)))
             for name, each in flat.items()
         }
-    least = _kth_largest(list(flat.values()), k)
-    found = {name: _split(each, least) for name, each in flat.items()}
-    n_missing = k - sum(len(above) for above, _ in found.values())
-    n_ties = [len(ties) for _, ties in found.values()]
-    drawn = torch.randperm(sum(n_ties), generator=generator)[:n_missing].sort().values
+    least, n_missing, n_ties = _kth_largest(list(flat.values()), k)
+    if n_missing == n_ties:
+        return {name: _at_least(each, least) for name, each in flat.items()}
+    drawn = torch.randperm(n_ties, generator=generator)[:n_missing]
+    is_taken = torch.zeros(n_ties + 1, dtype=torch.bool)  # by rank among the ties, from 1 on
+    is_taken[drawn + 1] = True
+    n_before = torch.zeros(1, dtype=index_dtype(n_ties + 1))
     chosen = {}
-    begin = 0
-    for (name, (above, ties)), n in zip(found.items(), n_ties, strict=True):
-        own = drawn[(drawn >= begin) & (drawn < begin + n)] - begin
-        both = torch.cat([above, ties[own.to(ties.device)]])
-        chosen[name] = both.sort().values.to(index_dtype(len(flat[name])))
-        begin += n
+    for name, each in flat.items():
+        taken, n_before = _uploaded(is_taken, each.device), n_before.to(each.device)
+        chosen[name], n_before = _above_or_taken(each, least, taken, n_before)
     return chosen
 
 
-def _order(part: Tensor) -> Tensor:
-    """Return int32 keys that sort as the scores do, non-finite ones as the least."""
-    wide = part.float()
-    wide = torch.where(wide.isfinite(), wide, -torch.inf) + 0.0  # + 0.0: -0.0 is 0.0
-    bits = wide.view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def slices_of(flat: Tensor) -> Sequence[Tensor]:
+    """Return the parts of a tensor that are looked at one after the other, as suits its device."""
+    return flat.split(CPU_SLICE if flat.device.type == "cpu" else DEVICE_SLICE)
 
 
-def _kth_largest(all_scores: Sequence[Tensor], k: int) -> int:
-    """Return the key of the k-th largest: first its upper 16 bits, then its lower."""
-    counts = _count(all_scores, lambda keys: (keys >> 16) + (1 << 15))
-    upper, n_above = _bin_of(counts, k)
-    upper -= 1 << 15
-    counts = _count(all_scores, lambda keys: keys[keys >> 16 == upper] & 0xFFFF)
-    lower, _ = _bin_of(counts, k - n_above)
-    return (upper << 16) + lower
+def search_bytes(numel: int, k: int) -> int:
+    """Return what choosing k of a tensor's scores holds on a device beside them, at most.
+
+    A mask and the draw among ties take a byte an element each, a slice's copies and ranks 14 bytes
+    for each of its elements, and the indices found 8 bytes each.
+    """
+    return 2 * numel + max(14 * min(numel, DEVICE_SLICE), 8 * k)
 
 
-def _count(all_scores: Sequence[Tensor], bins: _Bins) -> Tensor:
-    total = torch.zeros(1 << 16, dtype=torch.int64)
-    for scores in all_scores:
-        own = torch.zeros_like(total, device=scores.device)  # one wait for the device a tensor
-        for part in scores.split(SLICE):
-            own += torch.bincount(bins(_order(part)), minlength=1 << 16)
-        total += own.cpu()
-    return total
+def _kth_largest(all_scores: Sequence[Tensor], k: int) -> tuple[float, int, int]:
+    """Return the k-th largest score, how many of those equal to it are needed, and how many there are.
+
+    Counted are the bits of scores in fp32: first their upper 16, which are all that bf16 has, then
+    the lower 16 where the upper ones are those of the k-th largest. Larger bits are larger scores,
+    or smaller negative ones.
+    """
+    counts = _count(all_scores)
+    by_score = torch.cat([counts[:_NEGATIVE].flip(0), counts[_NEGATIVE:]])  # the largest first
+    at, nth, n_there = _bin_of(by_score, torch.full((1,), k, device=counts.device))
+    upper = torch.where(at < _NEGATIVE, _NEGATIVE - 1 - at, at)
+    lower_at = []
+    if any(scores.dtype != torch.bfloat16 for scores in all_scores):
+        counts = _count(all_scores, upper.int())
+        by_score = torch.where(at < _NEGATIVE, counts.flip(0), counts)
+        found, nth, n_there = _bin_of(by_score, nth)
+        lower_at = [found]
+    rank, n_ties, high, *low = torch.cat([nth, n_there, upper, *lower_at]).tolist()  # waits
+    bits = (high << 16) + sum(each if high >= _NEGATIVE else _N_BINS - 1 - each for each in low)
+    (least,) = struct.unpack("<f", struct.pack("<I", bits))
+    return least, rank, n_ties
 
 
-def _bin_of(counts: Tensor, k: int) -> tuple[int, int]:
-    """Return the bin that holds the k-th largest, and how many lie in the bins above it."""
-    from_above = counts.flip(0).cumsum(0)
-    at = int(torch.searchsorted(from_above, k))
-    return len(counts) - 1 - at, int(from_above[at] - counts.flip(0)[at])
+def _count(all_scores: Sequence[Tensor], upper: Tensor | None = None) -> Tensor:
+    """Return how many scores have each upper half, or each lower half beside one upper half.
+
+    Returns:
+        Shape (65536,), integers, on the device of the first scores.
+    """
+    counts = _count_one(all_scores[0], upper)
+    for scores in all_scores[1:]:
+        counts = counts.long() + _count_one(scores, upper).to(counts.device)
+    return counts
 
 
-def _split(flat: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """Return the indices of the scores above the threshold, and of those equal to it; int64."""
-    above, ties = [], []
-    for number, part in enumerate(flat.split(SLICE)):
-        keys = _order(part)
-        above.append((keys > least).nonzero().flatten() + number * SLICE)
-        ties.append((keys == least).nonzero().flatten() + number * SLICE)
-    return torch.cat(above), torch.cat(ties)
+def _count_one(scores: Tensor, upper: Tensor | None) -> Tensor:
+    counts = torch.zeros(_N_BINS, dtype=index_dtype(len(scores)), device=scores.device)
+    for part in slices_of(scores):
+        # In place where possible: no more than 8 bytes an element lie beside a slice.
+        bits = _finite_first(part).float().add_(0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
+        lower = bits if upper is None else bits & (_N_BINS - 1)
+        bits.bitwise_right_shift_(16).bitwise_and_(_N_BINS - 1)
+        if upper is None:
+            counts.index_add_(0, bits, counts.new_ones(1).expand(len(bits)))
+        else:
+            counts.index_add_(0, lower, bits.eq_(upper.to(bits.device)).to(counts.dtype))
+    return counts
+
+
+def _bin_of(counts: Tensor, nth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the bin of the n-th, the how manieth of its bin it is, how many are in it; shape (1,)."""
+    up_to = counts.cumsum(0)
+    at = torch.searchsorted(up_to, nth)
+    n_there = counts.gather(0, at)
+    return at, nth - up_to.gather(0, at) + n_there, n_there
+
+
+def _at_least(flat: Tensor, least: float) -> Tensor:
+    """Return the indices of the scores that are not below a threshold."""
+    mask = torch.empty(len(flat), dtype=torch.bool, device=flat.device)
+    for part, chosen in zip(slices_of(flat), slices_of(mask), strict=True):
+        torch.ge(_finite_first(part), least, out=chosen)
+    return _indices(mask)
+
+
+def _above_or_taken(
+    flat: Tensor, least: float, is_taken: Tensor, n_before: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the indices of the scores above a threshold and of ties that are taken.
+
+    Args:
+        flat: scores.
+        least: the threshold.
+        is_taken: of the ties, by rank from 1 on.
+        n_before: ties in the tensors before this one, shape (1,); returned with this one's added.
+    """
+    mask = torch.empty(len(flat), dtype=torch.bool, device=flat.device)
+    for part, chosen in zip(slices_of(flat), slices_of(mask), strict=True):
+        scores = _finite_first(part)
+        torch.gt(scores, least, out=chosen)
+        ties = scores.eq(least)
+        rank = ties.cumsum(0, dtype=n_before.dtype).add_(n_before)
+        chosen |= ties.logical_and_(is_taken.index_select(0, rank))
+        n_before = rank[-1:].clone()
+    return _indices(mask), n_before
+
+
+def _indices(mask: Tensor) -> Tensor:
+    return mask.nonzero().flatten().to(index_dtype(len(mask)))  # waits for the device
+
+
+def _finite_first(part: Tensor) -> Tensor:
+    """Return a copy in at most fp32 with -inf in place of infinities and NaNs."""
+    narrow = part.float() if part.itemsize > 4 else part
+    return narrow.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+
+
+def _uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device, without waiting for the device."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
+from sift_train import selection
 from sift_train.rules import RULES, Rule, find_rule
 from sift_train.selection import (
     index_dtype,
     n_selected,
     seeded_generator,
     top_k,
+    top_k_of_all,
 )
 
 
@@ -63,6 +70,59 @@ def test_ties_are_drawn_by_the_seed() -> None:
     assert 7 in first
     assert 7 in other
     assert len(set(first)) == 50
+
+
+def by_sorting(scores: Mapping[str, Tensor], k: int, generator: torch.Generator) -> list[int]:
+    """Return the places of the k largest in all scores joined, the slow way."""
+    joined = torch.cat([each.flatten().float() for each in scores.values()])
+    joined[~joined.isfinite()] = -torch.inf
+    least = joined.sort(descending=True).values[k - 1]
+    ties = (joined == least).nonzero().flatten()
+    n_above = int((joined > least).sum())
+    drawn = torch.randperm(len(ties), generator=generator)[: k - n_above]
+    return sorted([*(joined > least).nonzero().flatten().tolist(), *ties[drawn].tolist()])
+
+
+SCORES = st.one_of(
+    st.floats(width=32),  # not finite ones, -0.0 and subnormal ones among them
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, float("nan"), float("inf"), -float("inf")]),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_the_choice_is_the_same_on_every_device(data: st.DataObject, dtype: torch.dtype) -> None:
+    """Ties included: by the slices of a CPU, by those of other devices, and by sorting."""
+    lists = data.draw(st.lists(st.lists(SCORES, min_size=1, max_size=40), min_size=1, max_size=3))
+    scores = {str(n): torch.tensor(each).to(dtype) for n, each in enumerate(lists)}
+    numel = sum(map(len, lists))
+    k = data.draw(st.integers(1, max(1, numel - 1)))
+    expected = by_sorting(scores, k, generator()) if k < numel else list(range(numel))
+    for length in (3, selection.DEVICE_SLICE):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(selection, "CPU_SLICE", length)
+            chosen = top_k_of_all(scores, k, generator())
+        places, begin = [], 0
+        for name, each in scores.items():
+            assert chosen[name].dtype == torch.int32
+            places += (chosen[name] + begin).tolist()
+            begin += len(each)
+        assert places == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_the_choice_is_that_of_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(selection, "DEVICE_SLICE", 1000)
+    scores = torch.randn(97, 53, generator=torch.Generator().manual_seed(5)).to(dtype)
+    scores[3], scores[7, ::2] = torch.nan, 0.0
+    for k in (1, 500, 5000):
+        on_gpu = top_k(scores.cuda(), k, generator())
+        assert on_gpu.is_cuda
+        assert on_gpu.tolist() == top_k(scores, k, generator()).tolist()
 
 
 @pytest.mark.parametrize("k", [-1, 5])
