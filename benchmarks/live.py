@@ -36,7 +36,8 @@ from variants import make_base, make_variant
 
 import sparsedelta
 from sparsedelta.live.bits import flat_bits
-from sparsedelta.live.inplace import Patch, prepare
+from sparsedelta.live.inplace import prepare
+from sparsedelta.live.patch import Patch
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RELOAD = "load the checkpoint again"

@@ -1,23 +1,24 @@
 """Several deltas of one base on one model in memory: decoded once, switched in place.
 
-The model is the base, or the target of the active delta, whenever nobody holds the writer's lock.
+Whenever nobody holds the writer's lock the model is the base or the target of the active delta, or the bank
+refuses all but to restore it.
 """
 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from sparsedelta._typing import Model, ModelCheck, Names
-from sparsedelta.errors import ConflictError, StructureMismatch
+from sparsedelta.errors import ConflictError
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.digests import base_tensors
 from sparsedelta.format.records import TensorKey, TensorSpec
-from sparsedelta.live.bits import scatter, torch_dtype
-from sparsedelta.live.inplace import Patch, prepare
+from sparsedelta.live.inplace import prepare
+from sparsedelta.live.patch import Patch, Writer
 from sparsedelta.live.rwlock import SharedLock
 
 
@@ -39,6 +40,9 @@ class DeltaBank:
 
     Switching writes the touched elements of the delta that goes and of the one that comes, and reads
     nothing. Threads that use the model while others switch do so within ``reading``.
+
+    A switch that fails or is interrupted is taken back. If that fails too, as after more interrupts, every
+    method that concerns the model raises ``HalfWritten``, a ``PartlyApplied``, until ``restore`` has succeeded.
 
     Args:
         model: a ``torch.nn.Module`` or a state dict that holds the base.
@@ -63,13 +67,13 @@ class DeltaBank:
         self._verify: ModelCheck = verify
         self._names = names
         self._lock = SharedLock()
-        self._deltas: dict[str, _Resident] = {}  # the one used last comes last
-        self._active: str | None = None
+        self._deltas: OrderedDict[str, _Resident] = OrderedDict()  # the one used last comes last
+        self._writer = Writer()
 
     @property
     def active(self) -> str | None:
         """The name of the active delta; None: the model is the base."""
-        return self._active
+        return self._writer.holds
 
     @property
     def resident_bytes(self) -> int:
@@ -104,9 +108,9 @@ class DeltaBank:
             with _opened(delta) as opened:
                 resident = _Resident(delta, base_tensors(opened.tensors))
                 self._check_sibling(name, resident)
-                active = self._active
-                self._switch(None)
+                active = self.active
                 try:
+                    self._switch(None)
                     self._decode(resident, opened, keep=active)
                     self._deltas[name] = resident
                 finally:
@@ -120,7 +124,7 @@ class DeltaBank:
             ValueError: it is active.
         """
         with self._lock.writing():
-            if name == self._active:
+            if name == self.active:
                 raise ValueError(f"delta {name!r} is active; activate another one or None first")
             del self._deltas[name]
 
@@ -134,6 +138,11 @@ class DeltaBank:
         with self._lock.writing():
             self._switch(name)
 
+    def restore(self) -> None:
+        """Take back a switch that was broken off, so that the model is what ``active`` says."""
+        with self._lock.writing():
+            self._writer.restore()
+
     @contextmanager
     def reading(self) -> Iterator[str | None]:
         """Use the model while no other thread switches it; yields the name of the active delta.
@@ -141,7 +150,7 @@ class DeltaBank:
         Threads read together. A thread must not switch while it reads.
         """
         with self._lock.reading():
-            yield self._active
+            yield self.active
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -155,32 +164,30 @@ class DeltaBank:
             yield
 
     def _switch(self, name: str | None) -> None:
-        if name == self._active:
+        if name == self.active:
             return
         if name is not None and name not in self._deltas:
             raise KeyError(f"the bank has no delta {name!r}, only {', '.join(self) or 'none'}")
         if name is not None:
             self._make_resident(name)
-        outgoing = self._patches(self._active)
-        incoming = self._patches(name)
-        _write(outgoing, incoming)
-        self._active = name
+        steps = _steps(self._patches(self.active), self._patches(name))
+        self._writer.write(steps, becomes=name)
 
     def _patches(self, name: str | None) -> list[Patch]:
         """Return the patches of a resident delta, each on the device of its tensor."""
         if name is None:
             return []
         resident = self._deltas[name]
-        resident.patches = [_in_step(patch) for patch in resident.patches or ()]
+        resident.patches = [patch.in_step() for patch in resident.patches or ()]
         return resident.patches
 
     def _make_resident(self, name: str) -> None:
-        resident = self._deltas.pop(name)
-        self._deltas[name] = resident
+        self._deltas.move_to_end(name)
+        resident = self._deltas[name]
         if resident.patches is None:
-            active = self._active
-            self._switch(None)
+            active = self.active
             try:
+                self._switch(None)
                 with _opened(resident.source) as opened:
                     self._decode(resident, opened, keep=None)
             except BaseException:
@@ -251,35 +258,17 @@ def _opened(source: str | os.PathLike[str] | Delta) -> Iterator[Delta]:
             yield delta
 
 
-def _in_step(patch: Patch) -> Patch:
-    """Return a patch on the device on which its tensor is now.
-
-    Raises:
-        StructureMismatch: the tensor has got another dtype or shape.
-    """
-    tensor, target = patch.place.slot.tensor(), patch.place.row.target
-    if tensor.dtype != torch_dtype(target.dtype) or tuple(tensor.shape) != target.shape:
-        raise StructureMismatch(
-            f"tensor {patch.place.slot.name!r} has become {tensor.dtype} {list(tensor.shape)}; make a"
-            " new bank for the model",
-            tensor=patch.place.row.name,
-        )
-    if tensor.device == patch.index.device:
-        return patch
-    moved = (t.to(tensor.device) for t in (patch.index, patch.before, patch.after))
-    index, before, after = moved
-    return replace(patch, index=index, before=before, after=after)
-
-
-def _write(outgoing: Sequence[Patch], incoming: Sequence[Patch]) -> None:
-    """Undo patches and make others; positions that both touch in the same tensor alike once."""
+def _steps(outgoing: Sequence[Patch], incoming: Sequence[Patch]) -> list[Patch]:
+    """Return what undoes patches and makes others; positions that both touch in a tensor alike once."""
     coming = {patch.place.slot.name: patch for patch in incoming}
+    going = []
     for patch in outgoing:
         other = coming.get(patch.place.slot.name)
         if other is None or not _same_positions(patch, other):
-            scatter(patch.place.slot.tensor(), patch.index, patch.before)
-    for patch in incoming:
-        scatter(patch.place.slot.tensor(), patch.index, patch.after)
+            going.append(patch.reversed())
+        else:
+            coming[patch.place.slot.name] = replace(other, before=patch.after)
+    return [*going, *coming.values()]
 
 
 def _same_positions(one: Patch, other: Patch) -> bool:

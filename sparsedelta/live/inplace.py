@@ -8,8 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from blake3 import blake3
@@ -29,39 +28,16 @@ from sparsedelta.errors import (
 )
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.records import DIGEST_BYTES, Row
-from sparsedelta.live.bits import TensorBytes, gather, integer_view, scatter
+from sparsedelta.live.bits import TensorBytes, gather, integer_view
+from sparsedelta.live.interrupts import uninterrupted
+from sparsedelta.live.patch import Patch, Writer
 from sparsedelta.live.slots import Place, Places, Slot, find_places
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.changes import decode_row_chunk
 from sparsedelta.tensors.parallel import Pace, run_all
 
-if TYPE_CHECKING:
-    import torch
-
 State: TypeAlias = Literal["base", "target", "other"]
 _BLOCK_ELEMENTS = 1 << 24
-
-
-@dataclass(frozen=True, slots=True)
-class Patch:
-    """The touched elements of one tensor, decoded, on the model's device.
-
-    Attributes:
-        place: which tensor, and where the model holds it.
-        index: flat indices, (nnz,) int64, increasing.
-        before: their bits in the base, (nnz,) integers of the element size.
-        after: their bits in the target.
-    """
-
-    place: Place
-    index: torch.Tensor
-    before: torch.Tensor
-    after: torch.Tensor
-
-    @property
-    def n_bytes(self) -> int:
-        """What it takes to keep."""
-        return sum(t.numel() * t.element_size() for t in (self.index, self.before, self.after))
 
 
 def apply_(
@@ -69,7 +45,7 @@ def apply_(
 ) -> None:
     """Make the target of the base that a model in memory holds; see ``Delta.apply_``."""
     patches = prepare(delta, model, verify=verify, names=names, undo=False)
-    write(patches, undo=False)
+    Writer().write(patches)
 
 
 def revert_(
@@ -77,7 +53,7 @@ def revert_(
 ) -> None:
     """Make the base of the target that a model in memory holds; see ``Delta.revert_``."""
     patches = prepare(delta, model, verify=verify, names=names, undo=True)
-    write(patches, undo=True)
+    Writer().write([patch.reversed() for patch in patches])
 
 
 @contextmanager
@@ -86,11 +62,20 @@ def applied(
 ) -> Iterator[None]:
     """Apply a delta for a while; see ``Delta.applied``."""
     patches = prepare(delta, model, verify=verify, names=names, undo=False)
-    write(patches, undo=False)
     try:
+        Writer().write(patches)
         yield
     finally:
-        write(patches, undo=True)
+        try:
+            _put_back(patches)
+        except BaseException:  # once more, whatever broke it off
+            _put_back(patches)
+            raise
+
+
+def _put_back(patches: Sequence[Patch]) -> None:
+    with uninterrupted():
+        Writer().write([patch.in_step().reversed() for patch in patches])
 
 
 def prepare(
@@ -133,12 +118,6 @@ def prepare(
             _check_whole(places, undo=undo)
         raise
     return [patch for patch, _ in found]
-
-
-def write(patches: Sequence[Patch], *, undo: bool) -> None:
-    """Set every touched element to its bits in the target, or with ``undo`` in the base."""
-    for patch in patches:
-        scatter(patch.place.slot.tensor(), patch.index, patch.before if undo else patch.after)
 
 
 def _check_possible(row: Row, verify: ModelCheck, *, undo: bool) -> None:

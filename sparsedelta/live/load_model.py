@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,8 +22,9 @@ from sparsedelta.files.shards import INDEX_SUFFIX, SHARD, roles
 from sparsedelta.files.side_files import write_side_file
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.paths import WEIGHT_SUFFIX
-from sparsedelta.format.records import Row, SideFile
+from sparsedelta.format.records import Row, SideFile, TensorKey
 from sparsedelta.live.bits import torch_dtype
+from sparsedelta.live.slots import find_slots
 from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.parallel import Pace
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
+_SHOWN = 3  # tensors named in a warning
 _ROLES = ("model", "pytorch_model", "diffusion_pytorch_model")  # of a model's weights, best first
 
 
@@ -53,9 +56,36 @@ def load_target(
         with explained(delta, checkpoint):
             folder = context.enter_context(_small_files(delta, checkpoint))
         files = _model_files(delta, folder)
-        return _from_pretrained(
+        model = _from_pretrained(
             folder, tensors, files, model_class, dtype, device_map, dict(options or {})
         )
+    left = _left_out(delta, files, tensors.made, model)
+    if left:
+        shown = ", ".join(f"{row.name!r} of {row.file!r}" for row in left[:_SHOWN])
+        more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+        warnings.warn(
+            f"the delta changes tensors that the returned model does not hold, {shown}{more}; to use them,"
+            " apply the delta and load the target by other means",
+            stacklevel=3,
+        )
+    return model
+
+
+def _left_out(
+    delta: Delta, files: Collection[str], made: Collection[TensorKey], model: Any
+) -> list[Row]:
+    """Return changed tensors of the target that a model does not hold.
+
+    A tensor that has the name and shape of one that it holds is taken for a copy, as in another dtype.
+    """
+    held = {(row.name, row.target.shape) for row in delta.tensors if row.key in made}
+    names = find_slots(model)  # those of tied tensors too, of which only one is made
+    return [
+        row
+        for row in delta.tensors
+        if not row.is_copied and (row.name, row.target.shape) not in held
+        if row.file not in files or row.name not in names
+    ]
 
 
 def _model_files(delta: Delta, folder: Path) -> set[str]:
@@ -126,7 +156,8 @@ class _Tensors:
         self._verify: Check = verify
         self._pace = Pace(Silent())
         self._lock = threading.Lock()
-        self.failure: SparseDeltaError | None = None
+        self.failure: SparseDeltaError | MemoryError | None = None
+        self.made: set[TensorKey] = set()
 
     def of(self, files: Collection[str]) -> dict[str, _Lazy]:
         """Return the tensors of weight files by name."""
@@ -135,11 +166,13 @@ class _Tensors:
     def make(self, row: Row) -> torch.Tensor:
         """Return one tensor."""
         try:
-            return self._make(row)
-        except SparseDeltaError as error:
+            tensor = self._make(row)
+        except (SparseDeltaError, MemoryError) as error:
             with self._lock:
                 self.failure = self.failure or error
             raise
+        self.made.add(row.key)
+        return tensor
 
     def _make(self, row: Row) -> torch.Tensor:
         import torch
@@ -151,7 +184,12 @@ class _Tensors:
                 f"tensor {row.name!r} is {spec.dtype.name}, which torch does not have",
                 tensor=row.name,
             )
-        buffer = torch.empty(spec.n_bytes, dtype=torch.uint8)
+        try:
+            buffer = torch.empty(spec.n_bytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise MemoryError(
+                f"tensor {row.name!r} takes {spec.n_bytes} bytes, more than there is memory for"
+            ) from error
         memory = buffer.numpy().data
 
         def write(data: memoryview, offset: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sparsedelta._typing import Model, Names
@@ -66,10 +66,17 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A changed tensor and where the model holds it."""
+    """A changed tensor and where the model holds it.
+
+    Attributes:
+        row: of the delta.
+        slot: where it is.
+        tied: where else it is, under the names of other rows.
+    """
 
     row: Row
     slot: Slot
+    tied: tuple[Slot, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +121,7 @@ def find_places(delta: Delta, model: Model, names: Names) -> Places:
     alike: dict[tuple[str, str], list[Row]] = defaultdict(list)  # of one name, in several files
     for row, name in wanted:
         alike[row.name, own_name(name)].append(row)
-    changed: dict[object, Place] = {}
+    changed: dict[object, Place] = {}  # by memory
     found: list[tuple[list[Row], Slot]] = []
     for (_, name), rows in alike.items():
         slot = slots.get(name)
@@ -126,8 +133,37 @@ def find_places(delta: Delta, model: Model, names: Names) -> Places:
             _check_usable(meant[0], slot.tensor())
             changed.setdefault(_memory_of(slot.tensor()), Place(meant[0], slot))
     for meant, slot in found:
-        _check_tied(meant[0], changed.get(_memory_of(slot.tensor())))
+        memory = _memory_of(slot.tensor())
+        place = changed.get(memory)
+        if place is not None and place.slot is not slot:
+            _check_tied(meant[0], place)
+            changed[memory] = replace(place, tied=(*place.tied, slot))
     return Places([*changed.values()], [(rows, slot) for rows, slot in found if not rows[0].chunks])
+
+
+def check_in_step(place: Place) -> torch.Tensor:
+    """Return the tensor that is at a place now.
+
+    Raises:
+        StructureMismatch: it has another dtype or shape than when it was found, holds no plain data, or is no
+            longer tied to those that it was tied to.
+    """
+    row, tensor = place.row, place.slot.tensor()
+    if not _fits(row, tensor):
+        raise StructureMismatch(
+            f"tensor {place.slot.name!r} has become {wire_name(tensor.dtype)} {list(tensor.shape)},"
+            f" expected {_shown(row.target)}; nothing was written",
+            tensor=row.name,
+        )
+    _check_usable(row, tensor)
+    for other in place.tied:
+        if _memory_of(other.tensor()) != _memory_of(tensor):
+            raise StructureMismatch(
+                f"tensors {place.slot.name!r} and {other.name!r} were tied in the model and are no"
+                " longer; nothing was written",
+                tensor=row.name,
+            )
+    return tensor
 
 
 def find_slots(model: Model) -> dict[str, Slot]:
@@ -325,6 +361,8 @@ def _unusable(tensor: torch.Tensor) -> str | None:
         return f"is a {type(tensor.data).__name__}, not a plain tensor"
     if tensor.layout != torch.strided or overlaps_itself(tensor):
         return "has elements that share memory or are not laid out plainly"
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return "was made in inference mode, which is over"
     return None
 
 
@@ -334,9 +372,9 @@ def _memory_of(tensor: torch.Tensor) -> object:
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def _check_tied(row: Row, place: Place | None) -> None:
+def _check_tied(row: Row, place: Place) -> None:
     """Check that a tensor which shares its memory with a changed one becomes the same as that."""
-    if place is not None and not _same_change(row, place.row):
+    if not _same_change(row, place.row):
         raise StructureMismatch(
             f"tensors {place.row.name!r} and {row.name!r} are tied in the model, but not in the delta's"
             " base and target; untie them before applying it",

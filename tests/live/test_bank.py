@@ -352,7 +352,7 @@ class TestLock:
         with lock.reading():
             writer = threading.Thread(target=write)
             writer.start()
-            while not lock._n_waiting:
+            while not lock._waiting:
                 waiting.wait(0.001)
             reader = threading.Thread(target=read)
             reader.start()
