@@ -109,7 +109,7 @@ def test_damaged_index_streams_are_refused_or_positions_all_the_same(name: str) 
 @each_encoding
 def test_index_streams_are_the_formats(name: str) -> None:
     for positions, stream, context in streams(name):
-        keys = KEYS.tolist() if context.classes else None
+        keys = KEYS.tolist() if context.classes else []
         found = _reference_bits.positions(name, stream, len(positions), SPAN, keys)
         assert found == positions.tolist()
 
@@ -176,7 +176,7 @@ def test_value_streams_are_the_formats(name: str, width: int) -> None:
     for numbers, parts, keys in packed(name, width):
         sizes = VALUE_PACKINGS[name].stream_sizes(stated(name, parts), 500, width)
         whole = [part or bytes(size) for part, size in zip(parts, sizes, strict=True)]
-        listed = None if keys is None else keys.tolist()
+        listed = [] if keys is None else keys.tolist()
         assert _reference_bits.codes(name, whole, 500, width, listed) == numbers.tolist()
 
 
