@@ -33,9 +33,8 @@ from sparsedelta.hub.references import DELTA_SUFFIX, Reference, parse_reference
 from sparsedelta.hub.repository import open_repository
 from sparsedelta.ops.apply import apply, check_apart
 from sparsedelta.ops.base_check import find_base, open_base
-from sparsedelta.progress import Progress, Silent
+from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import digest_tensor
-from sparsedelta.tensors.parallel import Pace
 from sparsedelta.tensors.rebuild import Check
 
 COUNTED_NAME = "config.json"
@@ -230,10 +229,7 @@ def _count(link: Link) -> None:
 
 def _base_test(checkpoint: Checkpoint) -> Callable[[Delta], bool]:
     """Return what tells whether a checkpoint has all tensors that a delta is made from."""
-
-    @functools.cache
-    def digest(tensor: Tensor) -> bytes:
-        return digest_tensor(tensor, Pace(Silent()))
+    digest: Callable[[Tensor], bytes] = functools.cache(digest_tensor)
 
     def is_base(delta: Delta) -> bool:
         try:

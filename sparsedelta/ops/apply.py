@@ -32,7 +32,7 @@ from sparsedelta.fs import (
 )
 from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.ops.lookup import Lookup
-from sparsedelta.progress import Progress, Silent
+from sparsedelta.progress import Progress
 from sparsedelta.system import CREATE, allow_open_files, reserve, write_at
 from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import Check, Write, rebuild
@@ -97,7 +97,7 @@ def apply(
             made = staged if number == len(deltas) else staged.with_name(f"step-{number}")
             left_out = exclude if number == 1 else ()
             with open_base(source, one, exclude=left_out) as checkpoint:
-                write_target(checkpoint, one, made, check=verify, progress=progress or Silent())
+                write_target(checkpoint, one, made, check=verify, progress=progress)
             if number > 1:
                 _remove(source)
             source = made
@@ -156,7 +156,7 @@ def check_apart(inputs: Iterable[AnyPath], out: AnyPath) -> None:
 
 
 def write_target(
-    base: Checkpoint, delta: Delta, out: Path, *, check: Check, progress: Progress
+    base: Checkpoint, delta: Delta, out: Path, *, check: Check, progress: Progress | None
 ) -> None:
     """Write the target as a new file or folder ``out`` and sync its files; see ``apply``."""
     delta.check_output()
@@ -189,7 +189,7 @@ def make_tensors(
     places: Mapping[TensorKey, Write],
     *,
     check: Check,
-    progress: Progress,
+    progress: Progress | None,
     every_base: bool = False,
 ) -> None:
     """Make all tensors of the target, each handed to its place, and check them and the base's.
@@ -219,11 +219,7 @@ def make_tensors(
             every_base=every_base,
         )
 
-    progress.start("applying", sum(row.target.n_bytes for row in delta.tensors))
-    try:
-        run_all(work, delta.tensors, cost=lambda row: row.target.n_bytes, pace=pace)
-    finally:
-        progress.finish()
+    run_all(work, delta.tensors, cost=lambda row: row.target.n_bytes, pace=pace, label="applying")
 
 
 def _as_sequence(delta: AnyDelta | Sequence[AnyDelta]) -> Sequence[AnyDelta]:

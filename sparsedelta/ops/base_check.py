@@ -19,9 +19,7 @@ from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.records import BaseTensor, Row, TensorKey, TensorSpec
 from sparsedelta.ops.lookup import Lookup
-from sparsedelta.progress import Silent
 from sparsedelta.tensors.compare import digest_tensor
-from sparsedelta.tensors.parallel import Pace
 from sparsedelta.tensors.rebuild import BaseDiffers
 
 
@@ -53,7 +51,7 @@ def find_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Tensor]:
         LimitExceeded: the delta makes far more than its size and the base explain.
     """
     delta.check_output()
-    lookup = Lookup(base.tensors.values(), _digest)
+    lookup = Lookup(base.tensors.values(), digest_tensor)
     found = {}
     for row in delta.tensors:
         if row.base:
@@ -88,7 +86,7 @@ def explained(delta: Delta, base: Checkpoint) -> Iterator[None]:
 
 def _applied(delta: Delta, base: Checkpoint) -> MismatchError | None:
     """Return the error for a base in which made tensors are the target's already; None if it is another."""
-    lookup = Lookup(base.tensors.values(), _digest)
+    lookup = Lookup(base.tensors.values(), digest_tensor)
     made = [row for row in delta.tensors if not row.is_copied]
     done: list[Row] = []
     for row in made:
@@ -114,7 +112,7 @@ def _is_made(base: Checkpoint, row: Row) -> bool:
     """Return whether a base holds a row's target tensor, at the row's own file and name."""
     file = row.file if base.is_folder else base.weight_files[0].path
     there = base.tensors.get((file, row.name))
-    lookup = Lookup([there] if there else [], _digest)
+    lookup = Lookup([there] if there else [], digest_tensor)
     return _has(lookup, BaseTensor(row.file, row.name, row.target))
 
 
@@ -123,7 +121,7 @@ def _has(lookup: Lookup[Tensor], wanted: BaseTensor) -> bool:
     return (
         found is not None
         and wanted.spec.digest is not None
-        and _digest(found) == wanted.spec.digest
+        and digest_tensor(found) == wanted.spec.digest
     )
 
 
@@ -149,10 +147,6 @@ def _structure_error(
         expected=_shown(expected.spec),
         found=_shown(found),
     )
-
-
-def _digest(tensor: Tensor) -> bytes:
-    return digest_tensor(tensor, Pace(Silent()))
 
 
 def _shown(spec: TensorSpec | None) -> str:

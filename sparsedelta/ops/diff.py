@@ -24,7 +24,7 @@ from sparsedelta.format.safetensors_header import render_header
 from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.format.strict_json import compact_json, parse_json
 from sparsedelta.ops.counterparts import counterparts
-from sparsedelta.progress import Progress, Silent
+from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import Comparison
 from sparsedelta.tensors.parallel import Pace, run_all
 
@@ -83,7 +83,6 @@ def diff(
         raise ValueError(f"level is {level!r}, expected one of {', '.join(_LEVELS)}")
     checked_info = _check_json(info or {}, "info")
     _check_json({"base_id": base_id}, "base_id")
-    progress = progress or Silent()
     payload = SpoolPayload(spool_dir)
     try:
         with (
@@ -151,7 +150,7 @@ def _compare_all(
     old: Checkpoint,
     new: Checkpoint,
     comparison: Callable[..., Comparison],
-    progress: Progress,
+    progress: Progress | None,
 ) -> list[Row]:
     pace = Pace(progress)
     matched = counterparts(old, new, pace.unreported())
@@ -159,12 +158,11 @@ def _compare_all(
     def compare(tensor: Tensor) -> Row:
         return comparison(matched.get(tensor.key), tensor, pace=pace).run()
 
-    n_bytes = new.tensor_bytes + sum(tensor.spec.n_bytes for tensor in matched.values())
-    progress.start("comparing", n_bytes)
-    try:
-        return run_all(compare, [*new.tensors.values()], cost=lambda t: t.spec.n_bytes, pace=pace)
-    finally:
-        progress.finish()
+    def cost(tensor: Tensor) -> int:
+        base = matched.get(tensor.key)
+        return tensor.spec.n_bytes + (base.spec.n_bytes if base else 0)
+
+    return run_all(compare, [*new.tensors.values()], cost=cost, pace=pace, label="comparing")
 
 
 def n_unused(base: Checkpoint, rows: Sequence[Row]) -> int:

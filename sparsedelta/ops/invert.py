@@ -31,7 +31,7 @@ from sparsedelta.ops.apply import AnyDelta
 from sparsedelta.ops.base_check import explained, find_base, included
 from sparsedelta.ops.diff import describe_files
 from sparsedelta.ops.inverse import base_file, inverse_row, only_base_tells, told
-from sparsedelta.progress import Progress, Silent
+from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import Comparison
 from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import BaseDiffers, check_base_tensor
@@ -74,20 +74,20 @@ def invert(
         try:
             opened.check_output()
             if base is None:
-                return _without_base(opened, base_id, payload, progress or Silent())
+                return _without_base(opened, base_id, payload, progress)
             checkpoint = context.enter_context(
                 Checkpoint(base, exclude=exclude, include=included(opened), whole=False)
             )
             context.enter_context(explained(opened, checkpoint))
             check_base_files(opened, checkpoint)
-            return _WithBase(opened, checkpoint, payload, progress or Silent()).run(base_id)
+            return _WithBase(opened, checkpoint, payload, progress).run(base_id)
         except BaseException:
             payload.close()
             raise
 
 
 def _without_base(
-    delta: Delta, base_id: str | None, payload: SpoolPayload, progress: Progress
+    delta: Delta, base_id: str | None, payload: SpoolPayload, progress: Progress | None
 ) -> Delta:
     reasons = only_base_tells(delta)
     if reasons:
@@ -96,16 +96,13 @@ def _without_base(
         )
     pace = Pace(progress)
     bases = [(row, row.base) for row in delta.tensors if row.base]
-    progress.start("inverting", sum(row.coded_bytes for row, _ in bases))
-    try:
-        rows = run_all(
-            lambda item: inverse_row(*item, delta, payload, pace),
-            bases,
-            cost=lambda item: item[0].coded_bytes,
-            pace=pace,
-        )
-    finally:
-        progress.finish()
+    rows = run_all(
+        lambda item: inverse_row(*item, delta, payload, pace),
+        bases,
+        cost=lambda item: item[0].coded_bytes,
+        pace=pace,
+        label="inverting",
+    )
     files = tuple(_weight_file(delta, file, own, payload) for file, own in rows_by_file(delta))
     target = replace(delta.target, weight_files=files)
     n_added = len(delta.tensors) - len(rows)
@@ -128,12 +125,11 @@ class _WithBase:
     """Inverts a delta whose base is given."""
 
     def __init__(
-        self, delta: Delta, base: Checkpoint, payload: SpoolPayload, progress: Progress
+        self, delta: Delta, base: Checkpoint, payload: SpoolPayload, progress: Progress | None
     ) -> None:
         self._delta = delta
         self._base = base
         self._payload = payload
-        self._progress = progress
         self._pace = Pace(progress)
         self._rows: dict[TensorKey, Row] = {}  # one made from each tensor of the base
         rows = {row.key: row for row in delta.tensors}
@@ -146,16 +142,14 @@ class _WithBase:
         delta, base = self._delta, self._base
         there = {file.path: (file.n_bytes, file.digest) for file in delta.target.side_files}
         files = describe_files(base, there.get, self._payload)
-        self._progress.start("inverting", sum(row.coded_bytes for row in delta.tensors))
-        try:
-            rows = run_all(
-                self._row,
-                [*base.tensors.values()],
-                cost=lambda tensor: tensor.spec.n_bytes,
-                pace=self._pace,
-            )
-        finally:
-            self._progress.finish()
+        rows = run_all(
+            self._row,
+            [*base.tensors.values()],
+            cost=lambda tensor: tensor.spec.n_bytes,
+            pace=self._pace,
+            label="inverting",
+            n_bytes=sum(row.coded_bytes for row in delta.tensors),
+        )
         used = {row.base.key for row in rows if row.base}
         n_unused = sum(row.key not in used for row in delta.tensors)
         return Delta(Base(base_id, n_unused), files, tuple(rows), _info(delta), self._payload)

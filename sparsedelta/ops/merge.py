@@ -24,7 +24,7 @@ from sparsedelta.ops.merging.floats import work_dtype
 from sparsedelta.ops.merging.merged_tensor import MergedTensor
 from sparsedelta.ops.merging.recipe import Method, Recipe, make_recipe
 from sparsedelta.ops.stacking.fold import Link
-from sparsedelta.progress import Progress, Silent
+from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import Comparison
 from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import BaseDiffers
@@ -96,7 +96,7 @@ def merge(
             check_base_files(one, checkpoint)
         payload = SpoolPayload(spool_dir)
         try:
-            return _Merge(opened, checkpoint, recipe, payload, progress or Silent()).run()
+            return _Merge(opened, checkpoint, recipe, payload, progress).run()
         except BaseException:
             payload.close()
             raise
@@ -109,29 +109,25 @@ class _Merge:
         base: Checkpoint,
         recipe: Recipe,
         payload: SpoolPayload,
-        progress: Progress,
+        progress: Progress | None,
     ) -> None:
         self._deltas = deltas
         self._base = base
         self._recipe = recipe
         self._payload = payload
-        self._progress = progress
         self._pace = Pace(progress)
         self._rows = [_rows_by_base(delta, base) for delta in deltas]
 
     def run(self) -> Delta:
         base = self._base
         files = describe_files(base, lambda path: digest_file(base.side_files[path]), self._payload)
-        self._progress.start("merging", 2 * base.tensor_bytes)
-        try:
-            rows = run_all(
-                self._row,
-                [*base.tensors.values()],
-                cost=lambda tensor: tensor.spec.n_bytes,
-                pace=self._pace,
-            )
-        finally:
-            self._progress.finish()
+        rows = run_all(
+            self._row,
+            [*base.tensors.values()],
+            cost=lambda tensor: 2 * tensor.spec.n_bytes,  # the base's and the merged
+            pace=self._pace,
+            label="merging",
+        )
         base_id = next((delta.base.id for delta in self._deltas if delta.base.id), None)
         return Delta(Base(base_id), files, tuple(rows), self._info(), self._payload)
 
@@ -152,7 +148,7 @@ class _Merge:
         return row
 
     def _made(self, tensor: Tensor, links: Sequence[Link | None]) -> MergedTensor | MadeTensor:
-        silent = Pace(Silent())
+        silent = Pace()
         present = [link for link in links if link]
         if work_dtype(tensor.spec.dtype) is not None:
             return MergedTensor(tensor, links, self._recipe, silent)

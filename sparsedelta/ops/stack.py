@@ -17,7 +17,7 @@ from sparsedelta.ops.base_check import explained, open_base
 from sparsedelta.ops.stacking.chains import Chain
 from sparsedelta.ops.stacking.relation import relation
 from sparsedelta.ops.stacking.siblings import Siblings
-from sparsedelta.progress import Progress, Silent
+from sparsedelta.progress import Progress
 
 
 def stack(
@@ -60,7 +60,7 @@ def stack(
         payload = SpoolPayload(spool_dir)
         try:
             stacking = Siblings if kind == "siblings" else Chain
-            return stacking(opened, checkpoint, payload, progress or Silent()).run()
+            return stacking(opened, checkpoint, payload, progress).run()
         except BaseException:
             payload.close()
             raise

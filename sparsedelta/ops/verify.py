@@ -16,7 +16,7 @@ from sparsedelta.format.records import BaseTensor, Row
 from sparsedelta.ops.apply import AnyDelta, make_tensors
 from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.ops.lookup import Lookup
-from sparsedelta.progress import Progress, Silent
+from sparsedelta.progress import Progress
 from sparsedelta.tensors.changes import decode_row_chunk, place_for, read_coded
 from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.parallel import Pace, run_all
@@ -72,7 +72,6 @@ def verify(
     if not isinstance(delta, Delta):
         with load(delta) as opened:
             return verify(opened, base=base, target=target, exclude=exclude, progress=progress)
-    progress = progress or Silent()
     check_delta(delta, progress)
     if base is not None:
         with open_base(base, delta, exclude=exclude) as checkpoint:
@@ -90,7 +89,7 @@ def verify(
     )
 
 
-def check_delta(delta: Delta, progress: Progress) -> None:
+def check_delta(delta: Delta, progress: Progress | None) -> None:
     """Decode everything in a delta and check it against its manifest.
 
     Raises:
@@ -102,16 +101,13 @@ def check_delta(delta: Delta, progress: Progress) -> None:
             carried_content(delta, side_file, side_file.stored)
     target_layout(delta)
     pace = Pace(progress)
-    progress.start("decoding", sum(row.coded_bytes for row in delta.tensors))
-    try:
-        run_all(
-            lambda row: _decode(delta, row, pace),
-            delta.tensors,
-            cost=lambda row: row.coded_bytes,
-            pace=pace,
-        )
-    finally:
-        progress.finish()
+    run_all(
+        lambda row: _decode(delta, row, pace),
+        delta.tensors,
+        cost=lambda row: row.coded_bytes,
+        pace=pace,
+        label="decoding",
+    )
 
 
 def _decode(delta: Delta, row: Row, pace: Pace) -> None:
@@ -124,14 +120,14 @@ def _decode(delta: Delta, row: Row, pace: Pace) -> None:
         pace.advance(chunk.stored_bytes)
 
 
-def _check_with_base(delta: Delta, base: Checkpoint, progress: Progress) -> None:
+def _check_with_base(delta: Delta, base: Checkpoint, progress: Progress | None) -> None:
     with explained(delta, base):
         found = find_base(delta, base)
         check_base_files(delta, base)
         make_tensors(found, delta, {}, check="full", progress=progress, every_base=True)
 
 
-def _check_target(delta: Delta, target: Checkpoint, progress: Progress) -> None:
+def _check_target(delta: Delta, target: Checkpoint, progress: Progress | None) -> None:
     """Compare every file of a checkpoint with the delta's target; kind 'file' goes by any name."""
     if target.is_folder != delta.target.is_folder:
         kinds = {True: "a folder", False: "a file"}
@@ -170,7 +166,7 @@ def _check_file_names(delta: Delta, target: Checkpoint) -> None:
         raise TargetMismatch(f"{path!r} {problem} '{target.path}'")
 
 
-def _check_target_tensors(delta: Delta, target: Checkpoint, progress: Progress) -> None:
+def _check_target_tensors(delta: Delta, target: Checkpoint, progress: Progress | None) -> None:
     pace = Pace(progress)
     lookup = Lookup(target.tensors.values(), lambda tensor: None)
 
@@ -191,8 +187,10 @@ def _check_target_tensors(delta: Delta, target: Checkpoint, progress: Progress) 
                 found=found.hex(),
             )
 
-    progress.start("reading the target", target.tensor_bytes)
-    try:
-        run_all(check, delta.tensors, cost=lambda row: row.target.n_bytes, pace=pace)
-    finally:
-        progress.finish()
+    run_all(
+        check,
+        delta.tensors,
+        cost=lambda row: row.target.n_bytes,
+        pace=pace,
+        label="reading the target",
+    )

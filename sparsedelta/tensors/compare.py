@@ -43,10 +43,10 @@ class Source(Protocol):
 
 
 def digest_tensor(
-    tensor: Source, pace: Pace, *, offset: int = 0, hasher: blake3 | None = None
+    tensor: Source, pace: Pace | None = None, *, offset: int = 0, hasher: blake3 | None = None
 ) -> bytes:
     """Return the digest of a tensor's bytes from ``offset``, continuing ``hasher`` if one is given."""
-    hasher = hasher or blake3()
+    pace, hasher = pace or Pace(), hasher or blake3()
     n_bytes = tensor.spec.n_bytes
     buffer = memoryview(bytearray(min(BLOCK_BYTES, n_bytes - offset)))
     while offset < n_bytes:

@@ -53,15 +53,15 @@ class Stopped(Exception):
 
 
 class Pace:
-    """Passes progress on and stops the worker that reports it once the work has failed."""
+    """Passes progress on, if anyone is to know, and stops the worker that reports it once the work has failed."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.progress = progress or Silent()
         self._stop = threading.Event()
 
     def unreported(self) -> Pace:
         """Return a pace for work that was not announced: it stops with this one and reports nothing."""
-        pace = Pace(Silent())
+        pace = Pace()
         pace._stop = self._stop
         return pace
 
@@ -69,7 +69,7 @@ class Pace:
         """Report ``n_bytes`` done; raises Stopped if the work is to end."""
         if self._stop.is_set():
             raise Stopped
-        self._progress.advance(n_bytes)
+        self.progress.advance(n_bytes)
 
     def stop(self) -> None:
         """Make every worker end at its next report."""
@@ -82,13 +82,29 @@ def n_workers() -> int:
 
 
 def run_all(
-    work: Callable[[T], R], items: Sequence[T], *, cost: Callable[[T], int], pace: Pace
+    work: Callable[[T], R],
+    items: Sequence[T],
+    *,
+    cost: Callable[[T], int],
+    pace: Pace,
+    label: str = "",
+    n_bytes: int | None = None,
 ) -> list[R]:
     """Return ``work`` of every item, in the items' order; the costliest are begun first.
 
     Raises whatever ``work`` raised first; all workers have ended by then.
+
+    Args:
+        work: done in threads.
+        items: what it is done to.
+        cost: what an item takes.
+        pace: told of it by ``work``.
+        label: what the stage is called.
+        n_bytes: what ``pace`` is told of in all; None: the cost of all items.
     """
-    order = sorted(range(len(items)), key=lambda i: -cost(items[i]))
+    costs = [cost(item) for item in items]
+    order = sorted(range(len(items)), key=lambda i: -costs[i])
+    pace.progress.start(label, sum(costs) if n_bytes is None else n_bytes)
     with ThreadPoolExecutor(n_workers()) as pool:
         try:
             futures = {i: pool.submit(work, items[i]) for i in order}
@@ -101,3 +117,4 @@ def run_all(
         finally:
             pace.stop()
             pool.shutdown(wait=True, cancel_futures=True)
+            pace.progress.finish()

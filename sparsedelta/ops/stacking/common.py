@@ -37,7 +37,7 @@ class Stacking(ABC):
         deltas: Sequence[Delta],
         base: Checkpoint | None,
         payload: SpoolPayload,
-        progress: Progress,
+        progress: Progress | None,
     ) -> None:
         self.deltas = deltas
         self.checkpoint = base
@@ -71,11 +71,9 @@ class Stacking(ABC):
     ) -> list[R]:
         """Return ``work`` of the links of every tensor, done on all cores."""
         pace = Pace(self._progress)
-        self._progress.start(label, sum(map(_coded_bytes, items)))
-        try:
-            return run_all(lambda links: work(links, pace), items, cost=_coded_bytes, pace=pace)
-        finally:
-            self._progress.finish()
+        return run_all(
+            lambda links: work(links, pace), items, cost=_coded_bytes, pace=pace, label=label
+        )
 
     def result(self, target: Target, rows: Sequence[Row]) -> Delta:
         """Return the stack, made of its target and rows.
