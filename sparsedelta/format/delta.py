@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from sparsedelta._typing import JSON, AnyPath, Model, ModelCheck, Names
 from sparsedelta.errors import LimitExceeded
@@ -185,6 +185,14 @@ def load(path: AnyPath, *, any_size: bool = False) -> Delta:
         OSError: it cannot be opened.
     """
     return read_delta(OpenFile(path), any_size=any_size)
+
+
+AnyDelta: TypeAlias = AnyPath | Delta
+
+
+def opened(delta: AnyDelta, *, any_size: bool = False) -> AbstractContextManager[Delta]:
+    """Return a context with a delta: one that is given, which stays open after it, or one loaded for it."""
+    return nullcontext(delta) if isinstance(delta, Delta) else load(delta, any_size=any_size)
 
 
 def read_delta(source: ByteSource, *, any_size: bool = False) -> Delta:

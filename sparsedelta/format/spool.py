@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from sparsedelta.codecs.chunk import Chunk
@@ -14,6 +15,17 @@ from sparsedelta.format.records import Stored
 from sparsedelta.fs import name_full_disk
 
 _MEMORY_BYTES = 32 << 20
+
+
+@contextmanager
+def new_payload(folder: str | None) -> Iterator[SpoolPayload]:
+    """Yield a payload for a new delta, which is closed if that comes to nothing; see ``SpoolPayload``."""
+    payload = SpoolPayload(folder)
+    try:
+        yield payload
+    except BaseException:
+        payload.close()
+        raise
 
 
 class SpoolPayload:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from sparsedelta._typing import AnyPath, TorchDType
-from sparsedelta.format.delta import Delta, load
+from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.hub.references import parse_reference
 from sparsedelta.live.load_model import load_target
 from sparsedelta.tensors.rebuild import Check
 
 
 def load_model(
-    delta: AnyPath | Delta,
+    delta: AnyDelta,
     *,
     base: AnyPath | None = None,
     model_class: Any = None,
@@ -48,9 +48,9 @@ def load_model(
         ValueError: ``base`` is missing or superfluous, or the target has no configuration of a transformers model.
     """
     with ExitStack() as context:
-        opened, place = _opened(delta, base, context)
+        given, place = _given(delta, base, context)
         return load_target(
-            opened,
+            given,
             place,
             model_class=model_class,
             dtype=dtype,
@@ -60,11 +60,7 @@ def load_model(
         )
 
 
-def _opened(
-    delta: AnyPath | Delta,
-    base: AnyPath | None,
-    context: ExitStack,
-) -> tuple[Delta, AnyPath]:
+def _given(delta: AnyDelta, base: AnyPath | None, context: ExitStack) -> tuple[Delta, AnyPath]:
     """Return the delta and where its base is, fetched or as given."""
     reference = None
     if isinstance(delta, str) and not os.path.lexists(delta) and not delta.endswith(".sd"):
@@ -77,17 +73,16 @@ def _opened(
         return context.enter_context(fetched(reference))
     if base is None:
         raise ValueError("the delta's base is not given; give its folder as base")
-    opened = delta if isinstance(delta, Delta) else context.enter_context(load(_file(delta)))
-    return opened, base
+    return context.enter_context(opened(_file(delta))), base
 
 
-def _file(path: AnyPath) -> Path:
-    """Return the delta at a path: the file itself, or the only one in a folder."""
-    if not Path(path).is_dir():
-        return Path(path)
-    found = sorted(Path(path).glob("*.sd"))
+def _file(delta: AnyDelta) -> AnyDelta:
+    """Return the only delta in a folder; anything else as it is."""
+    if isinstance(delta, Delta) or not Path(delta).is_dir():
+        return delta
+    found = sorted(Path(delta).glob("*.sd"))
     if len(found) != 1:
         raise ValueError(
-            f"folder '{path}' holds {len(found)} .sd files, expected one; name the file"
+            f"folder '{delta}' holds {len(found)} .sd files, expected one; name the file"
         )
     return found[0]

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparsedelta._typing import AnyPath
 from sparsedelta.errors import RemoteConflict, RemoteNotFound
 from sparsedelta.files.side_files import carried_content
-from sparsedelta.format.delta import Delta, load
+from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.format.paths import path_problem
 from sparsedelta.hub.base_proof import Proof, base_reference, parse_base_id, prove_base
 from sparsedelta.hub.card import CARD_NAME, CardFacts, renewed_card
@@ -25,7 +24,6 @@ from sparsedelta.hub.errors import told
 from sparsedelta.hub.record import is_content, record_path, render_record
 from sparsedelta.hub.references import DELTA_NAME, DELTA_SUFFIX, Reference, is_repo_id
 from sparsedelta.hub.repository import Repository
-from sparsedelta.ops.apply import AnyDelta
 from sparsedelta.ops.inspect import Inspection, inspect
 from sparsedelta.progress import Progress
 from sparsedelta.report.png import changed_grid, render_png
@@ -134,15 +132,15 @@ def push(
         ValueError: an argument is wrong.
     """
     _check_arguments(repo_id, subfolder, revision, create_pr=create_pr)
-    with _opened(delta) as opened:
+    with opened(delta) as given:
         hub = Hub(token, cache_will_do=False)
         place = _find_place(hub, repo_id, revision or MAIN, tag, create_pr=create_pr)
-        recorded = _recorded_base(opened, place, _delta_path(subfolder))
-        reference = _wanted_base(opened, base_id, recorded)
+        recorded = _recorded_base(given, place, _delta_path(subfolder))
+        reference = _wanted_base(given, base_id, recorded)
         local = Path(base) if base is not None else None
-        proof = prove_base(hub, opened, reference, local=local, progress=progress)
+        proof = prove_base(hub, given, reference, local=local, progress=progress)
         with tempfile.TemporaryDirectory(prefix="sparsedelta-push-") as folder:
-            made = _make_files(hub, opened, repo_id, subfolder, proof, place, Path(folder))
+            made = _make_files(hub, given, repo_id, subfolder, proof, place, Path(folder))
             files = tuple(
                 PushedFile(path, file.stat().st_size, _is_new(place, path, file))
                 for path, file in made.items()
@@ -186,15 +184,6 @@ def _check_arguments(
             f"a pull request is made to {MAIN!r}; leave the revision {revision!r} away, or do not ask"
             " for a pull request"
         )
-
-
-@contextmanager
-def _opened(delta: AnyDelta) -> Iterator[Delta]:
-    if isinstance(delta, Delta):
-        yield delta
-        return
-    with load(delta) as opened:
-        yield opened
 
 
 def _recorded_base(delta: Delta, place: _Place, path: str) -> Reference | None:

@@ -13,14 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias, get_args
+from typing import get_args
 
 from sparsedelta._typing import AnyPath
 from sparsedelta.errors import BaseMismatch
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.layout import FileLayout, target_layout
 from sparsedelta.files.side_files import write_side_file
-from sparsedelta.format.delta import Delta, load
+from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.format.records import BaseTensor, Row, TensorKey
 from sparsedelta.fs import (
     check_absent,
@@ -36,8 +36,6 @@ from sparsedelta.progress import Progress
 from sparsedelta.system import CREATE, allow_open_files, reserve, write_at
 from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import Check, Write, rebuild
-
-AnyDelta: TypeAlias = AnyPath | Delta
 
 
 def apply(
@@ -82,10 +80,7 @@ def apply(
     given = _as_sequence(delta)
     check_apart([base, *(one for one in given if not isinstance(one, Delta))], out)
     with ExitStack() as stack:
-        deltas = [
-            one if isinstance(one, Delta) else stack.enter_context(load(one, any_size=any_size))
-            for one in given
-        ]
+        deltas = [stack.enter_context(opened(one, any_size=any_size)) for one in given]
         check_chain(deltas)
         check_replaceable = (
             check_checkpoint_folder if deltas[-1].target.is_folder else check_no_folder

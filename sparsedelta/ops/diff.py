@@ -21,7 +21,7 @@ from sparsedelta.format.paths import WEIGHT_SUFFIX, path_collision, path_problem
 from sparsedelta.format.records import DIGEST_BYTES, Base, Row, SideFile, Stored, Target
 from sparsedelta.format.records import WeightFile as DeltaWeightFile
 from sparsedelta.format.safetensors_header import render_header
-from sparsedelta.format.spool import SpoolPayload
+from sparsedelta.format.spool import SpoolPayload, new_payload
 from sparsedelta.format.strict_json import compact_json, parse_json
 from sparsedelta.ops.counterparts import counterparts
 from sparsedelta.progress import Progress
@@ -83,31 +83,25 @@ def diff(
         raise ValueError(f"level is {level!r}, expected one of {', '.join(_LEVELS)}")
     checked_info = _check_json(info or {}, "info")
     _check_json({"base_id": base_id}, "base_id")
-    payload = SpoolPayload(spool_dir)
-    try:
-        with (
-            Checkpoint(base, exclude=exclude, include=include, whole=False) as old,
-            Checkpoint(target, exclude=exclude, include=include) as new,
-        ):
-            _check_has_weights(old)
-            _check_has_weights(new)
-            if new.left_out:
-                _log.info("left out of '%s': %s", new.path, ", ".join(new.left_out))
-            files = describe_files(new, partial(_digest_if_there, old), payload)
-            comparison = partial(
-                Comparison,
-                values=values,
-                payload=payload,
-                level=_LEVELS[level],
-                standalone=standalone,
-            )
-            rows = _compare_all(old, new, comparison, progress)
-            return Delta(
-                Base(base_id, n_unused(old, rows)), files, tuple(rows), checked_info, payload
-            )
-    except BaseException:
-        payload.close()
-        raise
+    with (
+        new_payload(spool_dir) as payload,
+        Checkpoint(base, exclude=exclude, include=include, whole=False) as old,
+        Checkpoint(target, exclude=exclude, include=include) as new,
+    ):
+        _check_has_weights(old)
+        _check_has_weights(new)
+        if new.left_out:
+            _log.info("left out of '%s': %s", new.path, ", ".join(new.left_out))
+        files = describe_files(new, partial(_digest_if_there, old), payload)
+        comparison = partial(
+            Comparison,
+            values=values,
+            payload=payload,
+            level=_LEVELS[level],
+            standalone=standalone,
+        )
+        rows = _compare_all(old, new, comparison, progress)
+        return Delta(Base(base_id, n_unused(old, rows)), files, tuple(rows), checked_info, payload)
 
 
 def describe_files(

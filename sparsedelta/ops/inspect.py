@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from types import MappingProxyType
 
 from sparsedelta._typing import JSON
 from sparsedelta.format.container import FilePayload
-from sparsedelta.format.delta import Delta, load
+from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.format.records import Row, SideFile, Stored, WeightFile
 from sparsedelta.ops.layers import Grid, by_layer, curve_points, mean_changes
 
@@ -258,7 +257,7 @@ class Inspection:
         }
 
 
-def inspect(delta: str | os.PathLike[str] | Delta) -> Inspection:
+def inspect(delta: AnyDelta) -> Inspection:
     """Return what a delta changes and what its bytes are spent on; the payload is not read.
 
     Args:
@@ -268,25 +267,23 @@ def inspect(delta: str | os.PathLike[str] | Delta) -> Inspection:
         FormatError: the file is not a delta this version can read.
         OSError: it cannot be opened.
     """
-    if not isinstance(delta, Delta):
-        with load(delta) as opened:
-            return inspect(opened)
-    rows = tuple(map(_tensor, delta.tensors))
-    target, known = delta.target, delta.target_fingerprint
-    return Inspection(
-        delta.base.id,
-        delta.base_fingerprint.hex(),
-        delta.base.n_unused,
-        None if known is None else known.hex(),
-        "folder" if target.is_folder else "file",
-        target.weight_files,
-        target.side_files,
-        target.empty_folders,
-        sum(row.target.n_bytes for row in delta.tensors),
-        _sizes(delta, rows),
-        delta.info,
-        rows,
-    )
+    with opened(delta) as given:
+        rows = tuple(map(_tensor, given.tensors))
+        target, known = given.target, given.target_fingerprint
+        return Inspection(
+            given.base.id,
+            given.base_fingerprint.hex(),
+            given.base.n_unused,
+            None if known is None else known.hex(),
+            "folder" if target.is_folder else "file",
+            target.weight_files,
+            target.side_files,
+            target.empty_folders,
+            sum(row.target.n_bytes for row in given.tensors),
+            _sizes(given, rows),
+            given.info,
+            rows,
+        )
 
 
 def _sizes(delta: Delta, rows: tuple[TensorInspection, ...]) -> Sizes:

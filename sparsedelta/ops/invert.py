@@ -17,7 +17,7 @@ from sparsedelta.errors import ConflictError, Corrupt
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.layout import canonical_header, rows_by_file
 from sparsedelta.files.side_files import check_base_files
-from sparsedelta.format.delta import Delta, load
+from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.format.records import (
     DIGEST_BYTES,
     Base,
@@ -26,8 +26,7 @@ from sparsedelta.format.records import (
     TensorKey,
     WeightFile,
 )
-from sparsedelta.format.spool import SpoolPayload
-from sparsedelta.ops.apply import AnyDelta
+from sparsedelta.format.spool import SpoolPayload, new_payload
 from sparsedelta.ops.base_check import explained, find_base, included
 from sparsedelta.ops.diff import describe_files
 from sparsedelta.ops.inverse import base_file, inverse_row, only_base_tells, told
@@ -69,21 +68,17 @@ def invert(
         CheckpointError: ``base`` cannot be read, or holds a file that cannot be carried.
     """
     with ExitStack() as context:
-        opened = delta if isinstance(delta, Delta) else context.enter_context(load(delta))
-        payload = SpoolPayload(spool_dir)
-        try:
-            opened.check_output()
-            if base is None:
-                return _without_base(opened, base_id, payload, progress)
-            checkpoint = context.enter_context(
-                Checkpoint(base, exclude=exclude, include=included(opened), whole=False)
-            )
-            context.enter_context(explained(opened, checkpoint))
-            check_base_files(opened, checkpoint)
-            return _WithBase(opened, checkpoint, payload, progress).run(base_id)
-        except BaseException:
-            payload.close()
-            raise
+        given = context.enter_context(opened(delta))
+        payload = context.enter_context(new_payload(spool_dir))
+        given.check_output()
+        if base is None:
+            return _without_base(given, base_id, payload, progress)
+        checkpoint = context.enter_context(
+            Checkpoint(base, exclude=exclude, include=included(given), whole=False)
+        )
+        context.enter_context(explained(given, checkpoint))
+        check_base_files(given, checkpoint)
+        return _WithBase(given, checkpoint, payload, progress).run(base_id)
 
 
 def _without_base(

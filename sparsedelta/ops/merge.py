@@ -13,10 +13,9 @@ from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import ConflictError, StructureMismatch
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.side_files import check_base_files, digest_file
-from sparsedelta.format.delta import Delta, load
+from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.format.records import Base, Row, TensorKey
-from sparsedelta.format.spool import SpoolPayload
-from sparsedelta.ops.apply import AnyDelta
+from sparsedelta.format.spool import SpoolPayload, new_payload
 from sparsedelta.ops.base_check import explained, find_base
 from sparsedelta.ops.diff import describe_files
 from sparsedelta.ops.lookup import base_conflict
@@ -84,22 +83,16 @@ def merge(
         len(deltas), method, weights, density, normalize=normalize, scale=scale, seed=seed
     )
     with ExitStack() as context:
-        opened = [
-            one if isinstance(one, Delta) else context.enter_context(load(one)) for one in deltas
-        ]
-        _check_siblings(opened)
+        given = [context.enter_context(opened(one)) for one in deltas]
+        _check_siblings(given)
         checkpoint = context.enter_context(
             Checkpoint(base, exclude=exclude, include=(), whole=False)
         )
-        context.enter_context(explained(opened[0], checkpoint))
-        for one in opened:
+        context.enter_context(explained(given[0], checkpoint))
+        for one in given:
             check_base_files(one, checkpoint)
-        payload = SpoolPayload(spool_dir)
-        try:
-            return _Merge(opened, checkpoint, recipe, payload, progress).run()
-        except BaseException:
-            payload.close()
-            raise
+        payload = context.enter_context(new_payload(spool_dir))
+        return _Merge(given, checkpoint, recipe, payload, progress).run()
 
 
 class _Merge:

@@ -10,9 +10,8 @@ from contextlib import ExitStack
 
 from sparsedelta._typing import AnyPath
 from sparsedelta.files.side_files import check_base_files
-from sparsedelta.format.delta import Delta, load
-from sparsedelta.format.spool import SpoolPayload
-from sparsedelta.ops.apply import AnyDelta
+from sparsedelta.format.delta import AnyDelta, Delta, opened
+from sparsedelta.format.spool import new_payload
 from sparsedelta.ops.base_check import explained, open_base
 from sparsedelta.ops.stacking.chains import Chain
 from sparsedelta.ops.stacking.relation import relation
@@ -46,21 +45,14 @@ def stack(
         MismatchError: ``base`` is not the base.
     """
     with ExitStack() as context:
-        opened = [
-            one if isinstance(one, Delta) else context.enter_context(load(one)) for one in deltas
-        ]
-        for one in opened:
+        given = [context.enter_context(opened(one)) for one in deltas]
+        for one in given:
             one.check_output()
-        kind = relation(opened)
+        stacking = Siblings if relation(given) == "siblings" else Chain
         checkpoint = None
         if base is not None:
-            checkpoint = context.enter_context(open_base(base, opened[0]))
-            context.enter_context(explained(opened[0], checkpoint))
-            check_base_files(opened[0], checkpoint)
-        payload = SpoolPayload(spool_dir)
-        try:
-            stacking = Siblings if kind == "siblings" else Chain
-            return stacking(opened, checkpoint, payload, progress).run()
-        except BaseException:
-            payload.close()
-            raise
+            checkpoint = context.enter_context(open_base(base, given[0]))
+            context.enter_context(explained(given[0], checkpoint))
+            check_base_files(given[0], checkpoint)
+        payload = context.enter_context(new_payload(spool_dir))
+        return stacking(given, checkpoint, payload, progress).run()

@@ -11,9 +11,9 @@ from sparsedelta.errors import TargetMismatch
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.layout import target_layout
 from sparsedelta.files.side_files import carried_content, check_base_files, digest_file
-from sparsedelta.format.delta import Delta, load
+from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.format.records import BaseTensor, Row
-from sparsedelta.ops.apply import AnyDelta, make_tensors
+from sparsedelta.ops.apply import make_tensors
 from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.ops.lookup import Lookup
 from sparsedelta.progress import Progress
@@ -69,24 +69,22 @@ def verify(
         MismatchError: base or target is not the delta's.
         CheckpointError: base or target cannot be read as a checkpoint.
     """
-    if not isinstance(delta, Delta):
-        with load(delta) as opened:
-            return verify(opened, base=base, target=target, exclude=exclude, progress=progress)
-    check_delta(delta, progress)
-    if base is not None:
-        with open_base(base, delta, exclude=exclude) as checkpoint:
-            _check_with_base(delta, checkpoint, progress)
-    if target is not None:
-        with open_base(target, delta, exclude=exclude) as checkpoint:
-            _check_target(delta, checkpoint, progress)
-    return VerifyReport(
-        n_tensors=len(delta.tensors),
-        n_changed=sum(not row.is_copied for row in delta.tensors),
-        nnz=delta.nnz,
-        payload_bytes=sum(row.coded_bytes for row in delta.tensors),
-        base_checked=base is not None,
-        target_checked=target is not None,
-    )
+    with opened(delta) as given:
+        check_delta(given, progress)
+        if base is not None:
+            with open_base(base, given, exclude=exclude) as checkpoint:
+                _check_with_base(given, checkpoint, progress)
+        if target is not None:
+            with open_base(target, given, exclude=exclude) as checkpoint:
+                _check_target(given, checkpoint, progress)
+        return VerifyReport(
+            n_tensors=len(given.tensors),
+            n_changed=sum(not row.is_copied for row in given.tensors),
+            nnz=given.nnz,
+            payload_bytes=sum(row.coded_bytes for row in given.tensors),
+            base_checked=base is not None,
+            target_checked=target is not None,
+        )
 
 
 def check_delta(delta: Delta, progress: Progress | None) -> None:
