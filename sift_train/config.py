@@ -53,6 +53,8 @@ class FitConfig:
         max_grad_norm: clip the gradient of what is trained to this norm; None does not clip.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (GPU only).
         gradient_checkpointing: recompute activations in the backward pass.
+        log_every: steps after which a GPU is asked for the losses and gradient norms since, so that
+            no other step waits for it. On a CPU they are known, and reported, at every step.
         eval_every: steps between evaluations; there is always one at the end. None: only there.
         patience: evaluations without a better first value after which to stop; None: never.
         higher_is_better: of that value.
@@ -85,6 +87,7 @@ class FitConfig:
     max_grad_norm: float | None = 1.0
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
+    log_every: int = 10
     eval_every: int | None = None
     patience: int | None = None
     higher_is_better: bool = True
@@ -101,7 +104,7 @@ class FitConfig:
         _check_choice("decay_to", self.decay_to, DECAYS)
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
-        for name in ("selection_batches", "epochs", "accumulation"):
+        for name in ("selection_batches", "epochs", "accumulation", "log_every"):
             _check_at_least_one(name, getattr(self, name))
         for name in ("max_steps", "eval_every", "patience", "save_every"):
             if getattr(self, name) is not None:
@@ -126,7 +129,7 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step, as told to ``on_step``.
+    """One optimizer step, as told to ``on_step``: at once, or on a GPU every ``log_every`` steps.
 
     Attributes:
         step: counted from 1.

@@ -70,7 +70,7 @@ def fit(
         overwrite: replace what is at ``output`` and ``save_target``.
         evaluate: maps the model, in evaluation mode and without gradients, to a number or to
             numbers by name. Random state is as before afterwards.
-        on_step: told about every optimizer step.
+        on_step: told about every optimizer step, on a GPU of ``log_every`` steps at a time.
         on_evaluation: told about every evaluation.
         progress: show a bar on standard error.
         run_dir: where checkpoints and trackers' logs go; made if missing.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,11 +44,25 @@ class Listener(Protocol):
         """An evaluation is done."""
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What a step leaves on the device, to be read later, each of one element."""
+
+    loss: Tensor
+    lr: float
+    norm: Tensor | None
+
+
+def _log_every(device: torch.device, config: FitConfig) -> int:
+    # Nothing is waited for on a CPU, and what is wrong is found before the step.
+    return 1 if device.type == "cpu" else config.log_every
+
+
 class Run:
     """One run over a model that ``sift`` trains.
 
     Attributes:
-        losses: one per optimizer step.
+        losses: one per optimizer step, as far as they have been read from the device.
         evaluations: in order.
         stopped: why the run ended, as in ``FitResult``.
     """
@@ -75,6 +90,8 @@ class Run:
         self._evaluate_model = evaluate
         self._folder = folder
         self._listeners = tuple(listeners)
+        self._log_every = _log_every(accelerator.device, config)
+        self._unread: list[_Step] = []
         self.losses: list[float] = []
         self.evaluations: list[Evaluation] = []
         self.stopped = "done"
@@ -92,13 +109,15 @@ class Run:
                 self._set_up()
                 if saved is not None:
                     self._take_up(saved)
-                n_left = 0 if interrupts.came else self._n_steps - len(self.losses)
+                n_left = 0 if interrupts.came else self._n_steps - self._n_done
                 for window in islice(self._feed.windows(), n_left):
                     self._step(window)
                     self._evaluate_if_due()
                     self._save_if_due(is_last=interrupts.came)
                     if interrupts.came or self._has_lost_patience():
                         break
+                self._read_losses()
+                self._sift.may_write = None
                 self.stopped = self._why_stopped(was_interrupted=interrupts.came)
                 if self.stopped == "data":
                     self._end_early()
@@ -120,22 +139,51 @@ class Run:
         self._optimizer = self._accelerator.prepare_optimizer(self._own_optimizer)
         self._schedule = build_schedule(self._own_optimizer, self._config, self._n_steps)
 
+    @property
+    def _n_done(self) -> int:
+        return len(self.losses) + len(self._unread)
+
     def _step(self, window: list[Any]) -> None:
         lr = float(self._schedule.get_last_lr()[0])
         self._optimizer.zero_grad()
-        loss = self._finite(self._backward(window), len(self.losses) + 1)
+        loss = self._backward(window)
+        if self._log_every == 1:
+            self._check_finite(float(loss), self._n_done + 1)
+        else:
+            # The host finds out later; until then no step changes a weight.
+            before = self._sift.may_write
+            self._sift.may_write = loss.isfinite() if before is None else before & loss.isfinite()
         norm = self._clip()
         self._optimizer.step()
         if not self._optimizer.step_was_skipped:
             self._schedule.step()
-        self.losses.append(loss)
-        report = StepReport(len(self.losses), self._n_steps, self.losses[-1], lr, norm)
-        for listener in self._listeners:
-            listener.on_step(report)
+        self._unread.append(_Step(loss, lr, norm))
+        if self._n_done % self._log_every == 0:
+            self._read_losses()
+
+    def _read_losses(self) -> None:
+        """Wait for the losses of all steps so far, and report them.
+
+        Raises:
+            ValueError: one is infinite or NaN.
+        """
+        steps, self._unread = self._unread, []
+        if not steps:
+            return
+        norms = [step.norm for step in steps if step.norm is not None]
+        values = torch.stack([*(step.loss for step in steps), *norms]).tolist()
+        rest = values[len(steps) :] or [None] * len(steps)
+        for step, loss, norm in zip(steps, values, rest, strict=False):
+            self._check_finite(loss, len(self.losses) + 1)
+            self.losses.append(loss)
+            report = StepReport(len(self.losses), self._n_steps, loss, step.lr, norm)
+            for listener in self._listeners:
+                listener.on_step(report)
 
     def _forward(self, batch: Any) -> Tensor:
         with self._accelerator.autocast():
-            own = send_to_device(batch, self._accelerator.device)
+            device = self._accelerator.device
+            own = send_to_device(batch, device, non_blocking=device.type == "cuda")
             loss: Any = self._loss(self._sift.model, own)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError("the loss is not a tensor of one element; return the mean, a scalar")
@@ -149,33 +197,33 @@ class Run:
             total += loss.detach().float() / len(window)
         return total
 
-    def _clip(self) -> float | None:
+    def _clip(self) -> Tensor | None:
         if self._config.max_grad_norm is None:
             return None
         masters = self._sift.parameters_in_optimizer()
-        norm = self._accelerator.clip_grad_norm_(masters, self._config.max_grad_norm)
-        return float(norm)
+        norm: Tensor = self._accelerator.clip_grad_norm_(masters, self._config.max_grad_norm)
+        return norm
 
     @staticmethod
-    def _finite(loss: Tensor, step: int) -> float:
-        value = float(loss)
-        if math.isfinite(value):
-            return value
+    def _check_finite(loss: float, step: int) -> None:
+        if math.isfinite(loss):
+            return
         if step == 1:
             raise ValueError(
-                f"the loss is {value} at step 1, before anything was trained; look at the first "
+                f"the loss is {loss} at step 1, before anything was trained; look at the first "
                 "batches, at the loss function and at the weights of the base"
             )
-        raise ValueError(f"the loss is {value} at step {step}; lower the learning rate")
+        raise ValueError(f"the loss is {loss} at step {step}; lower the learning rate")
 
     def _evaluate_if_due(self) -> None:
-        step, every = len(self.losses), self._config.eval_every
+        step, every = self._n_done, self._config.eval_every
         if step == self._n_steps or (every is not None and step % every == 0):
             self._evaluate()
 
     def _evaluate(self) -> None:
         if self._evaluate_model is None:
             return
+        self._read_losses()
         model = self._sift.model
         model.eval()
         try:
@@ -220,9 +268,10 @@ class Run:
 
     def _save_if_due(self, *, is_last: bool) -> None:
         every = self._config.save_every
-        is_due = every is not None and len(self.losses) % every == 0
+        is_due = every is not None and self._n_done % every == 0
         if self._folder is None or not (is_due or is_last):
             return
+        self._read_losses()
         scaler = self._accelerator.scaler
         runfolder.write(
             self._folder,
@@ -242,7 +291,7 @@ class Run:
 
     def _settings(self) -> dict[str, Any]:
         # How often to look and to save may change on the way.
-        free = {"eval_every", "save_every", "patience", "trackers"}
+        free = {"log_every", "eval_every", "save_every", "patience", "trackers"}
         settings = {k: v for k, v in self._config.as_json().items() if k not in free}
         return {**settings, "n_steps": self._n_steps}
 

@@ -181,10 +181,33 @@ class SparseParameter:
         """Note that an optimizer step has used the master's gradient."""
         self._is_spent = True
 
-    def write(self) -> None:
-        """Overwrite the selected components of the parameter by the master's."""
-        self._put(self.master.detach())
+    def write(self, may_write: Tensor | None = None) -> None:
+        """Overwrite the selected components of the parameter by the master's.
+
+        Args:
+            may_write: bool, of one element, on the device; where it is False nothing changes, and
+                the host need not know. None: it is True.
+        """
+        values = self.master.detach()
+        if may_write is not None:
+            held = self._take(self.parameter)
+            values = torch.where(may_write, values.to(held.dtype), held)
+        self._put(values)
         self._written_version = self.master._version
+
+    def follow(self) -> None:
+        """Move master, its gradient and the index to where the parameter is now."""
+        device = self.parameter.device
+        if self.master.device == device:
+            return
+        was_behind, gradient = self.is_behind, self.master.grad
+        self.master.grad = None
+        self.master.data = self.master.data.to(device)
+        self.master.grad = None if gradient is None else gradient.to(device)
+        if self._index is not None:
+            self._index = self._index.to(device)
+        if not was_behind:
+            self._written_version = self.master._version
 
     @property
     def is_behind(self) -> bool:

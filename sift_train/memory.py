@@ -1,7 +1,8 @@
 """What training holds in memory beside activations, of a live run or of a model not loaded yet.
 
-Peak: the weights, the one dense gradient that lives at a time, and for every trained component its
-index, master, gradient and optimizer state. Index bytes are counted.
+At any time there are the weights and, for every trained component, its index, master and gradient.
+The peak is reached in one of three moments: while components are chosen, which is before there is
+any optimizer state; in a backward pass, beside one dense gradient; or while a step writes back.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from sift_train.masters import SparseParameter
-from sift_train.selection import index_dtype, n_selected
+from sift_train.selection import index_dtype, n_selected, search_bytes
 from sift_train.shape import without_weights
 from sift_train.targets import ALL_LINEAR, Names, find_targets
 
@@ -37,6 +38,10 @@ class MemoryReport:
         optimizer_bytes: the optimizer's state of them.
         index_bytes: their positions; none for parameters that are trained densely.
         largest_gradient_bytes: the largest dense gradient; one lives at a time.
+        selection_bytes: what choosing the components of the largest tensor by one micro-batch takes
+            beside its gradient, on a GPU: scores and what the search for the largest holds.
+        write_bytes: what writing the largest tensor's masters back takes: they in the weights'
+            dtype, and their positions in int64, which is all that torch's kernels know.
         host_bytes: originals, on the CPU.
     """
 
@@ -48,6 +53,8 @@ class MemoryReport:
     optimizer_bytes: int
     index_bytes: int
     largest_gradient_bytes: int
+    selection_bytes: int
+    write_bytes: int
     host_bytes: int
 
     @property
@@ -57,8 +64,12 @@ class MemoryReport:
 
     @property
     def peak_bytes(self) -> int:
-        """All of it at once."""
-        return self.weight_bytes + self.largest_gradient_bytes + self.trained_bytes
+        """The most at one time."""
+        choosing = self.largest_gradient_bytes + self.selection_bytes
+        backward = self.largest_gradient_bytes + self.optimizer_bytes
+        writing = self.write_bytes + self.optimizer_bytes
+        lasting = self.weight_bytes + self.trained_bytes - self.optimizer_bytes
+        return lasting + max(choosing, backward, writing)
 
     def __str__(self) -> str:
         rows = [
@@ -68,6 +79,8 @@ class MemoryReport:
             ("optimizer state", self.optimizer_bytes),
             ("indices", self.index_bytes),
             ("largest dense gradient", self.largest_gradient_bytes),
+            ("choosing, at first", self.selection_bytes),
+            ("writing back", self.write_bytes),
             ("peak without activations", self.peak_bytes),
             ("on the host: originals", self.host_bytes),
         ]
@@ -82,7 +95,7 @@ class Plan(MemoryReport):
 
     Attributes:
         rate: what was asked for.
-        fixed_bytes: what stays at a rate of 0.
+        fixed_bytes: weights and one dense gradient, which stay at a rate of 0.
         dtype: of most of the weights, such as ``"bfloat16"``.
     """
 
@@ -102,8 +115,16 @@ class Plan(MemoryReport):
         room = (gb - activations_gb) * GIB - self.fixed_bytes
         if room < 0:
             return None
-        per_rate = (self.peak_bytes - self.fixed_bytes) / self.rate if self.rate else 0.0
-        return min(1.0, room / per_rate) if per_rate else 1.0
+        if not self.rate:
+            return 1.0
+        lasting = self.trained_bytes - self.optimizer_bytes
+        bounds = [
+            (room - self.selection_bytes, lasting),
+            (room, self.trained_bytes),
+            (room + self.largest_gradient_bytes, self.trained_bytes + self.write_bytes),
+        ]
+        rate = min(self.rate * has / needed for has, needed in bounds if needed)
+        return None if rate < 0 else min(1.0, rate)
 
     def fits(self, gb: float = 24.0) -> str:
         """Return one sentence on whether it fits on a device of ``gb`` GiB."""
@@ -180,6 +201,7 @@ def _count(
         raise ValueError(f"optimizer is {optimizer!r}; choose one of {known}")
     n_trained = sum(k for _, k, _, _ in rows)
     master_bytes = sum(k * width for _, k, _, width in rows)
+    chosen = [(p, k) for p, k, trains_all, _ in rows if not trains_all]
     tensors = {*model.parameters(), *model.buffers()}
     return {
         "n_trained": n_trained,
@@ -192,6 +214,11 @@ def _count(
             0 if trains_all else k * index_dtype(p.numel()).itemsize for p, k, trains_all, _ in rows
         ),
         "largest_gradient_bytes": max(p.numel() * p.element_size() for p, _, _, _ in rows),
+        "selection_bytes": max(
+            (p.numel() * p.element_size() + search_bytes(p.numel(), k) for p, k in chosen),
+            default=0,
+        ),
+        "write_bytes": max((k * (8 + p.element_size()) for p, k in chosen), default=0),
         "host_bytes": sum(k * p.element_size() for p, k, _, _ in rows),
     }
 

@@ -48,10 +48,17 @@ class SIFT:
 
     Every ``torch.optim.Optimizer`` built from the masters writes them back as part of its step.
     After any other optimizer the model is brought up to date before its next forward pass,
-    whenever its state dict is taken, and on ``write_back`` and ``close``.
+    whenever its state dict is taken, and on ``write_back`` and ``close``. A model that is moved to
+    another device before its first step takes its masters along, in the next forward pass.
+
+    Attributes:
+        model: what is trained.
+        sparse_mapping: what is trained of each parameter, by the parameter's name.
+        may_write: a bool on the device, or None. Where it is False no weights are overwritten,
+            without the host knowing: for a loop that does not wait to see whether a loss is finite.
 
     Args:
-        model: on its final device; wrap nothing around its parameters.
+        model: wrap nothing around its parameters.
         sparse_rate: share of each tensor's components to train, 0 to 1.
         sparse_module: name fragments of the parameters to train sparsely, regular expressions
             (compiled, or as ``"re:..."``), or ``"all-linear"``.
@@ -90,6 +97,7 @@ class SIFT:
         _refuse_second(model)
         self.model = model
         self._grad_acc = grad_acc
+        self.may_write: Tensor | None = None
         self._only_scoring = False
         self._is_stepped_by_torch = False
         self._handles: list[RemovableHandle] = []
@@ -223,7 +231,7 @@ class SIFT:
         """Overwrite the selected weights by their masters; idempotent."""
         for part in self.sparse_mapping.values():
             if part.is_selected:
-                part.write()
+                part.write(self.may_write)
 
     def revert(self) -> None:
         """Give the model, and the masters, the weights from before the training, bit for bit."""
@@ -296,7 +304,7 @@ class SIFT:
             self._is_stepped_by_torch = True
             part.spend()
             if part.is_selected:
-                part.write()
+                part.write(self.may_write)
 
     def close(self) -> None:
         """Write the last update back, remove all hooks, unfreeze what was frozen; idempotent."""
@@ -361,6 +369,7 @@ class SIFT:
         if gradient is None:
             return
         parameter.grad = None
+        part.follow()
         if not part.is_selected:
             at_once = self._grad_acc == 1 and not self._only_scoring
             self._chooser.score(
@@ -387,11 +396,12 @@ class SIFT:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_use(self, *_: Any) -> None:
         for part in self.sparse_mapping.values():
+            part.follow()
             # Not without need: a write between two forwards of one loss would spoil its backward.
             # An optimizer that is not torch's may work on `.data`, which leaves the version as it was.
             may_differ = part.is_behind or not self._is_stepped_by_torch
             if part.is_selected and may_differ and part.differs:
-                part.write()
+                part.write(self.may_write)
 
 
 def _refuse_second(model: nn.Module) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launch_counts import Counted
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from train_helpers import (
@@ -21,7 +23,7 @@ from train_helpers import (
 )
 
 import sparsedelta
-from sift_train import SIFT, FitConfig, StepReport, export_delta, fit
+from sift_train import SIFT, FitConfig, StepReport, export_delta, fit, loop
 
 LAYERS = ["query", "value", "intermediate"]
 
@@ -286,6 +288,29 @@ def test_mixed_precision_trains_fp32_weights(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu_no_step_waits(tmp_path: Path) -> None:
+    """From the third step to the next reading, as CUDA itself finds out."""
+    n_losses = 0
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        nonlocal n_losses
+        n_losses += 1
+        if n_losses == config.selection_batches + 3:
+            torch.cuda.set_sync_debug_mode("error")
+        if n_losses == config.selection_batches + 12:
+            torch.cuda.set_sync_debug_mode("default")
+        return square_loss(model, batch)
+
+    config = FitConfig(max_steps=13, log_every=12)
+    try:
+        fit(make_net(), make_inputs(13), output=tmp_path / "d.sd", loss=loss, config=config)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert n_losses == config.selection_batches + 13
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_on_a_gpu_every_precision_trains(tmp_path: Path, precision: str) -> None:
     model, before = make_net(), snapshot(make_net())
@@ -372,6 +397,91 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_sound(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="loss is inf at step 4; lower the learning rate"):
         fit(model, make_inputs(5), output=tmp_path / "d.sd", loss=loss, config=config)
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read losses as from a GPU: not at every step, and after the step."""
+    monkeypatch.setattr(loop, "_log_every", lambda device, config: config.log_every)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_no_weight_moves_after_a_loss_that_is_found_out_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float, optimizer: str
+) -> None:
+    """The 4th of 8 steps fails, the host looks after 6: the weights are those after 3."""
+
+    def run(n_steps: int, name: str) -> tuple[nn.Module, list[int]]:
+        model, told = make_net(), list[int]()
+        n_losses = 0
+
+        def loss(model: nn.Module, batch: Tensor) -> Tensor:
+            nonlocal n_losses
+            n_losses += 1
+            return square_loss(model, batch) * (bad if n_losses == 4 else 1.0)
+
+        config = FitConfig(
+            max_steps=n_steps, log_every=6, lr=1e-2, weight_decay=0.1, optimizer=optimizer,
+            schedule="constant", warmup=0.0, selection="magnitude",
+        )  # fmt: skip
+        message = f"loss is {bad} at step 4; lower the learning rate"
+        with pytest.raises(ValueError, match=message) if n_steps > 3 else nullcontext():
+            fit(
+                model, make_inputs(9), output=tmp_path / name, loss=loss, config=config,
+                run_dir=tmp_path / f"run-{name}", on_step=lambda report: told.append(report.step),
+            )  # fmt: skip
+        return model, told
+
+    sound, _ = run(3, "sound")
+    failed, told = run(8, "failed")
+    assert told == [1, 2, 3]
+    assert not (tmp_path / "failed").exists()
+    for name, value in failed.state_dict().items():
+        assert same_bits(value, sound.state_dict()[name]), name
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_reading_losses_later_changes_no_result(tmp_path: Path) -> None:
+    reports: dict[int, list[StepReport]] = {1: [], 3: []}
+    models = {}
+    for log_every, told in reports.items():
+        model = models[log_every] = make_net()
+        config = FitConfig(epochs=2, accumulation=2, lr=1e-2, log_every=log_every, eval_every=4)
+        found = fit(
+            model,
+            make_inputs(9),
+            output=tmp_path / f"{log_every}.sd",
+            loss=square_loss,
+            config=config,
+            evaluate=lambda m, told=told: len(told),  # type: ignore[misc] # told of all steps before
+            on_step=told.append,
+        )
+        assert [report.loss for report in told] == list(found.losses)
+        assert [(e.step, e.first) for e in found.evaluations] == [(4, 4), (8, 8), (10, 10)]
+    assert reports[1] == reports[3]
+    for name, value in models[1].state_dict().items():
+        assert same_bits(value, models[3].state_dict()[name]), name
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_between_readings_no_step_waits(tmp_path: Path) -> None:
+    waits = []
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        waits.append(counted.waits.total())
+        return square_loss(model, batch)
+
+    config = FitConfig(
+        max_steps=13, log_every=6, optimizer=lambda groups: torch.optim.AdamW(groups, fused=True)
+    )
+    with Counted() as counted:
+        fit(make_net(), make_inputs(13), output=tmp_path / "d.sd", loss=loss, config=config)
+    by_step = waits[config.selection_batches :]
+    # The first step finds out whether the optimizer is torch's.
+    assert by_step[1] == by_step[5]
+    assert by_step[6] == by_step[11]
 
 
 def test_data_that_ends_early_is_told_and_what_was_learnt_is_written(

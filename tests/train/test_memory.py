@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from train_helpers import make_bert, make_inputs, make_net, square_loss
 
-from sift_train import SIFT, plan
+from sift_train import SIFT, plan, selection
 
 
 def n_bytes(tensors: Any) -> int:
@@ -41,8 +42,13 @@ def test_the_report_counts_every_tensor(dtype: torch.dtype) -> None:
         assert report.largest_gradient_bytes == n_bytes([model.first.weight])
         assert report.n_trained == sift.n_trained
         assert report.trained_bytes == 20 * (sift.n_trained - 4) + 16 * 4
-        assert report.peak_bytes == (
-            report.weight_bytes + report.largest_gradient_bytes + report.trained_bytes
+        moments = (
+            report.largest_gradient_bytes + report.selection_bytes,
+            report.largest_gradient_bytes + report.optimizer_bytes,
+            report.write_bytes + report.optimizer_bytes,
+        )
+        assert report.peak_bytes == report.weight_bytes + 12 * (sift.n_trained - 4) + 8 * 4 + max(
+            moments
         )
         assert "trained: 31 of 308 components, 10.06 %" in str(report)
 
@@ -78,6 +84,12 @@ def test_a_plan_of_7b_needs_no_weights() -> None:
     assert planned.trained_bytes == 20 * planned.n_trained  # the 6.0 GiB of the method's notes
     assert round(planned.trained_bytes / 2**30, 1) == 6.0
     assert planned.largest_gradient_bytes == 2 * 4096 * 11008
+    # The peak is a backward pass: there is more optimizer state than choosing or writing takes.
+    assert planned.peak_bytes == (
+        planned.weight_bytes + planned.largest_gradient_bytes + planned.trained_bytes
+    )
+    assert planned.selection_bytes < 0.4 * 2**30
+    assert planned.write_bytes == 10 * (int(0.05 * 4096 * 11008) + 1)
     assert "fits in 24 GiB, with 5." in str(planned)
     assert planned.fits(16).startswith("lacks")
     assert planned.fits(8) == "does not fit in 8 GiB at any rate: the weights alone leave no room"
@@ -88,6 +100,42 @@ def test_a_plan_of_7b_needs_no_weights() -> None:
     assert planned.highest_rate(24, activations_gb=planned.room_in(24) / 2**30) == pytest.approx(
         0.05, rel=1e-4
     )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("rate", [0.0001, 0.05, 0.5])
+def test_at_its_highest_rate_a_plan_just_fits(rate: float, optimizer: str) -> None:
+    """Whichever moment takes most."""
+    planned = plan(seven_b(), rate, optimizer=optimizer)
+    highest = planned.highest_rate(24)
+    assert highest is not None
+    assert abs(plan(seven_b(), highest, optimizer=optimizer).room_in(24)) < 2**26
+    at_least = (planned.weight_bytes + planned.largest_gradient_bytes) / 2**30
+    # As much as the lasting parts, and then less than choosing takes.
+    assert plan(seven_b(), rate, optimizer="sgd").highest_rate(at_least + 0.01) is None
+
+
+@pytest.mark.parametrize("k", [1, 5, 20_000, 99_999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_choosing_takes_no_more_than_is_said(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, k: int
+) -> None:
+    """As torch's allocator counts, with as many ties as can be."""
+    monkeypatch.setattr(selection, "CPU_SLICE", 1 << 14)
+    monkeypatch.setattr(selection, "DEVICE_SLICE", 1 << 14)
+    scores = torch.zeros(100_000, dtype=dtype)
+    scores[::7] = 1.0
+    generator = selection.seeded_generator(0, "")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        selection.top_k(scores, k, generator)
+    held = most = 0
+    for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    histograms = 4 * 8 * (1 << 16)
+    draws = 8 * 2 * len(scores)  # of the host, whatever the device
+    assert most <= selection.search_bytes(len(scores), k) + histograms + draws
 
 
 def test_a_plan_of_a_module_keeps_its_dtype() -> None:

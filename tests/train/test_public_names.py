@@ -43,7 +43,7 @@ def test_names() -> None:
             "FitConfig",
             "* sparse_rate sparse_module exception selection selection_batches budget optimizer lr "
             "weight_decay decay_to betas eps momentum schedule warmup epochs max_steps accumulation "
-            "max_grad_norm mixed_precision gradient_checkpointing eval_every patience "
+            "max_grad_norm mixed_precision gradient_checkpointing log_every eval_every patience "
             "higher_is_better save_every trackers seed",
         ),
     ],

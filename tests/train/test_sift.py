@@ -588,6 +588,28 @@ def test_grad_acc_is_a_count() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("is_chosen", [False, True])
+def test_masters_follow_a_model_that_is_moved(is_chosen: bool) -> None:
+    """A Trainer's script makes SIFT and optimizer first, and the Trainer moves the model."""
+    moved, there = make_net(), make_net().cuda()
+    inputs = [batch.cuda() for batch in make_inputs(3)]
+    selection = "magnitude" if is_chosen else "gradient"
+    with (
+        SIFT(moved, 0.3, "weight", selection=selection) as late,
+        SIFT(there, 0.3, "weight", selection=selection) as early,
+    ):
+        optimizers = [OPTIMIZERS["adamw"](s.parameters_in_optimizer()) for s in (late, early)]
+        moved.cuda()
+        for batch in inputs:
+            for model, optimizer in zip((moved, there), optimizers, strict=True):
+                step(model, optimizer, batch)
+        assert all(master.is_cuda for master in late.parameters_in_optimizer())
+    for one, other in zip(moved.parameters(), there.parameters(), strict=True):
+        assert same_bits(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_on_a_gpu_it_is_the_plain_optimizer_too(accumulation: int) -> None:
     plain, ours = make_net().cuda(), make_net().cuda()
