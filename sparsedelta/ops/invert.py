@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from blake3 import blake3
 
@@ -78,7 +78,8 @@ def invert(
         )
         context.enter_context(explained(given, checkpoint))
         check_base_files(given, checkpoint)
-        return _WithBase(given, checkpoint, payload, progress).run(base_id)
+        rows = _rows_by_base(given, checkpoint)
+        return _WithBase(given, rows, checkpoint, payload, Pace(progress)).run(base_id)
 
 
 def _without_base(
@@ -116,51 +117,55 @@ def _weight_file(
     return replace(file, path=path, digest=blake3(header).digest()[:DIGEST_BYTES])
 
 
+def _rows_by_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Row]:
+    """Return a row that is made from each tensor of the base: of several, the one that is named like it."""
+    result: dict[TensorKey, Row] = {}
+    rows = {row.key: row for row in delta.tensors}
+    for key, tensor in find_base(delta, base).items():
+        known = result.setdefault(tensor.key, rows[key])
+        if key == tensor.key or (rows[key].name == tensor.name != known.name):
+            result[tensor.key] = rows[key]
+    return result
+
+
+@dataclass(frozen=True)
 class _WithBase:
     """Inverts a delta whose base is given."""
 
-    def __init__(
-        self, delta: Delta, base: Checkpoint, payload: SpoolPayload, progress: Progress | None
-    ) -> None:
-        self._delta = delta
-        self._base = base
-        self._payload = payload
-        self._pace = Pace(progress)
-        self._rows: dict[TensorKey, Row] = {}  # one made from each tensor of the base
-        rows = {row.key: row for row in delta.tensors}
-        for key, tensor in find_base(delta, base).items():
-            known = self._rows.setdefault(tensor.key, rows[key])
-            if key == tensor.key or (rows[key].name == tensor.name != known.name):
-                self._rows[tensor.key] = rows[key]
+    delta: Delta
+    rows: Mapping[TensorKey, Row]  # by the base tensor
+    base: Checkpoint
+    payload: SpoolPayload
+    pace: Pace
 
     def run(self, base_id: str | None) -> Delta:
-        delta, base = self._delta, self._base
+        delta, base = self.delta, self.base
         there = {file.path: (file.n_bytes, file.digest) for file in delta.target.side_files}
-        files = describe_files(base, there.get, self._payload)
+        files = describe_files(base, there.get, self.payload)
         rows = run_all(
             self._row,
             [*base.tensors.values()],
             cost=lambda tensor: tensor.spec.n_bytes,
-            pace=self._pace,
+            pace=self.pace,
             label="inverting",
             n_bytes=sum(row.coded_bytes for row in delta.tensors),
         )
         used = {row.base.key for row in rows if row.base}
         n_unused = sum(row.key not in used for row in delta.tensors)
-        return Delta(Base(base_id, n_unused), files, tuple(rows), _info(delta), self._payload)
+        return Delta(Base(base_id, n_unused), files, tuple(rows), _info(delta), self.payload)
 
     def _row(self, tensor: Tensor) -> Row:
         """Return how a tensor of the base is made from the target's, by reading it only where that tells more."""
-        row = self._rows.get(tensor.key)
-        pace = self._pace.unreported()  # coded bytes are what is counted
+        row = self.rows.get(tensor.key)
+        pace = self.pace.unreported()  # coded bytes are what is counted
         if row is None or row.base is None:
-            return Comparison(None, tensor, values="ulp", payload=self._payload, pace=pace).run()
+            return Comparison(None, tensor, values="ulp", payload=self.payload, pace=pace).run()
         base = BaseTensor(tensor.file, tensor.name, row.base.spec)
         if told(row) and row.target.digest is not None:
             check_base_tensor(row, tensor, pace)
-            return inverse_row(row, base, self._delta, self._payload, self._pace)
-        made = MadeTensor(row, tensor, self._delta.payload, self._pace)
-        inverse = Comparison(made, tensor, values="ulp", payload=self._payload, pace=pace).run()
+            return inverse_row(row, base, self.delta, self.payload, self.pace)
+        made = MadeTensor(row, tensor, self.delta.payload, self.pace)
+        inverse = Comparison(made, tensor, values="ulp", payload=self.payload, pace=pace).run()
         if inverse.target != row.base.spec:
             raise BaseDiffers(row, inverse.target.digest or b"")
         if inverse.base and row.target.digest not in (None, inverse.base.spec.digest):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import ConflictError, StructureMismatch
@@ -91,48 +92,42 @@ def merge(
         context.enter_context(explained(given[0], checkpoint))
         for one in given:
             check_base_files(one, checkpoint)
+        rows = [_rows_by_base(delta, checkpoint) for delta in given]
         payload = context.enter_context(new_payload(spool_dir))
-        return _Merge(given, checkpoint, recipe, payload, progress).run()
+        return _Merge(given, rows, checkpoint, recipe, payload, Pace(progress)).run()
 
 
+@dataclass(frozen=True)
 class _Merge:
-    def __init__(
-        self,
-        deltas: Sequence[Delta],
-        base: Checkpoint,
-        recipe: Recipe,
-        payload: SpoolPayload,
-        progress: Progress | None,
-    ) -> None:
-        self._deltas = deltas
-        self._base = base
-        self._recipe = recipe
-        self._payload = payload
-        self._pace = Pace(progress)
-        self._rows = [_rows_by_base(delta, base) for delta in deltas]
+    deltas: Sequence[Delta]
+    rows: Sequence[Mapping[TensorKey, Row]]  # of each delta, by the base tensor
+    base: Checkpoint
+    recipe: Recipe
+    payload: SpoolPayload
+    pace: Pace
 
     def run(self) -> Delta:
-        base = self._base
-        files = describe_files(base, lambda path: digest_file(base.side_files[path]), self._payload)
+        base = self.base
+        files = describe_files(base, lambda path: digest_file(base.side_files[path]), self.payload)
         rows = run_all(
             self._row,
             [*base.tensors.values()],
             cost=lambda tensor: 2 * tensor.spec.n_bytes,  # the base's and the merged
-            pace=self._pace,
+            pace=self.pace,
             label="merging",
         )
-        base_id = next((delta.base.id for delta in self._deltas if delta.base.id), None)
-        return Delta(Base(base_id), files, tuple(rows), self._info(), self._payload)
+        base_id = next((delta.base.id for delta in self.deltas if delta.base.id), None)
+        return Delta(Base(base_id), files, tuple(rows), self._info(), self.payload)
 
     def _row(self, tensor: Tensor) -> Row:
         """Return the merged tensor; one that no delta knows stays as it is."""
-        rows = [rows.get(tensor.key) for rows in self._rows]
+        rows = [rows.get(tensor.key) for rows in self.rows]
         links = [
             Link(number, row, delta.payload) if row and row.chunks else None
-            for number, (delta, row) in enumerate(zip(self._deltas, rows, strict=True), 1)
+            for number, (delta, row) in enumerate(zip(self.deltas, rows, strict=True), 1)
         ]
         made = self._made(tensor, links) if any(links) else tensor
-        row = Comparison(tensor, made, values="ulp", payload=self._payload, pace=self._pace).run()
+        row = Comparison(tensor, made, values="ulp", payload=self.payload, pace=self.pace).run()
         if row.base:
             found = row.base.spec.digest or b""
             for one in rows:
@@ -144,7 +139,7 @@ class _Merge:
         silent = Pace()
         present = [link for link in links if link]
         if work_dtype(tensor.spec.dtype) is not None:
-            return MergedTensor(tensor, links, self._recipe, silent)
+            return MergedTensor(tensor, links, self.recipe, silent)
         digests = {link.row.target.digest for link in present}
         if len(present) < len(links) or len(digests) > 1 or None in digests:
             raise ConflictError(
@@ -155,8 +150,8 @@ class _Merge:
         return MadeTensor(present[0].row, tensor, present[0].payload, silent)
 
     def _info(self) -> Mapping[str, JSON]:
-        recipe = self._recipe
-        targets = [delta.target_fingerprint for delta in self._deltas]
+        recipe = self.recipe
+        targets = [delta.target_fingerprint for delta in self.deltas]
         merged: dict[str, JSON] = {
             "method": recipe.method,
             "weights": [*recipe.weights],

@@ -6,6 +6,7 @@ Memory stays within one block and the changes of one chunk, whatever the tensor'
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -72,59 +73,56 @@ def rebuild(
         raise ValueError(f"tensor {row.name!r} is made from a base tensor, and none was given")
     if check == "touched" and any(chunk.touched is None for chunk in row.chunks):
         check = "full"  # there are no other digests to hold it against
-    _Rebuild(row, base, payload, write, check, pace, every_base).run()
+    full, dtype = check == "full", row.target.dtype
+    wants_base = full and base is not None and (every_base or not _target_proves_base(row))
+    work = _Rebuild(
+        row=row,
+        base=base,
+        payload=payload,
+        write=write,
+        pace=pace,
+        checks_touched=check != "none",
+        block=np.zeros(BLOCK_BYTES // dtype.width, dtype.view),
+        target_hash=blake3() if full and row.target.digest is not None else None,
+        base_hash=blake3() if wants_base else None,
+    )
+    for start, end, chunk in segments(row):
+        with place_for(chunk.nnz if chunk else 0, dtype):
+            work.make(start, end, chunk)
+    work.check()
 
 
+@dataclass(frozen=True, slots=True)
 class _Rebuild:
-    """The work on one tensor."""
+    """The work on one tensor: what ``rebuild`` is given, and a hash of what it is to digest."""
 
-    def __init__(
-        self,
-        row: Row,
-        base: Source | None,
-        payload: Payload,
-        write: Write,
-        check: Check,
-        pace: Pace,
-        every_base: bool,
-    ) -> None:
-        dtype = row.target.dtype
-        self._row = row
-        self._base = base
-        self._payload = payload
-        self._write = write
-        self._pace = pace
-        self._checks_touched = check != "none"
-        self._block = np.zeros(BLOCK_BYTES // dtype.width, dtype.view)
-        full = check == "full"
-        self._target_hash = blake3() if full and row.target.digest is not None else None
-        wants_base = full and base is not None and (every_base or not _target_proves_base(row))
-        self._base_hash = blake3() if wants_base else None
+    row: Row
+    base: Source | None
+    payload: Payload
+    write: Write
+    pace: Pace
+    checks_touched: bool
+    block: Bits
+    target_hash: blake3 | None
+    base_hash: blake3 | None
 
-    def run(self) -> None:
-        """Make the whole tensor."""
-        row = self._row
-        for start, end, chunk in segments(row):
-            with place_for(chunk.nnz if chunk else 0, row.target.dtype):
-                self._make(start, end, chunk)
-        self._check()
-
-    def _make(self, first: int, end: int, chunk: Chunk | None) -> None:
-        row, n_block = self._row, len(self._block)
+    def make(self, first: int, end: int, chunk: Chunk | None) -> None:
+        """Make a segment of the tensor."""
+        row, n_block = self.row, len(self.block)
         dtype = row.target.dtype
         positions, codes = np.empty(0, np.uint32), np.empty(0, dtype.view)
         decode = VALUE_ENCODINGS[chunk.coding.values].decode if chunk else None
-        hashes = (blake3(), blake3()) if chunk and chunk.touched and self._checks_touched else ()
+        hashes = (blake3(), blake3()) if chunk and chunk.touched and self.checks_touched else ()
         if chunk:
             positions, codes = self._decode_chunk(chunk)
         starts = range(first, end, n_block)
         edges = np.searchsorted(positions, [*(s - first for s in starts), end - first]).tolist()
         for start, low, high in zip(starts, edges, edges[1:], strict=False):
-            bits = self._block[: min(n_block, end - start)]
-            read_start(self._base, row.keep, start, bits)
-            if self._base_hash:
+            bits = self.block[: min(n_block, end - start)]
+            read_start(self.base, row.keep, start, bits)
+            if self.base_hash:
                 n_kept = max(0, min(len(bits), row.keep - start))
-                self._base_hash.update(bits[:n_kept].view(np.uint8).data)
+                self.base_hash.update(bits[:n_kept].view(np.uint8).data)
             if high > low and decode:
                 where = positions[low:high] - np.uint32(start - first)
                 before = bits[where]
@@ -133,17 +131,17 @@ class _Rebuild:
                 for hasher, values in zip(hashes, (before, after), strict=False):
                     hasher.update(np.ascontiguousarray(values).view(np.uint8).data)
             raw = bits.view(np.uint8).data
-            if self._target_hash:
-                self._target_hash.update(raw)
-            self._write(raw, start * dtype.width)
-            self._pace.advance(len(raw))
+            if self.target_hash:
+                self.target_hash.update(raw)
+            self.write(raw, start * dtype.width)
+            self.pace.advance(len(raw))
         if hashes and chunk:
             before_digest, after_digest = (h.digest()[:TOUCHED_BYTES] for h in hashes)
             self._check_touched(chunk, (before_digest, after_digest))
 
     def _decode_chunk(self, chunk: Chunk) -> tuple[Positions, Bits]:
         try:
-            return decode_row_chunk(self._row, chunk, self._payload, self._base)
+            return decode_row_chunk(self.row, chunk, self.payload, self.base)
         except Corrupt:
             # What is read with the help of another base makes no sense: that is the thing to say.
             if chunk.coding.classes:
@@ -155,25 +153,26 @@ class _Rebuild:
             return
         self._check_base()
         raise Corrupt(
-            f"tensor {self._row.name!r}: its touched values {found[0].hex()} become {found[1].hex()},"
+            f"tensor {self.row.name!r}: its touched values {found[0].hex()} become {found[1].hex()},"
             f" expected {chunk.touched[0].hex()} and {chunk.touched[1].hex()}, on the right base; the delta is"
             " inconsistent; download it again",
-            tensor=self._row.name,
+            tensor=self.row.name,
             expected=chunk.touched[1].hex(),
             found=found[1].hex(),
         )
 
-    def _check(self) -> None:
-        row = self._row
-        if self._base_hash and self._base is not None and row.base:
+    def check(self) -> None:
+        """Compare the digests of what was made, and of what it was made from."""
+        row = self.row
+        if self.base_hash and self.base is not None and row.base:
             kept_bytes = row.keep * row.target.dtype.width
-            pace = self._pace.unreported()
-            digest = digest_tensor(self._base, pace, offset=kept_bytes, hasher=self._base_hash)
+            pace = self.pace.unreported()
+            digest = digest_tensor(self.base, pace, offset=kept_bytes, hasher=self.base_hash)
             if digest != row.base.spec.digest:
                 raise BaseDiffers(row, digest)
-        if self._target_hash is None:
+        if self.target_hash is None:
             return
-        digest, expected = self._target_hash.digest()[:DIGEST_BYTES], row.target.digest
+        digest, expected = self.target_hash.digest()[:DIGEST_BYTES], row.target.digest
         if expected is not None and digest != expected:
             self._check_base()
             raise Corrupt(
@@ -186,8 +185,8 @@ class _Rebuild:
 
     def _check_base(self) -> None:
         """Raise BaseDiffers if the base tensor is another."""
-        if self._base is not None:
-            check_base_tensor(self._row, self._base, self._pace.unreported())
+        if self.base is not None:
+            check_base_tensor(self.row, self.base, self.pace.unreported())
 
 
 def _target_proves_base(row: Row) -> bool:
