@@ -6,6 +6,7 @@ Integer views of the element size share the memory of the tensor; no float arith
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +37,21 @@ _TORCH_NAMES = {
     "F64": "float64",
     "C64": "complex64",
 }
+
+
+def check_installed(*packages: str) -> None:
+    """Check that packages are there that models in memory need.
+
+    Raises:
+        ModuleNotFoundError: one is not.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(
+                f"models in memory need {package}, which is not installed; install it with:"
+                f" pip install {package}",
+                name=package,
+            )
 
 
 def torch_dtype(dtype: DType) -> torch.dtype | None:

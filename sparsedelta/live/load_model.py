@@ -23,7 +23,7 @@ from sparsedelta.files.side_files import write_side_file
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.format.records import Row, SideFile, TensorKey
-from sparsedelta.live.bits import torch_dtype
+from sparsedelta.live.bits import check_installed, torch_dtype
 from sparsedelta.live.slots import find_slots
 from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.progress import Silent
@@ -50,6 +50,7 @@ def load_target(
     options: Mapping[str, Any] | None,
 ) -> Any:
     """Return the transformers model of a delta's target; see ``sparsedelta.load_model``."""
+    check_installed("torch", "transformers")
     with ExitStack() as context:
         checkpoint = context.enter_context(open_base(base, delta))
         tensors = _Tensors(delta, checkpoint, verify)
@@ -156,7 +157,7 @@ class _Tensors:
         self._verify: Check = verify
         self._pace = Pace(Silent())
         self._lock = threading.Lock()
-        self.failure: SparseDeltaError | MemoryError | None = None
+        self.failure: SparseDeltaError | None = None
         self.made: set[TensorKey] = set()
 
     def of(self, files: Collection[str]) -> dict[str, _Lazy]:
@@ -167,7 +168,7 @@ class _Tensors:
         """Return one tensor."""
         try:
             tensor = self._make(row)
-        except (SparseDeltaError, MemoryError) as error:
+        except SparseDeltaError as error:
             with self._lock:
                 self.failure = self.failure or error
             raise
@@ -184,12 +185,7 @@ class _Tensors:
                 f"tensor {row.name!r} is {spec.dtype.name}, which torch does not have",
                 tensor=row.name,
             )
-        try:
-            buffer = torch.empty(spec.n_bytes, dtype=torch.uint8)
-        except RuntimeError as error:
-            raise MemoryError(
-                f"tensor {row.name!r} takes {spec.n_bytes} bytes, more than there is memory for"
-            ) from error
+        buffer = torch.empty(spec.n_bytes, dtype=torch.uint8)
         memory = buffer.numpy().data
 
         def write(data: memoryview, offset: int) -> None:

@@ -14,7 +14,7 @@ from sparsedelta._typing import Model, Names
 from sparsedelta.errors import StructureMismatch
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.records import Row, TensorKey, TensorSpec
-from sparsedelta.live.bits import overlaps_itself, torch_dtype, wire_name
+from sparsedelta.live.bits import check_installed, overlaps_itself, torch_dtype, wire_name
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +171,9 @@ def find_slots(model: Model) -> dict[str, Slot]:
 
     Raises:
         TypeError: it is neither a module nor a state dict.
+        ModuleNotFoundError: torch is not installed.
     """
+    check_installed("torch")
     import torch
 
     if isinstance(model, torch.nn.Module):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from train_helpers import make_bert
 
 import sparsedelta
 from sparsedelta import load_model
-from sparsedelta.errors import AlreadyApplied, BaseMismatch, StructureMismatch
+from sparsedelta.errors import AlreadyApplied, BaseMismatch, LimitExceeded, StructureMismatch
 from sparsedelta.live.load_model import model_files
 
 Bert = transformers.AutoModelForSequenceClassification
@@ -207,11 +210,55 @@ class TestWhichFiles:
             shutil.copytree(target, tmp_path / "base2")
             base = tmp_path / "base2"
         path = delta_of(base, target, tmp_path / "delta.sd")
-        assert same(load_model(path, base=base).state_dict(), wanted)
+        told = nullcontext() if is_in_base else pytest.warns(UserWarning, match="'w' of 'adapter.")
+        with told:
+            assert same(load_model(path, base=base).state_dict(), wanted)
 
 
 def files(names: str) -> set[str]:
     return {f"{name}.safetensors" for name in names.split()}
+
+
+class TestTensorsThatTheModelDoesNotHold:
+    """The model that transformers loads has the tensors of one folder, and the delta may change others."""
+
+    @pytest.fixture
+    def dense(self, base: Path, target: Path) -> str:
+        """Add the weights of another module, as sentence-transformers does, to base and target."""
+        name = "2_Dense/model.safetensors"
+        for folder, step in ((base, 0), (target, 1)):
+            (folder / "2_Dense").mkdir()
+            parts = {f"linear.{n}": torch.zeros(3) + step for n in range(5)}
+            save_file({**parts, "fixed": torch.ones(2)}, folder / name)
+        return name
+
+    def test_of_another_module(self, base: Path, target: Path, tmp_path: Path, dense: str) -> None:
+        path = delta_of(base, target, tmp_path / "delta.sd")
+        told = "".join(f"'linear.{n}' of '{dense}'[, ]+" for n in range(3)) + "and 2 more; to use"
+        with pytest.warns(UserWarning, match=f"does not hold, {told}") as caught:
+            model = load_model(path, base=base)
+        assert [warning.filename for warning in caught] == [__file__]
+        assert same(model.state_dict(), Bert.from_pretrained(target).state_dict())
+
+    def test_that_do_not_change(self, base: Path, target: Path, tmp_path: Path, dense: str) -> None:
+        shutil.copy(base / dense, target / dense)
+        load_model(delta_of(base, target, tmp_path / "delta.sd"), base=base)  # warnings are errors
+
+    def test_of_a_larger_model(self, base: Path, path: Path) -> None:
+        with pytest.warns(
+            UserWarning, match=r"hold, 'classifier.bias' of .*, 'classifier.weight' of"
+        ):
+            load_model(path, base=base, model_class=transformers.AutoModel)
+
+    def test_tied(self, tmp_path: Path) -> None:
+        """A file may have both of two tied tensors, of which transformers takes one."""
+        base = make_llama(tmp_path / "base", tied=True)
+        target = save_tuned(base, tmp_path / "target", transformers.AutoModelForCausalLM)
+        for folder in (base, target):
+            weights = load_file(folder / "model.safetensors")
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+            save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        load_model(delta_of(base, target, tmp_path / "delta.sd"), base=base)
 
 
 class TestWrongBase:
@@ -269,3 +316,27 @@ def test_a_model_of_the_inner_part(base: Path, target: Path, path: Path) -> None
         delta.apply_(model, names={n: None for n in names if n.startswith("classifier")})
     wanted = transformers.AutoModel.from_pretrained(target, add_pooling_layer=True)
     assert same(model.state_dict(), wanted.state_dict())
+
+
+def test_a_tensor_of_any_size(base: Path, tmp_path: Path) -> None:
+    """A delta of a kilobyte may state one."""
+    with sparsedelta.load(delta_of(base, base, tmp_path / "delta.sd")) as delta:
+        target = dataclasses.replace(delta.tensors[0].target, shape=(1 << 58,))
+        rows = (dataclasses.replace(delta.tensors[0], target=target), *delta.tensors[1:])
+        with pytest.raises(LimitExceeded):
+            load_model(dataclasses.replace(delta, tensors=rows), base=base)
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_packages_that_are_not_installed(
+    base: Path, path: Path, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ModuleNotFoundError, match=f"need {missing}.*pip install {missing}"):
+        load_model(path, base=base)
+    if missing == "torch":
+        with (
+            sparsedelta.load(path) as delta,
+            pytest.raises(ModuleNotFoundError, match="need torch"),
+        ):
+            delta.apply_({})
