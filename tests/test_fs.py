@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
+import shutil
 import sys
+import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from helpers import noise, tree, write, write_sharded
+from helpers import assert_same_files, noise, tree, write, write_sharded
 
 import sparsedelta
+from sparsedelta import system
 from sparsedelta.fs import staged_output, synced
 from sparsedelta.system import reserve
 
@@ -96,10 +101,138 @@ def test_failed_rename_brings_the_old_folder_back(
     def refuse(*_: object) -> None:
         raise OSError("no")
 
+    monkeypatch.setattr(system, "exchange", lambda *_: False)
     monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(OSError, match="no"):
         make(out, b"new", folder=True, overwrite=True)
     assert tree(tmp_path) == {"out": None, "out/old": b"old"}
+
+
+def test_without_an_exchange_the_old_folder_can_be_found_at_any_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    write(out / "old", b"old")
+    between: list[dict[str, bytes | None]] = []
+    replace = Path.replace
+
+    def watched(path: Path, target: Path) -> None:
+        between.append(tree(tmp_path))
+        replace(path, target)
+
+    monkeypatch.setattr(system, "exchange", lambda *_: False)
+    monkeypatch.setattr(Path, "replace", watched)
+    make(out, b"new", folder=True, overwrite=True)
+    assert tree(tmp_path) == {"out": None, "out/file": b"new"}
+    assert [name for name in between[0] if re.fullmatch(r"out\.\w{8}\.replaced/old", name)]
+
+
+def test_a_folder_is_replaced_in_one_step(tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    write(out / "file", b"0")
+    write(other / "file", b"")
+    if not system.exchange(out, other):
+        pytest.skip("not on this file system")
+    done = threading.Event()
+    seen: set[bool] = set()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.add(out.exists())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    for number in range(50):
+        make(out, b"%d" % number, folder=True, overwrite=True)
+    done.set()
+    thread.join()
+    assert seen == {True}
+
+
+ABANDONED = ".gone.abcdefgh.sparsedelta.partial"
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    if not system.is_local(tmp_path):
+        pytest.skip("locks may tell nothing on this file system")
+    kept = [
+        ".rsync.partial",
+        "out.sparsedelta.partial",
+        ".other.abcdefgh.sparsedelta-unlocked.partial",
+        ".running.abcdefgh.sparsedelta.partial",
+    ]
+    for name in [ABANDONED, *kept]:
+        write(tmp_path / name / "new/a/b", b"x")
+    (tmp_path / ".link.sparsedelta.partial").symlink_to("elsewhere", target_is_directory=True)
+    write(tmp_path / "elsewhere/file", b"x")
+    (tmp_path / ".empty.sparsedelta.partial").mkdir()
+    before = tree(tmp_path)
+    with (
+        system.locked(tmp_path / kept[-1]) as is_locked,
+        staged_output(tmp_path / "out", overwrite=False) as staged,
+        staged_output(tmp_path / "out2", overwrite=False) as another,  # leaves the first alone
+    ):
+        assert is_locked
+        write(staged, b"y")
+        write(another, b"z")
+    gone = {name for name in before if name.startswith((ABANDONED, ".empty"))}
+    left = {name: content for name, content in before.items() if name not in gone}
+    assert tree(tmp_path) == {**left, "out": b"y", "out2": b"z"}
+
+
+def test_where_locks_tell_nothing_partial_outputs_are_never_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system, "is_local", lambda _: False)
+    with staged_output(tmp_path / "out", overwrite=False) as staged:
+        name = staged.parent.name
+        write(staged, b"x")
+        monkeypatch.undo()
+        make(tmp_path / "other", b"y", folder=False)
+        assert staged.exists()
+    assert name.endswith(".sparsedelta-unlocked.partial")
+    assert tree(tmp_path) == {"out": b"x", "other": b"y"}
+
+
+def test_an_output_found_before_it_was_locked_gets_another_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdtemp, n_made = tempfile.mkdtemp, 0
+
+    def made_and_removed(**given: str) -> str:
+        nonlocal n_made
+        n_made += 1
+        name = mkdtemp(**given)
+        if n_made == 1:
+            os.rmdir(name)
+        return name
+
+    monkeypatch.setattr(tempfile, "mkdtemp", made_and_removed)
+    make(tmp_path / "out", b"x", folder=False)
+    assert n_made == (2 if system.is_local(tmp_path) else 1)
+    assert tree(tmp_path) == {"out": b"x"}
+
+
+def test_all_works_without_what_only_some_systems_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = noise("BF16", 5000)
+    write_sharded(tmp_path / "base", [{"w": tensor}, {"v": tensor}])
+    write_sharded(tmp_path / "target", [{"w": tensor.changed(3)}, {"v": tensor.changed(9, 2000)}])
+    for name in ("preadv", "pread", "pwrite", "statvfs", "sched_getaffinity"):
+        monkeypatch.delattr(os, name, raising=False)
+    for name in ("preadv", "pread", "pwrite", "statvfs"):
+        assert not hasattr(os, name)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
+    monkeypatch.setattr(system, "_libc", lambda: None)
+    for _ in range(2):
+        with sparsedelta.diff(tmp_path / "base", tmp_path / "target") as delta:
+            delta.save(tmp_path / "delta.sd", overwrite=True)
+        sparsedelta.apply(
+            tmp_path / "base", tmp_path / "delta.sd", tmp_path / "out", overwrite=True
+        )
+    assert_same_files(tmp_path / "target", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["base", "delta.sd", "out", "target"]
 
 
 def test_folder_for_the_output_must_exist(tmp_path: Path) -> None:

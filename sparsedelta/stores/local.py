@@ -23,7 +23,11 @@ class OpenFile:
         """Return up to ``n_bytes`` bytes from ``offset``, none at the end."""
         if not self._closing.alive:
             raise ValueError(f"'{self.name}' is closed; load the delta again")
-        return read_at(self._fd, n_bytes, offset)
+        try:
+            return read_at(self._fd, n_bytes, offset)
+        except OSError as error:
+            error.filename = self.name
+            raise
 
     def close(self) -> None:
         """Close the file."""

@@ -172,13 +172,26 @@ def test_missing_file(process: Process) -> None:
         assert re.fullmatch(r"error: 'none(\.sd)?': no such file or directory\n", result.stderr)
 
 
-def test_interrupt_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(path: Path) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("interrupt", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (KeyboardInterrupt(signal.SIGTERM), 143, "ended by SIGTERM\n"),
+    ],
+)
+def test_interrupt_is_one_line(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    interrupt: KeyboardInterrupt,
+    status: int,
+    line: str,
+) -> None:
+    def end(path: Path) -> None:
+        raise interrupt
 
-    monkeypatch.setattr(sparsedelta, "inspect", interrupt)
+    monkeypatch.setattr(sparsedelta, "inspect", end)
     result = run("inspect", "delta.sd")
-    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (status, "", line)
 
 
 class Terminal:
@@ -229,7 +242,8 @@ def test_progress_is_shown_on_a_terminal_and_nowhere_else(workplace: Workplace) 
     assert quiet.seen == b""
 
 
-def test_interrupted_work_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_work_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     for name in ("base", "target"):
         huge = 1 << 36
         header = b'{"w":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (huge, huge)
@@ -238,10 +252,11 @@ def test_interrupted_work_leaves_nothing(tmp_path: Path) -> None:
         os.truncate(path, 8 + len(header) + huge)  # sparse: takes no room
     terminal = Terminal(tmp_path, "diff", "base", "target", "-o", "delta.sd")
     terminal.read_until(b"comparing")
-    terminal.process.send_signal(signal.SIGINT)
+    terminal.process.send_signal(number)
     assert terminal.read_all() == b""
-    assert terminal.process.returncode == 130
-    assert terminal.seen.rstrip().endswith(b"interrupted")
+    assert terminal.process.returncode == 128 + number
+    told = b"interrupted" if number == signal.SIGINT else b"ended by " + number.name.encode()
+    assert terminal.seen.rstrip().endswith(told)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "target"}
 
 
@@ -279,6 +294,97 @@ def test_closed_standard_streams_lead_nowhere(workplace: Workplace, closed: str)
     shell = f"{shlex.join(line)} {closed}"
     assert subprocess.run(["sh", "-c", shell], env=environment()).returncode == 0
     sparsedelta.verify(workplace.delta, base=workplace.base, target=workplace.target)
+
+
+NO_ROOM = "error: 'standard output': no space left on device\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /dev/full")
+@pytest.mark.parametrize(
+    ("redirected", "status", "said"), [(">/dev/full", 1, NO_ROOM), ("2>/dev/full", 0, "")]
+)
+def test_full_disk_behind_a_standard_stream(
+    workplace: Workplace, redirected: str, status: int, said: str
+) -> None:
+    (workplace.target / "out.log").touch()  # is noted on stderr as left out
+    line = command("diff", str(workplace.base), str(workplace.target), "-o", str(workplace.delta))
+    shell = ["sh", "-c", f"{shlex.join(line)} {redirected}"]
+    done = subprocess.run(shell, env=environment(), stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, said)
+    sparsedelta.verify(workplace.delta, base=workplace.base, target=workplace.target)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /dev/full")
+def test_help_that_cannot_be_written(process: Process) -> None:
+    shell = ["sh", "-c", f"{shlex.join(command('--help'))} >/dev/full"]
+    done = subprocess.run(shell, env=environment(), stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, NO_ROOM)
+
+
+@pytest.mark.parametrize(("stream", "status"), [("stdout", 141), ("stderr", 0)])
+def test_nobody_reads_a_standard_stream(workplace: Workplace, stream: str, status: int) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    workplace.save_delta()
+    for arguments in (
+        ["diff", "base", "target", "-o", "other.sd"],
+        ["apply", "base", "delta.sd", "out"],
+    ):
+        done = subprocess.run(
+            command(*arguments),
+            cwd=workplace.path,
+            env=environment(),
+            stdout=writer if stream == "stdout" else subprocess.PIPE,
+            stderr=writer if stream == "stderr" else subprocess.PIPE,
+            check=False,
+        )
+        assert done.returncode == (status if arguments[0] == "diff" else 0)  # apply prints nothing
+        assert (done.stderr or b"").replace(b"wrote out\n", b"") == b""
+    os.close(writer)
+    sparsedelta.verify(workplace.path / "other.sd", base=workplace.base, target=workplace.target)
+    assert_same_files(workplace.target, workplace.out)
+
+
+def test_full_disk_is_told_in_one_line_and_nothing_is_left(workplace: Workplace) -> None:
+    workplace.save_delta()
+    before = {path.name for path in workplace.path.iterdir()}
+    for arguments in (
+        ["diff", "base", "target", "-o", "other.sd"],
+        ["apply", "base", "delta.sd", "out"],
+        ["stack", "delta.sd", "-o", "other.sd"],
+    ):
+        done = subprocess.run(
+            command(*arguments),
+            cwd=workplace.path,
+            env=environment(PYTHONDONTWRITEBYTECODE="1"),
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (1, "")
+        place = workplace.path / arguments[-1]
+        assert done.stderr == f"error: '{place}': file too large\n"
+        assert {path.name for path in workplace.path.iterdir()} == before
+
+
+def test_commands_need_no_room_for_temporary_files(
+    workplace: Workplace, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_in_place_change(workplace, workplace.path / "sql.sd", 4)
+    monkeypatch.chdir(workplace.path)
+    monkeypatch.setattr("sparsedelta.format.spool._MEMORY_BYTES", 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(workplace.path / "not there"))
+    for line in (
+        "diff base target -o delta.sd",
+        "apply base delta.sd out",
+        "invert delta.sd --base base -o inverse.sd",
+        "stack delta.sd inverse.sd --base base -o both.sd",
+        "merge base sql.sd -o merged.sd",
+        "verify delta.sd --base base --target target",
+    ):
+        result = run(*line.split())
+        assert result.exit_code == 0, result.stderr
 
 
 def test_bar_counts_all_and_shows_some(monkeypatch: pytest.MonkeyPatch) -> None:

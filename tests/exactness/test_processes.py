@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from helpers import Raw, assert_same_files, noise, state, tree, write, write_sharded
 
 import sparsedelta
+from sparsedelta.system import is_local
 
 MIB = 1 << 20
 
@@ -55,6 +57,31 @@ def replacing(self, target):
 Path.replace = replacing
 sparsedelta.apply(base, delta, out, progress=Ending())
 """
+
+REPLACING = """
+from sparsedelta import system
+exchange = system.exchange
+
+def exchanging(one, other):
+    if at == "before rename":
+        end()
+    done = exchange(one, other)
+    if at == "after rename" and done:
+        end()
+    return done
+
+system.exchange = exchanging
+Path.replace = replacing
+"""
+
+# The command line's part of KILLED: the signal comes again and again while everything is cleared away.
+COMMANDED = """
+from sparsedelta.cli import main
+real = sparsedelta.apply
+sparsedelta.apply = lambda *given, **options: real(*given, **{**options, "progress": Ending()})
+main(["apply", base, delta, out])
+"""
+CALL = "sparsedelta.apply(base, delta, out, progress=Ending())"
 
 # Reports its progress and is killed from outside.
 TELLING = """
@@ -143,8 +170,10 @@ def test_killed(at: str, case: tuple[Path, Path, Path], tmp_path: Path) -> None:
         assert_same_files(target, out)
     assert all(name == "out" or name.endswith(".partial") for name in os.listdir(tmp_path))
     assert state(base) == before
-    sparsedelta.apply(base, delta, out, overwrite=out.exists())  # what is left is not in the way
+    sparsedelta.apply(base, delta, out, overwrite=out.exists())
     assert_same_files(target, out)
+    if is_local(tmp_path):
+        assert os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("at", POINTS[:-1])
@@ -156,6 +185,60 @@ def test_interrupted(at: str, case: tuple[Path, Path, Path], tmp_path: Path) -> 
     assert "KeyboardInterrupt" in done.stderr.splitlines()[-1]
     assert os.listdir(tmp_path) == []
     assert state(base) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("at", ["0", "0.4", "before rename"])
+def test_command_line_ended_by_a_signal(
+    number: signal.Signals, at: str, case: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, _, delta = case
+    script = KILLED.replace(CALL, COMMANDED)
+    done = run(script, base, delta, tmp_path / "out", at, number.value)
+    assert done.returncode == 128 + number
+    told = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    assert (done.stdout, done.stderr) == ("", f"{told}\n")
+    assert os.listdir(tmp_path) == []
+
+
+def test_signal_that_is_ignored_stays_so(case: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, target, delta = case
+    script = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    script += KILLED.replace(CALL, COMMANDED)
+    done = run(script, base, delta, tmp_path / "out", "0.4", signal.SIGHUP.value)
+    assert (done.returncode, done.stderr) == (0, f"wrote {tmp_path / 'out'}\n")
+    assert_same_files(target, tmp_path / "out")
+
+
+@pytest.mark.parametrize("at", ["before rename", "after rename"])
+def test_killed_while_it_replaces(at: str, case: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, target, delta = case
+    out = tmp_path / "out"
+    write(out / "old.safetensors", b"old")
+    before = tree(out)
+    script = KILLED.replace("Path.replace = replacing", REPLACING)
+    script = script.replace(CALL, CALL.replace("out, ", "out, overwrite=True, "))
+    assert run(script, base, delta, out, at, signal.SIGKILL.value).returncode == -signal.SIGKILL
+    if at == "before rename":
+        assert tree(out) == before
+    else:
+        assert_same_files(target, out)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="preloads a library")
+def test_kills_failing_calls_and_changed_inputs(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks/reliability.py"
+    options = "--kills 3 --changes 1 --every 19 --commands apply".split()
+    places = ["--work-dir", str(tmp_path / "work"), "--result", str(tmp_path / "result.md")]
+    done = subprocess.run(
+        [sys.executable, str(script), *options, *places],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "result.md").read_text("utf-8").count("\n| apply") == 14
+    assert sorted(os.listdir(tmp_path)) == ["result.md"]
 
 
 @pytest.mark.slow
