@@ -1,13 +1,14 @@
-"""What commands share: settings, argument types, the example at the end of a help, checks of outputs."""
+"""What commands share: settings, options, the example at the end of a help, checks of outputs."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +18,22 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=Path)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+token_option = click.option(
+    "--token", metavar="TOKEN", help="Token of the Hub; without it the one that is logged in."
+)
+verify_option = click.option(
+    "--verify",
+    type=click.Choice(["full", "touched", "none"]),
+    default="full",
+    show_default=True,
+    help="Check the digests of all tensors, of the touched values only, or none.",
+)
+
+
+def exclude_option(of: str) -> Callable[[Any], Any]:
+    """Return the option of globs of files that are left out; ``of``: which files they are."""
+    text = f"Leave out {of} that match. May be repeated."
+    return click.option("--exclude", multiple=True, metavar="GLOB", help=text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +55,19 @@ def examples(*lines: str) -> str:
 
 
 def print_json(value: Mapping[str, JSON]) -> None:
-    """Print an object on stdout as indented JSON, in ASCII so that any terminal and pipe takes it."""
-    click.echo(json.dumps(value, indent=2))
+    """Print an object on stdout as indented JSON, in ASCII so that any terminal and pipe takes it.
+
+    Paths, of which reports hold some, are printed as text.
+    """
+    click.echo(json.dumps(value, indent=2, default=os.fspath))
+
+
+def quiet_client(settings: Settings) -> None:
+    """Let the Hub's client show its bars and warnings only where ours would be."""
+    from sparsedelta.hub.client import silence
+
+    if settings.quiet or not sys.stderr.isatty():
+        silence()
 
 
 def check_output_file(output: Path, *, overwrite: bool, inputs: tuple[Path, ...]) -> None:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsedelta.cli._common import Settings
+from sparsedelta.cli._common import Settings, quiet_client
 from sparsedelta.errors import AccessDenied, RemoteNotFound, Unreachable
 from sparsedelta.hub.references import DELTA_SUFFIX, SCHEME, Reference, parse_reference
 from sparsedelta.report.text import printable
@@ -119,8 +119,6 @@ class Sources(ExitStack):
     def _client(self, text: str) -> Reference | None:
         reference = self.reference(text)
         if reference is not None:
-            from sparsedelta.cli._hub import quiet_client
-
             quiet_client(self._settings)
         return reference
 

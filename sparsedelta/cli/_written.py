@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,31 +11,41 @@ import sparsedelta
 from sparsedelta.cli._common import print_json
 from sparsedelta.report.text import count, percent, printable, size
 
+if TYPE_CHECKING:
+    from sparsedelta import Inspection
+    from sparsedelta._typing import JSON
+
+
+def written_json(output: Path, found: Inspection) -> dict[str, JSON]:
+    """Return the figures of a delta just written."""
+    return {
+        "delta": str(output),
+        "file_bytes": found.sizes.file_bytes,
+        "nnz": found.nnz,
+        "numel": found.numel,
+        "density": found.density,
+        "states": {**found.states},
+        "base_fingerprint": found.base_fingerprint,
+        "target_fingerprint": found.target_fingerprint,
+    }
+
+
+def changed_text(found: Inspection) -> str:
+    """Return how much a delta changes."""
+    n_rows = len(found.tensors) - found.states["unchanged"]
+    return (
+        f"{count(found.nnz)} of {count(found.numel, 'element')} changed ({percent(found.density)}),"
+        f" in {count(n_rows)} of {count(len(found.tensors), 'tensor')}"
+    )
+
 
 def show_written(output: Path, *, as_json: bool) -> None:
     """Print what a delta just written holds: lines, or one JSON object."""
     found = sparsedelta.inspect(output)
-    file_bytes = output.stat().st_size
     if as_json:
-        print_json(
-            {
-                "delta": str(output),
-                "file_bytes": file_bytes,
-                "nnz": found.nnz,
-                "numel": found.numel,
-                "density": found.density,
-                "states": {**found.states},
-                "base_fingerprint": found.base_fingerprint,
-                "target_fingerprint": found.target_fingerprint,
-            }
-        )
+        print_json(written_json(output, found))
         return
-    n_rows = len(found.tensors) - found.states["unchanged"]
-    click.echo(
-        f"{printable(str(output))}: {size(file_bytes)}, {count(found.nnz)} of"
-        f" {count(found.numel, 'element')} changed ({percent(found.density)}), in {count(n_rows)} of"
-        f" {count(len(found.tensors), 'tensor')}"
-    )
+    click.echo(f"{printable(str(output))}: {size(output.stat().st_size)}, {changed_text(found)}")
     if found.target_fingerprint is None:
         click.echo(
             "what the target must be is known of the touched values only; with --base it is of all"

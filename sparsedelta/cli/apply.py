@@ -8,7 +8,7 @@ from typing import Literal
 import click
 
 import sparsedelta
-from sparsedelta.cli._common import Settings, examples
+from sparsedelta.cli._common import Settings, examples, exclude_option, verify_option
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.fs import check_absent
@@ -17,19 +17,8 @@ from sparsedelta.fs import check_absent
 @click.command("apply", epilog=examples("sparsedelta apply base/ delta.sd out/"))
 @click.argument("base")
 @click.argument("deltas_and_out", nargs=-1, metavar="DELTA... OUT")
-@click.option(
-    "--verify",
-    type=click.Choice(["full", "touched", "none"]),
-    default="full",
-    show_default=True,
-    help="Check the digests of all tensors, of the touched values only, or none.",
-)
-@click.option(
-    "--exclude",
-    multiple=True,
-    metavar="GLOB",
-    help="Leave out files of BASE that match. May be repeated.",
-)
+@verify_option
+@exclude_option("files of BASE")
 @click.option(
     "--any-size",
     is_flag=True,

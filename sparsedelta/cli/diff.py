@@ -14,17 +14,18 @@ from sparsedelta.cli._common import (
     Settings,
     check_output_file,
     examples,
+    exclude_option,
     json_option,
     print_json,
 )
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
+from sparsedelta.cli._written import changed_text, written_json
 from sparsedelta.report.counterparts import no_counterpart
 from sparsedelta.report.text import count, percent, printable, size
 
 if TYPE_CHECKING:
     from sparsedelta import Inspection
-    from sparsedelta._typing import JSON
 
 _MOST_SHOWN = 5
 
@@ -60,9 +61,7 @@ _MOST_SHOWN = 5
     is_flag=True,
     help="Write a delta that stack and invert can read without the base.",
 )
-@click.option(
-    "--exclude", multiple=True, metavar="GLOB", help="Leave out files that match. May be repeated."
-)
+@exclude_option("files")
 @click.option(
     "--include",
     multiple=True,
@@ -127,7 +126,13 @@ def _report(
     found = sparsedelta.inspect(output)
     file_bytes, target_bytes = output.stat().st_size, _target_bytes(target, found)
     if as_json:
-        print_json(_as_json(output, file_bytes, target_bytes, found))
+        more = {
+            "target_bytes": target_bytes,
+            "n_unused": found.n_unused,
+            "payload_bytes_per_change": found.payload_bytes_per_change,
+            "file_bytes_per_change": found.file_bytes_per_change,
+        }
+        print_json(written_json(output, found) | more)
     else:
         click.echo(_describe(output, file_bytes, target_bytes, found))
     if file_bytes >= target_bytes:
@@ -184,39 +189,16 @@ def _target_bytes(target: Path, found: Inspection) -> int:
     return sum((target / path).stat().st_size for path in paths)
 
 
-def _as_json(
-    output: Path, file_bytes: int, target_bytes: int, found: Inspection
-) -> dict[str, JSON]:
-    return {
-        "delta": str(output),
-        "file_bytes": file_bytes,
-        "target_bytes": target_bytes,
-        "nnz": found.nnz,
-        "numel": found.numel,
-        "density": found.density,
-        "states": {**found.states},
-        "n_unused": found.n_unused,
-        "payload_bytes_per_change": found.payload_bytes_per_change,
-        "file_bytes_per_change": found.file_bytes_per_change,
-        "base_fingerprint": found.base_fingerprint,
-        "target_fingerprint": found.target_fingerprint,
-    }
-
-
 def _describe(output: Path, file_bytes: int, target_bytes: int, found: Inspection) -> str:
     share = file_bytes / target_bytes
     lines = [
         f"{printable(str(output))}: {size(file_bytes)},"
         f" {percent(share)} of the target's {size(target_bytes)}"
     ]
-    n_changed = len(found.tensors) - found.states["unchanged"]
     unused = f", {count(found.n_unused, 'tensor')} of the base not used" if found.n_unused else ""
-    if not n_changed:
+    if found.states["unchanged"] == len(found.tensors):
         return "\n".join([*lines, f"no tensor changed{unused}"])
-    lines.append(
-        f"{count(found.nnz)} of {count(found.numel, 'element')} changed ({percent(found.density)}),"
-        f" in {count(n_changed)} of {count(len(found.tensors), 'tensor')}{unused}"
-    )
+    lines.append(changed_text(found) + unused)
     if found.nnz:
         lines.append(
             f"{found.payload_bytes_per_change:.2f} bytes per changed value,"

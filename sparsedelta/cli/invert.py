@@ -7,7 +7,14 @@ from pathlib import Path
 import click
 
 import sparsedelta
-from sparsedelta.cli._common import PATH, Settings, check_output_file, examples, json_option
+from sparsedelta.cli._common import (
+    PATH,
+    Settings,
+    check_output_file,
+    examples,
+    exclude_option,
+    json_option,
+)
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.cli._written import show_written
@@ -18,12 +25,7 @@ from sparsedelta.cli._written import show_written
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The file to write.")
 @click.option("--base", help="The base of DELTA, if it is required.")
 @click.option("--base-id", metavar="ID", help="Record where others can find the target of DELTA.")
-@click.option(
-    "--exclude",
-    multiple=True,
-    metavar="GLOB",
-    help="Leave out files of the base that match. May be repeated.",
-)
+@exclude_option("files of the base")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @json_option
 @click.pass_obj

@@ -8,7 +8,14 @@ from typing import Literal
 import click
 
 import sparsedelta
-from sparsedelta.cli._common import PATH, Settings, check_output_file, examples, json_option
+from sparsedelta.cli._common import (
+    PATH,
+    Settings,
+    check_output_file,
+    examples,
+    exclude_option,
+    json_option,
+)
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.cli._written import show_written
@@ -64,12 +71,7 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> li
     help="Divide by the sum of weights. [default: for linear and ties]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed, for dare.")
-@click.option(
-    "--exclude",
-    multiple=True,
-    metavar="GLOB",
-    help="Leave out files of BASE that match. May be repeated.",
-)
+@exclude_option("files of BASE")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @json_option
 @click.pass_obj

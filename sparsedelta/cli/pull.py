@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import click
 
 import sparsedelta
-from sparsedelta.cli._common import PATH, Settings, examples, json_option, print_json
-from sparsedelta.cli._hub import quiet_client, token_option
+from sparsedelta.cli._common import (
+    PATH,
+    Settings,
+    examples,
+    json_option,
+    print_json,
+    quiet_client,
+    token_option,
+    verify_option,
+)
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.report.text import printable
-
-if TYPE_CHECKING:
-    from sparsedelta import PullReport
-    from sparsedelta._typing import JSON
 
 
 @click.command("pull", epilog=examples("sparsedelta pull me/tuned out/"))
@@ -30,13 +35,7 @@ if TYPE_CHECKING:
     help="Commit of the base, instead of the one that DELTA names.",
 )
 @click.option("--keep-delta", is_flag=True, help="Also keep the delta, as OUT.sd.")
-@click.option(
-    "--verify",
-    type=click.Choice(["full", "touched", "none"]),
-    default="full",
-    show_default=True,
-    help="Check the digests of all tensors, of the touched values only, or none.",
-)
+@verify_option
 @click.option("--overwrite", is_flag=True, help="Replace OUT, a folder with all that is in it.")
 @token_option
 @json_option
@@ -77,19 +76,9 @@ def command(
             progress=progress,
         )
     if as_json:
-        print_json(_as_json(report))
+        print_json(dataclasses.asdict(report))
         return
     settings.note(f"base: {printable(report.base)}")
     for reference in report.applied:
         settings.note(f"delta: {printable(reference)}")
     settings.note(f"wrote {printable(str(out))}")
-
-
-def _as_json(report: PullReport) -> dict[str, JSON]:
-    return {
-        "out": str(report.out),
-        "delta": report.delta,
-        "applied": [*report.applied],
-        "base": report.base,
-        "kept_delta": None if report.kept_delta is None else str(report.kept_delta),
-    }

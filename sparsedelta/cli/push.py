@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING
 import click
 
 import sparsedelta
-from sparsedelta.cli._common import PATH, Settings, examples, json_option, print_json
-from sparsedelta.cli._hub import quiet_client, token_option
+from sparsedelta.cli._common import (
+    PATH,
+    Settings,
+    examples,
+    json_option,
+    print_json,
+    quiet_client,
+    token_option,
+)
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.report.text import printable, size
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 import sparsedelta
-from sparsedelta.cli._common import Settings, examples, json_option, print_json
+from sparsedelta.cli._common import Settings, examples, exclude_option, json_option, print_json
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.report.text import count, printable, size
@@ -24,12 +24,7 @@ if TYPE_CHECKING:
     "--base", help="Check that this is the base and that the delta rebuilds the target from it."
 )
 @click.option("--target", metavar="OUT", help="Check that this checkpoint is the target.")
-@click.option(
-    "--exclude",
-    multiple=True,
-    metavar="GLOB",
-    help="Leave out files of both that match. May be repeated.",
-)
+@exclude_option("files of both")
 @json_option
 @click.pass_obj
 def command(
