@@ -14,17 +14,16 @@ from sparsedelta.errors import (
     AlreadyApplied,
     BaseMismatch,
     RemoteNotFound,
-    StructureMismatch,
 )
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.paths import WEIGHT_SUFFIX
-from sparsedelta.format.records import BaseTensor
 from sparsedelta.hub.client import Hub
 from sparsedelta.hub.folders import folder_of
 from sparsedelta.hub.record import BaseRecord, is_content
-from sparsedelta.hub.references import Reference
+from sparsedelta.hub.references import Reference, parse_reference
 from sparsedelta.hub.repository import Repository, open_repository
 from sparsedelta.ops.apply import first_gap
+from sparsedelta.ops.base_check import structure_error
 from sparsedelta.ops.lookup import Lookup
 from sparsedelta.ops.verify import verify
 from sparsedelta.progress import Progress
@@ -51,20 +50,17 @@ def base_reference(delta: Delta, what: str) -> Reference:
     Raises:
         RemoteNotFound: it does not say, or not in a way that can be looked up.
     """
-    stated = delta.base.id
-    found = parse_base_id(stated) if stated else None
+    found = parse_base_id(delta.base.id)
     if found is None:
-        said = f"only says {stated!r}" if stated else "does not say"
+        said = f"only says {delta.base.id!r}" if delta.base.id else "does not say"
         raise RemoteNotFound(f"{what} {said} where its base is; name the base, such as org/model")
     return found
 
 
-def parse_base_id(stated: str) -> Reference | None:
+def parse_base_id(stated: str | None) -> Reference | None:
     """Return the repository that a base id names, None if it names none."""
-    from sparsedelta.hub.references import parse_reference
-
     try:
-        return parse_reference(stated)
+        return parse_reference(stated or "")
     except ValueError:
         return None
 
@@ -124,13 +120,7 @@ def check_remote_structure(base: Repository, delta: Delta) -> None:
     for expected in (row.base for row in delta.tensors if row.base):
         if lookup.find(expected) is None:
             found = lookup.at(expected.file, expected.name)
-            raise StructureMismatch(
-                f"tensor {expected.name!r} in '{base.name}' is {_shown(found)}, expected"
-                f" {_shown(expected)}; this is not the base that the delta was made from",
-                tensor=expected.name,
-                expected=_shown(expected),
-                found=_shown(found),
-            )
+            raise structure_error(delta, base.name, expected, found.spec if found else None)
 
 
 def _check_has_weights(base: Repository) -> None:
@@ -193,7 +183,3 @@ def check_link(before: Delta, delta: Delta, name: str) -> None:
                 f"file {side_file.path!r} is not, or another, in the target of the delta in '{name}';"
                 " it is not the base that the delta above it was made from"
             )
-
-
-def _shown(tensor: BaseTensor | None) -> str:
-    return f"{tensor.spec.dtype.name} {list(tensor.spec.shape)}" if tensor else "absent"

@@ -7,15 +7,23 @@ was is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsedelta.errors import AccessDenied, ConflictError, RemoteError, RemoteNotFound
+from sparsedelta.errors import (
+    AccessDenied,
+    CheckpointError,
+    ConflictError,
+    FormatError,
+    MismatchError,
+    RemoteError,
+    RemoteNotFound,
+)
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.hub.base_proof import base_reference, check_link
 from sparsedelta.hub.client import Hub
-from sparsedelta.hub.folders import remove_damaged
+from sparsedelta.hub.folders import folder_of, remove_damaged
 from sparsedelta.hub.record import MAX_RECORD_BYTES, BaseRecord, parse_record, record_path
 from sparsedelta.hub.references import Reference
 from sparsedelta.hub.repository import Repository, open_repository
@@ -60,7 +68,7 @@ def read_record(repository: Repository, delta_path: str) -> BaseRecord | None:
     file = repository.files.get(path)
     if file is None or file.n_bytes > MAX_RECORD_BYTES:
         return None
-    raw = repository.download([path])[path].read_bytes()
+    raw = repository.download_one(path).read_bytes()
     return parse_record(raw, f"'{path}' of '{repository.name}'")
 
 
@@ -72,7 +80,7 @@ def open_link(repository: Repository) -> Link:
         RemoteError: it is not available, or was damaged in the cache and is removed from there.
     """
     file = repository.delta_file()
-    place = repository.download_delta()
+    place = repository.download_one(file.path)
     raise_if_damaged([place])
     return Link(repository, file.path, place, load(place))
 
@@ -149,6 +157,27 @@ def fetching_base(link: Link) -> Iterator[None]:
             f"the base of '{link.reference.repo_id}' is not available: {error}; or, having a copy of"
             " it, give that as the base"
         ) from error
+
+
+@contextmanager
+def base_folder(base: Repository, delta: Delta, link: Link | None) -> Iterator[Path]:
+    """Yield a folder with the files of a base that a delta needs, downloaded or cached.
+
+    If what is made of them turns out wrong, those that were damaged in the cache are removed.
+
+    Args:
+        base: the base.
+        delta: what is made from it.
+        link: the same, if the base is the one that it names.
+    """
+    with fetching_base(link) if link else nullcontext():
+        places = base.download(base.base_files(delta))
+    try:
+        with folder_of(places) as folder:
+            yield folder
+    except (MismatchError, FormatError, CheckpointError) as error:
+        raise_if_damaged([*places.values()], error)
+        raise
 
 
 def raise_if_damaged(places: list[Path], error: Exception | None = None) -> None:

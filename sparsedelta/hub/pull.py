@@ -14,21 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsedelta._typing import AnyPath
-from sparsedelta.errors import CheckpointError, FormatError, MismatchError, StructureMismatch
+from sparsedelta.errors import MismatchError, StructureMismatch
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.format.delta import Delta
 from sparsedelta.fs import check_absent, staged_output
 from sparsedelta.hub.base_proof import parse_base_id
 from sparsedelta.hub.chain import (
     Link,
-    fetching_base,
+    base_folder,
     follow,
     follow_to,
     open_link,
-    raise_if_damaged,
 )
 from sparsedelta.hub.client import Hub, Token
-from sparsedelta.hub.folders import folder_of
 from sparsedelta.hub.references import DELTA_SUFFIX, Reference, parse_reference
 from sparsedelta.hub.repository import open_repository
 from sparsedelta.ops.apply import apply, check_apart
@@ -160,20 +158,13 @@ class _Pull:
         else:
             links, base = [self.link], open_repository(self.hub, given)
         self._hold(links)
-        with fetching_base(links[0]):
-            places = base.download(base.base_files(links[0].delta))
-        try:
-            with folder_of(places) as folder:
-                self._apply(folder, [one.delta for one in links])
-        except (MismatchError, FormatError, CheckpointError) as error:
-            raise_if_damaged([*places.values()], error)
-            raise
+        with base_folder(base, links[0].delta, links[0]) as folder:
+            self._apply(folder, [one.delta for one in links])
         return links, base.name
 
     def _down_to(self, base: Path, error: MismatchError) -> list[Link]:
         """Return the links from the one that a local base is the base of; raise the error if there is none."""
-        stated = self.link.delta.base.id
-        below = parse_base_id(stated) if stated else None
+        below = parse_base_id(self.link.delta.base.id)
         if below is None or not open_repository(self.hub, below).is_delta_repository:
             raise error
         with open_base(base, self.link.delta) as checkpoint:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sparsedelta._typing import AnyPath
 from sparsedelta.errors import RemoteConflict, RemoteNotFound
@@ -24,7 +25,7 @@ from sparsedelta.hub.errors import told
 from sparsedelta.hub.record import is_content, record_path, render_record
 from sparsedelta.hub.references import DELTA_NAME, DELTA_SUFFIX, Reference, is_repo_id
 from sparsedelta.hub.repository import Repository
-from sparsedelta.ops.inspect import Inspection, inspect
+from sparsedelta.ops.inspect import inspect
 from sparsedelta.progress import Progress
 from sparsedelta.report.png import changed_grid, render_png
 
@@ -85,6 +86,15 @@ class _Place:
     repository: Repository | None
 
 
+class _Sent(NamedTuple):
+    """What was sent; see ``PushReport``."""
+
+    commit: str | None
+    committed: bool
+    pull_request: str | None
+    tag: str | None
+
+
 def push(
     delta: AnyDelta,
     repo_id: str,
@@ -132,43 +142,38 @@ def push(
         ValueError: an argument is wrong.
     """
     _check_arguments(repo_id, subfolder, revision, create_pr=create_pr)
-    with opened(delta) as given:
+    path = _delta_path(subfolder)
+    with (
+        opened(delta) as given,
+        tempfile.TemporaryDirectory(prefix="sparsedelta-push-") as folder,
+    ):
         hub = Hub(token, cache_will_do=False)
         place = _find_place(hub, repo_id, revision or MAIN, tag, create_pr=create_pr)
-        recorded = _recorded_base(given, place, _delta_path(subfolder))
+        recorded = _recorded_base(given, place, path)
         reference = _wanted_base(given, base_id, recorded)
         local = Path(base) if base is not None else None
         proof = prove_base(hub, given, reference, local=local, progress=progress)
-        with tempfile.TemporaryDirectory(prefix="sparsedelta-push-") as folder:
-            made = _make_files(hub, given, repo_id, subfolder, proof, place, Path(folder))
-            files = tuple(
-                PushedFile(path, file.stat().st_size, _is_new(place, path, file))
-                for path, file in made.items()
+        made = _make_files(hub, given, repo_id, path, proof, place, Path(folder))
+        files = tuple(
+            PushedFile(name, file.stat().st_size, _is_new(place, name, file))
+            for name, file in made.items()
+        )
+        card = made[CARD_NAME].read_text("utf-8")
+        sent = _Sent(place.head, committed=False, pull_request=None, tag=None)
+        if not dry_run:
+            sent = _send(
+                hub,
+                repo_id,
+                place,
+                {file.path: made[file.path] for file in files if file.changed},
+                message=commit_message or f"Push {path} with sparsedelta",
+                description=commit_description,
+                create_pr=create_pr,
+                private=private,
+                tag=tag,
             )
-            report = PushReport(
-                repo_id=repo_id,
-                url=f"{hub.endpoint}/{repo_id}",
-                commit=place.head,
-                committed=False,
-                pull_request=None,
-                tag=None,
-                base=proof.record.base,
-                proof=proof.how,
-                files=files,
-                card=made[CARD_NAME].read_text("utf-8"),
-                dry_run=dry_run,
-            )
-            if dry_run:
-                return report
-            head = place.head or _make_branch(hub, repo_id, place, private)
-            report = dataclasses.replace(report, commit=head)
-            changed = {file.path: made[file.path] for file in files if file.changed}
-            if changed:
-                message = commit_message or f"Push {_delta_path(subfolder)} with sparsedelta"
-                report = _commit(
-                    hub, report, place.branch, changed, message, commit_description, create_pr
-                )
-        return _set_tag(hub, report, place, tag)
+    url = f"{hub.endpoint}/{repo_id}"
+    return PushReport(repo_id, url, *sent, proof.record.base, proof.how, files, card, dry_run)
 
 
 def _check_arguments(
@@ -199,8 +204,7 @@ def _recorded_base(delta: Delta, place: _Place, path: str) -> Reference | None:
 
 def _wanted_base(delta: Delta, base_id: str | None, recorded: Reference | None) -> Reference:
     """Return the base to prove: the one given, or known; at the commit it is known at, if it is."""
-    stated = parse_base_id(delta.base.id) if delta.base.id else None
-    known = [one for one in (stated, recorded) if one is not None]
+    known = [one for one in (parse_base_id(delta.base.id), recorded) if one is not None]
     if base_id is None:
         return known[0] if known else base_reference(delta, "the delta")
     given = parse_base_id(base_id)
@@ -238,13 +242,12 @@ def _make_files(
     hub: Hub,
     delta: Delta,
     repo_id: str,
-    subfolder: str | None,
+    path: str,
     proof: Proof,
     place: _Place,
     folder: Path,
 ) -> dict[str, Path]:
     """Return the files of the push by their paths in the repository, written into a folder."""
-    path = _delta_path(subfolder)
     pinned = dataclasses.replace(delta, base=dataclasses.replace(delta.base, id=proof.record.base))
     made = {path: folder / DELTA_NAME}
     pinned.save(made[path])
@@ -265,7 +268,7 @@ def _make_files(
         base_metadata=hub.metadata(proof.base.reference),
         found=found,
         file_bytes=made[path].stat().st_size,
-        target_bytes=_target_bytes(found),
+        target_bytes=found.target_bytes + sum(file.n_bytes for file in found.side_files),
         picture=(picture, shown) if shown is not None else None,
         endpoint=hub.endpoint,
     )
@@ -286,7 +289,7 @@ def _existing_card(place: _Place) -> str | None:
     repository = place.repository
     if repository is None or CARD_NAME not in repository.files:
         return None
-    return repository.download([CARD_NAME])[CARD_NAME].read_text("utf-8", "replace")
+    return repository.download_one(CARD_NAME).read_text("utf-8", "replace")
 
 
 def _config(delta: Delta, proof: Proof) -> bytes | None:
@@ -300,11 +303,7 @@ def _config(delta: Delta, proof: Proof) -> bytes | None:
     base = proof.base
     place = f"{(base.delta_file().path if base.is_delta_repository else '').rpartition('/')[0]}"
     path = f"{place}/{CONFIG_NAME}" if place else CONFIG_NAME
-    return base.download([path])[path].read_bytes() if path in base.files else None
-
-
-def _target_bytes(found: Inspection) -> int:
-    return found.target_bytes + sum(file.n_bytes for file in found.side_files)
+    return base.download_one(path).read_bytes() if path in base.files else None
 
 
 def _is_new(place: _Place, path: str, file: Path) -> bool:
@@ -312,31 +311,39 @@ def _is_new(place: _Place, path: str, file: Path) -> bool:
     return there is None or not is_content(there, file)
 
 
-def _commit(
+def _send(
     hub: Hub,
-    report: PushReport,
-    branch: str,
+    repo_id: str,
+    place: _Place,
     changed: Mapping[str, Path],
+    *,
     message: str,
     description: str | None,
     create_pr: bool,
-) -> PushReport:
+    private: bool | None,
+    tag: str | None,
+) -> _Sent:
+    """Make what does not exist yet, one commit of the changed files if there are any, and a tag."""
     from huggingface_hub import CommitOperationAdd
 
+    commit = place.head or _make_branch(hub, repo_id, place, private)
+    pull_request = None
     # One commit on the state that was looked at: all of it arrives or none, and nothing is undone.
-    with told(Reference(report.repo_id, branch)):
-        done = hub.api.create_commit(
-            report.repo_id,
-            [CommitOperationAdd(path, str(file)) for path, file in changed.items()],
-            commit_message=message,
-            commit_description=description,
-            revision=branch,
-            create_pr=create_pr,
-            parent_commit=report.commit,
-        )
-    return dataclasses.replace(
-        report, commit=done.oid, committed=True, pull_request=done.pr_url if create_pr else None
-    )
+    with told(Reference(repo_id, place.branch)):
+        if changed:
+            done = hub.api.create_commit(
+                repo_id,
+                [CommitOperationAdd(path, str(file)) for path, file in changed.items()],
+                commit_message=message,
+                commit_description=description,
+                revision=place.branch,
+                create_pr=create_pr,
+                parent_commit=commit,
+            )
+            commit, pull_request = done.oid, done.pr_url if create_pr else None
+        if tag is not None and commit is not None and place.tags.get(tag) != commit:
+            hub.api.create_tag(repo_id, tag=tag, revision=commit)
+    return _Sent(commit, bool(changed), pull_request, tag if commit else None)
 
 
 def _make_branch(hub: Hub, repo_id: str, place: _Place, private: bool | None) -> str | None:
@@ -349,12 +356,3 @@ def _make_branch(hub: Hub, repo_id: str, place: _Place, private: bool | None) ->
             hub.api.create_branch(repo_id, branch=place.branch, revision=start, exist_ok=True)
     refs = hub.refs(repo_id)
     return refs.branches.get(place.branch) if refs else None
-
-
-def _set_tag(hub: Hub, report: PushReport, place: _Place, tag: str | None) -> PushReport:
-    if tag is None or report.commit is None:
-        return report
-    if place.tags.get(tag) != report.commit:
-        with told(Reference(report.repo_id)):
-            hub.api.create_tag(report.repo_id, tag=tag, revision=report.commit)
-    return dataclasses.replace(report, tag=tag)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 
-from sparsedelta.format.delta import Delta, read_delta
 from sparsedelta.hub.client import Hub, RemoteFile
 from sparsedelta.hub.references import Reference
 
@@ -47,13 +46,3 @@ class RemoteBytes:
     def close(self) -> None:
         """Hold nothing any longer."""
         self._block = b""
-
-
-def read_remote_delta(hub: Hub, pinned: Reference, file: RemoteFile) -> Delta:
-    """Return a delta on the Hub, of which only header and manifest have been fetched and checked.
-
-    Raises:
-        FormatError: it is not a delta this version can read.
-        RemoteError: it is not available.
-    """
-    return read_delta(RemoteBytes(hub, pinned, file))

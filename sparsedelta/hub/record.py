@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sparsedelta.errors import Corrupt
@@ -55,12 +55,8 @@ def record_path(delta_path: str) -> str:
 
 def render_record(record: BaseRecord) -> bytes:
     """Return a record as JSON."""
-    files = [
-        {"path": f.path, "n_bytes": f.n_bytes, "sha256": f.sha256, "git_oid": f.git_oid}
-        for f in sorted(record.files, key=lambda file: file.path)
-    ]
-    values = (record.base, record.fingerprint, files)
-    return (json.dumps(dict(zip(_MEMBERS, values, strict=True)), indent=2) + "\n").encode()
+    files = tuple(sorted(record.files, key=lambda file: file.path))
+    return (json.dumps(asdict(replace(record, files=files)), indent=2) + "\n").encode()
 
 
 def parse_record(raw: bytes, what: str) -> BaseRecord:

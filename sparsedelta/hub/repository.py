@@ -13,12 +13,12 @@ from pathlib import Path
 
 from sparsedelta.dtypes import dtype_of
 from sparsedelta.errors import BaseMismatch, CheckpointError, FormatError, RemoteNotFound
-from sparsedelta.format.delta import Delta
+from sparsedelta.format.delta import Delta, read_delta
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.format.records import BaseTensor, TensorSpec
 from sparsedelta.format.safetensors_header import MAX_HEADER_BYTES, HeaderEntry, parse_header
 from sparsedelta.hub.client import Hub, RemoteFile
-from sparsedelta.hub.ranges import RemoteBytes, read_remote_delta
+from sparsedelta.hub.ranges import RemoteBytes
 from sparsedelta.hub.references import DELTA_NAME, DELTA_SUFFIX, Reference
 from sparsedelta.stores.base import ByteSource
 from sparsedelta.stores.local import OpenFile
@@ -93,16 +93,15 @@ class Repository:
 
     def read_delta(self) -> Delta:
         """Return the delta meant, of which only header and manifest have been fetched."""
-        return read_remote_delta(self.hub, self.reference, self.delta_file())
-
-    def download_delta(self) -> Path:
-        """Return where the delta meant is on disk."""
-        path = self.delta_file().path
-        return self.download([path])[path]
+        return read_delta(RemoteBytes(self.hub, self.reference, self.delta_file()))
 
     def download(self, paths: Iterable[str]) -> dict[str, Path]:
         """Return where files are on disk, having downloaded those not in the cache."""
         return self.hub.download(self.reference, paths)
+
+    def download_one(self, path: str) -> Path:
+        """Return where a file is on disk, having downloaded it if it is not in the cache."""
+        return self.download([path])[path]
 
     def base_files(self, delta: Delta) -> list[str]:
         """Return what a delta needs of this as its base: weight files and the side files it does not carry.

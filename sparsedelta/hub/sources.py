@@ -10,10 +10,7 @@ from pathlib import Path
 from sparsedelta.errors import (
     BaseMismatch,
     BaseNeeded,
-    CheckpointError,
     ConflictError,
-    FormatError,
-    MismatchError,
     RemoteNotFound,
 )
 from sparsedelta.format.delta import Delta
@@ -21,10 +18,9 @@ from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.hub.base_proof import base_reference, check_link, check_remote_structure
 from sparsedelta.hub.chain import (
     Link,
-    fetching_base,
+    base_folder,
     follow,
     open_link,
-    raise_if_damaged,
 )
 from sparsedelta.hub.client import Hub, Token
 from sparsedelta.hub.folders import folder_of
@@ -66,16 +62,14 @@ class RemoteBaseReport:
     n_files: int
 
 
-@contextmanager
-def remote_delta(reference: Reference, *, token: Token = None) -> Iterator[Delta]:
-    """Yield a delta on the Hub of which only header and manifest are fetched; the rest when it is read.
+def remote_delta(reference: Reference, *, token: Token = None) -> Delta:
+    """Return a delta on the Hub of which only header and manifest are fetched; the rest when it is read.
 
     Raises:
         FormatError: it is not a delta this version can read.
         RemoteError: it is not available.
     """
-    with open_repository(Hub(token), reference).read_delta() as delta:
-        yield delta
+    return open_repository(Hub(token), reference).read_delta()
 
 
 def fetch_delta(reference: Reference, *, token: Token = None) -> Path:
@@ -113,15 +107,9 @@ def fetched(reference: str | Reference, *, token: Token = None) -> Iterator[tupl
     links, base = follow(hub, open_link(open_repository(hub, wanted)))
     with ExitStack() as context:
         deltas = [context.enter_context(link.delta) for link in links]
-        with fetching_base(links[0]):
-            places = base.download(base.base_files(links[0].delta))
-        folder = context.enter_context(folder_of(places))
+        folder = context.enter_context(base_folder(base, deltas[0], links[0]))
         delta = deltas[0] if len(deltas) == 1 else context.enter_context(_stacked(deltas, folder))
-        try:
-            yield delta, folder
-        except (MismatchError, FormatError, CheckpointError) as error:
-            raise_if_damaged([*places.values()], error)
-            raise
+        yield delta, folder
 
 
 def _stacked(deltas: Sequence[Delta], base: Path) -> Delta:
@@ -147,15 +135,10 @@ def fetched_base(
     with ExitStack() as context:
         if base.is_delta_repository:
             links, base = follow(hub, open_link(base))
-            for link in links:
-                context.enter_context(link.delta)
-        places = base.download(base.base_files(links[0].delta if links else delta))
-        folder = context.enter_context(folder_of(places))
-        try:
-            yield FetchedBase(base.name, folder, tuple(link.delta for link in links))
-        except (MismatchError, FormatError, CheckpointError) as error:
-            raise_if_damaged([*places.values()], error)
-            raise
+        deltas = tuple(context.enter_context(link.delta) for link in links)
+        lowest = links[0] if links else None
+        folder = context.enter_context(base_folder(base, (*deltas, delta)[0], lowest))
+        yield FetchedBase(base.name, folder, deltas)
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def find_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Tensor]:
             tensor = lookup.find(row.base)
             if tensor is None:
                 there = lookup.at(row.base.file, row.base.name)
-                raise _structure_error(delta, base, row.base, there.spec if there else None)
+                raise structure_error(delta, base.path, row.base, there.spec if there else None)
             if tensor.spec.dtype != row.base.spec.dtype:  # a file does not tell what an element is
                 tensor = replace(tensor, spec=row.base.spec.with_digest(None))
             found[row.key] = tensor
@@ -137,11 +137,12 @@ def _mismatch(delta: Delta, row: Row, digest: bytes) -> BaseMismatch:
     )
 
 
-def _structure_error(
-    delta: Delta, base: Checkpoint, expected: BaseTensor, found: TensorSpec | None
+def structure_error(
+    delta: Delta, where: AnyPath, expected: BaseTensor, found: TensorSpec | None
 ) -> StructureMismatch:
+    """Return the error for a base, at ``where``, that has another tensor than a delta was made from, or none."""
     return StructureMismatch(
-        f"tensor {expected.name!r} in '{base.path}' is {_shown(found)}, expected {_shown(expected.spec)};"
+        f"tensor {expected.name!r} in '{where}' is {_shown(found)}, expected {_shown(expected.spec)};"
         f" this is not the base that the delta was made from{_made_from(delta)}",
         tensor=expected.name,
         expected=_shown(expected.spec),
