@@ -81,6 +81,8 @@ def ending_signals() -> Iterator[None]:
 class _Stream(io.FileIO):
     """Standard output or error. What cannot be written to stderr is lost, and nothing else with it."""
 
+    _has_failed = False
+
     def write(self, data: Any, /) -> int:
         """Write bytes; after a failure, which is raised once and only of stdout, drop them.
 
@@ -99,8 +101,6 @@ class _Stream(io.FileIO):
                 raise
             return memoryview(data).nbytes
 
-    _has_failed = False
-
 
 def guard_streams() -> None:
     """Make failures to write to this program's stdout and stderr known, or harmless; see ``_Stream``."""
@@ -111,6 +111,6 @@ def guard_streams() -> None:
                 io.BufferedWriter(_Stream(stream.fileno(), "w", closefd=False)),
                 stream.encoding,
                 stream.errors,
-                line_buffering=stream.line_buffering,
+                line_buffering=stream.line_buffering or stream.write_through,
             )
             setattr(sys, name, guarded)
