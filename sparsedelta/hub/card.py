@@ -17,7 +17,7 @@ from sparsedelta.hub.errors import redacted
 from sparsedelta.hub.references import DELTA_NAME, Reference
 from sparsedelta.ops.inspect import Inspection
 from sparsedelta.ops.layers import Grid, curve_points
-from sparsedelta.report.png import changed_kinds
+from sparsedelta.report.text import percent, size
 
 LIBRARY = "sparsedelta"
 CARD_NAME = "README.md"
@@ -151,7 +151,8 @@ def _section(facts: CardFacts) -> Iterator[str]:
     found = facts.found
     base = facts.base
     kind = "itself a delta, " if facts.base_is_delta else ""
-    sizes = f"{_size(facts.file_bytes)} instead of {_size(facts.target_bytes)}"
+    states = ", ".join(f"{n:,} {state}" for state, n in found.states.items() if n)
+    sizes = f"{size(facts.file_bytes)} instead of {size(facts.target_bytes)}"
     if facts.path != DELTA_NAME:
         yield f"## `{_code(facts.path)}`"
     yield (
@@ -164,9 +165,9 @@ def _section(facts: CardFacts) -> Iterator[str]:
             "| | |",
             "|---|---|",
             f"| base | {kind}`{base.repo_id}` at commit `{(base.revision or '')[:12]}` |",
-            f"| changed | {found.nnz:,} of {found.numel:,} values ({_percent(found.density)}) |",
-            f"| tensors | {_states(found)} |",
-            f"| delta | {_size(facts.file_bytes)}, {_percent(facts.file_bytes / max(1, facts.target_bytes))}"
+            f"| changed | {found.nnz:,} of {found.numel:,} values ({percent(found.density)}) |",
+            f"| tensors | {states} |",
+            f"| delta | {size(facts.file_bytes)}, {percent(facts.file_bytes / max(1, facts.target_bytes))}"
             " of the model's files |",
         ]
     )
@@ -201,8 +202,7 @@ def _usage(facts: CardFacts) -> str:
 
 
 def _where(facts: CardFacts) -> str:
-    rows = _kinds(facts.found)
-    table = _table(("tensors", "changed", "of", "density"), rows)
+    table = _table(("tensors", "changed", "of", "density"), _kinds(facts.found))
     if facts.picture is None:
         return table
     path, shown = facts.picture
@@ -210,7 +210,7 @@ def _where(facts: CardFacts) -> str:
     image = f"![Density of the changes by layer and kind of tensor]({path})"
     caption = (
         f"Rows: layers {shown.layers[0]} to {shown.layers[-1]} of `{_code(shown.stack)}` from the top."
-        f" Columns, from the left: {_numbered(changed_kinds(shown))}. The darker, the more of a"
+        f" Columns, from the left: {_numbered(shown.changed_kinds)}. The darker, the more of a"
         " tensor's values changed; grey: none."
     )
     return "\n\n".join([image, caption, table])
@@ -225,13 +225,13 @@ def _kinds(found: Inspection) -> list[tuple[str, ...]]:
             sums[kind] = nnz + tensor.nnz, numel + tensor.numel
     ordered = sorted(sums.items(), key=lambda item: -item[1][0])
     rows: list[tuple[str, ...]] = [
-        (f"`{_code(kind)}`", f"{nnz:,}", f"{numel:,}", _percent(nnz / numel))
+        (f"`{_code(kind)}`", f"{nnz:,}", f"{numel:,}", percent(nnz / numel))
         for kind, (nnz, numel) in ordered[:_MAX_ROWS]
     ]
     if len(ordered) > _MAX_ROWS:
         rest = ordered[_MAX_ROWS:]
         nnz, numel = sum(n for _, (n, _) in rest), sum(n for _, (_, n) in rest)
-        rows.append((f"{len(rest)} more", f"{nnz:,}", f"{numel:,}", _percent(nnz / numel)))
+        rows.append((f"{len(rest)} more", f"{nnz:,}", f"{numel:,}", percent(nnz / numel)))
     return rows
 
 
@@ -261,25 +261,8 @@ def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _states(found: Inspection) -> str:
-    return ", ".join(f"{n:,} {state}" for state, n in found.states.items() if n)
-
-
 def _code(text: str) -> str:
     """Return a text from a delta such that it stays within its code span and its cell of a table."""
     plain = "".join(c if c.isprintable() else "?" for c in text).replace("`", "'")
     cut = plain if len(plain) <= _MAX_VALUE else plain[: _MAX_VALUE - 1] + "…"
     return cut.replace("<!--", "<! --").replace("|", "\\|") or " "
-
-
-def _size(n_bytes: int) -> str:
-    value = float(n_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
-def _percent(share: float) -> str:
-    return f"{share * 100:.3g} %"

@@ -24,25 +24,19 @@ _WHITE = 255
 def changed_grid(found: Inspection) -> Grid | None:
     """Return the stack of layers in which most changed; None if there is none, or it is too large."""
     grids, _ = by_layer(tensor for tensor in found.tensors if tensor.numel)
-    changed = [grid for grid in grids if changed_kinds(grid)]
+    changed = [grid for grid in grids if grid.changed_kinds]
     if not changed:
         return None
     grid = max(changed, key=lambda one: sum(cell.nnz for cell in one.cells.values()))
-    small = len(grid.layers) <= MAX_LAYERS and len(changed_kinds(grid)) <= MAX_KINDS
+    small = len(grid.layers) <= MAX_LAYERS and len(grid.changed_kinds) <= MAX_KINDS
     return grid if small else None
-
-
-def changed_kinds(grid: Grid) -> tuple[str, ...]:
-    """Return the kinds of tensors of which something changed in some layer."""
-    changed = {kind for (_, kind), cell in grid.cells.items() if cell.nnz}
-    return tuple(kind for kind in grid.kinds if kind in changed)
 
 
 def render_png(grid: Grid) -> bytes:
     """Return a grid as a PNG: pale to dark blue by density (root scale), grey: unchanged, white: none."""
-    density = np.full((len(grid.layers), len(changed_kinds(grid))), np.nan)
+    density = np.full((len(grid.layers), len(grid.changed_kinds)), np.nan)
     for row, layer in enumerate(grid.layers):
-        for column, kind in enumerate(changed_kinds(grid)):
+        for column, kind in enumerate(grid.changed_kinds):
             if cell := grid.cells.get((layer, kind)):
                 density[row, column] = cell.density
     share = np.sqrt(np.nan_to_num(density) / np.nanmax(density))[..., None]

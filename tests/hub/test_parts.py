@@ -111,7 +111,7 @@ def test_card_holds_what_comes_from_a_delta_within_its_cells(tmp_path: Path) -> 
     pytest.importorskip("huggingface_hub")
     one = facts(tmp_path)
     card = renewed_card(None, one, alone=True)
-    assert "**sparse delta: 23 MB instead of 14.5 GB**" in card
+    assert "**sparse delta: 23.0 MB instead of 14.5 GB**" in card
     assert "| `a\\|b'c?<script>.*.w` | 1 | 64 | 1.56 % |" in card
     assert "| `loss` | 2.5 at step 0, 0.5 at step 10 |" in card
     assert "SecretSecret" not in card

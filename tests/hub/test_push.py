@@ -80,9 +80,9 @@ def test_card(me: Person, hub: LoopbackHub, delta: Path) -> None:
     }
     assert "# tuned\n" in card
     assert "kB instead of 41.5 kB**" in card
-    assert "| changed | 9 of 19,440 values (0.0463 %) |" in card
+    assert "| changed | 9 of 19,440 values (0.046 %) |" in card
     assert "![Density of the changes by layer and kind of tensor](delta.png)" in card
-    assert "| `model.layers.*.q_proj.weight` | 9 | 9,216 | 0.0977 % |" in card
+    assert "| `model.layers.*.q_proj.weight` | 9 | 9,216 | 0.098 % |" in card
     assert "| `sift.rate` | `0.01` |" in card
     assert f"| `steps` | `{INFO['steps']}` |" in card
     assert "sparsedelta pull me/tuned tuned/ " in card
