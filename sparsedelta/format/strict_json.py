@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -121,33 +121,11 @@ def text(value: Any, what: str) -> str:
     return value
 
 
-def boolean(value: Any, what: str) -> bool:
-    """Return a boolean; raises Corrupt for anything else."""
-    if type(value) is not bool:
-        raise Corrupt(f"{what} is {_kind(value)}, expected true or false")
-    return value
-
-
 def hex_bytes(value: Any, what: str, n_bytes: int) -> bytes:
     """Return the bytes of lower-case hex of exactly ``n_bytes``; raises Corrupt for anything else."""
     if type(value) is not str or len(value) != 2 * n_bytes or not _HEX.fullmatch(value):
         raise Corrupt(f"{what} is not {n_bytes} bytes in lower-case hex")
     return bytes.fromhex(value)
-
-
-def one_of(value: Any, what: str, known: Mapping[str, T]) -> T:
-    """Return what a name of a closed set stands for.
-
-    Raises:
-        Corrupt: no string.
-        UnsupportedFeature: a name that is not in the set.
-    """
-    name = text(value, what)
-    if name not in known:
-        raise UnsupportedFeature(
-            f"{what} is {name[:_SHOWN]!r}, version 1 knows {', '.join(sorted(known))}"
-        )
-    return known[name]
 
 
 def optional(value: Any, what: str, read: Callable[[Any, str], T]) -> T | None:
