@@ -64,6 +64,22 @@ class TensorSpec:
         return self.dtype == other.dtype and self.shape == other.shape
 
 
+class Named(Protocol):
+    """A tensor of a checkpoint."""
+
+    @property
+    def file(self) -> str:
+        """The path of its weight file."""
+
+    @property
+    def name(self) -> str:
+        """Its name in that file."""
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Its dtype and shape; the digest may be unknown."""
+
+
 @dataclass(frozen=True, slots=True)
 class BaseTensor:
     """The base tensor that a target tensor is made from.

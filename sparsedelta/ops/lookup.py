@@ -4,28 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.digests import base_tensors
-from sparsedelta.format.records import TensorKey, TensorSpec
-
-
-class Named(Protocol):
-    """A tensor of a checkpoint."""
-
-    @property
-    def file(self) -> str:
-        """The path of its weight file."""
-
-    @property
-    def name(self) -> str:
-        """Its name in that file."""
-
-    @property
-    def spec(self) -> TensorSpec:
-        """Its dtype and shape."""
-
+from sparsedelta.format.records import Named, TensorKey
 
 T = TypeVar("T", bound=Named)
 _Layout: TypeAlias = tuple[str, str, tuple[int, ...], int]

@@ -14,32 +14,17 @@ from blake3 import blake3
 from sparsedelta.codecs.chunk import MAX_SPAN, TOUCHED_BYTES, Chunk, Level, Span, encode_chunk
 from sparsedelta.codecs.exponent_classes import keys_of
 from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits
-from sparsedelta.format.records import DIGEST_BYTES, BaseTensor, Row, TensorSpec, default_keep
+from sparsedelta.format.records import DIGEST_BYTES, BaseTensor, Named, Row, default_keep
 from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.tensors.changes import place_for
 from sparsedelta.tensors.parallel import DENSE_ELEMENTS, Pace
-from sparsedelta.tensors.start import RowStart
+from sparsedelta.tensors.start import Readable, RowStart
 
 BLOCK_BYTES = 1 << 19
 
 
-class Source(Protocol):
+class Source(Named, Readable, Protocol):
     """A tensor whose bytes can be read: of a checkpoint, or made as they are asked for."""
-
-    @property
-    def file(self) -> str:
-        """The path of its weight file in the checkpoint."""
-
-    @property
-    def name(self) -> str:
-        """Its name in that file."""
-
-    @property
-    def spec(self) -> TensorSpec:
-        """Its dtype and shape; the digest may be unknown."""
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` with the tensor's bytes from ``offset``."""
 
 
 def digest_tensor(
