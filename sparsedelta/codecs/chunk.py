@@ -245,7 +245,7 @@ def decode_chunk(
         if before is None:
             raise BaseNeeded(
                 "its changes are sorted by the base's exponents and cannot be read without the base;"
-                " give the base (--base), or make the delta with --standalone"
+                " give the base (base=, --base), or make the delta standalone (standalone=True, --standalone)"
             )
         context = ChunkContext(before, classes=True)
     positions = index.decode(streams[0], chunk.nnz, chunk.span, context)

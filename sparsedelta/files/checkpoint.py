@@ -248,7 +248,7 @@ def list_folder(
             if whole and (here / name).is_symlink():
                 raise CheckpointError(
                     f"'{here / name}' is a symbolic link to a folder, which is not followed;"
-                    " put the folder in its place or leave it out with --exclude"
+                    " put the folder in its place or leave it out (exclude=, --exclude)"
                 )
         here_files = [path[len(relative) :] for path in kept([relative + name for name in names])]
         for name in here_files:
@@ -256,7 +256,7 @@ def list_folder(
                 files[relative + name] = here / name
             elif whole:
                 raise CheckpointError(
-                    f"'{here / name}' is not a regular file; leave it out with --exclude"
+                    f"'{here / name}' is not a regular file; leave it out (exclude=, --exclude)"
                 )
         if relative and not subfolders and not here_files:
             empty.append(relative[:-1])
@@ -335,8 +335,8 @@ def _check_utf8(path: str, location: Path) -> None:
     except UnicodeEncodeError:
         shown = os.fsencode(location).decode("utf-8", "backslashreplace")
         raise CheckpointError(
-            f"the name of the weight file '{shown}' is not UTF-8; rename it or leave it out with"
-            " --exclude"
+            f"the name of the weight file '{shown}' is not UTF-8; rename it or leave it out"
+            " (exclude=, --exclude)"
         ) from None
 
 

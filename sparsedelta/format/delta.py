@@ -85,8 +85,8 @@ class Delta:
         if made > allowed + 2 * base or touched > allowed:
             raise LimitExceeded(
                 f"'{payload.name}' has {payload.file_bytes} bytes and would make {made}, of which it touches"
-                f" {touched}: far more than its size explains; if you trust it, allow any size (--any-size,"
-                " load(any_size=True))"
+                f" {touched}: far more than its size explains; if you trust it, allow any size"
+                " (any_size=True, --any-size)"
             )
 
     def save(self, path: AnyPath, *, overwrite: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,11 @@ from blake3 import blake3
 from sparsedelta._typing import JSON
 from sparsedelta.codecs.chunk import Level
 from sparsedelta.codecs.values import VALUE_ENCODINGS
-from sparsedelta.errors import CheckpointError
+from sparsedelta.errors import CheckpointError, Corrupt
 from sparsedelta.files.checkpoint import Checkpoint, Tensor, WeightFile
 from sparsedelta.files.side_files import digest_file
 from sparsedelta.format.delta import Delta
-from sparsedelta.format.paths import WEIGHT_SUFFIX, path_collision, path_problem
+from sparsedelta.format.paths import WEIGHT_SUFFIX, check_paths
 from sparsedelta.format.records import DIGEST_BYTES, Base, Row, SideFile, Stored, Target
 from sparsedelta.format.records import WeightFile as DeltaWeightFile
 from sparsedelta.format.safetensors_header import render_header
@@ -119,12 +120,16 @@ def describe_files(
     Raises:
         CheckpointError: a file cannot be carried; the message names it.
     """
+    weight_paths = [file.path for file in new.weight_files]
+    try:
+        check_paths([*weight_paths, *new.side_files, *new.empty_folders])
+    except Corrupt as error:
+        raise CheckpointError(
+            f"'{new.path}': {error}; rename it or leave it out (exclude=, --exclude)"
+        ) from error
     side_files = _side_files(new, in_base, payload)
     weight_files = tuple(_weight_file(file, payload) for file in new.weight_files)
-    folders = _empty_folders(new)
-    paths = [file.path for file in weight_files] + [file.path for file in side_files]
-    _check_collisions([*paths, *folders], new.path)
-    return Target(new.is_folder, weight_files, side_files, folders)
+    return Target(new.is_folder, weight_files, side_files, new.empty_folders)
 
 
 def _digest_if_there(checkpoint: Checkpoint, path: str) -> tuple[int, bytes] | None:
@@ -182,35 +187,38 @@ def _side_files(
     payload: SpoolPayload,
 ) -> tuple[SideFile, ...]:
     """Return the target's side files, having put those the base lacks into the payload."""
-    result, unread, too_large, linked = [], [], [], []
+    result, refused = [], defaultdict(list)
     for path, location in new.side_files.items():
-        _check_path(path, new.path)
         n_bytes, digest = digest_file(location)
         stored: Stored | None = None
-        carried = in_base(path) != (n_bytes, digest)
-        if carried and path.lower().endswith(UNREAD_WEIGHT_SUFFIXES):
-            unread.append(path)
-        elif carried and n_bytes > CARRY_LIMIT_BYTES:
-            too_large.append(path)
-        elif carried and _leads_out(location, new.path):
-            linked.append(path)
-        elif carried:
-            content = location.read_bytes()
-            if blake3(content).digest() != digest:
-                raise CheckpointError(f"'{location}' changed while it was read; try again")
-            stored = payload.add_text(content)
+        if in_base(path) != (n_bytes, digest):
+            reason = _why_not_carried(path, location, n_bytes, new.path)
+            if reason:
+                refused[reason].append(path)
+            else:
+                content = location.read_bytes()
+                if blake3(content).digest() != digest:
+                    raise CheckpointError(f"'{location}' changed while it was read; try again")
+                stored = payload.add_text(content)
         result.append(SideFile(path, n_bytes, digest, stored))
-    if unread:
-        _refuse("in a weight format that is not read, only safetensors is", unread, new.path)
-    if too_large:
-        _refuse(
-            f"larger than the {CARRY_LIMIT_BYTES >> 20} MiB a delta carries", too_large, new.path
+    for reason, paths in refused.items():
+        listed = ", ".join(repr(path) for path in paths[:5]) + (", …" if len(paths) > 5 else "")
+        hint = " ".join(f"--exclude '{path}'" for path in paths[:5])
+        raise CheckpointError(
+            f"'{new.path}' holds {listed}, {reason}; convert or leave out (exclude=): {hint}"
         )
-    if linked:
-        _refuse("a link to a file elsewhere, which may not be meant to be shared", linked, new.path)
-    for file in new.weight_files:
-        _check_path(file.path, new.path)
     return tuple(result)
+
+
+def _why_not_carried(path: str, location: Path, n_bytes: int, root: Path) -> str | None:
+    """Return why a delta cannot carry a side file, None if it can."""
+    if path.lower().endswith(UNREAD_WEIGHT_SUFFIXES):
+        return "in a weight format that is not read, only safetensors is"
+    if n_bytes > CARRY_LIMIT_BYTES:
+        return f"larger than the {CARRY_LIMIT_BYTES >> 20} MiB a delta carries"
+    if _leads_out(location, root):
+        return "a link to a file elsewhere, which may not be meant to be shared"
+    return None
 
 
 def _leads_out(location: Path, root: Path) -> bool:
@@ -220,38 +228,6 @@ def _leads_out(location: Path, root: Path) -> bool:
     real, home = Path(os.path.realpath(location)), Path(os.path.realpath(root))
     blobs = home.parent.parent / "blobs"  # beside snapshots/<commit>/, which holds the links
     return not (real.is_relative_to(home) or real.is_relative_to(blobs))
-
-
-def _empty_folders(new: Checkpoint) -> tuple[str, ...]:
-    for path in new.empty_folders:
-        _check_path(path, new.path)
-    return new.empty_folders
-
-
-def _refuse(why: str, paths: Sequence[str], root: Path) -> None:
-    listed = ", ".join(repr(path) for path in paths[:5]) + (", …" if len(paths) > 5 else "")
-    hint = " ".join(f"--exclude '{path}'" for path in paths[:5])
-    raise CheckpointError(f"'{root}' holds {listed}, {why}; convert or leave out: {hint}")
-
-
-def _check_path(path: str, root: Path) -> None:
-    problem = path_problem(path)
-    if problem:
-        raise _name_error(path, root, problem)
-
-
-def _check_collisions(paths: Sequence[str], root: Path) -> None:
-    collision = path_collision(paths)
-    if collision:
-        path, how = collision
-        raise _name_error(path, root, how)
-
-
-def _name_error(path: str, root: Path, problem: str) -> CheckpointError:
-    shown = path.encode("utf-8", "backslashreplace").decode("utf-8")
-    return CheckpointError(
-        f"the name {shown!r} in '{root}' {problem}; rename it or leave it out with --exclude"
-    )
 
 
 def _check_json(members: Mapping[str, JSON], what: str) -> Mapping[str, JSON]:

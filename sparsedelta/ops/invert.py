@@ -88,7 +88,7 @@ def _without_base(
     reasons = only_base_tells(delta)
     if reasons:
         raise ConflictError(
-            f"the delta cannot be inverted without its base: {reasons[0]}; give the base (--base)"
+            f"the delta cannot be inverted without its base: {reasons[0]}; give the base (base=, --base)"
         )
     pace = Pace(progress)
     bases = [(row, row.base) for row in delta.tensors if row.base]

@@ -65,7 +65,7 @@ def test_siblings_that_meet_in_a_tensor_need_the_base(tmp_path: Path, run: Run) 
     result = run("stack", *paths, "-o", output)
     assert result.exit_code == 1
     assert (
-        "change tensor 'w'; what it becomes only the base tells: give it (--base)" in result.stderr
+        "change tensor 'w'; what it becomes only the base tells: give it (base=, --base)" in result.stderr
     )
     assert not output.exists()
     result = run("stack", *paths, "--base", base, "-o", output)
@@ -99,7 +99,7 @@ def test_what_needs_the_base_says_so(workplace: Workplace, run: Run) -> None:
     workplace.save_delta()
     result = run("invert", workplace.delta, "-o", workplace.path / "undo.sd")
     assert result.exit_code == 1
-    assert "give the base (--base)" in result.stderr
+    assert "give the base (base=, --base)" in result.stderr
     assert not (workplace.path / "undo.sd").exists()
 
 

@@ -87,7 +87,7 @@ class Stacking(ABC):
             if row is not None:
                 raise ConflictError(
                     f"several of the deltas change tensor {row.name!r}; what it becomes only the base"
-                    " tells: give it (--base)",
+                    " tells: give it (base=, --base)",
                     tensor=row.name,
                 )
         first = self.deltas[0]

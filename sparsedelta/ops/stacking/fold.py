@@ -166,7 +166,7 @@ class Fold:
             name = self._links[-1].row.name
             raise ConflictError(
                 f"tensor {name!r} is changed by differences in one delta and by new values in another;"
-                f" what {n_unknown} of its elements become only the base tells: give it (--base)",
+                f" what {n_unknown} of its elements become only the base tells: give it (base=, --base)",
                 tensor=name,
             )
         known[n_kept:] &= places[n_kept:] != zero
