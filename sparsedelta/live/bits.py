@@ -5,7 +5,10 @@ Integer views of the element size share the memory of the tensor; no float arith
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import math
+import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -145,4 +148,26 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
         if step < extent:
             return math.prod(tensor.shape) > 1
         extent = step * size
+    return False
+
+
+def is_read_only(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's memory cannot be written, as that of a file mapped for reading.
+
+    Torch does not know, and a write would end the process. So the kernel is asked to write the first byte again.
+    """
+    if tensor.device.type != "cpu" or not tensor.numel() or not hasattr(os, "readv"):
+        return False
+    first = (ctypes.c_char * 1).from_address(tensor.data_ptr())
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, bytes(first))
+        os.readv(reading, [first])
+    except OSError as error:
+        if error.errno == errno.EFAULT:
+            return True
+        raise
+    finally:
+        os.close(reading)
+        os.close(writing)
     return False

@@ -14,7 +14,13 @@ from sparsedelta._typing import Model, Names
 from sparsedelta.errors import StructureMismatch
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.records import Row, TensorKey, TensorSpec
-from sparsedelta.live.bits import check_installed, overlaps_itself, torch_dtype, wire_name
+from sparsedelta.live.bits import (
+    check_installed,
+    is_read_only,
+    overlaps_itself,
+    torch_dtype,
+    wire_name,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -131,6 +137,7 @@ def find_places(delta: Delta, model: Model, names: Names) -> Places:
         found.append((meant, slot))
         if meant[0].chunks:
             _check_usable(meant[0], slot.tensor())
+            _check_writable(meant[0], slot.tensor())
             changed.setdefault(_memory_of(slot.tensor()), Place(meant[0], slot))
     for meant, slot in found:
         memory = _memory_of(slot.tensor())
@@ -350,6 +357,15 @@ def _check_usable(row: Row, tensor: torch.Tensor) -> None:
     if problem:
         raise StructureMismatch(
             f"tensor {row.name!r} {problem}, so its elements cannot be changed in place",
+            tensor=row.name,
+        )
+
+
+def _check_writable(row: Row, tensor: torch.Tensor) -> None:
+    if is_read_only(tensor):
+        raise StructureMismatch(
+            f"tensor {row.name!r} is in memory that cannot be written, such as a file mapped for reading;"
+            " give the model a copy of it",
             tensor=row.name,
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import small_chunks
@@ -599,6 +600,23 @@ class TestStructure:
     def test_meta(self, net: Net, delta: Delta) -> None:
         with pytest.raises(StructureMismatch, match="meta"):
             delta.apply_(net.to("meta"))
+
+    @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+    def test_memory_that_is_read_only(self, disk: Disk) -> None:
+        """Torch would end the process."""
+        base = {"a": torch.randn(4, 3), "b": torch.randn(5000)}
+        target = tuned(base)
+        delta = disk.diff(base, target)
+        raw = np.memmap(disk.save({"b": base["b"]}), np.uint8, mode="r")
+        mapped = torch.from_numpy(raw[-20_000:]).view(torch.float32)
+        before = copied(base)
+        with pytest.raises(StructureMismatch, match="'b' is in memory that cannot be written"):
+            delta.apply_({"a": base["a"], "b": mapped})
+        assert same({"a": base["a"], "b": mapped}, before)
+        raw = np.memmap(disk.save({"b": base["b"]}), np.uint8, mode="c")  # copied when written
+        model = {"a": base["a"], "b": torch.from_numpy(raw[-20_000:]).view(torch.float32)}
+        delta.apply_(model)
+        assert same(model, target)
 
     def test_expanded(self, disk: Disk) -> None:
         base = {"a": torch.ones(4, 3)}
