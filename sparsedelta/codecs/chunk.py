@@ -36,6 +36,7 @@ class Level(Enum):
 
 # Classes have to save so much: deltas without them can be stacked and inverted without their base.
 _CLASSES_SAVE, _CLASSES_SAVE_BYTES = 0.1, 256
+_FEW = 8  # touched positions, of which no coding saves more than a few bytes
 
 _EFFORTS = {
     Level.FAST: Effort.ENTROPY,
@@ -143,6 +144,8 @@ def encode_chunk(
         level: how much to try.
         keys: of the elements before the change at ``positions``, if they are known already.
     """
+    if len(positions) <= _FEW:
+        level = Level.FAST
     first = span.start % span.columns if span.columns else 0
     before = None if level is Level.FAST else span.before
     if before is None:

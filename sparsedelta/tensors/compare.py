@@ -88,7 +88,7 @@ class Comparison:
         self._level = level
         self._payload = payload
         self._pace = pace
-        n_block = BLOCK_BYTES // self._dtype.width
+        n_block = max(1, min(BLOCK_BYTES // self._dtype.width, self._n_elements))
         self._base_block = np.zeros(n_block, self._dtype.view)
         self._target_block = np.zeros(n_block, self._dtype.view)
         self._differs = np.empty(n_block, np.bool_)

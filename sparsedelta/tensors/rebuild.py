@@ -82,7 +82,7 @@ def rebuild(
         write=write,
         pace=pace,
         checks_touched=check != "none",
-        block=np.zeros(BLOCK_BYTES // dtype.width, dtype.view),
+        block=np.zeros(max(1, min(BLOCK_BYTES // dtype.width, row.target.n_elements)), dtype.view),
         target_hash=blake3() if full and row.target.digest is not None else None,
         base_hash=blake3() if wants_base else None,
     )

@@ -70,10 +70,8 @@ def _symbols(codes: npt.NDArray[np.uint32]) -> Symbols:
 def _by_symbol(symbols: Symbols) -> Iterator[tuple[npt.NDArray[np.intp], int]]:
     """Yield where codes have k bits below their two leading ones, and k, ascending from 1."""
     halved = symbols >> 1  # one more than the bits below the two leading ones
-    for k in range(1, _MAX_SYMBOL // 2):
-        chosen = np.flatnonzero(halved == k + 1)
-        if len(chosen):
-            yield chosen, k
+    for found in np.flatnonzero(np.bincount(halved)[2:]).tolist():
+        yield np.flatnonzero(halved == found + 2), found + 1
 
 
 SCALED = _Scaled()
