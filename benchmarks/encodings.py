@@ -56,8 +56,7 @@ class Candidate(NamedTuple):
 
 def candidate(name: str, classes: bool, is_tried: bool, streams: Sequence[Stream]) -> Candidate:
     """Return what streams cost."""
-    effort = coding._EFFORTS[coding.Level.DEFAULT]
-    n_bytes = sum(len(compress_stream(stream.data, effort)) for stream in streams)
+    n_bytes = sum(len(compress_stream(stream.data)) for stream in streams)
     return Candidate(name, classes, is_tried, n_bytes)
 
 

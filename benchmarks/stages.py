@@ -20,8 +20,9 @@ from measuring import options_for, table, warm, work_folder, write_result
 from synthetic import write_tensors
 
 import sparsedelta
-from sparsedelta.codecs.chunk import MAX_SPAN, Chunk, Level, Span, decode_chunk, encode_chunk
+from sparsedelta.codecs.chunk import MAX_SPAN, Chunk, Span, decode_chunk, encode_chunk
 from sparsedelta.codecs.values import VALUE_ENCODINGS
+from sparsedelta.codecs.zstd import Level
 from sparsedelta.dtypes import DTYPES
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.system import reserve

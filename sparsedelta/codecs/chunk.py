@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 
 import numpy as np
 from blake3 import blake3
@@ -17,7 +16,7 @@ from sparsedelta.codecs.context import NO_CONTEXT, Bits, ChunkContext, Positions
 from sparsedelta.codecs.exponent_classes import Keys, keys_at
 from sparsedelta.codecs.indices import INDEX_ENCODINGS
 from sparsedelta.codecs.packings import VALUE_PACKINGS
-from sparsedelta.codecs.zstd import Effort, compress_stream, decompress
+from sparsedelta.codecs.zstd import Level, compress_stream, decompress
 from sparsedelta.dtypes import DType
 from sparsedelta.errors import BaseNeeded, Corrupt
 
@@ -26,23 +25,9 @@ CODED_DIGEST_BYTES = 16
 TOUCHED_BYTES = 8
 
 
-class Level(Enum):
-    """How much time a smaller delta may cost."""
-
-    FAST = "fast"
-    DEFAULT = "default"
-    MAX = "max"
-
-
 # Classes have to save so much: deltas without them can be stacked and inverted without their base.
 _CLASSES_SAVE, _CLASSES_SAVE_BYTES = 0.1, 256
 _FEW = 8  # touched positions, of which no coding saves more than a few bytes
-
-_EFFORTS = {
-    Level.FAST: Effort.ENTROPY,
-    Level.DEFAULT: Effort.MATCHES,
-    Level.MAX: Effort.THOROUGH,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +190,7 @@ def _position_candidates(
             stream = encoding.encode(positions, n, context.sorted(classes))
             if stream is not None:
                 raw = () if encoding.implied_bytes(n) is not None else (len(stream),)
-                stored = compress_stream(stream.data, _EFFORTS[level])
+                stored = compress_stream(stream.data, level)
                 candidates.append(_Candidate(name, classes, raw, [stored]))
     return candidates
 
@@ -219,7 +204,7 @@ def _code_candidates(codes: Bits, context: ChunkContext, level: Level) -> list[_
             streams = packing.encode(codes, context.keys if classes else None)
             if streams is not None:
                 raw = (len(streams[-1]),) if packing.states_size else ()
-                stored = [compress_stream(s.data, _EFFORTS[level]) for s in streams]
+                stored = [compress_stream(s.data, level) for s in streams]
                 candidates.append(_Candidate(name, classes, raw, stored))
     return candidates
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from enum import IntEnum
+from collections.abc import Callable
+from enum import Enum
+from typing import TypeVar
 
 import zstandard
 
@@ -30,24 +32,29 @@ _COMPRESSIBLE = 0.9  # below this ratio a stream may repeat itself, and a search
 _TEXT_LEVEL = 15
 MAX_EXPANSION, _EXPANSION_EXTRA = 64, 1 << 10  # of texts and files, which strangers may inflate
 
+T = TypeVar("T")
+
 _local = threading.local()
 
 
-class Effort(IntEnum):
-    """How hard to look for what a stream repeats: not at all, if it is likely to, in any case."""
+class Level(Enum):
+    """How much time a smaller delta may cost."""
 
-    ENTROPY = 0
-    MATCHES = 1
-    THOROUGH = 2
+    FAST = "fast"
+    DEFAULT = "default"
+    MAX = "max"
 
 
-def compress_stream(data: bytes | memoryview, effort: Effort = Effort.MATCHES) -> bytes:
-    """Return an index stream or a value stream as it is stored: one frame, or as it is if that is not larger."""
+def compress_stream(data: bytes | memoryview, level: Level = Level.DEFAULT) -> bytes:
+    """Return an index stream or a value stream as it is stored: one frame, or as it is if that is not larger.
+
+    What it repeats is looked for at level ``DEFAULT`` if it is likely to, at ``MAX`` in any case.
+    """
     frame = _compressor("entropy", _ENTROPY).compress(data)
     others = []
-    if effort >= Effort.MATCHES and len(frame) < _COMPRESSIBLE * len(data):
+    if level is not Level.FAST and len(frame) < _COMPRESSIBLE * len(data):
         others.append(_compressor("matches", _MATCHES).compress(data))
-    if effort is Effort.THOROUGH:
+    if level is Level.MAX:
         others.append(_compressor("thorough", _THOROUGH).compress(data))
     return min([bytes(data), frame, *others], key=len)
 
@@ -89,7 +96,8 @@ def decompress(frame: bytes | memoryview, n_bytes: int) -> bytes:
     if found != n_bytes:
         raise Corrupt(f"compressed stream holds {found} bytes, expected {n_bytes}")
     try:
-        raw: bytes = _decompressor().decompress(frame, allow_extra_data=False)
+        decompressor = _of_thread("decompressor", zstandard.ZstdDecompressor)
+        raw: bytes = decompressor.decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise Corrupt(f"compressed stream is damaged: {error}") from error
     if len(raw) != n_bytes:
@@ -122,17 +130,12 @@ def content_bytes(frame: bytes | memoryview) -> int:
 def _compressor(
     name: str, parameters: zstandard.ZstdCompressionParameters
 ) -> zstandard.ZstdCompressor:
-    """Return this thread's compressor of that name; contexts are costly to make and not shared."""
-    compressor: zstandard.ZstdCompressor | None = getattr(_local, name, None)
-    if compressor is None:
-        compressor = zstandard.ZstdCompressor(compression_params=parameters)
-        setattr(_local, name, compressor)
-    return compressor
+    return _of_thread(name, lambda: zstandard.ZstdCompressor(compression_params=parameters))
 
 
-def _decompressor() -> zstandard.ZstdDecompressor:
-    decompressor: zstandard.ZstdDecompressor | None = getattr(_local, "decompressor", None)
-    if decompressor is None:
-        decompressor = zstandard.ZstdDecompressor()
-        _local.decompressor = decompressor
-    return decompressor
+def _of_thread(name: str, make: Callable[[], T]) -> T:
+    """Return this thread's context of that name; they are costly to make and not shared."""
+    if not hasattr(_local, name):
+        setattr(_local, name, make())
+    found: T = getattr(_local, name)
+    return found

@@ -12,8 +12,8 @@ from pathlib import Path
 from blake3 import blake3
 
 from sparsedelta._typing import JSON
-from sparsedelta.codecs.chunk import Level
 from sparsedelta.codecs.values import VALUE_ENCODINGS
+from sparsedelta.codecs.zstd import Level
 from sparsedelta.errors import CheckpointError, Corrupt
 from sparsedelta.files.checkpoint import Checkpoint, Tensor, WeightFile
 from sparsedelta.files.side_files import digest_file

@@ -11,14 +11,15 @@ from typing import Protocol
 import numpy as np
 from blake3 import blake3
 
-from sparsedelta.codecs.chunk import MAX_SPAN, TOUCHED_BYTES, Chunk, Level, Span, encode_chunk
+from sparsedelta.codecs.chunk import MAX_SPAN, TOUCHED_BYTES, Chunk, Span, encode_chunk
 from sparsedelta.codecs.exponent_classes import keys_of
 from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits
+from sparsedelta.codecs.zstd import Level
 from sparsedelta.format.records import DIGEST_BYTES, BaseTensor, Named, Row, default_keep
 from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.tensors.changes import place_for
 from sparsedelta.tensors.parallel import DENSE_ELEMENTS, Pace
-from sparsedelta.tensors.start import Readable, RowStart
+from sparsedelta.tensors.start import Readable, RowStart, read_start
 
 BLOCK_BYTES = 1 << 19
 
@@ -168,9 +169,7 @@ class Comparison:
         width = self._dtype.width
         kept = max(0, min(n, self._keep - start))
         base_bits, target_bits = self._base_block[:n], self._target_block[:n]
-        base_bits[kept:] = 0
-        if self._base is not None and kept:
-            self._base.read_into(base_bits[:kept].view(np.uint8).data, start * width)
+        read_start(self._base, self._keep, start, base_bits)
         self._target.read_into(target_bits.view(np.uint8).data, start * width)
         self._pace.advance((kept + n) * width)
         return base_bits, target_bits

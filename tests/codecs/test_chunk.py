@@ -14,7 +14,6 @@ from sparsedelta.codecs.chunk import (
     MAX_SPAN,
     Chunk,
     Coding,
-    Level,
     Span,
     check_chunk,
     check_streams,
@@ -25,7 +24,7 @@ from sparsedelta.codecs.chunk import (
 )
 from sparsedelta.codecs.context import StartBits
 from sparsedelta.codecs.indices import INDEX_ENCODINGS, Positions
-from sparsedelta.codecs.zstd import compress_stream, decompress
+from sparsedelta.codecs.zstd import Level, compress_stream, decompress
 from sparsedelta.dtypes import DTYPES
 from sparsedelta.errors import BaseNeeded, Corrupt
 

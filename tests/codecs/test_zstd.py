@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from sparsedelta.codecs.zstd import (
-    Effort,
+    Level,
     check_expansion,
     compress_stream,
     compress_text,
@@ -43,10 +43,10 @@ def test_what_is_written_is_read(compress: object, n: int) -> None:
 
 def test_what_a_frame_makes_no_smaller_stays_as_it_is() -> None:
     noise = random.Random(0).randbytes(5000)
-    for effort in Effort:
+    for level in Level:
         for data in (b"", b"a", b"\0" * 3, noise):
-            assert compress_stream(data, effort) == compress_text(data) == data
-        assert len(compress_stream(bytes(5000), effort)) < 50
+            assert compress_stream(data, level) == compress_text(data) == data
+        assert len(compress_stream(bytes(5000), level)) < 50
 
 
 def test_texts_expand_no_more_than_a_reader_accepts() -> None:

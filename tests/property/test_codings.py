@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from strategies import relaxed
 
-from sparsedelta.codecs.chunk import Level, Span, check_chunk, decode_chunk, encode_chunk
+from sparsedelta.codecs.chunk import Span, check_chunk, decode_chunk, encode_chunk
 from sparsedelta.codecs.context import ChunkContext
 from sparsedelta.codecs.indices import INDEX_ENCODINGS, Positions
 from sparsedelta.codecs.values import VALUE_ENCODINGS
+from sparsedelta.codecs.zstd import Level
 from sparsedelta.dtypes import DTYPES
 
 each_encoding = pytest.mark.parametrize("encoding", VALUE_ENCODINGS)

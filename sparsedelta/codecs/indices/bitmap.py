@@ -5,18 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stream
+from sparsedelta.codecs.indices.contract import IndexEncoding
 from sparsedelta.errors import Corrupt
 
 _BLOCK_POSITIONS = 1 << 20
 
 
-class _Bitmap:
+class _Bitmap(IndexEncoding):
     """One bit a position, the least significant first."""
-
-    has_classes = False
-
-    def is_quick(self, nnz: int, span: int) -> bool:
-        return True
 
     def worth_trying(self, nnz: int, span: int) -> bool:
         return nnz * 16 >= span

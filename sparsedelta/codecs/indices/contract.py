@@ -8,12 +8,13 @@ from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stre
 
 
 class IndexEncoding(Protocol):
-    """How positions become bytes."""
+    """How positions become bytes; what most encodings have in common is written out here."""
 
-    has_classes: bool  # may sort positions by what the tensor was before the change
+    has_classes: bool = False  # may sort positions by what the tensor was before the change
 
     def is_quick(self, nnz: int, span: int) -> bool:
         """Return whether it is quick to encode and decode at this density."""
+        return True
 
     def worth_trying(self, nnz: int, span: int) -> bool:
         """Return whether this encoding can be the smallest at this density."""
@@ -28,6 +29,7 @@ class IndexEncoding(Protocol):
 
     def implied_bytes(self, span: int) -> int | None:
         """Return the raw size of the stream; None: the manifest states it."""
+        return None
 
     def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
         """Return whether a stream of ``n_bytes`` can hold ``nnz`` positions (FORMAT §6)."""

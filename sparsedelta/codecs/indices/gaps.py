@@ -5,18 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stream
+from sparsedelta.codecs.indices.contract import IndexEncoding
 from sparsedelta.errors import Corrupt
 
 _SKIP = 255  # advances without touching
 
 
-class _Gaps:
+class _Gaps(IndexEncoding):
     """Tokens of one byte; the highest advances without touching."""
-
-    has_classes = False
-
-    def is_quick(self, nnz: int, span: int) -> bool:
-        return True
 
     def worth_trying(self, nnz: int, span: int) -> bool:
         return nnz * 2000 >= span  # when sparser, tokens drown in skips
@@ -33,9 +29,6 @@ class _Gaps:
         tokens = np.full(int(last[-1]) + 1, _SKIP, np.uint8)
         tokens[last] = gaps - n_skips * np.uint32(_SKIP)
         return tokens
-
-    def implied_bytes(self, span: int) -> None:
-        return None
 
     def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
         return nnz <= n_bytes <= nnz + span // _SKIP

@@ -26,6 +26,7 @@ from sparsedelta.codecs.exponent_classes import (
     sample_keys,
     total_choice_bits,
 )
+from sparsedelta.codecs.indices.contract import IndexEncoding
 from sparsedelta.codecs.subsets import encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 
@@ -35,7 +36,7 @@ _MOST_CLASSES = 8  # each costs time in proportion to the span, and further ones
 _WORTH = 0.97  # of the entropy without classes
 
 
-class _Rice:
+class _Rice(IndexEncoding):
     """Touched positions as subsets of classes of elements, one class or several."""
 
     has_classes = True
@@ -68,9 +69,6 @@ class _Rice:
             head += part
             sequences.append(sequence)
         return np.frombuffer(bytes(head) + encode_rice(sequences), np.uint8)
-
-    def implied_bytes(self, span: int) -> None:
-        return None
 
     def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
         return 2 <= n_bytes <= span // 4 + (1 << 15)

@@ -28,6 +28,7 @@ from sparsedelta.codecs.exponent_classes import (
     merge_keys,
     total_choice_bits,
 )
+from sparsedelta.codecs.indices.contract import IndexEncoding
 from sparsedelta.codecs.subsets import encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 
@@ -42,10 +43,8 @@ _WORTH = 0.97  # of the entropy without tiles
 Labels = npt.NDArray[np.uint32]  # the band of each row or column
 
 
-class _Tiles:
+class _Tiles(IndexEncoding):
     """Touched positions as places within tiles."""
-
-    has_classes = False
 
     def is_quick(self, nnz: int, span: int) -> bool:
         return False
@@ -84,9 +83,6 @@ class _Tiles:
             sequences.append(sequence)
             start += n
         return np.frombuffer(bytes(head) + encode_rice(sequences), np.uint8)
-
-    def implied_bytes(self, span: int) -> None:
-        return None
 
     def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
         return 8 <= n_bytes <= span // 4 + (1 << 15)
