@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 HUB_1X := $(VENV)-hub-1x
 BENCH := $(VENV)-bench
 
-.PHONY: demo test test-hub-1x lint format bench vectors clean
+.PHONY: demo test test-hub-1x lint format bench gpu-rehearse vectors clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -31,6 +31,10 @@ format: $(READY)
 bench: $(BENCH)/.ready
 	$(BENCH)/bin/python benchmarks/against.py $(BENCH_OPTIONS)
 	$(BENCH)/bin/python benchmarks/plots.py
+
+# What benchmarks/gpu.py does on a GPU, at toy size on a CPU; `make test` runs it as well.
+gpu-rehearse: $(READY)
+	$(BIN)/python benchmarks/gpu.py --rehearse
 
 vectors: $(READY)
 	$(BIN)/python spec/make_vectors.py

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from measuring import options_for, table, write_result
@@ -51,7 +51,6 @@ class Shape:
 SHAPES = {
     "30m": Shape(512, 1376, 8, 8, 4_000),
     "350m": Shape(1024, 2816, 24, 16),
-    "7b": Shape(4096, 11008, 32, 32),
 }
 
 
@@ -141,16 +140,6 @@ class Comparison:
         return abs(self.deviation) <= TOLERANCE and self.measured_bytes <= self.target_bytes
 
 
-class Around(Protocol):
-    """What to do with a model around its training, outside the window that is measured."""
-
-    def before(self, model: nn.Module) -> None:
-        """Take the model as it comes."""
-
-    def after(self, model: nn.Module, sift: SIFT) -> None:
-        """Take the trained model."""
-
-
 def config_of(shape: Shape) -> Any:
     """Return a config of transformers."""
     from transformers import LlamaConfig
@@ -190,18 +179,13 @@ def make_batches(setting: Setting) -> list[dict[str, Tensor]]:
     return [{"input_ids": ids, "labels": ids} for ids in tokens.to(setting.device)]
 
 
-def compare(setting: Setting, around: Around | None = None) -> Comparison:
-    """Return a SIFT training's peak beside what was planned for it.
-
-    Args:
-        setting: what is trained.
-        around: what to do with the model before and after its training.
-    """
+def compare(setting: Setting) -> Comparison:
+    """Return a SIFT training's peak beside what was planned for it."""
     report = plan(
         config_of(setting.shape), setting.rate, sparse_module=PROJECTIONS, dtype=setting.dtype
     )
     own = measure(lambda: train_plainly(setting), setting.device)
-    sift = measure(lambda: train_sift(setting, around), setting.device)
+    sift = measure(lambda: train_sift(setting), setting.device)
     return Comparison(
         report,
         sift.peak_bytes,
@@ -222,16 +206,12 @@ def train_plainly(setting: Setting) -> tuple[int, float]:
     return sum(p.numel() for p in trained), seconds
 
 
-def train_sift(setting: Setting, around: Around | None = None) -> tuple[int, float]:
+def train_sift(setting: Setting) -> tuple[int, float]:
     """Train by SIFT; return how many components, and the seconds a step."""
     model = make_model(setting)
-    if around is not None:
-        around.before(model)
     with SIFT(model, setting.rate, PROJECTIONS) as sift:
         optimizer = lean_adamw(sift.parameters_in_optimizer(), setting)
         seconds = run_steps(setting, model, lambda: step(optimizer))
-        if around is not None:
-            around.after(model, sift)
         return sift.n_trained, seconds
 
 

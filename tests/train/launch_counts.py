@@ -27,7 +27,7 @@ class Counted(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
 

@@ -129,7 +129,7 @@ def test_choosing_takes_no_more_than_is_said(
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         selection.top_k(scores, k, generator)
     held = most = 0
-    for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in seen.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)
