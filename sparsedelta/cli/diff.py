@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sparsedelta import Inspection
 
 _MOST_SHOWN = 5
+_SMALL_BYTES = 1 << 20  # below it nobody minds the size
 
 
 @click.command(
@@ -139,6 +140,20 @@ def _report(
         click.echo(
             f"warning: the delta ({size(file_bytes)}) is not smaller than the target"
             f" ({size(target_bytes)}); keeping the target itself takes less",
+            err=True,
+        )
+    elif 3 * file_bytes > target_bytes > _SMALL_BYTES:
+        click.echo(
+            f"warning: the delta is {percent(file_bytes / target_bytes)} of the target; deltas pay off where"
+            " less changes, as after sparse training or a few steps",
+            err=True,
+        )
+    renamed = [t for t in found.tensors if t.base_name not in (None, t.name)]
+    if 2 * len(renamed) > len(found.tensors):
+        click.echo(
+            f"warning: {count(len(renamed))} of {count(len(found.tensors), 'tensor')} have another name than in"
+            f" the base, such as {printable(renamed[0].name)} for {printable(renamed[0].base_name or '')}; to keep"
+            " the base's names, save the model without what wraps it (torch.compile, DataParallel)",
             err=True,
         )
     n_added = found.states["added"]

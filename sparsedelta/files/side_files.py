@@ -77,7 +77,10 @@ def check_base_file(
     named = f", {delta.base.id}," if delta.base.id else ""
     source = f"the base that the delta was made from{named}"
     if location is None:
-        hint = f"; take the base from {delta.base.id}, or get the file from there" if named else ""
-        raise BaseMismatch(f"'{base.path}' has no file {file.path!r}, which {source} has{hint}")
+        where = f" from {delta.base.id}" if delta.base.id else ""
+        raise BaseMismatch(
+            f"'{base.path}' has no file {file.path!r}, which {source} has; get it{where}, or make the target"
+            f" without it (exclude, --exclude {file.path})"
+        )
     if digest_file(location, copy) != (file.n_bytes, file.digest):
         raise BaseMismatch(f"file '{location}' differs from that of {source}")

@@ -17,6 +17,7 @@ from typing import get_args
 
 from sparsedelta._typing import AnyPath
 from sparsedelta.errors import BaseMismatch
+from sparsedelta.files import junk
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.layout import FileLayout, target_layout
 from sparsedelta.files.side_files import write_side_file
@@ -60,7 +61,7 @@ def apply(
             only those of touched values, where the delta has them; ``"none"`` neither. Structure, the delta
             itself and all other files are checked in any case.
         overwrite: replace what is at ``out``.
-        exclude: globs of files of ``base`` to leave out, as for ``diff``.
+        exclude: globs of files of ``base`` to leave out, as for ``diff``; the target goes without them.
         any_size: apply files that make far more than their size and the base explain; see ``load``.
         progress: told of the bytes written.
 
@@ -92,7 +93,9 @@ def apply(
             made = staged if number == len(deltas) else staged.with_name(f"step-{number}")
             left_out = exclude if number == 1 else ()
             with open_base(source, one, exclude=left_out) as checkpoint:
-                write_target(checkpoint, one, made, check=verify, progress=progress)
+                write_target(
+                    checkpoint, one, made, check=verify, exclude=exclude, progress=progress
+                )
             if number > 1:
                 _remove(source)
             source = made
@@ -151,7 +154,13 @@ def check_apart(inputs: Iterable[AnyPath], out: AnyPath) -> None:
 
 
 def write_target(
-    base: Checkpoint, delta: Delta, out: Path, *, check: Check, progress: Progress | None
+    base: Checkpoint,
+    delta: Delta,
+    out: Path,
+    *,
+    check: Check,
+    exclude: Sequence[str],
+    progress: Progress | None,
 ) -> None:
     """Write the target as a new file or folder ``out`` and sync its files; see ``apply``."""
     delta.check_output()
@@ -163,7 +172,8 @@ def write_target(
         if delta.target.is_folder:
             _make_folders(delta, out)
         for side_file in delta.target.side_files:
-            write_side_file(delta, base, side_file, out / side_file.path)
+            if side_file.stored or not junk.matches(side_file.path, exclude):
+                write_side_file(delta, base, side_file, out / side_file.path)
         allow_open_files(len(files))
         outputs = [
             stack.enter_context(_new_file(out / file.path if delta.target.is_folder else out, file))

@@ -62,6 +62,22 @@ def test_verify_level_reaches_the_library(workplace: Workplace, run: Run) -> Non
     assert run("apply", workplace.base, delta, workplace.out, "--verify", "touched").exit_code == 0
 
 
+def test_goes_without_files_that_the_base_lacks(workplace: Workplace, run: Run) -> None:
+    for folder in (workplace.base, workplace.target):
+        write(folder / "README.md", "as it was")
+    delta = workplace.save_delta()
+    (workplace.base / "README.md").unlink()
+    refused = run("apply", workplace.base, delta, workplace.out)
+    assert refused.exit_code == 1
+    assert "has no file 'README.md'" in refused.stderr
+    assert "--exclude README.md" in refused.stderr
+    assert (
+        run("apply", workplace.base, delta, workplace.out, "--exclude", "README.md").exit_code == 0
+    )
+    (workplace.target / "README.md").unlink()
+    assert_same_files(workplace.target, workplace.out)
+
+
 def test_wrong_base_is_one_line_and_no_output(workplace: Workplace, process: Process) -> None:
     workplace.save_delta()
     result = process("apply", "target", "delta.sd", "out")

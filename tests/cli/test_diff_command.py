@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cli.cli_helpers import Process, Run, Workplace
-from helpers import assert_same_files, noise, state, tree, write, write_file
+from helpers import Raw, assert_same_files, noise, state, tree, write, write_file
 
 import sparsedelta
 
@@ -86,6 +86,17 @@ def test_says_when_the_target_is_smaller(tmp_path: Path, run: Run) -> None:
     assert result.stderr.startswith("warning: the delta (")
     assert "is not smaller than the target (" in result.stderr
     assert "warning" not in result.stdout
+
+
+def test_says_when_much_changed(tmp_path: Path, run: Run) -> None:
+    for changed, warned in ((1_000_000, True), (4_000, False)):
+        base = noise("U8", 2 << 20)
+        data = noise("U8", changed, seed=1).data + base.data[changed:]
+        write_file(tmp_path / "base", {"w": base})
+        write_file(tmp_path / "target", {"w": Raw("U8", base.shape, data * 1)})
+        args = (tmp_path / "base", tmp_path / "target", "-o", tmp_path / "delta.sd", "--overwrite")
+        result = run("diff", *args)
+        assert ("% of the target; deltas pay off" in result.stderr) == warned
 
 
 def test_keeps_an_existing_file_unless_told(
@@ -214,7 +225,11 @@ def test_renamed_tensors_have_counterparts(
     assert "counterpart" not in result.stderr
     found = json.loads(result.stdout)
     assert (found["nnz"], found["n_unused"]) == (0, 0)
-    assert found["states"]["renamed"] == sum(name not in ("w", "v") for name in names)
+    n_renamed = sum(name not in ("w", "v") for name in names)
+    assert found["states"]["renamed"] == n_renamed
+    assert ("2 of 2 tensors have another name than in the base" in result.stderr) == (
+        n_renamed == 2
+    )
 
 
 def test_a_base_with_runs_of_training_in_it(tmp_path: Path, run: Run) -> None:
