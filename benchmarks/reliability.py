@@ -174,14 +174,17 @@ def make_cases(inputs: Path, place: Path, names: Sequence[str]) -> list[Case]:
 
 
 def seconds_of(case: Case, log: Path) -> float:
-    """Return how long a command takes, and check that it works."""
-    case.restore()
-    start = time.perf_counter()
-    process = Process(case.arguments, log)
-    status = process.wait()
-    if status or case.found() != "new":
-        raise RuntimeError(f"{case.name}: {status}, {case.found()}, {process.said()}")
-    return time.perf_counter() - start
+    """Return the longest time that a command takes of three, and check that it works."""
+    longest = 0.0
+    for _ in range(3):
+        case.restore()
+        start = time.perf_counter()
+        process = Process(case.arguments, log)
+        status = process.wait()
+        longest = max(longest, time.perf_counter() - start)
+        if status or case.found() != "new":
+            raise RuntimeError(f"{case.name}: {status}, {case.found()}, {process.said()}")
+    return longest
 
 
 def next_run(case: Case, inputs: Path) -> None:

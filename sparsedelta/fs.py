@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -96,16 +96,18 @@ def _work_folder(final: Path) -> Iterator[Path]:
     is_local = system.is_local(final.parent)
     suffix = _PARTIAL if is_local else _UNLOCKED
     while True:
-        work = Path(
-            tempfile.mkdtemp(prefix=f".{final.name[:40]}.", suffix=suffix, dir=final.parent)
-        )
+        work = final.with_name(f".{final.name[:40]}.{secrets.token_hex(8)}{suffix}")
         try:
+            work.mkdir(0o700)
             with system.locked(work) if is_local else nullcontext(True) as is_mine:
                 if is_mine:  # else another run has found it, not locked yet, and removes it
                     yield work
                     return
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            try:
+                shutil.rmtree(work, ignore_errors=True)
+            finally:  # once more if that was interrupted
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def _remove_abandoned(folder: Path) -> None:
