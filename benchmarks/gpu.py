@@ -167,6 +167,7 @@ def main() -> int:
     """Run the parts; return 1 if anything failed or was left out."""
     options = read_options()
     end = time.monotonic() + 60 * options.minutes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the part that runs is ended, too
     with tempfile.TemporaryDirectory(prefix="sift-gpu-", dir=options.work_dir) as folder:
         work = Path(folder)
         lacks = missing(options.parts, work, is_rehearsal=options.rehearse)
@@ -188,8 +189,10 @@ def main() -> int:
             left = max(end - time.monotonic(), 0.0)
             seconds = left * shares[0] / sum(shares)
             print(f"{name}, for {seconds:.0f} s at most", flush=True)
-            run_part(name, results, work, seconds, is_rehearsal=options.rehearse)
-            write_table(results, results.with_suffix(".md"), about)
+            try:
+                run_part(name, results, work, seconds, is_rehearsal=options.rehearse)
+            finally:
+                write_table(results, results.with_suffix(".md"), about)
         bad = [row for row in rows_of(results) if row["value"] in _BAD]
     return 1 if bad else 0
 

@@ -69,6 +69,25 @@ def test_a_part_that_is_cut_short_keeps_what_it_found(tmp_path: Path) -> None:
     assert "not finished" in (tmp_path / "gpu.md").read_text("utf-8")
 
 
+@pytest.mark.slow
+def test_a_run_that_is_ended_leaves_results_and_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--rehearse", "--parts", "memory"]
+    places = ["--work-dir", str(tmp_path), "--results", str(tmp_path / "gpu.jsonl")]
+    with subprocess.Popen(
+        [*command, *places], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "planned" in line:  # the part's first result
+                break
+        process.terminate()
+        process.stdout.read()  # ends only once the part's process has, too
+    assert process.returncode == 143
+    assert ("memory", "7b: planned, without activations") in rows_in(tmp_path)
+    assert "7b: planned" in (tmp_path / "gpu.md").read_text("utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.jsonl", "gpu.md"]
+
+
 def test_without_a_gpu_it_says_so_first(tmp_path: Path) -> None:
     done = run(tmp_path, CUDA_VISIBLE_DEVICES="")
     assert (done.returncode, list(tmp_path.iterdir())) == (1, [])
