@@ -12,7 +12,7 @@ from sparsedelta._typing import AnyPath
 from sparsedelta.files.side_files import check_base_files
 from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.format.spool import new_payload
-from sparsedelta.ops.base_check import explained, open_base
+from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.ops.stacking.chains import Chain
 from sparsedelta.ops.stacking.relation import relation
 from sparsedelta.ops.stacking.siblings import Siblings
@@ -48,11 +48,13 @@ def stack(
         given = [context.enter_context(opened(one)) for one in deltas]
         for one in given:
             one.check_output()
-        stacking = Siblings if relation(given) == "siblings" else Chain
-        checkpoint = None
+        siblings = relation(given) == "siblings"
+        checkpoint, found = None, []
         if base is not None:
             checkpoint = context.enter_context(open_base(base, given[0]))
             context.enter_context(explained(given[0], checkpoint))
             check_base_files(given[0], checkpoint)
+            found = [find_base(one, checkpoint) for one in (given if siblings else given[:1])]
         payload = context.enter_context(new_payload(spool_dir))
-        return stacking(given, checkpoint, payload, progress).run()
+        stacking = Siblings if siblings else Chain
+        return stacking(given, checkpoint, found, payload, progress).run()

@@ -115,7 +115,7 @@ def test_what_only_the_base_tells(
 ) -> None:
     target = checkpoint(tmp_path / "target", tensors, files)
     with sparsedelta.diff(base, target, **options) as delta:  # type: ignore[arg-type]
-        with pytest.raises(ConflictError, match=rf"{reason}.*; give the base \(--base\)"):
+        with pytest.raises(ConflictError, match=rf"{reason}.*; give the base \(base=, --base\)"):
             sparsedelta.invert(delta)
         with sparsedelta.invert(delta, base=base) as inverse:
             check(inverse, target, base, tmp_path / "out")

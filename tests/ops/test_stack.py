@@ -134,7 +134,7 @@ def test_new_values_that_return_stay_unless_the_base_is_given(make: Maker) -> No
 
 def test_encodings_that_meet_need_the_base(make: Maker, steps: list[Path]) -> None:
     a, b = make.diff(steps[0], steps[1]), make.diff(steps[1], steps[2], values="target")
-    with pytest.raises(ConflictError, match=r"'w' .* only the base tells: give it \(--base\)") as e:
+    with pytest.raises(ConflictError, match=r"'w' .* only the base tells: give it \(base=, --base\)") as e:
         make.stack(a, b)
     assert e.value.tensor == "w"
     make.check(make.stack(a, b, base=steps[0]), steps[0], steps[2])
@@ -272,7 +272,7 @@ class TestOtherBorders:
         assert result.tensors[0].chunks[0] == a.tensors[0].chunks[0]
         make.check(result, folders[0], folders[2])
         cut = make.checkpoint({"w": of_array("F32", both[:15_000])})
-        with pytest.raises(BaseNeeded, match=r"'w'.*give the base \(--base\)"):
+        with pytest.raises(BaseNeeded, match=r"'w'.*give the base \(base=, --base\)"):
             make.stack(a, make.diff(folders[1], cut))
         given = make.stack(a, make.diff(folders[1], cut), base=folders[0])
         make.check(given, folders[0], cut)
@@ -526,7 +526,7 @@ class TestSiblings:
     def test_a_tensor_that_both_change_needs_the_base(self, make: Maker) -> None:
         base, deltas = self.variants(make, [0, 2], [4], [6])
         with pytest.raises(
-            ConflictError, match=r"several of the deltas change tensor 'w'.*\(--base\)"
+            ConflictError, match=r"several of the deltas change tensor 'w'.*\(base=, --base\)"
         ) as error:
             make.stack(*deltas)
         assert error.value.tensor == "w"

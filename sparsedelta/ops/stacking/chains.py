@@ -18,8 +18,6 @@ from sparsedelta.tensors.sources import MadeTensor
 class Chain(Stacking):
     """Deltas each made from the target of the one before it."""
 
-    n_of_base = 1
-
     def run(self) -> Delta:
         """Return the stack; its coded bytes are in the payload afterwards."""
         last = self.deltas[-1]

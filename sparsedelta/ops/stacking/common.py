@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
 from sparsedelta._typing import JSON
@@ -12,9 +12,17 @@ from sparsedelta.errors import ConflictError, Corrupt
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.digests import base_tensors
-from sparsedelta.format.records import Base, Payload, Row, SideFile, Stored, Target, WeightFile
+from sparsedelta.format.records import (
+    Base,
+    Payload,
+    Row,
+    SideFile,
+    Stored,
+    Target,
+    TensorKey,
+    WeightFile,
+)
 from sparsedelta.format.spool import SpoolPayload
-from sparsedelta.ops.base_check import find_base
 from sparsedelta.ops.stacking.common_files import Carrier
 from sparsedelta.ops.stacking.fold import Link
 from sparsedelta.progress import Progress
@@ -29,26 +37,23 @@ Links: TypeAlias = Sequence[Link]  # what each delta does to one tensor
 R = TypeVar("R")
 
 
+@dataclass
 class Stacking(ABC):
-    """What chains and siblings have in common."""
+    """What chains and siblings have in common.
 
-    def __init__(
-        self,
-        deltas: Sequence[Delta],
-        base: Checkpoint | None,
-        payload: SpoolPayload,
-        progress: Progress | None,
-    ) -> None:
-        self.deltas = deltas
-        self.checkpoint = base
-        self.base = [find_base(delta, base) for delta in deltas[: self.n_of_base]] if base else []
-        self.payload = payload
-        self._progress = progress
+    Attributes:
+        deltas: in order.
+        checkpoint: the base, if it is given.
+        base: the base tensors of each delta that was made from the base, by row, if that is given.
+        payload: receives the coded bytes.
+        progress: told of the coded bytes read.
+    """
 
-    @property
-    @abstractmethod
-    def n_of_base(self) -> int:
-        """How many of the deltas, the first ones, were made from the base."""
+    deltas: Sequence[Delta]
+    checkpoint: Checkpoint | None
+    base: Sequence[Mapping[TensorKey, Tensor]]
+    payload: SpoolPayload
+    progress: Progress | None
 
     @abstractmethod
     def run(self) -> Delta:
@@ -70,7 +75,7 @@ class Stacking(ABC):
         self, label: str, work: Callable[[Links, Pace], R], items: Sequence[Links]
     ) -> list[R]:
         """Return ``work`` of the links of every tensor, done on all cores."""
-        pace = Pace(self._progress)
+        pace = Pace(self.progress)
         return run_all(
             lambda links: work(links, pace), items, cost=_coded_bytes, pace=pace, label=label
         )

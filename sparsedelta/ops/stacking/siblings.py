@@ -18,11 +18,6 @@ from sparsedelta.tensors.sources import MadeTensor
 class Siblings(Stacking):
     """Deltas made from one base."""
 
-    @property
-    def n_of_base(self) -> int:
-        """All of them."""
-        return len(self.deltas)
-
     def run(self) -> Delta:
         """Return the stack; its coded bytes are in the payload afterwards."""
         target, chosen, carriers = common_files(self.deltas)
