@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 
 from sparsedelta._typing import JSON
@@ -62,21 +62,13 @@ class TensorInspection:
 
     def as_json(self) -> dict[str, JSON]:
         """Return everything as JSON."""
+        members = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
-            "name": self.name,
-            "file": self.file,
-            "state": self.state,
-            "dtype": self.dtype,
+            **members,
             "shape": list(self.shape),
-            "base_name": self.base_name,
-            "base_file": self.base_file,
             "base_shape": None if self.base_shape is None else list(self.base_shape),
-            "nnz": self.nnz,
-            "numel": self.numel,
             "density": self.density,
             "payload_bytes": self.payload_bytes,
-            "index_bytes": self.index_bytes,
-            "value_bytes": self.value_bytes,
             "index_encodings": dict(self.index_encodings),
             "value_encodings": dict(self.value_encodings),
         }
@@ -111,16 +103,7 @@ class Sizes:
 
     def as_json(self) -> dict[str, JSON]:
         """Return everything as JSON."""
-        return {
-            "file_bytes": self.file_bytes,
-            "header_bytes": self.header_bytes,
-            "manifest_bytes": self.manifest_bytes,
-            "payload_bytes": self.payload_bytes,
-            "index_bytes": self.index_bytes,
-            "value_bytes": self.value_bytes,
-            "side_file_bytes": self.side_file_bytes,
-            "stored_header_bytes": self.stored_header_bytes,
-        }
+        return {**asdict(self), "payload_bytes": self.payload_bytes}
 
 
 @dataclass(frozen=True, slots=True)
