@@ -22,7 +22,7 @@ from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.cli._written import changed_text, written_json
 from sparsedelta.report.counterparts import no_counterpart
-from sparsedelta.report.text import count, percent, printable, size
+from sparsedelta.report.text import count, listed, percent, printable, size
 
 if TYPE_CHECKING:
     from sparsedelta import Inspection
@@ -189,11 +189,8 @@ def _report_left_out(target: Path, exclude: Sequence[str], include: Sequence[str
         return
     _, _, left_out = list_folder(target, exclude, include, whole=False)
     if left_out:
-        shown = ", ".join(printable(path) for path in left_out[:_MOST_SHOWN])
-        more = f" and {len(left_out) - _MOST_SHOWN} more" if len(left_out) > _MOST_SHOWN else ""
-        click.echo(
-            f"left out: {shown}{more} (no part of a checkpoint; --include keeps them)", err=True
-        )
+        shown = listed(left_out, _MOST_SHOWN)
+        click.echo(f"left out: {shown} (no part of a checkpoint; --include keeps them)", err=True)
 
 
 def _target_bytes(target: Path, found: Inspection) -> int:

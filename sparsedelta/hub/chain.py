@@ -53,10 +53,6 @@ class Link:
         pinned = self.repository.reference
         return Reference(pinned.repo_id, pinned.revision, self.path)
 
-    def record(self) -> BaseRecord | None:
-        """Return the record of its base beside it, None if there is none."""
-        return read_record(self.repository, self.path)
-
 
 def read_record(repository: Repository, delta_path: str) -> BaseRecord | None:
     """Return the record of the base of a delta in a repository, None if there is none.

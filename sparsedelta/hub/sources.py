@@ -21,10 +21,11 @@ from sparsedelta.hub.chain import (
     base_folder,
     follow,
     open_link,
+    read_record,
 )
 from sparsedelta.hub.client import Hub, Token
 from sparsedelta.hub.folders import folder_of
-from sparsedelta.hub.record import differences
+from sparsedelta.hub.record import BaseRecord, differences
 from sparsedelta.hub.references import Reference, parse_reference
 from sparsedelta.hub.repository import Repository, open_repository
 from sparsedelta.ops.diff import UNREAD_WEIGHT_SUFFIXES
@@ -176,10 +177,10 @@ def check_remote_base(reference: Reference, *, token: Token = None) -> RemoteBas
     link = open_link(open_repository(hub, reference))
     with link.delta as delta:
         base = open_repository(hub, base_reference(delta, f"the delta in '{reference.repo_id}'"))
-        record = link.record()
+        record = read_record(link.repository, link.path)
         files = record.files if record else ()
         if record is not None:
-            _check_record(base, link, differences(record, base.files))
+            _check_record(base, link, record)
         if base.is_delta_repository:
             with base.read_delta() as before:
                 check_link(before, delta, base.name)
@@ -188,7 +189,8 @@ def check_remote_base(reference: Reference, *, token: Token = None) -> RemoteBas
         return RemoteBaseReport(base.name, record is not None, len(files))
 
 
-def _check_record(base: Repository, link: Link, different: list[str]) -> None:
+def _check_record(base: Repository, link: Link, record: BaseRecord) -> None:
+    different = differences(record, base.files)
     if different:
         raise BaseMismatch(
             f"file {different[0]!r} of '{base.name}' is not the one that is recorded in"
