@@ -46,7 +46,7 @@ class DeltaBank:
 
     Args:
         model: a ``torch.nn.Module`` or a state dict that holds the base.
-        budget_bytes: how much decoded deltas may take: 8 bytes and two values for every touched
+        budget_bytes: how much decoded deltas may take: 4 bytes and two values for every touched
             element. Those not used for longest are let go and decoded again when activated. None: no
             limit.
         verify: how each delta is checked against the model when it is decoded; see
@@ -264,14 +264,8 @@ def _steps(outgoing: Sequence[Patch], incoming: Sequence[Patch]) -> list[Patch]:
     going = []
     for patch in outgoing:
         other = coming.get(patch.place.slot.name)
-        if other is None or not _same_positions(patch, other):
+        if other is None or patch.index_digest != other.index_digest:
             going.append(patch.reversed())
         else:
             coming[patch.place.slot.name] = replace(other, before=patch.after)
     return [*going, *coming.values()]
-
-
-def _same_positions(one: Patch, other: Patch) -> bool:
-    import torch
-
-    return one.index.shape == other.index.shape and torch.equal(one.index, other.index)

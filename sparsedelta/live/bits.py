@@ -117,7 +117,7 @@ class TensorBytes:
 def scatter(tensor: torch.Tensor, index: torch.Tensor, bits: torch.Tensor) -> None:
     """Set the bits at flat indices."""
     memory, places = _memory(tensor, index)
-    memory.scatter_(0, places, bits)
+    memory.scatter_(0, places.long(), bits)
 
 
 def _memory(tensor: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,7 +126,7 @@ def _memory(tensor: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, to
 
     if tensor.is_contiguous():
         return flat_bits(tensor), index
-    view = integer_view(tensor)
+    view, index = integer_view(tensor), index.long()
     extent = 1 + sum(
         (size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True)
     )

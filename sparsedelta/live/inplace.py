@@ -38,6 +38,7 @@ from sparsedelta.tensors.parallel import Pace, run_all
 
 State: TypeAlias = Literal["base", "target", "other"]
 _BLOCK_ELEMENTS = 1 << 24
+_INT32_ELEMENTS = 1 << 31
 
 
 def apply_(
@@ -142,13 +143,13 @@ def _decode(
 
     row, tensor = place.row, place.slot.tensor()
     dtype = row.target.dtype
-    index = np.empty(row.nnz, np.int64)
+    index = np.empty(row.nnz, np.int32 if tensor.numel() <= _INT32_ELEMENTS else np.int64)
     codes = np.empty(row.nnz, dtype.view)
     ends = itertools.accumulate(chunk.nnz for chunk in row.chunks)
     parts = [(c, slice(end - c.nnz, end)) for c, end in zip(row.chunks, ends, strict=True)]
     for chunk, part in parts:
         positions, codes[part] = _decode_chunk(delta, place, chunk, undo=undo)
-        np.add(positions, np.int64(chunk.start), out=index[part])
+        np.add(positions, np.int64(chunk.start), out=index[part], casting="unsafe")
         pace.advance(chunk.stored_bytes)
     where = torch.from_numpy(index).to(tensor.device)
     now = gather(tensor, where)
@@ -163,7 +164,8 @@ def _decode(
     before, after = (then, now) if undo else (now, then)
     wanted, done = _wanted_and_done(undo=undo)
     state = wanted if wanted in possible else done if done in possible else "other"
-    return Patch(place, where, before, after), state
+    index_digest = blake3(index.view(np.uint8).data).digest()
+    return Patch(place, where, index_digest, before, after), state
 
 
 def _decode_chunk(

@@ -24,13 +24,15 @@ class Patch:
 
     Attributes:
         place: which tensor, and where the model holds it.
-        index: flat indices, (nnz,) int64, increasing.
+        index: flat indices, (nnz,) int32 where the tensor's size allows it, else int64, increasing.
+        index_digest: of the indices, made on the host: comparing it asks nothing of the device.
         before: their bits in the base, (nnz,) integers of the element size.
         after: their bits in the target.
     """
 
     place: Place
     index: torch.Tensor
+    index_digest: bytes
     before: torch.Tensor
     after: torch.Tensor
 

@@ -57,7 +57,7 @@ def bank(net: Net, deltas: dict[str, Delta]) -> DeltaBank:
 def one_size(net: Net, delta: Delta) -> int:
     bank = DeltaBank(net)
     bank.add("x", delta)
-    assert bank.resident_bytes == 12 * delta.nnz  # flat index, and two values of two bytes
+    assert bank.resident_bytes == 8 * delta.nnz  # flat index, and two values of two bytes
     return bank.resident_bytes
 
 
