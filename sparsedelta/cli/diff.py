@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import click
 
@@ -21,13 +21,13 @@ from sparsedelta.cli._common import (
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.cli._written import changed_text, written_json
-from sparsedelta.report.counterparts import no_counterpart
 from sparsedelta.report.text import count, listed, percent, printable, size
 
 if TYPE_CHECKING:
     from sparsedelta import Inspection
 
 _MOST_SHOWN = 5
+Globs: TypeAlias = Mapping[str, Sequence[str]]  # of what is excluded and included
 _SMALL_BYTES = 1 << 20  # below it nobody minds the size
 
 
@@ -110,87 +110,91 @@ def command(
             spool_dir=str(output.parent),  # has to have the room anyway; /tmp may be memory
         ) as delta:
             delta.save(output, overwrite=overwrite)
-        _report(output, old, new, exclude, include, as_json=as_json)
-        _report_left_out(new, exclude, include)
+        found = sparsedelta.inspect(output)
+        target_bytes = _target_bytes(new, found)
+        if as_json:
+            more = {
+                "target_bytes": target_bytes,
+                "n_unused": found.n_unused,
+                "payload_bytes_per_change": found.payload_bytes_per_change,
+                "file_bytes_per_change": found.file_bytes_per_change,
+            }
+            print_json(written_json(output, found) | more)
+        else:
+            click.echo(_describe(output, target_bytes, found))
+        globs = {"exclude": exclude, "include": include}
+        for warning in _warnings(old, new, found, target_bytes, globs):
+            click.echo(f"warning: {warning}", err=True)
+        if left_out := _left_out(new, globs):
+            shown = listed(left_out, _MOST_SHOWN)
+            click.echo(
+                f"left out: {shown} (no part of a checkpoint; --include keeps them)", err=True
+            )
 
 
-def _report(
-    output: Path,
-    base: Path,
-    target: Path,
-    exclude: Sequence[str],
-    include: Sequence[str],
-    *,
-    as_json: bool,
-) -> None:
-    """Tell what was written, and say so if that was not worth it."""
-    found = sparsedelta.inspect(output)
-    file_bytes, target_bytes = output.stat().st_size, _target_bytes(target, found)
-    if as_json:
-        more = {
-            "target_bytes": target_bytes,
-            "n_unused": found.n_unused,
-            "payload_bytes_per_change": found.payload_bytes_per_change,
-            "file_bytes_per_change": found.file_bytes_per_change,
-        }
-        print_json(written_json(output, found) | more)
-    else:
-        click.echo(_describe(output, file_bytes, target_bytes, found))
+def _warnings(
+    base: Path, target: Path, found: Inspection, target_bytes: int, globs: Globs
+) -> Iterator[str]:
+    """Yield what makes the delta larger than it need be, or of little use."""
+    n_tensors = count(len(found.tensors), "tensor")
+    file_bytes = found.sizes.file_bytes or 0
     if file_bytes >= target_bytes:
-        click.echo(
-            f"warning: the delta ({size(file_bytes)}) is not smaller than the target"
-            f" ({size(target_bytes)}); keeping the target itself takes less",
-            err=True,
+        yield (
+            f"the delta ({size(file_bytes)}) is not smaller than the target"
+            f" ({size(target_bytes)}); keeping the target itself takes less"
         )
     elif 3 * file_bytes > target_bytes > _SMALL_BYTES:
-        click.echo(
-            f"warning: the delta is {percent(file_bytes / target_bytes)} of the target; deltas pay off where"
-            " less changes, as after sparse training or a few steps",
-            err=True,
+        yield (
+            f"the delta is {percent(file_bytes / target_bytes)} of the target; deltas pay off where"
+            " less changes, as after sparse training or a few steps"
         )
     renamed = [t for t in found.tensors if t.base_name not in (None, t.name)]
     if 2 * len(renamed) > len(found.tensors):
-        click.echo(
-            f"warning: {count(len(renamed))} of {count(len(found.tensors), 'tensor')} have another name than in"
-            f" the base, such as {printable(renamed[0].name)} for {printable(renamed[0].base_name or '')}; to keep"
-            " the base's names, save the model without what wraps it (torch.compile, DataParallel)",
-            err=True,
+        yield (
+            f"{count(len(renamed))} of {n_tensors} have another name than in the base, such as"
+            f" {printable(renamed[0].name)} for {printable(renamed[0].base_name or '')}; to keep"
+            " the base's names, save the model without what wraps it (torch.compile, DataParallel)"
         )
-    n_added = found.states["added"]
-    if found.n_unused and 2 * n_added > len(found.tensors):
-        click.echo(
-            f"warning: {count(n_added)} of {count(len(found.tensors), 'tensor')} have no counterpart in the"
-            f" base; {_no_counterpart(base, target, found, exclude, include)}",
-            err=True,
-        )
+    added = {t.name: t.dtype for t in found.tensors if t.state == "added"}
+    if found.n_unused and 2 * len(added) > len(found.tensors):
+        is_adapter = (target / "adapter_config.json").is_file()
+        reason = no_counterpart(added, _dtypes(base, globs), is_adapter=is_adapter)
+        yield f"{count(len(added))} of {n_tensors} have no counterpart in the base; {reason}"
 
 
-def _no_counterpart(
-    base: Path,
-    target: Path,
-    found: Inspection,
-    exclude: Sequence[str],
-    include: Sequence[str],
-) -> str:
-    """Return the likely cause of most tensors being made from none of the base."""
+def _dtypes(base: Path, globs: Globs) -> dict[str, str]:
     from sparsedelta.files.checkpoint import Checkpoint
 
-    with Checkpoint(base, exclude=exclude, include=include, whole=False) as old:
-        known = {tensor.name: tensor.spec.dtype.name for tensor in old.tensors.values()}
-    added = {t.name: t.dtype for t in found.tensors if t.state == "added"}
-    return no_counterpart(added, known, is_adapter=(target / "adapter_config.json").is_file())
+    include = globs["include"]
+    with Checkpoint(base, exclude=globs["exclude"], include=include, whole=False) as opened:
+        return {tensor.name: tensor.spec.dtype.name for tensor in opened.tensors.values()}
 
 
-def _report_left_out(target: Path, exclude: Sequence[str], include: Sequence[str]) -> None:
-    """Say which files of the target are not in the delta because they are no part of a checkpoint."""
+def no_counterpart(added: Mapping[str, str], base: Mapping[str, str], *, is_adapter: bool) -> str:
+    """Return the likely cause, and the way out, as a clause.
+
+    Args:
+        added: dtype by name of the target's tensors that are made from none of the base; at least one.
+        base: dtype by name of the base's tensors.
+        is_adapter: the target is a PEFT adapter.
+    """
+    if is_adapter:
+        return "the target is a PEFT adapter: merge it into the base and save that model"
+    pairs = {(base[name], dtype) for name, dtype in added.items() if name in base}
+    if pairs:
+        before, after = min(pairs)
+        return (
+            f"the base has them in another dtype or shape ({before} for {after}): convert one of the two"
+            " and diff again for a small delta"
+        )
+    return "none of their names is in the base: is this the right base?"
+
+
+def _left_out(target: Path, globs: Globs) -> list[str]:
+    """Return the files of the target that are not in the delta because they are no part of a checkpoint."""
     from sparsedelta.files.checkpoint import list_folder
 
-    if not target.is_dir():
-        return
-    _, _, left_out = list_folder(target, exclude, include, whole=False)
-    if left_out:
-        shown = listed(left_out, _MOST_SHOWN)
-        click.echo(f"left out: {shown} (no part of a checkpoint; --include keeps them)", err=True)
+    return list_folder(target, **globs, whole=False)[2] if target.is_dir() else []
 
 
 def _target_bytes(target: Path, found: Inspection) -> int:
@@ -201,11 +205,11 @@ def _target_bytes(target: Path, found: Inspection) -> int:
     return sum((target / path).stat().st_size for path in paths)
 
 
-def _describe(output: Path, file_bytes: int, target_bytes: int, found: Inspection) -> str:
-    share = file_bytes / target_bytes
+def _describe(output: Path, target_bytes: int, found: Inspection) -> str:
+    file_bytes = found.sizes.file_bytes or 0
     lines = [
         f"{printable(str(output))}: {size(file_bytes)},"
-        f" {percent(share)} of the target's {size(target_bytes)}"
+        f" {percent(file_bytes / target_bytes)} of the target's {size(target_bytes)}"
     ]
     unused = f", {count(found.n_unused, 'tensor')} of the base not used" if found.n_unused else ""
     if found.states["unchanged"] == len(found.tensors):

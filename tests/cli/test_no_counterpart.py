@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsedelta.report.counterparts import no_counterpart
+from sparsedelta.cli.diff import no_counterpart
 
 BASE = {f"layers.{i}.w": "BF16" for i in range(4)}
 
