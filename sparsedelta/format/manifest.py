@@ -42,7 +42,7 @@ from sparsedelta.format.records import (
     default_keep,
 )
 from sparsedelta.format.safetensors_header import MAX_DIMENSIONS, METADATA_KEY
-from sparsedelta.format.strict_json import compact_json, parse_json
+from sparsedelta.format.strict_json import compact_json, fixed_items, items, parse_json
 
 MAX_MANIFEST_BYTES = 1 << 27
 MAX_STRUCTURE_RATIO, MAX_STRUCTURE_EXTRA = 4, 1 << 19
@@ -244,8 +244,8 @@ def parse_manifest(raw: bytes, payload_bytes: int) -> Manifest:
     for path in base_files:
         check_path(path)
     files, counts, known, offset = _parse_target(target, reader)
-    known_layouts = [_layout(value) for value in _list(layouts, "layouts")]
-    known_codings = [_coding(value) for value in _list(codings, "codings")]
+    known_layouts = [_layout(value) for value in items(layouts, "layouts")]
+    known_codings = [_coding(value) for value in items(codings, "codings")]
     rows = _Rows(files, counts, base_files, known_layouts, tensors)
     columns = _Chunks(rows, known_codings, chunks)
     result = columns.finish(rows.finish(reader, known), reader, known=known, offset=offset)
@@ -344,8 +344,8 @@ def _parse_target(value: Any, reader: _DigestReader) -> tuple[Target, list[int],
     if kind not in ("folder", "file"):
         _known_name(kind, "target.kind", ("folder", "file"))
     parsed_weights, counts = [], []
-    for item in _list(weight_files, "weight_files", MAX_FILES):
-        path, n, header = _tuple(item, "a weight file", 3)
+    for item in items(weight_files, "weight_files", MAX_FILES):
+        path, n, header = fixed_items(item, "a weight file", 3)
         _integers([n], "rows of a weight file")
         counts.append(n)
         parsed_weights.append(_weight_file(path, header, reader.take(DIGEST_BYTES)))
@@ -359,8 +359,8 @@ def _parse_target(value: Any, reader: _DigestReader) -> tuple[Target, list[int],
         return stored
 
     parsed_sides = []
-    for item in _list(side_files, "side_files", MAX_FILES):
-        path, n_bytes, stored = _tuple(item, "a side file", 3)
+    for item in items(side_files, "side_files", MAX_FILES):
+        path, n_bytes, stored = fixed_items(item, "a side file", 3)
         _strings([path], "path of a side file")
         _integers([n_bytes, stored], "sizes of a side file", least=-1)
         _integers([n_bytes], "size of a side file")
@@ -407,18 +407,18 @@ def _stored(n_bytes: int, stored: int) -> Stored | None:
 
 def _weight_file(path: Any, header: Any, digest: bytes) -> WeightFile:
     _strings([path], "path of a weight file")
-    kind, *rest = _list(header, "header of a weight file") or [None]
+    kind, *rest = items(header, "header of a weight file") or [None]
     _known_name(kind, "header kind", ("canonical", "stored"))
     if kind == "stored":
-        n_bytes, stored = _tuple(rest, "a stored header", 2)
+        n_bytes, stored = fixed_items(rest, "a stored header", 2)
         _integers([n_bytes, stored], "sizes of a stored header")
         return WeightFile(path, digest, None, _stored(n_bytes, stored))
-    (pairs,) = _tuple(rest, "a canonical header", 1)
+    (pairs,) = fixed_items(rest, "a canonical header", 1)
     if pairs is None:
         return WeightFile(path, digest, None, None)
     metadata: dict[str, str] = {}
-    for pair in _list(pairs, "header metadata"):
-        key, item = _tuple(pair, "header metadata", 2)
+    for pair in items(pairs, "header metadata"):
+        key, item = fixed_items(pair, "header metadata", 2)
         _strings([key, item], "header metadata")
         if key in metadata:
             raise Corrupt(f"header metadata have key {key[:80]!r} twice")
@@ -427,17 +427,17 @@ def _weight_file(path: Any, header: Any, digest: bytes) -> WeightFile:
 
 
 def _layout(value: Any) -> TensorSpec:
-    name, bits, element, shape = _tuple(value, "a layout", 4)
+    name, bits, element, shape = fixed_items(value, "a layout", 4)
     _strings([name, element], "a layout")
     _integers([bits], "bits of a layout")
-    _integers(_list(shape, "shape", MAX_DIMENSIONS), "shape")
+    _integers(items(shape, "shape", MAX_DIMENSIONS), "shape")
     dtype = check_dtype(name, bits, element)
     tensor_bytes(dtype, shape)
     return TensorSpec(dtype, tuple(shape), None)
 
 
 def _coding(value: Any) -> Coding:
-    values, index, packing, classes = _tuple(value, "a coding", 4)
+    values, index, packing, classes = fixed_items(value, "a coding", 4)
     _known_name(values, "value encoding", VALUE_ENCODINGS)
     _known_name(index, "index encoding", INDEX_ENCODINGS)
     _known_name(packing, "value packing", VALUE_PACKINGS)
@@ -462,7 +462,7 @@ class _Rows:
         names, own, files, base_names, base_layouts, keep, n_chunks = _objects(
             columns, "tensors", _TENSORS
         )
-        n = len(_list(names, "names", MAX_ROWS))
+        n = len(items(names, "names", MAX_ROWS))
         _strings(names, "names")
         _column(own, "layouts of tensors", n, below=len(layouts))
         _column(files, "base_files", n, least=-1, below=len(base_files))
@@ -530,7 +530,7 @@ class _Rows:
 
     def _exceptions(self, value: Any, what: str, below: int | None = None) -> dict[int, Any]:
         """Return the values of some rows by number; ``below``: they are integers below it."""
-        pairs = [_tuple(item, what, 2) for item in _list(value, what, MAX_ROWS)]
+        pairs = [fixed_items(item, what, 2) for item in items(value, what, MAX_ROWS)]
         rows = [row for row, _ in pairs]
         values = [item for _, item in pairs]
         _column(rows, what, len(pairs), below=self.n)
@@ -556,7 +556,7 @@ class _Chunks:
 
     def __init__(self, rows: _Rows, codings: Sequence[Coding], columns: Any) -> None:
         starts, spans, nnz, coding, touched, raw, stored = _objects(columns, "chunks", _CHUNKS)
-        n = len(_list(starts, "starts", MAX_CHUNKS))
+        n = len(items(starts, "starts", MAX_CHUNKS))
         if sum(rows.n_chunks) != n:
             raise Corrupt(f"tensors list {sum(rows.n_chunks)} chunks, there are {n}")
         for column, what in ((starts, "starts"), (spans, "spans"), (nnz, "nnz")):
@@ -663,22 +663,8 @@ def _objects(value: Any, what: str, names: Sequence[str]) -> list[Any]:
     return [*value.values()]
 
 
-def _list(value: Any, what: str, limit: int | None = None) -> list[Any]:
-    if type(value) is not list:
-        raise Corrupt(f"{what}: expected a list")
-    if limit is not None:
-        _at_most(len(value), limit, what)
-    return value
-
-
-def _tuple(value: Any, what: str, n: int) -> list[Any]:
-    if type(value) is not list or len(value) != n:
-        raise Corrupt(f"{what}: expected a list of {n}")
-    return value
-
-
 def _strings(value: Any, what: str, limit: int | None = None) -> None:
-    if not set(map(type, _list(value, what, limit))) <= {str}:
+    if not set(map(type, items(value, what, limit))) <= {str}:
         raise Corrupt(f"{what}: expected strings")
 
 
@@ -692,7 +678,7 @@ def _integers(values: list[Any], what: str, *, least: int = 0) -> None:
 def _column(
     value: Any, what: str, n: int | None, *, least: int = 0, below: int | None = None
 ) -> None:
-    _integers(_list(value, what), what, least=least)
+    _integers(items(value, what), what, least=least)
     if n is not None and len(value) != n:
         raise Corrupt(f"{what}: {len(value)} entries, expected {n}")
     if below is not None and value and max(value) >= below:
