@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from sparsedelta.codecs.chunk import MAX_SPAN, Chunk, Span, encode_chunk, touched_digest
 from sparsedelta.codecs.indices import Positions
@@ -206,13 +205,8 @@ def count_overlap(links: Sequence[Link], pace: Pace, base: Readable | None = Non
         pace: told of the coded bytes.
         base: the base tensor, if it is available.
     """
-    return sum(int(np.count_nonzero(twice)) for twice in _twice(links, pace, base))
-
-
-def _twice(
-    links: Sequence[Link], pace: Pace, base: Readable | None
-) -> Iterator[npt.NDArray[np.bool_]]:
     readers = [ChangeReader(link.row, link.payload, pace, base) for link in links]
+    total = 0
     for group in overlapping(links):
         if len({number for number, _ in group}) == 1:
             continue
@@ -224,4 +218,5 @@ def _twice(
                 for piece in reader.window(start, n):
                     twice[piece.positions] |= once[piece.positions]
                     once[piece.positions] = True
-            yield twice
+            total += int(np.count_nonzero(twice))
+    return total
