@@ -1,4 +1,8 @@
-"""What commands share: settings, options, the example at the end of a help, checks of outputs."""
+"""What commands share: settings, options, the example at the end of a help, checks of outputs.
+
+Options that a command only hands on to the function of its name, which has them as arguments, are its
+``options``.
+"""
 
 from __future__ import annotations
 

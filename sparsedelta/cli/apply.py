@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import click
 
@@ -28,13 +28,12 @@ from sparsedelta.fs import check_absent
 @click.pass_obj
 def command(
     settings: Settings,
+    /,
     *,
     base: str,
     deltas_and_out: tuple[str, ...],
-    verify: Literal["full", "touched", "none"],
-    exclude: tuple[str, ...],
-    any_size: bool,
     overwrite: bool,
+    **options: Any,
 ) -> None:
     """Rebuild the target from BASE and DELTA, byte for byte.
 
@@ -51,13 +50,6 @@ def command(
         paths = [sources.delta(delta) for delta in deltas]
         place, before = sources.base(base, paths[0])
         sparsedelta.apply(
-            place,
-            [*before, *paths],
-            out,
-            verify=verify,
-            overwrite=overwrite,
-            exclude=exclude,
-            any_size=any_size,
-            progress=progress,
+            place, [*before, *paths], out, overwrite=overwrite, **options, progress=progress
         )
     settings.note(f"wrote {out}")

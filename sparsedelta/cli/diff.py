@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
@@ -74,18 +74,17 @@ _SMALL_BYTES = 1 << 20  # below it nobody minds the size
 @click.pass_obj
 def command(
     settings: Settings,
+    /,
     *,
     base: str,
     target: str,
     output: Path,
     base_id: str | None,
-    values: str,
-    level: str,
-    standalone: bool,
     exclude: tuple[str, ...],
     include: tuple[str, ...],
     overwrite: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Compare BASE and TARGET and write the difference to a delta file.
 
@@ -101,11 +100,9 @@ def command(
             old,
             new,
             base_id=base_id or name,
-            values=values,
-            level=level,
-            standalone=standalone,
             exclude=exclude,
             include=include,
+            **options,
             progress=progress,
             spool_dir=str(output.parent),  # has to have the room anyway; /tmp may be memory
         ) as delta:

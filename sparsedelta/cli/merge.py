@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import click
 
@@ -77,19 +77,14 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> li
 @click.pass_obj
 def command(
     settings: Settings,
+    /,
     *,
     base: str,
     deltas: tuple[str, ...],
     output: Path,
-    method: Literal["linear", "task-arithmetic", "ties", "dare", "dare-ties"],
-    weights: list[float] | None,
-    density: list[float] | None,
-    scale: float,
-    normalize: bool | None,
-    seed: int,
-    exclude: tuple[str, ...],
     overwrite: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Combine deltas of BASE in floating point into one delta.
 
@@ -104,13 +99,7 @@ def command(
         with sparsedelta.merge(
             sources.only_base(base, paths[0]),
             *paths,
-            method=method,
-            weights=weights,
-            density=density,
-            seed=seed,
-            normalize=normalize,
-            scale=scale,
-            exclude=exclude,
+            **options,
             progress=progress,
             spool_dir=str(output.parent),
         ) as merged:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import click
 
@@ -42,18 +42,12 @@ from sparsedelta.report.text import printable
 @click.pass_obj
 def command(
     settings: Settings,
+    /,
     *,
     repo_id: str,
     out: Path,
-    revision: str | None,
-    subfolder: str | None,
-    base: str | None,
-    base_revision: str | None,
-    keep_delta: bool,
-    verify: Literal["full", "touched", "none"],
-    overwrite: bool,
-    token: str | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Download a delta and its base, and rebuild the model.
 
@@ -62,19 +56,7 @@ def command(
     """
     quiet_client(settings)
     with progress_bar(settings) as progress:
-        report = sparsedelta.pull(
-            repo_id,
-            out,
-            revision=revision,
-            subfolder=subfolder,
-            base=base,
-            base_revision=base_revision,
-            keep_delta=keep_delta,
-            verify=verify,
-            overwrite=overwrite,
-            token=token,
-            progress=progress,
-        )
+        report = sparsedelta.pull(repo_id, out, **options, progress=progress)
     if as_json:
         print_json(dataclasses.asdict(report))
         return

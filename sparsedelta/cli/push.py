@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -51,21 +51,12 @@ if TYPE_CHECKING:
 @click.pass_obj
 def command(
     settings: Settings,
+    /,
     *,
     delta: Path,
     repo_id: str,
-    base_id: str | None,
-    base: Path | None,
-    subfolder: str | None,
-    private: bool | None,
-    revision: str | None,
-    create_pr: bool,
-    commit_message: str | None,
-    commit_description: str | None,
-    tag: str | None,
-    token: str | None,
-    dry_run: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Upload DELTA to a repository on the Hub.
 
@@ -75,22 +66,7 @@ def command(
     """
     quiet_client(settings)
     with progress_bar(settings) as progress:
-        report = sparsedelta.push(
-            delta,
-            repo_id,
-            base_id=base_id,
-            base=base,
-            subfolder=subfolder,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            tag=tag,
-            token=token,
-            dry_run=dry_run,
-            progress=progress,
-        )
+        report = sparsedelta.push(delta, repo_id, **options, progress=progress)
     if as_json:
         print_json(dataclasses.asdict(report))
     else:
