@@ -208,9 +208,10 @@ def _where(facts: CardFacts) -> str:
     path, shown = facts.picture
     # The card is at the top of the repository, whatever folder the delta is in.
     image = f"![Density of the changes by layer and kind of tensor]({path})"
+    columns = ", ".join(f"{n} `{_code(kind)}`" for n, kind in enumerate(shown.changed_kinds, 1))
     caption = (
         f"Rows: layers {shown.layers[0]} to {shown.layers[-1]} of `{_code(shown.stack)}` from the top."
-        f" Columns, from the left: {_numbered(shown.changed_kinds)}. The darker, the more of a"
+        f" Columns, from the left: {columns}. The darker, the more of a"
         " tensor's values changed; grey: none."
     )
     return "\n\n".join([image, caption, table])
@@ -250,10 +251,6 @@ def _info(info: Mapping[str, JSON]) -> list[tuple[str, ...]]:
             shown = one if isinstance(one, str) else json.dumps(one, ensure_ascii=False)
             rows.append((f"`{_code(label)}`", f"`{_code(redacted(shown))}`"))
     return rows
-
-
-def _numbered(kinds: tuple[str, ...]) -> str:
-    return ", ".join(f"{number} `{_code(kind)}`" for number, kind in enumerate(kinds, 1))
 
 
 def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -63,10 +63,12 @@ class Hub:
     """
 
     def __init__(self, token: Token = None, *, cache_will_do: bool = True) -> None:
+        import sparsedelta
+
         self.token = token
         self._cache_will_do = cache_will_do
         self.api: HfApi = _import_client()(
-            token=token, library_name="sparsedelta", library_version=_version()
+            token=token, library_name="sparsedelta", library_version=sparsedelta.__version__
         )
 
     @property
@@ -265,12 +267,6 @@ def _import_client() -> type[HfApi]:
             " pip install 'sparsedelta[hub]'"
         ) from error
     return HfApi
-
-
-def _version() -> str:
-    import sparsedelta
-
-    return sparsedelta.__version__
 
 
 def silence() -> None:

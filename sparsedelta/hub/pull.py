@@ -110,7 +110,8 @@ def pull(
     with ExitStack() as stack:
         link = open_link(open_repository(hub, reference))
         stack.enter_context(link.delta)
-        _count(link)
+        if COUNTED_NAME in link.repository.files:  # by which the Hub counts downloads
+            link.repository.download_one(COUNTED_NAME)
         made = _Pull(hub, link, target, verify, overwrite, progress, stack)
         local = _local_base(base)
         if local is not None:
@@ -120,7 +121,8 @@ def pull(
             given = None if base is None else parse_reference(os.fspath(base))
             applied, used = made.on_remote(given, base_revision)
         if kept is not None:
-            _keep(link.place, kept, overwrite=overwrite)
+            with staged_output(kept, overwrite=overwrite) as staged:
+                shutil.copyfile(link.place, staged)
     return PullReport(
         target, str(link.reference), tuple(str(one.reference) for one in applied), used, kept
     )
@@ -212,12 +214,6 @@ def _local_base(base: AnyPath | None) -> Path | None:
     return None
 
 
-def _count(link: Link) -> None:
-    """Fetch the file by which the Hub counts downloads, if there is one."""
-    if COUNTED_NAME in link.repository.files:
-        link.repository.download([COUNTED_NAME])
-
-
 def _base_test(checkpoint: Checkpoint) -> Callable[[Delta], bool]:
     """Return what tells whether a checkpoint has all tensors that a delta is made from."""
     digest: Callable[[Tensor], bytes] = functools.cache(digest_tensor)
@@ -232,8 +228,3 @@ def _base_test(checkpoint: Checkpoint) -> Callable[[Delta], bool]:
         )
 
     return is_base
-
-
-def _keep(place: Path, kept: Path, *, overwrite: bool) -> None:
-    with staged_output(kept, overwrite=overwrite) as staged:
-        shutil.copyfile(place, staged)

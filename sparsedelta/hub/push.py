@@ -142,7 +142,7 @@ def push(
         ValueError: an argument is wrong.
     """
     _check_arguments(repo_id, subfolder, revision, create_pr=create_pr)
-    path = _delta_path(subfolder)
+    path = f"{subfolder}/{DELTA_NAME}" if subfolder else DELTA_NAME
     with (
         opened(delta) as given,
         tempfile.TemporaryDirectory(prefix="sparsedelta-push-") as folder,
@@ -281,10 +281,6 @@ def _make_files(
     return made
 
 
-def _delta_path(subfolder: str | None) -> str:
-    return f"{subfolder}/{DELTA_NAME}" if subfolder else DELTA_NAME
-
-
 def _existing_card(place: _Place) -> str | None:
     repository = place.repository
     if repository is None or CARD_NAME not in repository.files:
@@ -301,7 +297,7 @@ def _config(delta: Delta, proof: Proof) -> bytes | None:
         if file.path == CONFIG_NAME and file.stored:
             return carried_content(delta, file, file.stored)
     base = proof.base
-    place = f"{(base.delta_file().path if base.is_delta_repository else '').rpartition('/')[0]}"
+    place = base.delta_file().path.rpartition("/")[0] if base.is_delta_repository else ""
     path = f"{place}/{CONFIG_NAME}" if place else CONFIG_NAME
     return base.download_one(path).read_bytes() if path in base.files else None
 

@@ -25,9 +25,9 @@ from sparsedelta.hub.chain import (
 )
 from sparsedelta.hub.client import Hub, Token
 from sparsedelta.hub.folders import folder_of
-from sparsedelta.hub.record import BaseRecord, differences
+from sparsedelta.hub.record import differences
 from sparsedelta.hub.references import Reference, parse_reference
-from sparsedelta.hub.repository import Repository, open_repository
+from sparsedelta.hub.repository import open_repository
 from sparsedelta.ops.diff import UNREAD_WEIGHT_SUFFIXES
 from sparsedelta.ops.stack import stack
 
@@ -178,24 +178,19 @@ def check_remote_base(reference: Reference, *, token: Token = None) -> RemoteBas
     with link.delta as delta:
         base = open_repository(hub, base_reference(delta, f"the delta in '{reference.repo_id}'"))
         record = read_record(link.repository, link.path)
-        files = record.files if record else ()
-        if record is not None:
-            _check_record(base, link, record)
+        different = differences(record, base.files) if record else []
+        if different:
+            raise BaseMismatch(
+                f"file {different[0]!r} of '{base.name}' is not the one that is recorded in"
+                f" '{link.repository.name}' as proved to be the base; pull the delta with a base of your own"
+            )
         if base.is_delta_repository:
             with base.read_delta() as before:
                 check_link(before, delta, base.name)
         else:
             check_remote_structure(base, delta)
-        return RemoteBaseReport(base.name, record is not None, len(files))
-
-
-def _check_record(base: Repository, link: Link, record: BaseRecord) -> None:
-    different = differences(record, base.files)
-    if different:
-        raise BaseMismatch(
-            f"file {different[0]!r} of '{base.name}' is not the one that is recorded in"
-            f" '{link.repository.name}' as proved to be the base; pull the delta with a base of your own"
-        )
+        n_files = len(record.files) if record else 0
+        return RemoteBaseReport(base.name, record is not None, n_files)
 
 
 def _is_of_checkpoint(path: str) -> bool:

@@ -72,8 +72,13 @@ def verify(
     with opened(delta) as given:
         check_delta(given, progress)
         if base is not None:
-            with open_base(base, given, exclude=exclude) as checkpoint:
-                _check_with_base(given, checkpoint, progress)
+            with (
+                open_base(base, given, exclude=exclude) as checkpoint,
+                explained(given, checkpoint),
+            ):
+                found = find_base(given, checkpoint)
+                check_base_files(given, checkpoint)
+                make_tensors(found, given, {}, check="full", progress=progress, every_base=True)
         if target is not None:
             with open_base(target, given, exclude=exclude) as checkpoint:
                 _check_target(given, checkpoint, progress)
@@ -116,13 +121,6 @@ def _decode(delta: Delta, row: Row, pace: Pace) -> None:
             else:
                 decode_row_chunk(row, chunk, delta.payload, None)
         pace.advance(chunk.stored_bytes)
-
-
-def _check_with_base(delta: Delta, base: Checkpoint, progress: Progress | None) -> None:
-    with explained(delta, base):
-        found = find_base(delta, base)
-        check_base_files(delta, base)
-        make_tensors(found, delta, {}, check="full", progress=progress, every_base=True)
 
 
 def _check_target(delta: Delta, target: Checkpoint, progress: Progress | None) -> None:

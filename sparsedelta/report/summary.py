@@ -6,11 +6,11 @@ Names and values come from the delta, so from a stranger: all pass through ``pri
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.table import Table
 
 from sparsedelta.report.text import count, line_width, listed, percent, printable, size
@@ -41,7 +41,11 @@ def summary_text(path: str | Path, found: Inspection, console: Console) -> str:
     facts.add_column(overflow="fold")
     for label, value in _facts(path, found):
         facts.add_row(label, value)
-    return _rendered([facts, "", _sizes_table(found)], console)
+    console.width = line_width(is_terminal=console.is_terminal)
+    with console.capture() as captured:
+        for part in (facts, "", _sizes_table(found)):
+            console.print(part)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def new_console() -> Console:
@@ -126,7 +130,7 @@ def _cut(text: str, length: int) -> str:
 
 def _sizes_table(found: Inspection) -> Table:
     sizes = found.sizes
-    table = _new_table()
+    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("spent on")
     for title in ("size", "share", *(["bytes per change"] if found.nnz else [])):
         table.add_column(title, justify="right")
@@ -145,15 +149,3 @@ def _sizes_table(found: Inspection) -> Table:
             share = percent(n_bytes / sizes.file_bytes)
             table.add_row(what, size(n_bytes), share, *per_change, style=style)
     return table
-
-
-def _new_table() -> Table:
-    return Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
-
-
-def _rendered(parts: Iterable[RenderableType], console: Console) -> str:
-    console.width = line_width(is_terminal=console.is_terminal)
-    with console.capture() as captured:
-        for part in parts:
-            console.print(part)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())

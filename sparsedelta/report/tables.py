@@ -86,12 +86,9 @@ def _folded(name: str, width: int) -> list[str]:
 
 
 def _shape(tensor: TensorInspection) -> str:
-    before = None if tensor.base_shape is None else _dimensions(tensor.base_shape)
-    return _became(before, _dimensions(tensor.shape))
-
-
-def _became(before: str | None, after: str) -> str:
-    return after if before in (None, after) else f"{before} → {after}"
+    after = _dimensions(tensor.shape)
+    before = after if tensor.base_shape is None else _dimensions(tensor.base_shape)
+    return after if before == after else f"{before} → {after}"
 
 
 def _dimensions(shape: Sequence[int]) -> str:
