@@ -12,9 +12,9 @@ from sparsedelta.codecs.exponent_classes import Keys
 class ValuePacking(Protocol):
     """How codes become bytes."""
 
-    is_quick: bool  # to encode and decode
-    has_classes: bool  # may sort codes by what the elements were before the change
-    states_size: bool  # the manifest states the raw size of the last stream
+    is_quick: bool = False  # to encode and decode
+    has_classes: bool = False  # may sort codes by what the elements were before the change
+    states_size: bool = True  # the manifest states the raw size of the last stream
 
     def stream_sizes(self, n_bytes: int, nnz: int, width: int) -> Sequence[int]:
         """Return the raw sizes of the streams of ``nnz`` codes of ``width`` bytes.

@@ -8,16 +8,16 @@ import numpy as np
 
 from sparsedelta.codecs.context import Bits, Stream
 from sparsedelta.codecs.exponent_classes import Keys
+from sparsedelta.codecs.packings.contract import ValuePacking
 
 _NOTHING = np.empty(0, np.uint8)
 
 
-class _Planes:
+class _Planes(ValuePacking):
     """Byte planes; one of zeros is not stored."""
 
     is_quick = True
     states_size = False
-    has_classes = False
 
     def stream_sizes(self, n_bytes: int, nnz: int, width: int) -> Sequence[int]:
         return [nnz] * width

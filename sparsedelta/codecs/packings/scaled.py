@@ -10,6 +10,7 @@ import numpy.typing as npt
 from sparsedelta.codecs.bitpack import blocks, pack, unpack
 from sparsedelta.codecs.context import Bits, Stream
 from sparsedelta.codecs.exponent_classes import Keys
+from sparsedelta.codecs.packings.contract import ValuePacking
 from sparsedelta.errors import Corrupt
 
 _SHORT = 2  # a code of one unit; where most are such others do better
@@ -18,12 +19,8 @@ _MAX_SYMBOL = 63  # of codes below 2^32
 Symbols = npt.NDArray[np.uint8]
 
 
-class _Scaled:
+class _Scaled(ValuePacking):
     """Symbols, and the bits below them."""
-
-    is_quick = False
-    states_size = True
-    has_classes = False
 
     def stream_sizes(self, n_bytes: int, nnz: int, width: int) -> Sequence[int]:
         return [nnz, n_bytes]

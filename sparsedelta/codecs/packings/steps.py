@@ -34,6 +34,7 @@ from sparsedelta.codecs.exponent_classes import (
     merge_keys,
     read_thresholds,
 )
+from sparsedelta.codecs.packings.contract import ValuePacking
 from sparsedelta.codecs.subsets import encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 
@@ -43,12 +44,10 @@ _FEWEST = 256  # codes; of fewer, classes cannot save enough
 _LONG = 16  # a code; where most are above it others do better
 
 
-class _Steps:
+class _Steps(ValuePacking):
     """Signs; which steps are longer than one unit; how much longer."""
 
-    is_quick = False
     has_classes = True
-    states_size = True
 
     def stream_sizes(self, n_bytes: int, nnz: int, width: int) -> Sequence[int]:
         return [n_bytes]

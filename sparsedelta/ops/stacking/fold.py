@@ -9,7 +9,6 @@ A chunk that no other overlaps stays as it is. Memory stays within the changes o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -116,15 +115,13 @@ class Fold:
                 yield at, min(MAX_SPAN, high - at)
 
     def _fold(self, start: int, n: int) -> Chunk | None:
-        with ExitStack() as place:
-            found = [
-                piece
-                for reader, limit in zip(self._readers, self._limits, strict=True)
-                if limit > start
-                for piece in reader.window(start, min(n, limit - start))
-            ]
-            nnz = sum(len(piece.positions) for piece in found)
-            place.enter_context(place_for(nnz, self._target.dtype))
+        found = [
+            piece
+            for reader, limit in zip(self._readers, self._limits, strict=True)
+            if limit > start
+            for piece in reader.window(start, min(n, limit - start))
+        ]
+        with place_for(sum(len(piece.positions) for piece in found), self._target.dtype):
             if all(piece.values == "ulp" for piece in found):
                 positions, codes = self._add(found, n)
                 values = "ulp"
