@@ -123,7 +123,7 @@ def check_absent(path: Path, *, overwrite: bool) -> None:
     """Raise FileExistsError if something is at ``path`` and may not be replaced."""
     if not overwrite and os.path.lexists(path):
         raise FileExistsError(
-            f"output '{path}' exists; choose another name, or overwrite it (--overwrite)"
+            f"output '{path}' exists; choose another name, or overwrite it (overwrite=True, --overwrite)"
         )
 
 

@@ -123,4 +123,4 @@ def test_closed_pipe(workplace: Workplace, options: list[str]) -> None:
     process.stdout.close()
     with process.stderr:
         assert process.stderr.read() == b""
-    assert process.wait() == 1
+    assert process.wait() == 141  # 128 + SIGPIPE
