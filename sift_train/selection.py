@@ -107,9 +107,7 @@ def top_k_of_all(
 
 def slices_of(flat: Tensor) -> Sequence[Tensor]:
     """Return the parts of a tensor that are looked at one after the other, as suits its device."""
-    parts: Sequence[Tensor] = flat.split(
-        CPU_SLICE if flat.device.type == "cpu" else DEVICE_SLICE
-    )
+    parts: Sequence[Tensor] = flat.split(CPU_SLICE if flat.device.type == "cpu" else DEVICE_SLICE)
     return parts
 
 

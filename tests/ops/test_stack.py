@@ -134,7 +134,9 @@ def test_new_values_that_return_stay_unless_the_base_is_given(make: Maker) -> No
 
 def test_encodings_that_meet_need_the_base(make: Maker, steps: list[Path]) -> None:
     a, b = make.diff(steps[0], steps[1]), make.diff(steps[1], steps[2], values="target")
-    with pytest.raises(ConflictError, match=r"'w' .* only the base tells: give it \(base=, --base\)") as e:
+    with pytest.raises(
+        ConflictError, match=r"'w' .* only the base tells: give it \(base=, --base\)"
+    ) as e:
         make.stack(a, b)
     assert e.value.tensor == "w"
     make.check(make.stack(a, b, base=steps[0]), steps[0], steps[2])
