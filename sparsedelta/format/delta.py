@@ -107,6 +107,7 @@ class Delta:
         """Return the bytes of the ``.sd`` file that ``save`` writes.
 
         Raises:
+            FormatError: part of the payload cannot be read.
             LimitExceeded: the delta is beyond what the format can hold (FORMAT §11).
         """
         return b"".join(container_blocks(self._manifest(), self.payload))
@@ -202,8 +203,11 @@ def load(path: AnyPath | Seekable, *, any_size: bool = False) -> Delta:
         FormatError: the file is not a delta this version can read.
         OSError: it cannot be opened.
     """
-    is_path = isinstance(path, str | os.PathLike)
-    return read_delta(OpenFile(path) if is_path else Stream(path), any_size=any_size)
+    if isinstance(path, str | os.PathLike):
+        return read_delta(OpenFile(path), any_size=any_size)
+    if isinstance(path, bytes | bytearray | memoryview):
+        raise TypeError("bytes are given, expected a path or an open file; use Delta.from_bytes")
+    return read_delta(Stream(path), any_size=any_size)
 
 
 AnyDelta: TypeAlias = AnyPath | Delta

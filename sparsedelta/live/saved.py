@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     State: TypeAlias = dict[str, torch.Tensor]
 
+_N_GROUPS = 4
 _INSTEAD = "save it, and give the path of what was saved"
 
 
@@ -60,7 +61,8 @@ class SavedState:
         self.specs = {name: _spec(name, self._state[own]) for name, own in self._renamed.items()}
         self.specs |= {name: _spec(name, tensor) for name, tensor in made.items()}
         self._lock = threading.Lock()
-        self._converted = lru_cache(1)(self._convert)
+        # Names in order take turns between the few groups of one layer; most of what is made are views.
+        self._converted = lru_cache(_N_GROUPS)(self._convert)
         self._laid_out = lru_cache(n_workers())(self._lay_out)
 
     def read(self, name: str) -> torch.Tensor:
@@ -69,6 +71,11 @@ class SavedState:
         if own is not None and self._state[own].is_contiguous():
             return _plain(self._state[own])
         return self._laid_out(name)
+
+    def shared(self, names: Collection[str]) -> set[str]:
+        """Return all names of the tensors that are in the memory of these, such as tied ones in a state dict."""
+        places = {_place(self._state[own]) for name, own in self._renamed.items() if name in names}
+        return {name for name, own in self._renamed.items() if _place(self._state[own]) in places}
 
     def close(self) -> None:
         """Let the model's tensors go."""
@@ -169,6 +176,8 @@ def _state_of(model: Any) -> State:
         if problem:
             raise StructureMismatch(f"tensor {name!r} {problem}", tensor=str(name))
         state[name] = tensor.detach()
+    for device in {tensor.device for tensor in state.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)  # they are read on other streams
     return state
 
 

@@ -118,6 +118,8 @@ class HeldFolder(Checkpoint):
             raise self._error(missing, f"'{self.path}' has", f"the {saved.kind} lacks")
         extra = saved.specs.keys() - own.values()
         if extra:
+            extra -= saved.shared(own.values())
+        if extra:
             raise self._error(extra, f"the {saved.kind} has", f"'{self.path}' lacks")
         for name, held in own.items():
             first, *others = by_name[name]

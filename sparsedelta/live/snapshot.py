@@ -16,7 +16,7 @@ from sparsedelta._typing import JSON, AnyPath, Model
 from sparsedelta.codecs.chunk import touched_digest
 from sparsedelta.codecs.context import Bits
 from sparsedelta.codecs.values import VALUE_ENCODINGS
-from sparsedelta.errors import BaseMismatch, Corrupt, StructureMismatch
+from sparsedelta.errors import BaseMismatch, Corrupt, PartlyApplied, StructureMismatch
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.side_files import digest_file
 from sparsedelta.format.delta import AnyDelta, Delta, opened
@@ -37,6 +37,14 @@ _BLOCK_ELEMENTS = 1 << 24
 _devices = threading.Lock()  # one tensor at a time is compared on a device
 
 
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """The bits that a tensor gets, by flat index, and what it is then."""
+
+    spec: TensorSpec
+    changes: list[tuple[torch.Tensor, torch.Tensor]]
+
+
 @dataclass(slots=True)
 class _Kept:
     """A published tensor (``tensors.compare.Source``)."""
@@ -45,6 +53,7 @@ class _Kept:
     name: str
     spec: TensorSpec  # with its digest
     tensor: torch.Tensor
+    pending: _Pending | None = None  # what is being written
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``offset``."""
@@ -53,6 +62,13 @@ class _Kept:
     def as_base(self) -> BaseTensor:
         """Return how a row refers to it."""
         return BaseTensor(self.file, self.name, self.spec)
+
+    def write_pending(self) -> None:
+        """Write what is pending; that may be done again if it is broken off."""
+        if self.pending is not None:
+            for index, bits in self.pending.changes:
+                scatter(self.tensor, index, bits)
+            self.spec, self.pending = self.pending.spec, None
 
 
 class _Changed:
@@ -110,6 +126,7 @@ class Snapshot:
         self._model = model
         self._folder = folder
         self._on_host = keep_on == "cpu"
+        self._advancing = False
         pace = Pace(progress)
 
         def keep(tensor: Tensor) -> _Kept:
@@ -152,8 +169,14 @@ class Snapshot:
 
         Raises:
             StructureMismatch: the model has other tensors than the snapshot; make a new one.
+            PartlyApplied: ``advance`` was broken off; call it again.
             ValueError: an argument is wrong.
         """
+        if self._advancing:
+            raise PartlyApplied(
+                "the snapshot is between what was published and its successor; call advance again with the"
+                " same delta"
+            )
         checked_info = check_json(info or {}, "info")
         check_json({"base_id": base_id}, "base_id")
         pace = Pace(progress)
@@ -173,8 +196,7 @@ class Snapshot:
     def advance(self, delta: AnyDelta) -> None:
         """Make the target of a delta what counts as published: call it when the delta is stored safely.
 
-        The model is not asked. If this is broken off, call it again with the same delta; what was done is
-        not done twice.
+        The model is not read. If this is broken off, as by Ctrl-C, call it again with the same delta.
 
         Args:
             delta: one that ``diff`` has returned, or its file; nothing was published since then.
@@ -188,8 +210,11 @@ class Snapshot:
                 self._check_base(given, row)
             if len(given.tensors) != len(self._kept):
                 raise BaseMismatch(f"{given!r} has not all tensors of what was published last")
+            self._advancing = True
             for row in given.tensors:
                 self._advance(given, self._kept[row.key], row)
+            self._side_files = {f.path: (f.n_bytes, f.digest) for f in given.target.side_files}
+            self._advancing = False
 
     def _checkpoint(self) -> Checkpoint:
         return held_checkpoint(self._model, self._folder, include=())
@@ -244,13 +269,20 @@ class Snapshot:
     def _check_base(self, delta: Delta, row: Row) -> None:
         kept = self._kept.get(row.key)
         digests = {row.base.spec.digest if row.base else None, row.target.digest}
-        if kept is None or not row.keeps_all or kept.spec.digest not in digests or None in digests:
+        if (
+            kept is None
+            or not row.keeps_all
+            or not row.target.same_layout(kept.spec)
+            or kept.spec.digest not in digests
+            or None in digests
+        ):
             raise BaseMismatch(
                 f"tensor {row.name!r} of {delta!r} was not made from what was published last",
                 tensor=row.name,
             )
 
     def _advance(self, delta: Delta, kept: _Kept, row: Row) -> None:
+        kept.write_pending()
         if kept.spec.digest == row.target.digest:
             return
         import torch
@@ -269,9 +301,8 @@ class Snapshot:
             changes.append(
                 (index, torch.from_numpy(after.view(f"<i{dtype.width}")).to(index.device))
             )
-        for index, bits in changes:
-            scatter(kept.tensor, index, bits)
-        kept.spec = row.target
+        kept.pending = _Pending(row.target, changes)
+        kept.write_pending()
 
 
 def changes_on_device(kept: _Kept, held: torch.Tensor) -> Source | None:
