@@ -119,31 +119,30 @@ def test_a_training_step_leaves_the_sides_exact(tmp_path: Path) -> None:
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     delta = delta_bytes(base, model)
-    assert_same_files(
-        saved(model, tmp_path / "target"), applied(base, delta, tmp_path / "out")
-    )
+    assert_same_files(saved(model, tmp_path / "target"), applied(base, delta, tmp_path / "out"))
 
 
-def test_fused_experts_are_converted_once_and_without_copies(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_fused_experts_are_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("mixtral")
     state = SavedState(model)
     converted = []
     revert = saved_module._revert
 
     def counted(model: Any, tensors: State) -> State:
-        converted.append(sorted(tensors))
+        converted.append([*tensors])
         return revert(model, tensors)
 
     monkeypatch.setattr(saved_module, "_revert", counted)
     memory = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
     for name in sorted(state.specs):
-        assert state.read(name).untyped_storage().data_ptr() in memory
-    assert len(converted) == 4  # two tensors of each of two layers
-    assert all(len(group) == 1 for group in converted)
+        is_copy = state.read(name).untyped_storage().data_ptr() not in memory
+        assert is_copy == (".w1." in name or ".w3." in name)  # not contiguous where they are fused
+    assert sorted(map(len, converted)) == [1] * 4  # two tensors of each of two layers
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script_method.*:DeprecationWarning"
+)  # of torch.compile
 def test_wrapped_models(tmp_path: Path) -> None:
     model = make("mixtral")
     expected = delta_bytes(model, model)
@@ -203,7 +202,8 @@ def test_conjugated_and_negated() -> None:
     lazy = {"c": numbers.conj(), "n": torch.tensor([1 - 2j, 3 + 4j]).conj().imag.neg().neg()}
     lazy["n"] = numbers.conj().imag
     plain["n"] = lazy["n"].resolve_neg().clone()
-    assert lazy["n"].is_neg() and lazy["c"].is_conj()
+    assert lazy["n"].is_neg()
+    assert lazy["c"].is_conj()
     assert delta_bytes({"c": numbers, "n": plain["n"]}, lazy) == delta_bytes(
         {"c": numbers, "n": plain["n"]}, plain
     )
@@ -286,10 +286,9 @@ class TestRefused:
             (torch.empty(3, device="meta"), "meta device"),
             (torch.zeros(3).to_sparse(), "not a plain tensor"),
             (torch.zeros(3, dtype=torch.complex128), "cannot be saved"),
-            (torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8), "cannot be saved"),
             ([1, 2], "expected a tensor"),
         ],
-        ids=["meta", "sparse", "complex128", "quantized", "list"],
+        ids=["meta", "sparse", "complex128", "list"],
     )
     def test_tensors_that_no_file_holds(self, tensor: Any, problem: str) -> None:
         with pytest.raises(StructureMismatch, match=problem) as caught:
@@ -298,7 +297,9 @@ class TestRefused:
 
     @pytest.mark.parametrize("side", [3, b"path", None, [torch.zeros(3)]])
     def test_what_is_no_model(self, side: Any) -> None:
-        with pytest.raises(TypeError, match="expected a path, a state dict or a torch.nn.Module"):
+        with pytest.raises(
+            TypeError, match=r"expected a path, a state dict or a torch\.nn\.Module"
+        ):
             sparsedelta.diff({"w": torch.zeros(3)}, side)
 
     def test_quantized_models(self) -> None:
