@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same_files, write
-from live.live_helpers import Net, copied, tuned
+from live.live_helpers import Net, copied, same, tuned
 from live.model_helpers import KINDS, change, make, saved
 from safetensors.torch import save_file
 
@@ -73,6 +73,17 @@ def test_deltas_between_folders(kind: str, tmp_path: Path) -> None:
             snapshot.advance(delta)
         assert_same_files(target, out)
         held = out
+
+
+def test_a_model_elsewhere_follows(tmp_path: Path) -> None:
+    model = make("tied llama")
+    follower, snapshot = copy.deepcopy(model), Snapshot(model)
+    for every in (3, 4):
+        change(model, every=every)
+        with Delta.from_bytes(taken(snapshot)) as delta:
+            delta.apply_(follower, verify="full")
+            snapshot.advance(delta)
+        assert same(follower.state_dict(), model.state_dict())
 
 
 def test_a_side_file_that_changes_is_carried_once(tmp_path: Path) -> None:
@@ -237,7 +248,7 @@ class TestBrokenOff:
         snapshot = Snapshot(model)
         change(model)
         data = taken(snapshot)
-        scatter = snapshot_module.scatter
+        scatter = snapshot_module.scatter  # type: ignore[attr-defined]
         n_calls = 0
 
         def failing(*arguments: Any) -> None:
