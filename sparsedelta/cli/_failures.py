@@ -39,9 +39,13 @@ def describe(error: BaseException) -> str:
 
 def report_failure(error: BaseException, *, with_traceback: bool) -> None:
     """Tell of a failure on stderr."""
+    from sparsedelta.hub.secrets import credentials, redacted
+
+    known = credentials(error)
     if with_traceback:
-        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-    click.echo(f"error: {describe(error)}", err=True)
+        lines = "".join(traceback.format_exception(error))
+        click.echo(redacted(lines, known), err=True, nl=False)
+    click.echo(f"error: {redacted(describe(error), known)}", err=True)
 
 
 def report_interrupt(number: int) -> None:

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 @click.option("--tag", metavar="TAG", help="Set a tag on the commit.")
 @token_option
 @click.option("--dry-run", is_flag=True, help="Send nothing; show what would be sent and the card.")
+@click.option(
+    "--allow-secrets", is_flag=True, help="Push what looks like a credential all the same."
+)
 @json_option
 @click.pass_obj
 def command(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -18,15 +17,10 @@ from sparsedelta.errors import (
     Unreachable,
 )
 from sparsedelta.hub.references import Reference
+from sparsedelta.hub.secrets import credentials, redacted
 
-_TOKEN = re.compile(r"hf_[A-Za-z0-9_]+|(?i:bearer)\s+\S+")
 _MAX_SERVER_WORDS = 300
 _LOG_IN = "log in with `hf auth login`, or give a token that may"
-
-
-def redacted(text: str) -> str:
-    """Return a text without anything in it that looks like a token."""
-    return _TOKEN.sub("[token]", text)
 
 
 @contextmanager
@@ -130,7 +124,8 @@ def _no_room(error: OSError) -> OSError:
 def _by_status(error: Exception, where: str) -> RemoteError:
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", 0)
-    words = redacted(str(getattr(error, "server_message", "") or ""))[:_MAX_SERVER_WORDS]
+    message = str(getattr(error, "server_message", "") or "")
+    words = redacted(message, credentials(error))[:_MAX_SERVER_WORDS]
     said = f" ({' '.join(words.split())})" if words else ""
     if status == 401:
         return AccessDenied(f"the Hub does not accept the token{said}; {_LOG_IN} use {where}")
@@ -160,5 +155,7 @@ def _by_status(error: Exception, where: str) -> RemoteError:
 
 
 def _said(error: BaseException) -> str:
-    words = " ".join(redacted(str(error)).split())[:_MAX_SERVER_WORDS].rstrip(".")
+    words = " ".join(redacted(str(error), credentials(error)).split())[:_MAX_SERVER_WORDS].rstrip(
+        "."
+    )
     return words or type(error).__name__

