@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -115,7 +115,8 @@ class HeldFolder(Checkpoint):
         own = {name: held for name, held in own.items() if held in saved.specs}
         missing = by_name.keys() - own.keys()
         if missing and (strict or not own):
-            raise self._error(missing, f"'{self.path}' has", f"the {saved.kind} lacks")
+            may = " or take the folder's (strict=False)" if own else ""
+            raise self._error(missing, f"'{self.path}' has", f"the {saved.kind} lacks", may)
         extra = saved.specs.keys() - own.values()
         if extra:
             extra -= saved.shared(own.values())
@@ -137,10 +138,9 @@ class HeldFolder(Checkpoint):
         )
 
     def _error(
-        self, names: Mapping[str, object] | set[str], has: str, lacks: str
+        self, names: Collection[str], has: str, lacks: str, may: str = ""
     ) -> StructureMismatch:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        may = " or take the folder's (strict=False)" if lacks.startswith("the") else ""
         return StructureMismatch(
             f"{has} tensor {min(names)!r}{more}, which {lacks}; save the model and give the path of what"
             f" was saved{may}",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers import assert_same_files, write
 from live.live_helpers import Net, State, copied, same, tuned
 from live.model_helpers import KINDS, change, make, saved
@@ -99,6 +100,29 @@ def test_a_model_as_the_base_of_a_folder(tmp_path: Path) -> None:
     target = saved(target_model, tmp_path / "target")
     delta = delta_bytes(model, target)
     assert_same_files(target, applied(base / FILE, delta, tmp_path / "out"))
+
+
+def test_a_checkpoint_with_names_of_old(tmp_path: Path) -> None:
+    base = saved(make("bert"), tmp_path / "base")
+    names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    old = load_file(base / FILE)
+    for new_name, old_name in names.items():
+        old = {name.replace(new_name, old_name): tensor for name, tensor in old.items()}
+    save_file(old, base / FILE, {"format": "pt"})
+    model = transformers.BertForSequenceClassification.from_pretrained(base, dtype=torch.bfloat16)
+    change(model)
+    delta = delta_bytes(base, model)
+    with sparsedelta.Delta.from_bytes(delta) as opened:
+        assert [row.name for row in opened.tensors] == sorted(old)
+    rebuilt = load_file(applied(base, delta, tmp_path / "out") / FILE)
+    spelled = {n: n for n in model.state_dict()}
+    for new_name, old_name in names.items():
+        spelled = {n: own.replace(new_name, old_name) for n, own in spelled.items()}
+    assert same(rebuilt, {own: model.state_dict()[n] for n, own in spelled.items()})
+    bare = transformers.BertModel.from_pretrained(base, dtype=torch.bfloat16)
+    for strict in (True, False):  # transformers saves it without the prefix
+        with pytest.raises(StructureMismatch, match=r"lacks; save the model .* was saved$"):
+            sparsedelta.diff(base, bare, strict=strict)
 
 
 def test_options_are_those_of_files(tmp_path: Path) -> None:
