@@ -40,7 +40,7 @@ def command(
 
     Nothing is written. The first problem found is reported, and the exit code is then 1. DELTA,
     BASE and OUT may be repositories on the Hub (org/name@revision). If DELTA is a repository and
-    BASE is not given, the base is checked by the Hub's metadata, without downloading weights.
+    BASE is not given, the base is compared with the Hub's metadata, without downloading weights.
     """
     with Sources(settings) as sources, progress_bar(settings) as progress:
         path = sources.delta(delta)

@@ -59,7 +59,7 @@ def remove_damaged(local_paths: Iterable[Path]) -> list[Path]:
         if sha256 is None and oid is None:
             continue
         if not is_content(RemoteFile(name, content.stat().st_size, sha256, oid), content):
-            for path in (local_path, blob, content):  # two of them may be the same
+            for path in (local_path, blob, content):  # two of these may be one file
                 path.unlink(missing_ok=True)
             damaged.append(local_path)
     return damaged

@@ -97,7 +97,7 @@ def pull(
         FileExistsError: ``out`` exists and ``overwrite`` is false.
         ValueError: an argument is wrong.
     """
-    reference = _wanted(repo_id, revision, subfolder)
+    reference = _reference(repo_id, revision, subfolder)
     if base is not None and base_revision is not None:
         raise ValueError(
             "base and base_revision cannot be given together; give the base as org/model@revision"
@@ -116,15 +116,15 @@ def pull(
         local = _local_base(base)
         if local is not None:
             applied = work.apply_to_local(local)
-            used = str(local)
+            base_name = str(local)
         else:
-            given = None if base is None else parse_reference(os.fspath(base))
-            applied, used = work.apply_to_remote(given, base_revision)
+            base_reference = None if base is None else parse_reference(os.fspath(base))
+            applied, base_name = work.apply_to_remote(base_reference, base_revision)
         if kept_delta is not None:
             with staged_output(kept_delta, overwrite=overwrite) as staged:
                 shutil.copyfile(link.local_path, staged)
     references = tuple(str(one.reference) for one in applied)
-    return PullReport(target, str(link.reference), references, used, kept_delta)
+    return PullReport(target, str(link.reference), references, base_name, kept_delta)
 
 
 @dataclass(frozen=True)
@@ -151,13 +151,13 @@ class _Pull:
         return links
 
     def apply_to_remote(
-        self, given: Reference | None, base_revision: str | None
+        self, base_reference: Reference | None, base_revision: str | None
     ) -> tuple[list[Link], str]:
         """Apply the chain to its base, or the delta to a given base; return the links and the base's name."""
-        if given is None:
+        if base_reference is None:
             links, base = open_chain(self.hub, self.link, base_revision=base_revision)
         else:
-            links, base = [self.link], open_repository(self.hub, given)
+            links, base = [self.link], open_repository(self.hub, base_reference)
         self._close_at_end(links)
         with base_folder(base, links[0].delta, links[0]) as folder:
             self._apply(folder, [one.delta for one in links])
@@ -191,7 +191,7 @@ class _Pull:
         )
 
 
-def _wanted(repo_id: str, revision: str | None, subfolder: str | None) -> Reference:
+def _reference(repo_id: str, revision: str | None, subfolder: str | None) -> Reference:
     reference = parse_reference(repo_id)
     if reference is None:
         raise ValueError(f"{repo_id!r} is not a repository; write org/name or hf://org/name/path")

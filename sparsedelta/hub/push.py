@@ -155,30 +155,32 @@ def push(
     _check_arguments(repo_id, subfolder, revision, create_pr=create_pr)
     path = f"{subfolder}/{DELTA_NAME}" if subfolder else DELTA_NAME
     with (
-        opened(delta) as given,
+        opened(delta) as opened_delta,
         tempfile.TemporaryDirectory(prefix="sparsedelta-push-") as folder,
     ):
         if not allow_secrets:
-            check_secrets(given)
+            check_secrets(opened_delta)
         hub = Hub(token, cached_listing=False)
         destination = _find_destination(hub, repo_id, revision or MAIN, tag, create_pr=create_pr)
-        recorded = _recorded_base(given, destination, path)
-        reference = _wanted_base(given, base_id, recorded)
+        recorded = _recorded_base(opened_delta, destination, path)
+        reference = _wanted_base(opened_delta, base_id, recorded)
         local = Path(base) if base is not None else None
-        proof = prove_base(hub, given, reference, local=local, progress=progress)
-        made = _make_files(hub, given, repo_id, path, proof, destination, Path(folder))
+        proof = prove_base(hub, opened_delta, reference, local=local, progress=progress)
+        local_files = _make_files(
+            hub, opened_delta, repo_id, path, proof, destination, Path(folder)
+        )
         files = tuple(
             PushedFile(name, file.stat().st_size, _is_changed(destination, name, file))
-            for name, file in made.items()
+            for name, file in local_files.items()
         )
-        card = made[CARD_NAME].read_text("utf-8")
+        card = local_files[CARD_NAME].read_text("utf-8")
         sent = _Sent(destination.head, committed=False, pull_request=None, tag=None)
         if not dry_run:
             sent = _send(
                 hub,
                 repo_id,
                 destination,
-                {file.path: made[file.path] for file in files if file.changed},
+                {file.path: local_files[file.path] for file in files if file.changed},
                 message=commit_message or f"Push {path} with sparsedelta",
                 description=commit_description,
                 create_pr=create_pr,
@@ -223,12 +225,12 @@ def _wanted_base(delta: Delta, base_id: str | None, recorded: Reference | None) 
     known = [one for one in (parse_base_id(delta.base.id), recorded) if one is not None]
     if base_id is None:
         return known[0] if known else base_reference(delta, "the delta")
-    given = parse_base_id(base_id)
-    if given is None:
+    wanted = parse_base_id(base_id)
+    if wanted is None:
         raise ValueError(
             f"base_id {base_id!r} is not a repository; write org/model or org/model@revision"
         )
-    return next((one for one in known if one.is_pinned and one.at(None) == given), given)
+    return next((one for one in known if one.is_pinned and one.at(None) == wanted), wanted)
 
 
 def _find_destination(
@@ -267,9 +269,9 @@ def _make_files(
 ) -> dict[str, Path]:
     """Write the files of the push into a folder; return their local paths by path in the repository."""
     pinned = dataclasses.replace(delta, base=dataclasses.replace(delta.base, id=proof.record.base))
-    made = {path: folder / DELTA_NAME}
-    pinned.save(made[path])
-    found = inspect(made[path])
+    local_files = {path: folder / DELTA_NAME}
+    pinned.save(local_files[path])
+    found = inspect(local_files[path])
     contents = {record_path(path): render_record(proof.record)}
     shown = changed_grid(found)
     picture = path.removesuffix(DELTA_SUFFIX) + PICTURE_SUFFIX
@@ -285,7 +287,7 @@ def _make_files(
         base_is_delta=proof.base.is_delta_repository,
         base_metadata=hub.metadata(proof.base.reference),
         found=found,
-        file_bytes=made[path].stat().st_size,
+        file_bytes=local_files[path].stat().st_size,
         target_bytes=found.target_bytes + sum(file.n_bytes for file in found.side_files),
         picture=(picture, shown) if shown is not None else None,
         endpoint=without_password(hub.endpoint),
@@ -294,9 +296,9 @@ def _make_files(
     alone = all(not p.endswith(DELTA_SUFFIX) or p == path for p in others)
     contents[CARD_NAME] = updated_card(_existing_card(destination), facts, alone=alone).encode()
     for number, (name, content) in enumerate(contents.items()):
-        made[name] = folder / f"file-{number}"
-        made[name].write_bytes(content)
-    return made
+        local_files[name] = folder / f"file-{number}"
+        local_files[name].write_bytes(content)
+    return local_files
 
 
 def _existing_card(destination: _Destination) -> str | None:

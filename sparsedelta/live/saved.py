@@ -51,10 +51,10 @@ class SavedState:
         self.metadata: dict[str, str] | None = None
         self._state = _state_of(model)
         self._model: Any = None
-        self._renamed = {name: name for name in self._state}  # saved name -> the model's name
-        self._group_of: dict[
-            str, tuple[str, ...]
-        ] = {}  # saved name -> the model's tensors that it is converted from
+        # Not converted: from the saved name to the model's name.
+        self._renamed = {name: name for name in self._state}
+        # Converted: from the saved name to the model's names of the tensors that are converted together.
+        self._group_of: dict[str, tuple[str, ...]] = {}
         self.tied: dict[str, str] = {}
         converted: State = {}
         if _is_transformers(model):
@@ -101,11 +101,13 @@ class SavedState:
         import torch
 
         with torch.no_grad():
-            made = _revert(self._model, {name: _plain(self._state[name]) for name in group})
+            converted = _revert(self._model, {name: _plain(self._state[name]) for name in group})
         expected = {name for name, own in self._group_of.items() if own == group}
-        if made.keys() != expected or any(_spec(n, made[n]) != self.specs[n] for n in expected):
+        if converted.keys() != expected or any(
+            _spec(n, converted[n]) != self.specs[n] for n in expected
+        ):
             _refuse(self.kind, "is not saved as its configuration says")
-        return made
+        return converted
 
     def _plan(self, model: Any) -> State:
         """Determine which tensors transformers saves, and from which tensors of the model it makes each.
@@ -117,38 +119,42 @@ class SavedState:
         for name in model._keys_to_ignore_on_save or ():
             self._state.pop(name, None)
         kept = _without_tied(model, self._state)
-        whole, sources = _traced(model, {name: self._state[name] for name in kept})
+        saved_tensors, sources = _traced(model, {name: self._state[name] for name in kept})
         lost = kept - {source for names in sources.values() for source in names}
         if lost:
             _refuse(self.kind, f"is saved without its tensor {min(lost)!r}")
-        self._renamed = {name: own[0] for name, own in sources.items() if whole[name] is None}
+        self._renamed = {
+            name: own[0] for name, own in sources.items() if saved_tensors[name] is None
+        }
         groups: dict[tuple[str, ...], State] = defaultdict(dict)
-        for name, tensor in whole.items():
+        for name, tensor in saved_tensors.items():
             if tensor is not None:
                 groups[sources[name]][name] = tensor
-        separate = {group for group, made in groups.items() if self._is_separate(group, made)}
+        separate = {
+            group for group, converted in groups.items() if self._is_separate(group, converted)
+        }
         rest = tuple({own: None for group in groups if group not in separate for own in group})
-        for group, made in groups.items():
-            self._group_of |= dict.fromkeys(made, group if group in separate else rest)
+        for group, converted in groups.items():
+            self._group_of |= dict.fromkeys(converted, group if group in separate else rest)
         self._add_tied(model, self._state.keys() - kept)
-        return {name: tensor for made in groups.values() for name, tensor in made.items()}
+        return {name: tensor for converted in groups.values() for name, tensor in converted.items()}
 
-    def _is_separate(self, group: tuple[str, ...], made: State) -> bool:
+    def _is_separate(self, group: tuple[str, ...], converted: State) -> bool:
         """Return whether the conversion of this group alone gives exactly these tensors."""
         try:
             found, _ = _traced(self._model, {name: self._state[name] for name in group})
         except StructureMismatch:
             return False
         specs = {name: _spec(name, tensor) for name, tensor in found.items() if tensor is not None}
-        return specs == {name: _spec(name, tensor) for name, tensor in made.items()}
+        return specs == {name: _spec(name, tensor) for name, tensor in converted.items()}
 
     def _add_tied(self, model: Any, left: Collection[str]) -> None:
         saved_of = {_memory_of(self._state[own]): name for name, own in self._renamed.items()}
         for own in left:
-            made, _ = _traced(model, {own: self._state[own]})
+            converted, _ = _traced(model, {own: self._state[own]})
             saved = saved_of.get(_memory_of(self._state[own]))
             if saved is not None:
-                self.tied |= {name: saved for name, tensor in made.items() if tensor is None}
+                self.tied |= {name: saved for name, tensor in converted.items() if tensor is None}
 
 
 def _unwrapped(model: Any) -> Any:
@@ -235,8 +241,8 @@ def _revert(model: Any, state: State) -> State:
     """Return the tensors that transformers saves for these tensors of a model."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    made: State = revert_weight_conversion(model, state)
-    return made
+    converted: State = revert_weight_conversion(model, state)
+    return converted
 
 
 def _traced(
@@ -276,13 +282,13 @@ def _traced(
     kind = type(model).__name__
     try:
         with torch.no_grad(), Trace():  # type: ignore[no-untyped-call]
-            made = _revert(model, given)
+            converted = _revert(model, given)
     except Exception as error:
         raise StructureMismatch(
             f"the conversion of the {kind} for saving needs its data ({error}); {_SAVE_FIRST}"
         ) from error
     renamed = {id(tensor) for tensor in given.values()}
     return (
-        {name: None if id(tensor) in renamed else tensor for name, tensor in made.items()},
-        {name: tuple(known[id(tensor)][1]) for name, tensor in made.items()},
+        {name: None if id(tensor) in renamed else tensor for name, tensor in converted.items()},
+        {name: tuple(known[id(tensor)][1]) for name, tensor in converted.items()},
     )

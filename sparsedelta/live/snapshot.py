@@ -211,17 +211,19 @@ class Snapshot:
             BaseMismatch: the delta was not made from this snapshot.
             FormatError: the delta is damaged.
         """
-        with opened(delta) as given:
-            for row in given.tensors:
-                self._check_base(given, row)
-            if len(given.tensors) != len(self._kept):
+        with opened(delta) as opened_delta:
+            for row in opened_delta.tensors:
+                self._check_base(opened_delta, row)
+            if len(opened_delta.tensors) != len(self._kept):
                 raise BaseMismatch(
-                    f"{given!r} lacks tensors of the last published state; give a delta made by this snapshot"
+                    f"{opened_delta!r} lacks tensors of the last published state; give a delta made by this snapshot"
                 )
             self._advancing = True
-            for row in given.tensors:
-                self._advance(given, self._kept[row.key], row)
-            self._side_files = {f.path: (f.n_bytes, f.digest) for f in given.target.side_files}
+            for row in opened_delta.tensors:
+                self._advance(opened_delta, self._kept[row.key], row)
+            self._side_files = {
+                f.path: (f.n_bytes, f.digest) for f in opened_delta.target.side_files
+            }
             self._advancing = False
 
     def _checkpoint(self) -> Checkpoint:

@@ -8,7 +8,7 @@ import pytest
 from hub.hub_helpers import Person, publish, save_delta
 from hub.hub_server import LoopbackHub
 
-torch = pytest.importorskip("torch")  # the Hub's tests run without it as well
+torch = pytest.importorskip("torch")  # the other tests of the Hub run without torch
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402

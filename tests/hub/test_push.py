@@ -46,7 +46,7 @@ def test_a_password_of_the_endpoint_is_not_published(
     me: Person, hub: LoopbackHub, delta: Path, base_commit: str
 ) -> None:
     login = base64.b64encode(b"me:hunter22").decode()
-    hub.state.users[f"Basic {login}"] = "me"  # as a Hub behind a password takes it
+    hub.state.users[f"Basic {login}"] = "me"  # a Hub that also asks for a password
     endpoint = hub.url.replace("://", "://me:hunter22@")
     shown = me.good("push", delta, TUNED, "--base-id", BASE, HF_ENDPOINT=endpoint)
     assert f"{hub.url}/{TUNED}" in shown

@@ -183,7 +183,7 @@ class TestSiblings:
             bank.add("other", other)
 
     def test_one_of_two_files_differs(self, disk: Disk, base: State) -> None:
-        """They differ although the other file has an equal tensor of this name."""
+        """A base tensor differs, although the other file has an equal tensor of this name."""
         files = {self.A: base, self.B: {"w": base["w"] + 1}}
         others = {self.A: base, self.B: {"w": base["w"] + 2}}
         target = tuned(base, "v")

@@ -347,7 +347,7 @@ class TestNames:
         delta.apply_(Holder(path, net))
         assert same(net.state_dict(), target)
 
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on first use
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns on first use
     def test_compiled(self, net: Net, target: State, delta: Delta) -> None:
         delta.apply_(torch.compile(net))  # type: ignore[arg-type]
         assert same(net.state_dict(), target)
@@ -617,7 +617,7 @@ class TestStructure:
         with pytest.raises(StructureMismatch, match="'b' is in read-only memory"):
             delta.apply_({"a": base["a"], "b": mapped})
         assert same({"a": base["a"], "b": mapped}, before)
-        raw = np.memmap(disk.save({"b": base["b"]}), np.uint8, mode="c")  # copied when written
+        raw = np.memmap(disk.save({"b": base["b"]}), np.uint8, mode="c")  # copy on write: writable
         model = {"a": base["a"], "b": torch.from_numpy(raw[-20_000:]).view(torch.float32)}
         delta.apply_(model)
         assert same(model, target)
