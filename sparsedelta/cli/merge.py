@@ -104,7 +104,8 @@ def command(
     linear averages the targets. task-arithmetic adds the differences. ties keeps the largest
     differences of each delta and, for each element, only those with the sign of their weighted
     sum. dare keeps a random share of the differences and rescales it. dare-ties also applies the
-    sign rule of ties. The result has the files of BASE. BASE and DELTA may be repositories on the Hub (org/name@revision).
+    sign rule of ties. The result has the files of BASE. BASE and DELTA may be repositories on the
+    Hub (org/name@revision).
     """
     with Sources(settings) as sources, progress_bar(settings) as progress:
         inputs = sources.paths(base, *deltas)

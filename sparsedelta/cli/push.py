@@ -79,9 +79,9 @@ def command(
 ) -> None:
     """Upload DELTA to a repository on the Hub.
 
-    The command first resolves the base to a commit and checks that DELTA was made from it. It
-    refuses a DELTA that holds what looks like a credential. It writes a model card, or updates its
-    section about DELTA. All files are uploaded in one commit, without those that are already there.
+    The command refuses a DELTA that holds what looks like a credential. It resolves the base to a
+    commit and checks that DELTA was made from it. It writes a model card, or updates the section
+    about DELTA. All files that are new or changed are uploaded in one commit.
     """
     quiet_client(settings)
     with progress_bar(settings) as progress:

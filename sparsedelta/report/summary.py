@@ -34,7 +34,7 @@ def summary_text(path: str | Path, found: Inspection, console: Console) -> str:
     Args:
         path: path of the delta, as shown.
         found: what ``inspect`` returned for the delta.
-        console: made by ``new_console``; it determines the width and style. Its width is set.
+        console: a console made by ``new_console``. Its width is set to that of the terminal.
     """
     facts = Table.grid(padding=(0, _GAP))
     facts.add_column(style="bold", no_wrap=True)
