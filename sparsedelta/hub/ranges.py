@@ -1,4 +1,4 @@
-"""A file of a repository as a source of byte ranges: so much of it is fetched as is read."""
+"""A file of a repository as a source of byte ranges. Only the ranges that are read are downloaded."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ READ_AHEAD_BYTES = 128 << 10
 
 
 class RemoteBytes:
-    """The bytes of a file on the Hub (``sparsedelta.stores.base.ByteSource``).
+    """The bytes of a file on the Hub; implements ``sparsedelta.stores.base.ByteSource``.
 
-    A request fetches at least ``READ_AHEAD_BYTES``, so that a header and what follows it come at once.
+    A request downloads at least ``READ_AHEAD_BYTES``, so that a short header costs one request.
     """
 
     def __init__(self, hub: Hub, pinned: Reference, file: RemoteFile) -> None:
@@ -27,10 +27,10 @@ class RemoteBytes:
         self._lock = threading.Lock()
 
     def read(self, offset: int, n_bytes: int) -> bytes:
-        """Return up to ``n_bytes`` bytes from ``offset``, none at the end.
+        """Return up to ``n_bytes`` bytes from ``offset``; none at the end of the file.
 
         Raises:
-            RemoteError: they are not available.
+            RemoteError: the file is not available.
         """
         n_bytes = min(n_bytes, self.n_bytes - offset)
         if n_bytes <= 0:
@@ -44,5 +44,5 @@ class RemoteBytes:
             return self._block[begin : begin + n_bytes]
 
     def close(self) -> None:
-        """Hold nothing any longer."""
+        """Free the bytes that were read ahead."""
         self._block = b""

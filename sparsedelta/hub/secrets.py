@@ -1,6 +1,6 @@
-"""Credentials, told by their form: found in a delta before it is pushed, and kept out of what is shown.
+"""Credentials recognised by their form: found in a delta before it is pushed, and removed from messages.
 
-Each form has its own prefix, length and characters, so that vocabularies and random text hold none.
+Each form has a prefix, a length and a set of characters that vocabularies and random text do not match.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from sparsedelta.format.delta import Delta
 from sparsedelta.format.manifest import read_text
 from sparsedelta.report.text import printable
 
-# Around a token: no other character of one, and not the number that follows an entry of a vocabulary.
+# No token character stands before or after a token. A match that is followed by a number, as the entries of
+# a vocabulary are, does not count.
 _START = r"(?<![A-Za-z0-9_+-])"
 _END = r"""(?![A-Za-z0-9_+-])(?!["'] ?[:,] ?-?[0-9])"""
 _VALUE = r"""["']?\s?[=:]\s?["']?"""
@@ -25,7 +26,9 @@ _VALUE = r"""["']?\s?[=:]\s?["']?"""
 
 class _Form(NamedTuple):
     kind: str
-    parts: tuple[str, ...]  # in lower case; whatever has the form holds one of them
+    parts: tuple[
+        str, ...
+    ]  # in lower case; every match contains one of them, so that a search is fast
     pattern: str
 
 
@@ -44,7 +47,7 @@ _FORMS = (
         r"|(?=[A-Za-z]*[0-9])(?=[0-9A-Z]*[a-z])[A-Za-z0-9]{20,300})",
     ),
 )
-_WHOLE_FORMS = (
+_OTHER_FORMS = (
     _Form(
         "a private key",
         ("private key",),
@@ -74,13 +77,13 @@ _WHOLE_FORMS = (
 )
 _ALL = (
     *(form._replace(pattern=f"{_START}{form.pattern}{_END}") for form in _FORMS),
-    *_WHOLE_FORMS,
+    *_OTHER_FORMS,
 )
 _FINDERS = [
     (form.kind, [part.encode() for part in form.parts], re.compile(form.pattern.encode()))
     for form in _ALL
 ]
-# Looser than the forms: what is hidden by mistake does no harm.
+# More than the forms match: hiding harmless text in a message does no damage.
 _HIDDEN = re.compile(
     "|".join([*(form.pattern for form in _ALL), r"hf_[A-Za-z0-9_]+", r"(?i:bearer)\s+\S{6,}"])
 )
@@ -88,7 +91,7 @@ _USER = re.compile(r"(?<=://)[^\s/@\"'<>]+@")
 
 
 def find_secret(content: bytes) -> tuple[str, int] | None:
-    """Return the kind of credential that a text holds, and in which line; None if it seems to hold none."""
+    """Return the kind and the line of a credential in a text; None if none is found."""
     lowered = content.lower()
     for kind, parts, pattern in _FINDERS:
         if any(part in lowered for part in parts) and (match := pattern.search(content)):
@@ -97,23 +100,23 @@ def find_secret(content: bytes) -> tuple[str, int] | None:
 
 
 def check_secrets(delta: Delta) -> None:
-    """Check that a delta holds nothing that looks like a credential in what it carries beside tensors.
+    """Check that a delta holds nothing that looks like a credential: in its files, headers, info and base id.
 
     Raises:
-        ValueError: it does; the message says where and what kind, and does not repeat it.
+        ValueError: it does. The message names the place and the kind, and does not repeat the credential.
     """
     found = next(_secrets(delta), None)
     if found:
         where, kind = found
         raise ValueError(
-            f"{where} holds what looks like {kind}, and would be public in a public repository; make"
-            " the delta again without it (and revoke it if others have seen it), or push it all the"
-            " same (allow_secrets=True, --allow-secrets)"
+            f"{where} holds what looks like {kind}, and everybody can read a public repository; make the"
+            " delta again without it and revoke it if others have seen it, or push anyway"
+            " (allow_secrets=True, --allow-secrets)"
         )
 
 
 def _secrets(delta: Delta) -> Iterator[tuple[str, str]]:
-    """Yield where something looks like a credential, and what kind."""
+    """Yield the place and the kind of each text that looks like a credential."""
     for side_file in delta.target.side_files:
         if side_file.stored:
             found = find_secret(carried_content(delta, side_file, side_file.stored))
@@ -131,27 +134,28 @@ def _secrets(delta: Delta) -> Iterator[tuple[str, str]]:
             yield f"the header of {printable(repr(weight_file.path))}", found[0]
     for name, value in delta.info.items():
         if found := find_secret(_json({name: value})):
-            yield f"what the delta records (info), member {printable(repr(name[:80]))},", found[0]
+            yield f"the delta's info, member {printable(repr(name[:80]))},", found[0]
     if delta.base.id and (found := find_secret(delta.base.id.encode())):
         yield "the name of the base (base_id)", found[0]
 
 
 def _json(value: object) -> bytes:
-    """Return a value as JSON with its escaped line ends as such, as private keys have them."""
+    """Return a value as JSON in which real line ends replace the escaped ones, as in a private key."""
     return json.dumps(value, ensure_ascii=False).replace("\\n", "\n").encode("utf-8", "replace")
 
 
 def redacted(text: str, known: Iterable[str] = ()) -> str:
-    """Return a text without anything in it that looks like a credential, or is one of the known ones."""
+    """Return a text without credentials: those in ``known``, all that look like one, and logins in addresses."""
     for secret in sorted(known, key=len, reverse=True):
         text = text.replace(secret, "[token]")
     return _HIDDEN.sub("[token]", _USER.sub("[password]@", text))
 
 
 def credentials(error: BaseException) -> set[str]:
-    """Return the credentials that the requests of an error and of its causes were made with.
+    """Return the credentials in the requests of an error and its causes, and in the environment.
 
-    A server may repeat them in any answer. Those of ``HF_ENDPOINT`` are among them.
+    A server may repeat them in any answer. Environment variables: ``HF_ENDPOINT`` (a password in the
+    address), ``HF_TOKEN`` and ``HUGGING_FACE_HUB_TOKEN``.
     """
     found = _of_address(os.environ.get("HF_ENDPOINT", ""))
     seen: set[int] = set()
@@ -165,7 +169,7 @@ def credentials(error: BaseException) -> set[str]:
         for holder in (one, getattr(one, "response", None)):
             try:
                 request = getattr(holder, "request", None)
-            except RuntimeError:  # httpx: it has none
+            except RuntimeError:  # httpx raises this if there is no request
                 request = None
             sent = getattr(request, "headers", {}).get("authorization", "")
             found.add(sent.rpartition(" ")[2])
@@ -174,7 +178,7 @@ def credentials(error: BaseException) -> set[str]:
 
 
 def _of_address(address: str) -> set[str]:
-    """Return the password of an address, as it stands there and as it is meant."""
+    """Return the password in an address, as written and with percent escapes decoded."""
     try:
         password = urlsplit(address).password or ""
     except ValueError:
@@ -183,5 +187,5 @@ def _of_address(address: str) -> set[str]:
 
 
 def without_password(address: str) -> str:
-    """Return an address as it may be shown."""
+    """Return an address without user name and password."""
     return _USER.sub("", address)
