@@ -55,7 +55,7 @@ class FolderStore:
         try:
             if source.n_bytes > max_bytes:
                 raise LimitExceeded(
-                    f"object '{source.name}' has {source.n_bytes} bytes; expected at most {max_bytes}"
+                    f"object '{source.name}' is longer than {max_bytes} bytes; expected at most these"
                 )
             parts, n_read = [], 0
             while part := source.read(n_read, source.n_bytes - n_read):
