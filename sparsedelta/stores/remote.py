@@ -124,16 +124,18 @@ class RemoteStore:
     def delete(self, name: str) -> None:
         """Remove an object if it is there."""
         self._check_writable()
+        path = self._path(name)
         with suppress(FileNotFoundError), told(self.name), self._lock:
-            self._fs.rm_file(self._path(name))
+            self._fs.rm_file(path)
 
     def list(self, prefix: str) -> list[str]:
         """Return the names of the objects that begin with ``prefix``, sorted."""
         folder = prefix.rpartition("/")[0]
+        path = self._path(folder) if folder else self._root
         try:
             with told(self.name), self._lock:
                 self._fs.invalidate_cache()
-                found = self._fs.find(self._path(folder) if folder else self._root)
+                found = self._fs.find(path)
         except FileNotFoundError:
             return []
         names = (path.removeprefix(self._root + "/") for path in found)
@@ -153,10 +155,11 @@ class RemoteStore:
             )
 
     def _size(self, name: str) -> int | None:
+        path = self._path(name)
         try:
             with told(self.name), self._lock:
                 self._fs.invalidate_cache()
-                found = self._fs.info(self._path(name))
+                found = self._fs.info(path)
         except FileNotFoundError:
             return None
         return int(found["size"]) if found["type"] == "file" else None
@@ -171,8 +174,9 @@ class RemoteStore:
         return found
 
     def _fetch(self, name: str, offset: int, n_bytes: int) -> bytes:
+        path = self._path(name)
         with told(self.name), self._lock:
-            return bytes(self._fs.cat_file(self._path(name), start=offset, end=offset + n_bytes))
+            return bytes(self._fs.cat_file(path, start=offset, end=offset + n_bytes))
 
     def _create(self, path: str, content: Content) -> bool:
         for number in range(_TRIES):

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import BinaryIO
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
@@ -20,7 +21,7 @@ from sparsedelta.stores.failures import read_only, told, unreachable
 from sparsedelta.stores.names import check_name
 from sparsedelta.stores.objects import Content
 from sparsedelta.stores.ranges import READ_AHEAD_BYTES, Ranges
-from sparsedelta.stores.stream import Seekable, Stream
+from sparsedelta.stores.stream import Stream
 
 _TIMEOUT_SECONDS = 60
 _ABSENT, _DENIED, _BUSY = (404, 410), (401, 403, 407), (408, 425, 429)
@@ -177,13 +178,10 @@ class WebStore:
 class _Downloaded(Stream):
     """A temporary file, which goes when it is closed."""
 
-    def __init__(self, name: str, file: Seekable) -> None:
+    def __init__(self, name: str, file: BinaryIO) -> None:
         super().__init__(file)
         self.name = name
-        self._temporary = file
-
-    def close(self) -> None:
-        self._temporary.close()
+        self.close = file.close  # type: ignore[method-assign]
 
 
 def _range(offset: int, n_bytes: int) -> dict[str, str]:
