@@ -23,11 +23,13 @@ def told(store: str) -> Iterator[None]:
     except (SparseDeltaError, FileNotFoundError, FileExistsError, *_FAULTS):
         raise
     except Exception as error:
-        raise _explained(error, store) from error
+        raise explained(error, store) from error
 
 
-def _explained(error: Exception, store: str) -> RemoteError:
-    words = " ".join(redacted(str(error)).split())[:_MAX_WORDS].rstrip(".") or type(error).__name__
+def explained(error: Exception, store: str) -> RemoteError:
+    """Return the error to raise in place of one of a client."""
+    said = str(getattr(error, "strerror", None) or error)
+    words = " ".join(redacted(said).split())[:_MAX_WORDS].rstrip(".") or type(error).__name__
     if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
         return AccessDenied(
             f"'{store}' does not let you do this: {words}; check the credentials and what they may do"

@@ -12,11 +12,12 @@ import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property, partial
 from types import ModuleType
+from typing import Any
 
 from sparsedelta.errors import LimitExceeded, RemoteError, RemoteNotFound
 from sparsedelta.redaction import without_password
 from sparsedelta.stores.base import ByteSource
-from sparsedelta.stores.failures import read_only, told, unreachable
+from sparsedelta.stores.failures import explained, read_only, told, unreachable
 from sparsedelta.stores.names import check_name, is_name
 from sparsedelta.stores.objects import Content
 from sparsedelta.stores.ranges import Ranges
@@ -46,21 +47,28 @@ class RemoteStore:
     def __init__(self, url: str) -> None:
         self.name = without_password(url).rstrip("/")
         self._scheme = url.partition("://")[0]
-        # An instance of its own: those that are shared may hold old listings, and other options.
-        try:
-            with told(self.name):
-                found = _import_fsspec().core.url_to_fs(url, skip_instance_cache=True)
-        except ImportError as error:
-            raise RemoteError(
-                f"{self._scheme}:// needs a package: {error}; see docs/stores.md"
-            ) from error
-        self._fs, path = found
+        self._fs, path = self._connect(url)
         self._root = path.rstrip("/")
         if not self._root and self._scheme != "memory":
             raise ValueError(f"'{self.name}' names no bucket; write {self._scheme}://bucket/path")
         self.writable = self._scheme in WHOLE_SCHEMES
         in_memory = self._scheme == "memory"
         self._lock: AbstractContextManager[object] = _memory_lock if in_memory else nullcontext()
+
+    def _connect(self, url: str) -> tuple[Any, str]:
+        connect = _import_fsspec().core.url_to_fs
+        try:
+            # An instance of its own: those that are shared may hold old listings, and other options.
+            found: tuple[Any, str] = connect(url, skip_instance_cache=True)
+        except ImportError as error:
+            raise RemoteError(
+                f"{self._scheme}:// needs a package: {error}; see docs/stores.md"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"'{self.name}' is no store: {error}") from error
+        except Exception as error:
+            raise explained(error, self.name) from error
+        return found
 
     @cached_property
     def has_create(self) -> bool:

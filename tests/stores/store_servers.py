@@ -52,6 +52,7 @@ class Web:
     """A web server: its address, and what it does.
 
     Attributes:
+        folder: what it shows.
         ranges: whether it gives parts of files.
         status: what it answers every request with, if not what is right.
         cut: how many bytes of each file it does not send.
@@ -59,6 +60,7 @@ class Web:
         authorizations: what clients have sent as such.
     """
 
+    folder: Path
     url: str = ""
     ranges: bool = True
     status: int | None = None
@@ -107,7 +109,7 @@ class _Handler(SimpleHTTPRequestHandler):
 @contextmanager
 def web_server(folder: Path) -> Iterator[Web]:
     """Show a folder on 127.0.0.1."""
-    web = Web()
+    web = Web(folder)
     handler = partial(_Handler, web, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
