@@ -78,6 +78,13 @@ class Hub:
         """Address of the Hub."""
         return str(self.api.endpoint)
 
+    @property
+    def has_token(self) -> bool:
+        """Whether requests are made in somebody's name."""
+        from huggingface_hub import get_token
+
+        return self.token is not False and bool(self.token or get_token())
+
     def pin(self, reference: Reference) -> Reference:
         """Return the reference at the commit that its revision is now, or offline was last.
 

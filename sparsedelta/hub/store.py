@@ -47,7 +47,7 @@ class HubStore:
         self._branch = Reference(reference.repo_id, reference.revision or _MAIN)
         self._folder = f"{reference.path}/" if reference.path else ""
         self.name = str(reference)
-        self.writable = not reference.is_pinned
+        self.writable = self._hub.has_token and not reference.is_pinned
         self.has_create = self.writable
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
@@ -113,7 +113,7 @@ class HubStore:
 
     def _head(self) -> Reference:
         """Return the branch at its newest commit, as the Hub says now."""
-        if not self.writable:
+        if self._branch.is_pinned:
             return self._branch
         refs = self._hub.refs(self._branch.repo_id)
         if refs is None:
@@ -140,7 +140,11 @@ class HubStore:
     def _commit(self, name: str, content: Content | None, *, replace: bool) -> bool:
         """Write or remove an object in one commit; return False if there is one that may not be replaced."""
         if not self.writable:
-            raise read_only(self.name, "it is a commit, which never changes; name a branch")
+            raise read_only(
+                self.name,
+                "it is a commit, which never changes, or nobody is logged in; name a branch, and"
+                " log in with `hf auth login`",
+            )
         path = self._path(name)
         operation = _operation(path, content)
         for number in range(_TRIES):

@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from types import ModuleType
 from typing import Any
 
-from sparsedelta.errors import LimitExceeded, RemoteError, RemoteNotFound
+from sparsedelta.errors import AccessDenied, LimitExceeded, RemoteError, RemoteNotFound
 from sparsedelta.redaction import without_password
 from sparsedelta.stores.base import ByteSource
 from sparsedelta.stores.failures import explained, read_only, told, unreachable
@@ -58,8 +58,9 @@ class RemoteStore:
     def _connect(self, url: str) -> tuple[Any, str]:
         connect = _import_fsspec().core.url_to_fs
         try:
-            # An instance of its own: those that are shared may hold old listings, and other options.
-            found: tuple[Any, str] = connect(url, skip_instance_cache=True)
+            # Listings that are kept would be taken for what is there now.
+            options = {"use_listings_cache": False} if self._scheme in CREATE_SCHEMES else {}
+            found: tuple[Any, str] = connect(url, **options)
         except ImportError as error:
             raise RemoteError(
                 f"{self._scheme}:// needs a package: {error}; see docs/stores.md"
@@ -74,7 +75,8 @@ class RemoteStore:
     def has_create(self) -> bool:
         """Whether the file system can create, and the server refuses to do it twice.
 
-        Servers that know nothing of conditions ignore them. So one object is created twice, and removed.
+        Servers that know nothing of conditions ignore them. So one object is created twice, and removed. It is
+        also false if nothing may be written.
         """
         if self._scheme not in CREATE_SCHEMES:
             return False
@@ -82,6 +84,8 @@ class RemoteStore:
         try:
             self._create(probe, b"probe")
             return not self._create(probe, b"probe")
+        except AccessDenied:
+            return False
         finally:
             with suppress(RemoteError, FileNotFoundError), told(self.name), self._lock:
                 self._fs.rm_file(probe)

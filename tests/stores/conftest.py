@@ -25,9 +25,9 @@ _number = count()
 def s3() -> Iterator[str]:
     """Run S3 with a bucket ``channels``."""
     with s3_server() as address:
-        import fsspec
+        import s3fs
 
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("channels")
+        s3fs.S3FileSystem(use_listings_cache=False).mkdir("channels")
         yield address
 
 

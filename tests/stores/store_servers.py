@@ -13,6 +13,7 @@ from typing import Any
 
 import moto.s3.responses
 import pytest
+import s3fs
 from moto.server import ThreadedMotoServer
 
 _put_object = moto.s3.responses.S3Response.put_object
@@ -41,10 +42,12 @@ def s3_server() -> Iterator[str]:
             "AWS_MAX_ATTEMPTS": "1",
         }.items():
             patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()  # they are of another address
         try:
             yield address
         finally:
             server.stop()
+            s3fs.S3FileSystem.clear_instance_cache()
 
 
 @dataclass

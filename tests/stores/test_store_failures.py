@@ -9,7 +9,7 @@ from typing import Any
 import moto.s3.responses
 import pytest
 from hub.hub_server import LoopbackHub
-from stores.conftest import make_url
+from stores.conftest import TOKEN, make_url
 from stores.store_servers import Web, s3_server, web_server
 from werkzeug.datastructures import Headers
 
@@ -117,9 +117,9 @@ def test_password_goes_to_its_server_alone(web: Web, tmp_path: Path) -> None:
 
 def test_s3_goes_away(tmp_path: Path) -> None:
     with s3_server():
-        import fsspec
+        import s3fs
 
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+        s3fs.S3FileSystem(use_listings_cache=False).mkdir("bucket")
         store = open_store("s3://bucket/x")
         store.write("a", b"1")
         gone = open_store("s3://none/x")
@@ -181,6 +181,8 @@ def test_s3_refusals(
     say(monkeypatch, 403, "AccessDenied", 1)
     with pytest.raises(AccessDenied, match="does not let you do this: said; check the credentials"):
         store.create("a", b"1")
+    say(monkeypatch, 403, "AccessDenied", 1)
+    assert not store.has_create
     say(monkeypatch, 501, "NotImplemented", 1)
     with pytest.raises(RemoteError, match="refused a request: said"):
         store.create("a", b"1")
@@ -230,7 +232,7 @@ def test_hub_gives_up(
         store.write("a", b"1")
 
 
-def test_hub_refusals(hub: LoopbackHub) -> None:
+def test_hub_refusals(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     for url in ("hf://me/none/x", "hf://me/channel/x@nobranch"):
         store = open_store(url)
         with pytest.raises(RemoteNotFound):
@@ -243,8 +245,13 @@ def test_hub_refusals(hub: LoopbackHub) -> None:
     pinned = open_store(f"hf://me/channel/x@{hub.state.head('me/channel').oid}")
     assert not pinned.writable
     assert pinned.read("a", 9) is None
-    with pytest.raises(AccessDenied, match="can only be read: it is a commit"):
+    with pytest.raises(AccessDenied, match="can only be read: it is a commit, which never changes"):
         pinned.write("a", b"1")
+    monkeypatch.delenv("HF_TOKEN")
+    anybody = open_store("hf://me/channel/x")
+    assert not anybody.writable
+    assert anybody.read("a", 9) is None
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.fail("POST", "/commit/main", status=503)
     with pytest.raises(Unreachable):
         open_store("hf://me/channel/x").write("a", b"1")
