@@ -30,7 +30,7 @@ WHOLE_SCHEMES = CREATE_SCHEMES | {"hf", "oci", "oss", "obs", "tos"}
 _TAKEN = ("PreconditionFailed", "412")
 _BUSY = ("ConditionalRequestConflict", "OperationAborted", "409")
 _TRIES = 6
-_memory_lock = threading.RLock()  # its files have one position for all threads
+_memory_lock = threading.RLock()  # its create looks, then writes
 
 
 class RemoteStore:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from stores.conftest import KINDS, Pair, make_url
 
 from sparsedelta.errors import LimitExceeded
@@ -148,3 +150,20 @@ def test_readers_see_whole_objects(pair: Pair) -> None:
         finally:
             done.set()
         assert sum(reader.result() for reader in readers) > 0
+
+
+def test_memory_among_threads(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its create looks, then writes.
+    looks = MemoryFileSystem.exists
+
+    def slowly(self: MemoryFileSystem, path: str, **options: object) -> bool:
+        found = bool(looks(self, path, **options))
+        time.sleep(0.01)
+        return found
+
+    monkeypatch.setattr(MemoryFileSystem, "exists", slowly)
+    url = make_url("memory", request, tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(lambda _: open_store(url).create("v", b"1"), range(4))) == 1
