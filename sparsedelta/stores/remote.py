@@ -25,7 +25,7 @@ from sparsedelta.stores.ranges import Ranges
 # Objects appear whole, and one that exists is not replaced when that is asked for.
 CREATE_SCHEMES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
 # Objects appear whole. "hf" is a bucket of the Hub here: its repositories have a store of their own.
-WHOLE_SCHEMES = CREATE_SCHEMES | {"hf", "oci", "oss", "obs", "tos"}
+WHOLE_SCHEMES = CREATE_SCHEMES | {"hf"}
 
 _TAKEN = ("PreconditionFailed", "412")
 _BUSY = ("ConditionalRequestConflict", "OperationAborted", "409")
