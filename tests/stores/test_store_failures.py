@@ -219,6 +219,12 @@ def test_hub_conflict_is_tried_again(
     assert store.read("b", 9) == b"2"
 
 
+def test_hub_may_send_short_files_whole(hub: LoopbackHub) -> None:
+    store = open_store("hf://me/channel/x")
+    hub.fail("GET", "/resolve/main/x/a", status=200)
+    assert store.read("a", 9) == b""
+
+
 def test_hub_gives_up(
     hub: LoopbackHub,
     request: pytest.FixtureRequest,
@@ -260,6 +266,8 @@ def test_hub_refusals(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None
 def test_addresses() -> None:
     with pytest.raises(ValueError, match="nosuch"):
         open_store("nosuch://x")
+    with pytest.raises(ValueError, match="'s3:/b/x' looks like an address that was made a Path"):
+        open_store(Path("s3://b/x"))
     with pytest.raises(ValueError, match="names no bucket"):
         open_store("s3://")
     with pytest.raises(ValueError, match="names no server"):
