@@ -35,7 +35,7 @@ ROOMS = (
     "cli",
     "top",
 )
-GROUND = {"errors", "dtypes", "progress", "_typing", "fs", "system", "redaction"}
+GROUND = {"errors", "dtypes", "progress", "redaction", "_typing", "fs", "interrupts", "system"}
 TOP = {"__init__", "__main__"}
 
 # What the thin methods of ``Delta``, ``diff`` of a model and ``open_store`` import when they are called.
