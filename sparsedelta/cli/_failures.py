@@ -36,7 +36,8 @@ def describe(error: BaseException) -> str:
 
 def report_failure(error: BaseException, *, with_traceback: bool) -> None:
     """Print an error on stderr, with its traceback if wanted, and without credentials."""
-    from sparsedelta.hub.secrets import credentials, redacted
+    from sparsedelta.hub.secrets import credentials
+    from sparsedelta.redaction import redacted
 
     known = credentials(error)
     if with_traceback:

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +17,7 @@ from sparsedelta.errors import Corrupt, RemoteError, Unreachable
 from sparsedelta.format.paths import path_problem
 from sparsedelta.hub.errors import not_cached, remote_errors
 from sparsedelta.hub.references import Reference
+from sparsedelta.stores.ranges import Ranges
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -76,6 +78,13 @@ class Hub:
         """Address of the Hub."""
         return str(self.api.endpoint)
 
+    @property
+    def has_token(self) -> bool:
+        """Whether requests are made in somebody's name."""
+        from huggingface_hub import get_token
+
+        return self.token is not False and bool(self.token or get_token())
+
     def pin(self, reference: Reference) -> Reference:
         """Return the reference pinned to the current commit of its revision.
 
@@ -85,7 +94,7 @@ class Hub:
             RemoteError: the repository or revision does not exist, or the Hub cannot be reached.
         """
         with remote_errors(reference):
-            found = self._ask(
+            found = self.ask(
                 lambda: self.api.resolve_revision(reference.repo_id, revision=reference.revision)
             )
             return reference.at(found.resolved)
@@ -101,7 +110,7 @@ class Hub:
         try:
             with remote_errors(pinned):
                 # list_repo_tree is not used: without a connection, the client repeats it for half a minute.
-                info = self._ask(
+                info = self.ask(
                     lambda: self.api.model_info(
                         pinned.repo_id, revision=pinned.revision, files_metadata=True
                     )
@@ -127,7 +136,7 @@ class Hub:
 
         with remote_errors(Reference(repo_id)):
             try:
-                found = self._ask(lambda: self.api.list_repo_refs(repo_id))
+                found = self.ask(lambda: self.api.list_repo_refs(repo_id))
             except GatedRepoError:
                 raise
             except RepositoryNotFoundError:
@@ -140,7 +149,7 @@ class Hub:
     def metadata(self, pinned: Reference) -> dict[str, Any]:
         """Return the metadata of a repository's card; empty if it has none."""
         with remote_errors(pinned):
-            info = self._ask(lambda: self.api.model_info(pinned.repo_id, revision=pinned.revision))
+            info = self.ask(lambda: self.api.model_info(pinned.repo_id, revision=pinned.revision))
         return {} if info.card_data is None else dict(vars(info.card_data))
 
     def download(self, pinned: Reference, paths: Iterable[str]) -> dict[str, Path]:
@@ -208,7 +217,10 @@ class Hub:
         with remote_errors(Reference(pinned.repo_id, pinned.revision, path)):
             response = http_backoff("GET", url, headers=headers, follow_redirects=True)
             hf_raise_for_status(response)
-        if response.status_code != 206 or len(response.content) > n_bytes:
+        is_whole = (
+            response.status_code == 200 and offset == 0
+        )  # a server may do so if the file is shorter
+        if not (response.status_code == 206 or is_whole) or len(response.content) > n_bytes:
             raise RemoteError(
                 f"the Hub answered a request for a part of {path!r} in '{pinned.repo_id}' with"
                 f" HTTP {response.status_code} and {len(response.content)} bytes; expected 206 and"
@@ -216,7 +228,12 @@ class Hub:
             )
         return bytes(response.content)
 
-    def _ask(self, request: Callable[[], T]) -> T:
+    def source(self, pinned: Reference, file: RemoteFile) -> Ranges:
+        """Return a file of a repository. Only the ranges that are read are downloaded."""
+        name = str(Reference(pinned.repo_id, pinned.revision, file.path))
+        return Ranges(name, file.n_bytes, partial(self.read, pinned, file.path))
+
+    def ask(self, request: Callable[[], T]) -> T:
         """Return the result of a request, which is repeated while the Hub is busy."""
         from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
 
