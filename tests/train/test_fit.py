@@ -345,14 +345,14 @@ def test_save_target_replaces_only_when_told(tmp_path: Path, bert_folder: Path) 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"data": []}, ValueError, "gave no batch"),
+        ({"data": []}, ValueError, "the data has no batch"),
         ({"data": iter(make_inputs(2))}, TypeError, "without a length; set max_steps"),
         ({"loss": None}, TypeError, "expected a mapping"),
         ({"loss": lambda model, batch: model(batch)}, TypeError, "not a tensor of one element"),
         (
             {"loss": lambda model, batch: model(batch).sum() * torch.nan},
             ValueError,
-            "loss is nan at step 1, before anything was trained; look at the first batches",
+            "loss is nan at step 1, before anything was trained; check the first batches",
         ),
         ({"base": "nowhere.safetensors"}, FileNotFoundError, "does not exist"),
         ({"base": "."}, ValueError, "is not a safetensors file"),
@@ -500,7 +500,7 @@ def test_data_that_ends_early_is_told_and_what_was_learnt_is_written(
     assert (result.stopped, result.n_steps) == ("data", 3)
     assert [evaluation.step for evaluation in result.evaluations] == [3]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000003"]
-    assert "the data ended after 3 of 10 steps; what was learnt until then is" in caplog.text
+    assert "the data ended after 3 of 10 steps; the delta of these steps is written" in caplog.text
     changed = int((before["first.weight"] != model.first.weight).sum())
     assert 0 < changed <= result.nnz
     with sparsedelta.load(result.delta) as delta:
@@ -530,7 +530,7 @@ def test_bars_of_transformers_show_only_when_asked_for(
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds a config.json"):
+    with pytest.raises(ValueError, match=r"has no config.json, so it is not a model folder"):
         fit(tmp_path, [], output=tmp_path / "d.sd")
 
 
@@ -541,7 +541,7 @@ def test_a_model_without_loss_is_refused(tmp_path: Path, bert_folder: Path) -> N
 
 
 def test_export_needs_to_know_the_base(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nothing says what the base is"):
+    with pytest.raises(ValueError, match="no base is given; give base, or the sift"):
         export_delta(make_net(), tmp_path / "d.sd")
 
 

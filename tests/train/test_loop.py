@@ -19,7 +19,7 @@ from train_helpers import make_inputs, make_net, same_bits, snapshot, square_los
 
 import sparsedelta
 from sift_train import SIFT, Evaluation, FitConfig, StepReport, fit, grouped_parameters
-from sift_train.feed import Feed
+from sift_train.batches import BatchWindows
 
 
 class Stop(Exception):
@@ -133,7 +133,9 @@ def test_a_checkpoint_of_other_settings_or_another_base_is_refused(tmp_path: Pat
     run(make_net(), 1e-2, resume=True)  # nothing there yet: from the start
     with pytest.raises(ValueError, match=r"has lr 0\.01, this one 0\.02"):
         run(make_net(), 2e-2, resume=True)
-    with pytest.raises(ValueError, match="does not hold the weights that the saved run began with"):
+    with pytest.raises(
+        ValueError, match="does not hold the weights with which the saved run began"
+    ):
         run(make_net(seed=1), 1e-2, resume=True)
     run(make_net(seed=1), 2e-2, resume=False)
 
@@ -345,12 +347,12 @@ def test_the_curve_in_the_delta_is_short(tmp_path: Path) -> None:
     assert curve[0] == [3, pytest.approx(sum(result.losses[:3]) / 3, abs=1e-6)]
 
 
-def test_a_feed_skips_to_its_place() -> None:
-    feed = Feed(list(range(7)), 2)
-    assert feed.peek(3) == [0, 1, 2]
-    windows = feed.windows()
+def test_windows_resume_at_a_saved_position() -> None:
+    batches = BatchWindows(list(range(7)), 2)
+    assert batches.peek(3) == [0, 1, 2]
+    windows = batches.windows()
     assert [next(windows) for _ in range(2)] == [[0, 1], [2, 3]]
-    again = Feed(list(range(7)), 2)
-    again.go_to(feed.place())
+    again = BatchWindows(list(range(7)), 2)
+    again.go_to(batches.place())
     rest = again.windows()
     assert [next(rest) for _ in range(4)] == [[4, 5], [6], [0, 1], [2, 3]]

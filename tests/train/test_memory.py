@@ -92,7 +92,9 @@ def test_a_plan_of_7b_needs_no_weights() -> None:
     assert planned.write_bytes == 10 * (int(0.05 * 4096 * 11008) + 1)
     assert "fits in 24 GiB, with 5." in str(planned)
     assert planned.fits(16).startswith("lacks")
-    assert planned.fits(8) == "does not fit in 8 GiB at any rate: the weights alone leave no room"
+    assert (
+        planned.fits(8) == "does not fit in 8 GiB at any rate: weights and one gradient need more"
+    )
     highest = planned.highest_rate(24)
     assert highest is not None
     at_limit = plan(seven_b(), highest)
@@ -168,7 +170,9 @@ def test_a_plan_reads_the_dtype_that_the_folder_holds(tmp_path: Path, dtype: tor
 
 @pytest.mark.parametrize("dtype", ["float8", "int8", torch.int8, "bf17", "nn"])
 def test_a_dtype_that_is_not_trained_in_is_refused(dtype: Any) -> None:
-    with pytest.raises(ValueError, match=r"dtype is '.*', which is not trained in; choose one of"):
+    with pytest.raises(
+        ValueError, match=r"dtype is '.*', but weights cannot be trained in it; choose one of"
+    ):
         plan(seven_b(), 0.05, dtype=dtype)
 
 
@@ -183,7 +187,7 @@ def test_a_folder_that_is_not_there_is_told_without_asking_the_hub(
 
 
 def test_a_folder_without_a_config_has_no_plan(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"is not a model folder, which holds a config"):
+    with pytest.raises(FileNotFoundError, match=r"has no config.json, so it is not a model folder"):
         plan(tmp_path, 0.1)
 
 
@@ -203,8 +207,8 @@ def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError) as told:
         plan("org/no-such-name", 0.1)
     assert str(told.value) == (
-        "no folder 'org/no-such-name' exists, nor is the config of such a model in the local cache "
-        "or to be had from the Hub (no route); look for a typing error"
+        "no folder 'org/no-such-name' exists, and neither the local cache nor the Hub has a config for "
+        "that id (no route); check the spelling"
     )
     assert looked == [True]  # the client's own way of asking tries again and again
     assert [url.endswith("org/no-such-name/resolve/main/config.json") for url in asked] == [True]

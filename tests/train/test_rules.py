@@ -87,7 +87,7 @@ def test_half_precision_gradients_are_squared_in_full_precision() -> None:
 
 def test_a_rule_must_give_a_score_a_component() -> None:
     model = make_net()
-    message = "give one score a component"
+    message = "return one score per component"
     with SIFT(model, 0.1, "first.weight", selection=lambda w, g: g.sum()):  # noqa: SIM117
         with pytest.raises(ValueError, match=message):
             square_loss(model, make_inputs(1)[0]).backward()

@@ -102,7 +102,7 @@ def test_indices_of_ones_own(form: str) -> None:
 def test_an_index_outside_is_refused() -> None:
     part = SIFT(make_net(), 0.1, ["first.weight"]).sparse_mapping["first.weight"]
     for bad in (np.array([[0, 16], [0, 0]]), np.array([[0, -1], [0, 0]])):
-        with pytest.raises(ValueError, match="leaves the parameter"):
+        with pytest.raises(ValueError, match="outside the parameter"):
             part.idx = bad
     with pytest.raises(ValueError, match="not strictly increasing"):
         part.idx = np.array([3, 3])
