@@ -1,6 +1,6 @@
-"""Local files of texts and labels as the data of a task: no row is dropped or guessed at.
+"""Reads local files of texts and labels as the data of a task. No row is dropped or guessed.
 
-What is wrong with a row is told with the row's number, in which a CSV's column names are row 1.
+Error messages about a row have its number; in a CSV the column names are row 1.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import datasets  # type: ignore[import-untyped]
 from glue_tasks import Data, Task, dataset_of
 
 MAX_HELD_OUT = 500
-MAX_SHOWN = 10  # values in a message
+MAX_SHOWN = 10  # number of values shown in a message
 
 
 @dataclass(frozen=True)
 class Row:
-    """An example, and where it is from."""
+    """An example and its position in a file."""
 
     texts: tuple[str, ...]
     label: str
@@ -34,7 +34,7 @@ class Row:
 
     @property
     def where(self) -> str:
-        """What a message calls it."""
+        """The position, for messages."""
         return f"row {self.number} of '{self.path}'"
 
 
@@ -50,23 +50,23 @@ def load_files(
 ) -> Data:
     """Return the data of local files.
 
-    A ``.csv`` has a line of column names first, a ``.jsonl`` an object a line; any other file has a
-    label, a space and a text on each line. Without ``dev`` a tenth of the training examples, at
-    most 500, is held out to choose the step by: of each class alike, if there are classes.
+    A ``.csv`` starts with a line of column names, a ``.jsonl`` has one object per line. Any other file
+    has a label, a space and a text on each line. Without ``dev``, a tenth of the training examples, at
+    most 500, is held out to choose the step; with classes, the same share of each class.
 
     Args:
-        train: to train on; its labels are the classes.
-        dev: to choose the step by.
-        test: scored in the end.
-        texts: the column of the text, or of two texts; by default all but the label's and ``id``
-            and ``idx``.
+        train: file to train on; its labels are the classes.
+        dev: file that chooses the step.
+        test: file that is scored at the end.
+        texts: the column of the text, or two columns; by default all columns except the label's,
+            ``id`` and ``idx``.
         label: the column of the label.
-        is_regression: labels are numbers to be predicted.
-        encoding: of the files.
+        is_regression: whether the labels are numbers to predict.
+        encoding: encoding of the files.
 
     Raises:
-        ValueError: a file cannot be read as what it is, or a label is none that can be learnt.
-        OSError: it cannot be read at all.
+        ValueError: a file does not have its format, or a label cannot be learnt.
+        OSError: a file cannot be read.
     """
 
     def read(path: Path) -> list[Row]:
@@ -76,7 +76,7 @@ def load_files(
         return rows
 
     rows = read(train)
-    # Before any are held out: no class is lost by that.
+    # The classes are found before examples are held out, so none is missing.
     classes = [] if is_regression else _classes(rows, train)
     scored: dict[str, list[Row]] = {}
     if dev is not None:
@@ -111,7 +111,7 @@ def load_files(
 
 
 def regression_hint(labels: Sequence[str]) -> str:
-    """Return what to do if the names of classes are quantities, and nothing if they are not."""
+    """Return a hint to use --regression if all class names are numbers, else an empty text."""
     if len(labels) <= MAX_SHOWN or any(_number(label) is None for label in labels):
         return ""
     return f"the {len(labels)} labels are all numbers; set --regression if they are quantities"
@@ -141,8 +141,8 @@ def _rows(path: Path, texts: Sequence[str], label: str, encoding: str) -> list[R
     return rows
 
 
-# Lines end at line feeds alone: str.splitlines ends them at other characters, too, that texts have,
-# such as latin-1's \x85.
+# Only line feeds end lines: str.splitlines also splits at characters that texts contain, such as
+# latin-1's \x85.
 
 
 def _from_lines(path: Path, content: str) -> list[Row]:
@@ -208,7 +208,7 @@ def _from_table(
 
 
 def _row(path: Path, number: int, texts: tuple[str, ...], label: Any) -> Row:
-    is_missing = label is None or label != label  # null, or the NaN that pandas has for it
+    is_missing = label is None or label != label  # null, or the NaN that pandas writes for it
     row = Row(texts, "" if is_missing else str(label), path, number)
     if not row.label.strip():
         raise ValueError(f"{row.where} has no label; give it one, or leave the row out")
@@ -255,10 +255,10 @@ def _number(label: str) -> float | None:
 
 
 def _split(rows: Sequence[Row], path: Path, *, by_class: bool) -> tuple[list[Row], list[Row]]:
-    """Return what to train on and what is held out.
+    """Return the examples to train on and those held out.
 
-    The j-th of a class with n examples ranks at (j + ½) / n, and the lowest ranks are held out: so
-    each class loses the same share. Its last one never goes.
+    The j-th of n examples of a class gets the rank (j + ½) / n, and the lowest ranks are held out, so
+    each class loses the same share. The last example of a class is never held out.
     """
     wanted = min(MAX_HELD_OUT, len(rows) // 10)
     if not wanted:

@@ -1,4 +1,4 @@
-"""What all tests stand on: Ctrl-C reaches the process as in a terminal, and many outputs do not wait for the disk."""
+"""Settings of all tests: Ctrl-C works as in a terminal, and writing does not wait for the disk."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-# A test run begun in the background may have inherited SIGINT ignored, and so would what it starts.
+# A test run in the background may inherit an ignored SIGINT, and pass it to its subprocesses.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Hundreds of outputs are written here, and nothing cuts the power.
+# Tests write hundreds of outputs, and need no safety against a loss of power.
 UNSYNCED = {Path(__file__).parent / name for name in ("exactness", "property")}
 
 

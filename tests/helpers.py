@@ -1,7 +1,7 @@
-"""Checkpoints for tests, written without the package, and comparisons that see every bit.
+"""Checkpoints for tests, written without the package, and comparisons of every bit.
 
-Nothing here uses sparsedelta but ``roundtrip`` and ``small_chunks``: what the package must read and
-rebuild is made by other means than its own.
+Only ``roundtrip`` and ``small_chunks`` use sparsedelta: the files that the package must read and rebuild
+are written by independent code.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ BITS = {
     "I64": 64,
     "U64": 64,
 }
-# Dtypes that no release knows yet: their elements are bytes.
+# Dtypes that no release knows yet; their elements are treated as bytes.
 UNKNOWN_BITS = {"X24": 24, "X4": 4, "X8_NEW": 8}
 
 
 @dataclass(frozen=True)
 class Raw:
-    """A tensor as it stands in a file."""
+    """A tensor as it is stored in a file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -115,7 +115,7 @@ def compact(fields: dict[str, Any]) -> bytes:
 def file_bytes(
     tensors: Tensors, metadata: Mapping[str, str] | None = None, *, spell: Spell = compact
 ) -> bytes:
-    """Return a safetensors file whose header is spelled by ``spell``."""
+    """Return a safetensors file whose header text is written by ``spell``."""
     return with_header(
         spell(header_fields(tensors, metadata)), b"".join(t.data for t in tensors.values())
     )
@@ -166,7 +166,7 @@ def write(path: Path, content: bytes | str) -> Path:
 def tree(root: Path) -> dict[str, bytes | None]:
     """Return the content of all files below a folder by path, and None for every folder.
 
-    A single file is given under the path ``""``.
+    A single file has the key ``""``.
     """
     if not root.is_dir():
         return {"": root.read_bytes()}
@@ -177,7 +177,7 @@ def tree(root: Path) -> dict[str, bytes | None]:
 
 
 def state(root: Path) -> dict[str, tuple[int, ...]]:
-    """Return what any write to a file or folder would alter: inode, mode, size and times."""
+    """Return the inode, mode, size and times, of which every write changes at least one."""
     paths = [root, *(root.rglob("*") if root.is_dir() else ())]
     stats = {str(path): os.lstat(path) for path in paths}
     return {
@@ -208,13 +208,13 @@ def assert_bit_equal(left: npt.NDArray[Any], right: npt.NDArray[Any]) -> None:
 
 
 def roundtrip(base: Path, target: Path, scratch: Path, **options: Any) -> sparsedelta.Delta:
-    """Diff, save, load, apply; check that the target is back and the base untouched.
+    """Diff, save, load and apply; check that the target is rebuilt and the base unchanged.
 
     Args:
         base: a checkpoint.
-        target: another.
+        target: another checkpoint.
         scratch: an existing folder for the delta and the output.
-        options: of ``sparsedelta.diff``.
+        options: options of ``sparsedelta.diff``.
 
     Returns:
         The loaded delta.
@@ -233,9 +233,9 @@ def roundtrip(base: Path, target: Path, scratch: Path, **options: Any) -> sparse
 
 
 def small_chunks(monkeypatch: Any, n_elements: int, block_bytes: int) -> None:
-    """Make the package write tiny chunks and read tiny blocks, to meet their edges with little data.
+    """Make the package write tiny chunks and read tiny blocks, to test their edges with little data.
 
-    What it reads may have chunks of any size.
+    Chunks that it reads may have any size.
     """
     sparsedelta.apply, sparsedelta.diff, sparsedelta.verify  # noqa: B018 - imports their modules
     sizes = {"MAX_SPAN": n_elements, "BLOCK_BYTES": block_bytes}

@@ -1,4 +1,4 @@
-"""Checkpoints at random: a few small tensors of any dtype, and all that people do to them."""
+"""Hypothesis strategies: random checkpoints of small tensors of all dtypes, and changes to them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 
 def relaxed(n_examples: int) -> settings:
-    """Return settings for tests that use the disk: the same examples every time, at any pace."""
+    """Return settings for tests that use the disk: fixed examples and no deadline."""
     return settings(
         max_examples=n_examples,
         deadline=None,
@@ -47,7 +47,7 @@ def shapes(draw: st.DrawFn, dtype: str) -> tuple[int, ...]:
 
 @st.composite
 def contents(draw: st.DrawFn, size: int) -> bytes:
-    """Draw the bytes of a tensor: random, or of few special patterns."""
+    """Draw the bytes of a tensor: random bytes, or a few special patterns."""
     if draw(st.booleans()):
         return draw(st.binary(min_size=size, max_size=size))
     return (draw(patterns) * size)[:size]
@@ -82,7 +82,7 @@ def resized(draw: st.DrawFn, tensor: Raw) -> Raw:
 
 
 def reshaped(draw: st.DrawFn, tensor: Raw) -> Raw:
-    """Return the tensor turned, or flat."""
+    """Return the tensor transposed or flattened."""
     flat = (math.prod(tensor.shape),)
     shape = draw(st.sampled_from([tuple(reversed(tensor.shape)), flat, (1, *tensor.shape)]))
     return Raw(tensor.dtype, shape, tensor.data)
@@ -105,7 +105,7 @@ EDITS: list[Callable[[st.DrawFn, Raw], Raw]] = [
 
 @st.composite
 def edited(draw: st.DrawFn, tensors: dict[str, Raw]) -> dict[str, Raw]:
-    """Draw what became of tensors: some kept, changed, removed, added, all in another order."""
+    """Draw a changed set of tensors: some kept, changed, removed or added, in another order."""
     result = {}
     for name, tensor in tensors.items():
         fate = draw(st.integers(0, 9))
@@ -117,7 +117,7 @@ def edited(draw: st.DrawFn, tensors: dict[str, Raw]) -> dict[str, Raw]:
 
 
 def moved(draw: st.DrawFn, files: dict[str, dict[str, Raw]]) -> dict[str, dict[str, Raw]]:
-    """Return files some of whose tensors have got another name or file, or are there twice."""
+    """Return files of whose tensors some have another name or file, or exist twice."""
     fate = draw(st.sampled_from(["prefix", "no prefix", "rename", "move", "copy", "as they are"]))
     files = {stem: dict(tensors) for stem, tensors in files.items()}
     stem, other = draw(st.tuples(*[st.sampled_from(sorted(files))] * 2))
@@ -135,7 +135,7 @@ def moved(draw: st.DrawFn, files: dict[str, dict[str, Raw]]) -> dict[str, dict[s
 def spelled(
     indent: int | None, spaces: int, *, backwards: bool
 ) -> Callable[[dict[str, Any]], bytes]:
-    """Return a way to spell a header."""
+    """Return a function that writes the text of a header."""
 
     def spell(fields: dict[str, Any]) -> bytes:
         if backwards:
@@ -159,11 +159,11 @@ paths = st.lists(
 
 @dataclass(frozen=True)
 class Plan:
-    """A checkpoint to be written.
+    """A checkpoint that can be written.
 
     Attributes:
-        files: the tensors of each weight file, or of the shards in its place, by its stem.
-        write: writes the files below a path and returns the checkpoint.
+        files: the tensors of each weight file, or of the shards that replace it, by its stem.
+        write: a function that writes the files below a path and returns the checkpoint.
     """
 
     files: dict[str, dict[str, Raw]]
@@ -172,7 +172,7 @@ class Plan:
 
 @st.composite
 def plans(draw: st.DrawFn, weights: dict[str, dict[str, Raw]]) -> Plan:
-    """Draw which weight files are cut into shards, and what lies beside them."""
+    """Draw a plan: which weight files are sharded, and which other files exist."""
     spell, meta = draw(spellings), draw(metadata)
     if len(weights) == 1 and draw(st.booleans()):
         (tensors,) = weights.values()
@@ -209,7 +209,7 @@ def plans(draw: st.DrawFn, weights: dict[str, dict[str, Raw]]) -> Plan:
 
 
 def free(root: Path, path: str) -> bool:
-    """Return whether a file or folder can be made there."""
+    """Return whether a file or folder can be created at a path."""
     place = root / path
     parents = [p for p in place.parents if p.is_relative_to(root)]
     return not os.path.lexists(place) and all(p.is_dir() or not p.exists() for p in parents)
@@ -220,7 +220,7 @@ STEMS = [["model"], ["model"], ["model", "m"], ["a", "s/m"], ["model", "model.fp
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[Plan, Plan]:
-    """Draw a base and a target made of it."""
+    """Draw a base and a target derived from it."""
     old: dict[str, dict[str, Raw]] = {}
     for stem in draw(st.sampled_from(STEMS)):
         old[stem] = draw(st.dictionaries(names, raws(), max_size=4))

@@ -1,4 +1,4 @@
-"""The base is what a run begins with: found wrong before anything is trained, or not at all."""
+"""A wrong base is found before training, and a right base is accepted."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def test_export_names_the_tensor_that_is_not_the_bases(tmp_path: Path, place: st
     with pytest.raises(ValueError, match=rf": 1 of {other.numel()} components of '{name}' differ"):
         export_delta(model, tmp_path / "d.sd", sift=sift, base=base)
     assert not (tmp_path / "d.sd").exists()
-    assert export_delta(model, tmp_path / "d.sd", base=base) > 0  # between any two, when asked
+    assert export_delta(model, tmp_path / "d.sd", base=base) > 0  # any base
 
 
 def test_a_changed_structure_is_no_other_base(tmp_path: Path) -> None:
-    """A new head, a grown tensor and a base in another dtype are what deltas are for."""
+    """A new head, a larger tensor and a base in another dtype are accepted."""
     first = make_net()
     weights = {k: v.to(torch.float64) for k, v in snapshot(first).items() if "last" not in k}
     weights["norm.weight"] = weights["norm.weight"][:3].clone()
@@ -128,7 +128,7 @@ def test_every_file_of_a_folder_is_compared(
     arguments: dict[str, Any] = {"config": config, "base": tmp_path / "base", "overwrite": True}
     assert fit(model, bert_batches(1), output=tmp_path / "d.sd", **arguments).nnz > 0
     with pytest.raises(ValueError, match=r"of 'bert\.encoder\.layer\..*query\..*' differ"):
-        fit(model, bert_batches(1), output=tmp_path / "d.sd", **arguments)  # it is trained now
+        fit(model, bert_batches(1), output=tmp_path / "d.sd", **arguments)  # trained now
 
 
 def test_the_trainer_is_told_before_it_trains(tmp_path: Path) -> None:

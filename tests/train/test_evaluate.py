@@ -1,4 +1,4 @@
-"""Scores of a base beside its deltas are those that the tuned checkpoints would have."""
+"""``examples/evaluate.py`` gives the scores that the tuned checkpoints have."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_scores_are_kept_when_a_later_one_fails(
         return evaluate(*args, **given)
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", fail_at_the_third)
-    monkeypatch.chdir(tmp_path)  # which git knows nothing of
+    monkeypatch.chdir(tmp_path)  # outside any git repository
     deltas = [place / f"{name}.sd" for name in ("one", "two")]
     words = ["--base", place / "base", "--delta", *deltas, "--mmlu-csv", place / "mmlu"]
     more = ["--limit", 2, "--json", "scores.json"]

@@ -1,4 +1,4 @@
-"""``fit`` from start to delta: the loop against plain torch, the delta against the trained files."""
+"""``fit``: the loop is compared with plain torch, the delta with the trained files."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path, bert_folder: Path) 
 
 
 def test_selection_does_not_disturb_dropout(tmp_path: Path) -> None:
-    """At rate 1 nothing is selected; with dropout both runs must still draw the same masks."""
+    """At rate 1 nothing is selected; both runs must still draw the same dropout masks."""
 
     def losses(rate: float) -> tuple[float, ...]:
         torch.manual_seed(0)
@@ -282,14 +282,14 @@ def test_mixed_precision_trains_fp32_weights(tmp_path: Path) -> None:
     assert set(seen) == {torch.bfloat16}
     assert model.first.weight.dtype == torch.float32
     assert not same_bits(before["first.weight"], model.first.weight)
-    # What accelerate sets up for a process does not outlive the run.
+    # The process-wide state of accelerate is restored after the run.
     fit(make_net(), make_inputs(2), output=tmp_path / "e.sd", loss=square_loss)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_a_gpu_no_step_waits(tmp_path: Path) -> None:
-    """From the third step to the next reading, as CUDA itself finds out."""
+    """From the third step to the next reading of losses, checked by CUDA's sync debug mode."""
     n_losses = 0
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -401,7 +401,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_sound(tmp_path: Path) -> N
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read losses as from a GPU: not at every step, and after the step."""
+    """Make ``fit`` read losses as on a GPU: after the step, and not at every step."""
     monkeypatch.setattr(loop, "_log_every", lambda device, config: config.log_every)
 
 
@@ -411,7 +411,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_weight_moves_after_a_loss_that_is_found_out_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float, optimizer: str
 ) -> None:
-    """The 4th of 8 steps fails, the host looks after 6: the weights are those after 3."""
+    """Step 4 of 8 has a bad loss, found after step 6: the weights are those after step 3."""
 
     def run(n_steps: int, name: str) -> tuple[nn.Module, list[int]]:
         model, told = make_net(), list[int]()
@@ -479,7 +479,7 @@ def test_between_readings_no_step_waits(tmp_path: Path) -> None:
     with Counted() as counted:
         fit(make_net(), make_inputs(13), output=tmp_path / "d.sd", loss=loss, config=config)
     by_step = waits[config.selection_batches :]
-    # The first step finds out whether the optimizer is torch's.
+    # The first step shows whether the optimizer is torch's.
     assert by_step[1] == by_step[5]
     assert by_step[6] == by_step[11]
 

@@ -1,4 +1,4 @@
-"""``examples/glue.py`` as it stands: the real script and libraries, tiny models, local data."""
+"""``examples/glue.py``: the real script and libraries with tiny models and local data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Recipe = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two pretrained models: with a prefix on names and a head of another task, and with neither."""
+    """Two pretrained models: one with a name prefix and another task's head, one without both."""
     place = tmp_path_factory.mktemp("bases")
     shape: dict[str, Any] = {
         "vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -60,7 +60,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Recipe:
-    """Return what runs the script with given words and gives what it printed."""
+    """Return a function that runs the script with arguments and returns its output."""
 
     def run(*words: object, fails: bool = False) -> str:
         monkeypatch.setattr(sys, "argv", ["glue.py", *map(str, words)])
@@ -78,7 +78,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 def sentences(n: int, seed: int = 0) -> list[tuple[str, int]]:
-    """Return texts whose words give their label away."""
+    """Return texts with words that determine the label."""
     draw = random.Random(seed)
     return [(" and ".join(draw.choices(WORDS[i % 2], k=3)), i % 2) for i in range(n)]
 
@@ -89,7 +89,7 @@ def write_lines(path: Path, rows: Sequence[tuple[str, int]]) -> Path:
 
 
 def accuracy_of(folder: Path, rows: Sequence[tuple[str, int]]) -> float:
-    """Return the share of right answers of a classifier, read from a folder as any user would."""
+    """Return the accuracy of a classifier that is loaded from a folder."""
     auto: Any = transformers.AutoModelForSequenceClassification
     model, report = auto.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
@@ -175,7 +175,7 @@ def test_a_delta_holds_the_trained_components_and_the_new_head(
     with sparsedelta.load(tmp_path / "out.sd") as delta:
         rows = delta.tensors
     assert sum(row.base is not None and not row.is_copied for row in rows) == 2 * len(LAYERS)
-    # A bias of zeros is found in the base, under another name.
+    # A bias of zeros exists in the base under another name.
     new = {row.name for row in rows if row.base is None or row.base.name != row.name}
     assert new == {n for n, _ in model.named_parameters() if n.startswith("classifier")}
 
@@ -206,7 +206,7 @@ def test_the_best_step_is_gone_back_to(bases: dict[str, Path], method: str) -> N
 
 
 def glue_copy(folder: Path, name: str, *, as_parquet: bool) -> None:
-    """Write a task's splits as datasets does, with the columns and types that GLUE has."""
+    """Write a task's splits with ``datasets``, with the columns and types of GLUE."""
     task = TASKS[name]
     label = (
         datasets.Value("float32")
@@ -378,7 +378,7 @@ def test_quantities_as_classes_are_noted_before_training(
 
 @pytest.mark.parametrize("kind", ["txt", "csv", "jsonl"])
 def test_lines_end_at_line_feeds_alone(kind: str, tmp_path: Path) -> None:
-    text = "sun\x85warm\x1clight\x0bsky"  # str.splitlines makes four of it
+    text = "sun\x85warm\x1clight\x0bsky"  # str.splitlines would split this into four lines
     rows = [("wet" if n % 2 else "dry", text) for n in range(20)]
     lines = {
         "txt": [f"{label} {said}" for label, said in rows],
@@ -516,7 +516,7 @@ def test_what_cannot_be_used_is_told_in_one_sentence(
     (tmp_path / "bad.jsonl").write_text("{")
     (tmp_path / "nan.csv").write_text("label,text\n1,sun\n2,sun\nnan,sun\n" + "3,sun\n" * 20)
     (tmp_path / "inf.txt").write_text("1 sun\n" * 20 + "-inf sun\n")
-    # The empty line is a row, as a spreadsheet shows it; the last column is in no row but one.
+    # The empty line counts as a row, as in a spreadsheet; only one row has the last column.
     (tmp_path / "empty.csv").write_text("label,text,more\nwet,rain\n\ndry,sun,1\n,sun,1\n" * 9)
     (tmp_path / "blank.txt").write_text("wet rain\n sun and warm\n" * 20)
     labels: dict[str, list[dict[str, Any]]] = {

@@ -1,4 +1,4 @@
-"""Instruction tuning: only answers are learnt, however they come, are packed and are computed."""
+"""Instruction tuning: only answers are learnt, in all formats, packings and kinds of loss."""
 
 from __future__ import annotations
 
@@ -440,7 +440,7 @@ def test_steps_that_take_long_are_shown_at_least_twice_a_minute(
     assert shown == [1, 2, 3, 6, 9]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # from its compiler, when imported
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # from its compiler
 def test_fast_switches_on_what_is_there(
     place: Path,
     tmp_path: Path,
@@ -552,7 +552,7 @@ def test_trl_trains_on_the_same_and_its_delta_applies(
     assert str(ended).startswith(f"error: '{tmp_path / 'run'}' holds checkpoints of another run")
     ended = run_script("trl_sft", [*words, "--resume", "--steps", 9], monkeypatch)
     assert f"error: the run saved in '{tmp_path / 'run'}' has steps 8, this one 9" in str(ended)
-    words = [*words, "--resume"]  # from step 8: nothing is left to train
+    words = [*words, "--resume"]  # resumed from step 8: no step is left
     assert run_script("trl_sft", words, monkeypatch) == 0
     with sparsedelta.load(tmp_path / "delta.sd") as delta:
         again = delta.target_fingerprint

@@ -1,4 +1,4 @@
-"""What ``fit`` does beside stepping: evaluate, stop early, save, resume, decay, track."""
+"""Evaluation, early stopping, checkpoints, resuming, weight decay and trackers of ``fit``."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from sift_train.batches import BatchWindows
 
 
 class Stop(Exception):
-    """Stands for the power failing."""
+    """Simulates a crash."""
 
 
 class Noisy(Dataset[Tensor]):
-    """Draws from every generator whenever an item is taken."""
+    """Data that draws from every random generator for each item."""
 
     def __len__(self) -> int:
         return 22
@@ -38,7 +38,7 @@ class Noisy(Dataset[Tensor]):
 
 
 class DropoutNet(nn.Module):
-    """Statistics that run and dropout that draws."""
+    """A net with running statistics and dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def typed_loss(model: nn.Module, batch: Tensor) -> Tensor:
 def test_a_resumed_run_ends_in_the_same_bits(
     tmp_path: Path, dtype: torch.dtype, stop_at: int
 ) -> None:
-    """Three windows a pass, four micro-batches looked at ahead, saved at every step."""
+    """Three windows per pass, four micro-batches peeked, a checkpoint at every step."""
     config = FitConfig(
         sparse_rate=0.2,
         sparse_module=["weight"],
@@ -130,7 +130,7 @@ def test_a_checkpoint_of_other_settings_or_another_base_is_refused(tmp_path: Pat
             **places,
         )
 
-    run(make_net(), 1e-2, resume=True)  # nothing there yet: from the start
+    run(make_net(), 1e-2, resume=True)  # no checkpoint yet: starts from the beginning
     with pytest.raises(ValueError, match=r"has lr 0\.01, this one 0\.02"):
         run(make_net(), 2e-2, resume=True)
     with pytest.raises(

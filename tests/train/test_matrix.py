@@ -1,4 +1,4 @@
-"""Everything people train, against plain torch: at rate 1 the same bits, below it a subset of them."""
+"""Many models and optimizers against plain torch: equal bits at rate 1, a subset below."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 class Experts(nn.Module):
-    """A router over matrices in one 3-D parameter."""
+    """A router with experts in one 3-D parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Experts(nn.Module):
 
 
 class Tied(nn.Module):
-    """Input and output share one weight; the layer between is used twice."""
+    """A net whose input and output share one weight; the layer between is used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Tied(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """1-D, 2-D and transposed, with norms between."""
+    """1-D, 2-D and transposed convolutions with norms between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def test_below_it_one_sgd_step_is_a_subset_of_the_full_one(kind: str, dtype: tor
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_sees_its_own_steps(name: str) -> None:
-    """One-dimensional parameters throughout: for Adafactor a matrix is another thing."""
+    """All parameters are 1-D, since Adafactor treats matrices differently."""
     plain, ours = make("net"), make("net")
     vectors = ["first.bias", "norm.weight", "norm.bias", "last.bias"]
     train(plain, OPTIMIZERS[name]([plain.get_parameter(n) for n in vectors]), make_inputs(3))
@@ -161,7 +161,7 @@ def test_every_optimizer_sees_its_own_steps(name: str) -> None:
 
 
 class ByHand:
-    """An optimizer that torch does not know."""
+    """An optimizer that is not a torch ``Optimizer``."""
 
     def __init__(self, parameters: list[nn.Parameter], *, through_data: bool) -> None:
         self.parameters = parameters
@@ -241,7 +241,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("grad_acc", [1, 2])
 def test_both_kinds_of_checkpointing(reentrant: bool, grad_acc: int) -> None:
-    """Re-entrant: the hook of a layer used twice fires twice in one backward pass."""
+    """With re-entrant checkpointing the hook of a layer used twice runs twice per backward pass."""
     torch.manual_seed(0)
     plain = Checkpointed(reentrant=None)
     ours = copy.deepcopy(plain)
@@ -305,7 +305,7 @@ def test_a_copied_model_is_its_own() -> None:
 def test_a_dropped_model_takes_its_hooks_along() -> None:
     from sift_train.steps import _listeners
 
-    gc.collect()  # what other tests dropped is not this one's
+    gc.collect()  # free the garbage of other tests first
     before = len(_listeners)
     model = make_net()
     sift = SIFT(model, 0.1, "weight")

@@ -1,4 +1,4 @@
-"""What is reported of memory is what tensors really take; a plan agrees with the live run."""
+"""The reported memory equals that of the tensors, and a plan equals the report of a run."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_plan_of_7b_needs_no_weights() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("rate", [0.0001, 0.05, 0.5])
 def test_at_its_highest_rate_a_plan_just_fits(rate: float, optimizer: str) -> None:
-    """Whichever moment takes most."""
+    """For each of the three times at which the peak can occur."""
     planned = plan(seven_b(), rate, optimizer=optimizer)
     highest = planned.highest_rate(24)
     assert highest is not None
@@ -122,7 +122,7 @@ def test_at_its_highest_rate_a_plan_just_fits(rate: float, optimizer: str) -> No
 def test_choosing_takes_no_more_than_is_said(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, k: int
 ) -> None:
-    """As torch's allocator counts, with as many ties as can be."""
+    """Counted by torch's allocator, with as many ties as possible."""
     monkeypatch.setattr(selection, "CPU_SLICE", 1 << 14)
     monkeypatch.setattr(selection, "DEVICE_SLICE", 1 << 14)
     scores = torch.zeros(100_000, dtype=dtype)
@@ -158,11 +158,11 @@ def test_a_plan_reads_the_dtype_that_the_folder_holds(tmp_path: Path, dtype: tor
     assert planned.dtype == name
     assert planned.weight_bytes == pytest.approx(planned.n_total * dtype.itemsize, rel=0.05)
     assert f"weights in {name}" in str(planned)
-    assert plan(folder, 0.1, dtype="fp16").dtype == "float16"  # what is asked for wins
+    assert plan(folder, 0.1, dtype="fp16").dtype == "float16"  # the argument has priority
     assert plan(folder, 0.1, dtype=torch.float64).dtype == "float64"
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == name
-    (folder / "model.safetensors").unlink()  # the config says it, too
+    (folder / "model.safetensors").unlink()  # the config has it too
     assert plan(folder, 0.1).dtype == name
     (folder / "config.json").write_text(json.dumps(config | {"dtype": None}))
     assert plan(folder, 0.1).dtype == "bfloat16"
@@ -210,12 +210,12 @@ def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         "no folder 'org/no-such-name' exists, and neither the local cache nor the Hub has a config for "
         "that id (no route); check the spelling"
     )
-    assert looked == [True]  # the client's own way of asking tries again and again
+    assert looked == [True]  # the client itself would retry many times
     assert [url.endswith("org/no-such-name/resolve/main/config.json") for url in asked] == [True]
 
 
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Cut the Hub off; return the list that its addresses come to when they are asked for."""
+    """Make the Hub unreachable; return a list to which requested addresses are added."""
     import huggingface_hub
 
     asked: list[str] = []
@@ -262,11 +262,11 @@ print(report.weight_bytes)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's accounts")
 @pytest.mark.parametrize("rate", [0.01, 0.05])
 def test_a_step_takes_no_more_than_the_report_says(rate: float) -> None:
-    """Resident memory over a step: gradients and one dense gradient, not one a layer."""
+    """Resident memory over a step: the masters' gradients and one dense gradient, not all."""
     code = PEAK.format(rate=rate)
     done = subprocess.run(
         [sys.executable, "-c", code],
-        # So that what is freed goes back to the system, and is not counted.
+        # So that freed memory returns to the system and is not counted.
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"},
         capture_output=True,
         text=True,
@@ -275,4 +275,4 @@ def test_a_step_takes_no_more_than_the_report_says(rate: float) -> None:
     )
     (rise, reported), (weights,) = (map(int, line.split()) for line in done.stdout.splitlines())
     assert rise <= reported + 0.05 * weights
-    assert rise > 3 << 20  # most of a dense gradient, of 4 MiB, at least: the measurement works
+    assert rise > 3 << 20  # at least most of a dense gradient of 4 MiB: the measurement works

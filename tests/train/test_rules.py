@@ -1,4 +1,4 @@
-"""Selection beyond one tensor's gradient: rules, masks, budgets, targets by regular expression."""
+"""Selection: rules, masks, budgets, and targets by regular expression."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_a_broken_or_idle_regular_expression_is_refused() -> None:
 
 
 def test_no_device_holds_more_than_one_tensor_s_scores() -> None:
-    """Summed scores lie on the CPU whatever the device: seen with the meta device as another one."""
+    """Summed scores are on the CPU for every device; the meta device stands for another device."""
     from sift_train.scores import GradientScores
 
     scores = GradientScores(RULES["gradient"], is_summed=True, keeps_gradient=False)

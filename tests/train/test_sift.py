@@ -1,4 +1,4 @@
-"""The promises of SIFT, one a test."""
+"""Tests of SIFT; each checks one documented property."""
 
 from __future__ import annotations
 
@@ -393,7 +393,7 @@ def test_a_choice_of_ones_own_is_checked() -> None:
         with pytest.raises(ValueError, match="expected one dimension of integers"):
             part.choose(torch.tensor([5.0, 6.0]))
         part.choose(torch.tensor([5, 191]))
-        part.choose(torch.tensor([7, 8, 9]))  # nothing is trained yet
+        part.choose(torch.tensor([7, 8, 9]))  # no step yet
         assert part.train_num == 3
         part.master.data.add_(1.0)
         with pytest.raises(ValueError, match="have been trained"):
@@ -538,7 +538,7 @@ def test_a_sift_tells_what_it_is() -> None:
 @pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_a_closure_is_a_step_as_any_other(accumulation: int, by_name: bool) -> None:
-    """The gradients come inside the step; with several micro-batches the first is no exception."""
+    """The gradients are computed inside the step, also with several micro-batches at the first step."""
     plain, closed = make_net(), make_net()
     inputs = make_inputs(2 * accumulation)
 
@@ -590,7 +590,7 @@ def test_grad_acc_is_a_count() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("is_chosen", [False, True])
 def test_masters_follow_a_model_that_is_moved(is_chosen: bool) -> None:
-    """A Trainer's script makes SIFT and optimizer first, and the Trainer moves the model."""
+    """With Trainer, SIFT and optimizer are created first, and Trainer then moves the model."""
     moved, there = make_net(), make_net().cuda()
     inputs = [batch.cuda() for batch in make_inputs(3)]
     selection = "magnitude" if is_chosen else "gradient"
