@@ -215,7 +215,7 @@ def train_sift(setting: Setting) -> tuple[int, float]:
 
 
 def lean_adamw(parameters: list[nn.Parameter], setting: Setting) -> torch.optim.Optimizer:
-    """Return an AdamW without temporary copies of all parameters, torch's default on CUDA."""
+    """Return an AdamW that does not copy all parameters at once, as torch's default does on CUDA."""
     fused = setting.device != "cpu"
     return torch.optim.AdamW(parameters, lr=1e-4, fused=fused, foreach=None if fused else False)
 

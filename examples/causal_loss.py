@@ -111,7 +111,7 @@ def check_packing(model: Any, *, is_flat: bool) -> None:
                 moved.append((left - right).float().abs().max())
     if not moved[0] < 0.1 * moved[1]:
         raise ValueError(
-            f"packed examples would see each other in {type(model).__name__} with "
+            f"packed examples would attend to each other in {type(model).__name__} with "
             f"{model.config._attn_implementation} attention; leave packing off"
         )
 

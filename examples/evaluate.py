@@ -153,8 +153,8 @@ def find_tasks(options: argparse.Namespace, work: Path) -> tuple[list[str], Any]
     for name in names:
         if name not in manager.all_tasks:
             raise ValueError(
-                f"the harness has no task {name!r}; `lm-eval ls tasks` lists what it has, and "
-                "--tasks-dir adds tasks of your own"
+                f"the harness has no task {name!r}; `lm-eval ls tasks` lists its tasks, and "
+                "--tasks-dir adds your own tasks"
             )
     return names, manager
 

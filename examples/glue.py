@@ -162,7 +162,7 @@ def load_data(options: argparse.Namespace) -> Data:
         ValueError: it names both a task and files, or neither.
     """
     if (options.task is None) == (options.data is None):
-        raise ValueError("give either --task, one of GLUE's, or --data, a file of your own")
+        raise ValueError("give either --task, a GLUE task, or --data, your own file")
     if options.task:
         data = load_task(options.task, options.data_dir)
     else:

@@ -126,10 +126,10 @@ def _rows(path: Path, texts: Sequence[str], label: str, encoding: str) -> list[R
     except UnicodeDecodeError as error:
         raise ValueError(
             f"'{path}' is not {encoding}: {error.reason} at byte {error.start}; "
-            "say by --encoding what it is, such as latin-1"
+            "set --encoding, such as latin-1"
         ) from error
     except LookupError as error:
-        raise ValueError(f"--encoding {encoding!r} is none that is known; try latin-1") from error
+        raise ValueError(f"--encoding {encoding!r} is not known; try latin-1") from error
     if path.suffix.lower() == ".csv":
         rows = _from_table(path, _records(path, content), texts, label)
     elif path.suffix.lower() in (".jsonl", ".json"):
@@ -195,7 +195,8 @@ def _from_table(
             raise ValueError(f"'{path}' has no column {name!r}, only {_listed(columns)}")
     if len(texts) not in (1, 2):
         raise ValueError(
-            f"'{path}' has the columns {_listed(columns)}; name the text, or two, by --text"
+            f"'{path}' has the columns {_listed(columns)}; "
+            "name the column of the text, or two columns, with --text"
         )
     rows = []
     for number, record in table:
@@ -241,7 +242,7 @@ def _check_numbers(rows: Sequence[Row]) -> None:
     for row in rows:
         if _number(row.label) is None:
             raise ValueError(
-                f"{row.where} has the label {row.label!r}, which is no finite number, "
+                f"{row.where} has the label {row.label!r}, which is not a finite number, "
                 "as --regression needs"
             )
 
@@ -263,7 +264,7 @@ def _split(rows: Sequence[Row], path: Path, *, by_class: bool) -> tuple[list[Row
     wanted = min(MAX_HELD_OUT, len(rows) // 10)
     if not wanted:
         raise ValueError(
-            f"'{path}' has {len(rows)} examples, too few to hold some out; give others by --dev"
+            f"'{path}' has {len(rows)} examples, too few to hold some out; give other examples with --dev"
         )
     shuffled = list(rows)
     random.Random(0).shuffle(shuffled)
@@ -277,8 +278,8 @@ def _split(rows: Sequence[Row], path: Path, *, by_class: bool) -> tuple[list[Row
     if not held_out:
         hint = regression_hint(list(groups))
         raise ValueError(
-            f"no label of '{path}' occurs twice, so that none can be held out; "
-            f"give others by --dev{hint and f', and {hint}'}"
+            f"no label of '{path}' occurs twice, so none can be held out; "
+            f"give other examples with --dev{hint and f', and {hint}'}"
         )
     train = [row for at, row in enumerate(shuffled) if at not in held_out]
     return train, [shuffled[at] for at in sorted(held_out)]

@@ -163,7 +163,7 @@ def _hub_splits(task: Task) -> Mapping[str, datasets.Dataset]:
         return datasets.load_dataset(HUB_ID, task.name)  # type: ignore[no-any-return]
     except OSError as error:
         raise OSError(
-            f"{task.name} cannot be had from {HUB_ID} on the Hub ({error}); give a copy by --data-dir"
+            f"{task.name} is not available from {HUB_ID} on the Hub ({error}); give a copy with --data-dir"
         ) from error
 
 

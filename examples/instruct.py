@@ -131,10 +131,10 @@ def end_interrupted(
     )
     if options.run_dir is None:
         raise KeyboardInterrupt(
-            f"{at}; without --run-dir no checkpoint was kept to go on from, only '{result.delta}'"
+            f"{at}; without --run-dir there is no checkpoint to resume from, only '{result.delta}'"
         )
     note_interrupted(options)
-    raise KeyboardInterrupt(f"{at}; go on with --resume")
+    raise KeyboardInterrupt(f"{at}; continue with --resume")
 
 
 def config_of(options: argparse.Namespace, loaded: Loaded, n_micro: int) -> sift_train.FitConfig:

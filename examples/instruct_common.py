@@ -213,7 +213,7 @@ def check(options: argparse.Namespace) -> int:
     n_micro, rest = divmod(options.batch, options.micro_batch)
     if rest or not n_micro:
         raise ValueError(
-            f"--batch {options.batch} is no multiple of --micro-batch {options.micro_batch}"
+            f"--batch {options.batch} is not a multiple of --micro-batch {options.micro_batch}"
         )
     return int(n_micro)
 
@@ -271,7 +271,7 @@ def load_causal(folder: Path, attention: str | None = None) -> Any:
             folder, dtype=planned_dtype(str(folder), config), attn_implementation=attention
         )
     except ImportError as error:
-        raise ValueError(f"--attention {attention} cannot be had here: {error}") from error
+        raise ValueError(f"--attention {attention} is not available: {error}") from error
     return model.to("cuda") if torch.cuda.is_available() else model
 
 
@@ -286,7 +286,7 @@ def empty_causal(name: str) -> Any:
     make: Any = transformers.AutoModelForCausalLM
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
-            f"'{name}' is a {config.model_type!r} model, which is no causal language model"
+            f"'{name}' is a {config.model_type!r} model, which is not a causal language model"
         )
     return empty_model(make, config, planned_dtype(name, config))
 

@@ -76,6 +76,6 @@ def _check_same(saved: Mapping[str, Any], settings: Mapping[str, Any], folder: P
     for name, value in settings.items():
         if saved.get(name) != value:
             raise ValueError(
-                f"the run saved in '{folder}' has {name} {saved.get(name)!r}, this one {value!r}; go on "
+                f"the run saved in '{folder}' has {name} {saved.get(name)!r}, this one {value!r}; resume "
                 "with the same settings, or start a new run"
             )

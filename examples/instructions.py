@@ -199,8 +199,8 @@ def render_chat(conversation: Conversation, tokenizer: Any) -> list[Piece]:
         whole = _rendered(messages[: n + 1], tokenizer, is_prompt=False)
         if not whole.startswith(prompt):
             raise ValueError(
-                "the chat template does not write an answer right after its prompt, so that it cannot "
-                "be told what is to be learnt; use the Alpaca prompt or another chat template"
+                "the chat template does not write an answer right after its prompt, so the tokens "
+                "to learn are not known; use the Alpaca prompt or another chat template"
             )
         pieces.append(Piece(whole, [(len(prompt), len(whole))]))
     if all(pieces[-1].text.startswith(piece.text) for piece in pieces):
@@ -239,11 +239,11 @@ def _encode_piece(piece: Piece, tokenizer: Any, *, is_chat: bool) -> Tokens:
     if not is_chat and ids[-1:] != [tokenizer.eos_token_id]:
         if tokenizer.eos_token_id is None:
             raise ValueError(
-                "the tokenizer has no token that ends a text, by which an answer ends; set its eos_token"
+                "the tokenizer has no end-of-text token, with which an answer ends; set its eos_token"
             )
         ids.append(tokenizer.eos_token_id)
         labels.append(tokenizer.eos_token_id)
-    labels[0] = IGNORED  # the first token follows no text, or in a pack another example
+    labels[0] = IGNORED  # the first token follows another example in a pack, or nothing
     return Tokens(ids, labels)
 
 
@@ -258,7 +258,7 @@ def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             records = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"'{path}' begins as a JSON list but is none: {error}") from error
+            raise ValueError(f"'{path}' begins as a JSON list but is not one: {error}") from error
         for number, record in enumerate(records, 1):
             yield f"record {number} of '{path}'", record
         return
@@ -292,7 +292,7 @@ def _conversations_of(record: Any, where: str) -> list[Conversation]:
 
 def _messages_of(messages: Any, where: str) -> Conversation:
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
-        raise ValueError(f"{where}: messages are no list of objects with role and content")
+        raise ValueError(f"{where}: messages is not a list of objects with role and content")
     found = tuple(Message(_text(m, "role", where), _text(m, "content", where)) for m in messages)
     for message in found:
         if message.role not in ROLES:
@@ -300,13 +300,13 @@ def _messages_of(messages: Any, where: str) -> Conversation:
                 f"{where} has a message of role {message.role!r}; expected {', '.join(ROLES)}"
             )
     if not any(message.role == "assistant" for message in found):
-        raise ValueError(f"{where} has no message of the assistant; there is no answer to learn")
+        raise ValueError(f"{where} has no message of the assistant, so there is no answer to learn")
     return found
 
 
 def _pair(instruction: Any, rest: Any, where: str) -> Conversation:
     if not isinstance(instruction, str) or not isinstance(rest, Mapping):
-        raise ValueError(f"{where}: the instruction is no text, or what belongs to it no object")
+        raise ValueError(f"{where}: the instruction is not a text, or an instance is not an object")
     given = _text(rest, "input", where) if "input" in rest else ""
     return (
         Message("user", instruction, given),

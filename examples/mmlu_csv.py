@@ -35,7 +35,7 @@ def write_tasks(source: Path, work: Path, *, n_shots: int) -> str:
     """
     tests = sorted(source.glob(f"*{TEST}")) if source.is_dir() else []
     if not tests:
-        raise ValueError(f"'{source}' is no folder with files such as astronomy{TEST}")
+        raise ValueError(f"'{source}' is not a folder with files such as astronomy{TEST}")
     names = []
     for test in tests:
         subject = test.name.removesuffix(TEST)
@@ -46,7 +46,7 @@ def write_tasks(source: Path, work: Path, *, n_shots: int) -> str:
         n_worked = len(splits.get("dev", []))
         if n_worked < n_shots:
             raise ValueError(
-                f"'{dev}' has {n_worked} worked examples, {n_shots} are asked for; ask for fewer"
+                f"'{dev}' has {n_worked} worked examples, but --shots is {n_shots}; lower it"
             )
         names.append(_write_task(subject, splits, work))
     group = {

@@ -215,7 +215,7 @@ def _not_had(model: str, error: Exception) -> str:
     if (Path(model) / "config.json").is_file():
         return f"'{model}/config.json' cannot be used: {error}"
     if Path(model).is_dir():
-        return f"folder '{model}' holds no config.json, so it is no model's; name another"
+        return f"folder '{model}' has no config.json, so it is not a model folder; give another"
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     causes: list[BaseException] = [error]
@@ -226,9 +226,7 @@ def _not_had(model: str, error: Exception) -> str:
         why = "not found"
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         why = "its owners have to grant access, and to an account that is logged in"
-    return (
-        f"'{model}' is no folder here, and no model of that name could be had from the Hub ({why})"
-    )
+    return f"'{model}' is not a folder, and the Hub has no model of that name ({why})"
 
 
 def export(

@@ -89,8 +89,8 @@ def train(trainer: SiftSFTTrainer, options: argparse.Namespace, checkpoint: str 
         at = f"stopped after step {state.global_step:,} of {state.max_steps:,}"
         newest = newest_in(options.run_dir)
         if newest is None:
-            raise KeyboardInterrupt(f"{at}; no checkpoint was kept to go on from") from None
-        raise KeyboardInterrupt(f"{at}; go on from '{Path(newest).name}' with --resume") from None
+            raise KeyboardInterrupt(f"{at}; there is no checkpoint to resume from") from None
+        raise KeyboardInterrupt(f"{at}; resume from '{Path(newest).name}' with --resume") from None
 
 
 def newest_in(run_dir: Path | None) -> str | None:

@@ -1,7 +1,7 @@
 """Chooses the components of each parameter, by its weights at the start or by its gradients later.
 
 The components of a parameter are chosen once, and it is not trained before. With a global budget
-the components of all parameters are chosen together, as many as the rate selects of each.
+the components of all parameters are chosen together; their number is the same as without it.
 """
 
 from __future__ import annotations

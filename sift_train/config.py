@@ -61,8 +61,8 @@ class FitConfig:
         gradient_checkpointing: recompute activations in the backward pass.
         log_every: on a GPU, losses and gradient norms are read once in this many steps, because
             each read waits for the device. On a CPU they are read and reported at every step.
-        eval_every: steps between evaluations; None: evaluate only after the last step, which is
-            always done.
+        eval_every: steps between evaluations; None: no evaluation except the one after the last
+            step.
         patience: stop after this many evaluations without a better first value; None: never.
         higher_is_better: whether a higher first value of an evaluation is better.
         save_every: steps between checkpoints; needs ``run_dir`` of ``fit``.

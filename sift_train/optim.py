@@ -27,7 +27,7 @@ def build_optimizer(sift: SIFT, config: FitConfig) -> Optimizer:
 
 
 def _adamw_kernel(sift: SIFT, config: FitConfig) -> dict[str, bool]:
-    """Return the AdamW option that avoids temporary copies of all masters, torch's default on CUDA.
+    """Return an AdamW option that avoids temporary copies of all masters, as torch makes on CUDA.
 
     With fp16 the option is a loop over the tensors, since a gradient scaler cannot report whether a
     fused step was skipped. Otherwise it is the fused kernel.

@@ -116,7 +116,7 @@ def find_rule(selection: Selection) -> Rule | None:
     """Return the rule that a selection names, contains or is; None for a mapping.
 
     Raises:
-        TypeError: the selection is no name, rule, function or mapping.
+        TypeError: the selection is not a name, rule, function or mapping.
         ValueError: no rule has that name.
     """
     if isinstance(selection, str):

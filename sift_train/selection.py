@@ -41,7 +41,7 @@ def index_dtype(numel: int) -> torch.dtype:
 
 
 def seeded_generator(seed: int, name: str) -> torch.Generator:
-    """Return a generator seeded by the seed and a tensor's name, whatever the order of tensors."""
+    """Return a generator seeded by the seed and a tensor's name only."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 

@@ -137,7 +137,7 @@ def test_help_shows_what_base_and_delta_take(
     [
         ([], "error: nothing says what to evaluate on; give --tasks or --mmlu-csv"),
         (["--tasks", "humaneval"], "error: humaneval runs code that a model wrote"),
-        (["--mmlu-csv", "base"], "error: 'base' is no folder with files such as"),
+        (["--mmlu-csv", "base"], "error: 'base' is not a folder with files such as"),
         (["--mmlu-csv", "mmlu", "--shots", "5"], "error: 'mmlu/night_sky_dev.csv' has 3 worked"),
         (
             ["--mmlu-csv", "mmlu", "--json", "nodir/x.json"],
@@ -145,7 +145,7 @@ def test_help_shows_what_base_and_delta_take(
         ),
         (
             ["--base", "nolm", "--tasks", "x"],
-            "error: 'nolm' is no folder here, and no model of that",
+            "error: 'nolm' is not a folder, and the Hub has no model of that",
         ),
         (["--base", "mmlu", "--tasks", "x"], "error: folder 'mmlu' holds no config.json"),
         (["--mmlu-csv", "bad"], "error: line 2 of 'bad/a_test.csv' has 3 columns and ends in 'c'"),

@@ -465,7 +465,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no file": (["--data", "absent.txt"], "absent.txt"),
     "encoding": (
         ["--data", "latin.txt"],
-        "not utf-8: invalid continuation byte at byte 7; say by --encoding",
+        "not utf-8: invalid continuation byte at byte 7; set --encoding",
     ),
     "no encoding": (["--data", "train.txt", "--encoding", "latin-x"], "--encoding 'latin-x'"),
     "no text": (["--data", "bare.txt"], "line 2 is 'wet'"),
@@ -475,9 +475,12 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "one label": (["--data", "other.txt", "--dev", "other.txt"], "nothing to tell apart"),
     "no column": (["--data", "table.csv", "--text", "said"], "no column 'said'"),
-    "columns": (["--data", "table.csv"], "by --text"),
+    "columns": (["--data", "table.csv"], "with --text"),
     "not JSON": (["--data", "bad.jsonl"], "line 1 is not JSON"),
-    "not a number": (["--data", "train.txt", "--regression"], "'dry', which is no finite number"),
+    "not a number": (
+        ["--data", "train.txt", "--regression"],
+        "'dry', which is not a finite number",
+    ),
     "not finite": (["--data", "nan.csv", "--regression"], "row 4 of 'nan.csv' has the label 'nan'"),
     "infinite": (["--data", "inf.txt", "--regression"], "row 21 of 'inf.txt' has the label '-inf'"),
     "empty label": (["--data", "empty.csv", "--text", "text"], "row 5 of 'empty.csv' has no label"),

@@ -113,7 +113,7 @@ def test_a_peak_beyond_the_plan_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     found = memory.compare(setting)
     assert found.holds
     n_total = 8 * (4 * 512**2 + 3 * 512 * 1376 + 2 * 512) + 2 * 512 * 4000 + 512
-    # More than the weights and what must be there at once, so the measurement sees what it should.
+    # More than the weights and one gradient, so the measurement counts the kept gradients.
     assert found.measured_bytes > 4 * n_total + 20 * found.report.n_trained
     monkeypatch.setattr(memory, "train_sift", train_holding)
     held = memory.compare(setting)

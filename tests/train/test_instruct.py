@@ -171,7 +171,7 @@ def test_what_is_cut_off_is_not_learnt_and_empty_examples_are_left_out(tokenizer
             '\n{"instruction": "a", "output": "b"}\n{"a": }',
             "line 3 of '.*' is no JSON: .* column 7",
         ),
-        ("[1,", "begins as a JSON list but is none"),
+        ("[1,", "begins as a JSON list but is not one"),
         ('{"instruction": "a", "output": " "}\n' * 2, "all 2 examples of '.*' have empty answers"),
         ("\n", "holds no example"),
     ],
@@ -259,7 +259,7 @@ def test_a_model_whose_packed_examples_see_each_other_is_refused(tokenizer: Any)
     make_config: Any = transformers.BloomConfig
     config = make_config(vocab_size=len(tokenizer), hidden_size=32, n_layer=1, n_head=4)
     make: Any = transformers.BloomForCausalLM
-    with pytest.raises(ValueError, match="would see each other in BloomForCausalLM"):
+    with pytest.raises(ValueError, match="would attend to each other in BloomForCausalLM"):
         causal_loss.check_packing(make(config).eval(), is_flat=False)
 
 
@@ -408,7 +408,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_may_replace_only_its_own(
     with monkeypatch.context() as patch:
         patch.setattr(sift_train, "fit", interrupted)
         assert run_script("instruct", words, patch) == 130
-    assert capsys.readouterr().err.endswith("stopped after step 2 of 4; go on with --resume\n")
+    assert capsys.readouterr().err.endswith("stopped after step 2 of 4; continue with --resume\n")
     output = tmp_path / "delta.sd"
     left = output.read_bytes()
     output.write_bytes(b"of someone else")
@@ -483,7 +483,7 @@ def test_help_shows_the_plan_of_the_preset_without_weights(
     ("more", "message"),
     [
         (["--data", "nowhere.json"], "error: --data 'nowhere.json' is not a file"),
-        (["--micro-batch", 3], "error: --batch 8 is no multiple of --micro-batch 3"),
+        (["--micro-batch", 3], "error: --batch 8 is not a multiple of --micro-batch 3"),
         (
             ["--template", "chat"],
             "error: the tokenizer has no chat template; use the Alpaca prompt",
@@ -493,7 +493,7 @@ def test_help_shows_the_plan_of_the_preset_without_weights(
         (["--save-target", "nodir/t"], "error: folder 'nodir' does not exist; create it first"),
         (
             ["--model", "nolm"],
-            "error: 'nolm' is no folder here, and no model of that name could be",
+            "error: 'nolm' is not a folder, and the Hub has no model of that name",
         ),
         (["--resume"], "error: --resume and --save-every need a folder for checkpoints"),
         (["--targets", "qqq"], "error: no linear layer of LlamaForCausalLM has 'qqq' in its name"),

@@ -126,7 +126,9 @@ def test_at_rate_one_every_kind_trains_as_plain_torch(kind: str, grad_acc: int) 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_below_it_one_sgd_step_is_a_subset_of_the_full_one(kind: str, dtype: torch.dtype) -> None:
+def test_below_rate_one_an_sgd_step_is_a_subset_of_the_full_step(
+    kind: str, dtype: torch.dtype
+) -> None:
     plain, ours = make(kind, dtype).float(), make(kind, dtype)
     batch = make_inputs(1)[0].to(dtype)
     reference = make(kind, dtype)
@@ -285,7 +287,7 @@ def test_one_dense_gradient_lives_at_a_time() -> None:
     assert held == [0] * 16
 
 
-def test_a_copied_model_is_its_own() -> None:
+def test_a_copied_model_is_independent() -> None:
     model = make_net()
     with SIFT(model, 0.1, "weight") as sift:
         train(model, torch.optim.SGD(sift.parameters_in_optimizer(), lr=0.1), make_inputs(1))
@@ -302,7 +304,7 @@ def test_a_copied_model_is_its_own() -> None:
         assert all(p.grad is not None for p in sift.parameters_in_optimizer())
 
 
-def test_a_dropped_model_takes_its_hooks_along() -> None:
+def test_hooks_are_freed_with_the_model() -> None:
     from sift_train.steps import _listeners
 
     gc.collect()  # free the garbage of other tests first
