@@ -39,8 +39,8 @@ ONE_CORE = (
     "taskset",
     "-c",
     "0",
-)  # one thread: waiting threads would measure the machine's other load
-# Name of the method: mergekit's, its parameters, options of sparsedelta.
+)  # one thread, since several would wait for each other under other load
+# By name: mergekit's method and parameters, and the options of sparsedelta.
 METHODS = {
     "linear": ("linear", {}, []),
     "task arithmetic": ("task_arithmetic", {}, ["--method", "task-arithmetic"]),
@@ -79,7 +79,7 @@ def mergekit_command(
 
 
 def differences(base: Path, left: Path, right: Path) -> list[str]:
-    """Return cells: how many values differ from the base, and how many between both results."""
+    """Return cells: the number of values that a result changes, and of those that differ."""
     n_changed = n_differ = n_far = total = 0
     sums = [0.0, 0.0]
     with Checkpoint(base) as old, Checkpoint(left) as one, Checkpoint(right) as other:
@@ -195,7 +195,7 @@ def main() -> int:
                 times,
             ),
             "mergekit's output is a full checkpoint, sparsedelta's a delta; the peak is of anonymous memory."
-            f" The times include a start-up of {start_up[0]:.1f} s and {start_up[1]:.1f} s.",
+            f" The times include the start-up, {start_up[0]:.1f} s and {start_up[1]:.1f} s.",
             "## Differences between the results",
             table(
                 [

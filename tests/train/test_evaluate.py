@@ -76,7 +76,7 @@ def accuracies(scores: dict[str, Any]) -> list[float]:
     return [value["acc,none"] for value in scores.values()]
 
 
-def test_deltas_score_as_the_checkpoints_do_and_leave_the_base_as_it_was(
+def test_deltas_score_as_their_checkpoints_and_leave_the_base_unchanged(
     place: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -121,7 +121,7 @@ def test_a_task_has_the_prompt_of_mmlu_and_keeps_choices_as_text(
         assert task.doc_to_choice(doc)[task.doc_to_target(doc)] == letter
 
 
-def test_help_shows_what_base_and_delta_take(
+def test_help_shows_the_memory_of_base_and_delta(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--help", "--base", place / "base", "--delta", place / "one.sd"]
@@ -155,7 +155,7 @@ def test_help_shows_what_base_and_delta_take(
         ),
     ],
 )
-def test_what_cannot_be_used_is_told_in_a_sentence(
+def test_bad_input_is_one_clear_sentence(
     place: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     (place / "bad").mkdir(exist_ok=True)

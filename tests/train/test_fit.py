@@ -42,7 +42,7 @@ def bert_folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_from_a_folder_the_delta_makes_the_trained_folder(
+def test_from_a_folder_the_delta_rebuilds_the_trained_folder(
     tmp_path: Path, dtype: torch.dtype
 ) -> None:
     base = make_bert(tmp_path / "base", dtype)
@@ -225,7 +225,7 @@ def test_a_module_of_transformers_without_its_folder(tmp_path: Path, bert_folder
     assert files_of(tmp_path / "out") == files_of(tmp_path / "trained")
 
 
-def test_after_fit_the_model_is_as_before_but_for_its_weights(tmp_path: Path) -> None:
+def test_fit_changes_only_the_weights_of_the_model(tmp_path: Path) -> None:
     model = make_net().eval()
     model.norm.weight.requires_grad_(False)
     keys, flags = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
@@ -332,7 +332,7 @@ def test_an_existing_output_stops_before_training(tmp_path: Path) -> None:
     assert (tmp_path / "d.sd").read_bytes() != b"mine"
 
 
-def test_save_target_replaces_only_when_told(tmp_path: Path, bert_folder: Path) -> None:
+def test_save_target_replaces_only_with_overwrite(tmp_path: Path, bert_folder: Path) -> None:
     (tmp_path / "trained").mkdir()
     (tmp_path / "trained" / "mine").write_text("mine")
     places: dict[str, Any] = {"output": tmp_path / "d.sd", "save_target": tmp_path / "trained"}
@@ -384,7 +384,7 @@ def test_one_pass_over_an_iterator_is_enough_when_steps_are_given(tmp_path: Path
     assert result.n_steps == 4
 
 
-def test_a_loss_that_is_not_finite_leaves_the_weights_sound(tmp_path: Path) -> None:
+def test_after_a_loss_that_is_not_finite_the_weights_are_finite(tmp_path: Path) -> None:
     n_losses = 0
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -408,7 +408,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_no_weight_moves_after_a_loss_that_is_found_out_later(
+def test_no_weight_changes_after_a_bad_loss_that_is_found_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float, optimizer: str
 ) -> None:
     """Step 4 of 8 has a bad loss, found after step 6: the weights are those after step 3."""
@@ -484,7 +484,7 @@ def test_between_readings_no_step_waits(tmp_path: Path) -> None:
     assert by_step[6] == by_step[11]
 
 
-def test_data_that_ends_early_is_told_and_what_was_learnt_is_written(
+def test_data_that_ends_early_is_logged_and_the_delta_is_written(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, before = make_net(), snapshot(make_net())
@@ -508,7 +508,7 @@ def test_data_that_ends_early_is_told_and_what_was_learnt_is_written(
 
 
 @pytest.mark.parametrize("progress", [False, True])
-def test_bars_of_transformers_show_only_when_asked_for(
+def test_bars_of_transformers_show_only_with_progress(
     tmp_path: Path, bert_folder: Path, capfd: pytest.CaptureFixture[str], progress: bool
 ) -> None:
     from transformers.utils import logging
@@ -545,7 +545,7 @@ def test_export_needs_to_know_the_base(tmp_path: Path) -> None:
         export_delta(make_net(), tmp_path / "d.sd")
 
 
-def test_export_from_a_loop_of_ones_own(tmp_path: Path) -> None:
+def test_export_from_a_custom_loop(tmp_path: Path) -> None:
     model = make_net()
     with SIFT(model, 0.1, "weight") as sift:
         optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)

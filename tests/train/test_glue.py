@@ -111,7 +111,7 @@ def accuracy_of(folder: Path, rows: Sequence[tuple[str, int]]) -> float:
         ("bert", ["lora", "sift"], [0], ["--checkpointing", "--accumulation", 2]),
     ],
 )
-def test_the_methods_train_as_much_and_their_deltas_make_the_classifiers(
+def test_the_methods_train_equal_numbers_and_their_deltas_rebuild_the_classifiers(
     bases: dict[str, Path],
     name: str,
     methods: list[str],
@@ -181,7 +181,7 @@ def test_a_delta_holds_the_trained_components_and_the_new_head(
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "shira", "sift"])
-def test_the_best_step_is_gone_back_to(bases: dict[str, Path], method: str) -> None:
+def test_the_best_step_is_restored(bases: dict[str, Path], method: str) -> None:
     auto: Any = transformers.AutoModelForSequenceClassification
     model = auto.from_pretrained(bases["bert"])
     choice = equalized(model, Choice(targets=LAYERS, dense=["classifier"]), ["lora", "sift"])
@@ -393,7 +393,7 @@ def test_lines_end_at_line_feeds_alone(kind: str, tmp_path: Path) -> None:
     assert [*data.train["text"], *data.scored["dev"]["text"]] == [text] * 20
 
 
-def test_a_run_that_diverges_ends_with_an_error_if_a_delta_was_wanted(
+def test_a_run_that_diverges_ends_with_an_error_if_output_is_given(
     bases: dict[str, Path], recipe: Recipe, tmp_path: Path
 ) -> None:
     (tmp_path / "data.txt").write_text("1 sun\n2 rain\n3 warm\n" * 20)
@@ -421,7 +421,7 @@ def test_numbers_are_predicted_for_pairs_of_texts(
     assert not list(tmp_path.glob("*.sd"))
 
 
-def test_help_plans_what_the_run_then_trains_without_any_weights(
+def test_help_plans_the_run_without_any_weights(
     bases: dict[str, Path], recipe: Recipe, tmp_path: Path
 ) -> None:
     shutil.copytree(bases["bert"], tmp_path / "empty")
@@ -503,7 +503,7 @@ BAD: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_what_cannot_be_used_is_told_in_one_sentence(
+def test_bad_input_is_one_clear_sentence(
     bases: dict[str, Path],
     what: str,
     recipe: Recipe,

@@ -95,7 +95,7 @@ def test_without_a_gpu_it_says_so_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_peak_beyond_the_plan_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peak_beyond_the_plan_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """If every dense gradient is kept, the comparison on a CPU must show it."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import training_memory as memory

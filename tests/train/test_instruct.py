@@ -441,7 +441,7 @@ def test_steps_that_take_long_are_shown_at_least_twice_a_minute(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # from its compiler
-def test_fast_switches_on_what_is_there(
+def test_fast_switches_on_what_is_available(
     place: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -499,7 +499,7 @@ def test_help_shows_the_plan_of_the_preset_without_weights(
         (["--targets", "qqq"], "error: no linear layer of LlamaForCausalLM has 'qqq' in its name"),
     ],
 )
-def test_what_cannot_be_used_is_told_in_a_sentence(
+def test_bad_input_is_one_clear_sentence(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[object], message: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

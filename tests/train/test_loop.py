@@ -283,7 +283,7 @@ def test_decay_toward_the_base_is_adamw_with_the_base_added_back() -> None:
     assert torch.allclose(plain.last.weight, ours.last.weight, atol=1e-6)
 
 
-def test_the_trackers_are_told(tmp_path: Path) -> None:
+def test_the_trackers_get_the_reports(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
         EventAccumulator,
     )

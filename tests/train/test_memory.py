@@ -177,7 +177,7 @@ def test_a_dtype_that_is_not_trained_in_is_refused(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("place", ["./nowhere", "a/b/c", "/nowhere", "org/", Path("org/name")])
-def test_a_folder_that_is_not_there_is_told_without_asking_the_hub(
+def test_a_missing_folder_raises_without_asking_the_hub(
     monkeypatch: pytest.MonkeyPatch, place: str | Path
 ) -> None:
     asked = no_hub(monkeypatch)

@@ -73,7 +73,7 @@ def test_the_readme_s_groups_train_all_there_is() -> None:
 
 
 @pytest.mark.parametrize("form", ["coordinates", "flat", "tensor", "before"])
-def test_indices_of_ones_own(form: str) -> None:
+def test_your_own_indices(form: str) -> None:
     """The README: ``sparse_param.idx = np.stack(np.unravel_index(sparse_idx, p.shape))``."""
     model = make_net()
     # Rules by weights have chosen already; rules by gradients have not.

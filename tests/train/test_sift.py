@@ -568,7 +568,7 @@ def test_a_closure_is_a_step_as_any_other(accumulation: int, by_name: bool) -> N
     )
 
 
-def test_what_is_no_state_is_one_clear_sentence(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_state_is_one_clear_sentence(tmp_path: Path) -> None:
     with SIFT(make_net(), 0.1, "first.weight") as sift:
         (tmp_path / "notes.txt").write_text("not a state")
         with pytest.raises(
