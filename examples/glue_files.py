@@ -222,7 +222,9 @@ def _row(path: Path, number: int, texts: tuple[str, ...], label: Any) -> Row:
 def _classes(rows: Sequence[Row], path: Path) -> list[str]:
     found = sorted({row.label for row in rows})
     if len(found) < 2:
-        raise ValueError(f"every label of '{path}' is {found[0]!r}; there is nothing to tell apart")
+        raise ValueError(
+            f"every label of '{path}' is {found[0]!r}; there are no classes to distinguish"
+        )
     return sorted(found, key=int) if all(label.isdecimal() for label in found) else found
 
 
@@ -232,7 +234,7 @@ def _class_numbers(rows: Sequence[Row], classes: Sequence[str], path: Path) -> l
         if row.label not in numbers:
             hint = regression_hint([*classes, row.label])
             raise ValueError(
-                f"{row.where} has the label {row.label!r}, which '{path}' has not, only "
+                f"{row.where} has the label {row.label!r}, which '{path}' does not have; it has "
                 f"{_listed([repr(label) for label in classes])}{hint and f'; {hint}'}"
             )
     return [numbers[row.label] for row in rows]

@@ -204,7 +204,9 @@ def check(options: argparse.Namespace) -> int:
     if options.resume and not options.overwrite:
         options.overwrite = is_left_by_interrupted(options)
     if options.output.exists() and not options.overwrite:
-        raise FileExistsError(f"'{options.output}' exists; name another --output or --overwrite")
+        raise FileExistsError(
+            f"'{options.output}' exists; name another --output, or set --overwrite"
+        )
     if options.run_dir is None and (options.resume or options.save_every):
         raise ValueError("--resume and --save-every need a folder for checkpoints; give --run-dir")
     for name in ("batch", "micro_batch", "max_tokens"):
@@ -247,7 +249,9 @@ def load(options: argparse.Namespace, *, is_flat: bool | None = None) -> Loaded:
     if n_empty := count_empty(conversations):
         report += f"; {n_empty} have empty answers, of which only the end is learnt"
     if n_left_out:
-        report += f"; {n_left_out} left out, whose answers begin after {options.max_tokens} tokens"
+        report += (
+            f"; {n_left_out} left out, since their answers begin after {options.max_tokens} tokens"
+        )
     print(report, flush=True)
     model = load_causal(folder, options.attention)
     if is_flat is None:

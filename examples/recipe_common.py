@@ -191,7 +191,7 @@ def local_model(model: str) -> tuple[Path, str | None]:
         try:
             folder = Path(snapshot_download(model, allow_patterns=list(SMALL_FILES)))
         except (OSError, ValueError) as error:
-            raise OSError(_not_had(model, error)) from error
+            raise OSError(_short_reason(model, error)) from error
         base_id = f"{model}@{folder.name}"
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"'{folder}' holds no safetensors weights, which a delta is made from")
@@ -207,10 +207,10 @@ def model_config(model: str) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise OSError(_not_had(model, error)) from error
+        raise OSError(_short_reason(model, error)) from error
 
 
-def _not_had(model: str, error: Exception) -> str:
+def _short_reason(model: str, error: Exception) -> str:
     """Return one sentence for the long message of a library."""
     if (Path(model) / "config.json").is_file():
         return f"'{model}/config.json' cannot be used: {error}"
@@ -225,7 +225,7 @@ def _not_had(model: str, error: Exception) -> str:
     if any(isinstance(cause, RepositoryNotFoundError | HFValidationError) for cause in causes):
         why = "not found"
     if any(isinstance(cause, GatedRepoError) for cause in causes):
-        why = "its owners have to grant access, and to an account that is logged in"
+        why = "its owners must grant access to your account, and you must be logged in"
     return f"'{model}' is not a folder, and the Hub has no model of that name ({why})"
 
 

@@ -204,7 +204,7 @@ def _work_folder(final: Path, purpose: str) -> Iterator[Path]:
 
 def _save(model: nn.Module, work: Path, base: Path | None) -> Path:
     if not _is_transformers(model):
-        # Any file name will do: the name of a single-file base does not matter to a delta.
+        # The file name is free: a delta ignores the name of a base that is a single file.
         save_model(model, str(work / PLAIN_NAME), metadata={"format": "pt"})
         return work / PLAIN_NAME
     folder = work / "checkpoint"

@@ -113,7 +113,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 
 
 def find_rule(selection: Selection) -> Rule | None:
-    """Return the rule that a selection names, contains or is; None for a mapping.
+    """Return the rule of a selection, which may be a name or a function; None for a mapping.
 
     Raises:
         TypeError: the selection is not a name, rule, function or mapping.

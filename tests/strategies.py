@@ -117,7 +117,7 @@ def edited(draw: st.DrawFn, tensors: dict[str, Raw]) -> dict[str, Raw]:
 
 
 def moved(draw: st.DrawFn, files: dict[str, dict[str, Raw]]) -> dict[str, dict[str, Raw]]:
-    """Return files of whose tensors some have another name or file, or exist twice."""
+    """Return files in which some tensors have another name or file, or exist twice."""
     fate = draw(st.sampled_from(["prefix", "no prefix", "rename", "move", "copy", "as they are"]))
     files = {stem: dict(tensors) for stem, tensors in files.items()}
     stem, other = draw(st.tuples(*[st.sampled_from(sorted(files))] * 2))

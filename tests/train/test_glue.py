@@ -473,7 +473,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["--data", "train.txt", "--test", "other.txt"],
         "row 1 of 'other.txt' has the label 'hot'",
     ),
-    "one label": (["--data", "other.txt", "--dev", "other.txt"], "nothing to tell apart"),
+    "one label": (["--data", "other.txt", "--dev", "other.txt"], "no classes to distinguish"),
     "no column": (["--data", "table.csv", "--text", "said"], "no column 'said'"),
     "columns": (["--data", "table.csv"], "with --text"),
     "not JSON": (["--data", "bad.jsonl"], "line 1 is not JSON"),

@@ -98,7 +98,7 @@ def test_alpaca_and_self_instruct_are_the_same_tokens(place: Path, tokenizer: An
     assert len(one) == len(TASKS)
 
 
-def test_chat_reads_the_same_however_its_instruction_came(place: Path, chatty: Any) -> None:
+def test_chat_is_the_same_from_all_formats(place: Path, chatty: Any) -> None:
     files = ("alpaca.json", "chat.jsonl")
     one, other = (
         encode_all(instructions.read_conversations(place / name), chatty) for name in files
@@ -253,7 +253,7 @@ def test_packed_rows_have_the_loss_and_gradient_of_rows_of_one(place: Path, atte
     torch.testing.assert_close(packed_gradient, gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_model_whose_packed_examples_see_each_other_is_refused(tokenizer: Any) -> None:
+def test_a_model_whose_packed_examples_attend_to_each_other_is_refused(tokenizer: Any) -> None:
     import transformers
 
     make_config: Any = transformers.BloomConfig
@@ -280,7 +280,7 @@ def test_the_loss_in_chunks_is_the_loss(place: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("kind", "more"), [("Granite", {"logits_scaling": 8.0}), ("Gemma2", {})])
-def test_a_model_that_does_more_to_its_logits_is_refused(
+def test_a_model_that_transforms_its_logits_is_refused(
     tokenizer: Any, kind: str, more: dict[str, float]
 ) -> None:
     import transformers
@@ -295,7 +295,7 @@ def test_a_model_that_does_more_to_its_logits_is_refused(
         causal_loss.check_chunked(model)
 
 
-def test_a_step_is_the_mean_over_its_tokens_whatever_the_micro_batches(place: Path) -> None:
+def test_a_step_is_the_mean_over_its_tokens_for_all_micro_batch_sizes(place: Path) -> None:
     model, rows = load(place / "model"), [[example] for example in some_examples(10)]
     found = []
     for micro_batch in (4, 1):
@@ -327,7 +327,7 @@ def words_for(place: Path, tmp_path: Path, data: str = "alpaca.json") -> list[ob
         ("self.jsonl", ["--loss", "chunked", "--selection", "magnitude"]),
     ],
 )
-def test_it_learns_and_its_delta_makes_the_trained_checkpoint(
+def test_it_learns_and_its_delta_rebuilds_the_trained_checkpoint(
     place: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -355,7 +355,7 @@ def test_it_learns_and_its_delta_makes_the_trained_checkpoint(
     assert all("proj" in name for name in changed)
 
 
-def test_a_run_goes_on_to_the_same_delta(
+def test_a_resumed_run_writes_the_same_delta(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*words_for(place, tmp_path), "--steps", 6]
@@ -385,7 +385,7 @@ def test_a_run_goes_on_to_the_same_delta(
     assert (again / name).read_bytes() == (first / name).read_bytes()
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_may_replace_only_its_own(
+def test_an_interrupted_run_says_how_to_resume_and_may_replace_only_its_own_output(
     place: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

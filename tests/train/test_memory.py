@@ -81,7 +81,7 @@ def test_a_plan_of_7b_needs_no_weights() -> None:
     assert planned.n_trained == sum(
         32 * n * (int(0.05 * size) + 1) for n, size in ((4, 4096**2), (3, 4096 * 11008))
     )
-    assert planned.trained_bytes == 20 * planned.n_trained  # the 6.0 GiB of the method's notes
+    assert planned.trained_bytes == 20 * planned.n_trained
     assert round(planned.trained_bytes / 2**30, 1) == 6.0
     assert planned.largest_gradient_bytes == 2 * 4096 * 11008
     # The peak is a backward pass: there is more optimizer state than choosing or writing takes.
@@ -113,13 +113,13 @@ def test_at_its_highest_rate_a_plan_just_fits(rate: float, optimizer: str) -> No
     assert highest is not None
     assert abs(plan(seven_b(), highest, optimizer=optimizer).room_in(24)) < 2**26
     at_least = (planned.weight_bytes + planned.largest_gradient_bytes) / 2**30
-    # As much as the lasting parts, and then less than choosing takes.
+    # Enough for the permanent parts, then less than choosing needs.
     assert plan(seven_b(), rate, optimizer="sgd").highest_rate(at_least + 0.01) is None
 
 
 @pytest.mark.parametrize("k", [1, 5, 20_000, 99_999])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_choosing_takes_no_more_than_is_said(
+def test_choosing_needs_at_most_the_planned_memory(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, k: int
 ) -> None:
     """Counted by torch's allocator, with as many ties as possible."""
@@ -136,7 +136,7 @@ def test_choosing_takes_no_more_than_is_said(
             held += event.nbytes()
             most = max(most, held)
     histograms = 4 * 8 * (1 << 16)
-    draws = 8 * 2 * len(scores)  # of the host, whatever the device
+    draws = 8 * 2 * len(scores)  # on the host for every device
     assert most <= selection.search_bytes(len(scores), k) + histograms + draws
 
 
@@ -169,7 +169,7 @@ def test_a_plan_reads_the_dtype_that_the_folder_holds(tmp_path: Path, dtype: tor
 
 
 @pytest.mark.parametrize("dtype", ["float8", "int8", torch.int8, "bf17", "nn"])
-def test_a_dtype_that_is_not_trained_in_is_refused(dtype: Any) -> None:
+def test_a_dtype_that_cannot_be_trained_is_refused(dtype: Any) -> None:
     with pytest.raises(
         ValueError, match=r"dtype is '.*', but weights cannot be trained in it; choose one of"
     ):
@@ -261,7 +261,7 @@ print(report.weight_bytes)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's accounts")
 @pytest.mark.parametrize("rate", [0.01, 0.05])
-def test_a_step_takes_no_more_than_the_report_says(rate: float) -> None:
+def test_a_step_needs_at_most_the_reported_memory(rate: float) -> None:
     """Resident memory over a step: the masters' gradients and one dense gradient, not all."""
     code = PEAK.format(rate=rate)
     done = subprocess.run(
