@@ -254,6 +254,11 @@ def list_folder(
         for name in here_files:
             if (here / name).is_file():
                 files[relative + name] = here / name
+            elif whole and (here / name).is_symlink() and not (here / name).exists():
+                raise CheckpointError(
+                    f"'{here / name}' is a link to '{os.readlink(here / name)}', which does not exist;"
+                    " repair the link or leave it out (exclude=, --exclude)"
+                )
             elif whole:
                 raise CheckpointError(
                     f"'{here / name}' is not a regular file; leave it out (exclude=, --exclude)"

@@ -268,6 +268,16 @@ def test_nothing_there(tmp_path: Path) -> None:
         Checkpoint(tmp_path / "none")
 
 
+def test_snapshot_whose_blob_is_gone_is_reported_as_a_broken_link(tmp_path: Path) -> None:
+    blob = write(tmp_path / "blobs/def", "{}")
+    write_file(tmp_path / "snapshot/model.safetensors", {"w": W})
+    (tmp_path / "snapshot/config.json").symlink_to("../blobs/def")
+    blob.unlink()
+    assert_refused(
+        tmp_path / "snapshot", r"config.json' is a link to '../blobs/def', which does not exist"
+    )
+
+
 @pytest.mark.parametrize("kind", ["dangling link", "link to a folder", "pipe"])
 def test_odd_things_are_refused_unless_passed_over(kind: str, tmp_path: Path) -> None:
     root = write_file(tmp_path / "root/model.safetensors", {"w": W}).parent
