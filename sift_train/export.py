@@ -28,6 +28,7 @@ from sift_train.basecheck import (
     weight_files,
 )
 from sift_train.sift import SIFT
+from sift_train.targets import check_saves_weights
 
 WEIGHT_SUFFIXES = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt",
@@ -70,8 +71,10 @@ def export_delta(
     Raises:
         FileExistsError: something is at ``output`` or ``save_target`` and may not be replaced.
         ValueError: there is neither ``base`` nor ``sift``, or the base is of the wrong kind or is
-            not what ``sift`` began with.
+            not what ``sift`` began with; or the model is wrapped, sharded, or has PEFT adapters.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    check_saves_weights(model)
     check_places(model, output, base=base, save_target=save_target, overwrite=overwrite)
     if base is None and sift is None:
         raise ValueError("nothing says what the base is; give base, or the sift that trained")

@@ -89,8 +89,10 @@ def _missing(delta: Delta, base: Checkpoint, source: str) -> BaseMismatch:
     """Return the error that names all files that the target takes from the base and that it lacks."""
     files = delta.target.side_files
     missing = [f.path for f in files if not f.stored and f.path not in base.side_files]
-    others = {f.path for f in (*files, *delta.target.weight_files)} - {*missing}
-    options = " ".join(f"--exclude {quote(glob)}" for glob in covering(missing, others))
+    others = {f.path for f in files} | {f.path for f in delta.target.weight_files}
+    options = " ".join(
+        f"--exclude {quote(glob)}" for glob in covering(missing, others - {*missing})
+    )
     shown = ", ".join(repr(path) for path in missing[:_MOST_NAMED])
     if len(missing) > _MOST_NAMED:
         shown += f" and {len(missing) - _MOST_NAMED} more"
