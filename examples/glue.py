@@ -102,7 +102,14 @@ def options_parser() -> argparse.ArgumentParser:
     method("--layers", nargs="+", default=LAYERS, metavar="FRAGMENT", help="linear layers to train")
     method("--dense", nargs="+", default=["classifier"], metavar="MODULE", help="trained densely")
     training = parser.add_argument_group("training").add_argument
-    training("--lr", nargs="+", default=[], metavar="LR", help="1e-4, or by method: sift=1e-4 …")
+    training(
+        "--lr",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="LR",
+        help="1e-4, or by method: sift=1e-4 …",
+    )
     training(
         "--dense-lr", type=float, help="learning rate of densely trained parameters; default: --lr"
     )

@@ -314,22 +314,30 @@ def share(text: str) -> float:
 def by_method(given: Sequence[str], defaults: Mapping[str, float], what: str) -> dict[str, float]:
     """Return a number for each method, from words such as ``1e-4`` or ``sift=1e-4``.
 
+    A number without a method is for all methods that are not named.
+
     Raises:
-        ValueError: a word has another form.
+        ValueError: a word has another form, or a method is given two numbers.
     """
-    found = dict(defaults)
+    numbers: dict[str, float] = {}
     for word in given:
         name, equals, number = word.rpartition("=")
-        if equals and name not in found:
-            raise ValueError(f"{what} {word!r} names no method; choose one of {', '.join(found)}")
+        if equals and name not in defaults:
+            choices = ", ".join(defaults)
+            raise ValueError(f"{what} {word!r} names no method; choose one of {choices}")
         try:
             value = float(number)
         except ValueError:
             raise ValueError(
                 f"{what} {word!r} is not a number, nor a method and a number as in sift=1e-4"
             ) from None
-        found.update(dict.fromkeys([name] if equals else found, value))
-    return found
+        if name in numbers:
+            raise ValueError(
+                f"{what} gives {f'method {name}' if name else 'every method'} two numbers,"
+                f" {numbers[name]:g} and {value:g}; give one, and run the recipe again for the other"
+            )
+        numbers[name] = value
+    return {name: numbers.get(name, numbers.get("", own)) for name, own in defaults.items()}
 
 
 def run(main: Callable[[], None]) -> None:

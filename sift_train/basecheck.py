@@ -7,8 +7,11 @@ only one side has, or that has another shape there, is not an error: the delta r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sift_train.conversion import as_saved, groups_of
 from sift_train.masters import SparseParameter
 
 if TYPE_CHECKING:
     from sift_train.sift import SIFT
+
+logger = logging.getLogger(__name__)
 
 _PRIMARY = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -59,20 +65,50 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
     parts = {} if sift is None else {id(p.parameter): p for p in sift.sparse_mapping.values()}
     # Tied parameters are listed once: a base may hold other values under their other names.
     named = dict(model.named_parameters())
+    held = tensor_places(base)
     renamed = names_in_base(model, named, base)
+    if not held.keys() & {*named, *renamed.values()}:
+        renamed = _without_prefix(named, held)
     own = {renamed.get(name, name): parameter for name, parameter in named.items()}
-    for name, in_base in _tensors(base, own):
-        parameter = own[name]
-        if in_base.shape != parameter.shape:
-            continue
-        before = _first_values(parameter, parts.get(id(parameter)))
-        n_different = int((_bits(in_base.to(before.dtype)) != _bits(before)).sum())
-        if n_different:
-            raise ValueError(
-                f"base '{base}' differs from the model before training: {n_different:,} of "
-                f"{before.numel():,} components of {name!r} differ; give the checkpoint that the "
-                "model was loaded from, or leave base out"
-            )
+
+    def before(name: str) -> Tensor:
+        return _first_values(own[name], parts.get(id(own[name])))
+
+    for name, tensor in _tensors(held, own.keys() & held.keys()):
+        _compare(base, name, tensor, before(name))
+    missing = own.keys() - held.keys()
+    if not missing or held.keys() <= own.keys():
+        return
+    compared = set()
+    for group in groups_of(missing):
+        made = as_saved(model, {name: partial(before, name) for name in group})
+        renamed = names_in_base(model, made, base)
+        made = {renamed.get(name, name): tensor for name, tensor in made.items()}
+        for name, tensor in _tensors(held, made.keys() & held.keys()):
+            _compare(base, name, tensor, made[name])
+        if made and made.keys() <= held.keys():
+            compared |= group
+    if missing - compared:
+        logger.warning(
+            "base '%s' has no tensors of the names of %d of the model's %d parameters, such as %r; these"
+            " were not compared with it",
+            base,
+            len(missing - compared),
+            len(own),
+            min(missing - compared),
+        )
+
+
+def _compare(base: Path, name: str, held: Tensor, before: Tensor) -> None:
+    if held.shape != before.shape:
+        return
+    n_different = int((_bits(held.to(before.dtype)) != _bits(before)).sum())
+    if n_different:
+        raise ValueError(
+            f"base '{base}' differs from the model before training: {n_different:,} of "
+            f"{before.numel():,} components of {name!r} differ; give the checkpoint that the "
+            "model was loaded from, or leave base out"
+        )
 
 
 def names_in_base(model: nn.Module, names: Iterable[str], base: Path) -> dict[str, str]:
@@ -101,11 +137,31 @@ def names_in_base(model: nn.Module, names: Iterable[str], base: Path) -> dict[st
     return found
 
 
+def _without_prefix(names: Iterable[str], held: Iterable[str]) -> dict[str, str]:
+    """Return the names in a base of a module that holds the base's model, such as a SentenceTransformer."""
+    known = set(held)
+    counts: Counter[str] = Counter()
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in names:
+        for at, character in enumerate(name):
+            if character == "." and name[at + 1 :] in known:
+                counts[name[: at + 1]] += 1
+                found[name[: at + 1]][name] = name[at + 1 :]
+    return found[counts.most_common(1)[0][0]] if counts else {}
+
+
 def tensor_names(base: Path) -> Iterator[str]:
     """Yield the names of a checkpoint's tensors."""
+    yield from tensor_places(base)
+
+
+def tensor_places(base: Path) -> dict[str, Path]:
+    """Return the file that each tensor of a checkpoint is in, by its name."""
+    places: dict[str, Path] = {}
     for path in weight_files(base):
         with ExitStack() as stack:
-            yield from _open(path, stack).keys()
+            places |= dict.fromkeys(_open(path, stack).keys(), path)
+    return places
 
 
 def weight_files(base: Path) -> list[Path]:
@@ -134,13 +190,15 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(_BITS[tensor.element_size()])
 
 
-def _tensors(base: Path, wanted: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    for path in weight_files(base):
+def _tensors(places: Mapping[str, Path], wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    by_file: dict[Path, list[str]] = defaultdict(list)
+    for name in wanted:
+        by_file[places[name]].append(name)
+    for path, names in by_file.items():
         with ExitStack() as stack:
             file = _open(path, stack)
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                if name in wanted:
-                    yield name, file.get_tensor(name)
+            for name in sorted(names):
+                yield name, file.get_tensor(name)
 
 
 def _open(path: Path, stack: ExitStack) -> Any:

@@ -28,6 +28,7 @@ from sift_train.basecheck import (
     weight_files,
 )
 from sift_train.sift import SIFT
+from sift_train.targets import check_saves_weights
 
 WEIGHT_SUFFIXES = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt",
@@ -71,8 +72,11 @@ def export_delta(
         FileExistsError: ``output`` or ``save_target`` exists and ``overwrite`` is not set.
         FileNotFoundError: the base, or the folder of an output, does not exist.
         ValueError: neither ``base`` nor ``sift`` is given, the base is of the wrong kind, or it
-            differs from the first weights that ``sift`` has kept.
+            differs from the first weights that ``sift`` has kept; or the model is wrapped, sharded, or has
+            PEFT adapters.
     """
+    model = getattr(model, "_orig_mod", model)  # the model inside that of torch.compile
+    check_saves_weights(model)
     check_outputs(model, output, base=base, save_target=save_target, overwrite=overwrite)
     if base is None and sift is None:
         raise ValueError("no base is given; give base, or the sift that trained the model")

@@ -27,6 +27,7 @@ from sift_train.listeners import Callbacks, Tracker, progress_bar
 from sift_train.loading import hidden_progress_bars, load_model
 from sift_train.loop import Evaluate, Listener, Loss, Run
 from sift_train.sift import SIFT
+from sift_train.targets import check_saves_weights
 
 CURVE_POINTS = 500
 
@@ -98,6 +99,8 @@ def fit(
 
         with nullcontext() if progress else hidden_progress_bars():
             model = load_model(model)
+    check_saves_weights(model)
+    _check_not_compiled(model)
     check_outputs(model, output, base=base, save_target=save_target, overwrite=overwrite)
     folder = _run_folder(config, run_dir, resume=resume)
     checkpoint = runfolder.newest(folder) if resume and folder else None
@@ -165,6 +168,14 @@ def _sift(model: nn.Module, config: FitConfig) -> SIFT:
         budget=config.budget,
         seed=config.seed,
     )
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "model is wrapped by torch.compile, so its parameters have other names than in the base;"
+            " give the model itself and call model.compile(), which compiles it in place"
+        )
 
 
 def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:

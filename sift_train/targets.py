@@ -19,6 +19,7 @@ REGEX = "re:"
 Names = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 
 TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SHARDED = "is sharded over several devices; train an unsharded model"
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
@@ -56,7 +57,7 @@ def find_targets(
     Raises:
         ValueError: a fragment matches nothing, or a matched parameter cannot be trained in place.
     """
-    _refuse_wrappers(model)
+    _check_unwrapped(model)
     names = _names_of_parameters(model)
     dense = _matching(names, _fragments(exception), "exception")
     if sparse_module == ALL_LINEAR:
@@ -136,13 +137,41 @@ def _linear_weights(model: nn.Module) -> set[nn.Parameter]:
     }
 
 
-def _refuse_wrappers(model: nn.Module) -> None:
+def check_saves_weights(model: nn.Module) -> None:
+    """Check that a model is saved with the parameters that are trained.
+
+    Raises:
+        ValueError: it is wrapped for several devices, sharded, or has PEFT adapters.
+    """
+    _check_unwrapped(model)
     for module in model.modules():
-        if type(module).__name__ in _WRAPPERS:
+        kind = type(module).__name__
+        if kind.startswith("PeftModel") or _is_adapter(module):
             raise ValueError(
-                f"the model contains a {type(module).__name__}, whose gradients differ from those "
-                "of the parameters; give the model without this wrapper"
+                f"the model contains a {kind} of PEFT, and a model with adapters is saved as its adapters"
+                " alone; give the model without them, or what merge_and_unload() returns"
             )
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind in _WRAPPERS:
+            raise ValueError(
+                f"the model contains a {kind}, whose gradients differ from those of the parameters;"
+                " give the model without this wrapper"
+            )
+    for name, parameter in model.named_parameters():
+        if _is_sharded(parameter):
+            raise ValueError(f"parameter {name!r} {_SHARDED}")
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    return any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    return type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "ds_id")
 
 
 def _refuse_untrainable(model: nn.Module, targets: list[Target], *, needs_values: bool) -> None:
@@ -171,8 +200,6 @@ def _refuse_untrainable(model: nn.Module, targets: list[Target], *, needs_values
 def _problem(
     parameter: nn.Parameter, sparse_gradients: set[nn.Parameter], *, needs_values: bool
 ) -> str | None:
-    if type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
-        return "is sharded over several devices; train an unsharded model"
     if type(parameter.data) is not Tensor:
         return (
             f"holds a {type(parameter.data).__name__}, expected a plain tensor; "

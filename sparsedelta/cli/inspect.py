@@ -21,6 +21,9 @@ from sparsedelta.cli._sources import Sources
 @click.command("inspect", epilog=examples("sparsedelta inspect delta.sd --tensors"))
 @click.argument("delta")
 @click.option("--tensors", is_flag=True, help="Also list the changed tensors.")
+@click.option(
+    "--info", is_flag=True, help="Also print all information recorded about how DELTA was made."
+)
 @click.option("--html", type=PATH, help="Also write an HTML page with figures to this file.")
 @click.option("--overwrite", is_flag=True, help="Replace the HTML page if it exists.")
 @json_option
@@ -30,6 +33,7 @@ def command(
     *,
     delta: str,
     tensors: bool,
+    info: bool,
     html: Path | None,
     overwrite: bool,
     as_json: bool,
@@ -51,11 +55,13 @@ def command(
     if as_json:
         print_json({"delta": delta, **found.as_json()})
         return
-    from sparsedelta.report.summary import new_console, summary_text
+    from sparsedelta.report.summary import info_text, new_console, summary_text
     from sparsedelta.report.tables import tensors_text
 
     console = new_console()
     # click.echo, unlike Console.print, ends without an error when the reader closes the pipe.
     click.echo(summary_text(delta, found, console), color=console.is_terminal)
+    if info:
+        click.echo("\n" + info_text(found))
     if tensors:
         click.echo(tensors_text(found))

@@ -17,13 +17,14 @@ from sparsedelta.hub.references import DELTA_NAME, Reference
 from sparsedelta.ops.inspect import Inspection
 from sparsedelta.ops.layers import Grid, curve_points
 from sparsedelta.redaction import redacted
-from sparsedelta.report.text import percent, size
+from sparsedelta.report.text import numbers, percent, size
 
 LIBRARY = "sparsedelta"
 CARD_NAME = "README.md"
 TAGS = ("sparsedelta", "sparse-delta")
 _FROM_BASE = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _MAX_ROWS = 24
+_MAX_NUMBERS = 8
 _MAX_VALUE = 160
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -245,7 +246,8 @@ def _info(info: Mapping[str, JSON]) -> list[tuple[str, ...]]:
     for name, value in info.items():
         if name == "losses" and points:
             continue
-        group = value if isinstance(value, dict) else {"": value}
+        many = numbers(value, _MAX_NUMBERS)
+        group = value if isinstance(value, dict) and not many else {"": many or value}
         for inner, one in group.items():
             label = f"{name}.{inner}" if inner else name
             shown = one if isinstance(one, str) else json.dumps(one, ensure_ascii=False)

@@ -13,6 +13,7 @@ from sparsedelta.errors import (
     ConflictError,
     RemoteNotFound,
 )
+from sparsedelta.files.unread import UNREAD_WEIGHT_SUFFIXES, conversion
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.hub.base_proof import base_reference, check_link, check_remote_structure
@@ -27,8 +28,7 @@ from sparsedelta.hub.client import Hub, Token
 from sparsedelta.hub.folders import folder_of
 from sparsedelta.hub.record import differences
 from sparsedelta.hub.references import Reference, parse_reference
-from sparsedelta.hub.repository import open_repository
-from sparsedelta.ops.diff import UNREAD_WEIGHT_SUFFIXES
+from sparsedelta.hub.repository import Repository, open_repository
 from sparsedelta.ops.stack import stack
 
 
@@ -155,7 +155,11 @@ def fetched_checkpoint(reference: Reference, *, token: Token = None) -> Iterator
     """
     repository = open_repository(Hub(token), reference)
     if not repository.has_weights:
-        hint = "it holds a delta, pull it first" if repository.is_delta_repository else "convert it"
+        hint = (
+            "it holds a delta, pull it first"
+            if repository.is_delta_repository
+            else _conversion(repository)
+        )
         raise RemoteNotFound(
             f"repository '{repository.name}' holds no {WEIGHT_SUFFIX} files; {hint}"
         )
@@ -192,6 +196,14 @@ def check_remote_base(reference: Reference, *, token: Token = None) -> RemoteBas
             check_remote_structure(base, delta)
         n_files = len(record.files) if record else 0
         return RemoteBaseReport(base.name, record is not None, n_files)
+
+
+def _conversion(repository: Repository) -> str:
+    def read(path: str) -> bytes | None:
+        return repository.download_one(path).read_bytes() if path in repository.files else None
+
+    place = repository.reference
+    return conversion(place.repo_id, repository.files, read, revision=place.revision)
 
 
 def _is_of_checkpoint(path: str) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from sparsedelta.report.text import count, line_width, listed, percent, printable, size
+from sparsedelta.report.text import count, line_width, listed, numbers, percent, printable, size
 
 if TYPE_CHECKING:
     from sparsedelta._typing import JSON
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 _GAP = 2
 _MAX_FILES = 8
 _MAX_GROUPS = 8
-_MAX_SETTINGS = 40
+_MAX_SETTINGS = 8
+_MAX_NUMBERS = 8
 _MAX_LABEL = 30
-_MAX_VALUE = 80
+_MAX_VALUE = 60
 _FINGERPRINT_DIGITS = 12
 
 
@@ -46,6 +47,12 @@ def summary_text(path: str | Path, found: Inspection, console: Console) -> str:
         for part in (facts, "", _sizes_table(found)):
             console.print(part)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def info_text(found: Inspection) -> str:
+    """Return everything that the delta records about how it was made, as JSON."""
+    lines = json.dumps(dict(found.info), indent=2, ensure_ascii=False).splitlines()
+    return "\n".join(map(printable, lines))
 
 
 def new_console() -> Console:
@@ -104,7 +111,8 @@ def _settings(info: Mapping[str, JSON]) -> Iterator[tuple[str, str]]:
     if single := {name: value for name, value in info.items() if name not in groups}:
         yield "info", _pairs(single)
     for name, group in groups.items():
-        yield _cut(f"info.{printable(name)}", _MAX_LABEL), _pairs(group)
+        shown = numbers(group, _MAX_NUMBERS) or _pairs(group)
+        yield _cut(f"info.{printable(name)}", _MAX_LABEL), shown
 
 
 def _pairs(settings: Mapping[str, JSON]) -> str:
@@ -119,6 +127,8 @@ def _pairs(settings: Mapping[str, JSON]) -> str:
 def _shown(value: JSON) -> str:
     if isinstance(value, str):
         return value
+    if many := numbers(value, _MAX_NUMBERS):
+        return many
     if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
         return count(len(value), "item")  # a series or table: too long to show
     return json.dumps(value, ensure_ascii=False)

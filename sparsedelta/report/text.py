@@ -49,6 +49,16 @@ def listed(names: Sequence[str], limit: int) -> str:
     return f"{shown} and {len(names) - limit:,} more" if len(names) > limit else shown
 
 
+def numbers(value: object, limit: int) -> str | None:
+    """Return the count and the range of more than ``limit`` numbers; None for anything else."""
+    found = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(found, list) or len(found) <= limit:
+        return None
+    if not all(isinstance(one, int | float) and not isinstance(one, bool) for one in found):
+        return None
+    return f"{count(len(found), 'number')}, {min(found):.4g} to {max(found):.4g}"
+
+
 def line_width(*, is_terminal: bool) -> int:
     """Return the maximum width of lines: that of the terminal, unbounded if the output is no terminal."""
     if is_terminal or "COLUMNS" in os.environ:

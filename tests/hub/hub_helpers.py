@@ -94,7 +94,7 @@ class Person:
 
     def run(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run the command line in the person's folder, in its own process."""
-        environment = {**self._environment(), **self.variables, **variables}
+        environment = {**self.environment(), **self.variables, **variables}
         return self.shell.run([str(one) for one in arguments], self.folder, environment)
 
     def python(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -102,7 +102,7 @@ class Person:
         return subprocess.run(
             [sys.executable, *WARNINGS, *map(str, arguments)],
             cwd=self.folder,
-            env={**self._environment(), **self.variables, **variables},
+            env={**self.environment(), **self.variables, **variables},
             capture_output=True,
             text=True,
             encoding="utf-8",
@@ -130,7 +130,8 @@ class Person:
         """Run the command line with ``--json``; return the parsed result."""
         return json.loads(self.good(*arguments, "--json"))
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """Return the environment of the person's processes."""
         kept = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "HUGGING"))}
         return {
             **kept,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,43 @@ def test_diff(
 def test_diff_does_not_take_a_delta_for_weights(other: Person, pushed: str) -> None:
     error = other.bad("-q", "diff", BASE, TUNED, "-o", "d.sd")
     assert f"'{TUNED}@{pushed}' holds no .safetensors files; it holds a delta, pull it" in error
+
+
+def test_repository_of_bin_files_gets_the_command_that_converts_it(
+    other: Person, hub: LoopbackHub, checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    model = transformers.BertModel(config)
+    model.save_pretrained(tmp_path / "saved")
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    files = {
+        "config.json": (tmp_path / "saved" / "config.json").read_bytes(),
+        "pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes(),
+    }
+    hub.state.add_repo("org/old", files)
+    error = other.bad("diff", "org/old", checkpoints[1], "-o", "d.sd")
+    commit = hub.state.head("org/old").oid
+    assert f"'org/old@{commit}' holds no .safetensors files; convert it with: python -c" in error
+    code = shlex.split(error.partition("with: ")[2])[2]
+    assert f'("org/old", revision="{commit}"' in code
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=other.folder, env=other.environment(), check=True
+    )
+    with sparsedelta.diff(tmp_path / "saved", other.folder / "old-safetensors") as delta:
+        assert delta.nnz == 0
+    hub.state.add_repo("org/older", {"net.bin": files["pytorch_model.bin"]})
+    error = other.bad("diff", "org/older", checkpoints[1], "-o", "d.sd")
+    code = shlex.split(error.partition("with: ")[2])[2]
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=other.folder, env=other.environment(), check=True
+    )
+    with sparsedelta.diff(
+        tmp_path / "saved" / "model.safetensors", other.folder / "net.safetensors"
+    ) as delta:
+        assert delta.nnz == 0
 
 
 def test_inspect_of_a_large_delta_reads_no_more(

@@ -445,7 +445,32 @@ def test_rates_are_given_for_all_methods_or_one() -> None:
     known = {"sift": 1.0, "full": 2.0}
     assert by_method([], known, "--lr") == known
     assert by_method(["3"], known, "--lr") == {"sift": 3.0, "full": 3.0}
-    assert by_method(["3", "full=4"], known, "--lr") == {"sift": 3.0, "full": 4.0}
+    for words in (["3", "full=4"], ["full=4", "3"]):
+        assert by_method(words, known, "--lr") == {"sift": 3.0, "full": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (
+            ["sift=1e-3", "sift=1e-4"],
+            "--lr gives method sift two numbers, 0.001 and 0.0001; give one",
+        ),
+        (["1e-3", "1e-4"], "--lr gives every method two numbers, 0.001 and 0.0001; give one"),
+    ],
+)
+def test_two_rates_for_one_method_are_refused(words: list[str], problem: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        by_method(words, {"sift": 1.0, "full": 2.0}, "--lr")
+
+
+def test_option_given_twice_is_not_forgotten(
+    bases: dict[str, Path], tmp_path: Path, recipe: Recipe
+) -> None:
+    train = write_lines(tmp_path / "train.txt", [("sun", 0), ("rain", 1)] * 20)
+    words = ["--model", bases["bert"], "--data", train, "--lr", "sift=1e-3", "--lr", "sift=1e-4"]
+    error = recipe(*words, fails=True)
+    assert error.startswith("error: --lr gives method sift two numbers, 0.001 and 0.0001")
 
 
 @pytest.mark.parametrize("words", [["--batch", "0"], ["--epochs", "x"], ["--rate", "1.5"]])
