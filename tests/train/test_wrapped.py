@@ -47,7 +47,7 @@ def test_distributed_data_parallel(base: Path, tmp_path: Path) -> None:
     wrapped = nn.parallel.DistributedDataParallel(make_net())
     message = refused(wrapped, base, tmp_path)
     assert message.startswith("the model contains a DistributedDataParallel,")
-    assert message.endswith("give the model itself, unwrapped")
+    assert message.endswith("give the model without this wrapper")
     with pytest.raises(ValueError, match="the model contains a DistributedDataParallel"):
         export_delta(wrapped, tmp_path / "d.sd", base=base)
 
