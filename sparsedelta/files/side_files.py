@@ -1,4 +1,4 @@
-"""Side files of the target: carried in the delta, or the base's, and in either case checked (FORMAT §3.1)."""
+"""Side files of the target: carried in the delta or taken from the base, and always checked (FORMAT §3.1)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 def digest_file(location: Path, copy: Callable[[bytes], object] | None = None) -> tuple[int, bytes]:
-    """Return size and BLAKE3 of a file, having handed its content to ``copy`` on the way."""
+    """Return the size and BLAKE3 digest of a file; ``copy``, if given, receives its content in blocks."""
     hasher = blake3()
     n_bytes = 0
     with open(location, "rb") as file:
@@ -34,7 +34,7 @@ def carried_content(delta: Delta, file: SideFile, stored: Stored) -> bytes:
     """Return the content of a file that the delta carries.
 
     Raises:
-        Corrupt: it is damaged or not what the manifest says.
+        Corrupt: the content does not have the size or digest in the manifest.
     """
     raw = read_text(delta.payload.read(stored.offset, stored.stored_bytes), stored.n_bytes)
     if blake3(raw).digest() != file.digest:
@@ -43,11 +43,11 @@ def carried_content(delta: Delta, file: SideFile, stored: Stored) -> bytes:
 
 
 def write_side_file(delta: Delta, base: Checkpoint, file: SideFile, path: Path) -> None:
-    """Write a side file and sync it.
+    """Write a side file of the target to ``path`` and sync it.
 
     Raises:
-        BaseMismatch: it is the base's, which has none or another.
-        Corrupt: it is carried and damaged.
+        BaseMismatch: the file comes from the base, but is missing there or differs.
+        Corrupt: the file is carried in the delta and is damaged.
     """
     with open(path, "xb") as output:
         if file.stored:
@@ -59,7 +59,11 @@ def write_side_file(delta: Delta, base: Checkpoint, file: SideFile, path: Path) 
 
 
 def check_base_files(delta: Delta, base: Checkpoint) -> None:
-    """Check that the base has all files that the target takes from it; raises BaseMismatch if it has not."""
+    """Check all side files that the target takes from the base.
+
+    Raises:
+        BaseMismatch: a file is missing from the base or differs.
+    """
     for file in delta.target.side_files:
         if not file.stored:
             check_base_file(delta, base, file)
@@ -68,10 +72,10 @@ def check_base_files(delta: Delta, base: Checkpoint) -> None:
 def check_base_file(
     delta: Delta, base: Checkpoint, file: SideFile, copy: Callable[[bytes], object] | None = None
 ) -> None:
-    """Check that the base has the file that the target takes from it; see ``digest_file``.
+    """Check one side file that the target takes from the base; for ``copy`` see ``digest_file``.
 
     Raises:
-        BaseMismatch: it has not.
+        BaseMismatch: the file is missing from the base or differs.
     """
     location = base.side_files.get(file.path)
     named = f", {delta.base.id}," if delta.base.id else ""
@@ -79,8 +83,8 @@ def check_base_file(
     if location is None:
         where = f" from {delta.base.id}" if delta.base.id else ""
         raise BaseMismatch(
-            f"'{base.path}' has no file {file.path!r}, which {source} has; get it{where}, or make the target"
-            f" without it (exclude, --exclude {file.path})"
+            f"'{base.path}' has no file {file.path!r}, but {source} has it; download it{where}, or leave it"
+            f" out of the target (exclude=, --exclude {file.path})"
         )
     if digest_file(location, copy) != (file.n_bytes, file.digest):
         raise BaseMismatch(f"file '{location}' differs from that of {source}")

@@ -125,7 +125,7 @@ def test_overwrites_neither_a_delta_nor_what_is_no_checkpoint(
     second.write_bytes(delta.read_bytes())
     write(workplace.out / "thesis.txt", "mine")
     before = tree(workplace.path)
-    for out, reason in ((second, "is a file"), (workplace.out, "no checkpoint to overwrite")):
+    for out, reason in ((second, "is a file"), (workplace.out, "so it is not replaced")):
         result = run("apply", workplace.base, delta, out, "--overwrite")
         assert result.exit_code == 1
         assert reason in result.stderr
