@@ -129,7 +129,9 @@ def test_room_is_looked_for_before_anything_is_written(
     system = SimpleNamespace(f_blocks=9, f_bfree=1, f_frsize=16)
     monkeypatch.setattr(os, "statvfs", lambda _: system)
     with sparsedelta.diff(base, base) as delta:
-        with pytest.raises(OSError, match=f"takes [0-9]+ bytes, but only 16 are free.*{out}") as caught:
+        with pytest.raises(
+            OSError, match=f"takes [0-9]+ bytes, but only 16 are free.*{out}"
+        ) as caught:
             sparsedelta.apply(base, delta, out)
         assert caught.value.errno == errno.ENOSPC
         assert sorted(os.listdir(tmp_path)) == ["base"]
