@@ -1,4 +1,4 @@
-"""Side files of the target: carried in the delta, or the base's, and in either case checked (FORMAT §3.1)."""
+"""Side files of the target: carried in the delta or taken from the base, and always checked (FORMAT §3.1)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_NAMED = 5
 
 
 def digest_file(location: Path, copy: Callable[[bytes], object] | None = None) -> tuple[int, bytes]:
-    """Return size and BLAKE3 of a file, having handed its content to ``copy`` on the way."""
+    """Return the size and BLAKE3 digest of a file; ``copy``, if given, receives its content in blocks."""
     hasher = blake3()
     n_bytes = 0
     with open(location, "rb") as file:
@@ -37,7 +37,7 @@ def carried_content(delta: Delta, file: SideFile, stored: Stored) -> bytes:
     """Return the content of a file that the delta carries.
 
     Raises:
-        Corrupt: it is damaged or not what the manifest says.
+        Corrupt: the content does not have the size or digest in the manifest.
     """
     raw = read_text(delta.payload.read(stored.offset, stored.stored_bytes), stored.n_bytes)
     if blake3(raw).digest() != file.digest:
@@ -46,11 +46,11 @@ def carried_content(delta: Delta, file: SideFile, stored: Stored) -> bytes:
 
 
 def write_side_file(delta: Delta, base: Checkpoint, file: SideFile, path: Path) -> None:
-    """Write a side file and sync it.
+    """Write a side file of the target to ``path`` and sync it.
 
     Raises:
-        BaseMismatch: it is the base's, which has none or another.
-        Corrupt: it is carried and damaged.
+        BaseMismatch: the file comes from the base, but is missing there or differs.
+        Corrupt: the file is carried in the delta and is damaged.
     """
     with open(path, "xb") as output:
         if file.stored:
@@ -62,7 +62,11 @@ def write_side_file(delta: Delta, base: Checkpoint, file: SideFile, path: Path) 
 
 
 def check_base_files(delta: Delta, base: Checkpoint) -> None:
-    """Check that the base has all files that the target takes from it; raises BaseMismatch if it has not."""
+    """Check all side files that the target takes from the base.
+
+    Raises:
+        BaseMismatch: a file is missing from the base or differs.
+    """
     for file in delta.target.side_files:
         if not file.stored:
             check_base_file(delta, base, file)
@@ -71,10 +75,10 @@ def check_base_files(delta: Delta, base: Checkpoint) -> None:
 def check_base_file(
     delta: Delta, base: Checkpoint, file: SideFile, copy: Callable[[bytes], object] | None = None
 ) -> None:
-    """Check that the base has the file that the target takes from it; see ``digest_file``.
+    """Check one side file that the target takes from the base; for ``copy`` see ``digest_file``.
 
     Raises:
-        BaseMismatch: it has not.
+        BaseMismatch: the file is missing from the base or differs.
     """
     location = base.side_files.get(file.path)
     named = f", {delta.base.id}," if delta.base.id else ""

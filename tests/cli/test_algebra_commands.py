@@ -67,7 +67,7 @@ def test_siblings_that_change_one_tensor_need_the_base(tmp_path: Path, run: Run)
     result = run("stack", *paths, "-o", output)
     assert result.exit_code == 1
     assert (
-        "change tensor 'w'; what it becomes only the base tells: give it (base=, --base)"
+        "change tensor 'w', so its digest can be computed only with the base; give the base (base=, --base)"
         in result.stderr
     )
     assert not output.exists()

@@ -123,7 +123,7 @@ def test_does_not_overwrite_a_delta_or_other_folders(workplace: Workplace, run: 
     second.write_bytes(delta.read_bytes())
     write(workplace.out / "thesis.txt", "mine")
     before = tree(workplace.path)
-    for out, reason in ((second, "is a file"), (workplace.out, "no checkpoint to overwrite")):
+    for out, reason in ((second, "is a file"), (workplace.out, "so it is not replaced")):
         result = run("apply", workplace.base, delta, out, "--overwrite")
         assert result.exit_code == 1
         assert reason in result.stderr

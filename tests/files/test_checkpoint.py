@@ -155,7 +155,7 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
     write_sharded(tmp_path, [{"w": W}, {"v": V}], stem="weights", index=False)
     assert list(read(tmp_path)) == ["w", "v"]
     (tmp_path / "weights-00001-of-00002.safetensors").unlink()
-    assert_refused(tmp_path, "one of 2 shards, shard 1 is not there")
+    assert_refused(tmp_path, "one of 2 shards, but shard 1 is missing")
 
 
 def test_index_may_name_shards_of_any_name_below_it(tmp_path: Path) -> None:
@@ -228,9 +228,9 @@ WHOLE = file_bytes({"w": W})
             (1 << 63).to_bytes(8, "little"),
             "is not a safetensors file; give a .safetensors file or a folder",
         ),
-        (WHOLE[:20], "is only a part of a safetensors file: it has 20 bytes, its header alone 64"),
-        (WHOLE[:-1], "11 bytes of data, its header says 12"),
-        (WHOLE + b"\0", "13 bytes of data, its header says 12"),
+        (WHOLE[:20], "is incomplete: it has 20 bytes, its header alone 64"),
+        (WHOLE[:-1], "11 bytes of data, expected 12 by its header"),
+        (WHOLE + b"\0", "13 bytes of data, expected 12 by its header"),
         (with_header(b"[]"), "not a JSON object"),
         (with_header(b"\x80\x02}q"), "not a JSON object"),
         (
@@ -239,7 +239,7 @@ WHOLE = file_bytes({"w": W})
             .replace(b"[5]", b"[3]"),
             "dtype 'BF17' is unknown",
         ),
-        (WHOLE.replace(b"[2,3]", b"[2,2]"), "has 12 bytes, its shape and dtype say 8"),
+        (WHOLE.replace(b"[2,3]", b"[2,2]"), "has 12 bytes, expected 8 by its shape and dtype"),
         (WHOLE.replace(b"[0,12]", b"[0,11]"), "has 11 bytes"),
         (with_header(compact({"w": {"dtype": "F4", "shape": [1], "data_offsets": [0, 0]}})), "F4"),
     ],
@@ -353,7 +353,7 @@ def test_excluded_files_and_folders(tmp_path: Path) -> None:
 def test_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123\n"
     path = write(tmp_path / "model.safetensors", pointer)
-    with pytest.raises(CheckpointError, match=r"pointer of Git LFS.*git lfs pull"):
+    with pytest.raises(CheckpointError, match=r"Git LFS pointer.*git lfs pull"):
         Checkpoint(path)
 
 
