@@ -7,12 +7,14 @@ to end: so a decoder finds all ends at once, without walking from number to numb
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from sparsedelta.codecs import kernels
 from sparsedelta.errors import Corrupt
 
 Numbers = npt.NDArray[np.uint32]  # (n,)
@@ -34,11 +36,18 @@ def best_low_bits(numbers: Numbers) -> int:
     n = len(numbers)
     if not n:
         return 0
-    mean = int(numbers.sum(dtype=np.uint64)) / n
+    mean = _shifted_sum(numbers, 0) / n
     guess = max(0, int(mean * 0.7).bit_length() - 1)
     candidates = range(max(0, guess - 1), min(MAX_LOW_BITS, guess + 1) + 1)
-    bits = {k: int((numbers >> k).sum(dtype=np.uint64)) + n * k for k in candidates}
+    bits = {k: _shifted_sum(numbers, k) + n * k for k in candidates}
     return min(bits, key=bits.__getitem__)
+
+
+def _shifted_sum(numbers: Numbers, k: int) -> int:
+    if kernels.native:
+        total: int = kernels.native.shifted_sum(numbers, k)
+        return total
+    return int((numbers >> k).sum(dtype=np.uint64))
 
 
 def encode_rice(sequences: Iterable[tuple[Numbers, int]]) -> bytes:
@@ -59,7 +68,15 @@ def decode_rice(data: bytes, lengths: Sequence[tuple[int, int]]) -> list[Numbers
     n_low_bytes = sum(sizes)
     if n_low_bytes > len(raw):
         raise Corrupt(f"stream has {len(raw)} bytes, expected at least {n_low_bytes}")
-    counts = _counts(raw[n_low_bytes:], sum(n for n, _ in lengths))
+    total = sum(n for n, _ in lengths)
+    if total > 8 * (len(raw) - n_low_bytes):
+        raise Corrupt(f"stream does not hold exactly {total} numbers")
+    if kernels.native:
+        numbers = np.empty(total, np.uint32)
+        kernels.native.decode_rice(raw, np.array(lengths, np.int64), numbers)
+        ends = [*itertools.accumulate((n for n, _ in lengths), initial=0)]
+        return [numbers[start:end] for start, end in itertools.pairwise(ends)]
+    counts = _counts(raw[n_low_bytes:], total)
     result, start, first = [], 0, 0
     for size, (n, k) in zip(sizes, lengths, strict=True):
         numbers = counts[first : first + n]
@@ -75,6 +92,9 @@ def decode_rice(data: bytes, lengths: Sequence[tuple[int, int]]) -> list[Numbers
 def pack(numbers: npt.NDArray[Any], k: int) -> Bytes:
     """Return the low ``k`` bits of every number, end to end, the least significant first."""
     packed = np.empty(-(-len(numbers) * k // 8), np.uint8)
+    if kernels.native:
+        kernels.native.pack(np.ascontiguousarray(numbers), numbers.itemsize, k, packed)
+        return packed
     for block in blocks(len(numbers) if k else 0):
         part = numbers[block]
         bits = np.empty((len(part), k), np.uint8)
@@ -93,6 +113,9 @@ def unpack(data: Bytes, n: int, k: int) -> Numbers:
     if n * k % 8 and data[-1] >> n * k % 8:
         raise Corrupt("stream has a bit set behind packed numbers")
     numbers = np.zeros(n, np.uint32)
+    if kernels.native:
+        kernels.native.unpack(data, k, numbers)
+        return numbers
     for block in blocks(n if k else 0):
         part = numbers[block]
         bits = np.unpackbits(data[_bytes_of(block, k)], count=len(part) * k, bitorder="little")
@@ -107,11 +130,14 @@ def _bytes_of(block: slice, k: int) -> slice:
 
 
 def _unary(sequences: Sequence[tuple[Numbers, int]]) -> Bytes:
-    n_bits = sum(
-        len(numbers) + int((numbers >> k).sum(dtype=np.uint64)) for numbers, k in sequences
-    )
-    bits = np.zeros(n_bits, np.bool_)
+    n_bits = sum(len(numbers) + _shifted_sum(numbers, k) for numbers, k in sequences)
     at = 0
+    if kernels.native:
+        packed = np.zeros(-(-n_bits // 8), np.uint8)
+        for numbers, k in sequences:
+            at = kernels.native.put_unary(numbers, k, packed, at)
+        return packed
+    bits = np.zeros(n_bits, np.bool_)
     for numbers, k in sequences:
         for block in blocks(len(numbers)):
             ends = np.cumsum(numbers[block] >> k, dtype=np.int64)
@@ -122,7 +148,7 @@ def _unary(sequences: Sequence[tuple[Numbers, int]]) -> Bytes:
 
 
 def _counts(data: Bytes, n: int) -> Numbers:
-    counts = np.empty(min(n, 8 * len(data)), np.uint32)
+    counts = np.empty(n, np.uint32)
     found, last = 0, -1
     for block in blocks(len(data)):
         ends = np.flatnonzero(np.unpackbits(data[block], bitorder="little").view(np.bool_))
@@ -134,7 +160,7 @@ def _counts(data: Bytes, n: int) -> Numbers:
             counts[start:found] = np.diff(ends, prepend=last) - 1
             last = int(ends[-1])
     if found != n or (len(data) and not data[-1]):
-        raise Corrupt(f"stream holds {found} numbers or more, expected {n}")
+        raise Corrupt(f"stream does not hold exactly {n} numbers")
     return counts
 
 

@@ -15,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from sparsedelta.codecs import kernels
 from sparsedelta.codecs.context import Bits, Positions, StartBits
 from sparsedelta.errors import Corrupt
 
@@ -30,6 +31,10 @@ _DENSE = 64  # where more than one in so many of a span's elements is sought, li
 
 def keys_of(bits: Bits) -> Keys:
     """Return the key of every element: the eight bits below its sign, or the seven there are."""
+    if kernels.native:
+        keys = np.empty(len(bits), np.uint8)
+        kernels.native.keys_of(np.ascontiguousarray(bits), bits.itemsize, keys)
+        return keys
     if bits.itemsize == 1:
         all_bits: Keys = bits & np.uint8(127)
         return all_bits

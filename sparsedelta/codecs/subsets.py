@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sparsedelta.codecs import kernels
 from sparsedelta.codecs.bitpack import (
     MAX_LOW_BITS,
     Numbers,
@@ -42,6 +43,10 @@ class SubsetHead:
         """Number of gaps and their parameter."""
         return self.n_gaps, self.k
 
+    def listed(self, gaps: Numbers, n: int) -> Numbers:
+        """Return the numbers below ``n`` whose gaps these are: those chosen, or all others."""
+        return _numbers(gaps, n)
+
     def chosen(self, gaps: Numbers, n: int) -> Numbers:
         """Return what was chosen of ``n``, ascending.
 
@@ -67,6 +72,10 @@ def read_subset(stream: bytes, at: int) -> tuple[SubsetHead, int]:
 
 def _gaps(ascending: Numbers) -> Numbers:
     """Return how many numbers are left out before each of strictly ascending ones."""
+    if kernels.native:
+        gaps = np.empty(len(ascending), np.uint32)
+        kernels.native.gaps_between(ascending, gaps)
+        return gaps
     gaps = np.diff(ascending, prepend=np.uint32(0))
     gaps[1:] -= 1
     return gaps
@@ -74,6 +83,10 @@ def _gaps(ascending: Numbers) -> Numbers:
 
 def _numbers(gaps: Numbers, n: int) -> Numbers:
     """Return the ascending numbers, below ``n``, that leave out ``gaps`` numbers before each."""
+    if kernels.native:
+        listed = np.empty(len(gaps), np.uint32)
+        kernels.native.numbers_from(gaps, n, listed)
+        return listed
     numbers = np.cumsum(gaps, dtype=np.uint64)
     numbers += np.arange(len(gaps), dtype=np.uint32)
     if len(numbers) and int(numbers[-1]) >= n:
@@ -83,6 +96,10 @@ def _numbers(gaps: Numbers, n: int) -> Numbers:
 
 def _others(ascending: Numbers, n: int) -> Numbers:
     """Return the numbers below ``n`` that are not among ``ascending``."""
+    if kernels.native:
+        rest = np.empty(n - len(ascending), np.uint32)
+        kernels.native.others(ascending, rest)
+        return rest
     left = np.ones(n, np.bool_)
     left[ascending] = False
     return np.flatnonzero(left).astype(np.uint32)

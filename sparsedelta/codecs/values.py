@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparsedelta.codecs import kernels
 from sparsedelta.dtypes import DType
 
 Bits = npt.NDArray[Any]  # (nnz,) unsigned, of the dtype's view
@@ -39,15 +40,28 @@ def _target_decode(dtype: DType, base: Bits, codes: Bits) -> Bits:
 
 
 def _ulp_encode(dtype: DType, base: Bits, target: Bits) -> Bits:
+    if kernels.native:
+        return _compiled(kernels.native.encode_values, dtype, base, target)
     difference = ordered(dtype, target)
     difference -= ordered(dtype, base)
     return ulp_codes(difference)
 
 
 def _ulp_decode(dtype: DType, base: Bits, codes: Bits) -> Bits:
+    if kernels.native:
+        return _compiled(kernels.native.decode_values, dtype, base, codes)
     result = ulp_differences(codes)
     result += ordered(dtype, base)
     return unordered(dtype, result)
+
+
+def _compiled(
+    work: Callable[..., object], dtype: DType, before: Bits, after: Bits
+) -> Bits:
+    result = np.empty(after.shape, after.dtype)
+    pair = map(np.ascontiguousarray, (before, after))
+    work(*pair, KINDS["ulp"] + dtype.is_float, after.itemsize, result)
+    return result
 
 
 def ulp_codes(differences: Bits) -> Bits:
@@ -91,6 +105,9 @@ def unordered(dtype: DType, places: Bits) -> Bits:
         places ^= flip
     return places
 
+
+# Numbers of the value encodings in the kernels; "ulp" of floats is the one after that of integers.
+KINDS: Mapping[str, int] = MappingProxyType({"target": 0, "ulp": 1})
 
 VALUE_ENCODINGS: Mapping[str, ValueEncoding] = MappingProxyType(
     {

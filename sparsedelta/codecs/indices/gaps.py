@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparsedelta.codecs import kernels
 from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stream
 from sparsedelta.codecs.indices.contract import IndexEncoding
 from sparsedelta.errors import Corrupt
@@ -36,6 +37,10 @@ class _Gaps(IndexEncoding):
     def decode(
         self, stream: bytes, nnz: int, span: int, context: ChunkContext = NO_CONTEXT
     ) -> Positions:
+        if kernels.native:
+            positions: Positions = np.empty(nnz, np.uint32)
+            kernels.native.read_gaps(stream, span, positions)
+            return positions
         tokens = np.frombuffer(stream, np.uint8)
         touching = tokens != _SKIP
         if int(np.count_nonzero(touching)) != nnz or not touching[-1]:
@@ -46,7 +51,7 @@ class _Gaps(IndexEncoding):
         if int(advance.sum(dtype=np.uint64)) > span:
             raise Corrupt(f"index stream leaves its span of {span} elements")
         np.cumsum(advance, out=advance)
-        positions: Positions = advance if nnz == len(tokens) else advance[touching]
+        positions = advance if nnz == len(tokens) else advance[touching]
         positions -= 1
         return positions
 
