@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsedelta.codecs import kernels
+from sparsedelta.codecs.bitpack import blocks
 from sparsedelta.codecs.context import Bits, Positions, StartBits
 from sparsedelta.errors import Corrupt
 
@@ -23,6 +24,7 @@ Words: TypeAlias = npt.NDArray[np.uint64]
 Keys: TypeAlias = npt.NDArray[np.uint8]
 
 N_KEYS = 256
+NEXT, END, RANK, REST = range(4)  # what the kernels know of a class
 MAX_THRESHOLDS = 15
 _BLOCK_ELEMENTS = 1 << 18
 _SAMPLE_PIECES, _PIECE_ELEMENTS = 64, 1 << 10
@@ -117,6 +119,82 @@ class ElementClass:
             word >>= shift
             result += shift
         return result
+
+
+def find_chosen(
+    before: StartBits,
+    span: int,
+    thresholds: Sequence[int],
+    chosen: Sequence[tuple[Positions, bool]],
+    nnz: int,
+) -> tuple[Positions, Keys]:
+    """Return exactly ``nnz`` elements chosen by their ranks in their classes, and their keys; compiled only.
+
+    Args:
+        before: the bits of the span before the change.
+        span: number of elements.
+        thresholds: between the classes.
+        chosen: for each class ranks, ascending, and whether all others are meant.
+        nnz: how many elements there have to be.
+
+    Raises:
+        Corrupt: there are more or fewer, or a class has not so many elements.
+    """
+    listed = np.concatenate([ranks for ranks, _ in chosen])
+    state = class_state([len(ranks) for ranks, _ in chosen])
+    state[:, REST] = [of_rest for _, of_rest in chosen]
+    positions, keys, found = np.empty(nnz, np.uint32), np.empty(nnz, np.uint8), 0
+    for start in range(0, span, _BLOCK_ELEMENTS):
+        bits = before(start, min(_BLOCK_ELEMENTS, span - start))
+        found = kernels.native.find_chosen(  # type: ignore[union-attr]
+            bits, bits.itemsize, start, bytes(thresholds), state, listed, positions, keys, found
+        )
+    if found != nnz or (state[:, NEXT] != state[:, END]).any():
+        raise Corrupt(f"index stream does not hold exactly {nnz} positions")
+    return positions, keys
+
+
+def ranks_by_class(
+    before: StartBits, positions: Positions, keys: Keys, span: int, thresholds: Sequence[int]
+) -> Iterator[tuple[Positions, int]]:
+    """Yield for each class the ranks of its elements among ``positions``, and how many it has."""
+    counts = class_counts(keys, thresholds)
+    if kernels.native is None:
+        number = class_table(thresholds)[keys]
+        ordered = positions[np.argsort(number, kind="stable")]
+        parts = np.split(ordered, np.cumsum(counts[:-1]))
+        for words, part in zip(class_words(before, span, thresholds), parts, strict=True):
+            members = ElementClass(words)
+            yield members.ranks(part), len(members)
+        return
+    ranks, state = np.empty(len(positions), np.uint32), class_state(counts)
+    for start, low, high in _edges(positions, span):
+        bits = before(start, min(_BLOCK_ELEMENTS, span - start))
+        kernels.native.rank_chosen(
+            bits, bits.itemsize, start, bytes(thresholds), state, positions[low:high], ranks
+        )
+    n_members = state[:, RANK].tolist()
+    yield from zip(np.split(ranks, np.cumsum(counts[:-1])), n_members, strict=True)
+
+
+def class_state(counts: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Return what the kernels know of classes before they begin, if so many of each are listed."""
+    state = np.zeros((len(counts), 4), np.int64)
+    state[:, END] = np.cumsum(counts)
+    state[1:, NEXT] = state[:-1, END]
+    return state
+
+
+def class_counts(keys: Keys, thresholds: Sequence[int]) -> list[int]:
+    """Return how many of the elements with these keys are in each class."""
+    of_key = np.zeros(N_KEYS, np.int64)
+    if kernels.native:
+        kernels.native.count_keys(keys, of_key)
+    else:
+        for block in blocks(len(keys)):
+            of_key += np.bincount(keys[block], minlength=N_KEYS)
+    counts: list[int] = np.add.reduceat(of_key, [0, *thresholds]).tolist()
+    return counts
 
 
 def _edges(positions: Positions, span: int) -> Iterator[tuple[int, int, int]]:

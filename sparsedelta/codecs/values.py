@@ -55,9 +55,7 @@ def _ulp_decode(dtype: DType, base: Bits, codes: Bits) -> Bits:
     return unordered(dtype, result)
 
 
-def _compiled(
-    work: Callable[..., object], dtype: DType, before: Bits, after: Bits
-) -> Bits:
+def _compiled(work: Callable[..., object], dtype: DType, before: Bits, after: Bits) -> Bits:
     result = np.empty(after.shape, after.dtype)
     pair = map(np.ascontiguousarray, (before, after))
     work(*pair, KINDS["ulp"] + dtype.is_float, after.itemsize, result)
@@ -104,6 +102,56 @@ def unordered(dtype: DType, places: Bits) -> Bits:
         flip |= places.dtype.type(1 << (8 * places.itemsize - 1))
         places ^= flip
     return places
+
+
+def differences(
+    base: Bits, target: Bits, start: int, positions: npt.NDArray[np.uint32]
+) -> tuple[Bits, Bits]:
+    """Return the bits of elements that differ, in ``base`` and in ``target``.
+
+    Args:
+        base: a block before the change.
+        target: the same block after it.
+        start: number of their first element.
+        positions: where the numbers of these elements go; as long as the blocks at least.
+    """
+    if kernels.native:
+        before, after = np.empty((2, len(base)), base.dtype)
+        n = kernels.native.compare(base, target, base.itemsize, start, positions, before, after)
+        return before[:n], after[:n]
+    where = np.flatnonzero(base != target)
+    np.add(where, start, out=positions[: len(where)], casting="unsafe")
+    return base[where], target[where]
+
+
+def change(
+    dtype: DType,
+    bits: Bits,
+    start: int,
+    positions: npt.NDArray[np.uint32],
+    values: str,
+    codes: Bits,
+) -> tuple[Bits, Bits]:
+    """Change elements of a block; return what they were and what they are.
+
+    Args:
+        dtype: of the elements.
+        bits: the block.
+        start: number of its first element, as positions count.
+        positions: (nnz,) within the block.
+        values: the value encoding.
+        codes: (nnz,) of it.
+    """
+    if kernels.native:
+        before, after = np.empty((2, len(codes)), codes.dtype)
+        kind = KINDS[values] + (values == "ulp" and dtype.is_float)
+        kernels.native.change(bits, bits.itemsize, start, positions, codes, kind, before, after)
+        return before, after
+    where = positions - np.uint32(start)
+    before = bits[where]
+    after = VALUE_ENCODINGS[values].decode(dtype, before, codes)
+    bits[where] = after
+    return before, after
 
 
 # Numbers of the value encodings in the kernels; "ulp" of floats is the one after that of integers.

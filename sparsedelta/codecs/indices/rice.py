@@ -6,22 +6,23 @@ change tell which elements are likely to. Classes sort by them, and the base is 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
+from sparsedelta.codecs import kernels
 from sparsedelta.codecs.bitpack import decode_rice, encode_rice
 from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, StartBits, Stream
 from sparsedelta.codecs.exponent_classes import (
     N_KEYS,
     ElementClass,
     choice_bits,
-    class_table,
     class_words,
+    find_chosen,
     keys_at,
     merge_keys,
+    ranks_by_class,
     read_thresholds,
     sample_keys,
     total_choice_bits,
@@ -61,7 +62,7 @@ class _Rice(IndexEncoding):
             thresholds = _choose_classes(context.before, keys, span)
             if not thresholds:
                 return None
-            parts = _by_class(context.before, positions, keys, span, thresholds)
+            parts = ranks_by_class(context.before, positions, keys, span, thresholds)
         head = bytearray([len(thresholds), *thresholds])
         sequences = []
         for chosen, n in parts:
@@ -88,6 +89,12 @@ class _Rice(IndexEncoding):
             return positions
         if context.before is None:
             raise ValueError("classes need the start of the tensor")
+        if kernels.native:
+            listed = [
+                (head.listed(gaps, span), head.of_rest)
+                for head, gaps in zip(heads, sequences, strict=True)
+            ]
+            return find_chosen(context.before, span, thresholds, listed, nnz)[0]
         parts, left = [], nnz
         classes = class_words(context.before, span, thresholds)
         for words, head, gaps in zip(classes, heads, sequences, strict=True):
@@ -107,23 +114,6 @@ class _Rice(IndexEncoding):
 def _check_number(left: int, nnz: int) -> None:
     if left:
         raise Corrupt(f"index stream does not hold exactly {nnz} positions")
-
-
-def _by_class(
-    before: StartBits,
-    positions: Positions,
-    keys: npt.NDArray[np.uint8],
-    span: int,
-    thresholds: Sequence[int],
-) -> Iterator[tuple[Positions, int]]:
-    """Yield for each class which of its elements are touched, and how many it has."""
-    number = class_table(thresholds)[keys]
-    ordered = positions[np.argsort(number, kind="stable")]
-    ends = np.cumsum(np.bincount(number, minlength=len(thresholds) + 1)).tolist()
-    classes = class_words(before, span, thresholds)
-    for words, (begin, end) in zip(classes, itertools.pairwise([0, *ends]), strict=True):
-        members = ElementClass(words)
-        yield members.ranks(ordered[begin:end]), len(members)
 
 
 def _choose_classes(before: StartBits, keys: npt.NDArray[np.uint8], span: int) -> list[int]:

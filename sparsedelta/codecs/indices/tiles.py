@@ -7,10 +7,13 @@ and a band of columns make a tile, a rectangle once they are moved together, cod
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from sparsedelta.codecs import kernels
 from sparsedelta.codecs.bitpack import (
     MAX_LOW_BITS,
     Numbers,
@@ -29,7 +32,7 @@ from sparsedelta.codecs.exponent_classes import (
     total_choice_bits,
 )
 from sparsedelta.codecs.indices.contract import IndexEncoding
-from sparsedelta.codecs.subsets import encode_subset, read_subset
+from sparsedelta.codecs.subsets import SubsetHead, encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 
 MAX_BANDS = 16
@@ -115,6 +118,8 @@ class _Tiles(IndexEncoding):
             if int(labels.max()) >= n_bands:
                 raise Corrupt(f"index stream puts a line into band {labels.max()} of {n_bands}")
         grid = _Grid(sequences[0], sequences[1], (lengths[0][2], lengths[1][2]))
+        if kernels.native:
+            return _joined(grid, columns, first, span, nnz, heads, sequences[2:])
         parts, left = [], nnz
         for number, (head, gaps) in enumerate(zip(heads, sequences[2:], strict=True)):
             chosen = head.chosen(gaps, int(grid.areas[number]))
@@ -133,6 +138,27 @@ class _Tiles(IndexEncoding):
         if cells[0] < 0 or cells[-1] >= span:
             raise Corrupt(f"index stream leaves its span of {span} elements")
         return cells.astype(np.uint32)
+
+
+def _joined(
+    grid: _Grid,
+    columns: int,
+    first: int,
+    span: int,
+    nnz: int,
+    heads: Sequence[SubsetHead],
+    sequences: Sequence[Numbers],
+) -> Positions:
+    """Return the positions in the tiles; compiled only."""
+    touched, positions = np.zeros(-(-span // 8), np.uint8), np.empty(nnz, np.uint32)
+    kernel: Any = kernels.native
+    for number, (head, gaps) in enumerate(zip(heads, sequences, strict=True)):
+        places = head.chosen(gaps, int(grid.areas[number]))
+        if len(places):
+            kernel.put_cells(places, *grid.lines(number), columns, first, span, touched)
+    if kernel.ones(touched, positions) != nnz:
+        raise Corrupt(f"index stream does not hold exactly {nnz} positions")
+    return positions
 
 
 class _Grid:
@@ -163,12 +189,15 @@ class _Grid:
 
     def cells(self, number: int, places: Numbers) -> tuple[npt.NDArray[np.int64], ...]:
         """Return rows and columns of places within a tile."""
-        band, other = divmod(number, self.shape[1])
-        row, column = np.divmod(places, np.uint32(self._counts[1][other]))
-        return (
-            self._orders[0][self._starts[0][band] :][row],
-            self._orders[1][self._starts[1][other] :][column],
-        )
+        rows, columns = self.lines(number)
+        row, column = np.divmod(places, np.uint32(len(columns)))
+        return rows[row], columns[column]
+
+    def lines(self, number: int) -> list[npt.NDArray[np.int64]]:
+        """Return the rows and the columns of a tile."""
+        bands = divmod(number, self.shape[1])
+        parts = zip(bands, self._orders, self._starts, self._counts, strict=True)
+        return [order[starts[i] : starts[i] + counts[i]] for i, order, starts, counts in parts]
 
     def _ranks(self, axis: int) -> npt.NDArray[np.int64]:
         """Return for each line how many before it are in the same band."""

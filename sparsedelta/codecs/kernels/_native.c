@@ -372,6 +372,30 @@ static PyObject *ones(PyObject *module, PyObject *args) {
     return release(b, 2, PyLong_FromSsize_t(found));
 }
 
+/* Sets the bits of cells, given as places in a tile of some rows and columns (§6.6); cells count from `first`. */
+static PyObject *put_cells(PyObject *module, PyObject *args) {
+    Py_buffer b[4];
+    size n_columns, first, span;
+    if (!PyArg_ParseTuple(args, "y*y*y*nnnw*", &b[0], &b[1], &b[2], &n_columns, &first, &span, &b[3])) return NULL;
+    const u32 *place = b[0].buf;
+    const i64 *rows = b[1].buf, *columns = b[2].buf;
+    u8 *out = b[3].buf;
+    size n = b[0].len / 4, n_across = b[2].len / 8, n_down = b[1].len / 8;
+    int fits = span <= 8 * b[3].len && n_across > 0 && n_across <= UINT32_MAX, inside = 1;
+    Py_BEGIN_ALLOW_THREADS
+    for (size i = 0; fits && inside && i < n; i++) {
+        uint32_t row = place[i] / (uint32_t)n_across, column = place[i] % (uint32_t)n_across;
+        fits = row < n_down;
+        if (!fits) break;
+        int64_t at = rows[row] * n_columns + columns[column] - first;
+        inside = at >= 0 && at < span;
+        if (inside) out[at >> 3] |= (u8)(1 << (at & 7));
+    }
+    Py_END_ALLOW_THREADS
+    if (!inside) PyErr_Format(Corrupt, "index stream leaves its span of %zd elements", span);
+    return release(b, 4, !inside ? NULL : fits ? none() : wrong_sizes());
+}
+
 /* ---- Classes of elements (FORMAT §6.2) ---- */
 
 INLINE u8 key_of(uint64_t bits, int width) { return width == 1 ? bits & 127 : (u8)(bits >> (8 * width - 9)); }
@@ -768,7 +792,7 @@ static PyObject *change(PyObject *module, PyObject *args) {
 
 static PyMethodDef kernels[] = {
     KERNEL(shifted_sum), KERNEL(pack), KERNEL(unpack), KERNEL(put_unary), KERNEL(decode_rice),
-    KERNEL(gaps_between), KERNEL(numbers_from), KERNEL(others), KERNEL(read_gaps), KERNEL(put_bits), KERNEL(ones),
+    KERNEL(gaps_between), KERNEL(numbers_from), KERNEL(others), KERNEL(read_gaps), KERNEL(put_bits), KERNEL(ones), KERNEL(put_cells),
     KERNEL(keys_of), KERNEL(find_chosen), KERNEL(rank_chosen),
     KERNEL(count_keys), KERNEL(step_statistics), KERNEL(sort_codes), KERNEL(long_steps), KERNEL(join_steps),
     KERNEL(encode_values), KERNEL(decode_values), KERNEL(compare), KERNEL(change),

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from sparsedelta.codecs import kernels
 from sparsedelta.codecs.bitpack import (
     MAX_LOW_BITS,
     Numbers,
@@ -28,8 +29,11 @@ from sparsedelta.codecs.context import Bits, Stream
 from sparsedelta.codecs.exponent_classes import (
     MAX_THRESHOLDS,
     N_KEYS,
+    RANK,
     Keys,
     choice_bits,
+    class_counts,
+    class_state,
     class_table,
     merge_keys,
     read_thresholds,
@@ -68,18 +72,13 @@ class _Steps(ValuePacking):
             thresholds = _choose_classes(keys, codes)
             if not thresholds:
                 return None
-            number = class_table(thresholds)[keys]
-            counts = _count(number, len(thresholds) + 1)
-            unsorted, codes = codes, np.empty_like(codes)
-            for where, to in _by_class(number, counts):
-                codes[to] = unsorted[where]
+            counts = class_counts(keys, thresholds)
+            codes = _sorted(codes, keys, thresholds, counts)
         head = bytearray([len(thresholds), *thresholds])
         sequences: list[tuple[Numbers, int]] = []
         for start, end in itertools.pairwise(itertools.accumulate(counts, initial=0)):
-            beyond = codes[start:end] >> 1  # units beyond the first
-            long = np.flatnonzero(beyond).astype(np.uint32)
+            long, excess = _long(codes[start:end])
             subset_head, sequence = encode_subset(long, end - start)
-            excess = beyond[long].astype(np.uint32) - np.uint32(1)
             k = best_low_bits(excess)
             head += subset_head + write_number(k)
             sequences += [sequence, (excess, k)]
@@ -93,10 +92,7 @@ class _Steps(ValuePacking):
     def decode(self, streams: Sequence[bytes], nnz: int, width: int, keys: Keys | None) -> Bits:
         (stream,) = streams
         thresholds, at = read_thresholds(stream, classes=keys is not None)
-        number, counts = None, [nnz]
-        if thresholds and keys is not None:
-            number = class_table(thresholds)[keys]
-            counts = _count(number, len(thresholds) + 1)
+        counts = class_counts(keys, thresholds) if thresholds and keys is not None else [nnz]
         heads, lengths = [], []
         for n in counts:
             head, at = read_subset(stream, at)
@@ -110,21 +106,70 @@ class _Steps(ValuePacking):
         packed = np.frombuffer(stream[at : at + n_sign_bytes], np.uint8)
         if len(packed) != n_sign_bytes:
             raise Corrupt("value stream ends within its signs")
+        sequences = decode_rice(stream[at + n_sign_bytes :], lengths)
+        if kernels.native:
+            listed = [h.chosen(g, n) for h, g, n in zip(heads, sequences[::2], counts, strict=True)]
+            return _joined(packed, nnz, width, keys, thresholds, counts, listed, sequences[1::2])
         codes = unpack(packed, nnz, 1).astype(f"<u{width}")
         codes += 1
-        sequences = decode_rice(stream[at + n_sign_bytes :], lengths)
         start = 0
         for n, head, gaps, excess in zip(
             counts, heads, sequences[::2], sequences[1::2], strict=True
         ):
             _lengthen(codes[start : start + n], head.chosen(gaps, n), excess)
             start += n
-        if number is None:
+        if not thresholds or keys is None:
             return codes
         ordered, codes = codes, np.empty_like(codes)
-        for where, to in _by_class(number, counts):
+        for where, to in _by_class(class_table(thresholds)[keys], counts):
             codes[where] = ordered[to]
         return codes
+
+
+def _sorted(codes: Bits, keys: Keys, thresholds: Sequence[int], counts: list[int]) -> Bits:
+    """Return the codes class by class."""
+    result = np.empty_like(codes)
+    table = class_table(thresholds)
+    if kernels.native:
+        places = np.cumsum([0, *counts[:-1]], dtype=np.int64)
+        kernels.native.sort_codes(codes, codes.itemsize, keys, table, places, result)
+        return result
+    for where, to in _by_class(table[keys], counts):
+        result[to] = codes[where]
+    return result
+
+
+def _long(codes: Bits) -> tuple[Numbers, Numbers]:
+    """Return which steps are longer than one unit, and by how much more than one."""
+    if kernels.native:
+        long, excess = np.empty((2, len(codes)), np.uint32)
+        n = kernels.native.long_steps(codes, codes.itemsize, long, excess)
+        return long[:n], excess[:n]
+    beyond = codes >> 1  # units beyond the first
+    long = np.flatnonzero(beyond).astype(np.uint32)
+    return long, beyond[long].astype(np.uint32) - np.uint32(1)
+
+
+def _joined(
+    signs: Stream,
+    nnz: int,
+    width: int,
+    keys: Keys | None,
+    thresholds: Sequence[int],
+    counts: list[int],
+    long: Sequence[Numbers],
+    excess: Sequence[Numbers],
+) -> Bits:
+    """Return the codes, compiled only; class by class: which are long, and how much longer."""
+    codes = np.empty(nnz, f"<u{width}")
+    state = class_state([len(one) for one in long])
+    state[:, RANK] = np.cumsum([0, *counts[:-1]])
+    with_keys = keys if thresholds and keys is not None else b""
+    kernels.native.join_steps(  # type: ignore[union-attr]
+        signs, with_keys, class_table(thresholds), state,
+        np.concatenate(long), np.concatenate(excess), codes, width,
+    )  # fmt: skip
+    return codes
 
 
 def _lengthen(codes: Bits, long: Numbers, excess: Numbers) -> None:
@@ -138,14 +183,6 @@ def _lengthen(codes: Bits, long: Numbers, excess: Numbers) -> None:
     if int(more.max()) >> n_bits:
         raise Corrupt(f"value stream holds a code of more than {n_bits} bits")
     codes[long] = more
-
-
-def _count(number: Keys, n_classes: int) -> list[int]:
-    counts = np.zeros(n_classes, np.int64)
-    for block in blocks(len(number)):
-        counts += np.bincount(number[block], minlength=n_classes)
-    listed: list[int] = counts.tolist()
-    return listed
 
 
 def _by_class(number: Keys, counts: list[int]) -> Iterator[tuple[npt.NDArray[np.intp], slice]]:
@@ -165,7 +202,9 @@ def _by_class(number: Keys, counts: list[int]) -> Iterator[tuple[npt.NDArray[np.
 
 def _choose_classes(keys: Keys, codes: Bits) -> list[int]:
     sums = np.zeros((3, N_KEYS), np.int64)  # of each key: steps, long ones, how much longer
-    for block in blocks(len(keys)):
+    if kernels.native:
+        kernels.native.step_statistics(codes, codes.itemsize, keys, sums)
+    for block in blocks(0 if kernels.native else len(keys)):
         beyond = codes[block] >> 1
         excess = np.maximum(beyond, 1) - 1
         for row, weights in zip(sums, (None, beyond > 0, excess), strict=True):
