@@ -239,7 +239,8 @@ def decode_chunk(
     positions = index.decode(streams[0], chunk.nnz, chunk.span, context)
     keys = None
     if before is not None and coding.classes and packing.has_classes:
-        keys = keys_at(before, positions, chunk.span)
+        found = context.keys_found
+        keys = found[0] if found else keys_at(before, positions, chunk.span)
     return positions, packing.decode(streams[1:], chunk.nnz, dtype.width, keys)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -28,6 +28,7 @@ class ChunkContext:
         first: the chunk's first element, as its place in its row; for encoders.
         keys: of the elements at the positions, for encoders (FORMAT §6.2); None: not looked up.
         classes: sort positions and codes into classes.
+        keys_found: receives the keys of the positions, if a decoder comes across them.
     """
 
     before: StartBits | None = None
@@ -35,6 +36,7 @@ class ChunkContext:
     first: int = 0
     keys: npt.NDArray[np.uint8] | None = None
     classes: bool = False
+    keys_found: list[npt.NDArray[np.uint8]] = field(default_factory=list)
 
     def sorted(self, classes: bool) -> ChunkContext:
         """Return the same with classes, or without."""

@@ -10,7 +10,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,8 @@ Words: TypeAlias = npt.NDArray[np.uint64]
 Keys: TypeAlias = npt.NDArray[np.uint8]
 
 N_KEYS = 256
-NEXT, END, RANK, REST = range(4)  # what the kernels know of a class
+NEXT, END, RANK, REST = range(4)  # what the kernels know of a class, see there
+_SLACK = 16
 MAX_THRESHOLDS = 15
 _BLOCK_ELEMENTS = 1 << 18
 _SAMPLE_PIECES, _PIECE_ELEMENTS = 64, 1 << 10
@@ -140,16 +141,21 @@ def find_chosen(
     Raises:
         Corrupt: there are more or fewer, or a class has not so many elements.
     """
-    listed = np.concatenate([ranks for ranks, _ in chosen])
-    state = class_state([len(ranks) for ranks, _ in chosen])
-    state[:, REST] = [of_rest for _, of_rest in chosen]
+    ends = [int(ranks[-1]) + 1 if len(ranks) else 0 for ranks, _ in chosen]
+    state = np.zeros((len(chosen), 4), np.int64)
+    state[:, END], state[:, REST] = ends, [of_rest for _, of_rest in chosen]
+    edges = np.cumsum([0, *(end // 8 + _SLACK for end in ends)])
+    state[:, NEXT], bitmaps = edges[:-1], np.zeros(int(edges[-1]), np.uint8)
+    kernel: Any = kernels.native
+    for (ranks, _), bitmap in zip(chosen, np.split(bitmaps, edges[1:-1]), strict=True):
+        kernel.put_bits(ranks, bitmap)
     positions, keys, found = np.empty(nnz, np.uint32), np.empty(nnz, np.uint8), 0
     for start in range(0, span, _BLOCK_ELEMENTS):
         bits = before(start, min(_BLOCK_ELEMENTS, span - start))
-        found = kernels.native.find_chosen(  # type: ignore[union-attr]
-            bits, bits.itemsize, start, bytes(thresholds), state, listed, positions, keys, found
+        found = kernel.find_chosen(
+            bits, bits.itemsize, start, bytes(thresholds), state, bitmaps, positions, keys, found
         )
-    if found != nnz or (state[:, NEXT] != state[:, END]).any():
+    if found != nnz or (state[:, RANK] < ends).any():
         raise Corrupt(f"index stream does not hold exactly {nnz} positions")
     return positions, keys
 

@@ -19,6 +19,9 @@ class _Gaps(IndexEncoding):
         return nnz * 2000 >= span  # when sparser, tokens drown in skips
 
     def encode(self, positions: Positions, span: int, context: ChunkContext = NO_CONTEXT) -> Stream:
+        if kernels.native:
+            tokens = np.empty(len(positions) + int(positions[-1]) // _SKIP, np.uint8)
+            return tokens[: kernels.native.put_gaps(positions, tokens)]
         gaps = np.empty(len(positions), np.uint32)
         gaps[0] = positions[0]
         np.subtract(positions[1:], positions[:-1], out=gaps[1:])

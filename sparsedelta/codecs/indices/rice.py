@@ -94,7 +94,9 @@ class _Rice(IndexEncoding):
                 (head.listed(gaps, span), head.of_rest)
                 for head, gaps in zip(heads, sequences, strict=True)
             ]
-            return find_chosen(context.before, span, thresholds, listed, nnz)[0]
+            positions, keys = find_chosen(context.before, span, thresholds, listed, nnz)
+            context.keys_found.append(keys)
+            return positions
         parts, left = [], nnz
         classes = class_words(context.before, span, thresholds)
         for words, head, gaps in zip(classes, heads, sequences, strict=True):

@@ -69,7 +69,7 @@ class _Tiles(IndexEncoding):
             return None
         grid = _Grid(rows, lines)
         places = grid.places(row, column)
-        places.sort()
+        places = _sorted(places, int(grid.edges[-1]))
         counts = np.diff(np.searchsorted(places, grid.edges))
         if not _is_worth_it(grid, counts):
             return None
@@ -205,6 +205,17 @@ class _Grid:
         order = self._orders[axis]
         ranks[order] = np.arange(len(order)) - self._starts[axis][self.labels[axis][order]]
         return ranks
+
+
+def _sorted(places: Numbers, n_cells: int) -> Numbers:
+    """Return places in all tiles, each once, ascending."""
+    if kernels.native is None:
+        places.sort()
+        return places
+    bits = np.zeros(-(-n_cells // 8), np.uint8)
+    kernels.native.put_bits(places, bits)
+    kernels.native.ones(bits, places)
+    return places
 
 
 def _n_rows(columns: int, first: int, span: int) -> int:

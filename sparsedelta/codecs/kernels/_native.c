@@ -25,6 +25,8 @@
 #else
 #define CLONED
 #endif
+static int has_deposit; /* whether the processor has PDEP, and is quick at it */
+
 #define INLINE static inline __attribute__((always_inline))
 
 typedef Py_ssize_t size;
@@ -340,6 +342,27 @@ static PyObject *read_gaps(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
+/* Puts down tokens while there is room, and returns how many there are. */
+static PyObject *put_gaps(PyObject *module, PyObject *args) {
+    Py_buffer b[2];
+    if (!PyArg_ParseTuple(args, "y*w*", &b[0], &b[1])) return NULL;
+    const u32 *position = b[0].buf;
+    u8 *out = b[1].buf;
+    size n = b[0].len / 4, room = b[1].len, found = 0;
+    uint32_t next = 0;
+    Py_BEGIN_ALLOW_THREADS
+    for (size i = 0; i < n; i++) {
+        uint32_t gap = position[i] - next;
+        next = position[i] + 1;
+        for (; gap >= SKIP; gap -= SKIP, found++)
+            if (found < room) out[found] = SKIP;
+        if (found < room) out[found] = (u8)gap;
+        found++;
+    }
+    Py_END_ALLOW_THREADS
+    return release(b, 2, PyLong_FromSsize_t(found));
+}
+
 static PyObject *put_bits(PyObject *module, PyObject *args) {
     Py_buffer b[2];
     if (!PyArg_ParseTuple(args, "y*w*", &b[0], &b[1])) return NULL;
@@ -428,22 +451,37 @@ INLINE void look_at(const void *bits, size first, size n, const u8 *threshold, i
     below[n_classes - 1] = all;
 }
 
-/* What is known of a class on the way: its numbers are chosen[next … end], or all but these. */
+/* What is known of a class on the way. In finding: which of its elements are chosen, or not if `rest`, is a
+ * bitmap of `end` bits from byte `next`. In ranking: where its next rank goes, and where its ranks end. */
 typedef struct { int64_t next, end, rank, rest; } Class;
+enum { SLACK = 16 }; /* zero bytes after each bitmap */
 
-/* Returns which elements of a class, its `mask`, are chosen. */
-INLINE uint64_t chosen_of(Class *one, const u32 *chosen, uint64_t mask) {
-    int64_t rank = one->rank, after = rank + __builtin_popcountll(mask);
-    uint64_t found = 0, left = mask;
-    for (; one->next < one->end && chosen[one->next] < after; one->next++) {
-        for (; rank < chosen[one->next]; rank++) left &= left - 1;
-        found |= left & -left;
+/* Returns a word in which the lowest bits of `bits` stand where `mask` has ones. */
+INLINE uint64_t deposit(uint64_t bits, uint64_t mask) {
+    uint64_t word = 0;
+#ifdef __x86_64__
+    if (has_deposit) {
+        __asm__("pdepq %2, %1, %0" : "=r"(word) : "r"(bits), "r"(mask));
+        return word;
     }
-    one->rank = after;
-    return one->rest ? mask & ~found : found;
+#endif
+    for (; mask; mask &= mask - 1, bits >>= 1) word |= bits & 1 ? mask & -mask : 0;
+    return word;
 }
 
-INLINE size find_in(const void *bits, size n, size start, const u8 *threshold, int n_classes, Class *classes, const u32 *chosen, u32 *positions, u8 *keys, size found, size room, int W) {
+/* Returns which elements of a class, its `mask`, are chosen. */
+INLINE uint64_t chosen_of(Class *one, const u8 *bitmaps, uint64_t mask) {
+    int64_t rank = one->rank;
+    uint64_t bits = 0;
+    one->rank += __builtin_popcountll(mask);
+    if (rank < one->end) {
+        const u8 *at = bitmaps + one->next + (rank >> 3);
+        bits = *(const u64 *)at >> (rank & 7) | (uint64_t)at[8] << 1 << (63 - (rank & 7));
+    }
+    return deposit(bits ^ -(uint64_t)one->rest, mask);
+}
+
+INLINE size find_in(const void *bits, size n, size start, const u8 *threshold, int n_classes, Class *classes, const u8 *chosen, u32 *positions, u8 *keys, size found, size room, int W) {
     u8 key[GROUP];
     uint64_t below[MAX_CLASSES];
     for (size first = 0; first < n; first += GROUP) {
@@ -461,7 +499,7 @@ INLINE size find_in(const void *bits, size n, size start, const u8 *threshold, i
     return found;
 }
 
-CLONED static size find_any(const void *bits, size n, size start, int width, const u8 *threshold, int n_classes, Class *classes, const u32 *chosen, u32 *positions, u8 *keys, size found, size room) {
+CLONED static size find_any(const void *bits, size n, size start, int width, const u8 *threshold, int n_classes, Class *classes, const u8 *chosen, u32 *positions, u8 *keys, size found, size room) {
     FOR_WIDTH(width, found = find_in(bits, n, start, threshold, n_classes, classes, chosen, positions, keys, found, room, W))
     return found;
 }
@@ -484,7 +522,8 @@ static PyObject *find_chosen(PyObject *module, PyObject *args) {
     Class classes[MAX_CLASSES];
     if (fits) memcpy(classes, b[2].buf, b[2].len);
     for (size c = 0; fits && c < n_classes; c++)
-        fits = classes[c].next >= 0 && classes[c].next <= classes[c].end && classes[c].end <= b[3].len / 4;
+        fits = classes[c].next >= 0 && classes[c].end >= 0 && classes[c].rank >= 0 && classes[c].rest >> 1 == 0 &&
+               classes[c].end / 8 + SLACK <= b[3].len - classes[c].next;
     if (!fits) return release(b, 6, wrong_sizes());
     Py_BEGIN_ALLOW_THREADS
     found = find_any(b[0].buf, b[0].len / width, start, width, b[1].buf, (int)n_classes, classes, b[3].buf, b[4].buf, b[5].buf, found, room);
@@ -495,16 +534,16 @@ static PyObject *find_chosen(PyObject *module, PyObject *args) {
 }
 
 INLINE int rank_in(const void *bits, size n, size start, const u8 *threshold, int n_classes, Class *classes, const u32 *positions, size n_positions, u32 *ranks, int W) {
-    u8 key[GROUP];
+    u8 key[GROUP], class_of[256];
     uint64_t below[MAX_CLASSES];
     size at = 0;
+    for (int i = 0, c = 0; i < 256; i++) class_of[i] = (u8)(c += c < n_classes - 1 && i == threshold[c]);
     for (size first = 0; first < n; first += GROUP) {
         look_at(bits, first, n - first < GROUP ? n - first : GROUP, threshold, n_classes, key, below, W);
         for (; at < n_positions && positions[at] < start + first + GROUP; at++) {
             int64_t i = positions[at] - (start + first);
             if (i < 0 || i >= n - first) return 0;
-            int c = 0;
-            while (!(below[c] >> i & 1)) c++; /* ends: all are below the last */
+            int c = class_of[key[i]];
             uint64_t members = (c ? below[c] & ~below[c - 1] : below[c]) & (((uint64_t)1 << i) - 1);
             if (classes[c].next >= classes[c].end) return 0;
             ranks[classes[c].next++] = (uint32_t)(classes[c].rank + __builtin_popcountll(members));
@@ -611,20 +650,22 @@ static PyObject *long_steps(PyObject *module, PyObject *args) {
     return release(b, 3, PyLong_FromSsize_t(found));
 }
 
-/* The codes of steps. `where` and `excess` list the long ones, class after class, classes[c] says which;
- * their `rank` is where the signs of a class begin. Without keys there is one class. */
+/* The codes of steps. `where` and `excess` list the long ones, class after class, from `next`; after those
+ * of a class, at `end`, stands NOWHERE. Their `rank` is where the signs of a class begin. Without keys there is
+ * one class. */
+#define NOWHERE UINT32_MAX
+
 INLINE int join_in(const u8 *signs, size n, const u8 *key, const u8 *table, Class *classes, const u32 *where, const u32 *excess, void *codes, int W) {
     uint64_t most = W < 4 ? ((uint64_t)1 << 8 * W) - 1 : UINT32_MAX;
     int64_t starts[MAX_CLASSES];
     for (int c = 0; c < MAX_CLASSES; c++) starts[c] = classes[c].rank;
     for (size i = 0; i < n; i++) {
         int c = key ? table[key[i]] : 0;
-        Class *one = &classes[c];
-        int64_t at = one->rank++;
+        int64_t at = classes[c].rank++, next = classes[c].next;
         if (at >= n) return 0;
-        uint64_t code = 1 + (signs[at >> 3] >> (at & 7) & 1);
-        if (one->next < one->end && where[one->next] == at - starts[c])
-            code += 2 * ((uint64_t)excess[one->next++] + 1);
+        uint64_t is_long = where[next] == at - starts[c]; /* without a branch: no processor foresees it */
+        uint64_t code = 1 + (signs[at >> 3] >> (at & 7) & 1) + (-is_long & 2 * ((uint64_t)excess[next] + 1));
+        classes[c].next += is_long;
         if (code > most) return 0;
         put(codes, i, code, W);
     }
@@ -644,7 +685,8 @@ static PyObject *join_steps(PyObject *module, PyObject *args) {
     if (fits) memcpy(classes, b[3].buf, n_classes * sizeof(Class));
     for (int key = 0; fits && key < 256; key++) fits = table[key] < n_classes;
     for (size c = 0; fits && c < n_classes; c++)
-        fits = classes[c].next >= 0 && classes[c].end <= b[4].len / 4 && classes[c].rank >= 0;
+        fits = classes[c].next >= 0 && classes[c].next <= classes[c].end && classes[c].end < b[4].len / 4 &&
+               ((const u32 *)b[4].buf)[classes[c].end] == NOWHERE && classes[c].rank >= 0;
     if (!fits) return release(b, 7, wrong_sizes());
     int good = 0;
     Py_BEGIN_ALLOW_THREADS
@@ -792,7 +834,7 @@ static PyObject *change(PyObject *module, PyObject *args) {
 
 static PyMethodDef kernels[] = {
     KERNEL(shifted_sum), KERNEL(pack), KERNEL(unpack), KERNEL(put_unary), KERNEL(decode_rice),
-    KERNEL(gaps_between), KERNEL(numbers_from), KERNEL(others), KERNEL(read_gaps), KERNEL(put_bits), KERNEL(ones), KERNEL(put_cells),
+    KERNEL(gaps_between), KERNEL(numbers_from), KERNEL(others), KERNEL(read_gaps), KERNEL(put_gaps), KERNEL(put_bits), KERNEL(ones), KERNEL(put_cells),
     KERNEL(keys_of), KERNEL(find_chosen), KERNEL(rank_chosen),
     KERNEL(count_keys), KERNEL(step_statistics), KERNEL(sort_codes), KERNEL(long_steps), KERNEL(join_steps),
     KERNEL(encode_values), KERNEL(decode_values), KERNEL(compare), KERNEL(change),
@@ -811,6 +853,10 @@ PyMODINIT_FUNC PyInit__native(void) {
     if (!errors) return NULL;
     Corrupt = PyObject_GetAttrString(errors, "Corrupt");
     Py_DECREF(errors);
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    has_deposit = __builtin_cpu_supports("bmi2") && !__builtin_cpu_is("znver1") && !__builtin_cpu_is("znver2");
+#endif
     PyObject *module = Corrupt ? PyModule_Create(&definition) : NULL;
     if (module && PyModule_AddIntConstant(module, "VERSION", 1)) {
         Py_DECREF(module);

@@ -27,6 +27,7 @@ from sparsedelta.codecs.bitpack import (
 )
 from sparsedelta.codecs.context import Bits, Stream
 from sparsedelta.codecs.exponent_classes import (
+    END,
     MAX_THRESHOLDS,
     N_KEYS,
     RANK,
@@ -45,6 +46,7 @@ from sparsedelta.errors import Corrupt
 _CLASS_BITS = 40  # what a class costs besides its codes
 _MOST_CLASSES = MAX_THRESHOLDS + 1
 _FEWEST = 256  # codes; of fewer, classes cannot save enough
+_NOWHERE = (1 << 32) - 1
 _LONG = 16  # a code; where most are above it others do better
 
 
@@ -163,13 +165,20 @@ def _joined(
     """Return the codes, compiled only; class by class: which are long, and how much longer."""
     codes = np.empty(nnz, f"<u{width}")
     state = class_state([len(one) for one in long])
+    state[:, : END + 1] += np.arange(len(long))[:, np.newaxis]  # the marks
     state[:, RANK] = np.cumsum([0, *counts[:-1]])
     with_keys = keys if thresholds and keys is not None else b""
     kernels.native.join_steps(  # type: ignore[union-attr]
         signs, with_keys, class_table(thresholds), state,
-        np.concatenate(long), np.concatenate(excess), codes, width,
+        _ended(long, _NOWHERE), _ended(excess, 0), codes, width,
     )  # fmt: skip
     return codes
+
+
+def _ended(parts: Sequence[Numbers], mark: int) -> Numbers:
+    """Return the numbers end to end, a mark after each part."""
+    end = np.array([mark], np.uint32)
+    return np.concatenate([piece for part in parts for piece in (part, end)])
 
 
 def _lengthen(codes: Bits, long: Numbers, excess: Numbers) -> None:
