@@ -435,20 +435,22 @@ static PyObject *keys_of(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
-/* Keys of up to 64 elements, and for each threshold which of them are below it; the last: all. */
-INLINE void look_at(const void *bits, size first, size n, const u8 *threshold, int n_classes, u8 *key, uint64_t *below, int W) {
-    u8 flags[GROUP];
-    uint64_t all = n < GROUP ? ((uint64_t)1 << n) - 1 : ~(uint64_t)0;
-    if (n < GROUP) {
-        memset(key, 0, GROUP);
-        for (size i = 0; i < n; i++) key[i] = key_of(get(bits, first + i, W), W);
-    } else
+/* Puts down the keys of up to 64 elements from `first`; returns a one for each. */
+INLINE uint64_t keys_from(const void *bits, size first, size n, u8 *key, int W) {
+    if (n - first >= GROUP) {
         for (size i = 0; i < GROUP; i++) key[i] = key_of(get(bits, first + i, W), W);
-    for (int c = 0; c < n_classes - 1; c++) {
-        for (int i = 0; i < GROUP; i++) flags[i] = key[i] < threshold[c] ? 255 : 0;
-        below[c] = bits_of(flags) & all;
+        return ~(uint64_t)0;
     }
-    below[n_classes - 1] = all;
+    memset(key, 0, GROUP);
+    for (size i = 0; i < n - first; i++) key[i] = key_of(get(bits, first + i, W), W);
+    return ((uint64_t)1 << (n - first)) - 1;
+}
+
+/* Returns which keys are below a threshold. */
+INLINE uint64_t below(const u8 *key, u8 threshold) {
+    u8 flags[GROUP];
+    for (int i = 0; i < GROUP; i++) flags[i] = key[i] < threshold ? 255 : 0;
+    return bits_of(flags);
 }
 
 /* What is known of a class on the way. In finding: which of its elements are chosen, or not if `rest`, is a
@@ -483,12 +485,14 @@ INLINE uint64_t chosen_of(Class *one, const u8 *bitmaps, uint64_t mask) {
 
 INLINE size find_in(const void *bits, size n, size start, const u8 *threshold, int n_classes, Class *classes, const u8 *chosen, u32 *positions, u8 *keys, size found, size room, int W) {
     u8 key[GROUP];
-    uint64_t below[MAX_CLASSES];
     for (size first = 0; first < n; first += GROUP) {
-        uint64_t touched = 0, before = 0;
-        look_at(bits, first, n - first < GROUP ? n - first : GROUP, threshold, n_classes, key, below, W);
-        for (int c = 0; c < n_classes; before = below[c++])
-            touched |= chosen_of(&classes[c], chosen, below[c] & ~before);
+        uint64_t touched = 0, left = keys_from(bits, first, n, key, W);
+        for (int c = 0; c < n_classes - 1; c++) {
+            uint64_t lower = left & below(key, threshold[c]);
+            touched |= chosen_of(&classes[c], chosen, lower);
+            left ^= lower;
+        }
+        touched |= chosen_of(&classes[n_classes - 1], chosen, left);
         if (__builtin_popcountll(touched) > room - found) return -1;
         for (; touched; touched &= touched - 1) {
             int i = __builtin_ctzll(touched);
@@ -535,21 +539,25 @@ static PyObject *find_chosen(PyObject *module, PyObject *args) {
 
 INLINE int rank_in(const void *bits, size n, size start, const u8 *threshold, int n_classes, Class *classes, const u32 *positions, size n_positions, u32 *ranks, int W) {
     u8 key[GROUP], class_of[256];
-    uint64_t below[MAX_CLASSES];
+    uint64_t members[MAX_CLASSES];
     size at = 0;
     for (int i = 0, c = 0; i < 256; i++) class_of[i] = (u8)(c += c < n_classes - 1 && i == threshold[c]);
     for (size first = 0; first < n; first += GROUP) {
-        look_at(bits, first, n - first < GROUP ? n - first : GROUP, threshold, n_classes, key, below, W);
+        uint64_t left = keys_from(bits, first, n, key, W);
+        for (int c = 0; c < n_classes - 1; c++) {
+            members[c] = left & below(key, threshold[c]);
+            left ^= members[c];
+        }
+        members[n_classes - 1] = left;
         for (; at < n_positions && positions[at] < start + first + GROUP; at++) {
             int64_t i = positions[at] - (start + first);
             if (i < 0 || i >= n - first) return 0;
             int c = class_of[key[i]];
-            uint64_t members = (c ? below[c] & ~below[c - 1] : below[c]) & (((uint64_t)1 << i) - 1);
+            uint64_t earlier = members[c] & (((uint64_t)1 << i) - 1);
             if (classes[c].next >= classes[c].end) return 0;
-            ranks[classes[c].next++] = (uint32_t)(classes[c].rank + __builtin_popcountll(members));
+            ranks[classes[c].next++] = (uint32_t)(classes[c].rank + __builtin_popcountll(earlier));
         }
-        uint64_t before = 0;
-        for (int c = 0; c < n_classes; before = below[c++]) classes[c].rank += __builtin_popcountll(below[c] & ~before);
+        for (int c = 0; c < n_classes; c++) classes[c].rank += __builtin_popcountll(members[c]);
     }
     return at == n_positions;
 }
