@@ -39,22 +39,25 @@ gpu-rehearse: $(READY)
 vectors: $(READY)
 	$(BIN)/python spec/make_vectors.py
 
-$(READY): pyproject.toml constraints.txt
+# What an editable install is made from: its settings and the compiled kernels.
+INSTALLED := pyproject.toml setup.py sparsedelta/codecs/kernels/_native.c
+
+$(READY): $(INSTALLED) constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[hub,train]" --group demo --group recipes --group dev
 	touch $@
 
-$(HUB_1X)/.ready: pyproject.toml
+$(HUB_1X)/.ready: $(INSTALLED)
 	$(PYTHON) -m venv $(HUB_1X)
 	$(HUB_1X)/bin/python -m pip install --quiet -e . "huggingface_hub>=1.30,<2" pytest pytest-xdist hypothesis
 	touch $@
 
-$(BENCH)/.ready: pyproject.toml constraints.txt
+$(BENCH)/.ready: $(INSTALLED) constraints.txt
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BENCH)/bin/python -m pip install --quiet -c constraints.txt -e ".[train]" --group demo --group bench
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(HUB_1X) $(BENCH) .demo build dist
+	rm -rf $(VENV) $(HUB_1X) $(BENCH) .demo build dist sparsedelta/codecs/kernels/*.so

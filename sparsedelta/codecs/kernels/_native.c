@@ -696,6 +696,10 @@ static PyObject *join_steps(PyObject *module, PyObject *args) {
         fits = classes[c].next >= 0 && classes[c].next <= classes[c].end && classes[c].end < b[4].len / 4 &&
                ((const u32 *)b[4].buf)[classes[c].end] == NOWHERE && classes[c].rank >= 0;
     if (!fits) return release(b, 7, wrong_sizes());
+    if (!is_padded(b[0].buf, n, 1)) {
+        PyErr_SetString(Corrupt, "stream has a bit set behind packed numbers");
+        return release(b, 7, NULL);
+    }
     int good = 0;
     Py_BEGIN_ALLOW_THREADS
     FOR_WIDTH(width, good = join_in(b[0].buf, n, has_keys ? b[1].buf : NULL, table, classes, b[4].buf, b[5].buf, b[6].buf, W))
