@@ -44,6 +44,7 @@ class Places:
 # most take little. Workers that meet such a chunk take turns.
 DENSE_ELEMENTS = 1 << 21
 WIDE_BYTES = 8
+_SMALL_BYTES = 1 << 18
 dense_places = Places(1, n_places=2)
 wide_places = Places(2, of=dense_places)
 
@@ -92,6 +93,9 @@ def run_all(
 ) -> list[R]:
     """Return ``work`` of every item, in the items' order; the costliest are begun first.
 
+    One worker does all that cost little, one after another: their work is the interpreter's, in which workers
+    only stand in each other's way.
+
     Raises whatever ``work`` raised first; all workers have ended by then.
 
     Args:
@@ -104,16 +108,24 @@ def run_all(
     """
     costs = [cost(item) for item in items]
     order = sorted(range(len(items)), key=lambda i: -costs[i])
+    small = [i for i in order if costs[i] < _SMALL_BYTES]
+    batches = [small] * bool(small) + [[i] for i in order[: len(order) - len(small)]]
+
+    def do(batch: list[int]) -> list[R]:
+        return [work(items[i]) for i in batch]
+
     pace.progress.start(label, sum(costs) if n_bytes is None else n_bytes)
     with ThreadPoolExecutor(n_workers()) as pool:
         try:
-            futures = {i: pool.submit(work, items[i]) for i in order}
-            wait(futures.values(), return_when=FIRST_EXCEPTION)
-            failed = [f for f in futures.values() if f.done() and f.exception()]
+            futures = [pool.submit(do, batch) for batch in batches]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            failed = [f for f in futures if f.done() and f.exception()]
             for future in failed:
                 if not isinstance(future.exception(), Stopped):
                     future.result()
-            return [futures[i].result() for i in range(len(items))]
+            done = zip(batches, futures, strict=True)
+            found = {i: r for batch, f in done for i, r in zip(batch, f.result(), strict=True)}
+            return [found[i] for i in range(len(items))]
         finally:
             pace.stop()
             pool.shutdown(wait=True, cancel_futures=True)

@@ -23,7 +23,7 @@ def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def run(work: Callable[[int], int], items: list[int], pace: Pace | None = None) -> list[int]:
-    return run_all(work, items, cost=lambda item: item, pace=pace or Pace(Silent()))
+    return run_all(work, items, cost=lambda item: (item + 1) << 20, pace=pace or Pace(Silent()))
 
 
 def test_results_come_in_the_items_order() -> None:
@@ -45,6 +45,20 @@ def test_costliest_begin_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert run(work, [3, 1, 20, 0, 7]) == [3, 1, 20, 0, 7]
     assert begun == [20, 7, 3, 1, 0]
+
+
+def test_what_costs_little_is_done_by_one_worker() -> None:
+    workers: dict[int, int] = {}
+
+    def work(item: int) -> int:
+        workers[item] = threading.get_ident()
+        time.sleep(0.001)
+        return -item
+
+    items = [5, 1 << 20, 3, 1 << 21, 8, 0]
+    found = run_all(work, items, cost=lambda item: item, pace=Pace(Silent()))
+    assert found == [-item for item in items]
+    assert len({workers[item] for item in (5, 3, 8, 0)}) == 1
 
 
 def test_failure_is_raised_and_stops_the_others() -> None:
@@ -101,10 +115,12 @@ def test_interrupt_while_work_is_handed_out_stops_the_workers(
             pace.advance(1)
             time.sleep(0.001)
 
-    def submit(pool: ThreadPoolExecutor, function: Callable[[int], int], item: int) -> Future[int]:
-        if item == 1:
+    def submit(
+        pool: ThreadPoolExecutor, function: Callable[[list[int]], int], batch: list[int]
+    ) -> Future[int]:
+        if batch == [0]:  # the last
             raise KeyboardInterrupt
-        future: Future[int] = right(pool, function, item)
+        future: Future[int] = right(pool, function, batch)
         return future
 
     right: Any = ThreadPoolExecutor.submit
