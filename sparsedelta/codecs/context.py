@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -40,7 +40,9 @@ class ChunkContext:
 
     def sorted(self, classes: bool) -> ChunkContext:
         """Return the same with classes, or without."""
-        return replace(self, classes=classes)
+        if classes == self.classes:
+            return self
+        return ChunkContext(self.before, self.columns, self.first, self.keys, classes)
 
 
 NO_CONTEXT = ChunkContext()

@@ -28,6 +28,7 @@ _ENTROPY = zstandard.ZstdCompressionParameters(
 )
 _MATCHES = zstandard.ZstdCompressionParameters.from_level(5, window_log=20)
 _THOROUGH = zstandard.ZstdCompressionParameters.from_level(19, window_log=24)
+_SMALLEST_FRAME = 9  # bytes, of something repeated
 _COMPRESSIBLE = 0.9  # below this ratio a stream may repeat itself, and a search for matches may pay
 _TEXT_LEVEL = 15
 MAX_EXPANSION, _EXPANSION_EXTRA = 64, 1 << 10  # of texts and files, which strangers may inflate
@@ -50,6 +51,8 @@ def compress_stream(data: bytes | memoryview, level: Level = Level.DEFAULT) -> b
 
     What it repeats is looked for at level ``DEFAULT`` if it is likely to, at ``MAX`` in any case.
     """
+    if len(data) <= _SMALLEST_FRAME:
+        return bytes(data)
     frame = _compressor("entropy", _ENTROPY).compress(data)
     others = []
     if level is not Level.FAST and len(frame) < _COMPRESSIBLE * len(data):
