@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparsedelta.hub.pull import PullReport, pull
     from sparsedelta.hub.push import PushReport, push
     from sparsedelta.live.bank import DeltaBank
+    from sparsedelta.live.snapshot import Snapshot
     from sparsedelta.ops.apply import apply
     from sparsedelta.ops.diff import diff
     from sparsedelta.ops.inspect import Inspection, inspect
@@ -33,6 +34,7 @@ __all__ = [
     "Inspection",
     "PullReport",
     "PushReport",
+    "Snapshot",
     "SparseDeltaError",
     "VerifyReport",
     "__version__",
@@ -56,6 +58,7 @@ _HOMES = {
     "Inspection": "ops.inspect",
     "PullReport": "hub.pull",
     "PushReport": "hub.push",
+    "Snapshot": "live.snapshot",
     "SparseDeltaError": "errors",
     "VerifyReport": "ops.verify",
     "apply": "ops.apply",

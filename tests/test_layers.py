@@ -38,8 +38,12 @@ ROOMS = (
 GROUND = {"errors", "dtypes", "progress", "_typing", "fs", "system"}
 TOP = {"__init__", "__main__"}
 
-# What the thin methods of ``Delta`` import when they are called.
-LATE = {("format.delta", "live.inplace"), ("format.delta", "hub.push")}
+# What the thin methods of ``Delta``, and ``diff`` of a model, import when they are called.
+LATE = {
+    ("format.delta", "live.inplace"),
+    ("format.delta", "hub.push"),
+    ("ops.diff", "live.sides"),
+}
 # The package itself is a table of the public names, for the command line. Its version is for all.
 FACE_ROOMS = {"cli", "top"}
 FACE_MODULES = {"hub.client"}

@@ -15,6 +15,7 @@ NAMES = {
     "Inspection",
     "PullReport",
     "PushReport",
+    "Snapshot",
     "SparseDeltaError",
     "VerifyReport",
     "__version__",
@@ -60,7 +61,7 @@ def test_no_other_name() -> None:
     [
         (
             "diff",
-            "base target * base_id values level standalone exclude include info progress spool_dir",
+            "base target * base_id values level standalone exclude include strict info progress spool_dir",
         ),
         ("apply", "base delta out * verify overwrite exclude any_size progress"),
         ("verify", "delta * base target exclude progress"),

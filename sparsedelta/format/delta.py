@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from sparsedelta._typing import JSON, AnyPath, Model, ModelCheck, Names
 from sparsedelta.errors import LimitExceeded
-from sparsedelta.format.container import FilePayload, write_container
+from sparsedelta.format.container import FilePayload, container_blocks, write_container
 from sparsedelta.format.digests import base_tensors, fingerprint
 from sparsedelta.format.manifest import Manifest
 from sparsedelta.format.records import Base, Payload, Row, Target
 from sparsedelta.fs import check_no_folder
 from sparsedelta.stores.base import ByteSource
 from sparsedelta.stores.local import OpenFile
+from sparsedelta.stores.stream import Seekable, Stream
 
 _OUTPUT_EXTRA, _OUTPUT_RATIO = 64 << 20, 1024
 
@@ -98,8 +101,24 @@ class Delta:
             LimitExceeded: the delta is beyond what the format can hold (FORMAT §11).
         """
         check_no_folder(Path(path))
-        manifest = Manifest(self.base, self.target, self.tensors, self.info)
-        write_container(manifest, self.payload, path, overwrite=overwrite)
+        write_container(self._manifest(), self.payload, path, overwrite=overwrite)
+
+    def to_bytes(self) -> bytes:
+        """Return the bytes of the ``.sd`` file that ``save`` writes.
+
+        Raises:
+            FormatError: part of the payload cannot be read.
+            LimitExceeded: the delta is beyond what the format can hold (FORMAT §11).
+        """
+        return b"".join(container_blocks(self._manifest(), self.payload))
+
+    @staticmethod
+    def from_bytes(data: bytes, *, any_size: bool = False) -> Delta:
+        """Return the delta in the bytes of a ``.sd`` file; see ``load``."""
+        return load(BytesIO(data), any_size=any_size)
+
+    def _manifest(self) -> Manifest:
+        return Manifest(self.base, self.target, self.tensors, self.info)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Put the delta into a repository on the Hub; return the ``PushReport`` of ``sparsedelta.push``.
@@ -171,20 +190,24 @@ class Delta:
         self.close()
 
 
-def load(path: AnyPath, *, any_size: bool = False) -> Delta:
+def load(path: AnyPath | Seekable, *, any_size: bool = False) -> Delta:
     """Return the delta in a ``.sd`` file: header and manifest read and checked, the payload on demand.
 
     The file stays open until ``Delta.close``. What is read of the payload is compared with its digest.
 
     Args:
-        path: of the file.
+        path: of the file; or an open binary file with ``read`` and ``seek``, which is not closed.
         any_size: use it even if it makes far more than its size and its base explain, as a hostile file may.
 
     Raises:
         FormatError: the file is not a delta this version can read.
         OSError: it cannot be opened.
     """
-    return read_delta(OpenFile(path), any_size=any_size)
+    if isinstance(path, str | os.PathLike):
+        return read_delta(OpenFile(path), any_size=any_size)
+    if isinstance(path, bytes | bytearray | memoryview):
+        raise TypeError("bytes are given, expected a path or an open file; use Delta.from_bytes")
+    return read_delta(Stream(path), any_size=any_size)
 
 
 AnyDelta: TypeAlias = AnyPath | Delta

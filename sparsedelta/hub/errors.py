@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -68,6 +69,11 @@ def explained(error: BaseException, about: Reference) -> Exception | None:
         return _by_status(error, where)
     if isinstance(error, hf.HFValidationError):
         return ValueError(f"{about.repo_id!r} is not the name of a repository; write org/name")
+    if isinstance(error, json.JSONDecodeError):
+        return Unreachable(
+            f"the answer about {where} is not the Hub's (it is no JSON); is there a login page of this"
+            " network, or a wrong HF_ENDPOINT? check the connection and run this again"
+        )
     if isinstance(error, hf.LocalTokenNotFoundError):
         return AccessDenied(f"no token is known; {_LOG_IN} use {where}")
     return _of_the_connection(error, about)
@@ -124,9 +130,8 @@ def _no_room(error: OSError) -> OSError:
 def _by_status(error: Exception, where: str) -> RemoteError:
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", 0)
-    message = str(getattr(error, "server_message", "") or "")
-    words = redacted(message, credentials(error))[:_MAX_SERVER_WORDS]
-    said = f" ({' '.join(words.split())})" if words else ""
+    words = _shown(error, str(getattr(error, "server_message", "") or ""))
+    said = f" ({words})" if words else ""
     if status == 401:
         return AccessDenied(f"the Hub does not accept the token{said}; {_LOG_IN} use {where}")
     if status == 403:
@@ -155,7 +160,9 @@ def _by_status(error: Exception, where: str) -> RemoteError:
 
 
 def _said(error: BaseException) -> str:
-    words = " ".join(redacted(str(error), credentials(error)).split())[:_MAX_SERVER_WORDS].rstrip(
-        "."
-    )
-    return words or type(error).__name__
+    return _shown(error, str(error)).rstrip(".") or type(error).__name__
+
+
+def _shown(error: BaseException, text: str) -> str:
+    """Return the beginning of what a server or a client said, in one line and without credentials."""
+    return " ".join(redacted(text, credentials(error)).split())[:_MAX_SERVER_WORDS]

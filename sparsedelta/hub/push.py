@@ -25,7 +25,7 @@ from sparsedelta.hub.errors import told
 from sparsedelta.hub.record import is_content, record_path, render_record
 from sparsedelta.hub.references import DELTA_NAME, DELTA_SUFFIX, Reference, is_repo_id
 from sparsedelta.hub.repository import Repository
-from sparsedelta.hub.secrets import check_secrets
+from sparsedelta.hub.secrets import check_secrets, without_password
 from sparsedelta.ops.inspect import inspect
 from sparsedelta.progress import Progress
 from sparsedelta.report.png import changed_grid, render_png
@@ -177,7 +177,7 @@ def push(
                 private=private,
                 tag=tag,
             )
-    url = f"{hub.endpoint}/{repo_id}"
+    url = f"{without_password(hub.endpoint)}/{repo_id}"
     return PushReport(repo_id, url, *sent, proof.record.base, proof.how, files, card, dry_run)
 
 
@@ -275,7 +275,7 @@ def _make_files(
         file_bytes=made[path].stat().st_size,
         target_bytes=found.target_bytes + sum(file.n_bytes for file in found.side_files),
         picture=(picture, shown) if shown is not None else None,
-        endpoint=hub.endpoint,
+        endpoint=without_password(hub.endpoint),
     )
     others = place.repository.files if place.repository else {}
     alone = all(not p.endswith(DELTA_SUFFIX) or p == path for p in others)

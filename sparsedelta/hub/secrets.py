@@ -82,7 +82,7 @@ _FINDERS = [
 ]
 # Looser than the forms: what is hidden by mistake does no harm.
 _HIDDEN = re.compile(
-    "|".join([*(form.pattern for form in _ALL), r"hf_[A-Za-z0-9_]+", r"(?i:bearer|basic)\s+\S{6,}"])
+    "|".join([*(form.pattern for form in _ALL), r"hf_[A-Za-z0-9_]+", r"(?i:bearer)\s+\S{6,}"])
 )
 _USER = re.compile(r"(?<=://)[^\s/@\"'<>]+@")
 

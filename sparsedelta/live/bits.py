@@ -19,27 +19,29 @@ from sparsedelta.dtypes import DType
 if TYPE_CHECKING:
     import torch
 
+# In the order of safetensors, which lays out the tensors of a file by it, from the last to the first.
 _TORCH_NAMES = {
     "BOOL": "bool",
     "U8": "uint8",
     "I8": "int8",
-    "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
     "F8_E8M0": "float8_e8m0fnu",
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "U16": "uint16",
     "I16": "int16",
+    "U16": "uint16",
     "F16": "float16",
     "BF16": "bfloat16",
-    "U32": "uint32",
     "I32": "int32",
+    "U32": "uint32",
     "F32": "float32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F64": "float64",
     "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
 }
+SAVED_DTYPES = tuple(_TORCH_NAMES)
 
 
 def check_installed(*packages: str) -> None:

@@ -6,12 +6,14 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from blake3 import blake3
 
-from sparsedelta._typing import JSON
+from sparsedelta._typing import JSON, AnyPath, Model
 from sparsedelta.codecs.values import VALUE_ENCODINGS
 from sparsedelta.codecs.zstd import Level
 from sparsedelta.errors import CheckpointError, Corrupt
@@ -41,8 +43,8 @@ UNREAD_WEIGHT_SUFFIXES = (
 
 
 def diff(
-    base: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    base: AnyPath | Model,
+    target: AnyPath | Model,
     *,
     base_id: str | None = None,
     values: str = "ulp",
@@ -50,14 +52,19 @@ def diff(
     standalone: bool = False,
     exclude: Sequence[str] = (),
     include: Sequence[str] = (),
+    strict: bool = True,
     info: Mapping[str, JSON] | None = None,
     progress: Progress | None = None,
     spool_dir: str | None = None,
 ) -> Delta:
     """Return the delta that makes ``target`` of ``base``, byte for byte.
 
+    A model in memory counts as the file that it would be saved as; as a target whose base is a folder it counts
+    as that folder, with the model's tensors in place of the folder's. It must not change meanwhile.
+
     Args:
-        base: a safetensors file, or a folder holding safetensors files (sharded or not) and others.
+        base: a safetensors file, a folder holding safetensors files (sharded or not) and others, or a model
+            in memory: a ``torch.nn.Module`` or a state dict, on any device.
         target: the same.
         base_id: where the base may be found, such as ``org/model@<commit>``; recorded as a hint.
         values: ``"ulp"`` (differences in units of the last place: small) or ``"target"`` (new bits).
@@ -69,6 +76,8 @@ def diff(
         include: globs of files to keep although they are usually no part of a checkpoint: ``.git``,
             ``.env``, caches, editor files, the state of training and its ``checkpoint-*`` folders
             (``sparsedelta.files.junk``). What was left out is logged.
+        strict: a model as the target has all tensors of a folder that is the base; otherwise those that it
+            lacks are the base's.
         info: free JSON to record, such as training settings.
         progress: told of the bytes read.
         spool_dir: where coded changes wait if they outgrow memory; None: the system's choice.
@@ -76,33 +85,57 @@ def diff(
     Raises:
         CheckpointError: base or target cannot be read, or the target holds a file that cannot be
             carried; the message names it.
+        StructureMismatch: how a model in memory is saved is not known, or it has other tensors than the
+            folder that is the base.
         ValueError: an argument is wrong.
     """
-    if values not in VALUE_ENCODINGS:
-        raise ValueError(f"values is {values!r}, expected one of {', '.join(VALUE_ENCODINGS)}")
-    if level not in _LEVELS:
-        raise ValueError(f"level is {level!r}, expected one of {', '.join(_LEVELS)}")
-    checked_info = _check_json(info or {}, "info")
-    _check_json({"base_id": base_id}, "base_id")
-    with (
-        new_payload(spool_dir) as payload,
-        Checkpoint(base, exclude=exclude, include=include, whole=False) as old,
-        Checkpoint(target, exclude=exclude, include=include) as new,
-    ):
+    checked_info = check_json(info or {}, "info")
+    check_json({"base_id": base_id}, "base_id")
+    folder = base if _is_path(base) and Path(base).is_dir() else None
+    with ExitStack() as context:
+        payload = context.enter_context(new_payload(spool_dir))
+        comparison = comparisons(payload, values=values, level=level, standalone=standalone)
+        old = context.enter_context(
+            Checkpoint(base, exclude=exclude, include=include, whole=False)
+            if _is_path(base)
+            else _held(base)
+        )
+        new = context.enter_context(
+            Checkpoint(target, exclude=exclude, include=include)
+            if _is_path(target)
+            else _held(target, folder, exclude=exclude, include=include, strict=strict)
+        )
         _check_has_weights(old)
         _check_has_weights(new)
         if new.left_out:
             _log.info("left out of '%s': %s", new.path, ", ".join(new.left_out))
         files = describe_files(new, partial(_digest_if_there, old), payload)
-        comparison = partial(
-            Comparison,
-            values=values,
-            payload=payload,
-            level=_LEVELS[level],
-            standalone=standalone,
-        )
         rows = _compare_all(old, new, comparison, progress)
         return Delta(Base(base_id, n_unused(old, rows)), files, tuple(rows), checked_info, payload)
+
+
+def _is_path(side: AnyPath | Model) -> TypeGuard[AnyPath]:
+    return isinstance(side, str | os.PathLike)
+
+
+def _held(side: Any, folder: AnyPath | None = None, **options: Any) -> Checkpoint:
+    # Not imported before a model is there: the command line has none.
+    from sparsedelta.live.sides import held_checkpoint
+
+    return held_checkpoint(side, folder, **options)
+
+
+def comparisons(
+    payload: SpoolPayload, *, values: str, level: str, standalone: bool
+) -> Callable[..., Comparison]:
+    """Return what makes a ``Comparison`` of two tensors; see ``diff`` for the arguments."""
+    if values not in VALUE_ENCODINGS:
+        raise ValueError(f"values is {values!r}, expected one of {', '.join(VALUE_ENCODINGS)}")
+    if level not in _LEVELS:
+        raise ValueError(f"level is {level!r}, expected one of {', '.join(_LEVELS)}")
+    return partial(
+        Comparison, values=values, payload=payload, level=_LEVELS[level], standalone=standalone
+    )
 
 
 def describe_files(
@@ -230,7 +263,8 @@ def _leads_out(location: Path, root: Path) -> bool:
     return not (real.is_relative_to(home) or real.is_relative_to(blobs))
 
 
-def _check_json(members: Mapping[str, JSON], what: str) -> Mapping[str, JSON]:
+def check_json(members: Mapping[str, JSON], what: str) -> Mapping[str, JSON]:
+    """Return members as they are read again from a delta; raises ValueError if they cannot be recorded."""
     try:
         checked: dict[str, JSON] = parse_json(compact_json({what: dict(members)}), what)[what]
     except (TypeError, ValueError, RecursionError) as error:

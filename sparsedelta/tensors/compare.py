@@ -62,6 +62,7 @@ class Comparison:
         pace: Pace,
         level: Level = Level.DEFAULT,
         standalone: bool = False,
+        base_digest: bytes | None = None,
     ) -> None:
         """Prepare.
 
@@ -73,6 +74,7 @@ class Comparison:
             pace: told of every byte read.
             level: how much time a smaller delta may cost.
             standalone: use nothing that the base is needed to read.
+            base_digest: the base tensor's; None: it is made.
         """
         spec = target.spec
         keep = default_keep(base.spec if base else None, spec)
@@ -93,7 +95,9 @@ class Comparison:
         self._base_block = np.zeros(n_block, self._dtype.view)
         self._target_block = np.zeros(n_block, self._dtype.view)
         self._base_hash = blake3()
-        self._target_hash: blake3 | None = None  # None while the target equals the base so far
+        self._base_digest = base_digest
+        # None while the target equals the base so far, whose bytes are hashed.
+        self._target_hash = blake3() if base_digest else None
 
     def run(self) -> Row:
         """Return the row; its chunks are in the payload afterwards."""
@@ -108,7 +112,8 @@ class Comparison:
             kept_bytes = self._keep * self._dtype.width
             found = base_tensor(
                 base,
-                digest_tensor(base, self._pace, offset=kept_bytes, hasher=self._base_hash),
+                self._base_digest
+                or digest_tensor(base, self._pace, offset=kept_bytes, hasher=self._base_hash),
             )
         spec = target.spec.with_digest(digest)
         return Row(target.file, target.name, spec, found, self._keep, tuple(chunks))
@@ -173,6 +178,7 @@ class Comparison:
         kept = max(0, min(len(base_bits), self._keep - start))
         if self._target_hash is None and (n_touched or kept < len(base_bits)):
             self._target_hash = self._base_hash.copy()
-        self._base_hash.update(base_bits[:kept].view(np.uint8).data)
+        if not self._base_digest:
+            self._base_hash.update(base_bits[:kept].view(np.uint8).data)
         if self._target_hash is not None:
             self._target_hash.update(target_bits.view(np.uint8).data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -39,6 +40,20 @@ def card_of(hub: LoopbackHub, repo_id: str = TUNED) -> str:
 def head_of_card(card: str) -> dict[str, object]:
     head: dict[str, object] = yaml.safe_load(card.split("---\n")[1])
     return head
+
+
+def test_a_password_of_the_endpoint_is_not_published(
+    me: Person, hub: LoopbackHub, delta: Path, base_commit: str
+) -> None:
+    login = base64.b64encode(b"me:hunter22").decode()
+    hub.state.users[f"Basic {login}"] = "me"  # as a Hub behind a password takes it
+    endpoint = hub.url.replace("://", "://me:hunter22@")
+    shown = me.good("push", delta, TUNED, "--base-id", BASE, HF_ENDPOINT=endpoint)
+    assert f"{hub.url}/{TUNED}" in shown
+    assert "hunter22" not in shown
+    for name, file in hub.state.head(TUNED).files.items():
+        assert b"hunter22" not in file.data, name
+    assert f"{hub.url}/{BASE}" in card_of(hub)
 
 
 def test_first_push(me: Person, hub: LoopbackHub, delta: Path, base_commit: str) -> None:

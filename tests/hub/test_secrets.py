@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from helpers import noise, write, write_file
+from hub.hub_helpers import BASE, TUNED, Person
+from hub.hub_server import LoopbackHub
 
 import sparsedelta
 from sparsedelta.hub.secrets import check_secrets, credentials, find_secret, redacted
@@ -96,8 +98,57 @@ def test_messages_show_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for secret in (SECRETS["a Hugging Face token"], SECRETS["a GitHub token"]):
         assert secret not in redacted(f"the server says: {secret} is wrong")
     assert redacted("at https://me:hunter22@example.org/x") == "at https://[password]@example.org/x"
+    assert redacted("a basic tokenizer of bert") == "a basic tokenizer of bert"
     monkeypatch.setenv("HF_ENDPOINT", "https://me:p%40ssword@example.org")
     monkeypatch.setenv("HF_TOKEN", "an-odd-token")
     known = credentials(ValueError("x"))
     text = redacted("you sent an-odd-token, p@ssword and p%40ssword", known)
     assert text == "you sent [token], [token] and [token]"
+
+
+def test_a_refusal_comes_before_any_request(me: Person, hub: LoopbackHub, delta: Path) -> None:
+    secret = SECRETS["a Hugging Face token"]
+    target = me.folder / "target"
+    write(target / "train.log", f"step 1\nlogged in with {secret}\n")
+    made = me.folder / "leaks.sd"
+    me.good("diff", me.folder / "base", target, "-o", made)
+    hub.requests.clear()
+    error = me.bad("push", made, TUNED, "--base-id", BASE)
+    assert "file 'train.log', line 2, holds what looks like a Hugging Face token" in error
+    assert secret not in error
+    assert not hub.requests
+    shown = me.good("push", made, TUNED, "--base-id", BASE, "--allow-secrets", "--dry-run")
+    assert "would push" in shown
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_a_token_that_the_server_repeats_is_not_shown(
+    me: Person, hub: LoopbackHub, pushed: str, status: int
+) -> None:
+    me.token = "odd.token/of+no=known-form"
+    hub.state.users[me.token] = "me"
+    echo = {"X-Error-Message": f"token {me.token} is bad", "Retry-After": "0"}
+    for arguments in (["pull", TUNED, "out"], ["--debug", "pull", TUNED, "out"]):
+        hub.faults.clear()
+        hub.fail("GET", "/api/models/", status=status, headers=echo, times=99)
+        done = me.run(*arguments)
+        assert done.returncode == 1
+        assert "error: " in done.stderr
+        assert me.token not in done.stdout + done.stderr
+
+
+def test_the_password_of_the_endpoint_is_not_shown(me: Person, hub: LoopbackHub) -> None:
+    for address in (
+        hub.url.replace("://", "://me:pass-word-1@"),
+        "http://me:pass-word-1@localhost:1",
+    ):
+        for arguments in (["pull", TUNED, "out"], ["--debug", "pull", TUNED, "out"]):
+            done = me.run(*arguments, HF_ENDPOINT=address)
+            assert done.returncode == 1
+            assert "error: " in done.stderr
+            assert "pass-word-1" not in done.stdout + done.stderr
+
+
+def test_a_login_page_is_no_answer_of_the_hub(me: Person, hub: LoopbackHub, pushed: str) -> None:
+    hub.fail("GET", "/api/models/", body=b"<html>Log in to the hotel</html>", times=99)
+    assert "is not the Hub's (it is no JSON)" in me.bad("pull", TUNED, "out")

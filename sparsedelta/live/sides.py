@@ -1,0 +1,199 @@
+"""A model in memory as one side of ``diff``: as the file that it would be saved as, or in the files of a folder."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsedelta._typing import AnyPath, Model
+from sparsedelta.errors import StructureMismatch
+from sparsedelta.files.checkpoint import Checkpoint, Tensor, WeightFile
+from sparsedelta.files.shards import roles
+from sparsedelta.format.records import TensorSpec
+from sparsedelta.format.safetensors_header import Header, HeaderEntry, render_header
+from sparsedelta.live.bits import SAVED_DTYPES, TensorBytes
+from sparsedelta.live.saved import SavedState
+
+if TYPE_CHECKING:
+    import torch
+
+FILE_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class HeldTensor(Tensor):
+    """A tensor of a checkpoint whose data a model holds.
+
+    Attributes:
+        saved: the model.
+        own: the tensor's name there.
+    """
+
+    saved: SavedState
+    own: str
+
+    def held(self) -> torch.Tensor:
+        """Return it, contiguous, on the model's device."""
+        return self.saved.read(self.own)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with the tensor's bytes from ``offset``; both are whole elements."""
+        TensorBytes(self.held()).read_into(buffer, offset)
+
+
+class HeldFile(Checkpoint):
+    """The file that a model would be saved as."""
+
+    def __init__(self, model: Model) -> None:
+        """Describe it; see ``SavedState`` for what it raises."""
+        saved = self._saved = SavedState(model)
+        self.path = Path(f"{saved.kind} in memory")
+        self.is_folder = False
+        self._fds = []
+        file = _weight_file(FILE_NAME, saved.metadata, _laid_out(saved.specs))
+        tensors = tuple(_held(tensor, saved, tensor.name) for tensor in file.tensors)
+        self.weight_files = (replace(file, tensors=tensors),)
+        self.tensors = {tensor.key: tensor for tensor in tensors}
+        self.roles = roles([FILE_NAME], {})
+        self.side_files = {}
+        self.empty_folders = self.left_out = ()
+
+    def close(self) -> None:
+        """Let the model's tensors go."""
+        super().close()
+        self._saved.close()
+
+
+class HeldFolder(Checkpoint):
+    """A folder with the tensors of a model in place of its own."""
+
+    def __init__(
+        self,
+        model: Model,
+        folder: AnyPath,
+        *,
+        exclude: Sequence[str] = (),
+        include: Sequence[str] | None = None,
+        strict: bool = True,
+    ) -> None:
+        """Open the folder and find its tensors in the model.
+
+        Args:
+            model: a module or a state dict.
+            folder: holds a checkpoint of that model.
+            exclude: globs of files to leave out; see ``Checkpoint``.
+            include: globs of files that are part of it all the same.
+            strict: the model has all tensors of the folder; otherwise those that it lacks are the folder's.
+
+        Raises:
+            StructureMismatch: the model has other tensors than the folder, or it is not clear which.
+            CheckpointError: the folder is no checkpoint.
+        """
+        super().__init__(folder, exclude=exclude, include=include)
+        try:
+            saved = self._saved = SavedState(model)
+            self._put_in(saved, strict=strict)
+        except BaseException:
+            super().close()
+            raise
+
+    def close(self) -> None:
+        """Close all files, and let the model's tensors go."""
+        super().close()
+        if hasattr(self, "_saved"):
+            self._saved.close()
+
+    def _put_in(self, saved: SavedState, *, strict: bool) -> None:
+        by_name: dict[str, list[Tensor]] = defaultdict(list)
+        for tensor in self.tensors.values():
+            by_name[tensor.name].append(tensor)
+        own = {name: saved.tied.get(name, name) for name in by_name}
+        own = {name: held for name, held in own.items() if held in saved.specs}
+        missing = by_name.keys() - own.keys()
+        if missing and (strict or not own):
+            may = " or take the folder's (strict=False)" if own else ""
+            raise self._error(missing, f"'{self.path}' has", f"the {saved.kind} lacks", may)
+        extra = saved.specs.keys() - own.values()
+        if extra:
+            extra -= saved.shared(own.values())
+        if extra:
+            raise self._error(extra, f"the {saved.kind} has", f"'{self.path}' lacks")
+        for name, held in own.items():
+            first, *others = by_name[name]
+            if others:
+                raise StructureMismatch(
+                    f"tensor {name!r} is in '{first.file}' and in '{others[0].file}', and the"
+                    f" {saved.kind} has it once; leave one of the files out (exclude)",
+                    tensor=name,
+                )
+            self._check_layout(first, saved.specs[held])
+            self.tensors[first.key] = _held(first, saved, held)
+        self.weight_files = tuple(
+            replace(file, tensors=tuple(self.tensors[t.key] for t in file.tensors))
+            for file in self.weight_files
+        )
+
+    def _error(
+        self, names: Collection[str], has: str, lacks: str, may: str = ""
+    ) -> StructureMismatch:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return StructureMismatch(
+            f"{has} tensor {min(names)!r}{more}, which {lacks}; save the model and give the path of what"
+            f" was saved{may}",
+            tensor=min(names),
+        )
+
+    def _check_layout(self, tensor: Tensor, held: TensorSpec) -> None:
+        spec = tensor.spec
+        if not spec.same_layout(held):
+            raise StructureMismatch(
+                f"tensor {tensor.name!r} is {held.dtype.name} {list(held.shape)} in memory and"
+                f" {spec.dtype.name} {list(spec.shape)} in '{self.path}'; save the model and give the path"
+                " of what was saved",
+                tensor=tensor.name,
+                expected=f"{spec.dtype.name} {list(spec.shape)}",
+                found=f"{held.dtype.name} {list(held.shape)}",
+            )
+
+
+def held_checkpoint(
+    model: Model,
+    folder: AnyPath | None = None,
+    *,
+    exclude: Sequence[str] = (),
+    include: Sequence[str] | None = None,
+    strict: bool = True,
+) -> Checkpoint:
+    """Return a model in memory as a checkpoint: in the files of a folder, or as a file."""
+    if folder is None:
+        return HeldFile(model)
+    return HeldFolder(model, folder, exclude=exclude, include=include, strict=strict)
+
+
+def _held(tensor: Tensor, saved: SavedState, own: str) -> HeldTensor:
+    return HeldTensor(tensor.file, tensor.name, tensor.spec, -1, 0, saved, own)
+
+
+def _laid_out(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Return tensors in the order in which safetensors puts them into a file."""
+    order = {name: -number for number, name in enumerate(SAVED_DTYPES)}
+    return dict(sorted(specs.items(), key=lambda item: (order[item[1].dtype.name], item[0])))
+
+
+def _weight_file(
+    path: str, metadata: Mapping[str, str] | None, specs: Mapping[str, TensorSpec]
+) -> WeightFile:
+    """Return a file with these tensors, in order."""
+    edges = pairwise(accumulate((spec.n_bytes for spec in specs.values()), initial=0))
+    entries = tuple(
+        HeaderEntry(name, spec.dtype.name, spec.shape, begin, end)
+        for (name, spec), (begin, end) in zip(specs.items(), edges, strict=True)
+    )
+    raw = render_header(metadata, entries)
+    header = Header(dict(metadata) if metadata else None, entries, True)
+    tensors = tuple(Tensor(path, name, spec, -1, 0) for name, spec in specs.items())
+    return WeightFile(path, raw, header, tensors)

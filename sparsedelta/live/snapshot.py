@@ -1,0 +1,338 @@
+"""``Snapshot``: the bits that were last published of a model, and what has changed since.
+
+What is published moves only when it is said so, to what a delta states: not to what the model holds by then.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from sparsedelta._typing import JSON, AnyPath, Model
+from sparsedelta.codecs.chunk import touched_digest
+from sparsedelta.codecs.context import Bits
+from sparsedelta.codecs.values import VALUE_ENCODINGS
+from sparsedelta.errors import BaseMismatch, Corrupt, PartlyApplied, StructureMismatch
+from sparsedelta.files.checkpoint import Checkpoint, Tensor
+from sparsedelta.files.side_files import digest_file
+from sparsedelta.format.delta import AnyDelta, Delta, opened
+from sparsedelta.format.records import Base, BaseTensor, Row, TensorKey, TensorSpec
+from sparsedelta.format.spool import new_payload
+from sparsedelta.live.bits import TensorBytes, flat_bits, gather, integer_view, scatter
+from sparsedelta.live.sides import HeldTensor, held_checkpoint
+from sparsedelta.ops.diff import check_json, comparisons, describe_files
+from sparsedelta.progress import Progress
+from sparsedelta.tensors.changes import decode_row_chunk
+from sparsedelta.tensors.compare import Comparison, Source, digest_tensor
+from sparsedelta.tensors.parallel import Pace, run_all
+
+if TYPE_CHECKING:
+    import torch
+
+_BLOCK_ELEMENTS = 1 << 24
+_devices = threading.Lock()  # one tensor at a time is compared on a device
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """The bits that a tensor gets, by flat index, and what it is then."""
+
+    spec: TensorSpec
+    changes: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A published tensor (``tensors.compare.Source``)."""
+
+    file: str
+    name: str
+    spec: TensorSpec  # with its digest
+    tensor: torch.Tensor
+    pending: _Pending | None = None  # what is being written
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with the tensor's bytes from ``offset``."""
+        TensorBytes(self.tensor).read_into(buffer, offset)
+
+    def as_base(self) -> BaseTensor:
+        """Return how a row refers to it."""
+        return BaseTensor(self.file, self.name, self.spec)
+
+    def write_pending(self) -> None:
+        """Write what is pending; that may be done again if it is broken off."""
+        if self.pending is not None:
+            for index, bits in self.pending.changes:
+                scatter(self.tensor, index, bits)
+            self.spec, self.pending = self.pending.spec, None
+
+
+class _Changed:
+    """A published tensor with the changes that a device has found (``tensors.compare.Source``)."""
+
+    def __init__(
+        self, kept: _Kept, positions: np.ndarray[tuple[int], np.dtype[np.int64]], bits: Bits
+    ) -> None:
+        self.file, self.name, self.spec = kept.file, kept.name, kept.spec
+        self._kept = kept
+        self._positions = positions
+        self._bits = bits
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with the tensor's bytes from ``offset``; both are whole elements."""
+        self._kept.read_into(buffer, offset)
+        bits = np.frombuffer(buffer, self._bits.dtype)
+        first = offset // bits.itemsize
+        low, high = np.searchsorted(self._positions, [first, first + len(bits)]).tolist()
+        bits[self._positions[low:high] - first] = self._bits[low:high]
+
+
+class Snapshot:
+    """The bits of a model that were published last, kept apart from it.
+
+    Not safe for use from several threads. The model must not change while a method runs.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        folder: AnyPath | None = None,
+        keep_on: Literal["cpu", "model"] = "cpu",
+        progress: Progress | None = None,
+    ) -> None:
+        """Copy the tensors of a model and make their digests.
+
+        Args:
+            model: a ``torch.nn.Module`` or a state dict, on any device. A state dict has to be the same object
+                with the new tensors when a delta is made.
+            folder: a checkpoint of this model. The deltas are then between folders with its files and layout;
+                otherwise between files, as the model would be saved.
+            keep_on: ``"cpu"``: the copy is in host memory, pinned for tensors on a GPU; from there only the
+                positions and values of changed elements come back. ``"model"``: it is where the tensors are;
+                all bytes of changed tensors come to the host.
+            progress: told of the bytes read.
+
+        Raises:
+            StructureMismatch: how the model is saved is not known, or it has other tensors than the folder.
+            CheckpointError: the folder cannot be read as a checkpoint.
+        """
+        if keep_on not in ("cpu", "model"):
+            raise ValueError(f"keep_on is {keep_on!r}, expected 'cpu' or 'model'")
+        self._model = model
+        self._folder = folder
+        self._on_host = keep_on == "cpu"
+        self._advancing = False
+        pace = Pace(progress)
+
+        def keep(tensor: Tensor) -> _Kept:
+            kept = _Kept(tensor.file, tensor.name, tensor.spec, self._copy(_held(tensor)))
+            kept.spec = tensor.spec.with_digest(digest_tensor(kept, pace))
+            return kept
+
+        with self._checkpoint() as now:
+            self._layout = _layout(now)
+            self._side_files = {path: digest_file(at) for path, at in now.side_files.items()}
+            kept = run_all(
+                keep,
+                [*now.tensors.values()],
+                cost=lambda tensor: tensor.spec.n_bytes,
+                pace=pace,
+                label="copying",
+            )
+        self._kept: Mapping[TensorKey, _Kept] = {(one.file, one.name): one for one in kept}
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the copy."""
+        return sum(kept.spec.n_bytes for kept in self._kept.values())
+
+    def diff(
+        self,
+        *,
+        base_id: str | None = None,
+        values: str = "ulp",
+        level: str = "default",
+        standalone: bool = False,
+        info: Mapping[str, JSON] | None = None,
+        progress: Progress | None = None,
+        spool_dir: str | None = None,
+    ) -> Delta:
+        """Return the delta from what was published last to what the model holds now.
+
+        It is the one that ``sparsedelta.diff`` makes of both when they are saved. What counts as published
+        stays as it is: see ``advance``. For the arguments see ``sparsedelta.diff``.
+
+        Raises:
+            StructureMismatch: the model has other tensors than the snapshot; make a new one.
+            PartlyApplied: ``advance`` was broken off; call it again.
+            ValueError: an argument is wrong.
+        """
+        if self._advancing:
+            raise PartlyApplied(
+                "the snapshot is between what was published and its successor; call advance again with the"
+                " same delta"
+            )
+        checked_info = check_json(info or {}, "info")
+        check_json({"base_id": base_id}, "base_id")
+        pace = Pace(progress)
+        with new_payload(spool_dir) as payload, self._checkpoint() as now:
+            self._check_structure(now)
+            comparison = comparisons(payload, values=values, level=level, standalone=standalone)
+            files = describe_files(now, self._side_files.get, payload)
+            rows = run_all(
+                lambda tensor: self._compare(tensor, comparison, pace),
+                [*now.tensors.values()],
+                cost=lambda tensor: 2 * tensor.spec.n_bytes,
+                pace=pace,
+                label="comparing",
+            )
+            return Delta(Base(base_id), files, tuple(rows), checked_info, payload)
+
+    def advance(self, delta: AnyDelta) -> None:
+        """Make the target of a delta what counts as published: call it when the delta is stored safely.
+
+        The model is not read. If this is broken off, as by Ctrl-C, call it again with the same delta.
+
+        Args:
+            delta: one that ``diff`` has returned, or its file; nothing was published since then.
+
+        Raises:
+            BaseMismatch: it was made from something else than what was published last.
+            FormatError: it is damaged.
+        """
+        with opened(delta) as given:
+            for row in given.tensors:
+                self._check_base(given, row)
+            if len(given.tensors) != len(self._kept):
+                raise BaseMismatch(f"{given!r} has not all tensors of what was published last")
+            self._advancing = True
+            for row in given.tensors:
+                self._advance(given, self._kept[row.key], row)
+            self._side_files = {f.path: (f.n_bytes, f.digest) for f in given.target.side_files}
+            self._advancing = False
+
+    def _checkpoint(self) -> Checkpoint:
+        return held_checkpoint(self._model, self._folder, include=())
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        device = "cpu" if self._on_host else tensor.device
+        copy = torch.empty(
+            tensor.shape,
+            dtype=tensor.dtype,
+            device=device,
+            pin_memory=self._on_host and tensor.is_cuda,
+        )
+        # As integers: a copy of floats may change NaNs.
+        integer_view(copy).copy_(integer_view(tensor))
+        return copy
+
+    def _check_structure(self, now: Checkpoint) -> None:
+        found = _layout(now)
+        if found == self._layout:
+            return
+        changed = [
+            key for key in self._layout.keys() | found if self._layout.get(key) != found.get(key)
+        ]
+        _, name = min(changed)
+        raise StructureMismatch(
+            f"tensor {name!r} was added, has gone, or has another dtype or shape since the snapshot was"
+            " made; make a new snapshot, and publish the model in full",
+            tensor=name,
+        )
+
+    def _compare(self, tensor: Tensor, comparison: Callable[..., Comparison], pace: Pace) -> Row:
+        kept = self._kept[tensor.key]
+        source = self._changed(kept, tensor)
+        if source is None:
+            pace.advance(2 * tensor.spec.n_bytes)
+            spec = kept.spec
+            return Row(tensor.file, tensor.name, spec, kept.as_base(), spec.n_elements, ())
+        return comparison(kept, source, pace=pace, base_digest=kept.spec.digest).run()
+
+    def _changed(self, kept: _Kept, tensor: Tensor) -> Source | None:
+        """Return what the model holds now of a tensor; None if that is what was published."""
+        import torch
+
+        held = _held(tensor)
+        if self._on_host and held.device.type != "cpu":
+            return changes_on_device(kept, held)
+        published = integer_view(kept.tensor).to(held.device)
+        return None if torch.equal(integer_view(held), published) else tensor
+
+    def _check_base(self, delta: Delta, row: Row) -> None:
+        kept = self._kept.get(row.key)
+        digests = {row.base.spec.digest if row.base else None, row.target.digest}
+        if (
+            kept is None
+            or not row.keeps_all
+            or not row.target.same_layout(kept.spec)
+            or kept.spec.digest not in digests
+            or None in digests
+        ):
+            raise BaseMismatch(
+                f"tensor {row.name!r} of {delta!r} was not made from what was published last",
+                tensor=row.name,
+            )
+
+    def _advance(self, delta: Delta, kept: _Kept, row: Row) -> None:
+        kept.write_pending()
+        if kept.spec.digest == row.target.digest:
+            return
+        import torch
+
+        dtype = row.target.dtype
+        changes = []
+        for chunk in row.chunks:
+            positions, codes = decode_row_chunk(row, chunk, delta.payload, kept)
+            index = torch.from_numpy(positions.astype(np.int64) + chunk.start).to(
+                kept.tensor.device
+            )
+            before = gather(kept.tensor, index).cpu().numpy().view(dtype.view)
+            after = VALUE_ENCODINGS[chunk.coding.values].decode(dtype, before, codes)
+            if chunk.touched is None or touched_digest(after) != chunk.touched[1]:
+                raise Corrupt(f"tensor {row.name!r}: the delta is inconsistent", tensor=row.name)
+            changes.append(
+                (index, torch.from_numpy(after.view(f"<i{dtype.width}")).to(index.device))
+            )
+        kept.pending = _Pending(row.target, changes)
+        kept.write_pending()
+
+
+def changes_on_device(kept: _Kept, held: torch.Tensor) -> Source | None:
+    """Return a published tensor with what has changed on a device since; None if nothing has.
+
+    Blocks of the published tensor go to the device, and positions and bits of changed elements come back.
+    """
+    import torch
+
+    positions, values = [], []
+    with _devices:
+        before, now = flat_bits(kept.tensor), flat_bits(held)
+        for first in range(0, len(now), _BLOCK_ELEMENTS):
+            block = now[first : first + _BLOCK_ELEMENTS]
+            other = before[first : first + _BLOCK_ELEMENTS].to(now.device, non_blocking=True)
+            index = torch.nonzero(block != other).view(-1)
+            if len(index):
+                positions.append(index.cpu().numpy() + first)
+                values.append(block.index_select(0, index).cpu().numpy())
+    if not positions:
+        return None
+    view = kept.spec.dtype.view
+    return _Changed(kept, np.concatenate(positions), np.concatenate(values).view(view))
+
+
+def _held(tensor: Tensor) -> torch.Tensor:
+    if not isinstance(tensor, HeldTensor):
+        raise StructureMismatch(f"tensor {tensor.name!r} is not in the model", tensor=tensor.name)
+    return tensor.held()
+
+
+def _layout(now: Checkpoint) -> dict[TensorKey, TensorSpec]:
+    return {key: tensor.spec for key, tensor in now.tensors.items()}

@@ -1,0 +1,53 @@
+"""Named objects: what a store of a channel offers (spec/CHANNEL.md §2)."""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol, TypeAlias
+
+from sparsedelta.stores.base import ByteSource
+
+Content: TypeAlias = bytes | os.PathLike[str]  # the bytes, or a file that holds them
+
+
+class ObjectStore(Protocol):
+    """Objects by name, such as the files of a folder or of a prefix of a bucket. Safe for use from several threads.
+
+    A name has components joined by ``/``. What is written is whole or not there at all, and every read that
+    begins later sees it. A call that raises may have taken effect. Errors are ``OSError``, or ``RemoteError`` for
+    a store that is reached through a network.
+
+    Attributes:
+        name: what messages call the store, without credentials.
+        writable: whether objects can be written.
+        has_create: whether ``create`` succeeds for one of several writers at most, whatever happens.
+    """
+
+    name: str
+    writable: bool
+    has_create: bool
+
+    def read(self, name: str, max_bytes: int) -> bytes | None:
+        """Return an object of at most ``max_bytes`` bytes; None if there is none of this name.
+
+        Raises:
+            LimitExceeded: it is larger.
+        """
+
+    def open(self, name: str) -> ByteSource | None:
+        """Return an object that is read by ranges; None if there is none of this name."""
+
+    def create(self, name: str, content: Content) -> bool:
+        """Write an object if there is none of this name; return whether that was done."""
+
+    def write(self, name: str, content: Content) -> None:
+        """Write an object, in place of one of this name."""
+
+    def delete(self, name: str) -> None:
+        """Remove an object if it is there."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Return the names of the objects that begin with ``prefix``, sorted; the answer may be old."""
+
+    def close(self) -> None:
+        """Release what is held open."""
