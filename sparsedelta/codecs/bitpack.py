@@ -93,7 +93,7 @@ def pack(numbers: npt.NDArray[Any], k: int) -> Bytes:
     """Return the low ``k`` bits of every number, end to end, the least significant first."""
     packed = np.empty(-(-len(numbers) * k // 8), np.uint8)
     if kernels.native:
-        kernels.native.pack(np.ascontiguousarray(numbers), numbers.itemsize, k, packed)
+        kernels.native.pack(np.ascontiguousarray(numbers), k, packed)
         return packed
     for block in blocks(len(numbers) if k else 0):
         part = numbers[block]
@@ -111,7 +111,7 @@ def unpack(data: Bytes, n: int, k: int) -> Numbers:
         Corrupt: a bit behind the last number is set.
     """
     if n * k % 8 and data[-1] >> n * k % 8:
-        raise Corrupt("stream has a bit set behind packed numbers")
+        raise Corrupt("stream has a bit set after packed numbers")
     numbers = np.zeros(n, np.uint32)
     if kernels.native:
         kernels.native.unpack(data, k, numbers)

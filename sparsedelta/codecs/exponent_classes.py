@@ -36,7 +36,7 @@ def keys_of(bits: Bits) -> Keys:
     """Return the key of every element: the eight bits below its sign, or the seven there are."""
     if kernels.native:
         keys = np.empty(len(bits), np.uint8)
-        kernels.native.keys_of(np.ascontiguousarray(bits), bits.itemsize, keys)
+        kernels.native.keys_of(np.ascontiguousarray(bits), keys)
         return keys
     if bits.itemsize == 1:
         all_bits: Keys = bits & np.uint8(127)
@@ -153,7 +153,7 @@ def find_chosen(
     for start in range(0, span, _BLOCK_ELEMENTS):
         bits = before(start, min(_BLOCK_ELEMENTS, span - start))
         found = kernel.find_chosen(
-            bits, bits.itemsize, start, bytes(thresholds), state, bitmaps, positions, keys, found
+            bits, start, bytes(thresholds), state, bitmaps, positions, keys, found
         )
     if found != nnz or (state[:, RANK] < ends).any():
         raise Corrupt(f"index stream does not hold exactly {nnz} positions")
@@ -177,7 +177,7 @@ def ranks_by_class(
     for start, low, high in _edges(positions, span):
         bits = before(start, min(_BLOCK_ELEMENTS, span - start))
         kernels.native.rank_chosen(
-            bits, bits.itemsize, start, bytes(thresholds), state, positions[low:high], ranks
+            bits, start, bytes(thresholds), state, positions[low:high], ranks
         )
     n_members = state[:, RANK].tolist()
     yield from zip(np.split(ranks, np.cumsum(counts[:-1])), n_members, strict=True)

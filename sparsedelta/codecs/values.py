@@ -58,7 +58,7 @@ def _ulp_decode(dtype: DType, base: Bits, codes: Bits) -> Bits:
 def _compiled(work: Callable[..., object], dtype: DType, before: Bits, after: Bits) -> Bits:
     result = np.empty(after.shape, after.dtype)
     pair = map(np.ascontiguousarray, (before, after))
-    work(*pair, KINDS["ulp"] + dtype.is_float, after.itemsize, result)
+    work(*pair, KINDS["ulp"] + dtype.is_float, result)
     return result
 
 
@@ -117,7 +117,7 @@ def differences(
     """
     if kernels.native:
         before, after = np.empty((2, len(base)), base.dtype)
-        n = kernels.native.compare(base, target, base.itemsize, start, positions, before, after)
+        n = kernels.native.compare(base, target, start, positions, before, after)
         return before[:n], after[:n]
     where = np.flatnonzero(base != target)
     np.add(where, start, out=positions[: len(where)], casting="unsafe")
@@ -145,7 +145,7 @@ def change(
     if kernels.native:
         before, after = np.empty((2, len(codes)), codes.dtype)
         kind = KINDS[values] + (values == "ulp" and dtype.is_float)
-        kernels.native.change(bits, bits.itemsize, start, positions, codes, kind, before, after)
+        kernels.native.change(bits, start, positions, codes, kind, before, after)
         return before, after
     where = positions - np.uint32(start)
     before = bits[where]

@@ -218,35 +218,36 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     none = np.zeros(256, np.uint8)
     calls: list[tuple[str, tuple[Any, ...]]] = [
         ("shifted_sum", (four, 32)),
-        ("pack", (four, 3, 5, bits)),
-        ("pack", (four, 4, 5, bits)),
-        ("unpack", (bits, 32, four)),
+        ("pack", (four, 32, keys)),
+        ("pack", (four, 5, keys)),
+        ("unpack", (keys, 32, four)),
         ("put_unary", (outside, 0, keys[:1], 0)),
-        ("decode_rice", (bits, np.array([[4, 31]]), four)),
-        ("decode_rice", (bits, np.array([[-1, 0]]), four)),
+        ("decode_rice", (keys, np.array([[4, 31]]), four)),
+        ("decode_rice", (keys, np.array([[-1, 0]]), four)),
+        ("decode_rice", (keys, np.array([4, 0, 0]), four)),
         ("gaps_between", (four, four[:3])),
         ("numbers_from", (four, 9, four[:3])),
         ("put_bits", (outside, keys[:1])),
         ("put_cells", (outside, np.zeros(1, np.int64), np.zeros(1, np.int64), 2, 0, 8, keys)),
-        ("keys_of", (bits, 2, keys[:3])),
-        ("find_chosen", (bits, 2, 0, b"", far, keys, four, keys, 0)),
-        ("find_chosen", (bits, 2, 0, b"", state, np.zeros(16, np.uint8), four, keys, 5)),
-        ("find_chosen", (bits, 2, 0, b"\5\5", state, np.zeros(16, np.uint8), four, keys, 0)),
-        ("rank_chosen", (bits, 2, 0, b"", far, four, four)),
-        ("rank_chosen", (bits, 2, 0, b"", state, outside, four)),
-        ("step_statistics", (bits, 2, keys, np.zeros(767, np.int64))),
+        ("keys_of", (bits, keys[:3])),
+        ("find_chosen", (bits, 0, b"", far, keys, four, keys, 0)),
+        ("find_chosen", (bits, 0, b"", state, np.zeros(16, np.uint8), four, keys, 5)),
+        ("find_chosen", (bits, 0, b"\5\5", state, np.zeros(16, np.uint8), four, keys, 0)),
+        ("rank_chosen", (bits, 0, b"", far, four, four)),
+        ("rank_chosen", (bits, 0, b"", state, outside, four)),
+        ("step_statistics", (bits, keys, np.zeros(767, np.int64))),
         ("count_keys", (keys, np.zeros(255, np.int64))),
-        ("sort_codes", (bits, 2, keys, none, np.array([9]), bits.copy())),
-        ("long_steps", (bits, 2, four[:3], four.copy())),
-        ("join_steps", (keys[:1], b"", none, far, four, four, bits, 2)),
-        ("join_steps", (keys[:1], b"", none, state, four, four, bits, 2)),  # no mark at the end
-        ("encode_values", (bits, bits[:3], 1, 2, bits.copy())),
-        ("compare", (bits, bits, 2, 0, four[:3], bits.copy(), bits.copy())),
-        ("change", (bits.copy(), 2, 0, outside, bits[:1], 1, bits[:1].copy(), bits[:1].copy())),
-        ("change", (bits.copy(), 2, 5, four[:1], bits[:1], 1, bits[:1].copy(), bits[:1].copy())),
+        ("sort_codes", (bits, keys, none, np.array([9]), bits.copy())),
+        ("long_steps", (bits, four[:3], four.copy())),
+        ("join_steps", (keys[:1], b"", none, far, four, four, bits)),
+        ("join_steps", (keys[:1], b"", none, state, four, four, bits)),  # no mark at the end
+        ("encode_values", (bits, bits[:3], 1, bits.copy())),
+        ("compare", (bits, bits, 0, four[:3], bits.copy(), bits.copy())),
+        ("change", (bits.copy(), 0, outside, bits[:1], 1, bits[:1].copy(), bits[:1].copy())),
+        ("change", (bits.copy(), 5, four[:1], bits[:1], 1, bits[:1].copy(), bits[:1].copy())),
     ]
     for name, arguments in calls:
-        with pytest.raises(ValueError, match="sizes of arrays do not fit"):
+        with pytest.raises(ValueError, match="sizes of arrays do not match"):
             getattr(native, name)(*arguments)
         with pytest.raises(TypeError):
             getattr(native, name)(*arguments, None)

@@ -1,37 +1,39 @@
-/* The inner loops of the codecs (FORMAT §6, §7), compiled. The numpy code beside each caller is the
- * reference: both make the same bytes and refuse the same streams.
+/* The inner loops of the codecs (FORMAT §6, §7) in C. The numpy code beside each call is the reference: both
+ * write the same bytes and refuse the same streams.
  *
- * Arrays come as contiguous buffers, little-endian. Every size that a caller states and every number that a
- * file holds is checked before it is used as a place; a stream that is wrong raises Corrupt. The loops run
- * without the interpreter's lock. */
+ * Rules for every function:
+ * - Arguments are C-contiguous arrays of integers. Their item size is checked when they are taken (`take`).
+ * - Every number that comes from a file or from a caller is checked before it becomes an index, a shift or a
+ *   length. A wrong stream raises Corrupt; arrays that do not match each other raise ValueError.
+ * - Loops run without the interpreter's lock, and touch no Python object.
+ * - Arithmetic that may overflow is done on unsigned numbers. */
 
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 #ifdef __SSE2__
 #include <emmintrin.h>
 #endif
 
-#if !defined(__GNUC__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "written for gcc and clang on little-endian machines; elsewhere numpy does the work"
+#if !defined(__GNUC__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__ || __SIZEOF_POINTER__ != 8
+#error "for gcc and clang on 64-bit little-endian machines; on others sparsedelta uses numpy"
 #endif
 
-/* Also built for processors with AVX2 and a population count, chosen when the module is loaded. */
+/* Compiles a function a second time for processors with AVX2. The loader chooses when the module is loaded. */
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(NO_CLONES)
 #define CLONED __attribute__((target_clones("avx2", "default")))
 #else
 #define CLONED
 #endif
-static int has_deposit; /* whether the processor has PDEP, and is quick at it */
+static int has_deposit; /* the processor has the instruction PDEP, and executes it fast */
 
 #define INLINE static inline __attribute__((always_inline))
 
 typedef Py_ssize_t size;
 typedef uint8_t u8;
-/* Of any alignment. */
+/* Integers at any address: arrays need not be aligned. */
 typedef uint16_t __attribute__((aligned(1), may_alias)) u16;
 typedef uint32_t __attribute__((aligned(1), may_alias)) u32;
 typedef uint64_t __attribute__((aligned(1), may_alias)) u64;
@@ -71,13 +73,46 @@ INLINE void put(void *array, size i, uint64_t value, int width) {
     }
 }
 
-static PyObject *release(Py_buffer *buffers, int n, PyObject *result) {
-    for (int i = 0; i < n; i++) PyBuffer_Release(&buffers[i]);
+/* Takes an argument of PyArg_ParseTuple ("O&"): a C-contiguous array of integers of `width` bytes each; width 0:
+ * of 1, 2, 4 or 8 bytes. The interpreter calls it again without an object to release the array if a later
+ * argument is wrong. */
+static int take(PyObject *object, Py_buffer *array, size width, int flags) {
+    if (!object) {
+        PyBuffer_Release(array);
+        return 1;
+    }
+    if (PyObject_GetBuffer(object, array, PyBUF_ND | PyBUF_FORMAT | flags)) return 0;
+    const char *format = array->format ? array->format : "B";
+    int is_integer = *format && strchr("bBhHiIlLqQ", *format) && !format[1];
+    if (is_integer && (width ? array->itemsize == width : IS_WIDTH(array->itemsize))) return Py_CLEANUP_SUPPORTED;
+    PyErr_Format(PyExc_TypeError, "array has items '%s' of %zd bytes, expected integers of %zd bytes (0: of 1, 2, 4 or 8)",
+                 format, array->itemsize, width);
+    PyBuffer_Release(array);
+    return 0;
+}
+
+/* `in_…` take an array to read, `out_…` an array to write; `…_any` takes integers of any size. */
+#define TAKES(name, width, flags) \
+    static int name(PyObject *object, void *array) { return take(object, array, width, flags); }
+TAKES(in_any, 0, 0)
+TAKES(in_u8, 1, 0)
+TAKES(in_u32, 4, 0)
+TAKES(in_i64, 8, 0)
+TAKES(out_any, 0, PyBUF_WRITABLE)
+TAKES(out_u8, 1, PyBUF_WRITABLE)
+TAKES(out_u32, 4, PyBUF_WRITABLE)
+TAKES(out_i64, 8, PyBUF_WRITABLE)
+
+static size n_items(const Py_buffer *array) { return array->len / array->itemsize; }
+
+/* Releases arrays and returns `result`. */
+static PyObject *release(Py_buffer *arrays, int n, PyObject *result) {
+    for (int i = 0; i < n; i++) PyBuffer_Release(&arrays[i]);
     return result;
 }
 
 static PyObject *wrong_sizes(void) {
-    PyErr_SetString(PyExc_ValueError, "sizes of arrays do not fit each other");
+    PyErr_SetString(PyExc_ValueError, "sizes of arrays do not match each other");
     return NULL;
 }
 
@@ -86,7 +121,7 @@ static PyObject *none(void) {
     return Py_None;
 }
 
-/* Returns the first bits of 64 flags, which are 0 or 255. */
+/* Returns 64 flags, each a byte of 0 or 255, as 64 bits. */
 INLINE uint64_t bits_of(const u8 *flags) {
     uint64_t bits = 0;
 #ifdef __SSE2__
@@ -103,7 +138,7 @@ INLINE uint64_t bits_of(const u8 *flags) {
 
 /* ---- Packed numbers and Rice codes (FORMAT §6.5) ---- */
 
-/* Returns k bits, at most 32, at a bit of packed numbers. */
+/* Returns the k bits (0 ≤ k ≤ 32) that begin at bit number `bit` of `data`; bits after its end are zero. */
 INLINE uint32_t low_bits(const u8 *data, size n_bytes, size bit, int k) {
     size at = bit >> 3;
     uint64_t word = 0;
@@ -114,7 +149,7 @@ INLINE uint32_t low_bits(const u8 *data, size n_bytes, size bit, int k) {
     return (uint32_t)(word >> (bit & 7) & (((uint64_t)1 << k) - 1));
 }
 
-/* Returns whether bits behind the last of n numbers of k bits are zero. */
+/* Returns whether the bits after n packed numbers of k bits, up to the end of their last byte, are zero. */
 static int is_padded(const u8 *data, size n, int k) {
     int used = (int)(n * k & 7);
     return !used || !(data[n * k >> 3] >> used);
@@ -123,10 +158,10 @@ static int is_padded(const u8 *data, size n, int k) {
 static PyObject *shifted_sum(PyObject *module, PyObject *args) {
     Py_buffer numbers;
     int k;
-    if (!PyArg_ParseTuple(args, "y*i", &numbers, &k)) return NULL;
+    if (!PyArg_ParseTuple(args, "O&i", in_u32, &numbers, &k)) return NULL;
     uint64_t sum = 0;
     const u32 *number = numbers.buf;
-    size n = numbers.len / 4;
+    size n = n_items(&numbers);
     if (k < 0 || k > 31) return release(&numbers, 1, wrong_sizes());
     Py_BEGIN_ALLOW_THREADS
     for (size i = 0; i < n; i++) sum += number[i] >> k;
@@ -146,13 +181,12 @@ INLINE void pack_numbers(const void *numbers, size n, int k, u8 *out, int W) {
 
 static PyObject *pack(PyObject *module, PyObject *args) {
     Py_buffer b[2];
-    int width, k;
-    if (!PyArg_ParseTuple(args, "y*iiw*", &b[0], &width, &k, &b[1])) return NULL;
-    if (!IS_WIDTH(width) || k < 0 || k > 31) return release(b, 2, wrong_sizes());
-    size n = b[0].len / width;
-    if (b[1].len != (n * k + 7) / 8) return release(b, 2, wrong_sizes());
+    int k;
+    if (!PyArg_ParseTuple(args, "O&iO&", in_any, &b[0], &k, out_u8, &b[1])) return NULL;
+    size n = n_items(&b[0]);
+    if (k < 0 || k > 31 || b[1].len != (n * k + 7) / 8) return release(b, 2, wrong_sizes());
     Py_BEGIN_ALLOW_THREADS
-    if (k) FOR_WIDTH(width, pack_numbers(b[0].buf, n, k, b[1].buf, W))
+    if (k) { FOR_WIDTH(b[0].itemsize, pack_numbers(b[0].buf, n, k, b[1].buf, W)) }
     Py_END_ALLOW_THREADS
     return release(b, 2, none());
 }
@@ -160,8 +194,8 @@ static PyObject *pack(PyObject *module, PyObject *args) {
 static PyObject *unpack(PyObject *module, PyObject *args) {
     Py_buffer b[2];
     int k;
-    if (!PyArg_ParseTuple(args, "y*iw*", &b[0], &k, &b[1])) return NULL;
-    size n = b[1].len / 4;
+    if (!PyArg_ParseTuple(args, "O&iO&", in_u8, &b[0], &k, out_u32, &b[1])) return NULL;
+    size n = n_items(&b[1]);
     if (k < 0 || k > 31 || b[0].len != (n * k + 7) / 8) return release(b, 2, wrong_sizes());
     u32 *out = b[1].buf;
     Py_BEGIN_ALLOW_THREADS
@@ -170,15 +204,17 @@ static PyObject *unpack(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
+/* Writes what is above the low k bits of each number as that many zeros and a one, from bit number `at` of bytes
+ * that are zero from there on. Returns the number of the next bit. */
 static PyObject *put_unary(PyObject *module, PyObject *args) {
     Py_buffer b[2];
     int k;
-    size at; /* a bit of the bytes, which are zero from there on */
-    if (!PyArg_ParseTuple(args, "y*iw*n", &b[0], &k, &b[1], &at)) return NULL;
+    size at;
+    if (!PyArg_ParseTuple(args, "O&iO&n", in_u32, &b[0], &k, out_u8, &b[1], &at)) return NULL;
     const u32 *number = b[0].buf;
     u8 *out = b[1].buf;
-    size n = b[0].len / 4, n_bits = 8 * b[1].len;
-    int fits = at >= 0 && k >= 0 && k <= 31;
+    size n = n_items(&b[0]), n_bits = 8 * b[1].len;
+    int fits = at >= 0 && at <= n_bits && k >= 0 && k <= 31;
     Py_BEGIN_ALLOW_THREADS
     for (size i = 0; fits && i < n; i++) {
         at += number[i] >> k;
@@ -192,14 +228,15 @@ static PyObject *put_unary(PyObject *module, PyObject *args) {
 
 enum { GOOD, TOO_WIDE, NOT_SO_MANY, NOT_PADDED };
 
+/* A reader of ones among zeros. */
 typedef struct {
     const u8 *data;
-    size n_bytes, at; /* next byte to load */
-    uint64_t word;    /* ones not yet read, of the bits from `first` */
-    size first, last; /* last: bit of the last one read, or -1 */
+    size n_bytes, at; /* at: the next byte to load */
+    uint64_t word;    /* the 64 bits from bit number `first` on, without the ones that were read */
+    size first, last; /* last: the number of the last bit that was read as a one; -1 at the beginning */
 } Unary;
 
-/* Returns how many zeros precede the next one; -1: there is none. */
+/* Reads the next one. Returns how many zeros precede it; -1 if there are no more ones. */
 INLINE int64_t next_count(Unary *unary) {
     while (!unary->word) {
         size left = unary->n_bytes - unary->at;
@@ -233,15 +270,17 @@ CLONED static int read_rice(const u8 *data, size n_bytes, const i64 *lengths, si
         if (!is_padded(data, n, k)) return NOT_PADDED;
         data += n_here;
     }
-    /* The last one stands in the last byte. */
+    /* No ones are left, and the last byte has one. */
     return !unary.word && unary.last >> 3 == unary.n_bytes - 1 ? GOOD : NOT_SO_MANY;
 }
 
+/* Reads sequences of Rice codes; `lengths` holds the number of codes and k of each. */
 static PyObject *decode_rice(PyObject *module, PyObject *args) {
     Py_buffer b[3];
-    if (!PyArg_ParseTuple(args, "y*y*w*", &b[0], &b[1], &b[2])) return NULL;
+    if (!PyArg_ParseTuple(args, "O&O&O&", in_u8, &b[0], in_i64, &b[1], out_u32, &b[2])) return NULL;
     const i64 *lengths = b[1].buf;
-    size n_sequences = b[1].len / 16, total = 0, n_low_bytes = 0, n_out = b[2].len / 4;
+    size n_sequences = n_items(&b[1]) / 2, total = 0, n_low_bytes = 0, n_out = n_items(&b[2]);
+    if (n_items(&b[1]) % 2) return release(b, 3, wrong_sizes());
     for (size s = 0; s < n_sequences; s++) {
         int64_t n = lengths[2 * s], k = lengths[2 * s + 1];
         if (n < 0 || n > n_out - total || k < 0 || k > 31) return release(b, 3, wrong_sizes());
@@ -254,20 +293,21 @@ static PyObject *decode_rice(PyObject *module, PyObject *args) {
     status = read_rice(b[0].buf, b[0].len, lengths, n_sequences, n_low_bytes, b[2].buf);
     Py_END_ALLOW_THREADS
     if (status == TOO_WIDE) PyErr_SetString(Corrupt, "stream holds a number of more than 32 bits");
-    if (status == NOT_PADDED) PyErr_SetString(Corrupt, "stream has a bit set behind packed numbers");
+    if (status == NOT_PADDED) PyErr_SetString(Corrupt, "stream has a bit set after packed numbers");
     if (status == NOT_SO_MANY) PyErr_Format(Corrupt, "stream does not hold exactly %zd numbers", total);
     return release(b, 3, status == GOOD ? none() : NULL);
 }
 
 /* ---- Subsets (FORMAT §6.5), and `gaps` and `bitmap` (§6.3, §6.4) ---- */
 
+/* Writes how many numbers are left out before each of ascending ones. */
 static PyObject *gaps_between(PyObject *module, PyObject *args) {
     Py_buffer b[2];
-    if (!PyArg_ParseTuple(args, "y*w*", &b[0], &b[1])) return NULL;
+    if (!PyArg_ParseTuple(args, "O&O&", in_u32, &b[0], out_u32, &b[1])) return NULL;
     if (b[0].len != b[1].len) return release(b, 2, wrong_sizes());
     const u32 *number = b[0].buf;
     u32 *out = b[1].buf;
-    size n = b[0].len / 4;
+    size n = n_items(&b[0]);
     Py_BEGIN_ALLOW_THREADS
     if (n) out[0] = number[0];
     for (size i = 1; i < n; i++) out[i] = number[i] - number[i - 1] - 1;
@@ -275,34 +315,38 @@ static PyObject *gaps_between(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
+/* Writes the ascending numbers, all below `bound`, that leave out `gap[i]` numbers before number i. */
 static PyObject *numbers_from(PyObject *module, PyObject *args) {
     Py_buffer b[2];
     size bound;
-    if (!PyArg_ParseTuple(args, "y*nw*", &b[0], &bound, &b[1])) return NULL;
-    if (b[0].len != b[1].len) return release(b, 2, wrong_sizes());
+    if (!PyArg_ParseTuple(args, "O&nO&", in_u32, &b[0], &bound, out_u32, &b[1])) return NULL;
+    if (b[0].len != b[1].len || bound < 0) return release(b, 2, wrong_sizes());
     const u32 *gap = b[0].buf;
     u32 *out = b[1].buf;
-    size n = b[0].len / 4;
-    int64_t next = 0;
+    size n = n_items(&b[0]);
+    uint64_t next = 0; /* below 2^64: there are fewer than 2^31 gaps, each below 2^32 */
+    int fits = n <= INT32_MAX;
     Py_BEGIN_ALLOW_THREADS
-    for (size i = 0; i < n; i++) {
+    for (size i = 0; fits && i < n; i++) {
         next += gap[i];
         out[i] = (uint32_t)next++;
     }
     Py_END_ALLOW_THREADS
-    if (next > bound) {
-        PyErr_Format(Corrupt, "stream chooses number %lld of %zd", (long long)next - 1, bound);
+    if (!fits) return release(b, 2, wrong_sizes());
+    if (next > (uint64_t)bound) {
+        PyErr_Format(Corrupt, "stream chooses number %llu of %zd", (unsigned long long)next - 1, bound);
         return release(b, 2, NULL);
     }
     return release(b, 2, none());
 }
 
+/* Writes the lowest numbers that are not among ascending ones, until `out` is full. */
 static PyObject *others(PyObject *module, PyObject *args) {
     Py_buffer b[2];
-    if (!PyArg_ParseTuple(args, "y*w*", &b[0], &b[1])) return NULL;
+    if (!PyArg_ParseTuple(args, "O&O&", in_u32, &b[0], out_u32, &b[1])) return NULL;
     const u32 *number = b[0].buf;
     u32 *out = b[1].buf;
-    size n = b[0].len / 4, n_out = b[1].len / 4, found = 0, i = 0;
+    size n = n_items(&b[0]), n_out = n_items(&b[1]), found = 0, i = 0;
     Py_BEGIN_ALLOW_THREADS
     for (uint32_t next = 0; found < n_out; next++) {
         if (i < n && number[i] == next)
@@ -314,14 +358,15 @@ static PyObject *others(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
+/* Reads the positions of an index stream of `gaps`. */
 static PyObject *read_gaps(PyObject *module, PyObject *args) {
     Py_buffer b[2];
     size span;
-    if (!PyArg_ParseTuple(args, "y*nw*", &b[0], &span, &b[1])) return NULL;
+    if (!PyArg_ParseTuple(args, "O&nO&", in_u8, &b[0], &span, out_u32, &b[1])) return NULL;
     const u8 *token = b[0].buf;
     u32 *out = b[1].buf;
-    size n = b[0].len, nnz = b[1].len / 4, found = 0;
-    int64_t at = 0; /* the next element that is neither touched nor passed over */
+    size n = b[0].len, nnz = n_items(&b[1]), found = 0;
+    int64_t at = 0; /* the first element that no token has covered yet */
     Py_BEGIN_ALLOW_THREADS
     for (size i = 0; i < n && found <= nnz; i++) {
         at += token[i];
@@ -342,13 +387,14 @@ static PyObject *read_gaps(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
-/* Puts down tokens while there is room, and returns how many there are. */
+/* Writes the tokens of ascending positions. Returns how many there are; those that `out` cannot hold are not
+ * written. */
 static PyObject *put_gaps(PyObject *module, PyObject *args) {
     Py_buffer b[2];
-    if (!PyArg_ParseTuple(args, "y*w*", &b[0], &b[1])) return NULL;
+    if (!PyArg_ParseTuple(args, "O&O&", in_u32, &b[0], out_u8, &b[1])) return NULL;
     const u32 *position = b[0].buf;
     u8 *out = b[1].buf;
-    size n = b[0].len / 4, room = b[1].len, found = 0;
+    size n = n_items(&b[0]), room = b[1].len, found = 0;
     uint32_t next = 0;
     Py_BEGIN_ALLOW_THREADS
     for (size i = 0; i < n; i++) {
@@ -363,12 +409,13 @@ static PyObject *put_gaps(PyObject *module, PyObject *args) {
     return release(b, 2, PyLong_FromSsize_t(found));
 }
 
+/* Sets the bits with the given numbers. */
 static PyObject *put_bits(PyObject *module, PyObject *args) {
     Py_buffer b[2];
-    if (!PyArg_ParseTuple(args, "y*w*", &b[0], &b[1])) return NULL;
+    if (!PyArg_ParseTuple(args, "O&O&", in_u32, &b[0], out_u8, &b[1])) return NULL;
     const u32 *position = b[0].buf;
     u8 *out = b[1].buf;
-    size n = b[0].len / 4, n_bits = 8 * b[1].len;
+    size n = n_items(&b[0]), n_bits = 8 * b[1].len;
     int fits = 1;
     Py_BEGIN_ALLOW_THREADS
     for (size i = 0; fits && i < n; i++) {
@@ -379,13 +426,14 @@ static PyObject *put_bits(PyObject *module, PyObject *args) {
     return release(b, 2, fits ? none() : wrong_sizes());
 }
 
-/* Puts down where ones are while there is room, and returns how many there are. */
+/* Writes the numbers of the bits that are set. Returns how many there are; those that `out` cannot hold are not
+ * written. */
 static PyObject *ones(PyObject *module, PyObject *args) {
     Py_buffer b[2];
-    if (!PyArg_ParseTuple(args, "y*w*", &b[0], &b[1])) return NULL;
+    if (!PyArg_ParseTuple(args, "O&O&", in_u8, &b[0], out_u32, &b[1])) return NULL;
     Unary unary = {b[0].buf, b[0].len, 0, 0, 0, -1};
     u32 *out = b[1].buf;
-    size room = b[1].len / 4, found = 0;
+    size room = n_items(&b[1]), found = 0;
     Py_BEGIN_ALLOW_THREADS
     while (next_count(&unary) >= 0) {
         if (found < room) out[found] = (uint32_t)unary.last;
@@ -395,23 +443,26 @@ static PyObject *ones(PyObject *module, PyObject *args) {
     return release(b, 2, PyLong_FromSsize_t(found));
 }
 
-/* Sets the bits of cells, given as places in a tile of some rows and columns (§6.6); cells count from `first`. */
+/* Sets the bits of cells of a tile (§6.6), which are given as places in it: place = row · n_across + column, of the
+ * `rows` and `columns` that the tile consists of. Bit number 0 is the cell number `first` of the whole grid, whose rows
+ * have `n_columns` cells. */
 static PyObject *put_cells(PyObject *module, PyObject *args) {
     Py_buffer b[4];
     size n_columns, first, span;
-    if (!PyArg_ParseTuple(args, "y*y*y*nnnw*", &b[0], &b[1], &b[2], &n_columns, &first, &span, &b[3])) return NULL;
+    if (!PyArg_ParseTuple(args, "O&O&O&nnnO&", in_u32, &b[0], in_i64, &b[1], in_i64, &b[2], &n_columns, &first, &span, out_u8, &b[3]))
+        return NULL;
     const u32 *place = b[0].buf;
     const i64 *rows = b[1].buf, *columns = b[2].buf;
     u8 *out = b[3].buf;
-    size n = b[0].len / 4, n_across = b[2].len / 8, n_down = b[1].len / 8;
-    int fits = span <= 8 * b[3].len && n_across > 0 && n_across <= UINT32_MAX, inside = 1;
+    size n = n_items(&b[0]), n_down = n_items(&b[1]), n_across = n_items(&b[2]);
+    int fits = span >= 0 && span <= 8 * b[3].len && n_across > 0 && n_across <= UINT32_MAX, inside = 1;
     Py_BEGIN_ALLOW_THREADS
     for (size i = 0; fits && inside && i < n; i++) {
         uint32_t row = place[i] / (uint32_t)n_across, column = place[i] % (uint32_t)n_across;
         fits = row < n_down;
         if (!fits) break;
-        int64_t at = rows[row] * n_columns + columns[column] - first;
-        inside = at >= 0 && at < span;
+        uint64_t at = (uint64_t)rows[row] * (uint64_t)n_columns + (uint64_t)columns[column] - (uint64_t)first;
+        inside = at < (uint64_t)span; /* so is a cell before the first one outside: it has wrapped around */
         if (inside) out[at >> 3] |= (u8)(1 << (at & 7));
     }
     Py_END_ALLOW_THREADS
@@ -421,21 +472,26 @@ static PyObject *put_cells(PyObject *module, PyObject *args) {
 
 /* ---- Classes of elements (FORMAT §6.2) ---- */
 
+/* Returns the eight bits below the sign; of elements of one byte there are seven. */
 INLINE u8 key_of(uint64_t bits, int width) { return width == 1 ? bits & 127 : (u8)(bits >> (8 * width - 9)); }
 
+CLONED static void keys_any(const void *bits, size n, int width, u8 *out) {
+    FOR_WIDTH(width, for (size i = 0; i < n; i++) out[i] = key_of(get(bits, i, W), W))
+}
+
+/* Writes the key of every element. */
 static PyObject *keys_of(PyObject *module, PyObject *args) {
     Py_buffer b[2];
-    int width;
-    if (!PyArg_ParseTuple(args, "y*iw*", &b[0], &width, &b[1])) return NULL;
-    if (!IS_WIDTH(width) || b[0].len / width != b[1].len) return release(b, 2, wrong_sizes());
-    u8 *out = b[1].buf;
+    if (!PyArg_ParseTuple(args, "O&O&", in_any, &b[0], out_u8, &b[1])) return NULL;
+    size n = n_items(&b[0]);
+    if (n != b[1].len) return release(b, 2, wrong_sizes());
     Py_BEGIN_ALLOW_THREADS
-    FOR_WIDTH(width, for (size i = 0; i < b[1].len; i++) out[i] = key_of(get(b[0].buf, i, W), W))
+    keys_any(b[0].buf, n, (int)b[0].itemsize, b[1].buf);
     Py_END_ALLOW_THREADS
     return release(b, 2, none());
 }
 
-/* Puts down the keys of up to 64 elements from `first`; returns a one for each. */
+/* Writes the keys of the next elements, at most 64, from `first`. Returns a word with a bit set for each. */
 INLINE uint64_t keys_from(const void *bits, size first, size n, u8 *key, int W) {
     if (n - first >= GROUP) {
         for (size i = 0; i < GROUP; i++) key[i] = key_of(get(bits, first + i, W), W);
@@ -446,19 +502,22 @@ INLINE uint64_t keys_from(const void *bits, size first, size n, u8 *key, int W) 
     return ((uint64_t)1 << (n - first)) - 1;
 }
 
-/* Returns which keys are below a threshold. */
+/* Returns a word that says which of 64 keys are below a threshold. */
 INLINE uint64_t below(const u8 *key, u8 threshold) {
     u8 flags[GROUP];
     for (int i = 0; i < GROUP; i++) flags[i] = key[i] < threshold ? 255 : 0;
     return bits_of(flags);
 }
 
-/* What is known of a class on the way. In finding: which of its elements are chosen, or not if `rest`, is a
- * bitmap of `end` bits from byte `next`. In ranking: where its next rank goes, and where its ranks end. */
+/* The state of one class while the elements of a span pass, block by block. `rank` counts its elements so far.
+ * find_chosen: a bitmap of `end` bits from byte `next` says by rank which elements are chosen; if `rest` is 1, which
+ * are not. rank_chosen: the next rank is written at `next`, and `end` is where the ranks of the class end.
+ * join_steps: see there. */
 typedef struct { int64_t next, end, rank, rest; } Class;
-enum { SLACK = 16 }; /* zero bytes after each bitmap */
+enum { SLACK = 16 };                  /* zero bytes after each bitmap, so that words can be read past its end */
+#define MAX_RANK ((int64_t)1 << 40)   /* above any count of elements, and far from overflow */
 
-/* Returns a word in which the lowest bits of `bits` stand where `mask` has ones. */
+/* Returns a word with the lowest bits of `bits` at the places where `mask` has ones. */
 INLINE uint64_t deposit(uint64_t bits, uint64_t mask) {
     uint64_t word = 0;
 #ifdef __x86_64__
@@ -471,12 +530,12 @@ INLINE uint64_t deposit(uint64_t bits, uint64_t mask) {
     return word;
 }
 
-/* Returns which elements of a class, its `mask`, are chosen. */
+/* Returns which of the elements in `mask`, the next ones of a class, are chosen. */
 INLINE uint64_t chosen_of(Class *one, const u8 *bitmaps, uint64_t mask) {
     int64_t rank = one->rank;
     uint64_t bits = 0;
     one->rank += __builtin_popcountll(mask);
-    if (rank < one->end) {
+    if (rank < one->end) { /* the nine bytes lie within the bitmap and its slack */
         const u8 *at = bitmaps + one->next + (rank >> 3);
         bits = *(const u64 *)at >> (rank & 7) | (uint64_t)at[8] << 1 << (63 - (rank & 7));
     }
@@ -514,23 +573,34 @@ static int are_thresholds(const u8 *threshold, size n) {
     return n < MAX_CLASSES;
 }
 
+/* Copies the state of classes. Returns their number, or 0 if state and thresholds are wrong. */
+static size take_classes(const Py_buffer *thresholds, const Py_buffer *state, Class *classes) {
+    size n = thresholds->len + 1;
+    if (!are_thresholds(thresholds->buf, thresholds->len) || state->len != n * (size)sizeof(Class)) return 0;
+    memcpy(classes, state->buf, state->len);
+    for (size c = 0; c < n; c++)
+        if (classes[c].next < 0 || classes[c].end < 0 || classes[c].end > MAX_RANK || classes[c].rank < 0 || classes[c].rank > MAX_RANK)
+            return 0;
+    return n;
+}
+
+static int is_block(size start, size n) { return start >= 0 && start <= UINT32_MAX && n <= UINT32_MAX - start; }
+
+/* Writes positions and keys of the chosen elements of a block whose first element is number `start`, from number
+ * `found` on. Returns how many there are in all. */
 static PyObject *find_chosen(PyObject *module, PyObject *args) {
     Py_buffer b[6];
-    int width;
     size start, found;
-    if (!PyArg_ParseTuple(args, "y*iny*w*y*w*w*n", &b[0], &width, &start, &b[1], &b[2], &b[3], &b[4], &b[5], &found))
+    if (!PyArg_ParseTuple(args, "O&nO&O&O&O&O&n", in_any, &b[0], &start, in_u8, &b[1], out_i64, &b[2], in_u8, &b[3], out_u32, &b[4], out_u8, &b[5], &found))
         return NULL;
-    size n_classes = b[1].len + 1, room = b[5].len;
-    int fits = IS_WIDTH(width) && are_thresholds(b[1].buf, b[1].len) && b[2].len == n_classes * (size)sizeof(Class) &&
-               b[4].len == 4 * room && found >= 0 && found <= room;
     Class classes[MAX_CLASSES];
-    if (fits) memcpy(classes, b[2].buf, b[2].len);
+    size n = n_items(&b[0]), room = b[5].len, n_classes = take_classes(&b[1], &b[2], classes);
+    int fits = n_classes && is_block(start, n) && n_items(&b[4]) == room && found >= 0 && found <= room;
     for (size c = 0; fits && c < n_classes; c++)
-        fits = classes[c].next >= 0 && classes[c].end >= 0 && classes[c].rank >= 0 && classes[c].rest >> 1 == 0 &&
-               classes[c].end / 8 + SLACK <= b[3].len - classes[c].next;
+        fits = classes[c].rest >> 1 == 0 && classes[c].end / 8 + SLACK <= b[3].len - classes[c].next;
     if (!fits) return release(b, 6, wrong_sizes());
     Py_BEGIN_ALLOW_THREADS
-    found = find_any(b[0].buf, b[0].len / width, start, width, b[1].buf, (int)n_classes, classes, b[3].buf, b[4].buf, b[5].buf, found, room);
+    found = find_any(b[0].buf, n, start, (int)b[0].itemsize, b[1].buf, (int)n_classes, classes, b[3].buf, b[4].buf, b[5].buf, found, room);
     Py_END_ALLOW_THREADS
     memcpy(b[2].buf, classes, b[2].len);
     if (found < 0) PyErr_Format(Corrupt, "index stream does not hold exactly %zd positions", room);
@@ -568,19 +638,19 @@ CLONED static int rank_any(const void *bits, size n, size start, int width, cons
     return fits;
 }
 
+/* Writes the ranks, each in its class, of the touched elements of a block whose first element is number `start`. */
 static PyObject *rank_chosen(PyObject *module, PyObject *args) {
     Py_buffer b[5];
-    int width;
     size start;
-    if (!PyArg_ParseTuple(args, "y*iny*w*y*w*", &b[0], &width, &start, &b[1], &b[2], &b[3], &b[4])) return NULL;
-    size n_classes = b[1].len + 1;
-    int fits = IS_WIDTH(width) && are_thresholds(b[1].buf, b[1].len) && b[2].len == n_classes * (size)sizeof(Class);
+    if (!PyArg_ParseTuple(args, "O&nO&O&O&O&", in_any, &b[0], &start, in_u8, &b[1], out_i64, &b[2], in_u32, &b[3], out_u32, &b[4]))
+        return NULL;
     Class classes[MAX_CLASSES];
-    if (fits) memcpy(classes, b[2].buf, b[2].len);
-    for (size c = 0; fits && c < n_classes; c++) fits = classes[c].next >= 0 && classes[c].end <= b[4].len / 4;
+    size n = n_items(&b[0]), n_classes = take_classes(&b[1], &b[2], classes);
+    int fits = n_classes && is_block(start, n);
+    for (size c = 0; fits && c < n_classes; c++) fits = classes[c].end <= n_items(&b[4]);
     if (!fits) return release(b, 5, wrong_sizes());
     Py_BEGIN_ALLOW_THREADS
-    fits = rank_any(b[0].buf, b[0].len / width, start, width, b[1].buf, (int)n_classes, classes, b[3].buf, b[3].len / 4, b[4].buf);
+    fits = rank_any(b[0].buf, n, start, (int)b[0].itemsize, b[1].buf, (int)n_classes, classes, b[3].buf, n_items(&b[3]), b[4].buf);
     Py_END_ALLOW_THREADS
     memcpy(b[2].buf, classes, b[2].len);
     return release(b, 5, fits ? none() : wrong_sizes());
@@ -588,10 +658,11 @@ static PyObject *rank_chosen(PyObject *module, PyObject *args) {
 
 /* ---- `steps` (FORMAT §7.3) ---- */
 
+/* Adds to `counts` how many elements have each key. */
 static PyObject *count_keys(PyObject *module, PyObject *args) {
     Py_buffer b[2];
-    if (!PyArg_ParseTuple(args, "y*w*", &b[0], &b[1])) return NULL;
-    if (b[1].len != 256 * 8) return release(b, 2, wrong_sizes());
+    if (!PyArg_ParseTuple(args, "O&O&", in_u8, &b[0], out_i64, &b[1])) return NULL;
+    if (n_items(&b[1]) != 256) return release(b, 2, wrong_sizes());
     const u8 *key = b[0].buf;
     i64 *counts = b[1].buf;
     Py_BEGIN_ALLOW_THREADS
@@ -600,16 +671,15 @@ static PyObject *count_keys(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
-/* Of each key: how many steps, how many long ones, how much longer than these have to be. */
+/* Adds for each key: the number of steps; the number of long ones, of two units or more; their units above two. */
 static PyObject *step_statistics(PyObject *module, PyObject *args) {
     Py_buffer b[3];
-    int width;
-    if (!PyArg_ParseTuple(args, "y*iy*w*", &b[0], &width, &b[1], &b[2])) return NULL;
-    if (!IS_WIDTH(width) || b[0].len / width != b[1].len || b[2].len != 3 * 256 * 8) return release(b, 3, wrong_sizes());
+    if (!PyArg_ParseTuple(args, "O&O&O&", in_any, &b[0], in_u8, &b[1], out_i64, &b[2])) return NULL;
+    if (n_items(&b[0]) != b[1].len || n_items(&b[2]) != 3 * 256) return release(b, 3, wrong_sizes());
     const u8 *key = b[1].buf;
-    i64 *sums = b[2].buf;
+    u64 *sums = b[2].buf; /* unsigned: codes of 8 bytes may overflow */
     Py_BEGIN_ALLOW_THREADS
-    FOR_WIDTH(width, for (size i = 0; i < b[1].len; i++) {
+    FOR_WIDTH(b[0].itemsize, for (size i = 0; i < b[1].len; i++) {
         uint64_t beyond = get(b[0].buf, i, W) >> 1;
         sums[key[i]]++;
         sums[256 + key[i]] += beyond > 0;
@@ -619,18 +689,18 @@ static PyObject *step_statistics(PyObject *module, PyObject *args) {
     return release(b, 3, none());
 }
 
-/* Moves codes so that those of a class lie together; places[c]: where the next of class c goes. */
+/* Writes codes class by class. `table` holds the class of each key, `places` where the next code of each class is
+ * written. */
 static PyObject *sort_codes(PyObject *module, PyObject *args) {
     Py_buffer b[5];
-    int width;
-    if (!PyArg_ParseTuple(args, "y*iy*y*w*w*", &b[0], &width, &b[1], &b[2], &b[3], &b[4])) return NULL;
-    size n = b[1].len, n_classes = b[3].len / 8;
-    int fits = IS_WIDTH(width) && b[0].len / width == n && b[4].len == b[0].len && b[2].len == 256;
+    if (!PyArg_ParseTuple(args, "O&O&O&O&O&", in_any, &b[0], in_u8, &b[1], in_u8, &b[2], out_i64, &b[3], out_any, &b[4])) return NULL;
+    size n = b[1].len, n_classes = n_items(&b[3]);
+    int fits = n_items(&b[0]) == n && b[4].len == b[0].len && b[4].itemsize == b[0].itemsize && b[2].len == 256;
     if (!fits) return release(b, 5, wrong_sizes());
     const u8 *key = b[1].buf, *table = b[2].buf;
     i64 *places = b[3].buf;
     Py_BEGIN_ALLOW_THREADS
-    FOR_WIDTH(width, for (size i = 0; fits && i < n; i++) {
+    FOR_WIDTH(b[0].itemsize, for (size i = 0; fits && i < n; i++) {
         int c = table[key[i]];
         fits = c < n_classes && places[c] >= 0 && places[c] < n;
         if (fits) put(b[4].buf, places[c]++, get(b[0].buf, i, W), W);
@@ -639,16 +709,15 @@ static PyObject *sort_codes(PyObject *module, PyObject *args) {
     return release(b, 5, fits ? none() : wrong_sizes());
 }
 
-/* Puts down which steps are longer than one unit, and how much longer than two; returns how many. */
+/* Writes which steps are long, of two units or more, and their units above two. Returns how many are long. */
 static PyObject *long_steps(PyObject *module, PyObject *args) {
     Py_buffer b[3];
-    int width;
-    if (!PyArg_ParseTuple(args, "y*iw*w*", &b[0], &width, &b[1], &b[2])) return NULL;
-    size n = IS_WIDTH(width) ? b[0].len / width : 0, found = 0;
-    if (!IS_WIDTH(width) || b[1].len / 4 < n || b[2].len / 4 < n) return release(b, 3, wrong_sizes());
+    if (!PyArg_ParseTuple(args, "O&O&O&", in_any, &b[0], out_u32, &b[1], out_u32, &b[2])) return NULL;
+    size n = n_items(&b[0]), found = 0;
+    if (n_items(&b[1]) < n || n_items(&b[2]) < n) return release(b, 3, wrong_sizes());
     u32 *where = b[1].buf, *excess = b[2].buf;
     Py_BEGIN_ALLOW_THREADS
-    FOR_WIDTH(width, for (size i = 0; i < n; i++) {
+    FOR_WIDTH(b[0].itemsize, for (size i = 0; i < n; i++) {
         uint64_t beyond = get(b[0].buf, i, W) >> 1;
         where[found] = (uint32_t)i; /* found ≤ i */
         excess[found] = (uint32_t)(beyond - 1);
@@ -658,9 +727,9 @@ static PyObject *long_steps(PyObject *module, PyObject *args) {
     return release(b, 3, PyLong_FromSsize_t(found));
 }
 
-/* The codes of steps. `where` and `excess` list the long ones, class after class, from `next`; after those
- * of a class, at `end`, stands NOWHERE. Their `rank` is where the signs of a class begin. Without keys there is
- * one class. */
+/* Writes the codes of steps. `where` lists the long steps of each class, from `next` to `end` of the class; at `end` it
+ * holds NOWHERE. `excess` holds their units above two. `rank` is the number of the first step of the class among the
+ * signs, which are sorted by class. Without keys there is one class. */
 #define NOWHERE UINT32_MAX
 
 INLINE int join_in(const u8 *signs, size n, const u8 *key, const u8 *table, Class *classes, const u32 *where, const u32 *excess, void *codes, int W) {
@@ -671,7 +740,7 @@ INLINE int join_in(const u8 *signs, size n, const u8 *key, const u8 *table, Clas
         int c = key ? table[key[i]] : 0;
         int64_t at = classes[c].rank++, next = classes[c].next;
         if (at >= n) return 0;
-        uint64_t is_long = where[next] == at - starts[c]; /* without a branch: no processor foresees it */
+        uint64_t is_long = where[next] == at - starts[c]; /* no branch: processors could not predict it */
         uint64_t code = 1 + (signs[at >> 3] >> (at & 7) & 1) + (-is_long & 2 * ((uint64_t)excess[next] + 1));
         classes[c].next += is_long;
         if (code > most) return 0;
@@ -682,35 +751,39 @@ INLINE int join_in(const u8 *signs, size n, const u8 *key, const u8 *table, Clas
 
 static PyObject *join_steps(PyObject *module, PyObject *args) {
     Py_buffer b[7];
-    int width;
-    if (!PyArg_ParseTuple(args, "y*y*y*y*y*y*w*i", &b[0], &b[1], &b[2], &b[3], &b[4], &b[5], &b[6], &width)) return NULL;
+    if (!PyArg_ParseTuple(args, "O&O&O&O&O&O&O&", in_u8, &b[0], in_u8, &b[1], in_u8, &b[2], in_i64, &b[3], in_u32, &b[4], in_u32, &b[5], out_any, &b[6]))
+        return NULL;
     Class classes[MAX_CLASSES] = {{0}};
-    size n = IS_WIDTH(width) ? b[6].len / width : 0, n_classes = b[3].len / (size)sizeof(Class);
+    size n = n_items(&b[6]), width = b[6].itemsize, n_long = n_items(&b[4]), n_classes = b[3].len / (size)sizeof(Class);
     const u8 *table = b[2].buf;
+    const u32 *where = b[4].buf;
     int has_keys = b[1].len > 0;
-    int fits = IS_WIDTH(width) && b[0].len == (n + 7) / 8 && b[2].len == 256 && b[4].len == b[5].len &&
-               (!has_keys || b[1].len == n) && n_classes >= 1 && n_classes <= MAX_CLASSES;
-    if (fits) memcpy(classes, b[3].buf, n_classes * sizeof(Class));
+    int fits = n < NOWHERE && b[0].len == (n + 7) / 8 && b[2].len == 256 && b[4].len == b[5].len && (!has_keys || b[1].len == n) &&
+               n_classes >= 1 && n_classes <= MAX_CLASSES && b[3].len % (size)sizeof(Class) == 0;
+    if (fits) memcpy(classes, b[3].buf, b[3].len);
     for (int key = 0; fits && key < 256; key++) fits = table[key] < n_classes;
-    for (size c = 0; fits && c < n_classes; c++)
-        fits = classes[c].next >= 0 && classes[c].next <= classes[c].end && classes[c].end < b[4].len / 4 &&
-               ((const u32 *)b[4].buf)[classes[c].end] == NOWHERE && classes[c].rank >= 0;
+    for (size c = 0; fits && c < n_classes; c++) {
+        const Class *one = &classes[c];
+        fits = one->next >= 0 && one->next <= one->end && one->end < n_long && where[one->end] == NOWHERE && one->rank >= 0 && one->rank <= n;
+    }
     if (!fits) return release(b, 7, wrong_sizes());
     if (!is_padded(b[0].buf, n, 1)) {
-        PyErr_SetString(Corrupt, "stream has a bit set behind packed numbers");
+        PyErr_SetString(Corrupt, "stream has a bit set after packed numbers");
         return release(b, 7, NULL);
     }
     int good = 0;
     Py_BEGIN_ALLOW_THREADS
     FOR_WIDTH(width, good = join_in(b[0].buf, n, has_keys ? b[1].buf : NULL, table, classes, b[4].buf, b[5].buf, b[6].buf, W))
     Py_END_ALLOW_THREADS
-    if (!good) PyErr_Format(Corrupt, "value stream holds a code of more than %d bits", width < 4 ? 8 * width : 32);
+    if (!good) PyErr_Format(Corrupt, "value stream holds a code of more than %d bits", width < 4 ? 8 * (int)width : 32);
     return release(b, 7, good ? none() : NULL);
 }
 
 /* ---- Values (FORMAT §7) ---- */
 
-enum { TARGET, ULP_OF_INTEGERS, ULP_OF_FLOATS };
+enum { TARGET, ULP_OF_INTEGERS, ULP_OF_FLOATS, N_KINDS };
+
+/* A number modulo 2^(8·W), and the highest bit of W bytes. */
 
 #define IN(value, W) ((W) == 8 ? (value) : (value) & (((uint64_t)1 << (8 * (W) & 63)) - 1))
 #define TOP(W) ((uint64_t)1 << (8 * (W) - 1))
@@ -741,7 +814,7 @@ INLINE void code_all(const void *before, const void *after, int kind, size n, vo
 CLONED static void code_any(const void *before, const void *after, int kind, int width, size n, void *codes) {
     if (kind == ULP_OF_FLOATS) { FOR_WIDTH(width, code_all(before, after, ULP_OF_FLOATS, n, codes, W)) }
     else if (kind == ULP_OF_INTEGERS) { FOR_WIDTH(width, code_all(before, after, ULP_OF_INTEGERS, n, codes, W)) }
-    else memcpy(codes, after, n * width);
+    else memmove(codes, after, n * width);
 }
 
 INLINE void decode_all(const void *before, const void *codes, int kind, size n, void *after, int W) {
@@ -751,16 +824,18 @@ INLINE void decode_all(const void *before, const void *codes, int kind, size n, 
 CLONED static void decode_any(const void *before, const void *codes, int kind, int width, size n, void *after) {
     if (kind == ULP_OF_FLOATS) { FOR_WIDTH(width, decode_all(before, codes, ULP_OF_FLOATS, n, after, W)) }
     else if (kind == ULP_OF_INTEGERS) { FOR_WIDTH(width, decode_all(before, codes, ULP_OF_INTEGERS, n, after, W)) }
-    else memcpy(after, codes, n * width);
+    else memmove(after, codes, n * width);
 }
 
 static PyObject *values_with(PyObject *args, void (*work)(const void *, const void *, int, int, size, void *)) {
     Py_buffer b[3];
-    int kind, width;
-    if (!PyArg_ParseTuple(args, "y*y*iiw*", &b[0], &b[1], &kind, &width, &b[2])) return NULL;
-    if (!IS_WIDTH(width) || b[0].len != b[1].len || b[0].len != b[2].len) return release(b, 3, wrong_sizes());
+    int kind;
+    if (!PyArg_ParseTuple(args, "O&O&iO&", in_any, &b[0], in_any, &b[1], &kind, out_any, &b[2])) return NULL;
+    int fits = kind >= 0 && kind < N_KINDS && n_items(&b[0]) == n_items(&b[1]) && n_items(&b[0]) == n_items(&b[2]) &&
+               b[0].len == b[1].len && b[0].len == b[2].len;
+    if (!fits) return release(b, 3, wrong_sizes());
     Py_BEGIN_ALLOW_THREADS
-    work(b[0].buf, b[1].buf, kind, width, b[0].len / width, b[2].buf);
+    work(b[0].buf, b[1].buf, kind, (int)b[0].itemsize, n_items(&b[0]), b[2].buf);
     Py_END_ALLOW_THREADS
     return release(b, 3, none());
 }
@@ -768,7 +843,8 @@ static PyObject *values_with(PyObject *args, void (*work)(const void *, const vo
 static PyObject *encode_values(PyObject *module, PyObject *args) { return values_with(args, code_any); }
 static PyObject *decode_values(PyObject *module, PyObject *args) { return values_with(args, decode_any); }
 
-/* Puts down where two blocks differ, counted from `start`, and what is there in each; returns how often. */
+/* Writes the numbers of the elements that differ between two blocks, counted from `start`, and their bits in both
+ * blocks. Returns how many differ. */
 INLINE size compare_in(const void *old, const void *new, size n, size start, u32 *positions, void *before, void *after, int W) {
     size found = 0;
     for (size first = 0; first < n; first += GROUP) {
@@ -799,19 +875,21 @@ CLONED static size compare_any(const void *old, const void *new, int width, size
 
 static PyObject *compare(PyObject *module, PyObject *args) {
     Py_buffer b[5];
-    int width;
     size start, found;
-    if (!PyArg_ParseTuple(args, "y*y*inw*w*w*", &b[0], &b[1], &width, &start, &b[2], &b[3], &b[4])) return NULL;
-    size n = IS_WIDTH(width) ? b[0].len / width : -1;
-    if (n < 0 || b[1].len != b[0].len || b[2].len / 4 < n || b[3].len / width < n || b[4].len / width < n)
-        return release(b, 5, wrong_sizes());
+    if (!PyArg_ParseTuple(args, "O&O&nO&O&O&", in_any, &b[0], in_any, &b[1], &start, out_u32, &b[2], out_any, &b[3], out_any, &b[4]))
+        return NULL;
+    size n = n_items(&b[0]), width = b[0].itemsize;
+    int fits = is_block(start, n) && b[1].len == b[0].len && n_items(&b[2]) >= n;
+    for (int i = 1; i < 5; i++)
+        if (i != 2) fits = fits && b[i].itemsize == width && n_items(&b[i]) >= n;
+    if (!fits) return release(b, 5, wrong_sizes());
     Py_BEGIN_ALLOW_THREADS
-    found = compare_any(b[0].buf, b[1].buf, width, n, start, b[2].buf, b[3].buf, b[4].buf);
+    found = compare_any(b[0].buf, b[1].buf, (int)width, n, start, b[2].buf, b[3].buf, b[4].buf);
     Py_END_ALLOW_THREADS
     return release(b, 5, PyLong_FromSsize_t(found));
 }
 
-/* Changes a block at positions, which count from `start`; puts down what was there, and what is there now. */
+/* Changes a block at positions, which count from `start`. Writes the bits there before and after. */
 INLINE int change_in(void *bits, size n, size start, const u32 *positions, size nnz, const void *codes, int kind, void *before, void *after, int W) {
     for (size i = 0; i < nnz; i++) {
         int64_t at = (int64_t)positions[i] - start;
@@ -826,13 +904,14 @@ INLINE int change_in(void *bits, size n, size start, const u32 *positions, size 
 
 static PyObject *change(PyObject *module, PyObject *args) {
     Py_buffer b[5];
-    int width, kind, fits;
+    int kind;
     size start;
-    if (!PyArg_ParseTuple(args, "w*iny*y*iw*w*", &b[0], &width, &start, &b[1], &b[2], &kind, &b[3], &b[4])) return NULL;
-    size nnz = b[1].len / 4;
-    fits = IS_WIDTH(width) && b[2].len / width == nnz && b[3].len / width >= nnz && b[4].len / width >= nnz;
+    if (!PyArg_ParseTuple(args, "O&nO&O&iO&O&", out_any, &b[0], &start, in_u32, &b[1], in_any, &b[2], &kind, out_any, &b[3], out_any, &b[4]))
+        return NULL;
+    size n = n_items(&b[0]), nnz = n_items(&b[1]), width = b[0].itemsize;
+    int fits = is_block(start, n) && kind >= 0 && kind < N_KINDS;
+    for (int i = 2; i < 5; i++) fits = fits && b[i].itemsize == width && n_items(&b[i]) == nnz;
     if (!fits) return release(b, 5, wrong_sizes());
-    size n = b[0].len / width;
     Py_BEGIN_ALLOW_THREADS
     if (kind == ULP_OF_FLOATS) { FOR_WIDTH(width, fits = change_in(b[0].buf, n, start, b[1].buf, nnz, b[2].buf, ULP_OF_FLOATS, b[3].buf, b[4].buf, W)) }
     else { FOR_WIDTH(width, fits = change_in(b[0].buf, n, start, b[1].buf, nnz, b[2].buf, kind, b[3].buf, b[4].buf, W)) }
@@ -856,11 +935,6 @@ static PyMethodDef kernels[] = {
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, kernels, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__native(void) {
-    const char *wanted = getenv("SPARSEDELTA_KERNELS");
-    if (wanted && !strcmp(wanted, "numpy")) {
-        PyErr_SetString(PyExc_ImportError, "SPARSEDELTA_KERNELS asks for numpy");
-        return NULL;
-    }
     PyObject *errors = PyImport_ImportModule("sparsedelta.errors");
     if (!errors) return NULL;
     Corrupt = PyObject_GetAttrString(errors, "Corrupt");
@@ -870,7 +944,7 @@ PyMODINIT_FUNC PyInit__native(void) {
     has_deposit = __builtin_cpu_supports("bmi2") && !__builtin_cpu_is("znver1") && !__builtin_cpu_is("znver2");
 #endif
     PyObject *module = Corrupt ? PyModule_Create(&definition) : NULL;
-    if (module && PyModule_AddIntConstant(module, "VERSION", 1)) {
+    if (module && PyModule_AddIntConstant(module, "VERSION", 2)) {
         Py_DECREF(module);
         return NULL;
     }

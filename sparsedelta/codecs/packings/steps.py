@@ -134,7 +134,7 @@ def _sorted(codes: Bits, keys: Keys, thresholds: Sequence[int], counts: list[int
     table = class_table(thresholds)
     if kernels.native:
         places = np.cumsum([0, *counts[:-1]], dtype=np.int64)
-        kernels.native.sort_codes(codes, codes.itemsize, keys, table, places, result)
+        kernels.native.sort_codes(codes, keys, table, places, result)
         return result
     for where, to in _by_class(table[keys], counts):
         result[to] = codes[where]
@@ -145,7 +145,7 @@ def _long(codes: Bits) -> tuple[Numbers, Numbers]:
     """Return which steps are longer than one unit, and by how much more than one."""
     if kernels.native:
         long, excess = np.empty((2, len(codes)), np.uint32)
-        n = kernels.native.long_steps(codes, codes.itemsize, long, excess)
+        n = kernels.native.long_steps(codes, long, excess)
         return long[:n], excess[:n]
     beyond = codes >> 1  # units beyond the first
     long = np.flatnonzero(beyond).astype(np.uint32)
@@ -170,7 +170,7 @@ def _joined(
     with_keys = keys if thresholds and keys is not None else b""
     kernels.native.join_steps(  # type: ignore[union-attr]
         signs, with_keys, class_table(thresholds), state,
-        _ended(long, _NOWHERE), _ended(excess, 0), codes, width,
+        _ended(long, _NOWHERE), _ended(excess, 0), codes,
     )  # fmt: skip
     return codes
 
@@ -212,7 +212,7 @@ def _by_class(number: Keys, counts: list[int]) -> Iterator[tuple[npt.NDArray[np.
 def _choose_classes(keys: Keys, codes: Bits) -> list[int]:
     sums = np.zeros((3, N_KEYS), np.int64)  # of each key: steps, long ones, how much longer
     if kernels.native:
-        kernels.native.step_statistics(codes, codes.itemsize, keys, sums)
+        kernels.native.step_statistics(codes, keys, sums)
     for block in blocks(0 if kernels.native else len(keys)):
         beyond = codes[block] >> 1
         excess = np.maximum(beyond, 1) - 1
