@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 HUB_1X := $(VENV)-hub-1x
 BENCH := $(VENV)-bench
 
-.PHONY: demo test test-hub-1x lint format bench gpu-rehearse vectors clean
+.PHONY: demo test test-hub-1x sanitize lint format bench gpu-rehearse vectors clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -17,6 +17,17 @@ test: $(READY)
 # The Hub's tests with the last huggingface_hub before 2, which transformers still asks for.
 test-hub-1x: $(HUB_1X)/.ready
 	$(HUB_1X)/bin/python -m pytest -n auto tests/hub
+
+# The compiled kernels with checks of every memory access and of undefined behaviour, on damaged streams; Linux with gcc.
+SANITIZED := build/sanitized
+STREAMS ?= 200000
+CHECKED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	PYTHONMALLOC=malloc PYTHONPATH=$(SANITIZED)/lib SPARSEDELTA_KERNELS=compiled $(BIN)/python -P
+sanitize: $(READY)
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -DNO_CLONES" \
+		$(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	$(CHECKED) tests/fuzz_kernels.py --streams $(STREAMS)
+	$(CHECKED) -m pytest -n0 tests/codecs
 
 lint: $(READY)
 	$(BIN)/ruff format --check
@@ -39,7 +50,7 @@ gpu-rehearse: $(READY)
 vectors: $(READY)
 	$(BIN)/python spec/make_vectors.py
 
-# What an editable install is made from: its settings and the compiled kernels.
+# Changes of these files need a new installation: settings, and the source of the compiled kernels.
 INSTALLED := pyproject.toml setup.py sparsedelta/codecs/kernels/_native.c
 
 $(READY): $(INSTALLED) constraints.txt

@@ -1,4 +1,6 @@
-"""The compiled kernels, which the package does without where there is no C compiler; all else is in pyproject.toml."""
+"""The compiled kernels, which are optional; everything else is in pyproject.toml."""
+
+import sysconfig
 
 from setuptools import Extension, setup
 
@@ -7,7 +9,13 @@ KERNELS = Extension(
     ["sparsedelta/codecs/kernels/_native.c"],
     extra_compile_args=["-O3", "-g0"],
     py_limited_api=True,
-    optional=True,  # numpy does the same work
+    optional=True,  # without a C compiler the package is installed all the same, and uses numpy
 )
 
-setup(ext_modules=[KERNELS], options={"bdist_wheel": {"py_limited_api": "cp311"}})
+# Python without the GIL has no stable ABI, which the kernels are compiled for.
+HAS_STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+setup(
+    ext_modules=[KERNELS] if HAS_STABLE_ABI else [],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if HAS_STABLE_ABI else {},
+)

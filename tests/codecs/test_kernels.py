@@ -1,96 +1,27 @@
-"""The compiled kernels and numpy: the same bytes and the same refusals, whatever they are given."""
+"""The compiled kernels and numpy write the same bytes and refuse the same streams."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from helpers import BITS, assert_bit_equal
+from kernel_cases import Bits, both, damaged, drawn, encoded, native, reader
 
-from sparsedelta.codecs import kernels
-from sparsedelta.codecs.chunk import Chunk, Span, decode_chunk, encode_chunk
-from sparsedelta.codecs.context import ChunkContext, Positions, StartBits
+from sparsedelta.codecs.chunk import Span, decode_chunk
+from sparsedelta.codecs.context import ChunkContext
 from sparsedelta.codecs.exponent_classes import keys_of
 from sparsedelta.codecs.indices import INDEX_ENCODINGS
 from sparsedelta.codecs.packings import VALUE_PACKINGS
 from sparsedelta.codecs.values import VALUE_ENCODINGS, change, differences
 from sparsedelta.codecs.zstd import Level
 from sparsedelta.dtypes import DTYPES, DType
-from sparsedelta.errors import Corrupt
 
-native = kernels.native
 pytestmark = pytest.mark.skipif(native is None, reason="the kernels are not built")
-Bits = npt.NDArray[Any]
-
-
-@contextmanager
-def numpy_alone() -> Iterator[None]:
-    kernels.native = None
-    try:
-        yield
-    finally:
-        kernels.native = native
-
-
-def both(work: Callable[..., Any], *arguments: Any) -> tuple[object, object]:
-    """Return what some work comes to in either way: plain bytes and numbers, or a refusal."""
-
-    def outcome() -> object:
-        try:
-            return plain(work(*arguments))
-        except Corrupt:
-            return "refused"
-
-    kernels.native = native
-    compiled = outcome()
-    with numpy_alone():
-        return compiled, outcome()
-
-
-def plain(result: Any) -> object:
-    if isinstance(result, np.ndarray):
-        return result.dtype.str, result.tobytes()
-    if isinstance(result, tuple | list):
-        return [plain(one) for one in result]
-    return result
-
-
-def drawn(seed: int, width: int) -> tuple[Positions, Bits, Bits]:
-    """Return positions in a span, codes there, and the bits of the span before the change."""
-    draw = np.random.default_rng(seed)
-    span = int(draw.choice([1, 63, 64, 65, 700, 5000, (1 << 18) + 77]))
-    view = f"<u{width}"
-    before = (draw.normal(0, 0.02, span).astype("<f4").view("<u4") >> 16).astype(view)
-    if width > 2:
-        before <<= before.dtype.type(8 * (width - 2))
-    exponents = keys_of(before).astype(float)
-    share = float(draw.choice([0.001, 0.02, 0.3, 1.0]))
-    likely = share if draw.random() < 0.4 else np.minimum(0.97, share * 2.0 ** (121 - exponents))
-    if draw.random() < 0.3:
-        likely = likely * np.where(np.arange(span) // 64 % 7 == 0, 1.0, 0.05)
-    positions = np.flatnonzero(draw.random(span) < likely).astype(np.uint32)
-    if not len(positions):
-        positions = np.array([span - 1], np.uint32)
-    high = int(draw.choice([3, 9, 200, 1 << 16, 1 << 40]))
-    codes = draw.integers(1, min(high, 1 << 8 * width), len(positions), np.uint64)
-    codes[draw.random(len(codes)) < draw.choice([0.1, 0.7])] = 1
-    return positions, codes.astype(view), before
-
-
-def reader(bits: Bits) -> StartBits:
-    return lambda start, n: bits[start : start + n]
-
-
-def encoded(place: Span, positions: Positions, codes: Bits, level: Level) -> tuple[Chunk, bytes]:
-    chunk, streams = encode_chunk(place, positions, codes, values="ulp", touched=None, level=level)
-    return chunk, b"".join(streams)
 
 
 @pytest.mark.parametrize("name", ["I8", "BF16", "F32", "F64"])
@@ -106,24 +37,6 @@ def test_encoders_make_the_same_chunk(name: str) -> None:
             found, numbers = decode_chunk(chunk, dtype, coded, before=reader(before))
             assert_bit_equal(found, positions)
             assert_bit_equal(numbers, codes)
-
-
-def damaged(stream: bytes, draw: np.random.Generator) -> bytes:
-    """Return a stream with a few bits changed, cut short, lengthened, or another altogether."""
-    kind = draw.integers(6)
-    raw = bytearray(stream)
-    if kind == 0:
-        return draw.bytes(int(draw.integers(1, 40)))
-    if kind == 1:
-        del raw[int(draw.integers(len(raw))) :]
-    elif kind == 2:
-        raw += draw.bytes(int(draw.integers(1, 12)))
-    else:
-        for _ in range(kind - 2):
-            raw[int(draw.integers(min(len(raw), 60 if kind == 4 else len(raw))))] ^= 1 << int(
-                draw.integers(8)
-            )
-    return bytes(raw)
 
 
 @pytest.mark.parametrize("name", INDEX_ENCODINGS)
@@ -253,14 +166,41 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
             getattr(native, name)(*arguments, None)
 
 
-def test_environment_leaves_the_compiled_ones_out() -> None:
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("shifted_sum", (np.zeros(4, np.uint64), 0)),
+        ("shifted_sum", (np.zeros(4, np.float32), 0)),
+        ("shifted_sum", (np.zeros(4, ">u4"), 0)),
+        ("shifted_sum", (np.zeros(8, np.uint32)[::2], 0)),
+        ("shifted_sum", (4, 0)),
+        ("keys_of", (np.zeros(4, "c8"), np.zeros(4, np.uint8))),
+        ("keys_of", (np.zeros(4, np.uint16), b"abcd")),
+        ("gaps_between", (np.zeros(4, np.uint32), np.zeros(4, np.int64))),
+        ("put_bits", (np.zeros(4, np.uint32), np.zeros(8, np.uint8)[::2])),
+    ],
+)
+def test_arrays_of_another_kind_are_refused(name: str, arguments: tuple[Any, ...]) -> None:
+    """Another item size, floats, another byte order, gaps between items, no array, not writable."""
+    with pytest.raises((TypeError, ValueError, BufferError), match="array|bytes-like|writ"):
+        getattr(native, name)(*arguments)
+
+
+def asked(wanted: str) -> subprocess.CompletedProcess[str]:
     code = "from sparsedelta.codecs import kernels; print(kernels.in_use())"
-    for wanted, expected in (("", "compiled"), ("numpy", "numpy")):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "SPARSEDELTA_KERNELS": wanted},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert done.stdout.strip() == expected
+    environment = {**os.environ, "SPARSEDELTA_KERNELS": wanted}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"), [("", "compiled"), ("compiled", "compiled"), ("numpy", "numpy")]
+)
+def test_environment_chooses_the_kernels(wanted: str, expected: str) -> None:
+    assert asked(wanted).stdout.strip() == expected
+
+
+def test_environment_with_another_word_is_refused() -> None:
+    done = asked("off")
+    assert done.returncode == 1
+    assert "SPARSEDELTA_KERNELS is 'off'; set it to compiled or numpy" in done.stderr
