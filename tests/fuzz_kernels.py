@@ -80,7 +80,10 @@ def chunk_trials(seed: int, draw: Draw) -> Iterator[Trial]:
         for _ in range(int(draw.integers(4))):
             other[int(draw.integers(len(other)))] ^= other.dtype.type(1 << draw.integers(8 * width))
         decode = partial(decode_chunk, chunk, DTYPES[DTYPE_OF[width]], b"".join(streams))
-        yield "classes" if chunk.coding.classes else "chunk", *both(lambda o=other: decode(before=reader(o)))
+        yield (
+            "classes" if chunk.coding.classes else "chunk",
+            *both(lambda o=other: decode(before=reader(o))),
+        )
 
 
 def main() -> int:
@@ -102,8 +105,12 @@ def main() -> int:
                     sys.exit(f"{name} differs at --seed {seed}:\n{compiled!r}\n{reference!r}")
         seed += 1
     for name in sorted({name for name, _ in found}):
-        print(f"{name:12} {found[name, False]:8} accepted by both {found[name, True]:8} refused by both")
-    print(f"{found.total()} streams in {time.monotonic() - start:.0f} s, seeds {options.seed} to {seed - 1}")
+        print(
+            f"{name:12} {found[name, False]:8} accepted by both {found[name, True]:8} refused by both"
+        )
+    print(
+        f"{found.total()} streams in {time.monotonic() - start:.0f} s, seeds {options.seed} to {seed - 1}"
+    )
     return 0
 
 

@@ -108,5 +108,3 @@ def damaged(stream: bytes, draw: Draw) -> bytes:
                 draw.integers(8)
             )
     return bytes(raw)
-
-
