@@ -15,8 +15,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 from sparsedelta import system
+from sparsedelta.interrupts import uninterrupted
 
 _WRITE_OUT_SECONDS = 0.1
 _PARTIAL, _UNLOCKED = ".sparsedelta.partial", ".sparsedelta-unlocked.partial"
@@ -181,24 +183,29 @@ def synced(fds: Sequence[int]) -> Iterator[None]:
     Raises:
         OSError: the system could not write.
     """
-    done = threading.Event()
+    done: SimpleQueue[None] = SimpleQueue()  # not an Event: an interrupt may leave its lock held
     failures: list[OSError] = []
 
     def write_out() -> None:
         try:
-            while not done.wait(_WRITE_OUT_SECONDS):
-                for fd in fds:
-                    os.fsync(fd)
+            while True:
+                try:
+                    return done.get(timeout=_WRITE_OUT_SECONDS)
+                except Empty:
+                    for fd in fds:
+                        os.fsync(fd)
         except OSError as error:  # told to one caller only: the sync below would not see it again
             failures.append(error)
 
     thread = threading.Thread(target=write_out)
-    thread.start()
+    with uninterrupted():
+        thread.start()
     try:
         yield
     finally:
-        done.set()
-        thread.join()
+        with uninterrupted():  # an interrupted join takes a running thread for one that has ended
+            done.put(None)
+            thread.join()
     for failure in failures:
         raise failure
     for fd in fds:

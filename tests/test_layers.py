@@ -35,7 +35,7 @@ ROOMS = (
     "cli",
     "top",
 )
-GROUND = {"errors", "dtypes", "progress", "_typing", "fs", "system"}
+GROUND = {"errors", "dtypes", "progress", "_typing", "fs", "interrupts", "system"}
 TOP = {"__init__", "__main__"}
 
 # What the thin methods of ``Delta``, and ``diff`` of a model, import when they are called.

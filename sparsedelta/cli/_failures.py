@@ -16,11 +16,8 @@ import click
 
 from sparsedelta.codecs.kernels import in_use
 from sparsedelta.errors import SparseDeltaError
+from sparsedelta.interrupts import SIGNALS
 from sparsedelta.report.text import printable
-
-_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
 
 _NO_READER = 141  # 128 + SIGPIPE
 
@@ -65,7 +62,7 @@ def ending_signals() -> Iterator[None]:
     ignores, as ``nohup`` makes it, stay ignored.
     """
     defaults = (signal.SIG_DFL, signal.default_int_handler)
-    caught = {number: signal.getsignal(number) for number in _SIGNALS}
+    caught = {number: signal.getsignal(number) for number in SIGNALS}
     caught = {number: handler for number, handler in caught.items() if handler in defaults}
     if threading.current_thread() is not threading.main_thread():
         caught = {}

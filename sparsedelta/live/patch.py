@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sparsedelta.errors import PartlyApplied
+from sparsedelta.interrupts import uninterrupted
 from sparsedelta.live.bits import scatter
-from sparsedelta.live.interrupts import uninterrupted
 from sparsedelta.live.slots import Place, check_in_step
 
 if TYPE_CHECKING:

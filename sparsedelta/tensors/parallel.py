@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from queue import SimpleQueue
 from typing import TypeVar
 
+from sparsedelta.interrupts import uninterrupted
 from sparsedelta.progress import Progress, Silent
 
 T = TypeVar("T")
@@ -50,31 +51,36 @@ wide_places = Places(2, of=dense_places)
 
 
 class Stopped(Exception):
-    """Raised inside workers when another one has failed or the person has interrupted."""
+    """Raised in a worker when another one has failed or the program was interrupted."""
 
 
 class Pace:
-    """Passes progress on, if anyone is to know, and stops the worker that reports it once the work has failed."""
+    """Reports progress, and stops every worker that reports to it once one has failed."""
 
     def __init__(self, progress: Progress | None = None) -> None:
         self.progress = progress or Silent()
-        self._stop = threading.Event()
+        # A list, because setting an Event that is interrupted may leave its lock held.
+        self._stops: list[bool] = []
 
     def unreported(self) -> Pace:
         """Return a pace for work that was not announced: it stops with this one and reports nothing."""
         pace = Pace()
-        pace._stop = self._stop
+        pace._stops = self._stops
         return pace
 
     def advance(self, n_bytes: int) -> None:
-        """Report ``n_bytes`` done; raises Stopped if the work is to end."""
-        if self._stop.is_set():
-            raise Stopped
+        """Report that ``n_bytes`` are done; raises Stopped if the work has to end."""
+        self.check()
         self.progress.advance(n_bytes)
+
+    def check(self) -> None:
+        """Raise Stopped if the work has to end."""
+        if self._stops:
+            raise Stopped
 
     def stop(self) -> None:
         """Make every worker end at its next report."""
-        self._stop.set()
+        self._stops.append(True)
 
 
 def n_workers() -> int:
@@ -93,8 +99,8 @@ def run_all(
 ) -> list[R]:
     """Return ``work`` of every item, in the items' order; the costliest are begun first.
 
-    One worker does all that cost little, one after another: their work is the interpreter's, in which workers
-    only stand in each other's way.
+    One worker does all items that cost little: most of their work needs the interpreter's lock, and two workers
+    would mostly wait for each other.
 
     Raises whatever ``work`` raised first; all workers have ended by then.
 
@@ -110,23 +116,48 @@ def run_all(
     order = sorted(range(len(items)), key=lambda i: -costs[i])
     small = [i for i in order if costs[i] < _SMALL_BYTES]
     batches = [small] * bool(small) + [[i] for i in order[: len(order) - len(small)]]
+    left = iter(batches)  # shared by the workers
+    results: dict[int, R] = {}
+    failures: list[BaseException] = []
+    threads: list[threading.Thread] = []
+    ended: list[None] = []  # one for each worker, and then an entry of ``ends``
+    ends: SimpleQueue[None] = SimpleQueue()
 
-    def do(batch: list[int]) -> list[R]:
-        return [work(items[i]) for i in batch]
-
-    pace.progress.start(label, sum(costs) if n_bytes is None else n_bytes)
-    with ThreadPoolExecutor(n_workers()) as pool:
+    def run() -> None:
         try:
-            futures = [pool.submit(do, batch) for batch in batches]
-            wait(futures, return_when=FIRST_EXCEPTION)
-            failed = [f for f in futures if f.done() and f.exception()]
-            for future in failed:
-                if not isinstance(future.exception(), Stopped):
-                    future.result()
-            done = zip(batches, futures, strict=True)
-            found = {i: r for batch, f in done for i, r in zip(batch, f.result(), strict=True)}
-            return [found[i] for i in range(len(items))]
-        finally:
+            for batch in left:
+                for i in batch:
+                    pace.check()
+                    results[i] = work(items[i])
+        except BaseException as error:
+            failures.append(error)
             pace.stop()
-            pool.shutdown(wait=True, cancel_futures=True)
-            pace.progress.finish()
+        finally:
+            ended.append(None)
+            ends.put(None)
+
+    def wait() -> None:
+        # An interrupted Thread.join takes a running thread for one that has ended.
+        while len(ended) < len(threads):
+            ends.get()
+
+    # Not a ThreadPoolExecutor: an interrupt inside its methods may leave a lock held, and all workers waiting.
+    pace.progress.start(label, sum(costs) if n_bytes is None else n_bytes)
+    try:
+        with uninterrupted():
+            for _ in range(min(n_workers(), len(batches))):
+                thread = threading.Thread(target=run)
+                thread.start()
+                threads.append(thread)
+        wait()
+        if failures:
+            raise next((e for e in failures if not isinstance(e, Stopped)), failures[0])
+        return [results[i] for i in range(len(items))]
+    finally:
+        pace.stop()
+        with uninterrupted():
+            wait()
+            for thread in threads:
+                thread.join()
+        failures.clear()  # an error holds this frame, and this frame must not hold the error
+        pace.progress.finish()
