@@ -23,7 +23,7 @@ from stages import COMPARE, DIGEST, READ, WRITE, least, stages_of
 import sparsedelta
 from sparsedelta.codecs import kernels
 from sparsedelta.codecs.chunk import MAX_SPAN, Span, decode_chunk, encode_chunk
-from sparsedelta.codecs.context import ChunkContext
+from sparsedelta.codecs.context import ChunkContext, StartBits
 from sparsedelta.codecs.exponent_classes import keys_of
 from sparsedelta.codecs.indices import INDEX_ENCODINGS
 from sparsedelta.codecs.packings import VALUE_PACKINGS
@@ -112,47 +112,61 @@ def codings(n_rounds: int) -> Iterator[list[str]]:
     """Yield a row for every coding, on one chunk, without compression by zstd; then of whole chunks."""
     pairs = {name: make(np.random.default_rng(1), MAX_SPAN) for name, make in WORKLOADS.items()}
     for name, workload, classes in CODINGS:
-        before, after = pairs[workload]
-        positions = np.flatnonzero(before != after).astype(np.uint32)
-        old, new = before[positions], after[positions]
-        codes, keys = VALUE_ENCODINGS["ulp"].encode(BF16, old, new), keys_of(old)
-        n, label = len(positions), f"`{name}`{' by classes' if classes else ''}, {workload}"
-        if name in VALUE_PACKINGS:
-            packing = VALUE_PACKINGS[name]
-            if name == "scaled":  # as after a large step
-                codes = np.random.default_rng(2).integers(1, 2000, n).astype(np.uint16)
-            used = keys if classes else None
-            parts = [s.tobytes() for s in packing.encode(codes, used) or ()]
-            yield rates(
-                label, n, n_rounds, lambda: packing.encode(codes, used),
-                lambda: packing.decode(parts, n, 2, used),
-            )  # fmt: skip
-            continue
-        index = INDEX_ENCODINGS[name]
-
-        def bits(start: int, count: int, before: Bits = before) -> Bits:
-            return before[start : start + count]
-
-        context = ChunkContext(bits, COLUMNS, 0, keys, classes)
-        stream = index.encode(positions, MAX_SPAN, context)
-        raw = stream.tobytes() if stream is not None else b""
-        yield rates(
-            label, n, n_rounds, lambda: index.encode(positions, MAX_SPAN, context),
-            lambda: index.decode(raw, n, MAX_SPAN, ChunkContext(bits, classes=classes)),
-        )  # fmt: skip
-    for workload, level in (("random 1 %", Level.DEFAULT), ("small step", Level.DEFAULT)):
-        yield whole_chunk(*pairs[workload], workload, level, n_rounds)
+        label = f"`{name}`{' by classes' if classes else ''}, {workload}"
+        row = packing_row if name in VALUE_PACKINGS else index_row
+        yield row(label, name, pairs[workload], classes, n_rounds)
+    for workload in ("random 1 %", "small step"):
+        yield whole_chunk(*pairs[workload], workload, Level.DEFAULT, n_rounds)
     yield from walks(*pairs["random 1 %"], n_rounds)
+
+
+def changes(before: Bits, after: Bits) -> tuple[Bits, Bits, Bits]:
+    """Return positions, ulp codes, and the keys before the change."""
+    positions = np.flatnonzero(before != after).astype(np.uint32)
+    old, new = before[positions], after[positions]
+    return positions, VALUE_ENCODINGS["ulp"].encode(BF16, old, new), keys_of(old)
+
+
+def packing_row(
+    label: str, name: str, pair: tuple[Bits, Bits], classes: bool, n_rounds: int
+) -> list[str]:
+    """Return the row of a value packing."""
+    packing, (_, codes, keys) = VALUE_PACKINGS[name], changes(*pair)
+    n, used = len(codes), keys if classes else None
+    if name == "scaled":  # codes as after a large step
+        codes = np.random.default_rng(2).integers(1, 2000, n).astype(np.uint16)
+    parts = [stream.tobytes() for stream in packing.encode(codes, used) or ()]
+    return rates(
+        label, n, n_rounds, lambda: packing.encode(codes, used),
+        lambda: packing.decode(parts, n, 2, used),
+    )  # fmt: skip
+
+
+def index_row(
+    label: str, name: str, pair: tuple[Bits, Bits], classes: bool, n_rounds: int
+) -> list[str]:
+    """Return the row of an index encoding."""
+    index, (positions, _, keys) = INDEX_ENCODINGS[name], changes(*pair)
+    bits, n = reader(pair[0]), len(positions)
+    context = ChunkContext(bits, COLUMNS, 0, keys, classes)
+    stream = index.encode(positions, MAX_SPAN, context)
+    if stream is None:
+        raise AssertionError(f"{name} declines the positions that it is measured with")
+    raw = stream.tobytes()
+    return rates(
+        label, n, n_rounds, lambda: index.encode(positions, MAX_SPAN, context),
+        lambda: index.decode(raw, n, MAX_SPAN, ChunkContext(bits, classes=classes)),
+    )  # fmt: skip
+
+
+def reader(bits: Bits) -> StartBits:
+    """Return a function that reads a span of these elements."""
+    return lambda start, n: bits[start : start + n]
 
 
 def whole_chunk(before: Bits, after: Bits, workload: str, level: Level, n_rounds: int) -> list[str]:
     """Return the row of ``encode_chunk`` and ``decode_chunk``, zstd and the choice included."""
-    positions = np.flatnonzero(before != after).astype(np.uint32)
-    codes = VALUE_ENCODINGS["ulp"].encode(BF16, before[positions], after[positions])
-    keys = keys_of(before[positions])
-
-    def bits(start: int, n: int) -> Bits:
-        return before[start : start + n]
+    (positions, codes, keys), bits = changes(before, after), reader(before)
 
     def encode() -> tuple[Any, list[bytes]]:
         span = Span(0, MAX_SPAN, COLUMNS, bits)
@@ -239,8 +253,8 @@ def commands(work: Path, gigabytes: float, n_rounds: int) -> Iterator[list[str]]
             Checkpoint(folder / "base.safetensors") as one,
             Checkpoint(folder / "target.safetensors") as other,
         ):
-            pair = (*one.tensors.values(), *other.tensors.values())
-            stages = {n: least(w, n_rounds) for n, w in stages_of(*pair, folder / "stage")}
+            (base,), (target,) = one.tensors.values(), other.tensors.values()
+            stages = {n: least(w, n_rounds) for n, w in stages_of(base, target, folder / "stage")}
         (folder / "stage").unlink()
         floors = {
             "diff": 2 * stages[READ] + 2 * stages[DIGEST] + stages[COMPARE],
@@ -296,14 +310,14 @@ def main() -> int:
                 table(columns, codings(options.rounds)),
             ]
         if "commands" in options.parts:
-            columns = ("CPU s per GB of base (× floor)", "floor", *WAYS)
+            heads = ("CPU s per GB of base (× floor)", "floor", *WAYS)
             sections += [
                 "## Whole commands",
-                table(columns, commands(work, options.gb, options.rounds)),
+                table(heads, commands(work, options.gb, options.rounds)),
             ]
         if "tensors" in options.parts:
-            columns = (f"CPU s, {N_FEW} → {N_MANY:,} tensors of {TENSOR_BYTES} bytes", *WAYS)
-            sections += ["## Many small tensors", table(columns, tensors(work, options.rounds))]
+            verbs = (f"CPU s, {N_FEW} → {N_MANY:,} tensors of {TENSOR_BYTES} bytes", *WAYS)
+            sections += ["## Many small tensors", table(verbs, tensors(work, options.rounds))]
         write_result(options.result, "Compiled kernels beside numpy", sections, where=work)
     return 0
 

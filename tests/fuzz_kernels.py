@@ -41,8 +41,8 @@ def index_trials(seed: int, draw: Draw) -> Iterator[Trial]:
                 raw = damaged(stream.tobytes() if stream is not None else b"", draw)
                 nnz = len(positions) + int(draw.choice([0, 0, 0, 1, -1]))
                 if 1 <= nnz <= span and encoding.possible(len(raw), nnz, span):
-                    decode = partial(encoding.decode, raw, nnz, span)
-                    yield name, *both(lambda d=decode: d(ChunkContext(bits, classes=classes)))
+                    context = ChunkContext(bits, classes=classes)
+                    yield name, *both(encoding.decode, raw, nnz, span, context)
 
 
 def value_trials(seed: int, draw: Draw) -> Iterator[Trial]:
@@ -79,11 +79,9 @@ def chunk_trials(seed: int, draw: Draw) -> Iterator[Trial]:
         other = before.copy()
         for _ in range(int(draw.integers(4))):
             other[int(draw.integers(len(other)))] ^= other.dtype.type(1 << draw.integers(8 * width))
-        decode = partial(decode_chunk, chunk, DTYPES[DTYPE_OF[width]], b"".join(streams))
-        yield (
-            "classes" if chunk.coding.classes else "chunk",
-            *both(lambda o=other: decode(before=reader(o))),
-        )
+        decode = partial(decode_chunk, before=reader(other))
+        kind = "classes" if chunk.coding.classes else "chunk"
+        yield kind, *both(decode, chunk, DTYPES[DTYPE_OF[width]], b"".join(streams))
 
 
 def main() -> int:
@@ -105,11 +103,11 @@ def main() -> int:
                     sys.exit(f"{name} differs at --seed {seed}:\n{compiled!r}\n{reference!r}")
         seed += 1
     for name in sorted({name for name, _ in found}):
-        print(
-            f"{name:12} {found[name, False]:8} accepted by both {found[name, True]:8} refused by both"
-        )
-    print(
-        f"{found.total()} streams in {time.monotonic() - start:.0f} s, seeds {options.seed} to {seed - 1}"
+        n_accepted, n_refused = found[name, False], found[name, True]
+        sys.stdout.write(f"{name:8} {n_accepted:8} accepted, {n_refused:8} refused by both\n")
+    took = time.monotonic() - start
+    sys.stdout.write(
+        f"{found.total()} streams in {took:.0f} s, seeds {options.seed} to {seed - 1}\n"
     )
     return 0
 

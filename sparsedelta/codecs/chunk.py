@@ -6,6 +6,7 @@ start of the tensor to be read again; ``Level.FAST`` does not use them.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -142,8 +143,8 @@ def encode_chunk(
     packing = _code_candidates(codes, context, level)
     chosen = [_smallest(some, classes=False) for some in (index, packing)]
     smallest = [_smallest(some, classes=True) for some in (index, packing)]
-    n_bytes = sum(map(len, chosen))
-    saved = n_bytes - sum(map(len, smallest))
+    n_bytes = sum(one.n_bytes for one in chosen)
+    saved = n_bytes - sum(one.n_bytes for one in smallest)
     if saved >= _CLASSES_SAVE_BYTES and saved >= _CLASSES_SAVE * n_bytes:
         chosen = smallest
     streams = [stream for one in chosen for stream in one.streams]
@@ -167,13 +168,14 @@ class _Candidate:
     classes: bool
     raw: tuple[int, ...]  # as the record states them
     streams: list[bytes]
+    n_bytes: int  # of the streams
 
-    def __len__(self) -> int:
-        return sum(map(len, self.streams))
+
+_n_bytes = operator.attrgetter("n_bytes")
 
 
 def _smallest(candidates: Sequence[_Candidate], *, classes: bool) -> _Candidate:
-    return min((c for c in candidates if classes or not c.classes), key=len)
+    return min((c for c in candidates if classes or not c.classes), key=_n_bytes)
 
 
 def _position_candidates(
@@ -191,7 +193,7 @@ def _position_candidates(
             if stream is not None:
                 raw = () if encoding.implied_bytes(n) is not None else (len(stream),)
                 stored = compress_stream(stream.data, level)
-                candidates.append(_Candidate(name, classes, raw, [stored]))
+                candidates.append(_Candidate(name, classes, raw, [stored], len(stored)))
     return candidates
 
 
@@ -205,7 +207,7 @@ def _code_candidates(codes: Bits, context: ChunkContext, level: Level) -> list[_
             if streams is not None:
                 raw = (len(streams[-1]),) if packing.states_size else ()
                 stored = [compress_stream(s.data, level) for s in streams]
-                candidates.append(_Candidate(name, classes, raw, stored))
+                candidates.append(_Candidate(name, classes, raw, stored, sum(map(len, stored))))
     return candidates
 
 

@@ -182,7 +182,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 )
 def test_arrays_of_another_kind_are_refused(name: str, arguments: tuple[Any, ...]) -> None:
     """Another item size, floats, another byte order, gaps between items, no array, not writable."""
-    with pytest.raises((TypeError, ValueError, BufferError), match="array|bytes-like|writ"):
+    with pytest.raises((TypeError, ValueError, BufferError), match=r"array|bytes-like|writ"):
         getattr(native, name)(*arguments)
 
 
