@@ -1,8 +1,8 @@
 """Numbers as bits (FORMAT §6.5): packed, as Rice codes, or in groups of seven.
 
-Rice codes come in sequences, each with a parameter k. The low k bits of its numbers are packed, sequence
-after sequence; what is above them is counted in zeros, a one ending each count, for all sequences end
-to end: so a decoder finds all ends at once, without walking from number to number.
+Rice codes come in sequences, each with a parameter k. First come the low k bits of all numbers, packed,
+sequence after sequence. Then comes the rest of each number as that many zero bits and a one, for all
+sequences end to end. A decoder finds all the ones at once; it need not walk from number to number.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Bytes = npt.NDArray[np.uint8]
 
 MAX_LOW_BITS = 31
 _MAX_NUMBER_BYTES = 5
-_BLOCK = 1 << 16  # numbers dealt with at a time: in cache, and of any k they fill whole bytes
+_BLOCK = 1 << 16  # numbers in one step: they fit the cache, and fill whole bytes for every k
 
 
 def blocks(n: int) -> Iterator[slice]:
-    """Yield slices that cover ``n`` numbers, so that what is made of them on the way stays small."""
+    """Yield slices that cover ``n`` numbers, so that temporary arrays stay small."""
     for start in range(0, n, _BLOCK):
         yield slice(start, min(start + _BLOCK, n))
 
@@ -51,17 +51,21 @@ def _shifted_sum(numbers: Numbers, k: int) -> int:
 
 
 def encode_rice(sequences: Iterable[tuple[Numbers, int]]) -> bytes:
-    """Return sequences of numbers, each with its k, as one run of bytes."""
+    """Return the Rice codes of sequences of numbers, each with its k."""
     pairs = list(sequences)
     lows = [pack(numbers, k).tobytes() for numbers, k in pairs]
     return b"".join([*lows, _unary(pairs).tobytes()])
 
 
 def decode_rice(data: bytes, lengths: Sequence[tuple[int, int]]) -> list[Numbers]:
-    """Return the sequences in ``data``, whose lengths and k are given.
+    """Return the sequences in ``data``.
+
+    Args:
+        data: Rice codes.
+        lengths: the number of codes and k of each sequence.
 
     Raises:
-        Corrupt: ``data`` does not hold just these.
+        Corrupt: ``data`` does not hold exactly these sequences.
     """
     raw = np.frombuffer(data, np.uint8)
     sizes = [-(-n * k // 8) for n, k in lengths]
@@ -105,10 +109,10 @@ def pack(numbers: npt.NDArray[Any], k: int) -> Bytes:
 
 
 def unpack(data: Bytes, n: int, k: int) -> Numbers:
-    """Return ``n`` numbers of ``k`` bits from as many bytes as they fill.
+    """Return ``n`` numbers of ``k`` bits; ``data`` has exactly the bytes that they fill.
 
     Raises:
-        Corrupt: a bit behind the last number is set.
+        Corrupt: a bit after the last number is set.
     """
     if n * k % 8 and data[-1] >> n * k % 8:
         raise Corrupt("stream has a bit set after packed numbers")
@@ -165,7 +169,7 @@ def _counts(data: Bytes, n: int) -> Numbers:
 
 
 def write_number(number: int) -> bytes:
-    """Return a number in groups of seven bits, the lowest first, all but the last byte above 127."""
+    """Return a number in groups of seven bits, the lowest first. All bytes but the last are above 127."""
     out = bytearray()
     while number > 127:
         out.append(number & 127 | 128)
@@ -175,14 +179,14 @@ def write_number(number: int) -> bytes:
 
 
 def read_number(stream: bytes, at: int) -> tuple[int, int]:
-    """Return the number at ``at`` and where the next thing begins.
+    """Return the number at ``at``, and the offset after it.
 
     Raises:
-        Corrupt: it does not end, within the stream or within 32 bits.
+        Corrupt: the number does not end within the stream, or has more than 32 bits.
     """
     number = 0
     for i, byte in enumerate(stream[at : at + _MAX_NUMBER_BYTES]):
         number |= (byte & 127) << 7 * i
         if byte < 128 and not number >> 32:
             return number, at + i + 1
-    raise Corrupt("stream has a number that does not end, or of more than 32 bits")
+    raise Corrupt("stream has a number that does not end, or that has more than 32 bits")

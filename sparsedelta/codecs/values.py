@@ -1,7 +1,7 @@
 """Value encodings (FORMAT §7): codes for touched values, exact for every bit pattern.
 
-``target`` stores the new bits; ``ulp`` the difference to the base's bits in units of the last place,
-which is small for small updates and forms a group.
+``target`` stores the target's bits. ``ulp`` stores the difference to the base in units of the last place. Such
+differences are small for small updates, and can be added and negated exactly.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _compiled(work: Callable[..., object], dtype: DType, before: Bits, after: Bi
 
 
 def ulp_codes(differences: Bits) -> Bits:
-    """Return the zigzag codes of differences modulo 2^(8w), in place."""
+    """Turn differences modulo 2^(8w) into their zigzag codes, in place, and return them."""
     sign = _sign_fill(differences)
     differences <<= 1
     differences ^= sign
@@ -71,7 +71,7 @@ def ulp_codes(differences: Bits) -> Bits:
 
 
 def ulp_differences(codes: Bits) -> Bits:
-    """Return the differences, modulo 2^(8w), that zigzag codes stand for; a new array."""
+    """Return the differences modulo 2^(8w) that have these zigzag codes, as a new array."""
     result = codes & 1
     np.negative(result, out=result)  # all ones where the difference is negative
     result ^= codes >> 1
@@ -85,7 +85,7 @@ def _sign_fill(bits: Bits) -> Bits:
 
 
 def ordered(dtype: DType, bits: Bits) -> Bits:
-    """Return M of every element (FORMAT §7.2): a copy in which unsigned order is the order of the values."""
+    """Return M of every element (FORMAT §7.2), a copy: as unsigned integers they are in the order of the values."""
     if not dtype.is_float:
         return bits.copy()
     flip = _sign_fill(bits)
@@ -107,13 +107,13 @@ def unordered(dtype: DType, places: Bits) -> Bits:
 def differences(
     base: Bits, target: Bits, start: int, positions: npt.NDArray[np.uint32]
 ) -> tuple[Bits, Bits]:
-    """Return the bits of elements that differ, in ``base`` and in ``target``.
+    """Return the bits of the elements that differ, in ``base`` and in ``target``.
 
     Args:
         base: a block before the change.
-        target: the same block after it.
-        start: number of their first element.
-        positions: where the numbers of these elements go; as long as the blocks at least.
+        target: the same block after the change.
+        start: number of the first element of the blocks.
+        positions: receives the numbers of the elements that differ; at least as long as the blocks.
     """
     if kernels.native:
         before, after = np.empty((2, len(base)), base.dtype)
@@ -132,15 +132,15 @@ def change(
     values: str,
     codes: Bits,
 ) -> tuple[Bits, Bits]:
-    """Change elements of a block; return what they were and what they are.
+    """Change elements of a block, in place; return their bits before and after.
 
     Args:
-        dtype: of the elements.
+        dtype: the dtype of the elements.
         bits: the block.
-        start: number of its first element, as positions count.
-        positions: (nnz,) within the block.
-        values: the value encoding.
-        codes: (nnz,) of it.
+        start: number of the first element of the block.
+        positions: (nnz,) numbers of elements of the block.
+        values: the name of the value encoding.
+        codes: (nnz,) codes of this encoding.
     """
     if kernels.native:
         before, after = np.empty((2, len(codes)), codes.dtype)
@@ -154,7 +154,7 @@ def change(
     return before, after
 
 
-# Numbers of the value encodings in the kernels; "ulp" of floats is the one after that of integers.
+# The numbers of the value encodings in kernels/_native.c; for floats, "ulp" has the next number.
 KINDS: Mapping[str, int] = MappingProxyType({"target": 0, "ulp": 1})
 
 VALUE_ENCODINGS: Mapping[str, ValueEncoding] = MappingProxyType(

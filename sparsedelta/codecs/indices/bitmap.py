@@ -1,4 +1,4 @@
-"""``bitmap``: one bit a position (FORMAT §6.4)."""
+"""``bitmap``: one bit for each element (FORMAT §6.4)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BLOCK_POSITIONS = 1 << 20
 
 
 class _Bitmap(IndexEncoding):
-    """One bit a position, the least significant first."""
+    """One bit for each element, the least significant first."""
 
     def worth_trying(self, nnz: int, span: int) -> bool:
         return nnz * 16 >= span
@@ -45,7 +45,9 @@ class _Bitmap(IndexEncoding):
         if found != nnz:
             raise Corrupt(f"bitmap holds {found} positions, expected {nnz}")
         positions, end = np.empty(nnz, np.uint32), 0
-        for start in range(0, span, _BLOCK_POSITIONS):  # flatnonzero takes 8 bytes a position
+        for start in range(
+            0, span, _BLOCK_POSITIONS
+        ):  # flatnonzero needs 8 bytes for each position
             here = np.flatnonzero(touched[start : start + _BLOCK_POSITIONS])
             np.add(here, start, out=positions[end : end + len(here)], casting="unsafe")
             end += len(here)

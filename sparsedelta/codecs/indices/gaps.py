@@ -13,10 +13,10 @@ _SKIP = 255  # advances without touching
 
 
 class _Gaps(IndexEncoding):
-    """Tokens of one byte; the highest advances without touching."""
+    """Tokens of one byte. The highest token advances without touching an element."""
 
     def worth_trying(self, nnz: int, span: int) -> bool:
-        return nnz * 2000 >= span  # when sparser, tokens drown in skips
+        return nnz * 2000 >= span  # in sparser chunks, most tokens would be skips
 
     def encode(self, positions: Positions, span: int, context: ChunkContext = NO_CONTEXT) -> Stream:
         if kernels.native:
@@ -29,7 +29,7 @@ class _Gaps(IndexEncoding):
         n_skips = gaps // _SKIP
         if not n_skips.any():
             return gaps.astype(np.uint8)
-        last = np.cumsum(n_skips + 1, dtype=np.int64) - 1  # where each gap's final token stands
+        last = np.cumsum(n_skips + 1, dtype=np.int64) - 1  # the place of each gap's last token
         tokens = np.full(int(last[-1]) + 1, _SKIP, np.uint8)
         tokens[last] = gaps - n_skips * np.uint32(_SKIP)
         return tokens

@@ -1,7 +1,8 @@
-"""``rice``: gaps between touched positions as Rice codes, perhaps by classes (FORMAT §6.5).
+"""``rice``: gaps between touched positions as Rice codes, with or without classes (FORMAT §6.5).
 
-When steps are small an element changes if its step exceeds half its spacing, so exponents before the
-change tell which elements are likely to. Classes sort by them, and the base is needed to read these.
+In a small training step an element changes if its step exceeds half the distance to the next value. So the
+exponent before the change says how likely a change is. Classes of exponents use this; the base is then needed
+to decode.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ from sparsedelta.codecs.indices.contract import IndexEncoding
 from sparsedelta.codecs.subsets import encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 
-_FEWEST = 256  # touched positions; of fewer, classes cannot save enough
-_CLASS_BITS = 32  # what a class costs besides its gaps
-_MOST_CLASSES = 8  # each costs time in proportion to the span, and further ones save under 1 %
-_WORTH = 0.97  # of the entropy without classes
+_FEWEST = 256  # touched positions; with fewer, classes cannot save enough
+_CLASS_BITS = 32  # what a class adds to its gaps
+_MOST_CLASSES = 8  # each takes time in proportion to the span, and more classes save less than 1 %
+_WORTH = 0.97  # of the entropy without classes; more is not worth the time
 
 
 class _Rice(IndexEncoding):
-    """Touched positions as subsets of classes of elements, one class or several."""
+    """The touched positions of each class as a subset; without classes, there is one class."""
 
     has_classes = True
 
     def is_quick(self, nnz: int, span: int) -> bool:
-        return nnz * 100 <= span or nnz == span  # all are touched: two bytes
+        return nnz * 100 <= span or nnz == span  # all elements touched: two bytes
 
     def worth_trying(self, nnz: int, span: int) -> bool:
         return True
@@ -88,7 +89,7 @@ class _Rice(IndexEncoding):
             _check_number(nnz - len(positions), nnz)
             return positions
         if context.before is None:
-            raise ValueError("classes need the start of the tensor")
+            raise ValueError("classes need the bits before the change")
         if kernels.native:
             listed = [
                 (head.listed(gaps, span), head.of_rest)
@@ -108,7 +109,7 @@ class _Rice(IndexEncoding):
             parts.append(members.positions(chosen))
         _check_number(left, nnz)
         positions = np.concatenate(parts)
-        # Timsort: those of a class ascend already, what is left is merging.
+        # A stable sort is a Timsort, which only merges: the positions of each class ascend already.
         positions.sort(kind="stable")
         return positions
 
@@ -119,7 +120,7 @@ def _check_number(left: int, nnz: int) -> None:
 
 
 def _choose_classes(before: StartBits, keys: npt.NDArray[np.uint8], span: int) -> list[int]:
-    """Return thresholds between classes of unlike density; none if that would save too little."""
+    """Return thresholds between classes of different density; none if classes would save too little."""
     touched = np.bincount(keys, minlength=N_KEYS)
     untouched = np.maximum(sample_keys(before, span), touched) - touched
     most = _WORTH * choice_bits(int(untouched.sum()), len(keys))

@@ -1,7 +1,7 @@
-"""``tiles``: rows and columns sorted into bands by how much of them is touched (FORMAT §6.6).
+"""``tiles``: rows and columns grouped into bands by their density (FORMAT §6.6).
 
-Gradients are large in a few rows and columns, and what is chosen by them crowds there. A band of rows
-and a band of columns make a tile, a rectangle once they are moved together, coded by its own density.
+Gradients are large in a few rows and columns, so the elements chosen by them lie mostly there. A tile consists
+of the cells in a band of rows and a band of columns. Each tile is coded by its own density.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from sparsedelta.errors import Corrupt
 
 MAX_BANDS = 16
 _KEYS_PER_OCTAVE = 2
-_TILE_BITS = 24  # what a tile costs besides its gaps
+_TILE_BITS = 24  # what a tile adds to its gaps
 _BAND_BITS = (
     2 * _TILE_BITS
-)  # a further band makes as many tiles as there are bands of the other kind
-_WORTH = 0.97  # of the entropy without tiles
+)  # one more band adds as many tiles as there are bands in the other direction
+_WORTH = 0.97  # of the entropy without tiles; more is not worth the time
 
 Labels = npt.NDArray[np.uint32]  # the band of each row or column
 
@@ -96,9 +96,7 @@ class _Tiles(IndexEncoding):
         columns, at = read_number(stream, 0)
         first, at = read_number(stream, at)
         if not (2 <= columns <= span and first < columns):
-            raise Corrupt(
-                f"index stream has {columns} columns, of which it begins in number {first}"
-            )
+            raise Corrupt(f"index stream has {columns} columns and begins in column {first}")
         n_tiles, lengths = 1, []
         for n in (_n_rows(columns, first, span), columns):
             n_bands, at = read_number(stream, at)
@@ -132,7 +130,7 @@ class _Tiles(IndexEncoding):
         if left:
             raise Corrupt(f"index stream does not hold exactly {nnz} positions")
         cells = np.concatenate(parts)
-        # Timsort: those of a tile ascend already, what is left is merging.
+        # A stable sort is a Timsort, which only merges: the cells of each tile ascend already.
         cells.sort(kind="stable")
         cells -= first
         if cells[0] < 0 or cells[-1] >= span:
@@ -149,7 +147,7 @@ def _joined(
     heads: Sequence[SubsetHead],
     sequences: Sequence[Numbers],
 ) -> Positions:
-    """Return the positions in the tiles; compiled only."""
+    """Return the positions in the tiles; needs the compiled kernels."""
     touched, positions = np.zeros(-(-span // 8), np.uint8), np.empty(nnz, np.uint32)
     kernel: Any = kernels.native
     for number, (head, gaps) in enumerate(zip(heads, sequences, strict=True)):
@@ -162,7 +160,7 @@ def _joined(
 
 
 class _Grid:
-    """Rows and columns in bands; the cells in order of tiles, and by rows within a tile."""
+    """Rows and columns in bands. Cells are ordered by tile, and row by row within a tile."""
 
     def __init__(
         self, row_labels: Labels, column_labels: Labels, shape: tuple[int, int] | None = None
@@ -179,7 +177,7 @@ class _Grid:
         self.edges = np.concatenate([[0], np.cumsum(self.areas)])  # of the tiles, in their order
 
     def places(self, row: Numbers, column: Numbers) -> Numbers:
-        """Return where cells are in the order of tiles."""
+        """Return the places of cells in the order of tiles."""
         band, other = self.labels[0][row], self.labels[1][column]
         places = self.edges[band * np.uint32(self.shape[1]) + other]
         places += self._ranks(0)[row] * self._counts[1][other]
@@ -200,7 +198,7 @@ class _Grid:
         return [order[starts[i] : starts[i] + counts[i]] for i, order, starts, counts in parts]
 
     def _ranks(self, axis: int) -> npt.NDArray[np.int64]:
-        """Return for each line how many before it are in the same band."""
+        """Return for each line the number of earlier lines in the same band."""
         ranks = np.empty(len(self.labels[axis]), np.int64)
         order = self._orders[axis]
         ranks[order] = np.arange(len(order)) - self._starts[axis][self.labels[axis][order]]
@@ -208,7 +206,7 @@ class _Grid:
 
 
 def _sorted(places: Numbers, n_cells: int) -> Numbers:
-    """Return places in all tiles, each once, ascending."""
+    """Return distinct places in ascending order."""
     if kernels.native is None:
         places.sort()
         return places
@@ -223,9 +221,10 @@ def _n_rows(columns: int, first: int, span: int) -> int:
 
 
 def _choose_bands(counts: npt.NDArray[np.int64], n_across: int) -> Labels:
-    """Return a band for each line, given how many of its ``n_across`` cells are touched.
+    """Return a band for each line, given the number of touched cells of its ``n_across`` cells.
 
-    The most frequent band is number 0: the labels are Rice codes. All are in it if lines are alike.
+    The most frequent band is number 0, because labels are stored as Rice codes. If the lines have similar
+    densities, all are in band 0.
     """
     keys = np.round(_KEYS_PER_OCTAVE * (1 + np.log2(counts + 0.5))).astype(np.int64)
     lines = np.bincount(keys, minlength=N_KEYS)

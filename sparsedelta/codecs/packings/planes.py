@@ -14,7 +14,7 @@ _NOTHING = np.empty(0, np.uint8)
 
 
 class _Planes(ValuePacking):
-    """Byte planes; one of zeros is not stored."""
+    """Byte planes. A plane of zeros is not stored."""
 
     is_quick = True
     states_size = False

@@ -1,7 +1,7 @@
-"""``steps``: codes mostly of one unit up or down, below a byte, perhaps by classes (FORMAT §7.3).
+"""``steps``: codes in less than a byte each, for differences of mostly one unit, with or without classes (FORMAT §7.3).
 
-Signs are plain bits; which steps are longer than one unit, and by how much, are Rice codes. How many are
-longer, and how long, goes with the element's exponent before the change, which classes sort by.
+Signs are packed bits. Rice codes say which steps are longer than one unit, and by how much. Both depend on the
+element's exponent before the change, so classes of exponents make the codes smaller.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from sparsedelta.codecs.packings.contract import ValuePacking
 from sparsedelta.codecs.subsets import encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 
-_CLASS_BITS = 40  # what a class costs besides its codes
+_CLASS_BITS = 40  # what a class adds to its codes
 _MOST_CLASSES = MAX_THRESHOLDS + 1
-_FEWEST = 256  # codes; of fewer, classes cannot save enough
-_NOWHERE = (1 << 32) - 1
-_LONG = 16  # a code; where most are above it others do better
+_FEWEST = 256  # codes; with fewer, classes cannot save enough
+_NOWHERE = (1 << 32) - 1  # marks the end of a class for the kernels
+_LONG = 16  # a code; where most codes are higher, other packings are smaller
 
 
 class _Steps(ValuePacking):
-    """Signs; which steps are longer than one unit; how much longer."""
+    """Signs, which steps are longer than one unit, and how much longer."""
 
     has_classes = True
 
@@ -162,10 +162,10 @@ def _joined(
     long: Sequence[Numbers],
     excess: Sequence[Numbers],
 ) -> Bits:
-    """Return the codes, compiled only; class by class: which are long, and how much longer."""
+    """Return the codes, given which steps of each class are long, and how much longer; needs the compiled kernels."""
     codes = np.empty(nnz, f"<u{width}")
     state = class_state([len(one) for one in long])
-    state[:, : END + 1] += np.arange(len(long))[:, np.newaxis]  # the marks
+    state[:, : END + 1] += np.arange(len(long))[:, np.newaxis]  # each class before has a mark
     state[:, RANK] = np.cumsum([0, *counts[:-1]])
     with_keys = keys if thresholds and keys is not None else b""
     kernels.native.join_steps(  # type: ignore[union-attr]
@@ -176,7 +176,7 @@ def _joined(
 
 
 def _ended(parts: Sequence[Numbers], mark: int) -> Numbers:
-    """Return the numbers end to end, a mark after each part."""
+    """Return the parts end to end, with a mark after each."""
     end = np.array([mark], np.uint32)
     return np.concatenate([piece for part in parts for piece in (part, end)])
 
@@ -195,7 +195,7 @@ def _lengthen(codes: Bits, long: Numbers, excess: Numbers) -> None:
 
 
 def _by_class(number: Keys, counts: list[int]) -> Iterator[tuple[npt.NDArray[np.intp], slice]]:
-    """Yield where elements are, and where they come to be when sorted by class, piece by piece."""
+    """Yield, piece by piece, the places of elements before and after sorting by class."""
     next_free = list(itertools.accumulate(counts, initial=0))
     for block in blocks(len(number)):
         part = number[block]
@@ -210,7 +210,9 @@ def _by_class(number: Keys, counts: list[int]) -> Iterator[tuple[npt.NDArray[np.
 
 
 def _choose_classes(keys: Keys, codes: Bits) -> list[int]:
-    sums = np.zeros((3, N_KEYS), np.int64)  # of each key: steps, long ones, how much longer
+    sums = np.zeros(
+        (3, N_KEYS), np.int64
+    )  # for each key: steps, long steps, how much longer these are
     if kernels.native:
         kernels.native.step_statistics(codes, keys, sums)
     for block in blocks(0 if kernels.native else len(keys)):
@@ -223,7 +225,7 @@ def _choose_classes(keys: Keys, codes: Bits) -> list[int]:
 
 
 def _cost(n: float, n_long: float, excess: float) -> float:
-    """Return the bits of classes of ``n`` steps: which are long, and by how much, if geometric."""
+    """Return the estimated bits of a class of ``n`` steps; the lengths are taken to be geometric."""
     return choice_bits(n - n_long, n_long) + choice_bits(excess, n_long)
 
 
