@@ -22,12 +22,13 @@ test-hub-1x: $(HUB_1X)/.ready
 SANITIZED := build/sanitized
 STREAMS ?= 200000
 CHECKED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	PYTHONMALLOC=malloc PYTHONPATH=$(SANITIZED)/lib SPARSEDELTA_KERNELS=compiled $(BIN)/python -P
+	PYTHONMALLOC=malloc PYTHONPATH=$(SANITIZED)/lib SPARSEDELTA_KERNELS=compiled $(BIN)/python
 sanitize: $(READY)
+	rm -rf $(SANITIZED)
 	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -DNO_CLONES" \
 		$(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	$(CHECKED) tests/fuzz_kernels.py --streams $(STREAMS)
-	$(CHECKED) -m pytest -n0 tests/codecs
+	$(CHECKED) -P -m pytest -n0 tests/codecs
 
 lint: $(READY)
 	$(BIN)/ruff format --check
