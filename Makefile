@@ -57,7 +57,7 @@ INSTALLED := pyproject.toml setup.py sparsedelta/codecs/kernels/_native.c
 $(READY): $(INSTALLED) constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[hub,train]" --group demo --group recipes --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[channel,hub,train]" --group demo --group recipes --group dev
 	touch $@
 
 $(HUB_1X)/.ready: $(INSTALLED)

@@ -1,7 +1,7 @@
-"""Whether a checkpoint is what a model was before its training, tensor by tensor, bit for bit.
+"""Checks that a checkpoint holds the weights that a model had before training, bit for bit.
 
-Tensors are compared under the names they have in both, a model's prefix apart; what only one of them
-has, or has in another shape, is a change of structure, which a delta records.
+Tensors with the same name are compared; a model's prefix may be missing in a name. A tensor that
+only one side has, or that has another shape there, is not an error: the delta records such changes.
 """
 
 from __future__ import annotations
@@ -28,72 +28,75 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_weights(base: Path) -> None:
-    """Find out whether a checkpoint holds weights as safetensors, which a delta is made against.
+    """Check that a checkpoint has weights as safetensors.
 
     Raises:
-        ValueError: it holds none, or is a file of another kind.
+        ValueError: the folder has no safetensors file, or the path is a file of another kind.
     """
     if not base.is_dir():
         with ExitStack() as stack:
             _open(base, stack)
     elif not any(base.rglob("*.safetensors")):
         others = sorted(path.name for path in base.iterdir() if path.suffix in _PICKLED)
-        held = f", only {', '.join(others)}" if others else ""
+        only = f", only {', '.join(others)}" if others else ""
         raise ValueError(
-            f"base '{base}' has no .safetensors file{held}; load its model and save it with "
+            f"base '{base}' has no .safetensors file{only}; load its model and save it with "
             "save_pretrained(), which writes one"
         )
 
 
 def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
-    """Find out whether a checkpoint holds what the model's parameters were before training.
+    """Check that a checkpoint holds the values of the model's parameters before training.
 
     Args:
-        model: trained or not.
+        model: the model, trained or not.
         base: a folder or a safetensors file. Its tensors are compared in the model's dtype.
-        sift: what trains the model; lends the trained components as they were.
+        sift: the SIFT that trains the model; it knows the first values of the trained components.
 
     Raises:
-        ValueError: a tensor differs, or a file is no safetensors file.
+        ValueError: a tensor differs, or a file is not a safetensors file.
     """
     parts = {} if sift is None else {id(p.parameter): p for p in sift.sparse_mapping.values()}
-    # Of tied parameters the first: a base may hold the others apart.
+    # Tied parameters are listed once: a base may hold other values under their other names.
     named = dict(model.named_parameters())
     renamed = names_in_base(model, named, base)
     own = {renamed.get(name, name): parameter for name, parameter in named.items()}
-    for name, held in _tensors(base, own):
+    for name, in_base in _tensors(base, own):
         parameter = own[name]
-        if held.shape != parameter.shape:
+        if in_base.shape != parameter.shape:
             continue
-        before = _before(parameter, parts.get(id(parameter)))
-        n_different = int((_bits(held.to(before.dtype)) != _bits(before)).sum())
+        before = _first_values(parameter, parts.get(id(parameter)))
+        n_different = int((_bits(in_base.to(before.dtype)) != _bits(before)).sum())
         if n_different:
             raise ValueError(
-                f"base '{base}' is not what the model was before training: {n_different:,} of "
+                f"base '{base}' differs from the model before training: {n_different:,} of "
                 f"{before.numel():,} components of {name!r} differ; give the checkpoint that the "
                 "model was loaded from, or leave base out"
             )
 
 
 def names_in_base(model: nn.Module, names: Iterable[str], base: Path) -> dict[str, str]:
-    """Return the names under which a base holds tensors that it does not hold by the model's names.
+    """Return the names in a base that differ from the model's names by the model's prefix.
 
-    A base saved without a head lacks the prefix that a model with one puts before its names, and the
-    other way round; transformers loads both.
+    A model with a head puts a prefix before the names of the other tensors. A base saved without a
+    head has names without the prefix, and transformers loads both. The reverse also occurs.
 
     Args:
-        model: has a ``base_model_prefix`` if it is one of transformers.
-        names: of its tensors.
+        model: a module; the prefix is its ``base_model_prefix``, which transformers models have.
+        names: names of its tensors.
         base: a folder or a safetensors file.
+
+    Returns:
+        The base's name by the model's name, for the names that differ.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     if prefix == ".":
         return {}
-    held = set(tensor_names(base))
+    base_names = set(tensor_names(base))
     found = {}
     for name in names:
         other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
-        if name not in held and other in held:
+        if name not in base_names and other in base_names:
             found[name] = other
     return found
 
@@ -106,7 +109,7 @@ def tensor_names(base: Path) -> Iterator[str]:
 
 
 def weight_files(base: Path) -> list[Path]:
-    """Return the files of the weights that transformers loads: one, or those of the index."""
+    """Return the files that transformers loads: ``model.safetensors``, or those of its index."""
     if not base.is_dir():
         return [base]
     if (base / _PRIMARY).is_file():
@@ -117,8 +120,8 @@ def weight_files(base: Path) -> list[Path]:
     return sorted(base.glob("*.safetensors"))
 
 
-def _before(parameter: Tensor, part: SparseParameter | None) -> Tensor:
-    """Return a parameter on the CPU as it was before training."""
+def _first_values(parameter: Tensor, part: SparseParameter | None) -> Tensor:
+    """Return a copy of a parameter on the CPU, with its values from before training."""
     now = parameter.detach().cpu()
     if part is None or part.original is None:
         return now
@@ -145,5 +148,5 @@ def _open(path: Path, stack: ExitStack) -> Any:
         return stack.enter_context(safe_open(path, framework="pt"))
     except SafetensorError as error:
         raise ValueError(
-            f"'{path}' is not a safetensors file, or only a part of one: {error}"
+            f"'{path}' is not a safetensors file, or is incomplete: {error}"
         ) from error

@@ -1,6 +1,6 @@
-"""Which parameters of a model are trained, sparsely or densely, each one once whatever its names.
+"""Finds the parameters to train, sparsely or densely; a tied parameter is found once.
 
-What cannot be trained in place is refused here, before anything in the model is touched.
+A parameter that cannot be trained in place raises an error before the model is changed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Target:
     """One parameter to train.
 
     Attributes:
-        name: the first of its names in the model.
-        parameter: the model's own.
-        dense: all of its components are trained.
+        name: the parameter's first name in the model.
+        parameter: the parameter itself, not a copy.
+        dense: whether all of its components are trained.
     """
 
     name: str
@@ -42,15 +42,16 @@ def find_targets(
 ) -> list[Target]:
     """Return the parameters to train, in the model's order.
 
-    A fragment matches a parameter if it occurs in any of its names; a tied weight has several. So
-    does a regular expression, given compiled or as ``"re:..."``, if it is found anywhere in one.
+    A fragment matches a parameter if it occurs in any of its names; a tied weight has several. A
+    regular expression, compiled or written ``"re:..."``, matches if it is found anywhere in a name.
 
     Args:
         model: not wrapped for several devices.
-        sparse_module: name fragments, or ``"all-linear"`` for the weight of every linear layer but
+        sparse_module: name fragments, or ``"all-linear"``: the weights of all linear layers except
             the output embeddings.
-        exception: name fragments of parameters to train densely; they win over ``sparse_module``.
-        needs_values: refuse parameters on the meta device.
+        exception: name fragments of parameters to train densely, also if ``sparse_module`` matches
+            them.
+        needs_values: raise for parameters on the meta device.
 
     Raises:
         ValueError: a fragment matches nothing, or a matched parameter cannot be trained in place.
@@ -117,7 +118,7 @@ def _matching(
         if not matches:
             shown = fragment if isinstance(fragment, str) else REGEX + fragment.pattern
             raise ValueError(
-                f"{argument} names {shown!r}, which occurs in no parameter name; "
+                f"{argument} has {shown!r}, which occurs in no parameter name; "
                 "compare it with the names that model.named_parameters() gives"
             )
         found |= matches
@@ -139,8 +140,8 @@ def _refuse_wrappers(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__ in _WRAPPERS:
             raise ValueError(
-                f"model holds a {type(module).__name__}, whose gradients are not those of the "
-                "parameters; give the model itself, unwrapped"
+                f"the model contains a {type(module).__name__}, whose gradients differ from those "
+                "of the parameters; give the model without this wrapper"
             )
 
 
@@ -151,7 +152,7 @@ def _refuse_untrainable(model: nn.Module, targets: list[Target], *, needs_values
         if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag)
         for parameter in module.parameters(recurse=False)
     }
-    places: dict[tuple[torch.device, int], str] = {}
+    first_at: dict[tuple[torch.device, int], str] = {}
     for target in targets:
         parameter = target.parameter
         problem = _problem(parameter, sparse_gradients, needs_values=needs_values)
@@ -159,10 +160,10 @@ def _refuse_untrainable(model: nn.Module, targets: list[Target], *, needs_values
             raise ValueError(f"parameter {target.name!r} {problem}")
         if parameter.is_meta:
             continue
-        other = places.setdefault((parameter.device, parameter.data_ptr()), target.name)
+        other = first_at.setdefault((parameter.device, parameter.data_ptr()), target.name)
         if other != target.name:
             raise ValueError(
-                f"parameters {other!r} and {target.name!r} are two over the same memory; "
+                f"parameters {other!r} and {target.name!r} share the same memory; "
                 "make them one parameter, or leave one of them out"
             )
 
@@ -175,10 +176,10 @@ def _problem(
     if type(parameter.data) is not Tensor:
         return (
             f"holds a {type(parameter.data).__name__}, expected a plain tensor; "
-            "load the model unquantized and initialized, or leave this parameter out"
+            "load the model unquantized and with its weights, or leave this parameter out"
         )
     if parameter.is_meta and needs_values:
-        return "is on the meta device and holds no values; load the model's weights first"
+        return "is on the meta device and has no values; load the model's weights first"
     if parameter.dtype not in TRAINABLE:
         return (
             f"has dtype {parameter.dtype}, expected float16, bfloat16, float32 or float64; "

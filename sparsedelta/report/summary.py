@@ -1,6 +1,6 @@
-"""An inspection as a summary that fits the terminal; nothing in it is taken for markup.
+"""The result of ``inspect`` as a summary that fits the width of the terminal.
 
-Names and values come from the delta, so from a stranger: all pass through ``printable``.
+A delta may come from a stranger, so all names and values pass through ``printable`` and are never markup.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _FINGERPRINT_DIGITS = 12
 
 
 def summary_text(path: str | Path, found: Inspection, console: Console) -> str:
-    """Return what the delta is, what it changes and what its bytes are spent on.
+    """Return a summary: the facts about the delta, what it changes, and the size of each part.
 
     Args:
-        path: of the delta.
-        found: of it.
-        console: made by ``new_console``; says how wide lines may be, and whether to style them.
+        path: path of the delta, as shown.
+        found: what ``inspect`` returned for the delta.
+        console: a console made by ``new_console``. Its width is set to that of the terminal.
     """
     facts = Table.grid(padding=(0, _GAP))
     facts.add_column(style="bold", no_wrap=True)
@@ -49,7 +49,7 @@ def summary_text(path: str | Path, found: Inspection, console: Console) -> str:
 
 
 def new_console() -> Console:
-    """Return a console on which nothing is taken for markup."""
+    """Return a console that prints all text literally, without markup."""
     return Console(markup=False, highlight=False, emoji=False)
 
 
@@ -98,7 +98,7 @@ def _chunks(encodings: Mapping[str, int]) -> str:
 
 
 def _settings(info: Mapping[str, JSON]) -> Iterator[tuple[str, str]]:
-    """Yield a line of what stands by itself, and one for each of the first groups."""
+    """Yield a label and text for the single values of the info, and for each of the first groups."""
     grouped = [(name, value) for name, value in info.items() if isinstance(value, dict) and value]
     groups = dict(grouped[:_MAX_GROUPS])
     if single := {name: value for name, value in info.items() if name not in groups}:
@@ -120,7 +120,7 @@ def _shown(value: JSON) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
-        return count(len(value), "item")  # a series or a table, not a setting
+        return count(len(value), "item")  # a series or table: too long to show
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -131,7 +131,7 @@ def _cut(text: str, length: int) -> str:
 def _sizes_table(found: Inspection) -> Table:
     sizes = found.sizes
     table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column("spent on")
+    table.add_column("part")
     for title in ("size", "share", *(["bytes per change"] if found.nnz else [])):
         table.add_column(title, justify="right")
     for what, n_bytes, style in (

@@ -1,4 +1,4 @@
-"""How figures and names are written."""
+"""The format of numbers, sizes and names."""
 
 from __future__ import annotations
 

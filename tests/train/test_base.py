@@ -1,4 +1,4 @@
-"""The base is what a run begins with: found wrong before anything is trained, or not at all."""
+"""A wrong base is found before training, and a right base is accepted."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_folder_without_safetensors_is_refused_before_training(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-def test_a_base_that_is_no_safetensors_file_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_base_that_is_not_a_safetensors_file_is_refused_before_training(tmp_path: Path) -> None:
     base = tmp_path / "base.safetensors"
     base.write_bytes(b"not weights")
     with pytest.raises(ValueError, match=r"base\.safetensors' is not a safetensors file"):
@@ -69,7 +69,7 @@ def test_fit_refuses_another_base_before_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["frozen", "chosen", "not chosen"])
-def test_export_names_the_tensor_that_is_not_the_bases(tmp_path: Path, place: str) -> None:
+def test_export_names_the_tensor_that_differs_from_the_base(tmp_path: Path, place: str) -> None:
     first = make_net()
     model, sift = trained()
     chosen = set(sift.sparse_mapping["first.weight"].flat_index.tolist())
@@ -81,11 +81,11 @@ def test_export_names_the_tensor_that_is_not_the_bases(tmp_path: Path, place: st
     with pytest.raises(ValueError, match=rf": 1 of {other.numel()} components of '{name}' differ"):
         export_delta(model, tmp_path / "d.sd", sift=sift, base=base)
     assert not (tmp_path / "d.sd").exists()
-    assert export_delta(model, tmp_path / "d.sd", base=base) > 0  # between any two, when asked
+    assert export_delta(model, tmp_path / "d.sd", base=base) > 0  # any base
 
 
-def test_a_changed_structure_is_no_other_base(tmp_path: Path) -> None:
-    """A new head, a grown tensor and a base in another dtype are what deltas are for."""
+def test_a_changed_structure_is_accepted(tmp_path: Path) -> None:
+    """A new head, a larger tensor and a base in another dtype are accepted."""
     first = make_net()
     weights = {k: v.to(torch.float64) for k, v in snapshot(first).items() if "last" not in k}
     weights["norm.weight"] = weights["norm.weight"][:3].clone()
@@ -99,7 +99,7 @@ def test_a_changed_structure_is_no_other_base(tmp_path: Path) -> None:
     )
 
 
-def test_a_base_may_hold_tied_weights_apart(tmp_path: Path) -> None:
+def test_a_base_may_store_tied_weights_separately(tmp_path: Path) -> None:
     model = nn.ModuleDict({"a": nn.Linear(8, 8, bias=False), "b": nn.Linear(8, 8, bias=False)})
     save_file(snapshot(model), tmp_path / "base.safetensors")
     model["b"].weight = model["a"].weight
@@ -128,10 +128,10 @@ def test_every_file_of_a_folder_is_compared(
     arguments: dict[str, Any] = {"config": config, "base": tmp_path / "base", "overwrite": True}
     assert fit(model, bert_batches(1), output=tmp_path / "d.sd", **arguments).nnz > 0
     with pytest.raises(ValueError, match=r"of 'bert\.encoder\.layer\..*query\..*' differ"):
-        fit(model, bert_batches(1), output=tmp_path / "d.sd", **arguments)  # it is trained now
+        fit(model, bert_batches(1), output=tmp_path / "d.sd", **arguments)  # trained now
 
 
-def test_the_trainer_is_told_before_it_trains(tmp_path: Path) -> None:
+def test_the_trainer_refuses_another_base_before_training(tmp_path: Path) -> None:
     import transformers
 
     class Trainer(SiftTrainerMixin, transformers.Trainer):
