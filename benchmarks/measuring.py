@@ -27,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sparsedelta
+from sparsedelta.codecs.kernels import in_use
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -281,7 +282,7 @@ def _circumstances(where: Path) -> str:
         "machine": f"{first_value(Path('/proc/cpuinfo'), 'model name')}, {os.cpu_count()} cores,"
         f" {int(memory.split()[0]) / 2**20:.0f} GiB, Linux {platform.release()},"
         f" {_file_system(where)}",
-        "versions": f"sparsedelta {sparsedelta.__version__}, Python {platform.python_version()}, {versions}",
+        "versions": f"sparsedelta {sparsedelta.__version__} ({in_use()} kernels), Python {platform.python_version()}, {versions}",
         "load": "average over the 5 minutes before the end:"
         f" {os.getloadavg()[1]:.1f}, including this benchmark",
     }

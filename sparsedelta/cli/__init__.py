@@ -24,6 +24,7 @@ from sparsedelta.cli._failures import (
     report_failure,
     report_interrupt,
 )
+from sparsedelta.codecs.kernels import in_use
 
 COMMANDS = ("diff", "apply", "verify", "inspect", "stack", "invert", "merge", "push", "pull")
 _DEBUG_HELP = "Show the traceback of an error."
@@ -113,7 +114,9 @@ def _open_standard_streams() -> None:
     ),
 )
 @click.version_option(
-    sparsedelta.__version__, prog_name="sparsedelta", message="%(prog)s %(version)s"
+    sparsedelta.__version__,
+    prog_name="sparsedelta",
+    message=f"%(prog)s %(version)s ({in_use()} kernels)",
 )
 @click.option("--debug", is_flag=True, help=_DEBUG_HELP)
 @click.option("-q", "--quiet", is_flag=True, help=_QUIET_HELP)

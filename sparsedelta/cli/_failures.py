@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from sparsedelta.codecs.kernels import in_use
 from sparsedelta.errors import SparseDeltaError
 from sparsedelta.interrupts import SIGNALS
 from sparsedelta.report.text import printable
@@ -43,6 +44,7 @@ def report_failure(error: BaseException, *, with_traceback: bool) -> None:
     if with_traceback:
         lines = "".join(traceback.format_exception(error))
         click.echo(redacted(lines, known), err=True, nl=False)
+        click.echo(f"kernels: {in_use()}", err=True)
     click.echo(f"error: {redacted(describe(error), known)}", err=True)
 
 

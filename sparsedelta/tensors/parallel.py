@@ -45,6 +45,7 @@ class Places:
 # most take little. Workers that meet such a chunk take turns.
 DENSE_ELEMENTS = 1 << 21
 WIDE_BYTES = 8
+_SMALL_BYTES = 1 << 18
 dense_places = Places(1, n_places=2)
 wide_places = Places(2, of=dense_places)
 
@@ -98,6 +99,9 @@ def run_all(
 ) -> list[R]:
     """Return ``work`` of every item, in the items' order; the costliest are begun first.
 
+    One worker does all items that cost little: most of their work needs the interpreter's lock, and two workers
+    would mostly wait for each other.
+
     Raises whatever ``work`` raised first; all workers have ended by then.
 
     Args:
@@ -109,7 +113,10 @@ def run_all(
         n_bytes: what ``pace`` is told of in all; None: the cost of all items.
     """
     costs = [cost(item) for item in items]
-    order = iter(sorted(range(len(items)), key=lambda i: -costs[i]))  # shared by the workers
+    order = sorted(range(len(items)), key=lambda i: -costs[i])
+    small = [i for i in order if costs[i] < _SMALL_BYTES]
+    batches = [small] * bool(small) + [[i] for i in order[: len(order) - len(small)]]
+    left = iter(batches)  # shared by the workers
     results: dict[int, R] = {}
     failures: list[BaseException] = []
     threads: list[threading.Thread] = []
@@ -118,9 +125,10 @@ def run_all(
 
     def run() -> None:
         try:
-            for i in order:
-                pace.check()
-                results[i] = work(items[i])
+            for batch in left:
+                for i in batch:
+                    pace.check()
+                    results[i] = work(items[i])
         except BaseException as error:
             failures.append(error)
             pace.stop()
@@ -137,7 +145,7 @@ def run_all(
     pace.progress.start(label, sum(costs) if n_bytes is None else n_bytes)
     try:
         with uninterrupted():
-            for _ in range(min(n_workers(), len(items))):
+            for _ in range(min(n_workers(), len(batches))):
                 thread = threading.Thread(target=run)
                 thread.start()
                 threads.append(thread)

@@ -23,6 +23,7 @@ from helpers import assert_same_files, noise, write_sharded
 
 import sparsedelta
 from sparsedelta.cli import COMMANDS, main
+from sparsedelta.codecs.kernels import in_use
 
 ON_THE_HUB = {"push", "pull"}  # tests/hub runs their examples
 HEAVY = ("numpy", "rich", "torch", "huggingface_hub", "zstandard", "blake3", "safetensors")
@@ -108,7 +109,9 @@ def test_start_up_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_version(process: Process) -> None:
-    assert process("--version").stdout == f"sparsedelta {sparsedelta.__version__}\n"
+    assert process("--version").stdout == (
+        f"sparsedelta {sparsedelta.__version__} ({in_use()} kernels)\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,7 @@ def test_failures_are_one_line(
     debugged = run("--debug", "inspect", "delta.sd")
     assert (debugged.exit_code, debugged.stdout) == (1, "")
     assert debugged.stderr.startswith("Traceback")
-    assert debugged.stderr.endswith(result.stderr)
+    assert debugged.stderr.endswith(f"kernels: {in_use()}\n{result.stderr}")
 
 
 def test_a_bug_shows_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ def main() -> None:
     for _ in range(N_TRIES):
         try:
             signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 1e-3))
-            run_all(lambda i: i, range(50), cost=lambda _: 1, pace=Pace())
+            run_all(lambda i: i, range(50), cost=lambda _: 1 << 20, pace=Pace())
             signal.setitimer(signal.ITIMER_REAL, 0)
         except KeyboardInterrupt:
             n_interrupted += 1

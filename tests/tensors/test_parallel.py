@@ -24,7 +24,7 @@ def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def run(work: Callable[[int], int], items: list[int], pace: Pace | None = None) -> list[int]:
-    return run_all(work, items, cost=lambda item: item, pace=pace or Pace(Silent()))
+    return run_all(work, items, cost=lambda item: (item + 1) << 20, pace=pace or Pace(Silent()))
 
 
 def test_results_come_in_the_items_order() -> None:
@@ -46,6 +46,20 @@ def test_costliest_begin_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert run(work, [3, 1, 20, 0, 7]) == [3, 1, 20, 0, 7]
     assert begun == [20, 7, 3, 1, 0]
+
+
+def test_one_worker_does_all_that_costs_little() -> None:
+    workers: dict[int, int] = {}
+
+    def work(item: int) -> int:
+        workers[item] = threading.get_ident()
+        time.sleep(0.001)
+        return -item
+
+    items = [5, 1 << 20, 3, 1 << 21, 8, 0]
+    found = run_all(work, items, cost=lambda item: item, pace=Pace(Silent()))
+    assert found == [-item for item in items]
+    assert len({workers[item] for item in (5, 3, 8, 0)}) == 1
 
 
 def test_failure_is_raised_and_stops_the_others() -> None:
