@@ -202,7 +202,7 @@ def synced(fds: Sequence[int]) -> Iterator[None]:
                 except Empty:
                     for fd in fds:
                         os.fsync(fd)
-        except OSError as error:  # told to one caller only: the sync below would not see it again
+        except OSError as error:  # the system reports it once, so the sync below would not see it
             failures.append(error)
 
     thread = threading.Thread(target=write_out)
@@ -211,7 +211,9 @@ def synced(fds: Sequence[int]) -> Iterator[None]:
     try:
         yield
     finally:
-        with uninterrupted():  # an interrupted join takes a running thread for one that has ended
+        with (
+            uninterrupted()
+        ):  # after an interrupted join, Python takes a running thread for one that has ended
             done.put(None)
             thread.join()
     for failure in failures:

@@ -147,7 +147,7 @@ def _all_cells(grids: Iterable[Grid], single: Iterable[Cell]) -> list[Cell]:
 
 def _change_section(grids: Sequence[Grid], cells: Iterable[Cell]) -> list[str]:
     """Return the section with the mean change of the elements; empty if the info does not record it."""
-    recorded = [grid for grid in grids if grid.tells_change]
+    recorded = [grid for grid in grids if grid.has_mean_change]
     if not recorded:
         return []
     highest = max(cell.mean_change or 0.0 for cell in cells)

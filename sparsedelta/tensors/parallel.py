@@ -1,4 +1,4 @@
-"""Independent pieces of work on all cores; the first failure stops the others."""
+"""Runs independent pieces of work in one thread per core. The first failure stops all of them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ R = TypeVar("R")
 
 
 class Places:
-    """Places that workers take turns in; ``with`` takes so many of them, all at once."""
+    """A semaphore of which one ``with`` takes several permits at once, so that no two workers wait for each other."""
 
     def __init__(self, n_taken: int, *, of: Places | None = None, n_places: int = 0) -> None:
-        """Prepare.
+        """Create a semaphore, or share that of ``of``.
 
         Args:
-            n_taken: how many to take.
-            of: take them of the same places as these.
-            n_places: how many there are; not with ``of``.
+            n_taken: number of permits that ``with`` takes.
+            of: take the permits from the same semaphore as this one.
+            n_places: number of permits of a new semaphore; not used with ``of``.
         """
         self._n_taken = n_taken
         self._free: list[int] = of._free if of else [n_places]
@@ -41,11 +41,11 @@ class Places:
             self._freed.notify_all()
 
 
-# A chunk in which most elements change takes 200 MB while it is coded, one of 8-byte elements 400 MB;
-# most take little. Workers that meet such a chunk take turns.
+# Coding a chunk in which most elements change takes 200 MB, or 400 MB with 8-byte elements. Most chunks take
+# little. Only two workers code such chunks at the same time, or one with 8-byte elements.
 DENSE_ELEMENTS = 1 << 21
 WIDE_BYTES = 8
-_SMALL_BYTES = 1 << 18
+_SMALL_BYTES = 1 << 18  # items that cost less go to one worker
 dense_places = Places(1, n_places=2)
 wide_places = Places(2, of=dense_places)
 
@@ -97,20 +97,20 @@ def run_all(
     label: str = "",
     n_bytes: int | None = None,
 ) -> list[R]:
-    """Return ``work`` of every item, in the items' order; the costliest are begun first.
+    """Return the result of ``work`` for each item, in the order of the items; the items of highest cost start first.
 
-    One worker does all items that cost little: most of their work needs the interpreter's lock, and two workers
+    One worker does all items of low cost. Most of their work needs the interpreter's lock, so that two workers
     would mostly wait for each other.
 
-    Raises whatever ``work`` raised first; all workers have ended by then.
+    If ``work`` raises an error, all workers end, and then the first error is raised.
 
     Args:
-        work: done in threads.
-        items: what it is done to.
-        cost: what an item takes.
-        pace: told of it by ``work``.
-        label: what the stage is called.
-        n_bytes: what ``pace`` is told of in all; None: the cost of all items.
+        work: called in several threads.
+        items: the arguments of ``work``.
+        cost: returns the cost of an item in bytes.
+        pace: ``work`` reports its progress to it.
+        label: name of the stage for the progress.
+        n_bytes: number of bytes that ``work`` reports in all; None for the cost of all items.
     """
     costs = [cost(item) for item in items]
     order = sorted(range(len(items)), key=lambda i: -costs[i])
@@ -120,7 +120,7 @@ def run_all(
     results: dict[int, R] = {}
     failures: list[BaseException] = []
     threads: list[threading.Thread] = []
-    ended: list[None] = []  # one for each worker, and then an entry of ``ends``
+    ended: list[None] = []  # one entry per worker that has ended; then follows one in ``ends``
     ends: SimpleQueue[None] = SimpleQueue()
 
     def run() -> None:
@@ -137,11 +137,11 @@ def run_all(
             ends.put(None)
 
     def wait() -> None:
-        # An interrupted Thread.join takes a running thread for one that has ended.
+        # Not Thread.join: if it is interrupted, Python takes a running thread for one that has ended.
         while len(ended) < len(threads):
             ends.get()
 
-    # Not a ThreadPoolExecutor: an interrupt inside its methods may leave a lock held, and all workers waiting.
+    # Not a ThreadPoolExecutor: an interrupt inside its methods can leave a lock held, for which workers wait.
     pace.progress.start(label, sum(costs) if n_bytes is None else n_bytes)
     try:
         with uninterrupted():
