@@ -32,6 +32,8 @@ _SMALLEST_FRAME = 9  # bytes; every zstd frame with content is larger
 _COMPRESSIBLE = (
     0.9  # below this ratio the stream may contain repetition, and a search for matches may pay
 )
+_SAMPLE_BYTES = 1 << 15
+_MATCHES_SAVE = 0.98  # of the entropy coder's frame of a sample; else the search is not worth its time
 _TEXT_LEVEL = 15
 MAX_EXPANSION, _EXPANSION_EXTRA = (
     64,
@@ -60,11 +62,26 @@ def compress_stream(data: bytes | memoryview, level: Level = Level.DEFAULT) -> b
         return bytes(data)
     frame = _compressor("entropy", _ENTROPY).compress(data)
     others = []
-    if level is not Level.FAST and len(frame) < _COMPRESSIBLE * len(data):
+    if len(frame) < _COMPRESSIBLE * len(data) and (
+        level is Level.MAX or (level is Level.DEFAULT and _repeats(data))
+    ):
         others.append(_compressor("matches", _MATCHES).compress(data))
     if level is Level.MAX:
         others.append(_compressor("thorough", _THOROUGH).compress(data))
     return min([bytes(data), frame, *others], key=len)
+
+
+def _repeats(data: bytes | memoryview) -> bool:
+    """Return whether a search for repetition makes a stream smaller; long ones are judged by three samples."""
+    if len(data) <= 4 * _SAMPLE_BYTES:
+        return True
+    last = len(data) - _SAMPLE_BYTES
+    samples = [data[at : at + _SAMPLE_BYTES] for at in (0, last // 2, last)]
+    sizes = [
+        sum(len(_compressor(name, parameters).compress(sample)) for sample in samples)
+        for name, parameters in (("matches", _MATCHES), ("entropy", _ENTROPY))
+    ]
+    return sizes[0] < _MATCHES_SAVE * sizes[1]
 
 
 def compress_text(data: bytes) -> bytes:

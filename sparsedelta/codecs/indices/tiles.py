@@ -62,7 +62,9 @@ class _Tiles(IndexEncoding):
         if not 2 <= columns <= span:
             return None
         n_rows = _n_rows(columns, first, span)
-        row, column = np.divmod(positions + np.uint32(first), np.uint32(columns))
+        cells = positions + np.uint32(first)
+        row = cells // np.uint32(columns)  # np.divmod takes four times as long
+        column = cells - row * np.uint32(columns)
         rows = _choose_bands(np.bincount(row, minlength=n_rows), columns)
         lines = _choose_bands(np.bincount(column, minlength=columns), n_rows)
         if not (rows.any() or lines.any()):
