@@ -147,7 +147,7 @@ def test_help_shows_the_memory_of_base_and_delta(
             ["--base", "nolm", "--tasks", "x"],
             "error: 'nolm' is not a folder, and the Hub has no model of that",
         ),
-        (["--base", "mmlu", "--tasks", "x"], "error: folder 'mmlu' holds no config.json"),
+        (["--base", "mmlu", "--tasks", "x"], "error: folder 'mmlu' has no config.json"),
         (["--mmlu-csv", "bad"], "error: line 2 of 'bad/a_test.csv' has 3 columns and ends in 'c'"),
         (
             ["--mmlu-csv", "mmlu", "--delta", "one.sd", "other/one.sd"],
