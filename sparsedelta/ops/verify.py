@@ -33,7 +33,8 @@ class VerifyReport:
         payload_bytes: number of coded bytes checked.
         base_checked: whether a base was given and checked. It is the delta's base, and the delta rebuilds
             the target from it.
-        target_checked: whether a target was given and checked. All its files are the delta's target's.
+        target_checked: whether a target was given and checked. All its files equal those of the
+            delta's target.
     """
 
     n_tensors: int

@@ -97,7 +97,7 @@ class Siblings(Stacking):
 
 
 def _without_target_digest(link: Link) -> Link:
-    """Return a link without its target digest. Other deltas change the tensor, too, so it is wrong."""
+    """Return a link without its target digest, for tensors that several deltas change."""
     return replace(link, row=replace(link.row, target=link.row.target.with_digest(None)))
 
 
@@ -106,7 +106,12 @@ def _changing(links: Links) -> Links:
 
 
 def _check_rows(links: Links) -> None:
-    """Check that all deltas have the same base tensor, and that a delta that reshapes it is the only change."""
+    """Check the links of one tensor.
+
+    Raises:
+        ConflictError: a delta adds, retypes or reshapes the tensor, and another delta changes it.
+        Corrupt: the deltas state different base tensors.
+    """
     bases = [(link.row.base.name, link.row.base.spec) if link.row.base else None for link in links]
     changing = _changing(links)
     reshaping = [link for link in changing if not link.row.keeps_all]
