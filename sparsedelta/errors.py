@@ -150,30 +150,30 @@ class ConflictError(SparseDeltaError, ValueError):
 
 
 class RemoteError(SparseDeltaError):
-    """The Hub refused or could not be reached."""
+    """The Hub or another store refused, or could not be reached."""
 
     code = "remote"
 
 
 class RemoteNotFound(RemoteError):
-    """The repository, revision or file does not exist on the Hub."""
+    """The repository, revision, file, bucket or object does not exist."""
 
     code = "remote_not_found"
 
 
 class AccessDenied(RemoteError):
-    """The token lacks permission, or a token is required."""
+    """The token lacks permission, or a token is required; or the store can only be read."""
 
     code = "access_denied"
 
 
 class RemoteConflict(RemoteError):
-    """Another client wrote to the repository in the meantime."""
+    """Another client wrote to the repository or store in the meantime."""
 
     code = "remote_conflict"
 
 
 class Unreachable(RemoteError):
-    """The Hub did not answer, or broke the connection; a later call may succeed."""
+    """The Hub or store did not answer, or broke the connection; a later call may succeed."""
 
     code = "unreachable"

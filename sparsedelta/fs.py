@@ -15,11 +15,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 from sparsedelta import system
+from sparsedelta.interrupts import uninterrupted
 
 _WRITE_OUT_SECONDS = 0.1
-_PARTIAL, _UNLOCKED = ".sparsedelta.partial", ".sparsedelta-unlocked.partial"
+_PARTIAL, UNLOCKED = ".sparsedelta.partial", ".sparsedelta-unlocked.partial"
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
@@ -55,8 +57,8 @@ def staged_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
     check_absent(final, overwrite=overwrite)
     if not final.parent.is_dir():
         raise FileNotFoundError(f"folder '{final.parent}' does not exist; create it first")
-    _remove_abandoned(final.parent)
-    with _work_folder(final) as work:
+    remove_abandoned(final.parent)
+    with work_folder(final) as work:
         result = work / "new"
         try:
             yield result
@@ -90,15 +92,15 @@ def _rename(new: Path, final: Path) -> None:
 
 
 @contextmanager
-def _work_folder(final: Path) -> Iterator[Path]:
-    """Yield a new folder beside ``final``, which is removed at the end.
+def work_folder(final: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``final``, which is removed at the end, or by a later run if this process is killed.
 
     This process holds a lock on the folder. If the process is killed, a later run finds the folder
     unlocked and removes it. On file systems where locks are not reliable, the folder's name ends in
     ``_UNLOCKED``, and later runs leave it alone.
     """
     is_local = system.is_local(final.parent)
-    suffix = _PARTIAL if is_local else _UNLOCKED
+    suffix = _PARTIAL if is_local else UNLOCKED
     while True:
         work = final.with_name(f".{final.name[:40]}.{secrets.token_hex(8)}{suffix}")
         try:
@@ -114,7 +116,7 @@ def _work_folder(final: Path) -> Iterator[Path]:
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def _remove_abandoned(folder: Path) -> None:
+def remove_abandoned(folder: Path) -> None:
     """Remove the work folders that killed processes left in ``folder``."""
     with suppress(OSError):
         for work in folder.glob(f".*{_PARTIAL}"):
@@ -192,24 +194,31 @@ def synced(fds: Sequence[int]) -> Iterator[None]:
     Raises:
         OSError: the system could not write.
     """
-    done = threading.Event()
+    done: SimpleQueue[None] = SimpleQueue()  # not an Event: an interrupt may leave its lock held
     failures: list[OSError] = []
 
     def write_out() -> None:
         try:
-            while not done.wait(_WRITE_OUT_SECONDS):
-                for fd in fds:
-                    os.fsync(fd)
-        except OSError as error:  # told to one caller only: the sync below would not see it again
+            while True:
+                try:
+                    return done.get(timeout=_WRITE_OUT_SECONDS)
+                except Empty:
+                    for fd in fds:
+                        os.fsync(fd)
+        except OSError as error:  # the system reports it once, so the sync below would not see it
             failures.append(error)
 
     thread = threading.Thread(target=write_out)
-    thread.start()
+    with uninterrupted():
+        thread.start()
     try:
         yield
     finally:
-        done.set()
-        thread.join()
+        with (
+            uninterrupted()
+        ):  # after an interrupted join, Python takes a running thread for one that has ended
+            done.put(None)
+            thread.join()
     for failure in failures:
         raise failure
     for fd in fds:

@@ -26,10 +26,9 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _MANY_FILES = 10_000  # macOS refuses more than its own limit of 10,240
 _FEW_FILES = 32  # this many more files fit within every usual limit
-_AT_FDCWD = {"linux": -100, "darwin": -2}.get(
-    sys.platform, 0
-)  # paths are relative to the current folder
+_AT_FDCWD = {"linux": -100, "darwin": -2}.get(sys.platform, 0)  # relative to the current folder
 _EXCHANGE = 2  # RENAME_EXCHANGE on Linux, RENAME_SWAP on macOS
+_NEW_NAME = 4 if sys.platform == "darwin" else 1  # RENAME_EXCL on macOS, RENAME_NOREPLACE on Linux
 # f_type of statfs(2) for ext2 to ext4, XFS, Btrfs, tmpfs, F2FS, ZFS, bcachefs and overlayfs
 _LOCAL = {0xEF53, 0x58465342, 0x9123683E, 0x1021994, 0xF2F52010, 0x2FC12FC1, 0xCA451A4E, 0x794C7630}
 _MAC_FLAGS, _MAC_LOCAL = slice(64, 68), 0x1000  # f_flags of struct statfs, MNT_LOCAL
@@ -107,11 +106,29 @@ def reserve(fd: int, n_bytes: int) -> None:
 
 def exchange(one: Path, other: Path) -> bool:
     """Swap the names of two files or folders in one step; return False where the system cannot."""
+    return not _rename(one, other, _EXCHANGE)
+
+
+def rename_new(old: Path, new: Path) -> bool:
+    """Rename a file in one step; return False where the system cannot do so without replacing a file.
+
+    Raises:
+        FileExistsError: a file of the new name exists.
+    """
+    number = _rename(old, new, _NEW_NAME)
+    if number == errno.EEXIST:
+        raise FileExistsError(number, os.strerror(number), str(new))
+    return not number
+
+
+def _rename(old: Path, new: Path, flags: int) -> int:
+    """Return the error number of the system call, 0 if it succeeded."""
     libc = _libc()
     rename = getattr(libc, "renameat2", None) or getattr(libc, "renameatx_np", None)
     if rename is None:
-        return False
-    return not rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE)
+        return errno.ENOSYS
+    failed = rename(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags)
+    return ctypes.get_errno() if failed else 0
 
 
 def sync_folder(path: Path) -> None:

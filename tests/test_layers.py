@@ -35,14 +35,15 @@ ROOMS = (
     "cli",
     "top",
 )
-GROUND = {"errors", "dtypes", "progress", "_typing", "fs", "system"}
+GROUND = {"errors", "dtypes", "progress", "redaction", "_typing", "fs", "interrupts", "system"}
 TOP = {"__init__", "__main__"}
 
-# What the thin methods of ``Delta``, and ``diff`` of a model, import when they are called.
+# What the thin methods of ``Delta``, ``diff`` of a model and ``open_store`` import when they are called.
 LATE = {
     ("format.delta", "live.inplace"),
     ("format.delta", "hub.push"),
     ("ops.diff", "live.sides"),
+    ("stores", "hub.store"),
 }
 # The package itself is a table of the public names, for the command line. Its version is for all.
 FACE_ROOMS = {"cli", "top"}
@@ -53,6 +54,7 @@ LAZY: dict[str, set[str]] = {
     "torch": {"live"},
     "huggingface_hub": {"hub"},
     "transformers": {"live"},
+    "fsspec": {"stores"},
     "sift_train": set(),
 }
 # The types of a model are named where all rooms can see them.
@@ -62,6 +64,8 @@ OUTSIDE = {"blake3", "numpy", "zstandard"}
 OUTSIDE_OF_ROOM = {"cli": OUTSIDE | {"click", "rich"}, "report": OUTSIDE | {"rich"}}
 # What the pure rooms do without.
 FILES = {"os", "io", "pathlib", "tempfile", "shutil", "mmap", "socket", "torch"}
+# The kernels read an environment variable.
+PURE_EXCEPTIONS = {("codecs.kernels", "os")}
 
 
 class Import(NamedTuple):
@@ -153,7 +157,7 @@ def faults(package: Path) -> set[str]:
 def _outside_faults(name: str, imported: str, when: str) -> set[str]:
     found = set()
     top = imported.partition(".")[0]
-    if room(name) == "codecs" and top in FILES:
+    if room(name) == "codecs" and top in FILES and (name, top) not in PURE_EXCEPTIONS:
         found.add(f"{name}: codecs import {top}")
     if top in LAZY:
         if room(name) not in LAZY[top] and not ((name, top) in TYPES_ONLY and when == "types"):

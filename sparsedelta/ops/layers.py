@@ -75,7 +75,7 @@ class Grid:
         return tuple(kind for kind in self.kinds if kind in changed)
 
     @property
-    def tells_change(self) -> bool:
+    def has_mean_change(self) -> bool:
         """Whether the mean change of at least one cell is known."""
         return any(cell.mean_change is not None for cell in self.cells.values())
 

@@ -12,7 +12,7 @@ import numpy as np
 from sparsedelta.codecs.chunk import Chunk, coded_digest, decode_chunk
 from sparsedelta.codecs.context import StartBits
 from sparsedelta.codecs.indices import Positions
-from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits
+from sparsedelta.codecs.values import Bits, change
 from sparsedelta.dtypes import DType
 from sparsedelta.errors import BaseNeeded, Corrupt
 from sparsedelta.format.records import Payload, Row
@@ -36,8 +36,7 @@ class Piece:
 
     def apply(self, dtype: DType, bits: Bits) -> None:
         """Apply the changes to the bits of the window, in place."""
-        before = bits[self.positions]
-        bits[self.positions] = VALUE_ENCODINGS[self.values].decode(dtype, before, self.codes)
+        change(dtype, bits, 0, self.positions, self.values, self.codes)
 
 
 class ChangeReader:

@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from sparsedelta.codecs.chunk import MAX_SPAN, TOUCHED_BYTES, Chunk, Span, encode_chunk
 from sparsedelta.codecs.exponent_classes import keys_of
-from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits
+from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits, differences
 from sparsedelta.codecs.zstd import Level
 from sparsedelta.format.records import DIGEST_BYTES, BaseTensor, Named, Row, default_keep
 from sparsedelta.format.spool import SpoolPayload
@@ -103,7 +103,6 @@ class Comparison:
         n_block = max(1, min(BLOCK_BYTES // self._dtype.width, self._n_elements))
         self._base_block = np.zeros(n_block, self._dtype.view)
         self._target_block = np.zeros(n_block, self._dtype.view)
-        self._differs = np.empty(n_block, np.bool_)
         self._base_hash = blake3()
         self._base_digest = base_digest
         # None while all bytes so far are equal, so that hashing the base's bytes is enough.
@@ -139,22 +138,18 @@ class Comparison:
         touched_hashes = blake3(), blake3()
         nnz = 0
         with ExitStack() as place:
-            for start in range(0, span, len(self._differs)):
-                n = min(len(self._differs), span - start)
+            for start in range(0, span, len(self._base_block)):
+                n = min(len(self._base_block), span - start)
                 base_bits, target_bits = self._read(first + start, n)
-                touched = np.flatnonzero(
-                    np.not_equal(base_bits, target_bits, out=self._differs[:n])
-                )
-                self._hash(base_bits, target_bits, first + start, len(touched))
-                if not len(touched):
+                before, after = differences(base_bits, target_bits, start, positions[nnz:])
+                self._hash(base_bits, target_bits, first + start, len(before))
+                if not len(before):
                     continue
-                before, after = base_bits[touched], target_bits[touched]
                 for hasher, bits in zip(touched_hashes, (before, after), strict=True):
                     hasher.update(bits.view(np.uint8).data)
-                end = nnz + len(touched)
+                end = nnz + len(before)
                 if nnz <= DENSE_ELEMENTS < end:
                     place.enter_context(place_for(end, dtype))
-                np.add(touched, start, out=positions[nnz:end], casting="unsafe")
                 codes[nnz:end] = encode(dtype, before, after)
                 keys[nnz:end] = keys_of(before)
                 nnz = end

@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from sparsedelta.codecs.chunk import TOUCHED_BYTES, Chunk
 from sparsedelta.codecs.indices import Positions
-from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits
+from sparsedelta.codecs.values import Bits, change
 from sparsedelta.errors import Corrupt
 from sparsedelta.format.records import DIGEST_BYTES, Payload, Row
 from sparsedelta.tensors.changes import decode_row_chunk, place_for, segments
@@ -121,7 +121,6 @@ class _Rebuild:
         row, n_block = self.row, len(self.block)
         dtype = row.target.dtype
         positions, codes = np.empty(0, np.uint32), np.empty(0, dtype.view)
-        decode = VALUE_ENCODINGS[chunk.coding.values].decode if chunk else None
         hashes = (blake3(), blake3()) if chunk and chunk.touched and self.checks_touched else ()
         if chunk:
             positions, codes = self._decode_chunk(chunk)
@@ -133,13 +132,11 @@ class _Rebuild:
             if self.base_hash:
                 n_kept = max(0, min(len(bits), row.keep - start))
                 self.base_hash.update(bits[:n_kept].view(np.uint8).data)
-            if high > low and decode:
-                where = positions[low:high] - np.uint32(start - first)
-                before = bits[where]
-                after = decode(dtype, before, codes[low:high])
-                bits[where] = after
-                for hasher, values in zip(hashes, (before, after), strict=False):
-                    hasher.update(np.ascontiguousarray(values).view(np.uint8).data)
+            if high > low and chunk:
+                values, part = chunk.coding.values, slice(low, high)
+                made = change(dtype, bits, start - first, positions[part], values, codes[part])
+                for hasher, found in zip(hashes, made, strict=False):
+                    hasher.update(np.ascontiguousarray(found).view(np.uint8).data)
             raw = bits.view(np.uint8).data
             if self.target_hash:
                 self.target_hash.update(raw)
