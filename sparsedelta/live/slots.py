@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sparsedelta._typing import Model, Names
 from sparsedelta.errors import StructureMismatch
@@ -21,16 +21,16 @@ from sparsedelta.live.bits import (
     torch_dtype,
     wire_name,
 )
+from sparsedelta.live.coordinates import Scattered, find_coordinates
+from sparsedelta.live.held import Held, parts_of
+from sparsedelta.live.wrappers import plain_name
 
 if TYPE_CHECKING:
     import torch
 
+AnySlot: TypeAlias = "Slot | Scattered"
 
-# What wrappers put into the names of what they wrap: torch.compile, FSDP, activation checkpointing,
-# and PEFT around a layer it adapts.
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
 _TRIED = 8  # missing names of which a common prefix is looked for
-_OUTER = (("base_model", "model"), ("module",))  # PEFT's model, and data parallelism
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,8 @@ class Place:
     """
 
     row: Row
-    slot: Slot
-    tied: tuple[Slot, ...] = ()
+    slot: AnySlot
+    tied: tuple[AnySlot, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Places:
     """
 
     changed: Sequence[Place]
-    unchanged: Sequence[tuple[Sequence[Row], Slot]]
+    unchanged: Sequence[tuple[Sequence[Row], AnySlot]]
 
 
 def find_places(delta: Delta, model: Model, names: Names) -> Places:
@@ -115,22 +115,21 @@ def find_places(delta: Delta, model: Model, names: Names) -> Places:
         StructureMismatch: a changed tensor is missing, of another dtype or shape, one of several, tied to one
             that becomes another, or holds no plain data; or the delta adds, renames or reshapes tensors.
     """
-    slots = find_slots(model)
     named = [(row, _renamed(row.key, names)) for row in delta.tensors]
     wanted = [(row, name) for row, name in named if name is not None]
-    own_name = _resolver([name for row, name in wanted if _is_in_place(row) and row.chunks], slots)
+    slot_named = _finder(model, wanted)
 
-    def slot_of(key: TensorKey) -> Slot | None:
+    def slot_of(key: TensorKey) -> AnySlot | None:
         name = _renamed(key, names)
-        return None if name is None else slots.get(own_name(name))
+        return None if name is None else slot_named(name)
 
     alike: dict[tuple[str, str], list[Row]] = defaultdict(list)  # of one name, in several files
     for row, name in wanted:
-        alike[row.name, own_name(name)].append(row)
+        alike[row.name, name].append(row)
     changed: dict[object, Place] = {}  # by memory
-    found: list[tuple[list[Row], Slot]] = []
+    found: list[tuple[list[Row], AnySlot]] = []
     for (_, name), rows in alike.items():
-        slot = slots.get(name)
+        slot = slot_named(name)
         meant = _meant(rows, slot, slot_of)
         if slot is None or not meant:
             continue
@@ -148,7 +147,39 @@ def find_places(delta: Delta, model: Model, names: Names) -> Places:
     return Places([*changed.values()], [(rows, slot) for rows, slot in found if not rows[0].chunks])
 
 
-def check_in_step(place: Place) -> torch.Tensor:
+def _finder(model: Model, wanted: Sequence[tuple[Row, str]]) -> Callable[[str], AnySlot | None]:
+    """Return what finds a tensor of the model by the name that it has in the delta, or that it was given.
+
+    Args:
+        model: a module or a state dict.
+        wanted: the rows of the delta with these names.
+    """
+    own = find_slots(model)
+    changed = [name for row, name in wanted if _is_in_place(row) and row.chunks]
+    shapes = {
+        name: row.target.shape
+        for row, name in reversed(wanted)
+        if name == row.name or name not in own
+    }
+    coordinates = find_coordinates(model, own, shapes, changed)
+    for name in changed:
+        if name in coordinates.unknown:
+            raise StructureMismatch(
+                f"tensor {name!r} {coordinates.unknown[name]}; load the target (load_model)",
+                tensor=name,
+            )
+    left = [name for name in changed if name not in coordinates.slots]
+    own_name = _resolver(left, own, closed=coordinates.is_closed)
+
+    def find(name: str) -> AnySlot | None:
+        if name in coordinates.unknown:
+            return None
+        return coordinates.slots.get(name) or own.get(own_name(name))
+
+    return find
+
+
+def check_in_step(place: Place) -> Held:
     """Return the tensor that is at a place now.
 
     Raises:
@@ -191,7 +222,7 @@ def find_slots(model: Model) -> dict[str, Slot]:
         raise TypeError(f"model is a {type(model).__name__}, expected a module or a state dict")
     slots = {slot.name: slot for slot in found}
     for slot in found:
-        slots.setdefault(_plain(slot.name), slot)
+        slots.setdefault(plain_name(slot.name), slot)
     return slots
 
 
@@ -203,14 +234,6 @@ def _module_slots(model: torch.nn.Module) -> Iterator[Slot]:
                     yield Slot(f"{prefix}.{key}" if prefix else key, model)
 
 
-def _plain(name: str) -> str:
-    parts = tuple(part for part in name.split(".") if part not in _WRAPPERS)
-    for outer in _OUTER:
-        if parts[: len(outer)] == outer:
-            parts = parts[len(outer) :]
-    return ".".join(parts)
-
-
 def _renamed(key: TensorKey, names: Names) -> str | None:
     if names is None:
         return key[1]
@@ -219,13 +242,19 @@ def _renamed(key: TensorKey, names: Names) -> str | None:
     return names[key] if key in names else names.get(key[1], key[1])
 
 
-def _resolver(changed: Sequence[str], slots: Mapping[str, Slot]) -> Callable[[str], str]:
-    """Return what makes a name of the delta one of the model, the same way for every name."""
+def _resolver(
+    changed: Sequence[str], slots: Mapping[str, Slot], *, closed: bool
+) -> Callable[[str], str]:
+    """Return what makes a name of the delta one of the model, the same way for every name.
+
+    With ``closed`` that is the name itself.
+    """
     changed = list(dict.fromkeys(changed))
     missing = [name for name in changed if name not in slots]
     if not missing:
         return lambda name: name
-    ways = {way for name in missing[:: len(missing) // _TRIED + 1] for way in _ways(name, slots)}
+    tried = () if closed else missing[:: len(missing) // _TRIED + 1]
+    ways = {way for name in tried for way in _ways(name, slots)}
     left = {way: [n for n in changed if _converted(n, way) not in slots] for way in ways}
     fewest = min(map(len, left.values()), default=len(missing))
     best = sorted(way for way in ways if len(left[way]) == fewest)
@@ -251,7 +280,7 @@ def _resolver(changed: Sequence[str], slots: Mapping[str, Slot]) -> Callable[[st
 def _ways(name: str, slots: Mapping[str, Slot]) -> Iterator[tuple[str, str]]:
     """Yield prefixes to cut off and to put before names, with which the model has ``name``."""
     for own in slots:
-        if own.endswith("." + name) and own == _plain(own):
+        if own.endswith("." + name) and own == plain_name(own):
             yield "", own.removesuffix(name)
     parts = name.split(".")
     for n_cut in range(1, len(parts)):
@@ -270,7 +299,7 @@ def _is_in_place(row: Row) -> bool:
 
 
 def _meant(
-    rows: Sequence[Row], slot: Slot | None, slot_of: Callable[[TensorKey], Slot | None]
+    rows: Sequence[Row], slot: AnySlot | None, slot_of: Callable[[TensorKey], AnySlot | None]
 ) -> list[Row]:
     """Return which rows of one name a tensor of the model is: a changed one, else those that are unchanged.
 
@@ -299,7 +328,7 @@ def _meant(
     return [*rows]
 
 
-def _fits(row: Row, tensor: torch.Tensor | None) -> bool:
+def _fits(row: Row, tensor: Held | None) -> bool:
     target = row.target
     return (
         tensor is not None
@@ -308,7 +337,9 @@ def _fits(row: Row, tensor: torch.Tensor | None) -> bool:
     )
 
 
-def _is_tied_copy(row: Row, slot: Slot | None, slot_of: Callable[[TensorKey], Slot | None]) -> bool:
+def _is_tied_copy(
+    row: Row, slot: AnySlot | None, slot_of: Callable[[TensorKey], AnySlot | None]
+) -> bool:
     """Return whether a row is another tensor of the base, with which the model ties it."""
     if slot is None or row.base is None or not (row.is_copied and row.keeps_all):
         return False
@@ -316,7 +347,7 @@ def _is_tied_copy(row: Row, slot: Slot | None, slot_of: Callable[[TensorKey], Sl
     return base_slot is not None and _memory_of(base_slot.tensor()) == _memory_of(slot.tensor())
 
 
-def _not_in_place_error(row: Row, tensor: torch.Tensor | None) -> StructureMismatch:
+def _not_in_place_error(row: Row, tensor: Held | None) -> StructureMismatch:
     base, name = row.base, repr(row.name)
     if base is None:
         problem = f"{'adds' if tensor is None else 'replaces'} tensor {name}"
@@ -340,7 +371,7 @@ def _several_error(row: Row, other: Row) -> StructureMismatch:
     )
 
 
-def _misfit_error(row: Row, tensor: torch.Tensor) -> StructureMismatch:
+def _misfit_error(row: Row, tensor: Held) -> StructureMismatch:
     expected, found = row.target, f"{wire_name(tensor.dtype)} {list(tensor.shape)}"
     other_dtype = tuple(tensor.shape) == expected.shape
     hint = f"; load the model in {expected.dtype.name}" if other_dtype else ""
@@ -352,8 +383,8 @@ def _misfit_error(row: Row, tensor: torch.Tensor) -> StructureMismatch:
     )
 
 
-def _check_usable(row: Row, tensor: torch.Tensor) -> None:
-    problem = _unusable(tensor)
+def _check_usable(row: Row, tensor: Held) -> None:
+    problem = next(filter(None, map(_unusable, parts_of(tensor))), None)
     if problem:
         raise StructureMismatch(
             f"tensor {row.name!r} {problem}, so its elements cannot be changed in place",
@@ -361,8 +392,8 @@ def _check_usable(row: Row, tensor: torch.Tensor) -> None:
         )
 
 
-def _check_writable(row: Row, tensor: torch.Tensor) -> None:
-    if is_read_only(tensor):
+def _check_writable(row: Row, tensor: Held) -> None:
+    if any(map(is_read_only, parts_of(tensor))):
         raise StructureMismatch(
             f"tensor {row.name!r} is in memory that cannot be written, such as a file mapped for reading;"
             " give the model a copy of it",
@@ -384,7 +415,11 @@ def _unusable(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def _memory_of(tensor: torch.Tensor) -> object:
+def _memory_of(held: Held) -> object:
+    return tuple(map(_part_memory, parts_of(held)))
+
+
+def _part_memory(tensor: torch.Tensor) -> object:
     if tensor.is_meta or not tensor.numel():
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
