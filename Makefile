@@ -42,7 +42,7 @@ vectors: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[hub,train]" --group demo --group recipes --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[channel,hub,train]" --group demo --group recipes --group dev
 	touch $@
 
 $(HUB_1X)/.ready: pyproject.toml

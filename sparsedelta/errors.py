@@ -150,30 +150,30 @@ class ConflictError(SparseDeltaError, ValueError):
 
 
 class RemoteError(SparseDeltaError):
-    """The Hub refused or could not be reached."""
+    """The Hub or another store refused, or could not be reached."""
 
     code = "remote"
 
 
 class RemoteNotFound(RemoteError):
-    """There is no such repository, revision or file on the Hub."""
+    """There is no such repository, revision, file, bucket or object there."""
 
     code = "remote_not_found"
 
 
 class AccessDenied(RemoteError):
-    """The Hub does not let this token, or nobody without one, do this."""
+    """What the caller is logged in as, or nobody, may not do this; or the store can only be read."""
 
     code = "access_denied"
 
 
 class RemoteConflict(RemoteError):
-    """Somebody else wrote to the repository in the meantime."""
+    """Somebody else wrote there in the meantime."""
 
     code = "remote_conflict"
 
 
 class Unreachable(RemoteError):
-    """The Hub could not be asked, or not for long enough; a later call may succeed."""
+    """The Hub or store could not be asked, or not for long enough; a later call may succeed."""
 
     code = "unreachable"

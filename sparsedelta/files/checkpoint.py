@@ -16,6 +16,7 @@ from sparsedelta.dtypes import dtype_of
 from sparsedelta.errors import CheckpointError, FormatError
 from sparsedelta.files import junk
 from sparsedelta.files.shards import INDEX_SUFFIX, SHARD, roles, shard_path
+from sparsedelta.files.unread import PICKLED_SUFFIXES, conversion_of_file
 from sparsedelta.format.paths import WEIGHT_SUFFIX, path_problem
 from sparsedelta.format.records import TensorKey, TensorSpec
 from sparsedelta.format.safetensors_header import (
@@ -28,6 +29,7 @@ from sparsedelta.format.strict_json import parse_json
 from sparsedelta.fs import open_regular
 from sparsedelta.system import allow_open_files, read_at, read_into
 
+_ZIP = b"PK\x03\x04"  # what torch.save writes
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -254,6 +256,11 @@ def list_folder(
         for name in here_files:
             if (here / name).is_file():
                 files[relative + name] = here / name
+            elif whole and (here / name).is_symlink() and not (here / name).exists():
+                raise CheckpointError(
+                    f"'{here / name}' is a link to '{os.readlink(here / name)}', which does not exist;"
+                    " repair the link or leave it out (exclude=, --exclude)"
+                )
             elif whole:
                 raise CheckpointError(
                     f"'{here / name}' is not a regular file; leave it out (exclude=, --exclude)"
@@ -361,10 +368,12 @@ def _read_header(fd: int, location: Path) -> tuple[bytes, Header]:
             f"'{location}' is a pointer of Git LFS, not the weights themselves; run `git lfs pull` in"
             " its repository"
         )
-    if size > min(file_bytes - 8, MAX_HEADER_BYTES):
+    if size > MAX_HEADER_BYTES:
+        raise CheckpointError(f"'{location}' is not a safetensors file; {_way_out(fd, location)}")
+    if size > file_bytes - 8:
         raise CheckpointError(
-            f"'{location}' is not a safetensors file, or only a part of one: it states a header of {size}"
-            " bytes; convert it, or copy or download it again"
+            f"'{location}' is only a part of a safetensors file: it has {file_bytes} bytes, its header"
+            f" alone {size}; copy or download it again"
         )
     raw = bytearray(size)
     read_exactly(fd, memoryview(raw), 8, str(location))
@@ -372,6 +381,16 @@ def _read_header(fd: int, location: Path) -> tuple[bytes, Header]:
         return bytes(raw), parse_header(bytes(raw), f"'{location}'")
     except FormatError as error:
         raise CheckpointError(str(error)) from error
+
+
+def _way_out(fd: int, location: Path) -> str:
+    """Return what to do about a file that is no safetensors file, as a clause."""
+    start = read_at(fd, len(_ZIP), 0)
+    if start == _ZIP and location.suffix.lower() in PICKLED_SUFFIXES:
+        return f"convert it with: {conversion_of_file(location)}"
+    if location.name.endswith(".json"):
+        return "give the folder that it is in, or a .safetensors file"
+    return "give a .safetensors file or a folder that holds some"
 
 
 def _spec(entry: HeaderEntry, location: Path) -> TensorSpec:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 
 from blake3 import blake3
 
 from sparsedelta.errors import BaseMismatch, Corrupt
 from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.files.globs import covering
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.manifest import read_text
 from sparsedelta.format.records import SideFile, Stored
 
 _BLOCK_BYTES = 1 << 20
+_MOST_NAMED = 5
 
 
 def digest_file(location: Path, copy: Callable[[bytes], object] | None = None) -> tuple[int, bytes]:
@@ -77,10 +80,25 @@ def check_base_file(
     named = f", {delta.base.id}," if delta.base.id else ""
     source = f"the base that the delta was made from{named}"
     if location is None:
-        where = f" from {delta.base.id}" if delta.base.id else ""
-        raise BaseMismatch(
-            f"'{base.path}' has no file {file.path!r}, which {source} has; get it{where}, or make the target"
-            f" without it (exclude, --exclude {file.path})"
-        )
+        raise _missing(delta, base, source)
     if digest_file(location, copy) != (file.n_bytes, file.digest):
         raise BaseMismatch(f"file '{location}' differs from that of {source}")
+
+
+def _missing(delta: Delta, base: Checkpoint, source: str) -> BaseMismatch:
+    """Return the error that names all files that the target takes from the base and that it lacks."""
+    files = delta.target.side_files
+    missing = [f.path for f in files if not f.stored and f.path not in base.side_files]
+    others = {f.path for f in files} | {f.path for f in delta.target.weight_files}
+    options = " ".join(
+        f"--exclude {quote(glob)}" for glob in covering(missing, others - {*missing})
+    )
+    shown = ", ".join(repr(path) for path in missing[:_MOST_NAMED])
+    if len(missing) > _MOST_NAMED:
+        shown += f" and {len(missing) - _MOST_NAMED} more"
+    what, them = ("file", "it") if len(missing) == 1 else ("files", "them")
+    where = f" from {delta.base.id}" if delta.base.id else ""
+    return BaseMismatch(
+        f"'{base.path}' has no {what} {shown}, which {source} has; get {them}{where}, or rebuild the target"
+        f" without {them} (exclude, {options})"
+    )

@@ -32,6 +32,7 @@ def included(delta: Delta) -> Sequence[str] | None:
     paths = {file.path for file in target.weight_files}
     paths |= {file.path for file in target.side_files}
     paths |= {row.base.file for row in delta.tensors if row.base}
+    paths |= {*target.empty_folders}
     names_junk = any(
         junk.matches(component, junk.NOT_PART) for path in paths for component in path.split("/")
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any, TypeGuard
 
 from blake3 import blake3
@@ -18,7 +19,9 @@ from sparsedelta.codecs.values import VALUE_ENCODINGS
 from sparsedelta.codecs.zstd import Level
 from sparsedelta.errors import CheckpointError, Corrupt
 from sparsedelta.files.checkpoint import Checkpoint, Tensor, WeightFile
+from sparsedelta.files.globs import covering
 from sparsedelta.files.side_files import digest_file
+from sparsedelta.files.unread import UNREAD_WEIGHT_SUFFIXES, conversion
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.paths import WEIGHT_SUFFIX, check_paths
 from sparsedelta.format.records import DIGEST_BYTES, Base, Row, SideFile, Stored, Target
@@ -34,12 +37,6 @@ from sparsedelta.tensors.parallel import Pace, run_all
 _log = logging.getLogger(__name__)
 _LEVELS = {level.value: level for level in Level}
 CARRY_LIMIT_BYTES = 64 << 20
-
-# Files that usually hold weights in a form this version does not read.
-UNREAD_WEIGHT_SUFFIXES = (
-    ".bin", ".ckpt", ".gguf", ".ggml", ".h5", ".mlmodel", ".msgpack", ".npy", ".npz", ".onnx",
-    ".onnx_data", ".ot", ".pb", ".pickle", ".pkl", ".pt", ".pth", ".tflite",
-)  # fmt: skip
 
 
 def diff(
@@ -172,10 +169,13 @@ def _digest_if_there(checkpoint: Checkpoint, path: str) -> tuple[int, bytes] | N
 
 def _check_has_weights(checkpoint: Checkpoint) -> None:
     if not checkpoint.weight_files:
-        raise CheckpointError(
-            f"'{checkpoint.path}' holds no {WEIGHT_SUFFIX} file; convert its weights to"
-            " safetensors first"
+        files = checkpoint.side_files
+        hint = conversion(
+            str(checkpoint.path),
+            files,
+            lambda path: files[path].read_bytes() if path in files else None,
         )
+        raise CheckpointError(f"'{checkpoint.path}' holds no {WEIGHT_SUFFIX} file; {hint}")
 
 
 def _compare_all(
@@ -236,7 +236,8 @@ def _side_files(
         result.append(SideFile(path, n_bytes, digest, stored))
     for reason, paths in refused.items():
         listed = ", ".join(repr(path) for path in paths[:5]) + (", …" if len(paths) > 5 else "")
-        hint = " ".join(f"--exclude '{path}'" for path in paths[:5])
+        others = [*(file.path for file in new.weight_files), *new.side_files.keys() - {*paths}]
+        hint = " ".join(f"--exclude {quote(glob)}" for glob in covering(paths, others))
         raise CheckpointError(
             f"'{new.path}' holds {listed}, {reason}; convert or leave out (exclude=): {hint}"
         )

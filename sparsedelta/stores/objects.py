@@ -16,16 +16,22 @@ class ObjectStore(Protocol):
     A name has components joined by ``/``. What is written is whole or not there at all, and every read that
     begins later sees it. A call that raises may have taken effect. Errors are ``OSError``, or ``RemoteError`` for
     a store that is reached through a network.
-
-    Attributes:
-        name: what messages call the store, without credentials.
-        writable: whether objects can be written.
-        has_create: whether ``create`` succeeds for one of several writers at most, whatever happens.
     """
 
-    name: str
-    writable: bool
-    has_create: bool
+    @property
+    def name(self) -> str:
+        """What messages call the store, without credentials."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether objects can be written, as far as that is known before one is."""
+
+    @property
+    def has_create(self) -> bool:
+        """Whether of several that create one name at once, one succeeds; known, not assumed.
+
+        To find out, objects may be created and removed, and a network may fail.
+        """
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
         """Return an object of at most ``max_bytes`` bytes; None if there is none of this name.
@@ -38,7 +44,11 @@ class ObjectStore(Protocol):
         """Return an object that is read by ranges; None if there is none of this name."""
 
     def create(self, name: str, content: Content) -> bool:
-        """Write an object if there is none of this name; return whether that was done."""
+        """Write an object if there is none of this name; return whether that was done.
+
+        A network may lose the answer of a try that did it, and the client tries again: then this is False, and
+        the object has this content.
+        """
 
     def write(self, name: str, content: Content) -> None:
         """Write an object, in place of one of this name."""

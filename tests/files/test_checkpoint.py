@@ -224,8 +224,11 @@ WHOLE = file_bytes({"w": W})
     [
         (b"", "it has 0 bytes"),
         (b"\0" * 7, "it has 7 bytes"),
-        ((1 << 63).to_bytes(8, "little"), "states a header of"),
-        (WHOLE[:20], "states a header of"),
+        (
+            (1 << 63).to_bytes(8, "little"),
+            "is not a safetensors file; give a .safetensors file or a folder",
+        ),
+        (WHOLE[:20], "is only a part of a safetensors file: it has 20 bytes, its header alone 64"),
         (WHOLE[:-1], "11 bytes of data, its header says 12"),
         (WHOLE + b"\0", "13 bytes of data, its header says 12"),
         (with_header(b"[]"), "not a JSON object"),
@@ -266,6 +269,16 @@ def test_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Checkpoint(tmp_path / "none")
+
+
+def test_snapshot_whose_blob_is_gone_is_reported_as_a_broken_link(tmp_path: Path) -> None:
+    blob = write(tmp_path / "blobs/def", "{}")
+    write_file(tmp_path / "snapshot/model.safetensors", {"w": W})
+    (tmp_path / "snapshot/config.json").symlink_to("../blobs/def")
+    blob.unlink()
+    assert_refused(
+        tmp_path / "snapshot", r"config.json' is a link to '../blobs/def', which does not exist"
+    )
 
 
 @pytest.mark.parametrize("kind", ["dangling link", "link to a folder", "pipe"])
@@ -341,4 +354,12 @@ def test_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123\n"
     path = write(tmp_path / "model.safetensors", pointer)
     with pytest.raises(CheckpointError, match=r"pointer of Git LFS.*git lfs pull"):
+        Checkpoint(path)
+
+
+def test_json_file_is_no_safetensors_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "config.json", '{"model_type": "bert"}')
+    with pytest.raises(
+        CheckpointError, match=r"'.*config\.json' is not a safetensors file; give the folder"
+    ):
         Checkpoint(path)
