@@ -1,0 +1,233 @@
+"""Deltas on models whose checkpoints differ from the module in names, shapes or layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from live.architectures import FAMILIES, make_small, step
+from live.live_helpers import State, copied, same
+from live.model_helpers import change, make, saved
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import sparsedelta
+from sparsedelta import DeltaBank
+from sparsedelta.errors import AlreadyApplied, BaseMismatch, StructureMismatch
+from sparsedelta.live import coordinates
+from sparsedelta.live.loading import Moved, Renamed, find_loaded
+
+FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Checkpoints of one model, and the deltas from its base.
+
+    Attributes:
+        cls: the class of the model.
+        folder: has ``base``, the targets, and a delta ``<target>.sd`` of each.
+    """
+
+    cls: Any
+    folder: Path
+
+    def load(self, which: str) -> Any:
+        return self.cls.from_pretrained(self.folder / which, dtype=torch.bfloat16)
+
+    def state(self, which: str) -> State:
+        return copied(self.load(which).state_dict())
+
+    def add(self, target: str, changing: Callable[[Any], None]) -> None:
+        model = self.load("base")
+        changing(model)
+        saved(model, self.folder / target)
+        self.diff(target)
+
+    def diff(self, target: str) -> None:
+        with sparsedelta.diff(self.folder / "base", self.folder / target) as delta:
+            delta.save(self.delta(target))
+
+    def delta(self, target: str) -> Path:
+        return self.folder / f"{target}.sd"
+
+
+def case_of(model: Any, folder: Path) -> Case:
+    saved(model, folder / "base")
+    case = Case(type(model), folder)
+    case.add("target", change)
+    return case
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return case_of(make_small(request.param), tmp_path_factory.mktemp(request.param))
+
+
+def shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+class TestFamilies:
+    def test_the_file_is_not_the_module(self, case: Case) -> None:
+        file, module = load_file(case.folder / "base" / FILE), case.load("base").state_dict()
+        assert not shapes(file).items() <= shapes(module).items()
+
+    @pytest.mark.parametrize("verify", ["touched", "full"])
+    def test_apply_and_revert(self, case: Case, verify: Any) -> None:
+        model, base = case.load("base"), case.state("base")
+        with sparsedelta.load(case.delta("target")) as delta:
+            delta.apply_(model, verify=verify)
+            assert same(model.state_dict(), case.state("target"))
+            with pytest.raises(AlreadyApplied):
+                delta.apply_(model, verify=verify)
+            delta.revert_(model, verify=verify)
+            assert same(model.state_dict(), base)
+
+    def test_bank(self, case: Case) -> None:
+        case.add("other", partial(change, every=5))
+        model = case.load("base")
+        bank = DeltaBank(model)
+        for name in ("target", "other"):
+            bank.add(name, case.delta(name))
+        for name in ("target", "other", None, "other"):
+            bank.activate(name)
+            assert same(model.state_dict(), case.state(name or "base"))
+
+    def test_a_small_step(self, case: Case) -> None:
+        case.add("step", step)
+        model, base = case.load("base"), case.state("base")
+        with sparsedelta.load(case.delta("step")) as delta:
+            with delta.applied(model):
+                assert same(model.state_dict(), case.state("step"))
+            assert same(model.state_dict(), base)
+
+    @pytest.mark.parametrize("verify", ["touched", "full"])
+    def test_another_base(self, case: Case, verify: Any) -> None:
+        model = case.load("base")
+        change(model, every=1)
+        before = copied(model.state_dict())
+        with sparsedelta.load(case.delta("target")) as delta, pytest.raises(BaseMismatch):
+            delta.apply_(model, verify=verify)
+        assert same(model.state_dict(), before)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return case_of(make("mixtral"), tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("MixtralForCausalLM", ".experts."),
+        ("Qwen3VLMoeForConditionalGeneration", ".experts."),
+        ("NomicBertForMaskedLM", ".Wqkv."),
+    ],
+)
+def test_changes_coded_by_the_base(name: str, part: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128}
+    saved(make_small(name, **sizes), tmp_path / "base")
+    case = Case(getattr(transformers, name), tmp_path)
+    case.add("target", step)
+    model = case.load("base")
+    with sparsedelta.load(case.delta("target")) as delta:
+        rows = [row for row in delta.tensors if part in row.name]
+        assert any(chunk.coding.classes for row in rows for chunk in row.chunks)
+        delta.apply_(model)
+    assert same(model.state_dict(), case.state("target"))
+
+
+def test_legacy_names(tmp_path: Path) -> None:
+    case = case_of(make("bert"), tmp_path)
+    for which in ("base", "target"):
+        own = load_file(tmp_path / which / FILE)
+        old = {
+            name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): tensor
+            for name, tensor in own.items()
+        }
+        assert old.keys() != own.keys()
+        for name in old:
+            if which == "target" and name.endswith(("gamma", "beta")):
+                old[name] = old[name] + 0.5
+        save_file(old, tmp_path / which / FILE, {"format": "pt"})
+    case.diff("target")
+    model = case.load("base")
+    with sparsedelta.load(case.delta("target")) as delta:
+        delta.apply_(model, verify="full")
+        assert same(model.state_dict(), case.state("target"))
+
+
+def test_a_model_without_its_head(mixtral: Case) -> None:
+    models = [
+        transformers.MixtralModel.from_pretrained(mixtral.folder / which, dtype=torch.bfloat16)
+        for which in ("base", "target")
+    ]
+    with sparsedelta.load(mixtral.delta("target")) as delta:
+        names = {"lm_head.weight": None}
+        delta.apply_(models[0], names=names)
+    assert same(models[0].state_dict(), models[1].state_dict())
+
+
+def test_a_model_inside_another_module(mixtral: Case) -> None:
+    outer = nn.ModuleDict({"inner": mixtral.load("base"), "extra": nn.Linear(2, 2)})
+    with sparsedelta.load(mixtral.delta("target")) as delta:
+        delta.apply_(outer)
+    assert same(outer["inner"].state_dict(), mixtral.state("target"))
+
+
+def test_a_compiled_model(mixtral: Case) -> None:
+    model = mixtral.load("base")
+    with sparsedelta.load(mixtral.delta("target")) as delta:
+        delta.apply_(torch.compile(model))
+    assert same(model.state_dict(), mixtral.state("target"))
+
+
+def test_two_models_that_both_fit(mixtral: Case) -> None:
+    outer = nn.ModuleList([mixtral.load("base"), mixtral.load("base")])
+    with (
+        sparsedelta.load(mixtral.delta("target")) as delta,
+        pytest.raises(StructureMismatch, match="not in the model|one of several"),
+    ):
+        delta.apply_(outer)
+
+
+def test_an_expert_that_the_base_lacks(mixtral: Case, tmp_path: Path) -> None:
+    paths = []
+    for which in ("base", "target"):
+        state = load_file(mixtral.folder / which / FILE)
+        lacking = {name: tensor for name, tensor in state.items() if ".experts.3.w1." not in name}
+        assert len(lacking) < len(state)
+        paths.append(tmp_path / f"{which}.safetensors")
+        save_file(lacking, paths[-1])
+    model = mixtral.load("base")
+    with (
+        sparsedelta.diff(*paths) as delta,
+        pytest.raises(StructureMismatch, match=r"cannot be changed in the MixtralForCausalLM"),
+    ):
+        delta.apply_(model)
+    assert same(model.state_dict(), mixtral.state("base"))
+
+
+def test_a_wrong_map_is_an_error(mixtral: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swapped(model: Any, own: Any, given: Any) -> dict[str, Renamed | Moved | Any]:
+        found = find_loaded(model, own, given)
+        pairs = {
+            name: name.replace(".w1.", ".w4.").replace(".w3.", ".w1.").replace(".w4.", ".w3.")
+            for name in found
+        }
+        return {name: found[pairs[name]] for name in found}
+
+    monkeypatch.setattr(coordinates, "find_loaded", swapped)
+    model = mixtral.load("base")
+    with sparsedelta.load(mixtral.delta("target")) as delta:
+        for verify in ("touched", "full"):
+            with pytest.raises(BaseMismatch, match=r"experts"):
+                delta.apply_(model, verify=verify)
+    assert same(model.state_dict(), mixtral.state("base"))
