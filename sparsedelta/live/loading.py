@@ -144,7 +144,7 @@ def _key(transform: Any) -> tuple[str, ...]:
         *transform.source_patterns,
         "",
         *transform.target_patterns,
-        str(transform.scope_prefix),
+        str(getattr(transform, "scope_prefix", None)),  # not in transformers 5.0
     )
 
 

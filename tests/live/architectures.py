@@ -13,7 +13,6 @@ FAMILIES = {
     "Qwen2MoeForCausalLM": "experts merged and fused",
     "Qwen3MoeForCausalLM": "experts merged and fused",
     "PhimoeForCausalLM": "experts merged and fused, renamed",
-    "Qwen3VLMoeForConditionalGeneration": "experts transposed",
     "OlmoHybridForCausalLM": "convolutions joined",
     "NomicBertForMaskedLM": "qkv split",
     "Kimi_K25ForConditionalGeneration": "qkv split and permuted",
@@ -30,13 +29,13 @@ FAMILIES = {
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "embed_dim": 32, "depth": 2,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 8, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    "head_dim": 8, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
     "max_position_embeddings": 32, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 8, "image_size": 28, "patch_size": 14,
     "projection_dim": 16, "out_hidden_size": 32, "n_group": 1, "topk_group": 1,
     "first_k_dense_replace": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_deepstack_layers": 1,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "image_token_id": 5,
     "image_token_index": 5, "video_token_id": 6,
 }  # fmt: skip
@@ -62,8 +61,6 @@ def _shrink(config: Any, sizes: dict[str, int]) -> Any:
         kinds = getattr(config, key, None)
         if isinstance(kinds, list):
             setattr(config, key, [*dict.fromkeys(kinds), kinds[0]][:2])
-    if hasattr(config, "deepstack_visual_indexes"):
-        config.deepstack_visual_indexes = [0]
     for inner in vars(config).values():
         if isinstance(inner, transformers.PretrainedConfig):
             _shrink(inner, sizes)

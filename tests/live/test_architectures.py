@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -58,11 +59,11 @@ class Case:
         return self.folder / f"{target}.sd"
 
 
-def case_of(model: Any, folder: Path) -> Case:
+def case_of(model: Any, folder: Path, changing: Callable[[Any], None] = change) -> Case:
     saved(model, folder / "base")
     case = Case(type(model), folder)
     saved(case.load("base"), folder / "base")  # some classes keep some tensors in float32
-    case.add("target", change)
+    case.add("target", changing)
     return case
 
 
@@ -129,15 +130,12 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Case:
     ("name", "part"),
     [
         ("MixtralForCausalLM", ".experts."),
-        ("Qwen3VLMoeForConditionalGeneration", ".experts."),
         ("NomicBertForMaskedLM", ".Wqkv."),
     ],
 )
 def test_changes_coded_by_the_base(name: str, part: str, tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128}
-    saved(make_small(name, **sizes), tmp_path / "base")
-    case = Case(getattr(transformers, name), tmp_path)
-    case.add("target", step)
+    case = case_of(make_small(name, **sizes), tmp_path, step)
     model = case.load("base")
     with sparsedelta.load(case.delta("target")) as delta:
         rows = [row for row in delta.tensors if part in row.name]
@@ -146,21 +144,33 @@ def test_changes_coded_by_the_base(name: str, part: str, tmp_path: Path) -> None
     assert same(model.state_dict(), case.state("target"))
 
 
-def test_legacy_names(tmp_path: Path) -> None:
-    case = case_of(make("bert"), tmp_path)
+def rewrite(case: Case, rule: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> None:
+    """Give the tensors of both files other names or layouts, as in files that transformers did not write."""
     for which in ("base", "target"):
-        own = load_file(tmp_path / which / FILE)
-        old = {
-            name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): tensor
-            for name, tensor in own.items()
-        }
-        assert old.keys() != own.keys()
-        for name in old:
-            if which == "target" and name.endswith(("gamma", "beta")):
-                old[name] = old[name] + 0.5
-        save_file(old, tmp_path / which / FILE, {"format": "pt"})
+        path = case.folder / which / FILE
+        own = load_file(path)
+        other = dict(rule(name, tensor) for name, tensor in own.items())
+        assert not same(own, other)
+        save_file(other, path, {"format": "pt"})
     case.delta("target").unlink()
     case.diff("target")
+
+
+def test_transposed_experts(tmp_path: Path) -> None:
+    case = case_of(make_small("Qwen3VLMoeForConditionalGeneration"), tmp_path, step)
+    wanted = case.state("target")
+    rewrite(case, lambda n, t: (n, t.transpose(1, 2).contiguous() if ".experts." in n else t))
+    assert same(case.state("target"), wanted)
+    model = case.load("base")
+    with sparsedelta.load(case.delta("target")) as delta:
+        delta.apply_(model, verify="full")
+        assert same(model.state_dict(), wanted)
+
+
+def test_legacy_names(tmp_path: Path) -> None:
+    case = case_of(make("bert"), tmp_path, lambda model: change(model, skip="pooler"))
+    legacy = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    rewrite(case, lambda n, t: (re.sub("|".join(legacy), lambda m: legacy[m[0]], n), t))
     model = case.load("base")
     with sparsedelta.load(case.delta("target")) as delta:
         delta.apply_(model, verify="full")
