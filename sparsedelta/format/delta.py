@@ -143,20 +143,12 @@ class Delta:
 
         Args:
             model: a ``torch.nn.Module`` or a state dict, on any device; its tensors are changed.
-        <<<<<<< HEAD
-            verify: ``"touched"`` checks the touched values, ``"full"`` every byte of the base tensors
+                    verify: ``"touched"`` checks the touched values, ``"full"`` every byte of the base tensors
                 that the model holds, ``"none"`` only dtypes and shapes.
             names: maps the name of a tensor in the delta, or a pair of file and name, to its name in the
                 model; the value None leaves the tensor out. Not needed for the prefixes that
-                torch.compile, FSDP, DDP and PEFT add, nor for one prefix common to all names.
-        =======
-            verify: ``"touched"`` checks the touched values, ``"full"`` every byte of the tensors
-                that the model has of the delta's base, ``"none"`` nothing but dtypes and shapes.
-            names: from the name of a tensor in the delta, or from file and name, to its name in the
-                model; None as a value: leave this tensor out. What torch.compile, FSDP, DDP and PEFT
-                put into names, and one prefix common to all, are found without it, and so are the
-                tensors of a transformers model that its checkpoint names, shapes or lays out differently.
-        >>>>>>> wip-map
+                torch.compile, FSDP, DDP and PEFT add, for one prefix common to all names, nor for
+                tensors that transformers renames, moves or merges when it loads the checkpoint.
 
         Raises:
             BaseMismatch: a tensor is neither the base's nor the target's.
