@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
@@ -110,7 +110,11 @@ class Delta:
             FormatError: part of the payload cannot be read.
             LimitExceeded: the delta is beyond what the format can hold (FORMAT §11).
         """
-        return b"".join(container_blocks(self._manifest(), self.payload))
+        return b"".join(self.blocks())
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield the bytes of the ``.sd`` file that ``save`` writes, in blocks; see ``to_bytes``."""
+        return container_blocks(self._manifest(), self.payload)
 
     @staticmethod
     def from_bytes(data: bytes, *, any_size: bool = False) -> Delta:

@@ -138,14 +138,48 @@ def find_places(delta: Delta, model: Model, names: Names) -> Places:
         if meant[0].chunks:
             _check_usable(meant[0], slot.tensor())
             _check_writable(meant[0], slot.tensor())
-            changed.setdefault(_memory_of(slot.tensor()), Place(meant[0], slot))
+            changed.setdefault(memory_of(slot.tensor()), Place(meant[0], slot))
     for meant, slot in found:
-        memory = _memory_of(slot.tensor())
+        memory = memory_of(slot.tensor())
         place = changed.get(memory)
         if place is not None and place.slot is not slot:
             _check_tied(meant[0], place)
             changed[memory] = replace(place, tied=(*place.tied, slot))
     return Places([*changed.values()], [(rows, slot) for rows, slot in found if not rows[0].chunks])
+
+
+def find_all(delta: Delta, model: Model, names: Names) -> list[Place]:
+    """Return where the model holds the tensors of a delta's target, each of which it must have; tied ones once.
+
+    Args:
+        delta: names the tensors.
+        model: a module or a state dict.
+        names: see ``find_places``.
+
+    Raises:
+        StructureMismatch: a tensor is missing, of another dtype or shape, one of several files, holds no plain data,
+            or is tied to one that the target does not tie it to.
+    """
+    slots = find_slots(model)
+    named = [(row, _renamed(row.key, names)) for row in delta.tensors]
+    wanted = [(row, name) for row, name in named if name is not None]
+    own_name = _resolver([name for _, name in wanted], slots)
+    found: dict[object, Place] = {}
+    for row, name in wanted:
+        slot = slots[own_name(name)]
+        tensor = slot.tensor()
+        if not _fits(row, tensor):
+            raise _misfit_error(row, tensor)
+        _check_usable(row, tensor)
+        _check_writable(row, tensor)
+        place = found.setdefault(memory_of(tensor), Place(row, slot))
+        if place.row.target != row.target:
+            raise StructureMismatch(
+                f"tensors {place.row.name!r} and {row.name!r} are one tensor of the model, and two in the"
+                " target; untie them, or leave one out (names)",
+                tensor=row.name,
+            )
+    return [*found.values()]
 
 
 def check_in_step(place: Place) -> torch.Tensor:
@@ -164,7 +198,7 @@ def check_in_step(place: Place) -> torch.Tensor:
         )
     _check_usable(row, tensor)
     for other in place.tied:
-        if _memory_of(other.tensor()) != _memory_of(tensor):
+        if memory_of(other.tensor()) != memory_of(tensor):
             raise StructureMismatch(
                 f"tensors {place.slot.name!r} and {other.name!r} were tied in the model and are no"
                 " longer; nothing was written",
@@ -313,7 +347,7 @@ def _is_tied_copy(row: Row, slot: Slot | None, slot_of: Callable[[TensorKey], Sl
     if slot is None or row.base is None or not (row.is_copied and row.keeps_all):
         return False
     base_slot = slot_of(row.base.key)
-    return base_slot is not None and _memory_of(base_slot.tensor()) == _memory_of(slot.tensor())
+    return base_slot is not None and memory_of(base_slot.tensor()) == memory_of(slot.tensor())
 
 
 def _not_in_place_error(row: Row, tensor: torch.Tensor | None) -> StructureMismatch:
@@ -384,7 +418,8 @@ def _unusable(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def _memory_of(tensor: torch.Tensor) -> object:
+def memory_of(tensor: torch.Tensor) -> object:
+    """Return what is equal for tensors that are the same elements in the same memory."""
     if tensor.is_meta or not tensor.numel():
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
