@@ -19,7 +19,7 @@ from pathlib import Path
 from sparsedelta import system
 
 _WRITE_OUT_SECONDS = 0.1
-_PARTIAL, _UNLOCKED = ".sparsedelta.partial", ".sparsedelta-unlocked.partial"
+_PARTIAL, UNLOCKED = ".sparsedelta.partial", ".sparsedelta-unlocked.partial"
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
@@ -53,8 +53,8 @@ def staged_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
     check_absent(final, overwrite=overwrite)
     if not final.parent.is_dir():
         raise FileNotFoundError(f"folder '{final.parent}' does not exist; create it first")
-    _remove_abandoned(final.parent)
-    with _work_folder(final) as work:
+    remove_abandoned(final.parent)
+    with work_folder(final) as work:
         result = work / "new"
         try:
             yield result
@@ -87,14 +87,14 @@ def _rename(new: Path, final: Path) -> None:
 
 
 @contextmanager
-def _work_folder(final: Path) -> Iterator[Path]:
+def work_folder(final: Path) -> Iterator[Path]:
     """Yield a new folder beside ``final``; it is removed at the end, or by a later run if this one is killed.
 
     It is locked for as long as this process lives. Where locks tell nothing its name says so, and no
     run removes what another has made.
     """
     is_local = system.is_local(final.parent)
-    suffix = _PARTIAL if is_local else _UNLOCKED
+    suffix = _PARTIAL if is_local else UNLOCKED
     while True:
         work = final.with_name(f".{final.name[:40]}.{secrets.token_hex(8)}{suffix}")
         try:
@@ -110,7 +110,7 @@ def _work_folder(final: Path) -> Iterator[Path]:
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def _remove_abandoned(folder: Path) -> None:
+def remove_abandoned(folder: Path) -> None:
     """Remove what killed processes left in a folder."""
     with suppress(OSError):
         for work in folder.glob(f".*{_PARTIAL}"):

@@ -28,6 +28,7 @@ _MANY_FILES = 10_000  # macOS refuses more than its own limit of 10,240
 _FEW_FILES = 32  # that every process may open besides those it has
 _HERE = {"linux": -100, "darwin": -2}.get(sys.platform, 0)  # AT_FDCWD
 _EXCHANGE = 2  # RENAME_EXCHANGE, and RENAME_SWAP of macOS
+_NEW_NAME = 4 if sys.platform == "darwin" else 1  # RENAME_EXCL, and RENAME_NOREPLACE of Linux
 # ext2 to ext4, XFS, Btrfs, tmpfs, F2FS, ZFS, bcachefs and overlayfs, as statfs(2) names them
 _LOCAL = {0xEF53, 0x58465342, 0x9123683E, 0x1021994, 0xF2F52010, 0x2FC12FC1, 0xCA451A4E, 0x794C7630}
 _MAC_FLAGS, _MAC_LOCAL = slice(64, 68), 0x1000  # f_flags of struct statfs, MNT_LOCAL
@@ -103,11 +104,29 @@ def reserve(fd: int, n_bytes: int) -> None:
 
 def exchange(one: Path, other: Path) -> bool:
     """Give two files or folders each other's name in one step; return False where that cannot be done."""
+    return not _rename(one, other, _EXCHANGE)
+
+
+def rename_new(old: Path, new: Path) -> bool:
+    """Rename a file in one step; return False where the system cannot keep from replacing another.
+
+    Raises:
+        FileExistsError: there is something of the new name.
+    """
+    number = _rename(old, new, _NEW_NAME)
+    if number == errno.EEXIST:
+        raise FileExistsError(number, os.strerror(number), str(new))
+    return not number
+
+
+def _rename(old: Path, new: Path, flags: int) -> int:
+    """Return the number of the error of the system's call, 0 if there is none."""
     libc = _libc()
     rename = getattr(libc, "renameat2", None) or getattr(libc, "renameatx_np", None)
     if rename is None:
-        return False
-    return not rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
+        return errno.ENOSYS
+    failed = rename(_HERE, os.fsencode(old), _HERE, os.fsencode(new), flags)
+    return ctypes.get_errno() if failed else 0
 
 
 def sync_folder(path: Path) -> None:

@@ -35,14 +35,15 @@ ROOMS = (
     "cli",
     "top",
 )
-GROUND = {"errors", "dtypes", "progress", "_typing", "fs", "system"}
+GROUND = {"errors", "dtypes", "progress", "_typing", "fs", "system", "redaction"}
 TOP = {"__init__", "__main__"}
 
-# What the thin methods of ``Delta``, and ``diff`` of a model, import when they are called.
+# What the thin methods of ``Delta``, ``diff`` of a model and ``open_store`` import when they are called.
 LATE = {
     ("format.delta", "live.inplace"),
     ("format.delta", "hub.push"),
     ("ops.diff", "live.sides"),
+    ("stores", "hub.store"),
 }
 # The package itself is a table of the public names, for the command line. Its version is for all.
 FACE_ROOMS = {"cli", "top"}
@@ -53,6 +54,7 @@ LAZY: dict[str, set[str]] = {
     "torch": {"live"},
     "huggingface_hub": {"hub"},
     "transformers": {"live"},
+    "fsspec": {"stores"},
     "sift_train": set(),
 }
 # The types of a model are named where all rooms can see them.

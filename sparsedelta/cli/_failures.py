@@ -39,7 +39,8 @@ def describe(error: BaseException) -> str:
 
 def report_failure(error: BaseException, *, with_traceback: bool) -> None:
     """Tell of a failure on stderr."""
-    from sparsedelta.hub.secrets import credentials, redacted
+    from sparsedelta.hub.secrets import credentials
+    from sparsedelta.redaction import redacted
 
     known = credentials(error)
     if with_traceback:

@@ -14,9 +14,9 @@ from typing import Any
 
 from sparsedelta._typing import JSON
 from sparsedelta.hub.references import DELTA_NAME, Reference
-from sparsedelta.hub.secrets import redacted
 from sparsedelta.ops.inspect import Inspection
 from sparsedelta.ops.layers import Grid, curve_points
+from sparsedelta.redaction import redacted
 from sparsedelta.report.text import percent, size
 
 LIBRARY = "sparsedelta"

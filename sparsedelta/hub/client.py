@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +17,7 @@ from sparsedelta.errors import Corrupt, RemoteError, Unreachable
 from sparsedelta.format.paths import path_problem
 from sparsedelta.hub.errors import not_cached, told
 from sparsedelta.hub.references import Reference
+from sparsedelta.stores.ranges import Ranges
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -83,7 +85,7 @@ class Hub:
             RemoteError: there is none, or the Hub cannot be asked.
         """
         with told(reference):
-            found = self._ask(
+            found = self.ask(
                 lambda: self.api.resolve_revision(reference.repo_id, revision=reference.revision)
             )
             return reference.at(found.resolved)
@@ -99,7 +101,7 @@ class Hub:
         try:
             with told(pinned):
                 # Not list_repo_tree: the client would try that for half a minute without a connection.
-                info = self._ask(
+                info = self.ask(
                     lambda: self.api.model_info(
                         pinned.repo_id, revision=pinned.revision, files_metadata=True
                     )
@@ -125,7 +127,7 @@ class Hub:
 
         with told(Reference(repo_id)):
             try:
-                found = self._ask(lambda: self.api.list_repo_refs(repo_id))
+                found = self.ask(lambda: self.api.list_repo_refs(repo_id))
             except GatedRepoError:
                 raise
             except RepositoryNotFoundError:
@@ -138,7 +140,7 @@ class Hub:
     def metadata(self, pinned: Reference) -> dict[str, Any]:
         """Return what the card of a repository says of it in its head; nothing if it has none."""
         with told(pinned):
-            info = self._ask(lambda: self.api.model_info(pinned.repo_id, revision=pinned.revision))
+            info = self.ask(lambda: self.api.model_info(pinned.repo_id, revision=pinned.revision))
         return {} if info.card_data is None else dict(vars(info.card_data))
 
     def download(self, pinned: Reference, paths: Iterable[str]) -> dict[str, Path]:
@@ -214,7 +216,12 @@ class Hub:
             )
         return bytes(response.content)
 
-    def _ask(self, request: Callable[[], T]) -> T:
+    def source(self, pinned: Reference, file: RemoteFile) -> Ranges:
+        """Return a file of a repository; so much of it is fetched as is read."""
+        name = str(Reference(pinned.repo_id, pinned.revision, file.path))
+        return Ranges(name, file.n_bytes, partial(self.read, pinned, file.path))
+
+    def ask(self, request: Callable[[], T]) -> T:
         """Return what a request gives, tried again while the Hub is busy."""
         from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
 

@@ -18,7 +18,8 @@ from sparsedelta.errors import (
     Unreachable,
 )
 from sparsedelta.hub.references import Reference
-from sparsedelta.hub.secrets import credentials, redacted
+from sparsedelta.hub.secrets import credentials
+from sparsedelta.redaction import redacted
 
 _MAX_SERVER_WORDS = 300
 _LOG_IN = "log in with `hf auth login`, or give a token that may"

@@ -25,9 +25,10 @@ from sparsedelta.hub.errors import told
 from sparsedelta.hub.record import is_content, record_path, render_record
 from sparsedelta.hub.references import DELTA_NAME, DELTA_SUFFIX, Reference, is_repo_id
 from sparsedelta.hub.repository import Repository
-from sparsedelta.hub.secrets import check_secrets, without_password
+from sparsedelta.hub.secrets import check_secrets
 from sparsedelta.ops.inspect import inspect
 from sparsedelta.progress import Progress
+from sparsedelta.redaction import without_password
 from sparsedelta.report.png import changed_grid, render_png
 
 CONFIG_NAME = "config.json"

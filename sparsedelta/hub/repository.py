@@ -18,7 +18,6 @@ from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.format.records import BaseTensor, TensorSpec
 from sparsedelta.format.safetensors_header import MAX_HEADER_BYTES, HeaderEntry, parse_header
 from sparsedelta.hub.client import Hub, RemoteFile
-from sparsedelta.hub.ranges import RemoteBytes
 from sparsedelta.hub.references import DELTA_NAME, DELTA_SUFFIX, Reference
 from sparsedelta.stores.base import ByteSource
 from sparsedelta.stores.local import OpenFile
@@ -93,7 +92,7 @@ class Repository:
 
     def read_delta(self) -> Delta:
         """Return the delta meant, of which only header and manifest have been fetched."""
-        return read_delta(RemoteBytes(self.hub, self.reference, self.delta_file()))
+        return read_delta(self.hub.source(self.reference, self.delta_file()))
 
     def download(self, paths: Iterable[str]) -> dict[str, Path]:
         """Return where files are on disk, having downloaded those not in the cache."""
@@ -143,7 +142,7 @@ class Repository:
             cached = self.hub.cached(self.reference, [path])
             file = self.files[path]
             source: ByteSource = (
-                OpenFile(cached[path]) if cached else RemoteBytes(self.hub, self.reference, file)
+                OpenFile(cached[path]) if cached else self.hub.source(self.reference, file)
             )
             with closing(source):
                 self._tensors[path] = _read_tensors(source, path)

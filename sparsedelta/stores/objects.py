@@ -16,16 +16,19 @@ class ObjectStore(Protocol):
     A name has components joined by ``/``. What is written is whole or not there at all, and every read that
     begins later sees it. A call that raises may have taken effect. Errors are ``OSError``, or ``RemoteError`` for
     a store that is reached through a network.
-
-    Attributes:
-        name: what messages call the store, without credentials.
-        writable: whether objects can be written.
-        has_create: whether ``create`` succeeds for one of several writers at most, whatever happens.
     """
 
-    name: str
-    writable: bool
-    has_create: bool
+    @property
+    def name(self) -> str:
+        """What messages call the store, without credentials."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether objects can be written, as far as that is known before one is."""
+
+    @property
+    def has_create(self) -> bool:
+        """Whether of several that create one name at once, one succeeds; known, not assumed."""
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
         """Return an object of at most ``max_bytes`` bytes; None if there is none of this name.

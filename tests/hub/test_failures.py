@@ -14,7 +14,7 @@ from hub.hub_state import Blob
 from sparsedelta.errors import AccessDenied, RemoteError, Unreachable
 from sparsedelta.hub.errors import explained, told
 from sparsedelta.hub.references import Reference
-from sparsedelta.hub.secrets import redacted
+from sparsedelta.redaction import redacted
 
 SHARD = "model-00001-of-00002.safetensors"
 NOW = {"Retry-After": "0"}

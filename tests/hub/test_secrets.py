@@ -12,7 +12,8 @@ from hub.hub_helpers import BASE, TUNED, Person
 from hub.hub_server import LoopbackHub
 
 import sparsedelta
-from sparsedelta.hub.secrets import check_secrets, credentials, find_secret, redacted
+from sparsedelta.hub.secrets import check_secrets, credentials
+from sparsedelta.redaction import find_secret, redacted
 
 LETTERS = "abcdefghijABCDEFGHIJ0123456789"
 
