@@ -11,6 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparsedelta.channel.channel import Channel
+    from sparsedelta.channel.follower import Follower
+    from sparsedelta.channel.publisher import Publisher
     from sparsedelta.errors import SparseDeltaError
     from sparsedelta.format.delta import Delta, load
     from sparsedelta.hub.load_model import load_model
@@ -29,9 +32,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Channel",
     "Delta",
     "DeltaBank",
+    "Follower",
     "Inspection",
+    "Publisher",
     "PullReport",
     "PushReport",
     "Snapshot",
@@ -53,9 +59,12 @@ __all__ = [
 
 # The verbs live in a room of their own: a module `sparsedelta.diff` would take the place of the function.
 _HOMES = {
+    "Channel": "channel.channel",
     "Delta": "format.delta",
     "DeltaBank": "live.bank",
+    "Follower": "channel.follower",
     "Inspection": "ops.inspect",
+    "Publisher": "channel.publisher",
     "PullReport": "hub.pull",
     "PushReport": "hub.push",
     "Snapshot": "live.snapshot",

@@ -92,14 +92,14 @@ class Entry:
     @cached_property
     def raw(self) -> bytes:
         """The bytes of the entry as this release writes it."""
-        return compact_json(self._fields() | {"info": dict(self.info)})
+        return compact_json(self.fields() | {"info": dict(self.info)})
 
     @cached_property
     def digest(self) -> bytes:
         """BLAKE3 of its bytes."""
         return blake3(self.raw).digest()
 
-    def _fields(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """Return all members but ``info``, in order, as JSON has them."""
         anchor, base = self.anchor, self.anchor.base if self.anchor else None
         named = base and {"id": base.id, "fingerprint": base.fingerprint.hex()}
@@ -176,7 +176,7 @@ def _parse(raw: bytes, what: str) -> Entry:
 
 
 def _problem(entry: Entry, raw: bytes, version: int) -> str | None:
-    start = compact_json(entry._fields())[:-1] + b',"info":{'
+    start = compact_json(entry.fields())[:-1] + b',"info":{'
     if not (raw.startswith(start) and raw.endswith(b"}}")):
         return "is not compact JSON with its members in order (C1)"
     if entry.version != version or version < 1:

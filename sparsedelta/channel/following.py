@@ -253,9 +253,9 @@ class Pursuit:
         store = self._channel.store
         if not (store.writable and store.has_create):
             return
-        if self._lease and self._lease[0] <= segment:
-            if self._lease[1] > self._channel.now + CLOCK_SECONDS + _RENEW_SECONDS:
-                return
+        ends = self._lease[1] if self._lease and self._lease[0] <= segment else 0
+        if ends > self._channel.now + CLOCK_SECONDS + _RENEW_SECONDS:
+            return
         try:
             until = take_lease(self._channel, segment, self.id)
         except STORE_FAILURES as error:  # such as one that only lets others write

@@ -64,7 +64,7 @@ def fetch(channel: Versions, kind: Kind, version: int, expected: Object) -> IO[b
         raise
     finally:
         source.close()
-    return file  # type: ignore[return-value]
+    return file
 
 
 @contextmanager

@@ -58,7 +58,9 @@ class Publisher:
             anchor_base: a checkpoint that all followers have, such as the one that training has begun with. Anchors
                 are deltas on it; None: they hold everything.
             anchor_base_id: where followers may find it, such as ``org/model@<commit>``.
-            values, level, standalone: how deltas are coded; see ``sparsedelta.diff``.
+            values: how deltas are coded; see ``sparsedelta.diff``.
+            level: the same.
+            standalone: the same.
             progress: told of the bytes read.
 
         Raises:
@@ -121,8 +123,15 @@ def publish_checkpoint(
         channel: where it is added.
         checkpoint: a safetensors file or a folder.
         base: the checkpoint that was published last: the version is then a delta on it. None: it is written in full.
-        step, info, anchor_ratio, anchor_every, anchor_base, anchor_base_id: see ``Publisher``.
-        values, level, standalone: see ``sparsedelta.diff``.
+        step: of the training.
+        info: free JSON.
+        anchor_ratio: see ``Publisher``.
+        anchor_every: the same.
+        anchor_base: the same.
+        anchor_base_id: the same.
+        values: see ``sparsedelta.diff``.
+        level: the same.
+        standalone: the same.
         progress: told of the bytes read.
 
     Returns:

@@ -23,8 +23,7 @@ from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.strict_json import compact_json, hex_bytes, integer, items, parse_json
 from sparsedelta.fs import check_checkpoint_folder, check_no_folder, staged_output
-from sparsedelta.live.bits import gather
-from sparsedelta.live.chain import prepare_chain
+from sparsedelta.live.chain import prepare_chain, write_checked
 from sparsedelta.live.patch import Patch, Writer
 from sparsedelta.live.rwlock import SharedLock
 from sparsedelta.live.sides import held_checkpoint
@@ -60,6 +59,7 @@ class ModelReplica:
         """Return the model's fingerprint; None if it is not known how the model is saved."""
         with self.lock.writing():
             self._writer.restore()
+        with self.lock.reading():
             try:
                 with held_checkpoint(self._model) as now:
                     self._fingerprint = checkpoint_fingerprint(now)
@@ -102,19 +102,8 @@ class ModelReplica:
         return self._fingerprint == base.fingerprint
 
     def _write(self, patches: Sequence[Patch]) -> None:
-        """Write patches and read the values back; take them back if they are others."""
-        import torch
-
         try:
-            self._writer.write(patches)
-            for patch in patches:
-                found = gather(patch.place.slot.tensor(), patch.index)
-                if not torch.equal(found, patch.after):
-                    self._writer.write([one.reversed() for one in patches])
-                    raise Uncertain(
-                        f"tensor {patch.place.row.name!r} of the model does not hold the values that were written"
-                        " to it; they were taken back"
-                    )
+            write_checked(self._writer, patches)
         except PartlyApplied as error:
             raise Uncertain(f"{error}; sync again does so") from error
 
@@ -193,11 +182,13 @@ class DiskReplica:
     def _note(self, entries: Sequence[Entry]) -> None:
         """Write down what may be there from now on."""
         content = compact_json([[entry.version, entry.digest.hex()] for entry in entries])
-        with staged_output(self._hints_path, overwrite=True) as staged:
-            with open(staged, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+        with (
+            staged_output(self._hints_path, overwrite=True) as staged,
+            open(staged, "xb") as file,
+        ):
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextmanager

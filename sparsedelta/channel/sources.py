@@ -159,7 +159,8 @@ def anchor_of(
                 progress=progress,
             )
         )
-    return delta, target, base and AnchorBase(base.id, delta.base_fingerprint)
+    named = AnchorBase(base.id, delta.base_fingerprint) if base else None
+    return delta, target, named
 
 
 @contextmanager

@@ -25,7 +25,10 @@ from sparsedelta.cli._failures import (
     report_interrupt,
 )
 
-COMMANDS = ("diff", "apply", "verify", "inspect", "stack", "invert", "merge", "push", "pull")
+COMMANDS = (
+    "diff", "apply", "verify", "inspect", "stack", "invert", "merge", "push", "pull",
+    "publish", "follow", "log", "prune",
+)  # fmt: skip
 _DEBUG_HELP = "Show where an error comes from."
 _QUIET_HELP = "Show neither progress nor notes."
 

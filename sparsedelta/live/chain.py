@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +19,19 @@ from sparsedelta._typing import Model, Names
 from sparsedelta.codecs.chunk import Chunk, touched_digest
 from sparsedelta.codecs.context import Bits
 from sparsedelta.codecs.values import VALUE_ENCODINGS
-from sparsedelta.errors import BaseMismatch, Corrupt
+from sparsedelta.dtypes import DType
+from sparsedelta.errors import BaseMismatch, Corrupt, Uncertain
 from sparsedelta.format.delta import Delta
 from sparsedelta.live.bits import Overlay, TensorBytes, gather
 from sparsedelta.live.inplace import prepare
-from sparsedelta.live.patch import Patch
+from sparsedelta.live.patch import Patch, Writer
 from sparsedelta.live.slots import Place, find_places, memory_of
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.changes import decode_row_chunk
 from sparsedelta.tensors.parallel import Pace, run_all
+
+if TYPE_CHECKING:
+    import torch
 
 _Index = npt.NDArray[np.int64]
 
@@ -67,6 +72,25 @@ def prepare_chain(deltas: Sequence[Delta], model: Model, *, names: Names = None)
     )
 
 
+def write_checked(writer: Writer, patches: Sequence[Patch]) -> None:
+    """Write patches to a model and read the values back.
+
+    Raises:
+        Uncertain: the model holds other values than were written; they were taken back.
+        HalfWritten: see ``Writer.write``.
+    """
+    import torch
+
+    writer.write(patches)
+    for patch in patches:
+        if not torch.equal(gather(patch.place.slot.tensor(), patch.index), patch.after):
+            writer.write([one.reversed() for one in patches])
+            raise Uncertain(
+                f"tensor {patch.place.row.name!r} of the model does not hold the values that were written to"
+                " it; they were taken back"
+            )
+
+
 def _folded(links: Sequence[_Link], pace: Pace) -> Patch:
     import torch
 
@@ -85,7 +109,7 @@ def _folded(links: Sequence[_Link], pace: Pace) -> Patch:
     return Patch(place, where, digest, gather(tensor, where), after)
 
 
-def _step(link: _Link, chunk: Chunk, tensor: object, start: Overlay) -> tuple[_Index, Bits]:
+def _step(link: _Link, chunk: Chunk, tensor: torch.Tensor, start: Overlay) -> tuple[_Index, Bits]:
     """Return which elements a chunk touches, and what they become."""
     row = link.place.row
     dtype = row.target.dtype
@@ -97,7 +121,7 @@ def _step(link: _Link, chunk: Chunk, tensor: object, start: Overlay) -> tuple[_I
             raise _mismatch(row.name) from error
         raise
     index = positions.astype(np.int64) + chunk.start
-    before = start.at(index, _gathered(tensor, index, dtype.view))
+    before = start.at(index, _held(tensor, index, dtype))
     after = VALUE_ENCODINGS[chunk.coding.values].decode(dtype, before, codes)
     if chunk.touched is None:
         raise ValueError(
@@ -115,11 +139,11 @@ def _step(link: _Link, chunk: Chunk, tensor: object, start: Overlay) -> tuple[_I
     return index, after
 
 
-def _gathered(tensor: object, index: _Index, view: str) -> Bits:
+def _held(tensor: torch.Tensor, index: _Index, dtype: DType) -> Bits:
     import torch
 
-    assert isinstance(tensor, torch.Tensor)
-    return gather(tensor, torch.from_numpy(index).to(tensor.device)).cpu().numpy().view(view)
+    where = torch.from_numpy(index).to(tensor.device)
+    return gather(tensor, where).cpu().numpy().view(dtype.view)
 
 
 def _merged(index: _Index, bits: Bits, new: _Index, after: Bits) -> tuple[_Index, Bits]:
