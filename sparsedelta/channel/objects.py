@@ -64,6 +64,7 @@ def fetch(channel: Versions, kind: Kind, version: int, expected: Object) -> IO[b
         raise
     finally:
         source.close()
+    file.seek(0)
     return file
 
 
