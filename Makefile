@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 HUB_1X := $(VENV)-hub-1x
 BENCH := $(VENV)-bench
 
-.PHONY: demo test test-hub-1x lint format bench gpu-rehearse vectors clean
+.PHONY: demo test test-hub-1x sanitize lint format bench gpu-rehearse vectors clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -17,6 +17,18 @@ test: $(READY)
 # The Hub's tests with the last huggingface_hub before 2, which transformers still asks for.
 test-hub-1x: $(HUB_1X)/.ready
 	$(HUB_1X)/bin/python -m pytest -n auto tests/hub
+
+# The compiled kernels with checks of every memory access and of undefined behaviour, on damaged streams; Linux with gcc.
+SANITIZED := build/sanitized
+STREAMS ?= 200000
+CHECKED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	PYTHONMALLOC=malloc PYTHONPATH=$(SANITIZED)/lib SPARSEDELTA_KERNELS=compiled $(BIN)/python
+sanitize: $(READY)
+	rm -rf $(SANITIZED)
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -DNO_CLONES" \
+		$(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	$(CHECKED) tests/fuzz_kernels.py --streams $(STREAMS)
+	$(CHECKED) -P -m pytest -n0 tests/codecs
 
 lint: $(READY)
 	$(BIN)/ruff format --check
@@ -39,22 +51,25 @@ gpu-rehearse: $(READY)
 vectors: $(READY)
 	$(BIN)/python spec/make_vectors.py
 
-$(READY): pyproject.toml constraints.txt
+# Changes of these files need a new installation: settings, and the source of the compiled kernels.
+INSTALLED := pyproject.toml setup.py sparsedelta/codecs/kernels/_native.c
+
+$(READY): $(INSTALLED) constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[hub,train]" --group demo --group recipes --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[channel,hub,train]" --group demo --group recipes --group dev
 	touch $@
 
-$(HUB_1X)/.ready: pyproject.toml
+$(HUB_1X)/.ready: $(INSTALLED)
 	$(PYTHON) -m venv $(HUB_1X)
 	$(HUB_1X)/bin/python -m pip install --quiet -e . "huggingface_hub>=1.30,<2" pytest pytest-xdist hypothesis
 	touch $@
 
-$(BENCH)/.ready: pyproject.toml constraints.txt
+$(BENCH)/.ready: $(INSTALLED) constraints.txt
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BENCH)/bin/python -m pip install --quiet -c constraints.txt -e ".[train]" --group demo --group bench
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(HUB_1X) $(BENCH) .demo build dist
+	rm -rf $(VENV) $(HUB_1X) $(BENCH) .demo build dist sparsedelta/codecs/kernels/*.so

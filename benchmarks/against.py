@@ -1,10 +1,11 @@
-"""Bytes, time, memory and exactness of sparsedelta and of other tools, on changes that training makes.
+"""Compares sparsedelta with other tools on real changes: bytes, time, memory and exactness.
 
     python benchmarks/against.py [--quick] [--pairs pairs.jsonl] [--resume]
 
-Every tool writes a delta of the same pair of checkpoints and makes the target of it again, in
-processes of its own, bound to one core; what it makes is compared bit for bit. What was measured goes
-into a file of JSON lines, a line for each pair, of which the tables and ``plots.py`` are made.
+Every tool writes a delta of the same pair of checkpoints and rebuilds the target from it. Each of the
+two steps runs in its own process on one core. The rebuilt target is compared with the target bit for
+bit. The measurements are written to a file of JSON lines, one line per pair; the tables and
+``plots.py`` read that file.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def weights(path: Path) -> Path:
 
 
 def run_tool(tool: str, base: Path, target: Path, work: Path) -> dict[str, Any]:
-    """Return what a tool makes of a pair: bytes, what both ways took, exactness; or the problem."""
+    """Return a tool's results on a pair: delta bytes, costs of both steps, exactness; or the problem."""
     delta, out = work / "delta", work / "out.safetensors"
     took = []
     try:
@@ -76,7 +77,7 @@ def run_tool(tool: str, base: Path, target: Path, work: Path) -> dict[str, Any]:
 
 
 def parts(delta: Path) -> dict[str, float]:
-    """Return the bytes of a delta's payload, and of what is left of it for each tensor."""
+    """Return the bytes of a delta's payload, and the bytes of the rest per tensor."""
     with sparsedelta.load(delta) as loaded:
         payload = sum(row.coded_bytes for row in loaded.tensors)
         rest = delta.stat().st_size - payload
@@ -98,10 +99,10 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 
 def measure(name: str, base: Path, target: Path, work: Path) -> dict[str, Any]:
-    """Return what is to be known of a pair, and what every tool that is there makes of it."""
+    """Return the figures of a pair, and the results of every installed tool on it."""
     size = target.stat().st_size
     dtype = dtype_of(target)
-    found = bounds(base, target, dtype)  # first: it leaves both in the page cache
+    found = bounds(base, target, dtype)  # first, since it reads both files into the page cache
     tools = {}
     for tool, opponent in OPPONENTS.items():
         if (
@@ -142,7 +143,7 @@ def rows(measured: Measured) -> Iterable[Sequence[str]]:
 
 
 def bounds(base: Path, target: Path, dtype: str) -> dict[str, float]:
-    """Return how much changes, and what information theory says of it, in bits."""
+    """Return the number of changes and their information-theoretic bounds, in bits."""
     old, new = read(base), read(target)
     numel = nnz = 0
     uniform = by_exponent = values = 0.0
@@ -187,15 +188,16 @@ def choice_bits(n: int, k: int) -> float:
 
 
 def entropy(codes: npt.NDArray[Any]) -> float:
-    """Return the bits of codes, each as long as its own frequency says."""
+    """Return the entropy of codes under their own frequencies, in bits for all codes together."""
     counts = np.unique(codes, return_counts=True)[1]
     return float((counts * np.log2(len(codes) / counts)).sum())
 
 
 def speed_row(measured: Measured) -> list[str]:
-    """Return a pair's row of how many times as long others take as sparsedelta at two levels.
+    """Return a pair's row of the speed table: the others' CPU time over sparsedelta's at two levels.
 
-    Of the tools z4ai, the smallest of them, then the quickest; of the layouts the quickest.
+    The others are z4ai (the tool with the smallest deltas), the fastest other tool and the fastest
+    layout.
     """
     cells = [measured["pair"], f"{measured['bytes'] / 1e6:,.0f}"]
     for way in ("write", "apply"):
@@ -217,7 +219,7 @@ def speed_row(measured: Measured) -> list[str]:
 
 
 def summary(measured: Measured) -> list[str]:
-    """Return bytes per changed value of every tool; those that are not exact in brackets."""
+    """Return each tool's bytes per changed value, in brackets if its target is not exact."""
     cells = [measured["pair"]]
     for tool in OPPONENTS:
         found = measured["tools"].get(tool, {})
@@ -233,8 +235,8 @@ def sections(record: Sequence[Measured]) -> Iterator[str]:
     yield "## Bounds, bytes per changed value"
     yield table(BOUNDS, map(bound_row, record))
     yield (
-        "## Speed\n\nCPU time of z4ai / the quickest of the other tools / the quickest layout, by"
-        " sparsedelta's: above 1, sparsedelta is quicker. The layouts have neither digests nor checks."
+        "## Speed\n\nCPU time of z4ai / of the fastest other tool / of the fastest layout, each divided by"
+        " sparsedelta's. Above 1, sparsedelta is faster. The layouts have no digests and no checks."
     )
     columns = ("pair", "MB", "write", "write, fast", "apply", "apply, of fast")
     yield table(columns, map(speed_row, record))
@@ -244,7 +246,7 @@ def sections(record: Sequence[Measured]) -> Iterator[str]:
 
 
 def pairs(listed: Path | None, work: Path, *, quick: bool) -> Iterator[tuple[str, Path, Path]]:
-    """Yield names and paths of pairs: those listed in a file, or made now and listed in one."""
+    """Yield names and paths of pairs, read from a list or created now and written to a list."""
     if listed:
         for line in listed.read_text("utf-8").splitlines():
             name, base, target = json.loads(line)
@@ -262,10 +264,18 @@ def pairs(listed: Path | None, work: Path, *, quick: bool) -> Iterator[tuple[str
 def main() -> int:
     """Run the benchmark."""
     parser = options_for(__doc__, "against.md")
-    parser.add_argument("--quick", action="store_true", help="less training, smaller pairs")
-    parser.add_argument("--pairs", type=Path, help="pairs made before: --keep leaves pairs.jsonl")
-    parser.add_argument("--resume", action="store_true", help="keep what the record holds")
-    parser.add_argument("--make-only", action="store_true", help="make the pairs, measure nothing")
+    parser.add_argument("--quick", action="store_true", help="less training and smaller pairs")
+    parser.add_argument(
+        "--pairs", type=Path, help="list of existing pairs; a run with --keep leaves pairs.jsonl"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the measurements in the record and measure only the missing pairs",
+    )
+    parser.add_argument(
+        "--make-only", action="store_true", help="create the pairs without measuring them"
+    )
     options = parser.parse_args()
     path = options.result.with_suffix(".jsonl")
     record: dict[str, Any] = {}

@@ -1,10 +1,10 @@
-"""How much the payload of a delta grows when one index encoding or value packing is taken away.
+"""Measures how much a delta's payload grows without one index encoding or value packing.
 
     python benchmarks/encodings.py [--only uni-bf16-0.01]
 
-Made-up changes of one tensor, or of many small ones. Of every chunk that ``diff`` encodes, the size of each
-candidate is noted, and the encoder's choice is made again without one of them. What the encoder does not
-try because the absent one does better is tried then. Prints a table.
+The changes are synthetic, in one tensor or in many small ones. For every chunk that ``diff`` encodes, the
+script records the size of each candidate and repeats the encoder's choice without one of them. That
+choice includes candidates that the encoder skips when the removed one is available. Prints a table.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sparsedelta.tensors import compare
 
 NAMES = (*INDEX_ENCODINGS, *VALUE_PACKINGS)
 SHAPE, N = (2048, 1024), 1 << 21
-N_TINY = 150  # tensors in a checkpoint of tiny ones
+N_TINY = 150  # number of tensors in a checkpoint of tiny tensors
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
 _encode = coding.encode_chunk
 
@@ -50,28 +50,28 @@ class Candidate(NamedTuple):
 
     name: str
     classes: bool
-    is_tried: bool  # by the encoder, where all others are there
+    is_tried: bool  # whether the encoder tries it when all candidates are available
     n_bytes: int
 
 
 def candidate(name: str, classes: bool, is_tried: bool, streams: Sequence[Stream]) -> Candidate:
-    """Return what streams cost."""
+    """Return the candidate with the size of these streams."""
     n_bytes = sum(len(compress_stream(stream.data)) for stream in streams)
     return Candidate(name, classes, is_tried, n_bytes)
 
 
-Parts = tuple[list[Candidate], list[Candidate]]  # of positions, of values
+Parts = tuple[list[Candidate], list[Candidate]]  # candidates for positions, candidates for values
 
 
 def note(found: list[Parts], span: coding.Span, at: Any, codes: Any, **rest: Any) -> Any:
-    """Encode a chunk as ``encode_chunk`` does, and note all candidates."""
+    """Encode a chunk as ``encode_chunk`` does, and record all candidates."""
     first = span.start % span.columns if span.columns else 0
     keys = rest["keys"] if span.before else None
     context = ChunkContext(span.before, span.columns, first, keys)
     parts: Parts = ([], [])
     for name, encoding in INDEX_ENCODINGS.items():
         is_tried = encoding.worth_trying(len(at), span.n)
-        if is_tried or name != "tiles":  # which takes long
+        if is_tried or name != "tiles":  # skipped where the encoder skips it, since it is slow
             for classes in (False, True) if encoding.has_classes and span.before else (False,):
                 stream = encoding.encode(at, span.n, context.sorted(classes))
                 if stream is not None:
@@ -87,13 +87,13 @@ def note(found: list[Parts], span: coding.Span, at: Any, codes: Any, **rest: Any
                 parts[1].append(candidate(name, classes, is_tried, streams))
     made, coded = _encode(span, at, codes, **rest)
     if sum(c.n_bytes for c in choice(parts)) != made.stored_bytes:
-        raise AssertionError("this script and the encoder choose differently")
+        raise AssertionError("this script and the encoder make different choices")
     found.append(parts)
     return made, coded
 
 
 def choice(parts: Parts, without: str = "") -> list[Candidate]:
-    """Return what the encoder would keep of the positions and of the values."""
+    """Return the candidates that the encoder would choose for the positions and the values."""
     kept: list[Candidate] = []
     for with_classes in (False, True):
         for part in parts:
@@ -108,7 +108,7 @@ def choice(parts: Parts, without: str = "") -> list[Candidate]:
 
 
 def payload(parts: Parts, without: str) -> int:
-    """Return the bytes of a chunk's streams; an encoding that is not chosen changes nothing."""
+    """Return the bytes of a chunk's streams without one encoding."""
     chosen = choice(parts)
     chosen = choice(parts, without) if without in (c.name for c in chosen) else chosen
     return sum(c.n_bytes for c in chosen)
@@ -146,7 +146,7 @@ def ulps(dtype: str, n_tensors: int, n_changed: int, n: int, draw: Draw) -> Pair
 
 
 def stepped(dtype: str, scale: float, mask: Callable[[Draw], Any], draw: Draw) -> Pair:
-    """Change the elements of a mask by normal steps, cut off as Adam does, of weights kept in fp32."""
+    """Change the elements in a mask by normal steps of fp32 weights, clipped to Adam's range."""
     before = normal(draw, 0.02)
     after = before + scale * normal(draw, 1).clamp(-1.5, 1.5)
     where = torch.from_numpy(np.broadcast_to(mask(draw), SHAPE).copy())
@@ -155,7 +155,7 @@ def stepped(dtype: str, scale: float, mask: Callable[[Draw], Any], draw: Draw) -
 
 
 def workloads() -> dict[str, Callable[[Draw], Pair]]:
-    """Return what makes each pair, by name."""
+    """Return the function that creates each pair, by name."""
     made: dict[str, Callable[[Draw], Pair]] = {}
     for dtype, d in product(DTYPES, (1e-4, 1e-3, 3e-3, 0.01, 0.1, 0.5, 0.99, 1.0)):
         made[f"uni-{dtype}-{d:g}"] = partial(ulps, dtype, 1, round(d * N), N)

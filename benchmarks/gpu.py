@@ -1,13 +1,13 @@
-"""What training and live switching take on a GPU: one command for any machine with CUDA and PyTorch.
+"""Measures training and live deltas on a GPU, on any machine with CUDA and PyTorch.
 
     python benchmarks/gpu.py                       # 8 minutes, one GPU, 32 GB of disk; no network
     python benchmarks/gpu.py --parts memory waits
     python benchmarks/gpu.py --rehearse            # everything at toy size on a CPU
 
-What is missing is said first. Then come the parts, in the order of their worth, each in a process of
-its own that is ended when its time is up. Every result is written as soon as it is there, as a line
-of JSON; the table is made of those lines after each part. A run that is cut short loses what was
-running.
+The script first lists missing requirements. Then it runs the parts, the most important first, each in
+its own process, which is killed at its time limit. Every result is appended to a file of JSON lines
+at once, and the table is rebuilt from that file after each part. An interrupted run loses only the
+measurement in progress.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Part:
-    """One part.
+    """One part of the benchmark.
 
     Attributes:
-        title: in the table.
-        share: of the time that is left, beside the shares of the parts after it.
-        needs: packages beside torch.
-        disk_gb: that it fills for a while.
+        title: its heading in the table.
+        share: its weight when the remaining time is divided among it and the parts after it.
+        needs: packages it needs beside torch.
+        disk_gb: disk space it needs temporarily.
     """
 
     title: str
@@ -63,7 +63,7 @@ PARTS: Mapping[str, Part] = {
 
 
 def missing(names: Sequence[str], work: Path, *, is_rehearsal: bool) -> dict[str, list[str]]:
-    """Return what each part lacks, by part; what all lack stands under ``""``."""
+    """Return the missing requirements of each part; those of all parts have the key ``""``."""
     lacks: dict[str, list[str]] = {"": []}
     if find_spec("torch") is None:
         lacks[""].append("the package torch")
@@ -84,13 +84,13 @@ def missing(names: Sequence[str], work: Path, *, is_rehearsal: bool) -> dict[str
 
 
 def run_part(name: str, results: Path, work: Path, seconds: float, *, is_rehearsal: bool) -> None:
-    """Run a part in a process of its own, for so long at most; say in the results if it failed."""
+    """Run a part in its own process with a time limit; record a failure in the results."""
     command = [
         *(sys.executable, str(ROOT / "benchmarks" / "gpu_parts.py"), name),
         *("--results", str(results), "--work", str(work / name)),
         *(["--rehearse"] if is_rehearsal else []),
     ]
-    # So that memory is not cut into pieces: the limit is a hard one.
+    # Avoids fragmentation, since the memory limit is a hard one.
     own = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     with subprocess.Popen(command, start_new_session=True, env=own) as process:
         try:
@@ -108,7 +108,7 @@ def run_part(name: str, results: Path, work: Path, seconds: float, *, is_rehears
 
 
 def append(results: Path, part: str, value: str, note: str) -> None:
-    """Write down what came of a part as a whole."""
+    """Append a result about a whole part, such as its failure."""
     row = {"part": part, "what": "the part", "value": value, "unit": "", "note": note}
     with results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
@@ -138,7 +138,7 @@ def write_table(results: Path, place: Path, circumstances: Sequence[str]) -> Non
 
 
 def circumstances_of(*, is_rehearsal: bool) -> list[str]:
-    """Return what was run, when and on what."""
+    """Return the command, the date, the versions and the device."""
     import torch
 
     lines = [
@@ -147,27 +147,29 @@ def circumstances_of(*, is_rehearsal: bool) -> list[str]:
         f"versions: Python {platform.python_version()}, torch {torch.__version__}",
     ]
     if is_rehearsal:
-        return [*lines, "a rehearsal at toy size on a CPU: no figure means anything"]
+        return [*lines, "a rehearsal at toy size on a CPU: the figures have no meaning"]
     device = torch.cuda.get_device_properties(0)
     return [*lines, f"device: {device.name}, {device.total_memory / 2**30:.1f} GiB"]
 
 
 def read_options() -> argparse.Namespace:
-    """Return what the command line asks for."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rehearse", action="store_true", help="at toy size, on a CPU")
-    parser.add_argument("--results", type=Path, help="of JSON lines; a table is made beside it")
-    parser.add_argument("--work-dir", type=Path, help="where checkpoints go for a while")
+    parser.add_argument("--rehearse", action="store_true", help="run at toy size on a CPU")
+    parser.add_argument(
+        "--results", type=Path, help="file of JSON lines; a table is written beside it"
+    )
+    parser.add_argument("--work-dir", type=Path, help="folder for temporary checkpoints")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Run the parts; return 1 if anything failed or was left out."""
+    """Run the parts; return 1 if a part failed or was skipped."""
     options = read_options()
     end = time.monotonic() + 60 * options.minutes
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the part that runs is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the running part
     with tempfile.TemporaryDirectory(prefix="sift-gpu-", dir=options.work_dir) as folder:
         work = Path(folder)
         lacks = missing(options.parts, work, is_rehearsal=options.rehearse)
@@ -179,7 +181,7 @@ def main() -> int:
         results = (options.results or default).resolve()
         rows = rows_of(results) if results.exists() else []
         kept = [json.dumps(row) + "\n" for row in rows if row["part"] not in options.parts]
-        results.write_text("".join(kept), "utf-8")  # of parts that are not run again
+        results.write_text("".join(kept), "utf-8")  # of parts that are not run now
         about = circumstances_of(is_rehearsal=options.rehearse)
         for number, name in enumerate(options.parts):
             if name in lacks:

@@ -1,6 +1,6 @@
-"""A model of Llama's shape in plain torch, with random weights made where they are trained.
+"""A model with Llama's shape in plain torch; its random weights are created on the device.
 
-It needs nothing but torch: neither files nor memory of the host, and no other package.
+It needs no files, no host memory for weights and no package other than torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Llama: seven projections a layer, embeddings and head apart from each other."""
+    """The shape of a Llama: seven projections per layer; embeddings and head are not tied."""
 
     hidden: int
     inner: int
@@ -36,7 +36,7 @@ SHAPES = {
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each behind a norm."""
+    """One layer: attention and feed-forward, each with a norm before it."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Maps tokens to the loss of predicting the next one; activations are recomputed layer by layer."""
+    """Returns the next-token loss of a batch of tokens; activations are recomputed per layer."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Llama(nn.Module):
 
 
 class Lora(nn.Module):
-    """A frozen projection with a trained one of low rank beside it, in fp32, as PEFT has it."""
+    """A frozen projection plus a trained low-rank product in fp32, as in PEFT."""
 
     def __init__(self, frozen: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def make_model(shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -
 
 
 def add_lora(model: Llama, n_trained: int) -> list[nn.Parameter]:
-    """Put LoRA beside all projections, of a rank that trains about as many; return what is trained."""
+    """Add LoRA to all projections with about the given number of parameters; return these."""
     model.requires_grad_(False)
     found = [(layer, name, getattr(layer, name)) for layer in model.layers for name in PROJECTIONS]
     per_rank = sum(linear.in_features + linear.out_features for _, _, linear in found)

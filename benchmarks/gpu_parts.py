@@ -1,8 +1,8 @@
-"""The parts of ``gpu.py``, each a process of its own that writes every result as soon as it has it.
+"""The parts of ``gpu.py``; each runs in its own process and writes every result at once.
 
     python benchmarks/gpu_parts.py PART --results FILE --work FOLDER [--rehearse]
 
-What fails is a result as well, and the part goes on with what comes after it.
+A failure is recorded as a result, and the part continues with the next measurement.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# A checkout measures itself, installed or not.
+# Measure this checkout, even if another version is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -42,14 +42,14 @@ FAILED = "failed"
 
 @dataclass(frozen=True)
 class Bench:
-    """Where a part runs and what it has found.
+    """The settings of a part, and methods that record its results.
 
     Attributes:
-        part: its name.
-        results: JSON lines, appended to.
-        work: a folder of its own.
-        device: of torch.
-        is_rehearsal: at toy size.
+        part: name of the part.
+        results: file of JSON lines to which results are appended.
+        work: folder for the part's files.
+        device: device of torch.
+        is_rehearsal: whether the part runs at toy size.
     """
 
     part: str
@@ -59,15 +59,15 @@ class Bench:
     is_rehearsal: bool
 
     def shapes(self, *names: str) -> dict[str, Shape]:
-        """Return the shapes of that name, which are toys in a rehearsal."""
+        """Return the shapes with these names; toy shapes in a rehearsal."""
         return {name: SHAPES["toy" if self.is_rehearsal else name] for name in names}
 
     def size(self, real: int, toy: int) -> int:
-        """Return the one or the other."""
+        """Return the full size, or the toy size in a rehearsal."""
         return toy if self.is_rehearsal else real
 
     def record(self, what: str, value: float | str, unit: str = "", note: str = "") -> None:
-        """Write a result down."""
+        """Append a result to the file and print it."""
         row = {"part": self.part, "what": what, "value": value, "unit": unit, "note": note}
         with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -76,17 +76,17 @@ class Bench:
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """Record what goes wrong inside, give memory back, and go on."""
+        """Record an exception of the block as a result, and free memory afterwards."""
         try:
             yield
-        except Exception as error:  # whatever it is, the next figure may still be had
+        except Exception as error:  # any error: the next measurement may still work
             self.record(what, FAILED, note=f"{type(error).__name__}: {error}".split("\n")[0][:300])
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
     def seconds(self, work: Callable[[], Any]) -> float:
-        """Return how long something takes, until the device has done it."""
+        """Return the seconds a function takes, including the work it leaves on the device."""
         self._wait()
         start = time.perf_counter()
         work()
@@ -94,12 +94,12 @@ class Bench:
         return time.perf_counter() - start
 
     def begin_peak(self) -> None:
-        """Begin to look for the highest memory."""
+        """Reset the peak of the device's memory."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
     def peak(self) -> int:
-        """Return the highest memory of the device since, in bytes; 0 without one."""
+        """Return the peak of the GPU's memory since the reset, in bytes; 0 without a GPU."""
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
 
     def _wait(self) -> None:
@@ -108,7 +108,7 @@ class Bench:
 
 
 def run_tests(bench: Bench) -> None:
-    """Run the tests that are marked for a GPU, each a result."""
+    """Run the tests marked ``gpu`` and record each as a result."""
     import pytest
 
     class Told:
@@ -120,7 +120,9 @@ def run_tests(bench: Bench) -> None:
 
     marked = [p for p in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in p.read_text("utf-8")]
     os.chdir(ROOT)
-    sys.path.remove(str(ROOT / "benchmarks"))  # live.py would stand for tests/live
+    sys.path.remove(
+        str(ROOT / "benchmarks")
+    )  # otherwise live.py would shadow the package tests/live
     options = ["-m", "gpu", "-q", "--no-header", "-p", "no:cacheprovider"]
     status = pytest.main([*options, *map(str, sorted(marked))], plugins=[Told()])
     if status:
@@ -128,7 +130,7 @@ def run_tests(bench: Bench) -> None:
 
 
 def run_memory(bench: Bench) -> None:
-    """Train 7B, then 1B, within 24 GiB: SIFT, LoRA with as many trained, at 1B also everything."""
+    """Train 7B and 1B models within 24 GiB by SIFT and LoRA of equal size; 1B also in full."""
     if bench.device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(LIMIT_GIB * GIB / total, 1.0))
@@ -171,7 +173,7 @@ def _measure_sift(bench: Bench, name: str, shape: Shape) -> None:
 
 
 def _activation_bytes(bench: Bench, shape: Shape, model: nn.Module, gradient_bytes: int) -> int:
-    """Return what forward and backward take themselves, every gradient dropped as it comes."""
+    """Return the peak of forward and backward passes that drop every gradient at once, in bytes."""
     model.requires_grad_(False)
     handles = []
     for parameter in _projections(model):
@@ -223,7 +225,7 @@ def _measure(
 
 
 def run_waits(bench: Bench) -> None:
-    """Ten steps of a loop of one's own and of ``fit`` in which any wait for the device is an error."""
+    """Run ten steps of a plain loop and of ``fit`` in which any wait for the device is an error."""
     (shape,) = bench.shapes("100m").values()
     with bench.attempt("own loop"):
         model = make_model(shape, bench.device)
@@ -319,7 +321,7 @@ class _BusBytes(TorchDispatchMode):
 
 
 def run_live(bench: Bench) -> None:
-    """Apply, revert and switch deltas on a model in memory, beside what the device can do."""
+    """Time apply, revert and switch of deltas on a model in memory, beside plain device copies."""
     with bench.attempt("bandwidth"):
         _bandwidth(bench)
     for name, shape in bench.shapes("1b", "7b").items():

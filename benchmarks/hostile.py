@@ -1,9 +1,10 @@
-"""What small hostile files cost: time and peak memory of one call each, in a process of its own.
+"""Measures what small hostile files cost: time and peak memory of one call on each.
 
     python benchmarks/hostile.py --mb 1
     python benchmarks/hostile.py --mb 10
 
-The files are as large as asked for and hold as much as the limits of FORMAT §11 allow, or more.
+Each call runs in its own process. The files have the given size, and their contents are at the limits
+of FORMAT §11 or beyond them.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def structure(**members: Any) -> dict[str, Any]:
 
 
 def compressed(raw: bytes) -> bytes:
-    """Return a frame if it is smaller."""
+    """Return content compressed as a zstd frame, or unchanged if that is smaller."""
     return min(zstandard.ZstdCompressor(level=3).compress(raw), raw, key=len)
 
 
@@ -79,7 +80,7 @@ def build(
     notes: bytes = b"{}",
     payload: bytes = b"",
 ) -> bytes:
-    """Return a delta's file with a structure, right or wrong."""
+    """Return the bytes of a delta with this structure, valid or not."""
     raw = members if isinstance(members, bytes) else compact(members)
     texts = [(text, compressed(text)) for text in (raw, notes)]
     sizes = [len(part) for text in texts for part in text]
@@ -101,7 +102,7 @@ def files(n_bytes: int) -> Iterator[tuple[str, bytes]]:
     zeros = bytes(n_bytes * 86 // 100)
 
     def repeated(item: bytes, ratio: float) -> bytes:
-        """Return a file whose layouts are one item again and again, as many times as its size allows."""
+        """Return a file whose layouts repeat one item as often as the file size allows."""
         start, end = compact(structure()).split(b'"layouts":[]', 1)
         n = int(ratio * n_bytes) // (len(item) + 1)
         return build(start + b'"layouts":[' + b",".join([item] * n) + b"]" + end, zeros)

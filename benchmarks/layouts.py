@@ -1,7 +1,7 @@
-"""The layouts in which other projects send changed weights, each in a few lines, from their description.
+"""The layouts in which other projects send changed weights, written again from their descriptions.
 
-What each holds is what its project holds; containers are left out or plain. All work on tensors of
-two-byte elements as arrays of their bits, by name.
+Each holds the same data as its project's; containers are left out or plain. All work on mappings of
+tensor names to arrays of the bits of two-byte elements.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Tensors = dict[str, tuple[tuple[int, ...], Bits]]  # shape, and flat bits
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A way to write what changed, and back: both get the base."""
+    """A way to encode the changes and to decode them; both functions get the base."""
 
     encode: Callable[[Tensors, Tensors], bytes]
     decode: Callable[[Tensors, bytes], Tensors]
 
 
 def changes(base: Tensors, target: Tensors) -> Iterator[tuple[str, npt.NDArray[np.int64], Bits]]:
-    """Yield name, changed positions and their new bits of every tensor that changes."""
+    """Yield name, changed positions and new bits of every changed tensor."""
     for name, (_, bits) in target.items():
         index = np.flatnonzero(base[name][1] != bits)
         if len(index):
@@ -35,7 +35,7 @@ def changes(base: Tensors, target: Tensors) -> Iterator[tuple[str, npt.NDArray[n
 
 
 def _records(parts: Iterator[tuple[str, list[bytes]]]) -> bytes:
-    """Return named lists of byte strings as one, each with its length."""
+    """Return named lists of byte strings joined into one, each preceded by its length."""
     out = []
     for name, pieces in parts:
         coded = [name.encode(), *pieces]
@@ -121,7 +121,7 @@ def _slime_decode(base: Tensors, data: bytes) -> Tensors:
 
 
 def _grail_encode(base: Tensors, target: Tensors) -> bytes:
-    """Rows as differences, columns as differences that begin anew with each row."""
+    """Encode rows as differences, and columns as differences that restart in each row."""
 
     def parts() -> Iterator[tuple[str, list[bytes]]]:
         for name, index, values in changes(base, target):

@@ -1,9 +1,9 @@
-"""Deltas on a model in memory beside reloading it, PEFT adapters, and plain ``index_copy_``.
+"""Times deltas on a model in memory beside reloading it, PEFT adapters and ``index_copy_``.
 
     python benchmarks/live.py [--gb 2.2] [--rounds 5] [--device cpu]
 
-The floor of a switch is ``index_copy_`` of tensors that are decoded already: the base's values back, the
-other delta's in. PEFT's rows need ``peft`` in the environment and are left out without it.
+The floor of a switch is ``index_copy_`` of decoded tensors: it restores the base's values and writes the
+other delta's. The rows of PEFT are left out if ``peft`` is not installed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ sys.path.insert(0, {root!r})
 
 
 class Clock:
-    """Times of actions by name, one a round."""
+    """The times of actions by name, one per round."""
 
     def __init__(self, device: str) -> None:
         self.seconds: dict[str, list[float]] = {}
@@ -58,7 +58,7 @@ class Clock:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Time what happens in the context."""
+        """Time the block."""
         self._wait()
         start = time.perf_counter()
         yield
@@ -67,7 +67,7 @@ class Clock:
         print(f"  {name:<44} {self.seconds[name][-1]:8.3f} s", flush=True)
 
     def rows(self, references: Mapping[str, str]) -> list[list[str]]:
-        """Return a row of each action: median, range, and by the median it is held against."""
+        """Return a row for each action: median, range, and ratio to the reference's median."""
         result = []
         for name, times in self.seconds.items():
             reference = references.get(name)
@@ -85,9 +85,9 @@ class Clock:
 
 
 def load_whole(folder: Path, device: str) -> Any:
-    """Return the model in a folder, in bf16 and in memory of its own.
+    """Return the model in a folder, in bf16, copied to private memory.
 
-    On a CPU transformers maps the files: until a weight is used, no byte of it is read.
+    On a CPU transformers maps the files and reads a weight only when it is used.
     """
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     if device != "cpu":
@@ -98,7 +98,7 @@ def load_whole(folder: Path, device: str) -> Any:
 
 
 def copy_checkpoint(folder: Path, model: Any) -> None:
-    """Copy the weights of a checkpoint into a model that is there already."""
+    """Copy the weights of a checkpoint into an existing model."""
     own = dict(model.named_parameters())
     with torch.no_grad():
         for path in sorted(folder.glob("*.safetensors")):
@@ -165,7 +165,7 @@ def measure_deltas(
 
 
 def measure_peft(clock: Clock, model: Any, folder: Path, n_bytes: int, n_rounds: int) -> list[str]:
-    """Time adapters of about the size of a delta; return what they are."""
+    """Time adapters of about the size of a delta; return their descriptions."""
     import peft
 
     sizes = [m.weight.shape for n, m in model.named_modules() if n.rpartition(".")[2] in LINEAR]
@@ -181,8 +181,8 @@ def measure_peft(clock: Clock, model: Any, folder: Path, n_bytes: int, n_rounds:
         wrapped.add_adapter("b", config())
         wrapped.to(torch.bfloat16)
         wrapped.save_pretrained(folder / kind, selected_adapters=["a", "b"])
-        more = ": as many values as LoRA has, and their positions" if kind == "SHiRA" else ""
-        notes.append(f"{kind}: {tree_bytes(folder / kind / 'a') / 1e6:.1f} MB a file{more}")
+        more = ": as many values as LoRA, and their positions" if kind == "SHiRA" else ""
+        notes.append(f"{kind}: {tree_bytes(folder / kind / 'a') / 1e6:.1f} MB per file{more}")
         for _ in range(n_rounds):
             with clock.timed(f"{kind}: load_adapter, set_adapter, merge"):
                 wrapped.load_adapter(folder / kind / "a", adapter_name="c")
@@ -199,7 +199,7 @@ def measure_peft(clock: Clock, model: Any, folder: Path, n_bytes: int, n_rounds:
 
 
 def peak_of(call: str) -> int:
-    """Return the peak anonymous memory of a process that makes a call."""
+    """Return the peak anonymous memory of a process that runs a call."""
     root = str(Path(__file__).resolve().parent.parent)
     command = [sys.executable, "-c", LOAD.format(root=root, call=call)]
     return run(command, sample_memory=True).peak_anonymous_bytes or 0
@@ -259,7 +259,7 @@ def main() -> int:
             "\n".join(f"- {note}" for note in notes),
             table(["", "seconds", "ratio"], rows),
             "## Memory of loading",
-            "`from_pretrained` maps the files on a CPU: its weights are in the page cache, which is not counted.",
+            "On a CPU `from_pretrained` maps the files: the weights are in the page cache, which is not counted.",
             memory,
         ]
         write_result(options.result, "Deltas on a model in memory", sections, where=work)

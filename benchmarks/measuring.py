@@ -1,7 +1,7 @@
-"""What all benchmarks share: commands timed side by side, their peak memory, results as tables.
+"""Shared functions of the benchmarks: timing commands, peak memory, tables of results.
 
-Other work disturbs a machine in ways that change within a minute, so the commands to compare take
-turns in every round, and a comparison is the median over rounds of ratios within one round.
+The load of a machine changes within a minute. So the commands to compare run one after the other in
+every round, and a comparison is the median over rounds of the ratio within a round.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-# A checkout measures itself, installed or not.
+# Measure this checkout, even if another version is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sparsedelta
+from sparsedelta.codecs.kernels import in_use
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -53,8 +54,8 @@ class Contender:
     """One of several commands to compare.
 
     Attributes:
-        commands: run one after the other and timed together.
-        output: file or folder that is made, removed before and after every run.
+        commands: commands that run one after the other and are timed together.
+        output: the file or folder they create; it is removed before and after every run.
     """
 
     commands: Sequence[Command]
@@ -72,7 +73,7 @@ def apply_command(base: Path, delta: Path, output: Path, verify: str) -> Command
 
 
 def run(*commands: Command, sample_memory: bool = False) -> Run:
-    """Return what it took to run commands one after the other, from the root of the repository.
+    """Run commands one after the other in the repository's root; return their times and memory.
 
     Raises:
         subprocess.CalledProcessError: a command failed.
@@ -97,11 +98,10 @@ def run(*commands: Command, sample_memory: bool = False) -> Run:
 
 
 def compare(contenders: Mapping[str, Contender], n_rounds: int) -> dict[str, list[Run]]:
-    """Return the runs of each contender, one a round; all take turns in each round.
+    """Return the runs of each contender, one per round.
 
-    Each round begins with another contender, for what comes first may fare differently. What earlier
-    runs left to be written is written out before a run starts. A first round, not counted, warms
-    everything up.
+    Each round begins with another contender, since the first place may be an advantage. ``sync`` runs
+    before each run. A first round, which is not counted, fills the caches.
     """
     runs: dict[str, list[Run]] = {name: [] for name in contenders}
     for number in range(n_rounds + 1):
@@ -118,7 +118,7 @@ def compare(contenders: Mapping[str, Contender], n_rounds: int) -> dict[str, lis
 
 
 def peak_memory(command: Command, output: Path) -> int:
-    """Return the peak anonymous memory, in bytes, of a command that makes ``output``, then removed."""
+    """Return a command's peak anonymous memory in bytes; its ``output`` is removed."""
     remove(output)
     peak = run(command, sample_memory=True).peak_anonymous_bytes
     remove(output)
@@ -137,30 +137,30 @@ def seconds_and_range(runs: Sequence[Run]) -> str:
 
 
 def ratio_and_range(runs: Sequence[Run], reference: Sequence[Run]) -> str:
-    """Return the median over rounds of wall time by the reference's, with lowest and highest."""
+    """Return the ratio of wall time to the reference's: median over rounds, lowest, highest."""
     ratios = [a.seconds / b.seconds for a, b in zip(runs, reference, strict=True)]
     return f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
 
 
 def ratio_of_fastest(runs: Sequence[Run], reference: Sequence[Run]) -> str:
-    """Return the least wall time by the reference's least: the runs least disturbed."""
+    """Return the ratio of the least wall times, which are the least disturbed runs."""
     return f"{min(r.seconds for r in runs) / min(r.seconds for r in reference):.2f}"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a markdown table; all columns but the first are set right."""
+    """Return a markdown table; all columns except the first are right-aligned."""
     marks = ["---"] + ["---:"] * (len(columns) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, marks, *rows))
 
 
 def write_result(path: Path, title: str, sections: Sequence[str], *, where: Path) -> None:
-    """Write a result: what was run, when and on what, then the sections; show it too.
+    """Write and print a result: command, date, machine and versions, then the sections.
 
     Args:
-        path: the markdown file.
+        path: the markdown file to write.
         title: its heading.
-        sections: markdown.
-        where: a folder on the file system that was used.
+        sections: texts in markdown.
+        where: a folder on the measured file system.
     """
     text = "\n\n".join([f"# {title}", _circumstances(where), *sections]) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,11 +169,13 @@ def write_result(path: Path, title: str, sections: Sequence[str], *, where: Path
 
 
 def options_for(description: str | None, result: str) -> argparse.ArgumentParser:
-    """Return a parser with the options all benchmarks have."""
+    """Return a parser with the options of all benchmarks."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     work = WORK / Path(result).stem
-    parser.add_argument("--work-dir", type=Path, default=work, help="made, removed at the end")
-    parser.add_argument("--keep", action="store_true", help="leave the work folder")
+    parser.add_argument(
+        "--work-dir", type=Path, default=work, help="created, and removed at the end"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the work folder")
     parser.add_argument("--result", type=Path, default=RESULTS / result)
     return parser
 
@@ -186,10 +188,10 @@ def first_value(path: Path, key: str) -> str:
 
 @contextmanager
 def work_folder(path: Path, *, keep: bool) -> Iterator[Path]:
-    """Yield a new, empty folder ``path``, removed at the end unless ``keep``.
+    """Yield a new, empty folder ``path``; it is removed at the end unless ``keep`` is set.
 
     Raises:
-        FileExistsError: there is one already.
+        FileExistsError: the folder exists.
     """
     path = path.resolve()
     path.mkdir(parents=True)
@@ -201,7 +203,7 @@ def work_folder(path: Path, *, keep: bool) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder if it is there."""
+    """Remove a file or folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -232,7 +234,7 @@ def _run_fresh(contender: Contender) -> Run:
 
 @contextmanager
 def _memory_sampler(pid: int, *, enabled: bool) -> Iterator[list[int]]:
-    """Yield a list that gets the anonymous bytes of a process and its descendants as time goes by."""
+    """Yield a list to which a process tree's anonymous bytes are appended periodically."""
     samples: list[int] = []
     done = threading.Event()
 
@@ -257,7 +259,7 @@ def _anonymous_bytes(pid: int) -> int:
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
         children = [child for task in tasks for child in _words(task / "children")]
     except (FileNotFoundError, ProcessLookupError):
-        return 0  # ended meanwhile
+        return 0  # the process has ended
     own = sum(
         int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:")
     )
@@ -280,9 +282,9 @@ def _circumstances(where: Path) -> str:
         "machine": f"{first_value(Path('/proc/cpuinfo'), 'model name')}, {os.cpu_count()} cores,"
         f" {int(memory.split()[0]) / 2**20:.0f} GiB, Linux {platform.release()},"
         f" {_file_system(where)}",
-        "versions": f"sparsedelta {sparsedelta.__version__}, Python {platform.python_version()}, {versions}",
+        "versions": f"sparsedelta {sparsedelta.__version__} ({in_use()} kernels), Python {platform.python_version()}, {versions}",
         "load": "average over the 5 minutes before the end:"
-        f" {os.getloadavg()[1]:.1f}, of which this benchmark itself is a part",
+        f" {os.getloadavg()[1]:.1f}, including this benchmark",
     }
     return "\n".join(f"- {name}: {value}" for name, value in lines.items())
 

@@ -1,4 +1,4 @@
-"""Peak anonymous memory of ``diff`` and ``apply``: checkpoints of several sizes, few or all values changed.
+"""Measures the peak anonymous memory of ``diff`` and ``apply``, by size and share of changes.
 
 python benchmarks/memory.py [--gb 2 8]
 """

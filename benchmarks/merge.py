@@ -1,10 +1,10 @@
-"""``sparsedelta merge`` beside mergekit on the same checkpoints: time, peak memory, and the results.
+"""Compares ``sparsedelta merge`` with mergekit: time, peak memory and results.
 
     python benchmarks/merge.py --mergekit-python /path/to/python [--gb 1] [--rounds 3]
 
-mergekit gets the full checkpoints, sparsedelta the base and the deltas; making the deltas and applying
-the merged one are shown too. mergekit reckons in float32 here (``dtype: float32``) and writes bf16, as
-sparsedelta does; it needs an environment of its own.
+mergekit reads the full checkpoints, sparsedelta the base and the deltas. The times of writing these deltas
+and of applying the merged delta are shown too. mergekit computes in float32 (``dtype: float32``) and
+writes bf16, as sparsedelta does. It needs its own environment.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ ONE_CORE = (
     "taskset",
     "-c",
     "0",
-)  # threads that wait for each other measure the machine's other work
-# Name of the method: mergekit's, its parameters, options of sparsedelta.
+)  # one thread, since several would wait for each other under other load
+# By name: mergekit's method and parameters, and the options of sparsedelta.
 METHODS = {
     "linear": ("linear", {}, []),
     "task arithmetic": ("task_arithmetic", {}, ["--method", "task-arithmetic"]),
@@ -61,7 +61,7 @@ def mergekit_command(
     targets: list[Path],
     out: Path,
 ) -> Command:
-    """Return the command that merges full checkpoints, having written its configuration."""
+    """Write mergekit's configuration, and return the command that merges full checkpoints."""
     models = [
         {"model": str(target), "parameters": {"weight": weight, **parameters}}
         for target, weight in zip(targets, WEIGHTS, strict=True)
@@ -79,7 +79,7 @@ def mergekit_command(
 
 
 def differences(base: Path, left: Path, right: Path) -> list[str]:
-    """Return, as cells, how many values differ from the base's, and in how many the two differ."""
+    """Return cells: the number of values that a result changes, and of those that differ."""
     n_changed = n_differ = n_far = total = 0
     sums = [0.0, 0.0]
     with Checkpoint(base) as old, Checkpoint(left) as one, Checkpoint(right) as other:
@@ -98,7 +98,7 @@ def differences(base: Path, left: Path, right: Path) -> list[str]:
 
 
 def _places(tensor: Tensor) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    """Return bf16 values by their place in the order of all values; both zeros are one."""
+    """Return the rank of bf16 values in the order of all values; -0.0 and 0.0 have one rank."""
     bits = np.empty(tensor.spec.n_elements, np.uint16)
     tensor.read_into(bits.view(np.uint8).data, 0)
     size = (bits & 0x7FFF).astype(np.int32)
@@ -194,9 +194,9 @@ def main() -> int:
                 ],
                 times,
             ),
-            "mergekit's output is a full checkpoint, sparsedelta's a delta; peak is of anonymous memory."
-            f" Start-up alone takes {start_up[0]:.1f} s and {start_up[1]:.1f} s of it.",
-            "## The results beside each other",
+            "mergekit's output is a full checkpoint, sparsedelta's a delta; the peak is of anonymous memory."
+            f" The times include the start-up, {start_up[0]:.1f} s and {start_up[1]:.1f} s.",
+            "## Differences between the results",
             table(
                 [
                     "",

@@ -1,9 +1,9 @@
-"""One tool on one pair of weight files, in a process of its own: how long, how much memory, how large.
+"""Runs one tool on one pair of weight files; prints time, peak memory and size.
 
     python benchmarks/opponents.py NAME encode|decode BASE TARGET DELTA
 
-Writes the delta (encode), or the target made again beside it (decode), and prints what it took as
-JSON. Times begin when the tool is loaded and end when the file is written.
+``encode`` writes the delta, ``decode`` rebuilds the target beside it. Times and memory are printed as JSON.
+The time starts when the tool is loaded and ends when the file is written.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from layouts import LAYOUTS, Tensors
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-Work = Callable[[Path, Path, Path], object]  # base, target or where to make it, delta
+Work = Callable[[Path, Path, Path], object]  # paths of base, target (written by decode) and delta
 
 
 @dataclass(frozen=True, slots=True)
 class Opponent:
-    """A tool: what has to be loaded first, and both ways.
+    """A tool with its two functions.
 
     Attributes:
-        needs: a module or, after "!", a command; without it the tool is left out.
-        encode, decode: get the paths of base, target and delta.
-        any_dtype: works on other elements than bf16, too.
-        largest: in bytes; a tool that takes too long above is left out.
+        needs: a module or, after "!", a command; if it is missing the tool is left out.
+        encode, decode: functions of the paths of base, target and delta.
+        any_dtype: whether the tool works on dtypes other than bf16.
+        largest: size in bytes above which a slow tool is left out.
     """
 
     needs: str
@@ -49,12 +49,12 @@ class Opponent:
 
     @property
     def is_there(self) -> bool:
-        """Whether it can be run here."""
+        """Whether the module or command is installed."""
         return bool(which(self.needs[1:]) if self.needs[0] == "!" else find_spec(self.needs))
 
 
 def _sparsedelta(level: str, *, standalone: bool = False) -> Opponent:
-    from sparsedelta import apply, diff  # here: both are loaded when they are first asked for
+    from sparsedelta import apply, diff  # loads both now, as they are imported lazily
 
     def encode(base: Path, target: Path, delta: Path) -> None:
         with diff(base, target, level=level, standalone=standalone) as made:
@@ -79,7 +79,7 @@ def read(path: Path) -> Tensors:
 
 
 def _write_like(base: Path, tensors: Tensors, out: Path) -> None:
-    """Write tensors behind the header of the base."""
+    """Write tensors with the header of the base."""
     raw = base.read_bytes()
     n = int.from_bytes(raw[:8], "little")
     header: dict[str, Any] = json.loads(raw[8 : 8 + n])
@@ -206,11 +206,11 @@ def _peak_bytes() -> int:
 
 
 def main(name: str, action: str, base: str, target: str, delta: str) -> int:
-    """Run one tool one way."""
+    """Run one tool in one direction."""
     opponent = OPPONENTS[name]
     if opponent.needs[0] != "!":
         __import__(opponent.needs)
-    Path("/proc/self/clear_refs").write_text("5")  # begin to look for a new peak of memory
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak of memory
     before = _peak_bytes()
     start, cpu = time.perf_counter(), time.process_time()
     work = opponent.encode if action == "encode" else opponent.decode

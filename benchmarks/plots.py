@@ -1,8 +1,8 @@
-"""Plots of what ``against.py`` and ``scaling.py`` measured, from their JSON lines to SVG.
+"""Draws the measurements of ``against.py`` and ``scaling.py`` as SVG.
 
     python benchmarks/plots.py
 
-Size over density and size over time, and time and memory over the size of a checkpoint; all log-log.
+The plots show size by density, size by time, and time and memory by checkpoint size; all log-log.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def read_lines(path: Path) -> list[Measured]:
 
 
 def style_of(tool: str, number: int) -> dict[str, Any]:
-    """Return how a tool is drawn: sparsedelta in front, in warm colours."""
+    """Return the style of a tool's line; sparsedelta is in front, in warm colours."""
     if tool.startswith(OWN):
         colour = OWN_COLOURS[number % len(OWN_COLOURS)]
         return {"color": colour, "marker": "o", "zorder": 3, "linewidth": 2}
@@ -56,7 +56,7 @@ def draw_series(axes: Axes, record: Sequence[Measured]) -> None:
 
 
 def draw_trained(axes: Axes, record: Sequence[Measured]) -> None:
-    """Draw bytes per change of every pair that training made."""
+    """Draw bytes per change for every pair made by training."""
     trained = [m for m in record if not m["pair"].startswith(("uniform", "large"))]
     for number, tool in enumerate(tools_of(trained)):
         size = [m["tools"].get(tool, {}).get("bytes", float("nan")) / m["nnz"] for m in trained]
@@ -70,7 +70,7 @@ def draw_trained(axes: Axes, record: Sequence[Measured]) -> None:
 
 
 def draw_speed(axes: Axes, measured: Measured, way: str) -> None:
-    """Draw bytes per change over the speed of one way, a point for each tool."""
+    """Draw bytes per change by the speed of writing or applying, one point per tool."""
     for number, (tool, found) in enumerate(measured["tools"].items()):
         if "problem" not in found:
             speed = measured["bytes"] / 1e6 / found[way]["cpu_seconds"]
@@ -81,7 +81,7 @@ def draw_speed(axes: Axes, measured: Measured, way: str) -> None:
 
 
 def draw_scaling(axes: Axes, rows: Sequence[Measured], key: str, unit: str) -> None:
-    """Draw what each command takes over the size of the checkpoint."""
+    """Draw the time and memory of each command by the size of the checkpoint."""
     for name in dict.fromkeys(row["what"] for row in rows):
         own = [row for row in rows if row["what"] == name]
         axes.plot([row["gb"] for row in own], [row[key] for row in own], "o-", label=name)
@@ -89,7 +89,7 @@ def draw_scaling(axes: Axes, rows: Sequence[Measured], key: str, unit: str) -> N
 
 
 def below(figure: Any, axes: Axes) -> None:
-    """Put the names of what one plot shows below all."""
+    """Add a legend below all plots."""
     figure.legend(
         *axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8
     )
@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
     results = parser.parse_args().results
-    plt.rcParams["svg.hashsalt"] = "sparsedelta"  # the same numbers make the same file
+    plt.rcParams["svg.hashsalt"] = "sparsedelta"  # the same numbers give the same file
     record = read_lines(results / "against.jsonl")
     scaling = read_lines(results / "scaling.jsonl")
     if record:

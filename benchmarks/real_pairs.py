@@ -1,11 +1,12 @@
-"""Bytes for pairs of models that others trained, from the package registry: chgnet and torchani.
+"""Measures the delta's bytes on model pairs that others trained: chgnet and torchani.
 
     pip download --no-deps -d wheels chgnet==0.4.2 torchani==2.0
     python benchmarks/real_pairs.py wheels/*.whl
 
-Beside sparsedelta: zstd -19 of the XOR of both, as it is and with the bytes of all values in planes. These hold
-no names, shapes, digests or headers. torchani holds raw float32 files. A checkpoint of chgnet is a pickle; it is read
-with torch.load and the package's own code, so run this only on wheels that you trust.
+Compared with zstd -19 of the XOR of both files, with the bytes in order and in planes (all first bytes of the
+values, then all second bytes, and so on). These hold no names, shapes, digests or headers. torchani has raw
+float32 files. A checkpoint of chgnet is a pickle, which torch.load reads with the package's own code: run this
+only on wheels that you trust.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def pairs(root: Path) -> Iterator[tuple[str, Tensors, Tensors]]:
 
 
 def xor_sizes(base: Tensors, target: Tensors) -> tuple[int, int]:
-    """Return the sizes of zstd -19 of the XOR, as it is and in planes."""
+    """Return the sizes of zstd -19 of the XOR, with the bytes in order and in planes."""
     raw, planes = [], []
     for name, value in target.items():
         old = base[name].reshape(-1).view(np.uint8)
@@ -69,7 +70,7 @@ def xor_sizes(base: Tensors, target: Tensors) -> tuple[int, int]:
 
 
 def measure(base: Tensors, target: Tensors, work: Path) -> list[str]:
-    """Return the cells of a row; the delta gives the target back."""
+    """Return the cells of a row, after checking that the delta rebuilds the target."""
     paths = [work / name for name in ("base.safetensors", "target.safetensors")]
     for tensors, path in zip((base, target), paths, strict=True):
         save_file(tensors, path)
@@ -80,7 +81,7 @@ def measure(base: Tensors, target: Tensors, work: Path) -> list[str]:
             changed = delta.nnz / delta.numel
         sparsedelta.apply(paths[0], work / "delta.sd", work / "out.safetensors", overwrite=True)
         if (work / "out.safetensors").read_bytes() != paths[1].read_bytes():
-            raise SystemExit("the target did not come back")
+            raise SystemExit("the delta does not rebuild the target")
         sizes.append((work / "delta.sd").stat().st_size)
     sizes += xor_sizes(base, target)
     return [f"{changed:.1%}", f"{paths[1].stat().st_size:,}", *(f"{size:,}" for size in sizes)]

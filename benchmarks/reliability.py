@@ -1,9 +1,9 @@
-"""What remains when commands are killed, when one system call fails, and when inputs change while they are read.
+"""Tests the commands when they are killed, when a system call fails, and when inputs change.
 
 python benchmarks/reliability.py [--kills 1000] [--changes 100] [--every 1]
 
-Linux with gcc. Every run is a process of its own, forked from one that has imported everything, so that
-kills fall on the work. Ends with 1 if anything was found that must not be.
+Needs Linux and gcc. Every run is a process forked from one that has imported everything, so that a kill hits
+the work and not the imports. The exit status is 1 if a wrong outcome was found.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Content = dict[str, bytes] | None
 
 @dataclass(frozen=True)
 class Case:
-    """A command that writes one output, and what is there before and after it."""
+    """A command that writes one output, with the content of the output before and after."""
 
     name: str
     arguments: list[str]
@@ -54,7 +54,7 @@ class Case:
     new: Content
 
     def restore(self) -> None:
-        """Put the place of the output into the state before the command."""
+        """Restore the output's path to its state before the command."""
         remove(self.output)
         if self.old is not None and self.old.is_dir():
             shutil.copytree(self.old, self.output)
@@ -62,19 +62,19 @@ class Case:
             shutil.copyfile(self.old, self.output)
 
     def found(self) -> str:
-        """Return what is at the place of the output: ``new``, ``old`` (or none), or ``broken``."""
+        """Return the state of the output: ``new``, ``old`` (or missing, as before), or ``broken``."""
         found = content(self.output)
         if found == self.new:
             return "new"
         return "old" if found == (self.old and content(self.old)) else "broken"
 
     def partials(self) -> list[str]:
-        """Return what is beside the output that should not be."""
+        """Return unexpected files beside the output."""
         return [name for name in os.listdir(self.output.parent) if name != self.output.name]
 
 
 class Process:
-    """The command line, running in a fork of this process."""
+    """The command line tool, running in a fork of this process."""
 
     def __init__(self, arguments: list[str], log: Path, arm: tuple[int, int, Path] | None = None):
         self._log = log
@@ -114,7 +114,7 @@ class Process:
 
 
 def content(path: Path) -> Content:
-    """Return the digest of every file of a file or folder, None if there is none."""
+    """Return the digest of every file at a path, a file or folder; None if it does not exist."""
     if not os.path.lexists(path):
         return None
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
@@ -122,7 +122,7 @@ def content(path: Path) -> Content:
 
 
 def log_of(inputs: Path) -> Path:
-    """Return the file for what commands say; it lies outside the folder in which calls fail."""
+    """Return the path for the output of commands; it is outside the folder in which calls fail."""
     return inputs.parent.with_name("log")
 
 
@@ -168,13 +168,13 @@ def make_cases(inputs: Path, place: Path, names: Sequence[str]) -> list[Case]:
                 Case(output.parent.name, line, output, old if option else None, content(new))
             )
             cases[-1].restore()
-            with redirect_stdout(io.StringIO()):  # imports all that the forks need
+            with redirect_stdout(io.StringIO()):  # imports everything that the forks need
                 command_line(["-q", *line], standalone_mode=False)
     return cases
 
 
 def seconds_of(case: Case, log: Path) -> float:
-    """Return the longest time that a command takes of three, and check that it works."""
+    """Return the longest of three run times of a command, after checking that it works."""
     longest = 0.0
     for _ in range(3):
         case.restore()
@@ -188,7 +188,7 @@ def seconds_of(case: Case, log: Path) -> float:
 
 
 def next_run(case: Case, inputs: Path) -> None:
-    """Let another command write into the same folder."""
+    """Run another command that writes to the same folder."""
     path = case.output.with_name("next.sd")
     with sparsedelta.load(inputs / "base-middle.sd") as delta:
         delta.save(path)
@@ -196,7 +196,7 @@ def next_run(case: Case, inputs: Path) -> None:
 
 
 def kill(case: Case, number: int, n_kills: int, inputs: Path) -> Counter[str]:
-    """Send a signal at random moments; count what is there afterwards."""
+    """Send a signal at random moments; count the states of the output."""
     log = log_of(inputs)
     seconds, counts = seconds_of(case, log), Counter[str]()
     for _ in range(n_kills):
@@ -225,7 +225,7 @@ def outcome(case: Case, status: int, said: list[str]) -> str:
 
 
 def fail(case: Case, error: str, every: int, inputs: Path) -> Counter[str]:
-    """Let each system call, or every so manyth, fail once; count how the command ends."""
+    """Make each system call, or every n-th, fail once; count the outcomes."""
     log, counts = log_of(inputs), Counter[str]()
     at, n_calls = 0, 1
     while at <= n_calls:
@@ -249,7 +249,7 @@ def fail(case: Case, error: str, every: int, inputs: Path) -> Counter[str]:
 
 @contextmanager
 def changed(path: Path, how: str) -> Iterator[Callable[[], None]]:
-    """Yield what truncates or rewrites a file; it is as before at the end."""
+    """Yield a function that truncates or rewrites a file; the file is restored at the end."""
     before = path.read_bytes()
 
     def change() -> None:
@@ -267,7 +267,7 @@ def changed(path: Path, how: str) -> Iterator[Callable[[], None]]:
 
 
 def alter(case: Case, path: Path, how: str, n_changes: int, inputs: Path) -> Counter[str]:
-    """Change an input at random moments; count how the command ends."""
+    """Change an input at random moments; count the outcomes."""
     log = log_of(inputs)
     seconds, counts = seconds_of(case, log), Counter[str]()
     for _ in range(n_changes):
@@ -294,7 +294,7 @@ def cells(counts: Counter[str], *names: str) -> list[str]:
 def measure(
     inputs: Path, cases: list[Case], n_kills: int, n_changes: int, every: int
 ) -> tuple[list[str], int]:
-    """Return the tables and how much was found that must not be."""
+    """Return the tables and the number of wrong outcomes."""
     kills, failures, changes = [], [], []
     n_wrong = 0
     for case in cases:
@@ -345,7 +345,7 @@ def main() -> int:
     parser = options_for(__doc__, "reliability.md")
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs of each command")
     parser.add_argument("--changes", type=int, default=20, help="changes of each input")
-    parser.add_argument("--every", type=int, default=1, help="let only each so manyth call fail")
+    parser.add_argument("--every", type=int, default=1, help="make only every n-th call fail")
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS)
     options = parser.parse_args()
     if not hasattr(LIBRARY, "fail_once"):
@@ -362,7 +362,7 @@ def main() -> int:
 
 
 def run_preloaded() -> int:
-    """Run this program again with the library that lets calls fail; return its exit code."""
+    """Run this program again with the library that makes calls fail; return its exit code."""
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder, "fail_once.so")
         subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", built, SOURCE, "-ldl"], check=True)

@@ -1,9 +1,9 @@
-"""Time and memory of ``diff`` and ``apply`` over the size of a checkpoint, beside ``cp -r``.
+"""Measures the time and memory of ``diff`` and ``apply`` by checkpoint size, beside ``cp -r``.
 
     python benchmarks/scaling.py [--gb 0.1 0.4 1.6 6.4 16]
 
-Each size is made, measured and removed before the next: the disk has to hold three times the largest.
-Up to a quarter of the machine's memory everything comes from the page cache, beyond it from the disk.
+The checkpoints of each size are removed before the next size: the disk must hold three times the largest.
+Up to a quarter of the machine's memory the files are read from the page cache, above it from the disk.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SIZES = (0.1, 0.4, 1.6, 6.4, 16.0)
 
 
 def measure(folder: Path, gigabytes: float, n_rounds: int) -> Iterator[dict[str, Any]]:
-    """Yield what each command takes at one size: median seconds, and peak memory."""
+    """Yield each command's median seconds and peak memory at one size."""
     base, target = make_pair(folder, round(gigabytes * 1e9))
     delta, out, spare = (folder / name for name in ("delta.sd", "out", "spare.sd"))
     warm(base, target)

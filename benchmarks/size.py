@@ -1,9 +1,9 @@
-"""Bytes per changed value on a real model: MiniLM in bf16, trained on real text.
+"""Measures the bytes per changed value on a real model: MiniLM in bf16, trained on real text.
 
     python benchmarks/size.py [--steps 20] [--sift-steps 60]
 
-Small steps: fp32 masters of all weights, AdamW at a small learning rate, a bf16 checkpoint after
-every step, as reinforcement learning sends them out. Sparse: ``sift_train.fit`` on the bf16 model.
+Small steps: AdamW at a small learning rate on fp32 masters of all weights, with a bf16 checkpoint
+after every step, as reinforcement learning publishes them. Sparse: ``sift_train.fit`` on the bf16 model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Speed of ``diff`` and ``apply`` on a sharded bf16 checkpoint, beside ``cp -r``.
+"""Measures the speed of ``diff`` and ``apply`` on a sharded bf16 checkpoint, beside ``cp -r``.
 
     python benchmarks/speed.py [--gb 2] [--rounds 5]
 
-The command line is what is measured: start-up, digests, writing and syncing are all in the times.
+The commands are measured as a whole: the times include start-up, digests, writing and syncing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def measure_diff(base: Path, target: Path, n_rounds: int) -> str:
-    """Return a table of what ``diff`` takes on all cores and on one."""
+    """Return a table of the time of ``diff`` on all cores and on one."""
     output = base.parent / "out.sd"
     command = diff_command(base, target, output)
     core = str(min(os.sched_getaffinity(0)))
@@ -66,13 +66,13 @@ def diff_cells(runs: Sequence[Run], gigabytes: float) -> list[str]:
 
 
 def measure_apply(base: Path, delta: Path, n_rounds: int, *, synced: bool) -> str:
-    """Return a table of what ``apply`` takes beside ``cp -r``, each writing a new folder.
+    """Return a table of the time of ``apply`` and of ``cp -r``, each writing a new folder.
 
     Args:
         base: a checkpoint.
-        delta: made from it.
-        n_rounds: counted rounds.
-        synced: show a ``cp -r`` followed by ``sync`` too: ``apply`` returns when its output is on disk.
+        delta: a delta of this base.
+        n_rounds: number of counted rounds.
+        synced: also measure ``cp -r`` followed by ``sync``, since ``apply`` syncs its output too.
     """
     out = base.parent / "out"
     names = [path.name for path in sorted(base.iterdir())]
@@ -123,7 +123,7 @@ def measure_speed(folder: Path, gigabytes: float, n_rounds: int) -> list[str]:
 
 
 def shared_memory_holds(n_bytes: float) -> bool:
-    """Return whether that much can be put in shared memory without driving other memory out."""
+    """Return whether shared memory has room for this many bytes without swapping."""
     if not SHARED_MEMORY.is_dir():
         return False
     available = int(first_value(Path("/proc/meminfo"), "MemAvailable").split()[0]) * 1024
@@ -135,7 +135,7 @@ def main() -> int:
     parser = options_for(__doc__, "speed.md")
     parser.add_argument("--gb", type=float, default=2.0, help="size of the base, in GB")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-shm", action="store_true", help="do not measure on /dev/shm too")
+    parser.add_argument("--no-shm", action="store_true", help="do not also measure on /dev/shm")
     options = parser.parse_args()
     sections = []
     with work_folder(options.work_dir, keep=options.keep) as work:

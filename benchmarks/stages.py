@@ -1,9 +1,10 @@
-"""What each stage of ``diff`` and ``apply`` costs on one core, beside what the machine can do at most.
+"""Measures each stage of ``diff`` and ``apply`` on one core, beside the machine's limits.
 
     taskset -c 0 python benchmarks/stages.py [--gb 1]
 
-Every stage runs alone over the same checkpoint, block by block as the tools do, its input in the page
-cache or in the processor's. CPU seconds for each GB of the base, the least of several rounds.
+Every stage runs alone over the same checkpoint, block by block as in ``diff`` and ``apply``. Its input is
+in the page cache or in the processor's cache. The table shows CPU seconds per GB of the base, the least
+of several rounds.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def least(work: Callable[[], object], n_rounds: int) -> float:
 def stages_of(
     base: Tensor, target: Tensor, out: Path
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield the stages that go over every byte, each as something to run."""
+    """Yield the stages that process every byte, each as a function to run."""
     n_blocks = base.spec.n_bytes // BLOCK_BYTES
     old, new = np.empty((2, BLOCK_BYTES // 2), np.uint16)
     base.read_into(old.view(np.uint8).data, 0)
@@ -83,7 +84,7 @@ def stages_of(
 def chunk_stages(
     base: Tensor, target: Tensor, level: Level, n_rounds: int
 ) -> Iterator[tuple[str, float, float]]:
-    """Yield name, CPU seconds, and millions of values a second of coding the first chunk's changes."""
+    """Yield name, CPU seconds and millions of values per second of coding the first chunk."""
     span = min(MAX_SPAN, base.spec.n_elements)
     old, new = np.empty((2, span), np.uint16)
     base.read_into(old.view(np.uint8).data, 0)

@@ -1,6 +1,6 @@
-"""Checkpoints to measure with: the tensors of a transformer, in bf16, sharded; and a changed copy.
+"""Writes a sharded bf16 checkpoint with a transformer's tensors, and a changed copy of it.
 
-Everything follows from the size asked for and a seed.
+The bytes depend only on the size and a seed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparsedelta.format.safetensors_header import HeaderEntry, render_header
 
 CHANGED = 0.01
 N_SHARDS = 4
-ULP_SUCCESS = 0.7  # of changes are by one ulp, 0.7 of the others by two, and so on: as in training
+ULP_SUCCESS = 0.7  # share of changes by one ulp; the same share of the others by two ulps, and so on, as in training
 _BLOCK_ELEMENTS = 1 << 20
 _BYTES = 2
 
@@ -31,8 +31,8 @@ def make_pair(folder: Path, n_bytes: int, changed: float = CHANGED) -> tuple[Pat
     """Write ``base`` and ``target`` of about ``n_bytes`` each below ``folder``, and return both.
 
     Args:
-        folder: made if it is not there.
-        n_bytes: size of each.
+        folder: created if missing.
+        n_bytes: size of each checkpoint.
         changed: share of the elements that differ.
     """
     base, target = folder / "base", folder / "target"
@@ -81,7 +81,7 @@ def _write_index(folder: Path, shards: list[list[Tensor]]) -> None:
 def write_tensors(
     old: BinaryIO, new: BinaryIO, tensors: list[Tensor], seed: int, changed: float = CHANGED
 ) -> None:
-    """Write two weight files of bf16 tensors: random ones, and those with a share changed by a few ulps."""
+    """Write two files of bf16 tensors: random values, and a copy with a share changed by some ulps."""
     rng = np.random.default_rng(seed)
     entries, end = [], 0
     for name, shape in tensors:

@@ -1,11 +1,11 @@
-"""Training side by side: SIFT, full fine-tuning, PEFT's LoRA and SHiRA; step cost and quality.
+"""Compares SIFT, full fine-tuning, and PEFT's LoRA and SHiRA: step cost and quality.
 
     python benchmarks/training.py --data trec.train.txt --test trec.test.txt
     python benchmarks/training.py --part cost
 
-A data file has one example a line: a label, a space, a text. Every single measurement is appended
-to a file of JSON lines; one that is there already is not made again, so a run can be continued.
-Cost is measured in a process of its own per method, on CUDA if there is one.
+A data file has one example per line: a label, a space, a text. Every measurement is appended to a file
+of JSON lines and is not repeated if it is already there, so an interrupted run can be continued. The
+cost of each method is measured in its own process, on CUDA if available.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from sift_train import RULES, SIFT, Rule
 
-RANK = 13  # of LoRA and SHiRA: 5.08 % of MiniLM's targets
+RANK = 13  # rank of LoRA and SHiRA: 5.08 % of MiniLM's target tensors
 RATES = (0.008, 0.05)
 SEEDS = (0, 1, 2)
 GRIDS = {
@@ -50,7 +50,7 @@ HEAD_LR = 5e-3
 BATCH = 32
 MAX_TOKENS = 24
 N_DEV = 200
-N_TEST = 1000  # held out of the data when there is no test file
+N_TEST = 1000  # examples held out of the data if there is no test file
 WARMUP = 0.06
 COST_METHODS = ("full", "lora", "shira", "sift")
 COST_MODELS = {"minilm": (8, 64), "decoder": (2, 64)}  # name: batch, tokens
@@ -59,7 +59,7 @@ MiniLM = Any
 
 
 class Classifier(nn.Module):
-    """Mean of the encoder's states, and a linear head."""
+    """A classifier: a linear head on the mean of the encoder's states."""
 
     def __init__(self, encoder: nn.Module, n_labels: int) -> None:
         super().__init__()
@@ -75,11 +75,11 @@ class Classifier(nn.Module):
 
 
 class Method:
-    """One way to train a model: which parameters, and what comes after them.
+    """One way to train a model: its trained parameters and its optimizer.
 
     Attributes:
-        trained: what the optimizer gets, the head apart.
-        sift: set for SIFT.
+        trained: parameters for the optimizer, without the head's.
+        sift: the SIFT, None for other methods.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Method:
 
     @property
     def n_trained(self) -> int:
-        """Components trained, the head apart."""
+        """Number of trained components, without the head's."""
         return sum(parameter.numel() for parameter in self.trained)
 
     def optimizer(self, lr: float) -> torch.optim.AdamW:
@@ -214,7 +214,7 @@ def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     return _status("RssAnon:")
 
 
@@ -254,7 +254,7 @@ def batches_of(tokenizer: Any, rows: Sequence[tuple[int, str]]) -> Iterator[tupl
 
 @torch.no_grad()
 def accuracy(model: nn.Module, tokenizer: Any, rows: Sequence[tuple[int, str]]) -> float:
-    """Return the share of right answers."""
+    """Return the share of correct answers."""
     model.eval()
     hits = 0
     for tokens, labels in batches_of(tokenizer, rows):
@@ -302,7 +302,7 @@ def train_once(
 
 
 def quality_methods() -> list[dict[str, Any]]:
-    """Return what is compared."""
+    """Return the settings of all methods to compare."""
     plain = {"selection": None, "rate": 0.0}
     return [
         *({"method": name, **plain} for name in ("full", "lora", "shira")),
@@ -319,7 +319,7 @@ def quality_methods() -> list[dict[str, Any]]:
 
 
 def run_quality(options: argparse.Namespace, record: Record) -> None:
-    """Make all quality measurements that are missing: the grid on one seed, its best on the others."""
+    """Do all missing quality measurements: the grid on one seed, its best on the other seeds."""
     examples = read_examples(options.data)
     random.Random(0).shuffle(examples)
     if options.test:
@@ -340,7 +340,7 @@ def run_quality(options: argparse.Namespace, record: Record) -> None:
             lambda: train_once(encoder, tokenizer, split, spec, options.epochs),
         )
 
-    # All methods at each rate before the next, so that a run cut short is a comparison.
+    # All methods at one rate before the next rate, so that an interrupted run can be compared.
     methods = quality_methods()
     found: list[dict[float, float]] = [{} for _ in methods]
     for at in (1, 0, 2):
@@ -356,7 +356,7 @@ def run_quality(options: argparse.Namespace, record: Record) -> None:
 
 
 class Record:
-    """Measurements by what was measured, kept as JSON lines."""
+    """Measurements by their settings (spec), kept in a file of JSON lines."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -364,7 +364,7 @@ class Record:
         self.rows = [json.loads(line) for line in lines]
 
     def get(self, spec: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the measurement of a spec, made now if it is missing."""
+        """Return the measurement of a spec; measure it now if it is missing."""
         for row in self.rows:
             if row["spec"] == spec:
                 return row["result"]  # type: ignore[no-any-return]
@@ -378,7 +378,7 @@ class Record:
 
 
 def run_cost(options: argparse.Namespace, record: Record) -> None:
-    """Make all cost measurements that are missing; the methods take turns."""
+    """Do all missing cost measurements, alternating between the methods."""
     for name in options.models:
         for number in range(options.rounds):
             for method in COST_METHODS:
@@ -478,7 +478,7 @@ def quality_table(measured: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure what is missing and write the tables."""
+    """Do the missing measurements and write the tables."""
     parser = options_for(__doc__, "training.md")
     parser.add_argument("--part", choices=["all", "cost", "quality", "table"], default="all")
     parser.add_argument("--record", type=Path, default=RESULTS / "training.jsonl")
@@ -511,18 +511,18 @@ def main() -> None:
     grids = "; ".join(f"{name}: {', '.join(f'{lr:g}' for lr in g)}" for name, g in GRIDS.items())
     quality = list(quality_sections(record))
     sections = [
-        "## Step cost\n\nforward, backward and AdamW, fp32, all linear layers of the blocks "
-        f"(full: all parameters), LoRA and SHiRA of rank {RANK}, SIFT as many components, chosen by "
-        "gradient in the first step; a process each. Peak: highest memory of the process over what "
-        "it held before the method was set up, and the weights; activations are in it. The choice "
-        "of components is in the peak, too. memory_report is without activations. Other work on "
-        "the machine moves the times from one process to the next: see the range.",
+        "## Step cost\n\nA step is forward, backward and AdamW in fp32. All linear layers of the blocks are "
+        f"trained (full: all parameters): LoRA and SHiRA with rank {RANK}, SIFT with as many "
+        "components, chosen by gradient in the first step. Each method runs in its own process. "
+        "Peak: the weights, plus the highest memory of the process minus its memory before the method "
+        "was set up; activations and the choice of components are included. memory_report does not "
+        "include activations. Other load on the machine changes the times: see the range.",
         cost_table(record),
-        f"## Quality\n\nMiniLM, mean of states and a linear head (trained densely by all at "
+        f"## Quality\n\nMiniLM, mean of states and a linear head (all methods train it densely at "
         f"{HEAD_LR:g}), batches of {BATCH}, linear schedule with {WARMUP:.0%} "
         f"warm-up, no weight decay, fp32. Learning rates ({grids}): the best on {N_DEV} held-out "
-        f"examples with seed {SEEDS[0]}, then run with the other seeds. Test: all of the test "
-        f"file, or {N_TEST:,} examples held out of the one file.",
+        f"examples with seed {SEEDS[0]} is run with the other seeds. Test: the whole test "
+        f"file, or {N_TEST:,} examples held out of the data file.",
         *quality,
     ][: None if quality else 2]
     write_result(options.result, "Training", sections, where=ROOT)

@@ -1,14 +1,13 @@
-"""Peak memory of training as the allocator counts it, beside what the planner says.
+"""Compares the peak memory of training, as the allocator counts it, with ``plan``.
 
     python benchmarks/training_memory.py --shape 350m
 
-A figure is the highest number of bytes that tensors held at one time: of torch's CUDA allocator, or
-of its CPU allocator as the profiler sees every allocation and release. It is exact, and does not
-depend on what else runs or on what a C library keeps for later.
+A figure is the highest number of bytes that tensors held at one time, from torch's CUDA allocator or
+from the profiler's record of all CPU allocations. It is exact and does not depend on other programs
+or on memory that a C library keeps.
 
-A planner knows no activations. What forward and backward take themselves is measured on the same
-model in plain torch, where every gradient is dropped as soon as it exists: its peak, less weights
-and the one gradient.
+``plan`` does not count activations. They are measured on the same model in plain torch, which drops
+every gradient as soon as it exists: its peak minus the weights and one gradient.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Llama: seven projections a layer, embeddings and head apart from each other."""
+    """The shape of a Llama: seven projections per layer; embeddings and head are not tied."""
 
     hidden: int
     intermediate: int
@@ -56,16 +55,16 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained, and on what.
+    """The settings of one training.
 
     Attributes:
-        shape: of the model.
-        dtype: of its weights.
-        device: a device of torch.
-        rate: of all seven projections.
-        length: tokens a sequence.
-        batch_size: sequences a step.
-        n_steps: optimizer steps, the one that chooses included.
+        shape: shape of the model.
+        dtype: dtype of the weights.
+        device: device of torch.
+        rate: share of all seven projections to train.
+        length: tokens per sequence.
+        batch_size: sequences per step.
+        n_steps: optimizer steps, including the one that chooses the components.
         checkpointing: recompute activations layer by layer.
     """
 
@@ -80,18 +79,18 @@ class Setting:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens a step."""
+        """Tokens per step."""
         return self.batch_size * self.length
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training took.
+    """The cost of one training.
 
     Attributes:
-        n_trained: components trained.
-        peak_bytes: the highest over all steps.
-        step_seconds: of the fastest step but the first; under the profiler on a CPU.
+        n_trained: number of trained components.
+        peak_bytes: highest memory over all steps.
+        step_seconds: time of the fastest step, the first excluded; on a CPU the profiler is running.
     """
 
     n_trained: int
@@ -101,13 +100,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A measured peak of SIFT and what the planner and the target say of it.
+    """A measured peak of SIFT, with the planned and the target figures.
 
     Attributes:
-        report: what ``plan`` said, before the model was there.
-        measured_bytes: the peak.
-        activation_bytes: what forward and backward take themselves.
-        host_bytes: originals, where the device trained on is the host, else 0.
+        report: the result of ``plan``, made before the model.
+        measured_bytes: the measured peak.
+        activation_bytes: memory of forward and backward passes without weights and gradient.
+        host_bytes: size of the originals if the model is trained on the CPU, else 0.
         step_seconds: as for ``Trained``.
     """
 
@@ -119,24 +118,24 @@ class Comparison:
 
     @property
     def expected_bytes(self) -> int:
-        """What the planner says, with the activations that it cannot know."""
+        """The planned peak plus the activations, which ``plan`` does not count."""
         return self.report.peak_bytes + self.activation_bytes + self.host_bytes
 
     @property
     def deviation(self) -> float:
-        """Measured over expected, less one."""
+        """Measured divided by expected bytes, minus one."""
         return self.measured_bytes / self.expected_bytes - 1.0
 
     @property
     def target_bytes(self) -> int:
-        """Weights, largest gradient and 20 bytes a trained component, 5 % more, and activations."""
+        """1.05 × (weights, one gradient, 20 bytes per trained component), plus activations."""
         report = self.report
         lean = report.weight_bytes + report.largest_gradient_bytes + 20 * report.n_trained
         return int((1 + TOLERANCE) * lean) + self.activation_bytes + self.host_bytes
 
     @property
     def holds(self) -> bool:
-        """Whether the planner is within 5 % and the peak within the target."""
+        """Whether the plan is within 5 % of the peak, and the peak within the target."""
         return abs(self.deviation) <= TOLERANCE and self.measured_bytes <= self.target_bytes
 
 
@@ -159,7 +158,7 @@ def config_of(shape: Shape) -> Any:
 
 
 def make_model(setting: Setting) -> nn.Module:
-    """Return a model of random weights, made on the device in the dtype."""
+    """Return a model of random weights, created on the device in the dtype."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -172,7 +171,7 @@ def make_model(setting: Setting) -> nn.Module:
 
 
 def make_batches(setting: Setting) -> list[dict[str, Tensor]]:
-    """Return one batch of random tokens a step."""
+    """Return one batch of random tokens per step."""
     generator = torch.Generator().manual_seed(1)
     shape = (setting.n_steps, setting.batch_size, setting.length)
     tokens = torch.randint(0, setting.shape.vocabulary, shape, generator=generator)
@@ -180,7 +179,7 @@ def make_batches(setting: Setting) -> list[dict[str, Tensor]]:
 
 
 def compare(setting: Setting) -> Comparison:
-    """Return a SIFT training's peak beside what was planned for it."""
+    """Return the measured peak of a SIFT training with its plan."""
     report = plan(
         config_of(setting.shape), setting.rate, sparse_module=PROJECTIONS, dtype=setting.dtype
     )
@@ -196,7 +195,7 @@ def compare(setting: Setting) -> Comparison:
 
 
 def train_plainly(setting: Setting) -> tuple[int, float]:
-    """Run forward and backward only, each gradient dropped; return components and seconds a step."""
+    """Run only forward and backward, dropping gradients; return components and seconds per step."""
     model = make_model(setting)
     trained = _projections(model)
     for parameter in trained:
@@ -207,7 +206,7 @@ def train_plainly(setting: Setting) -> tuple[int, float]:
 
 
 def train_sift(setting: Setting) -> tuple[int, float]:
-    """Train by SIFT; return how many components, and the seconds a step."""
+    """Train by SIFT; return the number of trained components and the seconds per step."""
     model = make_model(setting)
     with SIFT(model, setting.rate, PROJECTIONS) as sift:
         optimizer = lean_adamw(sift.parameters_in_optimizer(), setting)
@@ -216,7 +215,7 @@ def train_sift(setting: Setting) -> tuple[int, float]:
 
 
 def lean_adamw(parameters: list[nn.Parameter], setting: Setting) -> torch.optim.Optimizer:
-    """Return an AdamW that makes no copies of everything at once, as torch's default on CUDA does."""
+    """Return an AdamW that does not copy all parameters at once, as torch's default does on CUDA."""
     fused = setting.device != "cpu"
     return torch.optim.AdamW(parameters, lr=1e-4, fused=fused, foreach=None if fused else False)
 
@@ -228,7 +227,7 @@ def step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def run_steps(setting: Setting, model: nn.Module, after: Callable[[], None]) -> float:
-    """Train on every batch inside the window; return the seconds of the fastest step but the first.
+    """Train on every batch inside the window; return the fastest step's seconds, the first excluded.
 
     Raises:
         ValueError: a loss is not finite.
@@ -243,14 +242,14 @@ def run_steps(setting: Setting, model: nn.Module, after: Callable[[], None]) -> 
             loss.backward()
             del loss
             after()
-            if not bool(value.isfinite()):  # waits for the device, too
+            if not bool(value.isfinite()):  # also waits for the device
                 raise ValueError(f"the loss is {float(value)}")
             seconds.append(time.perf_counter() - start)
     return min(seconds[1:] or seconds)
 
 
 def measure(train: Callable[[], tuple[int, float]], device: str) -> Trained:
-    """Return what a training took; everything it makes is gone afterwards."""
+    """Return the cost of a training; all its tensors are freed afterwards."""
     peaks: list[int] = []
     with _cpu_peak(peaks) if device == "cpu" else _cuda_peak(peaks):
         n_trained, seconds = train()
@@ -270,7 +269,7 @@ def _cuda_peak(peaks: list[int]) -> Iterator[None]:
 
 @contextmanager
 def _cpu_peak(peaks: list[int]) -> Iterator[None]:
-    """Append the highest total within the window; what was allocated before is not counted."""
+    """Append the highest total within the window, without earlier allocations."""
     with (
         tempfile.TemporaryDirectory() as folder,
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen,
@@ -354,17 +353,17 @@ def main() -> None:
             all_hold = all_hold and found.holds
             print(" | ".join(rows[-1]), flush=True)
     text = (
-        f"A Llama of the shape {options.shape}, random weights, {options.length} tokens a step, "
-        "activation checkpointing, all seven projections, AdamW. MiB. *Expected*: the planner's "
-        "figure with activations and, on a CPU, the originals, which lie on the host. *Of the "
-        "target*: measured over weights, one gradient and 20 bytes a trained component, 5 % more, "
-        "and the same activations and originals."
+        f"A Llama of the shape {options.shape}, random weights, {options.length} tokens per step, "
+        "activation checkpointing, all seven projections, AdamW. All sizes are in MiB. *Expected*: "
+        "the figure of `plan`, plus activations and, on a CPU, the originals, which are in host memory. "
+        "*Of the target*: measured / target. The target is 1.05 × (weights, one gradient and 20 bytes "
+        "per trained component), plus the same activations and originals."
     )
     write_result(
         options.result, "Memory of training", [text, table(COLUMNS, rows)], where=Path.cwd()
     )
     if not all_hold:
-        raise SystemExit("a peak is beyond 5 % of the plan, or beyond the target")
+        raise SystemExit("a peak differs from the plan by more than 5 %, or exceeds the target")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What each way to save time or memory in instruction tuning does, switched on by itself.
+"""Measures each option that saves time or memory in instruction tuning, one at a time.
 
-Runs ``examples/instruct.py`` on a Llama of random weights and made-up instructions, whose lengths
-are spread as Alpaca's are, each way in a process of its own.
+Runs ``examples/instruct.py`` on a Llama of random weights and on synthetic instructions, whose
+lengths are distributed as Alpaca's. Each option runs in its own process.
 
     OMP_NUM_THREADS=1 python benchmarks/training_speed.py
 """
@@ -101,7 +101,7 @@ def rows_of(found: dict[str, dict[str, Any]]) -> list[list[str]]:
     rows = []
     plain = found["plain"]["cpu_seconds_per_step"]
     for name, run in found.items():
-        learnt = 4 * run["learnt_tokens"] / run["rows"]  # of a step, on average
+        learnt = 4 * run["learnt_tokens"] / run["rows"]  # average seconds per step
         more = (run["peak_bytes"] - run["loaded_bytes"]) / MIB
         cells = [run["cpu_seconds_per_step"], run["cpu_seconds_per_step"] / plain]
         speed = learnt / run["cpu_seconds_per_step"]
@@ -111,7 +111,7 @@ def rows_of(found: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 
 def main() -> None:
-    """Measure every way, write the table."""
+    """Measure every option and write the table."""
     parser = options_for(__doc__, "training_speed.md")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -132,9 +132,9 @@ def main() -> None:
         text = (
             f"Llama shape, {options.layers} layers of width {options.width}, {N_WORDS:,} tokens, fp32, rate "
             f"0.05; steps of 4 rows of up to {MAX_TOKENS} tokens, {options.steps} steps; "
-            f"{os.environ.get('OMP_NUM_THREADS', 'all')} thread(s). CPU seconds are medians over steps; "
-            "memory is the process's peak during training over that with the model loaded; the loss is "
-            "the last step's."
+            f"{os.environ.get('OMP_NUM_THREADS', 'all')} thread(s). CPU seconds are medians over steps. "
+            "Memory is the process's peak during training minus its memory with the loaded model. The "
+            "loss is the last step's."
         )
         write_result(
             options.result, "Instruction tuning, faster", [text, table(columns, rows_of(found))],

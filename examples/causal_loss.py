@@ -1,6 +1,6 @@
-"""The loss of a causal language model, and what makes it and its layers faster and smaller.
+"""The loss of a causal language model, with options that save time and memory.
 
-Whatever is switched on, the loss is the same: what a model cannot do is found out and refused.
+All options give the same loss. If a model does not support an option, a check raises an error.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from instructions import IGNORED
 from torch import Tensor, nn
 
 LOSSES = ("plain", "chunked")
-N_PROBED = 16  # tokens of each example that a model is tried with
-CHUNK = 256  # tokens; torch's own choice is a few for small batches, which takes ten times as long
+N_PROBED = 16  # tokens of each example with which a model is checked
+CHUNK = 256  # tokens; torch's own choice for small batches is a few, which is ten times slower
 
 
 def plain_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the summed loss of all labels, divided by ``n_learnt``; logits are held at once."""
+    """Return the summed loss of all labels, divided by ``n_learnt``; all logits exist at once."""
     inputs, targets = _split_batch(batch)
     logits = model(**inputs, use_cache=False).logits[:, :-1]
     flat = logits.float().flatten(0, 1)
@@ -27,7 +27,7 @@ def plain_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def chunked_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the same, with logits of labelled tokens only, some at a time (torch 2.13 or newer)."""
+    """Return the same loss, computing logits in chunks and only for labelled tokens; needs torch 2.13."""
     inputs, targets = _split_batch(batch)
     states = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     is_learnt = targets != IGNORED
@@ -49,10 +49,10 @@ def chunked_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def check_chunked(model: Any) -> None:
-    """Find out whether the model's logits are its last states times its output embeddings.
+    """Check that the model's logits are its last states times its output embeddings.
 
     Raises:
-        ValueError: they are not, or torch is too old.
+        ValueError: the logits are computed otherwise, or torch is too old.
     """
     if not hasattr(nn, "LinearCrossEntropyOptions"):
         raise ValueError(
@@ -67,7 +67,7 @@ def check_chunked(model: Any) -> None:
             found = torch.full_like(logits, torch.inf)
         else:
             found = head(states.last_hidden_state).float()
-    # A cap on logits shows only in large ones, which a model may not have here.
+    # A cap on logits changes only large ones, which may not occur here.
     is_capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     differs = found.shape != logits.shape or (
         (found - logits).abs().max() > 0.01 * logits.abs().max()
@@ -80,17 +80,17 @@ def check_chunked(model: Any) -> None:
 
 
 def check_packing(model: Any, *, is_flat: bool) -> None:
-    """Find out whether examples in one row do not see each other.
+    """Check that examples in one row do not attend to each other.
 
-    The first of two examples is changed: the second's logits may change by no more than a tenth of
-    what they change by where the two are one text.
+    The first of two examples is changed. The second's logits may change by at most a tenth of the
+    change that they have if both examples are one text.
 
     Args:
-        model: to be trained with packed rows.
-        is_flat: rows come one at a time.
+        model: the model to train with packed rows.
+        is_flat: whether the model gets one row at a time.
 
     Raises:
-        ValueError: they do.
+        ValueError: they attend to each other.
     """
     ids = _probe(model, 1 if is_flat else 2)
     changed = ids.clone()
@@ -105,25 +105,25 @@ def check_packing(model: Any, *, is_flat: bool) -> None:
                     model(input_ids=x, position_ids=positions, use_cache=False).logits[:, N_PROBED:]
                     for x in (ids, changed)
                 )
-            except TypeError:  # it takes no positions
+            except TypeError:  # the model accepts no position ids
                 moved.append(torch.tensor(1.0))
             else:
                 moved.append((left - right).float().abs().max())
     if not moved[0] < 0.1 * moved[1]:
         raise ValueError(
-            f"packed examples would see each other in {type(model).__name__} with "
+            f"packed examples would attend to each other in {type(model).__name__} with "
             f"{model.config._attn_implementation} attention; leave packing off"
         )
 
 
 def compile_layers(model: nn.Module) -> int:
-    """Compile each layer by itself when it first runs; return how many.
+    """Make each layer compile separately at its first run; return the number of layers.
 
-    One by one, since a compiled whole model keeps all dense gradients until its end. The state dict
-    keeps its names.
+    A compiled whole model would keep all dense gradients until the end of the backward pass. The
+    names in the state dict do not change.
 
     Raises:
-        ValueError: the model has no layers that transformers knows, or nothing can be compiled here.
+        ValueError: the model has no layers that transformers marks, or no compiler is installed.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -157,7 +157,7 @@ def _split_batch(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor
 
 
 def _probe(model: Any, n_rows: int) -> Tensor:
-    """Return tokens of two examples a row, drawn without touching the global generator."""
+    """Return random tokens, two examples per row, without using the global random generator."""
     n_tokens = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, n_tokens, (n_rows, 2 * N_PROBED), generator=generator)

@@ -1,8 +1,8 @@
-"""From a pretrained model to a small delta and back, on real weights and real text.
+"""Fine-tunes a real model, writes the delta, and rebuilds the trained model from it.
 
-Fine-tunes all-MiniLM-L6-v2 to find the standard-library function that a docstring describes, writes
-what changed as a delta, applies it with the command line, proves that the result is the trained
-checkpoint byte for byte, and measures the quality from that result.
+all-MiniLM-L6-v2 learns to find the standard-library function that a docstring describes. The delta is
+applied with the command line. The demo checks that the result equals the trained checkpoint byte for
+byte, and measures the quality of the result.
 
     python examples/demo.py [--work-dir .demo] [--steps 150]
 """
@@ -24,7 +24,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is on this machine
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all files are local
 
 import torch
 import transformers
@@ -38,7 +38,7 @@ SEED = 0
 N_HELD_OUT = 500
 PAIRS_PER_STEP = 48
 MAX_TOKENS = {"doc": 24, "source": 32}
-SCALE = 20.0  # of cosine similarities, as the base was trained
+SCALE = 20.0  # scale of cosine similarities, as in the training of the base
 LAYERS = ["attention.self", "attention.output.dense", "intermediate.dense", "output.dense"]
 
 Pair = tuple[str, str]
@@ -55,7 +55,7 @@ def collect_pairs() -> list[Pair]:
         if not {"site-packages", "test", "tests", "idlelib", "lib2to3"}.isdisjoint(parts):
             continue
         for doc, source in functions_in(path):
-            # Copies of a function, here and there in the library, must not end up on both sides.
+            # Copies of a function must not be in both training and test data.
             if doc not in docs and source not in sources:
                 pairs.append((doc, source))
             docs.add(doc)
@@ -80,11 +80,11 @@ def functions_in(path: Path) -> Iterator[Pair]:
                 found.append((" ".join(doc.split("\n\n")[0].split()), node))
     for doc, node in found:
         if len(doc.split()) >= 4:
-            yield doc, ast.unparse(node)  # drops comments
+            yield doc, ast.unparse(node)  # removes comments
 
 
 def recall_at_1(encoder: SentenceTransformer, pairs: list[Pair]) -> float:
-    """Return the share of docstrings whose nearest source of all is their own."""
+    """Return the share of docstrings whose nearest source is their own."""
     docs, sources = (
         encoder.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
         for texts in zip(*pairs, strict=True)
@@ -113,7 +113,7 @@ def make_batches(encoder: SentenceTransformer, pairs: list[Pair]) -> list[dict[s
 
 
 def contrastive_loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """Return the loss of telling each docstring's source from all others in the batch."""
+    """Return the loss of finding each docstring's source among all sources in the batch."""
     docs, sources = (embed(model, batch[side]) for side in ("doc", "source"))
     scores = SCALE * docs @ sources.T
     own = torch.arange(len(scores), device=scores.device)
@@ -129,14 +129,14 @@ def embed(model: torch.nn.Module, tokens: Any) -> torch.Tensor:
 
 
 def load_encoder(path: Path) -> SentenceTransformer:
-    """Return the model of a folder, cutting texts where the training does."""
+    """Return the model in a folder; it truncates texts at the same length as the training."""
     encoder = SentenceTransformer(str(path), device="cpu")
     encoder.max_seq_length = MAX_TOKENS["source"]
     return encoder
 
 
 def run_command(*arguments: str | Path) -> float:
-    """Show and run a sparsedelta command, or end the demo; return the seconds it took."""
+    """Print and run a sparsedelta command; return its seconds, or exit if it fails."""
     shown = [a.relative_to(Path.cwd()) if isinstance(a, Path) else a for a in arguments]
     print("\n$ sparsedelta", *shown, flush=True)
     start = time.perf_counter()
@@ -147,7 +147,7 @@ def run_command(*arguments: str | Path) -> float:
 
 
 def differing_files(left: Path, right: Path) -> list[str]:
-    """Return the files that are in one folder only or differ in any byte."""
+    """Return the files that only one folder has, or that differ."""
     names = {
         str(path.relative_to(folder))
         for folder in (left, right)
@@ -171,7 +171,7 @@ def show_step(report: sift_train.StepReport) -> None:
 
 
 def main() -> int:
-    """Run the demo; return 0 if everything it claims was found true."""
+    """Run the demo; return 0 if all checks succeed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work-dir", type=Path, default=ROOT / ".demo", help="made afresh")
     parser.add_argument("--steps", type=int, default=70)

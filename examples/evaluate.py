@@ -1,9 +1,9 @@
-"""A base beside its deltas, on tasks of the lm-evaluation-harness; no tuned model is written.
+"""Scores a base and its deltas on tasks of the lm-evaluation-harness, side by side.
 
     python examples/evaluate.py --base org/model --delta tuned.sd --tasks mmlu --shots 5
     python examples/evaluate.py --base base/ --delta tuned.sd --mmlu-csv folder/ --shots 5
 
-Deltas are applied to the one model in memory and taken back, one after the other.
+The deltas are applied to one model in memory and reverted, one after the other. No tuned model is written.
 """
 
 from __future__ import annotations
@@ -26,41 +26,48 @@ import sparsedelta
 from sparsedelta.errors import FormatError, MismatchError, StructureMismatch
 
 BASE = "base"
-INDEX_BYTES = 8  # of a touched element in memory, beside its value before and after
+INDEX_BYTES = 8  # bytes of a touched element's position in memory
 MIB, GIB = 1 << 20, 1 << 30
 
 Scores = Mapping[str, Any]
 
 
 def options_of() -> argparse.Namespace:
-    """Return what the command line asks for."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], add_help=False)
     parser.add_argument("--base", help="folder of the base, or its id on the Hub")
     parser.add_argument("--delta", type=Path, nargs="+", default=[], help=".sd files")
     what = parser.add_argument_group("tasks")
     what.add_argument(
-        "--tasks", nargs="+", default=[], help="of the harness: mmlu, humaneval, glue, sst2, ..."
+        "--tasks",
+        nargs="+",
+        default=[],
+        help="names of tasks of the harness: mmlu, humaneval, glue, sst2, ...",
     )
-    what.add_argument("--tasks-dir", type=Path, help="folder of tasks of your own, as YAML")
+    what.add_argument("--tasks-dir", type=Path, help="folder with your own tasks, as YAML")
     what.add_argument(
         "--mmlu-csv", type=Path, help="folder of <subject>_test.csv and <subject>_dev.csv"
     )
-    what.add_argument("--shots", type=int, help="worked examples; default: the task's own, or 0")
-    what.add_argument("--limit", type=int, help="questions of each task, for a quick look")
-    what.add_argument("--chat", action="store_true", help="ask through the chat template")
     what.add_argument(
-        "--run-generated-code", action="store_true", help="let humaneval run what a model writes"
+        "--shots", type=int, help="number of worked examples; default: the task's, or 0"
+    )
+    what.add_argument("--limit", type=int, help="use only this many questions of each task")
+    what.add_argument("--chat", action="store_true", help="format questions with the chat template")
+    what.add_argument(
+        "--run-generated-code",
+        action="store_true",
+        help="allow humaneval to run code that a model writes",
     )
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--json", type=Path, help="write all scores here")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    parser.add_argument("--json", type=Path, help="file for all scores, as JSON")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parse(parser, plan)
 
 
 def plan(options: argparse.Namespace) -> str:
-    """Return the memory plan: the base's weights, by its config, and the largest delta."""
+    """Return the memory plan: the base's weights, from its config, and the largest delta."""
     if options.base is None:
-        return "The memory plan: name a base with --base, whose config alone is read."
+        return "For the memory plan, give --base; only its config is read."
     empty = empty_causal(options.base)
     weights = sum(t.numel() * t.element_size() for t in {*empty.parameters(), *empty.buffers()})
     found = {"weights": weights}
@@ -73,7 +80,7 @@ def plan(options: argparse.Namespace) -> str:
 
 
 def decoded_bytes(path: Path) -> int:
-    """Return what a delta takes in memory while it is applied."""
+    """Return the bytes that a delta needs in memory while it is applied."""
     with sparsedelta.load(path) as delta:
         return sum(row.nnz * (INDEX_BYTES + 2 * row.target.dtype.width) for row in delta.tensors)
 
@@ -100,16 +107,16 @@ def main() -> None:
                 found[name] = scores
                 if options.json:
                     options.json.write_text(json.dumps(found, indent=1, default=str), "utf-8")
-        finally:  # what has been measured is shown even if a later delta fails
+        finally:  # the scores so far are shown even if a later delta fails
             if found:
                 print(side_by_side(found), flush=True)
 
 
 def check(options: argparse.Namespace) -> None:
-    """Find out what is missing.
+    """Check the options.
 
     Raises:
-        ValueError: something is.
+        ValueError: an option is missing, or two columns would have the same name.
     """
     if options.base is None:
         raise ValueError("--base is missing; see --help")
@@ -123,10 +130,10 @@ def check(options: argparse.Namespace) -> None:
 
 
 def find_tasks(options: argparse.Namespace, work: Path) -> tuple[list[str], Any]:
-    """Return the names of all tasks, and what the harness finds them by.
+    """Return the names of all tasks, and the harness's task manager.
 
     Raises:
-        ValueError: there is no such task, or it runs what a model writes and may not.
+        ValueError: a task does not exist, or it runs generated code and that is not allowed.
     """
     from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
 
@@ -146,20 +153,20 @@ def find_tasks(options: argparse.Namespace, work: Path) -> tuple[list[str], Any]
     for name in names:
         if name not in manager.all_tasks:
             raise ValueError(
-                f"the harness has no task {name!r}; `lm-eval ls tasks` lists what it has, and "
-                "--tasks-dir adds tasks of your own"
+                f"the harness has no task {name!r}; `lm-eval ls tasks` lists its tasks, and "
+                "--tasks-dir adds your own tasks"
             )
     return names, manager
 
 
 def check_deltas(model: Any, folder: Path, deltas: Sequence[Path], *, base: str) -> list[Path]:
-    """Return those deltas that change more than values in place; every one is the base's.
+    """Return the deltas that change more than values; check that all are deltas of the base.
 
     Args:
-        model: the base in memory, left as it is.
-        folder: of the base.
-        deltas: to be evaluated.
-        base: what the base is called.
+        model: the base in memory; it is not changed.
+        folder: folder of the base.
+        deltas: the deltas to evaluate.
+        base: name of the base for messages.
 
     Raises:
         ValueError: a delta is of another base, or damaged.
@@ -184,16 +191,16 @@ def check_deltas(model: Any, folder: Path, deltas: Sequence[Path], *, base: str)
 def measure_all(
     folder: Path, deltas: Sequence[Path], measure: Callable[[Any], Scores], *, base: str
 ) -> Iterator[tuple[str, Scores]]:
-    """Yield what is measured of the base and of the target of each delta, with its name.
+    """Yield the name and the scores of the base and of each delta's target.
 
-    All deltas are checked before anything is measured. One that changes more than values in place,
-    such as a grown vocabulary, comes last, as a model of its own made of the base's files.
+    All deltas are checked first. A delta that changes more than values, such as the size of the
+    vocabulary, is measured last, as a separate model built from the base's files.
 
     Args:
-        folder: of the base.
-        deltas: of the base.
-        measure: returns the scores of a model.
-        base: what the base is called.
+        folder: folder of the base.
+        deltas: deltas of the base.
+        measure: a function that returns the scores of a model.
+        base: name of the base.
 
     Raises:
         ValueError: a delta is of another base, or damaged.
@@ -207,7 +214,7 @@ def measure_all(
         with sparsedelta.load(path) as delta, delta.applied(model):
             scores = measure(model)
         yield path.stem, scores
-    del model  # before another is loaded
+    del model  # free the model before another is loaded
     for path in apart:
         other = sparsedelta.load_model(path, base=folder)
         yield path.stem, measure(other.to(device).eval())
@@ -220,7 +227,7 @@ def measure(
     from lm_eval import evaluator, simple_evaluate  # type: ignore[import-untyped]
     from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped]
 
-    # The harness asks git for the commit of whatever folder it runs in, and git complains outside one.
+    # The harness runs git in the current folder; outside a repository git prints an error.
     evaluator.get_git_commit_hash = lambda: None
     auto: Any = transformers.AutoTokenizer
     wrapped: Any = HFLM(
@@ -245,7 +252,7 @@ def measure(
 
 
 def side_by_side(found: Mapping[str, Scores]) -> str:
-    """Return a table of all scores: the base's, each delta's, and how far they are from the base's."""
+    """Return a table of the scores of the base and of each delta, and the differences."""
     tuned = [name for name in found if name != BASE]
     columns = ["task", "n", "score", BASE]
     for name in tuned:

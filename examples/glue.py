@@ -1,10 +1,11 @@
-"""Sequence classification and regression: GLUE's tasks, or texts and labels of your own.
+"""Trains sequence classification and regression on GLUE's tasks, or on your own texts.
 
     python examples/glue.py --task rte --output delta.sd
     python examples/glue.py --data train.csv --test test.csv --model base/ --method full lora shira sift
 
-Without other settings a GLUE task is trained as the paper's authors did (RoBERTa-large, SIFT at
-rate 0.008). Several methods train equally many components, the head apart, and end in one table.
+By default a GLUE task is trained with the settings of the paper's authors (RoBERTa-large, SIFT at
+rate 0.008). Several methods train equal numbers of components, without the head, and are compared in one
+table.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ from sift_train.loading import checkpoint_dtype
 
 PAPER_MODEL = "FacebookAI/roberta-large"
 LAYERS = ["query", "key", "value", "attention.output.dense"]
-# SIFT's is the task's. What LoRA's paper uses for RoBERTa-large is 2e-4 to 4e-4, what RoBERTa's uses
-# 1e-5 to 3e-5. SHiRA trains single components, as SIFT does.
+# SIFT uses the task's learning rate. LoRA's paper uses 2e-4 to 4e-4 for RoBERTa-large, RoBERTa's paper
+# 1e-5 to 3e-5. SHiRA trains single components, as SIFT does, and uses its rate.
 RATES = {"full": 2e-5, "lora": 3e-4}
 
 
@@ -76,49 +77,67 @@ def options_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     data = parser.add_argument_group("data").add_argument
     data("--task", choices=TASKS, metavar="NAME", help=f"of GLUE: {', '.join(TASKS)}")
-    data("--data-dir", type=Path, help="a local copy of GLUE, a folder for each task")
+    data("--data-dir", type=Path, help="a local copy of GLUE with a folder for each task")
     data("--data", type=Path, help=".csv, .jsonl, or a label, a space and a text on each line")
-    data("--dev", type=Path, help="to choose the step by; a tenth of --data if left out")
-    data("--test", type=Path, help="scored in the end")
-    data("--text", nargs="+", default=[], metavar="COLUMN", help="of the text, or of two")
+    data("--dev", type=Path, help="file that chooses the best step; default: a tenth of --data")
+    data("--test", type=Path, help="file that is scored at the end")
+    data(
+        "--text", nargs="+", default=[], metavar="COLUMN", help="column of the text, or two columns"
+    )
     data("--label", default="label", metavar="COLUMN", help="of the label")
-    data("--regression", action="store_true", help="labels are numbers to be predicted")
+    data("--regression", action="store_true", help="the labels are numbers to predict")
     data("--encoding", default="utf-8", help="of the files")
-    data("--n-train", type=count, metavar="N", help="train on N examples only")
+    data("--n-train", type=count, metavar="N", help="train on only N examples")
     data("--score", nargs="+", default=[], choices=SCORES, help="the task's own if left out")
-    data("--max-length", type=count, default=512, help="tokens of a text or pair")
+    data("--max-length", type=count, default=512, help="maximum tokens of a text or pair")
     method = parser.add_argument_group("method").add_argument
-    method("--model", default=PAPER_MODEL, help="a folder, or a model of the Hub")
+    method("--model", default=PAPER_MODEL, help="a folder or a Hub id")
     method("--method", nargs="+", default=["sift"], choices=METHODS, help="one or several")
     method("--rate", type=share, default=0.008, help="share of each layer that SIFT trains")
-    method("--rank", type=count, help="of LoRA and SHiRA; without it the one nearest to the rate")
+    method(
+        "--rank", type=count, help="rank of LoRA and SHiRA; default: the one nearest to the rate"
+    )
     method("--selection", default="gradient", choices=RULES, help="how SIFT chooses")
     method("--selection-batches", type=count, default=4, help="whose gradients choose")
     method("--layers", nargs="+", default=LAYERS, metavar="FRAGMENT", help="linear layers to train")
     method("--dense", nargs="+", default=["classifier"], metavar="MODULE", help="trained densely")
     training = parser.add_argument_group("training").add_argument
-    training("--lr", nargs="+", default=[], metavar="LR", help="1e-4, or by method: sift=1e-4 …")
-    training("--dense-lr", type=float, help="of what is trained densely; the same if left out")
-    training("--epochs", type=count, help="passes; the task's if left out, 10 for files")
-    training("--max-steps", type=count, help="optimizer steps in place of passes")
+    training(
+        "--lr",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="LR",
+        help="1e-4, or by method: sift=1e-4 …",
+    )
+    training(
+        "--dense-lr", type=float, help="learning rate of densely trained parameters; default: --lr"
+    )
+    training("--epochs", type=count, help="passes; default: the task's, 10 for files")
+    training("--max-steps", type=count, help="optimizer steps, instead of passes")
     training("--batch", type=count, default=32, help="examples a step")
-    training("--accumulation", type=count, default=1, help="parts a batch is computed in")
+    training("--accumulation", type=count, default=1, help="micro-batches per batch")
     training("--warmup", type=share, default=0.06, help="share of steps")
     training("--weight-decay", type=float, default=0.1)
-    training("--eval-every", type=count, metavar="STEPS", help="once a pass if left out")
-    training("--seeds", type=int, nargs="+", default=[42], help="a run for each")
+    training(
+        "--eval-every",
+        type=count,
+        metavar="STEPS",
+        help="steps between evaluations; default: one pass",
+    )
+    training("--seeds", type=int, nargs="+", default=[42], help="seeds; one run for each")
     training("--bf16", action="store_true", help="compute in bfloat16")
     training("--checkpointing", action="store_true", help="recompute activations")
-    add("--output", type=Path, help="the delta, of the best seed; NAME-method.sd for several")
+    add("--output", type=Path, help="delta of the best seed; NAME-method.sd for several methods")
     add("--overwrite", action="store_true", help="replace it")
-    add("--json", type=Path, help="write everything found here")
-    add("--debug", action="store_true", help="show where an error comes from")
+    add("--json", type=Path, help="file for all results")
+    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def plan(options: argparse.Namespace, n_labels: int = 2) -> str:
-    """Return what the chosen methods would keep in memory; reads the model's config only."""
-    if options.model == PAPER_MODEL:  # its shape is known: no need to ask the Hub
+    """Return the memory plan of the chosen methods; only the model's config is read."""
+    if options.model == PAPER_MODEL:  # the shape is known without a request to the Hub
         config: Any = RobertaConfig(
             vocab_size=50265, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
             intermediate_size=4096, max_position_embeddings=514, type_vocab_size=1,
@@ -132,7 +151,7 @@ def plan(options: argparse.Namespace, n_labels: int = 2) -> str:
 
 
 def choice_of(options: argparse.Namespace, seed: int = 0) -> Choice:
-    """Return what is to be trained."""
+    """Return the choice of parameters to train."""
     return Choice(
         targets=options.layers,
         dense=options.dense,
@@ -144,13 +163,13 @@ def choice_of(options: argparse.Namespace, seed: int = 0) -> Choice:
 
 
 def load_data(options: argparse.Namespace) -> Data:
-    """Return what the command line names.
+    """Return the data that the command line names.
 
     Raises:
-        ValueError: it names a task and files, or neither.
+        ValueError: it names both a task and files, or neither.
     """
     if (options.task is None) == (options.data is None):
-        raise ValueError("give either --task, one of GLUE's, or --data, a file of your own")
+        raise ValueError("give either --task, a GLUE task, or --data, your own file")
     if options.task:
         data = load_task(options.task, options.data_dir)
     else:
@@ -238,7 +257,7 @@ def arguments_of(
 def train_once(
     options: argparse.Namespace, data: Data, method: str, seed: int, *, lr: float, folder: Path
 ) -> tuple[dict[str, Any], Any]:
-    """Train one model; return what was found, and the model at its best step, plain again."""
+    """Train one model; return its results, and the model at its best step without adapters or hooks."""
     ready = prepare(options, data, folder)
     with tempfile.TemporaryDirectory() as work:
         n_epochs = options.epochs or data.task.epochs
@@ -300,7 +319,7 @@ def _scores(metrics: dict[str, float], prefix: str) -> dict[str, float]:
 
 
 def delta_path(options: argparse.Namespace, method: str) -> Path | None:
-    """Return where a method's delta goes, None if none is wanted."""
+    """Return the path of a method's delta, None without --output."""
     output: Path | None = options.output
     if output is None or len(options.method) == 1:
         return output
@@ -308,11 +327,11 @@ def delta_path(options: argparse.Namespace, method: str) -> Path | None:
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Find out before any work whether the results can be written.
+    """Check the output paths before any work.
 
     Raises:
-        FileExistsError: something is in the way.
-        FileNotFoundError: a folder to write in does not exist.
+        FileExistsError: an output exists and --overwrite is not set.
+        FileNotFoundError: the folder of an output does not exist.
     """
     deltas = [delta_path(options, method) for method in options.method]
     for path in (*deltas, options.json):
@@ -325,7 +344,7 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Train every method with every seed, keep the best deltas, show the table."""
+    """Train every method with every seed, keep the best deltas, and print the table."""
     options = parse(options_parser(), plan)
     options.method = list(dict.fromkeys(options.method))
     datasets.disable_progress_bars()
@@ -344,7 +363,7 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     deltas: dict[str, dict[str, Any]] = {}
     highest = dict.fromkeys(options.method, -math.inf)
-    # All methods with a seed before the next seed, so that a run cut short is a comparison.
+    # All methods with one seed before the next seed, so that an interrupted run can be compared.
     for seed, method in itertools.product(options.seeds, options.method):
         found, model = train_once(options, data, method, seed, lr=lrs[method], folder=folder)
         runs.append(found)
@@ -357,7 +376,7 @@ def main() -> None:
         output = delta_path(options, method)
         if output is not None and chosen > highest[method]:
             highest[method] = chosen
-            # What is there by now is the delta of an earlier seed, or may be replaced.
+            # An existing file is the delta of an earlier seed, or --overwrite is set.
             n_bytes = export(
                 model, output, base=folder, base_id=base_id, info=found, overwrite=True
             )
@@ -370,10 +389,10 @@ def main() -> None:
 
 
 def check_deltas(options: argparse.Namespace, deltas: dict[str, dict[str, Any]]) -> None:
-    """Find out whether every delta that was asked for is written.
+    """Check that a delta of every method is written.
 
     Raises:
-        ValueError: one is not, as no score of its method is a number.
+        ValueError: a method has no delta, since its scores are NaN.
     """
     missing = [method for method in options.method if method not in deltas]
     if options.output is not None and missing:
@@ -386,7 +405,7 @@ def check_deltas(options: argparse.Namespace, deltas: dict[str, dict[str, Any]])
 def write_json(
     options: argparse.Namespace, runs: list[dict[str, Any]], deltas: dict[str, dict[str, Any]]
 ) -> None:
-    """Write what is found so far."""
+    """Write the results so far."""
     given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     content = {"options": given, "summary": summary(runs, deltas), "runs": runs}
     options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Local files of texts and labels as the data of a task: no row is dropped or guessed at.
+"""Reads local files of texts and labels as the data of a task. No row is dropped or guessed.
 
-What is wrong with a row is told with the row's number, in which a CSV's column names are row 1.
+Error messages about a row have its number; in a CSV the column names are row 1.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import datasets  # type: ignore[import-untyped]
 from glue_tasks import Data, Task, dataset_of
 
 MAX_HELD_OUT = 500
-MAX_SHOWN = 10  # values in a message
+MAX_SHOWN = 10  # number of values shown in a message
 
 
 @dataclass(frozen=True)
 class Row:
-    """An example, and where it is from."""
+    """An example and its position in a file."""
 
     texts: tuple[str, ...]
     label: str
@@ -34,7 +34,7 @@ class Row:
 
     @property
     def where(self) -> str:
-        """What a message calls it."""
+        """The position, for messages."""
         return f"row {self.number} of '{self.path}'"
 
 
@@ -50,23 +50,23 @@ def load_files(
 ) -> Data:
     """Return the data of local files.
 
-    A ``.csv`` has a line of column names first, a ``.jsonl`` an object a line; any other file has a
-    label, a space and a text on each line. Without ``dev`` a tenth of the training examples, at
-    most 500, is held out to choose the step by: of each class alike, if there are classes.
+    A ``.csv`` starts with a line of column names, a ``.jsonl`` has one object per line. Any other file
+    has a label, a space and a text on each line. Without ``dev``, a tenth of the training examples, at
+    most 500, is held out to choose the step; with classes, the same share of each class.
 
     Args:
-        train: to train on; its labels are the classes.
-        dev: to choose the step by.
-        test: scored in the end.
-        texts: the column of the text, or of two texts; by default all but the label's and ``id``
-            and ``idx``.
+        train: file to train on; its labels are the classes.
+        dev: file that chooses the step.
+        test: file that is scored at the end.
+        texts: the column of the text, or two columns; by default all columns except the label's,
+            ``id`` and ``idx``.
         label: the column of the label.
-        is_regression: labels are numbers to be predicted.
-        encoding: of the files.
+        is_regression: whether the labels are numbers to predict.
+        encoding: encoding of the files.
 
     Raises:
-        ValueError: a file cannot be read as what it is, or a label is none that can be learnt.
-        OSError: it cannot be read at all.
+        ValueError: a file does not have its format, or a label cannot be learnt.
+        OSError: a file cannot be read.
     """
 
     def read(path: Path) -> list[Row]:
@@ -76,7 +76,7 @@ def load_files(
         return rows
 
     rows = read(train)
-    # Before any are held out: no class is lost by that.
+    # The classes are found before examples are held out, so none is missing.
     classes = [] if is_regression else _classes(rows, train)
     scored: dict[str, list[Row]] = {}
     if dev is not None:
@@ -111,7 +111,7 @@ def load_files(
 
 
 def regression_hint(labels: Sequence[str]) -> str:
-    """Return what to do if the names of classes are quantities, and nothing if they are not."""
+    """Return a hint to use --regression if all class names are numbers, else an empty text."""
     if len(labels) <= MAX_SHOWN or any(_number(label) is None for label in labels):
         return ""
     return f"the {len(labels)} labels are all numbers; set --regression if they are quantities"
@@ -126,10 +126,10 @@ def _rows(path: Path, texts: Sequence[str], label: str, encoding: str) -> list[R
     except UnicodeDecodeError as error:
         raise ValueError(
             f"'{path}' is not {encoding}: {error.reason} at byte {error.start}; "
-            "say by --encoding what it is, such as latin-1"
+            "set --encoding, such as latin-1"
         ) from error
     except LookupError as error:
-        raise ValueError(f"--encoding {encoding!r} is none that is known; try latin-1") from error
+        raise ValueError(f"--encoding {encoding!r} is not known; try latin-1") from error
     if path.suffix.lower() == ".csv":
         rows = _from_table(path, _records(path, content), texts, label)
     elif path.suffix.lower() in (".jsonl", ".json"):
@@ -141,8 +141,8 @@ def _rows(path: Path, texts: Sequence[str], label: str, encoding: str) -> list[R
     return rows
 
 
-# Lines end at line feeds alone: str.splitlines ends them at other characters, too, that texts have,
-# such as latin-1's \x85.
+# Only line feeds end lines: str.splitlines also splits at characters that texts contain, such as
+# latin-1's \x85.
 
 
 def _from_lines(path: Path, content: str) -> list[Row]:
@@ -195,7 +195,8 @@ def _from_table(
             raise ValueError(f"'{path}' has no column {name!r}, only {_listed(columns)}")
     if len(texts) not in (1, 2):
         raise ValueError(
-            f"'{path}' has the columns {_listed(columns)}; name the text, or two, by --text"
+            f"'{path}' has the columns {_listed(columns)}; "
+            "name the column of the text, or two columns, with --text"
         )
     rows = []
     for number, record in table:
@@ -208,7 +209,7 @@ def _from_table(
 
 
 def _row(path: Path, number: int, texts: tuple[str, ...], label: Any) -> Row:
-    is_missing = label is None or label != label  # null, or the NaN that pandas has for it
+    is_missing = label is None or label != label  # null, or the NaN that pandas writes for it
     row = Row(texts, "" if is_missing else str(label), path, number)
     if not row.label.strip():
         raise ValueError(f"{row.where} has no label; give it one, or leave the row out")
@@ -221,7 +222,9 @@ def _row(path: Path, number: int, texts: tuple[str, ...], label: Any) -> Row:
 def _classes(rows: Sequence[Row], path: Path) -> list[str]:
     found = sorted({row.label for row in rows})
     if len(found) < 2:
-        raise ValueError(f"every label of '{path}' is {found[0]!r}; there is nothing to tell apart")
+        raise ValueError(
+            f"every label of '{path}' is {found[0]!r}; there are no classes to distinguish"
+        )
     return sorted(found, key=int) if all(label.isdecimal() for label in found) else found
 
 
@@ -231,7 +234,7 @@ def _class_numbers(rows: Sequence[Row], classes: Sequence[str], path: Path) -> l
         if row.label not in numbers:
             hint = regression_hint([*classes, row.label])
             raise ValueError(
-                f"{row.where} has the label {row.label!r}, which '{path}' has not, only "
+                f"{row.where} has the label {row.label!r}, which '{path}' does not have; it has "
                 f"{_listed([repr(label) for label in classes])}{hint and f'; {hint}'}"
             )
     return [numbers[row.label] for row in rows]
@@ -241,7 +244,7 @@ def _check_numbers(rows: Sequence[Row]) -> None:
     for row in rows:
         if _number(row.label) is None:
             raise ValueError(
-                f"{row.where} has the label {row.label!r}, which is no finite number, "
+                f"{row.where} has the label {row.label!r}, which is not a finite number, "
                 "as --regression needs"
             )
 
@@ -255,15 +258,15 @@ def _number(label: str) -> float | None:
 
 
 def _split(rows: Sequence[Row], path: Path, *, by_class: bool) -> tuple[list[Row], list[Row]]:
-    """Return what to train on and what is held out.
+    """Return the examples to train on and those held out.
 
-    The j-th of a class with n examples ranks at (j + ½) / n, and the lowest ranks are held out: so
-    each class loses the same share. Its last one never goes.
+    The j-th of n examples of a class gets the rank (j + ½) / n, and the lowest ranks are held out, so
+    each class loses the same share. The last example of a class is never held out.
     """
     wanted = min(MAX_HELD_OUT, len(rows) // 10)
     if not wanted:
         raise ValueError(
-            f"'{path}' has {len(rows)} examples, too few to hold some out; give others by --dev"
+            f"'{path}' has {len(rows)} examples, too few to hold some out; give other examples with --dev"
         )
     shuffled = list(rows)
     random.Random(0).shuffle(shuffled)
@@ -277,8 +280,8 @@ def _split(rows: Sequence[Row], path: Path, *, by_class: bool) -> tuple[list[Row
     if not held_out:
         hint = regression_hint(list(groups))
         raise ValueError(
-            f"no label of '{path}' occurs twice, so that none can be held out; "
-            f"give others by --dev{hint and f', and {hint}'}"
+            f"no label of '{path}' occurs twice, so none can be held out; "
+            f"give other examples with --dev{hint and f', and {hint}'}"
         )
     train = [row for at, row in enumerate(shuffled) if at not in held_out]
     return train, [shuffled[at] for at in sorted(held_out)]

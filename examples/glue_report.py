@@ -1,4 +1,4 @@
-"""What the runs of ``glue.py`` found: means and deviations over seeds, methods side by side."""
+"""Summarizes the runs of ``glue.py``: means and deviations over seeds, one row per method."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def summary(runs: Sequence[Run], deltas: Mapping[str, Any]) -> list[dict[str, An
             f"{split} {name}": [float(one["scores"][split][name]) for one in own]
             for split, scores in own[0]["scores"].items()
             for name in scores
-            if name != "score" or len(scores) > 2  # else it is the one score again
+            if name != "score" or len(scores) > 2  # with one score, "score" is the same
         }
         found.append(
             {
@@ -41,7 +41,7 @@ def summary(runs: Sequence[Run], deltas: Mapping[str, Any]) -> list[dict[str, An
 
 
 def comparison(found: Sequence[Mapping[str, Any]]) -> str:
-    """Return the methods side by side; scores in percent."""
+    """Return a table of the methods; scores in percent."""
     names = list(found[0]["mean"])
     rows = []
     for row in found:

@@ -1,6 +1,6 @@
-"""The nine GLUE tasks, and any data as one thing: texts, labels, and the scores that count.
+"""The nine GLUE tasks, and the form of all data: texts, labels and scores.
 
-The settings of a task are those of the paper's authors where they published some; see docs/glue.md.
+The settings of a task are those that the paper's authors published, if any; see docs/glue.md.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is to be learnt, and how.
+    """A task to learn, with its settings.
 
     Attributes:
-        name: of GLUE, or of a file.
-        texts: the columns that hold one text, or the two of a pair.
-        scores: names in ``SCORES``; the best step is the one with the highest mean of them.
+        name: name of a GLUE task, or of a file.
+        texts: the column of the text, or the two columns of a pair.
+        scores: names in ``SCORES``; the best step has the highest mean of these scores.
         dev: the splits that are scored, by the name shown; the first chooses the step.
-        epochs, lr: SIFT's defaults.
-        n_labels: of GLUE's tasks; 1 is a regression.
+        epochs, lr: defaults for SIFT.
+        n_labels: number of labels of a GLUE task; 1 means regression.
     """
 
     name: str
@@ -58,7 +58,7 @@ TASKS = {
         Task(name="mnli", texts=("premise", "hypothesis"), dev=_MNLI, epochs=10, n_labels=3),
         Task(name="qnli", texts=("question", "sentence"), epochs=10),
         Task(name="rte", texts=_PAIR),
-        Task(name="wnli", texts=_PAIR),  # no setting is published: that of rte
+        Task(name="wnli", texts=_PAIR),  # no setting is published; this is that of rte
     )
 }
 
@@ -68,10 +68,10 @@ class Data:
     """Texts with numbers for labels.
 
     Attributes:
-        task: what they are for.
-        train: to train on.
-        scored: what is scored, by name; the first chooses the step.
-        labels: names of the classes; none for a regression.
+        task: the task.
+        train: the examples to train on.
+        scored: the sets of examples that are scored, by name; the first chooses the step.
+        labels: names of the classes; empty for a regression.
     """
 
     task: Task
@@ -91,7 +91,7 @@ class Data:
 def _correlation(made: Callable[[Array, Array], Any]) -> Callable[[Array, Array], float]:
     def score(labels: Array, found: Array) -> float:
         if np.ptp(labels) == 0 or np.ptp(found) == 0:
-            return 0.0  # it is not defined; a constant tells nothing
+            return 0.0  # not defined for constant predictions
         return float(made(labels, found).statistic)
 
     return score
@@ -113,7 +113,7 @@ def score(task: Task, logits: Array, labels: Array) -> dict[str, float]:
     """Return the task's scores and, as ``score``, their mean.
 
     Args:
-        task: with the names of the scores.
+        task: has the names of the scores.
         logits: (examples, classes); one column for a regression.
         labels: (examples,).
     """
@@ -129,13 +129,13 @@ def load_task(name: str, data_dir: Path | None) -> Data:
     """Return a GLUE task's data, from the Hub or from a local copy.
 
     Args:
-        name: of the task.
-        data_dir: holds a folder of the task's name, either written by the ``save_to_disk`` of
-            datasets or with files such as ``train-00000-of-00001.parquet``, as the Hub has them.
+        name: name of the task.
+        data_dir: a folder with a subfolder of the task's name, either written by the ``save_to_disk`` of
+            datasets or with files such as ``train-00000-of-00001.parquet``, as on the Hub.
 
     Raises:
         ValueError: the task is not known, or the copy lacks a split.
-        OSError: the data cannot be had.
+        OSError: the data are not available.
     """
     if name not in TASKS:
         raise ValueError(f"task {name!r} is not one of GLUE's; choose one of {', '.join(TASKS)}")
@@ -163,7 +163,7 @@ def _hub_splits(task: Task) -> Mapping[str, datasets.Dataset]:
         return datasets.load_dataset(HUB_ID, task.name)  # type: ignore[no-any-return]
     except OSError as error:
         raise OSError(
-            f"{task.name} cannot be had from {HUB_ID} on the Hub ({error}); give a copy by --data-dir"
+            f"{task.name} is not available from {HUB_ID} on the Hub ({error}); give a copy with --data-dir"
         ) from error
 
 
@@ -186,7 +186,7 @@ def _local_splits(task: Task, data_dir: Path) -> Mapping[str, datasets.Dataset]:
 
 
 def dataset_of(texts: Sequence[Sequence[str]], labels: Sequence[float]) -> datasets.Dataset:
-    """Return examples as all that is trained on; ``texts`` is one column, or the two of a pair."""
+    """Return examples as a dataset; ``texts`` is one column, or the two columns of a pair."""
     columns: dict[str, Any] = {"text": texts[0], "labels": labels}
     if len(texts) == 2:
         columns["text_pair"] = texts[1]
@@ -194,10 +194,10 @@ def dataset_of(texts: Sequence[Sequence[str]], labels: Sequence[float]) -> datas
 
 
 def narrowed(data: Data, *, n_train: int | None = None, scores: Sequence[str] = ()) -> Data:
-    """Return the same with fewer training examples, drawn with a fixed seed, or other scores.
+    """Return the data with fewer training examples (drawn with a fixed seed) or other scores.
 
     Raises:
-        ValueError: a score is not for such labels.
+        ValueError: a score does not fit these labels.
     """
     for name in scores:
         is_correlation = name in ("pearson", "spearman")

@@ -1,8 +1,8 @@
-"""Sparse training under ``transformers.Trainer``, whose saves become deltas.
+"""Sparse training with ``transformers.Trainer``, which saves deltas.
 
     python examples/hf_trainer.py --data trec.train.txt --output delta.sd
 
-With an optimizer of one's own and no mixin, it is
+With your own optimizer and without the mixin, use
 ``Trainer(..., optimizers=(optimizer, None), callbacks=[sift_train.SiftCallback(sift)])``.
 """
 
@@ -34,11 +34,11 @@ LAYERS = ["query", "key", "value", "attention.output.dense"]
 
 
 class SiftTrainer(sift_train.SiftTrainerMixin, Trainer):
-    """Trainer over the masters."""
+    """A Trainer that trains the masters."""
 
 
 def main() -> int:
-    """Train, keep the last save's delta, show what it took."""
+    """Train, keep the delta of the last save, and print a summary."""
     options = options_of(__doc__)
     rows = read_examples(options.data)
     training, held_out = split(rows)

@@ -1,9 +1,9 @@
-"""Instruction tuning of any causal language model, to a delta of the components it trained.
+"""Tunes any causal language model on instructions, and writes the delta.
 
     python examples/instruct.py --preset 7b --model huggyllama/llama-7b --data alpaca_data.json \
         --gradient-checkpointing --packing --fast --output delta.sd
 
-Only answers are learnt. ``--help`` with ``--model`` shows what memory that model would take.
+Only answers are learnt. ``--help`` with ``--model`` shows the memory for that model.
 """
 
 from __future__ import annotations
@@ -34,30 +34,37 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 import sift_train
 
-N_FIRST, N_LINES = 3, 10  # steps whose losses are shown: the first, and others evenly
-SHOW_SECONDS = 30  # the longest without a line, unless a step takes longer
+N_FIRST, N_LINES = (
+    3,
+    10,
+)  # number of steps whose losses are shown: the first, and others evenly spaced
+SHOW_SECONDS = 30  # longest time between lines, unless a step takes longer
 
 
 def options_of() -> argparse.Namespace:
-    """Return what the command line asks for."""
+    """Return the options of the command line."""
     parser = make_parser(__doc__)
     own = parser.add_argument_group("of this way")
     own.add_argument("--selection-batches", type=int, default=4, help="micro-batches that choose")
     own.add_argument(
-        "--loss", choices=LOSSES, default="plain", help="chunked: few logits at a time"
+        "--loss", choices=LOSSES, default="plain", help="chunked: compute few logits at a time"
     )
     own.add_argument(
         "--fast",
         action="store_true",
-        help="chunked loss, compiled layers, fastest attention at hand",
+        help="chunked loss, compiled layers, fastest available attention",
     )
     own.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
-    own.add_argument("--test", type=Path, help="examples whose loss is told, in any of the formats")
     own.add_argument(
-        "--eval-every", type=int, help="steps between looks at them; default: at the end"
+        "--test", type=Path, help="file of examples whose loss is reported, in any of the formats"
     )
-    own.add_argument("--save-target", type=Path, help="keep the trained checkpoint here as well")
-    own.add_argument("--report", type=Path, help="write what was measured, as JSON")
+    own.add_argument(
+        "--eval-every", type=int, help="steps between evaluations of --test; default: at the end"
+    )
+    own.add_argument(
+        "--save-target", type=Path, help="also keep the trained checkpoint at this path"
+    )
+    own.add_argument("--report", type=Path, help="file for the measurements, as JSON")
     options = parse(parser, plan)
     if options.fast:
         has_flash = torch.cuda.is_available() and is_flash_attn_2_available()
@@ -66,7 +73,7 @@ def options_of() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train, write the delta, say what it took."""
+    """Train, write the delta, and print a summary."""
     options = options_of()
     n_micro = check(options)
     check_folder(options.report)
@@ -114,20 +121,20 @@ def main() -> None:
 def end_interrupted(
     options: argparse.Namespace, result: sift_train.FitResult, clock: Clock
 ) -> NoReturn:
-    """Say how an interrupted run goes on.
+    """Raise the exception that says how to resume an interrupted run.
 
     Raises:
-        KeyboardInterrupt: always, with the sentence.
+        KeyboardInterrupt: always; its message is one sentence.
     """
     at = f"stopped after step {result.n_steps:,}" + (
         f" of {clock.n_steps:,}" if clock.n_steps else ""
     )
     if options.run_dir is None:
         raise KeyboardInterrupt(
-            f"{at}; without --run-dir no checkpoint was kept to go on from, only '{result.delta}'"
+            f"{at}; without --run-dir there is no checkpoint to resume from, only '{result.delta}'"
         )
     note_interrupted(options)
-    raise KeyboardInterrupt(f"{at}; go on with --resume")
+    raise KeyboardInterrupt(f"{at}; continue with --resume")
 
 
 def config_of(options: argparse.Namespace, loaded: Loaded, n_micro: int) -> sift_train.FitConfig:
@@ -159,7 +166,7 @@ def config_of(options: argparse.Namespace, loaded: Loaded, n_micro: int) -> sift
 def choose_loss(
     options: argparse.Namespace, model: Any
 ) -> Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor]:
-    """Return the loss asked for; ``--fast`` does without chunks where a model cannot have them."""
+    """Return the chosen loss; ``--fast`` uses the plain loss if the model does not support chunks."""
     if options.loss == "plain" and not options.fast:
         return plain_loss
     try:
@@ -173,7 +180,7 @@ def choose_loss(
 
 
 def compile_model(options: argparse.Namespace, model: Any) -> None:
-    """Compile the layers if asked to; ``--fast`` does without where it cannot be done."""
+    """Compile the layers if chosen; ``--fast`` leaves it out if it is not possible."""
     if not (options.compile or options.fast):
         return
     try:
@@ -187,7 +194,7 @@ def compile_model(options: argparse.Namespace, model: Any) -> None:
 def make_evaluate(
     options: argparse.Namespace, loaded: Loaded
 ) -> Callable[[torch.nn.Module], dict[str, float]]:
-    """Return what finds the mean loss of the test examples' learnt tokens."""
+    """Return a function that computes the mean loss of the test examples' learnt tokens."""
     examples, _ = encode(
         read_conversations(options.test),
         loaded.tokenizer,
@@ -210,7 +217,7 @@ def make_evaluate(
 
 
 class Clock:
-    """Shows some of the losses; keeps the time between steps, and memory before and after them."""
+    """Prints some losses; records the time between steps, and the memory before and after."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -221,7 +228,7 @@ class Clock:
         self._shown = -math.inf
 
     def on_step(self, report: sift_train.StepReport) -> None:
-        """Take the time since the step before."""
+        """Record the time since the previous step."""
         now = time.perf_counter(), time.process_time()
         if self._last is not None:
             self.seconds.append(now[0] - self._last[0])
@@ -240,7 +247,7 @@ class Clock:
 def describe(
     result: sift_train.FitResult, clock: Clock, loaded: Loaded
 ) -> dict[str, float | int | str]:
-    """Return what a run made and took, to be shown."""
+    """Return a summary of the run, to print."""
     found: dict[str, float | int | str] = {
         "delta": str(result.delta),
         "delta_bytes": result.delta_bytes,

@@ -1,6 +1,6 @@
-"""What the two ways of instruction tuning share: their options, the paper's presets, model and data.
+"""Shared code of ``instruct.py`` and ``trl_sft.py``: options, the paper's presets, model and data.
 
-Both train on the same tokens in the same rows, so that what one does the other can be held against.
+Both train on the same tokens in the same rows, so their results can be compared.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from recipe_common import (
 
 from sift_train import RULES
 
-# As the authors of SIFT (arXiv 2312.11875) trained LLaMA on Alpaca.
+# The settings with which the authors of SIFT (arXiv 2312.11875) trained LLaMA on Alpaca.
 _ALWAYS = {"batch": 128, "epochs": 3, "warmup": 0.03, "weight_decay": 0.01, "max_tokens": 512}
 PRESETS = MappingProxyType(
     {
@@ -59,7 +59,7 @@ ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows those defaults that say something."""
+    """Shows only informative defaults."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         says_something = action.default not in (None, False, [])
@@ -68,16 +68,16 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and what it is to learn.
+    """A model and its training data.
 
     Attributes:
-        model: of transformers, as its folder has it.
-        tokenizer: its own.
-        folder: of the base.
-        base_id: where others find it; None for a folder of one's own.
-        rows: what a batch counts: lists of examples, of one each unless packed.
-        is_flat: a micro-batch of packed rows goes through the model as one row.
-        report: what was read, in words.
+        model: the transformers model in the dtype of its files.
+        tokenizer: the model's tokenizer.
+        folder: folder of the base.
+        base_id: where others find the base; None for a local folder.
+        rows: the rows that batches consist of: lists of examples, with one each unless packed.
+        is_flat: whether a micro-batch of packed rows goes through the model as one row.
+        report: a text about the data.
     """
 
     model: Any
@@ -90,7 +90,7 @@ class Loaded:
 
     @property
     def pad_id(self) -> int:
-        """A token for the padding; which one makes no difference."""
+        """A token for the padding; any token gives the same result."""
         for number in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if number is not None:
                 return int(number)
@@ -98,7 +98,7 @@ class Loaded:
 
 
 def make_parser(description: str | None, epilog: str = "") -> argparse.ArgumentParser:
-    """Return a parser of the shared options, the preset that the command line names set in it."""
+    """Return a parser of the shared options, with the chosen preset as defaults."""
     parser = argparse.ArgumentParser(
         description=(description or "").split("\n")[0],
         epilog=epilog,
@@ -109,13 +109,13 @@ def make_parser(description: str | None, epilog: str = "") -> argparse.ArgumentP
     files.add_argument("--model", help="folder of a causal language model, or its id on the Hub")
     files.add_argument("--data", type=Path, help="JSON or JSON lines: Alpaca, chat, self-instruct")
     files.add_argument("--output", type=Path, default=Path("delta.sd"), help="the delta")
-    files.add_argument("--overwrite", action="store_true", help="replace what is there")
+    files.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     text = parser.add_argument_group("text")
     text.add_argument("--template", choices=TEMPLATES, default="auto", help="what writes prompts")
     text.add_argument(
-        "--max-tokens", type=int, default=512, help="of an example, or of a packed row"
+        "--max-tokens", type=int, default=512, help="maximum tokens of an example or a packed row"
     )
-    text.add_argument("--packing", action="store_true", help="several examples in a row")
+    text.add_argument("--packing", action="store_true", help="put several examples in a row")
     _add_training(parser)
     _add_checkpoints(parser)
     speed = parser.add_argument_group("memory and speed")
@@ -123,11 +123,11 @@ def make_parser(description: str | None, epilog: str = "") -> argparse.ArgumentP
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="compute activations again in the backward pass",
+        help="recompute activations in the backward pass",
     )
     speed.add_argument("--attention", choices=ATTENTION, help="default: transformers' choice")
     speed.add_argument("--compile", action="store_true", help="compile each layer")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     finder = argparse.ArgumentParser(add_help=False)
     finder.add_argument("--preset", choices=PRESETS)
     preset = finder.parse_known_args()[0].preset
@@ -139,7 +139,7 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     saved = parser.add_argument_group("checkpoints")
     saved.add_argument("--run-dir", type=Path, help="their folder")
     saved.add_argument("--save-every", type=int, help="steps between them")
-    saved.add_argument("--resume", action="store_true", help="go on from the newest one")
+    saved.add_argument("--resume", action="store_true", help="resume from the newest checkpoint")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +151,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--targets", nargs="+", default=[ALL_LINEAR], help="fragments of layers' names"
     )
-    what.add_argument("--dense", nargs="+", default=[], help="modules that are trained as a whole")
+    what.add_argument("--dense", nargs="+", default=[], help="modules to train densely")
     what.add_argument(
         "--selection", choices=RULES, default="gradient", help="what ranks components"
     )
@@ -160,15 +160,15 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--weight-decay", type=float, default=0.0, help="toward zero")
     how.add_argument("--warmup", type=float, default=0.03, help="share of steps")
     how.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear")
-    how.add_argument("--batch", type=int, default=128, help="rows of an optimizer step")
-    how.add_argument("--micro-batch", type=int, default=4, help="rows at a time")
+    how.add_argument("--batch", type=int, default=128, help="rows per optimizer step")
+    how.add_argument("--micro-batch", type=int, default=4, help="rows per micro-batch")
     how.add_argument("--epochs", type=int, default=3)
-    how.add_argument("--steps", type=int, help="optimizer steps, in place of epochs")
+    how.add_argument("--steps", type=int, help="optimizer steps, instead of epochs")
     how.add_argument("--seed", type=int, default=0)
 
 
 def choice_of(options: argparse.Namespace) -> Choice:
-    """Return what is to be trained."""
+    """Return the choice of parameters to train."""
     return Choice(
         targets=options.targets,
         dense=options.dense,
@@ -179,21 +179,21 @@ def choice_of(options: argparse.Namespace) -> Choice:
 
 
 def plan(options: argparse.Namespace) -> str:
-    """Return the memory plan of the chosen model, by its config alone."""
+    """Return the memory plan of the chosen model; only its config is read."""
     if options.model is None:
-        return "The memory plan: name a model with --model, whose config alone is read."
+        return "For the memory plan, give --model; only its config is read."
     return plan_table(empty_causal(options.model), ("sift", "full"), choice_of(options))
 
 
 def check(options: argparse.Namespace) -> int:
-    """Return the micro-batches of an optimizer step, having checked what can be checked at once.
+    """Check the options; return the number of micro-batches per optimizer step.
 
-    What the run that is resumed left at the output when it was interrupted may be replaced.
+    Outputs that the resumed run itself left when it was interrupted may be replaced.
 
     Raises:
-        FileExistsError: something is at the output.
-        FileNotFoundError: its folder does not exist.
-        ValueError: an option is missing, or does not go with another.
+        FileExistsError: an output exists and may not be replaced.
+        FileNotFoundError: the folder of an output does not exist.
+        ValueError: an option is missing or excludes another.
     """
     for name in ("model", "data"):
         if getattr(options, name) is None:
@@ -204,7 +204,9 @@ def check(options: argparse.Namespace) -> int:
     if options.resume and not options.overwrite:
         options.overwrite = is_left_by_interrupted(options)
     if options.output.exists() and not options.overwrite:
-        raise FileExistsError(f"'{options.output}' exists; name another --output or --overwrite")
+        raise FileExistsError(
+            f"'{options.output}' exists; name another --output, or set --overwrite"
+        )
     if options.run_dir is None and (options.resume or options.save_every):
         raise ValueError("--resume and --save-every need a folder for checkpoints; give --run-dir")
     for name in ("batch", "micro_batch", "max_tokens"):
@@ -213,7 +215,7 @@ def check(options: argparse.Namespace) -> int:
     n_micro, rest = divmod(options.batch, options.micro_batch)
     if rest or not n_micro:
         raise ValueError(
-            f"--batch {options.batch} is no multiple of --micro-batch {options.micro_batch}"
+            f"--batch {options.batch} is not a multiple of --micro-batch {options.micro_batch}"
         )
     return int(n_micro)
 
@@ -222,8 +224,8 @@ def load(options: argparse.Namespace, *, is_flat: bool | None = None) -> Loaded:
     """Print the memory plan, then read the data, then load the model.
 
     Args:
-        options: of the command line.
-        is_flat: packed rows of a micro-batch become one; None: if the attention needs that.
+        options: options of the command line.
+        is_flat: join the packed rows of a micro-batch; None: only if the attention needs that.
 
     Raises:
         ValueError: data or model cannot be used.
@@ -247,7 +249,9 @@ def load(options: argparse.Namespace, *, is_flat: bool | None = None) -> Loaded:
     if n_empty := count_empty(conversations):
         report += f"; {n_empty} have empty answers, of which only the end is learnt"
     if n_left_out:
-        report += f"; {n_left_out} left out, whose answers begin after {options.max_tokens} tokens"
+        report += (
+            f"; {n_left_out} left out, since their answers begin after {options.max_tokens} tokens"
+        )
     print(report, flush=True)
     model = load_causal(folder, options.attention)
     if is_flat is None:
@@ -258,10 +262,10 @@ def load(options: argparse.Namespace, *, is_flat: bool | None = None) -> Loaded:
 
 
 def load_causal(folder: Path, attention: str | None = None) -> Any:
-    """Return the causal language model of a folder, in the dtype of its files, on the GPU if any.
+    """Return the causal language model in a folder, in the dtype of its files, on the GPU if any.
 
     Raises:
-        ValueError: the attention cannot be had.
+        ValueError: the attention is not available.
     """
     auto: Any = transformers.AutoConfig
     config = auto.from_pretrained(folder)
@@ -271,28 +275,28 @@ def load_causal(folder: Path, attention: str | None = None) -> Any:
             folder, dtype=planned_dtype(str(folder), config), attn_implementation=attention
         )
     except ImportError as error:
-        raise ValueError(f"--attention {attention} cannot be had here: {error}") from error
+        raise ValueError(f"--attention {attention} is not available: {error}") from error
     return model.to("cuda") if torch.cuda.is_available() else model
 
 
 def empty_causal(name: str) -> Any:
-    """Return the model of a folder or of an id of the Hub without values, by its config alone.
+    """Return the model of a folder or a Hub id without weights; only its config is read.
 
     Raises:
-        OSError: there is no such model.
-        ValueError: it is of another kind.
+        OSError: the model does not exist.
+        ValueError: the model is not a causal language model.
     """
     config = model_config(name)
     make: Any = transformers.AutoModelForCausalLM
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
-            f"'{name}' is a {config.model_type!r} model, which is no causal language model"
+            f"'{name}' is a {config.model_type!r} model, which is not a causal language model"
         )
     return empty_model(make, config, planned_dtype(name, config))
 
 
 def peak_bytes() -> int:
-    """Return the most memory held so far: of the GPU, or without one of the whole process."""
+    """Return the peak memory in bytes: of the GPU, or without one of the process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

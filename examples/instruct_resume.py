@@ -1,6 +1,6 @@
-"""What is kept in ``--run-dir`` beside checkpoints, so that ``--resume`` loses and mixes nothing.
+"""Records in ``--run-dir`` the settings and outputs of a run, which ``--resume`` checks.
 
-A file is replaced without being asked for only if the interrupted run wrote it and nobody has since.
+Without --overwrite, an output is replaced only if it is unchanged since the interrupted run wrote it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ OF_A_RUN = (
 
 
 def note_interrupted(options: argparse.Namespace) -> None:
-    """Keep what an interrupted run has written, for ``is_left_by_interrupted``."""
+    """Record the outputs of an interrupted run, for ``is_left_by_interrupted``."""
     note = _written(options)
     (options.run_dir / INTERRUPTED).write_text(json.dumps(note, indent=1), "utf-8")
 
 
 def is_left_by_interrupted(options: argparse.Namespace) -> bool:
-    """Return whether all that is at the outputs is what the run in ``--run-dir`` left there."""
+    """Return whether all existing outputs are unchanged since the run in ``--run-dir`` wrote them."""
     if options.run_dir is None:
         return False
     path = options.run_dir / INTERRUPTED
@@ -37,7 +37,7 @@ def is_left_by_interrupted(options: argparse.Namespace) -> bool:
 
 
 def _written(options: argparse.Namespace) -> dict[str, str]:
-    """Return the outputs that exist, and what tells each from another."""
+    """Return the existing outputs, with data that identifies their content."""
     found = {}
     if options.output.is_file():
         with options.output.open("rb") as file:
@@ -45,16 +45,16 @@ def _written(options: argparse.Namespace) -> dict[str, str]:
     target = getattr(options, "save_target", None)
     if target is not None and target.exists():
         files = sorted(target.iterdir()) if target.is_dir() else [target]
-        times = {path.name: path.stat().st_mtime_ns for path in files}  # too large to be read
+        times = {path.name: path.stat().st_mtime_ns for path in files}  # too large to read
         found[str(target.resolve())] = json.dumps(times)
     return found
 
 
 def keep_settings(options: argparse.Namespace, n_rows: int) -> None:
-    """Keep the settings of a new run in its folder, or compare them with those of the resumed one.
+    """Record the settings of a new run, or compare them with those of the resumed run.
 
     Raises:
-        ValueError: they differ, or the folder holds checkpoints of a run that is not resumed.
+        ValueError: the settings differ, or the folder has checkpoints and --resume is not set.
     """
     if options.run_dir is None:
         return
@@ -76,6 +76,6 @@ def _check_same(saved: Mapping[str, Any], settings: Mapping[str, Any], folder: P
     for name, value in settings.items():
         if saved.get(name) != value:
             raise ValueError(
-                f"the run saved in '{folder}' has {name} {saved.get(name)!r}, this one {value!r}; go on "
-                "with the same settings, or start afresh"
+                f"the run saved in '{folder}' has {name} {saved.get(name)!r}, this one {value!r}; resume "
+                "with the same settings, or start a new run"
             )

@@ -1,7 +1,7 @@
-"""Instructions and answers of any common format, as tokens of which only the answers are learnt.
+"""Reads instructions and answers in common formats, as tokens and labels.
 
-A label is a token of an answer, or −100. An answer is what the model has to write after its prompt,
-the sign that ends it included.
+A label is a token of an answer, or −100. An answer is the text after the prompt, including the token that
+ends it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 IGNORED = -100
 ROLES = ("system", "user", "assistant")
 TEMPLATES = ("auto", "chat", "alpaca")
-PAD_TO = 8  # multiples of it suit tensor cores
+PAD_TO = 8  # row lengths are multiples of it, for tensor cores
 
-# Stanford Alpaca's, word for word: models tuned with it expect it.
+# The exact prompts of Stanford Alpaca, which models tuned with them expect.
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -41,8 +41,8 @@ class Message:
 
     Attributes:
         role: one of ``ROLES``.
-        content: the text; of an instruction, without its input.
-        input: what an instruction is to be carried out on.
+        content: the text, without the input of an instruction.
+        input: the input of an instruction.
     """
 
     role: str
@@ -60,7 +60,7 @@ Conversation = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of an example and as many labels."""
+    """The tokens of an example, and a label for each."""
 
     input_ids: list[int]
     labels: list[int]
@@ -70,26 +70,26 @@ class Tokens:
 
     @property
     def n_learnt(self) -> int:
-        """Tokens that are learnt."""
+        """Number of learnt tokens."""
         return sum(label != IGNORED for label in self.labels)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A text to learn from, and where the answers are in it, as spans of characters."""
+    """A text, with the spans of its answers in characters."""
 
     text: str
     answers: list[tuple[int, int]]
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """Return the conversations of a JSON or JSON-lines file, whose format its keys tell.
+    """Return the conversations of a JSON or JSON-lines file; the keys show the format.
 
-    Known are Alpaca's (``instruction``, ``input``, ``output``), chat ``messages`` of ``role`` and
-    ``content``, and self-instruct's (``instruction``, ``instances`` of ``input`` and ``output``).
+    The formats are Alpaca (``instruction``, ``input``, ``output``), chat ``messages`` of ``role`` and
+    ``content``, and self-instruct (``instruction``, ``instances`` of ``input`` and ``output``).
 
     Raises:
-        ValueError: the file is no JSON, a record has none of the formats, there is none, or all
+        ValueError: the file is not JSON, a record has another format, there is no record, or all
             answers are empty.
     """
     found = [
@@ -107,7 +107,7 @@ def read_conversations(path: Path) -> list[Conversation]:
 
 
 def count_empty(conversations: Iterable[Conversation]) -> int:
-    """Return how many conversations have no text in any of their answers."""
+    """Return the number of conversations whose answers are all empty."""
     return sum(map(_is_empty, conversations))
 
 
@@ -116,10 +116,10 @@ def _is_empty(conversation: Conversation) -> bool:
 
 
 def choose_template(template: str, tokenizer: Any) -> str:
-    """Return ``"chat"`` or ``"alpaca"``: ``"auto"`` is the tokenizer's own template if it has one.
+    """Return ``"chat"`` or ``"alpaca"``; ``"auto"`` means chat if the tokenizer has a template.
 
     Raises:
-        ValueError: a chat template is asked for and the tokenizer has none.
+        ValueError: the template is ``"chat"`` and the tokenizer has no chat template.
     """
     has_one = bool(getattr(tokenizer, "chat_template", None))
     if template == "chat" and not has_one:
@@ -132,15 +132,15 @@ def choose_template(template: str, tokenizer: Any) -> str:
 def encode(
     conversations: Iterable[Conversation], tokenizer: Any, *, template: str, max_tokens: int
 ) -> tuple[list[Tokens], int]:
-    """Return the tokens of the conversations, and how many pieces were left out.
+    """Return the tokens of the conversations, and the number of pieces left out.
 
-    Those are left out that have no token of an answer within ``max_tokens``, where all are cut off.
+    All pieces are cut at ``max_tokens``; a piece without any token of an answer before the cut is left out.
 
     Args:
-        conversations: as read.
-        tokenizer: of transformers, fast or slow.
+        conversations: the conversations.
+        tokenizer: a tokenizer of transformers, fast or slow.
         template: one of ``TEMPLATES``.
-        max_tokens: of an example.
+        max_tokens: maximum tokens of an example.
 
     Raises:
         ValueError: the template cannot be used for a conversation, or nothing is left.
@@ -164,10 +164,10 @@ def encode(
 
 
 def render_alpaca(conversation: Conversation, tokenizer: Any) -> list[Piece]:
-    """Return the one piece of a conversation of one instruction and its answer.
+    """Return a conversation of one instruction and its answer as one piece.
 
     Raises:
-        ValueError: the conversation is another one.
+        ValueError: the conversation has other messages.
     """
     roles = tuple(message.role for message in conversation)
     if roles != ("user", "assistant"):
@@ -182,13 +182,13 @@ def render_alpaca(conversation: Conversation, tokenizer: Any) -> list[Piece]:
 
 
 def render_chat(conversation: Conversation, tokenizer: Any) -> list[Piece]:
-    """Return the conversation as its chat template writes it.
+    """Return a conversation formatted by its chat template, as pieces.
 
-    It is one piece, or one for each answer if the template writes a message differently once others
-    follow it, as those do that drop earlier reasoning.
+    This is one piece. If the template writes a message differently when others follow it, for example
+    without its reasoning, there is one piece for each answer.
 
     Raises:
-        ValueError: the template does not write an answer right after its prompt, or refuses.
+        ValueError: the template does not write an answer directly after its prompt, or raises.
     """
     messages = [{"role": message.role, "content": message.text} for message in conversation]
     pieces = []
@@ -199,8 +199,8 @@ def render_chat(conversation: Conversation, tokenizer: Any) -> list[Piece]:
         whole = _rendered(messages[: n + 1], tokenizer, is_prompt=False)
         if not whole.startswith(prompt):
             raise ValueError(
-                "the chat template does not write an answer right after its prompt, so that it cannot "
-                "be told what is to be learnt; use the Alpaca prompt or another chat template"
+                "the chat template does not write an answer right after its prompt, so the tokens "
+                "to learn are not known; use the Alpaca prompt or another chat template"
             )
         pieces.append(Piece(whole, [(len(prompt), len(whole))]))
     if all(pieces[-1].text.startswith(piece.text) for piece in pieces):
@@ -221,7 +221,7 @@ def _rendered(messages: list[dict[str, str]], tokenizer: Any, *, is_prompt: bool
 
 
 def _encode_piece(piece: Piece, tokenizer: Any, *, is_chat: bool) -> Tokens:
-    """Return the tokens of the whole text; where it is cut, tokens at the cut belong to the answer.
+    """Return the tokens of a piece; a token across the start of an answer belongs to the answer.
 
     A chat template writes the special tokens itself; otherwise the tokenizer adds them.
     """
@@ -239,11 +239,11 @@ def _encode_piece(piece: Piece, tokenizer: Any, *, is_chat: bool) -> Tokens:
     if not is_chat and ids[-1:] != [tokenizer.eos_token_id]:
         if tokenizer.eos_token_id is None:
             raise ValueError(
-                "the tokenizer has no token that ends a text, by which an answer ends; set its eos_token"
+                "the tokenizer has no end-of-text token, with which an answer ends; set its eos_token"
             )
         ids.append(tokenizer.eos_token_id)
         labels.append(tokenizer.eos_token_id)
-    labels[0] = IGNORED  # nothing comes before it, or in a pack another example
+    labels[0] = IGNORED  # the first token follows another example in a pack, or nothing
     return Tokens(ids, labels)
 
 
@@ -258,7 +258,7 @@ def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             records = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"'{path}' begins as a JSON list but is none: {error}") from error
+            raise ValueError(f"'{path}' begins as a JSON list but is not one: {error}") from error
         for number, record in enumerate(records, 1):
             yield f"record {number} of '{path}'", record
         return
@@ -292,7 +292,7 @@ def _conversations_of(record: Any, where: str) -> list[Conversation]:
 
 def _messages_of(messages: Any, where: str) -> Conversation:
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
-        raise ValueError(f"{where}: messages are no list of objects with role and content")
+        raise ValueError(f"{where}: messages is not a list of objects with role and content")
     found = tuple(Message(_text(m, "role", where), _text(m, "content", where)) for m in messages)
     for message in found:
         if message.role not in ROLES:
@@ -300,13 +300,13 @@ def _messages_of(messages: Any, where: str) -> Conversation:
                 f"{where} has a message of role {message.role!r}; expected {', '.join(ROLES)}"
             )
     if not any(message.role == "assistant" for message in found):
-        raise ValueError(f"{where} has no message of the assistant; there is no answer to learn")
+        raise ValueError(f"{where} has no message of the assistant, so there is no answer to learn")
     return found
 
 
 def _pair(instruction: Any, rest: Any, where: str) -> Conversation:
     if not isinstance(instruction, str) or not isinstance(rest, Mapping):
-        raise ValueError(f"{where}: the instruction is no text, or what belongs to it no object")
+        raise ValueError(f"{where}: the instruction is not a text, or an instance is not an object")
     given = _text(rest, "input", where) if "input" in rest else ""
     return (
         Message("user", instruction, given),
@@ -334,15 +334,15 @@ def pack(examples: Sequence[Tokens], max_tokens: int) -> list[list[Tokens]]:
 
 
 def collate(rows: Sequence[Sequence[Tokens]], *, pad_id: int, is_packed: bool) -> Batch:
-    """Return a micro-batch of one row for each list of examples.
+    """Return a micro-batch with one row for each list of examples.
 
-    Packed rows have positions that begin again with each example and no attention mask, from which
-    transformers tells that examples do not see each other; padding is one more example.
+    In packed rows the position ids restart at each example and there is no attention mask. From this
+    transformers concludes that examples must not attend to each other. Padding is one more example.
 
     Args:
-        rows: one example each, unless packed.
-        pad_id: a token for the padding.
-        is_packed: rows hold any number of examples.
+        rows: lists of examples, with one each unless packed.
+        pad_id: token for the padding.
+        is_packed: whether rows can have several examples.
     """
     lengths = [sum(len(example) for example in row) for row in rows]
     width = -(-max(lengths) // PAD_TO) * PAD_TO
@@ -365,18 +365,18 @@ def collate(rows: Sequence[Sequence[Tokens]], *, pad_id: int, is_packed: bool) -
 
 
 class Steps:
-    """Micro-batches, in the groups that optimizer steps take, drawn anew on every pass.
+    """Micro-batches, grouped by optimizer step, in a new random order on every pass.
 
-    Each has ``n_learnt``: the step's learnt tokens by its number of micro-batches, so that a sum of
-    losses divided by it, averaged over the step, is the mean over the step's tokens.
+    Each micro-batch has ``n_learnt``: the step's learnt tokens / its number of micro-batches. The summed
+    loss / ``n_learnt``, averaged over the step's micro-batches, is the mean over the step's tokens.
 
     Args:
-        rows: one example each, unless packed.
-        batch: rows of an optimizer step.
-        micro_batch: rows at a time.
-        pad_id: a token for the padding.
-        is_packed: rows hold any number of examples.
-        is_flat: the rows of a micro-batch become one, as flash attention needs packed rows.
+        rows: lists of examples, with one each unless packed.
+        batch: rows per optimizer step.
+        micro_batch: rows per micro-batch.
+        pad_id: token for the padding.
+        is_packed: whether rows can have several examples.
+        is_flat: join the rows of a micro-batch into one, as flash attention needs.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""What the training examples share: a small encoder with a classifier, and labelled texts.
+"""Shared code of the training examples: a small encoder with a classifier, and labelled texts.
 
     python examples/own_loop.py --data trec.train.txt [--model folder]
 
-A data file has one example a line: a label, a space, a text. The default model is MiniLM from the
-demo group of packages.
+A data file has one example per line: a label, a space, a text. The default model is MiniLM, which the
+package group ``demo`` contains.
 """
 
 from __future__ import annotations
@@ -28,9 +28,14 @@ Batch = dict[str, torch.Tensor]
 
 
 def options_of(description: str | None) -> argparse.Namespace:
-    """Return what the command line asks for."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="label, space, text on each line")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="file with a label, a space and a text on each line",
+    )
     parser.add_argument("--model", type=Path, help="folder of an encoder; default: MiniLM")
     parser.add_argument("--output", type=Path, default=Path("delta.sd"))
     parser.add_argument("--steps", type=int, default=60)
@@ -39,7 +44,7 @@ def options_of(description: str | None) -> argparse.Namespace:
 
 @contextmanager
 def model_folder(given: Path | None) -> Iterator[Path]:
-    """Lend the folder of the model."""
+    """Yield the folder of the model."""
     if given is not None:
         yield given
         return
@@ -79,13 +84,13 @@ def make_batches(tokenizer: Any, rows: list[tuple[int, str]]) -> list[Batch]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: list[Batch]) -> float:
-    """Return the share of right answers."""
+    """Return the share of correct answers."""
     model.eval()
     hits = [model(**batch).logits.argmax(1) == batch["labels"] for batch in batches]
     return float(torch.cat(hits).float().mean())
 
 
 def split(rows: list[tuple[int, str]]) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
-    """Return what to train on and what is held out, a tenth but at most 500."""
+    """Return the examples to train on and those held out, a tenth, at most 500."""
     n_held_out = min(500, max(1, len(rows) // 10))
     return rows[n_held_out:], rows[:n_held_out]

@@ -1,6 +1,7 @@
-"""Tasks of the lm-evaluation-harness made of MMLU's CSV files: question, four choices, letter.
+"""Writes tasks of the lm-evaluation-harness from MMLU's CSV files.
 
-The prompts are those of the harness's own MMLU, so that scores can be held against each other.
+A row has a question, four choices and a letter. The prompts are those of the harness's own MMLU, so that
+scores can be compared.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ def write_tasks(source: Path, work: Path, *, n_shots: int) -> str:
 
     Args:
         source: folder of ``<subject>_test.csv`` and, for worked examples, ``<subject>_dev.csv``.
-        work: folder to write in, for as long as the tasks are used.
-        n_shots: worked examples that will be asked for.
+        work: folder for the tasks, which must exist while they are used.
+        n_shots: number of worked examples that will be used.
 
     Raises:
-        ValueError: there is no such file, one is of another form, or has too few worked examples.
+        ValueError: there is no such file, or a file has another format or too few worked examples.
     """
     tests = sorted(source.glob(f"*{TEST}")) if source.is_dir() else []
     if not tests:
-        raise ValueError(f"'{source}' is no folder with files such as astronomy{TEST}")
+        raise ValueError(f"'{source}' is not a folder with files such as astronomy{TEST}")
     names = []
     for test in tests:
         subject = test.name.removesuffix(TEST)
@@ -45,7 +46,7 @@ def write_tasks(source: Path, work: Path, *, n_shots: int) -> str:
         n_worked = len(splits.get("dev", []))
         if n_worked < n_shots:
             raise ValueError(
-                f"'{dev}' has {n_worked} worked examples, {n_shots} are asked for; ask for fewer"
+                f"'{dev}' has {n_worked} worked examples, but --shots is {n_shots}; lower it"
             )
         names.append(_write_task(subject, splits, work))
     group = {
@@ -59,10 +60,10 @@ def write_tasks(source: Path, work: Path, *, n_shots: int) -> str:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Return the questions of a file, each with its choices and the number of the right one.
+    """Return the questions of a file, each with its choices and the number of the correct one.
 
     Raises:
-        ValueError: a row is of another form, or there is none.
+        ValueError: a row has another format, or there is no row.
     """
     found = []
     with path.open(encoding="utf-8", newline="") as file:
@@ -83,7 +84,7 @@ def read_questions(path: Path) -> list[Question]:
 def _write_task(subject: str, splits: dict[str, list[Question]], work: Path) -> str:
     files = {}
     for split, questions in splits.items():
-        # As JSON lines: read as CSV, a choice such as "1" or "None" would not stay a text.
+        # As JSON lines: from CSV, a choice such as "1" or "None" would not be read as text.
         path = work / f"{subject}.{split}.jsonl"
         path.write_text("".join(json.dumps(q) + "\n" for q in questions), "utf-8")
         files[split] = str(path)
@@ -110,4 +111,4 @@ def _write_task(subject: str, splits: dict[str, list[Question]], work: Path) -> 
 
 
 def _write_yaml(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1), "utf-8")  # JSON is YAML
+    path.write_text(json.dumps(content, indent=1), "utf-8")  # JSON is valid YAML

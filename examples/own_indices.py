@@ -1,4 +1,4 @@
-"""Sparse training of components that one chooses oneself, in three ways.
+"""Sparse training of components that you choose yourself, in three ways.
 
 python examples/own_indices.py --data trec.train.txt --output delta.sd
 """
@@ -17,12 +17,12 @@ import sift_train
 
 
 def small_weights_with_large_gradients(weight: Tensor, gradient: Tensor) -> Tensor:
-    """Return scores for ``selection=``: a rule is a function of one tensor and its gradient."""
+    """Return scores; a function of a tensor and its gradient can be a rule (``selection=``)."""
     return gradient.abs() / (weight.abs() + 1e-3)
 
 
 def main() -> int:
-    """Choose, train, write the delta."""
+    """Choose components, train them and write the delta."""
     options = options_of(__doc__)
     rows = read_examples(options.data)
     training, held_out = split(rows)
@@ -30,7 +30,7 @@ def main() -> int:
         model, tokenizer = load(folder, 1 + max(label for label, _ in rows))
     batches, test = make_batches(tokenizer, training), make_batches(tokenizer, held_out)
 
-    # 1. A rule of one's own, applied to the gradients of four batches.
+    # 1. Your own rule, applied to the gradients of four batches.
     sift = sift_train.SIFT(
         model,
         sparse_rate=0.02,
@@ -42,7 +42,7 @@ def main() -> int:
         for batch in batches[:4]:
             model(**batch).loss.backward()
 
-    # 2. Indices of one's own, set after the fact as in the original SIFT code; here one tensor's
+    # 2. Your own indices, set after SIFT is created, as in the original SIFT code; here one tensor's
     # largest weights.
     name, p = next(sift.named_trainable_parameters())
     sparse_param = sift.sparse_mapping[name]
@@ -50,7 +50,7 @@ def main() -> int:
     sparse_param.idx = np.stack(np.unravel_index(order, p.shape))
     print(f"{name}: {sparse_param.train_num} of {p.numel()} by hand, idx {sparse_param.idx.shape}")
 
-    # 3. Everything by mask: SIFT(model, selection={"encoder.layer.0....weight": mask, ...}).
+    # 3. All by masks: SIFT(model, selection={"encoder.layer.0....weight": mask, ...}).
 
     optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=2e-3, weight_decay=0.0)
     print(f"accuracy before: {accuracy(model, test):.3f}")

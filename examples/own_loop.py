@@ -1,4 +1,4 @@
-"""Sparse training in a loop of one's own: three lines more than a dense one.
+"""Sparse training in your own loop, with three lines more than dense training.
 
 python examples/own_loop.py --data trec.train.txt --output delta.sd
 """
@@ -18,7 +18,7 @@ NO_DECAY = ["bias", "LayerNorm.weight"]
 
 
 def main() -> int:
-    """Train, write the delta, show what it took."""
+    """Train, write the delta, and print a summary."""
     options = options_of(__doc__)
     rows = read_examples(options.data)
     training, held_out = split(rows)

@@ -1,7 +1,6 @@
-"""What the recipes share: the memory plan before anything is loaded, the best step, the delta.
+"""Shared code of the recipes: the memory plan, the best step, the delta, the command line.
 
-A recipe's command line says what it would hold in memory with ``--help`` already, and ends with one
-sentence where something given cannot be used.
+``--help`` of a recipe already shows the memory plan. An error of the user is reported in one sentence.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ SMALL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "
 
 
 def planned_dtype(model: str, config: Any) -> torch.dtype:
-    """Return the dtype that a checkpoint's weights have, or that its config states."""
+    """Return the dtype of a checkpoint's weights, else that of its config."""
     folder = Path(model)
     found = checkpoint_dtype(folder) if folder.is_dir() else None
     stated = getattr(config, "dtype", None)
@@ -58,12 +57,12 @@ def planned_dtype(model: str, config: Any) -> torch.dtype:
 
 
 def empty_model(make: Any, config: Any, dtype: torch.dtype) -> nn.Module:
-    """Return a model without values, on the meta device, for ``plan_table``.
+    """Return a model without weights, on the meta device, for ``plan_table``.
 
     Args:
         make: an auto class, such as ``AutoModelForCausalLM``.
-        config: of transformers.
-        dtype: of the weights.
+        config: a config of transformers.
+        dtype: dtype of the weights.
     """
     with torch.device("meta"):
         model: nn.Module = make.from_config(config, dtype=dtype)
@@ -71,7 +70,7 @@ def empty_model(make: Any, config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def plan_table(model: nn.Module, methods: Sequence[str], choice: Choice) -> str:
-    """Return what each method would keep in memory beside activations; the model may be empty."""
+    """Return a table of each method's memory without activations; the model may have no weights."""
     choice = equalized(model, choice, methods)
     rows = []
     planned = {method: _planned(model, method, choice) for method in methods}
@@ -91,7 +90,7 @@ def plan_table(model: nn.Module, methods: Sequence[str], choice: Choice) -> str:
 
 
 def _other(methods: Sequence[str]) -> str:
-    """Return what the column "other" holds of these methods, in brackets."""
+    """Return the contents of the column "other" for these methods, in brackets."""
     parts = ["indices", "masters"] if "sift" in methods else []
     if any(method in ADAPTERS for method in methods):
         parts.append("adapters")
@@ -108,7 +107,7 @@ def print_plan(model: nn.Module, methods: Sequence[str], choice: Choice) -> None
 
 
 def _planned(model: nn.Module, method: str, choice: Choice) -> tuple[int, ...]:
-    """Return components trained, and bytes of weights, gradients, optimizer and other."""
+    """Return the number of trained components, and bytes of weights, gradients, optimizer and other."""
     if method == "sift":
         plan = _sift_plan(model, choice)
         gradients = plan.gradient_bytes + plan.largest_gradient_bytes
@@ -123,8 +122,8 @@ def _planned(model: nn.Module, method: str, choice: Choice) -> tuple[int, ...]:
         n = rank_of(choice, layers) * sizes(layers)[1]
         dense = [p for name, p in model.named_parameters() if is_of(name, choice.dense)]
         own = [(n, 4), *((p.numel(), p.element_size()) for p in dense)]  # PEFT's adapters are fp32
-        other = sum(count * size for count, size in own)  # of the dense ones PEFT trains a copy
-        if method == "shira":  # coordinates, int32; each layer's weight with the adapter in it
+        other = sum(count * size for count, size in own)  # PEFT trains a copy of the dense ones
+        if method == "shira":  # int32 coordinates, and each layer's weight with the adapter added
             other += 8 * n + sum(
                 m.weight.numel() * m.weight.element_size() for m in layers.values()
             )
@@ -141,11 +140,11 @@ def _sift_plan(model: nn.Module, choice: Choice) -> sift_train.Plan:
 
 
 class KeepBest(TrainerCallback):
-    """Keeps the state of the evaluation with the highest value, and goes back to it at the end.
+    """Keeps the state of the evaluation with the highest value, and restores it at the end.
 
     Attributes:
-        step: after which the best was found; None before the first evaluation.
-        value: what was found.
+        step: the step of the best evaluation; None before the first evaluation.
+        value: the value of the best evaluation.
     """
 
     def __init__(self, adapted: Adapted, metric: str) -> None:
@@ -156,12 +155,12 @@ class KeepBest(TrainerCallback):
         self.value = -math.inf
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> Any:
-        """Ask for an evaluation after the last step, too."""
+        """Request an evaluation after the last step too."""
         control.should_evaluate |= state.global_step >= state.max_steps
         return control
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Keep what is better than all before; of a tie the first."""
+        """Keep the state if its value is higher than all before."""
         value = float(given["metrics"][self._metric])
         if self.step is None or value > self.value:
             self.step = state.global_step
@@ -170,7 +169,7 @@ class KeepBest(TrainerCallback):
         print(f"step {state.global_step}: {self._metric} {value:.4f}", file=sys.stderr, flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Go back to the best."""
+        """Restore the best state."""
         if self._state:
             self._adapted.restore(self._state)
 
@@ -179,11 +178,11 @@ class KeepBest(TrainerCallback):
 
 
 def local_model(model: str) -> tuple[Path, str | None]:
-    """Return a model's folder, fetched from the Hub if it is none yet, and where others find it.
+    """Return a model's folder, downloaded from the Hub if it is a Hub id, and where others find it.
 
     Raises:
-        OSError: it is neither.
-        ValueError: it holds no safetensors, which a delta is made from.
+        OSError: it is neither a folder nor an id of the Hub.
+        ValueError: it has no safetensors file, which a delta needs.
     """
     folder, base_id = Path(model), None
     if not folder.is_dir():
@@ -192,7 +191,7 @@ def local_model(model: str) -> tuple[Path, str | None]:
         try:
             folder = Path(snapshot_download(model, allow_patterns=list(SMALL_FILES)))
         except (OSError, ValueError) as error:
-            raise OSError(_not_had(model, error)) from error
+            raise OSError(_short_reason(model, error)) from error
         base_id = f"{model}@{folder.name}"
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"'{folder}' holds no safetensors weights, which a delta is made from")
@@ -200,23 +199,23 @@ def local_model(model: str) -> tuple[Path, str | None]:
 
 
 def model_config(model: str) -> Any:
-    """Return the config of a folder, or of a model of the Hub.
+    """Return the config of a folder or of a model on the Hub.
 
     Raises:
-        OSError: there is none.
+        OSError: there is no config.
     """
     try:
         return transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise OSError(_not_had(model, error)) from error
+        raise OSError(_short_reason(model, error)) from error
 
 
-def _not_had(model: str, error: Exception) -> str:
-    """Return a sentence in place of what the libraries say at length."""
+def _short_reason(model: str, error: Exception) -> str:
+    """Return one sentence for the long message of a library."""
     if (Path(model) / "config.json").is_file():
         return f"'{model}/config.json' cannot be used: {error}"
     if Path(model).is_dir():
-        return f"folder '{model}' holds no config.json, so it is no model's; name another"
+        return f"folder '{model}' has no config.json, so it is not a model folder; give another"
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     causes: list[BaseException] = [error]
@@ -226,10 +225,8 @@ def _not_had(model: str, error: Exception) -> str:
     if any(isinstance(cause, RepositoryNotFoundError | HFValidationError) for cause in causes):
         why = "not found"
     if any(isinstance(cause, GatedRepoError) for cause in causes):
-        why = "its owners have to grant access, and to an account that is logged in"
-    return (
-        f"'{model}' is no folder here, and no model of that name could be had from the Hub ({why})"
-    )
+        why = "its owners must grant access to your account, and you must be logged in"
+    return f"'{model}' is not a folder, and the Hub has no model of that name ({why})"
 
 
 def export(
@@ -241,10 +238,10 @@ def export(
     info: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Write the delta from the base's folder to a trained model; return how many bytes it has.
+    """Write the delta from the base's folder to a trained model; return its size in bytes.
 
-    The target is the base's folder with the trained weights and config in place of its own. What is
-    new, such as a head, is in the delta in full; what the base has and the model does not is removed.
+    The target is the base's folder with the trained weights and config. New tensors, such as a head, are
+    in the delta in full; tensors that the model does not have are removed.
     """
     sift_train.export_delta(
         model, output, base=base, base_id=base_id, info=info, overwrite=overwrite
@@ -258,11 +255,11 @@ def export(
 def parse(
     parser: argparse.ArgumentParser, plan: Callable[[argparse.Namespace], str]
 ) -> argparse.Namespace:
-    """Return what the command line asks for; ``--help`` ends with the plan for what it chooses.
+    """Return the options of the command line; ``--help`` ends with the memory plan for them.
 
     Args:
-        parser: made with ``add_help=False`` and without required arguments.
-        plan: maps the options to the text of the memory plan.
+        parser: a parser with ``add_help=False`` and without required arguments.
+        plan: a function of the options that returns the text of the memory plan.
     """
     parser.add_argument("-h", "--help", action="store_true", help="show this and the memory plan")
     options = parser.parse_args()
@@ -274,11 +271,11 @@ def parse(
 
 
 def check_folder(path: Path | None) -> None:
-    """Check before any work that a file can be written there at its end.
+    """Check before any work that a file can be written at a path.
 
     Raises:
         FileNotFoundError: its folder does not exist.
-        IsADirectoryError: it is a folder itself.
+        IsADirectoryError: the path is a folder.
     """
     if path is None:
         return
@@ -289,10 +286,10 @@ def check_folder(path: Path | None) -> None:
 
 
 def count(text: str) -> int:
-    """Return a whole number of at least 1, as a type for argparse.
+    """Return an integer of at least 1, as a type for argparse.
 
     Raises:
-        ArgumentTypeError: it is none.
+        ArgumentTypeError: the text has another value.
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
@@ -303,7 +300,7 @@ def share(text: str) -> float:
     """Return a number from 0 to 1, as a type for argparse.
 
     Raises:
-        ArgumentTypeError: it is none.
+        ArgumentTypeError: the text has another value.
     """
     try:
         number = float(text)
@@ -317,29 +314,37 @@ def share(text: str) -> float:
 def by_method(given: Sequence[str], defaults: Mapping[str, float], what: str) -> dict[str, float]:
     """Return a number for each method, from words such as ``1e-4`` or ``sift=1e-4``.
 
+    A number without a method is for all methods that are not named.
+
     Raises:
-        ValueError: a word is neither.
+        ValueError: a word has another form, or a method is given two numbers.
     """
-    found = dict(defaults)
+    numbers: dict[str, float] = {}
     for word in given:
         name, equals, number = word.rpartition("=")
-        if equals and name not in found:
-            raise ValueError(f"{what} {word!r} names no method; choose one of {', '.join(found)}")
+        if equals and name not in defaults:
+            choices = ", ".join(defaults)
+            raise ValueError(f"{what} {word!r} names no method; choose one of {choices}")
         try:
             value = float(number)
         except ValueError:
             raise ValueError(
                 f"{what} {word!r} is not a number, nor a method and a number as in sift=1e-4"
             ) from None
-        found.update(dict.fromkeys([name] if equals else found, value))
-    return found
+        if name in numbers:
+            raise ValueError(
+                f"{what} gives {f'method {name}' if name else 'every method'} two numbers,"
+                f" {numbers[name]:g} and {value:g}; give one, and run the recipe again for the other"
+            )
+        numbers[name] = value
+    return {name: numbers.get(name, numbers.get("", own)) for name, own in defaults.items()}
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a recipe and end the process; what cannot be used is told in one sentence.
+    """Run a recipe and exit; an error of the user is printed as one sentence.
 
-    One that was interrupted ends with 130, as a shell expects it; a sentence that the
-    ``KeyboardInterrupt`` carries says how to go on.
+    An interrupted recipe exits with 130, as is usual in a shell, and prints the message of the
+    ``KeyboardInterrupt``, which says how to resume.
     """
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -356,7 +361,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table, its columns aligned."""
+    """Return a Markdown table with aligned columns."""
     cells = [list(columns), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[at]) for row in cells) for at in range(len(columns))]
     lines = [

@@ -1,7 +1,7 @@
-"""Four ways to train the same layers of a model: SIFT, full, and PEFT's LoRA and SHiRA.
+"""Four methods to train the same layers of a model: SIFT, full, and PEFT's LoRA and SHiRA.
 
-SIFT, LoRA and SHiRA train the weights of the same linear layers and, side by side, equally many
-components; what ``dense`` names, such as a new head, is trained densely by each of them.
+SIFT, LoRA and SHiRA train the weights of the same linear layers and, when compared, equal numbers of
+components. All of them train the modules in ``dense``, such as a new head, densely.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What is trained of a model.
+    """The choice of parameters to train.
 
     Attributes:
         targets: name fragments of the linear layers to train sparsely or to adapt, or
-            ``"all-linear"``: all but the output embeddings and what is in ``dense``.
-        dense: names of modules that are trained densely, such as ``classifier``.
+            ``"all-linear"``: all except the output embeddings and the modules in ``dense``.
+        dense: names of modules to train densely, such as ``classifier``.
         rate: share of each layer's weight that SIFT trains.
-        rank: of LoRA and SHiRA; None: the one nearest to the rate.
-        selection: how SIFT chooses components.
-        seed: of everything random.
+        rank: rank of LoRA and SHiRA; None: the one nearest to the rate.
+        selection: the rule by which SIFT chooses components.
+        seed: seeds all randomness.
     """
 
     targets: Sequence[str] = (ALL_LINEAR,)
@@ -49,14 +49,14 @@ class Choice:
 
 @dataclass(kw_only=True)
 class Adapted:
-    """A model made ready to be trained by one method.
+    """A model prepared for training by one method.
 
     Attributes:
-        model: what to train; for LoRA and SHiRA a model of PEFT around the one given.
-        trained: what the optimizer gets, by name; for SIFT the masters.
-        n_trained: components in it, those of ``dense`` apart.
-        n_dense: components of ``dense``.
-        sift: set for SIFT.
+        model: the model to train; for LoRA and SHiRA the given model in a wrapper of PEFT.
+        trained: the parameters for the optimizer, by name; for SIFT the masters.
+        n_trained: number of components in ``trained``, without those of ``dense``.
+        n_dense: number of components of ``dense``.
+        sift: the SIFT, None for other methods.
     """
 
     method: str
@@ -86,11 +86,11 @@ class Adapted:
         ]
 
     def callbacks(self) -> list[TrainerCallback]:
-        """Return what a Trainer of transformers needs to be told."""
+        """Return the callbacks that a Trainer of transformers needs."""
         return [sift_train.SiftCallback(self.sift)] if self.sift is not None else []
 
     def select(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Let the gradients of these batches choose the components, where gradients do."""
+        """Choose the components by the gradients of these batches, if the rule uses gradients."""
         parts = [] if self.sift is None else self.sift.sparse_mapping.values()
         if self.sift is None or all(part.is_selected for part in parts):
             return
@@ -101,11 +101,11 @@ class Adapted:
                 self.model(**here).loss.backward()
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Return what training has made so far, copied to the CPU."""
+        """Return the current state of the training, copied to the CPU."""
         return {n: p.detach().to("cpu", copy=True) for n, p in self.trained.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go back to a snapshot."""
+        """Restore a snapshot."""
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(state[name])
@@ -113,7 +113,7 @@ class Adapted:
             self.sift.write_back()
 
     def finish(self) -> Any:
-        """Return the trained model as plain as it came: adapters merged, hooks removed."""
+        """Return the trained model with adapters merged and hooks removed."""
         if self.sift is not None:
             self.sift.close()
             return self.model
@@ -123,12 +123,12 @@ class Adapted:
 def adapt(
     model: Any, method: str, choice: Choice, *, grad_acc: int = 1, checkpointing: bool = False
 ) -> Adapted:
-    """Make a model ready to be trained by a method; it is changed in place.
+    """Prepare a model, in place, for training by a method.
 
     Args:
-        model: of transformers, on its final device.
+        model: a model of transformers on its final device.
         method: one of ``METHODS``.
-        choice: what to train.
+        choice: the parameters to train.
         grad_acc: micro-batches per optimizer step.
         checkpointing: recompute activations in the backward pass.
 
@@ -184,7 +184,7 @@ def _sparse(model: Any, choice: Choice, layers: Mapping[str, nn.Module], grad_ac
 
 
 def sift_names(layers: Iterable[str], choice: Choice) -> tuple[list[str], list[str]]:
-    """Return what tells SIFT, or its plan, the same layers and the same dense modules."""
+    """Return the arguments that give SIFT or ``plan`` the same layers and dense modules."""
     return (
         [f"re:^{re.escape(name)}[.]weight$" for name in layers],
         [f"re:(^|[.]){re.escape(name)}[.]" for name in choice.dense],
@@ -197,7 +197,7 @@ def _with_adapters(
     from peft import LoraConfig, ShiraConfig, get_peft_model  # takes seconds
 
     rank = rank_of(choice, layers)
-    # One by one: PEFT's SHiRA cannot merge beside a module that only holds others.
+    # Name each leaf module: PEFT's SHiRA cannot merge with a module that only contains others.
     dense = [
         name
         for name, module in model.named_modules()
@@ -211,12 +211,12 @@ def _with_adapters(
         config: Any = LoraConfig(lora_alpha=2 * rank, **shared)
     else:
         config = ShiraConfig(random_seed=choice.seed, **shared)
-        # SHiRA makes sparse tensors without saying whether they are to be checked, and torch warns.
+        # SHiRA does not set whether its sparse tensors are checked, so torch warns.
         torch.sparse.check_sparse_tensor_invariants.disable()
     if checkpointing:
         model.enable_input_require_grads()
     with warnings.catch_warnings():
-        # PEFT 0.21 reads what transformers 5.23 has renamed.
+        # PEFT 0.21 uses a name that transformers 5.23 has changed.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         return get_peft_model(model, config)
 
@@ -225,7 +225,7 @@ def find_layers(model: Any, choice: Choice) -> dict[str, Any]:
     """Return the linear layers that a choice names.
 
     Raises:
-        ValueError: a fragment of ``targets``, or a name in ``dense``, is in no module's name.
+        ValueError: a fragment of ``targets`` or a name in ``dense`` occurs in no module name.
     """
     modules = dict(model.named_modules())
     for name in choice.dense:
@@ -254,12 +254,12 @@ def find_layers(model: Any, choice: Choice) -> dict[str, Any]:
 
 
 def is_of(parameter: str, modules: Sequence[str]) -> bool:
-    """Return whether a parameter belongs to one of the modules named."""
+    """Return whether a parameter belongs to one of these modules."""
     return any(f".{name}." in f".{parameter}" for name in modules)
 
 
 def rank_of(choice: Choice, layers: Mapping[str, Any]) -> int:
-    """Return the rank asked for, or the one at which an adapter is nearest to the rate."""
+    """Return the chosen rank, or the one whose adapter is nearest to the rate."""
     if choice.rank is not None:
         return choice.rank
     n_all, n_per_rank = sizes(layers)
@@ -267,10 +267,10 @@ def rank_of(choice: Choice, layers: Mapping[str, Any]) -> int:
 
 
 def equalized(model: Any, choice: Choice, methods: Sequence[str]) -> Choice:
-    """Return the choice under which the methods train equally many components.
+    """Return a choice with which all methods train equal numbers of components.
 
-    The rank of adapters is a whole number, so it decides: SIFT beside one of them gets the rate
-    that makes its count the adapter's, up to one component a layer.
+    The rank of adapters is an integer, so it determines the number. If SIFT is compared with an
+    adapter, it gets the rate that gives the same number, up to one component per layer.
     """
     if not set(methods) & set(ADAPTERS):
         return choice
@@ -284,6 +284,6 @@ def equalized(model: Any, choice: Choice, methods: Sequence[str]) -> Choice:
 
 
 def sizes(layers: Mapping[str, Any]) -> tuple[int, int]:
-    """Return components of the layers' weights, and of adapters of rank 1 for them."""
+    """Return the number of components of the layers' weights, and of adapters of rank 1."""
     shapes = [module.weight.shape for module in layers.values()]
     return sum(math.prod(shape) for shape in shapes), sum(sum(shape) for shape in shapes)

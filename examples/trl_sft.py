@@ -1,8 +1,8 @@
-"""The same instruction tuning on TRL's SFTTrainer, whose saves become deltas.
+"""Instruction tuning as in ``instruct.py`` with TRL's SFTTrainer, which saves deltas.
 
     python examples/trl_sft.py --model org/model --data alpaca_data.json --packing --output delta.sd
 
-The trainer is given tokens and labels, so it trains on what ``instruct.py`` trains on.
+The trainer gets tokens and labels, so it trains on the same tokens as ``instruct.py``.
 """
 
 from __future__ import annotations
@@ -30,22 +30,26 @@ import sift_train
 
 
 class SiftSFTTrainer(sift_train.SiftTrainerMixin, SFTTrainer):
-    """SFTTrainer over the masters."""
+    """An SFTTrainer that trains the masters."""
 
 
 def options_of() -> argparse.Namespace:
-    """Return what the command line asks for."""
+    """Return the options of the command line."""
     parser = make_parser(__doc__)
     own = parser.add_argument_group("of this way")
-    own.add_argument("--trackers", nargs="+", default=[], help="such as tensorboard, wandb")
+    own.add_argument(
+        "--trackers", nargs="+", default=[], help="trackers, such as tensorboard or wandb"
+    )
     return parse(parser, plan)
 
 
 def main() -> None:
-    """Train, keep the last save's delta, show what it took."""
+    """Train, keep the delta of the last save, and print a summary."""
     options = options_of()
     n_micro = check(options)
-    loaded = load(options, is_flat=True)  # as TRL hands packed rows on, whatever the attention
+    loaded = load(
+        options, is_flat=True
+    )  # TRL passes packed rows on in this form with every attention
     keep_settings(options, len(loaded.rows))
     if options.compile:
         print(f"{compile_layers(loaded.model)} layers are compiled when they first run", flush=True)
@@ -76,7 +80,7 @@ def train(trainer: SiftSFTTrainer, options: argparse.Namespace, checkpoint: str 
     """Train, from a checkpoint if there is one.
 
     Raises:
-        KeyboardInterrupt: someone interrupts it; it carries how to go on.
+        KeyboardInterrupt: the run is interrupted; the message says how to resume.
     """
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -85,8 +89,8 @@ def train(trainer: SiftSFTTrainer, options: argparse.Namespace, checkpoint: str 
         at = f"stopped after step {state.global_step:,} of {state.max_steps:,}"
         newest = newest_in(options.run_dir)
         if newest is None:
-            raise KeyboardInterrupt(f"{at}; no checkpoint was kept to go on from") from None
-        raise KeyboardInterrupt(f"{at}; go on from '{Path(newest).name}' with --resume") from None
+            raise KeyboardInterrupt(f"{at}; there is no checkpoint to resume from") from None
+        raise KeyboardInterrupt(f"{at}; resume from '{Path(newest).name}' with --resume") from None
 
 
 def newest_in(run_dir: Path | None) -> str | None:
@@ -98,7 +102,7 @@ def newest_in(run_dir: Path | None) -> str | None:
 def make_trainer(
     options: argparse.Namespace, loaded: Loaded, n_micro: int, work: Path
 ) -> SiftSFTTrainer:
-    """Return TRL's trainer over the model and its examples."""
+    """Return TRL's trainer for the model and its examples."""
     choice = choice_of(options)
     sparse, dense = sift_names(find_layers(loaded.model, choice), choice)
     sift = sift_train.SIFT(
@@ -122,12 +126,12 @@ def make_trainer(
         max_steps=options.steps or -1,
         learning_rate=options.lr,
         weight_decay=options.weight_decay,
-        warmup_steps=options.warmup,  # below 1 it is a share
+        warmup_steps=options.warmup,  # a value below 1 is a share of the steps
         lr_scheduler_type=options.schedule,
         max_length=options.max_tokens,
         packing=options.packing,
         gradient_checkpointing=options.gradient_checkpointing,
-        bf16=False,  # the weights' own dtype; the masters are fp32
+        bf16=False,  # keeps the weights' dtype; the masters are fp32
         logging_steps=1,
         report_to=options.trackers or "none",
         dataloader_pin_memory=torch.cuda.is_available(),

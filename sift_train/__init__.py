@@ -1,9 +1,10 @@
-"""Sparse fine-tuning in place, with a delta as its result.
+"""Sparse fine-tuning of a model in place; the result is a delta.
 
     result = sift_train.fit("base/", batches, output="delta.sd")
 
-or, in a loop of one's own, ``SIFT(model, ...)`` and ``export_delta``; with ``transformers.Trainer``,
-``SiftCallback`` or ``SiftTrainerMixin``. ``plan`` says beforehand what fits in memory.
+In your own training loop, use ``SIFT(model, ...)`` and ``export_delta``. With
+``transformers.Trainer``, use ``SiftTrainerMixin`` or ``SiftCallback``. ``plan`` computes the memory
+that training will need.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
-"""Whether a checkpoint is what a model was before its training, tensor by tensor, bit for bit.
+"""Checks that a checkpoint holds the weights that a model had before training, bit for bit.
 
-Tensors are compared under the names they have in both, a model's prefix apart; what only one of them
-has, or has in another shape, is a change of structure, which a delta records.
+Tensors with the same name are compared; a model's prefix may be missing in a name. A tensor that
+only one side has, or that has another shape there, is not an error: the delta records such changes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sift_train.conversion import as_saved, groups_of
 from sift_train.masters import SparseParameter
 
 if TYPE_CHECKING:
     from sift_train.sift import SIFT
+
+logger = logging.getLogger(__name__)
 
 _PRIMARY = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -28,85 +34,138 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_weights(base: Path) -> None:
-    """Find out whether a checkpoint holds weights as safetensors, which a delta is made against.
+    """Check that a checkpoint has weights as safetensors.
 
     Raises:
-        ValueError: it holds none, or is a file of another kind.
+        ValueError: the folder has no safetensors file, or the path is a file of another kind.
     """
     if not base.is_dir():
         with ExitStack() as stack:
             _open(base, stack)
     elif not any(base.rglob("*.safetensors")):
         others = sorted(path.name for path in base.iterdir() if path.suffix in _PICKLED)
-        held = f", only {', '.join(others)}" if others else ""
+        only = f", only {', '.join(others)}" if others else ""
         raise ValueError(
-            f"base '{base}' has no .safetensors file{held}; load its model and save it with "
+            f"base '{base}' has no .safetensors file{only}; load its model and save it with "
             "save_pretrained(), which writes one"
         )
 
 
 def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
-    """Find out whether a checkpoint holds what the model's parameters were before training.
+    """Check that a checkpoint holds the values of the model's parameters before training.
 
     Args:
-        model: trained or not.
+        model: the model, trained or not.
         base: a folder or a safetensors file. Its tensors are compared in the model's dtype.
-        sift: what trains the model; lends the trained components as they were.
+        sift: the SIFT that trains the model; it knows the first values of the trained components.
 
     Raises:
-        ValueError: a tensor differs, or a file is no safetensors file.
+        ValueError: a tensor differs, or a file is not a safetensors file.
     """
     parts = {} if sift is None else {id(p.parameter): p for p in sift.sparse_mapping.values()}
-    # Of tied parameters the first: a base may hold the others apart.
+    # Tied parameters are listed once: a base may hold other values under their other names.
     named = dict(model.named_parameters())
+    held = tensor_places(base)
     renamed = names_in_base(model, named, base)
+    if not held.keys() & {*named, *renamed.values()}:
+        renamed = _without_prefix(named, held)
     own = {renamed.get(name, name): parameter for name, parameter in named.items()}
-    for name, held in _tensors(base, own):
-        parameter = own[name]
-        if held.shape != parameter.shape:
-            continue
-        before = _before(parameter, parts.get(id(parameter)))
-        n_different = int((_bits(held.to(before.dtype)) != _bits(before)).sum())
-        if n_different:
-            raise ValueError(
-                f"base '{base}' is not what the model was before training: {n_different:,} of "
-                f"{before.numel():,} components of {name!r} differ; give the checkpoint that the "
-                "model was loaded from, or leave base out"
-            )
+
+    def before(name: str) -> Tensor:
+        return _first_values(own[name], parts.get(id(own[name])))
+
+    for name, tensor in _tensors(held, own.keys() & held.keys()):
+        _compare(base, name, tensor, before(name))
+    missing = own.keys() - held.keys()
+    if not missing or held.keys() <= own.keys():
+        return
+    compared = set()
+    for group in groups_of(missing):
+        made = as_saved(model, {name: partial(before, name) for name in group})
+        renamed = names_in_base(model, made, base)
+        made = {renamed.get(name, name): tensor for name, tensor in made.items()}
+        for name, tensor in _tensors(held, made.keys() & held.keys()):
+            _compare(base, name, tensor, made[name])
+        if made and made.keys() <= held.keys():
+            compared |= group
+    if missing - compared:
+        logger.warning(
+            "base '%s' has no tensors of the names of %d of the model's %d parameters, such as %r; these"
+            " were not compared with it",
+            base,
+            len(missing - compared),
+            len(own),
+            min(missing - compared),
+        )
+
+
+def _compare(base: Path, name: str, held: Tensor, before: Tensor) -> None:
+    if held.shape != before.shape:
+        return
+    n_different = int((_bits(held.to(before.dtype)) != _bits(before)).sum())
+    if n_different:
+        raise ValueError(
+            f"base '{base}' differs from the model before training: {n_different:,} of "
+            f"{before.numel():,} components of {name!r} differ; give the checkpoint that the "
+            "model was loaded from, or leave base out"
+        )
 
 
 def names_in_base(model: nn.Module, names: Iterable[str], base: Path) -> dict[str, str]:
-    """Return the names under which a base holds tensors that it does not hold by the model's names.
+    """Return the names in a base that differ from the model's names by the model's prefix.
 
-    A base saved without a head lacks the prefix that a model with one puts before its names, and the
-    other way round; transformers loads both.
+    A model with a head puts a prefix before the names of the other tensors. A base saved without a
+    head has names without the prefix, and transformers loads both. The reverse also occurs.
 
     Args:
-        model: has a ``base_model_prefix`` if it is one of transformers.
-        names: of its tensors.
+        model: a module; the prefix is its ``base_model_prefix``, which transformers models have.
+        names: names of its tensors.
         base: a folder or a safetensors file.
+
+    Returns:
+        The base's name by the model's name, for the names that differ.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     if prefix == ".":
         return {}
-    held = set(tensor_names(base))
+    base_names = set(tensor_names(base))
     found = {}
     for name in names:
         other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
-        if name not in held and other in held:
+        if name not in base_names and other in base_names:
             found[name] = other
     return found
 
 
+def _without_prefix(names: Iterable[str], held: Iterable[str]) -> dict[str, str]:
+    """Return the names in a base of a module that holds the base's model, such as a SentenceTransformer."""
+    known = set(held)
+    counts: Counter[str] = Counter()
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in names:
+        for at, character in enumerate(name):
+            if character == "." and name[at + 1 :] in known:
+                counts[name[: at + 1]] += 1
+                found[name[: at + 1]][name] = name[at + 1 :]
+    return found[counts.most_common(1)[0][0]] if counts else {}
+
+
 def tensor_names(base: Path) -> Iterator[str]:
     """Yield the names of a checkpoint's tensors."""
+    yield from tensor_places(base)
+
+
+def tensor_places(base: Path) -> dict[str, Path]:
+    """Return the file that each tensor of a checkpoint is in, by its name."""
+    places: dict[str, Path] = {}
     for path in weight_files(base):
         with ExitStack() as stack:
-            yield from _open(path, stack).keys()
+            places |= dict.fromkeys(_open(path, stack).keys(), path)
+    return places
 
 
 def weight_files(base: Path) -> list[Path]:
-    """Return the files of the weights that transformers loads: one, or those of the index."""
+    """Return the files that transformers loads: ``model.safetensors``, or those of its index."""
     if not base.is_dir():
         return [base]
     if (base / _PRIMARY).is_file():
@@ -117,8 +176,8 @@ def weight_files(base: Path) -> list[Path]:
     return sorted(base.glob("*.safetensors"))
 
 
-def _before(parameter: Tensor, part: SparseParameter | None) -> Tensor:
-    """Return a parameter on the CPU as it was before training."""
+def _first_values(parameter: Tensor, part: SparseParameter | None) -> Tensor:
+    """Return a copy of a parameter on the CPU, with its values from before training."""
     now = parameter.detach().cpu()
     if part is None or part.original is None:
         return now
@@ -131,13 +190,15 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(_BITS[tensor.element_size()])
 
 
-def _tensors(base: Path, wanted: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    for path in weight_files(base):
+def _tensors(places: Mapping[str, Path], wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    by_file: dict[Path, list[str]] = defaultdict(list)
+    for name in wanted:
+        by_file[places[name]].append(name)
+    for path, names in by_file.items():
         with ExitStack() as stack:
             file = _open(path, stack)
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                if name in wanted:
-                    yield name, file.get_tensor(name)
+            for name in sorted(names):
+                yield name, file.get_tensor(name)
 
 
 def _open(path: Path, stack: ExitStack) -> Any:
@@ -145,5 +206,5 @@ def _open(path: Path, stack: ExitStack) -> Any:
         return stack.enter_context(safe_open(path, framework="pt"))
     except SafetensorError as error:
         raise ValueError(
-            f"'{path}' is not a safetensors file, or only a part of one: {error}"
+            f"'{path}' is not a safetensors file, or is incomplete: {error}"
         ) from error

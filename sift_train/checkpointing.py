@@ -1,7 +1,7 @@
-"""Activation checkpointing of transformers models, always non-reentrant.
+"""Switches activation checkpointing of transformers models on and off; always non-reentrant.
 
-Frozen embeddings hand the first layer inputs that need no gradient; reentrant checkpointing would
-then compute no gradient at all.
+With frozen embeddings the inputs of the first layer need no gradient, and reentrant checkpointing
+would then compute no gradients at all.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from torch import nn
 
 
 def enable_checkpointing(model: Any) -> bool:
-    """Switch checkpointing on; return whether it was off before.
+    """Switch checkpointing on; return True if it was off before.
 
     Raises:
-        ValueError: the model has no switch for it.
+        ValueError: the model has no method for it.
     """
     was_on = _is_checkpointing(model)
     kwargs = {"use_reentrant": False}
@@ -25,14 +25,14 @@ def enable_checkpointing(model: Any) -> bool:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     else:
         raise ValueError(
-            f"{type(model).__name__} cannot switch checkpointing on by itself; "
-            "leave gradient_checkpointing off and checkpoint inside its forward"
+            f"{type(model).__name__} has no method gradient_checkpointing_enable; "
+            "leave gradient_checkpointing off, and use checkpointing inside the model's forward"
         )
     return not was_on
 
 
 def disable_checkpointing(model: nn.Module) -> None:
-    """Switch checkpointing off on a model that ``enable_checkpointing`` accepted."""
+    """Switch checkpointing off; the model must be one that ``enable_checkpointing`` accepts."""
     for name in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):
         if hasattr(model, name):
             getattr(model, name)()

@@ -1,7 +1,7 @@
-"""Chooses the components of every part: from weights at once, or from gradients as they come.
+"""Chooses the components of each parameter, by its weights at the start or by its gradients later.
 
-A part is chosen once; until then it is not trained. With a global budget all parts are chosen
-together and share what each would have had.
+The components of a parameter are chosen once, and it is not trained before. With a global budget
+the components of all parameters are chosen together; their number is the same as without it.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _CPU = torch.device("cpu")
 
 
 class Chooser:
-    """Gathers scores for the parts of a model and chooses by them.
+    """Collects the scores of a model's parts and chooses their components.
 
     Args:
-        parts: by name.
-        rule: how components are scored.
-        budget: ``"tensor"``: each part its own k; ``"global"``: the sum of all k's, wherever the
-            scores are largest.
-        seed: of ties and of random selection.
+        parts: the parts by name; each is a parameter with its master.
+        rule: the rule that scores components.
+        budget: ``"tensor"``: each part gets its own k components; ``"global"``: the sum of all k is
+            given to the largest scores of all parts.
+        seed: seeds the choice among equal scores, and random selection.
 
     Raises:
-        ValueError: the budget is not known.
+        ValueError: the budget is neither of these.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Chooser:
         self._scores: dict[str, GradientScores] = {}
 
     def choose_without_gradients(self) -> None:
-        """Choose what needs no gradient: dense parts, and all if the rule scores by weights."""
+        """Choose dense parts, and all other parts if the rule scores by weights."""
         for part in self._parts.values():
             if part.trains_all:
                 numel = part.parameter.numel()
@@ -77,13 +77,13 @@ class Chooser:
     def score(
         self, part: SparseParameter, gradient: Tensor, *, at_once: bool, is_trained_on: bool
     ) -> None:
-        """Take in one dense gradient of a part that is not chosen yet.
+        """Add the scores of one dense gradient of a part that is not chosen yet.
 
         Args:
-            part: what the gradient is of.
-            gradient: of the part's shape; not kept.
-            at_once: choose by this one alone, unless the budget is global.
-            is_trained_on: hand the chosen components' gradients to the master afterwards.
+            part: the part that the gradient belongs to.
+            gradient: of the parameter's shape.
+            at_once: choose by this gradient alone, unless the budget is global.
+            is_trained_on: after the choice, add the chosen components' gradients to the master's.
         """
         at_once = at_once and not self._is_global
         scores = self._scores.get(part.name)
@@ -95,7 +95,7 @@ class Chooser:
             self._choose(part, self._scores.pop(part.name))
 
     def finish(self) -> None:
-        """Choose among the gradients seen so far; without effect if there are none."""
+        """Choose by the gradients added so far; no effect if there are none."""
         if self._is_global:
             self._finish_together()
             return
@@ -103,51 +103,51 @@ class Chooser:
             self._choose(self._parts[name], self._scores.pop(name))
 
     def clear(self) -> None:
-        """Forget the gradients seen so far."""
+        """Drop the scores and gradients added so far."""
         self._scores.clear()
 
     def _choose(self, part: SparseParameter, scores: GradientScores) -> None:
-        if part.is_selected:  # by hand, meanwhile
-            _hand_over(part, scores)
-        elif scores.tells_apart:
+        if part.is_selected:  # the caller has set idx meanwhile
+            _give_gradient(part, scores)
+        elif scores.has_scores:
             generator = seeded_generator(self._seed, part.name)
             part.take_up(top_k(scores.total, part.train_num, generator))
-            _hand_over(part, scores)
+            _give_gradient(part, scores)
         else:
-            _stand_in(part, scores)
+            _mark_overflow(part, scores)
 
     def _finish_together(self) -> None:
         scores = {n: s for n, s in self._scores.items() if not self._parts[n].is_selected}
         chosen_by_hand = {n: s for n, s in self._scores.items() if n not in scores}
         self._scores.clear()
         for name, score in chosen_by_hand.items():
-            _hand_over(self._parts[name], score)
-        if not any(score.tells_apart for score in scores.values()):
+            _give_gradient(self._parts[name], score)
+        if not any(score.has_scores for score in scores.values()):
             for name, score in scores.items():
-                _stand_in(self._parts[name], score)
+                _mark_overflow(self._parts[name], score)
             return
         self._choose_together({name: score.total for name, score in scores.items()})
         for name, score in scores.items():
-            _hand_over(self._parts[name], score)
+            _give_gradient(self._parts[name], score)
 
     def _choose_together(self, scores: Mapping[str, Tensor]) -> None:
-        """Choose for all parts that wait; those without scores get nothing."""
-        waiting = {name: part for name, part in self._parts.items() if not part.is_selected}
-        total = sum(part.train_num for part in waiting.values())
+        """Choose for all parts not chosen yet; parts without scores get no components."""
+        unchosen = {name: part for name, part in self._parts.items() if not part.is_selected}
+        total = sum(part.train_num for part in unchosen.values())
         numel = sum(score.numel() for score in scores.values())
         generator = seeded_generator(self._seed, "")
         chosen: dict[str, Any] = top_k_of_all(scores, min(total, numel), generator)
-        for name, part in waiting.items():
+        for name, part in unchosen.items():
             part.take_up(chosen.get(name, torch.empty(0, dtype=torch.int32)))
 
 
 def choose_by_hand(
     model: nn.Module, parts: Iterable[SparseParameter], masks: Mapping[str, Any]
 ) -> None:
-    """Choose what masks, flat indices or coordinates name, by a parameter's name in the model.
+    """Choose the components that masks, flat indices or coordinates give, by parameter name.
 
     Raises:
-        ValueError: a mask has another shape than its parameter, or an index is not sound.
+        ValueError: a mask has another shape than its parameter, or an index is invalid.
     """
     own = {id(part.parameter): part for part in parts}
     for name, mask in masks.items():
@@ -164,13 +164,13 @@ def choose_by_hand(
             )
 
 
-def _hand_over(part: SparseParameter, scores: GradientScores) -> None:
+def _give_gradient(part: SparseParameter, scores: GradientScores) -> None:
     if scores.gradient is not None:
         part.collect(scores.gradient.to(part.parameter.device))
 
 
-def _stand_in(part: SparseParameter, scores: GradientScores) -> None:
-    # A gradient scaler looks for overflow in the master's gradient; the step drops the stand-in.
+def _mark_overflow(part: SparseParameter, scores: GradientScores) -> None:
+    # A gradient scaler looks for inf and NaN in the master's gradient; the step drops this one.
     if scores.gradient is not None:
         overflow = scores.gradient.sum().to(part.master)
         part.master.grad = overflow.expand(part.train_num).clone()

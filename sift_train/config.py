@@ -1,4 +1,4 @@
-"""What a run is told and what it tells: settings checked when made, reports and results frozen."""
+"""The settings of a run, checked on creation, and its reports and results; all are frozen."""
 
 from __future__ import annotations
 
@@ -32,35 +32,42 @@ class FitConfig:
         sparse_rate: share of each tensor's components to train, 0 to 1.
         sparse_module: name fragments or regular expressions of the parameters to train sparsely,
             or ``"all-linear"``.
-        exception: the same of the parameters to train densely.
-        selection: name of a rule that ranks components, a rule, a function of weight and gradient,
-            or a mapping of parameter names to masks or indices.
-        selection_batches: micro-batches whose gradients choose the components. They are trained on
-            as well. Above 1 the scores are summed on the CPU, 4 bytes a component of the targets.
-        budget: ``"tensor"`` or ``"global"``: what the rate is a share of.
-        optimizer: ``"adamw"``, ``"sgd"``, ``"adafactor"``, or what makes an optimizer of groups.
+        exception: name fragments or regular expressions of the parameters to train densely.
+        selection: the rule that ranks components: a rule's name, a ``Rule``, or a function of
+            weight and gradient. A mapping of parameter names to masks or indices chooses
+            explicitly.
+        selection_batches: number of micro-batches whose gradients choose the components. They are
+            also trained on. Above 1 the scores are summed on the CPU, 4 bytes for each component of
+            the target tensors.
+        budget: ``"tensor"``: the rate holds for each tensor; ``"global"``: for all tensors
+            together.
+        optimizer: ``"adamw"``, ``"sgd"``, ``"adafactor"``, or a function that takes parameter
+            groups and returns an optimizer.
         lr: peak learning rate.
-        weight_decay: on trained components of matrices; 1-D parameters have none.
-        decay_to: what weight decay pulls toward: ``"zero"``, or ``"base"``, the first weights.
-        betas, eps: of AdamW.
-        momentum: of SGD.
-        schedule: after the warm-up: ``"constant"``, or to zero by ``"linear"`` or ``"cosine"``.
+        weight_decay: applied to trained components of matrices, not to 1-D parameters.
+        decay_to: weight decay moves weights toward ``"zero"``, or toward the ``"base"`` weights.
+        betas, eps: settings of AdamW.
+        momentum: setting of SGD.
+        schedule: the learning rate after the warm-up: ``"constant"``, or a ``"linear"`` or
+            ``"cosine"`` decrease to zero.
         warmup: share of all steps in which the learning rate rises linearly, 0 to 1.
-        epochs: passes over the data, unless ``max_steps`` is given.
-        max_steps: optimizer steps; the data is repeated as often as needed. Where it cannot be,
-            as with a generator, the run ends with it.
+        epochs: passes over the data; ignored if ``max_steps`` is given.
+        max_steps: number of optimizer steps. The data is repeated as often as needed; if it cannot
+            be repeated, as with a generator, the run ends when the data ends.
         accumulation: micro-batches per optimizer step; the last step of a pass may have fewer.
-        max_grad_norm: clip the gradient of what is trained to this norm; None does not clip.
+        max_grad_norm: the gradient of the trained components is clipped to this norm; None: no
+            clipping.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (GPU only).
         gradient_checkpointing: recompute activations in the backward pass.
-        log_every: steps after which a GPU is asked for the losses and gradient norms since, so that
-            no other step waits for it. On a CPU they are known, and reported, at every step.
-        eval_every: steps between evaluations; there is always one at the end. None: only there.
-        patience: evaluations without a better first value after which to stop; None: never.
-        higher_is_better: of that value.
-        save_every: steps between checkpoints, where ``fit`` has a folder for them.
-        trackers: that accelerate knows, such as ``"tensorboard"``.
-        seed: of everything random: data order, dropout, ties.
+        log_every: on a GPU, losses and gradient norms are read once in this many steps, because
+            each read waits for the device. On a CPU they are read and reported at every step.
+        eval_every: steps between evaluations; None: no evaluation except the one after the last
+            step.
+        patience: stop after this many evaluations without a better first value; None: never.
+        higher_is_better: whether a higher first value of an evaluation is better.
+        save_every: steps between checkpoints; needs ``run_dir`` of ``fit``.
+        trackers: names of trackers of accelerate, such as ``"tensorboard"``.
+        seed: seeds all randomness: data order, dropout, choice among equal scores.
 
     Raises:
         ValueError: a setting is out of range.
@@ -122,21 +129,21 @@ class FitConfig:
             _check_range(name, value, up_to=1.0)
 
     def as_json(self) -> dict[str, PlainJSON]:
-        """Return the settings as plain JSON; rules and functions of one's own are ``"custom"``."""
+        """Return the settings as plain JSON; a ``Rule`` or a function becomes ``"custom"``."""
         fields = dataclasses.fields(self)
         return {field.name: _plain(getattr(self, field.name)) for field in fields}
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step, as told to ``on_step``: at once, or on a GPU every ``log_every`` steps.
+    """The report of one optimizer step, given to ``on_step``.
 
     Attributes:
-        step: counted from 1.
-        n_steps: of the whole run.
+        step: number of the step, counted from 1.
+        n_steps: number of steps of the whole run.
         loss: mean over the step's micro-batches.
-        lr: learning rate used.
-        grad_norm: of what is trained, before clipping; None without clipping.
+        lr: learning rate of the step.
+        grad_norm: gradient norm of the trained components before clipping; None without clipping.
     """
 
     step: int
@@ -148,11 +155,11 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the evaluation found after a step.
+    """The result of one evaluation.
 
     Attributes:
-        step: after which.
-        values: by name; a number alone is named ``"value"``.
+        step: number of the step after which the model was evaluated.
+        values: the values by name; a single number has the name ``"value"``.
     """
 
     step: int
@@ -160,27 +167,27 @@ class Evaluation:
 
     @property
     def first(self) -> float:
-        """The first value, which early stopping goes by."""
+        """The first value; early stopping (``patience``) compares it."""
         return next(iter(self.values.values()))
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a run made.
+    """The result of a run.
 
     Attributes:
-        delta: the delta written.
-        delta_bytes: its size.
-        target: the trained checkpoint, None unless ``save_target`` asked to keep it.
-        n_trained: components trained.
-        n_total: components of the model, tied ones counted once.
-        nnz: components that the delta changes.
-        losses: one per optimizer step, those from before a resumption included.
-        train_seconds: selection and training, of this call.
-        export_seconds: saving, comparing and writing.
-        evaluations: in order.
-        stopped: why the run ended: ``"done"``, ``"patience"``, ``"interrupted"``, or ``"data"``
-            if the data ended before the steps asked for.
+        delta: path of the delta.
+        delta_bytes: size of the delta.
+        target: path of the trained checkpoint, None if ``save_target`` was not given.
+        n_trained: number of trained components.
+        n_total: number of components of the model, tied ones counted once.
+        nnz: number of components that the delta changes.
+        losses: one per optimizer step, including the steps before a resume.
+        train_seconds: time that this call spent on selection and training.
+        export_seconds: time spent on saving the model, comparing it and writing the delta.
+        evaluations: all evaluations, in order.
+        stopped: why the run ended: ``"done"``: all steps are done; ``"patience"``: no better value;
+            ``"interrupted"``: Ctrl-C; ``"data"``: the data ended before ``max_steps``.
     """
 
     delta: Path
@@ -197,12 +204,12 @@ class FitResult:
 
     @property
     def n_steps(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps done."""
         return len(self.losses)
 
     @property
     def trained_share(self) -> float:
-        """Trained components over all of the model's."""
+        """Share of the model's components that are trained."""
         return self.n_trained / self.n_total
 
 
@@ -225,7 +232,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _check_at_least_one(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it is a count and at least 1")
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
 
 
 def _check_range(

@@ -1,7 +1,7 @@
-"""Writes what a run changed as a delta: base and trained checkpoint on disk, then their difference.
+"""Writes the delta from the base to a trained model.
 
-The trained checkpoint is a complete one, with the base's tokenizer and other files, so that what
-``apply`` rebuilds can be used as it stands.
+The trained model is saved as a complete checkpoint, with the base's tokenizer and other files, so
+that the checkpoint that ``apply`` rebuilds can be loaded without further files.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from sift_train.basecheck import (
     weight_files,
 )
 from sift_train.sift import SIFT
+from sift_train.targets import check_saves_weights
 
 WEIGHT_SUFFIXES = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt",
@@ -48,33 +49,37 @@ def export_delta(
     save_target: str | PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Write the delta from the base to the model as it is now; return how many components it changes.
+    """Write the delta from the base to the model's current weights; return its nnz.
 
-    A transformers model is saved as a folder, any other module as one safetensors file. Its tensors
-    keep the names that ``base`` has for them, with or without the model's prefix.
+    A transformers model is saved as a folder, any other module as one safetensors file. Tensors
+    are saved under the names that ``base`` uses, with or without the model's prefix.
 
     Args:
-        model: trained.
-        output: where the delta goes; its folder must exist.
-        sift: what trained the model. Without ``base`` it lends the model its first weights, and
-            the base is the model saved with those. With ``base`` it is made sure that this is what
-            the model was before training; leave ``sift`` out for a delta between any two.
-        base: the checkpoint that the training began with: a folder for a transformers model, a
+        model: the trained model.
+        output: path of the delta to write; its folder must exist.
+        sift: the SIFT that trained the model. If ``base`` is not given, the base is the model with
+            its first weights, which ``sift`` has kept. If it is given, it is compared with the
+            model's first weights. Leave ``sift`` out to write a delta between any base and model.
+        base: the checkpoint with which the training began: a folder for a transformers model, a
             safetensors file for any other module.
         base_id: where others find the base, such as ``org/model@<commit>``.
-        info: plain JSON, recorded in the delta. With ``sift``, ``mean_change`` is added: by tensor,
-            the mean absolute change of the components that changed.
-        save_target: keep the trained checkpoint here.
-        overwrite: replace what is at ``output`` and ``save_target``.
+        info: plain JSON, recorded in the delta. With ``sift``, the key ``mean_change`` is added:
+            for each tensor, the mean absolute change of its changed components.
+        save_target: path at which the trained checkpoint is kept; by default it is not kept.
+        overwrite: replace existing files or folders at ``output`` and ``save_target``.
 
     Raises:
-        FileExistsError: something is at ``output`` or ``save_target`` and may not be replaced.
-        ValueError: there is neither ``base`` nor ``sift``, or the base is of the wrong kind or is
-            not what ``sift`` began with.
+        FileExistsError: ``output`` or ``save_target`` exists and ``overwrite`` is not set.
+        FileNotFoundError: the base, or the folder of an output, does not exist.
+        ValueError: neither ``base`` nor ``sift`` is given, the base is of the wrong kind, or it
+            differs from the first weights that ``sift`` has kept; or the model is wrapped, sharded, or has
+            PEFT adapters.
     """
-    check_places(model, output, base=base, save_target=save_target, overwrite=overwrite)
+    model = getattr(model, "_orig_mod", model)  # the model inside that of torch.compile
+    check_saves_weights(model)
+    check_outputs(model, output, base=base, save_target=save_target, overwrite=overwrite)
     if base is None and sift is None:
-        raise ValueError("nothing says what the base is; give base, or the sift that trained")
+        raise ValueError("no base is given; give base, or the sift that trained the model")
     if base is not None and sift is not None:
         check_base(model, Path(base), sift)
     return write_delta(
@@ -100,24 +105,24 @@ def write_delta(
     save_target: str | PathLike[str] | None = None,
     overwrite: bool,
 ) -> int:
-    """Do what ``export_delta`` does, where the base is known to be the right one.
+    """Write the delta as ``export_delta`` does, without checking the arguments or the base.
 
     Raises:
-        OSError: something cannot be written.
+        OSError: a file cannot be written.
         ValueError: base and model cannot be compared.
     """
     final = Path(os.path.abspath(output))
     with ExitStack() as stack:
         if base is None and sift is not None:
             base_path = stack.enter_context(_work_folder(final, "base"))
-            with sift.reverted(), _lent_config(model, sift.first_config):
+            with sift.reverted(), _temporary_config(model, sift.first_config):
                 base_path = _save(model, base_path, None)
         else:
             base_path = Path(os.path.abspath(str(base)))
         work = stack.enter_context(_work_folder(final, "target"))
         target = _save(model, work, base_path if base is not None else None)
         delta = stack.enter_context(
-            sparsedelta.diff(base_path, target, base_id=base_id, info=_with_changes(info, sift))
+            sparsedelta.diff(base_path, target, base_id=base_id, info=_with_mean_change(info, sift))
         )
         delta.save(final, overwrite=overwrite)
         nnz = delta.nnz
@@ -126,7 +131,7 @@ def write_delta(
     return nnz
 
 
-def check_places(
+def check_outputs(
     model: nn.Module,
     output: str | PathLike[str],
     *,
@@ -134,17 +139,17 @@ def check_places(
     save_target: str | PathLike[str] | None,
     overwrite: bool,
 ) -> None:
-    """Find out before any work whether the export can be written.
+    """Check the paths of an export before any work is done.
 
     Raises:
-        FileExistsError: something is in the way.
-        FileNotFoundError: base, or a folder to write in, does not exist.
-        ValueError: the base is of the wrong kind, or holds no safetensors.
+        FileExistsError: ``output`` or ``save_target`` exists and ``overwrite`` is not set.
+        FileNotFoundError: the base, or the folder of an output, does not exist.
+        ValueError: the base is of the wrong kind, or has no safetensors file.
     """
-    for place in (output, save_target):
-        if place is None:
+    for given in (output, save_target):
+        if given is None:
             continue
-        path = Path(os.path.abspath(place))
+        path = Path(os.path.abspath(given))
         if os.path.lexists(path) and not overwrite:
             raise FileExistsError(f"'{path}' exists; choose another name, or set overwrite")
         if not path.parent.is_dir():
@@ -155,22 +160,22 @@ def check_places(
     if not base_path.exists():
         raise FileNotFoundError(f"base '{base_path}' does not exist")
     if _is_transformers(model) != base_path.is_dir():
-        wanted = "folder" if _is_transformers(model) else "safetensors file"
+        expected = "folder" if _is_transformers(model) else "safetensors file"
         raise ValueError(
-            f"base '{base_path}' is not a {wanted}, which is what a {type(model).__name__} "
-            "is saved as; give one, or leave base out"
+            f"base '{base_path}' is not a {expected}, but a {type(model).__name__} is saved as "
+            "one; give one, or leave base out"
         )
     check_weights(base_path)
 
 
-def _with_changes(info: Mapping[str, Any] | None, sift: SIFT | None) -> dict[str, Any]:
-    """Return the info with how far the trained components have moved, which a delta cannot tell."""
-    whole = dict(info or {})
+def _with_mean_change(info: Mapping[str, Any] | None, sift: SIFT | None) -> dict[str, Any]:
+    """Return the info with each tensor's ``mean_change``, which a delta alone does not contain."""
+    full = dict(info or {})
     if sift is None:
-        return whole
+        return full
     moved = {name: part.mean_change for name, part in sift.sparse_mapping.items()}
     known = {name: float(f"{mean:.3g}") for name, mean in moved.items() if mean is not None}
-    return {"mean_change": known, **whole} if known else whole
+    return {"mean_change": known, **full} if known else full
 
 
 def _is_transformers(model: nn.Module) -> bool:
@@ -178,8 +183,8 @@ def _is_transformers(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _lent_config(model: nn.Module, config: Any) -> Iterator[None]:
-    """Lend a model the config it came with; some write into theirs in their first forward pass."""
+def _temporary_config(model: nn.Module, config: Any) -> Iterator[None]:
+    """Give a model its first config inside the block; some models edit theirs in a forward pass."""
     if config is None:
         yield
         return
@@ -203,7 +208,7 @@ def _work_folder(final: Path, purpose: str) -> Iterator[Path]:
 
 def _save(model: nn.Module, work: Path, base: Path | None) -> Path:
     if not _is_transformers(model):
-        # Named as the base is: a single file's own name is no part of a checkpoint.
+        # The file name is free: a delta ignores the name of a base that is a single file.
         save_model(model, str(work / PLAIN_NAME), metadata={"format": "pt"})
         return work / PLAIN_NAME
     folder = work / "checkpoint"
@@ -211,12 +216,12 @@ def _save(model: nn.Module, work: Path, base: Path | None) -> Path:
     save_pretrained(folder)
     if base is not None:
         _rename(folder, model, base)
-        _complete(folder, base)
+        _copy_side_files(folder, base)
     return folder
 
 
 def _rename(folder: Path, model: nn.Module, base: Path) -> None:
-    """Give the tensors of a saved model the names that they have in the base."""
+    """Rename the tensors of a saved model to the names that the base uses."""
     renamed = names_in_base(model, list(tensor_names(folder)), base)
     if not renamed:
         return
@@ -231,8 +236,8 @@ def _rename(folder: Path, model: nn.Module, base: Path) -> None:
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _complete(folder: Path, base: Path) -> None:
-    """Copy what the base has beside its weights and the saved model lacks."""
+def _copy_side_files(folder: Path, base: Path) -> None:
+    """Copy the base's files other than weights that the saved model lacks."""
     for source in sorted(base.rglob("*")):
         place = folder / source.relative_to(base)
         is_weights = source.name.lower().endswith(WEIGHT_SUFFIXES)

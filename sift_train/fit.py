@@ -1,7 +1,7 @@
 """``fit``: trains a sparse set of components with accelerate and writes the delta.
 
-What can be found wrong before training is; after the last step the weights in the delta are the
-weights in memory.
+Arguments are checked before training where that is possible. The target of the delta has the
+weights that the model has after the last step.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from sift_train import runfolder
 from sift_train.basecheck import check_base
 from sift_train.config import Evaluation, FitConfig, FitResult, StepReport
-from sift_train.export import check_places, write_delta
-from sift_train.listeners import Teller, Tracker, shown_bar
-from sift_train.loading import load_model, without_bars
+from sift_train.export import check_outputs, write_delta
+from sift_train.listeners import Callbacks, Tracker, progress_bar
+from sift_train.loading import hidden_progress_bars, load_model
 from sift_train.loop import Evaluate, Listener, Loss, Run
 from sift_train.sift import SIFT
+from sift_train.targets import check_saves_weights
 
 CURVE_POINTS = 500
 
@@ -49,53 +50,58 @@ def fit(
     run_dir: str | PathLike[str] | None = None,
     resume: bool = False,
 ) -> FitResult:
-    """Train a sparse set of the model's components, write what changed, and say how it went.
+    """Train a sparse set of the model's components, write the delta, and return the result.
 
     A model given as a module is trained in place and keeps the trained weights. Random number
-    generators are seeded. Ctrl-C ends the training after the current step, and what was learnt is
-    written; a second Ctrl-C stops at once.
+    generators are seeded. Ctrl-C ends the training after the current step, and the delta is still
+    written. A second Ctrl-C raises ``KeyboardInterrupt`` at once.
 
     Args:
         model: a folder of a transformers model, or a module. A module is moved to the device that
             accelerate chooses.
         data: micro-batches, such as a DataLoader; it is iterated over once per pass.
-        output: where the delta goes.
-        config: settings; the defaults if left out.
-        loss: maps model and micro-batch, on the model's device, to a scalar. By default the batch
-            is a mapping of keyword arguments and the model's output has a ``loss``.
-        base: the checkpoint that a module was loaded from; checked to be. By default the folder
-            the model was given as; for a module, the module saved with the weights it came with.
+        output: path of the delta to write.
+        config: settings; by default ``FitConfig()``.
+        loss: a function of the model and a micro-batch (on the model's device) that returns a
+            scalar tensor. By default the batch must be a mapping of keyword arguments, and the
+            model's output must have a ``loss``.
+        base: the checkpoint from which the module was loaded; its weights are compared with the
+            module's. By default the folder given as ``model``. If the model is a module, the
+            default base is the module as it would have been saved before the training.
         base_id: where others find the base, such as ``org/model@<commit>``; recorded as a hint.
-        save_target: keep the trained checkpoint here, which the delta makes of the base.
-        overwrite: replace what is at ``output`` and ``save_target``.
-        evaluate: maps the model, in evaluation mode and without gradients, to a number or to
-            numbers by name. Random state is as before afterwards.
-        on_step: told about every optimizer step, on a GPU of ``log_every`` steps at a time.
-        on_evaluation: told about every evaluation.
-        progress: show a bar on standard error.
-        run_dir: where checkpoints and trackers' logs go; made if missing.
-        resume: go on from the newest checkpoint in ``run_dir``, if there is one, to the same bits
-            as if the run had not stopped. Data that a fresh ``iter()`` does not begin again in the
-            same order cannot be gone on with exactly.
+        save_target: path at which the trained checkpoint is kept; by default it is not kept.
+        overwrite: replace existing files or folders at ``output`` and ``save_target``.
+        evaluate: a function of the model that returns a number, or a mapping of names to numbers.
+            It is called in evaluation mode, without gradients. Random state is restored afterwards.
+        on_step: called with the report of every optimizer step; on a GPU ``log_every`` reports
+            come together.
+        on_evaluation: called with the result of every evaluation.
+        progress: show a progress bar on standard error.
+        run_dir: folder for checkpoints and trackers' logs; created if missing.
+        resume: resume from the newest checkpoint in ``run_dir``, if there is one. The result has
+            the same bits as that of an uninterrupted run, if every ``iter(data)`` gives the same
+            order under the same random state.
 
     Raises:
-        FileExistsError: something is at ``output`` or ``save_target`` and may not be replaced.
-        FileNotFoundError: base, or a folder to write in, does not exist.
-        TypeError: no loss can be found in the model's output, or the data has no length where one
-            is needed.
-        ValueError: an argument is out of range, a parameter cannot be trained in place, the base is
-            not what the model was loaded from or holds no safetensors, there is no data, the loss
-            is or becomes infinite or NaN, or the checkpoint is of another run.
+        FileExistsError: ``output`` or ``save_target`` exists and ``overwrite`` is not set.
+        FileNotFoundError: the base, or the folder of an output, does not exist.
+        TypeError: the model's output has no loss, or the data has no length and ``max_steps`` is
+            not set.
+        ValueError: an argument is out of range; a parameter cannot be trained in place; the base
+            differs from the model's first weights or has no safetensors file; the data is empty;
+            the loss is infinite or NaN; or the checkpoint belongs to a run with other settings.
     """
     config = config or FitConfig()
     source = None if isinstance(model, nn.Module) else model
     if not isinstance(model, nn.Module):
         base = model if base is None else base
-        import transformers  # noqa: F401 - takes seconds, and is what shows bars
+        import transformers  # noqa: F401 - takes seconds; hidden_progress_bars needs it loaded
 
-        with nullcontext() if progress else without_bars():
+        with nullcontext() if progress else hidden_progress_bars():
             model = load_model(model)
-    check_places(model, output, base=base, save_target=save_target, overwrite=overwrite)
+    check_saves_weights(model)
+    _check_not_compiled(model)
+    check_outputs(model, output, base=base, save_target=save_target, overwrite=overwrite)
     folder = _run_folder(config, run_dir, resume=resume)
     checkpoint = runfolder.newest(folder) if resume and folder else None
     n_steps = _count_steps(data, config)
@@ -107,17 +113,17 @@ def fit(
         set_seed(config.seed)
         model.to(accelerator.device)
         sift = stack.enter_context(_sift(model, config))
-        listeners: list[Listener] = [Teller(on_step, on_evaluation)]
+        listeners: list[Listener] = [Callbacks(on_step, on_evaluation)]
         if config.trackers:
             listeners.append(Tracker(accelerator, config.as_json()))
         if progress:
-            listeners.append(stack.enter_context(shown_bar(n_steps)))
+            listeners.append(stack.enter_context(progress_bar(n_steps)))
         run = Run(
             accelerator,
             sift,
             config,
             data=data,
-            loss=loss or _own_loss,
+            loss=loss or _loss_of_output,
             n_steps=n_steps,
             evaluate=evaluate,
             folder=folder,
@@ -125,7 +131,7 @@ def fit(
         )
         run.train(checkpoint=checkpoint)
         trained = time.perf_counter()
-        with nullcontext() if progress else without_bars():
+        with nullcontext() if progress else hidden_progress_bars():
             nnz = write_delta(
                 model,
                 output,
@@ -164,18 +170,26 @@ def _sift(model: nn.Module, config: FitConfig) -> SIFT:
     )
 
 
-def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+def _check_not_compiled(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "model is wrapped by torch.compile, so its parameters have other names than in the base;"
+            " give the model itself and call model.compile(), which compiles it in place"
+        )
+
+
+def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"batch is a {type(batch).__name__}, expected a mapping of the model's arguments; "
-            "give fit a loss that knows your batches"
+            "give fit a loss function for these batches"
         )
     output = model(**batch)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"the output of {type(model).__name__} has no loss; "
-            "put labels in the batch, or give fit a loss"
+            "put labels in the batch, or give fit a loss function"
         )
     return loss
 
@@ -185,8 +199,8 @@ def _run_folder(
 ) -> Path | None:
     if run_dir is not None:
         return Path(run_dir)
-    for wanted, name in ((resume, "resume"), (config.save_every, "save_every")):
-        if wanted:
+    for is_set, name in ((resume, "resume"), (config.save_every, "save_every")):
+        if is_set:
             raise ValueError(f"{name} needs a folder for checkpoints; give run_dir")
     if config.trackers:
         raise ValueError("trackers need a folder for their logs; give run_dir")
@@ -199,7 +213,7 @@ def _count_steps(data: Iterable[Any], config: FitConfig) -> int:
     if not isinstance(data, Sized):
         raise TypeError(f"data is a {type(data).__name__} without a length; set max_steps")
     if len(data) == 0:
-        raise ValueError("the data gave no batch; give at least one")
+        raise ValueError("the data has no batch; give at least one")
     return config.epochs * math.ceil(len(data) / config.accumulation)
 
 
@@ -211,12 +225,12 @@ def _info(config: FitConfig, sift: SIFT, run: Run) -> dict[str, Any]:
         "stopped": run.stopped,
         "n_trained": sift.n_trained,
         "n_total": sift.n_total,
-        "losses": _thinned(run.losses),
+        "losses": _loss_curve(run.losses),
         "evaluations": [{"step": e.step, "values": dict(e.values)} for e in run.evaluations],
     }
 
 
-def _thinned(losses: Sequence[float]) -> list[list[float]]:
+def _loss_curve(losses: Sequence[float]) -> list[list[float]]:
     """Return (last step, mean loss) of at most ``CURVE_POINTS`` spans of equal length."""
     span = max(1, math.ceil(len(losses) / CURVE_POINTS))
     parts = [losses[at : at + span] for at in range(0, len(losses), span)]
@@ -226,9 +240,10 @@ def _thinned(losses: Sequence[float]) -> list[list[float]]:
 
 @contextmanager
 def _accelerator(config: FitConfig, folder: Path | None) -> Iterator[Accelerator]:
-    """Lend an accelerator; what it sets up for the process goes with it, and what was there returns.
+    """Yield an accelerator, and restore accelerate's process-wide state afterwards.
 
-    Trainer leaves its own settings behind, which another accelerator could not differ from.
+    The state is cleared first: an earlier Trainer leaves its settings there, and a new accelerator
+    could not use others.
     """
     shared: dict[str, Any] = AcceleratorState._shared_state
     before = dict(shared)
@@ -241,7 +256,7 @@ def _accelerator(config: FitConfig, folder: Path | None) -> Iterator[Accelerator
         )
         if accelerator.num_processes > 1:
             raise ValueError(
-                f"fit runs in {accelerator.num_processes} processes, but trains on one device; "
+                f"fit runs in {accelerator.num_processes} processes, but it trains on one device; "
                 "start it as a single process"
             )
         yield accelerator

@@ -1,8 +1,8 @@
-"""The masters as an optimizer's groups: who decays, and toward what.
+"""Sorts the masters into an optimizer's parameter groups, with and without weight decay.
 
-Weight decay toward zero is the optimizer's own. Toward the base it is ours: before each step a
-master moves toward its original by lr x decay of the way, which for AdamW is the same as adding
-lr x decay x original to its decoupled decay.
+The optimizer does weight decay toward zero. SIFT does weight decay toward the base: before each
+step it moves a master toward its original by the share lr x weight_decay. For AdamW this equals its
+own decoupled decay plus lr x weight_decay x original.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ DECAYS = ("zero", "base")
 def grouped_parameters(
     sift: SIFT, weight_decay: float, *, decay_to: str = "zero"
 ) -> list[dict[str, Any]]:
-    """Return optimizer groups: weight decay on matrices and up, none on 1-D parameters.
+    """Return optimizer groups; only parameters of two or more dimensions have weight decay.
 
     Args:
-        sift: whose masters are grouped.
-        weight_decay: times the learning rate, the share of the way that a step takes.
-        decay_to: ``"zero"``, or ``"base"``: the weights that the training began with.
+        sift: the SIFT whose masters are grouped.
+        weight_decay: each step moves a weight toward ``decay_to`` by the share lr x weight_decay.
+        decay_to: ``"zero"``, or ``"base"``: the weights with which the training began.
 
     Raises:
-        ValueError: ``decay_to`` is neither.
+        ValueError: ``decay_to`` has another value.
     """
     if decay_to not in DECAYS:
         raise ValueError(f"decay_to is {decay_to!r}; choose one of {', '.join(DECAYS)}")

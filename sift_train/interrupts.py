@@ -1,4 +1,4 @@
-"""Ctrl-C as a wish to stop after the current step, so that no step is left half done."""
+"""Ctrl-C as a request to stop after the current step, so that every step is done completely."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from types import FrameType
 
 
 class Interrupts:
-    """Whether someone asked to stop; a second time raises ``KeyboardInterrupt`` at once."""
+    """A signal handler: records the first Ctrl-C and raises ``KeyboardInterrupt`` at the second."""
 
     def __init__(self) -> None:
-        self.came = False
+        self.requested = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Take note of a signal.
+        """Record a signal.
 
         Raises:
-            KeyboardInterrupt: it is the second.
+            KeyboardInterrupt: a signal was recorded before.
         """
-        if self.came:
+        if self.requested:
             raise KeyboardInterrupt
-        self.came = True
+        self.requested = True
 
 
 @contextmanager
-def held_interrupts() -> Iterator[Interrupts]:
-    """Hold Ctrl-C back while inside; outside the main thread signals do not arrive at all."""
+def deferred_interrupts() -> Iterator[Interrupts]:
+    """Record Ctrl-C inside the block; only in the main thread, since others get no signals."""
     interrupts = Interrupts()
     if threading.current_thread() is not threading.main_thread():
         yield interrupts

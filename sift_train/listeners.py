@@ -1,4 +1,4 @@
-"""Who is told how a run goes: a function, a progress bar, the trackers of accelerate."""
+"""Listeners of a run: the caller's functions, a progress bar, and the trackers of accelerate."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sift_train.config import Evaluation, StepReport
 
 
-class Teller:
-    """Tells functions."""
+class Callbacks:
+    """Calls the functions ``on_step`` and ``on_evaluation`` that the caller gave."""
 
     def __init__(
         self,
@@ -25,18 +25,18 @@ class Teller:
         self._on_evaluation = on_evaluation
 
     def on_step(self, report: StepReport) -> None:
-        """Pass the report on."""
+        """Call ``on_step`` with the report."""
         if self._on_step is not None:
             self._on_step(report)
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
-        """Pass the evaluation on."""
+        """Call ``on_evaluation`` with the evaluation."""
         if self._on_evaluation is not None:
             self._on_evaluation(evaluation)
 
 
 class Tracker:
-    """Tells the trackers of an accelerator."""
+    """Logs to the trackers of an accelerator."""
 
     def __init__(self, accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
         self._accelerator = accelerator
@@ -47,14 +47,14 @@ class Tracker:
         accelerator.init_trackers("sift", config=plain)
 
     def on_step(self, report: StepReport) -> None:
-        """Log loss, learning rate and gradient norm."""
+        """Log the loss, the learning rate and the gradient norm."""
         values = {"loss": report.loss, "lr": report.lr}
         if report.grad_norm is not None:
             values["grad_norm"] = report.grad_norm
         self._accelerator.log(values, step=report.step)
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
-        """Log the values, each under ``eval/``."""
+        """Log the values; each name gets the prefix ``eval/``."""
         values = {f"eval/{name}": value for name, value in evaluation.values.items()}
         self._accelerator.log(values, step=evaluation.step)
 
@@ -67,18 +67,18 @@ class Bar:
         self._task = progress.add_task("training", total=n_steps, loss="", value="")
 
     def on_step(self, report: StepReport) -> None:
-        """Move on."""
+        """Show the step and its loss."""
         self._progress.update(self._task, completed=report.step, loss=f"loss {report.loss:.4f}")
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
-        """Show the values."""
+        """Show the values of the evaluation."""
         shown = "  ".join(f"{name} {value:.4f}" for name, value in evaluation.values.items())
         self._progress.update(self._task, value=shown)
 
 
 @contextmanager
-def shown_bar(n_steps: int) -> Iterator[Bar]:
-    """Show a bar while inside."""
+def progress_bar(n_steps: int) -> Iterator[Bar]:
+    """Show a progress bar inside the block."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""Loading a transformers model from a folder as it was saved: its own class and its own dtype."""
+"""Loads a transformers model from a folder, in the class and the dtype in which it was saved."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _FLOATS = {
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
-    """Keep the progress bars of transformers from showing while inside, if it is loaded at all."""
+def hidden_progress_bars() -> Iterator[None]:
+    """Hide the progress bars of transformers inside the block, if transformers is imported."""
     if "transformers" not in sys.modules:
         yield
         return
@@ -45,16 +45,16 @@ def load_model(path: str | PathLike[str]) -> nn.Module:
     """Return the model of a checkpoint folder.
 
     Raises:
-        ValueError: the path is no folder with safetensors and a config that names a class of
-            transformers.
+        ValueError: the folder has no ``config.json`` or no safetensors file, or its config names
+            an architecture that transformers does not have.
     """
     import transformers  # takes seconds
 
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"'{folder}' is not a model folder, which holds a config.json; "
-            "give a local folder, or a model that is loaded already"
+            f"'{folder}' has no config.json, so it is not a model folder; "
+            "give a local folder that has one, or a loaded model"
         )
     check_weights(folder)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -63,7 +63,7 @@ def load_model(path: str | PathLike[str]) -> nn.Module:
     if model_class is None:
         raise ValueError(
             f"'{folder / 'config.json'}' names the architecture {names[:1]}, which this version "
-            "of transformers does not have; load the model and give it instead of its folder"
+            "of transformers does not have; load the model yourself and give it to fit"
         )
     dtype = checkpoint_dtype(folder) or "auto"
     model: nn.Module = model_class.from_pretrained(folder, dtype=dtype, local_files_only=True)
@@ -71,7 +71,7 @@ def load_model(path: str | PathLike[str]) -> nn.Module:
 
 
 def checkpoint_dtype(folder: Path) -> torch.dtype | None:
-    """Return the one float dtype of a folder's safetensors files, None if there is not just one."""
+    """Return the float dtype of a folder's safetensors files, None if there is none or several."""
     found = set()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -1,8 +1,7 @@
-"""The loop of one run: choose, step, report, evaluate, save, stop, or go on from where it was.
+"""The training loop of ``fit``: selection, steps, reports, evaluations, checkpoints, stops.
 
-Every micro-batch is trained on in the order in which the data gives it, those that choose the
-components included. A run that goes on from a checkpoint ends in the same bits as one that never
-stopped.
+All micro-batches are trained on in the order of the data, including those that choose the
+components. A run that resumes from a checkpoint ends with the same bits as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -21,11 +20,16 @@ from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from sift_train import runfolder
+from sift_train.batches import BatchWindows
 from sift_train.config import Evaluation, FitConfig, StepReport
-from sift_train.feed import Feed
-from sift_train.interrupts import held_interrupts
+from sift_train.interrupts import deferred_interrupts
 from sift_train.optim import build_optimizer, build_schedule
-from sift_train.randomness import bring_back, capture, generators_of, undisturbed
+from sift_train.randomness import (
+    capture_random_state,
+    generators_of,
+    kept_random_state,
+    restore_random_state,
+)
 from sift_train.sift import SIFT
 
 logger = logging.getLogger(__name__)
@@ -35,18 +39,18 @@ Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 
 
 class Listener(Protocol):
-    """Told how a run goes."""
+    """An object whose methods are called during a run."""
 
     def on_step(self, report: StepReport) -> None:
-        """An optimizer step is done."""
+        """Called with the report of an optimizer step."""
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
-        """An evaluation is done."""
+        """Called with the result of an evaluation."""
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What a step leaves on the device, to be read later, each of one element."""
+    """The loss and norm of a step, tensors of one element on the device that are read later."""
 
     loss: Tensor
     lr: float
@@ -54,7 +58,7 @@ class _Step:
 
 
 def _log_every(device: torch.device, config: FitConfig) -> int:
-    # Nothing is waited for on a CPU, and what is wrong is found before the step.
+    # On a CPU reading costs no wait, and a bad loss is found before the step.
     return 1 if device.type == "cpu" else config.log_every
 
 
@@ -62,8 +66,8 @@ class Run:
     """One run over a model that ``sift`` trains.
 
     Attributes:
-        losses: one per optimizer step, as far as they have been read from the device.
-        evaluations: in order.
+        losses: one per optimizer step whose loss has been read from the device.
+        evaluations: all evaluations, in order.
         stopped: why the run ended, as in ``FitResult``.
     """
 
@@ -84,7 +88,7 @@ class Run:
         self._sift = sift
         self._config = config
         self._data = data
-        self._feed = Feed(data, config.accumulation)
+        self._batches = BatchWindows(data, config.accumulation)
         self._loss = loss
         self._n_steps = n_steps
         self._evaluate_model = evaluate
@@ -97,38 +101,38 @@ class Run:
         self.stopped = "done"
 
     def train(self, *, checkpoint: Path | None) -> None:
-        """Do all steps, or those that a checkpoint leaves to do."""
+        """Do all steps, or the remaining ones after a checkpoint."""
         model = self._sift.model
         was_training = model.training
         model.train()
         try:
-            with held_interrupts() as interrupts:
-                saved = None if checkpoint is None else self._read(checkpoint)
+            with deferred_interrupts() as interrupts:
+                saved = None if checkpoint is None else self._load_checkpoint(checkpoint)
                 if saved is None:
-                    self._select(self._feed.peek(self._config.selection_batches))
+                    self._select(self._batches.peek(self._config.selection_batches))
                 self._set_up()
                 if saved is not None:
-                    self._take_up(saved)
-                n_left = 0 if interrupts.came else self._n_steps - self._n_done
-                for window in islice(self._feed.windows(), n_left):
+                    self._restore_progress(saved)
+                n_left = 0 if interrupts.requested else self._n_steps - self._n_done
+                for window in islice(self._batches.windows(), n_left):
                     self._step(window)
                     self._evaluate_if_due()
-                    self._save_if_due(is_last=interrupts.came)
-                    if interrupts.came or self._has_lost_patience():
+                    self._save_if_due(is_last=interrupts.requested)
+                    if interrupts.requested or self._has_lost_patience():
                         break
                 self._read_losses()
                 self._sift.may_write = None
-                self.stopped = self._why_stopped(was_interrupted=interrupts.came)
+                self.stopped = self._why_stopped(was_interrupted=interrupts.requested)
                 if self.stopped == "data":
                     self._end_early()
         finally:
             model.train(was_training)
 
     def _select(self, batches: list[Any]) -> None:
-        """Choose by these micro-batches, leaving random state and model as they were."""
+        """Choose the components by these micro-batches; random state and buffers are restored."""
         if all(part.is_selected for part in self._sift.sparse_mapping.values()):
             return
-        with undisturbed(), self._sift.selecting():
+        with kept_random_state(), self._sift.selecting():
             for batch in batches:
                 loss: Any = self._forward(batch)
                 loss.backward()
@@ -150,7 +154,7 @@ class Run:
         if self._log_every == 1:
             self._check_finite(float(loss), self._n_done + 1)
         else:
-            # The host finds out later; until then no step changes a weight.
+            # The host reads the loss later; after a bad loss no step changes a weight.
             before = self._sift.may_write
             self._sift.may_write = loss.isfinite() if before is None else before & loss.isfinite()
         norm = self._clip()
@@ -162,10 +166,10 @@ class Run:
             self._read_losses()
 
     def _read_losses(self) -> None:
-        """Wait for the losses of all steps so far, and report them.
+        """Read the losses of all steps so far from the device, and report them.
 
         Raises:
-            ValueError: one is infinite or NaN.
+            ValueError: a loss is infinite or NaN.
         """
         steps, self._unread = self._unread, []
         if not steps:
@@ -186,7 +190,7 @@ class Run:
             own = send_to_device(batch, device, non_blocking=device.type == "cuda")
             loss: Any = self._loss(self._sift.model, own)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise TypeError("the loss is not a tensor of one element; return the mean, a scalar")
+            raise TypeError("the loss is not a tensor of one element; return the mean as a scalar")
         return loss.reshape(())
 
     def _backward(self, window: list[Any]) -> Tensor:
@@ -210,8 +214,8 @@ class Run:
             return
         if step == 1:
             raise ValueError(
-                f"the loss is {loss} at step 1, before anything was trained; look at the first "
-                "batches, at the loss function and at the weights of the base"
+                f"the loss is {loss} at step 1, before anything was trained; check the first "
+                "batches, the loss function and the weights of the base"
             )
         raise ValueError(f"the loss is {loss} at step {step}; lower the learning rate")
 
@@ -227,7 +231,7 @@ class Run:
         model = self._sift.model
         model.eval()
         try:
-            with undisturbed(), torch.no_grad():
+            with kept_random_state(), torch.no_grad():
                 found = self._evaluate_model(model)
         finally:
             model.train()
@@ -255,10 +259,10 @@ class Run:
         return "patience" if self._has_lost_patience() else "data"
 
     def _end_early(self) -> None:
-        """Do what the last step would have been followed by."""
+        """Warn, evaluate and save, after the data ended before the last step."""
         logger.warning(
-            "the data ended after %d of %d steps; what was learnt until then is written. Give a "
-            "list or a loader, which can be gone through again, or ask for fewer steps",
+            "the data ended after %d of %d steps; the delta of these steps is written. Give a list "
+            "or a loader, which can be iterated over again, or lower max_steps",
             len(self.losses),
             self._n_steps,
         )
@@ -281,8 +285,8 @@ class Run:
                 "optimizer": self._own_optimizer.state_dict(),
                 "schedule": self._schedule.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
-                "place": self._feed.place(),
-                "random": capture(generators_of(self._data)),
+                "place": self._batches.place(),
+                "random": capture_random_state(generators_of(self._data)),
                 "losses": self.losses,
                 "evaluations": [[e.step, dict(e.values)] for e in self.evaluations],
             },
@@ -290,22 +294,22 @@ class Run:
         )
 
     def _settings(self) -> dict[str, Any]:
-        # How often to look and to save may change on the way.
+        # These may differ when a run resumes: they do not change the weights.
         free = {"log_every", "eval_every", "save_every", "patience", "trackers"}
         settings = {k: v for k, v in self._config.as_json().items() if k not in free}
         return {**settings, "n_steps": self._n_steps}
 
-    def _read(self, checkpoint: Path) -> dict[str, Any]:
+    def _load_checkpoint(self, checkpoint: Path) -> dict[str, Any]:
         tensors, progress = runfolder.read(checkpoint, self._settings())
         self._sift.load_state_dict(tensors)
         return progress
 
-    def _take_up(self, progress: dict[str, Any]) -> None:
+    def _restore_progress(self, progress: dict[str, Any]) -> None:
         self._own_optimizer.load_state_dict(progress["optimizer"])
         self._schedule.load_state_dict(progress["schedule"])
         if self._accelerator.scaler is not None and progress["scaler"]:
             self._accelerator.scaler.load_state_dict(progress["scaler"])
         self.losses = list(progress["losses"])
         self.evaluations = [Evaluation(step, values) for step, values in progress["evaluations"]]
-        self._feed.go_to(progress["place"])
-        bring_back(progress["random"], generators_of(self._data))
+        self._batches.go_to(progress["place"])
+        restore_random_state(progress["random"], generators_of(self._data))

@@ -1,8 +1,8 @@
-"""One parameter and the fp32 master of its selected components: gather, write back, revert.
+"""``SparseParameter``: one parameter and the fp32 master of its selected components.
 
-The optimizer sees only the master. The parameter holds the master rounded to its own dtype at the
-selected positions, and its original bits everywhere else. Indices are those of the current tensor:
-where a parameter is one rank's part of a larger one, they become global by adding its offset.
+The optimizer sees only the master. After a write-back the parameter holds the master, rounded to
+the parameter's dtype, at the selected positions, and its original bits everywhere else. Indices are
+relative to the parameter; if it is a shard, the caller adds the shard's offset for global indices.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class SparseParameter:
 
     Attributes:
         name: the parameter's name in the model.
-        parameter: the model's own, edited in place.
-        master: what the optimizer trains, shape (k,), fp32 (fp64 for an fp64 parameter).
-        original: the selected components as they were, shape (k,), in the parameter's dtype, on
-            the CPU unless weight decay goes toward it; None before the selection.
-        is_dense: every component is trained, whatever is chosen.
+        parameter: the model's parameter; it is edited in place.
+        master: the tensor that the optimizer trains, shape (k,), fp32 (fp64 for an fp64 parameter).
+        original: values of the selected components before training, shape (k,), in the parameter's
+            dtype. On the CPU, unless weight decay goes toward the base. None before the selection.
+        is_dense: whether every component is trained; a selection must then contain all of them.
     """
 
     def __init__(
@@ -39,28 +39,30 @@ class SparseParameter:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         self.master = nn.Parameter(parameter.new_zeros(train_num, dtype=dtype))
         self.original: Tensor | None = None
-        self._index: Tensor | None = None  # (k,) flat; None while unselected or if all are trained
-        self._is_spent = False
+        self._index: Tensor | None = (
+            None  # (k,) flat; None before the selection, or if all are trained
+        )
+        self._gradient_is_used = False
         self._written_version = -1
 
     @property
     def train_num(self) -> int:
-        """How many components are trained, k."""
+        """Number of trained components, k."""
         return self.master.numel()
 
     @property
     def is_selected(self) -> bool:
-        """Whether the components are known yet."""
+        """Whether the components have been chosen."""
         return self.original is not None
 
     @property
     def trains_all(self) -> bool:
-        """Whether every component is trained, so that no index is kept."""
+        """Whether every component is trained; no index is kept then."""
         return self.train_num == self.parameter.numel()
 
     @property
     def is_trained(self) -> bool:
-        """Whether the master has moved away from the original."""
+        """Whether the master differs from the original."""
         if self.original is None:
             return False
         before = self.original.to(self.master.device, self.master.dtype)
@@ -84,13 +86,13 @@ class SparseParameter:
 
     @property
     def idx(self) -> Tensor:
-        """Coordinates of the trained components, int64, shape (dimensions, k), as the seed had them.
+        """Coordinates of the trained components, int64, shape (dimensions, k), as in SIFT's own code.
 
-        ``parameter[tuple(idx)]`` are the components. Setting it chooses them: coordinates as from
-        ``numpy.unravel_index``, or flat indices, in any order.
+        ``parameter[tuple(idx)]`` returns the components. Setting ``idx`` chooses the components, by
+        coordinates as ``numpy.unravel_index`` returns them or by flat indices, in any order.
 
         Raises:
-            ValueError: reading: nothing is selected yet. Setting: as ``choose``.
+            ValueError: on reading, the components are not selected yet. On setting, as ``choose``.
         """
         shape = self.parameter.shape
         if not shape:
@@ -105,7 +107,8 @@ class SparseParameter:
             for axis, size in zip(given, shape, strict=True):
                 if len(axis) and not (int(axis.min()) >= 0 and int(axis.max()) < size):
                     raise ValueError(
-                        f"idx of {self.name!r} leaves the parameter, whose shape is {tuple(shape)}"
+                        f"idx of {self.name!r} has a coordinate outside the parameter's shape "
+                        f"{tuple(shape)}"
                     )
             strides = torch.tensor([1, *reversed(shape[1:])]).cumprod(0).flip(0)
             given = (given.long().cpu() * strides[:, None]).sum(0)
@@ -113,44 +116,46 @@ class SparseParameter:
 
     @property
     def data(self) -> Tensor:
-        """The master's values, aliased."""
+        """The data of the master, not a copy."""
         return self.master.data
 
     def choose(self, index: Tensor) -> None:
-        """Fix the trained components and load the master with their present values.
+        """Set the trained components, and copy their current values to the master.
 
-        An earlier choice is taken back, unless it has been trained. The master changes its size
-        if the choice has another than was planned.
+        An earlier choice is replaced if it has not been trained. The master is resized if ``index``
+        has another length.
 
         Args:
             index: flat, strictly increasing, shape (k,), any integer dtype and device.
 
         Raises:
-            ValueError: the components chosen before are trained already, or the index is not of
-                integers, not strictly increasing or leaves the parameter.
+            ValueError: the components chosen before have been trained; the index has no integer
+                dtype or is not strictly increasing; or a position is outside the parameter.
         """
         numel = self.parameter.numel()
         if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
             raise ValueError(
                 f"index of {self.name!r} has dtype {index.dtype} and shape {tuple(index.shape)}, "
-                "expected flat positions, integers in one dimension"
+                "expected one dimension of integers, the flat indices"
             )
         inside = not len(index) or (int(index[0]) >= 0 and int(index[-1]) < numel)
         if not inside or bool((index[1:] <= index[:-1]).any()):
             raise ValueError(
                 f"index of {self.name!r} is not strictly increasing within 0 to {numel - 1}; "
-                "sort it and drop repetitions"
+                "sort it and remove duplicates"
             )
         if self.is_trained:
             raise ValueError(
-                f"the components of {self.name!r} are trained already; choose before the first step"
+                f"the components of {self.name!r} have been trained; choose before the first step"
             )
         if self.is_dense and len(index) != numel:
-            raise ValueError(f"{self.name!r} is trained densely; it has no choice of components")
+            raise ValueError(
+                f"{self.name!r} is trained densely; its index must contain every position"
+            )
         self.take_up(index)
 
     def take_up(self, index: Tensor) -> None:
-        """Do what ``choose`` does with an index that is known to be right: nothing is checked."""
+        """Set the trained components as ``choose`` does, without checking the index."""
         if len(index) != self.train_num:
             self.master.data = self.master.new_zeros(len(index))
             self.master.grad = None
@@ -158,7 +163,7 @@ class SparseParameter:
         if not self.trains_all:
             self._index = index.to(self.parameter.device, index_dtype(self.parameter.numel()))
         with torch.no_grad():
-            selected = self._take(self.parameter)
+            selected = self._gather(self.parameter)
             self.original = selected.to("cpu", copy=True)
             self.master.copy_(selected)
         self._written_version = self.master._version
@@ -166,37 +171,37 @@ class SparseParameter:
     def collect(self, gradient: Tensor) -> None:
         """Add the selected components of a dense gradient to the master's gradient.
 
-        The first gradient after an optimizer step begins a new sum, whether or not someone dropped
-        the old one. The sum is taken in the master's dtype. Where the master covers everything in
-        the same dtype, its gradient may alias the dense one.
+        The first gradient after an optimizer step starts a new sum, even if the old gradient was
+        not dropped. The sum has the master's dtype. If all components are trained and the dtypes
+        are equal, the master's gradient may be the dense gradient itself.
         """
-        part = self._take(gradient).to(self.master.dtype)
-        if self.master.grad is None or self._is_spent:
+        part = self._gather(gradient).to(self.master.dtype)
+        if self.master.grad is None or self._gradient_is_used:
             self.master.grad = part
         else:
             self.master.grad.add_(part)
-        self._is_spent = False
+        self._gradient_is_used = False
 
     def spend(self) -> None:
-        """Note that an optimizer step has used the master's gradient."""
-        self._is_spent = True
+        """Record that an optimizer step has used the master's gradient."""
+        self._gradient_is_used = True
 
     def write(self, may_write: Tensor | None = None) -> None:
-        """Overwrite the selected components of the parameter by the master's.
+        """Overwrite the selected components of the parameter with the master's values.
 
         Args:
-            may_write: bool, of one element, on the device; where it is False nothing changes, and
-                the host need not know. None: it is True.
+            may_write: a bool tensor of one element on the device; if it is False the parameter
+                keeps its values. The host does not read it. None means True.
         """
         values = self.master.detach()
         if may_write is not None:
-            held = self._take(self.parameter)
+            held = self._gather(self.parameter)
             values = torch.where(may_write, values.to(held.dtype), held)
-        self._put(values)
+        self._scatter(values)
         self._written_version = self.master._version
 
     def follow(self) -> None:
-        """Move master, its gradient and the index to where the parameter is now."""
+        """Move the master, its gradient and the index to the parameter's device."""
         device = self.parameter.device
         if self.master.device == device:
             return
@@ -211,21 +216,21 @@ class SparseParameter:
 
     @property
     def is_behind(self) -> bool:
-        """Whether the master was changed in place since it was written."""
+        """Whether the master was changed in place after the last write-back."""
         return self._written_version != self.master._version
 
     @property
     def differs(self) -> bool:
-        """Whether the selected weights are not the master's, whatever changed it and how."""
-        held = self._take(self.parameter)
+        """Whether the selected weights differ in bits from the master rounded to their dtype."""
+        held = self._gather(self.parameter)
         return not _same_bits(held, self.master.detach().to(held.dtype))
 
     @property
     def mean_change(self) -> float | None:
-        """Mean |change| of the components whose bits are not the original's; None: no finite one."""
+        """Mean |change| of the components whose bits changed; None if none or not finite."""
         if self.original is None:
             return None
-        before, now = self.original.cpu(), self._take(self.parameter).cpu()
+        before, now = self.original.cpu(), self._gather(self.parameter).cpu()
         bits = _BITS[before.element_size()]
         changed = before.view(bits) != now.view(bits)
         moved = (now[changed].double() - before[changed].double()).abs()
@@ -233,40 +238,42 @@ class SparseParameter:
         return mean if math.isfinite(mean) else None
 
     def decay_to_original(self, share: float) -> None:
-        """Move the master toward the original by a share of the way.
+        """Move the master toward the original by a share of their difference.
 
         Raises:
             ValueError: the components are not selected yet.
         """
         if self.original is None:
             raise ValueError(f"the components of {self.name!r} are not selected yet")
-        self.original = self.original.to(self.master.device)  # stays there: every step needs it
+        self.original = self.original.to(
+            self.master.device
+        )  # kept on the device, since every step needs it
         with torch.no_grad():
             self.master.lerp_(self.original.to(self.master.dtype), share)
 
     def revert(self) -> None:
         """Give the selected components, and the master, their original bits back."""
         if self.original is not None:
-            self._put(self.original.to(self.parameter.device))
+            self._scatter(self.original.to(self.parameter.device))
             self.master.data.copy_(self.original)
 
     def restore(self, index: Tensor | None, original: Tensor, master: Tensor) -> None:
-        """Take up a saved choice, its originals and its masters, and write the masters.
+        """Restore a saved index, originals and masters, and write the masters to the parameter.
 
         Args:
             index: as for ``choose``; None if all components are trained.
-            original: what the run began with, shape (k,).
-            master: shape (k,).
+            original: values of the components before training, shape (k,).
+            master: values of the master, shape (k,).
 
         Raises:
-            ValueError: the parameter holds neither the originals nor the masters in these places,
-                or ``choose`` refuses the index.
+            ValueError: the parameter holds neither the originals nor the masters at these
+                positions, or the index is invalid (see ``choose``).
         """
         self.revert()
         self.original = None
         numel = self.parameter.numel()
         self.choose(torch.arange(numel, dtype=index_dtype(numel)) if index is None else index)
-        found = self._take(self.parameter.detach()).cpu()
+        found = self._gather(self.parameter.detach()).cpu()
         rounded = master.cpu().to(found.dtype)
         if original.shape != found.shape or original.dtype != found.dtype:
             raise ValueError(
@@ -275,7 +282,7 @@ class SparseParameter:
             )
         if not (_same_bits(found, original.cpu()) or _same_bits(found, rounded)):
             raise ValueError(
-                f"{self.name!r} does not hold the weights that the saved run began with; "
+                f"{self.name!r} does not hold the weights with which the saved run began; "
                 "load the same base"
             )
         self.original = original.cpu().clone()
@@ -284,22 +291,22 @@ class SparseParameter:
         self.write()
 
     def swap_original(self, values: Tensor | None = None) -> Tensor:
-        """Put values (default: the originals) in the selected positions; return what was there.
+        """Write values (default: the originals) to the selected positions; return the old values.
 
         Raises:
             ValueError: the components are not selected yet.
         """
         if self.original is None:
             raise ValueError(f"the components of {self.name!r} are not selected yet")
-        before = self._take(self.parameter.detach()).clone()
-        self._put((self.original if values is None else values).to(self.parameter.device))
+        before = self._gather(self.parameter.detach()).clone()
+        self._scatter((self.original if values is None else values).to(self.parameter.device))
         return before
 
-    def _take(self, tensor: Tensor) -> Tensor:
+    def _gather(self, tensor: Tensor) -> Tensor:
         flat = tensor.detach().reshape(-1)
         return flat if self._index is None else flat.index_select(0, self._index)
 
-    def _put(self, values: Tensor) -> None:
+    def _scatter(self, values: Tensor) -> None:
         flat = self.parameter.detach().view(-1)
         if self._index is None:
             flat.copy_(values)

@@ -1,8 +1,8 @@
-"""What training holds in memory beside activations, of a live run or of a model not loaded yet.
+"""Computes the memory of training without activations, for a live run or before a model is loaded.
 
-At any time there are the weights and, for every trained component, its index, master and gradient.
-The peak is reached in one of three moments: while components are chosen, which is before there is
-any optimizer state; in a backward pass, beside one dense gradient; or while a step writes back.
+The weights, and the index, master and gradient of each trained component, are always in memory. The
+peak occurs at one of three times: while components are chosen (optimizer state does not exist yet),
+in a backward pass (with one dense gradient), or while a step writes the masters back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 from sift_train.masters import SparseParameter
 from sift_train.selection import index_dtype, n_selected, search_bytes
-from sift_train.shape import without_weights
+from sift_train.shape import model_without_weights
 from sift_train.targets import ALL_LINEAR, Names, find_targets
 
 GIB = 1 << 30
@@ -27,22 +27,22 @@ OPTIMIZER_STATE_BYTES = {"adamw": 8, "sgd": 0, "sgd-momentum": 4, "adafactor": 4
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryReport:
-    """Bytes on the training device, activations aside.
+    """Bytes on the training device, without activations.
 
     Attributes:
-        n_trained: components trained.
-        n_total: components of the model, tied ones counted once.
+        n_trained: number of trained components.
+        n_total: number of components of the model, tied ones counted once.
         weight_bytes: parameters and buffers of the model.
         master_bytes: masters of the trained components.
-        gradient_bytes: their gradients.
-        optimizer_bytes: the optimizer's state of them.
-        index_bytes: their positions; none for parameters that are trained densely.
-        largest_gradient_bytes: the largest dense gradient; one lives at a time.
-        selection_bytes: what choosing the components of the largest tensor by one micro-batch takes
-            beside its gradient, on a GPU: scores and what the search for the largest holds.
-        write_bytes: what writing the largest tensor's masters back takes: they in the weights'
-            dtype, and their positions in int64, which is all that torch's kernels know.
-        host_bytes: originals, on the CPU.
+        gradient_bytes: gradients of the masters.
+        optimizer_bytes: optimizer state of the masters.
+        index_bytes: flat indices of the trained components; 0 for densely trained parameters.
+        largest_gradient_bytes: the largest dense gradient; only one exists at a time.
+        selection_bytes: temporary memory, beside the gradient, for choosing the components of the
+            largest tensor by one micro-batch on a GPU: the scores and the search for the largest.
+        write_bytes: temporary memory for writing the largest tensor's masters back: the masters in
+            the weights' dtype, and their indices in int64, which torch's kernels require.
+        host_bytes: originals of the trained components; they are on the CPU.
     """
 
     n_trained: int
@@ -59,12 +59,12 @@ class MemoryReport:
 
     @property
     def trained_bytes(self) -> int:
-        """Everything that grows with the number of trained components."""
+        """Sum of masters, gradients, optimizer state and indices."""
         return self.master_bytes + self.gradient_bytes + self.optimizer_bytes + self.index_bytes
 
     @property
     def peak_bytes(self) -> int:
-        """The most at one time."""
+        """The most bytes at any one time."""
         choosing = self.largest_gradient_bytes + self.selection_bytes
         backward = self.largest_gradient_bytes + self.optimizer_bytes
         writing = self.write_bytes + self.optimizer_bytes
@@ -86,17 +86,17 @@ class MemoryReport:
         ]
         share = 100 * self.n_trained / self.n_total
         lines = [f"trained: {self.n_trained:,} of {self.n_total:,} components, {share:.2f} %"]
-        return "\n".join(lines + [f"{name:<26}{_shown(n):>12}" for name, n in rows])
+        return "\n".join(lines + [f"{name:<26}{_size_text(n):>12}" for name, n in rows])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(MemoryReport):
-    """The same for a model that is not loaded, and what fits.
+    """A memory report for a model that is not loaded, with methods that say what fits on a device.
 
     Attributes:
-        rate: what was asked for.
-        fixed_bytes: weights and one dense gradient, which stay at a rate of 0.
-        dtype: of most of the weights, such as ``"bfloat16"``.
+        rate: the rate given to ``plan``.
+        fixed_bytes: weights and one dense gradient; these do not depend on the rate.
+        dtype: dtype of most of the weights, such as ``"bfloat16"``.
     """
 
     rate: float
@@ -104,13 +104,13 @@ class Plan(MemoryReport):
     dtype: str
 
     def room_in(self, gb: float) -> int:
-        """Return the bytes left for activations on a device of ``gb`` GiB; negative: it lacks them."""
+        """Return the bytes left for activations on a device of ``gb`` GiB; negative if too small."""
         return int(gb * GIB) - self.peak_bytes
 
     def highest_rate(self, gb: float, *, activations_gb: float = 0.0) -> float | None:
-        """Return about the highest rate that fits beside the activations, None if none does.
+        """Return approximately the highest rate that fits beside the activations, None if none.
 
-        Trained bytes are taken to grow with the rate.
+        The estimate assumes that trained bytes are proportional to the rate.
         """
         room = (gb - activations_gb) * GIB - self.fixed_bytes
         if room < 0:
@@ -127,14 +127,14 @@ class Plan(MemoryReport):
         return None if rate < 0 else min(1.0, rate)
 
     def fits(self, gb: float = 24.0) -> str:
-        """Return one sentence on whether it fits on a device of ``gb`` GiB."""
+        """Return a sentence that says whether training fits on a device of ``gb`` GiB."""
         room = self.room_in(gb)
         highest = self.highest_rate(gb)
         if room >= 0:
-            return f"fits in {gb:g} GiB, with {_shown(room)} left for activations"
+            return f"fits in {gb:g} GiB, with {_size_text(room)} left for activations"
         if highest is None:
-            return f"does not fit in {gb:g} GiB at any rate: the weights alone leave no room"
-        return f"lacks {_shown(-room)} in {gb:g} GiB; a rate of {highest:.4f} would just fit"
+            return f"does not fit in {gb:g} GiB at any rate: weights and one gradient need more"
+        return f"lacks {_size_text(-room)} in {gb:g} GiB; a rate of {highest:.4f} would just fit"
 
     def __str__(self) -> str:
         return f"{super().__str__()}\n{self.fits()}; weights in {self.dtype}"
@@ -143,10 +143,10 @@ class Plan(MemoryReport):
 def memory_of(
     model: nn.Module, parts: Iterable[SparseParameter], *, optimizer: str = "adamw"
 ) -> MemoryReport:
-    """Return what training these parts of a model keeps in memory.
+    """Return the memory report of training these parts of a model.
 
     Raises:
-        ValueError: the optimizer is not known.
+        ValueError: the optimizer is not one of ``OPTIMIZER_STATE_BYTES``.
     """
     rows = [
         (part.parameter, part.train_num, part.trains_all, part.master.element_size())
@@ -164,24 +164,24 @@ def plan(
     dtype: torch.dtype | str | None = None,
     optimizer: str = "adamw",
 ) -> Plan:
-    """Return what training would keep in memory; no weights are loaded.
+    """Return the memory that training would need; no weights are loaded.
 
     Args:
-        model: a folder or an id of the Hub that holds a ``config.json``, a config of transformers,
-            or a module, which may be on the meta device.
+        model: a folder or a Hub id with a ``config.json``, a config of transformers, or a module,
+            which may be on the meta device.
         rate: share of each tensor's components to train.
         sparse_module: as for ``SIFT``.
         exception: as for ``SIFT``.
-        dtype: that the weights would be loaded in, such as ``torch.float32`` or ``"bf16"``. By
-            default that of the folder's safetensors, else what the config says, else bfloat16. A
-            module keeps its own.
+        dtype: dtype of the weights, such as ``torch.float32`` or ``"bf16"``. By default that of the
+            folder's safetensors files, else that of the config, else bfloat16. Ignored for a
+            module.
         optimizer: one of ``OPTIMIZER_STATE_BYTES``.
 
     Raises:
-        OSError: there is no such folder or model.
-        ValueError: an argument is out of range, or the config's model is not known.
+        OSError: the folder or the model does not exist.
+        ValueError: an argument is out of range, or transformers does not know the config's model.
     """
-    empty = model if isinstance(model, nn.Module) else without_weights(model, dtype)
+    empty = model if isinstance(model, nn.Module) else model_without_weights(model, dtype)
     rows = []
     for target in find_targets(empty, sparse_module, exception, needs_values=False):
         numel = target.parameter.numel()
@@ -230,7 +230,7 @@ def _main_dtype(model: nn.Module) -> str:
     return str(counts.most_common(1)[0][0]).removeprefix("torch.")
 
 
-def _shown(n_bytes: int) -> str:
+def _size_text(n_bytes: int) -> str:
     if abs(n_bytes) >= GIB / 10:
         return f"{n_bytes / GIB:.2f} GiB"
     return f"{n_bytes / (1 << 20):.2f} MiB"

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule of a run, built from its settings."""
+"""Builds the optimizer and the learning-rate schedule of a run from its settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sift_train.sift import SIFT
 
 
 def build_optimizer(sift: SIFT, config: FitConfig) -> Optimizer:
-    """Return the optimizer over all masters of ``sift``, not attached yet."""
+    """Return the optimizer of all masters of ``sift``; the caller must attach it."""
     groups = grouped_parameters(sift, config.weight_decay, decay_to=config.decay_to)
     if not isinstance(config.optimizer, str):
         return config.optimizer([{"lr": config.lr, **group} for group in groups])
@@ -21,14 +21,16 @@ def build_optimizer(sift: SIFT, config: FitConfig) -> Optimizer:
         return SGD(groups, lr=config.lr, momentum=config.momentum)
     if config.optimizer == "adafactor":
         return Adafactor(groups, lr=config.lr)
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, **_lean(sift, config))
+    return AdamW(
+        groups, lr=config.lr, betas=config.betas, eps=config.eps, **_adamw_kernel(sift, config)
+    )
 
 
-def _lean(sift: SIFT, config: FitConfig) -> dict[str, bool]:
-    """Return what keeps AdamW from copying all masters' state at once, as torch's default on CUDA does.
+def _adamw_kernel(sift: SIFT, config: FitConfig) -> dict[str, bool]:
+    """Return an AdamW option that avoids temporary copies of all masters, as torch makes on CUDA.
 
-    A gradient scaler leaves it to a fused step whether to change anything, and the step counts as
-    taken; without one, each tensor is stepped by itself.
+    With fp16 the option is a loop over the tensors, since a gradient scaler cannot report whether a
+    fused step was skipped. Otherwise it is the fused kernel.
     """
     if not all(master.is_cuda for master in sift.parameters_in_optimizer()):
         return {}
@@ -36,7 +38,7 @@ def _lean(sift: SIFT, config: FitConfig) -> dict[str, bool]:
 
 
 def build_schedule(optimizer: Optimizer, config: FitConfig, n_steps: int) -> LambdaLR:
-    """Return the schedule: a linear rise, then constant or falling to zero after the last step."""
+    """Return the schedule: a linear warm-up, then a constant rate or a decrease to zero."""
     n_warmup = math.ceil(config.warmup * n_steps)
 
     def factor(step: int) -> float:

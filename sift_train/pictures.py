@@ -1,4 +1,4 @@
-"""Where a run changed the model, and how its loss went, as PNG; needs matplotlib."""
+"""Draws where a run changed the model, and its loss curve, as PNG; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ COLOUR = "#1565c0"
 
 @dataclass(frozen=True)
 class _Measure:
-    """What the colour of a cell says: its value, a title, and how a value is written."""
+    """The quantity that the colour of a cell shows: its value, its title, and its text form."""
 
-    of: Callable[[Any], float | None]
+    value_of: Callable[[Any], float | None]
     title: str
-    shown: Callable[[float], str]
+    text_of: Callable[[float], str]
 
 
 _DENSITY = _Measure(
@@ -34,11 +34,11 @@ _CHANGE = _Measure(
 
 
 def density_map(delta: str | PathLike[str], png: str | PathLike[str]) -> Path:
-    """Draw which share of each kind of tensor changed in each layer; return where it is.
+    """Draw the share of changed elements, by layer and kind of tensor; return the path.
 
     Args:
-        delta: a delta's file.
-        png: the picture to write; one that exists is replaced.
+        delta: path of a delta.
+        png: path of the picture; an existing file is replaced.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -51,31 +51,33 @@ def density_map(delta: str | PathLike[str], png: str | PathLike[str]) -> Path:
 
 
 def change_map(delta: str | PathLike[str], png: str | PathLike[str]) -> Path:
-    """Draw how far the changed elements of each kind of tensor moved in each layer; return where it is.
+    """Draw the mean |change| of changed elements, by layer and kind of tensor; return the path.
 
     Args:
-        delta: a delta's file that records it, as ``fit`` and ``export_delta`` with a ``sift`` do.
-        png: the picture to write; one that exists is replaced.
+        delta: path of a delta with ``mean_change`` in its info, as ``fit`` and ``export_delta``
+            with a ``sift`` write it.
+        png: path of the picture; an existing file is replaced.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: the delta records it of no layer.
+        ValueError: the delta records ``mean_change`` for no layer.
     """
-    told = [grid for grid in sparsedelta.inspect(delta).layers if grid.tells_change]
-    if not told:
+    recorded = [grid for grid in sparsedelta.inspect(delta).layers if grid.tells_change]
+    if not recorded:
         raise ValueError(
             f"'{delta}' does not record how far elements of numbered layers moved; "
             "there is nothing to draw"
         )
-    return _draw_grids(told, _CHANGE, png)
+    return _draw_grids(recorded, _CHANGE, png)
 
 
 def loss_curve(source: str | PathLike[str] | Sequence[float], png: str | PathLike[str]) -> Path:
-    """Draw the loss by step; return where the picture is.
+    """Draw the loss by step; return the path.
 
     Args:
-        source: a delta's file that records it, or one loss a step, as in ``FitResult``.
-        png: the picture to write; one that exists is replaced.
+        source: path of a delta that records losses, or the losses, one per step, as in
+            ``FitResult``.
+        png: path of the picture; an existing file is replaced.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -117,7 +119,7 @@ def _draw_grids(grids: Sequence[Any], measure: _Measure, png: str | PathLike[str
 def _draw(figure: Any, axis: Any, grid: Any, measure: _Measure) -> None:
     kinds = grid.changed_kinds
     cells = [[grid.cells.get((layer, kind)) for kind in kinds] for layer in grid.layers]
-    found = [[None if cell is None else measure.of(cell) for cell in row] for row in cells]
+    found = [[None if cell is None else measure.value_of(cell) for cell in row] for row in cells]
     rows = [[math.nan if value is None else value for value in row] for row in found]
     image = axis.imshow(rows, cmap="Blues", vmin=0.0, aspect="auto")
     axis.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", rotation_mode="anchor")
@@ -125,7 +127,7 @@ def _draw(figure: Any, axis: Any, grid: Any, measure: _Measure) -> None:
     axis.set_ylabel(grid.stack or "layer")
     axis.set_title(measure.title, fontsize=10)
     bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
-    bar.ax.yaxis.set_major_formatter(lambda value, _: measure.shown(value))
+    bar.ax.yaxis.set_major_formatter(lambda value, _: measure.text_of(value))
 
 
 def _figures() -> Any:

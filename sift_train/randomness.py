@@ -1,4 +1,4 @@
-"""The state of all random number generators, as plain tensors and numbers that can be saved."""
+"""Saves and restores the state of all random number generators, as plain tensors and numbers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ State = dict[str, Any]
 
 
 def generators_of(data: Any) -> list[torch.Generator]:
-    """Return the generators of a loader's own, those that set its order apart from the global one."""
+    """Return the generators that a data loader and its samplers use in place of the global one."""
     batch_sampler = getattr(data, "batch_sampler", None)
     holders = (data, getattr(data, "sampler", None), getattr(batch_sampler, "sampler", None))
     found = [getattr(holder, "generator", None) for holder in holders]
     return [g for g in dict.fromkeys(found) if isinstance(g, torch.Generator)]
 
 
-def capture(generators: Iterable[torch.Generator] = ()) -> State:
-    """Return the state of Python's, numpy's and torch's generators, and of those given."""
+def capture_random_state(generators: Iterable[torch.Generator] = ()) -> State:
+    """Return the state of the generators of Python, numpy and torch, and of the given ones."""
     version, numbers, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -34,8 +34,10 @@ def capture(generators: Iterable[torch.Generator] = ()) -> State:
     }
 
 
-def bring_back(state: Mapping[str, Any], generators: Iterable[torch.Generator] = ()) -> None:
-    """Set all generators as they were when the state was captured."""
+def restore_random_state(
+    state: Mapping[str, Any], generators: Iterable[torch.Generator] = ()
+) -> None:
+    """Restore a state that ``capture_random_state`` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss))
     keys, position, has_gauss, cached = state["numpy"]
@@ -48,10 +50,10 @@ def bring_back(state: Mapping[str, Any], generators: Iterable[torch.Generator] =
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Leave all generators as they were found, whatever is drawn inside."""
-    before = capture()
+def kept_random_state() -> Iterator[None]:
+    """Restore the state of all global generators after the block."""
+    before = capture_random_state()
     try:
         yield
     finally:
-        bring_back(before)
+        restore_random_state(before)

@@ -1,6 +1,6 @@
-"""What ranks the components of a tensor: by gradients of some micro-batches, or by the weight alone.
+"""Rules that score the components of a tensor, by its gradients or by its weights alone.
 
-A rule sees one tensor at a time and depends on nothing else, so every rule serves every model.
+A rule depends on nothing but one tensor, so every rule works for every model.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ MAX_RANK = 128
 
 @dataclass(frozen=True)
 class Rule:
-    """How the components of one tensor are scored; exactly one of the two functions is given.
+    """A rule that scores the components of one tensor; give exactly one of the two functions.
 
     Attributes:
-        from_gradient: maps weight and the gradient of one micro-batch, both of the tensor's shape,
-            to what that micro-batch adds to the scores. The sum ranks as the mean does.
-        from_weight: maps the weight and a generator to the scores; needs no gradient.
+        from_gradient: a function of the weight and the gradient of one micro-batch, both of the
+            tensor's shape. It returns the scores for this micro-batch; those of several are summed.
+        from_weight: a function of the weight and a random generator that returns the scores.
     """
 
     from_gradient: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -31,9 +31,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         if (self.from_gradient is None) == (self.from_weight is None):
-            raise ValueError(
-                "a selection rule needs one of from_gradient and from_weight, not both"
-            )
+            raise ValueError("a selection rule needs from_gradient or from_weight, and not both")
 
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -41,12 +39,13 @@ Selection = str | Rule | Score | Mapping[str, Any]
 
 
 def principal(rank: int | None = None) -> Rule:
-    """Return the rule of LIFT (arXiv 2506.00772): the largest of the weight's low-rank approximation.
+    """Return the rule of LIFT (arXiv 2506.00772): |entries| of the weight's low-rank approximation.
 
     Args:
-        rank: of the approximation; by default an eighth of the smaller side, at least 1 and at
-            most 128. Stacks of matrices are approximated one by one, a convolution as
-            (out, rest); a vector's entries rank by magnitude.
+        rank: rank of the approximation; by default an eighth of the matrix's smaller side, at least
+            1 and at most 128. In a 3-D tensor each matrix is approximated separately. A tensor with
+            more dimensions is reshaped to a matrix of shape (first dimension, rest). The score of a
+            vector's entry is its absolute value.
 
     Raises:
         ValueError: the rank is below 1.
@@ -69,7 +68,7 @@ def principal(rank: int | None = None) -> Rule:
 def _low_rank(matrix: Tensor, rank: int | None, generator: torch.Generator) -> Tensor:
     smaller = min(matrix.shape)
     rank = max(1, min(rank or min(MAX_RANK, smaller // 8), smaller))
-    # Halko et al. 2011 with 4 power iterations; svd_lowrank would draw from the global generator.
+    # Halko et al. 2011 with 4 power iterations; svd_lowrank would use the global random generator.
     sketch = torch.randn(matrix.shape[1], min(rank + 8, smaller), generator=generator)
     basis = torch.linalg.qr(matrix @ sketch.to(matrix.device)).Q
     for _ in range(4):
@@ -84,7 +83,7 @@ def _gradient(weight: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _fisher(weight: Tensor, gradient: Tensor) -> Tensor:
-    # In fp32: squares of small half-precision gradients are all zero.
+    # In fp32, since the squares of small fp16 gradients would be zero.
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square()
 
 
@@ -114,11 +113,11 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 
 
 def find_rule(selection: Selection) -> Rule | None:
-    """Return the rule of a name or of a scoring function, the rule itself, None for a mapping.
+    """Return the rule of a selection, which may be a name or a function; None for a mapping.
 
     Raises:
-        TypeError: it is none of these.
-        ValueError: there is no rule of that name.
+        TypeError: the selection is not a name, rule, function or mapping.
+        ValueError: no rule has that name.
     """
     if isinstance(selection, str):
         if selection not in RULES:

@@ -1,6 +1,6 @@
-"""Checkpoints of a run: one folder a step, whole or not there, only the newest kept.
+"""Writes and reads the checkpoints of a run: one folder per step, of which the newest is kept.
 
-A checkpoint holds what training has added to the base, never the base itself.
+A checkpoint is written completely or not at all. It holds the state of the training, not the base.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from sift_train.saved import read_state, write_state
 
 _STEP = re.compile(r"step-(\d{8})")
-_PARTIAL = ".checkpoint."  # what a killed run leaves of one; a folder belongs to one run
+_PARTIAL = ".checkpoint."  # prefix of unfinished checkpoints, which a killed run leaves
 TENSORS, PROGRESS, SETTINGS = "sift.safetensors", "progress.pt", "settings.json"
 
 
@@ -39,7 +39,7 @@ def write(
     progress: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> Path:
-    """Write a checkpoint, remove older and unfinished ones, return its folder."""
+    """Write a checkpoint, remove all others and unfinished ones, and return its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
     work = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
@@ -66,14 +66,14 @@ def read(checkpoint: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tenso
     """Return a checkpoint's tensors and progress.
 
     Raises:
-        ValueError: it was made with other settings.
+        ValueError: the checkpoint was written by a run with other settings.
     """
     saved = json.loads((checkpoint / SETTINGS).read_text("utf-8"))
     for key in sorted({*saved, *settings}):
         if saved.get(key) != settings.get(key):
             raise ValueError(
                 f"the run saved in '{checkpoint}' has {key} {saved.get(key)!r}, "
-                f"this one {settings.get(key)!r}; go on with the same settings, or start afresh"
+                f"this one {settings.get(key)!r}; resume with the same settings, or start a new run"
             )
     progress: dict[str, Any] = torch.load(checkpoint / PROGRESS, weights_only=True)
     return read_state(checkpoint / TENSORS), progress

@@ -1,6 +1,7 @@
-"""What a training run needs to go on bit for bit: choices, originals, masters and buffers.
+"""Saves and restores what a SIFT needs to resume bit for bit: indices, originals, masters, buffers.
 
-Kept as one safetensors file. The model itself is not in it: it is the base, and is checked to be.
+The state is one safetensors file. It does not contain the model: the caller loads that from the
+base, and ``restore`` checks its selected weights.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ INDEX, ORIGINAL, MASTER, BUFFER = "index:", "original:", "master:", "buffer:"
 
 
 def state_of(sift: SIFT) -> dict[str, Tensor]:
-    """Return copies, on the CPU, of everything that ``restore`` takes up.
+    """Return copies, on the CPU, of all tensors that ``restore`` needs.
 
-    Parts that are not chosen yet are left out.
+    Parameters whose components are not chosen yet are left out.
     """
     state: dict[str, Tensor] = {}
     for name, part in sift.sparse_mapping.items():
@@ -40,7 +41,7 @@ def state_of(sift: SIFT) -> dict[str, Tensor]:
 
 
 def restore(sift: SIFT, state: Mapping[str, Tensor]) -> None:
-    """Take up a state; the model must hold the base's weights, or the trained ones.
+    """Restore a state; the model must hold the base's weights or the trained weights.
 
     Raises:
         ValueError: the state is of other parameters, or the model holds other weights.
@@ -69,15 +70,15 @@ def restore(sift: SIFT, state: Mapping[str, Tensor]) -> None:
 
 def write_state(state: Mapping[str, Tensor], path: str | PathLike[str]) -> None:
     """Write a state as a safetensors file."""
-    whole = {key: value.contiguous() for key, value in state.items()}
-    save_file(whole, path, metadata=FORMAT)
+    contiguous = {key: value.contiguous() for key, value in state.items()}
+    save_file(contiguous, path, metadata=FORMAT)
 
 
 def read_state(path: str | PathLike[str]) -> dict[str, Tensor]:
-    """Return a written state.
+    """Return the state in a file that ``write_state`` wrote.
 
     Raises:
-        ValueError: the file is not a state of this version.
+        ValueError: the file is not a training state of version 1.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -90,6 +91,6 @@ def read_state(path: str | PathLike[str]) -> dict[str, Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise ValueError(
-            f"'{path}' is not a training state, nor any safetensors file: {error}; "
+            f"'{path}' is not a safetensors file, so it is not a training state: {error}; "
             "give a file that SIFT.save wrote"
         ) from error

@@ -1,9 +1,8 @@
-"""The running scores of one tensor while its components are being chosen.
+"""Sums the scores of one tensor over micro-batches, until its components are chosen.
 
-Only finite gradient entries score. What is summed over micro-batches lies on the CPU, so no device
-ever holds more than the one dense gradient and its scores, both in the gradient's own dtype. The
-dense gradient itself is summed beside the scores when the micro-batches that choose are trained on
-too.
+A non-finite score counts as 0 in a sum, and ``top_k`` ranks it last. Sums over several
+micro-batches are on the CPU, so a device holds only one dense gradient and its scores, both in the
+gradient's dtype. If these micro-batches are also trained on, the dense gradient is summed as well.
 """
 
 from __future__ import annotations
@@ -18,17 +17,18 @@ _CPU = torch.device("cpu")
 
 
 class GradientScores:
-    """Sums over micro-batches for one tensor.
+    """The summed scores of one tensor, and optionally its summed gradient.
 
     Attributes:
-        total: summed scores, of the tensor's shape; meaningful after the first ``add``.
-        gradient: summed dense gradient, None if it is not kept.
+        total: summed scores, of the tensor's shape; a scalar 0 before the first ``add``.
+        gradient: summed dense gradient, None if ``keeps_gradient`` is False.
 
     Args:
-        rule: how components are scored.
-        is_summed: more than one micro-batch is taken in: sums lie on the CPU, in at least fp32, and
-            count what is not finite as nothing. Otherwise scores and gradient stay as they come.
-        keeps_gradient: sum the gradient beside the scores.
+        rule: the rule that scores components.
+        is_summed: True if several micro-batches are added. Sums are then on the CPU, in at least
+            fp32, and non-finite scores count as 0. If False, the scores and the gradient of the one
+            micro-batch are kept unchanged.
+        keeps_gradient: also sum the gradient.
     """
 
     def __init__(self, rule: Rule, *, is_summed: bool, keeps_gradient: bool) -> None:
@@ -40,18 +40,18 @@ class GradientScores:
         self._n_added = 0
 
     def add(self, weight: Tensor, gradient: Tensor) -> None:
-        """Take in the gradient of one micro-batch.
+        """Add the gradient of one micro-batch.
 
         Raises:
-            ValueError: the rule scores without gradients, or not one score a component.
+            ValueError: the rule does not use gradients, or does not return one score per component.
         """
         if self._rule.from_gradient is None:
-            raise ValueError("this selection rule does not score by gradients")
+            raise ValueError("this selection rule does not use gradients")
         raw = self._rule.from_gradient(weight, gradient)
         if raw.shape != weight.shape:
             raise ValueError(
-                f"the selection rule gave scores of shape {tuple(raw.shape)} for a parameter of "
-                f"shape {tuple(weight.shape)}; give one score a component"
+                f"the selection rule returned scores of shape {tuple(raw.shape)} for a parameter "
+                f"of shape {tuple(weight.shape)}; return one score per component"
             )
         if not self._is_summed:
             self.total = raw.detach()
@@ -65,11 +65,13 @@ class GradientScores:
         else:
             self.total += scores
             if held is not None and self.gradient is not None:
-                self.gradient = self.gradient + held  # the first may be the gradient itself
+                self.gradient = (
+                    self.gradient + held
+                )  # not in place: the first sum may be the gradient itself
         self._n_added += 1
 
     @property
-    def tells_apart(self) -> bool:
-        """Whether any component has a score, so that a choice is better than a blind one."""
+    def has_scores(self) -> bool:
+        """Whether any component has a finite score other than 0; otherwise all scores are equal."""
         parts = slices_of(self.total.reshape(-1))
         return any(bool(part.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).any()) for part in parts)

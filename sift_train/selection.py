@@ -1,8 +1,8 @@
-"""Which components of a tensor, or of many, are trained: the k with the largest scores.
+"""Finds the k largest scores of one tensor, or of many tensors together.
 
-Chosen indices are flat, row-major and strictly increasing; non-finite scores rank below all others,
-and equal scores are told apart by a seeded draw, so a choice depends on nothing but its inputs: it
-is the same on every device.
+The result is flat indices, row-major and strictly increasing. Non-finite scores rank below all
+others. A seeded random draw decides among equal scores, so the result depends only on the inputs
+and is the same on every device.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import SupportsFloat
 import torch
 from torch import Tensor
 
-CPU_SLICE = 1 << 17  # elements looked at together: as many as suit a processor's cache
-DEVICE_SLICE = 1 << 23  # elsewhere every operation on a slice is a launch: few slices
+CPU_SLICE = 1 << 17  # elements processed together; they fit in a processor's cache
+DEVICE_SLICE = 1 << 23  # larger on other devices, where each operation on a slice is one launch
 
-_N_BINS = 1 << 16  # of 16 bits
-_NEGATIVE = 1 << 15  # the upper halves of negative numbers begin here
+_N_BINS = 1 << 16  # one bin for each value of 16 bits
+_NEGATIVE = 1 << 15  # the smallest upper half of a negative fp32 number
 
 
 def n_selected(numel: int, rate: float) -> int:
-    """Return how many of ``numel`` components a rate selects: min(int(rate * numel) + 1, numel).
+    """Return the number of components that a rate selects: min(int(rate * numel) + 1, numel).
 
     Raises:
         ValueError: the rate is not between 0 and 1.
@@ -31,23 +31,23 @@ def n_selected(numel: int, rate: float) -> int:
     if isinstance(rate, bool) or not isinstance(rate, SupportsFloat):
         raise ValueError(f"sparse rate is {rate!r}, a {type(rate).__name__}; it must be a number")
     if not 0.0 <= rate <= 1.0:
-        raise ValueError(f"sparse rate is {rate}; it is a share and must lie between 0 and 1")
+        raise ValueError(f"sparse rate is {rate}; it must be between 0 and 1")
     return min(int(rate * numel) + 1, numel)
 
 
 def index_dtype(numel: int) -> torch.dtype:
-    """Return the smallest dtype that holds every flat index of a tensor: int32 or int64."""
+    """Return int32 if it can hold every flat index of a tensor, else int64."""
     return torch.int32 if numel < 2**31 else torch.int64
 
 
 def seeded_generator(seed: int, name: str) -> torch.Generator:
-    """Return a generator that depends on the seed and a tensor's name alone, not on any order."""
+    """Return a generator seeded by the seed and a tensor's name only."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def finite_or_zero(scores: Tensor) -> Tensor:
-    """Return the scores in at least fp32 with 0 in place of infinities and NaNs."""
+    """Return the scores in fp32 (fp64 stays), with infinities and NaNs replaced by 0."""
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return torch.nan_to_num(wide, nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -56,9 +56,10 @@ def top_k(scores: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Return the flat indices of the k largest scores, strictly increasing.
 
     Args:
-        scores: any shape, floating; non-finite ones rank below all others. Compared in fp32.
+        scores: any shape, floating; they are compared in fp32.
         k: between 0 and the number of scores.
-        generator: of the CPU; draws which of the scores equal to the k-th largest are taken.
+        generator: a CPU generator; it decides which of the scores equal to the k-th largest are
+            taken.
 
     Raises:
         ValueError: k is out of range.
@@ -69,14 +70,14 @@ def top_k(scores: Tensor, k: int, generator: torch.Generator) -> Tensor:
 def top_k_of_all(
     scores: Mapping[str, Tensor], k: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Return the flat indices of the k largest of all scores together, by tensor.
+    """Return, for each tensor, the flat indices of its scores among the k largest of all tensors.
 
-    The k-th largest value is found by counting, without sorting: two passes over the scores. Until
-    it is known everything stays on the device, and the host waits once, and once more a tensor.
+    The k-th largest score is found by counting in two passes over the scores, without sorting. The
+    host waits for the device once for this score, and once per tensor for the indices.
 
     Args:
-        scores: by tensor; as for ``top_k``.
-        k: between 0 and the number of scores.
+        scores: the scores of each tensor by its name, as for ``top_k``.
+        k: between 0 and the number of all scores.
         generator: as for ``top_k``.
 
     Raises:
@@ -84,7 +85,9 @@ def top_k_of_all(
     """
     numel = sum(each.numel() for each in scores.values())
     if not 0 <= k <= numel:
-        raise ValueError(f"cannot select {k} of {numel} components; ask for 0 to {numel}")
+        raise ValueError(
+            f"cannot select {k} of {numel} components; k must be between 0 and {numel}"
+        )
     flat = {name: each.detach().reshape(-1) for name, each in scores.items()}
     if k in (0, numel):
         return {
@@ -95,7 +98,9 @@ def top_k_of_all(
     if n_missing == n_ties:
         return {name: _at_least(each, least) for name, each in flat.items()}
     drawn = torch.randperm(n_ties, generator=generator)[:n_missing]
-    is_taken = torch.zeros(n_ties + 1, dtype=torch.bool)  # by rank among the ties, from 1 on
+    is_taken = torch.zeros(
+        n_ties + 1, dtype=torch.bool
+    )  # is_taken[n]: whether to take the n-th tie
     is_taken[drawn + 1] = True
     n_before = torch.zeros(1, dtype=index_dtype(n_ties + 1))
     chosen = {}
@@ -106,45 +111,49 @@ def top_k_of_all(
 
 
 def slices_of(flat: Tensor) -> Sequence[Tensor]:
-    """Return the parts of a tensor that are looked at one after the other, as suits its device."""
+    """Return a flat tensor as slices to process one at a time; their size suits the device."""
     parts: Sequence[Tensor] = flat.split(CPU_SLICE if flat.device.type == "cpu" else DEVICE_SLICE)
     return parts
 
 
 def search_bytes(numel: int, k: int) -> int:
-    """Return what choosing k of a tensor's scores holds on a device beside them, at most.
+    """Return the most bytes that ``top_k`` allocates on a device, beside the scores.
 
-    A mask and the draw among ties take a byte an element each, a slice's copies and ranks 14 bytes
-    for each of its elements, and the indices found 8 bytes each.
+    The mask and the draw among ties take 1 byte per element each. The copies and ranks of a slice
+    take 14 bytes for each of its elements. The indices found take 8 bytes each.
     """
     return 2 * numel + max(14 * min(numel, DEVICE_SLICE), 8 * k)
 
 
 def _kth_largest(all_scores: Sequence[Tensor], k: int) -> tuple[float, int, int]:
-    """Return the k-th largest score, how many of those equal to it are needed, and how many there are.
+    """Return the k-th largest score, how many scores equal to it are needed, and how many exist.
 
-    Counted are the bits of scores in fp32: first their upper 16, which are all that bf16 has, then
-    the lower 16 where the upper ones are those of the k-th largest. Larger bits are larger scores,
-    or smaller negative ones.
+    The first pass counts the upper 16 bits of the scores in fp32, which are all the bits of bf16.
+    The second pass counts the lower 16 bits of the scores whose upper bits are those of the k-th
+    largest. For scores of 0 and more, larger bits mean larger scores; for negative ones, smaller.
     """
     counts = _count(all_scores)
-    by_score = torch.cat([counts[:_NEGATIVE].flip(0), counts[_NEGATIVE:]])  # the largest first
-    at, nth, n_there = _bin_of(by_score, torch.full((1,), k, device=counts.device))
+    by_score = torch.cat([counts[:_NEGATIVE].flip(0), counts[_NEGATIVE:]])  # descending scores
+    at, nth, n_in_bin = _find_bin(by_score, torch.full((1,), k, device=counts.device))
     upper = torch.where(at < _NEGATIVE, _NEGATIVE - 1 - at, at)
     lower_at = []
     if any(scores.dtype != torch.bfloat16 for scores in all_scores):
         counts = _count(all_scores, upper.int())
         by_score = torch.where(at < _NEGATIVE, counts.flip(0), counts)
-        found, nth, n_there = _bin_of(by_score, nth)
+        found, nth, n_in_bin = _find_bin(by_score, nth)
         lower_at = [found]
-    rank, n_ties, high, *low = torch.cat([nth, n_there, upper, *lower_at]).tolist()  # waits
+    rank, n_ties, high, *low = torch.cat(
+        [nth, n_in_bin, upper, *lower_at]
+    ).tolist()  # waits for the device
     bits = (high << 16) + sum(each if high >= _NEGATIVE else _N_BINS - 1 - each for each in low)
     (least,) = struct.unpack("<f", struct.pack("<I", bits))
     return least, rank, n_ties
 
 
 def _count(all_scores: Sequence[Tensor], upper: Tensor | None = None) -> Tensor:
-    """Return how many scores have each upper half, or each lower half beside one upper half.
+    """Return how many scores have each value of the upper 16 bits.
+
+    With ``upper``, only scores with these upper 16 bits count, and the lower 16 bits are counted.
 
     Returns:
         Shape (65536,), integers, on the device of the first scores.
@@ -158,8 +167,8 @@ def _count(all_scores: Sequence[Tensor], upper: Tensor | None = None) -> Tensor:
 def _count_one(scores: Tensor, upper: Tensor | None) -> Tensor:
     counts = torch.zeros(_N_BINS, dtype=index_dtype(len(scores)), device=scores.device)
     for part in slices_of(scores):
-        # In place where possible: no more than 8 bytes an element lie beside a slice.
-        bits = _finite_first(part).float().add_(0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
+        # In place where possible, so that at most 8 bytes per element are allocated beside a slice.
+        bits = _non_finite_lowest(part).float().add_(0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
         lower = bits if upper is None else bits & (_N_BINS - 1)
         bits.bitwise_right_shift_(16).bitwise_and_(_N_BINS - 1)
         if upper is None:
@@ -169,36 +178,37 @@ def _count_one(scores: Tensor, upper: Tensor | None) -> Tensor:
     return counts
 
 
-def _bin_of(counts: Tensor, nth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the bin of the n-th, the how manieth of its bin it is, how many are in it; shape (1,)."""
+def _find_bin(counts: Tensor, nth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the bin that contains the n-th item, its rank in that bin, and the bin's count."""
     up_to = counts.cumsum(0)
     at = torch.searchsorted(up_to, nth)
-    n_there = counts.gather(0, at)
-    return at, nth - up_to.gather(0, at) + n_there, n_there
+    n_in_bin = counts.gather(0, at)
+    return at, nth - up_to.gather(0, at) + n_in_bin, n_in_bin
 
 
 def _at_least(flat: Tensor, least: float) -> Tensor:
-    """Return the indices of the scores that are not below a threshold."""
+    """Return the indices of the scores that are at least a threshold."""
     mask = torch.empty(len(flat), dtype=torch.bool, device=flat.device)
     for part, chosen in zip(slices_of(flat), slices_of(mask), strict=True):
-        torch.ge(_finite_first(part), least, out=chosen)
+        torch.ge(_non_finite_lowest(part), least, out=chosen)
     return _indices(mask)
 
 
 def _above_or_taken(
     flat: Tensor, least: float, is_taken: Tensor, n_before: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the indices of the scores above a threshold and of ties that are taken.
+    """Return the indices of the scores above a threshold and of the ties to take, and a tie count.
 
     Args:
         flat: scores.
-        least: the threshold.
-        is_taken: of the ties, by rank from 1 on.
-        n_before: ties in the tensors before this one, shape (1,); returned with this one's added.
+        least: the threshold; scores equal to it are the ties.
+        is_taken: whether to take the n-th tie of all tensors, n from 1 on.
+        n_before: the number of ties in the tensors before this one, shape (1,). The count returned
+            also contains this tensor's ties.
     """
     mask = torch.empty(len(flat), dtype=torch.bool, device=flat.device)
     for part, chosen in zip(slices_of(flat), slices_of(mask), strict=True):
-        scores = _finite_first(part)
+        scores = _non_finite_lowest(part)
         torch.gt(scores, least, out=chosen)
         ties = scores.eq(least)
         rank = ties.cumsum(0, dtype=n_before.dtype).add_(n_before)
@@ -211,14 +221,14 @@ def _indices(mask: Tensor) -> Tensor:
     return mask.nonzero().flatten().to(index_dtype(len(mask)))  # waits for the device
 
 
-def _finite_first(part: Tensor) -> Tensor:
-    """Return a copy in at most fp32 with -inf in place of infinities and NaNs."""
+def _non_finite_lowest(part: Tensor) -> Tensor:
+    """Return a copy, fp64 rounded to fp32, with infinities and NaNs replaced by -inf."""
     narrow = part.float() if part.itemsize > 4 else part
     return narrow.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
 
 def _uploaded(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on a device, without waiting for the device."""
+    """Return a copy of a host tensor on a device, without waiting for the device."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,7 +1,8 @@
-"""Sparse training in place: hooks move the selected gradients out, the optimizer step writes back.
+"""``SIFT``: sparse training in place, by the method of arXiv 2312.11875.
 
-Method: SIFT (arXiv 2312.11875). The model keeps its modules, its parameters and its state dict; at
-any moment its weights are those that the last optimizer step produced.
+Gradient hooks move the selected gradients to the masters; each optimizer step writes the masters
+back to the model. The model keeps its modules, parameters and state dict, and its weights are
+always those after the last optimizer step.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, memory_of
 from sift_train.rules import RULES, Selection, find_rule
 from sift_train.selection import n_selected
-from sift_train.steps import listen, listening, silence
+from sift_train.steps import add_listener, current_listeners, remove_listener
 from sift_train.targets import ALL_LINEAR, Names, find_targets
-from sift_train.zeroing import zero_with, zero_without
+from sift_train.zeroing import extend_zero_grad, restore_zero_grad
 
 
 class SIFT:
@@ -40,40 +41,42 @@ class SIFT:
         >>> sift = SIFT(model, sparse_rate=0.01, sparse_module=["query", "value"])
         >>> optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-4)
 
-    All parameters that are not trained are frozen until ``close``. The components are chosen from
-    the gradients of the first optimizer step's micro-batches, which are trained on as well, or of
-    the backward passes inside ``selecting()``. A tensor that has no finite gradient other than
-    zero there is chosen as soon as it gets one. Where a parameter's gradient comes in parts, as
-    from a module used twice under reentrant checkpointing, each part is scored by itself.
+    All parameters that are not trained are frozen until ``close``. The components are chosen by the
+    gradients of the first optimizer step's micro-batches, which are also trained on, or by the
+    gradients of the backward passes inside ``selecting()``. If all gradients of a parameter are
+    zero or non-finite there, its components are chosen at its first other gradient. If a parameter
+    gets its gradient in several parts, as a module used twice under reentrant checkpointing does,
+    each part is scored separately.
 
-    Every ``torch.optim.Optimizer`` built from the masters writes them back as part of its step.
-    After any other optimizer the model is brought up to date before its next forward pass,
-    whenever its state dict is taken, and on ``write_back`` and ``close``. A model that is moved to
-    another device before its first step takes its masters along, in the next forward pass.
+    The step of every ``torch.optim.Optimizer`` built from the masters writes them back to the
+    model. After a step of another optimizer, they are written back before the next forward pass,
+    when the state dict is taken, and by ``write_back`` and ``close``. If the model is moved to
+    another device before its first step, the next forward pass moves the masters there.
 
     Attributes:
-        model: what is trained.
-        sparse_mapping: what is trained of each parameter, by the parameter's name.
-        may_write: a bool on the device, or None. Where it is False no weights are overwritten,
-            without the host knowing: for a loop that does not wait to see whether a loss is finite.
+        model: the model that is trained.
+        sparse_mapping: the trained components of each parameter, by the parameter's name.
+        may_write: a bool tensor on the device, or None, which means True. If it is False, weights
+            are not overwritten. The host does not read it, so a loop need not wait for a loss to
+            know whether it is finite.
 
     Args:
-        model: wrap nothing around its parameters.
+        model: a module without wrappers for several devices.
         sparse_rate: share of each tensor's components to train, 0 to 1.
-        sparse_module: name fragments of the parameters to train sparsely, regular expressions
-            (compiled, or as ``"re:..."``), or ``"all-linear"``.
-        exception: the same of the parameters to train densely.
-        grad_acc: micro-batches per optimizer step. Above 1 the first step's dense gradients are
-            kept, on the CPU, until that step chooses among them.
+        sparse_module: name fragments or regular expressions (compiled, or written ``"re:..."``) of
+            the parameters to train sparsely, or ``"all-linear"``.
+        exception: name fragments or regular expressions of the parameters to train densely.
+        grad_acc: micro-batches per optimizer step. Above 1 the dense gradients of the first step
+            are summed on the CPU until the components are chosen at that step.
         gradient_checkpointing: switch the model's activation checkpointing on, non-reentrant.
-        selection: name of a rule; a ``Rule``; a function of weight and gradient that gives scores;
-            or a mapping of parameter names to what to train of each: a bool mask, flat indices or
-            coordinates. The mapping's names take the place of ``sparse_module`` and its counts
-            that of ``sparse_rate``.
-        budget: ``"tensor"``: the rate holds for each tensor; ``"global"``: for all of them
-            together, wherever the scores are largest. How many each tensor gets is then known only
-            once all are chosen.
-        seed: of ties and of random selection.
+        selection: the rule that ranks components: a rule's name, a ``Rule``, or a function of
+            weight and gradient that returns scores. Or an explicit choice: a mapping of parameter
+            names to bool masks, flat indices or coordinates, which replaces ``sparse_module`` and
+            ``sparse_rate``.
+        budget: ``"tensor"``: the rate holds for each tensor; ``"global"``: for all tensors
+            together, and the largest scores of all are chosen. The number for each tensor is then
+            known only after the choice.
+        seed: seeds the choice among equal scores, and random selection.
 
     Raises:
         ValueError: an argument is out of range, or a parameter cannot be trained in place.
@@ -93,7 +96,9 @@ class SIFT:
         seed: int = 0,
     ) -> None:
         if grad_acc < 1:
-            raise ValueError(f"grad_acc is {grad_acc}; it counts micro-batches and is at least 1")
+            raise ValueError(
+                f"grad_acc is {grad_acc}; it is a number of micro-batches and must be at least 1"
+            )
         _refuse_second(model)
         self.model = model
         self._grad_acc = grad_acc
@@ -104,7 +109,9 @@ class SIFT:
         masks = selection if isinstance(selection, Mapping) else {}
         if masks:
             if sparse_module != ALL_LINEAR:
-                raise ValueError("selection names the parameters itself; leave sparse_module out")
+                raise ValueError(
+                    "selection is a mapping of parameter names; leave sparse_module out"
+                )
             sparse_module = [re.compile(f"^{re.escape(name)}$") for name in masks]
         parts = []
         for target in find_targets(model, sparse_module, exception):
@@ -125,59 +132,59 @@ class SIFT:
         self._freeze_and_hook()
 
     def print_trainable_parameters(self) -> None:
-        """Print how many components are trained, of how many, and their share."""
+        """Print the number of trained components, of all components, and the share."""
         share = 100 * self.n_trained / self.n_total
-        print(  # noqa: T201 - what it is for
+        print(  # noqa: T201 - the purpose of the method
             f"trainable params: {self.n_trained:,} || all params: {self.n_total:,} || "
             f"trainable%: {share:.4f}"
         )
 
     def named_parameters_in_optimizer(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield each trained parameter's name in the model and its master."""
+        """Yield the name and the master of each trained parameter."""
         for name, part in self.sparse_mapping.items():
             yield name, part.master
 
     def parameters_in_optimizer(self) -> list[nn.Parameter]:
-        """Return the masters, which are all that an optimizer is to be built from."""
+        """Return the masters; build the optimizer from all of them and nothing else."""
         return [part.master for part in self.sparse_mapping.values()]
 
     def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield name and parameter of what is trained, the model's own parameters."""
+        """Yield the name and the model's parameter of each trained parameter."""
         for name, part in self.sparse_mapping.items():
             yield name, part.parameter
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Return the model's own parameters that are trained, sparsely or densely."""
+        """Return the model's parameters that are trained, sparsely or densely."""
         return [part.parameter for part in self.sparse_mapping.values()]
 
     def get_trainable_num(self) -> int:
-        """Return how many components are trained."""
+        """Return the number of trained components."""
         return self.n_trained
 
     def memory_report(self) -> MemoryReport:
-        """Return what the training keeps in memory beside the activations."""
+        """Return the memory of this training without activations."""
         return memory_of(self.model, self.sparse_mapping.values())
 
     @property
     def n_trained(self) -> int:
-        """Components trained."""
+        """Number of trained components."""
         return sum(part.train_num for part in self.sparse_mapping.values())
 
     @property
     def n_total(self) -> int:
-        """Components of the model, tied ones counted once."""
+        """Number of components of the model, tied ones counted once."""
         return sum(p.numel() for p in self._requires_grad)
 
     @property
     def first_config(self) -> Any:
-        """The model's config from before the training, None if it has none; models edit theirs."""
+        """A copy of the model's config from before training, which some models edit, or None."""
         return self._first_config
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Find out before the first step whether the optimizer trains what it should.
+        """Check that the optimizer holds all masters and no parameter of the model.
 
         Raises:
-            ValueError: the optimizer lacks a master, or trains a parameter of the model itself.
+            ValueError: the optimizer lacks a master, or holds a parameter of the model.
         """
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner
@@ -192,9 +199,9 @@ class SIFT:
 
     @contextmanager
     def selecting(self) -> Iterator[None]:
-        """Choose the components from the backward passes inside; train on none of them.
+        """Choose the components by the backward passes inside the block, without training on them.
 
-        Buffers of the model that change meanwhile, such as running statistics, are restored.
+        The model's buffers, such as running statistics, are restored afterwards.
         """
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self._only_scoring = True
@@ -209,38 +216,38 @@ class SIFT:
                     buffer.copy_(before)
 
     def finish_selection(self) -> None:
-        """Choose among the gradients seen so far, as the optimizer's first step does.
+        """Choose the components by the gradients seen so far, as the optimizer's first step does.
 
-        Call it before anything that reads the masters' gradients ahead of the first step, such as
-        a gradient scaler, when ``grad_acc`` is above 1. Without effect once all is chosen.
+        If ``grad_acc`` is above 1, call it before anything reads the masters' gradients ahead of
+        the first step, as a gradient scaler does. It has no effect when all components are chosen.
         """
         self._chooser.finish()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Clip the gradient of exactly what is trained; return its norm from before."""
+        """Clip the gradient of the trained components; return its norm before clipping."""
         self.finish_selection()
         return nn.utils.clip_grad_norm_(self.parameters_in_optimizer(), max_norm)
 
     def zero_grad(self) -> None:
-        """Drop the masters' gradients, as ``model.zero_grad()`` does, too."""
+        """Drop the masters' gradients; ``model.zero_grad()`` also does this."""
         for master in self.parameters_in_optimizer():
             master.grad = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def write_back(self) -> None:
-        """Overwrite the selected weights by their masters; idempotent."""
+        """Overwrite the selected weights with their masters; idempotent."""
         for part in self.sparse_mapping.values():
             if part.is_selected:
                 part.write(self.may_write)
 
     def revert(self) -> None:
-        """Give the model, and the masters, the weights from before the training, bit for bit."""
+        """Restore the weights from before training, bit for bit, in the model and the masters."""
         for part in self.sparse_mapping.values():
             part.revert()
 
     @contextmanager
     def reverted(self) -> Iterator[None]:
-        """Lend the model its weights from before the training, bit for bit."""
+        """Give the model its weights from before training inside the block, bit for bit."""
         parts = [part for part in self.sparse_mapping.values() if part.is_selected]
         trained = [(part, part.swap_original()) for part in parts]
         try:
@@ -250,11 +257,11 @@ class SIFT:
                 part.swap_original(values)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return choices, originals, masters and the model's buffers, copied to the CPU."""
+        """Return copies, on the CPU, of the indices, originals, masters and the model's buffers."""
         return saved.state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where ``state_dict`` was taken; the model holds the base's or the trained weights.
+        """Restore a state; the model must hold the base's weights or the trained weights.
 
         Raises:
             ValueError: the state is of other parameters, or the model holds other weights.
@@ -266,18 +273,18 @@ class SIFT:
         saved.write_state(self.state_dict(), path)
 
     def load(self, path: str | PathLike[str]) -> None:
-        """Take up what ``save`` wrote.
+        """Restore the state in a file that ``save`` wrote.
 
         Raises:
-            ValueError: the file is not such a state, or ``load_state_dict`` refuses it.
+            ValueError: the file is not a training state, or ``load_state_dict`` raises.
         """
         self.load_state_dict(saved.read_state(path))
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the masters ready for an optimizer's step; called by every one of torch.
+        """Prepare the masters for an optimizer's step; every torch optimizer calls it.
 
         Raises:
-            ValueError: the optimizer trains parameters of the model that are trained here.
+            ValueError: the optimizer holds parameters of the model that this SIFT trains.
         """
         if not self._parts_of(optimizer):
             self._refuse_own_parameters(optimizer, set(self.trainable_parameters()))
@@ -290,7 +297,7 @@ class SIFT:
                     part.decay_to_original(float(group["lr"]) * group[BASE_DECAY])
 
     def after_closure(self, optimizer: torch.optim.Optimizer) -> None:
-        """Choose among the gradients that a step is about to use; none are left of what waits."""
+        """Choose by the gradients of this step; drop the gradients of masters not chosen yet."""
         parts = self._parts_of(optimizer)
         if parts:
             self.finish_selection()
@@ -299,7 +306,7 @@ class SIFT:
                 part.master.grad = None
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Write the masters that an optimizer has stepped; called by every one of torch."""
+        """Write the masters of an optimizer back after its step; every torch optimizer calls it."""
         for part in self._parts_of(optimizer):
             self._is_stepped_by_torch = True
             part.spend()
@@ -307,7 +314,7 @@ class SIFT:
                 part.write(self.may_write)
 
     def close(self) -> None:
-        """Write the last update back, remove all hooks, unfreeze what was frozen; idempotent."""
+        """Write the masters back, remove all hooks and restore ``requires_grad``; idempotent."""
         if not self._handles:
             return
         self.write_back()
@@ -315,8 +322,8 @@ class SIFT:
             handle.remove()
         self._handles.clear()
         self._chooser.clear()
-        silence(self)
-        zero_without(self.model)
+        remove_listener(self)
+        restore_zero_grad(self.model)
         for parameter, requires_grad in self._requires_grad.items():
             parameter.requires_grad_(requires_grad)
         if self._checkpointing:
@@ -343,15 +350,15 @@ class SIFT:
         self.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # A copied model takes its hooks along; they must go on serving the model that is trained.
+        # Copying the model copies its hooks; they must keep pointing to this SIFT.
         return self
 
     def _freeze_and_hook(self) -> None:
         trained = {part.parameter for part in self.sparse_mapping.values()}
         for parameter in self._requires_grad:
             parameter.requires_grad_(parameter in trained)
-            parameter.grad = None  # a left-over gradient would be added to the first one
-        # A parameter's hooks are beyond the garbage collector: they must not hold what holds them.
+            parameter.grad = None  # an old gradient would be added to the first one
+        # The garbage collector does not see a parameter's hooks: a strong reference would leak.
         me = weakref.ref(self)
         for name, part in self.sparse_mapping.items():
             hooked: Any = part.parameter  # the method is untyped
@@ -360,8 +367,8 @@ class SIFT:
         model: Any = self.model
         self._handles.append(model.register_forward_pre_hook(self._before_use))
         self._handles.append(model.register_state_dict_pre_hook(self._before_use))
-        listen(self)
-        zero_with(self.model, self.zero_grad)
+        add_listener(self)
+        extend_zero_grad(self.model, self.zero_grad)
 
     def _on_gradient(self, name: str, parameter: Tensor) -> None:
         part = self.sparse_mapping[name]
@@ -389,7 +396,7 @@ class SIFT:
         held = {p for group in optimizer.param_groups for p in group["params"]}
         if not held.isdisjoint(parameters):
             raise ValueError(
-                "the optimizer holds parameters of the model, which get no gradient here; "
+                "the optimizer holds parameters of the model, whose gradients go to the masters; "
                 "build it from sift.parameters_in_optimizer()"
             )
 
@@ -397,8 +404,8 @@ class SIFT:
     def _before_use(self, *_: Any) -> None:
         for part in self.sparse_mapping.values():
             part.follow()
-            # Not without need: a write between two forwards of one loss would spoil its backward.
-            # An optimizer that is not torch's may work on `.data`, which leaves the version as it was.
+            # Write only if needed: a write between two forward passes of one loss breaks backward.
+            # Optimizers other than torch's may edit `.data`, which does not change the version.
             may_differ = part.is_behind or not self._is_stepped_by_torch
             if part.is_selected and may_differ and part.differs:
                 part.write(self.may_write)
@@ -406,11 +413,11 @@ class SIFT:
 
 def _refuse_second(model: nn.Module) -> None:
     own = set(model.parameters())
-    for other in listening():
+    for other in current_listeners():
         if isinstance(other, SIFT) and not own.isdisjoint(other._requires_grad):
             raise ValueError(
-                f"the {type(model).__name__} is trained by a SIFT already, whose hooks take its "
-                "gradients; close() that one first, which keeps the trained weights"
+                f"the {type(model).__name__} is trained by another SIFT, whose hooks take its "
+                "gradients; close() that SIFT first, the model keeps the trained weights"
             )
 
 

@@ -1,8 +1,8 @@
-"""Tells whoever trains masters of every optimizer step in this process, before and after.
+"""Calls listeners before and after every step of every torch optimizer in this process.
 
-The two hooks on all optimizers are set when this is imported and stay: taking one away, as the garbage collector
-might in the middle of a step, breaks that step. They hold listeners weakly and cost nothing
-without any.
+Importing this module registers two global optimizer hooks, which are never removed: removing a hook
+during a step, as the garbage collector could, would break that step. The hooks hold listeners by
+weak references.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from torch.optim.optimizer import (
 
 
 class StepListener(Protocol):
-    """Told of steps."""
+    """An object whose methods are called at each optimizer step."""
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """An optimizer is about to step."""
+        """Called before an optimizer steps."""
 
     def after_closure(self, optimizer: Optimizer) -> None:
-        """A closure that an optimizer steps with has computed gradients."""
+        """Called when the closure passed to a step has computed gradients."""
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """An optimizer has stepped; it has not if a gradient scaler skipped it."""
+        """Called after an optimizer has stepped, but not if a gradient scaler skipped the step."""
 
 
 _listeners: WeakSet[Any] = WeakSet()
 
 
-def listen(listener: StepListener) -> None:
-    """Tell a listener of all steps until ``silence`` or its end."""
+def add_listener(listener: StepListener) -> None:
+    """Call a listener at all steps, until it is removed or garbage-collected."""
     _listeners.add(listener)
 
 
-def silence(listener: StepListener) -> None:
-    """Tell a listener no more."""
+def remove_listener(listener: StepListener) -> None:
+    """Stop calling a listener."""
     _listeners.discard(listener)
 
 
-def listening() -> list[Any]:
-    """Return the listeners there are."""
+def current_listeners() -> list[Any]:
+    """Return all listeners."""
     return list(_listeners)
 
 
@@ -57,15 +57,15 @@ def _before(
         listener.before_step(optimizer)
     if not _listeners:
         return None
-    # A closure is the first argument of `step`; the optimizer itself stands before it.
+    # args[0] is the optimizer; a closure is the first argument of `step`.
     if kwargs.get("closure") is not None:
-        return args, {**kwargs, "closure": _told(optimizer, kwargs["closure"])}
+        return args, {**kwargs, "closure": _with_report(optimizer, kwargs["closure"])}
     if len(args) > 1 and callable(args[1]):
-        return (args[0], _told(optimizer, args[1]), *args[2:]), kwargs
+        return (args[0], _with_report(optimizer, args[1]), *args[2:]), kwargs
     return None
 
 
-def _told(optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+def _with_report(optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
     @wraps(closure)
     def run() -> Any:
         loss = closure()

@@ -1,6 +1,6 @@
-"""Which parameters of a model are trained, sparsely or densely, each one once whatever its names.
+"""Finds the parameters to train, sparsely or densely; a tied parameter is found once.
 
-What cannot be trained in place is refused here, before anything in the model is touched.
+A parameter that cannot be trained in place raises an error before the model is changed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ REGEX = "re:"
 Names = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 
 TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SHARDED = "is sharded over several devices; train an unsharded model"
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
@@ -27,9 +28,9 @@ class Target:
     """One parameter to train.
 
     Attributes:
-        name: the first of its names in the model.
-        parameter: the model's own.
-        dense: all of its components are trained.
+        name: the parameter's first name in the model.
+        parameter: the parameter itself, not a copy.
+        dense: whether all of its components are trained.
     """
 
     name: str
@@ -42,20 +43,21 @@ def find_targets(
 ) -> list[Target]:
     """Return the parameters to train, in the model's order.
 
-    A fragment matches a parameter if it occurs in any of its names; a tied weight has several. So
-    does a regular expression, given compiled or as ``"re:..."``, if it is found anywhere in one.
+    A fragment matches a parameter if it occurs in any of its names; a tied weight has several. A
+    regular expression, compiled or written ``"re:..."``, matches if it is found anywhere in a name.
 
     Args:
         model: not wrapped for several devices.
-        sparse_module: name fragments, or ``"all-linear"`` for the weight of every linear layer but
+        sparse_module: name fragments, or ``"all-linear"``: the weights of all linear layers except
             the output embeddings.
-        exception: name fragments of parameters to train densely; they win over ``sparse_module``.
-        needs_values: refuse parameters on the meta device.
+        exception: name fragments of parameters to train densely, also if ``sparse_module`` matches
+            them.
+        needs_values: raise for parameters on the meta device.
 
     Raises:
         ValueError: a fragment matches nothing, or a matched parameter cannot be trained in place.
     """
-    _refuse_wrappers(model)
+    _check_unwrapped(model)
     names = _names_of_parameters(model)
     dense = _matching(names, _fragments(exception), "exception")
     if sparse_module == ALL_LINEAR:
@@ -117,7 +119,7 @@ def _matching(
         if not matches:
             shown = fragment if isinstance(fragment, str) else REGEX + fragment.pattern
             raise ValueError(
-                f"{argument} names {shown!r}, which occurs in no parameter name; "
+                f"{argument} has {shown!r}, which occurs in no parameter name; "
                 "compare it with the names that model.named_parameters() gives"
             )
         found |= matches
@@ -135,13 +137,41 @@ def _linear_weights(model: nn.Module) -> set[nn.Parameter]:
     }
 
 
-def _refuse_wrappers(model: nn.Module) -> None:
+def check_saves_weights(model: nn.Module) -> None:
+    """Check that a model is saved with the parameters that are trained.
+
+    Raises:
+        ValueError: it is wrapped for several devices, sharded, or has PEFT adapters.
+    """
+    _check_unwrapped(model)
     for module in model.modules():
-        if type(module).__name__ in _WRAPPERS:
+        kind = type(module).__name__
+        if kind.startswith("PeftModel") or _is_adapter(module):
             raise ValueError(
-                f"model holds a {type(module).__name__}, whose gradients are not those of the "
-                "parameters; give the model itself, unwrapped"
+                f"the model contains a {kind} of PEFT, and a model with adapters is saved as its adapters"
+                " alone; give the model without them, or what merge_and_unload() returns"
             )
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind in _WRAPPERS:
+            raise ValueError(
+                f"the model contains a {kind}, whose gradients differ from those of the parameters;"
+                " give the model without this wrapper"
+            )
+    for name, parameter in model.named_parameters():
+        if _is_sharded(parameter):
+            raise ValueError(f"parameter {name!r} {_SHARDED}")
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    return any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    return type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "ds_id")
 
 
 def _refuse_untrainable(model: nn.Module, targets: list[Target], *, needs_values: bool) -> None:
@@ -151,7 +181,7 @@ def _refuse_untrainable(model: nn.Module, targets: list[Target], *, needs_values
         if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag)
         for parameter in module.parameters(recurse=False)
     }
-    places: dict[tuple[torch.device, int], str] = {}
+    first_at: dict[tuple[torch.device, int], str] = {}
     for target in targets:
         parameter = target.parameter
         problem = _problem(parameter, sparse_gradients, needs_values=needs_values)
@@ -159,10 +189,10 @@ def _refuse_untrainable(model: nn.Module, targets: list[Target], *, needs_values
             raise ValueError(f"parameter {target.name!r} {problem}")
         if parameter.is_meta:
             continue
-        other = places.setdefault((parameter.device, parameter.data_ptr()), target.name)
+        other = first_at.setdefault((parameter.device, parameter.data_ptr()), target.name)
         if other != target.name:
             raise ValueError(
-                f"parameters {other!r} and {target.name!r} are two over the same memory; "
+                f"parameters {other!r} and {target.name!r} share the same memory; "
                 "make them one parameter, or leave one of them out"
             )
 
@@ -170,15 +200,13 @@ def _refuse_untrainable(model: nn.Module, targets: list[Target], *, needs_values
 def _problem(
     parameter: nn.Parameter, sparse_gradients: set[nn.Parameter], *, needs_values: bool
 ) -> str | None:
-    if type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
-        return "is sharded over several devices; train an unsharded model"
     if type(parameter.data) is not Tensor:
         return (
             f"holds a {type(parameter.data).__name__}, expected a plain tensor; "
-            "load the model unquantized and initialized, or leave this parameter out"
+            "load the model unquantized and with its weights, or leave this parameter out"
         )
     if parameter.is_meta and needs_values:
-        return "is on the meta device and holds no values; load the model's weights first"
+        return "is on the meta device and has no values; load the model's weights first"
     if parameter.dtype not in TRAINABLE:
         return (
             f"has dtype {parameter.dtype}, expected float16, bfloat16, float32 or float64; "

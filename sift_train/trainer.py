@@ -1,8 +1,8 @@
-"""``transformers.Trainer``, and what derives from it, over the masters of a SIFT.
+"""``SiftTrainerMixin`` and ``SiftCallback``: training through a SIFT with ``transformers.Trainer``.
 
-The masters are no parameters of the model, so what Trainer does by way of the model must be done
-for them: clipping, zeroing, making the optimizer, saving and resuming. The callback does the first
-two for an optimizer of one's own; the mixin does all of it.
+The masters are not parameters of the model, so Trainer neither clips, zeroes, optimizes, saves nor
+resumes them. The mixin does all five. The callback clips and zeroes, for an optimizer that the
+caller has built.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ DELTA, STATE = "delta.sd", "sift.safetensors"
 
 
 class SiftCallback(TrainerCallback):
-    """Clips and zeroes the masters in a Trainer that was given their optimizer.
+    """Clips and zeroes the masters' gradients; the Trainer's optimizer must hold the masters.
 
     Example:
         >>> optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-4)
         >>> Trainer(model, optimizers=(optimizer, None), callbacks=[SiftCallback(sift)])
 
     Trainer saves the full model at each save; ``SiftTrainerMixin`` saves a delta. With fp16 and
-    several micro-batches a step, choose first, inside ``sift.selecting()``, or use the mixin: the
-    gradient scaler reads gradients before the components are chosen.
+    several micro-batches per step, the gradient scaler reads gradients before the components are
+    chosen: choose them beforehand inside ``sift.selecting()``, or use the mixin.
 
     Args:
-        sift: what trains the Trainer's model.
+        sift: the SIFT of the Trainer's model.
     """
 
     def __init__(self, sift: SIFT) -> None:
@@ -49,48 +49,50 @@ class SiftCallback(TrainerCallback):
         self._norm: Tensor | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Find out whether the optimizer trains what it should.
+        """Check that the optimizer trains all masters.
 
         Raises:
-            ValueError: it does not.
+            ValueError: it lacks a master, or holds a parameter of the model.
         """
         self._sift.attach(given["optimizer"])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Clip the gradient of what is trained, as ``max_grad_norm`` asks for."""
+        """Clip the gradient of the trained components to ``max_grad_norm``."""
         if args.max_grad_norm:
             self._norm = self._sift.clip_grad_norm_(args.max_grad_norm)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Drop the gradients; the step has used them, or a gradient scaler has skipped it."""
+        """Drop the masters' gradients, also after a step that a gradient scaler skipped."""
         self._sift.zero_grad()
 
     def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Log the norm of what is trained; Trainer's own is that of the model's gradients, none."""
+        """Log the norm of the masters' gradients, since the model itself has no gradients."""
         for entry in (given.get("logs"), state.log_history[-1]):
             if entry is not None and self._norm is not None and "grad_norm" in entry:
                 entry["grad_norm"] = float(self._norm)
 
 
 class SiftTrainerMixin(_Trainer):
-    """Makes a Trainer train, save and resume through a SIFT.
+    """Adds training, saving and resuming through a SIFT to a Trainer.
 
     Example:
         >>> class SiftTrainer(SiftTrainerMixin, Trainer): ...
         >>> trainer = SiftTrainer(model, args, train_dataset=data, sift=sift, base="base/")
 
-    The optimizer is the one that the arguments name, over the masters, weight decay on matrices
-    only. A save writes ``delta.sd`` and ``sift.safetensors`` in place of the model's weights; with
-    Trainer's own files beside them a run resumes bit for bit on a model loaded from the base.
+    The optimizer is the one that the training arguments name, built from the masters, with weight
+    decay on matrices only. Each save writes ``delta.sd`` and ``sift.safetensors`` instead of the
+    model's weights. With these and Trainer's other files, a run resumes bit for bit on a model
+    loaded from the base.
 
     Args:
-        sift: what trains the Trainer's model; pass the same ``grad_acc`` as to the arguments.
-        base: the checkpoint the model was loaded from, which the deltas are against. By default
-            the model saved with the weights it came with.
-        base_id: where others find the base.
+        sift: the SIFT of the Trainer's model. Its ``grad_acc`` must equal
+            ``gradient_accumulation_steps`` of the training arguments.
+        base: the checkpoint from which the model was loaded; the base of the deltas. By default the
+            model as it would have been saved before the training.
+        base_id: where others find the base, such as ``org/model@<commit>``.
 
     Raises:
-        ValueError: the base is not what the model was before training, or holds no safetensors.
+        ValueError: the base differs from the model's first weights, or has no safetensors file.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class SiftTrainerMixin(_Trainer):
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> optim.Optimizer:
-        """Return the optimizer that the arguments name, over the masters."""
+        """Return the optimizer that the training arguments name, built from the masters."""
         if self.optimizer is None:
             trained: Any = self.model
             make, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
@@ -127,7 +129,7 @@ class SiftTrainerMixin(_Trainer):
         return self._norm_of_masters(float("inf")) if grad_norm is None else grad_norm
 
     def _norm_of_masters(self, max_norm: float) -> Any:
-        self.sift.finish_selection()  # before a gradient scaler reads the masters' gradients
+        self.sift.finish_selection()  # a gradient scaler reads the masters' gradients next
         return self.accelerator.clip_grad_norm_(self.sift.parameters_in_optimizer(), max_norm)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -1,6 +1,7 @@
-"""Has a model's ``zero_grad`` drop the gradients of the masters, which are none of its parameters.
+"""Extends a model's ``zero_grad`` so that it also drops the gradients of the masters.
 
-Training loops, ``transformers.Trainer`` among them, drop gradients through the model.
+The masters are not parameters of the model, but training loops, such as ``transformers.Trainer``,
+call ``model.zero_grad()``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _NAME = "zero_grad"
 
 
 class _ZeroGrad:
-    """Stands in for a model's own method."""
+    """Replaces a model's method ``zero_grad``."""
 
     def __init__(self, model: nn.Module, also: Callable[[], None]) -> None:
         self._model = model
@@ -26,17 +27,17 @@ class _ZeroGrad:
         self._also()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        # A copied model is nobody's to train: it gets its own method back.
+        # No SIFT trains the copy of a model, so the copy gets the original method.
         model = memo.get(id(self._model), self._model)
         return MethodType(type(model).zero_grad, model)
 
 
-def zero_with(model: nn.Module, also: Callable[[], None]) -> None:
-    """Call ``also`` whenever the model's ``zero_grad`` is called."""
+def extend_zero_grad(model: nn.Module, also: Callable[[], None]) -> None:
+    """Make the model's ``zero_grad`` call ``also`` too."""
     vars(model)[_NAME] = _ZeroGrad(model, also)
 
 
-def zero_without(model: nn.Module) -> None:
-    """Give the model its own ``zero_grad`` back."""
+def restore_zero_grad(model: nn.Module) -> None:
+    """Restore the model's original ``zero_grad``."""
     if isinstance(vars(model).get(_NAME), _ZeroGrad):
         del vars(model)[_NAME]

@@ -1,4 +1,4 @@
-"""Sparse deltas of model checkpoints: keep only what changed, exactly.
+"""Exact sparse deltas of model checkpoints: a delta holds only the elements that changed.
 
 delta = sparsedelta.diff("base/", "target/")
 delta.save("delta.sd")
@@ -57,8 +57,9 @@ __all__ = [
     "verify",
 ]
 
-# The verbs live in a room of their own: a module `sparsedelta.diff` would take the place of the function.
-_HOMES = {
+# The module that defines each public name. No module here is named like a verb: importing a module
+# `sparsedelta.diff` would replace the function of that name.
+_MODULES = {
     "Channel": "channel.channel",
     "Delta": "format.delta",
     "DeltaBank": "live.bank",
@@ -85,10 +86,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Public names are imported when first used: `sparsedelta --help` needs none of them.
-    if name not in _HOMES:
+    # Public names are imported on first use, so that `sparsedelta --help` starts fast.
+    if name not in _MODULES:
         raise AttributeError(f"module 'sparsedelta' has no attribute {name!r}")
-    value = getattr(import_module(f"sparsedelta.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"sparsedelta.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""``python -m sparsedelta``: the command line."""
+"""Run the command line with ``python -m sparsedelta``."""
 
 from sparsedelta.cli import main
 

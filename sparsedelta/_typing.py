@@ -1,4 +1,4 @@
-"""Names of types that several rooms share."""
+"""Type aliases that several packages share."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ if TYPE_CHECKING:
 JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
 AnyPath: TypeAlias = str | os.PathLike[str]
 
-# A model in memory, from a delta's names of tensors to the model's (keys: name, or file and name), and what
-# is checked before it changes.
-Model: TypeAlias = "torch.nn.Module | Mapping[str, torch.Tensor]"
+Model: TypeAlias = "torch.nn.Module | Mapping[str, torch.Tensor]"  # in memory
+# Maps tensor names of a delta to names in a model. Keys are a name, or a pair of file and name.
 Names: TypeAlias = Mapping[Any, str | None] | Callable[[str], str | None] | None
-ModelCheck: TypeAlias = Literal["touched", "full", "none"]
+ModelCheck: TypeAlias = Literal["touched", "full", "none"]  # what is checked before a model changes
 TorchDType: TypeAlias = "torch.dtype | str"

@@ -1,4 +1,4 @@
-"""Dtypes and element types (FORMAT §1.1): how many bits a value has, and what counts as one element."""
+"""Dtypes (bits per value) and element types (bytes per element), as in FORMAT §1.1."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 
 from sparsedelta.errors import Corrupt, LimitExceeded, UnsupportedFeature
 
-MAX_BITS = 1024  # of a value
+MAX_BITS = 1024  # per value
 MAX_NAME_BYTES = 64
 _WIDTHS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """How one wire dtype is stored.
+    """A dtype of safetensors files, and how its values are stored.
 
     Attributes:
         name: the name in a safetensors header.
         bits: bits per value.
-        width: bytes per element as the format counts it; types below a byte count bytes.
+        width: bytes per element; 1 if a value has fewer than 8 bits.
         is_float: whether bit patterns are ordered as sign-magnitude floats.
     """
 
@@ -38,7 +38,7 @@ class DType:
 
     @property
     def view(self) -> np.dtype[np.unsignedinteger]:
-        """The unsigned little-endian integer of that width."""
+        """The unsigned little-endian integer dtype of ``width`` bytes."""
         return np.dtype(f"<u{self.width}")
 
 
@@ -66,12 +66,12 @@ DTYPES = _table()
 
 
 def check_dtype(name: str, bits: int, element: str) -> DType:
-    """Return the dtype that a delta describes.
+    """Return the dtype with this name, number of bits and element type.
 
     Raises:
-        Corrupt: a dtype of safetensors 0.8 has other bits or another element type, or bits are 0.
+        Corrupt: ``bits`` is 0, or a dtype of safetensors 0.8 has other bits or another element type.
         LimitExceeded: the name is longer, or a value has more bits, than the format allows.
-        UnsupportedFeature: no such element type is known.
+        UnsupportedFeature: the element type is unknown.
     """
     if len(name) > MAX_NAME_BYTES or len(name.encode("utf-8")) > MAX_NAME_BYTES:
         raise LimitExceeded(f"dtype {name[:80]!r}… is longer than {MAX_NAME_BYTES} bytes")
@@ -82,16 +82,18 @@ def check_dtype(name: str, bits: int, element: str) -> DType:
         raise LimitExceeded(f"dtype {name[:80]!r} has {bits} bits, the limit is {MAX_BITS}")
     found = DType(name, bits, width, element[0] == "f")
     if found != DTYPES.get(name, found) or not bits:
-        raise Corrupt(f"dtype {name[:80]!r} is described with {bits} bits as {element}")
+        raise Corrupt(f"dtype {name[:80]!r} cannot have {bits} bits and element type {element}")
     return found
 
 
 def dtype_of(name: str, shape: Sequence[int], n_bytes: int) -> DType:
-    """Return the dtype of a tensor in a safetensors file; of an unknown one elements are bytes.
+    """Return the dtype of a tensor in a safetensors file.
+
+    The elements of an unknown dtype are bytes. Its bits per value follow from shape and size.
 
     Raises:
-        Corrupt: values of an unknown dtype do not have a whole number of bits.
-        LimitExceeded: they have more than ``MAX_BITS``.
+        Corrupt: the values of an unknown dtype do not have a whole number of bits.
+        LimitExceeded: they have more than ``MAX_BITS``, or the name is too long.
     """
     known = DTYPES.get(name)
     if known is not None:
@@ -99,7 +101,10 @@ def dtype_of(name: str, shape: Sequence[int], n_bytes: int) -> DType:
     n_values = math.prod(shape)
     bits, rest = divmod(8 * n_bytes, n_values) if n_values else (8, n_bytes)
     if rest or not bits:
-        raise Corrupt(f"dtype {name!r} is unknown, and {n_bytes} bytes do not fit {list(shape)}")
+        raise Corrupt(
+            f"dtype {name!r} is unknown, and {n_bytes} bytes cannot be divided evenly among the values"
+            f" of shape {list(shape)}"
+        )
     return check_dtype(name, bits, "i1")
 
 
@@ -111,12 +116,15 @@ def tensor_bytes(dtype: DType, shape: Sequence[int]) -> int:
         Corrupt: the tensor does not fill a whole number of bytes or elements.
     """
     bits = dtype.bits
-    for size in sorted(shape):  # a zero first: an empty tensor never overflows
+    for size in sorted(shape):  # zeros come first, so an empty tensor never overflows
         bits *= size
         if bits >= 1 << 63:
-            raise LimitExceeded(f"shape {list(shape)} of {dtype.name[:80]} exceeds 2^63 bits")
+            raise LimitExceeded(
+                f"a tensor of shape {list(shape)} and dtype {dtype.name[:80]} has 2^63 bits or more"
+            )
     if bits % (8 * dtype.width):
         raise Corrupt(
-            f"shape {list(shape)} of {dtype.name[:80]} is not a whole number of bytes and elements"
+            f"a tensor of shape {list(shape)} and dtype {dtype.name[:80]} does not fill a whole number"
+            " of bytes and elements"
         )
     return bits // 8

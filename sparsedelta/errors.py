@@ -1,45 +1,45 @@
-"""What can go wrong, as one tree. Every error carries a stable ``code``.
+"""The exceptions of sparsedelta. Every class has a stable ``code``.
 
 SparseDeltaError
-├─ FormatError (ValueError)        the file is not a delta this version can read
-│  ├─ BadMagic                     not a delta at all
-│  ├─ UnsupportedVersion           a delta of another format version
-│  ├─ UnsupportedFeature           names an encoding, dtype or member that version 1 does not have
-│  ├─ Truncated                    ends too early
-│  ├─ Corrupt                      is inconsistent, or breaks a rule of the format
-│  └─ LimitExceeded                above a limit of FORMAT §11
-├─ MismatchError (ValueError)      delta and checkpoint do not belong together
+├─ FormatError (ValueError)        the file is not a delta that this release can read
+│  ├─ BadMagic                     the file is not a delta
+│  ├─ UnsupportedVersion           the delta has an unknown format version
+│  ├─ UnsupportedFeature           the delta names an unknown encoding, dtype or member
+│  ├─ Truncated                    the file ends too early
+│  ├─ Corrupt                      the file is inconsistent or breaks a rule of the format
+│  └─ LimitExceeded                the file exceeds a limit of the format (FORMAT §11, §14)
+├─ MismatchError (ValueError)      the delta does not belong to the checkpoint
 │  ├─ BaseMismatch                 a tensor or file of the base has other content
 │  ├─ AlreadyApplied               the base already is the target
 │  ├─ PartlyApplied                some tensors are the base's, others the target's
-│  ├─ StructureMismatch            other tensors, dtypes or shapes
-│  └─ TargetMismatch               a checkpoint is not the delta's target
-├─ BaseNeeded (ValueError)         the delta's changes are coded against its base, not given
-├─ CheckpointError (ValueError)    base or target cannot be read as a checkpoint
-├─ ConflictError (ValueError)      deltas that cannot be stacked, inverted or merged
+│  ├─ StructureMismatch            the base has other tensors, dtypes or shapes
+│  └─ TargetMismatch               the checkpoint is not the delta's target
+├─ BaseNeeded (ValueError)         the delta can be decoded only with its base, which was not given
+├─ CheckpointError (ValueError)    a base or target cannot be read as a checkpoint
+├─ ConflictError (ValueError)      the deltas cannot be stacked, inverted or merged
 ├─ ChannelError (ValueError)       a channel cannot do what was asked
 │  ├─ BadVersion                   an entry or object of the channel is damaged or breaks a rule
 │  ├─ Uncertain                    what the follower holds is not the version that it held last
 │  ├─ Behind                       the version asked for is not available: not published, or pruned
 │  └─ HeadMoved                    another publisher has added a version
-└─ RemoteError                     the Hub said no
-   ├─ RemoteNotFound               no such repository, revision or file there
-   ├─ AccessDenied                 private, gated, or the token is not good for it
-   ├─ RemoteConflict               somebody else wrote there in the meantime
-   └─ Unreachable                  no connection, a broken one, too many requests; or offline
+└─ RemoteError                     the Hub refused, or could not be reached
+   ├─ RemoteNotFound               the repository, revision or file does not exist
+   ├─ AccessDenied                 the token lacks permission, or a token is required
+   ├─ RemoteConflict               another client wrote to the repository in the meantime
+   └─ Unreachable                  no answer, a broken connection, too many requests; or offline
 """
 
 from __future__ import annotations
 
 
 class SparseDeltaError(Exception):
-    """Any failure that sparsedelta itself finds.
+    """The base class of all errors that sparsedelta defines.
 
     Attributes:
-        code: stable name of the kind of failure, for programs.
-        tensor: name of the tensor concerned, if one is.
-        expected: what should have been there, if that can be said.
-        found: what was there.
+        code: stable name of the kind of error, for programs.
+        tensor: name of the tensor concerned; None if the error is not about one tensor.
+        expected: the expected value, such as a digest in hex; None if there is none.
+        found: the value found; None if there is none.
     """
 
     code = "error"
@@ -59,13 +59,13 @@ class SparseDeltaError(Exception):
 
 
 class FormatError(SparseDeltaError, ValueError):
-    """The file is not a delta that this version can read."""
+    """The file is not a delta that this release can read."""
 
     code = "format"
 
 
 class BadMagic(FormatError):
-    """The file is not a delta at all."""
+    """The file is not a delta."""
 
     code = "bad_magic"
 
@@ -77,7 +77,7 @@ class UnsupportedVersion(FormatError):
 
 
 class UnsupportedFeature(FormatError):
-    """The file names an encoding, dtype or member that its version does not have."""
+    """The file names an encoding, dtype or member that this release does not know."""
 
     code = "unsupported_feature"
 
@@ -89,25 +89,25 @@ class Truncated(FormatError):
 
 
 class Corrupt(FormatError):
-    """The file is inconsistent, or breaks a rule of the format."""
+    """The file is inconsistent or breaks a rule of the format."""
 
     code = "corrupt"
 
 
 class LimitExceeded(FormatError):
-    """The file goes beyond a limit of the format."""
+    """The file exceeds a limit of the format."""
 
     code = "limit_exceeded"
 
 
 class MismatchError(SparseDeltaError, ValueError):
-    """Delta and checkpoint do not belong together."""
+    """The delta does not belong to the checkpoint."""
 
     code = "mismatch"
 
 
 class BaseMismatch(MismatchError):
-    """A tensor or file of the base has other content than the delta was made from."""
+    """A tensor or file of the base differs from the one that the delta was made from."""
 
     code = "base_mismatch"
 
@@ -119,37 +119,37 @@ class AlreadyApplied(MismatchError):
 
 
 class PartlyApplied(MismatchError):
-    """Some changed tensors are the base's, others already the target's."""
+    """Some changed tensors are still the base's, others already the target's."""
 
     code = "partly_applied"
 
 
 class StructureMismatch(MismatchError):
-    """The base has other tensors, dtypes or shapes than the delta was made from."""
+    """The base has other tensors, dtypes or shapes than the one that the delta was made from."""
 
     code = "structure_mismatch"
 
 
 class TargetMismatch(MismatchError):
-    """A checkpoint is not the target that the delta describes."""
+    """The checkpoint is not the target that the delta describes."""
 
     code = "target_mismatch"
 
 
 class BaseNeeded(SparseDeltaError, ValueError):
-    """The delta's changes are coded against its base, which was not given."""
+    """The delta can be decoded only with its base, which was not given."""
 
     code = "base_needed"
 
 
 class CheckpointError(SparseDeltaError, ValueError):
-    """A base or target cannot be read as a checkpoint, or cannot be carried whole."""
+    """A base or target cannot be read as a checkpoint, or has a file that no delta can carry."""
 
     code = "checkpoint"
 
 
 class ConflictError(SparseDeltaError, ValueError):
-    """Deltas that cannot be stacked, inverted or merged as was asked."""
+    """The deltas cannot be stacked, inverted or merged as requested."""
 
     code = "conflict"
 
@@ -185,30 +185,30 @@ class HeadMoved(ChannelError):
 
 
 class RemoteError(SparseDeltaError):
-    """The Hub refused or could not be reached."""
+    """The Hub or another store refused, or could not be reached."""
 
     code = "remote"
 
 
 class RemoteNotFound(RemoteError):
-    """There is no such repository, revision or file on the Hub."""
+    """The repository, revision, file, bucket or object does not exist."""
 
     code = "remote_not_found"
 
 
 class AccessDenied(RemoteError):
-    """The Hub does not let this token, or nobody without one, do this."""
+    """The token lacks permission, or a token is required; or the store can only be read."""
 
     code = "access_denied"
 
 
 class RemoteConflict(RemoteError):
-    """Somebody else wrote to the repository in the meantime."""
+    """Another client wrote to the repository or store in the meantime."""
 
     code = "remote_conflict"
 
 
 class Unreachable(RemoteError):
-    """The Hub could not be asked, or not for long enough; a later call may succeed."""
+    """The Hub or store did not answer, or broke the connection; a later call may succeed."""
 
     code = "unreachable"

@@ -1,7 +1,7 @@
-"""Files on disk: inputs that are regular files, and outputs that appear whole or not at all.
+"""Files on disk: inputs are regular files, and outputs appear complete or not at all.
 
-Only regular files are opened, so that nothing waits for the other end of a pipe. Outputs are written
-beside their place, synced, then renamed.
+Only regular files are opened, because opening a pipe could wait for ever. Outputs are written
+under a temporary name in the same folder, synced, then renamed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 from sparsedelta import system
+from sparsedelta.interrupts import uninterrupted
 
 _WRITE_OUT_SECONDS = 0.1
 _PARTIAL, UNLOCKED = ".sparsedelta.partial", ".sparsedelta-unlocked.partial"
@@ -26,7 +28,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     """Return the descriptor of a regular file, open for reading.
 
     Raises:
-        OSError: it cannot be opened, or is a folder, a pipe or a device; the path is named.
+        OSError: ``path`` cannot be opened, or is a folder, a pipe or a device. The error names it.
     """
     fd = os.open(path, system.OPEN)
     mode = os.fstat(fd).st_mode
@@ -34,20 +36,22 @@ def open_regular(path: str | os.PathLike[str]) -> int:
         return fd
     os.close(fd)
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, "A folder, expected a file", os.fspath(path))
-    raise OSError(errno.EINVAL, "Not a regular file; copy it into one first", os.fspath(path))
+        raise IsADirectoryError(errno.EISDIR, "This is a folder, expected a file", os.fspath(path))
+    raise OSError(
+        errno.EINVAL, "Not a regular file; copy it to a regular file first", os.fspath(path)
+    )
 
 
 @contextmanager
 def staged_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
-    """Yield a fresh name beside ``path`` for a file or folder; give it the name ``path`` at the end.
+    """Yield a temporary path for a new file or folder; rename it to ``path`` at the end.
 
-    The caller syncs the files it writes; the folders are synced here. On any exception what was
-    written is removed and ``path`` is as it was.
+    The caller must sync the files it writes; the folders are synced here. On any exception the new
+    file or folder is removed, and ``path`` stays as it was.
 
     Raises:
         FileExistsError: ``path`` exists and ``overwrite`` is false.
-        FileNotFoundError: the folder that should hold ``path`` does not exist.
+        FileNotFoundError: the parent folder of ``path`` does not exist.
     """
     final = Path(os.path.abspath(path))
     check_absent(final, overwrite=overwrite)
@@ -69,12 +73,13 @@ def staged_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
 
 
 def _rename(new: Path, final: Path) -> None:
-    """Give a file or folder the name ``final``; what had it before is then called ``new``, or gone."""
+    """Rename ``new`` to ``final``. What was at ``final`` is afterwards at ``new``, or is deleted."""
     is_folder = new.is_dir() or (final.is_dir() and not final.is_symlink())
     if not is_folder or not os.path.lexists(final):
         new.replace(final)
     elif not system.exchange(new, final):
-        # Only a file can replace, and only a file. A kill between the steps leaves the old one here.
+        # A rename can replace a file with a file, but not with a folder or the other way round. A
+        # process killed between the two renames leaves the old output under the name ``old``.
         old = final.with_name(new.parent.name[1:].rpartition(".sparsedelta")[0] + ".replaced")
         try:
             final.rename(old)
@@ -88,10 +93,11 @@ def _rename(new: Path, final: Path) -> None:
 
 @contextmanager
 def work_folder(final: Path) -> Iterator[Path]:
-    """Yield a new folder beside ``final``; it is removed at the end, or by a later run if this one is killed.
+    """Yield a new folder beside ``final``, which is removed at the end, or by a later run if this process is killed.
 
-    It is locked for as long as this process lives. Where locks tell nothing its name says so, and no
-    run removes what another has made.
+    This process holds a lock on the folder. If the process is killed, a later run finds the folder
+    unlocked and removes it. On file systems where locks are not reliable, the folder's name ends in
+    ``_UNLOCKED``, and later runs leave it alone.
     """
     is_local = system.is_local(final.parent)
     suffix = _PARTIAL if is_local else UNLOCKED
@@ -100,18 +106,18 @@ def work_folder(final: Path) -> Iterator[Path]:
         try:
             work.mkdir(0o700)
             with system.locked(work) if is_local else nullcontext(True) as is_mine:
-                if is_mine:  # else another run has found it, not locked yet, and removes it
+                if is_mine:  # else another run found it before it was locked, and removes it
                     yield work
                     return
         finally:
             try:
                 shutil.rmtree(work, ignore_errors=True)
-            finally:  # once more if that was interrupted
+            finally:  # again, in case an interrupt stopped the first call
                 shutil.rmtree(work, ignore_errors=True)
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes left in a folder."""
+    """Remove the work folders that killed processes left in ``folder``."""
     with suppress(OSError):
         for work in folder.glob(f".*{_PARTIAL}"):
             with suppress(OSError), system.locked(work) as is_abandoned:
@@ -120,7 +126,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def check_absent(path: Path, *, overwrite: bool) -> None:
-    """Raise FileExistsError if something is at ``path`` and may not be replaced."""
+    """Raise FileExistsError if ``path`` exists and ``overwrite`` is false."""
     if not overwrite and os.path.lexists(path):
         raise FileExistsError(
             f"output '{path}' exists; choose another name, or overwrite it (overwrite=True, --overwrite)"
@@ -128,45 +134,49 @@ def check_absent(path: Path, *, overwrite: bool) -> None:
 
 
 def check_no_folder(path: Path) -> None:
-    """Raise IsADirectoryError if a folder is at ``path``: one file may not replace all that is in it."""
+    """Raise IsADirectoryError if ``path`` is a folder: a file must not replace a folder."""
     if path.is_dir():
         raise IsADirectoryError(
-            errno.EISDIR, "A folder, and the output is one file; give the name of a file", str(path)
+            errno.EISDIR,
+            "This is a folder, but the output is one file; give the name of a file",
+            str(path),
         )
 
 
 def check_checkpoint_folder(path: Path) -> None:
-    """Check that what is at ``path``, if anything, may be replaced by the folder of a checkpoint.
+    """Check that the folder of a checkpoint may be written at ``path``, or replace what is there.
 
     Raises:
-        NotADirectoryError: it is a file: most likely the name of the output was forgotten.
-        FileExistsError: it is a folder in which there is something, but no checkpoint.
+        NotADirectoryError: ``path`` is a file. Most likely the user forgot to name the output.
+        FileExistsError: ``path`` is a folder that is not empty and holds no safetensors file.
     """
     if not os.path.lexists(path):
         return
     if path.is_symlink() or not path.is_dir():
         raise NotADirectoryError(
-            f"output '{path}' is a file, and the output is a folder; give the name of the output last"
+            f"output '{path}' is a file, but the output is a folder; give the output folder as the"
+            " last argument"
         )
     if any(path.iterdir()) and not any(path.rglob("*.safetensors")):
         raise FileExistsError(
-            f"output '{path}' is a folder without a safetensors file, no checkpoint to overwrite;"
-            " choose another name"
+            f"output '{path}' is a folder that holds other files but no safetensors file, so it is not"
+            " replaced; choose another name"
         )
 
 
 def check_room(path: Path, n_bytes: int) -> None:
-    """Raise OSError if ``n_bytes`` will not fit where ``path`` is to be, as far as the system knows."""
+    """Raise OSError if the disk of ``path`` has fewer than ``n_bytes`` free, if the system knows."""
     free = system.n_free_bytes(path.parent)
     if free is not None and n_bytes > free:
         raise OSError(
             errno.ENOSPC,
-            f"The output takes {n_bytes} bytes, {free} are free; make room or choose another place",
+            f"The output takes {n_bytes} bytes, but only {free} are free; free some space or choose"
+            " another disk",
         )
 
 
 def name_full_disk(error: BaseException, path: str | os.PathLike[str]) -> None:
-    """Make an error that says that there is no room say where: the system's writing calls do not."""
+    """Add ``path`` to a disk-full error that names no file; errors of write calls do not name one."""
     if isinstance(error, OSError) and error.errno in system.NO_ROOM and error.filename is None:
         error.filename = os.fspath(path)
 
@@ -181,24 +191,31 @@ def synced(fds: Sequence[int]) -> Iterator[None]:
     Raises:
         OSError: the system could not write.
     """
-    done = threading.Event()
+    done: SimpleQueue[None] = SimpleQueue()  # not an Event: an interrupt may leave its lock held
     failures: list[OSError] = []
 
     def write_out() -> None:
         try:
-            while not done.wait(_WRITE_OUT_SECONDS):
-                for fd in fds:
-                    os.fsync(fd)
-        except OSError as error:  # told to one caller only: the sync below would not see it again
+            while True:
+                try:
+                    return done.get(timeout=_WRITE_OUT_SECONDS)
+                except Empty:
+                    for fd in fds:
+                        os.fsync(fd)
+        except OSError as error:  # the system reports it once, so the sync below would not see it
             failures.append(error)
 
     thread = threading.Thread(target=write_out)
-    thread.start()
+    with uninterrupted():
+        thread.start()
     try:
         yield
     finally:
-        done.set()
-        thread.join()
+        with (
+            uninterrupted()
+        ):  # after an interrupted join, Python takes a running thread for one that has ended
+            done.put(None)
+            thread.join()
     for failure in failures:
         raise failure
     for fd in fds:

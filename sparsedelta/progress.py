@@ -1,4 +1,4 @@
-"""The one interface through which long work reports how far it is."""
+"""The interface through which long operations report their progress."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """A receiver of progress; the command line fills it in with a bar."""
+    """Receives progress reports; the command line shows them as a progress bar."""
 
     def start(self, label: str, n_bytes: int) -> None:
-        """A stage of ``n_bytes`` bytes of work begins."""
+        """Begin a stage of ``n_bytes`` bytes of work."""
 
     def advance(self, n_bytes: int) -> None:
-        """``n_bytes`` more are done. Called from worker threads."""
+        """Add ``n_bytes`` to the bytes that are done. Called from worker threads."""
 
     def finish(self) -> None:
-        """The stage is over, whether it succeeded or not."""
+        """End the stage, whether it succeeded or failed."""
 
 
 class Silent:
-    """A progress receiver that ignores everything."""
+    """A ``Progress`` that ignores all reports."""
 
     def start(self, label: str, n_bytes: int) -> None:
         """Ignore."""

@@ -1,6 +1,6 @@
-"""Credentials, told by their form: found in a text, and kept out of what is shown.
+"""Credentials recognised by their form: found in a text, and removed from messages.
 
-Each form has its own prefix, length and characters, so that vocabularies and random text hold none.
+Each form has a prefix, a length and a set of characters that vocabularies and random text do not match.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# Around a token: no other character of one, and not the number that follows an entry of a vocabulary.
+# No token character stands before or after a token. A match that is followed by a number, as the entries of
+# a vocabulary are, does not count.
 _START = r"(?<![A-Za-z0-9_+-])"
 _END = r"""(?![A-Za-z0-9_+-])(?!["'] ?[:,] ?-?[0-9])"""
 _VALUE = r"""["']?\s?[=:]\s?["']?"""
@@ -17,7 +18,7 @@ _VALUE = r"""["']?\s?[=:]\s?["']?"""
 
 class _Form(NamedTuple):
     kind: str
-    parts: tuple[str, ...]  # in lower case; whatever has the form holds one of them
+    parts: tuple[str, ...]  # in lower case; every match contains one, which makes the search fast
     pattern: str
 
 
@@ -36,7 +37,7 @@ _FORMS = (
         r"|(?=[A-Za-z]*[0-9])(?=[0-9A-Z]*[a-z])[A-Za-z0-9]{20,300})",
     ),
 )
-_WHOLE_FORMS = (
+_OTHER_FORMS = (
     _Form(
         "a private key",
         ("private key",),
@@ -66,13 +67,13 @@ _WHOLE_FORMS = (
 )
 _ALL = (
     *(form._replace(pattern=f"{_START}{form.pattern}{_END}") for form in _FORMS),
-    *_WHOLE_FORMS,
+    *_OTHER_FORMS,
 )
 _FINDERS = [
     (form.kind, [part.encode() for part in form.parts], re.compile(form.pattern.encode()))
     for form in _ALL
 ]
-# Looser than the forms: what is hidden by mistake does no harm.
+# More than the forms match: hiding harmless text in a message does no damage.
 _HIDDEN = re.compile(
     "|".join([*(form.pattern for form in _ALL), r"hf_[A-Za-z0-9_]+", r"(?i:bearer)\s+\S{6,}"])
 )
@@ -80,7 +81,7 @@ _USER = re.compile(r"(?<=://)[^\s/@\"'<>]+@")
 
 
 def find_secret(content: bytes) -> tuple[str, int] | None:
-    """Return the kind of credential that a text holds, and in which line; None if it seems to hold none."""
+    """Return the kind and the line of a credential in a text; None if none is found."""
     lowered = content.lower()
     for kind, parts, pattern in _FINDERS:
         if any(part in lowered for part in parts) and (match := pattern.search(content)):
@@ -89,12 +90,12 @@ def find_secret(content: bytes) -> tuple[str, int] | None:
 
 
 def redacted(text: str, known: Iterable[str] = ()) -> str:
-    """Return a text without anything in it that looks like a credential, or is one of the known ones."""
+    """Return a text without credentials: those in ``known``, all that look like one, and logins in addresses."""
     for secret in sorted(known, key=len, reverse=True):
         text = text.replace(secret, "[token]")
     return _HIDDEN.sub("[token]", _USER.sub("[password]@", text))
 
 
 def without_password(address: str) -> str:
-    """Return an address as it may be shown."""
+    """Return an address without user name and password."""
     return _USER.sub("", address)

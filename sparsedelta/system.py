@@ -1,6 +1,6 @@
-"""What operating systems do differently, each with a way that works everywhere.
+"""System calls that differ between operating systems, each with a fallback that works everywhere.
 
-Where Linux or macOS can do something in one step and others cannot, the function says so.
+Where a system cannot do something, the function's return value says so.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _COMMON
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _MANY_FILES = 10_000  # macOS refuses more than its own limit of 10,240
-_FEW_FILES = 32  # that every process may open besides those it has
-_HERE = {"linux": -100, "darwin": -2}.get(sys.platform, 0)  # AT_FDCWD
-_EXCHANGE = 2  # RENAME_EXCHANGE, and RENAME_SWAP of macOS
-_NEW_NAME = 4 if sys.platform == "darwin" else 1  # RENAME_EXCL, and RENAME_NOREPLACE of Linux
-# ext2 to ext4, XFS, Btrfs, tmpfs, F2FS, ZFS, bcachefs and overlayfs, as statfs(2) names them
+_FEW_FILES = 32  # so few fit within the usual limit, beside the files already open
+_AT_FDCWD = {"linux": -100, "darwin": -2}.get(sys.platform, 0)  # relative to the current folder
+_EXCHANGE = 2  # RENAME_EXCHANGE on Linux, RENAME_SWAP on macOS
+_NEW_NAME = 4 if sys.platform == "darwin" else 1  # RENAME_EXCL on macOS, RENAME_NOREPLACE on Linux
+# f_type of statfs(2) for ext2 to ext4, XFS, Btrfs, tmpfs, F2FS, ZFS, bcachefs and overlayfs
 _LOCAL = {0xEF53, 0x58465342, 0x9123683E, 0x1021994, 0xF2F52010, 0x2FC12FC1, 0xCA451A4E, 0x794C7630}
 _MAC_FLAGS, _MAC_LOCAL = slice(64, 68), 0x1000  # f_flags of struct statfs, MNT_LOCAL
 
-_seeking = threading.Lock()  # a file has one position for all threads
+_seek_lock = threading.Lock()  # all threads share one position of a file
 
 
 def read_into(fd: int, buffer: memoryview, offset: int) -> int:
-    """Fill as much of ``buffer`` as one read gives; return how many bytes, 0 at the end of the file."""
+    """Read once into ``buffer``; return the number of bytes read, 0 at the end of the file."""
     if hasattr(os, "preadv"):
         return os.preadv(fd, [buffer], offset)
     data = read_at(fd, len(buffer), offset)
@@ -46,27 +46,27 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> int:
 
 
 def read_at(fd: int, n_bytes: int, offset: int) -> bytes:
-    """Return up to ``n_bytes`` bytes of a file, none at its end."""
+    """Return up to ``n_bytes`` bytes of a file from ``offset``; no bytes at its end."""
     if hasattr(os, "pread"):
         return os.pread(fd, n_bytes, offset)
-    with _seeking:
+    with _seek_lock:
         os.lseek(fd, offset, os.SEEK_SET)
         return os.read(fd, n_bytes)
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> int:
-    """Write the start of ``data``; return how many bytes were written."""
+    """Write once from ``data`` to a file at ``offset``; return the number of bytes written."""
     if hasattr(os, "pwrite"):
         return os.pwrite(fd, data, offset)
-    with _seeking:
+    with _seek_lock:
         os.lseek(fd, offset, os.SEEK_SET)
         return os.write(fd, data)
 
 
 def allow_open_files(n_files: int) -> None:
-    """Let this process hold ``n_files`` more files open, as far as the system lets it choose.
+    """Raise this process's limit of open files so that ``n_files`` more fit, as far as allowed.
 
-    Every shard of base and output is one, and the usual limit is 256 or 1,024.
+    Every shard of base and output is an open file, and the usual limit is 256 or 1,024.
     """
     if sys.platform == "win32" or n_files <= _FEW_FILES:
         return
@@ -77,21 +77,23 @@ def allow_open_files(n_files: int) -> None:
 
 
 def n_free_bytes(folder: Path) -> int | None:
-    """Return how many bytes fit on the disk of a folder; None: some network file systems know nothing."""
+    """Return the free bytes on the disk of a folder; None if the file system does not know."""
     if not hasattr(os, "statvfs"):
         return shutil.disk_usage(folder).free
-    system = os.statvfs(folder)
-    return system.f_bfree * system.f_frsize if system.f_blocks else None
+    disk = os.statvfs(folder)
+    return (
+        disk.f_bfree * disk.f_frsize if disk.f_blocks else None
+    )  # some network disks report zeros
 
 
 def reserve(fd: int, n_bytes: int) -> None:
-    """Give a new, empty file its size, and blocks on the disk where the file system can.
+    """Set the size of a new, empty file, and reserve its disk blocks where the file system can.
 
-    With blocks reserved at once, writing costs a third less and does not wait for what is written
-    out. ``os.posix_fallocate`` will not do: where the system cannot, it writes to every block.
+    With reserved blocks, writing costs a third less and does not wait for the disk.
+    ``os.posix_fallocate`` is not used: where the file system cannot reserve, it writes to every block.
 
     Raises:
-        OSError: there is no room.
+        OSError: the disk is full.
     """
     fallocate = getattr(_libc(), "fallocate", None)  # Linux only
     if fallocate is not None and n_bytes:
@@ -103,15 +105,15 @@ def reserve(fd: int, n_bytes: int) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Give two files or folders each other's name in one step; return False where that cannot be done."""
+    """Swap the names of two files or folders in one step; return False where the system cannot."""
     return not _rename(one, other, _EXCHANGE)
 
 
 def rename_new(old: Path, new: Path) -> bool:
-    """Rename a file in one step; return False where the system cannot keep from replacing another.
+    """Rename a file in one step; return False where the system cannot do so without replacing a file.
 
     Raises:
-        FileExistsError: there is something of the new name.
+        FileExistsError: a file of the new name exists.
     """
     number = _rename(old, new, _NEW_NAME)
     if number == errno.EEXIST:
@@ -120,17 +122,17 @@ def rename_new(old: Path, new: Path) -> bool:
 
 
 def _rename(old: Path, new: Path, flags: int) -> int:
-    """Return the number of the error of the system's call, 0 if there is none."""
+    """Return the error number of the system call, 0 if it succeeded."""
     libc = _libc()
     rename = getattr(libc, "renameat2", None) or getattr(libc, "renameatx_np", None)
     if rename is None:
         return errno.ENOSYS
-    failed = rename(_HERE, os.fsencode(old), _HERE, os.fsencode(new), flags)
+    failed = rename(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags)
     return ctypes.get_errno() if failed else 0
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder last, where the system lets a program do that."""
+    """Write the names in a folder to disk; does nothing on Windows, which has no such call."""
     if sys.platform == "win32":
         return
     fd = os.open(path, OPEN)
@@ -141,7 +143,7 @@ def sync_folder(path: Path) -> None:
 
 
 def is_local(path: Path) -> bool:
-    """Return whether a folder is surely on a disk of this machine, where ``locked`` sees every process."""
+    """Return whether a folder is known to be on a local disk, where ``locked`` is reliable."""
     libc = _libc()
     found = ctypes.create_string_buffer(4096)  # more than any system's struct statfs
     statfs = getattr(libc, "statfs$INODE64", None) or getattr(libc, "statfs", None)
@@ -154,10 +156,13 @@ def is_local(path: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Lock a folder until the end, or until this process ends in whatever way; only where ``is_local``.
+    """Lock a folder for this process; call it only if ``is_local``.
+
+    The lock ends with the context, or when the process ends for any reason.
 
     Yields:
-        Whether it is locked: False if another process has locked it, or removed it just now.
+        True if the folder is locked. False if another process holds the lock or removed the folder,
+        or on Windows.
     """
     try:
         fd = os.open(folder, OPEN)

@@ -1,4 +1,4 @@
-"""The base for the reference decoder: its files, and the tensor that a row names (FORMAT §10.2)."""
+"""The base for the reference decoder: its files, and finding the base tensor of a row (FORMAT §10)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Tensor(NamedTuple):
     shape: list[int]
     data: bytes
 
-    def is_of(self, layout: Layout) -> bool:
-        """Return whether it has the dtype and shape of a layout."""
+    def has_layout(self, layout: Layout) -> bool:
+        """Return whether the tensor has the dtype, shape and size of a layout."""
         same = (self.dtype, self.shape) == (layout.dtype, layout.shape)
         return same and 8 * len(self.data) == layout.n_bits
 
     def digest(self) -> bytes:
-        """Return the first 16 bytes of its hash."""
+        """Return the first 16 bytes of the BLAKE3 hash of the data."""
         return blake3(self.data).digest()[:16]
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file of the base."""
+    """Return the tensors of a safetensors file, by name."""
     raw = path.read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
     out = {}
@@ -40,7 +40,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 class Base:
-    """A checkpoint: `files` are all files by path, `weights` the tensors by file and name."""
+    """A checkpoint: `files` has all files by path, `weights` the tensors by file and name."""
 
     def __init__(self, root: Path) -> None:
         self.is_file = root.is_file()
@@ -54,15 +54,15 @@ class Base:
         }
 
     def at(self, file: str | None, name: str, layout: Layout) -> Tensor | None:
-        """Return the tensor of that file, name and layout."""
+        """Return the tensor with that file, name and layout; None if there is none."""
         path = "" if self.is_file else file or ""
         tensor = self.weights.get(path, {}).get(name)
-        return tensor if tensor and tensor.is_of(layout) else None
+        return tensor if tensor and tensor.has_layout(layout) else None
 
     def find(self, row: Row) -> Tensor | None:
-        """Return the tensor that a row is made from (§10.2)."""
-        there = self.at(row.base_file, row.base_name, row.base_layout)
-        elsewhere = [self.at(file, row.base_name, row.base_layout) for file in self.weights]
-        others = [tensor for tensor in elsewhere if tensor is not None]
+        """Return the base tensor of a row (§10, step 2); None if there is none."""
+        exact = self.at(row.base_file, row.base_name, row.base_layout)
+        same_name = [self.at(file, row.base_name, row.base_layout) for file in self.weights]
+        others = [tensor for tensor in same_name if tensor is not None]
         right = [tensor for tensor in others if tensor.digest() == row.base_digest]
-        return there or next(iter(right + others), None)
+        return exact or next(iter(right + others), None)

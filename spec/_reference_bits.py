@@ -1,6 +1,7 @@
-"""Index and value streams for the reference decoder (FORMAT §6 and §7), bit by bit.
+"""Decode index and value streams bit by bit, for the reference decoder (FORMAT §6 and §7).
 
-`keys` are those of the elements that a stream may sort into classes; empty: it must not.
+In all functions, `keys` are the keys of the elements that a stream sorts into classes (§6.2). If `keys`
+is empty, the stream must have no thresholds.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ from collections.abc import Sequence
 
 from _reference_json import check
 
-Head = tuple[int, int, int]  # number of gaps, parameter, 1 if they are of the others
+Head = tuple[int, int, int]  # number of gaps g, their parameter k, and r (§6.1)
 
 
 class Reader:
-    """Reads a stream from its front: bits, bytes, numbers of groups of seven bits."""
+    """Reads a stream from its first bit to its last."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.at = 0  # in bits
 
     def bits(self, n: int) -> int:
-        """Return the next n bits as a number, the first the least significant."""
+        """Return the next n bits as a number; the first bit is the least significant."""
         check(self.at + n <= 8 * len(self.data), "corrupt", "a stream ends early")
         first, end = self.at // 8, (self.at + n + 7) // 8
         window = int.from_bytes(self.data[first:end], "little") >> self.at % 8
@@ -28,7 +29,7 @@ class Reader:
         return window & ((1 << n) - 1)
 
     def number(self) -> int:
-        """Return the next number (§6.1); what it is for keeps it below 2^32."""
+        """Return the next number (§6.1). Callers check its range, which is below 2^32."""
         out = shift = 0
         while True:
             byte = self.bits(8)
@@ -36,7 +37,7 @@ class Reader:
             shift += 7
             if byte < 128:
                 return out
-            check(shift < 35, "corrupt", "a number of more than five bytes")
+            check(shift < 35, "corrupt", "a number has more than five bytes")
 
     def align(self) -> None:
         """Skip to the next whole byte; the bits skipped must be zero."""
@@ -44,7 +45,7 @@ class Reader:
         check(padding == 0, "corrupt", "a padding bit is set")
 
     def end(self) -> None:
-        """Refuse bytes that follow."""
+        """Check that the stream has no further bytes."""
         check(self.at == 8 * len(self.data), "corrupt", "bytes follow the end of a stream")
 
     def packed(self, n: int, k: int) -> list[int]:
@@ -54,10 +55,14 @@ class Reader:
         return out
 
     def rice(self, lengths: Sequence[tuple[int, int]]) -> list[list[int]]:
-        """Return sequences of n numbers with parameter k each, to the end of the stream."""
-        check(all(k <= 31 for _, k in lengths), "corrupt", "a parameter above 31")
-        fair = sum(n for n, _ in lengths) <= 8 * len(self.data)  # a number takes a bit or more
-        check(fair, "corrupt", "a stream ends early")
+        """Return sequences of numbers from Rice codes, which end the stream (§6.1).
+
+        Args:
+            lengths: for each sequence, the number n of its numbers and its parameter k.
+        """
+        check(all(k <= 31 for _, k in lengths), "corrupt", "a parameter is above 31")
+        valid = sum(n for n, _ in lengths) <= 8 * len(self.data)  # a number takes at least one bit
+        check(valid, "corrupt", "a stream ends early")
         out = [self.packed(n, k) for n, k in lengths]
         for numbers, (n, k) in zip(out, lengths, strict=True):
             for i in range(n):
@@ -75,12 +80,12 @@ class Reader:
         return doubled // 2, self.number() if doubled > 1 else 0, doubled % 2
 
     def classes(self, keys: Sequence[int], n: int) -> list[list[int]]:
-        """Return which of n elements are in which class, by the thresholds that follow (§6.2)."""
+        """Read thresholds; return for each class which of n elements belong to it (§6.2)."""
         thresholds = [self.bits(8) for _ in range(self.bits(8))]
         check(len(thresholds) <= 15, "corrupt", "more than 15 thresholds")
-        fair = all(a < b for a, b in zip([0, *thresholds], thresholds, strict=False))
-        check(fair, "corrupt", "thresholds do not ascend")
-        check(bool(keys) or not thresholds, "corrupt", "classes where there are none")
+        valid = all(a < b for a, b in zip([0, *thresholds], thresholds, strict=False))
+        check(valid, "corrupt", "thresholds do not ascend")
+        check(bool(keys) or not thresholds, "corrupt", "thresholds in a chunk without classes")
         out: list[list[int]] = [[] for _ in range(len(thresholds) + 1)]
         for i in range(n):
             out[sum(keys[i] >= t for t in thresholds)].append(i)
@@ -88,12 +93,12 @@ class Reader:
 
 
 def subset(head: Head, gaps: Sequence[int], n: int) -> list[int]:
-    """Return which of n things are chosen (§6.1)."""
+    """Return which of n items a subset chooses (§6.1)."""
     stated, at = [], -1
     for gap in gaps:
         at += gap + 1
         stated.append(at)
-    check(at < n, "corrupt", f"number {at} of {n} things")
+    check(at < n, "corrupt", f"a subset states item {at} of {n}")
     return stated if not head[2] else sorted(set(range(n)) - set(stated))
 
 
@@ -129,17 +134,19 @@ def tiles(stream: bytes, span: int) -> list[int]:
     """Return the positions of a `tiles` stream (§6.6)."""
     reader = Reader(stream)
     n_columns, first = reader.number(), reader.number()
-    check(2 <= n_columns <= span and first < n_columns, "corrupt", f"{n_columns} columns")
+    valid = 2 <= n_columns <= span and first < n_columns
+    check(valid, "corrupt", f"tiles of {n_columns} columns, starting at {first}")
     n_rows = -(-(first + span) // n_columns)
     (row_bands, row_k), (column_bands, column_k) = (
         (reader.number(), reader.number()) for _ in range(2)
     )
-    check(1 <= row_bands <= 16 and 1 <= column_bands <= 16, "corrupt", "number of bands")
+    valid = 1 <= row_bands <= 16 and 1 <= column_bands <= 16
+    check(valid, "corrupt", f"{row_bands} and {column_bands} bands")
     heads = [reader.head() for _ in range(row_bands * column_bands)]
     lengths = [(n_rows, row_k), (n_columns, column_k), *(head[:2] for head in heads)]
     row_labels, column_labels, *sequences = reader.rice(lengths)
-    fair = max(row_labels) < row_bands and max(column_labels) < column_bands
-    check(fair, "corrupt", "a label that is not a band")
+    valid = max(row_labels) < row_bands and max(column_labels) < column_bands
+    check(valid, "corrupt", "a label is not the number of a band")
     out = []
     for number, (head, numbers) in enumerate(zip(heads, sequences, strict=True)):
         band, other = divmod(number, column_bands)
@@ -148,7 +155,7 @@ def tiles(stream: bytes, span: int) -> list[int]:
         for cell in subset(head, numbers, len(rows) * len(columns)):
             row, column = divmod(cell, len(columns))
             out.append(rows[row] * n_columns + columns[column] - first)
-    check(not out or min(out) >= 0, "corrupt", "a cell before the chunk")
+    check(not out or min(out) >= 0, "corrupt", "a position before the chunk")
     return sorted(out)
 
 
@@ -171,8 +178,8 @@ def steps(stream: bytes, nnz: int, width: int, keys: Sequence[int]) -> list[int]
     classes = reader.classes(keys, nnz)
     heads, lengths = [], []
     for members in classes:
-        n_gaps, k, rest = head = reader.head()
-        n_excesses = len(members) - n_gaps if rest else n_gaps
+        n_gaps, k, r = head = reader.head()
+        n_excesses = len(members) - n_gaps if r else n_gaps
         heads.append(head)
         lengths += [(n_gaps, k), (n_excesses, reader.number())]
     signs = iter(reader.packed(nnz, 1))
@@ -185,13 +192,13 @@ def steps(stream: bytes, nnz: int, width: int, keys: Sequence[int]) -> list[int]
             units[j] = excess + 1
         for j, u in zip(members, units, strict=True):
             out[j] = 2 * u + next(signs) + 1
-    check(max(out) < 1 << min(8 * width, 32), "corrupt", "a code that is too large")
+    check(max(out) < 1 << min(8 * width, 32), "corrupt", "a code is too large")
     return out
 
 
 def scaled(symbols: bytes, lower: bytes, width: int) -> list[int]:
-    """Return the codes of `scaled` streams (§7.4)."""
-    check(max(symbols) <= min(63, 16 * width - 1), "corrupt", "a symbol that is too large")
+    """Return the codes of the two streams of `scaled` (§7.4)."""
+    check(max(symbols) <= min(63, 16 * width - 1), "corrupt", "a symbol is too large")
     reader = Reader(lower)
     out = list(symbols)
     for k in range(1, 31):
@@ -214,7 +221,7 @@ def codes(
 
 
 def new_bits(code: int, before: int, values: str, width: int, is_float: bool) -> int:
-    """Return the bits that a code makes of the bits before (§7.1, §7.2)."""
+    """Return the bits of an element after the change by a code (§7.1, §7.2)."""
     if values == "target":
         return code
     top, half = (1 << 8 * width) - 1, 1 << 8 * width - 1

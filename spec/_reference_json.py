@@ -1,4 +1,4 @@
-"""Errors and JSON for the reference decoder: what FORMAT §1.2 and §3.3 do not allow is refused."""
+"""The error of the reference decoder, and JSON by the rules of FORMAT §1.2 and §3.3."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Refused(Exception):
-    """The delta, or the base for it, is refused; `code` is one of FORMAT §10 and §12."""
+    """The delta or the base is refused; `code` is an error code of FORMAT §10 or §12."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
@@ -22,12 +22,15 @@ def check(ok: bool, code: str, message: str) -> None:
 
 
 def compact(value: object) -> bytes:
-    """Return compact JSON (§1.2). ValueError: a string holds a lone surrogate."""
+    """Return a value as compact JSON (§1.2); raises ValueError if a string has a lone surrogate."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
 
 
 def strict_object(raw: bytes, code: str) -> dict[str, Any]:
-    """Return a strict JSON object (§3.3). Integers that are not spelled as §1.2 says stay text."""
+    """Return a strict JSON object (§3.3); other JSON is refused with `code`.
+
+    The integer -0, which §1.2 does not allow, and very long integers are returned as text.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         check(len(dict(items)) == len(items), code, "a key occurs twice in an object")
@@ -44,7 +47,7 @@ def strict_object(raw: bytes, code: str) -> dict[str, Any]:
         depth = 0
         for bracket in re.findall(r"[\[\]{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text, flags=re.S)):
             depth += 1 if bracket in "[{" else -1
-            check(depth <= 64, code, "JSON nested more than 64 deep")
+            check(depth <= 64, code, "the JSON has more than 64 levels of nesting")
         value = json.loads(
             text, object_pairs_hook=pairs, parse_int=integer, parse_constant=constant
         )

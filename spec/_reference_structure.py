@@ -1,4 +1,4 @@
-"""The structure of a manifest for the reference decoder (FORMAT §3.1, §4, §5), every rule checked."""
+"""Read the structure of a manifest and check all its rules, for the reference decoder (FORMAT §3 to §5)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Layout:
 
 @dataclass
 class Chunk:
-    """A span of elements of one row and how it is coded; decoding fills in `streams`."""
+    """A chunk of a row (§5). Decoding fills in `streams`, `digest` and `touched`."""
 
     start: int
     span: int
@@ -73,7 +73,10 @@ class Chunk:
 
 @dataclass
 class Row:
-    """A tensor of the target; without a base, `base_file` is None and `base_layout` its own."""
+    """A tensor of the target (§4).
+
+    Without a base tensor, `base_file` is None, and `base_name` and `base_layout` are the row's own.
+    """
 
     file: str
     name: str
@@ -88,14 +91,14 @@ class Row:
 
     @property
     def is_copied(self) -> bool:
-        """Whether it is its base tensor."""
+        """Whether the target tensor equals its base tensor (§4)."""
         sizes = {self.keep, self.layout.n_elements, self.base_layout.n_elements}
         return self.base_file is not None and not self.chunks and len(sizes) == 1
 
 
 @dataclass
 class WeightFile:
-    """A weight file of the target; `stored` is (raw, stored size) of a stored header."""
+    """A weight file of the target; `stored` is the raw and the stored size of a stored header."""
 
     path: str
     rows: list[Row]
@@ -118,7 +121,7 @@ class SideFile:
 
 @dataclass
 class Delta:
-    """What a structure says."""
+    """The content of a structure; decoding adds streams, headers and digests."""
 
     kind: str
     has_target_digests: bool
@@ -134,7 +137,10 @@ class Delta:
 
 
 def header_member(value: Any) -> bool:
-    """Return whether a value is a header of version 1, or of a kind that is not known (§3.2)."""
+    """Return whether a value is a header of a weight file (§3.2).
+
+    A header of an unknown kind is accepted here and refused later as an unsupported feature.
+    """
     known: dict[str, tuple[Any, ...]] = {"stored": (str, int, int)}
     known["canonical"] = (str, lambda m: m is None or fits(m, [(str, str)]))
     kind = value[0] if type(value) is list and value else None
@@ -175,9 +181,11 @@ STRUCTURE = {
 
 
 def fits(value: Any, template: Any) -> bool:
-    """Return whether a value is of a template's types, a set being a choice of them.
+    """Return whether a value matches a template.
 
-    `int` stands for 0 to 2^63 - 1; null and integers stand for themselves.
+    `int` matches 0 to 2^63 - 1. None and integers match themselves. A set matches what one of its
+    members matches, a function what it accepts. A dict, list or tuple matches objects with these members
+    in this order, lists of such items, and lists of exactly these items.
     """
     if template is int:
         return type(value) is int and 0 <= value < 1 << 63
@@ -203,14 +211,14 @@ def fits(value: Any, template: Any) -> bool:
 
 
 def parse(raw: bytes) -> dict[str, Any]:
-    """Return the JSON of a structure, spelled and typed as §3.1 says."""
+    """Return the JSON value of a structure; its spelling, members and types are checked (§3.1)."""
     try:
         value = json.loads(raw)
         spelled = compact(value)
     except (ValueError, RecursionError) as error:
         raise Refused("corrupt", f"the structure is not JSON: {error}") from error
     check(spelled == raw, "corrupt", "the structure is not compact JSON")
-    check(fits(value, STRUCTURE), "corrupt", "members or types of the structure")
+    check(fits(value, STRUCTURE), "corrupt", "the structure has wrong members or types")
     return dict(value)
 
 
@@ -221,11 +229,11 @@ def read_layouts(items: list[list[Any]]) -> list[Layout]:
         known = layout.element in ELEMENTS
         check(known, "unsupported_feature", f"element type {layout.element!r:.20}")
         named = (layout.bits, layout.element)
-        fair = DTYPES.get(layout.dtype, named) == named
-        check(fair, "corrupt", f"bits or element type of {layout.dtype!r:.40}")
-        fair = len(layout.dtype.encode()) <= 64
-        check(fair, "limit_exceeded", f"dtype {layout.dtype!r:.40} is too long")
-        check(layout.bits <= 1024, "limit_exceeded", f"{layout.bits} bits a value")
+        valid = DTYPES.get(layout.dtype, named) == named
+        check(valid, "corrupt", f"bits or element type of {layout.dtype!r:.40}")
+        valid = len(layout.dtype.encode()) <= 64
+        check(valid, "limit_exceeded", f"dtype {layout.dtype!r:.40} is too long")
+        check(layout.bits <= 1024, "limit_exceeded", f"{layout.bits} bits per value")
         check(len(layout.shape) <= 64, "limit_exceeded", f"{len(layout.shape)} dimensions")
         check(layout.n_bits < 1 << 63, "limit_exceeded", "a tensor of 2^63 bits or more")
         whole = layout.n_bits % (8 * layout.width) == 0
@@ -234,11 +242,11 @@ def read_layouts(items: list[list[Any]]) -> list[Layout]:
 
 
 def check_paths(paths: list[str]) -> None:
-    """Refuse paths that break §3.4 each by itself."""
+    """Check each path by the rules of §3.4 that concern one path."""
     for path in paths:
         parts = path.split("/")
-        fair = len(parts) <= 64 and len(path.encode()) <= 4096
-        check(fair, "corrupt", f"length of path {path!r:.60}")
+        valid = len(parts) <= 64 and len(path.encode()) <= 4096
+        check(valid, "corrupt", f"length of path {path!r:.60}")
         check(not re.search(r'[\x00-\x1f\x7f\\:*?"<>|]', path), "corrupt", f"path {path!r:.60}")
         for part in parts:
             check(0 < len(part.encode()) <= 255, "corrupt", f"path {path!r:.60}")
@@ -248,15 +256,15 @@ def check_paths(paths: list[str]) -> None:
 
 
 def check_apart(paths: list[str]) -> None:
-    """Refuse paths of the target of which one is another or leads to it (§3.4)."""
+    """Check that no two paths of the target are equal, and none is a parent folder of another (§3.4)."""
     folded = [normalize("NFC", normalize("NFC", path).casefold()) for path in paths]
     check(len(set(folded)) == len(folded), "corrupt", "a path occurs twice")
-    above = {path[:i] for path in folded for i, letter in enumerate(path) if letter == "/"}
-    check(above.isdisjoint(folded), "corrupt", "a path leads through another")
+    parents = {path[:i] for path in folded for i, letter in enumerate(path) if letter == "/"}
+    check(parents.isdisjoint(folded), "corrupt", "a path is a parent folder of another")
 
 
 def read_target(target: dict[str, Any], rows: list[Row]) -> Delta:
-    """Return the target's files, the rows shared out among the weight files (§3.1, §3.2)."""
+    """Return the target with its files; each row is assigned to its weight file (§3.1, §3.2)."""
     kind, digests, weights, sides, folders = target.values()
     weight_files = []
     left = iter(rows)
@@ -269,8 +277,8 @@ def read_target(target: dict[str, Any], rows: list[Row]) -> Delta:
         metadata = None if stored else members[0]
         keys = [key for key, _ in metadata or []]
         check(len(set(keys)) == len(keys), "corrupt", f"metadata of {path!r:.40}")
-        fair = not stored or stored[0] <= 1 << 27
-        check(fair, "limit_exceeded", f"header of {path!r:.40}")
+        valid = not stored or stored[0] <= 1 << 27
+        check(valid, "limit_exceeded", f"header of {path!r:.40}")
         mine = list(islice(left, n))
         for row in mine:
             row.file = path
@@ -279,35 +287,37 @@ def read_target(target: dict[str, Any], rows: list[Row]) -> Delta:
         weight_files.append(WeightFile(path, mine, metadata, stored))
     side_files = [SideFile(*side) for side in sides]
     for side in side_files:
-        fair = side.stored < 0 or side.n_bytes <= 1 << 27
-        check(fair, "limit_exceeded", f"carried file of {side.n_bytes} bytes")
-    heavy, light = [file.path for file in weight_files], [file.path for file in side_files]
-    check_paths(heavy + light + folders)
-    check_apart(heavy + light + folders)
-    for paths in (light, folders):
+        valid = side.stored < 0 or side.n_bytes <= 1 << 27
+        check(valid, "limit_exceeded", f"carried file of {side.n_bytes} bytes")
+    weight_paths = [file.path for file in weight_files]
+    side_paths = [file.path for file in side_files]
+    check_paths(weight_paths + side_paths + folders)
+    check_apart(weight_paths + side_paths + folders)
+    for paths in (side_paths, folders):
         check(paths == sorted(paths, key=str.encode), "corrupt", "paths are not sorted")
     if kind == "file":
-        alone = len(heavy) == 1 and "/" not in heavy[0] and not sides and not folders
-        check(alone, "corrupt", "a target of kind file is one file")
+        one_name = len(weight_paths) == 1 and "/" not in weight_paths[0]
+        valid = one_name and not sides and not folders
+        check(valid, "corrupt", "a target of kind file must be one file")
     else:
-        named = all(path.endswith(".safetensors") for path in heavy)
-        check(named, "corrupt", "the suffix of a weight file")
-    named = any(path.endswith(".safetensors") for path in light)
-    check(not named, "corrupt", "the suffix of a side file")
+        valid = all(path.endswith(".safetensors") for path in weight_paths)
+        check(valid, "corrupt", "a weight file does not end in .safetensors")
+    valid = not any(path.endswith(".safetensors") for path in side_paths)
+    check(valid, "corrupt", "a side file ends in .safetensors")
     return Delta(kind, digests, weight_files, side_files, folders, rows)
 
 
 def pairs_by_row(pairs: list[tuple[int, Any]], base_files: list[int]) -> dict[int, Any]:
-    """Return a list of pairs as a dict (§4)."""
-    fair = all(a[0] < b[0] for a, b in pairwise(pairs))
-    check(fair, "corrupt", "pairs do not ascend by row")
-    fair = all(row < len(base_files) and base_files[row] >= 0 for row, _ in pairs)
-    check(fair, "corrupt", "a pair is of a row without a base")
+    """Return a list of pairs `[row, value]` as a dict (§4)."""
+    valid = all(a[0] < b[0] for a, b in pairwise(pairs))
+    check(valid, "corrupt", "pairs do not ascend by row")
+    valid = all(row < len(base_files) and base_files[row] >= 0 for row, _ in pairs)
+    check(valid, "corrupt", "a pair names a row without a base")
     return dict(pairs)
 
 
 def read_rows(tensors: dict[str, Any], files: list[str], layouts: list[Layout]) -> list[Row]:
-    """Return the rows, without weight files and chunks (§4)."""
+    """Return the rows; their weight files and chunks are not set yet (§4)."""
     names, own, base_files, *pairs, n_chunks = tensors.values()
     check(len(names) <= 1 << 19, "limit_exceeded", f"{len(names)} rows")
     sizes = {len(names), len(own), len(base_files), len(n_chunks)}
@@ -318,9 +328,9 @@ def read_rows(tensors: dict[str, Any], files: list[str], layouts: list[Layout]) 
     check(all(index < len(files) for index in base_files), "corrupt", "the index of a base file")
     differs = [name != names[row] for row, name in base_names.items()]
     differs += [index != own[row] for row, index in base_layouts.items()]
-    check(all(differs), "corrupt", "a pair states what holds without it")
+    check(all(differs), "corrupt", "a pair repeats the name or layout of its row")
     for name in names + list(base_names.values()):
-        check(len(name.encode()) <= 1024, "limit_exceeded", "a name above 1024 bytes")
+        check(len(name.encode()) <= 1024, "limit_exceeded", "a name is longer than 1024 bytes")
     check("__metadata__" not in names, "corrupt", "a tensor named __metadata__")
     out = []
     for i, name in enumerate(names):
@@ -332,27 +342,27 @@ def read_rows(tensors: dict[str, Any], files: list[str], layouts: list[Layout]) 
         file = files[base_files[i]] if base_files[i] >= 0 else None
         kept = keep.get(i, may_keep)
         out.append(Row("", name, layout, file, base_names.get(i, name), base, kept, []))
-    fair = sum(row.layout.n_bits for row in out) < 1 << 63
-    check(fair, "limit_exceeded", "tensors of 2^63 bits or more")
+    valid = sum(row.layout.n_bits for row in out) < 1 << 63
+    check(valid, "limit_exceeded", "tensors of 2^63 bits or more")
     return out
 
 
 def read_codings(codings: list[list[Any]]) -> None:
-    """Refuse codings that version 1 does not know (§5)."""
+    """Check that all codings are those of version 1 (§5)."""
     for values, index, packing, classes in codings:
         known = values in ("target", "ulp") and packing in ("planes", "steps", "scaled")
         known = known and index in ("gaps", "bitmap", "rice", "tiles")
         check(known, "unsupported_feature", f"coding {[values, index, packing]!r:.60}")
-        fair = not classes or index == "rice" or packing == "steps"
-        check(fair, "corrupt", "classes without a stream that has them")
+        valid = not classes or index == "rice" or packing == "steps"
+        check(valid, "corrupt", "classes without rice or steps")
 
 
 def stream_sizes(chunk: Chunk, width: int, raw: Iterator[int]) -> None:
-    """Set the raw sizes of a chunk's streams; takes those that are stated from `raw` (§6, §7)."""
+    """Set the raw sizes of a chunk's streams; stated sizes are taken from `raw` (§6, §7)."""
 
     def stated(low: int, high: int) -> int:
         size = next(raw, -1)
-        check(low <= size <= high, "corrupt", "a raw size is missing or cannot be")
+        check(low <= size <= high, "corrupt", "a raw size is missing or not possible")
         return size
 
     span, nnz = chunk.span, chunk.nnz
@@ -371,11 +381,11 @@ def stream_sizes(chunk: Chunk, width: int, raw: Iterator[int]) -> None:
 
 
 def read_chunks(columns: dict[str, Any], codings: list[Any], n_chunks: list[int]) -> list[Chunk]:
-    """Return the chunks, without the sizes of their streams (§5)."""
-    each = list(columns.values())[:5]
+    """Return the chunks; the sizes of their streams are not set yet (§5)."""
+    each = list(columns.values())[:5]  # the columns with one entry a chunk
     check(sum(n_chunks) <= 1 << 20, "limit_exceeded", f"{sum(n_chunks)} chunks")
-    fair = {len(column) for column in each} == {sum(n_chunks)}
-    check(fair, "corrupt", "columns of chunks differ in length")
+    valid = {len(column) for column in each} == {sum(n_chunks)}
+    check(valid, "corrupt", "columns of chunks differ in length")
     check(all(index < len(codings) for index in each[3]), "corrupt", "the index of a coding")
     return [
         Chunk(start, span, nnz, tuple(codings[index]), touched)
@@ -384,24 +394,24 @@ def read_chunks(columns: dict[str, Any], codings: list[Any], n_chunks: list[int]
 
 
 def place_chunks(rows: list[Row], raw: Iterator[int], stored: Iterator[int]) -> None:
-    """Give each chunk the sizes of its streams, and check that it lies within its row (§5)."""
+    """Check the position of each chunk in its row, and set the sizes of its streams (§5)."""
     for row in rows:
         end = 0
         for chunk in row.chunks:
-            fair = 1 <= chunk.nnz <= chunk.span <= 1 << 24
-            check(fair, "corrupt", f"nnz or span of a chunk of {row.name!r:.40}")
+            valid = 1 <= chunk.nnz <= chunk.span <= 1 << 24
+            check(valid, "corrupt", f"nnz or span of a chunk of {row.name!r:.40}")
             check(chunk.start >= end, "corrupt", f"order of chunks of {row.name!r:.40}")
             end = chunk.start + chunk.span
             check(end <= row.layout.n_elements, "corrupt", f"a chunk beyond {row.name!r:.40}")
             stream_sizes(chunk, row.layout.width, raw)
             chunk.stored = list(islice(stored, len(chunk.raw)))
-            fair = len(chunk.stored) == len(chunk.raw)
-            check(fair, "corrupt", "stored sizes are missing")
-    check(not [*raw, *stored], "corrupt", "more sizes than streams")
+            valid = len(chunk.stored) == len(chunk.raw)
+            check(valid, "corrupt", "stored sizes are missing")
+    check(not [*raw, *stored], "corrupt", "there are more sizes than streams")
 
 
 def read_structure(text: bytes) -> Delta:
-    """Return what a structure says (§3.1)."""
+    """Return the content of a structure (§3.1)."""
     value = parse(text)
     requires, base, target, layouts, tensors, codings, chunk_columns = value.values()
     check(not requires, "unsupported_feature", f"requires {requires!r:.60}")
@@ -419,6 +429,6 @@ def read_structure(text: bytes) -> Delta:
     for row, n, end in zip(rows, tensors["n_chunks"], ends, strict=True):
         row.chunks = chunks[end - n : end]
     place_chunks(rows, iter(chunk_columns["raw"]), iter(chunk_columns["stored"]))
-    fair = delta.has_target_digests or all(chunk.has_touched for chunk in chunks)
-    check(fair, "corrupt", "neither target digests nor touched digests")
+    valid = delta.has_target_digests or all(chunk.has_touched for chunk in chunks)
+    check(valid, "corrupt", "there are neither target digests nor touched digests for a chunk")
     return delta

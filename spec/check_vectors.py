@@ -1,8 +1,8 @@
-"""Check that vectors guard every check of the reference decoder: `python check_vectors.py`.
+"""Check that the vectors test every check of the reference decoder: `python check_vectors.py`.
 
-A check is a call `check(...)` or a statement `raise Refused(...)`. Each one that refuses a vector is
-left out, and the vectors that it refused are decoded again. One of them must show the difference:
-it is accepted, has another code than its own, or raises an error that is not Refused.
+A check is a call `check(...)` or a statement `raise Refused(...)`. The script removes one check after the
+other, and decodes the vectors that this check refuses again. Without the check, at least one of them must
+have another outcome: it is accepted, has another error code, or raises another error than Refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from vector_source import Invalid, invalid_vectors, sample_base
 
 SPEC = Path(__file__).parent
-SECONDS = 2.0  # a decoder that takes longer for one vector has noticed
+SECONDS = 2.0  # of CPU time: a decoder that takes longer for one vector counts as another outcome
 MODULES = (
     "_reference_json",
     "_reference_structure",
@@ -33,83 +33,91 @@ MODULES = (
 
 
 @dataclass
-class Sites:
-    """Where checks stand; `last` is the one that refused last, `left_out` the one left out."""
+class Checks:
+    """All checks of the decoder, by number.
 
-    places: list[str] = field(default_factory=list)
+    Attributes:
+        lines: file, line and code of each check.
+        last: number of the check that refused last.
+        removed: number of the check that is removed; None: none is.
+    """
+
+    lines: list[str] = field(default_factory=list)
     last: int | None = None
-    left_out: int | None = None
+    removed: int | None = None
 
-    def check(self, site: int, ask: Callable[[], tuple[bool, str, str]], error: Any) -> None:
-        """Do what a check does, unless it is left out."""
-        if site != self.left_out:
-            ok, code, message = ask()
+    def check(
+        self, number: int, arguments: Callable[[], tuple[bool, str, str]], error: Any
+    ) -> None:
+        """Run a check, unless it is removed."""
+        if number != self.removed:
+            ok, code, message = arguments()
             if not ok:
-                self.last = site
+                self.last = number
                 raise error(code, message)
 
-    def refuse(self, site: int) -> bool:
-        """Return whether a statement `raise Refused(...)` is run."""
-        self.last = self.last if site == self.left_out else site
-        return site != self.left_out
+    def refuse(self, number: int) -> bool:
+        """Return whether to run a statement `raise Refused(...)`: not if it is removed."""
+        self.last = self.last if number == self.removed else number
+        return number != self.removed
 
 
 class Instrumented(ast.NodeTransformer):
-    """Gives each check of a module a number, by which it can be left out."""
+    """Rewrites a module so that each of its checks has a number and can be removed."""
 
-    def __init__(self, sites: Sites, module: str) -> None:
-        self.sites = sites
+    def __init__(self, checks: Checks, module: str) -> None:
+        self.checks = checks
         self.module = module
 
-    def new_site(self, node: ast.AST) -> ast.Constant:
-        """Return the number of a check."""
+    def new_number(self, node: ast.AST) -> ast.Constant:
+        """Add a check to the list; return its number."""
         line = getattr(node, "lineno", 0)
-        self.sites.places.append(f"{self.module}.py:{line}: {ast.unparse(node)}")
-        return ast.Constant(len(self.sites.places) - 1)
+        self.checks.lines.append(f"{self.module}.py:{line}: {ast.unparse(node)}")
+        return ast.Constant(len(self.checks.lines) - 1)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        """Leave the function `check` itself as it is."""
+        """Do not rewrite the function `check` itself."""
         return node if node.name == "check" else self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """Replace `check(ok, code, message)` by one that has a number."""
+        """Replace `check(ok, code, message)` with a call of `Checks.check`."""
         if not (isinstance(node.func, ast.Name) and node.func.id == "check"):
             return self.generic_visit(node)
-        site = self.new_site(node)
-        ask = ast.Lambda(
+        number = self.new_number(node)
+        arguments = ast.Lambda(
             ast.arguments([], [], None, [], [], None, []), ast.Tuple(node.args, ast.Load())
         )
-        method = ast.Attribute(ast.Name("__sites__", ast.Load()), "check", ast.Load())
-        return ast.Call(method, [site, ask, ast.Name("Refused", ast.Load())], [])
+        method = ast.Attribute(ast.Name("__checks__", ast.Load()), "check", ast.Load())
+        return ast.Call(method, [number, arguments, ast.Name("Refused", ast.Load())], [])
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
-        """Put `raise Refused(...)` under a condition; without it, another error is raised."""
+        """Make `raise Refused(...)` conditional; if it is removed, RuntimeError is raised instead."""
         is_refused = isinstance(node.exc, ast.Call) and ast.unparse(node.exc.func) == "Refused"
         if not is_refused:
             return node
-        method = ast.Attribute(ast.Name("__sites__", ast.Load()), "refuse", ast.Load())
-        asked = ast.Call(method, [self.new_site(node)], [])
+        method = ast.Attribute(ast.Name("__checks__", ast.Load()), "refuse", ast.Load())
+        condition = ast.Call(method, [self.new_number(node)], [])
         other = ast.Raise(ast.Call(ast.Name("RuntimeError", ast.Load()), [], []), None)
-        return ast.If(asked, [node], [other])
+        return ast.If(condition, [node], [other])
 
 
 @contextmanager
-def instrumented() -> Iterator[tuple[ModuleType, Sites]]:
-    """Yield the reference decoder with numbered checks; the modules themselves stay as they are."""
-    sites = Sites()
+def instrumented() -> Iterator[tuple[ModuleType, Checks]]:
+    """Yield a rewritten copy of the reference decoder and its checks; at the end it is unloaded."""
+    checks = Checks()
     before = {name: sys.modules.pop(name, None) for name in MODULES}
     try:
         for name in MODULES:
             path = SPEC / f"{name}.py"
-            tree = Instrumented(sites, name).visit(ast.parse(path.read_bytes()))
+            tree = Instrumented(checks, name).visit(ast.parse(path.read_bytes()))
             module = ModuleType(name)
             sys.modules[name] = module
             json_module = sys.modules["_reference_json"]
-            module.__dict__["__sites__"] = sites
+            module.__dict__["__checks__"] = checks
             if module is not json_module:
                 module.__dict__["Refused"] = json_module.__dict__["Refused"]
             exec(compile(ast.fix_missing_locations(tree), str(path), "exec"), module.__dict__)
-        yield sys.modules["reference_decoder"], sites
+        yield sys.modules["reference_decoder"], checks
     finally:
         for name, module_before in before.items():
             del sys.modules[name]
@@ -118,17 +126,17 @@ def instrumented() -> Iterator[tuple[ModuleType, Sites]]:
 
 
 def too_long(*_: object) -> None:
-    """End what a decoder without one of its checks does for ever."""
+    """Stop a decoder that loops for ever without one of its checks."""
     raise TimeoutError
 
 
-def outcome(decoder: ModuleType, sites: Sites, vector: Invalid, folder: Path) -> str:
-    """Return the code of a vector, `accepted`, or the name of another error."""
+def outcome(decoder: ModuleType, checks: Checks, vector: Invalid, folder: Path) -> str:
+    """Return the error code that a vector gets, `accepted`, or the name of another error."""
     path, out = folder / "delta.sd", folder / "out"
     path.write_bytes(vector.delta)
-    sites.last = None
-    signal.signal(signal.SIGALRM, too_long)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    checks.last = None
+    signal.signal(signal.SIGPROF, too_long)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         if vector.on_apply:
             decoder.apply(folder / "base", path, out)
@@ -140,37 +148,37 @@ def outcome(decoder: ModuleType, sites: Sites, vector: Invalid, folder: Path) ->
     except Exception as error:
         return type(error).__name__
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     return "accepted"
 
 
-def unguarded() -> list[str]:
-    """Return the checks that no vector guards, each with its place."""
-    with tempfile.TemporaryDirectory() as name, instrumented() as (decoder, sites):
+def untested() -> list[str]:
+    """Return file, line and code of each check that no vector tests."""
+    with tempfile.TemporaryDirectory() as name, instrumented() as (decoder, checks):
         folder = Path(name)
         for path, content in sample_base().files().items():
             (folder / "base" / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / "base" / path).write_bytes(content)
         refused: dict[int, list[Invalid]] = {}
         for vector in invalid_vectors():
-            found = outcome(decoder, sites, vector, folder)
+            found = outcome(decoder, checks, vector, folder)
             if found != vector.code:
-                raise ValueError(f"{vector.name} has the outcome {found}")
-            if sites.last is not None:
-                refused.setdefault(sites.last, []).append(vector)
+                raise ValueError(f"vector {vector.name}: outcome {found}, expected {vector.code}")
+            if checks.last is not None:
+                refused.setdefault(checks.last, []).append(vector)
         missing = []
-        for site, place in enumerate(sites.places):
-            sites.left_out = site
-            vectors = refused.get(site, [])
-            if all(outcome(decoder, sites, one, folder) == one.code for one in vectors):
-                missing.append(f"{place} ({len(vectors)} vectors)")
+        for number, line in enumerate(checks.lines):
+            checks.removed = number
+            vectors = refused.get(number, [])
+            if all(outcome(decoder, checks, one, folder) == one.code for one in vectors):
+                missing.append(f"{line} ({len(vectors)} vectors)")
         return missing
 
 
 def main() -> int:
     """Run the script; return its exit status."""
-    missing = unguarded()
-    print(json.dumps(missing, indent=1) if missing else "every check is guarded")
+    missing = untested()
+    print(json.dumps(missing, indent=1) if missing else "the vectors test every check")
     return int(bool(missing))
 
 

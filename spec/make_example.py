@@ -1,6 +1,6 @@
 """Write the worked example of FORMAT.md from the vector `example`: `python make_example.py`.
 
-Every byte of the delta stands in the listing, in its order: as hex, or in quotes as ASCII text.
+The listing has every byte of the delta in order, as hex or as ASCII text in quotes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Piece = tuple[bytes, str]
 
 
 def cut(text: bytes, *marks: str) -> Iterator[bytes]:
-    """Yield text in pieces that begin at the marks, in order."""
+    """Yield the parts of a text, which is cut before each mark; the marks occur in this order."""
     begin = 0
     for mark in marks:
         at = text.index(mark.encode(), begin)
@@ -31,19 +31,19 @@ def cut(text: bytes, *marks: str) -> Iterator[bytes]:
 
 
 def numbers(data: bytes) -> list[int]:
-    """Return the four sizes at the front of a manifest."""
+    """Return the four sizes at the beginning of a manifest."""
     return [int.from_bytes(data[i : i + 4], "little") for i in range(0, 16, 4)]
 
 
 def structure_pieces(text: bytes) -> list[Piece]:
-    """Return the members of the structure, explained."""
+    """Return each member of the structure with its meaning."""
     names = ("base", "target", "layouts", "tensors", "codings", "chunks")
     meanings = (
         "the structure: no feature beyond version 1",
-        "the base: nothing is known of where it is; one file that rows refer to",
+        "the base: no hint where it can be found; rows refer to one file",
         "the target: one file of one row with a canonical header, no metadata",
         "one layout: 300 elements of 2 bytes, in float order",
-        "one row: w, layout 0, made from w of base file 0, one chunk",
+        "one row: w, layout 0, its base tensor is w of base file 0, one chunk",
         "one coding",
         "one chunk: from 0, 300 elements, 4 touched, coding 0, with touched digests; its index "
         "stream holds 5 bytes; stored sizes",
@@ -52,7 +52,7 @@ def structure_pieces(text: bytes) -> list[Piece]:
 
 
 def pieces(delta: bytes) -> list[Piece]:
-    """Return the delta's bytes, explained one after the other."""
+    """Return all bytes of the delta in pieces, each with its meaning."""
     start = 8 + int.from_bytes(delta[:8], "little")
     text = delta[8:start].rstrip(b" ")
     n_spaces = start - 8 - len(text)
@@ -63,18 +63,18 @@ def pieces(delta: bytes) -> list[Piece]:
     digests = manifest[16 + n_structure + n_notes :]
     return [
         (delta[:8], f"N = {start - 8}"),
-        (meta, "the header, N bytes; the digest is that of the manifest"),
+        (meta, "the header, N bytes, with the digest of the manifest"),
         (manifest_entry, f"the manifest: m = {sizes[0]} bytes"),
         (payload_entry, f"the payload: p = {sizes[1]} bytes"),
-        (b" " * n_spaces, f"spaces: N becomes a multiple of 8, {start - 8}"),
-        (manifest[:8], f"the manifest: the structure is {n_structure} bytes, stored as they are"),
-        (manifest[8:16], f"the notes are {n_notes} bytes, stored as they are"),
+        (b" " * n_spaces, f"spaces, so that N is a multiple of 8: {start - 8}"),
+        (manifest[:8], f"the manifest: the structure has {n_structure} bytes, stored uncompressed"),
+        (manifest[8:16], f"the notes have {n_notes} bytes, stored uncompressed"),
         *structure_pieces(manifest[16 : 16 + n_structure]),
         (manifest[16 + n_structure : 16 + n_structure + n_notes], "the notes"),
         (digests[:16], "digest of the header of model.safetensors"),
         (digests[16:32], "base digest of w"),
         (digests[32:48], "target digest of w"),
-        (digests[48:64], "digest of the chunk: of the 13 bytes of the payload"),
+        (digests[48:64], "digest of the chunk, which is the 13 bytes of the payload"),
         (digests[64:72], "touched digest, before"),
         (digests[72:], "touched digest, after"),
         (payload[:1], "the payload, index stream: p = -1 + 2 + 1 = 2"),
@@ -88,7 +88,7 @@ def pieces(delta: bytes) -> list[Piece]:
 
 
 def manifest_sizes(delta: bytes) -> list[int]:
-    """Return the sizes of manifest and payload."""
+    """Return the sizes of the manifest and the payload."""
     header = json.loads(delta[8 : 8 + int.from_bytes(delta[:8], "little")])
     return [header[name]["shape"][0] for name in ("manifest", "payload")]
 
@@ -106,12 +106,12 @@ def listing(delta: bytes) -> str:
             lines.append(f"{offset + begin:6}  {shown}")
         offset += len(data)
     if b"".join(data for data, _ in pieces(delta)) != delta:
-        raise ValueError("the pieces are not the delta")
+        raise ValueError("the pieces do not add up to the delta; correct pieces()")
     return "\n".join(lines)
 
 
 def ordered(bits: int) -> int:
-    """Return M of 16 bits in float order (FORMAT §7.2)."""
+    """Return M(bits) for 16 bits in float order (FORMAT §7.2)."""
     return bits + 0x8000 if bits < 0x8000 else 0xFFFF - bits
 
 
@@ -141,25 +141,26 @@ def section() -> str:
     n_spaces = len(canonical) - len(canonical.rstrip())
     header = canonical.decode().rstrip()
     return f"""
-The vector `vectors/valid/example`, whole. Base and target are one file with one tensor `w` of 300 `BF16` values. Four of
-them change: 1.0 becomes the next larger value, −0.0 becomes 0.0, 1.0 becomes 4.0, −1.0 becomes −1.015625. In the base all
-values but those at positions 3 and 290 are 1.0, bits `3f80`.
+This section explains every byte of the vector `vectors/valid/example`. Base and target are one file with one tensor `w` of 300
+`BF16` values. Four of them change: 1.0 becomes the next larger value, −0.0 becomes 0.0, 1.0 becomes 4.0, −1.0 becomes −1.015625.
+In the base, all values except those at positions 3 and 290 are 1.0, with bits `3f80`.
 
 The changed values (§7.2), S = `8000`:
 
 {arithmetic(vector)}
 
-The positions 2, 3, 289 and 290 as `gaps` (§6.3) lie 3, 1, 286 and 1 after the one before. A token is that less one, and
-286 is 255 + 31, so the tokens are `{gaps(positions).hex(" ")}`. Their number may be 4 to 4 + 300 div 255 = 5, and is 5.
+The index encoding is `gaps` (§6.3). Decoding starts at −1, so reaching the positions 2, 3, 289 and 290 takes steps of 3, 1, 286
+and 1. A token is a step minus 1, and 286 = 255 + 31, so the tokens are `{gaps(positions).hex(" ")}`. The number of tokens may be
+4 to 4 + 300 div 255 = 5; here it is 5.
 
-The delta is {len(vector.delta)} bytes. Offsets are decimal; bytes are hex, or ASCII text within quotes. No byte is left
-out. Nothing in it is a frame, so that it can be read here: a frame of its structure would be smaller.
+The delta has {len(vector.delta)} bytes, and all of them are listed. Offsets are decimal; bytes are hex, or ASCII text in quotes.
+Everything is stored uncompressed so that it can be read here. A frame of the structure would be smaller.
 
 ```
 {listing(vector.delta)}
 ```
 
-The digests in it:
+The digests:
 
 - Header: BLAKE3(the {len(canonical)} bytes of the header below)[:16].
 - Base and target digest: BLAKE3(the tensor's 600 bytes)[:16], before and after.
@@ -167,7 +168,7 @@ The digests in it:
 - Touched: BLAKE3(`{touched[0]}`)[:8], before; BLAKE3(`{touched[1]}`)[:8], after.
 - `manifest_digest`: BLAKE3(the {manifest_sizes(vector.delta)[0]} bytes of the manifest).
 
-The target file follows from this. Its header is canonical: `{header}` and {n_spaces} spaces. The file is the `u64`
+The header of the target file is canonical: `{header}` and {n_spaces} spaces. The file consists of the `u64`
 {len(canonical)}, the header of {len(canonical)} bytes and the 600 bytes of `w`.
 """
 

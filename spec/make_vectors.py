@@ -1,8 +1,9 @@
-"""Write the vectors of the format: `python make_vectors.py [--unreleased | --all FOLDER]`.
+"""Write the test vectors of the format: `python make_vectors.py [--unreleased | --all FOLDER]`.
 
-A vector that exists is released: one whose bytes would change stops the script before anything is
-written. `--unreleased` overwrites, and removes what is no vector any more. `--all` writes into a
-folder of its own, and more: invalid vectors that are variations of those stored.
+An existing vector counts as released. If its bytes would change, the script stops before it writes
+anything. `--unreleased` overwrites such vectors, and removes files that are no longer vectors. `--all`
+writes all vectors to FOLDER, including invalid ones that are not stored because they are variations of
+stored ones.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ VECTORS = Path(__file__).parent / "vectors"
 
 
 def stored(prefix: str, checkpoint: Checkpoint) -> tuple[str, dict[str, bytes]]:
-    """Return the path of a checkpoint within the vectors, and its files by path."""
+    """Return the path of a checkpoint in the vectors' folder, and the content of its files by path."""
     if checkpoint.kind == "file":
         path = prefix + ".safetensors"
         return path, {path: checkpoint.weight_files[0].content()}
@@ -28,7 +29,7 @@ def stored(prefix: str, checkpoint: Checkpoint) -> tuple[str, dict[str, bytes]]:
 
 
 def valid_files(vector: Valid) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return the manifest's member and the files of a valid vector."""
+    """Return the entry in `manifest.json` and the files of a valid vector."""
     folder = f"valid/{vector.name}"
     files = {f"{folder}/delta.sd": vector.delta}
     member: dict[str, Any] = {"name": vector.name, "shows": vector.shows}
@@ -49,10 +50,10 @@ def valid_files(vector: Valid) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def all_files(everything: bool = False) -> dict[str, bytes]:
-    """Return every file of the vectors, the manifest among them, by path.
+    """Return the content of every file of the vectors by path, including `manifest.json`.
 
     Args:
-        everything: also the invalid vectors that are not stored.
+        everything: whether to include the invalid vectors that are not stored.
     """
     files: dict[str, bytes] = {}
     manifest: dict[str, Any] = {"valid": [], "invalid": []}
@@ -71,7 +72,7 @@ def all_files(everything: bool = False) -> dict[str, bytes]:
         member |= {"delta": path} | ({"base": "invalid/base"} if one.on_apply else {})
         manifest["invalid"].append(member)
         if path in files:
-            raise ValueError(f"{path} twice")
+            raise ValueError(f"two vectors have the path {path}; rename one")
         files[path] = one.delta
     files["manifest.json"] = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
     return files
@@ -85,23 +86,23 @@ def main(arguments: list[str]) -> int:
         return 2
     folder = Path(arguments[1]) if everything else VECTORS
     files = all_files(everything)
-    there = {
+    existing = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
         if path.is_file() and path.name != ".gitattributes"
     }
-    released = [
-        path for path in there if path != "manifest.json" and there[path] != files.get(path)
+    outdated = [
+        path for path in existing if path != "manifest.json" and existing[path] != files.get(path)
     ]
-    if released and not unreleased:
-        print("these exist with other bytes:", *sorted(released), sep="\n  ", file=sys.stderr)
+    if outdated and not unreleased:
+        print("these exist with other bytes:", *sorted(outdated), sep="\n  ", file=sys.stderr)
         return 1
-    for path in released:
+    for path in outdated:
         (folder / path).unlink()
-        for above in (folder / path).parents:
-            if above == folder or any(above.iterdir()):
+        for parent in (folder / path).parents:
+            if parent == folder or any(parent.iterdir()):
                 break
-            above.rmdir()
+            parent.rmdir()
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)

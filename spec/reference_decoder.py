@@ -1,9 +1,9 @@
-"""A second decoder of sparsedelta files, written from FORMAT.md alone: plain, short and slow.
+"""A second decoder of sparsedelta files, written from FORMAT.md alone. It is simple, short and slow.
 
-It reads every byte of a delta under every rule of FORMAT §12 and applies it to a base. It holds
-whole checkpoints in memory: it is for checking other decoders and for learning, not for daily use.
+It checks every byte of a delta by every rule of FORMAT §12, and applies the delta to a base. It is for
+testing other decoders and for learning, not for daily use, because it holds whole checkpoints in memory.
 
-    python reference_decoder.py DELTA                  say what DELTA holds
+    python reference_decoder.py DELTA                  list the tensors of DELTA
     python reference_decoder.py BASE DELTA OUT         apply DELTA to BASE
 """
 
@@ -32,39 +32,46 @@ HEADER = (
 
 
 class Cursor:
-    """Takes bytes from the front of data that the manifest and the payload are cut into."""
+    """Reads the manifest or the payload piece by piece."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.at = 0
 
     def take(self, n: int) -> bytes:
-        """Return the next n bytes; `end` notices if there are fewer."""
+        """Return the next n bytes. If there are fewer, `end` refuses the data."""
         self.at += n
         return self.data[self.at - n : self.at]
 
     def end(self) -> None:
-        """Refuse data of another size than what was taken."""
-        check(self.at == len(self.data), "corrupt", "size of the manifest or the payload")
+        """Check that exactly all bytes were taken."""
+        check(self.at == len(self.data), "corrupt", "wrong size of the manifest or the payload")
 
 
 def spaced(text: bytes) -> bytes:
-    """Return text with the fewest spaces that make its length a multiple of 8."""
+    """Return text followed by the fewest spaces that make its length a multiple of 8."""
     return text + b" " * (-len(text) % 8)
 
 
 def open_stream(
     data: bytes, raw: int, *, is_plane: bool = False, is_bounded: bool = False
 ) -> bytes:
-    """Return the raw bytes of a stream (§8), of at most 64-fold expansion if it is bounded."""
-    check(len(data) <= raw, "corrupt", "a stream is stored in more bytes than its own")
+    """Return the raw bytes of a stream (§8).
+
+    Args:
+        data: the stored bytes.
+        raw: the raw size.
+        is_plane: whether the stored size may be 0.
+        is_bounded: whether the expansion is limited (R10).
+    """
+    check(len(data) <= raw, "corrupt", "a stream has a stored size above its raw size")
     if len(data) == raw:
         return data
     if not data:
         check(is_plane, "corrupt", "a stream is missing")
         return bytes(raw)
-    fair = not is_bounded or raw <= 64 * len(data) + 1024
-    check(fair, "limit_exceeded", f"a frame of {len(data)} bytes expands to {raw}")
+    valid = not is_bounded or raw <= 64 * len(data) + 1024
+    check(valid, "limit_exceeded", f"a frame of {len(data)} bytes expands to {raw}")
     try:
         head = zstandard.get_frame_parameters(data)
         check(head.content_size == raw, "corrupt", f"a frame of {head.content_size} bytes")
@@ -76,7 +83,7 @@ def open_stream(
 
 
 def read_container(raw: bytes) -> tuple[bytes, bytes]:
-    """Return manifest and payload (§2), with the bytes that follow it."""
+    """Return the manifest, and all bytes after it (§2); `Cursor.end` checks the payload's size."""
     start = 8 + int.from_bytes(raw[:8], "little")
     check(start <= 8 + 1024, "limit_exceeded", f"a header of {start - 8} bytes")
     check(start <= len(raw), "truncated", "shorter than its header")
@@ -87,21 +94,21 @@ def read_container(raw: bytes) -> tuple[bytes, bytes]:
     if found is None:
         raise Refused("bad_magic", "not the header of a delta")
     version, digest, size, n_payload = found[1], found[2], int(found[3]), int(found[4])
-    written = HEADER.replace("VERSION", version).replace("DIGEST", digest)
-    written = written.replace("SIZE", str(size)).replace("PAYLOAD", str(n_payload))
-    written = written.replace("END", str(size + n_payload))
-    check(header == spaced(written.encode("latin-1")), "bad_magic", "not the header of a delta")
+    expected = HEADER.replace("VERSION", version).replace("DIGEST", digest)
+    expected = expected.replace("SIZE", str(size)).replace("PAYLOAD", str(n_payload))
+    expected = expected.replace("END", str(size + n_payload))
+    check(header == spaced(expected.encode("latin-1")), "bad_magic", "not the header of a delta")
     check(version == "1", "unsupported_version", f"format version {version!r:.40}")
     check(size <= 1 << 27, "limit_exceeded", f"a manifest of {size} bytes")
     end = start + size + n_payload
-    check(len(raw) >= end, "truncated", f"{len(raw)} of {end} bytes")
+    check(len(raw) >= end, "truncated", f"the file has {len(raw)} of {end} bytes")
     manifest = raw[start : start + size]
     check(blake3(manifest).hexdigest() == digest, "corrupt", "manifest_digest is wrong")
     return manifest, raw[start + size :]
 
 
 def read_manifest(manifest: bytes) -> Delta:
-    """Return what a manifest says (§3), its digests with what they are of (§9)."""
+    """Return the content of a manifest (§3); each digest is set where it belongs (§9)."""
     cursor = Cursor(manifest)
     raw, stored, n_notes, notes_stored = (
         int.from_bytes(cursor.take(4), "little") for _ in range(4)
@@ -110,8 +117,8 @@ def read_manifest(manifest: bytes) -> Delta:
     check(n_notes <= 1 << 20, "limit_exceeded", f"notes of {n_notes} bytes")
     structure = open_stream(cursor.take(stored), raw)
     n_values = sum(structure.count(mark) for mark in b",[{")
-    fair = n_values <= len(manifest) // 3 + (1 << 16)
-    check(fair, "limit_exceeded", f"{n_values} values in the structure")
+    valid = n_values <= len(manifest) // 3 + (1 << 16)
+    check(valid, "limit_exceeded", f"{n_values} values in the structure")
     delta = read_structure(structure)
     strict_object(open_stream(cursor.take(notes_stored), n_notes), "corrupt")
     for file in delta.weight_files:
@@ -134,7 +141,7 @@ def read_manifest(manifest: bytes) -> Delta:
 
 
 def canonical_members(file: WeightFile) -> dict[str, Any]:
-    """Return the members of a canonical header but the metadata (§3.2)."""
+    """Return the members of a canonical header except `__metadata__` (§3.2)."""
     out, begin = {}, 0
     for row in file.rows:
         end = begin + row.layout.n_bits // 8
@@ -145,19 +152,19 @@ def canonical_members(file: WeightFile) -> dict[str, Any]:
 
 
 def read_header(file: WeightFile, cursor: Cursor) -> bytes:
-    """Return the header of a weight file (§3.2)."""
+    """Return the bytes of a weight file's header (§3.2)."""
     members = canonical_members(file)
     if file.stored is None:
         first = {} if file.metadata is None else {"__metadata__": dict(file.metadata)}
         return spaced(compact(first | members))
     header = open_stream(cursor.take(file.stored[1]), file.stored[0], is_bounded=True)
-    fair = header[:1] == b"{" and header.rstrip(b" ")[-1:] == b"}"
-    check(fair, "corrupt", f"stored header of {file.path!r:.40}")
+    valid = header[:1] == b"{" and header.rstrip(b" ")[-1:] == b"}"
+    check(valid, "corrupt", f"stored header of {file.path!r:.40}")
     found = strict_object(header, "corrupt")
     metadata = found.pop("__metadata__", {})
-    fair = type(metadata) is dict and all(type(text) is str for text in metadata.values())
-    check(fair, "corrupt", f"metadata of the stored header of {file.path!r:.40}")
-    # As text, since 1 and 1.0 and true are equal in Python.
+    valid = type(metadata) is dict and all(type(text) is str for text in metadata.values())
+    check(valid, "corrupt", f"metadata of the stored header of {file.path!r:.40}")
+    # Compared as text, because 1, 1.0 and True are equal in Python.
     same = {name: sorted(map(str, entry.items())) for name, entry in members.items()}
     for name, entry in found.items():
         check(type(entry) is dict, "corrupt", f"stored header of {file.path!r:.40}")
@@ -167,12 +174,12 @@ def read_header(file: WeightFile, cursor: Cursor) -> bytes:
 
 
 def decode_chunk(row: Row, chunk: Chunk, old: bytes) -> list[tuple[int, int, int]]:
-    """Return flat index, bits in the start and code of what a chunk touches (§5 to §7).
+    """Return flat index, bits in the row's start, and code of each touched element (§5 to §7).
 
     Args:
         row: the row.
         chunk: one of its chunks.
-        old: the bytes of its base tensor that it keeps; read only as far as the chunk needs them.
+        old: the bytes that the row keeps of its base tensor; not needed for a chunk without classes.
     """
     w = row.layout.width
     _, index, packing, has_classes = chunk.coding
@@ -192,10 +199,10 @@ def decode_chunk(row: Row, chunk: Chunk, old: bytes) -> list[tuple[int, int, int
 
 
 def decode(path: Path | str) -> Delta:
-    """Return a delta, every byte of it read and checked as far as that needs no base (§12).
+    """Return a delta after checking every rule that needs no base (§12).
 
     Raises:
-        Refused: it breaks a rule.
+        Refused: the delta breaks a rule.
     """
     manifest, payload = read_container(Path(path).read_bytes())
     delta = read_manifest(manifest)
@@ -203,16 +210,16 @@ def decode(path: Path | str) -> Delta:
     for side in delta.side_files:
         if side.stored >= 0:
             side.content = open_stream(cursor.take(side.stored), side.n_bytes, is_bounded=True)
-            fair = blake3(side.content).digest() == side.digest
-            check(fair, "corrupt", f"digest of {side.path!r:.40}")
+            valid = blake3(side.content).digest() == side.digest
+            check(valid, "corrupt", f"digest of {side.path!r:.40}")
     for file in delta.weight_files:
         file.header = read_header(file, cursor)
-        fair = blake3(file.header).digest()[:16] == file.digest
-        check(fair, "corrupt", f"digest of the header of {file.path!r:.40}")
+        valid = blake3(file.header).digest()[:16] == file.digest
+        check(valid, "corrupt", f"digest of the header of {file.path!r:.40}")
     for chunk in delta.chunks:
         stored = [cursor.take(size) for size in chunk.stored]
-        fair = blake3(b"".join(stored)).digest()[:16] == chunk.digest
-        check(fair, "corrupt", "digest of a chunk")
+        valid = blake3(b"".join(stored)).digest()[:16] == chunk.digest
+        check(valid, "corrupt", "digest of a chunk")
         for i, (data, raw) in enumerate(zip(stored, chunk.raw, strict=True)):
             is_plane = i > 0 and chunk.coding[2] == "planes"
             chunk.streams.append(open_stream(data, raw, is_plane=is_plane))
@@ -225,7 +232,7 @@ def decode(path: Path | str) -> Delta:
 
 
 def target_bytes(row: Row, old: bytes) -> bytes:
-    """Return the target's bytes of a tensor, given the base's (§4, §7)."""
+    """Return the bytes of a target tensor, given those of its base tensor (§4, §7)."""
     w = row.layout.width
     old = old[: row.keep * w]
     out = bytearray(old.ljust(row.layout.n_elements * w, b"\0"))
@@ -238,15 +245,19 @@ def target_bytes(row: Row, old: bytes) -> bytes:
             digests[0].update(before.to_bytes(w, "little"))
             digests[1].update(after.to_bytes(w, "little"))
         touched = b"".join(digest.digest()[:8] for digest in digests)
-        fair = chunk.touched in (None, touched)
-        check(fair, "corrupt", f"touched digests of {row.name!r:.40}")
-    fair = row.target_digest in (None, blake3(out).digest()[:16])
-    check(fair, "corrupt", f"target digest of {row.name!r:.40}")
+        valid = chunk.touched in (None, touched)
+        check(valid, "corrupt", f"touched digests of {row.name!r:.40}")
+    valid = row.target_digest in (None, blake3(out).digest()[:16])
+    check(valid, "corrupt", f"target digest of {row.name!r:.40}")
     return bytes(out)
 
 
 def match_base(delta: Delta, base: Base) -> dict[int, Tensor]:
-    """Return the base tensors by the number of the row, checked (§10, steps 2, 3 and 5)."""
+    """Return the base tensor of each row that has one, by number of the row (§10).
+
+    Raises:
+        Refused: the base is not the delta's base.
+    """
     found, right = {}, {}
     missing, wrong = [], []
     for i, row in enumerate(delta.rows):
@@ -267,23 +278,24 @@ def match_base(delta: Delta, base: Base) -> dict[int, Tensor]:
             if path is None or len(side.content) != side.n_bytes or not same:
                 wrong.append(("base_mismatch", f"side file {side.path!r:.60}"))
     if missing or wrong:
-        made = {i: row for i, row in enumerate(delta.rows) if not row.is_copied}
+        rebuilt = {i: row for i, row in enumerate(delta.rows) if not row.is_copied}
         done = set()
-        for i, row in made.items():
-            there = base.at(row.file, row.name, row.layout)
-            if there and there.digest() == row.target_digest:
+        for i, row in rebuilt.items():
+            found_tensor = base.at(row.file, row.name, row.layout)
+            if found_tensor and found_tensor.digest() == row.target_digest:
                 done.add(i)
         code, what = (missing + wrong)[0]
-        if done and all(i in done or right[i] for i in made):
-            code = "already_applied" if len(done) == len(made) else "partly_applied"
-        raise Refused(code, f"{what} is not the base's")
+        if done and all(i in done or right[i] for i in rebuilt):
+            code = "already_applied" if len(done) == len(rebuilt) else "partly_applied"
+        raise Refused(code, f"{what} is not the one that the delta was made from")
     return found
 
 
 def apply(base: Path | str, delta: Path | str, out: Path | str) -> None:
-    """Write the target of a delta under the name `out`, which must be free (§10).
+    """Rebuild the target and write it to `out`, which must not exist (§10).
 
     Raises:
+        FileExistsError: `out` exists.
         Refused: the delta breaks a rule, or the base is not its base.
     """
     read, out = decode(delta), Path(out)

@@ -1,4 +1,4 @@
-"""What all tests stand on: Ctrl-C reaches the process as in a terminal, and many outputs do not wait for the disk."""
+"""Set-up of all tests: SIGINT works as in a terminal, and tests with many outputs write without fsync."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-# A test run begun in the background may have inherited SIGINT ignored, and so would what it starts.
+# A test run that was started in the background may ignore SIGINT, and its child processes would, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Hundreds of outputs are written here, and nothing cuts the power.
+# These tests write hundreds of outputs and need no protection from a power failure.
 UNSYNCED = {Path(__file__).parent / name for name in ("exactness", "property")}
 
 

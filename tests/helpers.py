@@ -1,7 +1,7 @@
-"""Checkpoints for tests, written without the package, and comparisons that see every bit.
+"""Helpers: checkpoints for tests, and comparisons bit by bit.
 
-Nothing here uses sparsedelta but ``roundtrip`` and ``small_chunks``: what the package must read and
-rebuild is made by other means than its own.
+Only ``roundtrip`` and ``small_chunks`` use sparsedelta. The checkpoints are written by independent code, so
+that the package does not test itself.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ UNKNOWN_BITS = {"X24": 24, "X4": 4, "X8_NEW": 8}
 
 @dataclass(frozen=True)
 class Raw:
-    """A tensor as it stands in a file."""
+    """A tensor as it is stored in a file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -91,7 +91,7 @@ def of_array(dtype: str, array: npt.NDArray[Any]) -> Raw:
 
 
 def header_fields(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return the members of the header of a file that holds tensors in this order."""
+    """Return the members of the header for a file that holds tensors in this order."""
     fields: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     begin = 0
     for name, tensor in tensors.items():
@@ -115,7 +115,7 @@ def compact(fields: dict[str, Any]) -> bytes:
 def file_bytes(
     tensors: Tensors, metadata: Mapping[str, str] | None = None, *, spell: Spell = compact
 ) -> bytes:
-    """Return a safetensors file whose header is spelled by ``spell``."""
+    """Return a safetensors file whose header is formatted by ``spell``."""
     return with_header(
         spell(header_fields(tensors, metadata)), b"".join(t.data for t in tensors.values())
     )
@@ -133,7 +133,7 @@ def write_file(
     *,
     spell: Spell = compact,
 ) -> Path:
-    """Write a safetensors file and return its path; folders are made as needed."""
+    """Write a safetensors file and return its path; missing folders are created."""
     return write(path, file_bytes(tensors, metadata, spell=spell))
 
 
@@ -157,16 +157,16 @@ def write_sharded(
 
 
 def write(path: Path, content: bytes | str) -> Path:
-    """Write a file and return its path; folders are made as needed."""
+    """Write a file and return its path; missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
 
 
 def tree(root: Path) -> dict[str, bytes | None]:
-    """Return the content of all files below a folder by path, and None for every folder.
+    """Return the content of each file below a folder by path, and None for each folder.
 
-    A single file is given under the path ``""``.
+    For a single file, the path is ``""``.
     """
     if not root.is_dir():
         return {"": root.read_bytes()}
@@ -177,7 +177,7 @@ def tree(root: Path) -> dict[str, bytes | None]:
 
 
 def state(root: Path) -> dict[str, tuple[int, ...]]:
-    """Return what any write to a file or folder would alter: inode, mode, size and times."""
+    """Return the attributes that a write to a file or folder changes: inode, mode, size and times."""
     paths = [root, *(root.rglob("*") if root.is_dir() else ())]
     stats = {str(path): os.lstat(path) for path in paths}
     return {
@@ -187,7 +187,7 @@ def state(root: Path) -> dict[str, tuple[int, ...]]:
 
 
 def assert_same_files(target: Path, out: Path) -> None:
-    """Check that two checkpoints are the same, byte for byte, empty folders included."""
+    """Check that two checkpoints are equal byte for byte, including empty folders."""
     wanted, found = tree(target), tree(out)
     assert found.keys() == wanted.keys()
     for path, content in wanted.items():
@@ -196,7 +196,7 @@ def assert_same_files(target: Path, out: Path) -> None:
 
 
 def assert_bit_equal(left: npt.NDArray[Any], right: npt.NDArray[Any]) -> None:
-    """Check that two arrays have the same width, shape and bits; NaNs and signed zeros included."""
+    """Check that two arrays have the same element size, shape and bits, including NaNs and signed zeros."""
     assert left.dtype.itemsize == right.dtype.itemsize
     assert left.shape == right.shape
     view = f"u{left.dtype.itemsize}"
@@ -208,13 +208,13 @@ def assert_bit_equal(left: npt.NDArray[Any], right: npt.NDArray[Any]) -> None:
 
 
 def roundtrip(base: Path, target: Path, scratch: Path, **options: Any) -> sparsedelta.Delta:
-    """Diff, save, load, apply; check that the target is back and the base untouched.
+    """Diff, save, load and apply; check that the target is rebuilt and the base is unchanged.
 
     Args:
-        base: a checkpoint.
-        target: another.
-        scratch: an existing folder for the delta and the output.
-        options: of ``sparsedelta.diff``.
+        base: path of the base.
+        target: path of the target.
+        scratch: an existing folder, for the delta and the output.
+        options: keyword arguments of ``sparsedelta.diff``.
 
     Returns:
         The loaded delta.
@@ -233,9 +233,9 @@ def roundtrip(base: Path, target: Path, scratch: Path, **options: Any) -> sparse
 
 
 def small_chunks(monkeypatch: Any, n_elements: int, block_bytes: int) -> None:
-    """Make the package write tiny chunks and read tiny blocks, to meet their edges with little data.
+    """Make the package write tiny chunks and read tiny blocks, so that small tensors have several of them.
 
-    What it reads may have chunks of any size.
+    Chunks of any size can still be read.
     """
     sparsedelta.apply, sparsedelta.diff, sparsedelta.verify  # noqa: B018 - imports their modules
     sizes = {"MAX_SPAN": n_elements, "BLOCK_BYTES": block_bytes}

@@ -1,4 +1,4 @@
-"""Checkpoints at random: a few small tensors of any dtype, and all that people do to them."""
+"""Hypothesis strategies: random small checkpoints of any dtype, and edits that people make to them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 
 def relaxed(n_examples: int) -> settings:
-    """Return settings for tests that use the disk: the same examples every time, at any pace."""
+    """Return settings for tests that use the disk: the same examples in every run, without a deadline."""
     return settings(
         max_examples=n_examples,
         deadline=None,
@@ -34,20 +34,20 @@ patterns = st.sampled_from([b"\0", b"\xff", b"\x80", b"\0\x80", b"\x80\x7f", b"\
 
 
 def is_below_a_byte(dtype: str) -> bool:
-    """Return whether a value takes less than a byte."""
+    """Return whether a value of this dtype takes less than a byte."""
     return (BITS | UNKNOWN_BITS)[dtype] < 8
 
 
 @st.composite
 def shapes(draw: st.DrawFn, dtype: str) -> tuple[int, ...]:
-    """Draw a shape that fills whole bytes."""
+    """Draw a shape whose elements fill whole bytes."""
     shape = tuple(draw(st.lists(st.integers(0, 6), max_size=3)))
     return (*shape, 4 * draw(st.integers(0, 3))) if is_below_a_byte(dtype) else shape
 
 
 @st.composite
 def contents(draw: st.DrawFn, size: int) -> bytes:
-    """Draw the bytes of a tensor: random, or of few special patterns."""
+    """Draw the bytes of a tensor: random, or made of few special patterns."""
     if draw(st.booleans()):
         return draw(st.binary(min_size=size, max_size=size))
     return (draw(patterns) * size)[:size]
@@ -71,7 +71,7 @@ def changed(draw: st.DrawFn, tensor: Raw) -> Raw:
 
 
 def resized(draw: st.DrawFn, tensor: Raw) -> Raw:
-    """Return the tensor with another first dimension, its leading bytes kept."""
+    """Return the tensor with another first dimension and the same leading bytes."""
     if len(tensor.shape) < 2:
         return changed(draw, tensor)
     shape = (draw(st.integers(0, 8)), *tensor.shape[1:])
@@ -82,7 +82,7 @@ def resized(draw: st.DrawFn, tensor: Raw) -> Raw:
 
 
 def reshaped(draw: st.DrawFn, tensor: Raw) -> Raw:
-    """Return the tensor turned, or flat."""
+    """Return the tensor with a reversed or flat shape, or with a leading dimension of 1."""
     flat = (math.prod(tensor.shape),)
     shape = draw(st.sampled_from([tuple(reversed(tensor.shape)), flat, (1, *tensor.shape)]))
     return Raw(tensor.dtype, shape, tensor.data)
@@ -105,7 +105,7 @@ EDITS: list[Callable[[st.DrawFn, Raw], Raw]] = [
 
 @st.composite
 def edited(draw: st.DrawFn, tensors: dict[str, Raw]) -> dict[str, Raw]:
-    """Draw what became of tensors: some kept, changed, removed, added, all in another order."""
+    """Draw an edited list of tensors: some kept, changed, removed or added, in another order."""
     result = {}
     for name, tensor in tensors.items():
         fate = draw(st.integers(0, 9))
@@ -117,7 +117,7 @@ def edited(draw: st.DrawFn, tensors: dict[str, Raw]) -> dict[str, Raw]:
 
 
 def moved(draw: st.DrawFn, files: dict[str, dict[str, Raw]]) -> dict[str, dict[str, Raw]]:
-    """Return files some of whose tensors have got another name or file, or are there twice."""
+    """Return files in which some tensors are renamed, moved to another file, or duplicated."""
     fate = draw(st.sampled_from(["prefix", "no prefix", "rename", "move", "copy", "as they are"]))
     files = {stem: dict(tensors) for stem, tensors in files.items()}
     stem, other = draw(st.tuples(*[st.sampled_from(sorted(files))] * 2))
@@ -135,7 +135,7 @@ def moved(draw: st.DrawFn, files: dict[str, dict[str, Raw]]) -> dict[str, dict[s
 def spelled(
     indent: int | None, spaces: int, *, backwards: bool
 ) -> Callable[[dict[str, Any]], bytes]:
-    """Return a way to spell a header."""
+    """Return a function that formats a header in a drawn way."""
 
     def spell(fields: dict[str, Any]) -> bytes:
         if backwards:
@@ -162,8 +162,8 @@ class Plan:
     """A checkpoint to be written.
 
     Attributes:
-        files: the tensors of each weight file, or of the shards in its place, by its stem.
-        write: writes the files below a path and returns the checkpoint.
+        files: the tensors of each weight file by its stem; a file may be written as shards.
+        write: a function that writes the files below a path and returns the path of the checkpoint.
     """
 
     files: dict[str, dict[str, Raw]]
@@ -172,7 +172,7 @@ class Plan:
 
 @st.composite
 def plans(draw: st.DrawFn, weights: dict[str, dict[str, Raw]]) -> Plan:
-    """Draw which weight files are cut into shards, and what lies beside them."""
+    """Draw which weight files are written as shards, and which other files there are."""
     spell, meta = draw(spellings), draw(metadata)
     if len(weights) == 1 and draw(st.booleans()):
         (tensors,) = weights.values()
@@ -209,7 +209,7 @@ def plans(draw: st.DrawFn, weights: dict[str, dict[str, Raw]]) -> Plan:
 
 
 def free(root: Path, path: str) -> bool:
-    """Return whether a file or folder can be made there."""
+    """Return whether a file or folder can be created at a path."""
     place = root / path
     parents = [p for p in place.parents if p.is_relative_to(root)]
     return not os.path.lexists(place) and all(p.is_dir() or not p.exists() for p in parents)
@@ -220,7 +220,7 @@ STEMS = [["model"], ["model"], ["model", "m"], ["a", "s/m"], ["model", "model.fp
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[Plan, Plan]:
-    """Draw a base and a target made of it."""
+    """Draw a base and a target that was made from it."""
     old: dict[str, dict[str, Raw]] = {}
     for stem in draw(st.sampled_from(STEMS)):
         old[stem] = draw(st.dictionaries(names, raws(), max_size=4))

@@ -75,7 +75,7 @@ def test_part_of_a_byte_is_refused(name: str, shape: tuple[int, ...]) -> None:
     ],
 )
 def test_overflow_is_refused(name: str, shape: tuple[int, ...]) -> None:
-    with pytest.raises(LimitExceeded, match="exceeds 2\\^63 bits"):
+    with pytest.raises(LimitExceeded, match="2\\^63 bits or more"):
         tensor_bytes(DTYPES[name], shape)
 
 
@@ -110,7 +110,7 @@ def test_a_delta_may_describe_unknown_dtypes_and_known_ones_only_rightly() -> No
     with pytest.raises(Corrupt, match="whole number of bytes and elements"):
         tensor_bytes(check_dtype("NEW", 24, "i2"), (3,))
     for bits, element in ((16, "i2"), (16, "f1"), (8, "f2"), (0, "f2")):
-        with pytest.raises(Corrupt, match="is described with"):
+        with pytest.raises(Corrupt, match="cannot have"):
             check_dtype("BF16", bits, element)
     with pytest.raises(Corrupt):
         check_dtype("NEW", 0, "i1")

@@ -35,7 +35,7 @@ ROOMS = (
     "cli",
     "top",
 )
-GROUND = {"errors", "dtypes", "progress", "_typing", "fs", "system", "redaction"}
+GROUND = {"errors", "dtypes", "progress", "redaction", "_typing", "fs", "interrupts", "system"}
 TOP = {"__init__", "__main__"}
 
 # What the thin methods of ``Delta``, ``diff`` of a model and ``open_store`` import when they are called.
@@ -64,6 +64,8 @@ OUTSIDE = {"blake3", "numpy", "zstandard"}
 OUTSIDE_OF_ROOM = {"cli": OUTSIDE | {"click", "rich"}, "report": OUTSIDE | {"rich"}}
 # What the pure rooms do without.
 FILES = {"os", "io", "pathlib", "tempfile", "shutil", "mmap", "socket", "torch"}
+# The kernels read an environment variable.
+PURE_EXCEPTIONS = {("codecs.kernels", "os")}
 
 
 class Import(NamedTuple):
@@ -155,7 +157,7 @@ def faults(package: Path) -> set[str]:
 def _outside_faults(name: str, imported: str, when: str) -> set[str]:
     found = set()
     top = imported.partition(".")[0]
-    if room(name) == "codecs" and top in FILES:
+    if room(name) == "codecs" and top in FILES and (name, top) not in PURE_EXCEPTIONS:
         found.add(f"{name}: codecs import {top}")
     if top in LAZY:
         if room(name) not in LAZY[top] and not ((name, top) in TYPES_ONLY and when == "types"):

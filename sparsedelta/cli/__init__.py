@@ -1,7 +1,7 @@
-"""The command line: parse, call one public function, show what it returned.
+"""The command line: parse the arguments, call one public function, print its result.
 
-Each command is a module of this package named like the command, which defines ``command``; it is
-imported when it is asked for. stdout gets results and nothing else.
+The module ``sparsedelta.cli.NAME`` defines the command NAME as ``command``. It is imported when the
+command is run. Only results are printed on stdout.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from sparsedelta.cli._failures import (
     report_failure,
     report_interrupt,
 )
+from sparsedelta.codecs.kernels import in_use
 
 COMMANDS = (
     "diff", "apply", "verify", "inspect", "stack", "invert", "merge", "push", "pull",
     "publish", "follow", "log", "prune",
 )  # fmt: skip
-_DEBUG_HELP = "Show where an error comes from."
-_QUIET_HELP = "Show neither progress nor notes."
+_DEBUG_HELP = "Show the traceback of an error."
+_QUIET_HELP = "Do not show progress or notes."
 
 
 def _shared_options() -> list[click.Option]:
-    """Return the options of the whole program as those of one command: people type them there."""
+    """Return the options that are also accepted after the name of a command."""
 
     def quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         if value:
@@ -56,33 +57,33 @@ def _shared_options() -> list[click.Option]:
 
 
 class Commands(click.Group):
-    """The commands, imported when first asked for; what they raise becomes one line and an exit code."""
+    """The group of all commands. It imports a command on first use, and reports the errors of each."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order in which the help shows them."""
+        """Return the names of the commands in the order of the help page."""
         return [*COMMANDS]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return a command by its name, None if there is none."""
+        """Return the command of this name, or None if there is none."""
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = import_module(f"{__name__}.{cmd_name}").command
-        have = {param.name for param in command.params}
-        command.params += [option for option in _shared_options() if option.name not in have]
+        names = {param.name for param in command.params}
+        command.params += [option for option in _shared_options() if option.name not in names]
         return command
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the program; standard streams that are closed, as a daemon has them, lead nowhere."""
+        """Run the program. Standard streams that are closed, as in a daemon, are opened on the null device."""
         _open_standard_streams()
         guard_streams()
         try:
             return super().main(*args, **kwargs)
-        except OSError as error:  # outside commands: a help that cannot be written
+        except OSError as error:  # a help page that cannot be written
             report_failure(error, with_traceback=False)
             sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> None:
-        """Run a command; exit with 1 on an expected failure and with 128 + its number on a signal."""
+        """Run a command. Exit with 1 on an expected error, and with 128 + N on signal N."""
         try:
             with ending_signals():
                 super().invoke(ctx)
@@ -96,7 +97,7 @@ class Commands(click.Group):
 
 
 def _open_standard_streams() -> None:
-    # In order, so that each gets its own number; else a file opened later would take it.
+    # os.open returns the lowest free number, so each stream gets its own if they are opened in order.
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)
@@ -116,13 +117,15 @@ def _open_standard_streams() -> None:
     ),
 )
 @click.version_option(
-    sparsedelta.__version__, prog_name="sparsedelta", message="%(prog)s %(version)s"
+    sparsedelta.__version__,
+    prog_name="sparsedelta",
+    message=f"%(prog)s %(version)s ({in_use()} kernels)",
 )
 @click.option("--debug", is_flag=True, help=_DEBUG_HELP)
 @click.option("-q", "--quiet", is_flag=True, help=_QUIET_HELP)
 @click.pass_context
 def main(ctx: click.Context, *, debug: bool, quiet: bool) -> None:
-    """Keep only what changed between two model checkpoints, bit for bit."""
+    """Store the difference between two model checkpoints, and rebuild one from the other bit for bit."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # tensor names may hold any character
     ctx.obj = Settings(quiet=quiet)

@@ -1,8 +1,4 @@
-"""What commands share: settings, options, the example at the end of a help, checks of outputs.
-
-Options that a command only hands on to the function of its name, which has them as arguments, are its
-``options``.
-"""
+"""Parts that several commands use: settings, options, examples of the help pages, checks of outputs."""
 
 from __future__ import annotations
 
@@ -23,51 +19,57 @@ PATH = click.Path(path_type=Path)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 token_option = click.option(
-    "--token", metavar="TOKEN", help="Token of the Hub; without it the one that is logged in."
+    "--token",
+    metavar="TOKEN",
+    help="Access token for the Hub. [default: the token of `hf auth login`]",
 )
 verify_option = click.option(
     "--verify",
     type=click.Choice(["full", "touched", "none"]),
     default="full",
     show_default=True,
-    help="Check the digests of all tensors, of the touched values only, or none.",
+    help="Which digests to check: of all tensors, of the touched values only, or none.",
 )
 
 
-def exclude_option(of: str) -> Callable[[Any], Any]:
-    """Return the option of globs of files that are left out; ``of``: which files they are."""
-    text = f"Leave out {of} that match. May be repeated."
+def exclude_option(files: str) -> Callable[[Any], Any]:
+    """Return the option ``--exclude``.
+
+    Args:
+        files: which files it applies to, such as ``"files of BASE"``; used in the help text.
+    """
+    text = f"Leave out {files} that match GLOB. May be repeated."
     return click.option("--exclude", multiple=True, metavar="GLOB", help=text)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The options that stand before the command."""
+    """The options that apply to all commands."""
 
     quiet: bool
 
     def note(self, message: str) -> None:
-        """Say something on stderr that is not a result, unless notes are not wanted."""
+        """Print a message on stderr, unless ``--quiet`` was given."""
         if not self.quiet:
             click.echo(message, err=True)
 
 
 def examples(*lines: str) -> str:
-    """Return the end of a command's help: lines that can be typed as they stand."""
+    """Return the examples for the end of a help page; each line is a complete command."""
     title = "Example:" if len(lines) == 1 else "Examples:"
     return "\n".join(["\b", title, *(f"  {line}" for line in lines)])
 
 
 def print_json(value: Mapping[str, JSON]) -> None:
-    """Print an object on stdout as indented JSON, in ASCII so that any terminal and pipe takes it.
+    """Print an object on stdout as indented JSON. It is ASCII, so that every terminal can show it.
 
-    Paths, of which reports hold some, are printed as text.
+    Paths in it are printed as text.
     """
     click.echo(json.dumps(value, indent=2, default=os.fspath))
 
 
 def quiet_client(settings: Settings) -> None:
-    """Let the Hub's client show its bars and warnings only where ours would be."""
+    """Hide the progress bars and warnings of huggingface_hub where this program shows no progress."""
     from sparsedelta.hub.client import silence
 
     if settings.quiet or not sys.stderr.isatty():
@@ -75,17 +77,17 @@ def quiet_client(settings: Settings) -> None:
 
 
 def check_output_file(output: Path, *, overwrite: bool, inputs: tuple[Path, ...]) -> None:
-    """Find out before the work whether a file can be written.
+    """Check that an output file can be written, before the work starts.
 
     Args:
-        output: the file.
-        overwrite: whether it may replace another.
-        inputs: files and folders that it must not replace or alter.
+        output: path of the file.
+        overwrite: whether an existing file may be replaced.
+        inputs: files and folders; the output must be none of them and lie in none of them.
 
     Raises:
-        FileExistsError: it exists and may not be replaced, or would be part of an input.
-        FileNotFoundError: its folder does not exist.
-        IsADirectoryError: it is a folder.
+        FileExistsError: the output exists and ``overwrite`` is false, or it is or lies in an input.
+        FileNotFoundError: the folder of the output does not exist.
+        IsADirectoryError: the output is a folder.
     """
     from sparsedelta.fs import check_absent
 
@@ -94,9 +96,9 @@ def check_output_file(output: Path, *, overwrite: bool, inputs: tuple[Path, ...]
     check_absent(output, overwrite=overwrite)
     if not Path(os.path.abspath(output)).parent.is_dir():
         raise FileNotFoundError(f"the folder of output '{output}' does not exist; create it first")
-    place = Path(os.path.realpath(output))
+    resolved = Path(os.path.realpath(output))
     for path in inputs:
-        if place.is_relative_to(os.path.realpath(path)):
+        if resolved.is_relative_to(os.path.realpath(path)):
             raise FileExistsError(
-                f"output '{output}' would be a part of '{path}'; choose another place"
+                f"output '{output}' is or lies in the input '{path}'; choose another path"
             )

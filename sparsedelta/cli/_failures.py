@@ -1,4 +1,4 @@
-"""How failures are reported: one line on stderr, free of anything that a terminal would act on."""
+"""Errors and signals reported as one line on stderr, without terminal control characters."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from typing import Any
 
 import click
 
+from sparsedelta.codecs.kernels import in_use
 from sparsedelta.errors import SparseDeltaError
+from sparsedelta.interrupts import SIGNALS
 from sparsedelta.report.text import printable
-
-_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
 
 _NO_READER = 141  # 128 + SIGPIPE
 
-# ValueError: an argument that only the library can judge. Anything else is a bug: a traceback.
+# ValueError: the library rejects an argument. Any other exception is a bug and shows its traceback.
 EXPECTED = (SparseDeltaError, ValueError, OSError, MemoryError)
 
 
 def describe(error: BaseException) -> str:
-    """Return what went wrong as one line."""
+    """Return the message of an error as one line."""
     if isinstance(error, OSError) and error.strerror:
         names = [name for name in (error.filename, error.filename2) if name is not None]
         return printable("".join(f"'{name}': " for name in names) + str(error.strerror).lower())
@@ -38,7 +36,7 @@ def describe(error: BaseException) -> str:
 
 
 def report_failure(error: BaseException, *, with_traceback: bool) -> None:
-    """Tell of a failure on stderr."""
+    """Print an error on stderr, with its traceback if wanted, and without credentials."""
     from sparsedelta.hub.secrets import credentials
     from sparsedelta.redaction import redacted
 
@@ -46,11 +44,12 @@ def report_failure(error: BaseException, *, with_traceback: bool) -> None:
     if with_traceback:
         lines = "".join(traceback.format_exception(error))
         click.echo(redacted(lines, known), err=True, nl=False)
+        click.echo(f"kernels: {in_use()}", err=True)
     click.echo(f"error: {redacted(describe(error), known)}", err=True)
 
 
 def report_interrupt(number: int) -> None:
-    """Tell on stderr of the signal that ended the work."""
+    """Print on stderr which signal ended the program."""
     start = "\n" if sys.stderr.isatty() else ""  # the terminal has written "^C" on this line
     name = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
     click.echo(start + name, err=True)
@@ -58,13 +57,13 @@ def report_interrupt(number: int) -> None:
 
 @contextmanager
 def ending_signals() -> Iterator[None]:
-    """Raise KeyboardInterrupt, with the number, at Ctrl-C, SIGTERM and SIGHUP, so that the work is cleared away.
+    """Turn SIGINT, SIGTERM and SIGHUP into ``KeyboardInterrupt(number)``, so that unfinished output is removed.
 
-    Only at the first: launchers send several, and clearing away goes on. Signals that this process
-    ignores, as ``nohup`` makes it, stay ignored.
+    Only the first signal raises. Launchers send several, and a later one must not stop the clean-up.
+    Signals that this process already ignores, such as SIGHUP under ``nohup``, stay ignored.
     """
     defaults = (signal.SIG_DFL, signal.default_int_handler)
-    caught = {number: signal.getsignal(number) for number in _SIGNALS}
+    caught = {number: signal.getsignal(number) for number in SIGNALS}
     caught = {number: handler for number, handler in caught.items() if handler in defaults}
     if threading.current_thread() is not threading.main_thread():
         caught = {}
@@ -84,16 +83,16 @@ def ending_signals() -> Iterator[None]:
 
 
 class _Stream(io.FileIO):
-    """Standard output or error. What cannot be written to stderr is lost, and nothing else with it."""
+    """Standard output or error. A failed write to stderr is ignored; a failed write to stdout raises once."""
 
     _has_failed = False
 
     def write(self, data: Any, /) -> int:
-        """Write bytes; after a failure, which is raised once and only of stdout, drop them.
+        """Write bytes and return how many. Bytes that cannot be written count as written.
 
         Raises:
-            SystemExit: nobody reads stdout any longer, as ``| head`` makes it, or wants to know more.
-            OSError: stdout cannot be written for another reason.
+            SystemExit: the reader of stdout has closed the pipe, as ``| head`` does.
+            OSError: stdout cannot be written for another reason. It is raised once.
         """
         try:
             return super().write(data)
@@ -108,7 +107,7 @@ class _Stream(io.FileIO):
 
 
 def guard_streams() -> None:
-    """Make failures to write to this program's stdout and stderr known, or harmless; see ``_Stream``."""
+    """Replace stdout and stderr by streams that handle failed writes; see ``_Stream``."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):

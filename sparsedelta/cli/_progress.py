@@ -1,4 +1,4 @@
-"""Progress as a bar on stderr, if that is a terminal."""
+"""A progress bar on stderr, shown if stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from sparsedelta.progress import Progress
 
-_SECONDS = 0.1
+_UPDATE_SECONDS = 0.1
 
 
 @contextmanager
 def progress_bar(settings: Settings) -> Iterator[Progress | None]:
-    """Yield what shows progress, gone from the screen at the end; None if nobody is to see it."""
+    """Yield a progress bar, removed from the screen at the end; None if quiet or stderr is no terminal."""
     if settings.quiet or not sys.stderr.isatty():
         yield None
         return
@@ -33,38 +33,38 @@ def progress_bar(settings: Settings) -> Iterator[Progress | None]:
 
 
 class Bar:
-    """A bar of the stage that is going on (``sparsedelta.progress.Progress``).
+    """The progress bar of the current stage; implements ``sparsedelta.progress.Progress``.
 
-    Workers report every half megabyte; the screen is told ten times a second.
+    Workers report every half megabyte. The screen is updated at most ten times a second.
     """
 
     def __init__(self) -> None:
         self._shown: RichProgress | None = None
         self._lock = threading.Lock()
         self._n_done = 0
-        self._next = 0.0
+        self._next_update = 0.0
 
     def start(self, label: str, n_bytes: int) -> None:
-        """Show a stage of ``n_bytes`` bytes in place of the one before it."""
+        """Start a stage of ``n_bytes`` bytes; its bar replaces that of the stage before."""
         self.finish()
-        self._n_done, self._next = 0, 0.0
+        self._n_done, self._next_update = 0, 0.0
         shown = _make_bar()
         shown.add_task(label, total=n_bytes)
         shown.start()
         self._shown = shown
 
     def advance(self, n_bytes: int) -> None:
-        """Count ``n_bytes`` more; safe from several threads."""
+        """Add ``n_bytes`` to the bytes done. May be called from several threads."""
         with self._lock:
             self._n_done += n_bytes
             now = time.monotonic()
-            if self._shown is None or now < self._next:
+            if self._shown is None or now < self._next_update:
                 return
-            self._next = now + _SECONDS
+            self._next_update = now + _UPDATE_SECONDS
             self._shown.update(self._shown.task_ids[0], completed=self._n_done)
 
     def finish(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         with self._lock:
             shown, self._shown = self._shown, None
         if shown is not None:

@@ -1,4 +1,4 @@
-"""Arguments that are a path or a repository: a path that exists wins, and that is said."""
+"""Arguments that may be a path or a repository. An existing path is preferred, and a note says so."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ _PATH_SUFFIXES = (DELTA_SUFFIX, ".safetensors")
 
 
 class Sources(ExitStack):
-    """Finds what arguments name; what it fetches is held until it is closed."""
+    """Opens the deltas and checkpoints that arguments name, and keeps downloads open until it is closed."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         self._settings = settings
 
-    def reference(self, text: str, *, noted: bool = True) -> Reference | None:
-        """Return the repository that an argument names; None if it is a path.
+    def reference(self, text: str, *, note: bool = True) -> Reference | None:
+        """Return the repository that an argument names, or None if it names a path.
+
+        Args:
+            text: the argument.
+            note: print a note if it could be either.
 
         Raises:
             ValueError: it begins with ``hf://`` and names no repository.
@@ -38,19 +42,19 @@ class Sources(ExitStack):
             return found
         if os.path.lexists(text):
             shown = printable(text)
-            if noted:
+            if note:
                 self._settings.note(
-                    f"using '{shown}' here; for the repository write {SCHEME}{shown}"
+                    f"using the local path '{shown}'; for the repository write {SCHEME}{shown}"
                 )
             return None
         return None if text.endswith(_PATH_SUFFIXES) else found
 
     def paths(self, *texts: str) -> tuple[Path, ...]:
-        """Return those of several arguments that are paths."""
-        return tuple(Path(text) for text in texts if self.reference(text, noted=False) is None)
+        """Return the arguments that name paths."""
+        return tuple(Path(text) for text in texts if self.reference(text, note=False) is None)
 
     def delta(self, text: str) -> Path:
-        """Return where a delta is on disk."""
+        """Return the path of a delta, downloaded if it is on the Hub."""
         reference = self._client(text)
         if reference is None:
             return Path(text)
@@ -59,8 +63,8 @@ class Sources(ExitStack):
         with _or_path(text):
             return fetch_delta(reference)
 
-    def head_of_delta(self, text: str) -> Path | Delta:
-        """Return a delta of which only header and manifest are to be read."""
+    def delta_metadata(self, text: str) -> Path | Delta:
+        """Return a delta whose header and manifest can be read; from the Hub, only these are downloaded."""
         reference = self._client(text)
         if reference is None:
             return Path(text)
@@ -70,7 +74,7 @@ class Sources(ExitStack):
             return self.enter_context(remote_delta(reference))
 
     def base(self, text: str, delta: Path) -> tuple[Path, tuple[Delta, ...]]:
-        """Return a base for a delta on disk, and what is to be applied to it first."""
+        """Return the path of a base for a delta on disk, and the deltas to apply to it before that one."""
         reference = self._client(text)
         if reference is None:
             return Path(text), ()
@@ -84,20 +88,20 @@ class Sources(ExitStack):
         self._settings.note(f"base: {printable(base.name)}")
         return base.folder, base.deltas
 
-    def only_base(self, text: str, delta: Path) -> Path:
-        """Return a base for a delta on disk that has weights of its own.
+    def base_with_weights(self, text: str, delta: Path) -> Path:
+        """Return the path of a base for a delta on disk; the base must hold weights.
 
         Raises:
-            RemoteNotFound: it is a repository that holds a delta.
+            RemoteNotFound: the base is a repository that holds a delta.
         """
-        place, before = self.base(text, delta)
+        path, before = self.base(text, delta)
         if before:
             raise RemoteNotFound(f"repository '{text}' holds a delta, not weights; pull it first")
-        return place
+        return path
 
-    def word_on_base(self, text: str) -> RemoteBaseReport | None:
-        """Return what the Hub shows of the base of a delta there; None for a delta that is a path."""
-        reference = self.reference(text, noted=False)
+    def remote_base_report(self, text: str) -> RemoteBaseReport | None:
+        """Return what the Hub's metadata shows about the base of a delta; None if the delta is a path."""
+        reference = self.reference(text, note=False)
         if reference is None:
             return None
         from sparsedelta.hub.sources import check_remote_base
@@ -105,7 +109,7 @@ class Sources(ExitStack):
         return check_remote_base(reference)
 
     def checkpoint(self, text: str) -> tuple[Path, str | None]:
-        """Return where a whole checkpoint is on disk, and its name if it is a repository's."""
+        """Return the path of a checkpoint, and the name of its repository if it has one."""
         reference = self._client(text)
         if reference is None:
             return Path(text), None
@@ -125,10 +129,10 @@ class Sources(ExitStack):
 
 @contextmanager
 def _or_path(text: str) -> Iterator[None]:
-    """Add to the error of a repository that is not available that no such path exists either."""
+    """If the repository is not available, add to the error that no path of this name exists either."""
     try:
         yield
     except (RemoteNotFound, AccessDenied, Unreachable) as error:
         if text.startswith(SCHEME) or (isinstance(error, RemoteNotFound) and not error.expected):
-            raise  # the repository is there, something in it is not
-        raise type(error)(f"nothing is at '{text}' here, and {error}") from error
+            raise  # the repository exists, but something in it does not
+        raise type(error)(f"there is no local path '{text}', and {error}") from error

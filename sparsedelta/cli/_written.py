@@ -1,4 +1,4 @@
-"""What is said of a delta that a command has made of others."""
+"""The report on a delta that a command has written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def written_json(output: Path, found: Inspection) -> dict[str, JSON]:
-    """Return the figures of a delta just written."""
+    """Return the report as a JSON object."""
     return {
         "delta": str(output),
         "file_bytes": found.sizes.file_bytes,
@@ -31,7 +31,7 @@ def written_json(output: Path, found: Inspection) -> dict[str, JSON]:
 
 
 def changed_text(found: Inspection) -> str:
-    """Return how much a delta changes."""
+    """Return how many elements and tensors a delta changes, as text."""
     n_rows = len(found.tensors) - found.states["unchanged"]
     return (
         f"{count(found.nnz)} of {count(found.numel, 'element')} changed ({percent(found.density)}),"
@@ -40,7 +40,7 @@ def changed_text(found: Inspection) -> str:
 
 
 def show_written(output: Path, *, as_json: bool) -> None:
-    """Print what a delta just written holds: lines, or one JSON object."""
+    """Print the report on a delta just written, as text or as JSON."""
     found = sparsedelta.inspect(output)
     if as_json:
         print_json(written_json(output, found))
@@ -48,5 +48,5 @@ def show_written(output: Path, *, as_json: bool) -> None:
     click.echo(f"{printable(str(output))}: {size(output.stat().st_size)}, {changed_text(found)}")
     if found.target_fingerprint is None:
         click.echo(
-            "what the target must be is known of the touched values only; with --base it is of all"
+            "the delta has digests of the touched values only; with --base it has those of the whole target"
         )

@@ -1,9 +1,9 @@
-"""``sparsedelta apply``: from a base and deltas to the target."""
+"""``sparsedelta apply``: rebuild the target from a base and deltas."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +12,9 @@ from sparsedelta.cli._common import Settings, examples, exclude_option, verify_o
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.fs import check_absent
+
+if TYPE_CHECKING:
+    from sparsedelta.tensors.rebuild import Check
 
 
 @click.command("apply", epilog=examples("sparsedelta apply base/ delta.sd out/"))
@@ -22,18 +25,19 @@ from sparsedelta.fs import check_absent
 @click.option(
     "--any-size",
     is_flag=True,
-    help="Apply a delta that makes far more than its size explains.",
+    help="Allow a target that is much larger than the base and the delta.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace OUT, a folder with all that is in it.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT and everything in it.")
 @click.pass_obj
 def command(
     settings: Settings,
-    /,
     *,
     base: str,
     deltas_and_out: tuple[str, ...],
+    verify: Check,
+    exclude: tuple[str, ...],
+    any_size: bool,
     overwrite: bool,
-    **options: Any,
 ) -> None:
     """Rebuild the target from BASE and DELTA, byte for byte.
 
@@ -48,8 +52,15 @@ def command(
     check_absent(out, overwrite=overwrite)
     with Sources(settings) as sources, progress_bar(settings) as progress:
         paths = [sources.delta(delta) for delta in deltas]
-        place, before = sources.base(base, paths[0])
+        base_path, before = sources.base(base, paths[0])
         sparsedelta.apply(
-            place, [*before, *paths], out, overwrite=overwrite, **options, progress=progress
+            base_path,
+            [*before, *paths],
+            out,
+            verify=verify,
+            overwrite=overwrite,
+            exclude=exclude,
+            any_size=any_size,
+            progress=progress,
         )
     settings.note(f"wrote {out}")

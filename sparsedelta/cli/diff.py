@@ -1,10 +1,10 @@
-"""``sparsedelta diff``: from two checkpoints to a delta."""
+"""``sparsedelta diff``: compare two checkpoints and write a delta."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import click
 
@@ -26,9 +26,9 @@ from sparsedelta.report.text import count, listed, percent, printable, size
 if TYPE_CHECKING:
     from sparsedelta import Inspection
 
-_MOST_SHOWN = 5
-Globs: TypeAlias = Mapping[str, Sequence[str]]  # of what is excluded and included
-_SMALL_BYTES = 1 << 20  # below it nobody minds the size
+Globs: TypeAlias = Mapping[str, Sequence[str]]  # the arguments exclude and include of diff
+_MAX_LISTED = 5
+_SMALL_BYTES = 1 << 20  # no warning about the size of deltas of smaller targets
 
 
 @click.command(
@@ -41,26 +41,26 @@ _SMALL_BYTES = 1 << 20  # below it nobody minds the size
     "-o", "--output", type=PATH, required=True, metavar="DELTA", help="The file to write."
 )
 @click.option(
-    "--base-id", metavar="ID", help="Record where others can find the base: org/model@<commit>."
+    "--base-id", metavar="ID", help="Record which repository holds the base: org/model@<commit>."
 )
 @click.option(
     "--values",
     type=click.Choice(["ulp", "target"]),
     default="ulp",
     show_default=True,
-    help="Store differences in units of the last place (small) or the target's bits.",
+    help="Store differences in units in the last place (smaller) or the bits of the target.",
 )
 @click.option(
     "--level",
     type=click.Choice(["fast", "default", "max"]),
     default="default",
     show_default=True,
-    help="Spend more time for a smaller file.",
+    help="Effort of compression; a higher level takes longer and gives a smaller file.",
 )
 @click.option(
     "--standalone",
     is_flag=True,
-    help="Write a delta that stack and invert can read without the base.",
+    help="Write a delta that stack and invert can process without the base.",
 )
 @exclude_option("files")
 @click.option(
@@ -74,83 +74,89 @@ _SMALL_BYTES = 1 << 20  # below it nobody minds the size
 @click.pass_obj
 def command(
     settings: Settings,
-    /,
     *,
     base: str,
     target: str,
     output: Path,
     base_id: str | None,
+    values: str,
+    level: str,
+    standalone: bool,
     exclude: tuple[str, ...],
     include: tuple[str, ...],
     overwrite: bool,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """Compare BASE and TARGET and write the difference to a delta file.
 
-    BASE and TARGET are each a .safetensors file, a folder with such files (sharded or not) and
-    config, tokenizer and other files, or a repository on the Hub (org/name@revision).
+    BASE and TARGET may each be a .safetensors file, a checkpoint folder (with shards,
+    configuration, tokenizer and other files), or a repository on the Hub (org/name@revision).
     """
     with Sources(settings) as sources:
         check_output_file(output, overwrite=overwrite, inputs=sources.paths(base, target))
-        old, name = sources.checkpoint(base)
-        new, _ = sources.checkpoint(target)
+        base_path, repository = sources.checkpoint(base)
+        target_path, _ = sources.checkpoint(target)
         progress = sources.enter_context(progress_bar(settings))
         with sparsedelta.diff(
-            old,
-            new,
-            base_id=base_id or name,
+            base_path,
+            target_path,
+            base_id=base_id or repository,
+            values=values,
+            level=level,
+            standalone=standalone,
             exclude=exclude,
             include=include,
-            **options,
             progress=progress,
-            spool_dir=str(output.parent),  # has to have the room anyway; /tmp may be memory
+            spool_dir=str(output.parent),  # the file system of the output; /tmp may be in memory
         ) as delta:
             delta.save(output, overwrite=overwrite)
-        found = sparsedelta.inspect(output)
-        target_bytes = _target_bytes(new, found)
-        if as_json:
-            more = {
-                "target_bytes": target_bytes,
-                "n_unused": found.n_unused,
-                "payload_bytes_per_change": found.payload_bytes_per_change,
-                "file_bytes_per_change": found.file_bytes_per_change,
-            }
-            print_json(written_json(output, found) | more)
-        else:
-            click.echo(_describe(output, target_bytes, found))
         globs = {"exclude": exclude, "include": include}
-        for warning in _warnings(old, new, found, target_bytes, globs):
-            click.echo(f"warning: {warning}", err=True)
-        if left_out := _left_out(new, globs):
-            shown = listed(left_out, _MOST_SHOWN)
-            click.echo(
-                f"left out: {shown} (no part of a checkpoint; --include keeps them)", err=True
-            )
+        _show(output, base_path, target_path, globs, as_json=as_json)
+
+
+def _show(output: Path, base: Path, target: Path, globs: Globs, *, as_json: bool) -> None:
+    """Print the report on the delta on stdout, and the warnings on stderr."""
+    found = sparsedelta.inspect(output)
+    target_bytes = _target_bytes(target, found)
+    if as_json:
+        more = {
+            "target_bytes": target_bytes,
+            "n_unused": found.n_unused,
+            "payload_bytes_per_change": found.payload_bytes_per_change,
+            "file_bytes_per_change": found.file_bytes_per_change,
+        }
+        print_json(written_json(output, found) | more)
+    else:
+        click.echo(_describe(output, target_bytes, found))
+    for warning in _warnings(base, target, found, target_bytes, globs):
+        click.echo(f"warning: {warning}", err=True)
+    if left_out := _left_out(target, globs):
+        shown = listed(left_out, _MAX_LISTED)
+        click.echo(f"left out: {shown} (not part of a checkpoint; --include keeps them)", err=True)
 
 
 def _warnings(
     base: Path, target: Path, found: Inspection, target_bytes: int, globs: Globs
 ) -> Iterator[str]:
-    """Yield what makes the delta larger than it need be, or of little use."""
+    """Yield warnings about a delta that is large, with the likely cause."""
     n_tensors = count(len(found.tensors), "tensor")
     file_bytes = found.sizes.file_bytes or 0
     if file_bytes >= target_bytes:
         yield (
             f"the delta ({size(file_bytes)}) is not smaller than the target"
-            f" ({size(target_bytes)}); keeping the target itself takes less"
+            f" ({size(target_bytes)}); storing the target itself takes less space"
         )
     elif 3 * file_bytes > target_bytes > _SMALL_BYTES:
         yield (
-            f"the delta is {percent(file_bytes / target_bytes)} of the target; deltas pay off where"
-            " less changes, as after sparse training or a few steps"
+            f"the delta is {percent(file_bytes / target_bytes)} of the target; deltas are small when few"
+            " values change, as in sparse training or after a few steps"
         )
     renamed = [t for t in found.tensors if t.base_name not in (None, t.name)]
     if 2 * len(renamed) > len(found.tensors):
         yield (
             f"{count(len(renamed))} of {n_tensors} have another name than in the base, such as"
             f" {printable(renamed[0].name)} for {printable(renamed[0].base_name or '')}; to keep"
-            " the base's names, save the model without what wraps it (torch.compile, DataParallel)"
+            " the base's names, save the model without its wrapper (torch.compile, DataParallel)"
         )
     added = {t.name: t.dtype for t in found.tensors if t.state == "added"}
     if found.n_unused and 2 * len(added) > len(found.tensors):
@@ -168,12 +174,12 @@ def _dtypes(base: Path, globs: Globs) -> dict[str, str]:
 
 
 def no_counterpart(added: Mapping[str, str], base: Mapping[str, str], *, is_adapter: bool) -> str:
-    """Return the likely cause, and the way out, as a clause.
+    """Return why tensors of the target have no counterpart in the base, and what to do, as a clause.
 
     Args:
-        added: dtype by name of the target's tensors that are made from none of the base; at least one.
+        added: dtype by name of these tensors; at least one.
         base: dtype by name of the base's tensors.
-        is_adapter: the target is a PEFT adapter.
+        is_adapter: whether the target is a PEFT adapter.
     """
     if is_adapter:
         return "the target is a PEFT adapter: merge it into the base and save that model"
@@ -181,21 +187,21 @@ def no_counterpart(added: Mapping[str, str], base: Mapping[str, str], *, is_adap
     if pairs:
         before, after = min(pairs)
         return (
-            f"the base has them in another dtype or shape ({before} for {after}): convert one of the two"
-            " and diff again for a small delta"
+            f"the base has them in another dtype or shape ({before} instead of {after}): convert one"
+            " of the checkpoints and run diff again for a small delta"
         )
     return "none of their names is in the base: is this the right base?"
 
 
 def _left_out(target: Path, globs: Globs) -> list[str]:
-    """Return the files of the target that are not in the delta because they are no part of a checkpoint."""
+    """Return the files of the target that were left out because they are not part of a checkpoint."""
     from sparsedelta.files.checkpoint import list_folder
 
     return list_folder(target, **globs, whole=False)[2] if target.is_dir() else []
 
 
 def _target_bytes(target: Path, found: Inspection) -> int:
-    """Return the size on disk of what the delta describes of a target."""
+    """Return the size on disk of the files of the target that the delta describes."""
     if not target.is_dir():
         return target.stat().st_size
     paths = [file.path for file in found.weight_files] + [file.path for file in found.side_files]
@@ -215,6 +221,6 @@ def _describe(output: Path, target_bytes: int, found: Inspection) -> str:
     if found.nnz:
         lines.append(
             f"{found.payload_bytes_per_change:.2f} bytes per changed value,"
-            f" {found.file_bytes_per_change:.2f} with the rest of the file"
+            f" {found.file_bytes_per_change:.2f} including the rest of the file"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""``sparsedelta inspect``: what a delta changes and what its bytes are spent on."""
+"""``sparsedelta inspect``: show what a delta changes, and the size of each part of it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from sparsedelta.cli._sources import Sources
 @click.command("inspect", epilog=examples("sparsedelta inspect delta.sd --tensors"))
 @click.argument("delta")
 @click.option("--tensors", is_flag=True, help="Also list the changed tensors.")
-@click.option("--html", type=PATH, help="Write a page with pictures to this file.")
-@click.option("--overwrite", is_flag=True, help="Replace the page if it exists.")
+@click.option(
+    "--info", is_flag=True, help="Also print all information recorded about how DELTA was made."
+)
+@click.option("--html", type=PATH, help="Also write an HTML page with figures to this file.")
+@click.option("--overwrite", is_flag=True, help="Replace the HTML page if it exists.")
 @json_option
 @click.pass_obj
 def command(
@@ -30,31 +33,35 @@ def command(
     *,
     delta: str,
     tensors: bool,
+    info: bool,
     html: Path | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Show what DELTA changes and how large each part is.
 
-    Only the beginning of the file is read, also from a repository on the Hub (org/name@revision).
-    --json always lists every tensor.
+    Only the beginning of the file is read. DELTA may be a repository on the Hub
+    (org/name@revision). --json always lists every tensor.
     """
     with Sources(settings) as sources:
-        found = sparsedelta.inspect(sources.head_of_delta(delta))
+        found = sparsedelta.inspect(sources.delta_metadata(delta))
     if html is not None:
         from sparsedelta.report.html import write_page
 
-        title = Path(delta).name if Path(delta).exists() else delta  # others need no path of mine
+        # The page may be shared, so it does not show the folder of a local file.
+        title = Path(delta).name if Path(delta).exists() else delta
         check_output_file(html, overwrite=overwrite, inputs=())
         write_page(found, html, title=title, overwrite=overwrite)
     if as_json:
         print_json({"delta": delta, **found.as_json()})
         return
-    from sparsedelta.report.summary import new_console, summary_text
+    from sparsedelta.report.summary import info_text, new_console, summary_text
     from sparsedelta.report.tables import tensors_text
 
     console = new_console()
-    # click's printing ends quietly when a pipe is closed.
+    # click.echo, unlike Console.print, ends without an error when the reader closes the pipe.
     click.echo(summary_text(delta, found, console), color=console.is_terminal)
+    if info:
+        click.echo("\n" + info_text(found))
     if tensors:
         click.echo(tensors_text(found))

@@ -1,4 +1,4 @@
-"""``sparsedelta invert``: from a delta to the one that undoes it."""
+"""``sparsedelta invert``: write the delta that undoes a delta."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sparsedelta.cli._written import show_written
 @click.command("invert", epilog=examples("sparsedelta invert delta.sd --base base/ -o undo.sd"))
 @click.argument("delta")
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The file to write.")
-@click.option("--base", help="The base of DELTA, if it is required.")
+@click.option("--base", help="The base of DELTA; required for some deltas.")
 @click.option("--base-id", metavar="ID", help="Record where others can find the target of DELTA.")
 @exclude_option("files of the base")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
@@ -42,7 +42,7 @@ def command(
 ) -> None:
     """Write the delta that turns the target back into the base.
 
-    Without --base the result lays out its tensors in files as the target does. The base is
+    Without --base the rebuilt base has the file names and shards of the target. The base is
     required if DELTA removes, retypes or truncates tensors, stores new values or carries files.
     DELTA and BASE may be repositories on the Hub (org/name@revision).
     """
@@ -52,7 +52,7 @@ def command(
         path = sources.delta(delta)
         with sparsedelta.invert(
             path,
-            base=None if base is None else sources.only_base(base, path),
+            base=None if base is None else sources.base_with_weights(base, path),
             base_id=base_id,
             exclude=exclude,
             progress=progress,

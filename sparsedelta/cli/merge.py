@@ -1,9 +1,9 @@
-"""``sparsedelta merge``: from several deltas of one base to one that weighs them against each other."""
+"""``sparsedelta merge``: merge deltas of one base into one delta."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,18 +20,23 @@ from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.cli._written import show_written
 
+if TYPE_CHECKING:
+    from sparsedelta.ops.merging.recipe import Method
+
 METHODS = ("linear", "task-arithmetic", "ties", "dare", "dare-ties")
 
 
-def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> list[float] | None:
-    """Return the numbers of an option's value, which has commas between them."""
+def parse_numbers(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> list[float] | None:
+    """Return the numbers in the value of an option, which are separated by commas."""
     if value is None:
         return None
     try:
         return [float(part) for part in value.split(",")]
     except ValueError as error:
         raise click.BadParameter(
-            f"{value!r} is not a number, or several with commas between them"
+            f"{value!r} is not a number or a list of numbers such as 0.7,0.3"
         ) from error
 
 
@@ -50,25 +55,28 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> li
     help="How to combine the changes.",
 )
 @click.option(
-    "--weights", callback=numbers, metavar="W,W,...", help="One weight per delta. [default: 1 each]"
+    "--weights",
+    callback=parse_numbers,
+    metavar="W,W,...",
+    help="One weight for each delta. [default: 1]",
 )
 @click.option(
     "--density",
-    callback=numbers,
+    callback=parse_numbers,
     metavar="D[,D...]",
-    help="Share of changes to keep, for ties and dare.",
+    help="Share of elements to keep, for ties and dare.",
 )
 @click.option(
     "--scale",
     type=float,
     default=1.0,
     show_default=True,
-    help="Multiply the merged change by this.",
+    help="Factor for the merged difference.",
 )
 @click.option(
     "--normalize/--no-normalize",
     default=None,
-    help="Divide by the sum of weights. [default: for linear and ties]",
+    help="Divide by the sum of weights. [default: yes for linear and ties]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed, for dare.")
 @exclude_option("files of BASE")
@@ -77,29 +85,42 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> li
 @click.pass_obj
 def command(
     settings: Settings,
-    /,
     *,
     base: str,
     deltas: tuple[str, ...],
     output: Path,
+    method: Method,
+    weights: list[float] | None,
+    density: list[float] | None,
+    scale: float,
+    normalize: bool | None,
+    seed: int,
+    exclude: tuple[str, ...],
     overwrite: bool,
     as_json: bool,
-    **options: Any,
 ) -> None:
-    """Combine deltas of BASE in floating point into one delta.
+    """Merge deltas of BASE into one delta, in floating point.
 
-    linear averages the targets; task-arithmetic adds the changes; ties keeps the largest changes
-    and elects their signs; dare keeps a random share and rescales it. The result has the files of
-    BASE. BASE and DELTA may be repositories on the Hub (org/name@revision).
+    linear averages the targets. task-arithmetic adds the differences. ties keeps the largest
+    differences of each delta and, for each element, only those with the sign of their weighted
+    sum. dare keeps a random share of the differences and rescales it. dare-ties also applies the
+    sign rule of ties. The result has the files of BASE. BASE and DELTA may be repositories on the
+    Hub (org/name@revision).
     """
     with Sources(settings) as sources, progress_bar(settings) as progress:
         inputs = sources.paths(base, *deltas)
         check_output_file(output, overwrite=overwrite, inputs=inputs)
         paths = [sources.delta(delta) for delta in deltas]
         with sparsedelta.merge(
-            sources.only_base(base, paths[0]),
+            sources.base_with_weights(base, paths[0]),
             *paths,
-            **options,
+            method=method,
+            weights=weights,
+            density=density,
+            seed=seed,
+            normalize=normalize,
+            scale=scale,
+            exclude=exclude,
             progress=progress,
             spool_dir=str(output.parent),
         ) as merged:

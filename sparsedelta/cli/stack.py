@@ -1,4 +1,4 @@
-"""``sparsedelta stack``: from several deltas to one."""
+"""``sparsedelta stack``: combine several deltas into one."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write one delta that has the effect of several.
+    """Combine several deltas into one delta with the same effect.
 
     Deltas that each start from the target of the one before are a chain: applying OUT equals
     applying them in order. Deltas of one base are siblings: OUT has the changes of all, and no
-    two may touch the same element. Which of the two they are is detected. DELTA and BASE may be
+    two may touch the same element. The command detects which case it is. DELTA and BASE may be
     repositories on the Hub (org/name@revision).
     """
     with Sources(settings) as sources, progress_bar(settings) as progress:
         inputs = sources.paths(*deltas, *([base] if base else []))
         check_output_file(output, overwrite=overwrite, inputs=inputs)
         paths = [sources.delta(delta) for delta in deltas]
-        place = None if base is None else sources.only_base(base, paths[0])
+        base_path = None if base is None else sources.base_with_weights(base, paths[0])
         with sparsedelta.stack(
-            *paths, base=place, progress=progress, spool_dir=str(output.parent)
+            *paths, base=base_path, progress=progress, spool_dir=str(output.parent)
         ) as delta:
             delta.save(output, overwrite=overwrite)
     show_written(output, as_json=as_json)

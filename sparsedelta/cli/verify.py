@@ -1,4 +1,4 @@
-"""``sparsedelta verify``: whether a delta is sound, and belongs to a base and a target."""
+"""``sparsedelta verify``: check a delta, and check it against its base and its target."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def command(
     exclude: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Check DELTA, and compare it with its base and target if given.
+    """Check DELTA and, if they are given, its base and its target.
 
-    Nothing is written. The first problem found is reported, and the exit code is 1. DELTA, BASE
-    and OUT may be repositories on the Hub (org/name@revision). If DELTA is one and BASE is not
-    given, the base is compared with what the Hub lists, without downloading weights.
+    Nothing is written. The first problem found is reported, and the exit code is then 1. DELTA,
+    BASE and OUT may be repositories on the Hub (org/name@revision). If DELTA is a repository and
+    BASE is not given, the base is compared with the Hub's metadata, without downloading weights.
     """
     with Sources(settings) as sources, progress_bar(settings) as progress:
         path = sources.delta(delta)
-        remote = sources.word_on_base(delta) if base is None else None
+        remote = sources.remote_base_report(delta) if base is None else None
         report = sparsedelta.verify(
             path,
-            base=None if base is None else sources.only_base(base, path),
+            base=None if base is None else sources.base_with_weights(base, path),
             target=None if target is None else sources.checkpoint(target)[0],
             exclude=exclude,
             progress=progress,
         )
     if as_json:
-        word = {} if remote is None else {"remote_base": dataclasses.asdict(remote)}
-        print_json({"delta": delta, **dataclasses.asdict(report), **word})
+        remote_base = {} if remote is None else {"remote_base": dataclasses.asdict(remote)}
+        print_json({"delta": delta, **dataclasses.asdict(report), **remote_base})
     else:
         click.echo(_describe(delta, report, remote))
 
@@ -64,18 +64,20 @@ def _describe(delta: str, report: VerifyReport, remote: RemoteBaseReport | None)
         f"{count(report.nnz, 'changed value')} in {count(report.n_changed)} of"
         f" {count(report.n_tensors, 'tensor')}, {size(report.payload_bytes)} coded"
     )
-    base = "right, it becomes the target" if report.base_checked else "not checked"
+    base = (
+        "correct, the delta rebuilds the target from it" if report.base_checked else "not checked"
+    )
     return "\n".join(
         [
-            f"{printable(delta)} is sound: {changes}",
-            "base: " + (base if remote is None else _word(remote)),
-            "target: " + ("right, every file" if report.target_checked else "not checked"),
+            f"{printable(delta)} is valid: {changes}",
+            "base: " + (base if remote is None else _remote_base(remote)),
+            "target: " + ("correct, every file" if report.target_checked else "not checked"),
         ]
     )
 
 
-def _word(remote: RemoteBaseReport) -> str:
+def _remote_base(remote: RemoteBaseReport) -> str:
     name = printable(remote.base)
     if remote.recorded:
-        return f"{name} has the {count(remote.n_files, 'file')} proved when the delta was pushed"
+        return f"{name} has the {count(remote.n_files, 'file')} verified by push"
     return f"{name} has the same tensors by name, dtype and shape; their content was not checked"

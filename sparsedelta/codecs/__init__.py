@@ -1,1 +1,1 @@
-"""Pure codecs: bytes and numpy arrays in and out, no files."""
+"""Codecs: numpy arrays to bytes and back. They do not touch files."""

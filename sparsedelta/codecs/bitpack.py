@@ -1,18 +1,20 @@
 """Numbers as bits (FORMAT §6.5): packed, as Rice codes, or in groups of seven.
 
-Rice codes come in sequences, each with a parameter k. The low k bits of its numbers are packed, sequence
-after sequence; what is above them is counted in zeros, a one ending each count, for all sequences end
-to end: so a decoder finds all ends at once, without walking from number to number.
+Rice codes come in sequences, each with a parameter k. First come the low k bits of all numbers, packed,
+sequence after sequence. Then comes the rest of each number as that many zero bits and a one, for all
+sequences end to end. A decoder finds all the ones at once; it need not walk from number to number.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from sparsedelta.codecs import kernels
 from sparsedelta.errors import Corrupt
 
 Numbers = npt.NDArray[np.uint32]  # (n,)
@@ -20,11 +22,11 @@ Bytes = npt.NDArray[np.uint8]
 
 MAX_LOW_BITS = 31
 _MAX_NUMBER_BYTES = 5
-_BLOCK = 1 << 16  # numbers dealt with at a time: in cache, and of any k they fill whole bytes
+_BLOCK = 1 << 16  # numbers in one step: they fit the cache, and fill whole bytes for every k
 
 
 def blocks(n: int) -> Iterator[slice]:
-    """Yield slices that cover ``n`` numbers, so that what is made of them on the way stays small."""
+    """Yield slices that cover ``n`` numbers, so that temporary arrays stay small."""
     for start in range(0, n, _BLOCK):
         yield slice(start, min(start + _BLOCK, n))
 
@@ -34,32 +36,51 @@ def best_low_bits(numbers: Numbers) -> int:
     n = len(numbers)
     if not n:
         return 0
-    mean = int(numbers.sum(dtype=np.uint64)) / n
+    mean = _shifted_sum(numbers, 0) / n
     guess = max(0, int(mean * 0.7).bit_length() - 1)
     candidates = range(max(0, guess - 1), min(MAX_LOW_BITS, guess + 1) + 1)
-    bits = {k: int((numbers >> k).sum(dtype=np.uint64)) + n * k for k in candidates}
+    bits = {k: _shifted_sum(numbers, k) + n * k for k in candidates}
     return min(bits, key=bits.__getitem__)
 
 
+def _shifted_sum(numbers: Numbers, k: int) -> int:
+    if kernels.native:
+        total: int = kernels.native.shifted_sum(numbers, k)
+        return total
+    return int((numbers >> k).sum(dtype=np.uint64))
+
+
 def encode_rice(sequences: Iterable[tuple[Numbers, int]]) -> bytes:
-    """Return sequences of numbers, each with its k, as one run of bytes."""
+    """Return the Rice codes of sequences of numbers, each with its k."""
     pairs = list(sequences)
     lows = [pack(numbers, k).tobytes() for numbers, k in pairs]
     return b"".join([*lows, _unary(pairs).tobytes()])
 
 
 def decode_rice(data: bytes, lengths: Sequence[tuple[int, int]]) -> list[Numbers]:
-    """Return the sequences in ``data``, whose lengths and k are given.
+    """Return the sequences in ``data``.
+
+    Args:
+        data: Rice codes.
+        lengths: the number of codes and k of each sequence.
 
     Raises:
-        Corrupt: ``data`` does not hold just these.
+        Corrupt: ``data`` does not hold exactly these sequences.
     """
     raw = np.frombuffer(data, np.uint8)
     sizes = [-(-n * k // 8) for n, k in lengths]
     n_low_bytes = sum(sizes)
     if n_low_bytes > len(raw):
         raise Corrupt(f"stream has {len(raw)} bytes, expected at least {n_low_bytes}")
-    counts = _counts(raw[n_low_bytes:], sum(n for n, _ in lengths))
+    total = sum(n for n, _ in lengths)
+    if total > 8 * (len(raw) - n_low_bytes):
+        raise Corrupt(f"stream does not hold exactly {total} numbers")
+    if kernels.native:
+        numbers = np.empty(total, np.uint32)
+        kernels.native.decode_rice(raw, np.array(lengths, np.int64), numbers)
+        ends = [*itertools.accumulate((n for n, _ in lengths), initial=0)]
+        return [numbers[start:end] for start, end in itertools.pairwise(ends)]
+    counts = _counts(raw[n_low_bytes:], total)
     result, start, first = [], 0, 0
     for size, (n, k) in zip(sizes, lengths, strict=True):
         numbers = counts[first : first + n]
@@ -75,6 +96,9 @@ def decode_rice(data: bytes, lengths: Sequence[tuple[int, int]]) -> list[Numbers
 def pack(numbers: npt.NDArray[Any], k: int) -> Bytes:
     """Return the low ``k`` bits of every number, end to end, the least significant first."""
     packed = np.empty(-(-len(numbers) * k // 8), np.uint8)
+    if kernels.native:
+        kernels.native.pack(np.ascontiguousarray(numbers), k, packed)
+        return packed
     for block in blocks(len(numbers) if k else 0):
         part = numbers[block]
         bits = np.empty((len(part), k), np.uint8)
@@ -85,14 +109,17 @@ def pack(numbers: npt.NDArray[Any], k: int) -> Bytes:
 
 
 def unpack(data: Bytes, n: int, k: int) -> Numbers:
-    """Return ``n`` numbers of ``k`` bits from as many bytes as they fill.
+    """Return ``n`` numbers of ``k`` bits; ``data`` has exactly the bytes that they fill.
 
     Raises:
-        Corrupt: a bit behind the last number is set.
+        Corrupt: a bit after the last number is set.
     """
     if n * k % 8 and data[-1] >> n * k % 8:
-        raise Corrupt("stream has a bit set behind packed numbers")
+        raise Corrupt("stream has a bit set after packed numbers")
     numbers = np.zeros(n, np.uint32)
+    if kernels.native:
+        kernels.native.unpack(data, k, numbers)
+        return numbers
     for block in blocks(n if k else 0):
         part = numbers[block]
         bits = np.unpackbits(data[_bytes_of(block, k)], count=len(part) * k, bitorder="little")
@@ -107,11 +134,14 @@ def _bytes_of(block: slice, k: int) -> slice:
 
 
 def _unary(sequences: Sequence[tuple[Numbers, int]]) -> Bytes:
-    n_bits = sum(
-        len(numbers) + int((numbers >> k).sum(dtype=np.uint64)) for numbers, k in sequences
-    )
-    bits = np.zeros(n_bits, np.bool_)
+    n_bits = sum(len(numbers) + _shifted_sum(numbers, k) for numbers, k in sequences)
     at = 0
+    if kernels.native:
+        packed = np.zeros(-(-n_bits // 8), np.uint8)
+        for numbers, k in sequences:
+            at = kernels.native.put_unary(numbers, k, packed, at)
+        return packed
+    bits = np.zeros(n_bits, np.bool_)
     for numbers, k in sequences:
         for block in blocks(len(numbers)):
             ends = np.cumsum(numbers[block] >> k, dtype=np.int64)
@@ -122,7 +152,7 @@ def _unary(sequences: Sequence[tuple[Numbers, int]]) -> Bytes:
 
 
 def _counts(data: Bytes, n: int) -> Numbers:
-    counts = np.empty(min(n, 8 * len(data)), np.uint32)
+    counts = np.empty(n, np.uint32)
     found, last = 0, -1
     for block in blocks(len(data)):
         ends = np.flatnonzero(np.unpackbits(data[block], bitorder="little").view(np.bool_))
@@ -134,12 +164,12 @@ def _counts(data: Bytes, n: int) -> Numbers:
             counts[start:found] = np.diff(ends, prepend=last) - 1
             last = int(ends[-1])
     if found != n or (len(data) and not data[-1]):
-        raise Corrupt(f"stream holds {found} numbers or more, expected {n}")
+        raise Corrupt(f"stream does not hold exactly {n} numbers")
     return counts
 
 
 def write_number(number: int) -> bytes:
-    """Return a number in groups of seven bits, the lowest first, all but the last byte above 127."""
+    """Return a number in groups of seven bits, the lowest first. All bytes but the last are above 127."""
     out = bytearray()
     while number > 127:
         out.append(number & 127 | 128)
@@ -149,14 +179,14 @@ def write_number(number: int) -> bytes:
 
 
 def read_number(stream: bytes, at: int) -> tuple[int, int]:
-    """Return the number at ``at`` and where the next thing begins.
+    """Return the number at ``at``, and the offset after it.
 
     Raises:
-        Corrupt: it does not end, within the stream or within 32 bits.
+        Corrupt: the number does not end within the stream, or has more than 32 bits.
     """
     number = 0
     for i, byte in enumerate(stream[at : at + _MAX_NUMBER_BYTES]):
         number |= (byte & 127) << 7 * i
         if byte < 128 and not number >> 32:
             return number, at + i + 1
-    raise Corrupt("stream has a number that does not end, or of more than 32 bits")
+    raise Corrupt("stream has a number that does not end, or that has more than 32 bits")

@@ -1,11 +1,12 @@
 """One chunk of a delta: touched positions and their codes, to and from stored streams (FORMAT §5).
 
-The encoder keeps the index encoding and the value packing whose streams are smallest. Classes need the
-start of the tensor to be read again; ``Level.FAST`` does not use them.
+The encoder keeps the index encoding and the value packing whose streams are smallest. Classes require the
+base to be read a second time; ``Level.FAST`` does not use them.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -25,9 +26,9 @@ CODED_DIGEST_BYTES = 16
 TOUCHED_BYTES = 8
 
 
-# Classes have to save so much: deltas without them can be stacked and inverted without their base.
+# What classes must save. Deltas without classes can be stacked and inverted without the base.
 _CLASSES_SAVE, _CLASSES_SAVE_BYTES = 0.1, 256
-_FEW = 8  # touched positions, of which no coding saves more than a few bytes
+_FEW = 8  # touched positions; for so few, the choice of a coding saves only a few bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Coding:
         values: a name of ``VALUE_ENCODINGS``.
         index: a name of ``INDEX_ENCODINGS``.
         packing: a name of ``VALUE_PACKINGS``.
-        classes: the start of the tensor is needed to decode (FORMAT §6.2).
+        classes: uses classes, so that the base is needed to decode (FORMAT §6.2).
     """
 
     values: str
@@ -49,14 +50,14 @@ class Coding:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What the manifest says of one chunk.
+    """What the manifest states about one chunk.
 
     Attributes:
         start: flat index of its first element.
         span: elements it covers, at most ``MAX_SPAN``.
-        nnz: touched positions, at least 1.
+        nnz: number of touched positions, at least 1.
         coding: how it is coded.
-        raw: raw sizes of the streams whose size is not implied.
+        raw: raw sizes of the streams whose raw size does not follow from the other fields.
         stored: stored sizes of all streams.
         digest: of the stored streams, end to end.
         touched: short digests of the touched elements before and after, if known.
@@ -89,10 +90,10 @@ class Span:
     """The elements that a chunk covers, and what an encoder may know of them.
 
     Attributes:
-        start: flat index of the first.
-        n: how many.
+        start: flat index of the first element.
+        n: number of elements.
         columns: elements in a row of the tensor; 0: not known.
-        before: the bits of the elements before the change; None: make no classes.
+        before: reads the bits of the elements before the change; None: do not use classes.
     """
 
     start: int
@@ -116,9 +117,9 @@ def encode_chunk(
     level: Level = Level.DEFAULT,
     keys: Keys | None = None,
 ) -> tuple[Chunk, list[bytes]]:
-    """Return the chunk's record, without an offset, and its streams: the smallest that the level tries.
+    """Return the chunk's record, without an offset, and its streams, in the smallest coding that the level tries.
 
-    A coding without classes is preferred unless classes save a tenth.
+    Classes are used only where they save a tenth or more.
 
     Args:
         span: the elements it covers.
@@ -126,8 +127,8 @@ def encode_chunk(
         codes: (nnz,) unsigned codes of the value encoding ``values``.
         values: the value encoding.
         touched: digests of the touched elements, if known.
-        level: how much to try.
-        keys: of the elements before the change at ``positions``, if they are known already.
+        level: which codings to try.
+        keys: keys of the elements at ``positions`` before the change, if already known.
     """
     if len(positions) <= _FEW:
         level = Level.FAST
@@ -142,8 +143,8 @@ def encode_chunk(
     packing = _code_candidates(codes, context, level)
     chosen = [_smallest(some, classes=False) for some in (index, packing)]
     smallest = [_smallest(some, classes=True) for some in (index, packing)]
-    n_bytes = sum(map(len, chosen))
-    saved = n_bytes - sum(map(len, smallest))
+    n_bytes = sum(one.n_bytes for one in chosen)
+    saved = n_bytes - sum(one.n_bytes for one in smallest)
     if saved >= _CLASSES_SAVE_BYTES and saved >= _CLASSES_SAVE * n_bytes:
         chosen = smallest
     streams = [stream for one in chosen for stream in one.streams]
@@ -165,15 +166,16 @@ def encode_chunk(
 class _Candidate:
     name: str
     classes: bool
-    raw: tuple[int, ...]  # as the record states them
+    raw: tuple[int, ...]  # the sizes that the record states
     streams: list[bytes]
+    n_bytes: int  # of the streams
 
-    def __len__(self) -> int:
-        return sum(map(len, self.streams))
+
+_n_bytes = operator.attrgetter("n_bytes")
 
 
 def _smallest(candidates: Sequence[_Candidate], *, classes: bool) -> _Candidate:
-    return min((c for c in candidates if classes or not c.classes), key=len)
+    return min((c for c in candidates if classes or not c.classes), key=_n_bytes)
 
 
 def _position_candidates(
@@ -191,7 +193,7 @@ def _position_candidates(
             if stream is not None:
                 raw = () if encoding.implied_bytes(n) is not None else (len(stream),)
                 stored = compress_stream(stream.data, level)
-                candidates.append(_Candidate(name, classes, raw, [stored]))
+                candidates.append(_Candidate(name, classes, raw, [stored], len(stored)))
     return candidates
 
 
@@ -205,25 +207,25 @@ def _code_candidates(codes: Bits, context: ChunkContext, level: Level) -> list[_
             if streams is not None:
                 raw = (len(streams[-1]),) if packing.states_size else ()
                 stored = [compress_stream(s.data, level) for s in streams]
-                candidates.append(_Candidate(name, classes, raw, stored))
+                candidates.append(_Candidate(name, classes, raw, stored, sum(map(len, stored))))
     return candidates
 
 
 def decode_chunk(
     chunk: Chunk, dtype: DType, coded: bytes, *, before: StartBits | None = None
 ) -> tuple[Positions, Bits]:
-    """Return positions ``(nnz,)`` uint32 within a chunk and codes ``(nnz,)``; positions are checked.
+    """Return the positions ``(nnz,)`` uint32 within a chunk, and the codes ``(nnz,)``. Positions are checked.
 
     Args:
         chunk: its record, already checked by ``check_chunk``.
         dtype: the target tensor's dtype.
-        coded: its stored streams, end to end, as its digest says.
-        before: the bits of the chunk's elements before the change; None: they are not available.
+        coded: its stored streams, end to end; their digest is already checked.
+        before: reads the bits of the chunk's elements before the change; None: not available.
 
     Raises:
-        BaseNeeded: the chunk cannot be decoded without them.
-        Corrupt: a stream is damaged or does not hold what the record says; of a chunk with classes,
-            or the base is another.
+        BaseNeeded: the chunk has classes, and ``before`` is None.
+        Corrupt: a stream is damaged or does not hold what the record states. If the chunk has classes, the
+            cause may also be a wrong base.
     """
     coding = chunk.coding
     index, packing = INDEX_ENCODINGS[coding.index], VALUE_PACKINGS[coding.packing]
@@ -239,15 +241,16 @@ def decode_chunk(
     positions = index.decode(streams[0], chunk.nnz, chunk.span, context)
     keys = None
     if before is not None and coding.classes and packing.has_classes:
-        keys = keys_at(before, positions, chunk.span)
+        found = context.keys_found
+        keys = found[0] if found else keys_at(before, positions, chunk.span)
     return positions, packing.decode(streams[1:], chunk.nnz, dtype.width, keys)
 
 
 def check_streams(chunk: Chunk, dtype: DType, coded: bytes) -> None:
-    """Check what can be known of a chunk's streams without the base: every frame is sound.
+    """Check the streams of a chunk as far as possible without the base: every zstd frame is valid.
 
     Raises:
-        Corrupt: one is not.
+        Corrupt: a frame is not valid.
     """
     for _ in _streams(chunk, dtype, coded):
         pass
@@ -268,7 +271,7 @@ def raw_sizes(chunk: Chunk, width: int) -> list[int]:
 
 
 def n_streams(coding: Coding, width: int) -> tuple[int, int]:
-    """Return how many streams a chunk has, and of how many the raw size is stated."""
+    """Return the number of streams of a chunk, and the number of those whose raw size the manifest states."""
     index, packing = INDEX_ENCODINGS[coding.index], VALUE_PACKINGS[coding.packing]
     n_stated = (index.implied_bytes(0) is None) + packing.states_size
     return 1 + len(packing.stream_sizes(0, 0, width)), n_stated
@@ -285,15 +288,15 @@ def _streams(chunk: Chunk, dtype: DType, coded: bytes) -> Iterator[bytes]:
 
 
 def check_chunk(chunk: Chunk, dtype: DType, n_elements: int) -> None:
-    """Check what can be known of a chunk before a stream is opened (FORMAT §12, R8 and R17).
+    """Check the record of a chunk before its streams are opened (FORMAT §12, R8 and R17).
 
     Args:
-        chunk: the record; it has as many raw and stored sizes as its coding calls for.
+        chunk: the record; the number of its raw and stored sizes is already checked.
         dtype: the target tensor's dtype.
-        n_elements: the target tensor's elements.
+        n_elements: number of elements of the target tensor.
 
     Raises:
-        Corrupt: it cannot be a chunk of such a tensor.
+        Corrupt: such a tensor cannot have this chunk.
     """
     where, span, nnz, coding = f"chunk at {chunk.start}", chunk.span, chunk.nnz, chunk.coding
     if not 1 <= span <= MAX_SPAN or chunk.end > n_elements:
@@ -302,7 +305,9 @@ def check_chunk(chunk: Chunk, dtype: DType, n_elements: int) -> None:
         raise Corrupt(f"{where} touches {nnz} of {span} elements")
     index, packing = INDEX_ENCODINGS[coding.index], VALUE_PACKINGS[coding.packing]
     if coding.classes and not (index.has_classes or packing.has_classes):
-        raise Corrupt(f"{where} has classes, which {coding.index} and {coding.packing} have not")
+        raise Corrupt(
+            f"{where} has classes, which neither {coding.index} nor {coding.packing} supports"
+        )
     sizes = raw_sizes(chunk, dtype.width)
     if not index.possible(sizes[0], nnz, span):
         raise Corrupt(f"{where}: {sizes[0]} bytes of {coding.index} cannot hold {nnz} of {span}")

@@ -1,9 +1,9 @@
-"""What is known of a chunk besides its positions, and the shapes of what passes between codecs."""
+"""The array types that codecs exchange, and what a codec may know of a chunk besides its positions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,23 +11,24 @@ import numpy.typing as npt
 
 Positions: TypeAlias = npt.NDArray[np.uint32]  # (nnz,), strictly increasing, below the span
 Stream: TypeAlias = npt.NDArray[np.uint8]  # (n_bytes,)
-Bits: TypeAlias = npt.NDArray[Any]  # (n,) unsigned, one an element
+Bits: TypeAlias = npt.NDArray[Any]  # (n,) unsigned, one for each element
 
-# Returns the bits of elements start … start + n of a span before the change, zero where the base has
-# none. The array is only read, and until the next call.
+# Returns the bits of elements start … start + n of a span before the change; zero where the base has none.
+# The caller must not write to the array, and must not use it after the next call.
 StartBits: TypeAlias = Callable[[int, int], Bits]
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkContext:
-    """What is known of a chunk besides its positions.
+    """What a codec may know of a chunk besides its positions.
 
     Attributes:
-        before: the bits of its elements before the change; None where they are not available.
-        columns: elements in a row of the tensor, for encoders; 0: unknown.
-        first: the chunk's first element, as its place in its row; for encoders.
-        keys: of the elements at the positions, for encoders (FORMAT §6.2); None: not looked up.
-        classes: sort positions and codes into classes.
+        before: reads the bits of the chunk's elements before the change; None: not available.
+        columns: elements in a row of the tensor, for encoders; 0: not known.
+        first: column of the chunk's first element, for encoders.
+        keys: keys of the elements at the positions (FORMAT §6.2), for encoders; None: not known.
+        classes: use classes of elements.
+        keys_found: a decoder that finds the keys of the positions appends them here.
     """
 
     before: StartBits | None = None
@@ -35,10 +36,13 @@ class ChunkContext:
     first: int = 0
     keys: npt.NDArray[np.uint8] | None = None
     classes: bool = False
+    keys_found: list[npt.NDArray[np.uint8]] = field(default_factory=list)
 
     def sorted(self, classes: bool) -> ChunkContext:
-        """Return the same with classes, or without."""
-        return replace(self, classes=classes)
+        """Return the same context, with classes or without."""
+        if classes == self.classes:
+            return self
+        return ChunkContext(self.before, self.columns, self.first, self.keys, classes)
 
 
 NO_CONTEXT = ChunkContext()

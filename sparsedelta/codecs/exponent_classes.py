@@ -1,7 +1,8 @@
-"""Elements of a span sorted into classes by their magnitude before the change, without moving one (FORMAT §6.2).
+"""Classes of a span's elements by their exponent before the change (FORMAT §6.2).
 
-A class is a bitmap over the span with counts beside it, so that going from a position to its place
-among the elements of its class, and back, takes a few operations for each touched position only.
+The rank of an element is the number of elements of its class that precede it. In numpy a class is a bitmap
+over the span, with the number of elements in it up to each word. Only touched positions are converted to
+ranks and back. The compiled kernels count the elements of each class while they read the span.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from sparsedelta.codecs import kernels
+from sparsedelta.codecs.bitpack import blocks
 from sparsedelta.codecs.context import Bits, Positions, StartBits
 from sparsedelta.errors import Corrupt
 
@@ -22,14 +25,20 @@ Words: TypeAlias = npt.NDArray[np.uint64]
 Keys: TypeAlias = npt.NDArray[np.uint8]
 
 N_KEYS = 256
+NEXT, END, RANK, REST = range(4)  # the fields of ``Class`` in kernels/_native.c
+_SLACK = 16  # zero bytes after each bitmap, which the kernels require
 MAX_THRESHOLDS = 15
 _BLOCK_ELEMENTS = 1 << 18
 _SAMPLE_PIECES, _PIECE_ELEMENTS = 64, 1 << 10
-_DENSE = 64  # where more than one in so many of a span's elements is sought, listing all is quicker
+_DENSE = 64  # if more than 1 in 64 elements is wanted, it is quicker to list the whole class
 
 
 def keys_of(bits: Bits) -> Keys:
-    """Return the key of every element: the eight bits below its sign, or the seven there are."""
+    """Return the key of every element: the eight bits below its sign; seven, if it has one byte."""
+    if kernels.native:
+        keys = np.empty(len(bits), np.uint8)
+        kernels.native.keys_of(np.ascontiguousarray(bits), keys)
+        return keys
     if bits.itemsize == 1:
         all_bits: Keys = bits & np.uint8(127)
         return all_bits
@@ -48,14 +57,14 @@ def keys_at(before: StartBits, positions: Positions, span: int) -> Keys:
 
 
 def class_table(thresholds: Sequence[int]) -> npt.NDArray[np.uint8]:
-    """Return for every key how many of the ascending thresholds are not above it: its class."""
+    """Return the class of every key: the number of thresholds that are not above it."""
     return np.searchsorted(np.array([*thresholds], np.int64), np.arange(N_KEYS), "right").astype(
         np.uint8
     )
 
 
 def class_words(before: StartBits, span: int, thresholds: Sequence[int]) -> npt.NDArray[np.uint64]:
-    """Return one bitmap a class, ``(n_classes, ceil(span / 64))``: which elements are in it."""
+    """Return a bitmap of the elements of each class: ``(n_classes, ceil(span / 64))``."""
     n_words = -(-span // 64)
     below = np.zeros((len(thresholds) + 1, n_words), "<u8")
     rows = below.view(np.uint8)
@@ -76,7 +85,7 @@ def class_words(before: StartBits, span: int, thresholds: Sequence[int]) -> npt.
 
 
 class ElementClass:
-    """The elements of one class, in order."""
+    """The elements of one class, ascending."""
 
     def __init__(self, words: Words) -> None:
         self._words = words
@@ -86,7 +95,7 @@ class ElementClass:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def ranks(self, positions: Positions) -> Positions:
-        """Return how many elements of the class lie before each of its elements ``positions``."""
+        """Return the ranks of elements of the class."""
         number = positions >> 6
         word = self._words[number]
         before: Positions = self._ends[number] - np.bitwise_count(word)
@@ -95,7 +104,7 @@ class ElementClass:
         return before
 
     def positions(self, ranks: Positions) -> Positions:
-        """Return the elements with these ranks, ascending and below ``len``."""
+        """Return the elements with these ranks, which ascend and are below the length of the class."""
         if len(ranks) * _DENSE > 64 * len(self._words):
             everything = np.unpackbits(self._words.view(np.uint8), bitorder="little")
             listed: Positions = np.flatnonzero(everything.view(np.bool_))[ranks].astype(np.uint32)
@@ -114,6 +123,87 @@ class ElementClass:
         return result
 
 
+def find_chosen(
+    before: StartBits,
+    span: int,
+    thresholds: Sequence[int],
+    chosen: Sequence[tuple[Positions, bool]],
+    nnz: int,
+) -> tuple[Positions, Keys]:
+    """Return ``nnz`` elements, chosen by their ranks in their classes, and their keys; needs the compiled kernels.
+
+    Args:
+        before: the bits of the span before the change.
+        span: number of elements.
+        thresholds: the lowest keys of all classes but the first.
+        chosen: for each class, ascending ranks, and whether all other elements are meant instead.
+        nnz: the expected number of elements.
+
+    Raises:
+        Corrupt: the number of elements differs from ``nnz``, or a rank is too high for its class.
+    """
+    ends = [int(ranks[-1]) + 1 if len(ranks) else 0 for ranks, _ in chosen]
+    state = np.zeros((len(chosen), 4), np.int64)
+    state[:, END], state[:, REST] = ends, [of_rest for _, of_rest in chosen]
+    edges = np.cumsum([0, *(end // 8 + _SLACK for end in ends)])
+    state[:, NEXT], bitmaps = edges[:-1], np.zeros(int(edges[-1]), np.uint8)
+    kernel: Any = kernels.native
+    for (ranks, _), bitmap in zip(chosen, np.split(bitmaps, edges[1:-1]), strict=True):
+        kernel.put_bits(ranks, bitmap)
+    positions, keys, found = np.empty(nnz, np.uint32), np.empty(nnz, np.uint8), 0
+    for start in range(0, span, _BLOCK_ELEMENTS):
+        bits = before(start, min(_BLOCK_ELEMENTS, span - start))
+        found = kernel.find_chosen(
+            bits, start, bytes(thresholds), state, bitmaps, positions, keys, found
+        )
+    if found != nnz or (state[:, RANK] < ends).any():
+        raise Corrupt(f"index stream does not hold exactly {nnz} positions")
+    return positions, keys
+
+
+def ranks_by_class(
+    before: StartBits, positions: Positions, keys: Keys, span: int, thresholds: Sequence[int]
+) -> Iterator[tuple[Positions, int]]:
+    """Yield for each class the ranks of its elements at ``positions``, and the number of all its elements."""
+    counts = class_counts(keys, thresholds)
+    if kernels.native is None:
+        number = class_table(thresholds)[keys]
+        ordered = positions[np.argsort(number, kind="stable")]
+        parts = np.split(ordered, np.cumsum(counts[:-1]))
+        for words, part in zip(class_words(before, span, thresholds), parts, strict=True):
+            members = ElementClass(words)
+            yield members.ranks(part), len(members)
+        return
+    ranks, state = np.empty(len(positions), np.uint32), class_state(counts)
+    for start, low, high in _edges(positions, span):
+        bits = before(start, min(_BLOCK_ELEMENTS, span - start))
+        kernels.native.rank_chosen(
+            bits, start, bytes(thresholds), state, positions[low:high], ranks
+        )
+    n_members = state[:, RANK].tolist()
+    yield from zip(np.split(ranks, np.cumsum(counts[:-1])), n_members, strict=True)
+
+
+def class_state(counts: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Return the state of the classes for the kernels, which list ``counts`` elements of each."""
+    state = np.zeros((len(counts), 4), np.int64)
+    state[:, END] = np.cumsum(counts)
+    state[1:, NEXT] = state[:-1, END]
+    return state
+
+
+def class_counts(keys: Keys, thresholds: Sequence[int]) -> list[int]:
+    """Return the number of elements in each class, from their keys."""
+    of_key = np.zeros(N_KEYS, np.int64)
+    if kernels.native:
+        kernels.native.count_keys(keys, of_key)
+    else:
+        for block in blocks(len(keys)):
+            of_key += np.bincount(keys[block], minlength=N_KEYS)
+    counts: list[int] = np.add.reduceat(of_key, [0, *thresholds]).tolist()
+    return counts
+
+
 def _edges(positions: Positions, span: int) -> Iterator[tuple[int, int, int]]:
     starts = range(0, span, _BLOCK_ELEMENTS)
     edges = np.searchsorted(positions, [*starts, span]).tolist()
@@ -121,7 +211,7 @@ def _edges(positions: Positions, span: int) -> Iterator[tuple[int, int, int]]:
 
 
 def sample_keys(before: StartBits, span: int) -> npt.NDArray[np.int64]:
-    """Return about how many elements of the span have each key, from pieces spread over it."""
+    """Return an estimate of the number of elements with each key, from samples spread over the span."""
     n_pieces = min(_SAMPLE_PIECES, max(1, span // _PIECE_ELEMENTS))
     size = (
         min(_PIECE_ELEMENTS, span)
@@ -142,14 +232,14 @@ def merge_keys(
     most: int,
     overhead: float,
 ) -> list[int]:
-    """Return thresholds between classes of neighbouring keys, merged while that saves bits.
+    """Return thresholds between classes of adjacent keys; classes are merged as long as that saves bits.
 
     Args:
-        statistics: ``(256,)`` each; those of a class are the sums over its keys. Keys for which all
-            are 0 have no element.
-        cost: bits of one class, from its statistics.
-        most: classes.
-        overhead: bits that a class costs besides.
+        statistics: arrays ``(256,)``, one number for each key. The statistics of a class are the sums over
+            its keys. A key with zeros in all of them has no elements.
+        cost: returns the bits of one class, from its statistics.
+        most: the greatest number of classes.
+        overhead: bits that each class adds.
     """
     live = np.flatnonzero(np.any(statistics, axis=0))
     classes = list(zip(*(numbers[live].tolist() for numbers in statistics), strict=True))
@@ -176,7 +266,7 @@ def _joined(one: tuple[float, ...], other: tuple[float, ...]) -> tuple[float, ..
 
 
 def choice_bits(some: float, others: float) -> float:
-    """Return the bits that tell two kinds of things apart, given how many there are of each."""
+    """Return the bits that say which of ``some + others`` things are the ``some``."""
     if some <= 0 or others <= 0:
         return 0.0
     n = some + others
@@ -184,7 +274,7 @@ def choice_bits(some: float, others: float) -> float:
 
 
 def total_choice_bits(some: npt.ArrayLike, others: npt.ArrayLike) -> float:
-    """Return the sum of ``choice_bits`` over arrays."""
+    """Return the sum of ``choice_bits`` over the items of two arrays."""
     parts = np.stack([np.asarray(some, float), np.asarray(others, float)])
     total = parts.sum(axis=0)
     return float(_times_log2(total).sum() - _times_log2(parts).sum())
@@ -195,10 +285,10 @@ def _times_log2(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def read_thresholds(stream: bytes, *, classes: bool) -> tuple[bytes, int]:
-    """Return the thresholds with which a stream begins, and where they end.
+    """Return the thresholds at the beginning of a stream, and the offset after them.
 
     Raises:
-        Corrupt: they do not ascend from 1, are too many, or the stream is too short.
+        Corrupt: they do not ascend from 1, there are too many, or the stream is too short.
     """
     at = 1 + stream[0] if stream else 1
     thresholds = stream[1:at]

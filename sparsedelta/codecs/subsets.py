@@ -1,4 +1,4 @@
-"""Which of n things in order: gaps between those chosen, or between the others if they are fewer (FORMAT §6.5)."""
+"""Subsets of the numbers below n: gaps between the chosen ones, or between the others if they are fewer (FORMAT §6.5)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sparsedelta.codecs import kernels
 from sparsedelta.codecs.bitpack import (
     MAX_LOW_BITS,
     Numbers,
@@ -17,11 +18,11 @@ from sparsedelta.errors import Corrupt
 
 
 def encode_subset(chosen: Numbers, n: int) -> tuple[bytes, tuple[Numbers, int]]:
-    """Return the head of a subset, and its gaps with their parameter.
+    """Return the head of a subset, and its gaps with their Rice parameter.
 
     Args:
         chosen: ascending, below ``n``.
-        n: how many there are to choose from.
+        n: the numbers are chosen from 0 … n − 1.
     """
     rest = 2 * len(chosen) > n
     gaps = _gaps(_others(chosen, n) if rest else chosen)
@@ -31,7 +32,13 @@ def encode_subset(chosen: Numbers, n: int) -> tuple[bytes, tuple[Numbers, int]]:
 
 @dataclass(frozen=True, slots=True)
 class SubsetHead:
-    """What is known of a subset before its gaps: how many, their parameter, and whose they are."""
+    """The head of a subset.
+
+    Attributes:
+        n_gaps: number of gaps.
+        k: their Rice parameter.
+        of_rest: the gaps are between the numbers that are not chosen.
+    """
 
     n_gaps: int
     k: int
@@ -39,24 +46,28 @@ class SubsetHead:
 
     @property
     def length(self) -> tuple[int, int]:
-        """Number of gaps and their parameter."""
+        """Number of gaps and their Rice parameter."""
         return self.n_gaps, self.k
 
+    def listed(self, gaps: Numbers, n: int) -> Numbers:
+        """Return the numbers below ``n`` that have these gaps: the chosen ones, or the others if ``of_rest``."""
+        return _numbers(gaps, n)
+
     def chosen(self, gaps: Numbers, n: int) -> Numbers:
-        """Return what was chosen of ``n``, ascending.
+        """Return the chosen numbers, ascending.
 
         Raises:
-            Corrupt: the gaps do not stay below ``n``.
+            Corrupt: the gaps lead to ``n`` or beyond.
         """
         numbers = _numbers(gaps, n)
         return _others(numbers, n) if self.of_rest else numbers
 
 
 def read_subset(stream: bytes, at: int) -> tuple[SubsetHead, int]:
-    """Return the head of a subset at ``at``, and where the next thing begins.
+    """Return the head of a subset at ``at``, and the offset after it.
 
     Raises:
-        Corrupt: there is none.
+        Corrupt: there is no valid head.
     """
     doubled, at = read_number(stream, at)
     k, at = read_number(stream, at) if doubled > 1 else (0, at)
@@ -66,14 +77,22 @@ def read_subset(stream: bytes, at: int) -> tuple[SubsetHead, int]:
 
 
 def _gaps(ascending: Numbers) -> Numbers:
-    """Return how many numbers are left out before each of strictly ascending ones."""
+    """Return the gaps: how many numbers are left out before each of the strictly ascending ones."""
+    if kernels.native:
+        gaps = np.empty(len(ascending), np.uint32)
+        kernels.native.gaps_between(ascending, gaps)
+        return gaps
     gaps = np.diff(ascending, prepend=np.uint32(0))
     gaps[1:] -= 1
     return gaps
 
 
 def _numbers(gaps: Numbers, n: int) -> Numbers:
-    """Return the ascending numbers, below ``n``, that leave out ``gaps`` numbers before each."""
+    """Return the ascending numbers below ``n`` that have these gaps."""
+    if kernels.native:
+        listed = np.empty(len(gaps), np.uint32)
+        kernels.native.numbers_from(gaps, n, listed)
+        return listed
     numbers = np.cumsum(gaps, dtype=np.uint64)
     numbers += np.arange(len(gaps), dtype=np.uint32)
     if len(numbers) and int(numbers[-1]) >= n:
@@ -83,6 +102,10 @@ def _numbers(gaps: Numbers, n: int) -> Numbers:
 
 def _others(ascending: Numbers, n: int) -> Numbers:
     """Return the numbers below ``n`` that are not among ``ascending``."""
+    if kernels.native:
+        rest = np.empty(n - len(ascending), np.uint32)
+        kernels.native.others(ascending, rest)
+        return rest
     left = np.ones(n, np.bool_)
     left[ascending] = False
     return np.flatnonzero(left).astype(np.uint32)

@@ -1,7 +1,7 @@
 """Value encodings (FORMAT §7): codes for touched values, exact for every bit pattern.
 
-``target`` stores the new bits; ``ulp`` the difference to the base's bits in units of the last place,
-which is small for small updates and forms a group.
+``target`` stores the target's bits. ``ulp`` stores the difference to the base in units of the last place. Such
+differences are small for small updates, and can be added and negated exactly.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparsedelta.codecs import kernels
 from sparsedelta.dtypes import DType
 
 Bits = npt.NDArray[Any]  # (nnz,) unsigned, of the dtype's view
@@ -39,19 +40,30 @@ def _target_decode(dtype: DType, base: Bits, codes: Bits) -> Bits:
 
 
 def _ulp_encode(dtype: DType, base: Bits, target: Bits) -> Bits:
+    if kernels.native:
+        return _compiled(kernels.native.encode_values, dtype, base, target)
     difference = ordered(dtype, target)
     difference -= ordered(dtype, base)
     return ulp_codes(difference)
 
 
 def _ulp_decode(dtype: DType, base: Bits, codes: Bits) -> Bits:
+    if kernels.native:
+        return _compiled(kernels.native.decode_values, dtype, base, codes)
     result = ulp_differences(codes)
     result += ordered(dtype, base)
     return unordered(dtype, result)
 
 
+def _compiled(work: Callable[..., object], dtype: DType, before: Bits, after: Bits) -> Bits:
+    result = np.empty(after.shape, after.dtype)
+    pair = map(np.ascontiguousarray, (before, after))
+    work(*pair, KINDS["ulp"] + dtype.is_float, result)
+    return result
+
+
 def ulp_codes(differences: Bits) -> Bits:
-    """Return the zigzag codes of differences modulo 2^(8w), in place."""
+    """Turn differences modulo 2^(8w) into their zigzag codes, in place, and return them."""
     sign = _sign_fill(differences)
     differences <<= 1
     differences ^= sign
@@ -59,7 +71,7 @@ def ulp_codes(differences: Bits) -> Bits:
 
 
 def ulp_differences(codes: Bits) -> Bits:
-    """Return the differences, modulo 2^(8w), that zigzag codes stand for; a new array."""
+    """Return the differences modulo 2^(8w) that have these zigzag codes, as a new array."""
     result = codes & 1
     np.negative(result, out=result)  # all ones where the difference is negative
     result ^= codes >> 1
@@ -73,7 +85,7 @@ def _sign_fill(bits: Bits) -> Bits:
 
 
 def ordered(dtype: DType, bits: Bits) -> Bits:
-    """Return M of every element (FORMAT §7.2): a copy in which unsigned order is the order of the values."""
+    """Return M of every element (FORMAT §7.2), a copy: as unsigned integers they are in the order of the values."""
     if not dtype.is_float:
         return bits.copy()
     flip = _sign_fill(bits)
@@ -91,6 +103,59 @@ def unordered(dtype: DType, places: Bits) -> Bits:
         places ^= flip
     return places
 
+
+def differences(
+    base: Bits, target: Bits, start: int, positions: npt.NDArray[np.uint32]
+) -> tuple[Bits, Bits]:
+    """Return the bits of the elements that differ, in ``base`` and in ``target``.
+
+    Args:
+        base: a block before the change.
+        target: the same block after the change.
+        start: number of the first element of the blocks.
+        positions: receives the numbers of the elements that differ; at least as long as the blocks.
+    """
+    if kernels.native:
+        before, after = np.empty((2, len(base)), base.dtype)
+        n = kernels.native.compare(base, target, start, positions, before, after)
+        return before[:n], after[:n]
+    where = np.flatnonzero(base != target)
+    np.add(where, start, out=positions[: len(where)], casting="unsafe")
+    return base[where], target[where]
+
+
+def change(
+    dtype: DType,
+    bits: Bits,
+    start: int,
+    positions: npt.NDArray[np.uint32],
+    values: str,
+    codes: Bits,
+) -> tuple[Bits, Bits]:
+    """Change elements of a block, in place; return their bits before and after.
+
+    Args:
+        dtype: the dtype of the elements.
+        bits: the block.
+        start: number of the first element of the block.
+        positions: (nnz,) numbers of elements of the block.
+        values: the name of the value encoding.
+        codes: (nnz,) codes of this encoding.
+    """
+    if kernels.native:
+        before, after = np.empty((2, len(codes)), codes.dtype)
+        kind = KINDS[values] + (values == "ulp" and dtype.is_float)
+        kernels.native.change(bits, start, positions, codes, kind, before, after)
+        return before, after
+    where = positions - np.uint32(start)
+    before = bits[where]
+    after = VALUE_ENCODINGS[values].decode(dtype, before, codes)
+    bits[where] = after
+    return before, after
+
+
+# The numbers of the value encodings in kernels/_native.c; for floats, "ulp" has the next number.
+KINDS: Mapping[str, int] = MappingProxyType({"target": 0, "ulp": 1})
 
 VALUE_ENCODINGS: Mapping[str, ValueEncoding] = MappingProxyType(
     {

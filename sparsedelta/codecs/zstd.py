@@ -14,9 +14,9 @@ from sparsedelta.errors import Corrupt, LimitExceeded
 MAX_WINDOW_BYTES = 1 << 27
 _SKIPPABLE_MAGIC = range(0x184D2A50, 0x184D2A60)
 
-# Index and value streams are nearly random: short matches in them are accidents that cost more than
-# they save. A long minimum match and a tiny hash table leave the work to the entropy coder.
-# target_length must be 0 here: zstd's fast strategy stops coding literals when it is not.
+# Index and value streams are nearly random. Short matches in them are coincidences and cost more than they
+# save. A long minimum match and a tiny hash table leave the work to the entropy coder.
+# target_length must be 0: with any other value, zstd's fast strategy does not compress literals.
 _ENTROPY = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST,
     window_log=20,
@@ -28,9 +28,19 @@ _ENTROPY = zstandard.ZstdCompressionParameters(
 )
 _MATCHES = zstandard.ZstdCompressionParameters.from_level(5, window_log=20)
 _THOROUGH = zstandard.ZstdCompressionParameters.from_level(19, window_log=24)
-_COMPRESSIBLE = 0.9  # below this ratio a stream may repeat itself, and a search for matches may pay
+_SMALLEST_FRAME = 9  # bytes; every zstd frame with content is larger
+_COMPRESSIBLE = (
+    0.9  # below this ratio the stream may contain repetition, and a search for matches may pay
+)
+_SAMPLE_BYTES = 1 << 15
+_MATCHES_SAVE = (
+    0.98  # of the entropy coder's frame of a sample; else the search is not worth its time
+)
 _TEXT_LEVEL = 15
-MAX_EXPANSION, _EXPANSION_EXTRA = 64, 1 << 10  # of texts and files, which strangers may inflate
+MAX_EXPANSION, _EXPANSION_EXTRA = (
+    64,
+    1 << 10,
+)  # for texts and files; bounds what a hostile file can expand to
 
 T = TypeVar("T")
 
@@ -38,7 +48,7 @@ _local = threading.local()
 
 
 class Level(Enum):
-    """How much time a smaller delta may cost."""
+    """How much time the search for a smaller delta may take."""
 
     FAST = "fast"
     DEFAULT = "default"
@@ -46,23 +56,40 @@ class Level(Enum):
 
 
 def compress_stream(data: bytes | memoryview, level: Level = Level.DEFAULT) -> bytes:
-    """Return an index stream or a value stream as it is stored: one frame, or as it is if that is not larger.
+    """Return an index stream or a value stream as it is stored: one zstd frame, or unchanged if the frame is not smaller.
 
-    What it repeats is looked for at level ``DEFAULT`` if it is likely to, at ``MAX`` in any case.
+    Level ``DEFAULT`` searches for repetition where it is likely, level ``MAX`` always.
     """
+    if len(data) <= _SMALLEST_FRAME:
+        return bytes(data)
     frame = _compressor("entropy", _ENTROPY).compress(data)
     others = []
-    if level is not Level.FAST and len(frame) < _COMPRESSIBLE * len(data):
+    if len(frame) < _COMPRESSIBLE * len(data) and (
+        level is Level.MAX or (level is Level.DEFAULT and _repeats(data))
+    ):
         others.append(_compressor("matches", _MATCHES).compress(data))
     if level is Level.MAX:
         others.append(_compressor("thorough", _THOROUGH).compress(data))
     return min([bytes(data), frame, *others], key=len)
 
 
-def compress_text(data: bytes) -> bytes:
-    """Return a text or a side file as it is stored: one frame, or as it is.
+def _repeats(data: bytes | memoryview) -> bool:
+    """Return whether a search for repetition makes a stream smaller; long ones are judged by three samples."""
+    if len(data) <= 4 * _SAMPLE_BYTES:
+        return True
+    last = len(data) - _SAMPLE_BYTES
+    samples = [data[at : at + _SAMPLE_BYTES] for at in (0, last // 2, last)]
+    sizes = [
+        sum(len(_compressor(name, parameters).compress(sample)) for sample in samples)
+        for name, parameters in (("matches", _MATCHES), ("entropy", _ENTROPY))
+    ]
+    return sizes[0] < _MATCHES_SAVE * sizes[1]
 
-    It is left as it is where a frame is not smaller, or expands more than a reader may accept.
+
+def compress_text(data: bytes) -> bytes:
+    """Return a text or a side file as it is stored: one zstd frame, or unchanged.
+
+    It is unchanged if the frame is not smaller, or would expand more than a reader accepts.
     """
     frame = zstandard.ZstdCompressor(level=_TEXT_LEVEL).compress(data)
     return frame if len(frame) < len(data) <= max_expanded(len(frame)) else data
@@ -89,8 +116,8 @@ def decompress(frame: bytes | memoryview, n_bytes: int) -> bytes:
     """Return the ``n_bytes`` bytes, at least one, that one frame holds.
 
     Raises:
-        Corrupt: the frame is damaged, states another size or none, wants a dictionary or a window
-            above the limit, or is not alone.
+        Corrupt: the frame is damaged, states another size or none, needs a dictionary, needs a window
+            above the limit, or is followed by other bytes.
     """
     found = content_bytes(frame)
     if found != n_bytes:
@@ -106,10 +133,11 @@ def decompress(frame: bytes | memoryview, n_bytes: int) -> bytes:
 
 
 def content_bytes(frame: bytes | memoryview) -> int:
-    """Return the raw size that a frame's header states, having checked the rest of that header.
+    """Check the header of a frame, and return the raw size that it states.
 
     Raises:
-        Corrupt: no frame, a skippable frame, no stated size, a dictionary, too large a window.
+        Corrupt: there is no frame, the frame is skippable, states no size, needs a dictionary, or needs a window
+            above the limit.
     """
     if len(frame) < 4 or int.from_bytes(frame[:4], "little") in _SKIPPABLE_MAGIC:
         raise Corrupt("compressed stream does not begin with a zstd data frame")
@@ -134,7 +162,7 @@ def _compressor(
 
 
 def _of_thread(name: str, make: Callable[[], T]) -> T:
-    """Return this thread's context of that name; they are costly to make and not shared."""
+    """Return this thread's context of that name. Contexts are slow to create, and threads cannot share them."""
     if not hasattr(_local, name):
         setattr(_local, name, make())
     found: T = getattr(_local, name)

@@ -1,1 +1,1 @@
-"""Checkpoints as people have them on disk: weight files, their sets and layout, and side files."""
+"""Checkpoints on disk: weight files, shards, index files and side files."""

@@ -1,7 +1,7 @@
-"""A checkpoint as people have it: one safetensors file, or a folder of them with other files beside.
+"""A checkpoint on disk: one safetensors file, or a folder of safetensors files and other files.
 
-Opening reads headers only and checks them; tensors are read on demand, from several threads. Nothing
-here opens a file for writing.
+Opening a checkpoint reads and checks headers only. Tensors are read on demand, also from several
+threads at once. This module opens no file for writing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sparsedelta.dtypes import dtype_of
 from sparsedelta.errors import CheckpointError, FormatError
 from sparsedelta.files import junk
 from sparsedelta.files.shards import INDEX_SUFFIX, SHARD, roles, shard_path
+from sparsedelta.files.unread import PICKLED_SUFFIXES, conversion_of_file
 from sparsedelta.format.paths import WEIGHT_SUFFIX, path_problem
 from sparsedelta.format.records import TensorKey, TensorSpec
 from sparsedelta.format.safetensors_header import (
@@ -28,19 +29,20 @@ from sparsedelta.format.strict_json import parse_json
 from sparsedelta.fs import open_regular
 from sparsedelta.system import allow_open_files, read_at, read_into
 
+_ZIP = b"PK\x03\x04"  # what torch.save writes
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Where one tensor lies.
+    """One tensor of an open checkpoint.
 
     Attributes:
-        file: path of its weight file in the checkpoint.
+        file: path of its weight file, relative to the checkpoint.
         name: its name in that file.
-        spec: dtype and shape.
-        fd: the open file.
-        offset: of its first byte, from the start of the file.
+        spec: dtype and shape; the digest is None.
+        fd: descriptor of the open weight file.
+        offset: position of its first byte in the file.
     """
 
     file: str
@@ -58,14 +60,21 @@ class Tensor:
         """Fill ``buffer`` with the tensor's bytes from ``offset``.
 
         Raises:
-            CheckpointError: the file has become shorter.
+            CheckpointError: the file has become shorter since it was opened.
         """
         read_exactly(self.fd, buffer, self.offset + offset, self.name)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """One safetensors file: path relative to the checkpoint, header as bytes and parsed, tensors in order."""
+    """One safetensors file of a checkpoint.
+
+    Attributes:
+        path: relative to the checkpoint.
+        raw_header: the bytes of its header, without the length before them.
+        header: the parsed header.
+        tensors: its tensors, in the order of their data.
+    """
 
     path: str
     raw_header: bytes
@@ -74,17 +83,17 @@ class WeightFile:
 
 
 class Checkpoint:
-    """An open checkpoint.
+    """An open checkpoint. All paths are relative to it, except ``path``.
 
     Attributes:
         path: the file or folder.
-        is_folder: which of the two.
-        weight_files: sorted by path.
-        tensors: by file and name, in the order of the files and of the data in them.
-        roles: what each weight file is for, by path (``files.shards``).
-        side_files: relative path to file, of every other file, sorted.
-        empty_folders: relative paths of folders that hold nothing, sorted.
-        left_out: relative paths of files and folders that are no part of a checkpoint.
+        is_folder: whether ``path`` is a folder.
+        weight_files: the safetensors files, sorted by path.
+        tensors: all tensors by file and name, in the order of the files and of the data in them.
+        roles: the role of each weight file, by path (``files.shards.roles``).
+        side_files: location of every other file, by path, sorted.
+        empty_folders: paths of the folders that hold nothing, sorted.
+        left_out: paths of the files and folders that ``files.junk`` excluded, sorted.
     """
 
     def __init__(
@@ -96,23 +105,22 @@ class Checkpoint:
         whole: bool = True,
         complete: bool = True,
     ) -> None:
-        """Open a checkpoint, leaving out files that a glob of ``exclude`` matches.
+        """Open a checkpoint.
 
         Args:
             path: a safetensors file or a folder.
-            exclude: globs; without "/" they match a file's last component.
-            include: globs of what is part of the checkpoint although ``files.junk`` says that it is not;
-                None: everything is part of it.
-            whole: refuse what is neither file nor folder, and links to folders, instead of passing
-                them over.
-            complete: refuse sets of shards of which some are missing, and index files that say other
-                than the shards.
+            exclude: globs of files to leave out. A glob without "/" matches the last component.
+            include: globs of files to keep although ``files.junk`` excludes them. None keeps all.
+            whole: raise an error for links to folders and for pipes and devices. If false, they are
+                ignored.
+            complete: raise an error if shards are missing, or if an index file disagrees with its
+                shards.
 
         Raises:
-            CheckpointError: it cannot be read as one, or is inconsistent.
-            FileNotFoundError: there is nothing at ``path``.
+            CheckpointError: ``path`` cannot be read as a checkpoint, or is inconsistent.
+            FileNotFoundError: ``path`` does not exist.
         """
-        if isinstance(exclude, str):  # a sequence of globs too, of one character each
+        if isinstance(exclude, str):  # a string is also a sequence: of globs of one character each
             exclude = [exclude]
         if isinstance(include, str):
             include = [include]
@@ -148,7 +156,7 @@ class Checkpoint:
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(tensor.spec.n_bytes for tensor in self.tensors.values())
 
     def _open_folder(
@@ -195,7 +203,10 @@ class Checkpoint:
             )
         found = os.fstat(fd).st_size - data_offset
         if found != end:
-            raise CheckpointError(f"'{location}' has {found} bytes of data, its header says {end}")
+            raise CheckpointError(
+                f"'{location}' has {found} bytes of data, expected {end} by its header; copy or"
+                " download it again"
+            )
         self.tensors |= {tensor.key: tensor for tensor in tensors}
         self.weight_files = (*self.weight_files, WeightFile(path, raw, header, tuple(tensors)))
 
@@ -206,22 +217,26 @@ class Checkpoint:
             for name in weight_map.keys() | found.keys():
                 if found.get(name) != weight_map.get(name):
                     raise CheckpointError(
-                        f"tensor {name!r} is in {found.get(name, 'no shard')}, but {index} says"
-                        f" {weight_map.get(name, 'nothing of it')}; the checkpoint is inconsistent"
+                        f"tensor {name!r} is in {found.get(name, 'no shard')}, but {index} names"
+                        f" {weight_map.get(name, 'no shard for it')}; the checkpoint is inconsistent"
                     )
 
 
 def list_folder(
     root: Path, exclude: Sequence[str], include: Sequence[str] | None = None, *, whole: bool
 ) -> tuple[dict[str, Path], list[str], list[str]]:
-    """Return all files below a folder by relative path, its empty folders, and what is no part of it.
+    """Return the files below a folder by relative path, its empty folders, and what was left out.
 
-    All are sorted. Symbolic links to files count as files; a file that ``exclude`` matches is left
-    out, a folder it matches with all that is in it. ``include``: see ``Checkpoint``.
+    All are sorted. A symbolic link to a file counts as a file. If ``exclude`` matches a folder,
+    everything in it is excluded. For ``include`` and ``whole`` see ``Checkpoint``.
+
+    Returns:
+        Location of each file by relative path; relative paths of empty folders; relative paths of
+        the files and folders that ``files.junk`` excluded.
 
     Raises:
-        CheckpointError: ``whole``, and something is neither file nor folder, or a link to a folder.
-        OSError: ``whole``, and a folder cannot be listed.
+        CheckpointError: ``whole`` is true, and there is a link to a folder, a pipe or a device.
+        OSError: ``whole`` is true, and a folder cannot be listed.
     """
 
     def fail(error: OSError) -> None:
@@ -248,12 +263,17 @@ def list_folder(
             if whole and (here / name).is_symlink():
                 raise CheckpointError(
                     f"'{here / name}' is a symbolic link to a folder, which is not followed;"
-                    " put the folder in its place or leave it out (exclude=, --exclude)"
+                    " replace it with the folder or leave it out (exclude=, --exclude)"
                 )
         here_files = [path[len(relative) :] for path in kept([relative + name for name in names])]
         for name in here_files:
             if (here / name).is_file():
                 files[relative + name] = here / name
+            elif whole and (here / name).is_symlink() and not (here / name).exists():
+                raise CheckpointError(
+                    f"'{here / name}' is a link to '{os.readlink(here / name)}', which does not exist;"
+                    " repair the link or leave it out (exclude=, --exclude)"
+                )
             elif whole:
                 raise CheckpointError(
                     f"'{here / name}' is not a regular file; leave it out (exclude=, --exclude)"
@@ -272,11 +292,11 @@ def read_index(location: Path, path: str, weights: set[str]) -> dict[str, str]:
 
     Args:
         location: the index file.
-        path: the same, relative to the checkpoint.
-        weights: relative paths of the safetensors files there are.
+        path: its path relative to the checkpoint.
+        weights: relative paths of the checkpoint's safetensors files.
 
     Raises:
-        CheckpointError: it has none, or names a shard that is not there or not a plain name.
+        CheckpointError: it has no ``weight_map``, or names a shard that does not exist.
     """
     try:
         index = parse_json(location.read_bytes(), f"'{location}'")
@@ -299,11 +319,11 @@ def read_index(location: Path, path: str, weights: set[str]) -> dict[str, str]:
 
 
 def check_sets(weights: set[str], indexes: dict[str, dict[str, str]]) -> None:
-    """Check that every shard is there and belongs to one set.
+    """Check that no shard is missing and that each is named by at most one index file.
 
     Args:
-        weights: paths of the safetensors files.
-        indexes: the ``weight_map`` of each index file, as ``read_index`` gives it.
+        weights: relative paths of the safetensors files.
+        indexes: the ``weight_map`` of each index file, as ``read_index`` returns it.
 
     Raises:
         CheckpointError: a file is in two indexes, or a numbered shard without an index is missing.
@@ -320,7 +340,11 @@ def check_sets(weights: set[str], indexes: dict[str, dict[str, str]]) -> None:
 
 
 def read_exactly(fd: int, buffer: memoryview, offset: int, what: str) -> None:
-    """Fill ``buffer`` from a file; raises CheckpointError if it ends before."""
+    """Fill ``buffer`` from a file at ``offset``; ``what`` names it in the error.
+
+    Raises:
+        CheckpointError: the file ends before the buffer is full.
+    """
     while len(buffer):
         n_read = read_into(fd, buffer, offset)
         if not n_read:
@@ -344,7 +368,9 @@ def _check_numbers(path: str, shard: re.Match[str], weights: set[str]) -> None:
     count = int(shard["count"])
     first = next((n for n in range(1, count + 1) if _numbered(shard, n) not in weights), None)
     if first is not None:
-        raise CheckpointError(f"'{path}' is one of {count} shards, shard {first} is not there")
+        raise CheckpointError(
+            f"'{path}' is one of {count} shards, but shard {first} is missing; copy or download it"
+        )
 
 
 def _numbered(shard: re.Match[str], number: int) -> str:
@@ -358,13 +384,15 @@ def _read_header(fd: int, location: Path) -> tuple[bytes, Header]:
     size = int.from_bytes(read_at(fd, 8, 0), "little")
     if read_at(fd, len(_LFS_POINTER), 0) == _LFS_POINTER:
         raise CheckpointError(
-            f"'{location}' is a pointer of Git LFS, not the weights themselves; run `git lfs pull` in"
+            f"'{location}' is a Git LFS pointer, not the weights themselves; run `git lfs pull` in"
             " its repository"
         )
-    if size > min(file_bytes - 8, MAX_HEADER_BYTES):
+    if size > MAX_HEADER_BYTES:
+        raise CheckpointError(f"'{location}' is not a safetensors file; {_way_out(fd, location)}")
+    if size > file_bytes - 8:
         raise CheckpointError(
-            f"'{location}' is not a safetensors file, or only a part of one: it states a header of {size}"
-            " bytes; convert it, or copy or download it again"
+            f"'{location}' is incomplete: it has {file_bytes} bytes, its header alone {size}; copy or download"
+            " it again"
         )
     raw = bytearray(size)
     read_exactly(fd, memoryview(raw), 8, str(location))
@@ -372,6 +400,16 @@ def _read_header(fd: int, location: Path) -> tuple[bytes, Header]:
         return bytes(raw), parse_header(bytes(raw), f"'{location}'")
     except FormatError as error:
         raise CheckpointError(str(error)) from error
+
+
+def _way_out(fd: int, location: Path) -> str:
+    """Return what to do about a file that is no safetensors file, as a clause."""
+    start = read_at(fd, len(_ZIP), 0)
+    if start == _ZIP and location.suffix.lower() in PICKLED_SUFFIXES:
+        return f"convert it with: {conversion_of_file(location)}"
+    if location.name.endswith(".json"):
+        return "give the folder that it is in, or a .safetensors file"
+    return "give a .safetensors file or a folder that holds some"
 
 
 def _spec(entry: HeaderEntry, location: Path) -> TensorSpec:
@@ -383,6 +421,7 @@ def _spec(entry: HeaderEntry, location: Path) -> TensorSpec:
         raise CheckpointError(f"'{location}': tensor {entry.name!r}: {error}") from error
     if n_bytes != expected:
         raise CheckpointError(
-            f"'{location}': tensor {entry.name!r} has {n_bytes} bytes, its shape and dtype say {expected}"
+            f"'{location}': tensor {entry.name!r} has {n_bytes} bytes, expected {expected} by its shape"
+            " and dtype"
         )
     return spec

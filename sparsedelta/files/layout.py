@@ -1,4 +1,4 @@
-"""The target's weight files without their data: header bytes, and where each tensor lies (FORMAT §3.2)."""
+"""The layout of the target's weight files: header bytes, and the offset of each tensor (FORMAT §3.2)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sparsedelta.format.safetensors_header import HeaderEntry, parse_header, ren
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """One weight file of the target.
+    """The layout of one weight file of the target.
 
     Attributes:
         path: relative to the target.
-        header: its header's bytes, without the length before them.
-        rows: its tensors, in the order of the data.
-        offsets: of each tensor's first byte, from the start of the file.
-        n_bytes: of the whole file.
+        header: the bytes of its header, without the length before them.
+        rows: its tensors, in the order of their data.
+        offsets: position of each tensor's first byte in the file.
+        n_bytes: size of the whole file.
     """
 
     path: str
@@ -34,7 +34,7 @@ class FileLayout:
 
 
 def rows_by_file(delta: Delta) -> list[tuple[WeightFile, tuple[Row, ...]]]:
-    """Return the rows of each weight file of the target."""
+    """Return each weight file of the target with its rows."""
     rows: dict[str, list[Row]] = {file.path: [] for file in delta.target.weight_files}
     for row in delta.tensors:
         rows[row.file].append(row)
@@ -42,11 +42,12 @@ def rows_by_file(delta: Delta) -> list[tuple[WeightFile, tuple[Row, ...]]]:
 
 
 def target_layout(delta: Delta) -> list[FileLayout]:
-    """Return the target's weight files.
+    """Return the layout of each weight file of the target.
 
     Raises:
-        Corrupt: a header has another digest than the delta says, or a stored one does not fit its file.
-        LimitExceeded: a stored header is beyond a limit.
+        Corrupt: a header does not have the digest in the manifest, or a stored header does not
+            describe the tensors of its file.
+        LimitExceeded: a stored header exceeds a limit.
     """
     result = []
     for file, rows in rows_by_file(delta):
@@ -60,7 +61,7 @@ def target_layout(delta: Delta) -> list[FileLayout]:
 
 
 def _header(delta: Delta, file: WeightFile, entries: Sequence[HeaderEntry]) -> bytes:
-    """Return the header of a weight file, checked against its tensors."""
+    """Return the header bytes of a weight file; their digest is checked."""
     if file.stored:
         raw = _read_stored(delta, file, file.stored, entries)
     else:
@@ -85,12 +86,17 @@ def _read_stored(
     except FormatError as error:
         raise Corrupt(str(error)) from error
     if not header.only_known_members or set(header.entries) != set(entries):
-        raise Corrupt(f"{what} does not describe the tensors of the file as the delta does")
+        raise Corrupt(f"{what} describes other tensors than the delta; the delta is inconsistent")
     return raw
 
 
 def canonical_header(file: WeightFile, tensors: Iterable[tuple[str, TensorSpec]]) -> bytes:
-    """Return the canonical header of a file with these tensors, by name, and the file's metadata."""
+    """Return the bytes of a file's canonical header, with its metadata.
+
+    Args:
+        file: gives the metadata.
+        tensors: name and spec of each tensor, in the order of the data.
+    """
     return render_header(file.metadata, _entries(tensors))
 
 

@@ -1,4 +1,4 @@
-"""How the safetensors files of a folder belong together: shards of one model, variants, index files."""
+"""Which safetensors files of a folder belong together: shards of a model, variants, index files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ _NUMBERS = re.compile(r"-[0-9]{5}-of-[0-9]{5}")
 
 
 def roles(paths: Iterable[str], indexes: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """Return what each safetensors file is for, by path: files of one role can stand for each other.
+    """Return the role of each safetensors file, by path.
 
-    The shards of a model, its single file and their variants have one role: ``unet/model`` is that of
-    ``unet/model.safetensors``, ``unet/model.fp16.safetensors`` and ``unet/model-00001-of-00002.safetensors``.
+    Files with the same role hold the same model: in one file, in shards, or in a variant. For example,
+    ``unet/model.safetensors``, ``unet/model.fp16.safetensors`` and
+    ``unet/model-00001-of-00002.safetensors`` all have the role ``unet/model``.
 
     Args:
-        paths: of the safetensors files.
-        indexes: of each index file the paths of the shards it names.
+        paths: paths of the safetensors files.
+        indexes: for each index file, by path, the paths of the shards it names.
     """
     result = {path: _role(path.removesuffix(WEIGHT_SUFFIX)) for path in paths}
     for index, shards in indexes.items():
@@ -34,6 +35,6 @@ def _role(stem: str) -> str:
 
 
 def shard_path(shard: str, index: str) -> str:
-    """Return the path of a shard as the index at path ``index`` names it."""
+    """Return the path of a shard that the index file at path ``index`` names ``shard``."""
     folder = index.rpartition("/")[0]
     return f"{folder}/{shard}" if folder else shard

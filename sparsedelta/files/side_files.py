@@ -1,24 +1,27 @@
-"""Side files of the target: carried in the delta, or the base's, and in either case checked (FORMAT §3.1)."""
+"""Side files of the target: carried in the delta or taken from the base, and always checked (FORMAT §3.1)."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 
 from blake3 import blake3
 
 from sparsedelta.errors import BaseMismatch, Corrupt
 from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.files.globs import covering
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.manifest import read_text
 from sparsedelta.format.records import SideFile, Stored
 
 _BLOCK_BYTES = 1 << 20
+_MOST_NAMED = 5
 
 
 def digest_file(location: Path, copy: Callable[[bytes], object] | None = None) -> tuple[int, bytes]:
-    """Return size and BLAKE3 of a file, having handed its content to ``copy`` on the way."""
+    """Return the size and BLAKE3 digest of a file; ``copy``, if given, receives its content in blocks."""
     hasher = blake3()
     n_bytes = 0
     with open(location, "rb") as file:
@@ -34,7 +37,7 @@ def carried_content(delta: Delta, file: SideFile, stored: Stored) -> bytes:
     """Return the content of a file that the delta carries.
 
     Raises:
-        Corrupt: it is damaged or not what the manifest says.
+        Corrupt: the content does not have the size or digest in the manifest.
     """
     raw = read_text(delta.payload.read(stored.offset, stored.stored_bytes), stored.n_bytes)
     if blake3(raw).digest() != file.digest:
@@ -43,11 +46,11 @@ def carried_content(delta: Delta, file: SideFile, stored: Stored) -> bytes:
 
 
 def write_side_file(delta: Delta, base: Checkpoint, file: SideFile, path: Path) -> None:
-    """Write a side file and sync it.
+    """Write a side file of the target to ``path`` and sync it.
 
     Raises:
-        BaseMismatch: it is the base's, which has none or another.
-        Corrupt: it is carried and damaged.
+        BaseMismatch: the file comes from the base, but is missing there or differs.
+        Corrupt: the file is carried in the delta and is damaged.
     """
     with open(path, "xb") as output:
         if file.stored:
@@ -59,7 +62,11 @@ def write_side_file(delta: Delta, base: Checkpoint, file: SideFile, path: Path) 
 
 
 def check_base_files(delta: Delta, base: Checkpoint) -> None:
-    """Check that the base has all files that the target takes from it; raises BaseMismatch if it has not."""
+    """Check all side files that the target takes from the base.
+
+    Raises:
+        BaseMismatch: a file is missing from the base or differs.
+    """
     for file in delta.target.side_files:
         if not file.stored:
             check_base_file(delta, base, file)
@@ -68,19 +75,34 @@ def check_base_files(delta: Delta, base: Checkpoint) -> None:
 def check_base_file(
     delta: Delta, base: Checkpoint, file: SideFile, copy: Callable[[bytes], object] | None = None
 ) -> None:
-    """Check that the base has the file that the target takes from it; see ``digest_file``.
+    """Check one side file that the target takes from the base; for ``copy`` see ``digest_file``.
 
     Raises:
-        BaseMismatch: it has not.
+        BaseMismatch: the file is missing from the base or differs.
     """
     location = base.side_files.get(file.path)
     named = f", {delta.base.id}," if delta.base.id else ""
     source = f"the base that the delta was made from{named}"
     if location is None:
-        where = f" from {delta.base.id}" if delta.base.id else ""
-        raise BaseMismatch(
-            f"'{base.path}' has no file {file.path!r}, which {source} has; get it{where}, or make the target"
-            f" without it (exclude, --exclude {file.path})"
-        )
+        raise _missing(delta, base, source)
     if digest_file(location, copy) != (file.n_bytes, file.digest):
         raise BaseMismatch(f"file '{location}' differs from that of {source}")
+
+
+def _missing(delta: Delta, base: Checkpoint, source: str) -> BaseMismatch:
+    """Return the error that names all files that the target takes from the base and that it lacks."""
+    files = delta.target.side_files
+    missing = [f.path for f in files if not f.stored and f.path not in base.side_files]
+    others = {f.path for f in files} | {f.path for f in delta.target.weight_files}
+    options = " ".join(
+        f"--exclude {quote(glob)}" for glob in covering(missing, others - {*missing})
+    )
+    shown = ", ".join(repr(path) for path in missing[:_MOST_NAMED])
+    if len(missing) > _MOST_NAMED:
+        shown += f" and {len(missing) - _MOST_NAMED} more"
+    what, them = ("file", "it") if len(missing) == 1 else ("files", "them")
+    where = f" from {delta.base.id}" if delta.base.id else ""
+    return BaseMismatch(
+        f"'{base.path}' has no {what} {shown}, which {source} has; get {them}{where}, or rebuild the target"
+        f" without {them} (exclude, {options})"
+    )

@@ -1,1 +1,1 @@
-"""What a ``.sd`` file is (FORMAT.md): paths, JSON, headers, digests, records, manifest, container, delta."""
+"""The ``.sd`` file format (FORMAT.md): reading, checking and writing every part of the file."""

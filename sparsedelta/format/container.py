@@ -1,6 +1,7 @@
-"""The ``.sd`` file (FORMAT §2): a safetensors file of one manifest and one payload.
+"""The container of a delta (FORMAT §2): a safetensors file that holds a manifest and a payload.
 
-Only this module knows the container. Its header has one spelling, so there is nothing to parse.
+Only this module reads and writes the container. Its header must be exactly as specified, byte for
+byte, so no general JSON parser is needed.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ class FilePayload:
     """The payload of an open ``.sd`` file (``sparsedelta.format.records.Payload``).
 
     Attributes:
-        name: what messages call the file.
-        file_bytes: its size.
-        manifest_bytes: the size of its manifest.
-        any_size: it may make much more than its size explains (``Delta.check_output``).
+        name: name of the file, for messages.
+        file_bytes: size of the file.
+        manifest_bytes: size of its manifest; 0 before ``open``.
+        any_size: whether ``Delta.check_output`` accepts an output of any size.
     """
 
     def __init__(self, source: ByteSource, *, any_size: bool = False) -> None:
@@ -60,7 +61,11 @@ class FilePayload:
         self._start = 0
 
     def read(self, offset: int, n_bytes: int) -> bytes:
-        """Return ``n_bytes`` bytes from ``offset``; raises Truncated if they are gone."""
+        """Return ``n_bytes`` bytes of the payload from ``offset``.
+
+        Raises:
+            Truncated: the file ends before them.
+        """
         return self._read_at(self._start + offset, n_bytes)
 
     def close(self) -> None:
@@ -68,7 +73,7 @@ class FilePayload:
         self._source.close()
 
     def open(self) -> Manifest:
-        """Read and check header and manifest; afterwards the payload can be read.
+        """Read and check the header and the manifest; return the manifest. Call it before ``read``.
 
         Raises:
             FormatError: the file breaks a rule of FORMAT §12.
@@ -77,14 +82,20 @@ class FilePayload:
         end = self._start + m + p
         if self.file_bytes < end:
             raise Truncated(
-                f"'{self.name}' ends early: it has {self.file_bytes} bytes, its header calls for"
-                f" {end}; copy or download it again"
+                f"'{self.name}' ends early: it has {self.file_bytes} bytes, expected {end}; copy or"
+                " download it again"
             )
         if self.file_bytes > end:
-            raise Corrupt(f"'{self.name}' has {self.file_bytes - end} bytes after its payload")
+            raise Corrupt(
+                f"'{self.name}' has {self.file_bytes - end} bytes after its payload, expected none;"
+                " copy or download it again"
+            )
         raw = self._read_at(self._start, m)
         if blake3(raw).digest() != digest:
-            raise Corrupt(f"'{self.name}' is damaged: its manifest does not match its digest")
+            raise Corrupt(
+                f"'{self.name}' is damaged: its manifest does not match its digest; copy or download"
+                " it again"
+            )
         self.manifest_bytes = m
         self._start += m
         return parse_manifest(raw, p)
@@ -94,7 +105,7 @@ class FilePayload:
         size = int.from_bytes(self._read_at(0, _LENGTH_BYTES), "little")
         if size > MAX_HEADER_BYTES:
             raise LimitExceeded(
-                f"'{self.name}' is not a delta: it states a header of {size} bytes, the limit is"
+                f"'{self.name}' is not a delta: its header would have {size} bytes, the limit is"
                 f" {MAX_HEADER_BYTES}"
             )
         raw = self._read_at(_LENGTH_BYTES, size)
@@ -105,14 +116,16 @@ class FilePayload:
         version = found["version"].decode("latin-1")
         if version != str(FORMAT_VERSION):
             raise UnsupportedVersion(
-                f"'{self.name}' has format version {version[:20]}, this release reads"
-                f" {FORMAT_VERSION}; a newer sparsedelta may read it"
+                f"'{self.name}' has format version {version[:20]}, but this release reads only"
+                f" version {FORMAT_VERSION}; a newer sparsedelta may read it"
             )
         if found["digest"] is not None:
             digest, m, p = bytes.fromhex(found["digest"].decode()), int(found["m"]), int(found["p"])
             if raw == _render_header(digest, m, p):
                 if m > MAX_MANIFEST_BYTES:
-                    raise LimitExceeded(f"'{self.name}' has a manifest of {m} bytes")
+                    raise LimitExceeded(
+                        f"'{self.name}' has a manifest of {m} bytes, the limit is {MAX_MANIFEST_BYTES}"
+                    )
                 return digest, m, p
         raise BadMagic(f"'{self.name}' is not a sparsedelta file: its header is not as specified")
 
@@ -133,7 +146,7 @@ class FilePayload:
 def write_container(
     manifest: Manifest, payload: Payload, path: AnyPath, *, overwrite: bool
 ) -> None:
-    """Write a delta as one file that appears complete or not at all; see ``Delta.save``."""
+    """Write a delta to ``path``, completely or not at all; see ``Delta.save``."""
     with staged_output(path, overwrite=overwrite) as staged, open(staged, "xb") as file:
         for block in container_blocks(manifest, payload):
             file.write(block)
@@ -142,7 +155,7 @@ def write_container(
 
 
 def container_blocks(manifest: Manifest, payload: Payload) -> Iterator[bytes]:
-    """Yield the bytes of a delta's file."""
+    """Yield the bytes of a ``.sd`` file, in blocks and in order."""
     rendered = render_manifest(manifest)
     stored = [(one.offset, one.stored_bytes) for one in manifest.stored()]
     n_payload = sum(size for _, size in stored)

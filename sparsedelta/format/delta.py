@@ -1,4 +1,4 @@
-"""A delta in memory: what its manifest says, and where its coded bytes are."""
+"""An open delta: the parsed manifest, and access to the payload."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _OUTPUT_EXTRA, _OUTPUT_RATIO = 64 << 20, 1024
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Delta:
-    """The transition from a base to a target.
+    """A delta: the difference between a base and a target.
 
     Attributes:
         base: hints about the base.
         target: the target's files.
-        tensors: the target's tensors, in the order of its files and their data, and how each is made.
+        tensors: one row for each tensor of the target, in the order of its files and their data.
         info: how the target was made; free JSON.
         payload: the coded bytes.
     """
@@ -48,57 +48,62 @@ class Delta:
 
     @property
     def nnz(self) -> int:
-        """Changed elements over all tensors."""
+        """Number of touched elements of all tensors."""
         return sum(row.nnz for row in self.tensors)
 
     @property
     def numel(self) -> int:
-        """Elements of the target over all tensors."""
+        """Number of elements of all tensors of the target."""
         return sum(row.target.n_elements for row in self.tensors)
 
     @property
     def base_fingerprint(self) -> bytes:
-        """Fingerprint of the base tensors that the target is made from."""
+        """Fingerprint of the base tensors that the target is rebuilt from, 32 bytes."""
         return fingerprint((name, spec) for (_, name), spec in base_tensors(self.tensors).items())
 
     @property
     def target_fingerprint(self) -> bytes | None:
-        """Fingerprint of the target; None if the digest of a tensor is not known."""
+        """Fingerprint of the target, 32 bytes; None if the digest of a tensor is not known."""
         if any(row.target.digest is None for row in self.tensors):
             return None
         return fingerprint((row.name, row.target) for row in self.tensors)
 
     def check_output(self) -> None:
-        """Check that a file makes no more than its size and its base explain (FORMAT §14).
+        """Check that the output is not far larger than the file and the base justify (FORMAT §14).
 
-        A file of 1 kB can state a tensor of any size. What is made may be twice the base tensors it is made
-        from, 1024 times the file and 64 MiB; what is touched only the last two.
+        A hostile file of 1 kB can declare a tensor of any size. Allowed are:
+
+        - for tensors and carried files: 64 MiB + 1024 × the file's size + 2 × the size of the base
+          tensors that the delta refers to;
+        - for touched elements: 64 MiB + 1024 × the file's size.
+
+        A delta that was not loaded from a file, or was loaded with ``any_size``, is not limited.
 
         Raises:
-            LimitExceeded: it makes more, and was not loaded with ``any_size``.
+            LimitExceeded: the output is larger.
         """
         payload = self.payload
         if not isinstance(payload, FilePayload) or payload.any_size:
             return
         allowed = _OUTPUT_EXTRA + _OUTPUT_RATIO * payload.file_bytes
         base = sum(spec.n_bytes for spec in base_tensors(self.tensors).values())
-        made = sum(row.target.n_bytes for row in self.tensors)
-        made += sum(file.n_bytes for file in self.target.side_files if file.stored)
+        output = sum(row.target.n_bytes for row in self.tensors)
+        output += sum(file.n_bytes for file in self.target.side_files if file.stored)
         touched = sum(row.nnz * row.target.dtype.width for row in self.tensors)
-        if made > allowed + 2 * base or touched > allowed:
+        if output > allowed + 2 * base or touched > allowed:
             raise LimitExceeded(
-                f"'{payload.name}' has {payload.file_bytes} bytes and would make {made}, of which it touches"
-                f" {touched}: far more than its size explains; if you trust it, allow any size"
-                " (any_size=True, --any-size)"
+                f"'{payload.name}' has {payload.file_bytes} bytes, but its output would have {output}, of"
+                f" which it changes {touched}; such a file may be an attack; if you trust it, allow any"
+                " size (any_size=True, --any-size)"
             )
 
     def save(self, path: AnyPath, *, overwrite: bool = False) -> None:
-        """Write the delta as one ``.sd`` file, whole or not at all.
+        """Write the delta to one ``.sd`` file. The file appears complete or not at all.
 
         Raises:
             FileExistsError: ``path`` exists and ``overwrite`` is false.
-            IsADirectoryError: it is a folder.
-            LimitExceeded: the delta is beyond what the format can hold (FORMAT §11).
+            IsADirectoryError: ``path`` is a folder.
+            LimitExceeded: the delta exceeds a limit of the format (FORMAT §11).
         """
         check_no_folder(Path(path))
         write_container(self._manifest(), self.payload, path, overwrite=overwrite)
@@ -108,7 +113,7 @@ class Delta:
 
         Raises:
             FormatError: part of the payload cannot be read.
-            LimitExceeded: the delta is beyond what the format can hold (FORMAT §11).
+            LimitExceeded: the delta exceeds a limit of the format (FORMAT §11).
         """
         return b"".join(self.blocks())
 
@@ -125,10 +130,10 @@ class Delta:
         return Manifest(self.base, self.target, self.tensors, self.info)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Put the delta into a repository on the Hub; return the ``PushReport`` of ``sparsedelta.push``.
+        """Upload the delta to a repository on the Hub; return the ``PushReport`` of ``sparsedelta.push``.
 
         Args:
-            repo_id: of the repository.
+            repo_id: id of the repository.
             options: the other arguments of ``sparsedelta.push``.
         """
         from sparsedelta.hub.push import push
@@ -136,37 +141,37 @@ class Delta:
         return push(self, repo_id, **options)
 
     def apply_(self, model: Model, *, verify: ModelCheck = "touched", names: Names = None) -> None:
-        """Make the target of the base that a model in memory holds: in place, bit for bit.
+        """Change a model in memory from the base to the target, in place and bit for bit.
 
-        All tensors are checked before the first is written; on any error the model is as it was.
+        All tensors are checked before the first one is written. On any error the model is unchanged.
 
         Args:
             model: a ``torch.nn.Module`` or a state dict, on any device; its tensors are changed.
-            verify: ``"touched"`` checks the touched values, ``"full"`` every byte of the tensors
-                that the model has of the delta's base, ``"none"`` nothing but dtypes and shapes.
-            names: from the name of a tensor in the delta, or from file and name, to its name in the
-                model; None as a value: leave this tensor out. What torch.compile, FSDP, DDP and PEFT
-                put into names, and one prefix common to all, are found without it.
+            verify: ``"touched"`` checks the touched values, ``"full"`` every byte of the base tensors
+                that the model holds, ``"none"`` only dtypes and shapes.
+            names: maps the name of a tensor in the delta, or a pair of file and name, to its name in the
+                model; the value None leaves the tensor out. Not needed for the prefixes that
+                torch.compile, FSDP, DDP and PEFT add, nor for one prefix common to all names.
 
         Raises:
             BaseMismatch: a tensor is neither the base's nor the target's.
             AlreadyApplied: the model already is the target.
             PartlyApplied: some tensors are the base's, others the target's.
-            StructureMismatch: a changed tensor is missing, has another dtype or shape, or may be that
-                of several files; or the delta adds, renames or reshapes tensors.
-            FormatError: the delta is damaged or is inconsistent.
-            ValueError: the delta lacks what ``verify`` asks for.
+            StructureMismatch: a changed tensor is missing, has another dtype or shape, or could belong
+                to several files; or the delta adds, renames or reshapes tensors.
+            FormatError: the delta is damaged or inconsistent.
+            ValueError: the delta lacks the digests that ``verify`` needs.
         """
         from sparsedelta.live.inplace import apply_
 
         apply_(self, model, verify=verify, names=names)
 
     def revert_(self, model: Model, *, verify: ModelCheck = "touched", names: Names = None) -> None:
-        """Make the base of the target that a model in memory holds; see ``apply_``.
+        """Change a model in memory from the target back to the base, in place; see ``apply_``.
 
         Raises:
-            ConflictError: the delta holds new values, not differences.
-            MismatchError: as for ``apply_``; ``AlreadyApplied``: the model already is the base.
+            ConflictError: the delta holds new values, not differences, so the old values are unknown.
+            MismatchError: as for ``apply_``; ``AlreadyApplied`` if the model already is the base.
         """
         from sparsedelta.live.inplace import revert_
 
@@ -177,14 +182,14 @@ class Delta:
     ) -> AbstractContextManager[None]:
         """Return a context in which the model is the target; see ``apply_``.
 
-        At its end the touched elements get the bits back that they had, whatever they are then.
+        At its end the touched elements get their old bits back, even if they were changed meanwhile.
         """
         from sparsedelta.live.inplace import applied
 
         return applied(self, model, verify=verify, names=names)
 
     def close(self) -> None:
-        """Close the file or spool behind the payload; the delta can no longer be applied."""
+        """Close the file or spool of the payload; afterwards the payload cannot be read."""
         self.payload.close()
 
     def __enter__(self) -> Delta:
@@ -195,22 +200,24 @@ class Delta:
 
 
 def load(path: AnyPath | Seekable, *, any_size: bool = False) -> Delta:
-    """Return the delta in a ``.sd`` file: header and manifest read and checked, the payload on demand.
+    """Return the delta in a ``.sd`` file.
 
-    The file stays open until ``Delta.close``. What is read of the payload is compared with its digest.
+    The header and the manifest are read and checked. The payload is read on demand, and every part
+    that is read is compared with its digest. The file stays open until ``Delta.close``.
 
     Args:
-        path: of the file; or an open binary file with ``read`` and ``seek``, which is not closed.
-        any_size: use it even if it makes far more than its size and its base explain, as a hostile file may.
+        path: path of the file; or an open binary file with ``read`` and ``seek``, which is not closed.
+        any_size: accept a delta whose output is far larger than the file and the base justify; see
+            ``Delta.check_output``.
 
     Raises:
-        FormatError: the file is not a delta this version can read.
-        OSError: it cannot be opened.
+        FormatError: the file is not a delta that this release can read.
+        OSError: the file cannot be opened.
     """
     if isinstance(path, str | os.PathLike):
         return read_delta(OpenFile(path), any_size=any_size)
     if isinstance(path, bytes | bytearray | memoryview):
-        raise TypeError("bytes are given, expected a path or an open file; use Delta.from_bytes")
+        raise TypeError("path is bytes, expected a path or an open file; use Delta.from_bytes")
     return read_delta(Stream(path), any_size=any_size)
 
 
@@ -218,12 +225,15 @@ AnyDelta: TypeAlias = AnyPath | Delta
 
 
 def opened(delta: AnyDelta, *, any_size: bool = False) -> AbstractContextManager[Delta]:
-    """Return a context with a delta: one that is given, which stays open after it, or one loaded for it."""
+    """Return a context that yields a delta: ``delta`` itself, or the one in the file at that path.
+
+    At its end the context closes a delta that it loaded, but not a delta that the caller passed in.
+    """
     return nullcontext(delta) if isinstance(delta, Delta) else load(delta, any_size=any_size)
 
 
 def read_delta(source: ByteSource, *, any_size: bool = False) -> Delta:
-    """Return the delta whose file has these bytes; see ``load``. The source is closed with it."""
+    """Return the delta in ``source``; see ``load``. ``Delta.close`` closes the source."""
     payload = FilePayload(source, any_size=any_size)
     try:
         manifest = payload.open()

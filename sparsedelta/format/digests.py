@@ -1,4 +1,4 @@
-"""Fingerprints: the tensors of a checkpoint named in a few bytes (FORMAT §14)."""
+"""Fingerprints: one digest for all tensors of a checkpoint (FORMAT §14)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ _DOMAIN = b"sparsedelta fingerprint 2\0"
 
 
 def fingerprint(tensors: Iterable[tuple[str, TensorSpec]]) -> bytes:
-    """Return the 32-byte fingerprint of tensors; it does not depend on their order or files.
+    """Return the 32-byte fingerprint of a set of tensors.
+
+    It depends on their names, dtypes, shapes and bytes, but not on their order or files.
 
     Args:
-        tensors: name and spec of each; the digests are known.
+        tensors: name and spec of each tensor. Every spec must have a digest.
     """
     return blake3(_DOMAIN + b"".join(sorted(_coded(*tensor) for tensor in tensors))).digest()
 
@@ -35,5 +37,5 @@ def _coded_layout(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 def base_tensors(rows: Iterable[Row]) -> dict[TensorKey, TensorSpec]:
-    """Return the base tensors that rows are made from, by file and name."""
+    """Return the specs of the base tensors that rows refer to, by file and name in the base."""
     return {row.base.key: row.base.spec for row in rows if row.base}

@@ -1,7 +1,8 @@
-"""The manifest (FORMAT §3–§5 and §9): what a delta says, to and from bytes.
+"""The manifest as records and as bytes (FORMAT §3–§5 and §9).
 
-Reading checks everything that can be known without the payload or a base. Time and memory stay within
-a constant times the size of the manifest: every row, chunk and side file has digests, which are not compressed.
+Reading checks everything that needs neither payload nor base. Its time and memory are at most a
+constant times the size of the manifest, because each row, chunk and side file has digests, and digests
+are not compressed.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ _CHUNKS = ("starts", "spans", "nnz", "codings", "touched", "raw", "stored")
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a manifest says: a delta without its payload."""
+    """The content of a manifest: a delta without its payload; attributes as in ``Delta``."""
 
     base: Base
     target: Target
@@ -75,11 +76,11 @@ class Manifest:
 
     @property
     def target_digests(self) -> bool:
-        """Whether the digest of every target tensor is known."""
+        """Whether the digests of all target tensors are known."""
         return all(row.target.digest is not None for row in self.tensors)
 
     def stored(self) -> Iterator[Stored | Chunk]:
-        """Yield what lies in the payload, in its order (FORMAT §5)."""
+        """Yield the record of each part of the payload, in the order of the payload (FORMAT §5)."""
         yield from (file.stored for file in self.target.side_files if file.stored)
         yield from (file.stored for file in self.target.weight_files if file.stored)
         for row in self.tensors:
@@ -93,7 +94,7 @@ def render_manifest(manifest: Manifest) -> bytes:
     """Return the bytes of a manifest.
 
     Raises:
-        LimitExceeded: it is beyond the limits of FORMAT §11.
+        LimitExceeded: it exceeds a limit of FORMAT §11.
     """
     _check_limits(manifest)
     structure = compact_json(_structure(manifest))
@@ -103,7 +104,7 @@ def render_manifest(manifest: Manifest) -> bytes:
     stored, stored_notes = compress_text(structure), compress_text(notes)
     n_bytes = _SIZES_BYTES + len(stored) + len(stored_notes) + len(digests)
     if _structure_problem(structure, n_bytes):
-        stored = structure  # which makes the manifest large enough for any structure
+        stored = structure  # uncompressed, it makes the manifest large enough for these limits
     sizes = (len(structure), len(stored), len(notes), len(stored_notes))
     head = b"".join(size.to_bytes(4, "little") for size in sizes)
     result = head + stored + stored_notes + digests
@@ -215,11 +216,11 @@ def _digests(manifest: Manifest) -> Iterator[bytes]:
 
 
 def parse_manifest(raw: bytes, payload_bytes: int) -> Manifest:
-    """Return what a manifest says, checked.
+    """Return the checked content of a manifest.
 
     Args:
-        raw: its bytes.
-        payload_bytes: the size of the payload that follows it.
+        raw: the bytes of the manifest.
+        payload_bytes: size of the payload that follows it.
 
     Raises:
         FormatError: it breaks a rule of FORMAT §12.
@@ -232,8 +233,8 @@ def parse_manifest(raw: bytes, payload_bytes: int) -> Manifest:
     _strings(requires, "requires")
     if requires:
         raise UnsupportedFeature(
-            f"the delta requires {requires[0][:80]!r}, which this release does not know; a newer"
-            " sparsedelta may read it"
+            f"the delta requires the feature {requires[0][:80]!r}, which this release does not know; a"
+            " newer sparsedelta may read it"
         )
     reader = _DigestReader(digests)
     base_id, n_unused, base_files = _objects(base, "base", _BASE)
@@ -252,7 +253,7 @@ def parse_manifest(raw: bytes, payload_bytes: int) -> Manifest:
     reader.finish()
     if columns.end != payload_bytes:
         raise Corrupt(
-            f"the payload has {payload_bytes} bytes, the manifest calls for {columns.end}"
+            f"the payload has {payload_bytes} bytes, expected {columns.end} by the manifest"
         )
     return Manifest(Base(base_id, n_unused), files, tuple(result), _info(notes))
 
@@ -260,7 +261,7 @@ def parse_manifest(raw: bytes, payload_bytes: int) -> Manifest:
 def _split(raw: bytes) -> tuple[bytes, bytes, bytes]:
     """Return structure, notes and digests of a manifest."""
     if len(raw) < _SIZES_BYTES:
-        raise Corrupt(f"the manifest has {len(raw)} bytes")
+        raise Corrupt(f"the manifest has {len(raw)} bytes, expected at least {_SIZES_BYTES}")
     sizes = [int.from_bytes(raw[at : at + 4], "little") for at in range(0, _SIZES_BYTES, 4)]
     n_structure, stored_structure, n_notes, stored_notes = sizes
     _at_most(n_structure, _max_structure(len(raw)), "bytes of structure")
@@ -270,7 +271,7 @@ def _split(raw: bytes) -> tuple[bytes, bytes, bytes]:
         coded = raw[at : at + stored]
         at += stored
         if len(coded) != stored:
-            raise Corrupt("the manifest ends within its texts")
+            raise Corrupt("the manifest ends within its structure or notes")
         texts.append(_read_stream(coded, n_bytes))
     problem = _structure_problem(texts[0], len(raw))
     if problem:
@@ -283,24 +284,37 @@ def _max_structure(manifest_bytes: int) -> int:
 
 
 def _structure_problem(structure: bytes, manifest_bytes: int) -> str | None:
-    """Return why a structure is too much for a manifest of that size; None if it is not.
+    """Return why a structure is too large for a manifest of that size; None if it is not.
 
-    What it takes to parse goes with its length and the number of values, each of which has a separator.
+    The cost of parsing grows with the length and with the number of values. The number of commas and
+    opening brackets bounds the number of values.
     """
-    if len(structure) > _max_structure(manifest_bytes):
-        return f"a manifest of {manifest_bytes} bytes has {len(structure)} bytes of structure"
+    most_bytes = _max_structure(manifest_bytes)
+    if len(structure) > most_bytes:
+        return (
+            f"a manifest of {manifest_bytes} bytes has {len(structure)} bytes of structure, the limit is"
+            f" {most_bytes}"
+        )
     n_values = sum(map(structure.count, (b",", b"[", b"{")))
-    if n_values > manifest_bytes // 3 + _VALUES_EXTRA:
-        return f"a manifest of {manifest_bytes} bytes has {n_values} values, too many for its size"
+    most_values = manifest_bytes // 3 + _VALUES_EXTRA
+    if n_values > most_values:
+        return (
+            f"a manifest of {manifest_bytes} bytes has {n_values} values in its structure, the limit is"
+            f" {most_values}"
+        )
     return None
 
 
 def read_text(coded: bytes, n_bytes: int) -> bytes:
-    """Return a header or a side file stored in the delta (FORMAT §8).
+    """Return the content of a header or side file from its stream (FORMAT §8).
+
+    Args:
+        coded: the stream as it is in the payload.
+        n_bytes: size of the content.
 
     Raises:
-        Corrupt: it is not a stream of that size.
-        LimitExceeded: it expands too much.
+        Corrupt: ``coded`` is not a stream of that size.
+        LimitExceeded: the content is too large for the size of ``coded``.
     """
     check_expansion(n_bytes, len(coded))
     return _read_stream(coded, n_bytes)
@@ -308,12 +322,12 @@ def read_text(coded: bytes, n_bytes: int) -> bytes:
 
 def _read_stream(coded: bytes, n_bytes: int) -> bytes:
     if len(coded) > n_bytes or (not coded and n_bytes):
-        raise Corrupt(f"{n_bytes} bytes cannot be stored in {len(coded)}")
+        raise Corrupt(f"a stream of {n_bytes} bytes cannot be stored in {len(coded)} bytes")
     return coded if len(coded) == n_bytes else decompress(coded, n_bytes)
 
 
 def _parse_structure(raw: bytes) -> Any:
-    """Return the value of compact JSON; any other spelling is refused, so none is ambiguous."""
+    """Return the value of compact JSON; any other spelling of the value raises Corrupt."""
     try:
         value = json.loads(raw, parse_float=_refuse, parse_constant=_refuse)
         same = compact_json(value) == raw
@@ -337,7 +351,12 @@ def _info(notes: bytes) -> Mapping[str, JSON]:
 
 
 def _parse_target(value: Any, reader: _DigestReader) -> tuple[Target, list[int], bool, int]:
-    """Return the target's files, rows of each weight file, whether digests are known, and where chunks begin."""
+    """Return the target, and what is needed to read its rows.
+
+    Returns:
+        The target; the number of rows of each weight file; whether the digests of all target tensors
+        are given; the payload offset of the first chunk.
+    """
     kind, known, weight_files, side_files, folders = _objects(value, "target", _TARGET)
     if type(known) is not bool:
         raise Corrupt("target.digests is not a boolean")
@@ -381,10 +400,10 @@ def _check_files(target: Target) -> None:
     for paths, what in ((sides, "side_files"), (target.empty_folders, "empty_folders")):
         coded = [path.encode("utf-8") for path in paths]
         if any(a >= b for a, b in itertools.pairwise(coded)):
-            raise Corrupt(f"{what} are not sorted by path")
+            raise Corrupt(f"the paths of {what} are not sorted, or one occurs twice")
     if not target.is_folder:
         if len(weights) != 1 or "/" in weights[0] or sides or target.empty_folders:
-            raise Corrupt("a target of kind 'file' is more than one weight file without a folder")
+            raise Corrupt("a target of kind 'file' must be one weight file and nothing else")
         return
     for path in weights:
         if not path.endswith(WEIGHT_SUFFIX):
@@ -399,7 +418,7 @@ def _stored(n_bytes: int, stored: int) -> Stored | None:
         return None
     _at_most(n_bytes, MAX_CARRIED_BYTES, "bytes of a stored file")
     if stored > n_bytes or (not stored and n_bytes):
-        raise Corrupt(f"{n_bytes} bytes cannot be stored in {stored}")
+        raise Corrupt(f"a stream of {n_bytes} bytes cannot be stored in {stored} bytes")
     if stored < n_bytes:
         check_expansion(n_bytes, stored)
     return Stored(n_bytes, stored, -1)
@@ -421,7 +440,7 @@ def _weight_file(path: Any, header: Any, digest: bytes) -> WeightFile:
         key, item = fixed_items(pair, "header metadata", 2)
         _strings([key, item], "header metadata")
         if key in metadata:
-            raise Corrupt(f"header metadata have key {key[:80]!r} twice")
+            raise Corrupt(f"the header metadata have the key {key[:80]!r} twice")
         metadata[key] = item
     return WeightFile(path, digest, metadata, None)
 
@@ -442,14 +461,14 @@ def _coding(value: Any) -> Coding:
     _known_name(index, "index encoding", INDEX_ENCODINGS)
     _known_name(packing, "value packing", VALUE_PACKINGS)
     if type(classes) is not int or classes not in (0, 1):
-        raise Corrupt("classes of a coding are neither 0 nor 1")
+        raise Corrupt("classes of a coding: expected 0 or 1")
     if classes and not (INDEX_ENCODINGS[index].has_classes or VALUE_PACKINGS[packing].has_classes):
-        raise Corrupt(f"a coding has classes, which {index} and {packing} have not")
+        raise Corrupt(f"a coding has classes, but {index} and {packing} cannot have any")
     return Coding(values, index, packing, bool(classes))
 
 
 class _Rows:
-    """The columns of rows, checked, and the rows without digests and chunks."""
+    """The columns of ``tensors``, checked; ``finish`` returns the rows."""
 
     def __init__(
         self,
@@ -468,7 +487,7 @@ class _Rows:
         _column(files, "base_files", n, least=-1, below=len(base_files))
         _column(n_chunks, "n_chunks", n)
         if sum(counts) != n:
-            raise Corrupt(f"weight files list {sum(counts)} tensors, there are {n}")
+            raise Corrupt(f"the weight files have {sum(counts)} rows, but there are {n} names")
         _check_names(names, counts)
         self.n = n
         self.n_chunks: list[int] = n_chunks
@@ -487,7 +506,7 @@ class _Rows:
         for exceptions, usual in ((self._base_names, names), (other_layouts, own)):
             if any(usual[row] == item for row, item in exceptions.items()):
                 raise Corrupt(
-                    "a tensor's base has its own name or layout, which goes without saying"
+                    "base_names or base_layouts repeat the name or layout of the tensor itself"
                 )
         self._base_own = other_layouts
         self._keep = self._exceptions(keep, "keep", _MAX_BITS)
@@ -495,7 +514,7 @@ class _Rows:
         self._check_total()
 
     def finish(self, reader: _DigestReader, known: bool) -> list[Row]:
-        """Return the rows without chunks; base and target digests are read."""
+        """Return the rows without their chunks. Takes the digests of base and target from ``reader``."""
         keeps: dict[tuple[int, int], int] = {}  # by layouts of base and target
         rows, own, layouts, sizes = [], self._own, self._layouts, self._sizes
         base_digests = [
@@ -517,7 +536,7 @@ class _Rows:
                 keep = self._keep.get(number, most)
                 if number in self._keep and keep >= most:
                     raise Corrupt(
-                        f"tensor {name!r} keeps {keep} elements, less than {most} is expected"
+                        f"tensor {name!r} keeps {keep} elements, expected fewer than {most}"
                     )
                 is_copied = not n_chunks and keep == sizes[other] == sizes[own[number]]
             if is_copied and base:
@@ -529,15 +548,18 @@ class _Rows:
         return rows
 
     def _exceptions(self, value: Any, what: str, below: int | None = None) -> dict[int, Any]:
-        """Return the values of some rows by number; ``below``: they are integers below it."""
+        """Return a list of pairs ``[row, value]`` as a mapping from row numbers to values.
+
+        The values must be strings, or integers below ``below`` if that is given.
+        """
         pairs = [fixed_items(item, what, 2) for item in items(value, what, MAX_ROWS)]
         rows = [row for row, _ in pairs]
         values = [item for _, item in pairs]
         _column(rows, what, len(pairs), below=self.n)
         if any(a >= b for a, b in itertools.pairwise(rows)):
-            raise Corrupt(f"{what} do not ascend by row")
+            raise Corrupt(f"{what}: the row numbers do not ascend")
         if any(self._base_files[row] is None for row in rows):
-            raise Corrupt(f"{what} name a tensor without a base")
+            raise Corrupt(f"{what}: a row without a base is listed")
         if below is None:
             _strings(values, what)
         else:
@@ -548,17 +570,17 @@ class _Rows:
         widths = [8 * spec.dtype.width for spec in self._layouts]
         total = sum(widths[i] * self._sizes[i] for i in self._own)
         if total >= _MAX_BITS:
-            raise LimitExceeded(f"the target has {total} bits, the limit is 2^63")
+            raise LimitExceeded(f"the target has {total} bits, expected fewer than 2^63")
 
 
 class _Chunks:
-    """The columns of chunks, checked."""
+    """The columns of ``chunks``, checked; ``finish`` adds the chunks to the rows."""
 
     def __init__(self, rows: _Rows, codings: Sequence[Coding], columns: Any) -> None:
         starts, spans, nnz, coding, touched, raw, stored = _objects(columns, "chunks", _CHUNKS)
         n = len(items(starts, "starts", MAX_CHUNKS))
         if sum(rows.n_chunks) != n:
-            raise Corrupt(f"tensors list {sum(rows.n_chunks)} chunks, there are {n}")
+            raise Corrupt(f"the rows have {sum(rows.n_chunks)} chunks, but {n} are listed")
         for column, what in ((starts, "starts"), (spans, "spans"), (nnz, "nnz")):
             _column(column, f"{what} of chunks", n)
         _column(coding, "codings of chunks", n, below=len(codings))
@@ -569,12 +591,19 @@ class _Chunks:
         self._codings = codings
         self._raw, self._stored = raw, stored
         self._n_chunks = rows.n_chunks
-        self.end = 0  # of the payload, once finished
+        self.end = 0  # size of the payload in bytes, known after finish()
 
     def finish(
         self, rows: Sequence[Row], reader: _DigestReader, *, known: bool, offset: int
     ) -> list[Row]:
-        """Return the rows with their chunks; their digests are read, their streams begin at ``offset``."""
+        """Return the rows with their chunks. Takes the digests of the chunks from ``reader``.
+
+        Args:
+            rows: the rows without chunks.
+            reader: gives the digests.
+            known: whether the digests of all target tensors are given.
+            offset: payload offset of the first chunk.
+        """
         result = []
         n = sum(self._n_chunks)
         coded = [reader.take(CODED_DIGEST_BYTES) for _ in range(n)]
@@ -600,24 +629,26 @@ class _Chunks:
                 )
                 offset += chunk.stored_bytes
                 if len(chunk.raw) != n_raw or len(chunk.stored) != n_stored:
-                    raise Corrupt(f"tensor {row.name!r}: sizes of streams are missing")
+                    raise Corrupt(f"tensor {row.name!r}: the sizes of some streams are missing")
                 check_chunk(chunk, dtype, n_elements)
                 if start < end:
-                    raise Corrupt(f"tensor {row.name!r}: chunks overlap or do not ascend")
+                    raise Corrupt(f"tensor {row.name!r}: its chunks overlap or do not ascend")
                 if not (touched or known):
-                    raise Corrupt(f"tensor {row.name!r}: neither it nor its chunk has a digest")
+                    raise Corrupt(
+                        f"tensor {row.name!r}: it has no target digest, and a chunk has no touched digests"
+                    )
                 end = start + span
                 raw_at, stored_at, number = raw_at + n_raw, stored_at + n_stored, number + 1
                 chunks.append(chunk)
             result.append(replace(row, chunks=tuple(chunks)))
         if raw_at != len(self._raw) or stored_at != len(self._stored):
-            raise Corrupt("there are more sizes of streams than streams")
+            raise Corrupt("the chunks list more stream sizes than there are streams")
         self.end = offset
         return result
 
 
 class _DigestReader:
-    """Hands out the digests at the end of a manifest, in their order."""
+    """Reads the digests at the end of a manifest, in order."""
 
     def __init__(self, raw: bytes) -> None:
         self._raw = raw
@@ -629,12 +660,12 @@ class _DigestReader:
         self._at += n_bytes
         if len(digest) != n_bytes:
             raise Corrupt(
-                f"the manifest ends within its digests, at {len(self._raw)} bytes of them"
+                f"the manifest ends within its digests: it has only {len(self._raw)} bytes of them"
             )
         return digest
 
     def finish(self) -> None:
-        """Check that no bytes are left."""
+        """Check that all digests were taken; raises Corrupt if bytes are left."""
         if self._at != len(self._raw):
             raise Corrupt(f"{len(self._raw) - self._at} bytes follow the last digest")
 
@@ -646,7 +677,7 @@ def _check_names(names: list[str], counts: Sequence[int]) -> None:
         own = names[start : start + count]
         start += count
         if len(set(own)) != count:
-            raise Corrupt("a weight file has two tensors of one name")
+            raise Corrupt("a weight file has two tensors of the same name")
         if METADATA_KEY in own:
             raise Corrupt(f"a tensor cannot be named {METADATA_KEY}")
 
@@ -682,7 +713,7 @@ def _column(
     if n is not None and len(value) != n:
         raise Corrupt(f"{what}: {len(value)} entries, expected {n}")
     if below is not None and value and max(value) >= below:
-        raise Corrupt(f"{what}: {max(value)} where less than {below} is expected")
+        raise Corrupt(f"{what}: found {max(value)}, expected less than {below}")
 
 
 def _known_name(value: Any, what: str, known: Iterable[str]) -> None:
@@ -690,7 +721,8 @@ def _known_name(value: Any, what: str, known: Iterable[str]) -> None:
         raise Corrupt(f"{what}: expected a string")
     if value not in known:
         raise UnsupportedFeature(
-            f"{what} is {value[:80]!r}, this release knows {', '.join(sorted(known))}"
+            f"{what} is {value[:80]!r}, but this release knows only {', '.join(sorted(known))}; a newer"
+            " sparsedelta may read it"
         )
 
 

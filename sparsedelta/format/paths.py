@@ -1,4 +1,4 @@
-"""File paths inside a delta (FORMAT §3.4): plain relative names that stay in the output folder on any system."""
+"""File paths in a delta (FORMAT §3.4): relative paths that stay within the output folder on any system."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from sparsedelta.errors import Corrupt
 
 MAX_PATH_BYTES = 4096
 MAX_COMPONENT_BYTES = 255
-MAX_COMPONENTS = 64  # making and removing folders recurses, here and in other programs
+MAX_COMPONENTS = 64  # programs that create or remove nested folders may recurse
 WEIGHT_SUFFIX = ".safetensors"
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
 _RESERVED_NAME = r"(con|prn|aux|nul|(com|lpt)[0-9])(\.[^/]*)?"
 _RESERVED = re.compile(_RESERVED_NAME, re.IGNORECASE)
-# Finds nothing in most paths, in one pass; what it finds is looked at component by component.
+# A fast first test: paths that do not match have no bad component. Paths that match are checked
+# component by component.
 _SUSPECT = re.compile(
     rf"(?<![^/])(\.?|[^/]*[. ]|\.git|{_RESERVED_NAME})(?![^/])|[^/]{{{MAX_COMPONENT_BYTES // 4},}}",
     re.IGNORECASE,
@@ -24,7 +25,7 @@ _SUSPECT = re.compile(
 
 
 def path_problem(path: str) -> str | None:
-    """Return why a path cannot stand in a delta, None if it can."""
+    """Return why a path is not allowed in a delta, as the end of a sentence; None if it is allowed."""
     try:
         coded = path.encode("utf-8")
     except UnicodeEncodeError:
@@ -49,25 +50,25 @@ def _component_problem(component: str) -> str | None:
     if component[-1] in ". ":
         return "has a component that ends with a dot or a space"
     if component.lower() == ".git":
-        return "has a component '.git': the files of git can run commands"
+        return "has a component '.git'; files of git can run commands"
     if _RESERVED.fullmatch(component):
         return f"has a component {component!r}, a name that Windows reserves"
     return None
 
 
 def path_collision(paths: Iterable[str]) -> tuple[str, str] | None:
-    """Return a path that collides with another, and how; None if none does.
+    """Return the first path that collides with another, and the reason; None if there is none.
 
-    Two collide if they are equal, or one is a folder of the other, on a system that ignores case.
-    Each path is sound by itself (`path_problem`).
+    Two paths collide if, on a system that ignores case and Unicode form, they are equal or one is a
+    parent folder of the other. ``path_problem`` must accept each path.
     """
-    # With "/" sorted before every other character a folder stands right before what lies in it.
+    # "/" is replaced by the smallest character, so that a folder is sorted right before its content.
     ordered = sorted((_folded(path).replace("/", "\0"), path) for path in paths)
     for (first, path), (second, other) in itertools.pairwise(ordered):
         if path == other:
             return other, "occurs twice"
         if first == second:
-            return other, f"is {path!r} too on a system that ignores case or Unicode form"
+            return other, f"is the same as {path!r} on a system that ignores case or Unicode form"
         if second.startswith(first + "\0"):
             return other, f"lies in {path!r}, a file or an empty folder"
     return None
@@ -80,14 +81,18 @@ def _folded(path: str) -> str:
 
 
 def check_path(path: str) -> None:
-    """Check one path by itself; raises Corrupt if it is not allowed."""
+    """Check one path.
+
+    Raises:
+        Corrupt: it is not allowed in a delta.
+    """
     problem = path_problem(path)
     if problem:
         raise Corrupt(f"path {path[:200]!r} {problem}")
 
 
 def check_paths(paths: Iterable[str]) -> None:
-    """Check all paths of a target, each by itself and against the others.
+    """Check all paths of a target: each one, and whether any two collide.
 
     Raises:
         Corrupt: a path is not allowed, or collides with another.

@@ -1,4 +1,4 @@
-"""What a manifest says (FORMAT §3–§5), as frozen dataclasses. They hold no bytes of the payload, only where these lie."""
+"""The parts of a manifest (FORMAT §3–§5) as frozen dataclasses. They hold offsets into the payload, not its bytes."""
 
 from __future__ import annotations
 
@@ -9,36 +9,34 @@ from typing import Protocol, TypeAlias
 from sparsedelta.codecs.chunk import Chunk
 from sparsedelta.dtypes import DType, tensor_bytes
 
-TensorKey: TypeAlias = tuple[
-    str, str
-]  # file and name: what identifies a tensor within a checkpoint
+TensorKey: TypeAlias = tuple[str, str]  # file and name; identifies a tensor within a checkpoint
 
 DIGEST_BYTES = 16  # of a tensor, a header, a coded chunk
 FILE_DIGEST_BYTES = 32  # of a side file
 
 
 class Payload(Protocol):
-    """The coded bytes of a delta. Safe for reading from several threads."""
+    """The coded bytes of a delta. Several threads may read at once."""
 
     def read(self, offset: int, n_bytes: int) -> bytes:
         """Return ``n_bytes`` bytes from ``offset``.
 
         Raises:
-            Truncated: the file behind it has become shorter.
+            Truncated: the file has become shorter since it was opened.
             ValueError: the payload is closed.
         """
 
     def close(self) -> None:
-        """Release what the payload holds open."""
+        """Close the file of the payload."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of base or target.
+    """Layout and digest of one tensor of base or target.
 
     Attributes:
-        dtype, shape: its layout, one that ``tensor_bytes`` accepts.
-        digest: of its bytes, 16 bytes, if known.
+        dtype, shape: its layout, which ``tensor_bytes`` accepts.
+        digest: digest of its bytes, 16 bytes; None if it is not known.
     """
 
     dtype: DType
@@ -52,11 +50,11 @@ class TensorSpec:
 
     @property
     def n_elements(self) -> int:
-        """Elements as the format counts them (FORMAT §1.1)."""
+        """Number of elements as the format counts them (FORMAT §1.1)."""
         return self.n_bytes // self.dtype.width
 
     def with_digest(self, digest: bytes | None) -> TensorSpec:
-        """Return the same dtype and shape with another digest."""
+        """Return a copy with another digest."""
         return TensorSpec(self.dtype, self.shape, digest)
 
     def same_layout(self, other: TensorSpec) -> bool:
@@ -65,7 +63,7 @@ class TensorSpec:
 
 
 class Named(Protocol):
-    """A tensor of a checkpoint."""
+    """A tensor of a checkpoint, as far as the file header describes it."""
 
     @property
     def file(self) -> str:
@@ -82,7 +80,7 @@ class Named(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BaseTensor:
-    """The base tensor that a target tensor is made from.
+    """The base tensor that a target tensor is rebuilt from.
 
     Attributes:
         file: path of its weight file in the base.
@@ -102,15 +100,15 @@ class BaseTensor:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One tensor of the target and how it is made (FORMAT §4).
+    """One tensor of the target, and how to rebuild it (FORMAT §4).
 
     Attributes:
         file: path of its weight file in the target.
         name: its name in that file.
-        target: dtype, shape, and digest if known.
-        base: the base tensor it is made from, if any.
-        keep: leading elements taken from the base; the others start as zero bits.
-        chunks: the changes, by ascending start.
+        target: its dtype and shape, and its digest if that is known.
+        base: the base tensor it is rebuilt from; None if there is none.
+        keep: how many leading elements are taken from the base; all others start as zero bits.
+        chunks: the changes, in ascending order of their first elements.
     """
 
     file: str
@@ -127,7 +125,7 @@ class Row:
 
     @property
     def is_copied(self) -> bool:
-        """Whether the tensor has exactly the bytes of its base tensor."""
+        """Whether the tensor has exactly the bytes of its base tensor (FORMAT §4)."""
         if self.base is None or self.chunks:
             return False
         n_elements = self.target.n_elements
@@ -136,7 +134,7 @@ class Row:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether every element of the target starts as the base's and the layout is unchanged."""
+        """Whether dtype and shape are the base's, and every element starts with the base's bits."""
         return (
             self.base is not None
             and self.base.spec.same_layout(self.target)
@@ -145,23 +143,23 @@ class Row:
 
     @property
     def nnz(self) -> int:
-        """Touched elements."""
+        """Number of touched elements."""
         return sum(chunk.nnz for chunk in self.chunks)
 
     @property
     def coded_bytes(self) -> int:
-        """Size of all its chunks in the payload."""
+        """Size of all its chunks in the payload, in bytes."""
         return sum(chunk.stored_bytes for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A text or file in the payload (FORMAT §8).
+    """A header or side file in the payload (FORMAT §8).
 
     Attributes:
         n_bytes: its raw size.
-        stored_bytes: its size in the payload; equal to ``n_bytes`` if it is stored plain.
-        offset: where it lies in the payload.
+        stored_bytes: its size in the payload; equal to ``n_bytes`` if it is not compressed.
+        offset: position of its first byte in the payload.
     """
 
     n_bytes: int
@@ -175,9 +173,9 @@ class WeightFile:
 
     Attributes:
         path: relative to the target folder.
-        digest: of its header's bytes, 16 bytes.
-        metadata: the header's ``__metadata__`` in order, for a canonical header.
-        stored: where the header's bytes are, for a header that is not canonical.
+        digest: digest of its header's bytes, 16 bytes.
+        metadata: the ``__metadata__`` of a canonical header, in order; None if it has none.
+        stored: where the bytes of the header are, if it is not canonical; None if it is.
     """
 
     path: str
@@ -188,13 +186,13 @@ class WeightFile:
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """Any other file of the target.
+    """A file of the target that is not a weight file.
 
     Attributes:
         path: relative to the target folder.
         n_bytes: its size.
-        digest: of its content, 32 bytes.
-        stored: where the delta carries it; None: it is the base's file of the same path.
+        digest: digest of its content, 32 bytes.
+        stored: where its content is in the payload; None if it is the base's file of the same path.
     """
 
     path: str
@@ -205,7 +203,12 @@ class SideFile:
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """Hints about the base: where it may be found, and how many of its tensors the target does not use."""
+    """Hints about the base, which are never proof.
+
+    Attributes:
+        id: where the base can be found, such as ``org/model@<commit>``; None if it is not known.
+        n_unused: how many of its tensors no row refers to.
+    """
 
     id: str | None
     n_unused: int = 0
@@ -213,7 +216,14 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The target's files without their tensors."""
+    """The target's files.
+
+    Attributes:
+        is_folder: whether the target is a folder; otherwise it is one weight file.
+        weight_files: in the order of their tensors in the manifest.
+        side_files: sorted by path.
+        empty_folders: paths of the folders that hold nothing, sorted.
+    """
 
     is_folder: bool
     weight_files: tuple[WeightFile, ...]

@@ -1,7 +1,4 @@
-"""Safetensors headers: the JSON that names, places and types the tensors of one file.
-
-Used for the checkpoint files people have and for the container of a delta, which is one too.
-"""
+"""Safetensors headers: the JSON that gives name, dtype, shape and offsets of each tensor of a file."""
 
 from __future__ import annotations
 
@@ -29,7 +26,12 @@ _MEMBERS = {"dtype", "shape", "data_offsets"}
 
 @dataclass(frozen=True, slots=True)
 class HeaderEntry:
-    """One tensor as a header gives it; offsets in bytes from the start of the data."""
+    """One tensor as its header describes it.
+
+    Attributes:
+        name, dtype, shape: as in the header; the dtype may be unknown.
+        begin, end: its first byte and the byte after its last, counted from the start of the data.
+    """
 
     name: str
     dtype: str
@@ -43,9 +45,9 @@ class Header:
     """A parsed header.
 
     Attributes:
-        metadata: None if there are none, or null.
-        entries: sorted by offset, ties in the header's order.
-        only_known_members: it has nothing that a delta does not describe (FORMAT §3.2).
+        metadata: the ``__metadata__``; None if it is missing or null.
+        entries: sorted by offsets; entries with equal offsets keep their order in the header.
+        only_known_members: whether a delta can describe everything in the header (FORMAT §3.2).
     """
 
     metadata: dict[str, str] | None
@@ -54,14 +56,14 @@ class Header:
 
 
 def parse_header(raw: bytes, what: str) -> Header:
-    """Return a header's metadata and entries. Offsets are sorted but not otherwise checked.
+    """Return the parsed header. Gaps and overlaps between the entries are not checked.
 
     Args:
-        raw: the header's bytes, padding included.
-        what: the file, for messages.
+        raw: the bytes of the header, including padding.
+        what: name of the file, for messages.
 
     Raises:
-        Corrupt: not a header.
+        Corrupt: ``raw`` is not a safetensors header.
         LimitExceeded: a name or shape is too long.
     """
     unpadded = raw.rstrip(b" ")
@@ -77,7 +79,7 @@ def parse_header(raw: bytes, what: str) -> Header:
 
 
 def render_header(metadata: Mapping[str, str] | None, entries: Iterable[HeaderEntry]) -> bytes:
-    """Return the canonical header (FORMAT §3.3), padded to a multiple of ``ALIGNMENT`` bytes."""
+    """Return the canonical header (FORMAT §3.2), padded to a multiple of ``ALIGNMENT`` bytes."""
     fields: dict[str, Any] = {}
     if metadata is not None:
         fields[METADATA_KEY] = dict(metadata)
@@ -103,18 +105,23 @@ def _metadata(value: Any, what: str) -> dict[str, str] | None:
 def _entry(name: str, value: Any, what: str) -> HeaderEntry:
     where = f"{what}, {name[:200]!r}"
     if len(name.encode("utf-8")) > MAX_NAME_BYTES:
-        raise LimitExceeded(f"{where}: the name is longer than {MAX_NAME_BYTES} bytes")
+        raise LimitExceeded(f"{where}: the tensor name is longer than {MAX_NAME_BYTES} bytes")
     if type(value) is not dict or not value.keys() >= _MEMBERS:
         raise Corrupt(f"{where} is not an object with dtype, shape and data_offsets")
     shape = read_shape(value["shape"], where)
     offsets = fixed_items(value["data_offsets"], f"{where}, data_offsets", 2)
     begin, end = (integer(offset, f"{where}, data_offsets") for offset in offsets)
     if end < begin:
-        raise Corrupt(f"{where}: data_offsets [{begin}, {end}] end before they begin")
+        raise Corrupt(f"{where}: data_offsets [{begin}, {end}] do not ascend")
     return HeaderEntry(name, text(value["dtype"], f"{where}, dtype"), shape, begin, end)
 
 
 def read_shape(value: Any, where: str) -> tuple[int, ...]:
-    """Return a shape from JSON; raises Corrupt or LimitExceeded if it is none."""
+    """Return a shape from its JSON value.
+
+    Raises:
+        Corrupt: it is not a list of integers of at least 0.
+        LimitExceeded: it has more than ``MAX_DIMENSIONS`` items.
+    """
     sizes = items(value, f"{where}, shape", MAX_DIMENSIONS)
     return tuple(integer(size, f"{where}, shape") for size in sizes)

@@ -1,4 +1,4 @@
-"""Where the coded bytes of a new delta are kept until it is saved: memory first, then a temporary file."""
+"""The payload of a new delta until it is saved: in memory first, then in a temporary file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MEMORY_BYTES = 32 << 20
 
 @contextmanager
 def new_payload(folder: str | None) -> Iterator[SpoolPayload]:
-    """Yield a payload for a new delta, which is closed if that comes to nothing; see ``SpoolPayload``."""
+    """Yield a ``SpoolPayload`` for a new delta; it is closed if the ``with`` block raises an exception."""
     payload = SpoolPayload(folder)
     try:
         yield payload
@@ -29,10 +29,10 @@ def new_payload(folder: str | None) -> Iterator[SpoolPayload]:
 
 
 class SpoolPayload:
-    """Coded bytes written by several threads in any order (``sparsedelta.format.records.Payload``).
+    """A payload to which several threads can add coded bytes (``sparsedelta.format.records.Payload``).
 
     Args:
-        folder: where the temporary file goes; None: the system's place for such files.
+        folder: folder for the temporary file; None for the system's temporary folder.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -49,12 +49,12 @@ class SpoolPayload:
         return replace(chunk, offset=self._append(streams))
 
     def add_text(self, raw: bytes) -> Stored:
-        """Store a header or a side file, compressed where that pays; return where it lies."""
+        """Store a header or side file, compressed if that makes it smaller; return its record."""
         stored = compress_text(raw)
         return Stored(len(raw), len(stored), self._append([stored]))
 
     def add_stored(self, stored: Stored, coded: bytes) -> Stored:
-        """Store the bytes of a header or side file as another delta has them."""
+        """Store a header or side file that another delta has coded; return its record here."""
         return replace(stored, offset=self._append([coded]))
 
     def read(self, offset: int, n_bytes: int) -> bytes:
@@ -65,7 +65,7 @@ class SpoolPayload:
         """
         with self._lock:
             if self._file.closed:
-                raise ValueError("the delta is closed; make it again")
+                raise ValueError("the delta is closed; create it again")
             self._file.seek(offset)
             return self._file.read(n_bytes)
 

@@ -1,4 +1,4 @@
-"""JSON from strangers (FORMAT §3.1): what is ambiguous, unbounded or not exactly as asked for is refused."""
+"""Strict JSON for untrusted input (FORMAT §3.3): ambiguous or unbounded text raises an error."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sparsedelta.errors import Corrupt, FormatError, LimitExceeded, UnsupportedF
 MAX_DEPTH = 64
 MAX_INTEGER = (1 << 63) - 1
 _BLOCK_BYTES = 1 << 20
-_MOST_DIGITS = 4000  # of an integer, so that it can be written again
-_SHOWN = 200  # characters of a stranger's text in a message
+_MAX_DIGITS = 4000  # Python can write an integer of so many digits as text
+_SHOWN = 200  # characters of untrusted text in a message
 
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _HEX = re.compile(r"[0-9a-f]*")
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class _NotStrict(ValueError):
-    """JSON that is ambiguous or out of range."""
+    """The JSON is ambiguous or out of range."""
 
 
 def parse_json(raw: bytes, what: str, *, any_numbers: bool = False) -> Any:
@@ -34,12 +34,12 @@ def parse_json(raw: bytes, what: str, *, any_numbers: bool = False) -> Any:
 
     Args:
         raw: the text, UTF-8.
-        what: what it is, for messages.
+        what: name of the text, for messages.
         any_numbers: accept numbers of any size; those that Python cannot hold are returned as text.
 
     Raises:
-        Corrupt: no JSON, or not strict: bad UTF-8, NaN, a lone surrogate, a key given twice, an integer
-            beyond 63 bits, nested deeper than ``MAX_DEPTH``.
+        Corrupt: the text is not JSON, or has bad UTF-8, NaN, a lone surrogate, a key twice in one
+            object, an integer beyond 63 bits, or more than ``MAX_DEPTH`` levels.
     """
     try:
         _check_depth(raw, what)
@@ -62,17 +62,17 @@ def parse_json(raw: bytes, what: str, *, any_numbers: bool = False) -> Any:
 
 
 def compact_json(value: Any) -> bytes:
-    """Return the compact JSON of FORMAT §3.2; members keep their order."""
+    """Return a value as compact JSON (FORMAT §1.2); members keep their order."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.encode("utf-8")
 
 
 def members(value: Any, what: str, names: Sequence[str]) -> list[Any]:
-    """Return the members of an object that must have exactly ``names``, in that order.
+    """Return the values of the members ``names`` of an object, in this order.
 
     Raises:
-        Corrupt: no object, or a member is missing.
-        UnsupportedFeature: a member that version 1 does not have.
+        Corrupt: ``value`` is not an object, or a member is missing.
+        UnsupportedFeature: the object has a member that is not in ``names``.
     """
     if type(value) is not dict:
         raise Corrupt(f"{what} is {_kind(value)}, expected an object")
@@ -86,11 +86,11 @@ def members(value: Any, what: str, names: Sequence[str]) -> list[Any]:
 
 
 def items(value: Any, what: str, limit: int | None = None) -> list[Any]:
-    """Return the items of a list of at most ``limit``, if there is one.
+    """Return a list; ``limit``, if given, is the largest number of items allowed.
 
     Raises:
-        Corrupt: no list.
-        LimitExceeded: longer.
+        Corrupt: ``value`` is not a list.
+        LimitExceeded: the list has more items.
     """
     if type(value) is not list:
         raise Corrupt(f"{what} is {_kind(value)}, expected a list")
@@ -100,7 +100,7 @@ def items(value: Any, what: str, limit: int | None = None) -> list[Any]:
 
 
 def fixed_items(value: Any, what: str, n: int) -> list[Any]:
-    """Return the items of a list of exactly ``n``; raises Corrupt for anything else."""
+    """Return a list of exactly ``n`` items; anything else raises Corrupt."""
     found = items(value, what)
     if len(found) != n:
         raise Corrupt(f"{what} has {len(found)} items, expected {n}")
@@ -108,35 +108,35 @@ def fixed_items(value: Any, what: str, n: int) -> list[Any]:
 
 
 def integer(value: Any, what: str) -> int:
-    """Return an integer of 0 … 2^63 − 1; raises Corrupt for anything else, booleans included."""
+    """Return an integer from 0 to 2^63 − 1; anything else, such as a boolean, raises Corrupt."""
     if type(value) is not int or value < 0:
-        raise Corrupt(f"{what} is {_kind(value)}, expected an integer of 0 … 2^63 - 1")
+        raise Corrupt(f"{what} is {_kind(value)}, expected an integer from 0 to 2^63 - 1")
     return value
 
 
 def text(value: Any, what: str) -> str:
-    """Return a string; raises Corrupt for anything else."""
+    """Return a string; anything else raises Corrupt."""
     if type(value) is not str:
         raise Corrupt(f"{what} is {_kind(value)}, expected a string")
     return value
 
 
 def hex_bytes(value: Any, what: str, n_bytes: int) -> bytes:
-    """Return the bytes of lower-case hex of exactly ``n_bytes``; raises Corrupt for anything else."""
+    """Return ``n_bytes`` bytes from lower-case hex; anything else raises Corrupt."""
     if type(value) is not str or len(value) != 2 * n_bytes or not _HEX.fullmatch(value):
         raise Corrupt(f"{what} is not {n_bytes} bytes in lower-case hex")
     return bytes.fromhex(value)
 
 
 def optional(value: Any, what: str, read: Callable[[Any, str], T]) -> T | None:
-    """Return None for null, else what ``read`` makes of the value."""
+    """Return None for null, else ``read(value, what)``."""
     return None if value is None else read(value, what)
 
 
 def _check_depth(raw: bytes, what: str) -> None:
-    # Before parsing: the parser recurses, and hostile depth would exhaust its stack. By blocks, in
-    # linear time: a regular expression takes a hundred bytes for every character of a long string,
-    # and begins again at each quote of an unfinished one.
+    # This runs before parsing, because the parser recurses and deep nesting would exhaust its stack.
+    # It works block by block, in linear time. A regular expression would take a hundred bytes of
+    # memory for each character of a long string, and quadratic time for unclosed quotes.
     text = np.frombuffer(raw, np.uint8)
     depth, in_string, n_backslashes = 0, False, 0
     for start in range(0, len(text), _BLOCK_BYTES):
@@ -153,16 +153,18 @@ def _check_depth(raw: bytes, what: str) -> None:
 
 
 def _escaped(block: npt.NDArray[np.uint8], n_before: int) -> tuple[npt.NDArray[np.bool_], int]:
-    """Return which bytes follow an odd run of backslashes, and the length of the run at the end.
+    """Return which bytes a backslash escapes, and how many backslashes in a row end the block.
+
+    A byte is escaped if an odd number of backslashes in a row stands right before it.
 
     Args:
-        block: bytes, at least one.
-        n_before: length of the run of backslashes before the block.
+        block: at least one byte.
+        n_before: how many backslashes in a row stand right before the block.
     """
     backslash = block == ord("\\")
-    places = np.arange(len(block))
-    last = np.maximum.accumulate(np.where(backslash, -1 - n_before, places))
-    run = places - last  # of backslashes, up to and with each byte
+    numbers = np.arange(len(block))
+    last = np.maximum.accumulate(np.where(backslash, -1 - n_before, numbers))
+    run = numbers - last  # length of the run of backslashes that ends with each byte
     before = np.concatenate(([n_before], run[:-1]))
     return before % 2 == 1, int(run[-1])
 
@@ -178,7 +180,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _integer(digits: str) -> int | float:
     if digits == "-0":
-        return -0.0  # no spelling of an integer (FORMAT §1.2)
+        return -0.0  # "-0" is not an integer (FORMAT §1.2)
     if len(digits) > 20 or not -MAX_INTEGER - 1 <= int(digits) <= MAX_INTEGER:
         raise _NotStrict(f"integer {digits[:24]} does not fit in 63 bits and a sign")
     return int(digits)
@@ -192,7 +194,7 @@ def _number(digits: str) -> float:
 
 
 def _any_integer(digits: str) -> int | str:
-    return int(digits) if len(digits) <= _MOST_DIGITS else digits
+    return int(digits) if len(digits) <= _MAX_DIGITS else digits
 
 
 def _any_number(digits: str) -> float | str:

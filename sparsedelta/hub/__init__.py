@@ -1,4 +1,4 @@
-"""Deltas on the Hugging Face Hub: the only part of the package that imports huggingface_hub, when it must.
+"""Deltas on the Hugging Face Hub. Only this part of the package imports huggingface_hub, on first use.
 
-Whatever the Hub says is a hint; what is proved is proved by digests.
+The Hub's metadata is a hint. Only digests prove that a file is the right one.
 """

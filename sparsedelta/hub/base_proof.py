@@ -1,7 +1,8 @@
-"""Whether a repository is a delta's base: by headers, by what the Hub says of its files, and by digests.
+"""The proof that a repository holds the base of a delta: by headers, file hashes and tensor digests.
 
-The Hub knows SHA-256 of files, a delta BLAKE3 of tensors. A local copy joins the two: its files are the
-Hub's, its tensors the delta's. For a base that is a delta itself the digests in it are proof enough.
+The Hub has the SHA-256 of files, and a delta has the BLAKE3 of tensors. So the proof needs a local copy of
+the base: its files are compared with the Hub's hashes, its tensors with the delta's digests. If the base is
+itself a delta, no copy is needed, because that delta has the digests of its target.
 """
 
 from __future__ import annotations
@@ -31,34 +32,40 @@ from sparsedelta.progress import Progress
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """A base that was found to be a delta's.
+    """The result of a successful proof.
 
     Attributes:
-        base: its repository, pinned.
-        record: what was proved, to be kept beside the delta.
-        how: what was compared, in words.
+        base: the base's repository, pinned to a commit.
+        record: the base and the hashes of its files, to be stored beside the delta.
+        evidence: what the delta was compared with, such as ``"the cached copy"``.
     """
 
     base: Repository
     record: BaseRecord
-    how: str
+    evidence: str
 
 
 def base_reference(delta: Delta, what: str) -> Reference:
-    """Return where a delta says that its base is.
+    """Return the repository of the base that a delta names.
+
+    Args:
+        delta: the delta.
+        what: what the error message calls the delta.
 
     Raises:
-        RemoteNotFound: it does not say, or not in a way that can be looked up.
+        RemoteNotFound: the delta names no base, or one that is not a repository.
     """
     found = parse_base_id(delta.base.id)
     if found is None:
-        said = f"only says {delta.base.id!r}" if delta.base.id else "does not say"
-        raise RemoteNotFound(f"{what} {said} where its base is; name the base, such as org/model")
+        stated = f"names {delta.base.id!r}" if delta.base.id else "names nothing"
+        raise RemoteNotFound(
+            f"{what} {stated} as its base, expected a repository; give the base, such as org/model"
+        )
     return found
 
 
 def parse_base_id(stated: str | None) -> Reference | None:
-    """Return the repository that a base id names, None if it names none."""
+    """Return the repository that a base id names, or None if it names none."""
     try:
         return parse_reference(stated or "")
     except ValueError:
@@ -68,51 +75,51 @@ def parse_base_id(stated: str | None) -> Reference | None:
 def prove_base(
     hub: Hub, delta: Delta, reference: Reference, *, local: Path | None, progress: Progress | None
 ) -> Proof:
-    """Return the proof that a repository is a delta's base.
+    """Return the proof that a repository holds the base of a delta. The whole delta is checked, too.
 
     Args:
-        hub: where it is.
-        delta: the delta; all of it is checked, too.
-        reference: of the base.
-        local: a copy of the base. Without one the cache is looked in; what is not there is
-            downloaded into it, once headers have shown that it can be the base.
-        progress: told of the bytes read.
+        hub: the Hub.
+        delta: the delta.
+        reference: the repository.
+        local: a copy of the base. None: use the files in the cache; if they are not all there, compare
+            the headers of the files on the Hub with the delta, then download the files.
+        progress: receives the number of bytes read.
 
     Raises:
-        MismatchError: it is not.
-        RemoteError: it is not available.
+        MismatchError: the repository does not hold the base.
+        RemoteError: the repository is not available.
     """
     base = open_repository(hub, reference)
     if base.is_delta_repository:
         return _prove_link(base, delta)
     _check_has_weights(base)
     wanted = base.base_files(delta)
-    places, how = _find_copy(base, delta, wanted, local)
-    for path, place in places.items():
-        if not place.is_file() or not is_content(base.files[path], place):
+    copies, evidence = _find_copy(base, delta, wanted, local)
+    for path, copy in copies.items():
+        if not copy.is_file() or not is_content(base.files[path], copy):
             raise BaseMismatch(
-                f"'{place}' is not the file {path!r} of '{base.name}'; leave the local base away to"
-                " have it downloaded, or name the repository that it is from"
+                f"'{copy}' is not the file {path!r} of '{base.name}'; leave out the local base to"
+                " download it, or name the repository that the local base is from"
             )
     single = local if local is not None and not local.is_dir() else None
-    # Only the files compared: a local copy may have the tensors in others, too.
-    with nullcontext(single) if single else folder_of(places) as folder:
+    # Only the files that were compared: a local folder may hold the tensors in other files, too.
+    with nullcontext(single) if single else folder_of(copies) as folder:
         try:
             verify(delta, base=folder, progress=progress)
         except AlreadyApplied as error:
             raise BaseMismatch(
-                f"'{base.name}' is the delta's target, not its base; name the base's repository"
+                f"'{base.name}' is the delta's target, expected its base; name the base's repository"
             ) from error
     files = tuple(base.files[path] for path in wanted)
-    return Proof(base, BaseRecord(base.name, delta.base_fingerprint.hex(), files), how)
+    return Proof(base, BaseRecord(base.name, delta.base_fingerprint.hex(), files), evidence)
 
 
 def check_remote_structure(base: Repository, delta: Delta) -> None:
-    """Check that a base has the tensors that a delta is made from; only headers are fetched.
+    """Check that a base has the tensors that a delta was made from. Only headers are downloaded.
 
     Raises:
-        StructureMismatch: one is not there, or has another dtype or shape.
-        RemoteNotFound: there are no weights in the repository.
+        StructureMismatch: a tensor is missing, or has another dtype or shape.
+        RemoteNotFound: the repository holds no weights.
     """
     _check_has_weights(base)
     tensors = [tensor for path in base.weight_files(delta) for tensor in base.tensors(path)]
@@ -126,15 +133,15 @@ def check_remote_structure(base: Repository, delta: Delta) -> None:
 def _check_has_weights(base: Repository) -> None:
     if not base.has_weights:
         raise RemoteNotFound(
-            f"repository '{base.name}' holds neither {WEIGHT_SUFFIX} files nor a delta; a base needs"
-            " one or the other"
+            f"repository '{base.name}' holds neither {WEIGHT_SUFFIX} files nor a delta, so it is not a"
+            " base; name another repository"
         )
 
 
 def _find_copy(
     base: Repository, delta: Delta, wanted: list[str], local: Path | None
 ) -> tuple[dict[str, Path], str]:
-    """Return where a copy of the base is, downloaded if it must be, and what to call it."""
+    """Return the local path of each file of the base, downloaded if necessary, and what the copy is."""
     if local is not None:
         if local.is_dir():
             return {path: local / path for path in wanted}, f"the local copy '{local}'"
@@ -142,19 +149,19 @@ def _find_copy(
         return dict.fromkeys(weights, local), f"the local copy '{local}'"
     cached = base.hub.cached(base.reference, wanted)
     if cached is not None:
-        return cached, "the copy in the cache"
+        return cached, "the cached copy"
     check_remote_structure(base, delta)
-    return base.download(wanted), "a download of it"
+    return base.download(wanted), "a downloaded copy"
 
 
 def _prove_link(base: Repository, delta: Delta) -> Proof:
-    """Prove a base that is the target of a delta by fingerprint and by the digests of side files."""
+    """Return the proof for a base that is itself a delta: the digests of its target."""
     file = base.delta_file()
     with base.read_delta() as before:
         if before.target_fingerprint is None:
             raise BaseMismatch(
-                f"the delta in '{base.name}' does not have the digests of its target, so it cannot be"
-                " shown to be a base; make it again with `sparsedelta diff`"
+                f"the delta in '{base.name}' does not have the digests of its target, which are needed to"
+                " verify it as a base; make it again with `sparsedelta diff`"
             )
         check_link(before, delta, base.name)
     reference = Reference(base.reference.repo_id, base.reference.revision, file.path)
@@ -163,23 +170,28 @@ def _prove_link(base: Repository, delta: Delta) -> Proof:
 
 
 def check_link(before: Delta, delta: Delta, name: str) -> None:
-    """Check that a delta was made from the target of another, files and all.
+    """Check that a delta was made from the target of another, side files included.
+
+    Args:
+        before: the other delta.
+        delta: the delta.
+        name: the repository of the other delta, for messages.
 
     Raises:
-        BaseMismatch: it was not.
+        BaseMismatch: a tensor or a side file of the base is not in that target.
     """
     missing = first_gap(before, delta)
     if missing is not None:
         raise BaseMismatch(
-            f"the delta in '{name}' does not make tensor {missing.name!r} that the delta above it was"
-            " made from; it is not its base",
+            f"the target of the delta in '{name}' does not have the tensor {missing.name!r} that the next"
+            " delta was made from; name the right base",
             tensor=missing.name,
         )
-    there = {f.path: (f.n_bytes, f.digest) for f in before.target.side_files}
+    available = {f.path: (f.n_bytes, f.digest) for f in before.target.side_files}
     for side_file in delta.target.side_files:
         described = (side_file.n_bytes, side_file.digest)
-        if not side_file.stored and there.get(side_file.path) != described:
+        if not side_file.stored and available.get(side_file.path) != described:
             raise BaseMismatch(
-                f"file {side_file.path!r} is not, or another, in the target of the delta in '{name}';"
-                " it is not the base that the delta above it was made from"
+                f"the target of the delta in '{name}' does not have the file {side_file.path!r} that the"
+                " next delta was made from, or has another version of it; name the right base"
             )

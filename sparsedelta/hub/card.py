@@ -1,7 +1,7 @@
-"""The model card of a delta: a section between marks for each delta of a repository, and the head.
+"""The model card: metadata at its head, and one section between two marks for each delta.
 
-What stands outside the marks is a person's and stays. In the head only what is missing is added, and
-``base_model`` is kept true.
+Text outside the marks is never changed. In the metadata, missing members are added and
+``base_model`` is kept correct.
 """
 
 from __future__ import annotations
@@ -17,31 +17,32 @@ from sparsedelta.hub.references import DELTA_NAME, Reference
 from sparsedelta.ops.inspect import Inspection
 from sparsedelta.ops.layers import Grid, curve_points
 from sparsedelta.redaction import redacted
-from sparsedelta.report.text import percent, size
+from sparsedelta.report.text import numbers, percent, size
 
 LIBRARY = "sparsedelta"
 CARD_NAME = "README.md"
 TAGS = ("sparsedelta", "sparse-delta")
 _FROM_BASE = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _MAX_ROWS = 24
+_MAX_NUMBERS = 8
 _MAX_VALUE = 160
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a section says.
+    """The facts that a section of the card shows.
 
     Attributes:
-        repo_id: of the delta's repository.
-        path: of the delta in it.
-        base: the base, pinned.
-        base_is_delta: whether the base is a delta, too.
-        base_metadata: the head of the base's card.
-        found: what the delta changes.
-        file_bytes: its size.
-        target_bytes: the size of the target's files.
-        picture: path of the picture in the repository, and what it shows.
+        repo_id: the repository of the delta.
+        path: the delta's path in the repository.
+        base: the base, pinned to a commit.
+        base_is_delta: whether the base is itself a delta.
+        base_metadata: the metadata of the base's card.
+        found: what ``inspect`` returned for the delta.
+        file_bytes: size of the delta.
+        target_bytes: size of the target's files.
+        picture: path of the picture in the repository, and the grid that it shows; None: no picture.
         endpoint: address of the Hub.
     """
 
@@ -58,22 +59,22 @@ class CardFacts:
 
     @property
     def source(self) -> str:
-        """What a person writes to get this delta."""
+        """The argument of ``pull`` that names this delta."""
         if self.path == DELTA_NAME:
             return self.repo_id
         return f"hf://{self.repo_id}/{self.path.removesuffix('/' + DELTA_NAME)}"
 
 
-def renewed_card(existing: str | None, facts: CardFacts, *, alone: bool) -> str:
-    """Return the card with the section of a delta renewed, or a new card.
+def updated_card(existing: str | None, facts: CardFacts, *, alone: bool) -> str:
+    """Return the card with an updated section about a delta, or a new card.
 
     Args:
-        existing: the card as it is, None if there is none.
-        facts: what to say.
+        existing: the text of the existing card, or None.
+        facts: the contents of the section.
         alone: whether this is the only delta of the repository.
 
     Raises:
-        ValueError: the head of the existing card cannot be read.
+        ValueError: the metadata of the existing card is not valid YAML.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -85,11 +86,11 @@ def renewed_card(existing: str | None, facts: CardFacts, *, alone: bool) -> str:
     text = _with_section(existing, section, facts.path)
     try:
         card = ModelCard(text)
-    except Exception as error:  # the client lets those of its YAML parser through
+    except Exception as error:  # the client does not catch the errors of its YAML parser
         why = " ".join(redacted(str(error)).split())
         raise ValueError(
-            f"the head of {CARD_NAME} in '{facts.repo_id}' cannot be read: {why}; repair it there"
-            " first"
+            f"the metadata of {CARD_NAME} in '{facts.repo_id}' cannot be read: {why}; correct it in the"
+            " repository first"
         ) from error
     changes = _head_changes(vars(card.data), facts, alone=alone)
     if not changes:
@@ -100,14 +101,14 @@ def renewed_card(existing: str | None, facts: CardFacts, *, alone: bool) -> str:
 
 
 def _head(facts: CardFacts) -> dict[str, Any]:
-    """Return the head of a new card."""
-    taken = {name: facts.base_metadata.get(name) for name in _FROM_BASE}
-    link = taken["license_link"]
+    """Return the metadata of a new card."""
+    copied = {name: facts.base_metadata.get(name) for name in _FROM_BASE}
+    link = copied["license_link"]
     if isinstance(link, str) and "://" not in link:
-        # Relative to the base's repository, so of no use in this one as it stands.
-        taken["license_link"] = f"{facts.endpoint}/{facts.base.repo_id}/blob/main/{link}"
+        # A path relative to the base's repository: make it an absolute address.
+        copied["license_link"] = f"{facts.endpoint}/{facts.base.repo_id}/blob/main/{link}"
     return {
-        **{name: value for name, value in taken.items() if value is not None},
+        **{name: value for name, value in copied.items() if value is not None},
         "library_name": LIBRARY,
         "base_model": facts.base.repo_id,
         "base_model_relation": "finetune",
@@ -134,7 +135,7 @@ def _marks(path: str) -> tuple[str, str]:
 
 def _between_marks(facts: CardFacts) -> str:
     begin, end = _marks(facts.path)
-    note = "<!-- `sparsedelta push` renews what is between these marks; the rest is yours. -->"
+    note = "<!-- `sparsedelta push` replaces the text between these marks and keeps the rest. -->"
     return "\n".join([begin, note, "", "\n\n".join(_section(facts)), "", end])
 
 
@@ -157,8 +158,8 @@ def _section(facts: CardFacts) -> Iterator[str]:
         yield f"## `{_code(facts.path)}`"
     yield (
         f"A fine-tune of [{base.repo_id}]({facts.endpoint}/{base.repo_id}) as a **sparse delta:"
-        f" {sizes}**. It holds only the values that differ from the base, and gives the whole model"
-        " back bit for bit."
+        f" {sizes}**. It holds only the values that differ from the base, and rebuilds the whole model"
+        " bit for bit."
     )
     yield "\n".join(
         [
@@ -187,7 +188,7 @@ def _usage(facts: CardFacts) -> str:
         [
             "```bash",
             "pip install 'sparsedelta[hub]'",
-            f"sparsedelta pull {facts.source} {name}/    # fetches the base, too, and checks both",
+            f"sparsedelta pull {facts.source} {name}/    # downloads the base, too, and verifies both",
             "```",
             "",
             "```python",
@@ -196,7 +197,7 @@ def _usage(facts: CardFacts) -> str:
             f'sparsedelta.pull("{source}", "{name}"{more})',
             "```",
             "",
-            f"`{name}/` is then an ordinary model folder, to be loaded with the base's library.",
+            f"`{name}/` is then an ordinary model folder. Load it as you would load the base.",
         ]
     )
 
@@ -206,13 +207,13 @@ def _where(facts: CardFacts) -> str:
     if facts.picture is None:
         return table
     path, shown = facts.picture
-    # The card is at the top of the repository, whatever folder the delta is in.
+    # The path is relative to the card, which is at the top of the repository.
     image = f"![Density of the changes by layer and kind of tensor]({path})"
     columns = ", ".join(f"{n} `{_code(kind)}`" for n, kind in enumerate(shown.changed_kinds, 1))
     caption = (
         f"Rows: layers {shown.layers[0]} to {shown.layers[-1]} of `{_code(shown.stack)}` from the top."
-        f" Columns, from the left: {columns}. The darker, the more of a"
-        " tensor's values changed; grey: none."
+        f" Columns, from the left: {columns}. A darker cell is a tensor in which more values"
+        " changed; in a grey cell none changed."
     )
     return "\n\n".join([image, caption, table])
 
@@ -245,7 +246,8 @@ def _info(info: Mapping[str, JSON]) -> list[tuple[str, ...]]:
     for name, value in info.items():
         if name == "losses" and points:
             continue
-        group = value if isinstance(value, dict) else {"": value}
+        many = numbers(value, _MAX_NUMBERS)
+        group = value if isinstance(value, dict) and not many else {"": many or value}
         for inner, one in group.items():
             label = f"{name}.{inner}" if inner else name
             shown = one if isinstance(one, str) else json.dumps(one, ensure_ascii=False)
@@ -259,7 +261,7 @@ def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _code(text: str) -> str:
-    """Return a text from a delta such that it stays within its code span and its cell of a table."""
+    """Return a text from a delta, escaped so that it cannot leave its code span or table cell."""
     plain = "".join(c if c.isprintable() else "?" for c in text).replace("`", "'")
     cut = plain if len(plain) <= _MAX_VALUE else plain[: _MAX_VALUE - 1] + "…"
     return cut.replace("<!--", "<! --").replace("|", "\\|") or " "

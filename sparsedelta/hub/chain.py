@@ -1,7 +1,6 @@
-"""A delta in a repository and the deltas below it, down to a base with weights.
+"""A chain of deltas on the Hub: a delta, the delta that is its base, and so on down to a base with weights.
 
-Every link is checked by digests before any weights are downloaded; a chain that comes back to where it
-was is refused.
+Every link is checked by digests before any weights are downloaded. A cyclic chain is an error.
 """
 
 from __future__ import annotations
@@ -33,32 +32,32 @@ MAX_LINKS = 64
 
 @dataclass(frozen=True)
 class Link:
-    """A downloaded delta.
+    """A downloaded delta of a chain.
 
     Attributes:
-        repository: where it is from.
-        path: in the repository.
-        place: on disk.
-        delta: open.
+        repository: the repository that holds it.
+        path: its path in the repository.
+        local_path: its path on disk.
+        delta: the opened delta.
     """
 
     repository: Repository
     path: str
-    place: Path
+    local_path: Path
     delta: Delta
 
     @property
     def reference(self) -> Reference:
-        """The delta's file, pinned."""
+        """The reference to the delta's file, pinned to a commit."""
         pinned = self.repository.reference
         return Reference(pinned.repo_id, pinned.revision, self.path)
 
 
 def read_record(repository: Repository, delta_path: str) -> BaseRecord | None:
-    """Return the record of the base of a delta in a repository, None if there is none.
+    """Return the record of a delta's base that is stored beside the delta, or None if there is none.
 
     Raises:
-        FormatError: there is one that cannot be read.
+        FormatError: the record cannot be read.
     """
     path = record_path(delta_path)
     file = repository.files.get(path)
@@ -69,75 +68,75 @@ def read_record(repository: Repository, delta_path: str) -> BaseRecord | None:
 
 
 def open_link(repository: Repository) -> Link:
-    """Return the delta that a repository holds, downloaded and opened.
+    """Return the delta in a repository, downloaded and opened.
 
     Raises:
-        FormatError: it cannot be read.
-        RemoteError: it is not available, or was damaged in the cache and is removed from there.
+        FormatError: the delta cannot be read.
+        RemoteError: the delta is not available; or its copy in the cache was damaged and has been removed.
     """
     file = repository.delta_file()
-    place = repository.download_one(file.path)
-    raise_if_damaged([place])
-    return Link(repository, file.path, place, load(place))
+    local_path = repository.download_one(file.path)
+    raise_if_damaged([local_path])
+    return Link(repository, file.path, local_path, load(local_path))
 
 
-def follow(
+def open_chain(
     hub: Hub, link: Link, *, base_revision: str | None = None
 ) -> tuple[list[Link], Repository]:
-    """Return a link with all below it, the lowest first, and the repository of the base with weights.
+    """Return the links of a chain, the lowest first, and the repository of the base with weights.
 
     Args:
-        hub: where they are.
-        link: the delta to begin with.
-        base_revision: of the base of ``link``, in place of the one that its delta names.
+        hub: the Hub.
+        link: the uppermost link.
+        base_revision: revision of the base of ``link``; None: the one that its delta names.
 
     Raises:
         BaseMismatch: a delta was not made from the target of the one below it.
-        ConflictError: the chain goes round in a circle, or has no end.
-        RemoteError: a part is not available.
+        ConflictError: the chain is cyclic, or longer than ``MAX_LINKS``.
+        RemoteError: a repository or file is not available.
     """
     links = [link]
     while True:
         base = _open_base(hub, links[0], base_revision if links[0] is link else None)
         if not base.is_delta_repository:
             return links, base
-        _descend(links, base)
+        _insert_below(links, base)
 
 
-def follow_to(hub: Hub, link: Link, is_base: Callable[[Delta], bool]) -> list[Link] | None:
-    """Return a link with those below it, down to the one whose base is available.
+def open_chain_to(hub: Hub, link: Link, is_base: Callable[[Delta], bool]) -> list[Link] | None:
+    """Return the links of a chain down to the first one whose base is available locally.
 
     Args:
-        hub: where they are.
-        link: the delta to begin with.
-        is_base: returns whether the base that is available is that of a delta.
+        hub: the Hub.
+        link: the uppermost link.
+        is_base: returns whether the local checkpoint is the base of a delta.
 
     Returns:
-        the lowest first; None if there is none.
+        The links, the lowest first; None if no delta of the chain has that base.
 
     Raises:
-        BaseMismatch, ConflictError, RemoteError: as ``follow``.
+        BaseMismatch, ConflictError, RemoteError: as for ``open_chain``.
     """
     links = [link]
     while not is_base(links[0].delta):
         base = _open_base(hub, links[0], None)
         if not base.is_delta_repository:
             return None
-        _descend(links, base)
+        _insert_below(links, base)
     return links
 
 
-def _descend(links: list[Link], base: Repository) -> None:
-    """Put the delta in a repository below the lowest link, checking that it belongs there."""
+def _insert_below(links: list[Link], base: Repository) -> None:
+    """Insert the delta in a repository below the lowest link, after a check that it is its base."""
     above, below = links[0], open_link(base)
     if (
         any(below.reference == link.reference for link in links)
-        or _comes_back([below, *links])
+        or _is_cyclic([below, *links])
         or len(links) == MAX_LINKS
     ):
         raise ConflictError(
-            f"the bases of '{links[-1].repository.name}' have no end: '{below.reference}' comes up"
-            f" again, or more than {MAX_LINKS} deltas lie on one another; pull with a base of your own"
+            f"the chain of deltas below '{links[-1].repository.name}' is cyclic or longer than"
+            f" {MAX_LINKS}, at '{below.reference}'; pull with a local base"
         )
     check_link(below.delta, above.delta, below.repository.name)
     links.insert(0, below)
@@ -145,13 +144,13 @@ def _descend(links: list[Link], base: Repository) -> None:
 
 @contextmanager
 def fetching_base(link: Link) -> Iterator[None]:
-    """Return the error for a base that is not available, with a way out."""
+    """If the base is not available, add to the error that a local copy can be given instead."""
     try:
         yield
     except (RemoteNotFound, AccessDenied) as error:
         raise type(error)(
-            f"the base of '{link.reference.repo_id}' is not available: {error}; or, having a copy of"
-            " it, give that as the base"
+            f"the base of '{link.reference.repo_id}' is not available: {error}; or give a local copy as"
+            " the base"
         ) from error
 
 
@@ -159,40 +158,40 @@ def fetching_base(link: Link) -> Iterator[None]:
 def base_folder(base: Repository, delta: Delta, link: Link | None) -> Iterator[Path]:
     """Yield a folder with the files of a base that a delta needs, downloaded or cached.
 
-    If what is made of them turns out wrong, those that were damaged in the cache are removed.
+    If the block raises an error about wrong data, damaged files are removed from the cache and reported.
 
     Args:
-        base: the base.
-        delta: what is made from it.
-        link: the same, if the base is the one that it names.
+        base: the repository of the base.
+        delta: the delta that is applied to it.
+        link: the link of this delta, if the delta names the base; it makes the errors clearer.
     """
     with fetching_base(link) if link else nullcontext():
-        places = base.download(base.base_files(delta))
+        copies = base.download(base.base_files(delta))
     try:
-        with folder_of(places) as folder:
+        with folder_of(copies) as folder:
             yield folder
     except (MismatchError, FormatError, CheckpointError) as error:
-        raise_if_damaged([*places.values()], error)
+        raise_if_damaged([*copies.values()], error)
         raise
 
 
-def raise_if_damaged(places: list[Path], error: Exception | None = None) -> None:
-    """Raise a RemoteError if files of the cache are damaged, having removed them.
+def raise_if_damaged(paths: list[Path], cause: Exception | None = None) -> None:
+    """Remove damaged files from the cache; raise a RemoteError if there was one.
 
     Args:
-        places: of the files.
-        error: what came of it, if it did.
+        paths: the files to check.
+        cause: the error that a damaged file may have caused; the new error is raised from it.
     """
-    damaged = remove_damaged(places)
+    damaged = remove_damaged(paths)
     if damaged:
         raise RemoteError(
             f"the downloaded copy '{damaged[0]}' was damaged and has been removed; run this again to"
-            " download it anew"
-        ) from error
+            " download it again"
+        ) from cause
 
 
-def _comes_back(links: list[Link]) -> bool:
-    """Return whether the lowest delta was made from what it or one above it makes."""
+def _is_cyclic(links: list[Link]) -> bool:
+    """Return whether the base of the lowest delta is the target of a delta in the chain."""
     lowest = links[0].delta.base_fingerprint
     return any(link.delta.target_fingerprint == lowest for link in links)
 

@@ -1,6 +1,6 @@
-"""The Hub, asked through its own client: one small class, whose every failure is one of ours.
+"""Requests to the Hub through huggingface_hub. Every failure is raised as an error of this package.
 
-Requests that only read are tried again when the Hub is busy; a commit is sent once.
+Requests that only read are repeated while the Hub is busy. A commit is sent once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsedelta.errors import Corrupt, RemoteError, Unreachable
 from sparsedelta.format.paths import path_problem
-from sparsedelta.hub.errors import not_cached, told
+from sparsedelta.hub.errors import not_cached, remote_errors
 from sparsedelta.hub.references import Reference
 from sparsedelta.stores.ranges import Ranges
 
@@ -35,10 +35,10 @@ class RemoteFile:
     """A file of a repository at a commit.
 
     Attributes:
-        path: in the repository.
+        path: its path in the repository.
         n_bytes: its size.
-        sha256: of the content of a large file, hex.
-        git_oid: git's name of a file that is not large, hex.
+        sha256: hex digest of its content, if the Hub stores it as a large file (LFS or Xet).
+        git_oid: git's object id, hex, if the Hub stores it as a regular file.
     """
 
     path: str
@@ -49,26 +49,26 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class Refs:
-    """The names a repository has for commits."""
+    """The branches and tags of a repository, each with its commit."""
 
     branches: Mapping[str, str]
     tags: Mapping[str, str]
 
 
 class Hub:
-    """A connection to the Hub, with a token or without.
+    """A connection to the Hub.
 
     Args:
-        token: None: the one that is logged in.
-        cache_will_do: whether what is in the cache may stand for a repository's list of files while
-            the Hub cannot be asked. It may lack files, so nothing may be written on its account.
+        token: access token; None: that of `hf auth login`; False: none.
+        cached_listing: whether to use the files in the cache as the list of a repository's files if the
+            Hub cannot be reached. That list may be incomplete, so a caller that pushes must not use it.
     """
 
-    def __init__(self, token: Token = None, *, cache_will_do: bool = True) -> None:
+    def __init__(self, token: Token = None, *, cached_listing: bool = True) -> None:
         import sparsedelta
 
         self.token = token
-        self._cache_will_do = cache_will_do
+        self._cached_listing = cached_listing
         self.api: HfApi = _import_client()(
             token=token, library_name="sparsedelta", library_version=sparsedelta.__version__
         )
@@ -78,36 +78,45 @@ class Hub:
         """Address of the Hub."""
         return str(self.api.endpoint)
 
+    @property
+    def has_token(self) -> bool:
+        """Whether requests are made in somebody's name."""
+        from huggingface_hub import get_token
+
+        return self.token is not False and bool(self.token or get_token())
+
     def pin(self, reference: Reference) -> Reference:
-        """Return the reference at the commit that its revision is now, or offline was last.
+        """Return the reference pinned to the current commit of its revision.
+
+        Offline, this is the commit that the cache has for the revision.
 
         Raises:
-            RemoteError: there is none, or the Hub cannot be asked.
+            RemoteError: the repository or revision does not exist, or the Hub cannot be reached.
         """
-        with told(reference):
+        with remote_errors(reference):
             found = self.ask(
                 lambda: self.api.resolve_revision(reference.repo_id, revision=reference.revision)
             )
             return reference.at(found.resolved)
 
     def files(self, pinned: Reference) -> dict[str, RemoteFile]:
-        """Return the files of a repository at a commit by path; offline, those in the cache.
+        """Return the files of a repository at a commit by path.
 
-        The latter are known by name and size alone.
+        Offline, these are the files in the cache, without their hashes (see ``cached_listing``).
 
         Raises:
-            RemoteError: there is no such repository or commit, or the Hub cannot be asked.
+            RemoteError: the repository or commit does not exist, or the Hub cannot be reached.
         """
         try:
-            with told(pinned):
-                # Not list_repo_tree: the client would try that for half a minute without a connection.
+            with remote_errors(pinned):
+                # list_repo_tree is not used: without a connection, the client repeats it for half a minute.
                 info = self.ask(
                     lambda: self.api.model_info(
                         pinned.repo_id, revision=pinned.revision, files_metadata=True
                     )
                 )
         except Unreachable:
-            cached = self._cached_files(pinned) if self._cache_will_do else {}
+            cached = self._cached_files(pinned) if self._cached_listing else {}
             if not cached:
                 raise
             return cached
@@ -122,10 +131,10 @@ class Hub:
         }
 
     def refs(self, repo_id: str) -> Refs | None:
-        """Return the branches and tags of a repository; None if this token sees no such repository."""
+        """Return the branches and tags of a repository; None if it does not exist or is not accessible."""
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-        with told(Reference(repo_id)):
+        with remote_errors(Reference(repo_id)):
             try:
                 found = self.ask(lambda: self.api.list_repo_refs(repo_id))
             except GatedRepoError:
@@ -138,24 +147,24 @@ class Hub:
         )
 
     def metadata(self, pinned: Reference) -> dict[str, Any]:
-        """Return what the card of a repository says of it in its head; nothing if it has none."""
-        with told(pinned):
+        """Return the metadata of a repository's card; empty if it has none."""
+        with remote_errors(pinned):
             info = self.ask(lambda: self.api.model_info(pinned.repo_id, revision=pinned.revision))
         return {} if info.card_data is None else dict(vars(info.card_data))
 
     def download(self, pinned: Reference, paths: Iterable[str]) -> dict[str, Path]:
-        """Return where files of a repository are on disk, having downloaded those not in the cache.
+        """Download the files that are not in the cache; return the local path of each file.
 
         Raises:
-            RemoteError: one is not available.
-            Corrupt: one has a name that leads out of its folder.
+            RemoteError: a file is not available.
+            Corrupt: a path leads out of the folder of the download.
         """
         wanted = sorted(set(paths))
         for path in wanted:
             check_remote_path(path, pinned)
         if not wanted:
             return {}
-        with told(pinned):
+        with remote_errors(pinned):
             if len(wanted) == 1:
                 return {wanted[0]: self._download_one(pinned, wanted[0])}
             folder = Path(
@@ -166,33 +175,33 @@ class Hub:
                 )
             )
         found = {path: folder / path for path in wanted}
-        for path, place in found.items():
-            if not place.is_file():
+        for path, local_path in found.items():
+            if not local_path.is_file():
                 raise not_cached(Reference(pinned.repo_id, pinned.revision, path))
         return found
 
     def _download_one(self, pinned: Reference, path: str) -> Path:
-        with told(Reference(pinned.repo_id, pinned.revision, path)):
+        with remote_errors(Reference(pinned.repo_id, pinned.revision, path)):
             found = self.api.hf_hub_download(pinned.repo_id, path, revision=pinned.revision)
         return Path(str(found))
 
     def cached(self, pinned: Reference, paths: Iterable[str]) -> dict[str, Path] | None:
-        """Return where files are on disk if all of them are in the cache, None otherwise."""
+        """Return the local paths of files, or None if one of them is not in the cache."""
         from huggingface_hub import try_to_load_from_cache
 
         found = {}
         for path in paths:
-            place = try_to_load_from_cache(pinned.repo_id, path, revision=pinned.revision)
-            if not isinstance(place, str):
+            cached = try_to_load_from_cache(pinned.repo_id, path, revision=pinned.revision)
+            if not isinstance(cached, str):
                 return None
-            found[path] = Path(place)
+            found[path] = Path(cached)
         return found
 
     def read(self, pinned: Reference, path: str, offset: int, n_bytes: int) -> bytes:
-        """Return a range of a file's bytes; fewer at its end.
+        """Return up to ``n_bytes`` bytes of a file from ``offset``; fewer at the end of the file.
 
         Raises:
-            RemoteError: it is not available.
+            RemoteError: the file is not available.
         """
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -205,10 +214,13 @@ class Hub:
         headers = build_hf_headers(token=self.token, library_name="sparsedelta")
         headers["Range"] = f"bytes={offset}-{offset + n_bytes - 1}"
         headers["Accept-Encoding"] = "identity"
-        with told(Reference(pinned.repo_id, pinned.revision, path)):
+        with remote_errors(Reference(pinned.repo_id, pinned.revision, path)):
             response = http_backoff("GET", url, headers=headers, follow_redirects=True)
             hf_raise_for_status(response)
-        if response.status_code != 206 or len(response.content) > n_bytes:
+        is_whole = (
+            response.status_code == 200 and offset == 0
+        )  # a server may do so if the file is shorter
+        if not (response.status_code == 206 or is_whole) or len(response.content) > n_bytes:
             raise RemoteError(
                 f"the Hub answered a request for a part of {path!r} in '{pinned.repo_id}' with"
                 f" HTTP {response.status_code} and {len(response.content)} bytes; expected 206 and"
@@ -217,12 +229,12 @@ class Hub:
         return bytes(response.content)
 
     def source(self, pinned: Reference, file: RemoteFile) -> Ranges:
-        """Return a file of a repository; so much of it is fetched as is read."""
+        """Return a file of a repository. Only the ranges that are read are downloaded."""
         name = str(Reference(pinned.repo_id, pinned.revision, file.path))
         return Ranges(name, file.n_bytes, partial(self.read, pinned, file.path))
 
     def ask(self, request: Callable[[], T]) -> T:
-        """Return what a request gives, tried again while the Hub is busy."""
+        """Return the result of a request, which is repeated while the Hub is busy."""
         from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
 
         for number in range(1, _TRIES):
@@ -244,16 +256,16 @@ class Hub:
         name = repo_folder_name(repo_id=pinned.repo_id, repo_type="model")
         folder = Path(constants.HF_HUB_CACHE) / name / "snapshots" / str(pinned.revision)
         return {
-            place.relative_to(folder).as_posix(): RemoteFile(
-                place.relative_to(folder).as_posix(), place.stat().st_size, None, None
+            found.relative_to(folder).as_posix(): RemoteFile(
+                found.relative_to(folder).as_posix(), found.stat().st_size, None, None
             )
-            for place in folder.rglob("*")
-            if place.is_file()
+            for found in folder.rglob("*")
+            if found.is_file()
         }
 
 
 def check_remote_path(path: str, pinned: Reference) -> None:
-    """Raise Corrupt if a file's name in a repository could lead out of the folder it is put in."""
+    """Raise Corrupt if the path of a file in a repository could lead out of the folder of the download."""
     problem = path_problem(path)
     if problem:
         raise Corrupt(f"file {path[:200]!r} of repository '{pinned.repo_id}' {problem}")
@@ -270,18 +282,18 @@ def _import_client() -> type[HfApi]:
         from huggingface_hub import HfApi
     except ImportError as error:
         raise RemoteError(
-            "the Hub needs the package huggingface_hub; install it with:"
+            "access to the Hub needs the package huggingface_hub; install it with:"
             " pip install 'sparsedelta[hub]'"
         ) from error
     return HfApi
 
 
 def silence() -> None:
-    """Make the Hub's client of this process show neither bars nor warnings of its own."""
+    """Turn off the progress bars and warnings of huggingface_hub in this process."""
     try:
         from huggingface_hub.utils import logging
         from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError:
-        return  # said once the client is needed
+        return  # the first request reports it
     disable_progress_bars()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What the Hub's client raises, told as one sentence with what to do; tokens never get into one."""
+"""Errors of huggingface_hub as errors of this package: one sentence that says what to do, without tokens."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from sparsedelta.hub.references import Reference
 from sparsedelta.hub.secrets import credentials
 from sparsedelta.redaction import redacted
 
-_MAX_SERVER_WORDS = 300
-_LOG_IN = "log in with `hf auth login`, or give a token that may"
+_MAX_SERVER_CHARACTERS = 300
+_LOG_IN = "log in with `hf auth login`, or give a token with the right to"
 
 
 @contextmanager
-def told(about: Reference) -> Iterator[None]:
-    """Turn what the client raises about a repository into a ``RemoteError``, with one sentence.
+def remote_errors(about: Reference) -> Iterator[None]:
+    """Translate the client's errors about a repository into ``RemoteError``; see ``translated``.
 
-    Errors that are not the network's pass: ours, wrong arguments, a full disk.
+    Other errors pass unchanged, such as those of this package.
     """
     try:
         yield
     except (SparseDeltaError, KeyboardInterrupt):
         raise
     except Exception as error:
-        known = explained(error, about)
+        known = translated(error, about)
         if known is None:
             raise
         raise known from error
 
 
-def explained(error: BaseException, about: Reference) -> Exception | None:
-    """Return the error to raise in place of one of the client's; None: it may pass as it is."""
+def translated(error: BaseException, about: Reference) -> Exception | None:
+    """Return the error to raise in place of an error of the client; None: raise that error itself."""
     import huggingface_hub.errors as hf
 
     where = f"repository '{about.repo_id}'"
     if isinstance(error, hf.GatedRepoError):
         return AccessDenied(
-            f"{where} is gated: ask for access, or accept its license, on its page on the Hub, and"
+            f"{where} is gated: ask for access or accept its license on its page on the Hub, and"
             f" {_LOG_IN} read it"
         )
     if isinstance(error, hf.RepositoryNotFoundError):
@@ -58,11 +58,11 @@ def explained(error: BaseException, about: Reference) -> Exception | None:
             expected=about.repo_id,
         )
     if isinstance(error, hf.DisabledRepoError):
-        return AccessDenied(f"{where} has been disabled by the Hub; it cannot be read")
+        return AccessDenied(f"the Hub has disabled {where}; it cannot be read")
     if isinstance(error, hf.RevisionNotFoundError):
         return RemoteNotFound(
-            f"{where} has no revision {about.revision or 'main'!r}; it may have been deleted, or its"
-            " history rewritten: look at its list of commits, and name another"
+            f"{where} has no revision {about.revision or 'main'!r}, which may have been deleted; choose"
+            " another one from the repository's list of commits"
         )
     if isinstance(error, hf.RemoteEntryNotFoundError):
         return RemoteNotFound(f"{where} has no file {about.path or 'of that name'!r} at {about}")
@@ -72,58 +72,58 @@ def explained(error: BaseException, about: Reference) -> Exception | None:
         return ValueError(f"{about.repo_id!r} is not the name of a repository; write org/name")
     if isinstance(error, json.JSONDecodeError):
         return Unreachable(
-            f"the answer about {where} is not the Hub's (it is no JSON); is there a login page of this"
-            " network, or a wrong HF_ENDPOINT? check the connection and run this again"
+            f"the answer about {where} is not from the Hub (it is not JSON), but perhaps from a login page"
+            " of this network; check the connection and HF_ENDPOINT, and run this again"
         )
     if isinstance(error, hf.LocalTokenNotFoundError):
-        return AccessDenied(f"no token is known; {_LOG_IN} use {where}")
+        return AccessDenied(f"no access token is available; {_LOG_IN} use {where}")
     return _of_the_connection(error, about)
 
 
 def _of_the_connection(error: BaseException, about: Reference) -> Exception | None:
     import huggingface_hub.errors as hf
 
-    # httpx or httpx2, whichever the client uses: its own errors say.
+    # The client uses httpx or httpx2; the base class of its error shows which.
     httpx: Any = import_module(hf.HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
     cause = error.__cause__
     if isinstance(error, hf.OfflineModeIsEnabled) or isinstance(cause, hf.OfflineModeIsEnabled):
         return not_cached(about)
     wrappers = (hf.LocalEntryNotFoundError, hf.RevisionResolutionError, RuntimeError)
-    known = explained(cause, about) if isinstance(error, wrappers) and cause else None
+    known = translated(cause, about) if isinstance(error, wrappers) and cause else None
     if known is not None:
         return known
     if isinstance(error, httpx.ConnectError | httpx.ProxyError):
         return Unreachable(
-            f"the Hub cannot be reached for repository '{about.repo_id}': {_said(error)}; check the"
+            f"the Hub cannot be reached for repository '{about.repo_id}': {_message(error)}; check the"
             " connection and run this again"
         )
     cut = isinstance(error, OSError) and "Consistency check failed" in str(error)
     if cut or isinstance(error, httpx.HTTPError | hf.XetDownloadError | RuntimeError):
         return Unreachable(
-            f"the transfer from or to repository '{about.repo_id}' broke off: {_said(error)}; run"
-            " this again, files that are complete are not transferred again"
+            f"the transfer from or to repository '{about.repo_id}' broke off: {_message(error)}; run"
+            " this again, complete files are not transferred again"
         )
     if isinstance(error, hf.LocalEntryNotFoundError | hf.RevisionResolutionError):
         return not_cached(about)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _no_room(error)
+        return _disk_full(error)
     return None
 
 
 def not_cached(about: Reference) -> Unreachable:
-    """Return the error of something that is wanted offline and was never downloaded."""
+    """Return the error for a file or repository that is needed offline and is not in the cache."""
     return Unreachable(
-        f"{about} is not, or not wholly, in the local cache, and the Hub cannot be asked (offline);"
+        f"{about} is not in the local cache, or not completely, and the Hub cannot be reached (offline);"
         " run this once with a connection"
     )
 
 
-def _no_room(error: OSError) -> OSError:
+def _disk_full(error: OSError) -> OSError:
     from huggingface_hub import constants
 
     return OSError(
         error.errno,
-        "no space left for downloads; make room, or move the cache of the Hub to a larger disk",
+        "no space left for downloads; free some space, or move the cache of the Hub to a larger disk",
         constants.HF_HUB_CACHE,
     )
 
@@ -131,39 +131,39 @@ def _no_room(error: OSError) -> OSError:
 def _by_status(error: Exception, where: str) -> RemoteError:
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", 0)
-    words = _shown(error, str(getattr(error, "server_message", "") or ""))
-    said = f" ({words})" if words else ""
+    text = _shown(error, str(getattr(error, "server_message", "") or ""))
+    said = f" ({text})" if text else ""
     if status == 401:
         return AccessDenied(f"the Hub does not accept the token{said}; {_LOG_IN} use {where}")
     if status == 403:
         return AccessDenied(
-            f"the token may not do this with {where}{said}; use one with write access, or a name"
-            " that is yours"
+            f"the token does not allow this for {where}{said}; use a token with write access, or a"
+            " repository of your own"
         )
     if status == 412:
         return RemoteConflict(
             f"somebody else changed {where} in the meantime{said}; nothing was written: run this"
-            " again to build on the newest state"
+            " again to push to the newest commit"
         )
     if status == 409:
-        return RemoteConflict(f"{where} already has that{said}; choose another name")
+        return RemoteConflict(f"{where} already has this name{said}; choose another name")
     if status == 429:
         return Unreachable(
-            f"the Hub takes no more requests for now{said}; wait a few minutes and run this again,"
-            " files that are complete are not transferred again"
+            f"the Hub accepts no more requests for now{said}; wait a few minutes and run this again,"
+            " complete files are not transferred again"
         )
     if status >= 500:
         return Unreachable(
-            f"the Hub is in trouble (HTTP {status}) over {where}{said}; run this again later, files"
-            " that are complete are not transferred again"
+            f"the Hub failed with HTTP {status} for {where}{said}; run this again later, complete files"
+            " are not transferred again"
         )
     return RemoteError(f"the Hub refused a request about {where}: HTTP {status}{said}")
 
 
-def _said(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return _shown(error, str(error)).rstrip(".") or type(error).__name__
 
 
 def _shown(error: BaseException, text: str) -> str:
-    """Return the beginning of what a server or a client said, in one line and without credentials."""
-    return " ".join(redacted(text, credentials(error)).split())[:_MAX_SERVER_WORDS]
+    """Return the beginning of a message of the server or client, on one line and without credentials."""
+    return " ".join(redacted(text, credentials(error)).split())[:_MAX_SERVER_CHARACTERS]

@@ -1,4 +1,4 @@
-"""Downloaded files as a folder that holds just them: the cache's own where it does, else one of links."""
+"""Downloaded files as one folder: the folder in the cache if it is suitable, else a folder of links."""
 
 from __future__ import annotations
 
@@ -19,52 +19,56 @@ _GIT_OID = re.compile(r"[0-9a-f]{40}")
 
 
 @contextmanager
-def folder_of(places: Mapping[str, Path], *, only: bool = False) -> Iterator[Path]:
-    """Yield a folder that holds files under their paths, and no other weights.
+def folder_of(downloads: Mapping[str, Path], *, exact: bool = False) -> Iterator[Path]:
+    """Yield a folder that holds downloaded files and no other weights.
 
     Args:
-        places: where the files are, by path: all in one snapshot of the cache.
-        only: whether it may not hold any other files either.
+        downloads: the local path of each file, by its path in the repository. All of them lie in one
+            snapshot of the cache.
+        exact: whether the folder must hold no other files at all.
     """
-    if places:
-        path, place = next(iter(places.items()))
-        snapshot = place.parents[path.count("/")]
-        if _files_below(snapshot, weights=not only) <= places.keys():
+    if downloads:
+        path, local_path = next(iter(downloads.items()))
+        snapshot = local_path.parents[path.count("/")]
+        if _files_below(snapshot, weights=not exact) <= downloads.keys():
             yield snapshot
             return
-    with tempfile.TemporaryDirectory(prefix="sparsedelta-base-") as made:
-        for path, place in places.items():
-            link = Path(made, path)
+    with tempfile.TemporaryDirectory(prefix="sparsedelta-base-") as folder:
+        for path, local_path in downloads.items():
+            link = Path(folder, path)
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(place.resolve())
-        yield Path(made)
+            link.symlink_to(local_path.resolve())
+        yield Path(folder)
 
 
-def remove_damaged(places: Iterable[Path]) -> list[Path]:
-    """Remove files of the cache whose content is not that of their names; return which they were.
+def remove_damaged(local_paths: Iterable[Path]) -> list[Path]:
+    """Remove damaged files from the cache and return their paths.
 
-    The cache names a file's content by what the Hub said of it: its SHA-256, or git's name. From 2.4 on that
-    may be a link itself, to content that several repositories share under Xet's name for it.
+    A file in the cache is a link to a blob. The name of the blob is the SHA-256 or the git object id that
+    the Hub stated, so a damaged blob does not match its name. From huggingface_hub 2.4 on, the blob may
+    itself be a link to content that several repositories share; that content has Xet's name for it.
     """
     damaged = []
-    for place in places:
-        blob = place.parent / os.readlink(place) if place.is_symlink() else place
+    for local_path in local_paths:
+        blob = (
+            local_path.parent / os.readlink(local_path) if local_path.is_symlink() else local_path
+        )
         content, name = blob.resolve(), blob.name
         sha256 = name if _SHA256.fullmatch(name) else None
         oid = name if _GIT_OID.fullmatch(name) else None
         if sha256 is None and oid is None:
             continue
         if not is_content(RemoteFile(name, content.stat().st_size, sha256, oid), content):
-            for path in (place, blob, content):  # some may be one
+            for path in (local_path, blob, content):  # two of these may be one file
                 path.unlink(missing_ok=True)
-            damaged.append(place)
+            damaged.append(local_path)
     return damaged
 
 
 def _files_below(folder: Path, *, weights: bool) -> set[str]:
-    """Return the paths of all files below a folder, or of its weights and their indexes."""
+    """Return the relative paths of the files below a folder; only weights and their indexes if ``weights``."""
     return {
-        place.relative_to(folder).as_posix()
-        for place in folder.rglob("*")
-        if place.is_file() and (not weights or place.name.endswith((WEIGHT_SUFFIX, INDEX_SUFFIX)))
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and (not weights or path.name.endswith((WEIGHT_SUFFIX, INDEX_SUFFIX)))
     }

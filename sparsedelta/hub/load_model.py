@@ -1,4 +1,4 @@
-"""``load_model``: a transformers model with a delta applied, from disk or from the Hub."""
+"""``load_model``: load the target of a delta as a transformers model, from disk or from the Hub."""
 
 from __future__ import annotations
 
@@ -27,31 +27,33 @@ def load_model(
 ) -> Any:
     """Return the transformers model that ``from_pretrained`` would load from the target.
 
-    The target is not written: its tensors are made of the base's as the model takes them up, so that
-    memory holds one model and a tensor or two. The target may differ in structure and configuration.
+    The target is not written to disk. Each tensor is rebuilt from the base when transformers reads it, so
+    the memory needed is that of the model and a few tensors. The target may have another structure and
+    configuration than the base.
 
     Args:
         delta: an ``.sd`` file, a folder that holds one, a loaded delta, or a repository on the Hub
-            such as ``org/name@revision``; a path that exists wins.
-        base: the folder of its base; for a repository the base that it names is fetched.
-        model_class: a transformers class, such as ``AutoModelForCausalLM``; None: the one that the
+            such as ``org/name@revision``. An existing path is preferred to a repository.
+        base: the folder of its base. It must be left out if ``delta`` is a repository: the base that the
+            delta names is downloaded.
+        model_class: a transformers class, such as ``AutoModelForCausalLM``; None: the class that the
             target's configuration names.
-        dtype: as for ``from_pretrained``; bits are kept where it is that of the checkpoint.
+        dtype: as for ``from_pretrained``. The bits are exact if it is the dtype of the checkpoint.
         device_map: as for ``from_pretrained``.
         verify: what to check of each tensor; see ``sparsedelta.apply``.
-        options: more arguments of ``from_pretrained``.
+        options: further arguments of ``from_pretrained``.
 
     Raises:
         FormatError: the delta cannot be read, or is inconsistent.
-        MismatchError: ``base`` is not its base.
+        MismatchError: ``base`` is not the base of the delta.
         RemoteError: the repository or its base is not available.
-        ValueError: ``base`` is missing or superfluous, or the target has no configuration of a transformers model.
+        ValueError: ``base`` is missing, or given for a repository; or the target has no ``config.json``.
     """
     with ExitStack() as context:
-        given, place = _given(delta, base, context)
+        opened_delta, base_path = _opened(delta, base, context)
         return load_target(
-            given,
-            place,
+            opened_delta,
+            base_path,
             model_class=model_class,
             dtype=dtype,
             device_map=device_map,
@@ -60,8 +62,8 @@ def load_model(
         )
 
 
-def _given(delta: AnyDelta, base: AnyPath | None, context: ExitStack) -> tuple[Delta, AnyPath]:
-    """Return the delta and where its base is, fetched or as given."""
+def _opened(delta: AnyDelta, base: AnyPath | None, context: ExitStack) -> tuple[Delta, AnyPath]:
+    """Return the opened delta and the path of its base, downloaded if the delta is a repository."""
     reference = None
     if isinstance(delta, str) and not os.path.lexists(delta) and not delta.endswith(".sd"):
         reference = parse_reference(delta)
@@ -69,15 +71,17 @@ def _given(delta: AnyDelta, base: AnyPath | None, context: ExitStack) -> tuple[D
         from sparsedelta.hub.sources import fetched
 
         if base is not None:
-            raise ValueError(f"'{delta}' is a repository, which names its base; leave base out")
+            raise ValueError(
+                f"'{delta}' is a repository, whose delta names its base; leave out base"
+            )
         return context.enter_context(fetched(reference))
     if base is None:
-        raise ValueError("the delta's base is not given; give its folder as base")
+        raise ValueError("base is missing; give the folder of the delta's base")
     return context.enter_context(opened(_file(delta))), base
 
 
 def _file(delta: AnyDelta) -> AnyDelta:
-    """Return the only delta in a folder; anything else as it is."""
+    """Return the only ``.sd`` file of a folder; any other argument unchanged."""
     if isinstance(delta, Delta) or not Path(delta).is_dir():
         return delta
     found = sorted(Path(delta).glob("*.sd"))

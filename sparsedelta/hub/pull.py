@@ -1,6 +1,6 @@
-"""``pull``: from a delta repository to the target on disk, fetching the base where it is not available locally.
+"""``pull``: download a delta, and its base if it is not available locally, and rebuild the target.
 
-What is downloaded is cached and checked; the output appears whole or not at all, as ``apply`` makes it.
+Downloads go to the Hub's cache and are verified. The output appears when it is complete, as with ``apply``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from sparsedelta.hub.base_proof import parse_base_id
 from sparsedelta.hub.chain import (
     Link,
     base_folder,
-    follow,
-    follow_to,
+    open_chain,
+    open_chain_to,
     open_link,
 )
 from sparsedelta.hub.client import Hub, Token
@@ -35,19 +35,19 @@ from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.rebuild import Check
 
-COUNTED_NAME = "config.json"
+COUNTED_NAME = "config.json"  # the Hub counts downloads of this file
 
 
 @dataclass(frozen=True, slots=True)
 class PullReport:
-    """What was pulled.
+    """The result of ``pull``.
 
     Attributes:
-        out: the folder or file made.
-        delta: reference of the delta, pinned.
-        applied: references of all deltas applied, in order.
-        base: the base, a pinned reference or a local path.
-        kept_delta: where the delta was kept, if it was.
+        out: path of the target, a folder or a file.
+        delta: reference of the delta, pinned to a commit.
+        applied: references of all deltas that were applied, in order.
+        base: the base, as a pinned reference or a local path.
+        kept_delta: path of the delta, if it was kept.
     """
 
     out: Path
@@ -71,66 +71,65 @@ def pull(
     token: Token = None,
     progress: Progress | None = None,
 ) -> PullReport:
-    """Make the target of a delta on the Hub under the name ``out``; return where all of it is from.
+    """Rebuild the target of a delta on the Hub at ``out``; return what was used.
 
-    The delta, and the base at the commit that the delta names, are downloaded into the Hub's cache
-    unless they are there. A base that is a delta repository itself is made the same way.
+    The delta, and the base at the commit that the delta names, are downloaded unless they are in the
+    Hub's cache. If the base is itself a delta, it is rebuilt the same way.
 
     Args:
         repo_id: ``org/name``, or ``hf://org/name/path@revision``.
-        out: the folder to make, or the file if the target is a single file.
-        revision: of the delta's repository; None: its default branch.
-        subfolder: folder of the delta, where the repository holds several.
-        base: a local copy of the base, or of any checkpoint further down the chain; or the
-            repository of one, ``org/model`` or ``org/model@revision``.
-        base_revision: of the base that the delta names, in place of the commit that it names.
-        keep_delta: keep the delta, too, beside ``out`` as ``out`` + ``.sd``.
+        out: path of the folder to write, or of the file if the target is a single file.
+        revision: revision of the delta's repository; None: its default branch.
+        subfolder: folder of the delta, if the repository holds several.
+        base: a local copy of the base, or of any checkpoint further down the chain; or the repository of
+            the base, ``org/model`` or ``org/model@revision``.
+        base_revision: revision of the base, used instead of the commit that the delta names.
+        keep_delta: also keep the delta, as the file ``out`` + ``.sd``.
         verify: as for ``apply``.
-        overwrite: replace what is at ``out``.
-        token: of the Hub; None: the one that is logged in.
-        progress: told of the bytes written.
+        overwrite: replace ``out`` if it exists.
+        token: access token for the Hub; None: that of `hf auth login`.
+        progress: receives the number of bytes written.
 
     Raises:
-        RemoteError: something is not available.
-        MismatchError: a base is not the delta's.
+        RemoteError: a repository or file is not available.
+        MismatchError: the base is not the base of the delta.
         FormatError: a delta cannot be read.
         FileExistsError: ``out`` exists and ``overwrite`` is false.
         ValueError: an argument is wrong.
     """
-    reference = _wanted(repo_id, revision, subfolder)
+    reference = _reference(repo_id, revision, subfolder)
     if base is not None and base_revision is not None:
         raise ValueError(
-            "base and base_revision exclude each other; give the base as org/model@revision"
+            "base and base_revision cannot be given together; give the base as org/model@revision"
         )
     target = Path(out)
-    kept = Path(f"{os.path.abspath(out)}{DELTA_SUFFIX}") if keep_delta else None
-    for path in filter(None, (target, kept)):
+    kept_delta = Path(f"{os.path.abspath(out)}{DELTA_SUFFIX}") if keep_delta else None
+    for path in filter(None, (target, kept_delta)):
         check_absent(path, overwrite=overwrite)
     hub = Hub(token)
     with ExitStack() as stack:
         link = open_link(open_repository(hub, reference))
         stack.enter_context(link.delta)
-        if COUNTED_NAME in link.repository.files:  # by which the Hub counts downloads
+        if COUNTED_NAME in link.repository.files:
             link.repository.download_one(COUNTED_NAME)
-        made = _Pull(hub, link, target, verify, overwrite, progress, stack)
+        work = _Pull(hub, link, target, verify, overwrite, progress, stack)
         local = _local_base(base)
         if local is not None:
-            applied = made.on_local(local)
-            used = str(local)
+            applied = work.apply_to_local(local)
+            base_name = str(local)
         else:
-            given = None if base is None else parse_reference(os.fspath(base))
-            applied, used = made.on_remote(given, base_revision)
-        if kept is not None:
-            with staged_output(kept, overwrite=overwrite) as staged:
-                shutil.copyfile(link.place, staged)
-    return PullReport(
-        target, str(link.reference), tuple(str(one.reference) for one in applied), used, kept
-    )
+            base_reference = None if base is None else parse_reference(os.fspath(base))
+            applied, base_name = work.apply_to_remote(base_reference, base_revision)
+        if kept_delta is not None:
+            with staged_output(kept_delta, overwrite=overwrite) as staged:
+                shutil.copyfile(link.local_path, staged)
+    references = tuple(str(one.reference) for one in applied)
+    return PullReport(target, str(link.reference), references, base_name, kept_delta)
 
 
 @dataclass(frozen=True)
 class _Pull:
-    """A pull whose delta has been downloaded."""
+    """A pull after the download of its delta: applies the delta, or its chain, to a base."""
 
     hub: Hub
     link: Link
@@ -140,43 +139,43 @@ class _Pull:
     progress: Progress | None
     stack: ExitStack
 
-    def on_local(self, base: Path) -> list[Link]:
-        """Apply to a base on disk: the delta alone, or those between the base and it; return them."""
+    def apply_to_local(self, base: Path) -> list[Link]:
+        """Apply the delta to a base on disk, or all deltas of the chain above it; return those applied."""
         check_apart([base], self.out)
         try:
             self._apply(base, [self.link.delta])
             return [self.link]
         except MismatchError as error:
-            links = self._down_to(base, error)
+            links = self._links_above(base, error)
         self._apply(base, [one.delta for one in links])
         return links
 
-    def on_remote(
-        self, given: Reference | None, base_revision: str | None
+    def apply_to_remote(
+        self, base_reference: Reference | None, base_revision: str | None
     ) -> tuple[list[Link], str]:
-        """Apply to the base of the delta, or to the one given; return what was applied, and to what."""
-        if given is None:
-            links, base = follow(self.hub, self.link, base_revision=base_revision)
+        """Apply the chain to its base, or the delta to a given base; return the links and the base's name."""
+        if base_reference is None:
+            links, base = open_chain(self.hub, self.link, base_revision=base_revision)
         else:
-            links, base = [self.link], open_repository(self.hub, given)
-        self._hold(links)
+            links, base = [self.link], open_repository(self.hub, base_reference)
+        self._close_at_end(links)
         with base_folder(base, links[0].delta, links[0]) as folder:
             self._apply(folder, [one.delta for one in links])
         return links, base.name
 
-    def _down_to(self, base: Path, error: MismatchError) -> list[Link]:
-        """Return the links from the one that a local base is the base of; raise the error if there is none."""
+    def _links_above(self, base: Path, error: MismatchError) -> list[Link]:
+        """Return the links of the chain above a local base; raise ``error`` if it is not in the chain."""
         below = parse_base_id(self.link.delta.base.id)
         if below is None or not open_repository(self.hub, below).is_delta_repository:
             raise error
         with open_base(base, self.link.delta) as checkpoint:
-            links = follow_to(self.hub, self.link, _base_test(checkpoint))
+            links = open_chain_to(self.hub, self.link, _base_test(checkpoint))
         if links is None:
             raise error
-        self._hold(links)
+        self._close_at_end(links)
         return links
 
-    def _hold(self, links: Sequence[Link]) -> None:
+    def _close_at_end(self, links: Sequence[Link]) -> None:
         for one in links:
             if one is not self.link:
                 self.stack.enter_context(one.delta)
@@ -192,21 +191,19 @@ class _Pull:
         )
 
 
-def _wanted(repo_id: str, revision: str | None, subfolder: str | None) -> Reference:
+def _reference(repo_id: str, revision: str | None, subfolder: str | None) -> Reference:
     reference = parse_reference(repo_id)
     if reference is None:
         raise ValueError(f"{repo_id!r} is not a repository; write org/name or hf://org/name/path")
     if revision is not None and reference.revision not in (None, revision):
-        raise ValueError(
-            f"{repo_id!r} names a revision and so does revision={revision!r}; give one"
-        )
+        raise ValueError(f"{repo_id!r} and revision={revision!r} both name a revision; give one")
     if subfolder is not None and reference.path not in (None, subfolder):
-        raise ValueError(f"{repo_id!r} names a path and so does subfolder={subfolder!r}; give one")
+        raise ValueError(f"{repo_id!r} and subfolder={subfolder!r} both name a path; give one")
     return Reference(reference.repo_id, revision or reference.revision, subfolder or reference.path)
 
 
 def _local_base(base: AnyPath | None) -> Path | None:
-    """Return a base that is a path, None if it is a repository or not given."""
+    """Return the base as a path; None if it is a repository or not given."""
     if base is None:
         return None
     if os.path.exists(base) or parse_reference(os.fspath(base)) is None:
@@ -215,7 +212,7 @@ def _local_base(base: AnyPath | None) -> Path | None:
 
 
 def _base_test(checkpoint: Checkpoint) -> Callable[[Delta], bool]:
-    """Return what tells whether a checkpoint has all tensors that a delta is made from."""
+    """Return a function that tests whether a checkpoint has all tensors that a delta was made from."""
     digest: Callable[[Tensor], bytes] = functools.cache(digest_tensor)
 
     def is_base(delta: Delta) -> bool:

@@ -1,6 +1,6 @@
-"""``push``: a delta into a repository, in one commit, once its base is proved.
+"""``push``: upload a delta to a repository in one commit, after the proof of its base.
 
-Nothing is uploaded before the proof, and nothing is written over what somebody else pushed meanwhile.
+Nothing is uploaded before the proof. A push never overwrites a commit that somebody else made meanwhile.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from sparsedelta.files.side_files import carried_content
 from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.format.paths import path_problem
 from sparsedelta.hub.base_proof import Proof, base_reference, parse_base_id, prove_base
-from sparsedelta.hub.card import CARD_NAME, CardFacts, renewed_card
+from sparsedelta.hub.card import CARD_NAME, CardFacts, updated_card
 from sparsedelta.hub.chain import read_record
 from sparsedelta.hub.client import Hub, RemoteFile, Token
-from sparsedelta.hub.errors import told
+from sparsedelta.hub.errors import remote_errors
 from sparsedelta.hub.record import is_content, record_path, render_record
 from sparsedelta.hub.references import DELTA_NAME, DELTA_SUFFIX, Reference, is_repo_id
 from sparsedelta.hub.repository import Repository
@@ -39,7 +39,7 @@ PULL_REQUEST = "refs/pr/"
 
 @dataclass(frozen=True, slots=True)
 class PushedFile:
-    """A file of a push: its path in the repository, its size, and whether it is new to it."""
+    """A file of a push: its path in the repository, its size, and whether it has to be uploaded."""
 
     path: str
     n_bytes: int
@@ -48,20 +48,20 @@ class PushedFile:
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """What was pushed, or would be.
+    """The result of ``push``.
 
     Attributes:
-        repo_id: of the repository.
-        url: where to look at it.
-        commit: the commit that holds the delta; None if none was made.
-        committed: whether a commit was made; no: the repository already had everything.
-        pull_request: address of the pull request, if one was made.
-        tag: the tag set, if one was.
-        base: the base, pinned.
-        proof: what showed that it is the base.
+        repo_id: the repository.
+        url: its address.
+        commit: the commit that holds the delta; None if there is none yet (dry run).
+        committed: whether a commit was made; False if the repository already had all files.
+        pull_request: address of the pull request, if one was opened.
+        tag: the tag, if one was set.
+        base: the base, pinned to a commit.
+        proof: what the delta was compared with to verify the base.
         files: all files of the push.
         card: the text of the model card.
-        dry_run: whether nothing was sent.
+        dry_run: whether nothing was uploaded.
     """
 
     repo_id: str
@@ -78,8 +78,16 @@ class PushReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where to push: the branch, its commit (None: not there yet), and what is in it."""
+class _Destination:
+    """The branch to push to.
+
+    Attributes:
+        exists: whether the repository exists.
+        branch: the branch or pull request.
+        head: its commit; None if it does not exist yet.
+        tags: the tags of the repository.
+        repository: the files at ``head`` or, for a new branch, of the default branch; None if it is new.
+    """
 
     exists: bool
     branch: str
@@ -89,7 +97,7 @@ class _Place:
 
 
 class _Sent(NamedTuple):
-    """What was sent; see ``PushReport``."""
+    """The part of ``PushReport`` that the upload determines."""
 
     commit: str | None
     committed: bool
@@ -115,63 +123,65 @@ def push(
     allow_secrets: bool = False,
     progress: Progress | None = None,
 ) -> PushReport:
-    """Put a delta into a repository, with a card, in one commit; return what was done.
+    """Upload a delta with a model card to a repository, in one commit; return a report.
 
-    The base is pinned to a commit and proved first; see ``sparsedelta.hub.base_proof``. Pushing the same
-    delta again makes no commit.
+    First the base is pinned to a commit and verified; see ``sparsedelta.hub.base_proof``. A second push
+    of the same delta makes no commit.
 
     Args:
         delta: an ``.sd`` file or a loaded delta.
-        repo_id: ``org/name``; made if it does not exist.
-        base_id: repository of the base, ``org/model`` or ``org/model@revision``; None: what the
-            delta says.
-        base: a local copy of the base, so that it need be neither in the cache nor downloaded.
-        subfolder: folder of the repository to put it in, where there are several.
-        private: whether a repository that is made is private.
-        revision: branch to push to, made from the default branch if it does not exist; or
-            ``refs/pr/N``, a pull request that is open.
-        create_pr: open a pull request in place of pushing to the branch.
-        commit_message: first line of the commit's message.
-        commit_description: the rest of it.
+        repo_id: ``org/name``; created if it does not exist.
+        base_id: repository of the base, ``org/model`` or ``org/model@revision``; None: the one that the
+            delta names.
+        base: a local copy of the base, used instead of the cache or a download.
+        subfolder: folder for the delta, if the repository holds several.
+        private: whether a new repository is private.
+        revision: branch to push to, created from the default branch if it does not exist; or
+            ``refs/pr/N`` for an open pull request.
+        create_pr: open a pull request instead of pushing to the branch.
+        commit_message: first line of the commit message.
+        commit_description: the rest of the commit message.
         tag: a tag to set on the commit.
-        token: of the Hub; None: the one that is logged in.
-        dry_run: send nothing, only tell what would be sent.
-        allow_secrets: push files and records even if they hold what looks like a credential.
-        progress: told of the bytes of the base that are read.
+        token: access token for the Hub; None: that of `hf auth login`.
+        dry_run: upload nothing, only return the report.
+        allow_secrets: push even if the delta holds what looks like a credential.
+        progress: receives the number of bytes of the base that were read.
 
     Raises:
-        MismatchError: the base is not the delta's.
+        MismatchError: the base is not the base of the delta.
         FormatError: the delta cannot be read.
-        RemoteError: the Hub refuses, cannot be reached, or somebody else pushed meanwhile.
+        RemoteError: the Hub cannot be reached or refuses, or somebody else pushed meanwhile.
         ValueError: an argument is wrong, or the delta holds what looks like a credential.
     """
     _check_arguments(repo_id, subfolder, revision, create_pr=create_pr)
     path = f"{subfolder}/{DELTA_NAME}" if subfolder else DELTA_NAME
     with (
-        opened(delta) as given,
+        opened(delta) as opened_delta,
         tempfile.TemporaryDirectory(prefix="sparsedelta-push-") as folder,
     ):
         if not allow_secrets:
-            check_secrets(given)
-        hub = Hub(token, cache_will_do=False)
-        place = _find_place(hub, repo_id, revision or MAIN, tag, create_pr=create_pr)
-        recorded = _recorded_base(given, place, path)
-        reference = _wanted_base(given, base_id, recorded)
+            check_secrets(opened_delta)
+        hub = Hub(token, cached_listing=False)
+        destination = _find_destination(hub, repo_id, revision or MAIN, tag, create_pr=create_pr)
+        recorded = _recorded_base(opened_delta, destination, path)
+        reference = _wanted_base(opened_delta, base_id, recorded)
         local = Path(base) if base is not None else None
-        proof = prove_base(hub, given, reference, local=local, progress=progress)
-        made = _make_files(hub, given, repo_id, path, proof, place, Path(folder))
-        files = tuple(
-            PushedFile(name, file.stat().st_size, _is_new(place, name, file))
-            for name, file in made.items()
+        proof = prove_base(hub, opened_delta, reference, local=local, progress=progress)
+        local_files = _make_files(
+            hub, opened_delta, repo_id, path, proof, destination, Path(folder)
         )
-        card = made[CARD_NAME].read_text("utf-8")
-        sent = _Sent(place.head, committed=False, pull_request=None, tag=None)
+        files = tuple(
+            PushedFile(name, file.stat().st_size, _is_changed(destination, name, file))
+            for name, file in local_files.items()
+        )
+        card = local_files[CARD_NAME].read_text("utf-8")
+        sent = _Sent(destination.head, committed=False, pull_request=None, tag=None)
         if not dry_run:
             sent = _send(
                 hub,
                 repo_id,
-                place,
-                {file.path: made[file.path] for file in files if file.changed},
+                destination,
+                {file.path: local_files[file.path] for file in files if file.changed},
                 message=commit_message or f"Push {path} with sparsedelta",
                 description=commit_description,
                 create_pr=create_pr,
@@ -179,7 +189,7 @@ def push(
                 tag=tag,
             )
     url = f"{without_password(hub.endpoint)}/{repo_id}"
-    return PushReport(repo_id, url, *sent, proof.record.base, proof.how, files, card, dry_run)
+    return PushReport(repo_id, url, *sent, proof.record.base, proof.evidence, files, card, dry_run)
 
 
 def _check_arguments(
@@ -192,14 +202,14 @@ def _check_arguments(
         raise ValueError(f"subfolder {subfolder!r} {problem}")
     if create_pr and revision not in (None, MAIN):
         raise ValueError(
-            f"a pull request is made to {MAIN!r}; leave the revision {revision!r} away, or do not ask"
-            " for a pull request"
+            f"a pull request is always opened on {MAIN!r}, but the revision is {revision!r}; leave out"
+            " the revision or the pull request"
         )
 
 
-def _recorded_base(delta: Delta, place: _Place, path: str) -> Reference | None:
-    """Return the base that was proved when a delta on the same base was pushed to the same place."""
-    repository = place.repository
+def _recorded_base(delta: Delta, destination: _Destination, path: str) -> Reference | None:
+    """Return the verified base of the delta now at ``path``, if the new delta was made from the same tensors."""
+    repository = destination.repository
     if repository is None or path not in repository.files:
         return None
     record = read_record(repository, path)
@@ -209,19 +219,24 @@ def _recorded_base(delta: Delta, place: _Place, path: str) -> Reference | None:
 
 
 def _wanted_base(delta: Delta, base_id: str | None, recorded: Reference | None) -> Reference:
-    """Return the base to prove: the one given, or known; at the commit it is known at, if it is."""
+    """Return the base to verify: ``base_id``, else the one the delta names, else the recorded one.
+
+    If the delta or the record names ``base_id`` at a commit, that commit is used.
+    """
     known = [one for one in (parse_base_id(delta.base.id), recorded) if one is not None]
     if base_id is None:
         return known[0] if known else base_reference(delta, "the delta")
-    given = parse_base_id(base_id)
-    if given is None:
+    wanted = parse_base_id(base_id)
+    if wanted is None:
         raise ValueError(
-            f"base_id {base_id!r} names no repository; write org/model or org/model@revision"
+            f"base_id {base_id!r} is not a repository; write org/model or org/model@revision"
         )
-    return next((one for one in known if one.is_pinned and one.at(None) == given), given)
+    return next((one for one in known if one.is_pinned and one.at(None) == wanted), wanted)
 
 
-def _find_place(hub: Hub, repo_id: str, branch: str, tag: str | None, *, create_pr: bool) -> _Place:
+def _find_destination(
+    hub: Hub, repo_id: str, branch: str, tag: str | None, *, create_pr: bool
+) -> _Destination:
     refs = hub.refs(repo_id)
     if refs is None:
         if create_pr:
@@ -229,19 +244,19 @@ def _find_place(hub: Hub, repo_id: str, branch: str, tag: str | None, *, create_
                 f"there is no repository '{repo_id}' to open a pull request on, or it is private;"
                 " check the name, or log in with `hf auth login`"
             )
-        return _Place(False, branch, None, {}, None)
+        return _Destination(False, branch, None, {}, None)
     head = refs.branches.get(branch)
     if head is None and branch.startswith(PULL_REQUEST):
         head = hub.pin(Reference(repo_id, branch)).revision
     start = head or refs.branches.get(MAIN)
     if tag is not None and tag in refs.tags and refs.tags[tag] != head:
         raise RemoteConflict(
-            f"repository '{repo_id}' has a tag {tag!r} already, at {refs.tags[tag][:12]}; choose"
+            f"repository '{repo_id}' already has a tag {tag!r}, at {refs.tags[tag][:12]}; choose"
             " another name"
         )
     pinned = Reference(repo_id, start)
     repository = Repository(hub, pinned, hub.files(pinned)) if start else None
-    return _Place(True, branch, head, refs.tags, repository)
+    return _Destination(True, branch, head, refs.tags, repository)
 
 
 def _make_files(
@@ -250,14 +265,14 @@ def _make_files(
     repo_id: str,
     path: str,
     proof: Proof,
-    place: _Place,
+    destination: _Destination,
     folder: Path,
 ) -> dict[str, Path]:
-    """Return the files of the push by their paths in the repository, written into a folder."""
+    """Write the files of the push into a folder; return their local paths by path in the repository."""
     pinned = dataclasses.replace(delta, base=dataclasses.replace(delta.base, id=proof.record.base))
-    made = {path: folder / DELTA_NAME}
-    pinned.save(made[path])
-    found = inspect(made[path])
+    local_files = {path: folder / DELTA_NAME}
+    pinned.save(local_files[path])
+    found = inspect(local_files[path])
     contents = {record_path(path): render_record(proof.record)}
     shown = changed_grid(found)
     picture = path.removesuffix(DELTA_SUFFIX) + PICTURE_SUFFIX
@@ -273,50 +288,51 @@ def _make_files(
         base_is_delta=proof.base.is_delta_repository,
         base_metadata=hub.metadata(proof.base.reference),
         found=found,
-        file_bytes=made[path].stat().st_size,
+        file_bytes=local_files[path].stat().st_size,
         target_bytes=found.target_bytes + sum(file.n_bytes for file in found.side_files),
         picture=(picture, shown) if shown is not None else None,
         endpoint=without_password(hub.endpoint),
     )
-    others = place.repository.files if place.repository else {}
+    others = destination.repository.files if destination.repository else {}
     alone = all(not p.endswith(DELTA_SUFFIX) or p == path for p in others)
-    contents[CARD_NAME] = renewed_card(_existing_card(place), facts, alone=alone).encode()
+    contents[CARD_NAME] = updated_card(_existing_card(destination), facts, alone=alone).encode()
     for number, (name, content) in enumerate(contents.items()):
-        made[name] = folder / f"file-{number}"
-        made[name].write_bytes(content)
-    return made
+        local_files[name] = folder / f"file-{number}"
+        local_files[name].write_bytes(content)
+    return local_files
 
 
-def _existing_card(place: _Place) -> str | None:
-    repository = place.repository
+def _existing_card(destination: _Destination) -> str | None:
+    repository = destination.repository
     if repository is None or CARD_NAME not in repository.files:
         return None
     return repository.download_one(CARD_NAME).read_text("utf-8", "replace")
 
 
 def _config(delta: Delta, proof: Proof) -> bytes | None:
-    """Return the target's config.json, if it has one that is the delta's or the base's.
+    """Return the ``config.json`` of the target, or None if it has none.
 
-    The Hub counts downloads of it, and shows the kind of model by it.
+    The Hub counts downloads of this file and reads the model's architecture from it.
     """
     for file in delta.target.side_files:
         if file.path == CONFIG_NAME and file.stored:
             return carried_content(delta, file, file.stored)
     base = proof.base
-    place = base.delta_file().path.rpartition("/")[0] if base.is_delta_repository else ""
-    path = f"{place}/{CONFIG_NAME}" if place else CONFIG_NAME
+    folder = base.delta_file().path.rpartition("/")[0] if base.is_delta_repository else ""
+    path = f"{folder}/{CONFIG_NAME}" if folder else CONFIG_NAME
     return base.download_one(path).read_bytes() if path in base.files else None
 
 
-def _is_new(place: _Place, path: str, file: Path) -> bool:
-    there: RemoteFile | None = place.repository.files.get(path) if place.repository else None
-    return there is None or not is_content(there, file)
+def _is_changed(destination: _Destination, path: str, file: Path) -> bool:
+    repository = destination.repository
+    existing: RemoteFile | None = repository.files.get(path) if repository else None
+    return existing is None or not is_content(existing, file)
 
 
 def _send(
     hub: Hub,
     repo_id: str,
-    place: _Place,
+    destination: _Destination,
     changed: Mapping[str, Path],
     *,
     message: str,
@@ -325,36 +341,39 @@ def _send(
     private: bool | None,
     tag: str | None,
 ) -> _Sent:
-    """Make what does not exist yet, one commit of the changed files if there are any, and a tag."""
+    """Create the repository and branch if necessary, commit the changed files if there are any, set the tag."""
     from huggingface_hub import CommitOperationAdd
 
-    commit = place.head or _make_branch(hub, repo_id, place, private)
+    commit = destination.head or _make_branch(hub, repo_id, destination, private)
     pull_request = None
-    # One commit on the state that was looked at: all of it arrives or none, and nothing is undone.
-    with told(Reference(repo_id, place.branch)):
+    # One commit with the examined commit as its parent: it is complete or absent, and reverts nothing.
+    with remote_errors(Reference(repo_id, destination.branch)):
         if changed:
             done = hub.api.create_commit(
                 repo_id,
                 [CommitOperationAdd(path, str(file)) for path, file in changed.items()],
                 commit_message=message,
                 commit_description=description,
-                revision=place.branch,
+                revision=destination.branch,
                 create_pr=create_pr,
                 parent_commit=commit,
             )
             commit, pull_request = done.oid, done.pr_url if create_pr else None
-        if tag is not None and commit is not None and place.tags.get(tag) != commit:
+        if tag is not None and commit is not None and destination.tags.get(tag) != commit:
             hub.api.create_tag(repo_id, tag=tag, revision=commit)
     return _Sent(commit, bool(changed), pull_request, tag if commit else None)
 
 
-def _make_branch(hub: Hub, repo_id: str, place: _Place, private: bool | None) -> str | None:
-    """Make the repository or branch that is not there; return the commit to build on."""
-    with told(Reference(repo_id)):
-        if not place.exists:
+def _make_branch(
+    hub: Hub, repo_id: str, destination: _Destination, private: bool | None
+) -> str | None:
+    """Create the repository or branch if it is missing; return the commit of the branch."""
+    with remote_errors(Reference(repo_id)):
+        if not destination.exists:
             hub.api.create_repo(repo_id, private=private, exist_ok=True)
-        if place.branch != MAIN:
-            start = place.repository.reference.revision if place.repository else None
-            hub.api.create_branch(repo_id, branch=place.branch, revision=start, exist_ok=True)
+        if destination.branch != MAIN:
+            repository = destination.repository
+            start = repository.reference.revision if repository else None
+            hub.api.create_branch(repo_id, branch=destination.branch, revision=start, exist_ok=True)
     refs = hub.refs(repo_id)
-    return refs.branches.get(place.branch) if refs else None
+    return refs.branches.get(destination.branch) if refs else None

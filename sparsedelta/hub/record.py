@@ -1,7 +1,7 @@
-"""The record beside a delta in a repository: which files of the base's repository were proved to be its base.
+"""The record beside a delta in a repository: the base that ``push`` verified, and the hashes of its files.
 
-It lets others compare the base with what the Hub says of it, without a download. It is a hint like all
-that comes from the Hub: ``apply`` proves the base by digests in any case.
+With it, others can compare the base with the Hub's file list without downloading weights. Like all data of
+the Hub it is only a hint: ``apply`` always verifies the base by digests.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class BaseRecord:
-    """What was proved of a base when a delta was pushed.
+    """The base that ``push`` verified.
 
     Attributes:
-        base: reference of its repository, pinned.
-        fingerprint: of the tensors that the delta is made from, hex.
-        files: those of the base that the delta needs, as the Hub described them.
+        base: reference of its repository, pinned to a commit.
+        fingerprint: hex fingerprint of the tensors that the delta was made from.
+        files: the files of the base that the delta needs, with the hashes that the Hub states.
     """
 
     base: str
@@ -49,7 +49,7 @@ class BaseRecord:
 
 
 def record_path(delta_path: str) -> str:
-    """Return the path of the record that belongs to a delta in a repository."""
+    """Return the path of a delta's record in the repository."""
     return delta_path.removesuffix(DELTA_SUFFIX) + RECORD_SUFFIX
 
 
@@ -60,10 +60,14 @@ def render_record(record: BaseRecord) -> bytes:
 
 
 def parse_record(raw: bytes, what: str) -> BaseRecord:
-    """Return the record in a file's content.
+    """Return the record that a file contains.
+
+    Args:
+        raw: content of the file.
+        what: what error messages call the file.
 
     Raises:
-        FormatError: it is none.
+        FormatError: the content is not a valid record.
     """
     base, fingerprint, files = members(parse_json(raw, what), what, _MEMBERS)
     return BaseRecord(
@@ -74,27 +78,27 @@ def parse_record(raw: bytes, what: str) -> BaseRecord:
 
 
 def differences(expected: BaseRecord, files: Mapping[str, RemoteFile]) -> list[str]:
-    """Return the paths of a record's files that a repository has not, or has with other content."""
+    """Return the paths of a record's files that a repository lacks or has with other content."""
     return [file.path for file in expected.files if files.get(file.path) != file]
 
 
-def is_content(file: RemoteFile, place: Path) -> bool:
-    """Return whether a file on disk has the content that the Hub describes."""
-    n_bytes = place.stat().st_size
+def is_content(file: RemoteFile, local_path: Path) -> bool:
+    """Return whether a file on disk has the size and the hash that the Hub states for a file."""
+    n_bytes = local_path.stat().st_size
     if n_bytes != file.n_bytes:
         return False
     if file.sha256 is not None:
-        return _digest(place, hashlib.sha256()) == file.sha256
-    return git_oid(place) == file.git_oid
+        return _digest(local_path, hashlib.sha256()) == file.sha256
+    return git_oid(local_path) == file.git_oid
 
 
-def git_oid(place: Path) -> str:
-    """Return git's name of a file on disk."""
-    return _digest(place, hashlib.sha1(b"blob %d\0" % place.stat().st_size))
+def git_oid(local_path: Path) -> str:
+    """Return the object id, hex, that git gives to a file on disk."""
+    return _digest(local_path, hashlib.sha1(b"blob %d\0" % local_path.stat().st_size))
 
 
-def _digest(place: Path, hasher: hashlib._Hash) -> str:
-    with place.open("rb") as file:
+def _digest(local_path: Path, hasher: hashlib._Hash) -> str:
+    with local_path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             hasher.update(block)
     return hasher.hexdigest()

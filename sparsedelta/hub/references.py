@@ -1,4 +1,4 @@
-"""References to repositories, ``org/name@revision`` and ``hf://org/name/path@revision``, apart from any network."""
+"""References to model repositories: ``org/name@revision`` and ``hf://org/name/path@revision``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A model repository, and what of it.
+    """A model repository, with an optional revision and path.
 
     Attributes:
         repo_id: ``org/name``.
         revision: a branch, tag or commit; None: the default branch.
-        path: a file or folder in it; None: the reader chooses.
+        path: a file or folder in it; None: not specified.
     """
 
     repo_id: str
@@ -33,23 +33,23 @@ class Reference:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether the revision is a whole commit, which can never mean anything else."""
+        """Whether the revision is a full commit id, so that the reference always means the same files."""
         return self.revision is not None and bool(_COMMIT.fullmatch(self.revision))
 
     def at(self, revision: str | None) -> Reference:
-        """Return the same at another revision."""
+        """Return this reference with another revision."""
         return replace(self, revision=revision)
 
     def __str__(self) -> str:
-        place = self.repo_id if self.path is None else f"{SCHEME}{self.repo_id}/{self.path}"
-        return place if self.revision is None else f"{place}@{self.revision}"
+        text = self.repo_id if self.path is None else f"{SCHEME}{self.repo_id}/{self.path}"
+        return text if self.revision is None else f"{text}@{self.revision}"
 
 
 def parse_reference(text: str) -> Reference | None:
-    """Return what a text refers to; None if it does not look like a reference.
+    """Return the reference that a text spells, or None if it is not a reference.
 
     Raises:
-        ValueError: it begins with ``hf://`` and cannot be understood.
+        ValueError: it begins with ``hf://`` but is not a valid reference to a model repository.
     """
     if text.startswith(SCHEME):
         return _parse_with_scheme(text)
@@ -58,7 +58,7 @@ def parse_reference(text: str) -> Reference | None:
 
 
 def is_repo_id(text: str) -> bool:
-    """Return whether a text is the plain id of a repository, ``org/name``."""
+    """Return whether a text is the id of a repository, ``org/name``, and nothing more."""
     return bool(re.fullmatch(_ID, text))
 
 

@@ -1,7 +1,7 @@
-"""A repository at one commit: which of its files is the delta, and which a base for one.
+"""A repository at one commit: finds its delta, or the files that a delta needs from it as the base.
 
-A repository with weights is a base; one with a delta and no weights is a delta repository. Weight files
-that a delta does not refer to, such as the same weights in another layout, are left where they are.
+A repository with weights is a base. A repository with a delta and no weights is a delta repository. Weight
+files that a delta does not refer to, such as the same weights in another layout, are not downloaded.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _MAX_LISTED = 8
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository at a commit, its files listed.
+    """A repository at a commit, with the list of its files.
 
     Attributes:
-        hub: where it is.
-        reference: pinned, and the path that was asked for.
-        files: by path.
+        hub: the Hub.
+        reference: the repository, pinned to a commit, and the path in it that was named, if any.
+        files: its files by path.
     """
 
     hub: Hub
@@ -44,12 +44,12 @@ class Repository:
 
     @property
     def name(self) -> str:
-        """Id and commit."""
+        """The repository and commit, for messages."""
         return str(Reference(self.reference.repo_id, self.reference.revision))
 
     @property
     def is_listed(self) -> bool:
-        """Whether the files are all that there are: the Hub's list, not what is in the cache."""
+        """Whether ``files`` is the Hub's complete list, not that of the cache."""
         return all(file.sha256 or file.git_oid for file in self.files.values())
 
     @property
@@ -59,17 +59,17 @@ class Repository:
 
     @property
     def is_delta_repository(self) -> bool:
-        """Whether a delta in it is meant: its path is given, or it holds no weights but a delta."""
+        """Whether the reference means a delta: its path names one, or the repository has deltas but no weights."""
         path = self.reference.path
         if path is not None:
             return path.endswith(DELTA_SUFFIX) or bool(self._deltas_below(path))
         return not self.has_weights and bool(self._deltas_below(""))
 
     def delta_file(self) -> RemoteFile:
-        """Return the delta that the reference means: the one named, ``delta.sd``, or the only one.
+        """Return the delta that the reference means: the one at its path, ``delta.sd``, or the only one.
 
         Raises:
-            RemoteNotFound: there is none, or one has to be chosen.
+            RemoteNotFound: there is no delta, or there are several and the reference names none of them.
         """
         path = self.reference.path or ""
         if path in self.files and path.endswith(DELTA_SUFFIX):
@@ -84,44 +84,46 @@ class Repository:
         if not found:
             raise RemoteNotFound(f"repository {where} holds no delta ({DELTA_SUFFIX} file)")
         listed = ", ".join(found[:_MAX_LISTED]) + (", …" if len(found) > _MAX_LISTED else "")
-        several = "several deltas" if self.is_listed else "in the local cache"
+        holds = (
+            "holds several deltas" if self.is_listed else "is not listed offline; the cache holds"
+        )
         raise RemoteNotFound(
-            f"repository {where} holds {several}: {listed}; choose one, such as"
+            f"repository {where} {holds}: {listed}; choose one, such as"
             f" hf://{self.reference.repo_id}/{found[0]}"
         )
 
     def read_delta(self) -> Delta:
-        """Return the delta meant, of which only header and manifest have been fetched."""
+        """Return the delta that the reference means; only its header and manifest are downloaded."""
         return read_delta(self.hub.source(self.reference, self.delta_file()))
 
     def download(self, paths: Iterable[str]) -> dict[str, Path]:
-        """Return where files are on disk, having downloaded those not in the cache."""
+        """Download the files that are not in the cache; return the local path of each file."""
         return self.hub.download(self.reference, paths)
 
     def download_one(self, path: str) -> Path:
-        """Return where a file is on disk, having downloaded it if it is not in the cache."""
+        """Return the local path of a file, downloaded if it is not in the cache."""
         return self.download([path])[path]
 
     def base_files(self, delta: Delta) -> list[str]:
-        """Return what a delta needs of this as its base: weight files and the side files it does not carry.
+        """Return the files that a delta needs from its base: weight files, and side files it does not carry.
 
         Raises:
-            BaseMismatch: a side file is not here.
+            BaseMismatch: the repository lacks a side file.
         """
         side_files = {f.path for f in delta.target.side_files if not f.stored}
         missing = sorted(side_files - self.files.keys())
         if missing:
             raise BaseMismatch(
-                f"repository '{self.name}' has no file {missing[0]!r}, which the base that the delta"
-                " was made from has"
+                f"repository '{self.name}' has no file {missing[0]!r}, which the delta takes from its"
+                " base; name the right base"
             )
         return sorted({*self.weight_files(delta), *side_files})
 
     def weight_files(self, delta: Delta) -> list[str]:
-        """Return the safetensors files that have the tensors that a delta is made from, as names say.
+        """Return the safetensors files that hold the tensors that a delta was made from.
 
-        They are those that the delta names. For tensors of a file that is not here, they are all others
-        with a tensor of that name.
+        These are the files that the delta names. If the repository lacks one of them, all other files that
+        have a tensor of the same name are added.
         """
         wanted = [row.base for row in delta.tensors if row.base]
         weights = self._weights()
@@ -132,11 +134,11 @@ class Repository:
         return sorted(named | holding)
 
     def tensors(self, path: str) -> tuple[BaseTensor, ...]:
-        """Return the tensors of a safetensors file; if it is not in the cache, its header is fetched.
+        """Return the tensors of a safetensors file. Only its header is downloaded, if it is not in the cache.
 
         Raises:
-            CheckpointError: it is not a safetensors file.
-            RemoteError: it is not available.
+            CheckpointError: the file is not a safetensors file.
+            RemoteError: the file is not available.
         """
         if path not in self._tensors:
             cached = self.hub.cached(self.reference, [path])
@@ -157,10 +159,10 @@ class Repository:
 
 
 def open_repository(hub: Hub, reference: Reference) -> Repository:
-    """Return a repository at the commit that a reference means now.
+    """Return a repository at the current commit of a reference.
 
     Raises:
-        RemoteError: there is none, or the Hub cannot be asked.
+        RemoteError: the repository or revision does not exist, or the Hub cannot be reached.
     """
     pinned = hub.pin(reference)
     return Repository(hub, pinned, hub.files(pinned))

@@ -1,4 +1,4 @@
-"""Credentials: found in a delta before it is pushed, and those that requests to the Hub were made with."""
+"""Credentials found in a delta before it is pushed, and those in the requests to the Hub."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from sparsedelta.report.text import printable
 
 
 def check_secrets(delta: Delta) -> None:
-    """Check that a delta holds nothing that looks like a credential in what it carries beside tensors.
+    """Check that a delta holds nothing that looks like a credential: in its files, headers, info and base id.
 
     Raises:
-        ValueError: it does; the message says where and what kind, and does not repeat it.
+        ValueError: it does. The message names the place and the kind, and does not repeat the credential.
     """
     found = next(_secrets(delta), None)
     if found:
         where, kind = found
         raise ValueError(
-            f"{where} holds what looks like {kind}, and would be public in a public repository; make"
-            " the delta again without it (and revoke it if others have seen it), or push it all the"
-            " same (allow_secrets=True, --allow-secrets)"
+            f"{where} holds what looks like {kind}, and everybody can read a public repository; make the"
+            " delta again without it and revoke it if others have seen it, or push anyway"
+            " (allow_secrets=True, --allow-secrets)"
         )
 
 
 def _secrets(delta: Delta) -> Iterator[tuple[str, str]]:
-    """Yield where something looks like a credential, and what kind."""
+    """Yield the place and the kind of each text that looks like a credential."""
     for side_file in delta.target.side_files:
         if side_file.stored:
             found = find_secret(carried_content(delta, side_file, side_file.stored))
@@ -49,20 +49,21 @@ def _secrets(delta: Delta) -> Iterator[tuple[str, str]]:
             yield f"the header of {printable(repr(weight_file.path))}", found[0]
     for name, value in delta.info.items():
         if found := find_secret(_json({name: value})):
-            yield f"what the delta records (info), member {printable(repr(name[:80]))},", found[0]
+            yield f"the delta's info, member {printable(repr(name[:80]))},", found[0]
     if delta.base.id and (found := find_secret(delta.base.id.encode())):
         yield "the name of the base (base_id)", found[0]
 
 
 def _json(value: object) -> bytes:
-    """Return a value as JSON with its escaped line ends as such, as private keys have them."""
+    """Return a value as JSON in which real line ends replace the escaped ones, as in a private key."""
     return json.dumps(value, ensure_ascii=False).replace("\\n", "\n").encode("utf-8", "replace")
 
 
 def credentials(error: BaseException) -> set[str]:
-    """Return the credentials that the requests of an error and of its causes were made with.
+    """Return the credentials in the requests of an error and its causes, and in the environment.
 
-    A server may repeat them in any answer. Those of ``HF_ENDPOINT`` are among them.
+    A server may repeat them in any answer. Environment variables: ``HF_ENDPOINT`` (a password in the
+    address), ``HF_TOKEN`` and ``HUGGING_FACE_HUB_TOKEN``.
     """
     found = _of_address(os.environ.get("HF_ENDPOINT", ""))
     seen: set[int] = set()
@@ -76,7 +77,7 @@ def credentials(error: BaseException) -> set[str]:
         for holder in (one, getattr(one, "response", None)):
             try:
                 request = getattr(holder, "request", None)
-            except RuntimeError:  # httpx: it has none
+            except RuntimeError:  # httpx raises this if there is no request
                 request = None
             sent = getattr(request, "headers", {}).get("authorization", "")
             found.add(sent.rpartition(" ")[2])
@@ -85,7 +86,7 @@ def credentials(error: BaseException) -> set[str]:
 
 
 def _of_address(address: str) -> set[str]:
-    """Return the password of an address, as it stands there and as it is meant."""
+    """Return the password in an address, as written and with percent escapes decoded."""
     try:
         password = urlsplit(address).password or ""
     except ValueError:

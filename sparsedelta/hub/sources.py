@@ -1,4 +1,4 @@
-"""Repositories in the place of paths: fetched into the cache, and given as files and folders on disk."""
+"""Deltas, bases and checkpoints on the Hub, downloaded into the cache and returned as paths on disk."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from sparsedelta.errors import (
     ConflictError,
     RemoteNotFound,
 )
+from sparsedelta.files.unread import UNREAD_WEIGHT_SUFFIXES, conversion
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.hub.base_proof import base_reference, check_link, check_remote_structure
 from sparsedelta.hub.chain import (
     Link,
     base_folder,
-    follow,
+    open_chain,
     open_link,
     read_record,
 )
@@ -27,8 +28,7 @@ from sparsedelta.hub.client import Hub, Token
 from sparsedelta.hub.folders import folder_of
 from sparsedelta.hub.record import differences
 from sparsedelta.hub.references import Reference, parse_reference
-from sparsedelta.hub.repository import open_repository
-from sparsedelta.ops.diff import UNREAD_WEIGHT_SUFFIXES
+from sparsedelta.hub.repository import Repository, open_repository
 from sparsedelta.ops.stack import stack
 
 
@@ -37,9 +37,9 @@ class FetchedBase:
     """A base on disk.
 
     Attributes:
-        name: the repository with its weights, pinned.
-        folder: the weights and the side files wanted.
-        deltas: those to be applied to it first, where the repository named is itself a delta.
+        name: the repository that holds the weights, pinned to a commit.
+        folder: the folder with the weights and the side files that are needed.
+        deltas: the deltas to apply to it first, if the repository that was named holds a delta.
     """
 
     name: str
@@ -49,13 +49,13 @@ class FetchedBase:
 
 @dataclass(frozen=True, slots=True)
 class RemoteBaseReport:
-    """What the Hub's word shows of the base of a delta.
+    """What the Hub's metadata shows about the base of a delta.
 
     Attributes:
-        base: its repository, pinned.
-        recorded: whether the delta's repository records which files were proved to be its base, and
-            the Hub has just these.
-        n_files: how many they are.
+        base: the base's repository, pinned to a commit.
+        recorded: whether the delta's repository has a record of the verified base, and the base's repository
+            has exactly the files of this record.
+        n_files: number of these files.
     """
 
     base: str
@@ -64,48 +64,50 @@ class RemoteBaseReport:
 
 
 def remote_delta(reference: Reference, *, token: Token = None) -> Delta:
-    """Return a delta on the Hub of which only header and manifest are fetched; the rest when it is read.
+    """Return a delta on the Hub. Its header and manifest are downloaded at once, other parts when read.
 
     Raises:
-        FormatError: it is not a delta this version can read.
-        RemoteError: it is not available.
+        FormatError: the file is not a delta that this version can read.
+        RemoteError: the delta is not available.
     """
     return open_repository(Hub(token), reference).read_delta()
 
 
 def fetch_delta(reference: Reference, *, token: Token = None) -> Path:
-    """Return where a delta on the Hub is on disk, downloaded unless it is in the cache.
+    """Return the local path of a delta on the Hub, downloaded unless it is in the cache.
 
     Raises:
-        FormatError: it is not a delta this version can read, or damaged.
-        RemoteError: it is not available.
+        FormatError: the file is damaged, or not a delta that this version can read.
+        RemoteError: the delta is not available.
     """
     link = open_link(open_repository(Hub(token), reference))
     link.delta.close()
-    return link.place
+    return link.local_path
 
 
 @contextmanager
 def fetched(reference: str | Reference, *, token: Token = None) -> Iterator[tuple[Delta, Path]]:
     """Yield a delta on the Hub and the folder of its base with weights, both downloaded or cached.
 
-    Of a delta whose base is a delta itself, all of the chain is stacked into one. So nothing is
-    written, and ``sparsedelta.load_model`` or ``sparsedelta.apply`` can take both.
+    If the base is itself a delta, all deltas of the chain are stacked into one. The result can be passed
+    to ``sparsedelta.load_model`` or ``sparsedelta.apply``.
 
     Args:
         reference: ``org/name``, ``org/name@revision`` or ``hf://org/name/path@revision``.
-        token: of the Hub; None: the one that is logged in.
+        token: access token for the Hub; None: that of `hf auth login`.
 
     Raises:
-        FormatError, MismatchError, ConflictError: a part is not what it should be.
-        RemoteError: a part is not available.
-        ValueError: ``reference`` names no repository.
+        FormatError: a delta cannot be read.
+        MismatchError: a base is not the base of its delta.
+        ConflictError: the chain is cyclic or too long, or cannot be stacked.
+        RemoteError: a repository or file is not available.
+        ValueError: ``reference`` is not a reference to a repository.
     """
     wanted = parse_reference(reference) if isinstance(reference, str) else reference
     if wanted is None:
         raise ValueError(f"{reference!r} is not a repository; write org/name or hf://org/name/path")
     hub = Hub(token)
-    links, base = follow(hub, open_link(open_repository(hub, wanted)))
+    links, base = open_chain(hub, open_link(open_repository(hub, wanted)))
     with ExitStack() as context:
         deltas = [context.enter_context(link.delta) for link in links]
         folder = context.enter_context(base_folder(base, deltas[0], links[0]))
@@ -124,18 +126,18 @@ def _stacked(deltas: Sequence[Delta], base: Path) -> Delta:
 def fetched_base(
     reference: Reference, delta: Delta, *, token: Token = None
 ) -> Iterator[FetchedBase]:
-    """Yield a repository as the base for a delta; only the files that the delta needs are downloaded.
+    """Yield a repository as the base of a delta. Only the files that the delta needs are downloaded.
 
     Raises:
-        MismatchError: it cannot be the base.
-        RemoteError: it is not available.
+        MismatchError: the repository lacks a file that the delta needs.
+        RemoteError: the repository is not available.
     """
     hub = Hub(token)
     base = open_repository(hub, reference)
     links: list[Link] = []
     with ExitStack() as context:
         if base.is_delta_repository:
-            links, base = follow(hub, open_link(base))
+            links, base = open_chain(hub, open_link(base))
         deltas = tuple(context.enter_context(link.delta) for link in links)
         lowest = links[0] if links else None
         folder = context.enter_context(base_folder(base, (*deltas, delta)[0], lowest))
@@ -144,36 +146,39 @@ def fetched_base(
 
 @contextmanager
 def fetched_checkpoint(reference: Reference, *, token: Token = None) -> Iterator[tuple[str, Path]]:
-    """Yield a repository's name at its commit, and its files that belong to a checkpoint in a folder.
+    """Yield the name of a repository at its commit, and a folder with its files.
 
-    Weights in other formats than safetensors and git's own files are left out.
+    Git's own files and weights in other formats than safetensors are left out.
 
     Raises:
-        RemoteError: it is not available, or holds no weights.
+        RemoteError: the repository is not available, or holds no weights.
     """
     repository = open_repository(Hub(token), reference)
     if not repository.has_weights:
-        hint = "it holds a delta, pull it first" if repository.is_delta_repository else "convert it"
+        hint = (
+            "it holds a delta, pull it first"
+            if repository.is_delta_repository
+            else _conversion(repository)
+        )
         raise RemoteNotFound(
             f"repository '{repository.name}' holds no {WEIGHT_SUFFIX} files; {hint}"
         )
     wanted = [path for path in repository.files if _is_of_checkpoint(path)]
-    with folder_of(repository.download(wanted), only=True) as folder:
+    with folder_of(repository.download(wanted), exact=True) as folder:
         yield repository.name, folder
 
 
 def check_remote_base(reference: Reference, *, token: Token = None) -> RemoteBaseReport:
-    """Return what the Hub shows of the base of a delta there, without a download of weights.
+    """Compare a delta on the Hub with the metadata of its base, without downloading weights.
 
-    The names, dtypes and shapes of the tensors that the delta is made from are compared by headers; the
-    hashes of files with those that were proved to be the base's when the delta was pushed, if that was
-    recorded.
+    The names, dtypes and shapes of tensors are read from the headers of the base's files. If ``push`` has
+    recorded the hashes of the base's files, the Hub must state the same hashes.
 
     Raises:
-        MismatchError: the base is another.
+        MismatchError: the repository does not hold the base.
         RemoteError: the delta or the base is not available.
     """
-    hub = Hub(token, cache_will_do=False)
+    hub = Hub(token, cached_listing=False)
     link = open_link(open_repository(hub, reference))
     with link.delta as delta:
         base = open_repository(hub, base_reference(delta, f"the delta in '{reference.repo_id}'"))
@@ -181,8 +186,8 @@ def check_remote_base(reference: Reference, *, token: Token = None) -> RemoteBas
         different = differences(record, base.files) if record else []
         if different:
             raise BaseMismatch(
-                f"file {different[0]!r} of '{base.name}' is not the one that is recorded in"
-                f" '{link.repository.name}' as proved to be the base; pull the delta with a base of your own"
+                f"file {different[0]!r} of '{base.name}' is not the file that is recorded in"
+                f" '{link.repository.name}' as part of the base; pull the delta with a local base"
             )
         if base.is_delta_repository:
             with base.read_delta() as before:
@@ -191,6 +196,14 @@ def check_remote_base(reference: Reference, *, token: Token = None) -> RemoteBas
             check_remote_structure(base, delta)
         n_files = len(record.files) if record else 0
         return RemoteBaseReport(base.name, record is not None, n_files)
+
+
+def _conversion(repository: Repository) -> str:
+    def read(path: str) -> bytes | None:
+        return repository.download_one(path).read_bytes() if path in repository.files else None
+
+    place = repository.reference
+    return conversion(place.repo_id, repository.files, read, revision=place.revision)
 
 
 def _is_of_checkpoint(path: str) -> bool:

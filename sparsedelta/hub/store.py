@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sparsedelta.errors import LimitExceeded, RemoteConflict, RemoteError, RemoteNotFound
 from sparsedelta.hub.client import Hub, RemoteFile, Token
-from sparsedelta.hub.errors import told
+from sparsedelta.hub.errors import remote_errors
 from sparsedelta.hub.references import Reference, parse_reference
 from sparsedelta.stores.base import ByteSource
 from sparsedelta.stores.failures import read_only
@@ -43,11 +43,11 @@ class HubStore:
         reference = parse_reference(url)
         if reference is None:
             raise ValueError(f"{url!r} is no repository; write hf://org/name/path")
-        self._hub = Hub(token, cache_will_do=False)
+        self._hub = Hub(token, cached_listing=False)
         self._branch = Reference(reference.repo_id, reference.revision or _MAIN)
         self._folder = f"{reference.path}/" if reference.path else ""
         self.name = str(reference)
-        self.writable = not reference.is_pinned
+        self.writable = self._hub.has_token and not reference.is_pinned
         self.has_create = self.writable
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
@@ -88,7 +88,7 @@ class HubStore:
         """Return the names of the objects that begin with ``prefix``, sorted."""
         folder = (self._folder + prefix).rpartition("/")[0]
         head = self._head()
-        with told(head):
+        with remote_errors(head):
             try:
                 found = self._hub.ask(
                     lambda: [
@@ -113,7 +113,7 @@ class HubStore:
 
     def _head(self) -> Reference:
         """Return the branch at its newest commit, as the Hub says now."""
-        if not self.writable:
+        if self._branch.is_pinned:
             return self._branch
         refs = self._hub.refs(self._branch.repo_id)
         if refs is None:
@@ -129,7 +129,7 @@ class HubStore:
         return self._branch.at(names[str(self._branch.revision)])
 
     def _file(self, head: Reference, path: str) -> RemoteFile | None:
-        with told(head):
+        with remote_errors(head):
             found = self._hub.ask(
                 lambda: self._hub.api.get_paths_info(head.repo_id, [path], revision=head.revision)
             )
@@ -140,7 +140,11 @@ class HubStore:
     def _commit(self, name: str, content: Content | None, *, replace: bool) -> bool:
         """Write or remove an object in one commit; return False if there is one that may not be replaced."""
         if not self.writable:
-            raise read_only(self.name, "it is a commit, which never changes; name a branch")
+            raise read_only(
+                self.name,
+                "it is a commit, which never changes, or nobody is logged in; name a branch, and"
+                " log in with `hf auth login`",
+            )
         path = self._path(name)
         operation = _operation(path, content)
         for number in range(_TRIES):
@@ -151,7 +155,7 @@ class HubStore:
             if content is None and not exists:
                 return True
             try:
-                with told(self._branch):
+                with remote_errors(self._branch):
                     self._hub.api.create_commit(
                         head.repo_id,
                         [operation],

@@ -1,1 +1,1 @@
-"""Deltas on models in memory. The only room of the package that needs torch; it is imported when used."""
+"""Deltas on models in memory. Only this part of the package imports torch, on first use."""

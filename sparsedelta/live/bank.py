@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 from sparsedelta._typing import Model, ModelCheck, Names
@@ -143,25 +143,20 @@ class DeltaBank:
         with self._lock.writing():
             self._writer.restore()
 
-    @contextmanager
-    def reading(self) -> Iterator[str | None]:
-        """Use the model while no other thread switches it; yields the name of the active delta.
+    def reading(self) -> AbstractContextManager[str | None]:
+        """Return a context in which no other thread switches the model; it gives the name of the active delta.
 
-        Threads read together. A thread must not switch while it reads.
+        Several threads may read at once. A thread must not switch while it reads.
         """
-        with self._lock.reading():
-            yield self.active
+        return self._lock.reading(lambda: self.active)
 
-    @contextmanager
-    def using(self, name: str | None) -> Iterator[None]:
-        """Activate a delta and use the model alone, for as long as the context lasts.
+    def using(self, name: str | None) -> AbstractContextManager[None]:
+        """Return a context that activates a delta and in which no other thread uses the model.
 
-        Raises:
+        Entering it raises:
             KeyError: there is no delta of that name.
         """
-        with self._lock.writing():
-            self._switch(name)
-            yield
+        return self._lock.writing(lambda: self._switch(name))
 
     def _switch(self, name: str | None) -> None:
         if name == self.active:

@@ -1,6 +1,6 @@
-"""Tensors of a model as bits: which torch dtype is which wire dtype, and elements by flat index.
+"""The bits of torch tensors: torch dtypes by wire dtype, and access to elements by flat index.
 
-Integer views of the element size share the memory of the tensor; no float arithmetic anywhere.
+All access goes through integer views that share the tensor's memory. Nothing is computed in floating point.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sparsedelta.tensors.start import Readable
 if TYPE_CHECKING:
     import torch
 
-# In the order of safetensors, which lays out the tensors of a file by it, from the last to the first.
+# safetensors sorts the tensors of a file by dtype, in the reverse of this order.
 _TORCH_NAMES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -47,10 +47,10 @@ SAVED_DTYPES = tuple(_TORCH_NAMES)
 
 
 def check_installed(*packages: str) -> None:
-    """Check that packages are there that models in memory need.
+    """Check that packages are installed.
 
     Raises:
-        ModuleNotFoundError: one is not.
+        ModuleNotFoundError: a package is not installed.
     """
     for package in packages:
         if find_spec(package) is None:
@@ -62,7 +62,7 @@ def check_installed(*packages: str) -> None:
 
 
 def torch_dtype(dtype: DType) -> torch.dtype | None:
-    """Return the torch dtype of a wire dtype, None if torch has none of one value an element."""
+    """Return the torch dtype of a wire dtype; None if torch has none that stores one value per element."""
     import torch
 
     found = getattr(torch, _TORCH_NAMES.get(dtype.name, ""), None)
@@ -70,42 +70,42 @@ def torch_dtype(dtype: DType) -> torch.dtype | None:
 
 
 def wire_name(dtype: torch.dtype) -> str:
-    """Return what messages call a torch dtype: its wire name if it has one."""
+    """Return the wire name of a torch dtype; torch's own name if it has none."""
     name = str(dtype).removeprefix("torch.")
     return next((wire for wire, own in _TORCH_NAMES.items() if own == name), name)
 
 
 def integer_dtype(width: int) -> torch.dtype:
-    """Return the signed integer of ``width`` bytes; torch does little with unsigned ones."""
+    """Return the signed integer dtype of ``width`` bytes; torch supports few operations on unsigned ones."""
     import torch
 
     return {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
 
 
 def integer_view(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the elements of a tensor as integers, in its own memory and shape."""
+    """Return a view of a tensor as signed integers of the element size, with the same shape."""
     return tensor.detach().view(integer_dtype(tensor.element_size()))
 
 
 def flat_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the elements of a contiguous tensor by flat index, in its own memory."""
+    """Return a flat integer view of a contiguous tensor, ``(numel,)``."""
     return integer_view(tensor).view(-1)
 
 
 def gather(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Return the bits at flat indices, ``(nnz,)``."""
-    memory, places = _memory(tensor, index)
-    return memory.index_select(0, places)
+    """Return the bits at flat indices as integers of the element size, ``(nnz,)``."""
+    memory, offsets = _memory(tensor, index)
+    return memory.index_select(0, offsets)
 
 
 class TensorBytes:
-    """The bytes of a tensor on any device, in the order of its elements (``tensors.start.Readable``)."""
+    """The bytes of a tensor on any device, in row-major order; implements ``tensors.start.Readable``."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` with bytes from ``offset``; both are whole elements."""
+        """Fill ``buffer`` with the bytes from ``offset``; both must be multiples of the element size."""
         import torch
 
         tensor = self._tensor
@@ -151,13 +151,13 @@ class Overlay:
 
 
 def scatter(tensor: torch.Tensor, index: torch.Tensor, bits: torch.Tensor) -> None:
-    """Set the bits at flat indices."""
-    memory, places = _memory(tensor, index)
-    memory.scatter_(0, places.long(), bits)
+    """Write ``bits`` at flat indices, in place."""
+    memory, offsets = _memory(tensor, index)
+    memory.scatter_(0, offsets.long(), bits)
 
 
 def _memory(tensor: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a flat view of a tensor's memory, and where in it the elements lie."""
+    """Return a flat view of a tensor's memory, and the offsets in it of the elements at flat indices."""
     import torch
 
     if tensor.is_contiguous():
@@ -167,15 +167,15 @@ def _memory(tensor: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, to
         (size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True)
     )
     memory = torch.as_strided(view, (extent,), (1,))
-    places = torch.zeros_like(index)
+    offsets = torch.zeros_like(index)
     for size, step in zip(reversed(view.shape), reversed(view.stride()), strict=True):
-        places += index % size * step
+        offsets += index % size * step
         index = index // size
-    return memory, places
+    return memory, offsets
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Return whether elements of a tensor may share memory, as in one that was expanded."""
+    """Return whether elements of a tensor may share memory, as in an expanded tensor."""
     strides = sorted(
         (step, size) for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
     )
@@ -188,9 +188,10 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def is_read_only(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor's memory cannot be written, as that of a file mapped for reading.
+    """Return whether a tensor's memory is read-only, such as that of a file mapped for reading.
 
-    Torch does not know, and a write would end the process. So the kernel is asked to write the first byte again.
+    Torch does not record this, and a write would crash the process. This function therefore lets the kernel
+    write the first byte over itself, with ``readv`` from a pipe, which fails with EFAULT on read-only memory.
     """
     if tensor.device.type != "cpu" or not tensor.numel() or not hasattr(os, "readv"):
         return False

@@ -28,8 +28,8 @@ from sparsedelta.errors import (
 )
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.records import DIGEST_BYTES, Row
+from sparsedelta.interrupts import uninterrupted
 from sparsedelta.live.bits import TensorBytes, gather, integer_view
-from sparsedelta.live.interrupts import uninterrupted
 from sparsedelta.live.patch import Patch, Writer
 from sparsedelta.live.slots import Place, Places, Slot, find_places
 from sparsedelta.progress import Silent

@@ -1,6 +1,6 @@
-"""``load_model``: a transformers model with a delta applied, each tensor made when it is wanted.
+"""``load_model``: load the target of a delta as a transformers model, tensor by tensor.
 
-Nothing but small configuration files is written, and no tensor is held twice.
+Only small configuration files are written to disk, and no tensor is in memory twice.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
-_SHOWN = 3  # tensors named in a warning
-_ROLES = ("model", "pytorch_model", "diffusion_pytorch_model")  # of a model's weights, best first
+_MAX_LISTED = 3  # tensors named in a warning
+# Names of weight files without suffix, in order of preference.
+_ROLES = ("model", "pytorch_model", "diffusion_pytorch_model")
 
 
 def load_target(
@@ -60,27 +61,28 @@ def load_target(
         model = _from_pretrained(
             folder, tensors, files, model_class, dtype, device_map, dict(options or {})
         )
-    left = _left_out(delta, files, tensors.made, model)
+    left = _left_out(delta, files, tensors.rebuilt, model)
     if left:
-        shown = ", ".join(f"{row.name!r} of {row.file!r}" for row in left[:_SHOWN])
-        more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+        shown = ", ".join(f"{row.name!r} of {row.file!r}" for row in left[:_MAX_LISTED])
+        more = f" and {len(left) - _MAX_LISTED} more" if len(left) > _MAX_LISTED else ""
         warnings.warn(
             f"the delta changes tensors that the returned model does not hold, {shown}{more}; to use them,"
-            " apply the delta and load the target by other means",
+            " apply the delta and load these tensors from the target",
             stacklevel=3,
         )
     return model
 
 
 def _left_out(
-    delta: Delta, files: Collection[str], made: Collection[TensorKey], model: Any
+    delta: Delta, files: Collection[str], rebuilt: Collection[TensorKey], model: Any
 ) -> list[Row]:
-    """Return changed tensors of the target that a model does not hold.
+    """Return the changed tensors of the target that a model does not hold.
 
-    A tensor that has the name and shape of one that it holds is taken for a copy, as in another dtype.
+    A tensor with the same name and shape as one that the model holds is not returned. It counts as a copy,
+    such as a variant in another dtype.
     """
-    held = {(row.name, row.target.shape) for row in delta.tensors if row.key in made}
-    names = find_slots(model)  # those of tied tensors too, of which only one is made
+    held = {(row.name, row.target.shape) for row in delta.tensors if row.key in rebuilt}
+    names = find_slots(model)  # all names of tied tensors, of which only one was rebuilt
     return [
         row
         for row in delta.tensors
@@ -93,8 +95,8 @@ def _model_files(delta: Delta, folder: Path) -> set[str]:
     """Return the weight files of the target that hold the model's tensors.
 
     Args:
-        delta: what makes the target.
-        folder: holds the target's index files.
+        delta: the delta.
+        folder: the folder with the target's index files.
     """
     paths = {file.path for file in delta.target.weight_files}
     indexes = {
@@ -108,11 +110,11 @@ def model_files(paths: Collection[str], indexes: Mapping[str, Collection[str]]) 
     """Return which weight files of a folder hold the model's tensors.
 
     Args:
-        paths: of all that lie in the folder itself.
-        indexes: of each index file there the paths of its shards.
+        paths: all weight files in the folder itself, without subfolders.
+        indexes: the paths of the shards of each index file in the folder.
 
     Raises:
-        ValueError: that cannot be told.
+        ValueError: the names do not show which files these are.
     """
     by_role: dict[str, list[str]] = defaultdict(list)
     for path, role in roles(paths, indexes).items():
@@ -124,7 +126,7 @@ def model_files(paths: Collection[str], indexes: Mapping[str, Collection[str]]) 
     for index, shards in indexes.items():
         stems |= {path: index.removesuffix(INDEX_SUFFIX) for path in shards if path in stems}
     single = role + WEIGHT_SUFFIX
-    if single in stems:  # rather than its shards, as transformers has it
+    if single in stems:  # transformers prefers it to shards
         return {single}
     variants = {*stems.values()}
     if role not in variants and len(variants) != 1:
@@ -141,13 +143,13 @@ def _stem(path: str) -> str:
 def _unclear_error(problem: str, found: Collection[str]) -> ValueError:
     listed = f" ({', '.join(map(repr, sorted(set(found))))})" if found else ""
     return ValueError(
-        f"the delta's target has weights {problem}{listed}, none of which is plainly the model's; apply the"
-        " delta and load the target by other means"
+        f"the delta's target has weights {problem}{listed}, and it is not clear which the model uses; apply"
+        " the delta and load the files you want from the target"
     )
 
 
 class _Tensors:
-    """The target's tensors, made on demand from several threads; keeps the first failure."""
+    """Rebuilds tensors of the target on demand, from several threads, and keeps the first error."""
 
     def __init__(self, delta: Delta, base: Checkpoint, verify: Check) -> None:
         self._delta = delta
@@ -158,31 +160,31 @@ class _Tensors:
         self._pace = Pace(Silent())
         self._lock = threading.Lock()
         self.failure: SparseDeltaError | None = None
-        self.made: set[TensorKey] = set()
+        self.rebuilt: set[TensorKey] = set()
 
-    def of(self, files: Collection[str]) -> dict[str, _Lazy]:
-        """Return the tensors of weight files by name."""
+    def in_files(self, files: Collection[str]) -> dict[str, _Lazy]:
+        """Return the tensors of weight files by name, not yet rebuilt."""
         return {row.name: _Lazy(self, row) for row in self._delta.tensors if row.file in files}
 
-    def make(self, row: Row) -> torch.Tensor:
-        """Return one tensor."""
+    def rebuild(self, row: Row) -> torch.Tensor:
+        """Return a rebuilt tensor."""
         try:
-            tensor = self._make(row)
+            tensor = self._rebuild(row)
         except SparseDeltaError as error:
             with self._lock:
                 self.failure = self.failure or error
             raise
-        self.made.add(row.key)
+        self.rebuilt.add(row.key)
         return tensor
 
-    def _make(self, row: Row) -> torch.Tensor:
+    def _rebuild(self, row: Row) -> torch.Tensor:
         import torch
 
         spec = row.target
         dtype = torch_dtype(spec.dtype)
         if dtype is None:
             raise StructureMismatch(
-                f"tensor {row.name!r} is {spec.dtype.name}, which torch does not have",
+                f"tensor {row.name!r} is {spec.dtype.name}, which torch does not support",
                 tensor=row.name,
             )
         buffer = torch.empty(spec.n_bytes, dtype=torch.uint8)
@@ -198,7 +200,7 @@ class _Tensors:
 
 
 class _Lazy:
-    """A tensor as transformers takes it up: ``tensor[...]`` makes it."""
+    """A tensor in the interface that transformers reads; ``tensor[...]`` rebuilds it."""
 
     def __init__(self, tensors: _Tensors, row: Row) -> None:
         self._tensors = tensors
@@ -206,14 +208,14 @@ class _Lazy:
         self.spec = row.target
 
     def __getitem__(self, where: EllipsisType) -> torch.Tensor:
-        return self._tensors.make(self._row)[where]
+        return self._tensors.rebuild(self._row)[where]
 
     def get_shape(self) -> list[int]:
-        """Return the shape, as a slice of safetensors does."""
+        """Return the shape; same interface as a slice of safetensors."""
         return list(self.spec.shape)
 
     def get_dtype(self) -> str:
-        """Return the wire dtype, as a slice of safetensors does."""
+        """Return the wire dtype; same interface as a slice of safetensors."""
         return self.spec.dtype.name
 
 
@@ -232,7 +234,7 @@ def _from_pretrained(
     trusted = {k: v for k, v in options.items() if k == "trust_remote_code"}
     if config is None:
         config = transformers.AutoConfig.from_pretrained(folder, **trusted)
-    state = tensors.of(files)
+    state = tensors.in_files(files)
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or _first_float(state)
     try:
@@ -251,7 +253,7 @@ def _from_pretrained(
 
 
 def _class_of(config: Any, wanted: Any, trusted: Mapping[str, Any]) -> Any:
-    """Return the class of model that is wanted, or that the configuration names."""
+    """Return the model class to load: ``wanted``, or the one that the configuration names."""
     import torch
     import transformers
 
@@ -260,7 +262,7 @@ def _class_of(config: Any, wanted: Any, trusted: Mapping[str, Any]) -> Any:
     found = found or transformers.AutoModel
     if issubclass(found, transformers.PreTrainedModel):
         return found
-    with torch.device("meta"):  # an auto class: only a model of its choice tells which it chooses
+    with torch.device("meta"):  # an auto class: a model without data shows which class it chooses
         return type(found.from_config(config, **trusted))
 
 
@@ -276,18 +278,18 @@ def _first_float(state: Mapping[str, _Lazy]) -> torch.dtype:
 
 @contextmanager
 def _small_files(delta: Delta, base: Checkpoint) -> Iterator[Path]:
-    """Yield a folder with the target's configuration, the index files beside it, and any code."""
+    """Yield a folder with the target's configuration, its index files and its Python files."""
     files = [
         file
         for file in delta.target.side_files
         if file.path in (_CONFIG, _GENERATION)
         or file.path.endswith(".py")
-        or _is_index_there(file, base)
+        or _is_available_index(file, base)
     ]
     if not any(file.path == _CONFIG for file in files):
         raise ValueError(
             f"the delta's target has no {_CONFIG}, so it is not a transformers model; apply the delta"
-            " and load the target by other means"
+            " and load the target with its own library"
         )
     with tempfile.TemporaryDirectory(prefix="sparsedelta-") as name:
         folder = Path(name)
@@ -297,7 +299,7 @@ def _small_files(delta: Delta, base: Checkpoint) -> Iterator[Path]:
         yield folder
 
 
-def _is_index_there(file: SideFile, base: Checkpoint) -> bool:
-    """Return whether a file is an index of the model's own folder, and carried or in the base."""
+def _is_available_index(file: SideFile, base: Checkpoint) -> bool:
+    """Return whether a file is an index at the top of the folder, and is carried or in the base."""
     is_index = file.path.endswith(INDEX_SUFFIX) and "/" not in file.path
     return is_index and (file.stored is not None or file.path in base.side_files)

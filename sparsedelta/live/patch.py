@@ -1,6 +1,7 @@
-"""Decoded changes of a model's tensors, and how they are written: all of them, or none.
+"""Decoded changes of a model's tensors, and a writer that writes all of them or none.
 
-A model that is neither is marked as such before the first write, and the mark goes with the last one.
+The writer records the patches before the first write and clears the record after the last. If a write was
+broken off and not undone, the record still exists.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sparsedelta.errors import PartlyApplied
+from sparsedelta.interrupts import uninterrupted
 from sparsedelta.live.bits import scatter
-from sparsedelta.live.interrupts import uninterrupted
-from sparsedelta.live.slots import Place, check_in_step
+from sparsedelta.live.slots import Place, current_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -23,11 +24,11 @@ class Patch:
     """The touched elements of one tensor, decoded, on the model's device.
 
     Attributes:
-        place: which tensor, and where the model holds it.
-        index: flat indices, (nnz,) int32 where the tensor's size allows it, else int64, increasing.
-        index_digest: of the indices, made on the host: comparing it asks nothing of the device.
-        before: their bits in the base, (nnz,) integers of the element size.
-        after: their bits in the target.
+        place: the tensor of the delta, and where the model holds it.
+        index: flat indices, (nnz,), strictly increasing; int32 if the tensor has at most 2^31 elements, else int64.
+        index_digest: digest of the indices, computed on the host; comparing digests needs no device work.
+        before: bits of the elements in the base, (nnz,) integers of the element size.
+        after: bits of the elements in the target, same shape and dtype.
     """
 
     place: Place
@@ -38,20 +39,20 @@ class Patch:
 
     @property
     def n_bytes(self) -> int:
-        """What it takes to keep."""
+        """Memory of the tensors in bytes."""
         return sum(t.numel() * t.element_size() for t in (self.index, self.before, self.after))
 
     def reversed(self) -> Patch:
-        """Return the patch from after to before."""
+        """Return the patch that undoes this one."""
         return replace(self, before=self.after, after=self.before)
 
     def in_step(self) -> Patch:
-        """Return the patch on the device on which its tensor is now.
+        """Return the patch, moved to the current device of the model's tensor.
 
         Raises:
-            StructureMismatch: the tensor has become one of another kind.
+            StructureMismatch: the model's tensor has changed; see ``current_tensor``.
         """
-        device = check_in_step(self.place).device
+        device = current_tensor(self.place).device
         if device == self.index.device:
             return self
         index, before, after = (t.to(device) for t in (self.index, self.before, self.after))
@@ -59,54 +60,54 @@ class Patch:
 
 
 class HalfWritten(PartlyApplied):
-    """Writing to a model in memory was broken off, and what was written could not be taken back."""
+    """A write to a model in memory was broken off and could not be undone; the model holds a mixture."""
 
     def __init__(self, n_tensors: int, restore: Callable[[], None]) -> None:
         super().__init__(
-            f"a write to {n_tensors} tensors of the model was broken off and could not be taken back, so"
-            " that some may hold new values and others old ones; call restore() to take it back"
+            f"a write to {n_tensors} tensors of the model was broken off and could not be undone: some may"
+            " hold new values and others old ones; call restore() to undo the write"
         )
         self._restore = restore
 
     def restore(self) -> None:
-        """Give the model the values back that it had before."""
+        """Write back the values that the model had before."""
         self._restore()
 
 
 class Writer:
-    """Writes to a model, and knows what the model holds.
+    """Writes patches to a model and records what the model holds.
 
     Args:
-        holds: a name for what the model holds.
+        holds: a name for what the model holds now.
     """
 
     def __init__(self, holds: str | None = None) -> None:
-        # One attribute, so that both change at once: what the model held, and what is being written.
+        # (what the model held, patches being written), one attribute so that both change in one assignment.
         self._state: tuple[str | None, Sequence[Patch]] = (holds, ())
 
     @property
     def holds(self) -> str | None:
-        """What the model holds.
+        """The name of what the model holds.
 
         Raises:
-            HalfWritten: it is between two states.
+            HalfWritten: a write was broken off and not undone.
         """
-        name, begun = self._state
-        if begun:
-            raise HalfWritten(len(begun), self.restore)
+        name, unfinished = self._state
+        if unfinished:
+            raise HalfWritten(len(unfinished), self.restore)
         return name
 
     def write(self, patches: Sequence[Patch], becomes: str | None = None) -> None:
-        """Set the elements of all patches, in order, to what they are afterwards.
+        """Write the ``after`` values of all patches, in order.
 
-        On an exception, an interrupt included, they get back what they were before.
+        On an exception or interrupt, the ``before`` values are written back.
 
         Args:
-            patches: in step with the model.
-            becomes: a name for what the model holds then.
+            patches: on the devices of the model's tensors; see ``Patch.in_step``.
+            becomes: a name for what the model holds afterwards.
 
         Raises:
-            HalfWritten: they could not get it back, now or earlier.
+            HalfWritten: this or an earlier write was broken off and could not be undone.
         """
         held = self.holds
         with uninterrupted():
@@ -116,19 +117,19 @@ class Writer:
                     scatter(patch.place.slot.tensor(), patch.index, patch.after)
             except BaseException as error:
                 try:
-                    self._take_back()
+                    self._undo()
                 except BaseException:
                     raise HalfWritten(len(patches), self.restore) from error
                 raise
             self._state = becomes, ()
 
     def restore(self) -> None:
-        """Take back what was begun and could not be taken back; nothing if there is no such thing."""
+        """Undo a write that was broken off; do nothing if there is none."""
         with uninterrupted():
-            self._take_back()
+            self._undo()
 
-    def _take_back(self) -> None:
-        held, begun = self._state
-        for patch in [patch.in_step() for patch in reversed(begun)]:
+    def _undo(self) -> None:
+        held, unfinished = self._state
+        for patch in [patch.in_step() for patch in reversed(unfinished)]:
             scatter(patch.place.slot.tensor(), patch.index, patch.before)
         self._state = held, ()

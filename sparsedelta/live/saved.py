@@ -1,7 +1,7 @@
-"""A model's tensors as its checkpoint has them: under the names and in the layout in which they are saved.
+"""The tensors of a model with the names and shapes that they have in its saved checkpoint.
 
-A transformers model is converted by transformers itself, one group of tensors at a time. What a conversion
-needs and makes is found out beforehand, on tensors without data.
+Transformers models are converted by transformers' own code, one group of tensors at a time. The inputs and
+outputs of each conversion are determined first, with tensors on the meta device.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
     State: TypeAlias = dict[str, torch.Tensor]
 
 _N_GROUPS = 4
-_INSTEAD = "save it, and give the path of what was saved"
+_SAVE_FIRST = "save the model and give the path of the saved checkpoint"
 
 
 class SavedState:
-    """What is saved of a model: nothing is copied until it is read.
+    """The tensors that would be saved of a model. Tensors are converted when they are read.
 
     Attributes:
-        kind: what messages call the model.
-        metadata: of the header of a file with these tensors.
-        specs: dtype and shape of each tensor, by its name in a checkpoint.
-        tied: names under which checkpoints may have a tensor once more, and its name in ``specs``.
+        kind: the model's class, for messages.
+        metadata: metadata of the header of a weight file with these tensors.
+        specs: dtype and shape of each tensor, by its name in the checkpoint.
+        tied: other names that checkpoints may have for a tied tensor, each with its name in ``specs``.
 
     Raises:
         TypeError: the model is neither a module nor a state dict.
         ModuleNotFoundError: torch is not installed.
-        StructureMismatch: a tensor holds no plain data, or how the model is saved is not known.
+        StructureMismatch: a tensor is not a plain tensor, or the saved form of the model is not known.
     """
 
     def __init__(self, model: Model) -> None:
@@ -51,100 +51,114 @@ class SavedState:
         self.metadata: dict[str, str] | None = None
         self._state = _state_of(model)
         self._model: Any = None
-        self._renamed = {name: name for name in self._state}  # from a saved name to the model's
-        self._group_of: dict[str, tuple[str, ...]] = {}  # from a saved name to what it is made of
+        # Not converted: from the saved name to the model's name.
+        self._renamed = {name: name for name in self._state}
+        # Converted: from the saved name to the model's names of the tensors that are converted together.
+        self._group_of: dict[str, tuple[str, ...]] = {}
         self.tied: dict[str, str] = {}
-        made: State = {}
+        converted: State = {}
         if _is_transformers(model):
             self._model, self.metadata = model, {"format": "pt"}
-            made = self._plan(model)
+            converted = self._plan(model)
         self.specs = {name: _spec(name, self._state[own]) for name, own in self._renamed.items()}
-        self.specs |= {name: _spec(name, tensor) for name, tensor in made.items()}
+        self.specs |= {name: _spec(name, tensor) for name, tensor in converted.items()}
         self._lock = threading.Lock()
-        # Names in order take turns between the few groups of one layer; most of what is made are views.
-        self._converted = lru_cache(_N_GROUPS)(self._convert)
-        self._laid_out = lru_cache(n_workers())(self._lay_out)
+        # Tensors are read in order of name, which alternates between the few groups of one layer.
+        # Most converted tensors are views, so keeping these groups takes little memory.
+        self._converted_group = lru_cache(_N_GROUPS)(self._convert_group)
+        self._contiguous = lru_cache(n_workers())(self._make_contiguous)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor, contiguous; it is the model's own unless it has to be converted."""
+        """Return a contiguous tensor. It shares the model's memory, unless it is converted or copied."""
         own = self._renamed.get(name)
         if own is not None and self._state[own].is_contiguous():
             return _plain(self._state[own])
-        return self._laid_out(name)
+        return self._contiguous(name)
 
     def shared(self, names: Collection[str]) -> set[str]:
-        """Return all names of the tensors that are in the memory of these, such as tied ones in a state dict."""
-        places = {_place(self._state[own]) for name, own in self._renamed.items() if name in names}
-        return {name for name, own in self._renamed.items() if _place(self._state[own]) in places}
+        """Return ``names`` and all names of tensors that share memory with them, such as tied tensors."""
+        memory = {
+            _memory_of(self._state[own]) for name, own in self._renamed.items() if name in names
+        }
+        return {
+            name for name, own in self._renamed.items() if _memory_of(self._state[own]) in memory
+        }
 
     def close(self) -> None:
-        """Let the model's tensors go."""
-        self._converted.cache_clear()
-        self._laid_out.cache_clear()
+        """Release the model's tensors."""
+        self._converted_group.cache_clear()
+        self._contiguous.cache_clear()
         self._state, self._model = {}, None
 
-    def _lay_out(self, name: str) -> torch.Tensor:
+    def _make_contiguous(self, name: str) -> torch.Tensor:
         own = self._renamed.get(name)
         if own is not None:
             return _plain(self._state[own]).contiguous()
         with self._lock:  # one group at a time
-            return self._converted(self._group_of[name])[name].contiguous()
+            return self._converted_group(self._group_of[name])[name].contiguous()
 
-    def _convert(self, group: tuple[str, ...]) -> State:
+    def _convert_group(self, group: tuple[str, ...]) -> State:
         import torch
 
         with torch.no_grad():
-            made = _revert(self._model, {name: _plain(self._state[name]) for name in group})
+            converted = _revert(self._model, {name: _plain(self._state[name]) for name in group})
         expected = {name for name, own in self._group_of.items() if own == group}
-        if made.keys() != expected or any(_spec(n, made[n]) != self.specs[n] for n in expected):
-            _refuse(self.kind, "is saved otherwise than its configuration says")
-        return made
+        if converted.keys() != expected or any(
+            _spec(n, converted[n]) != self.specs[n] for n in expected
+        ):
+            _refuse(self.kind, "is not saved as its configuration says")
+        return converted
 
     def _plan(self, model: Any) -> State:
-        """Find out what transformers saves of a model, and of which tensors it makes it.
+        """Determine which tensors transformers saves, and from which tensors of the model it makes each.
 
-        Returns what is not the model's own, without data.
+        Returns:
+            The tensors that are made by a conversion, on the meta device.
         """
         _check_convertible(model)
         for name in model._keys_to_ignore_on_save or ():
             self._state.pop(name, None)
         kept = _without_tied(model, self._state)
-        whole, sources = _traced(model, {name: self._state[name] for name in kept})
+        saved_tensors, sources = _traced(model, {name: self._state[name] for name in kept})
         lost = kept - {source for names in sources.values() for source in names}
         if lost:
             _refuse(self.kind, f"is saved without its tensor {min(lost)!r}")
-        self._renamed = {name: own[0] for name, own in sources.items() if whole[name] is None}
+        self._renamed = {
+            name: own[0] for name, own in sources.items() if saved_tensors[name] is None
+        }
         groups: dict[tuple[str, ...], State] = defaultdict(dict)
-        for name, tensor in whole.items():
+        for name, tensor in saved_tensors.items():
             if tensor is not None:
                 groups[sources[name]][name] = tensor
-        alone = {group for group, made in groups.items() if self._makes(group, made)}
-        rest = tuple({own: None for group in groups if group not in alone for own in group})
-        for group, made in groups.items():
-            self._group_of |= dict.fromkeys(made, group if group in alone else rest)
+        separate = {
+            group for group, converted in groups.items() if self._is_separate(group, converted)
+        }
+        rest = tuple({own: None for group in groups if group not in separate for own in group})
+        for group, converted in groups.items():
+            self._group_of |= dict.fromkeys(converted, group if group in separate else rest)
         self._add_tied(model, self._state.keys() - kept)
-        return {name: tensor for made in groups.values() for name, tensor in made.items()}
+        return {name: tensor for converted in groups.values() for name, tensor in converted.items()}
 
-    def _makes(self, group: tuple[str, ...], made: State) -> bool:
-        """Return whether just these tensors are made of just those of the model."""
+    def _is_separate(self, group: tuple[str, ...], converted: State) -> bool:
+        """Return whether the conversion of this group alone gives exactly these tensors."""
         try:
             found, _ = _traced(self._model, {name: self._state[name] for name in group})
         except StructureMismatch:
             return False
         specs = {name: _spec(name, tensor) for name, tensor in found.items() if tensor is not None}
-        return specs == {name: _spec(name, tensor) for name, tensor in made.items()}
+        return specs == {name: _spec(name, tensor) for name, tensor in converted.items()}
 
     def _add_tied(self, model: Any, left: Collection[str]) -> None:
-        saved_of = {_place(self._state[own]): name for name, own in self._renamed.items()}
+        saved_of = {_memory_of(self._state[own]): name for name, own in self._renamed.items()}
         for own in left:
-            made, _ = _traced(model, {own: self._state[own]})
-            saved = saved_of.get(_place(self._state[own]))
+            converted, _ = _traced(model, {own: self._state[own]})
+            saved = saved_of.get(_memory_of(self._state[own]))
             if saved is not None:
-                self.tied |= {name: saved for name, tensor in made.items() if tensor is None}
+                self.tied |= {name: saved for name, tensor in converted.items() if tensor is None}
 
 
 def _unwrapped(model: Any) -> Any:
-    """Return a model without what torch.compile and data parallelism put around it."""
+    """Return a model without the wrappers of torch.compile and data parallelism."""
     import torch
 
     if isinstance(model, torch.nn.Module):
@@ -177,7 +191,7 @@ def _state_of(model: Any) -> State:
             raise StructureMismatch(f"tensor {name!r} {problem}", tensor=str(name))
         state[name] = tensor.detach()
     for device in {tensor.device for tensor in state.values() if tensor.is_cuda}:
-        torch.cuda.synchronize(device)  # they are read on other streams
+        torch.cuda.synchronize(device)  # the tensors are read on other streams
     return state
 
 
@@ -189,16 +203,16 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().resolve_conj().resolve_neg()
 
 
-def _place(tensor: torch.Tensor) -> object:
+def _memory_of(tensor: torch.Tensor) -> object:
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _refuse(kind: str, problem: str) -> NoReturn:
-    raise StructureMismatch(f"the {kind} {problem}; {_INSTEAD}")
+    raise StructureMismatch(f"the {kind} {problem}; {_SAVE_FIRST}")
 
 
 def _is_transformers(model: Any) -> bool:
-    # A model of transformers cannot be there before transformers is.
+    # A transformers model can only exist if transformers has been imported.
     transformers = sys.modules.get("transformers")
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
@@ -208,42 +222,46 @@ def _check_convertible(model: Any) -> None:
     if getattr(model, "hf_quantizer", None) is not None:
         _refuse(kind, "is quantized")
     if getattr(model, "_hf_peft_config_loaded", False):
-        _refuse(kind, "has adapters, of which alone a checkpoint would be made")
+        _refuse(kind, "has adapters, and only these would be saved")
 
 
 def _without_tied(model: Any, state: State) -> set[str]:
-    """Return the names that transformers keeps of tensors that share memory, and all others."""
+    """Return the names of the tensors that are saved. Of tied tensors, transformers saves one."""
     try:
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
         return {*remove_tied_weights_from_state_dict(dict(state), model)}
     except (ImportError, RuntimeError) as error:
         raise StructureMismatch(
-            f"transformers does not save the tied tensors of the {type(model).__name__}: {error}"
+            f"transformers cannot save the tied tensors of the {type(model).__name__}: {error}"
         ) from error
 
 
 def _revert(model: Any, state: State) -> State:
-    """Return what transformers saves of tensors of a model."""
+    """Return the tensors that transformers saves for these tensors of a model."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    made: State = revert_weight_conversion(model, state)
-    return made
+    converted: State = revert_weight_conversion(model, state)
+    return converted
 
 
 def _traced(
     model: Any, state: State
 ) -> tuple[dict[str, torch.Tensor | None], dict[str, tuple[str, ...]]]:
-    """Return what transformers saves of tensors, without data, and the names of those it is made of.
+    """Return what transformers saves for these tensors, determined on the meta device.
 
-    A tensor that is only renamed is None.
+    Returns:
+        Each saved tensor by its saved name, without data, or None if the tensor is only renamed; and for
+        each saved name the names of the tensors that it is made from.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
     given = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in state.items()}
-    known: dict[int, tuple[torch.Tensor, dict[str, None]]] = {  # with the tensor, whose id is used
+    known: dict[
+        int, tuple[torch.Tensor, dict[str, None]]
+    ] = {  # keeps the tensors alive, so that no id is used twice
         id(tensor): (tensor, {name: None}) for name, tensor in given.items()
     }
 
@@ -264,13 +282,13 @@ def _traced(
     kind = type(model).__name__
     try:
         with torch.no_grad(), Trace():  # type: ignore[no-untyped-call]
-            made = _revert(model, given)
+            converted = _revert(model, given)
     except Exception as error:
         raise StructureMismatch(
-            f"how transformers saves the {kind} cannot be told without its data ({error}); {_INSTEAD}"
+            f"the conversion of the {kind} for saving needs its data ({error}); {_SAVE_FIRST}"
         ) from error
     renamed = {id(tensor) for tensor in given.values()}
     return (
-        {name: None if id(tensor) in renamed else tensor for name, tensor in made.items()},
-        {name: tuple(known[id(tensor)][1]) for name, tensor in made.items()},
+        {name: None if id(tensor) in renamed else tensor for name, tensor in converted.items()},
+        {name: tuple(known[id(tensor)][1]) for name, tensor in converted.items()},
     )

@@ -1,4 +1,4 @@
-"""A model in memory as one side of ``diff``: as the file that it would be saved as, or in the files of a folder."""
+"""A model in memory as a checkpoint for ``diff``: as one file, or with the files of an existing folder."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ FILE_NAME = "model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class HeldTensor(Tensor):
-    """A tensor of a checkpoint whose data a model holds.
+    """A tensor of a checkpoint whose data is in a model.
 
     Attributes:
         saved: the model.
-        own: the tensor's name there.
+        own: the tensor's name in ``saved``.
     """
 
     saved: SavedState
     own: str
 
     def held(self) -> torch.Tensor:
-        """Return it, contiguous, on the model's device."""
+        """Return the tensor, contiguous, on the model's device."""
         return self.saved.read(self.own)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` with the tensor's bytes from ``offset``; both are whole elements."""
+        """Fill ``buffer`` with the tensor's bytes from ``offset``; both must be multiples of the element size."""
         TensorBytes(self.held()).read_into(buffer, offset)
 
 
 class HeldFile(Checkpoint):
-    """The file that a model would be saved as."""
+    """A model as the ``model.safetensors`` file that it would be saved to."""
 
     def __init__(self, model: Model) -> None:
-        """Describe it; see ``SavedState`` for what it raises."""
+        """Build the file's header. Raises the errors of ``SavedState``."""
         saved = self._saved = SavedState(model)
         self.path = Path(f"{saved.kind} in memory")
         self.is_folder = False
@@ -63,13 +63,13 @@ class HeldFile(Checkpoint):
         self.empty_folders = self.left_out = ()
 
     def close(self) -> None:
-        """Let the model's tensors go."""
+        """Release the model's tensors."""
         super().close()
         self._saved.close()
 
 
 class HeldFolder(Checkpoint):
-    """A folder with the tensors of a model in place of its own."""
+    """A checkpoint folder whose tensors are replaced by those of a model."""
 
     def __init__(
         self,
@@ -84,30 +84,31 @@ class HeldFolder(Checkpoint):
 
         Args:
             model: a module or a state dict.
-            folder: holds a checkpoint of that model.
+            folder: a checkpoint of that model.
             exclude: globs of files to leave out; see ``Checkpoint``.
-            include: globs of files that are part of it all the same.
-            strict: the model has all tensors of the folder; otherwise those that it lacks are the folder's.
+            include: globs of files to keep that are left out by default; see ``Checkpoint``.
+            strict: the model must have all tensors of the folder. If false, a tensor that the model lacks is
+                read from the folder.
 
         Raises:
-            StructureMismatch: the model has other tensors than the folder, or it is not clear which.
-            CheckpointError: the folder is no checkpoint.
+            StructureMismatch: the model has other tensors than the folder, or the folder has a name twice.
+            CheckpointError: the folder is not a checkpoint.
         """
         super().__init__(folder, exclude=exclude, include=include)
         try:
             saved = self._saved = SavedState(model)
-            self._put_in(saved, strict=strict)
+            self._replace_tensors(saved, strict=strict)
         except BaseException:
             super().close()
             raise
 
     def close(self) -> None:
-        """Close all files, and let the model's tensors go."""
+        """Close all files and release the model's tensors."""
         super().close()
         if hasattr(self, "_saved"):
             self._saved.close()
 
-    def _put_in(self, saved: SavedState, *, strict: bool) -> None:
+    def _replace_tensors(self, saved: SavedState, *, strict: bool) -> None:
         by_name: dict[str, list[Tensor]] = defaultdict(list)
         for tensor in self.tensors.values():
             by_name[tensor.name].append(tensor)
@@ -115,8 +116,8 @@ class HeldFolder(Checkpoint):
         own = {name: held for name, held in own.items() if held in saved.specs}
         missing = by_name.keys() - own.keys()
         if missing and (strict or not own):
-            may = " or take the folder's (strict=False)" if own else ""
-            raise self._error(missing, f"'{self.path}' has", f"the {saved.kind} lacks", may)
+            other_way = ", or use the tensors of the folder (strict=False)" if own else ""
+            raise self._error(missing, f"'{self.path}' has", f"the {saved.kind} lacks", other_way)
         extra = saved.specs.keys() - own.values()
         if extra:
             extra -= saved.shared(own.values())
@@ -127,7 +128,7 @@ class HeldFolder(Checkpoint):
             if others:
                 raise StructureMismatch(
                     f"tensor {name!r} is in '{first.file}' and in '{others[0].file}', and the"
-                    f" {saved.kind} has it once; leave one of the files out (exclude)",
+                    f" {saved.kind} has it once; leave out one of the files (exclude)",
                     tensor=name,
                 )
             self._check_layout(first, saved.specs[held])
@@ -138,12 +139,12 @@ class HeldFolder(Checkpoint):
         )
 
     def _error(
-        self, names: Collection[str], has: str, lacks: str, may: str = ""
+        self, names: Collection[str], has: str, lacks: str, other_way: str = ""
     ) -> StructureMismatch:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         return StructureMismatch(
-            f"{has} tensor {min(names)!r}{more}, which {lacks}; save the model and give the path of what"
-            f" was saved{may}",
+            f"{has} tensor {min(names)!r}{more}, which {lacks}; save the model and give the path of the saved"
+            f" checkpoint{other_way}",
             tensor=min(names),
         )
 
@@ -153,7 +154,7 @@ class HeldFolder(Checkpoint):
             raise StructureMismatch(
                 f"tensor {tensor.name!r} is {held.dtype.name} {list(held.shape)} in memory and"
                 f" {spec.dtype.name} {list(spec.shape)} in '{self.path}'; save the model and give the path"
-                " of what was saved",
+                " of the saved checkpoint",
                 tensor=tensor.name,
                 expected=f"{spec.dtype.name} {list(spec.shape)}",
                 found=f"{held.dtype.name} {list(held.shape)}",
@@ -168,7 +169,7 @@ def held_checkpoint(
     include: Sequence[str] | None = None,
     strict: bool = True,
 ) -> Checkpoint:
-    """Return a model in memory as a checkpoint: in the files of a folder, or as a file."""
+    """Return a model in memory as a checkpoint: one file, or with ``folder`` the files of that folder."""
     if folder is None:
         return HeldFile(model)
     return HeldFolder(model, folder, exclude=exclude, include=include, strict=strict)
@@ -179,7 +180,7 @@ def _held(tensor: Tensor, saved: SavedState, own: str) -> HeldTensor:
 
 
 def _laid_out(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Return tensors in the order in which safetensors puts them into a file."""
+    """Return tensors in the order in which safetensors writes them to a file."""
     order = {name: -number for number, name in enumerate(SAVED_DTYPES)}
     return dict(sorted(specs.items(), key=lambda item: (order[item[1].dtype.name], item[0])))
 
@@ -187,7 +188,7 @@ def _laid_out(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
 def _weight_file(
     path: str, metadata: Mapping[str, str] | None, specs: Mapping[str, TensorSpec]
 ) -> WeightFile:
-    """Return a file with these tensors, in order."""
+    """Return the description of a weight file with these tensors, in order."""
     edges = pairwise(accumulate((spec.n_bytes for spec in specs.values()), initial=0))
     entries = tuple(
         HeaderEntry(name, spec.dtype.name, spec.shape, begin, end)

@@ -1,6 +1,6 @@
-"""Which tensor of a model each row of a delta means, and whether it can be changed in place.
+"""The tensor of a model that each row of a delta refers to, and whether it can be changed in place.
 
-Every changed tensor is found, fitting in dtype and shape, or the search fails: none is skipped.
+If a changed tensor is missing, or differs in dtype or shape, an error is raised. No changed tensor is skipped.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ if TYPE_CHECKING:
     import torch
 
 
-# What wrappers put into the names of what they wrap: torch.compile, FSDP, activation checkpointing,
-# and PEFT around a layer it adapts.
+# Parts of names that wrappers insert: torch.compile, FSDP, activation checkpointing, and PEFT for an
+# adapted layer.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
-_TRIED = 8  # missing names of which a common prefix is looked for
-_OUTER = (("base_model", "model"), ("module",))  # PEFT's model, and data parallelism
+_N_TRIED = 8  # missing names that are tried to find a common prefix
+_OUTER = (("base_model", "model"), ("module",))  # prefixes of PEFT and of data parallelism
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where a model holds a tensor; what it holds may be replaced, as by ``model.to``.
+    """The name of a tensor in a model. The tensor itself may be replaced, as by ``model.to``.
 
     Attributes:
-        name: of the tensor in the model.
-        model: a module, or a state dict.
+        name: the tensor's name in the model.
+        model: a module or a state dict.
     """
 
     name: str
     model: Any
 
     def tensor(self) -> torch.Tensor:
-        """Return the tensor that is there now.
+        """Return the tensor that the model has under this name now.
 
         Raises:
-            StructureMismatch: none is there any longer.
+            StructureMismatch: there is no such tensor any longer.
         """
         import torch
 
@@ -65,19 +65,19 @@ class Slot:
             found = held if isinstance(held, torch.Tensor) else None
         if found is None:
             raise StructureMismatch(
-                f"tensor {self.name!r} is in the model no longer", tensor=self.name
+                f"tensor {self.name!r} is no longer in the model", tensor=self.name
             )
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A changed tensor and where the model holds it.
+    """A changed tensor of the delta, and where the model holds it.
 
     Attributes:
-        row: of the delta.
-        slot: where it is.
-        tied: where else it is, under the names of other rows.
+        row: the row of the delta.
+        slot: where the model holds the tensor.
+        tied: other slots with the same memory, which other rows of the delta refer to.
     """
 
     row: Row
@@ -87,12 +87,12 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Which tensors of a model are a delta's.
+    """The tensors of a model that a delta refers to.
 
     Attributes:
-        changed: those that the delta changes; tied ones once.
-        unchanged: those that it leaves as they are, each with the rows that it may be; they are of one
-            name in several files.
+        changed: the tensors that the delta changes. Tied tensors are listed once.
+        unchanged: the tensors that the delta does not change, each with the rows that may describe it. There
+            are several rows if several files of the delta have a tensor of this name.
     """
 
     changed: Sequence[Place]
@@ -100,50 +100,54 @@ class Places:
 
 
 def find_places(delta: Delta, model: Model, names: Names) -> Places:
-    """Return where the model holds the delta's tensors, of which a changed one is never missing.
+    """Return where a model holds the tensors of a delta. All changed tensors are found.
 
-    A tensor of the model is found by its name, whatever the file it is in. If several files have a tensor
-    of this name, it is the one with the dtype and shape that the model has.
+    A row is matched with a tensor of the model by name, whatever its file. If several files of the delta
+    have a tensor of this name, the one with the model's dtype and shape is taken.
 
     Args:
-        delta: changes elements in place, and nothing else.
+        delta: a delta that only changes elements in place.
         model: a module or a state dict.
-        names: from a tensor's name, or file and name, in the delta to its name in the model; None as a
-            value: leave this tensor out. None: as they are, but for what wrappers add, and one common prefix.
+        names: a mapping or function from a tensor's name in the delta to its name in the model. A mapping may
+            also have ``(file, name)`` as keys. The value None leaves a tensor out. If ``names`` is
+            None, the names must be equal, except for parts that wrappers insert and one common prefix.
 
     Raises:
-        StructureMismatch: a changed tensor is missing, of another dtype or shape, one of several, tied to one
-            that becomes another, or holds no plain data; or the delta adds, renames or reshapes tensors.
+        StructureMismatch: a changed tensor is missing, has another dtype or shape, matches several rows with
+            different changes, is tied to a tensor that changes differently, or is not a plain tensor; or the
+            delta adds, renames or reshapes tensors.
     """
     slots = find_slots(model)
     named = [(row, _renamed(row.key, names)) for row in delta.tensors]
     wanted = [(row, name) for row, name in named if name is not None]
-    own_name = _resolver([name for row, name in wanted if _is_in_place(row) and row.chunks], slots)
+    own_name = _name_converter(
+        [name for row, name in wanted if _is_in_place(row) and row.chunks], slots
+    )
 
     def slot_of(key: TensorKey) -> Slot | None:
         name = _renamed(key, names)
         return None if name is None else slots.get(own_name(name))
 
-    alike: dict[tuple[str, str], list[Row]] = defaultdict(list)  # of one name, in several files
+    same_name: dict[tuple[str, str], list[Row]] = defaultdict(list)  # rows of several files
     for row, name in wanted:
-        alike[row.name, own_name(name)].append(row)
-    changed: dict[object, Place] = {}  # by memory
+        same_name[row.name, own_name(name)].append(row)
+    changed: dict[object, Place] = {}  # by the memory of the tensor
     found: list[tuple[list[Row], Slot]] = []
-    for (_, name), rows in alike.items():
+    for (_, name), rows in same_name.items():
         slot = slots.get(name)
-        meant = _meant(rows, slot, slot_of)
-        if slot is None or not meant:
+        matching = _matching_rows(rows, slot, slot_of)
+        if slot is None or not matching:
             continue
-        found.append((meant, slot))
-        if meant[0].chunks:
-            _check_usable(meant[0], slot.tensor())
-            _check_writable(meant[0], slot.tensor())
-            changed.setdefault(memory_of(slot.tensor()), Place(meant[0], slot))
-    for meant, slot in found:
+        found.append((matching, slot))
+        if matching[0].chunks:
+            _check_usable(matching[0], slot.tensor())
+            _check_writable(matching[0], slot.tensor())
+            changed.setdefault(memory_of(slot.tensor()), Place(matching[0], slot))
+    for matching, slot in found:
         memory = memory_of(slot.tensor())
         place = changed.get(memory)
         if place is not None and place.slot is not slot:
-            _check_tied(meant[0], place)
+            _check_tied(matching[0], place)
             changed[memory] = replace(place, tied=(*place.tied, slot))
     return Places([*changed.values()], [(rows, slot) for rows, slot in found if not rows[0].chunks])
 
@@ -163,7 +167,7 @@ def find_all(delta: Delta, model: Model, names: Names) -> list[Place]:
     slots = find_slots(model)
     named = [(row, _renamed(row.key, names)) for row in delta.tensors]
     wanted = [(row, name) for row, name in named if name is not None]
-    own_name = _resolver([name for _, name in wanted], slots)
+    own_name = _name_converter([name for _, name in wanted], slots)
     found: dict[object, Place] = {}
     for row, name in wanted:
         slot = slots[own_name(name)]
@@ -182,17 +186,17 @@ def find_all(delta: Delta, model: Model, names: Names) -> list[Place]:
     return [*found.values()]
 
 
-def check_in_step(place: Place) -> torch.Tensor:
-    """Return the tensor that is at a place now.
+def current_tensor(place: Place) -> torch.Tensor:
+    """Return the tensor that the model holds at a place now.
 
     Raises:
-        StructureMismatch: it has another dtype or shape than when it was found, holds no plain data, or is no
-            longer tied to those that it was tied to.
+        StructureMismatch: since ``find_places``, the tensor has been removed, has got another dtype or shape,
+            is not a plain tensor any longer, or is no longer tied to the same tensors.
     """
     row, tensor = place.row, place.slot.tensor()
     if not _fits(row, tensor):
         raise StructureMismatch(
-            f"tensor {place.slot.name!r} has become {wire_name(tensor.dtype)} {list(tensor.shape)},"
+            f"tensor {place.slot.name!r} is now {wire_name(tensor.dtype)} {list(tensor.shape)},"
             f" expected {_shown(row.target)}; nothing was written",
             tensor=row.name,
         )
@@ -200,18 +204,18 @@ def check_in_step(place: Place) -> torch.Tensor:
     for other in place.tied:
         if memory_of(other.tensor()) != memory_of(tensor):
             raise StructureMismatch(
-                f"tensors {place.slot.name!r} and {other.name!r} were tied in the model and are no"
-                " longer; nothing was written",
+                f"tensors {place.slot.name!r} and {other.name!r} were tied in the model and no longer are;"
+                " nothing was written",
                 tensor=row.name,
             )
     return tensor
 
 
 def find_slots(model: Model) -> dict[str, Slot]:
-    """Return where a model holds its tensors, by name, without what wrappers add to that.
+    """Return the slots of a model's tensors by name. A name that has parts of wrappers is also listed without them.
 
     Raises:
-        TypeError: it is neither a module nor a state dict.
+        TypeError: the model is neither a module nor a state dict.
         ModuleNotFoundError: torch is not installed.
     """
     check_installed("torch")
@@ -225,7 +229,7 @@ def find_slots(model: Model) -> dict[str, Slot]:
         raise TypeError(f"model is a {type(model).__name__}, expected a module or a state dict")
     slots = {slot.name: slot for slot in found}
     for slot in found:
-        slots.setdefault(_plain(slot.name), slot)
+        slots.setdefault(_without_wrappers(slot.name), slot)
     return slots
 
 
@@ -237,7 +241,7 @@ def _module_slots(model: torch.nn.Module) -> Iterator[Slot]:
                     yield Slot(f"{prefix}.{key}" if prefix else key, model)
 
 
-def _plain(name: str) -> str:
+def _without_wrappers(name: str) -> str:
     parts = tuple(part for part in name.split(".") if part not in _WRAPPERS)
     for outer in _OUTER:
         if parts[: len(outer)] == outer:
@@ -253,39 +257,50 @@ def _renamed(key: TensorKey, names: Names) -> str | None:
     return names[key] if key in names else names.get(key[1], key[1])
 
 
-def _resolver(changed: Sequence[str], slots: Mapping[str, Slot]) -> Callable[[str], str]:
-    """Return what makes a name of the delta one of the model, the same way for every name."""
+def _name_converter(changed: Sequence[str], slots: Mapping[str, Slot]) -> Callable[[str], str]:
+    """Return a function from a name in the delta to the name in the model.
+
+    Either the names are equal, or one prefix is removed from all names, or one is added.
+
+    Args:
+        changed: names in the delta of the tensors that it changes.
+        slots: the tensors of the model by name.
+
+    Raises:
+        StructureMismatch: no prefix, or more than one, fits all changed tensors.
+    """
     changed = list(dict.fromkeys(changed))
     missing = [name for name in changed if name not in slots]
     if not missing:
         return lambda name: name
-    ways = {way for name in missing[:: len(missing) // _TRIED + 1] for way in _ways(name, slots)}
-    left = {way: [n for n in changed if _converted(n, way) not in slots] for way in ways}
-    fewest = min(map(len, left.values()), default=len(missing))
-    best = sorted(way for way in ways if len(left[way]) == fewest)
+    tried = missing[:: len(missing) // _N_TRIED + 1]
+    prefixes = {pair for name in tried for pair in _prefixes(name, slots)}
+    not_found = {
+        pair: [name for name in changed if _converted(name, pair) not in slots] for pair in prefixes
+    }
+    fewest = min(map(len, not_found.values()), default=len(missing))
+    best = sorted(pair for pair in prefixes if len(not_found[pair]) == fewest)
     if len(best) == 1 and not fewest:
         return lambda name: _converted(name, best[0])
     if best and not fewest:
-        shown = " and ".join(repr(_converted(missing[0], way)) for way in best)
-        problem = (
-            f"tensor {missing[0]!r}, which the delta changes, fits several ways of naming, {shown}"
-        )
+        shown = " and ".join(repr(_converted(missing[0], pair)) for pair in best)
+        problem = f"tensor {missing[0]!r}, which the delta changes, may be one of several in the model, {shown}"
     else:
-        missing = left[best[0]] if best else missing
+        missing = not_found[best[0]] if best else missing
         more = f", nor are {len(missing) - 1} more" if len(missing) > 1 else ""
         problem = f"tensor {missing[0]!r}, which the delta changes, is not in the model{more}"
     raise StructureMismatch(
-        f"{problem}; give the names the model has, None for tensors to leave out (names)",
+        f"{problem}; give the model's names, and None for tensors to leave out (names)",
         tensor=missing[0],
         expected=missing[0],
         found="absent",
     )
 
 
-def _ways(name: str, slots: Mapping[str, Slot]) -> Iterator[tuple[str, str]]:
-    """Yield prefixes to cut off and to put before names, with which the model has ``name``."""
+def _prefixes(name: str, slots: Mapping[str, Slot]) -> Iterator[tuple[str, str]]:
+    """Yield pairs (prefix to remove, prefix to add) that turn ``name`` into a name in the model."""
     for own in slots:
-        if own.endswith("." + name) and own == _plain(own):
+        if own.endswith("." + name) and own == _without_wrappers(own):
             yield "", own.removesuffix(name)
     parts = name.split(".")
     for n_cut in range(1, len(parts)):
@@ -293,35 +308,37 @@ def _ways(name: str, slots: Mapping[str, Slot]) -> Iterator[tuple[str, str]]:
             yield ".".join(parts[:n_cut]) + ".", ""
 
 
-def _converted(name: str, way: tuple[str, str]) -> str:
-    cut, add = way
-    return add + name.removeprefix(cut)
+def _converted(name: str, prefixes: tuple[str, str]) -> str:
+    remove, add = prefixes
+    return add + name.removeprefix(remove)
 
 
 def _is_in_place(row: Row) -> bool:
-    """Return whether only elements change: name, dtype and shape are those of the base."""
+    """Return whether a row only changes elements, so that name, dtype and shape are those of the base."""
     return row.base is not None and row.base.name == row.name and row.keeps_all
 
 
-def _meant(
+def _matching_rows(
     rows: Sequence[Row], slot: Slot | None, slot_of: Callable[[TensorKey], Slot | None]
 ) -> list[Row]:
-    """Return which rows of one name a tensor of the model is: a changed one, else those that are unchanged.
+    """Return the rows that describe a tensor of the model: one changed row, else all unchanged rows that fit.
+
+    If no row fits and none is changed, all rows are returned.
 
     Args:
-        rows: the rows of its name.
-        slot: the tensor; None: the model has none of this name.
-        slot_of: returns the tensor of a name in the base.
+        rows: the rows with the tensor's name, from different files.
+        slot: the tensor; None if the model has no tensor of this name.
+        slot_of: returns the slot of a tensor of the base, or None.
 
     Raises:
-        StructureMismatch: several changed ones fit; or none fits, and one is changed.
+        StructureMismatch: several rows with different changes fit; or no row fits, and one of them is changed.
     """
     tensor = None if slot is None else slot.tensor()
     fitting = [row for row in rows if _is_in_place(row) and _fits(row, tensor)]
     changed = [row for row in fitting if row.chunks]
     for other in changed[1:]:
         if not _same_change(changed[0], other):
-            raise _several_error(changed[0], other)
+            raise _ambiguous_error(changed[0], other)
     if fitting:
         return changed[:1] or fitting
     for row in rows:
@@ -343,7 +360,7 @@ def _fits(row: Row, tensor: torch.Tensor | None) -> bool:
 
 
 def _is_tied_copy(row: Row, slot: Slot | None, slot_of: Callable[[TensorKey], Slot | None]) -> bool:
-    """Return whether a row is another tensor of the base, with which the model ties it."""
+    """Return whether a row is a copy of another tensor of the base that the model ties to this one."""
     if slot is None or row.base is None or not (row.is_copied and row.keeps_all):
         return False
     base_slot = slot_of(row.base.key)
@@ -357,19 +374,19 @@ def _not_in_place_error(row: Row, tensor: torch.Tensor | None) -> StructureMisma
     elif base.name != row.name:
         problem = f"makes tensor {name} from tensor {base.name!r}"
     else:
-        problem = f"makes tensor {name} {_shown(row.target)} of {_shown(base.spec)}"
+        problem = f"changes tensor {name} from {_shown(base.spec)} to {_shown(row.target)}"
     return StructureMismatch(
-        f"the delta {problem}, which cannot be done to a model in memory; load the target (load_model)",
+        f"the delta {problem}, which is not possible in a model in memory; load the target (load_model)",
         tensor=row.name,
         expected=_shown(base.spec if base else None),
         found=_shown(row.target),
     )
 
 
-def _several_error(row: Row, other: Row) -> StructureMismatch:
+def _ambiguous_error(row: Row, other: Row) -> StructureMismatch:
     return StructureMismatch(
-        f"tensor {row.name!r} of the model may be that of {row.file!r} or of {other.file!r}, both of which"
-        f" the delta changes; leave one out, as with names={{({other.file!r}, {other.name!r}): None}}",
+        f"tensor {row.name!r} of the model may be that of {row.file!r} or of {other.file!r}, and the delta"
+        f" changes both; leave one out, as with names={{({other.file!r}, {other.name!r}): None}}",
         tensor=row.name,
     )
 
@@ -398,8 +415,8 @@ def _check_usable(row: Row, tensor: torch.Tensor) -> None:
 def _check_writable(row: Row, tensor: torch.Tensor) -> None:
     if is_read_only(tensor):
         raise StructureMismatch(
-            f"tensor {row.name!r} is in memory that cannot be written, such as a file mapped for reading;"
-            " give the model a copy of it",
+            f"tensor {row.name!r} is in read-only memory, such as a file mapped for reading; replace it in"
+            " the model by a copy",
             tensor=row.name,
         )
 
@@ -412,9 +429,9 @@ def _unusable(tensor: torch.Tensor) -> str | None:
     if type(tensor.data) is not torch.Tensor:
         return f"is a {type(tensor.data).__name__}, not a plain tensor"
     if tensor.layout != torch.strided or overlaps_itself(tensor):
-        return "has elements that share memory or are not laid out plainly"
+        return "has elements that share memory, or is not a strided tensor"
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        return "was made in inference mode, which is over"
+        return "was made in inference mode, which has ended"
     return None
 
 
@@ -426,7 +443,7 @@ def memory_of(tensor: torch.Tensor) -> object:
 
 
 def _check_tied(row: Row, place: Place) -> None:
-    """Check that a tensor which shares its memory with a changed one becomes the same as that."""
+    """Check that a row has the same base and target as the changed row whose memory it shares."""
     if not _same_change(row, place.row):
         raise StructureMismatch(
             f"tensors {place.row.name!r} and {row.name!r} are tied in the model, but not in the delta's"
@@ -436,14 +453,14 @@ def _check_tied(row: Row, place: Place) -> None:
 
 
 def _same_change(row: Row, other: Row) -> bool:
-    """Return whether two tensors are the same in the base, and in the target."""
+    """Return whether two rows have the same tensor in the base, and the same in the target."""
     if row is other:
         return True
     if row.base is None or other.base is None or row.base.spec != other.base.spec:
         return False
     if row.target.digest is not None and other.target.digest is not None:
         return row.target == other.target
-    # Equal touched values at as many positions say as much.
+    # If a digest is missing, compare the spans and counts of the chunks and the digests of touched values.
     changes = [[(c.start, c.span, c.nnz, c.touched) for c in one.chunks] for one in (row, other)]
     return changes[0] == changes[1] and all(chunk.touched for chunk in row.chunks)
 

@@ -1,6 +1,7 @@
-"""``Snapshot``: the bits that were last published of a model, and what has changed since.
+"""``Snapshot``: a copy of the last published state of a model, and the delta from it to the current state.
 
-What is published moves only when it is said so, to what a delta states: not to what the model holds by then.
+The snapshot changes only when ``advance`` is called. It then has the target of the given delta, not the
+current state of the model.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ if TYPE_CHECKING:
     import torch
 
 _BLOCK_ELEMENTS = 1 << 24
-_devices = threading.Lock()  # one tensor at a time is compared on a device
+_device_lock = threading.Lock()  # only one tensor at a time is compared on a device
 
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """The bits that a tensor gets, by flat index, and what it is then."""
+    """Changes to be written to a tensor: pairs of flat indices and bits, and the spec of the result."""
 
     spec: TensorSpec
     changes: list[tuple[torch.Tensor, torch.Tensor]]
@@ -49,24 +50,24 @@ class _Pending:
 
 @dataclass(slots=True)
 class _Kept:
-    """A published tensor (``tensors.compare.Source``)."""
+    """The copy of a published tensor; implements ``tensors.compare.Source``."""
 
     file: str
     name: str
     spec: TensorSpec  # with its digest
     tensor: torch.Tensor
-    pending: _Pending | None = None  # what is being written
+    pending: _Pending | None = None  # changes that are not completely written
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``offset``."""
         TensorBytes(self.tensor).read_into(buffer, offset)
 
     def as_base(self) -> BaseTensor:
-        """Return how a row refers to it."""
+        """Return the tensor as the base of a row."""
         return BaseTensor(self.file, self.name, self.spec)
 
     def write_pending(self) -> None:
-        """Write what is pending; that may be done again if it is broken off."""
+        """Write the pending changes. It is safe to call this again after an interrupted call."""
         if self.pending is not None:
             for index, bits in self.pending.changes:
                 scatter(self.tensor, index, bits)
@@ -74,7 +75,10 @@ class _Kept:
 
 
 class _Changed(Overlay):
-    """A published tensor with the changes that a device has found (``tensors.compare.Source``)."""
+    """The current state of a tensor: its published copy, and the elements that have changed since.
+
+    It implements ``tensors.compare.Source``.
+    """
 
     def __init__(
         self, kept: _Kept, positions: np.ndarray[tuple[int], np.dtype[np.int64]], bits: Bits
@@ -84,9 +88,9 @@ class _Changed(Overlay):
 
 
 class Snapshot:
-    """The bits of a model that were published last, kept apart from it.
+    """A copy of the last published state of a model.
 
-    Not safe for use from several threads. The model must not change while a method runs.
+    It must not be used from several threads at once. The model must not change while a method runs.
     """
 
     def __init__(
@@ -97,21 +101,22 @@ class Snapshot:
         keep_on: Literal["cpu", "model"] = "cpu",
         progress: Progress | None = None,
     ) -> None:
-        """Copy the tensors of a model and make their digests.
+        """Copy the tensors of a model and compute their digests.
 
         Args:
-            model: a ``torch.nn.Module`` or a state dict, on any device. A state dict has to be the same object
-                with the new tensors when a delta is made.
-            folder: a checkpoint of this model. The deltas are then between folders with its files and layout;
-                otherwise between files, as the model would be saved.
-            keep_on: ``"cpu"``: the copy is in host memory, pinned for tensors on a GPU; from there only the
-                positions and values of changed elements come back. ``"model"``: it is where the tensors are;
-                all bytes of changed tensors come to the host.
-            progress: told of the bytes read.
+            model: a ``torch.nn.Module`` or a state dict, on any device. The snapshot keeps a reference to it. A
+                state dict must be updated in place, because ``diff`` reads this object.
+            folder: a checkpoint of this model. The deltas are then between folders with its files and layout.
+                None: they are between single files, as the model would be saved.
+            keep_on: ``"cpu"``: the copy is in host memory, pinned for tensors on a GPU. The GPU compares, and only
+                positions and values of changed elements are copied to the host. ``"model"``: the copy is on the
+                device of the tensors. All bytes of changed tensors are copied to the host.
+            progress: receives the number of bytes read.
 
         Raises:
-            StructureMismatch: how the model is saved is not known, or it has other tensors than the folder.
+            StructureMismatch: the saved form of the model is not known, or it has other tensors than the folder.
             CheckpointError: the folder cannot be read as a checkpoint.
+            ValueError: ``keep_on`` is another value.
         """
         if keep_on not in ("cpu", "model"):
             raise ValueError(f"keep_on is {keep_on!r}, expected 'cpu' or 'model'")
@@ -140,7 +145,7 @@ class Snapshot:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the copy."""
+        """Size of the copy in bytes."""
         return sum(kept.spec.n_bytes for kept in self._kept.values())
 
     @property
@@ -174,19 +179,19 @@ class Snapshot:
         progress: Progress | None = None,
         spool_dir: str | None = None,
     ) -> Delta:
-        """Return the delta from what was published last to what the model holds now.
+        """Return the delta from the last published state to the current state of the model.
 
-        It is the one that ``sparsedelta.diff`` makes of both when they are saved. What counts as published
-        stays as it is: see ``advance``. For the arguments see ``sparsedelta.diff``.
+        It has the same bytes as the delta that ``sparsedelta.diff`` makes of the two saved states. The snapshot
+        does not change; see ``advance``. The arguments are those of ``sparsedelta.diff``.
 
         Raises:
-            StructureMismatch: the model has other tensors than the snapshot; make a new one.
-            PartlyApplied: ``advance`` was broken off; call it again.
+            StructureMismatch: the model has other tensors than the snapshot. Make a new snapshot.
+            PartlyApplied: a call of ``advance`` was interrupted. Call it again.
             ValueError: an argument is wrong.
         """
         if self._advancing:
             raise PartlyApplied(
-                "the snapshot is between what was published and its successor; call advance again with the"
+                "a call of advance was interrupted, so the snapshot is incomplete; call advance again with the"
                 " same delta"
             )
         checked_info = check_json(info or {}, "info")
@@ -205,26 +210,31 @@ class Snapshot:
             return Delta(Base(base_id), files, tuple(rows), checked_info, payload)
 
     def advance(self, delta: AnyDelta) -> None:
-        """Make the target of a delta what counts as published: call it when the delta is stored safely.
+        """Move the snapshot to the target of a delta. Call this when the delta is stored safely.
 
-        The model is not read. If this is broken off, as by Ctrl-C, call it again with the same delta.
+        The model is not read. If a call is interrupted, as by Ctrl-C, call it again with the same delta. A
+        second call with the same delta changes nothing.
 
         Args:
-            delta: one that ``diff`` has returned, or its file; nothing was published since then.
+            delta: a delta that ``diff`` returned, or its file. Its base must be the current snapshot.
 
         Raises:
-            BaseMismatch: it was made from something else than what was published last.
-            FormatError: it is damaged.
+            BaseMismatch: the delta was not made from this snapshot.
+            FormatError: the delta is damaged.
         """
-        with opened(delta) as given:
-            for row in given.tensors:
-                self._check_base(given, row)
-            if len(given.tensors) != len(self._kept):
-                raise BaseMismatch(f"{given!r} has not all tensors of what was published last")
+        with opened(delta) as opened_delta:
+            for row in opened_delta.tensors:
+                self._check_base(opened_delta, row)
+            if len(opened_delta.tensors) != len(self._kept):
+                raise BaseMismatch(
+                    f"{opened_delta!r} lacks tensors of the last published state; give a delta made by this snapshot"
+                )
             self._advancing = True
-            for row in given.tensors:
-                self._advance(given, self._kept[row.key], row)
-            self._side_files = {f.path: (f.n_bytes, f.digest) for f in given.target.side_files}
+            for row in opened_delta.tensors:
+                self._advance(opened_delta, self._kept[row.key], row)
+            self._side_files = {
+                f.path: (f.n_bytes, f.digest) for f in opened_delta.target.side_files
+            }
             self._advancing = False
 
     def _checkpoint(self) -> Checkpoint:
@@ -240,7 +250,7 @@ class Snapshot:
             device=device,
             pin_memory=self._on_host and tensor.is_cuda,
         )
-        # As integers: a copy of floats may change NaNs.
+        # As integers, because a copy of floats may change NaN payloads.
         integer_view(copy).copy_(integer_view(tensor))
         return copy
 
@@ -253,7 +263,7 @@ class Snapshot:
         ]
         _, name = min(changed)
         raise StructureMismatch(
-            f"tensor {name!r} was added, has gone, or has another dtype or shape since the snapshot was"
+            f"tensor {name!r} was added, was removed, or has another dtype or shape since the snapshot was"
             " made; make a new snapshot, and publish the model in full",
             tensor=name,
         )
@@ -268,7 +278,7 @@ class Snapshot:
         return comparison(kept, source, pace=pace, base_digest=kept.spec.digest).run()
 
     def _changed(self, kept: _Kept, tensor: Tensor) -> Source | None:
-        """Return what the model holds now of a tensor; None if that is what was published."""
+        """Return the current state of a tensor; None if it has not changed."""
         import torch
 
         held = _held(tensor)
@@ -288,7 +298,8 @@ class Snapshot:
             or None in digests
         ):
             raise BaseMismatch(
-                f"tensor {row.name!r} of {delta!r} was not made from what was published last",
+                f"tensor {row.name!r} of {delta!r} was not made from the last published state; give a delta"
+                " made by this snapshot",
                 tensor=row.name,
             )
 
@@ -317,14 +328,18 @@ class Snapshot:
 
 
 def changes_on_device(kept: _Kept, held: torch.Tensor) -> Source | None:
-    """Return a published tensor with what has changed on a device since; None if nothing has.
+    """Return the current state of a tensor, compared on its device; None if it has not changed.
 
-    Blocks of the published tensor go to the device, and positions and bits of changed elements come back.
+    The published copy is sent to the device in blocks. Positions and bits of changed elements are copied back.
+
+    Args:
+        kept: the published copy, on the host.
+        held: the model's tensor, contiguous, on its device.
     """
     import torch
 
     positions, values = [], []
-    with _devices:
+    with _device_lock:
         before, now = flat_bits(kept.tensor), flat_bits(held)
         for first in range(0, len(now), _BLOCK_ELEMENTS):
             block = now[first : first + _BLOCK_ELEMENTS]

@@ -1,1 +1,1 @@
-"""The verbs, one a file, and what they are made of."""
+"""The operations on deltas, one per module: diff, apply, verify, inspect, stack, invert and merge."""

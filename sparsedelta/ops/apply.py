@@ -1,7 +1,7 @@
-"""``apply``: make the target of a base and a delta, byte for byte, whole or not at all.
+"""``apply``: rebuild the target from a base and a delta, byte for byte.
 
-The base is only read. The output is written beside its place and appears under its name once every
-check has passed and everything is on disk.
+The base is only read. The output is written under a temporary name. It gets its own name when every
+check has passed and all data is on disk.
 """
 
 from __future__ import annotations
@@ -50,29 +50,31 @@ def apply(
     any_size: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write the target of ``base`` under the name ``out``.
+    """Rebuild the target from ``base`` and ``delta``, and write it to ``out``.
 
     Args:
-        base: a safetensors file, or a folder holding safetensors files (sharded or not) and others.
-        delta: an ``.sd`` file or a loaded delta; or several, each made from the target of the one
-            before it.
-        out: the file or folder to make.
-        verify: ``"full"`` compares the digest of every tensor of base and target, ``"touched"``
-            only those of touched values, where the delta has them; ``"none"`` neither. Structure, the delta
-            itself and all other files are checked in any case.
-        overwrite: replace what is at ``out``.
-        exclude: globs of files of ``base`` to leave out, as for ``diff``; the target goes without them.
-        any_size: apply files that make far more than their size and the base explain; see ``load``.
-        progress: told of the bytes written.
+        base: a safetensors file, or a folder of safetensors files (sharded or not) and other files.
+        delta: an ``.sd`` file or a loaded delta; or a sequence of them, each made from the target of
+            the one before it.
+        out: path of the output file or folder.
+        verify: ``"full"`` compares the digests of all tensors of base and target. ``"touched"``
+            compares only the digests of touched values, where the delta has them. ``"none"`` compares
+            neither. Structure, delta and side files are always checked.
+        overwrite: replace an existing ``out``.
+        exclude: globs of files of ``base`` to leave out, as for ``diff``; the target lacks them, too.
+        any_size: accept an output of any size; see ``load``.
+        progress: receives the number of bytes written.
 
     Raises:
         FormatError: a delta cannot be read, or is inconsistent.
         MismatchError: ``base`` is not the base of the delta; the message says which tensor differs,
-            or that it is the target already.
+            or that ``base`` already is the target.
         CheckpointError: ``base`` cannot be read as a checkpoint.
-        FileExistsError: ``out`` exists and ``overwrite`` is false, or is no checkpoint.
-        IsADirectoryError: ``out`` is a folder, and the target one file.
-        NotADirectoryError: ``out`` is a file, and the target a folder.
+        FileExistsError: ``out`` exists and ``overwrite`` is false, or ``out`` is a folder of other
+            files.
+        IsADirectoryError: ``out`` is a folder, but the target is one file.
+        NotADirectoryError: ``out`` is a file, but the target is a folder.
+        OSError: a file cannot be read or written, or the disk is full.
         ValueError: an argument is wrong.
     """
     if verify not in get_args(Check):
@@ -90,23 +92,23 @@ def apply(
         staged = stack.enter_context(staged_output(out, overwrite=overwrite))
         source = Path(base)
         for number, one in enumerate(deltas, 1):
-            made = staged if number == len(deltas) else staged.with_name(f"step-{number}")
+            result = staged if number == len(deltas) else staged.with_name(f"step-{number}")
             left_out = exclude if number == 1 else ()
             with open_base(source, one, exclude=left_out) as checkpoint:
                 write_target(
-                    checkpoint, one, made, check=verify, exclude=exclude, progress=progress
+                    checkpoint, one, result, check=verify, exclude=exclude, progress=progress
                 )
             if number > 1:
                 _remove(source)
-            source = made
+            source = result
 
 
 def check_chain(deltas: Sequence[Delta]) -> None:
-    """Check that each delta was made from the target of the one before it, as far as is known.
+    """Check that each delta was made from the target of the one before it, as far as digests are known.
 
     Raises:
-        BaseMismatch: one was not.
-        ValueError: there is none.
+        BaseMismatch: a delta was made from another target.
+        ValueError: ``deltas`` is empty.
     """
     if not deltas:
         raise ValueError("no delta is given; give at least one")
@@ -114,42 +116,46 @@ def check_chain(deltas: Sequence[Delta]) -> None:
         missing = first_gap(one, following)
         if missing is not None:
             raise BaseMismatch(
-                f"delta {number} was made from another tensor {missing.name!r} than the delta before it"
-                " makes; give the deltas in the order in which they were made",
+                f"tensor {missing.name!r}: delta {number} was not made from the target of the delta before"
+                " it; give the deltas in the order in which they were made",
                 tensor=missing.name,
             )
 
 
 def first_gap(one: Delta, following: Delta) -> BaseTensor | None:
-    """Return a tensor that a delta is made from and the target of the one before it lacks; None: it has all.
+    """Return the first base tensor of ``following`` that the target of ``one`` lacks; None if it has all.
 
-    Tensors whose digest the first delta does not know are taken to be right.
+    A tensor counts as present if name, dtype and shape are right and its digest in the target of ``one``
+    is right or not known.
     """
-    made = target_lookup(one)
+    lookup = target_lookup(one)
     for row in following.tensors:
         if row.base:
-            found = made.find(row.base)
+            found = lookup.find(row.base)
             if found is None or found.spec.digest not in (None, row.base.spec.digest):
                 return row.base
     return None
 
 
 def target_lookup(delta: Delta) -> Lookup[BaseTensor]:
-    """Return what finds tensors of a delta's target."""
-    made = [BaseTensor(row.file, row.name, row.target) for row in delta.tensors]
-    return Lookup(made, lambda tensor: tensor.spec.digest)
+    """Return a ``Lookup`` of the tensors of a delta's target."""
+    tensors = [BaseTensor(row.file, row.name, row.target) for row in delta.tensors]
+    return Lookup(tensors, lambda tensor: tensor.spec.digest)
 
 
 def check_apart(inputs: Iterable[AnyPath], out: AnyPath) -> None:
-    """Raise ValueError if ``out`` would replace or alter an input, or the current folder."""
+    """Raise ValueError if ``out`` is, contains or lies in an input, or contains the current folder."""
     here = Path(os.path.realpath(out))
     if here == Path.cwd() or here in Path.cwd().parents:
-        raise ValueError(f"output '{out}' is the current folder, or holds it; choose a name within")
+        raise ValueError(
+            f"output '{out}' is the current folder, or contains it; choose a new name in this folder"
+        )
     for path in inputs:
         there = Path(os.path.realpath(path))
         if here == there or here in there.parents or there in here.parents:
             raise ValueError(
-                f"output '{out}' and input '{path}' lie within each other; choose another output"
+                f"output '{out}' and input '{path}' are the same, or one contains the other; choose"
+                " another output"
             )
 
 
@@ -162,7 +168,7 @@ def write_target(
     exclude: Sequence[str],
     progress: Progress | None,
 ) -> None:
-    """Write the target as a new file or folder ``out`` and sync its files; see ``apply``."""
+    """Write the target to a new file or folder ``out`` and sync its files; see ``apply``."""
     delta.check_output()
     files = target_layout(delta)
     n_bytes = sum(file.n_bytes for file in files)
@@ -179,37 +185,38 @@ def write_target(
             stack.enter_context(_new_file(out / file.path if delta.target.is_folder else out, file))
             for file in files
         ]
-        places = {
+        writers = {
             row.key: partial(_write_at, fd, start)
             for fd, file in zip(outputs, files, strict=True)
             for row, start in zip(file.rows, file.offsets, strict=True)
         }
         stack.enter_context(synced(outputs))
-        make_tensors(found, delta, places, check=check, progress=progress)
+        rebuild_tensors(found, delta, writers, check=check, progress=progress)
 
 
-def make_tensors(
+def rebuild_tensors(
     base: Mapping[TensorKey, Tensor],
     delta: Delta,
-    places: Mapping[TensorKey, Write],
+    writers: Mapping[TensorKey, Write],
     *,
     check: Check,
     progress: Progress | None,
     every_base: bool = False,
 ) -> None:
-    """Make all tensors of the target, each handed to its place, and check them and the base's.
+    """Rebuild and check all tensors of the target; the base tensors are checked, too.
 
     Args:
         base: the base tensor of each row that has one (``find_base``).
-        delta: what to apply.
-        places: where each tensor goes; those without a place are only checked.
+        delta: the delta.
+        writers: by file and name, the function that receives a tensor's bytes. A tensor without one
+            is only checked.
         check: see ``rebuild``.
-        progress: told of the bytes of the target.
+        progress: receives the number of bytes of the target.
         every_base: see ``rebuild``.
 
     Raises:
-        BaseDiffers: a base tensor is not the delta's.
-        Corrupt: all are, but the delta does not make its target from them.
+        BaseDiffers: a base tensor has another digest than the delta expects.
+        Corrupt: the delta is damaged, or the right base gives a wrong target.
     """
     pace = Pace(progress)
 
@@ -218,7 +225,7 @@ def make_tensors(
             row,
             base.get(row.key),
             delta.payload,
-            places.get(row.key, _nowhere),
+            writers.get(row.key, _discard),
             check=check,
             pace=pace,
             every_base=every_base,
@@ -241,7 +248,7 @@ def _make_folders(delta: Delta, out: Path) -> None:
 
 @contextmanager
 def _new_file(path: Path, layout: FileLayout) -> Iterator[int]:
-    """Yield the descriptor of a new weight file that has its size and its header."""
+    """Yield the descriptor of a new weight file; its size is set and its header is written."""
     fd = os.open(path, CREATE, 0o666)
     try:
         reserve(fd, layout.n_bytes)
@@ -259,8 +266,8 @@ def _write_at(fd: int, start: int, data: memoryview, offset: int) -> None:
         offset += n_written
 
 
-def _nowhere(data: memoryview, offset: int) -> None:
-    """Take bytes that only their digest is wanted of."""
+def _discard(data: memoryview, offset: int) -> None:
+    """Discard the bytes; only their digest is needed."""
 
 
 def _remove(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is a delta's base: where its tensors are, and what a missing or wrong one means (FORMAT §10)."""
+"""Check whether a checkpoint is the base of a delta, and explain why it is not (FORMAT §10)."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ from sparsedelta.tensors.rebuild import BaseDiffers
 
 
 def included(delta: Delta) -> Sequence[str] | None:
-    """Return what ``Checkpoint`` includes where this delta is used: all if the delta names ``files.junk``.
+    """Return the argument ``include`` of ``Checkpoint`` for a base or target of this delta.
 
-    Otherwise such files are left out, as they were when the delta was made.
+    Files that ``files.junk`` excludes are left out, as ``diff`` leaves them out by default. If the
+    delta names such a file, ``diff`` was called with ``include``; then all files are kept.
     """
     target = delta.target
     paths = {file.path for file in target.weight_files}
     paths |= {file.path for file in target.side_files}
     paths |= {row.base.file for row in delta.tensors if row.base}
+    paths |= {*target.empty_folders}
     names_junk = any(
         junk.matches(component, junk.NOT_PART) for path in paths for component in path.split("/")
     )
@@ -39,7 +41,10 @@ def included(delta: Delta) -> Sequence[str] | None:
 
 
 def open_base(path: AnyPath, delta: Delta, *, exclude: Sequence[str] = ()) -> Checkpoint:
-    """Return a checkpoint that may be a delta's base; shards that the delta does not need may be missing."""
+    """Return the checkpoint at ``path``, opened as a delta's base.
+
+    Shards that the delta does not need may be missing.
+    """
     return Checkpoint(path, exclude=exclude, include=included(delta), whole=False, complete=False)
 
 
@@ -47,8 +52,8 @@ def find_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Tensor]:
     """Return the base tensor of each row that has one, by the row's file and name.
 
     Raises:
-        StructureMismatch: there is none of the right name, dtype and shape.
-        LimitExceeded: the delta makes far more than its size and the base explain.
+        StructureMismatch: the base has no tensor of that name, dtype and shape.
+        LimitExceeded: the output would be too large; see ``Delta.check_output``.
     """
     delta.check_output()
     lookup = Lookup(base.tensors.values(), digest_tensor)
@@ -57,9 +62,9 @@ def find_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Tensor]:
         if row.base:
             tensor = lookup.find(row.base)
             if tensor is None:
-                there = lookup.at(row.base.file, row.base.name)
-                raise structure_error(delta, base.path, row.base, there.spec if there else None)
-            if tensor.spec.dtype != row.base.spec.dtype:  # a file does not tell what an element is
+                other = lookup.at(row.base.file, row.base.name)
+                raise structure_error(delta, base.path, row.base, other.spec if other else None)
+            if tensor.spec.dtype != row.base.spec.dtype:  # a file does not state the element type
                 tensor = replace(tensor, spec=row.base.spec.with_digest(None))
             found[row.key] = tensor
     return found
@@ -67,11 +72,12 @@ def find_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Tensor]:
 
 @contextmanager
 def explained(delta: Delta, base: Checkpoint) -> Iterator[None]:
-    """Say of a checkpoint that turns out not to be the base whether it is the target, wholly or in part.
+    """Return a context that turns a mismatch inside it into the error that explains it best.
 
     Raises:
-        AlreadyApplied, PartlyApplied: it is.
-        StructureMismatch, BaseMismatch: it is not.
+        AlreadyApplied: the checkpoint is the target.
+        PartlyApplied: some changed tensors are the target's, all others the base's.
+        StructureMismatch, BaseMismatch: it is neither of these.
     """
     try:
         yield
@@ -85,34 +91,34 @@ def explained(delta: Delta, base: Checkpoint) -> Iterator[None]:
 
 
 def _applied(delta: Delta, base: Checkpoint) -> MismatchError | None:
-    """Return the error for a base in which made tensors are the target's already; None if it is another."""
+    """Return the error for a checkpoint that is the target, entirely or in part; None if it is not."""
     lookup = Lookup(base.tensors.values(), digest_tensor)
-    made = [row for row in delta.tensors if not row.is_copied]
+    changed = [row for row in delta.tensors if not row.is_copied]
     done: list[Row] = []
-    for row in made:
-        if _is_made(base, row):
+    for row in changed:
+        if _is_applied(base, row):
             done.append(row)
         elif row.base and not _has(lookup, row.base):
             return None
     if not done:
         return None
     name = done[0].name
-    if len(done) == len(made):
+    if len(done) == len(changed):
         return AlreadyApplied(
             f"'{base.path}' already is this delta's target; there is nothing to do", tensor=name
         )
     return PartlyApplied(
-        f"'{base.path}' has {len(done)} of {len(made)} changed tensors as in this delta's target,"
-        f" {name!r} among them, and the others as in its base; apply it to the base{_made_from(delta)}",
+        f"'{base.path}' has {len(done)} of {len(changed)} changed tensors of this delta's target, such as"
+        f" {name!r}, and the other tensors of its base; apply the delta to the base{_made_from(delta)}",
         tensor=name,
     )
 
 
-def _is_made(base: Checkpoint, row: Row) -> bool:
-    """Return whether a base holds a row's target tensor, at the row's own file and name."""
+def _is_applied(base: Checkpoint, row: Row) -> bool:
+    """Return whether a checkpoint already holds a row's target tensor, in the row's file and by its name."""
     file = row.file if base.is_folder else base.weight_files[0].path
-    there = base.tensors.get((file, row.name))
-    lookup = Lookup([there] if there else [], digest_tensor)
+    found = base.tensors.get((file, row.name))
+    lookup = Lookup([found] if found else [], digest_tensor)
     return _has(lookup, BaseTensor(row.file, row.name, row.target))
 
 
@@ -140,7 +146,14 @@ def _mismatch(delta: Delta, row: Row, digest: bytes) -> BaseMismatch:
 def structure_error(
     delta: Delta, where: AnyPath, expected: BaseTensor, found: TensorSpec | None
 ) -> StructureMismatch:
-    """Return the error for a base, at ``where``, that has another tensor than a delta was made from, or none."""
+    """Return the error for a base at ``where`` in which a tensor is missing or has another layout.
+
+    Args:
+        delta: the delta.
+        where: path of the checkpoint, for the message.
+        expected: the base tensor that the delta needs.
+        found: the tensor of that name; None if there is none.
+    """
     return StructureMismatch(
         f"tensor {expected.name!r} in '{where}' is {_shown(found)}, expected {_shown(expected.spec)};"
         f" this is not the base that the delta was made from{_made_from(delta)}",

@@ -1,4 +1,4 @@
-"""Which base tensor each target tensor is best made from: by file and name, by name, by prefix, by content."""
+"""Find the base tensor to compare each target tensor with: by file and name, name, prefix or content."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ _Layout = tuple[DType, tuple[int, ...]]
 
 
 def counterparts(base: Checkpoint, target: Checkpoint, pace: Pace) -> dict[TensorKey, Tensor]:
-    """Return the base tensor that each target tensor is compared with; those that have none are missing.
+    """Return the base tensor to compare each target tensor with, by the target's file and name.
 
-    In this order: the tensor of the same file and name; of the same name in a file of the same role
-    (``files.shards``), or in any file if base or target has files of one role only; of the name
-    with one prefix more or less, if most of the file's tensors have that; of the same content.
+    Target tensors without a counterpart are missing from the result. The counterpart is the first of:
+
+    1. the tensor of the same file and name;
+    2. the tensor of the same name in a file of the same role (``files.shards``), or in any file if
+       base or target has only one role;
+    3. the tensor whose name has one prefix more or less, if that prefix fits most names of the file;
+    4. a tensor with the same dtype, shape and bytes.
 
     Args:
         base: the base.
         target: the target.
-        pace: told of nothing, but stops the reading of tensors that are compared by content.
+        pace: can stop the comparison of contents. It must not report progress.
     """
     by_name: dict[str, list[Tensor]] = defaultdict(list)
     for tensor in base.tensors.values():
@@ -49,7 +53,7 @@ def _of_name(
     same_name: Sequence[Tensor],
     one_role: bool,
 ) -> Tensor | None:
-    """Return the best of the base tensors of one name."""
+    """Return the best of several base tensors with the same name; None if no role fits."""
     role = target.roles[tensor.file]
     fitting = [t for t in same_name if one_role or base.roles[t.file] == role]
     return min(
@@ -70,7 +74,7 @@ def _add_by_prefix(
     found: dict[TensorKey, Tensor],
     by_name: Mapping[str, Sequence[Tensor]],
 ) -> None:
-    """Add counterparts of the names with one prefix more or less."""
+    """Add to ``found`` the counterparts whose names have one prefix more or less."""
     left = [tensor for tensor in tensors if tensor.key not in found]
     used = {tensor.key for tensor in found.values()}
     free = {t.name for t in base.tensors.values() if t.key not in used}
@@ -87,9 +91,9 @@ def _add_by_prefix(
 
 
 def common_prefix(names: Collection[str], others: Collection[str]) -> tuple[str, str] | None:
-    """Return the prefix that most names have more than others, and the one they have less; one is empty.
+    """Return the prefix to remove from most names, and the one to add, to get a name of ``others``.
 
-    None: fewer than half of the names have a counterpart by any one prefix.
+    One of the two is empty. None if no prefix gives a counterpart to more than half of the names.
     """
     votes = Counter((prefix, "") for prefix in _prefixes(names, set(others)))
     votes += Counter(("", prefix) for prefix in _prefixes(others, set(names)))
@@ -100,7 +104,7 @@ def common_prefix(names: Collection[str], others: Collection[str]) -> tuple[str,
 
 
 def _prefixes(names: Iterable[str], others: Collection[str]) -> Iterable[str]:
-    """Yield for each name every prefix of whole parts without which it is one of ``others``."""
+    """Yield each prefix, up to a dot, whose removal turns a name into one of ``others``."""
     for name in names:
         start = name.find(".") + 1
         while start:
@@ -112,7 +116,7 @@ def _prefixes(names: Iterable[str], others: Collection[str]) -> Iterable[str]:
 def _add_by_content(
     base: Checkpoint, left: Sequence[Tensor], found: dict[TensorKey, Tensor], pace: Pace
 ) -> None:
-    """Add counterparts that have the same bytes."""
+    """Add to ``found`` the counterparts with the same dtype, shape and bytes."""
     wanted: dict[_Layout, list[Tensor]] = defaultdict(list)
     for tensor in left:
         if tensor.spec.n_bytes:

@@ -1,4 +1,4 @@
-"""``diff``: find what changed between two checkpoints, exactly, and describe the target completely."""
+"""``diff``: compare two checkpoints and return the delta between them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any, TypeGuard
 
 from blake3 import blake3
@@ -18,7 +19,9 @@ from sparsedelta.codecs.values import VALUE_ENCODINGS
 from sparsedelta.codecs.zstd import Level
 from sparsedelta.errors import CheckpointError, Corrupt
 from sparsedelta.files.checkpoint import Checkpoint, Tensor, WeightFile
+from sparsedelta.files.globs import covering
 from sparsedelta.files.side_files import digest_file
+from sparsedelta.files.unread import UNREAD_WEIGHT_SUFFIXES, conversion
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.paths import WEIGHT_SUFFIX, check_paths
 from sparsedelta.format.records import DIGEST_BYTES, Base, Row, SideFile, Stored, Target
@@ -34,12 +37,6 @@ from sparsedelta.tensors.parallel import Pace, run_all
 _log = logging.getLogger(__name__)
 _LEVELS = {level.value: level for level in Level}
 CARRY_LIMIT_BYTES = 64 << 20
-
-# Files that usually hold weights in a form this version does not read.
-UNREAD_WEIGHT_SUFFIXES = (
-    ".bin", ".ckpt", ".gguf", ".ggml", ".h5", ".mlmodel", ".msgpack", ".npy", ".npz", ".onnx",
-    ".onnx_data", ".ot", ".pb", ".pickle", ".pkl", ".pt", ".pth", ".tflite",
-)  # fmt: skip
 
 
 def diff(
@@ -57,36 +54,38 @@ def diff(
     progress: Progress | None = None,
     spool_dir: str | None = None,
 ) -> Delta:
-    """Return the delta that makes ``target`` of ``base``, byte for byte.
+    """Return the delta from ``base`` to ``target``, from which ``apply`` rebuilds every byte of the target.
 
-    A model in memory counts as the file that it would be saved as; as a target whose base is a folder it counts
-    as that folder, with the model's tensors in place of the folder's. It must not change meanwhile.
+    A model in memory is treated as the file that saving it would write. If the base is a folder and the
+    target is a model, the target is that folder with the model's tensors in place of its own. The model
+    must not change during the call.
 
     Args:
-        base: a safetensors file, a folder holding safetensors files (sharded or not) and others, or a model
-            in memory: a ``torch.nn.Module`` or a state dict, on any device.
+        base: a safetensors file; a folder of safetensors files (sharded or not) and other files; or a
+            model in memory: a ``torch.nn.Module`` or a state dict, on any device.
         target: the same.
-        base_id: where the base may be found, such as ``org/model@<commit>``; recorded as a hint.
-        values: ``"ulp"`` (differences in units of the last place: small) or ``"target"`` (new bits).
-        level: ``"fast"``, ``"default"`` or ``"max"``: how much time a smaller delta may cost.
-        standalone: code all changes so that they can be read without the base, as ``stack`` and
-            ``invert`` like to. Otherwise the base's exponents help where they save a tenth, as they
-            do after small steps. At level ``"fast"`` they never do.
-        exclude: globs of files to leave out of both; without "/" they match a file's last component.
-        include: globs of files to keep although they are usually no part of a checkpoint: ``.git``,
+        base_id: where the base can be found, such as ``org/model@<commit>``; recorded as a hint.
+        values: ``"ulp"`` (differences in units in the last place: small) or ``"target"`` (new bits).
+        level: ``"fast"``, ``"default"`` or ``"max"``: how much time is spent to make the delta smaller.
+        standalone: code all changes so that they can be decoded without the base. ``stack`` and
+            ``invert`` then need no base either. Otherwise changes are coded with the help of the base's
+            exponents where that saves a tenth, as it does after small steps; never at level ``"fast"``.
+        exclude: globs of files to leave out of both sides; a glob without "/" matches the last component.
+        include: globs of files to keep although they are usually not part of a checkpoint: ``.git``,
             ``.env``, caches, editor files, the state of training and its ``checkpoint-*`` folders
-            (``sparsedelta.files.junk``). What was left out is logged.
-        strict: a model as the target has all tensors of a folder that is the base; otherwise those that it
-            lacks are the base's.
+            (``sparsedelta.files.junk``). The files left out are logged.
+        strict: if the base is a folder and the target is a model, the model must have all tensors of the
+            folder. If false, tensors that the model lacks are taken from the folder.
         info: free JSON to record, such as training settings.
-        progress: told of the bytes read.
-        spool_dir: where coded changes wait if they outgrow memory; None: the system's choice.
+        progress: receives the number of bytes read.
+        spool_dir: folder for the temporary file that holds the coded changes if they do not fit in memory;
+            None for the system's temporary folder.
 
     Raises:
-        CheckpointError: base or target cannot be read, or the target holds a file that cannot be
-            carried; the message names it.
-        StructureMismatch: how a model in memory is saved is not known, or it has other tensors than the
-            folder that is the base.
+        CheckpointError: base or target cannot be read, or the target has a file that no delta can
+            carry; the message names it.
+        StructureMismatch: it is not known how a model in memory is saved, or the model has other
+            tensors than the folder that is the base.
         ValueError: an argument is wrong.
     """
     folder = base if _is_path(base) and Path(base).is_dir() else None
@@ -94,12 +93,12 @@ def diff(
         old = context.enter_context(
             Checkpoint(base, exclude=exclude, include=include, whole=False)
             if _is_path(base)
-            else _held(base)
+            else _model_side(base)
         )
         new = context.enter_context(
             Checkpoint(target, exclude=exclude, include=include)
             if _is_path(target)
-            else _held(target, folder, exclude=exclude, include=include, strict=strict)
+            else _model_side(target, folder, exclude=exclude, include=include, strict=strict)
         )
         return between(
             old,
@@ -146,8 +145,8 @@ def _is_path(side: AnyPath | Model) -> TypeGuard[AnyPath]:
     return isinstance(side, str | os.PathLike)
 
 
-def _held(side: Any, folder: AnyPath | None = None, **options: Any) -> Checkpoint:
-    # Not imported before a model is there: the command line has none.
+def _model_side(side: Any, folder: AnyPath | None = None, **options: Any) -> Checkpoint:
+    # Imported only if there is a model, because the command line must start without torch.
     from sparsedelta.live.sides import held_checkpoint
 
     return held_checkpoint(side, folder, **options)
@@ -156,7 +155,7 @@ def _held(side: Any, folder: AnyPath | None = None, **options: Any) -> Checkpoin
 def comparisons(
     payload: SpoolPayload, *, values: str, level: str, standalone: bool
 ) -> Callable[..., Comparison]:
-    """Return what makes a ``Comparison`` of two tensors; see ``diff`` for the arguments."""
+    """Return a function that creates a ``Comparison`` of two tensors; for the options see ``diff``."""
     if values not in VALUE_ENCODINGS:
         raise ValueError(f"values is {values!r}, expected one of {', '.join(VALUE_ENCODINGS)}")
     if level not in _LEVELS:
@@ -171,15 +170,15 @@ def describe_files(
     in_base: Callable[[str], tuple[int, bytes] | None],
     payload: SpoolPayload,
 ) -> Target:
-    """Return a target's files, having put those that the base lacks into the payload.
+    """Return the description of a target's files; files that the base lacks are added to the payload.
 
     Args:
         new: the target.
-        in_base: returns size and digest of the base's side file of a path, None if there is none.
+        in_base: returns the size and digest of the base's side file at a path, None if there is none.
         payload: receives headers and side files.
 
     Raises:
-        CheckpointError: a file cannot be carried; the message names it.
+        CheckpointError: the target has a file that no delta can carry; the message names it.
     """
     weight_paths = [file.path for file in new.weight_files]
     try:
@@ -200,10 +199,13 @@ def _digest_if_there(checkpoint: Checkpoint | None, path: str) -> tuple[int, byt
 
 def _check_has_weights(checkpoint: Checkpoint) -> None:
     if not checkpoint.weight_files:
-        raise CheckpointError(
-            f"'{checkpoint.path}' holds no {WEIGHT_SUFFIX} file; convert its weights to"
-            " safetensors first"
+        files = checkpoint.side_files
+        hint = conversion(
+            str(checkpoint.path),
+            files,
+            lambda path: files[path].read_bytes() if path in files else None,
         )
+        raise CheckpointError(f"'{checkpoint.path}' holds no {WEIGHT_SUFFIX} file; {hint}")
 
 
 def _compare_all(
@@ -226,7 +228,7 @@ def _compare_all(
 
 
 def n_unused(base: Checkpoint, rows: Sequence[Row]) -> int:
-    """Return how many tensors of the base no row is made from."""
+    """Return how many tensors of the base no row refers to."""
     return len(base.tensors.keys() - {row.base.key for row in rows if row.base})
 
 
@@ -236,8 +238,8 @@ def _weight_file(file: WeightFile, payload: SpoolPayload) -> DeltaWeightFile:
         return DeltaWeightFile(file.path, digest, file.header.metadata, None)
     if not file.header.only_known_members:
         raise CheckpointError(
-            f"the header of {file.path!r} has null metadata, or says more of a tensor than dtype, shape"
-            " and data_offsets; write the file anew with the safetensors library"
+            f"the header of {file.path!r} has null metadata, or members other than dtype, shape and"
+            " data_offsets, which no delta can carry; save the file again with the safetensors library"
         )
     return DeltaWeightFile(file.path, digest, None, payload.add_text(file.raw_header))
 
@@ -247,7 +249,7 @@ def _side_files(
     in_base: Callable[[str], tuple[int, bytes] | None],
     payload: SpoolPayload,
 ) -> tuple[SideFile, ...]:
-    """Return the target's side files, having put those the base lacks into the payload."""
+    """Return the target's side files; files that the base lacks are added to the payload."""
     result, refused = [], defaultdict(list)
     for path, location in new.side_files.items():
         n_bytes, digest = digest_file(location)
@@ -264,26 +266,27 @@ def _side_files(
         result.append(SideFile(path, n_bytes, digest, stored))
     for reason, paths in refused.items():
         listed = ", ".join(repr(path) for path in paths[:5]) + (", …" if len(paths) > 5 else "")
-        hint = " ".join(f"--exclude '{path}'" for path in paths[:5])
+        others = [*(file.path for file in new.weight_files), *new.side_files.keys() - {*paths}]
+        hint = " ".join(f"--exclude {quote(glob)}" for glob in covering(paths, others))
         raise CheckpointError(
-            f"'{new.path}' holds {listed}, {reason}; convert or leave out (exclude=): {hint}"
+            f"'{new.path}' holds {listed}, {reason}; convert it or leave it out (exclude=): {hint}"
         )
     return tuple(result)
 
 
 def _why_not_carried(path: str, location: Path, n_bytes: int, root: Path) -> str | None:
-    """Return why a delta cannot carry a side file, None if it can."""
+    """Return why a delta cannot carry a side file; None if it can."""
     if path.lower().endswith(UNREAD_WEIGHT_SUFFIXES):
-        return "in a weight format that is not read, only safetensors is"
+        return "in a weight format other than safetensors, which is not supported"
     if n_bytes > CARRY_LIMIT_BYTES:
-        return f"larger than the {CARRY_LIMIT_BYTES >> 20} MiB a delta carries"
+        return f"larger than the {CARRY_LIMIT_BYTES >> 20} MiB that a delta can carry"
     if _leads_out(location, root):
-        return "a link to a file elsewhere, which may not be meant to be shared"
+        return "a link to a file outside of the folder, which may not be meant to be shared"
     return None
 
 
 def _leads_out(location: Path, root: Path) -> bool:
-    """Return whether a file is elsewhere than in the folder, or its repository in the Hub's cache."""
+    """Return whether a file is a link to outside of the folder, and of its repository in the Hub's cache."""
     if not location.is_symlink():
         return False
     real, home = Path(os.path.realpath(location)), Path(os.path.realpath(root))
@@ -292,7 +295,11 @@ def _leads_out(location: Path, root: Path) -> bool:
 
 
 def check_json(members: Mapping[str, JSON], what: str) -> Mapping[str, JSON]:
-    """Return members as they are read again from a delta; raises ValueError if they cannot be recorded."""
+    """Return members as a reader of the delta gets them.
+
+    Raises:
+        ValueError: they cannot be recorded as JSON.
+    """
     try:
         checked: dict[str, JSON] = parse_json(compact_json({what: dict(members)}), what)[what]
     except (TypeError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""``inspect``: what a delta changes and what its bytes are spent on, from header and manifest alone."""
+"""``inspect``: report what a delta changes and how large its parts are, from header and manifest alone."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ _NONE: Mapping[str, int] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class TensorInspection:
-    """What a delta does to one tensor, and the bytes that takes.
+    """What a delta changes in one tensor, and the size of these changes.
 
     Attributes:
-        name: the tensor's name.
+        name: the tensor's name in the target.
         file: path of its weight file in the target.
-        state: one of ``STATES``; "resized": along the first dimension only; "renamed": not changed.
-        dtype, shape: in the target.
-        base_name, base_file, base_shape: of the base tensor it is made from; None if it is added.
-        nnz: its changed elements; of those that the base lacks, the ones whose bits are not zero.
-        numel: its elements in the target.
-        index_bytes, value_bytes: coded size of the positions, and of the values.
-        index_encodings, value_encodings: how many chunks use each.
+        state: one of ``STATES``. "resized" means along the first dimension only; "renamed" means that
+            only the name differs.
+        dtype, shape: dtype and shape in the target.
+        base_name, base_file, base_shape: name, file and shape of the base tensor that it is rebuilt
+            from; None if there is none.
+        nnz: number of changed elements. An element that the base lacks counts if its bits are not zero.
+        numel: number of elements in the target.
+        index_bytes, value_bytes: coded size of the positions, and of the values, in bytes.
+        index_encodings, value_encodings: number of chunks that use each encoding.
     """
 
     name: str
@@ -52,7 +54,7 @@ class TensorInspection:
 
     @property
     def payload_bytes(self) -> int:
-        """Coded size of positions and values."""
+        """Coded size of positions and values, in bytes."""
         return self.index_bytes + self.value_bytes
 
     @property
@@ -61,7 +63,7 @@ class TensorInspection:
         return _ratio(self.nnz, self.numel) or 0.0
 
     def as_json(self) -> dict[str, JSON]:
-        """Return everything as JSON."""
+        """Return all attributes and properties as JSON."""
         members = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             **members,
@@ -76,16 +78,16 @@ class TensorInspection:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What the bytes of a delta are spent on; the parts add up to ``file_bytes``.
+    """The sizes of a delta's parts in bytes; they add up to ``file_bytes``.
 
     Attributes:
-        file_bytes: the whole file; None, as the next two, for a delta that is not read from a file.
-        header_bytes: the container's header, with its length.
-        manifest_bytes: the manifest as stored.
-        index_bytes: positions of all tensors.
-        value_bytes: values of all tensors.
-        side_file_bytes: carried side files as stored.
-        stored_header_bytes: headers of weight files that are not canonical.
+        file_bytes: the whole file. None, like the next two, if the delta was not read from a file.
+        header_bytes: the container's header and the length before it.
+        manifest_bytes: the manifest.
+        index_bytes: the positions of all tensors, as stored.
+        value_bytes: the values of all tensors, as stored.
+        side_file_bytes: the carried side files, as stored.
+        stored_header_bytes: the headers of weight files that are not canonical, as stored.
     """
 
     file_bytes: int | None
@@ -98,29 +100,29 @@ class Sizes:
 
     @property
     def payload_bytes(self) -> int:
-        """Positions and values of all tensors."""
+        """Size of the positions and values of all tensors, in bytes."""
         return self.index_bytes + self.value_bytes
 
     def as_json(self) -> dict[str, JSON]:
-        """Return everything as JSON."""
+        """Return all attributes and properties as JSON."""
         return {**asdict(self), "payload_bytes": self.payload_bytes}
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a delta changes and what its bytes are spent on.
+    """What a delta changes, and how large its parts are.
 
     Attributes:
-        base_id: where the base may be found: a hint, never proof.
-        base_fingerprint: of the base tensors that the target is made from, hex.
-        n_unused: tensors of the base that the target is not made from, when the delta was made.
-        target_fingerprint: hex; None if the digest of a tensor is not known.
+        base_id: where the base can be found; a hint, never proof.
+        base_fingerprint: fingerprint of the base tensors that the target is rebuilt from, hex.
+        n_unused: number of other tensors that the base had when the delta was made.
+        target_fingerprint: fingerprint of the target, hex; None if the digest of a tensor is not known.
         target_kind: "folder" or "file".
-        weight_files, side_files, empty_folders: of the target.
-        target_bytes: of the target's tensors, without headers and side files.
-        sizes: what the delta's bytes are spent on.
-        info: how the target was made, as its maker recorded it.
-        tensors: in the target's order.
+        weight_files, side_files, empty_folders: the files of the target.
+        target_bytes: size of the target's tensors in bytes, without headers and side files.
+        sizes: sizes of the delta's parts.
+        info: how the target was made, as recorded in the delta.
+        tensors: one entry for each tensor of the target, in order.
     """
 
     base_id: str | None
@@ -138,12 +140,12 @@ class Inspection:
 
     @property
     def nnz(self) -> int:
-        """Changed elements over all tensors."""
+        """Number of changed elements of all tensors."""
         return sum(tensor.nnz for tensor in self.tensors)
 
     @property
     def numel(self) -> int:
-        """Elements of the target over all tensors."""
+        """Number of elements of all tensors of the target."""
         return sum(tensor.numel for tensor in self.tensors)
 
     @property
@@ -153,38 +155,41 @@ class Inspection:
 
     @property
     def layers(self) -> list[Grid]:
-        """The changed tensors as layers by kinds, one grid for each stack of layers."""
+        """The tensors as grids of layers and kinds, one grid for each stack of layers (``ops.layers``)."""
         return by_layer(self.tensors, self.mean_changes)[0]
 
     @property
     def mean_changes(self) -> dict[str, float]:
-        """Mean |change| of the changed elements by tensor, as far as the training recorded it."""
+        """Mean |change| of the changed elements, by tensor, where the training recorded it."""
         return mean_changes(self.info)
 
     @property
     def losses(self) -> list[tuple[int, float]]:
-        """Step and loss of the training that made the delta, as far as it recorded them."""
+        """(step, loss) of the training that made the delta; empty if it did not record them."""
         return curve_points(self.info)
 
     @property
     def states(self) -> dict[str, int]:
-        """How many tensors are in each state, all of ``STATES`` in order."""
+        """Number of tensors in each of ``STATES``, in that order."""
         found = Counter(tensor.state for tensor in self.tensors)
         return {state: found[state] for state in STATES}
 
     @property
     def index_encodings(self) -> dict[str, int]:
-        """How many chunks use each index encoding, the most used first."""
+        """Number of chunks that use each index encoding, the most used first."""
         return _summed(tensor.index_encodings for tensor in self.tensors)
 
     @property
     def value_encodings(self) -> dict[str, int]:
-        """How many chunks use each value encoding, the most used first."""
+        """Number of chunks that use each value encoding, the most used first."""
         return _summed(tensor.value_encodings for tensor in self.tensors)
 
     @property
     def share(self) -> float | None:
-        """Size of the file over that of the target's tensors; None if one of them is not known or 0."""
+        """Size of the file over the size of the target's tensors.
+
+        None if the delta was not read from a file, or the tensors have no bytes.
+        """
         return _ratio(self.sizes.file_bytes, self.target_bytes)
 
     @property
@@ -198,7 +203,7 @@ class Inspection:
         return _ratio(self.sizes.file_bytes, self.nnz)
 
     def as_json(self) -> dict[str, JSON]:
-        """Return everything as JSON."""
+        """Return the inspection as JSON."""
         n_tensors = Counter(tensor.file for tensor in self.tensors)
         return {
             "base": {
@@ -241,14 +246,15 @@ class Inspection:
 
 
 def inspect(delta: AnyDelta) -> Inspection:
-    """Return what a delta changes and what its bytes are spent on; the payload is not read.
+    """Return what a delta changes and how large its parts are. The payload is not read.
 
     Args:
-        delta: an ``.sd`` file, or a delta. The size of the file is known only of one read from a file.
+        delta: an ``.sd`` file or a delta. The size of the whole file is reported only for a file or a
+            delta loaded from one.
 
     Raises:
-        FormatError: the file is not a delta this version can read.
-        OSError: it cannot be opened.
+        FormatError: the file is not a delta that this release can read.
+        OSError: the file cannot be opened.
     """
     with opened(delta) as given:
         rows = tuple(map(_tensor, given.tensors))

@@ -1,4 +1,4 @@
-"""The inverse of a delta as far as the delta alone tells it: rows, and the files they lie in."""
+"""Invert the rows of a delta without its base, and find out why a delta cannot be inverted so."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from sparsedelta.tensors.changes import ChangeReader
 from sparsedelta.tensors.parallel import Pace
 
 
-def only_base_tells(delta: Delta) -> list[str]:
-    """Return why the base is needed to invert a delta, each reason as a clause; none if it is not."""
-    return [*_why_tensors(delta), *_why_files(delta)]
+def why_base_needed(delta: Delta) -> list[str]:
+    """Return the reasons why the base is needed to invert a delta, as clauses; empty if it is not."""
+    return [*_reasons_by_tensors(delta), *_reasons_by_files(delta)]
 
 
-def _why_tensors(delta: Delta) -> Iterator[str]:
+def _reasons_by_tensors(delta: Delta) -> Iterator[str]:
     if delta.base.n_unused:
         yield "it leaves out tensors of its base"
     if any(row.target.digest is None for row in delta.tensors):
         yield "it does not know the digests of its target"
     files = {file.path: base_file(delta, file.path) for file in delta.target.weight_files}
     for row in delta.tensors:
-        reason = why_row(row)
+        reason = why_base_tensor_needed(row)
         if reason:
             yield reason
         if row.base and (row.base.name != row.name or row.base.file != files[row.file]):
@@ -37,9 +37,9 @@ def _why_tensors(delta: Delta) -> Iterator[str]:
 
 
 def base_file(delta: Delta, path: str) -> str:
-    """Return the path in the base of a weight file of the target, if the base has the target's layout.
+    """Return the path in the base of the target's weight file ``path``, if both have the same layout.
 
-    The path of a checkpoint that is one file is but a suggestion (FORMAT §3.1).
+    Base and target, if each is one file, may have different names (FORMAT §3.1).
     """
     files = {row.base.file for row in delta.tensors if row.base}
     if delta.target.is_folder or len(files) != 1:
@@ -48,8 +48,8 @@ def base_file(delta: Delta, path: str) -> str:
     return path if "/" in file else file
 
 
-def why_row(row: Row) -> str | None:
-    """Return why the tensor's elements cannot be inverted without the base, None if they can."""
+def why_base_tensor_needed(row: Row) -> str | None:
+    """Return the reason why a row cannot be inverted without its base tensor; None if it can."""
     if row.base is None:
         return None
     name = repr(row.base.name)
@@ -59,11 +59,11 @@ def why_row(row: Row) -> str | None:
         if chunk.start < row.keep and chunk.coding.values != "ulp":
             return f"it holds new values of tensor {name}, not differences"
         if chunk.start < row.keep and chunk.coding.classes:
-            return f"it sorts the changes of tensor {name} by its base's exponents"
+            return f"its changes of tensor {name} are coded with the exponents of the base"
     return None
 
 
-def _why_files(delta: Delta) -> Iterator[str]:
+def _reasons_by_files(delta: Delta) -> Iterator[str]:
     for side_file in delta.target.side_files:
         if side_file.stored:
             yield f"it carries file {side_file.path!r}"
@@ -71,18 +71,18 @@ def _why_files(delta: Delta) -> Iterator[str]:
         if rows and all(row.base is None for row in rows):
             yield f"it adds all tensors of file {file.path!r}"
         elif file.stored and not all(row.keeps_all for row in rows):
-            yield f"it stores the header of {file.path!r}, which its base cannot have"
+            yield f"it stores the header of {file.path!r}, and the base has another header"
 
 
 def inverse_row(row: Row, base: BaseTensor, delta: Delta, payload: SpoolPayload, pace: Pace) -> Row:
-    """Return the inverse of a row that needs no base, having put its chunks into ``payload``.
+    """Return the inverse of a row; its chunks are added to ``payload``.
 
     Args:
-        row: the row.
-        base: what it is made from, and the inverse makes.
-        delta: holds it.
+        row: a row that can be inverted without its base tensor (``why_base_tensor_needed``).
+        base: its base tensor, which is the target of the inverse.
+        delta: the delta of the row.
         payload: receives the chunks.
-        pace: told of the coded bytes.
+        pace: receives the number of coded bytes read.
     """
     reader = ChangeReader(row, delta.payload, pace)
     found = (_negated(reader, chunk, payload) for chunk in row.chunks)
@@ -92,14 +92,14 @@ def inverse_row(row: Row, base: BaseTensor, delta: Delta, payload: SpoolPayload,
 
 
 def _negated(reader: ChangeReader, chunk: Chunk, payload: SpoolPayload) -> Iterator[Chunk]:
-    """Yield the record of the negated chunk; none if all of it is cut."""
+    """Yield the inverse of a chunk; nothing if the chunk lies entirely beyond the base tensor."""
     n = min(chunk.end, reader.row.keep) - chunk.start
     if n <= 0:
         return
     for piece in reader.window(chunk.start, n):
         differences = ulp_differences(piece.codes)
         codes = ulp_codes(np.negative(differences, out=differences))
-        # Of a chunk that is cut, the digests are of positions that are cut, too.
+        # The digests of a chunk that is cut also cover the positions that are cut off.
         touched = chunk.touched[::-1] if chunk.touched and n == chunk.span else None
         negated, streams = encode_chunk(
             Span(chunk.start, n), piece.positions, codes, values="ulp", touched=touched
@@ -107,9 +107,12 @@ def _negated(reader: ChangeReader, chunk: Chunk, payload: SpoolPayload) -> Itera
         yield payload.add_chunk(negated, streams)
 
 
-def told(row: Row) -> bool:
-    """Return whether nothing would be lost by inverting a row without reading its base tensor."""
-    return why_row(row) is None and (
+def is_invertible_alone(row: Row) -> bool:
+    """Return whether ``inverse_row`` gives as good an inverse as comparing with the base tensor does.
+
+    It does if no base tensor is needed and no touched digest is lost.
+    """
+    return why_base_tensor_needed(row) is None and (
         row.is_copied
         or (row.keep == row.target.n_elements and all(chunk.touched for chunk in row.chunks))
     )

@@ -1,7 +1,7 @@
-"""``invert``: from the delta base → target to the delta target → base, exactly.
+"""``invert``: turn a delta base → target into the delta target → base, exactly.
 
-Differences in ulps are negated, which needs no base. What a delta does not hold, the base has to give:
-tensors that were removed or cut, the bits that new values replaced, files that were replaced.
+Differences in ulps are negated, which needs no base. The base is needed for everything that the delta
+does not hold: removed or shortened tensors, bits that new values replaced, and replaced files.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from sparsedelta.format.records import (
 from sparsedelta.format.spool import SpoolPayload, new_payload
 from sparsedelta.ops.base_check import explained, find_base, included
 from sparsedelta.ops.diff import describe_files
-from sparsedelta.ops.inverse import base_file, inverse_row, only_base_tells, told
+from sparsedelta.ops.inverse import base_file, inverse_row, is_invertible_alone, why_base_needed
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import Comparison
 from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import BaseDiffers, check_base_tensor
-from sparsedelta.tensors.sources import MadeTensor
+from sparsedelta.tensors.sources import RebuiltTensor
 
 
 def invert(
@@ -46,26 +46,27 @@ def invert(
     progress: Progress | None = None,
     spool_dir: str | None = None,
 ) -> Delta:
-    """Return the delta that makes the base of the target.
+    """Return the inverse of a delta: it rebuilds the base from the target.
 
-    A delta describes the files of its target, not those of its base. Without ``base`` the tensors
-    are laid out as in the target, which is what the base did if the target was saved as it had been;
-    with ``base`` its files come back byte for byte in any case.
+    A delta describes the files of its target, not those of its base. Without ``base``, the result lays
+    out the base's tensors in files as the target does. These are the base's own files, byte for byte, if
+    base and target were saved in the same way. With ``base``, they always are.
 
     Args:
         delta: an ``.sd`` file or a loaded delta.
-        base: the base of ``delta``, needed where that removes, retypes or shortens tensors, holds
+        base: the base of ``delta``. Required if the delta removes, retypes or shortens tensors, holds
             new values instead of differences, or carries files.
-        base_id: where the target of ``delta``, the base of the result, may be found.
-        exclude: globs of files of ``base`` to leave out; without "/" they match the last component.
-        progress: told of the bytes read.
-        spool_dir: where coded changes wait if they outgrow memory; None: the system's choice.
+        base_id: where the target of ``delta``, which is the base of the result, can be found.
+        exclude: globs of files of ``base`` to leave out; a glob without "/" matches the last component.
+        progress: receives the number of bytes read.
+        spool_dir: folder for the temporary file that holds the coded changes if they do not fit in memory;
+            None for the system's temporary folder.
 
     Raises:
-        ConflictError: ``base`` is needed and not given; the message says what for.
+        ConflictError: ``base`` is required, but not given; the message says why.
         FormatError: the delta cannot be read, or is inconsistent.
         MismatchError: ``base`` is not the base of the delta.
-        CheckpointError: ``base`` cannot be read, or holds a file that cannot be carried.
+        CheckpointError: ``base`` cannot be read, or has a file that no delta can carry.
     """
     with ExitStack() as context:
         given = context.enter_context(opened(delta))
@@ -85,7 +86,7 @@ def invert(
 def _without_base(
     delta: Delta, base_id: str | None, payload: SpoolPayload, progress: Progress | None
 ) -> Delta:
-    reasons = only_base_tells(delta)
+    reasons = why_base_needed(delta)
     if reasons:
         raise ConflictError(
             f"the delta cannot be inverted without its base: {reasons[0]}; give the base (base=, --base)"
@@ -108,7 +109,7 @@ def _without_base(
 def _weight_file(
     delta: Delta, file: WeightFile, rows: Sequence[Row], payload: SpoolPayload
 ) -> WeightFile:
-    """Return the file of the base that the rows of a file of the target were made from."""
+    """Return the base's weight file for the base tensors of ``rows``, the rows of a target's file."""
     path = base_file(delta, file.path)
     if file.stored:
         coded = delta.payload.read(file.stored.offset, file.stored.stored_bytes)
@@ -118,7 +119,10 @@ def _weight_file(
 
 
 def _rows_by_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Row]:
-    """Return a row that is made from each tensor of the base: of several, the one that is named like it."""
+    """Return, for each base tensor that the delta uses, the row to invert.
+
+    If several rows refer to one base tensor, the row with its file and name, or at least its name, wins.
+    """
     result: dict[TensorKey, Row] = {}
     rows = {row.key: row for row in delta.tensors}
     for key, tensor in find_base(delta, base).items():
@@ -130,7 +134,7 @@ def _rows_by_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Row]:
 
 @dataclass(frozen=True)
 class _WithBase:
-    """Inverts a delta whose base is given."""
+    """Inverts a delta with the help of its base."""
 
     delta: Delta
     rows: Mapping[TensorKey, Row]  # by the base tensor
@@ -140,8 +144,8 @@ class _WithBase:
 
     def run(self, base_id: str | None) -> Delta:
         delta, base = self.delta, self.base
-        there = {file.path: (file.n_bytes, file.digest) for file in delta.target.side_files}
-        files = describe_files(base, there.get, self.payload)
+        in_target = {file.path: (file.n_bytes, file.digest) for file in delta.target.side_files}
+        files = describe_files(base, in_target.get, self.payload)
         rows = run_all(
             self._row,
             [*base.tensors.values()],
@@ -155,30 +159,33 @@ class _WithBase:
         return Delta(Base(base_id, n_unused), files, tuple(rows), _info(delta), self.payload)
 
     def _row(self, tensor: Tensor) -> Row:
-        """Return how a tensor of the base is made from the target's, by reading it only where that tells more."""
+        """Return the row that rebuilds a tensor of the base from the target.
+
+        It inverts the row of the delta where possible, and otherwise compares both tensors.
+        """
         row = self.rows.get(tensor.key)
-        pace = self.pace.unreported()  # coded bytes are what is counted
+        pace = self.pace.unreported()  # the progress counts coded bytes only
         if row is None or row.base is None:
             return Comparison(None, tensor, values="ulp", payload=self.payload, pace=pace).run()
         base = BaseTensor(tensor.file, tensor.name, row.base.spec)
-        if told(row) and row.target.digest is not None:
+        if is_invertible_alone(row) and row.target.digest is not None:
             check_base_tensor(row, tensor, pace)
             return inverse_row(row, base, self.delta, self.payload, self.pace)
-        made = MadeTensor(row, tensor, self.delta.payload, self.pace)
-        inverse = Comparison(made, tensor, values="ulp", payload=self.payload, pace=pace).run()
+        target = RebuiltTensor(row, tensor, self.delta.payload, self.pace)
+        inverse = Comparison(target, tensor, values="ulp", payload=self.payload, pace=pace).run()
         if inverse.target != row.base.spec:
             raise BaseDiffers(row, inverse.target.digest or b"")
         if inverse.base and row.target.digest not in (None, inverse.base.spec.digest):
             raise Corrupt(
-                f"tensor {row.name!r} does not become what the delta says, on the right base; the"
-                " delta is inconsistent",
+                f"tensor {row.name!r}: the rebuilt target has another digest than the delta states; the"
+                " base is right, so the delta is inconsistent; download it again",
                 tensor=row.name,
             )
         return inverse
 
 
 def _info(delta: Delta) -> Mapping[str, JSON]:
-    """Return what is recorded of the delta in its inverse; the inverse of that is the delta again."""
+    """Return the ``info`` of the inverse; inverting twice gives the delta's own ``info``."""
     inverted = delta.info.get("inverted")
     if isinstance(inverted, dict) and len(delta.info) == 1:
         return inverted

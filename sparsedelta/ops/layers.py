@@ -1,7 +1,8 @@
-"""What pictures of a delta show: its tensors as layers by kinds, and the losses of its making.
+"""The data for pictures of a delta: its tensors by layer and kind, and the losses of the training.
 
-A layer is a row, a kind of tensor a column. Names say where a tensor belongs: its first number is the layer, what follows it the kind. Numbers
-further on, as of experts, are counted together. Tensors without a number have a row of their own.
+The name of a tensor gives its place: the first number is the layer, and the text after it is the kind.
+Later numbers, such as those of experts, are replaced by ``*``, so that all experts are one kind. Tensors
+whose names have no number are listed separately.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 class Countable(Protocol):
-    """A tensor of which something is known to have changed."""
+    """A tensor with its number of changed elements."""
 
     @property
     def name(self) -> str:
@@ -23,21 +24,21 @@ class Countable(Protocol):
 
     @property
     def nnz(self) -> int:
-        """Changed elements."""
+        """Number of changed elements."""
 
     @property
     def numel(self) -> int:
-        """All elements."""
+        """Number of all elements."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Tensors of one kind in one layer, taken together.
+    """All tensors of one kind in one layer.
 
     Attributes:
-        names: of the tensors.
-        nnz, numel: changed elements, and all.
-        mean_change: mean |change| of the changed ones; None if it is not known of all of them.
+        names: the names of the tensors.
+        nnz, numel: number of changed elements, and of all elements.
+        mean_change: mean |change| of the changed elements; None if it is not known for all tensors.
     """
 
     names: tuple[str, ...]
@@ -53,13 +54,13 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Layers by kinds.
+    """A table of tensors: one row for each layer of a stack, one column for each kind.
 
     Attributes:
-        stack: what stands before the layer's number, such as ``encoder.layer``.
-        layers: numbers, ascending.
-        kinds: what stands after it, in the order in which they first come.
-        cells: by layer and kind; a layer may lack some.
+        stack: the part of the names before the layer's number, such as ``encoder.layer``.
+        layers: the layers' numbers, ascending.
+        kinds: the part of the names after the number, in order of first appearance.
+        cells: by layer and kind; a layer may lack some kinds.
     """
 
     stack: str
@@ -69,24 +70,26 @@ class Grid:
 
     @property
     def changed_kinds(self) -> tuple[str, ...]:
-        """The kinds of which something changed in some layer."""
+        """The kinds that have a changed element in at least one layer."""
         changed = {kind for (_, kind), cell in self.cells.items() if cell.nnz}
         return tuple(kind for kind in self.kinds if kind in changed)
 
     @property
-    def tells_change(self) -> bool:
-        """Whether it is known of any cell how far its elements moved."""
+    def has_mean_change(self) -> bool:
+        """Whether the mean change of at least one cell is known."""
         return any(cell.mean_change is not None for cell in self.cells.values())
 
 
 def by_layer(
     tensors: Iterable[Countable], mean_changes: Mapping[str, float] | None = None
 ) -> tuple[list[Grid], list[Cell]]:
-    """Return a grid per stack of layers, and the tensors that belong to none; all in order.
+    """Return one grid for each stack of layers, and one cell for each tensor without a number.
+
+    Both are in the order of the tensors.
 
     Args:
-        tensors: of a delta.
-        mean_changes: by tensor, the mean |change| of its changed elements, as far as known.
+        tensors: the tensors of a delta.
+        mean_changes: mean |change| of the changed elements, by tensor, where it is known.
     """
     known = mean_changes or {}
     gathered: dict[str, dict[tuple[int, str], list[Countable]]] = {}
@@ -98,15 +101,15 @@ def by_layer(
             continue
         stack = tensor.name[: found.start()].rstrip(".")
         kind = _NUMBER.sub("*", tensor.name[found.end() :].lstrip(".")) or "(itself)"
-        place = (int(found.group()), kind)
-        gathered.setdefault(stack, {}).setdefault(place, []).append(tensor)
+        layer = int(found.group())
+        gathered.setdefault(stack, {}).setdefault((layer, kind), []).append(tensor)
     return [_grid(stack, own, known) for stack, own in gathered.items()], single
 
 
 def _grid(
     stack: str, gathered: dict[tuple[int, str], list[Countable]], known: Mapping[str, float]
 ) -> Grid:
-    cells = {place: _cell(own, known) for place, own in gathered.items()}
+    cells = {key: _cell(own, known) for key, own in gathered.items()}
     layers = tuple(sorted({layer for layer, _ in cells}))
     kinds = tuple(dict.fromkeys(kind for _, kind in cells))
     return Grid(stack, layers, kinds, cells)
@@ -123,7 +126,7 @@ def _cell(tensors: Sequence[Countable], known: Mapping[str, float]) -> Cell:
 
 
 def mean_changes(info: Mapping[str, Any]) -> dict[str, float]:
-    """Return the mean |change| by tensor as the maker of a delta recorded it; what is no figure is not."""
+    """Return the mean |change| by tensor from a delta's ``info``; entries of another form are ignored."""
     raw: Any = info.get("mean_change")
     if not isinstance(raw, Mapping):
         return {}
@@ -131,7 +134,7 @@ def mean_changes(info: Mapping[str, Any]) -> dict[str, float]:
 
 
 def curve_points(info: Mapping[str, Any]) -> list[tuple[int, float]]:
-    """Return (step, loss) as the maker of a delta recorded them; none if they are not of this form."""
+    """Return the (step, loss) pairs in a delta's ``info``; empty if they have another form."""
     raw: Any = info.get("losses")
     if not _is_list(raw):
         return []

@@ -1,4 +1,4 @@
-"""Where a checkpoint, or the target of another delta, has the tensors that a delta's rows refer to (FORMAT §10)."""
+"""Find the tensors that a delta's rows refer to, in a checkpoint or in another delta's target (FORMAT §10)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _Layout: TypeAlias = tuple[str, str, tuple[int, ...], int]
 
 
 def _layout(tensor: Named) -> _Layout:
-    """Return what a file tells of a tensor: its dtype by name, not what counts as an element."""
+    """Return what a file header states about a tensor; it does not state the element type."""
     spec = tensor.spec
     return tensor.name, spec.dtype.name, spec.shape, spec.n_bytes
 
 
 class Lookup(Generic[T]):
-    """Finds tensors by file and name, and by name where they lie in another file.
+    """Finds tensors by file and name, or by name alone if they are in another file.
 
     Args:
-        tensors: of the checkpoint.
-        digest: returns the digest of one; None: it is not known.
+        tensors: the tensors of the checkpoint.
+        digest: returns the digest of a tensor; None if it is not known.
     """
 
     def __init__(self, tensors: Iterable[T], digest: Callable[[T], bytes | None]) -> None:
@@ -37,9 +37,9 @@ class Lookup(Generic[T]):
             self._by_name[_layout(tensor)].append(tensor)
 
     def find(self, wanted: Named) -> T | None:
-        """Return the tensor that is meant, of the dtype and shape that are wanted; None if there is none.
+        """Return the tensor with the name, dtype and shape of ``wanted``; None if there is none.
 
-        Of several with its name in other files, the one with the digest that is wanted.
+        The tensor of the same file is preferred, then one with the digest of ``wanted``.
         """
         exact = self._by_key.get((wanted.file, wanted.name))
         if exact is not None and _layout(exact) == _layout(wanted):
@@ -50,7 +50,7 @@ class Lookup(Generic[T]):
         return next((t for t in others if self._digest(t) == wanted.spec.digest), others[0])
 
     def at(self, file: str, name: str) -> T | None:
-        """Return the tensor of a file and name, whatever its dtype and shape; else one of that name."""
+        """Return the tensor of a file and name, or else any tensor of that name; None if there is none."""
         exact = self._by_key.get((file, name))
         if exact is not None:
             return exact
@@ -58,14 +58,17 @@ class Lookup(Generic[T]):
 
 
 def base_conflict(one: Delta, other: Delta) -> str | None:
-    """Return the name of a tensor in which the bases of two deltas differ; None: they may be one base.
+    """Return the name of a tensor in which the bases of two deltas differ.
 
-    Bases that have no tensor in common differ in any, unless a delta needs none.
+    None if both deltas may have the same base: at least one uses no base tensor, or they use common
+    base tensors and all of these are equal.
     """
-    mine, theirs = base_tensors(one.tensors), base_tensors(other.tensors)
-    if all(len({file for file, _ in base}) == 1 for base in (mine, theirs)):  # by whatever name
-        mine, theirs = ({("", name): s for (_, name), s in b.items()} for b in (mine, theirs))
-    common = sorted(mine.keys() & theirs.keys())
-    if mine and theirs and not common:
-        return next(iter(mine))[1]
-    return next((key[1] for key in common if mine[key] != theirs[key]), None)
+    first, second = base_tensors(one.tensors), base_tensors(other.tensors)
+    if all(
+        len({file for file, _ in base}) == 1 for base in (first, second)
+    ):  # file names do not count
+        first, second = ({("", name): s for (_, name), s in b.items()} for b in (first, second))
+    common = sorted(first.keys() & second.keys())
+    if first and second and not common:
+        return next(iter(first))[1]
+    return next((key[1] for key in common if first[key] != second[key]), None)

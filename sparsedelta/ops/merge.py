@@ -1,7 +1,7 @@
-"""``merge``: deltas of one base weighed against each other in float, as one delta of that base.
+"""``merge``: combine several deltas of one base in floating point into one delta of that base.
 
-What no delta touches keeps its bits. Each tensor is made of the base's and of the changes alone, chunk
-by chunk; no model is held whole.
+Elements that no delta touches keep their bits. Each tensor is computed chunk by chunk, so that no
+whole model is in memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import Comparison
 from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import BaseDiffers
-from sparsedelta.tensors.sources import MadeTensor
+from sparsedelta.tensors.sources import RebuiltTensor
 
 
 def merge(
@@ -44,40 +44,45 @@ def merge(
     progress: Progress | None = None,
     spool_dir: str | None = None,
 ) -> Delta:
-    """Return the delta that makes the merged model of ``base``; its files are the base's.
+    """Return the delta from ``base`` to the merged model, which has the files of the base.
 
-    With d_i the difference of target i to the base and w_i its weight, the merged difference is
+    Let d_i be the difference between target i and the base, and w_i its weight. The merged difference is
 
     - ``linear``: Σ w_i d_i / Σ w_i, the weighted average of the targets;
     - ``task-arithmetic``: Σ w_i d_i (Ilharco et al., 2023);
-    - ``ties``: of each d_i the largest elements are kept, as many as ``density`` says; where signs of
-      w_i d_i disagree, those of the smaller sum are left out; the rest is averaged (Yadav et al., 2023);
-    - ``dare``: elements of d_i are kept with probability ``density``, and scaled so that Σ |d_i| of
-      the tensor is as before; then as task arithmetic (Yu et al., 2024);
-    - ``dare-ties``: the same, then signs are elected as in ``ties``.
+    - ``ties``: each d_i keeps only its largest elements, a share of ``density``. For each element, the
+      sign with the larger sum of w_i d_i is elected, and the w_i d_i of that sign are averaged
+      (Yadav et al., 2023);
+    - ``dare``: each element of d_i is kept with probability ``density``, and the kept elements are
+      scaled so that Σ |d_i| over the tensor stays the same; then as ``task-arithmetic`` (Yu et al., 2024);
+    - ``dare-ties``: elements are dropped and scaled as in ``dare``, then signs are elected as in ``ties``.
 
-    Differences, products and sums are computed in float32 (float64 for F64), and the sum with the base
-    is rounded once, to nearest even, to the dtype of the tensor.
+    Differences, products and sums are computed in float32 (float64 for F64). The sum with the base is
+    rounded once, to nearest even, to the dtype of the tensor.
 
     Args:
         base: the base of all deltas.
         deltas: ``.sd`` files or loaded deltas; at least one.
-        method: see above.
-        weights: one of each delta; None: 1 each.
-        density: for ``ties`` and ``dare``, one for all deltas or one of each, above 0 and at most 1.
-        seed: of the random choice; the same seed makes the same delta, on any machine.
-        normalize: whether to divide by Σ w_i, for ``ties`` and ``dare-ties`` of those that agree; None:
-            for ``linear`` and ``ties``.
-        scale: what the merged difference is multiplied by.
-        exclude: globs of files of ``base`` to leave out; without "/" they match the last component.
-        progress: told of the bytes read.
-        spool_dir: where coded changes wait if they outgrow memory; None: the system's choice.
+        method: one of the methods above.
+        weights: one weight for each delta; None: 1 for each.
+        density: share of elements kept by ``ties``, ``dare`` and ``dare-ties``, above 0 and at most 1:
+            one number for all deltas, or one for each.
+        seed: seed of the random choice; the same seed gives the same delta on any machine.
+        normalize: whether to divide by the sum of the weights; with elected signs, by the weights of
+            the deltas that have the elected sign. None: only for ``linear`` and ``ties``.
+        scale: factor for the merged difference.
+        exclude: globs of files of ``base`` to leave out; a glob without "/" matches the last component.
+        progress: receives the number of bytes read.
+        spool_dir: folder for the temporary file that holds the coded changes if they do not fit in memory;
+            None for the system's temporary folder.
 
     Raises:
-        ConflictError: the deltas were made from different bases, or change what has no float.
-        StructureMismatch: a delta adds, removes, retypes or reshapes tensors.
+        ConflictError: the deltas were made from different bases, or their targets differ in a tensor
+            whose dtype cannot be merged in floating point.
+        StructureMismatch: a delta adds, removes, renames, retypes or reshapes tensors.
         FormatError: a delta cannot be read, or is inconsistent.
-        MismatchError: ``base`` is not their base.
+        MismatchError: ``base`` is not the base of the deltas.
+        CheckpointError: ``base`` cannot be read, or has a file that no delta can carry.
         ValueError: a setting is wrong.
     """
     recipe = make_recipe(
@@ -100,7 +105,9 @@ def merge(
 @dataclass(frozen=True)
 class _Merge:
     deltas: Sequence[Delta]
-    rows: Sequence[Mapping[TensorKey, Row]]  # of each delta, by the base tensor
+    rows: Sequence[
+        Mapping[TensorKey, Row]
+    ]  # one mapping per delta, from the base tensor to its row
     base: Checkpoint
     recipe: Recipe
     payload: SpoolPayload
@@ -112,7 +119,9 @@ class _Merge:
         rows = run_all(
             self._row,
             [*base.tensors.values()],
-            cost=lambda tensor: 2 * tensor.spec.n_bytes,  # the base's and the merged
+            cost=lambda tensor: (
+                2 * tensor.spec.n_bytes
+            ),  # the base tensor and the merged one are read
             pace=self.pace,
             label="merging",
         )
@@ -120,14 +129,14 @@ class _Merge:
         return Delta(Base(base_id), files, tuple(rows), self._info(), self.payload)
 
     def _row(self, tensor: Tensor) -> Row:
-        """Return the merged tensor; one that no delta knows stays as it is."""
+        """Return the row of a merged tensor; a tensor that no delta changes is copied from the base."""
         rows = [rows.get(tensor.key) for rows in self.rows]
         links = [
             Link(number, row, delta.payload) if row and row.chunks else None
             for number, (delta, row) in enumerate(zip(self.deltas, rows, strict=True), 1)
         ]
-        made = self._made(tensor, links) if any(links) else tensor
-        row = Comparison(tensor, made, values="ulp", payload=self.payload, pace=self.pace).run()
+        merged = self._merged(tensor, links) if any(links) else tensor
+        row = Comparison(tensor, merged, values="ulp", payload=self.payload, pace=self.pace).run()
         if row.base:
             found = row.base.spec.digest or b""
             for one in rows:
@@ -135,7 +144,8 @@ class _Merge:
                     raise BaseDiffers(one, found)
         return row
 
-    def _made(self, tensor: Tensor, links: Sequence[Link | None]) -> MergedTensor | MadeTensor:
+    def _merged(self, tensor: Tensor, links: Sequence[Link | None]) -> MergedTensor | RebuiltTensor:
+        """Return the merged tensor of the changes in ``links``."""
         silent = Pace()
         present = [link for link in links if link]
         if work_dtype(tensor.spec.dtype) is not None:
@@ -143,11 +153,11 @@ class _Merge:
         digests = {link.row.target.digest for link in present}
         if len(present) < len(links) or len(digests) > 1 or None in digests:
             raise ConflictError(
-                f"tensor {tensor.name!r} is {tensor.spec.dtype.name}, which is not merged in float, and"
-                " the targets do not agree on it",
+                f"tensor {tensor.name!r} has dtype {tensor.spec.dtype.name}, which cannot be merged in"
+                " floating point, and its values differ between the targets; merge deltas that agree on it",
                 tensor=tensor.name,
             )
-        return MadeTensor(present[0].row, tensor, present[0].payload, silent)
+        return RebuiltTensor(present[0].row, tensor, present[0].payload, silent)
 
     def _info(self) -> Mapping[str, JSON]:
         recipe = self.recipe
@@ -173,8 +183,8 @@ def _check_siblings(deltas: Sequence[Delta]) -> None:
         name = base_conflict(deltas[0], delta)
         if name is not None:
             raise ConflictError(
-                f"deltas 1 and {number} were made from different bases: tensor {name!r} is another; only"
-                " deltas of one base are merged",
+                f"deltas 1 and {number} were made from different bases: tensor {name!r} differs; only"
+                " deltas of the same base can be merged",
                 tensor=name,
             )
         used: set[TensorKey] = set()
@@ -183,7 +193,7 @@ def _check_siblings(deltas: Sequence[Delta]) -> None:
             if not base or not row.keeps_all or base.name != row.name or base.key in used:
                 raise StructureMismatch(
                     f"delta {number} adds, renames, retypes or reshapes tensor {row.name!r}; only changes"
-                    " of elements in place are merged",
+                    " of elements can be merged",
                     tensor=row.name,
                 )
             used.add(base.key)
@@ -193,7 +203,7 @@ def _check_siblings(deltas: Sequence[Delta]) -> None:
         if missing:
             raise StructureMismatch(
                 f"delta {number} removes tensor {missing[0]!r}, which other deltas have; only changes of"
-                " elements in place are merged",
+                " elements can be merged",
                 tensor=missing[0],
             )
 

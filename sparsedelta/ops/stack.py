@@ -1,7 +1,7 @@
-"""``stack``: several deltas as one, exactly, and without their base as far as that can be.
+"""``stack``: combine several deltas into one, exactly, and without their base where possible.
 
-Applying the stack is applying the deltas one after the other: tensors, files and all. It is made
-tensor by tensor and chunk by chunk, whatever the number of deltas.
+Applying the stack gives the same tensors and files as applying the deltas one after the other. Memory
+is bounded by the chunks of one tensor per thread.
 """
 
 from __future__ import annotations
@@ -25,24 +25,28 @@ def stack(
     progress: Progress | None = None,
     spool_dir: str | None = None,
 ) -> Delta:
-    """Return the one delta that does what all do.
+    """Return one delta with the effect of all ``deltas``.
 
-    Deltas each made from the target of the one before it are a chain: applying the stack is
-    applying them in order. Deltas made from one base are siblings: where none touches what another
-    does, the stack has the changes of all.
+    If each delta was made from the target of the one before it, they are a chain. Applying the stack
+    then gives the same result as applying them in order. If all were made from the same base, they are
+    siblings. The stack then has the changes of all of them, and no two may touch the same element.
 
     Args:
         deltas: ``.sd`` files or loaded deltas; at least one.
-        base: the base of the first. It is needed where differences and new values meet in a tensor,
-            where siblings change the same tensor, and where changes were coded with its help. Given, positions
-            that return to the base are found in tensors that hold new values too.
-        progress: told of the bytes read.
-        spool_dir: where coded changes wait if they outgrow memory; None: the system's choice.
+        base: the base of the first delta. It is required if a tensor is changed by differences in one
+            delta and by new values in another, if several siblings change the same tensor, or if changes
+            were coded with the help of the base. If it is given, elements of tensors with new values that
+            return to the base's bits are left out of the stack.
+        progress: receives the number of bytes read.
+        spool_dir: folder for the temporary file that holds the coded changes if they do not fit in memory;
+            None for the system's temporary folder.
 
     Raises:
-        ConflictError: they are neither chain nor siblings, or siblings that change the same.
-        FormatError: one cannot be read, or is inconsistent, with itself or its neighbour.
-        MismatchError: ``base`` is not the base.
+        BaseNeeded: a delta can be decoded only with the base, which was not given.
+        ConflictError: the deltas are neither a chain nor siblings, siblings touch the same elements, or
+            ``base`` is required but not given.
+        FormatError: a delta cannot be read, or is inconsistent with itself or with the next delta.
+        MismatchError: ``base`` is not the base of the first delta.
     """
     with ExitStack() as context:
         given = [context.enter_context(opened(one)) for one in deltas]

@@ -1,4 +1,4 @@
-"""``verify``: read all of a delta, and compare it with its base and its target, writing nothing."""
+"""``verify``: check a whole delta, and optionally its base and its target. Nothing is written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsedelta.files.layout import target_layout
 from sparsedelta.files.side_files import carried_content, check_base_files, digest_file
 from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.format.records import BaseTensor, Row
-from sparsedelta.ops.apply import make_tensors
+from sparsedelta.ops.apply import rebuild_tensors
 from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.ops.lookup import Lookup
 from sparsedelta.progress import Progress
@@ -24,15 +24,15 @@ from sparsedelta.tensors.parallel import Pace, run_all
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was found right.
+    """The checks that ``verify`` made; all of them succeeded.
 
     Attributes:
-        n_tensors: tensors of the target.
-        n_changed: tensors that the delta changes or adds.
-        nnz: touched elements.
-        payload_bytes: coded bytes read.
-        base_checked: the base is the delta's, and becomes its target.
-        target_checked: the target given is the delta's, files and all.
+        n_tensors: number of tensors of the target.
+        n_changed: number of tensors that the delta changes or adds.
+        nnz: number of touched elements.
+        payload_bytes: number of coded bytes checked.
+        base_checked: whether a base was given: it is the delta's base, and gives the delta's target.
+        target_checked: whether a target was given: all its files are those of the delta's target.
     """
 
     n_tensors: int
@@ -51,23 +51,23 @@ def verify(
     exclude: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Return what was checked, all of it found right.
+    """Check a delta and return a report; a failed check raises an error.
 
-    Without base and target every stream of the delta is opened, and decoded if that does not take the
-    base; and all of it is checked. With a base, all its
-    digests are compared and the target is made in memory; with a target, all its files are compared.
+    All streams of the delta are checked, and decoded if that does not need the base. With a base, all
+    digests of the base are compared, and the target is rebuilt in memory and checked. With a target, all
+    its files are compared.
 
     Args:
         delta: an ``.sd`` file or a loaded delta.
-        base: the checkpoint that it should have been made from.
-        target: the checkpoint that it should make.
+        base: the checkpoint that should be the delta's base.
+        target: the checkpoint that should be the delta's target.
         exclude: globs of files to leave out of both, as for ``diff``.
-        progress: told of the bytes read.
+        progress: receives the number of bytes read.
 
     Raises:
         FormatError: the delta cannot be read, or is inconsistent.
-        MismatchError: base or target is not the delta's.
-        CheckpointError: base or target cannot be read as a checkpoint.
+        MismatchError: ``base`` or ``target`` is not the delta's.
+        CheckpointError: ``base`` or ``target`` cannot be read as a checkpoint.
     """
     with opened(delta) as given:
         check_delta(given, progress)
@@ -78,7 +78,7 @@ def verify(
             ):
                 found = find_base(given, checkpoint)
                 check_base_files(given, checkpoint)
-                make_tensors(found, given, {}, check="full", progress=progress, every_base=True)
+                rebuild_tensors(found, given, {}, check="full", progress=progress, every_base=True)
         if target is not None:
             with open_base(target, given, exclude=exclude) as checkpoint:
                 _check_target(given, checkpoint, progress)
@@ -93,10 +93,10 @@ def verify(
 
 
 def check_delta(delta: Delta, progress: Progress | None) -> None:
-    """Decode everything in a delta and check it against its manifest.
+    """Decode everything in a delta that needs no base, and check it against the manifest.
 
     Raises:
-        FormatError: something is damaged or contradicts the manifest.
+        FormatError: the delta is damaged or inconsistent.
     """
     delta.check_output()
     for side_file in delta.target.side_files:
@@ -124,11 +124,11 @@ def _decode(delta: Delta, row: Row, pace: Pace) -> None:
 
 
 def _check_target(delta: Delta, target: Checkpoint, progress: Progress | None) -> None:
-    """Compare every file of a checkpoint with the delta's target; kind 'file' goes by any name."""
+    """Compare every file of a checkpoint with the delta's target; a single file may have any name."""
     if target.is_folder != delta.target.is_folder:
         kinds = {True: "a folder", False: "a file"}
         raise TargetMismatch(
-            f"'{target.path}' is {kinds[target.is_folder]}, the delta makes"
+            f"'{target.path}' is {kinds[target.is_folder]}, but the delta's target is"
             f" {kinds[delta.target.is_folder]}"
         )
     if target.is_folder:
@@ -136,7 +136,7 @@ def _check_target(delta: Delta, target: Checkpoint, progress: Progress | None) -
         for file in delta.target.side_files:
             if digest_file(target.side_files[file.path]) != (file.n_bytes, file.digest):
                 raise TargetMismatch(
-                    f"file '{target.side_files[file.path]}' is not the delta's target's"
+                    f"file '{target.side_files[file.path]}' differs from that of the delta's target"
                 )
     layout = target_layout(delta)
     found_files = {file.path: file for file in target.weight_files}
@@ -145,7 +145,7 @@ def _check_target(delta: Delta, target: Checkpoint, progress: Progress | None) -
         if found.raw_header != expected.header:
             raise TargetMismatch(
                 f"the header of '{target.path / found.path if target.is_folder else target.path}'"
-                " is not the delta's target's"
+                " differs from that of the delta's target"
             )
     _check_target_tensors(delta, target, progress)
 
@@ -158,7 +158,9 @@ def _check_file_names(delta: Delta, target: Checkpoint) -> None:
     found = {file.path for file in target.weight_files} | target.side_files.keys()
     found |= {f"{folder}/" for folder in target.empty_folders}
     for path in sorted(expected ^ found):
-        problem = "is missing from" if path in expected else "is not of the delta's target, but in"
+        problem = (
+            "is missing from" if path in expected else "is not part of the delta's target, but in"
+        )
         raise TargetMismatch(f"{path!r} {problem} '{target.path}'")
 
 
@@ -176,8 +178,8 @@ def _check_target_tensors(delta: Delta, target: Checkpoint, progress: Progress |
         found, expected = digest_tensor(tensor, pace), row.target.digest
         if expected is not None and found != expected:
             raise TargetMismatch(
-                f"tensor {row.name!r} has digest {found.hex()[:12]}… in '{target.path}', the delta"
-                f" makes {expected.hex()[:12]}…",
+                f"tensor {row.name!r} has digest {found.hex()[:12]}… in '{target.path}', expected"
+                f" {expected.hex()[:12]}…; this is not the delta's target",
                 tensor=row.name,
                 expected=expected.hex(),
                 found=found.hex(),

@@ -1,1 +1,1 @@
-"""An inspection drawn: as text, as a page and as a picture."""
+"""The result of ``inspect`` as text, as an HTML page and as a picture."""

@@ -1,6 +1,6 @@
-"""What a delta changes as one HTML page that stands by itself: no scripts, fonts or links.
+"""The result of ``inspect`` as a self-contained HTML page, without scripts, fonts or links.
 
-Everything a delta holds is text to this page, never markup: its file may come from a stranger.
+A delta may come from a stranger, so every text from it is escaped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparsedelta.ops.layers import Cell, Grid, by_layer, curve_points
 from sparsedelta.report.text import percent, printable, size
 
 MAX_TENSOR_ROWS = 2000
-_DRAWN = ("losses", "mean_change")  # of the info: what has pictures of its own
+_DRAWN = ("losses", "mean_change")  # members of the info that have their own figures
 _NO_CELL = '<td class="none"></td>'
 WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 720, 240, 56, 34, 12
 
@@ -54,11 +54,11 @@ code { font-size: .85em; overflow-wrap: anywhere; }
 
 
 def page(found: Inspection, *, title: str) -> str:
-    """Return the page of what ``inspect`` found.
+    """Return the HTML page that shows what a delta changes.
 
     Args:
-        found: of the delta.
-        title: shown on top, such as the file's name.
+        found: what ``inspect`` returned for the delta.
+        title: heading of the page, such as the file's name.
     """
     grids, single = by_layer(found.tensors, found.mean_changes)
     cells = _all_cells(grids, single)
@@ -75,7 +75,7 @@ def page(found: Inspection, *, title: str) -> str:
         _facts(found),
         *_curve_section(found.info),
         "<h2>Where it changes the model</h2>",
-        "<p>Share of elements that changed, by layer and kind of tensor; the darkest is "
+        "<p>Share of elements that changed, by layer and kind of tensor; the darkest cell is "
         f"{percent(highest)}. Point at a cell for its counts.</p>",
         *(_heat(grid, _density_cell, highest) for grid in grids),
         *_change_section(grids, cells),
@@ -88,12 +88,18 @@ def page(found: Inspection, *, title: str) -> str:
 
 
 def write_page(found: Inspection, path: Path, *, title: str, overwrite: bool) -> None:
-    """Write the page as a file, whole or not at all.
+    """Write the page to a file, which appears when it is complete.
+
+    Args:
+        found: what ``inspect`` returned for the delta.
+        path: the file.
+        title: heading of the page.
+        overwrite: whether an existing file may be replaced.
 
     Raises:
-        FileExistsError: something is there and may not be replaced.
+        FileExistsError: the file exists and ``overwrite`` is false.
         FileNotFoundError: its folder does not exist.
-        IsADirectoryError: it is a folder.
+        IsADirectoryError: ``path`` is a folder.
     """
     check_no_folder(path)
     with staged_output(path, overwrite=overwrite) as staged, open(staged, "wb") as file:
@@ -103,7 +109,7 @@ def write_page(found: Inspection, path: Path, *, title: str, overwrite: bool) ->
 
 
 def _text(value: object) -> str:
-    """Return text that is safe in markup; what is not printable is shown as its code."""
+    """Return a value as escaped text, with unprintable characters as escape sequences."""
     return escape(printable(str(value)))
 
 
@@ -113,10 +119,10 @@ def _size(n_bytes: int | None) -> str:
 
 def _sentence(found: Inspection) -> str:
     n_changed = len(found.tensors) - found.states["unchanged"]
-    size = _size(found.sizes.file_bytes)
+    delta_size = _size(found.sizes.file_bytes)
     return (
         f"Changes {found.nnz:,} of {found.numel:,} elements ({percent(found.density)}) in "
-        f"{n_changed:,} of {len(found.tensors):,} tensors; {size} for a target of "
+        f"{n_changed:,} of {len(found.tensors):,} tensors; {delta_size} for a target of "
         f"{_size(found.target_bytes)}."
     )
 
@@ -140,16 +146,16 @@ def _all_cells(grids: Iterable[Grid], single: Iterable[Cell]) -> list[Cell]:
 
 
 def _change_section(grids: Sequence[Grid], cells: Iterable[Cell]) -> list[str]:
-    """Return the same grids by how far elements moved; nothing if nobody recorded it."""
-    told = [grid for grid in grids if grid.tells_change]
-    if not told:
+    """Return the section with the mean change of the elements; empty if the info does not record it."""
+    recorded = [grid for grid in grids if grid.has_mean_change]
+    if not recorded:
         return []
     highest = max(cell.mean_change or 0.0 for cell in cells)
     return [
-        "<h2>How far it moves it</h2>",
-        "<p>Mean |change| of the elements that changed, as the training recorded it; the darkest "
-        f"is {highest:.3g}.</p>",
-        *(_heat(grid, _change_cell, highest, tells_rest=False) for grid in told),
+        "<h2>How much it changes the values</h2>",
+        "<p>Mean |change| of the elements that changed, as recorded by the training; the darkest "
+        f"cell is {highest:.3g}.</p>",
+        *(_heat(grid, _change_cell, highest, list_unchanged=False) for grid in recorded),
     ]
 
 
@@ -158,7 +164,7 @@ def _heat(
     render: Callable[[Cell, float], str],
     highest: float,
     *,
-    tells_rest: bool = True,
+    list_unchanged: bool = True,
 ) -> str:
     kinds = grid.changed_kinds
     if not kinds:
@@ -172,19 +178,19 @@ def _heat(
     return (
         f'<div class="wide"><table class="heat"><caption>{_text(grid.stack or "layers")}</caption>'
         f"<thead><tr><td class='none'></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-        f"</table></div>{_left_out(grid) if tells_rest else ''}"
+        f"</table></div>{_unchanged_kinds(grid) if list_unchanged else ''}"
     )
 
 
-def _left_out(grid: Grid) -> str:
+def _unchanged_kinds(grid: Grid) -> str:
     same = [kind for kind in grid.kinds if kind not in grid.changed_kinds]
     return f"<p>Unchanged in every layer: {_text(', '.join(same))}.</p>" if same else ""
 
 
 def _density_cell(cell: Cell, highest: float) -> str:
-    told = f"{cell.nnz:,} of {cell.numel:,} changed, {percent(cell.density)}"
+    tooltip = f"{cell.nnz:,} of {cell.numel:,} changed, {percent(cell.density)}"
     shown = percent(cell.density) if cell.nnz else "–"
-    return _heat_cell(cell, told, shown, _strength(cell.density, highest))
+    return _heat_cell(cell, tooltip, shown, _strength(cell.density, highest))
 
 
 def _change_cell(cell: Cell, highest: float) -> str:
@@ -192,21 +198,23 @@ def _change_cell(cell: Cell, highest: float) -> str:
         return _heat_cell(cell, "unchanged", "–", 0.0)
     if cell.mean_change is None:
         return _heat_cell(cell, "not recorded", "?", 0.0)
-    told = f"mean |change| {cell.mean_change:.3g} of {cell.nnz:,} changed"
-    return _heat_cell(cell, told, f"{cell.mean_change:.2g}", _strength(cell.mean_change, highest))
+    tooltip = f"mean |change| {cell.mean_change:.3g} of {cell.nnz:,} changed"
+    return _heat_cell(
+        cell, tooltip, f"{cell.mean_change:.2g}", _strength(cell.mean_change, highest)
+    )
 
 
-def _heat_cell(cell: Cell, told: str, shown: str, strength: float) -> str:
+def _heat_cell(cell: Cell, tooltip: str, shown: str, strength: float) -> str:
     names = f"{', '.join(cell.names[:3])}{', …' if len(cell.names) > 3 else ''}"
     look = ' class="dark"' if strength > 0.62 else ""
     return (
         f'<td{look} style="background: rgba(var(--heat), {strength:.3f})" '
-        f'title="{_text(f"{names}: {told}")}">{shown}</td>'
+        f'title="{_text(f"{names}: {tooltip}")}">{shown}</td>'
     )
 
 
 def _strength(value: float, highest: float) -> float:
-    """Return the depth of colour, 0 to 1; by square root, for values range over decades."""
+    """Return the depth of colour, 0 to 1, on a square-root scale, because values range over decades."""
     return math.sqrt(value / highest) if highest else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Where a delta changed a model, as a small PNG: a row for each layer, a column for each kind of tensor."""
+"""A small PNG of where a delta changes a model: a row for each layer, a column for each kind of tensor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WHITE = 255
 
 
 def changed_grid(found: Inspection) -> Grid | None:
-    """Return the stack of layers in which most changed; None if there is none, or it is too large."""
+    """Return the stack of layers with the most changed elements; None if none changed or it is too large."""
     grids, _ = by_layer(tensor for tensor in found.tensors if tensor.numel)
     changed = [grid for grid in grids if grid.changed_kinds]
     if not changed:
@@ -33,7 +33,10 @@ def changed_grid(found: Inspection) -> Grid | None:
 
 
 def render_png(grid: Grid) -> bytes:
-    """Return a grid as a PNG: pale to dark blue by density (root scale), grey: unchanged, white: none."""
+    """Return a grid as a PNG. Changed tensors are blue, darker with density (square-root scale).
+
+    Unchanged tensors are grey. A cell without a tensor is white.
+    """
     density = np.full((len(grid.layers), len(grid.changed_kinds)), np.nan)
     for row, layer in enumerate(grid.layers):
         for column, kind in enumerate(grid.changed_kinds):
@@ -46,7 +49,7 @@ def render_png(grid: Grid) -> bytes:
 
 
 def encode_png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """Return an image of shape (height, width, 3) as a PNG, the same bytes for the same image."""
+    """Return an image of shape (height, width, 3) as a PNG. Equal images give equal bytes."""
     height, width, _ = pixels.shape
     rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)
     chunks = [

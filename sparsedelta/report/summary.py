@@ -1,6 +1,6 @@
-"""An inspection as a summary that fits the terminal; nothing in it is taken for markup.
+"""The result of ``inspect`` as a summary that fits the width of the terminal.
 
-Names and values come from the delta, so from a stranger: all pass through ``printable``.
+A delta may come from a stranger, so all names and values pass through ``printable`` and are never markup.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from sparsedelta.report.text import count, line_width, listed, percent, printable, size
+from sparsedelta.report.text import count, line_width, listed, numbers, percent, printable, size
 
 if TYPE_CHECKING:
     from sparsedelta._typing import JSON
@@ -22,19 +22,20 @@ if TYPE_CHECKING:
 _GAP = 2
 _MAX_FILES = 8
 _MAX_GROUPS = 8
-_MAX_SETTINGS = 40
+_MAX_SETTINGS = 8
+_MAX_NUMBERS = 8
 _MAX_LABEL = 30
-_MAX_VALUE = 80
+_MAX_VALUE = 60
 _FINGERPRINT_DIGITS = 12
 
 
 def summary_text(path: str | Path, found: Inspection, console: Console) -> str:
-    """Return what the delta is, what it changes and what its bytes are spent on.
+    """Return a summary: the facts about the delta, what it changes, and the size of each part.
 
     Args:
-        path: of the delta.
-        found: of it.
-        console: made by ``new_console``; says how wide lines may be, and whether to style them.
+        path: path of the delta, as shown.
+        found: what ``inspect`` returned for the delta.
+        console: a console made by ``new_console``. Its width is set to that of the terminal.
     """
     facts = Table.grid(padding=(0, _GAP))
     facts.add_column(style="bold", no_wrap=True)
@@ -48,8 +49,14 @@ def summary_text(path: str | Path, found: Inspection, console: Console) -> str:
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
+def info_text(found: Inspection) -> str:
+    """Return everything that the delta records about how it was made, as JSON."""
+    lines = json.dumps(dict(found.info), indent=2, ensure_ascii=False).splitlines()
+    return "\n".join(map(printable, lines))
+
+
 def new_console() -> Console:
-    """Return a console on which nothing is taken for markup."""
+    """Return a console that prints all text literally, without markup."""
     return Console(markup=False, highlight=False, emoji=False)
 
 
@@ -98,13 +105,14 @@ def _chunks(encodings: Mapping[str, int]) -> str:
 
 
 def _settings(info: Mapping[str, JSON]) -> Iterator[tuple[str, str]]:
-    """Yield a line of what stands by itself, and one for each of the first groups."""
+    """Yield a label and text for the single values of the info, and for each of the first groups."""
     grouped = [(name, value) for name, value in info.items() if isinstance(value, dict) and value]
     groups = dict(grouped[:_MAX_GROUPS])
     if single := {name: value for name, value in info.items() if name not in groups}:
         yield "info", _pairs(single)
     for name, group in groups.items():
-        yield _cut(f"info.{printable(name)}", _MAX_LABEL), _pairs(group)
+        shown = numbers(group, _MAX_NUMBERS) or _pairs(group)
+        yield _cut(f"info.{printable(name)}", _MAX_LABEL), shown
 
 
 def _pairs(settings: Mapping[str, JSON]) -> str:
@@ -119,8 +127,10 @@ def _pairs(settings: Mapping[str, JSON]) -> str:
 def _shown(value: JSON) -> str:
     if isinstance(value, str):
         return value
+    if many := numbers(value, _MAX_NUMBERS):
+        return many
     if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
-        return count(len(value), "item")  # a series or a table, not a setting
+        return count(len(value), "item")  # a series or table: too long to show
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -131,7 +141,7 @@ def _cut(text: str, length: int) -> str:
 def _sizes_table(found: Inspection) -> Table:
     sizes = found.sizes
     table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column("spent on")
+    table.add_column("part")
     for title in ("size", "share", *(["bytes per change"] if found.nnz else [])):
         table.add_column(title, justify="right")
     for what, n_bytes, style in (

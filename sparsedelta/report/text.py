@@ -1,4 +1,4 @@
-"""Figures and names as a person reads them."""
+"""Numbers, sizes and names formatted for people."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _UNBOUNDED = 1 << 16
 
 
 def printable(text: str) -> str:
-    """Return a text with every character that could steer a terminal or hide something escaped."""
+    """Return a text with all unprintable characters escaped, such as terminal control sequences."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def size(n_bytes: int) -> str:
-    """Return a size with three digits: ``1.23 MB``; 1 kB is 1000 bytes."""
+    """Return a size with three significant digits, such as ``1.23 MB``; 1 kB is 1000 bytes."""
     if n_bytes < 1000:
         return f"{n_bytes} B"
     value = float(n_bytes)
@@ -27,7 +27,7 @@ def size(n_bytes: int) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share with three digits: ``0.935 %``; 0 % and 100 % are exact."""
+    """Return a share with three significant digits, such as ``0.935 %``; only 0 and 1 give 0 % and 100 %."""
     value = share * 100
     if 0 < value < 0.0001:
         return "<0.0001 %"
@@ -37,20 +37,30 @@ def percent(share: float) -> str:
 
 
 def count(number: int, noun: str | None = None) -> str:
-    """Return a number with separators, followed by a noun, in the plural unless it is 1."""
+    """Return a number with thousands separators, followed by the noun, in the plural unless the number is 1."""
     if noun is None:
         return f"{number:,}"
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def listed(names: Sequence[str], limit: int) -> str:
-    """Return the first names, and how many there are beyond."""
+    """Return the first ``limit`` names, and how many more there are."""
     shown = ", ".join(printable(name) for name in names[:limit])
     return f"{shown} and {len(names) - limit:,} more" if len(names) > limit else shown
 
 
+def numbers(value: object, limit: int) -> str | None:
+    """Return the count and the range of more than ``limit`` numbers; None for anything else."""
+    found = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(found, list) or len(found) <= limit:
+        return None
+    if not all(isinstance(one, int | float) and not isinstance(one, bool) for one in found):
+        return None
+    return f"{count(len(found), 'number')}, {min(found):.4g} to {max(found):.4g}"
+
+
 def line_width(*, is_terminal: bool) -> int:
-    """Return how wide lines may be; those that nobody looks at are not cut."""
+    """Return the maximum width of lines: that of the terminal, unbounded if the output is no terminal."""
     if is_terminal or "COLUMNS" in os.environ:
         return shutil.get_terminal_size().columns
     return _UNBOUNDED

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ def open_store(url: str | os.PathLike[str]) -> ObjectStore:
         RemoteError: a package that it needs is not installed.
     """
     scheme, found, rest = os.fspath(url).partition("://")
+    if isinstance(url, Path) and re.match("[a-z][a-z0-9]+:/", str(url)) and not url.exists():
+        raise ValueError(f"'{url}' looks like an address that was made a Path; give it as text")
     if not found or os.path.isdir(url):
         from sparsedelta.stores.folder import FolderStore
 

@@ -16,18 +16,20 @@ _FAULTS = (TypeError, AttributeError, NameError, LookupError, AssertionError)
 
 
 @contextmanager
-def told(store: str) -> Iterator[None]:
+def remote_errors(store: str) -> Iterator[None]:
     """Turn what a client raises into a ``RemoteError``; "not found" and "exists" pass."""
     try:
         yield
     except (SparseDeltaError, FileNotFoundError, FileExistsError, *_FAULTS):
         raise
     except Exception as error:
-        raise _explained(error, store) from error
+        raise translated(error, store) from error
 
 
-def _explained(error: Exception, store: str) -> RemoteError:
-    words = " ".join(redacted(str(error)).split())[:_MAX_WORDS].rstrip(".") or type(error).__name__
+def translated(error: Exception, store: str) -> RemoteError:
+    """Return the error to raise in place of one of a client."""
+    said = str(getattr(error, "strerror", None) or error)
+    words = " ".join(redacted(said).split())[:_MAX_WORDS].rstrip(".") or type(error).__name__
     if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
         return AccessDenied(
             f"'{store}' does not let you do this: {words}; check the credentials and what they may do"

@@ -28,7 +28,10 @@ class ObjectStore(Protocol):
 
     @property
     def has_create(self) -> bool:
-        """Whether of several that create one name at once, one succeeds; known, not assumed."""
+        """Whether of several that create one name at once, one succeeds; known, not assumed.
+
+        To find out, objects may be created and removed, and a network may fail.
+        """
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
         """Return an object of at most ``max_bytes`` bytes; None if there is none of this name.
@@ -41,7 +44,11 @@ class ObjectStore(Protocol):
         """Return an object that is read by ranges; None if there is none of this name."""
 
     def create(self, name: str, content: Content) -> bool:
-        """Write an object if there is none of this name; return whether that was done."""
+        """Write an object if there is none of this name; return whether that was done.
+
+        A network may lose the answer of a try that did it, and the client tries again: then this is False, and
+        the object has this content.
+        """
 
     def write(self, name: str, content: Content) -> None:
         """Write an object, in place of one of this name."""

@@ -1,4 +1,4 @@
-"""What is read through a network as bytes by range: so much of it is fetched as is read."""
+"""A remote object as a source of byte ranges. Only the ranges that are read are downloaded."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ READ_AHEAD_BYTES = 128 << 10
 
 
 class Ranges:
-    """The bytes of an object or file elsewhere (``sparsedelta.stores.base.ByteSource``).
+    """The bytes of a remote object or file; implements ``sparsedelta.stores.base.ByteSource``.
 
-    A request fetches at least ``READ_AHEAD_BYTES``, so that a header and what follows it come at once. Larger
-    requests of several threads run at the same time.
+    A request downloads at least ``READ_AHEAD_BYTES``, so that a short header costs one request. Larger requests of
+    several threads run at the same time.
 
     Args:
-        name: what messages call it.
+        name: its name in messages.
         n_bytes: its size.
-        fetch: gives the bytes from an offset, as many as the second argument says.
-        block: its first bytes, where they are known.
+        fetch: called with an offset and a number of bytes; returns these bytes.
+        block: its first bytes, if they are known.
     """
 
     def __init__(
@@ -32,10 +32,10 @@ class Ranges:
         self._lock = threading.Lock()
 
     def read(self, offset: int, n_bytes: int) -> bytes:
-        """Return up to ``n_bytes`` bytes from ``offset``, none at the end.
+        """Return up to ``n_bytes`` bytes from ``offset``; none at the end of the file.
 
         Raises:
-            RemoteError: they are not available.
+            RemoteError: the file is not available.
         """
         n_bytes = min(n_bytes, self.n_bytes - offset)
         if n_bytes <= 0:
@@ -51,5 +51,5 @@ class Ranges:
             return self._block[begin : begin + n_bytes]
 
     def close(self) -> None:
-        """Hold nothing any longer."""
+        """Free the bytes that were read ahead."""
         self._block = b""

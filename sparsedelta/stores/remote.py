@@ -12,11 +12,12 @@ import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property, partial
 from types import ModuleType
+from typing import Any
 
-from sparsedelta.errors import LimitExceeded, RemoteError, RemoteNotFound
+from sparsedelta.errors import AccessDenied, LimitExceeded, RemoteError, RemoteNotFound
 from sparsedelta.redaction import without_password
 from sparsedelta.stores.base import ByteSource
-from sparsedelta.stores.failures import read_only, told, unreachable
+from sparsedelta.stores.failures import read_only, remote_errors, translated, unreachable
 from sparsedelta.stores.names import check_name, is_name
 from sparsedelta.stores.objects import Content
 from sparsedelta.stores.ranges import Ranges
@@ -24,12 +25,12 @@ from sparsedelta.stores.ranges import Ranges
 # Objects appear whole, and one that exists is not replaced when that is asked for.
 CREATE_SCHEMES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
 # Objects appear whole. "hf" is a bucket of the Hub here: its repositories have a store of their own.
-WHOLE_SCHEMES = CREATE_SCHEMES | {"hf", "oci", "oss", "obs", "tos"}
+WHOLE_SCHEMES = CREATE_SCHEMES | {"hf"}
 
 _TAKEN = ("PreconditionFailed", "412")
 _BUSY = ("ConditionalRequestConflict", "OperationAborted", "409")
 _TRIES = 6
-_memory_lock = threading.RLock()  # its files have one position for all threads
+_memory_lock = threading.RLock()  # its create looks, then writes
 
 
 class RemoteStore:
@@ -46,15 +47,7 @@ class RemoteStore:
     def __init__(self, url: str) -> None:
         self.name = without_password(url).rstrip("/")
         self._scheme = url.partition("://")[0]
-        # An instance of its own: those that are shared may hold old listings, and other options.
-        try:
-            with told(self.name):
-                found = _import_fsspec().core.url_to_fs(url, skip_instance_cache=True)
-        except ImportError as error:
-            raise RemoteError(
-                f"{self._scheme}:// needs a package: {error}; see docs/stores.md"
-            ) from error
-        self._fs, path = found
+        self._fs, path = self._connect(url)
         self._root = path.rstrip("/")
         if not self._root and self._scheme != "memory":
             raise ValueError(f"'{self.name}' names no bucket; write {self._scheme}://bucket/path")
@@ -62,11 +55,28 @@ class RemoteStore:
         in_memory = self._scheme == "memory"
         self._lock: AbstractContextManager[object] = _memory_lock if in_memory else nullcontext()
 
+    def _connect(self, url: str) -> tuple[Any, str]:
+        connect = _import_fsspec().core.url_to_fs
+        try:
+            # Listings that are kept would be taken for what is there now.
+            options = {"use_listings_cache": False} if self._scheme in CREATE_SCHEMES else {}
+            found: tuple[Any, str] = connect(url, **options)
+        except ImportError as error:
+            raise RemoteError(
+                f"{self._scheme}:// needs a package: {error}; see docs/stores.md"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"'{self.name}' is no store: {error}") from error
+        except Exception as error:
+            raise translated(error, self.name) from error
+        return found
+
     @cached_property
     def has_create(self) -> bool:
         """Whether the file system can create, and the server refuses to do it twice.
 
-        Servers that know nothing of conditions ignore them. So one object is created twice, and removed.
+        Servers that know nothing of conditions ignore them. So one object is created twice, and removed. It is
+        also false if nothing may be written.
         """
         if self._scheme not in CREATE_SCHEMES:
             return False
@@ -74,8 +84,10 @@ class RemoteStore:
         try:
             self._create(probe, b"probe")
             return not self._create(probe, b"probe")
+        except AccessDenied:
+            return False
         finally:
-            with suppress(RemoteError, FileNotFoundError), told(self.name), self._lock:
+            with suppress(RemoteError, FileNotFoundError), remote_errors(self.name), self._lock:
                 self._fs.rm_file(probe)
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
@@ -124,16 +136,18 @@ class RemoteStore:
     def delete(self, name: str) -> None:
         """Remove an object if it is there."""
         self._check_writable()
-        with suppress(FileNotFoundError), told(self.name), self._lock:
-            self._fs.rm_file(self._path(name))
+        path = self._path(name)
+        with suppress(FileNotFoundError), remote_errors(self.name), self._lock:
+            self._fs.rm_file(path)
 
     def list(self, prefix: str) -> list[str]:
         """Return the names of the objects that begin with ``prefix``, sorted."""
         folder = prefix.rpartition("/")[0]
+        path = self._path(folder) if folder else self._root
         try:
-            with told(self.name), self._lock:
+            with remote_errors(self.name), self._lock:
                 self._fs.invalidate_cache()
-                found = self._fs.find(self._path(folder) if folder else self._root)
+                found = self._fs.find(path)
         except FileNotFoundError:
             return []
         names = (path.removeprefix(self._root + "/") for path in found)
@@ -153,10 +167,11 @@ class RemoteStore:
             )
 
     def _size(self, name: str) -> int | None:
+        path = self._path(name)
         try:
-            with told(self.name), self._lock:
+            with remote_errors(self.name), self._lock:
                 self._fs.invalidate_cache()
-                found = self._fs.info(self._path(name))
+                found = self._fs.info(path)
         except FileNotFoundError:
             return None
         return int(found["size"]) if found["type"] == "file" else None
@@ -171,8 +186,9 @@ class RemoteStore:
         return found
 
     def _fetch(self, name: str, offset: int, n_bytes: int) -> bytes:
-        with told(self.name), self._lock:
-            return bytes(self._fs.cat_file(self._path(name), start=offset, end=offset + n_bytes))
+        path = self._path(name)
+        with remote_errors(self.name), self._lock:
+            return bytes(self._fs.cat_file(path, start=offset, end=offset + n_bytes))
 
     def _create(self, path: str, content: Content) -> bool:
         for number in range(_TRIES):
@@ -196,7 +212,7 @@ class RemoteStore:
         if not isinstance(content, bytes):
             os.stat(content)  # "not found" below is the bucket
         try:
-            with told(self.name), self._lock:
+            with remote_errors(self.name), self._lock:
                 if isinstance(content, bytes):
                     self._fs.pipe_file(path, content, **options)
                 elif in_memory:  # its put_file shows parts

@@ -10,17 +10,18 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import BinaryIO
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
 from sparsedelta.errors import AccessDenied, LimitExceeded, RemoteError, RemoteNotFound
 from sparsedelta.stores.base import ByteSource
-from sparsedelta.stores.failures import read_only, told, unreachable
+from sparsedelta.stores.failures import read_only, remote_errors, unreachable
 from sparsedelta.stores.names import check_name
 from sparsedelta.stores.objects import Content
 from sparsedelta.stores.ranges import READ_AHEAD_BYTES, Ranges
-from sparsedelta.stores.stream import Seekable, Stream
+from sparsedelta.stores.stream import Stream
 
 _TIMEOUT_SECONDS = 60
 _ABSENT, _DENIED, _BUSY = (404, 410), (401, 403, 407), (408, 425, 429)
@@ -110,7 +111,7 @@ class WebStore:
         request = Request(address, headers={**fixed, **headers})
         if self._authorization:  # which does not go to another server
             request.add_unredirected_header("Authorization", self._authorization)
-        with told(self.name):
+        with remote_errors(self.name):
             try:
                 response = urlopen(request, timeout=_TIMEOUT_SECONDS)
             except HTTPError as error:
@@ -135,15 +136,10 @@ class WebStore:
         with self._get(name, _range(offset, n_bytes)) as response:
             if response is None:
                 raise RemoteNotFound(f"'{self.name}/{name}' has been removed")
-            found = self._checked(name, response, response.read(n_bytes))
-            if response.status != 206 or len(found) != n_bytes:
-                raise unreachable(
-                    self.name,
-                    f"HTTP {response.status} with {len(found)} bytes of {name!r} came, expected 206 with"
-                    f" {n_bytes}",
-                )
+            if response.status != 206:
+                raise unreachable(self.name, f"HTTP {response.status} came, expected 206")
             self._total(response, offset, n_bytes)
-            return found
+            return self._checked(name, response, response.read(n_bytes))
 
     def _total(self, response: http.client.HTTPResponse, offset: int, n_bytes: int) -> int:
         """Return the size of an object of which a part came."""
@@ -177,13 +173,10 @@ class WebStore:
 class _Downloaded(Stream):
     """A temporary file, which goes when it is closed."""
 
-    def __init__(self, name: str, file: Seekable) -> None:
+    def __init__(self, name: str, file: BinaryIO) -> None:
         super().__init__(file)
         self.name = name
-        self._temporary = file
-
-    def close(self) -> None:
-        self._temporary.close()
+        self.close = file.close  # type: ignore[method-assign]
 
 
 def _range(offset: int, n_bytes: int) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""One tensor at a time: compared, rebuilt, its changes read; threads and bounds of memory."""
+"""Work on one tensor at a time, in bounded memory and several threads: compare it, rebuild it, read its changes."""

@@ -1,4 +1,4 @@
-"""The changes of one row, decoded a chunk at a time for whatever window is asked for (FORMAT §5–§7)."""
+"""The changes of one row for any window of elements, decoded one chunk at a time (FORMAT §5–§7)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from sparsedelta.codecs.chunk import Chunk, coded_digest, decode_chunk
 from sparsedelta.codecs.context import StartBits
 from sparsedelta.codecs.indices import Positions
-from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits
+from sparsedelta.codecs.values import Bits, change
 from sparsedelta.dtypes import DType
 from sparsedelta.errors import BaseNeeded, Corrupt
 from sparsedelta.format.records import Payload, Row
@@ -22,12 +22,12 @@ from sparsedelta.tensors.start import Readable, RowStart
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The changes of one chunk within a window.
+    """The changes of one chunk that lie within a window of elements.
 
     Attributes:
-        values: the value encoding.
+        values: the value encoding of the codes.
         positions: (nnz,) uint32, counted from the window's first element.
-        codes: (nnz,) unsigned.
+        codes: (nnz,) unsigned integers of the element's width.
     """
 
     values: str
@@ -35,19 +35,18 @@ class Piece:
     codes: Bits
 
     def apply(self, dtype: DType, bits: Bits) -> None:
-        """Change the bits of a window."""
-        before = bits[self.positions]
-        bits[self.positions] = VALUE_ENCODINGS[self.values].decode(dtype, before, self.codes)
+        """Apply the changes to the bits of the window, in place."""
+        change(dtype, bits, 0, self.positions, self.values, self.codes)
 
 
 class ChangeReader:
-    """Reads what a row changes; windows are best asked for in ascending order.
+    """Reads the changes of a row. It is fastest if windows are requested in ascending order.
 
     Args:
-        row: a tensor.
-        payload: holds its chunks.
-        pace: told of the coded bytes.
-        base: the base tensor; None: it is not available, or there is none.
+        row: the row.
+        payload: holds the chunks of the row.
+        pace: receives the number of coded bytes read.
+        base: the base tensor; None if there is none or it is not available.
     """
 
     def __init__(
@@ -60,11 +59,11 @@ class ChangeReader:
         self._decoded: tuple[Chunk, Positions, Bits] | None = None
 
     def window(self, start: int, n: int) -> list[Piece]:
-        """Return the changes of elements ``start`` … ``start + n``.
+        """Return the changes of ``n`` elements from element ``start``.
 
         Raises:
-            BaseNeeded: they cannot be decoded without the base, which is not there.
-            Corrupt: a chunk is damaged; of a chunk with classes, or the base is another.
+            BaseNeeded: a chunk can be decoded only with the base tensor, which was not given.
+            Corrupt: a chunk is damaged. For a chunk with classes, a wrong base has the same effect.
         """
         found = []
         chunks = self.row.chunks
@@ -87,7 +86,7 @@ class ChangeReader:
 
     def _decode(self, chunk: Chunk) -> tuple[Positions, Bits]:
         if self._decoded is None or self._decoded[0] is not chunk:
-            self._decoded = None  # not two at a time
+            self._decoded = None  # frees the memory of the previous chunk first
             self._decoded = chunk, *decode_row_chunk(self.row, chunk, self._payload, self._base)
             self._pace.advance(chunk.stored_bytes)
         return self._decoded[1:]
@@ -96,7 +95,7 @@ class ChangeReader:
 def decode_row_chunk(
     row: Row, chunk: Chunk, payload: Payload, base: Readable | None
 ) -> tuple[Positions, Bits]:
-    """Return positions and codes of one chunk of a row; see ``ChangeReader.window``."""
+    """Return the positions and codes of one chunk; for the errors see ``ChangeReader.window``."""
     before: StartBits | None = None
     if chunk.coding.classes and (base is not None or row.keep <= chunk.start):
         before = RowStart(base, row.target.dtype, row.keep, chunk.start)
@@ -108,10 +107,10 @@ def decode_row_chunk(
 
 
 def read_coded(row: Row, chunk: Chunk, payload: Payload) -> bytes:
-    """Return the stored streams of a chunk, which have its digest.
+    """Return the stored streams of a chunk; their digest is checked.
 
     Raises:
-        Corrupt: they have not.
+        Corrupt: the digest is wrong.
     """
     coded = payload.read(chunk.offset, chunk.stored_bytes)
     found = coded_digest(coded)
@@ -126,7 +125,7 @@ def read_coded(row: Row, chunk: Chunk, payload: Payload) -> bytes:
 
 
 def segments(row: Row) -> Iterator[tuple[int, int, Chunk | None]]:
-    """Yield begin and end of every part of the target tensor: a chunk, or what lies between chunks."""
+    """Yield the segments of the target tensor: (begin, end, chunk), with None between chunks."""
     at = 0
     for chunk in row.chunks:
         if at < chunk.start:
@@ -138,7 +137,10 @@ def segments(row: Row) -> Iterator[tuple[int, int, Chunk | None]]:
 
 
 def place_for(nnz: int, dtype: DType) -> AbstractContextManager[object]:
-    """Return a place to hold a chunk's changes in; those with many take turns."""
+    """Return a context to hold while a chunk with ``nnz`` changes is in memory.
+
+    It limits how many threads hold a large chunk at the same time.
+    """
     if nnz <= DENSE_ELEMENTS:
         return nullcontext()
     return wide_places if dtype.width == WIDE_BYTES else dense_places

@@ -1,6 +1,7 @@
-"""One tensor of base and target, read once in step: digests of both, and what changed as coded chunks.
+"""Compare a tensor of the base with one of the target: digests of both, and the changes as coded chunks.
 
-Memory stays within one block of each and the changes of one chunk, whatever the tensor's size.
+Both tensors are read once, block by block. Memory is at most one block of each tensor and the changes
+of one chunk, for tensors of any size.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from blake3 import blake3
 
 from sparsedelta.codecs.chunk import MAX_SPAN, TOUCHED_BYTES, Chunk, Span, encode_chunk
 from sparsedelta.codecs.exponent_classes import keys_of
-from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits
+from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits, differences
 from sparsedelta.codecs.zstd import Level
 from sparsedelta.format.records import DIGEST_BYTES, BaseTensor, Named, Row, default_keep
 from sparsedelta.format.spool import SpoolPayload
@@ -25,13 +26,20 @@ BLOCK_BYTES = 1 << 19
 
 
 class Source(Named, Readable, Protocol):
-    """A tensor whose bytes can be read: of a checkpoint, or made as they are asked for."""
+    """A tensor that can be read: from a checkpoint, or computed while it is read."""
 
 
 def digest_tensor(
     tensor: Source, pace: Pace | None = None, *, offset: int = 0, hasher: blake3 | None = None
 ) -> bytes:
-    """Return the digest of a tensor's bytes from ``offset``, continuing ``hasher`` if one is given."""
+    """Return the digest of a tensor's bytes from ``offset`` on.
+
+    Args:
+        tensor: the tensor.
+        pace: receives the number of bytes read.
+        offset: byte to start at.
+        hasher: has hashed the bytes before ``offset``; it is updated.
+    """
     pace, hasher = pace or Pace(), hasher or blake3()
     n_bytes = tensor.spec.n_bytes
     buffer = memoryview(bytearray(min(BLOCK_BYTES, n_bytes - offset)))
@@ -45,12 +53,12 @@ def digest_tensor(
 
 
 def base_tensor(tensor: Source, digest: bytes) -> BaseTensor:
-    """Return how a row refers to a base tensor."""
+    """Return a row's reference to a base tensor with this digest."""
     return BaseTensor(tensor.file, tensor.name, tensor.spec.with_digest(digest))
 
 
 class Comparison:
-    """Compares one tensor of the target with its counterpart in the base, if there is one."""
+    """The comparison of one target tensor with its base tensor, if there is one."""
 
     def __init__(
         self,
@@ -64,22 +72,23 @@ class Comparison:
         standalone: bool = False,
         base_digest: bytes | None = None,
     ) -> None:
-        """Prepare.
+        """Prepare the comparison; ``run`` does it.
 
         Args:
-            base: the tensor in the base.
+            base: the tensor in the base; None if the target tensor has no counterpart.
             target: the tensor in the target.
-            values: the value encoding where there is a base value to start from.
+            values: the value encoding for elements that start with the base's bits; the other
+                elements use ``target``.
             payload: receives the coded chunks.
-            pace: told of every byte read.
-            level: how much time a smaller delta may cost.
-            standalone: use nothing that the base is needed to read.
-            base_digest: the base tensor's; None: it is made.
+            pace: receives the number of bytes read.
+            level: how much time is spent to make the delta smaller.
+            standalone: code the changes so that they can be decoded without the base.
+            base_digest: digest of the base tensor; None: it is computed.
         """
         spec = target.spec
         keep = default_keep(base.spec if base else None, spec)
         if base is not None and not keep and not base.spec.same_layout(spec):
-            base = None  # nothing of it is of use
+            base = None  # no element of it can be kept
         self._base = base
         self._target = target
         self._dtype = spec.dtype
@@ -94,14 +103,13 @@ class Comparison:
         n_block = max(1, min(BLOCK_BYTES // self._dtype.width, self._n_elements))
         self._base_block = np.zeros(n_block, self._dtype.view)
         self._target_block = np.zeros(n_block, self._dtype.view)
-        self._differs = np.empty(n_block, np.bool_)
         self._base_hash = blake3()
         self._base_digest = base_digest
-        # None while the target equals the base so far, whose bytes are hashed.
+        # None while all bytes so far are equal, so that hashing the base's bytes is enough.
         self._target_hash = blake3() if base_digest else None
 
     def run(self) -> Row:
-        """Return the row; its chunks are in the payload afterwards."""
+        """Return the row; its chunks are added to the payload."""
         base, target, chunks = self._base, self._target, []
         for start in range(0, self._n_elements, MAX_SPAN):
             chunk = self._compare_chunk(start, min(MAX_SPAN, self._n_elements - start))
@@ -122,7 +130,7 @@ class Comparison:
     def _compare_chunk(self, first: int, span: int) -> Chunk | None:
         dtype = self._dtype
         values = self._values if first < self._keep else "target"
-        # Not resident until filled: a sparse chunk touches few pages of these.
+        # np.empty takes no memory until a page is written, so a sparse chunk takes little.
         positions = np.empty(span, np.uint32)
         codes = np.empty(span, dtype.view)
         keys = np.empty(span, np.uint8)
@@ -130,22 +138,18 @@ class Comparison:
         touched_hashes = blake3(), blake3()
         nnz = 0
         with ExitStack() as place:
-            for start in range(0, span, len(self._differs)):
-                n = min(len(self._differs), span - start)
+            for start in range(0, span, len(self._base_block)):
+                n = min(len(self._base_block), span - start)
                 base_bits, target_bits = self._read(first + start, n)
-                touched = np.flatnonzero(
-                    np.not_equal(base_bits, target_bits, out=self._differs[:n])
-                )
-                self._hash(base_bits, target_bits, first + start, len(touched))
-                if not len(touched):
+                before, after = differences(base_bits, target_bits, start, positions[nnz:])
+                self._hash(base_bits, target_bits, first + start, len(before))
+                if not len(before):
                     continue
-                before, after = base_bits[touched], target_bits[touched]
                 for hasher, bits in zip(touched_hashes, (before, after), strict=True):
                     hasher.update(bits.view(np.uint8).data)
-                end = nnz + len(touched)
+                end = nnz + len(before)
                 if nnz <= DENSE_ELEMENTS < end:
                     place.enter_context(place_for(end, dtype))
-                np.add(touched, start, out=positions[nnz:end], casting="unsafe")
                 codes[nnz:end] = encode(dtype, before, after)
                 keys[nnz:end] = keys_of(before)
                 nnz = end
@@ -164,13 +168,16 @@ class Comparison:
             return self._payload.add_chunk(chunk, streams)
 
     def _start(self, first: int) -> RowStart | None:
-        """Return a reader of the row's start from ``first``; None if it must not help or is zero."""
+        """Return a reader of the row's start from ``first``.
+
+        None if the start is zero there, or if the delta must be decodable without the base.
+        """
         if self._standalone or self._base is None or self._keep <= first:
             return None
         return RowStart(self._base, self._dtype, self._keep, first)
 
     def _read(self, start: int, n: int) -> tuple[Bits, Bits]:
-        """Return the bits of elements ``start`` … ``start + n`` before and after the change."""
+        """Return the bits of ``n`` elements from ``start``, before and after the change."""
         width = self._dtype.width
         kept = max(0, min(n, self._keep - start))
         base_bits, target_bits = self._base_block[:n], self._target_block[:n]

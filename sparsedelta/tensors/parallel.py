@@ -1,13 +1,14 @@
-"""Independent pieces of work on all cores; the first failure stops the others."""
+"""Runs independent pieces of work in one thread per core. The first failure stops all of them."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from queue import SimpleQueue
 from typing import TypeVar
 
+from sparsedelta.interrupts import uninterrupted
 from sparsedelta.progress import Progress, Silent
 
 T = TypeVar("T")
@@ -15,15 +16,15 @@ R = TypeVar("R")
 
 
 class Places:
-    """Places that workers take turns in; ``with`` takes so many of them, all at once."""
+    """A semaphore of which one ``with`` takes several permits at once, so that no two workers wait for each other."""
 
     def __init__(self, n_taken: int, *, of: Places | None = None, n_places: int = 0) -> None:
-        """Prepare.
+        """Create a semaphore, or share that of ``of``.
 
         Args:
-            n_taken: how many to take.
-            of: take them of the same places as these.
-            n_places: how many there are; not with ``of``.
+            n_taken: number of permits that ``with`` takes.
+            of: take the permits from the same semaphore as this one.
+            n_places: number of permits of a new semaphore; not used with ``of``.
         """
         self._n_taken = n_taken
         self._free: list[int] = of._free if of else [n_places]
@@ -40,40 +41,46 @@ class Places:
             self._freed.notify_all()
 
 
-# A chunk in which most elements change takes 200 MB while it is coded, one of 8-byte elements 400 MB;
-# most take little. Workers that meet such a chunk take turns.
+# Coding a chunk in which most elements change takes 200 MB, or 400 MB with 8-byte elements. Most chunks take
+# little. Only two workers code such chunks at the same time, or one with 8-byte elements.
 DENSE_ELEMENTS = 1 << 21
 WIDE_BYTES = 8
+_SMALL_BYTES = 1 << 18  # items that cost less go to one worker
 dense_places = Places(1, n_places=2)
 wide_places = Places(2, of=dense_places)
 
 
 class Stopped(Exception):
-    """Raised inside workers when another one has failed or the person has interrupted."""
+    """Raised in a worker when another one has failed or the program was interrupted."""
 
 
 class Pace:
-    """Passes progress on, if anyone is to know, and stops the worker that reports it once the work has failed."""
+    """Reports progress, and stops every worker that reports to it once one has failed."""
 
     def __init__(self, progress: Progress | None = None) -> None:
         self.progress = progress or Silent()
-        self._stop = threading.Event()
+        # A list, because setting an Event that is interrupted may leave its lock held.
+        self._stops: list[bool] = []
 
     def unreported(self) -> Pace:
         """Return a pace for work that was not announced: it stops with this one and reports nothing."""
         pace = Pace()
-        pace._stop = self._stop
+        pace._stops = self._stops
         return pace
 
     def advance(self, n_bytes: int) -> None:
-        """Report ``n_bytes`` done; raises Stopped if the work is to end."""
-        if self._stop.is_set():
-            raise Stopped
+        """Report that ``n_bytes`` are done; raises Stopped if the work has to end."""
+        self.check()
         self.progress.advance(n_bytes)
+
+    def check(self) -> None:
+        """Raise Stopped if the work has to end."""
+        if self._stops:
+            raise Stopped
 
     def stop(self) -> None:
         """Make every worker end at its next report."""
-        self._stop.set()
+        self._stops.append(True)
 
 
 def n_workers() -> int:
@@ -90,31 +97,67 @@ def run_all(
     label: str = "",
     n_bytes: int | None = None,
 ) -> list[R]:
-    """Return ``work`` of every item, in the items' order; the costliest are begun first.
+    """Return the result of ``work`` for each item, in the order of the items; the items of highest cost start first.
 
-    Raises whatever ``work`` raised first; all workers have ended by then.
+    One worker does all items of low cost. Most of their work needs the interpreter's lock, so that two workers
+    would mostly wait for each other.
+
+    If ``work`` raises an error, all workers end, and then the first error is raised.
 
     Args:
-        work: done in threads.
-        items: what it is done to.
-        cost: what an item takes.
-        pace: told of it by ``work``.
-        label: what the stage is called.
-        n_bytes: what ``pace`` is told of in all; None: the cost of all items.
+        work: called in several threads.
+        items: the arguments of ``work``.
+        cost: returns the cost of an item in bytes.
+        pace: ``work`` reports its progress to it.
+        label: name of the stage for the progress.
+        n_bytes: number of bytes that ``work`` reports in all; None for the cost of all items.
     """
     costs = [cost(item) for item in items]
     order = sorted(range(len(items)), key=lambda i: -costs[i])
-    pace.progress.start(label, sum(costs) if n_bytes is None else n_bytes)
-    with ThreadPoolExecutor(n_workers()) as pool:
+    small = [i for i in order if costs[i] < _SMALL_BYTES]
+    batches = [small] * bool(small) + [[i] for i in order[: len(order) - len(small)]]
+    left = iter(batches)  # shared by the workers
+    results: dict[int, R] = {}
+    failures: list[BaseException] = []
+    threads: list[threading.Thread] = []
+    ended: list[None] = []  # one entry per worker that has ended; then follows one in ``ends``
+    ends: SimpleQueue[None] = SimpleQueue()
+
+    def run() -> None:
         try:
-            futures = {i: pool.submit(work, items[i]) for i in order}
-            wait(futures.values(), return_when=FIRST_EXCEPTION)
-            failed = [f for f in futures.values() if f.done() and f.exception()]
-            for future in failed:
-                if not isinstance(future.exception(), Stopped):
-                    future.result()
-            return [futures[i].result() for i in range(len(items))]
-        finally:
+            for batch in left:
+                for i in batch:
+                    pace.check()
+                    results[i] = work(items[i])
+        except BaseException as error:
+            failures.append(error)
             pace.stop()
-            pool.shutdown(wait=True, cancel_futures=True)
-            pace.progress.finish()
+        finally:
+            ended.append(None)
+            ends.put(None)
+
+    def wait() -> None:
+        # Not Thread.join: if it is interrupted, Python takes a running thread for one that has ended.
+        while len(ended) < len(threads):
+            ends.get()
+
+    # Not a ThreadPoolExecutor: an interrupt inside its methods can leave a lock held, for which workers wait.
+    pace.progress.start(label, sum(costs) if n_bytes is None else n_bytes)
+    try:
+        with uninterrupted():
+            for _ in range(min(n_workers(), len(batches))):
+                thread = threading.Thread(target=run)
+                thread.start()
+                threads.append(thread)
+        wait()
+        if failures:
+            raise next((e for e in failures if not isinstance(e, Stopped)), failures[0])
+        return [results[i] for i in range(len(items))]
+    finally:
+        pace.stop()
+        with uninterrupted():
+            wait()
+            for thread in threads:
+                thread.join()
+        failures.clear()  # an error holds this frame, and this frame must not hold the error
+        pace.progress.finish()

@@ -1,6 +1,6 @@
-"""One tensor of the target, made from the base's block by block, and what it and the base must be.
+"""Rebuild one target tensor from its base tensor, block by block, and check both.
 
-Memory stays within one block and the changes of one chunk, whatever the tensor's size.
+Memory is at most one block and the changes of one chunk, for tensors of any size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from sparsedelta.codecs.chunk import TOUCHED_BYTES, Chunk
 from sparsedelta.codecs.indices import Positions
-from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits
+from sparsedelta.codecs.values import Bits, change
 from sparsedelta.errors import Corrupt
 from sparsedelta.format.records import DIGEST_BYTES, Payload, Row
 from sparsedelta.tensors.changes import decode_row_chunk, place_for, segments
@@ -27,7 +27,12 @@ Write: TypeAlias = Callable[[memoryview, int], None]  # bytes, and their offset 
 
 
 class BaseDiffers(Exception):
-    """A base tensor is not what the row says; ``digest`` is its digest."""
+    """A base tensor has another digest than the row expects.
+
+    Attributes:
+        row: the row.
+        digest: the digest found.
+    """
 
     def __init__(self, row: Row, digest: bytes) -> None:
         super().__init__(row.name)
@@ -36,7 +41,7 @@ class BaseDiffers(Exception):
 
 
 def check_base_tensor(row: Row, base: Source, pace: Pace) -> None:
-    """Raise BaseDiffers if a base tensor is another than the row says."""
+    """Raise BaseDiffers if a base tensor has another digest than the row expects."""
     digest = digest_tensor(base, pace)
     if row.base and digest != row.base.spec.digest:
         raise BaseDiffers(row, digest)
@@ -52,27 +57,29 @@ def rebuild(
     pace: Pace,
     every_base: bool = False,
 ) -> None:
-    """Make a target tensor from its base tensor, and check both.
+    """Rebuild a target tensor from its base tensor, and check both.
 
     Args:
         row: the tensor.
-        base: the base tensor, of the dtype and shape that the row says; None if it has none.
+        base: the base tensor, with the dtype and shape that the row states; None if the row has none.
         payload: holds the coded chunks.
         write: receives the tensor's bytes in order; a block is valid only during the call.
-        check: ``"full"`` compares digests of all bytes and of touched elements, ``"touched"`` only
-            those of touched elements or, of a tensor with chunks that have none, all.
-        pace: told of every byte of the target.
-        every_base: with ``"full"``, digest the base tensor even where the target's digest proves it.
+        check: ``"full"`` compares the digests of whole tensors and of touched elements. ``"touched"``
+            compares only those of touched elements, but acts like ``"full"`` if a chunk lacks them.
+            ``"none"`` compares neither.
+        pace: receives the number of bytes of the target.
+        every_base: with ``"full"``, always compare the digest of the base tensor. Otherwise this is
+            skipped where the digest of the target proves that the base is right.
 
     Raises:
-        BaseDiffers: the base tensor has another digest than the row says.
-        Corrupt: the base tensor is right and the one made is not: the delta is inconsistent; or a
-            chunk is damaged.
+        BaseDiffers: the base tensor has another digest than the row expects.
+        Corrupt: a chunk is damaged, or the right base gives a wrong target.
+        ValueError: the row has a base tensor, and ``base`` is None.
     """
     if base is None and row.base is not None:
-        raise ValueError(f"tensor {row.name!r} is made from a base tensor, and none was given")
+        raise ValueError(f"tensor {row.name!r} needs its base tensor, but base is None")
     if check == "touched" and any(chunk.touched is None for chunk in row.chunks):
-        check = "full"  # there are no other digests to hold it against
+        check = "full"  # this chunk has no touched digests to compare
     full, dtype = check == "full", row.target.dtype
     wants_base = full and base is not None and (every_base or not _target_proves_base(row))
     work = _Rebuild(
@@ -88,13 +95,16 @@ def rebuild(
     )
     for start, end, chunk in segments(row):
         with place_for(chunk.nnz if chunk else 0, dtype):
-            work.make(start, end, chunk)
+            work.rebuild_segment(start, end, chunk)
     work.check()
 
 
 @dataclass(frozen=True, slots=True)
 class _Rebuild:
-    """The work on one tensor: what ``rebuild`` is given, and a hash of what it is to digest."""
+    """The state of one call of ``rebuild``: its arguments, a buffer, and hashes of target and base.
+
+    A hash is None if its digest is not compared.
+    """
 
     row: Row
     base: Source | None
@@ -106,12 +116,11 @@ class _Rebuild:
     target_hash: blake3 | None
     base_hash: blake3 | None
 
-    def make(self, first: int, end: int, chunk: Chunk | None) -> None:
-        """Make a segment of the tensor."""
+    def rebuild_segment(self, first: int, end: int, chunk: Chunk | None) -> None:
+        """Rebuild and write elements ``first`` to ``end``, which ``chunk``, if any, changes."""
         row, n_block = self.row, len(self.block)
         dtype = row.target.dtype
         positions, codes = np.empty(0, np.uint32), np.empty(0, dtype.view)
-        decode = VALUE_ENCODINGS[chunk.coding.values].decode if chunk else None
         hashes = (blake3(), blake3()) if chunk and chunk.touched and self.checks_touched else ()
         if chunk:
             positions, codes = self._decode_chunk(chunk)
@@ -123,13 +132,11 @@ class _Rebuild:
             if self.base_hash:
                 n_kept = max(0, min(len(bits), row.keep - start))
                 self.base_hash.update(bits[:n_kept].view(np.uint8).data)
-            if high > low and decode:
-                where = positions[low:high] - np.uint32(start - first)
-                before = bits[where]
-                after = decode(dtype, before, codes[low:high])
-                bits[where] = after
-                for hasher, values in zip(hashes, (before, after), strict=False):
-                    hasher.update(np.ascontiguousarray(values).view(np.uint8).data)
+            if high > low and chunk:
+                values, part = chunk.coding.values, slice(low, high)
+                made = change(dtype, bits, start - first, positions[part], values, codes[part])
+                for hasher, found in zip(hashes, made, strict=False):
+                    hasher.update(np.ascontiguousarray(found).view(np.uint8).data)
             raw = bits.view(np.uint8).data
             if self.target_hash:
                 self.target_hash.update(raw)
@@ -143,7 +150,7 @@ class _Rebuild:
         try:
             return decode_row_chunk(self.row, chunk, self.payload, self.base)
         except Corrupt:
-            # What is read with the help of another base makes no sense: that is the thing to say.
+            # Decoding with a wrong base fails, too. In that case report the base, not the delta.
             if chunk.coding.classes:
                 self._check_base()
             raise
@@ -153,16 +160,16 @@ class _Rebuild:
             return
         self._check_base()
         raise Corrupt(
-            f"tensor {self.row.name!r}: its touched values {found[0].hex()} become {found[1].hex()},"
-            f" expected {chunk.touched[0].hex()} and {chunk.touched[1].hex()}, on the right base; the delta is"
-            " inconsistent; download it again",
+            f"tensor {self.row.name!r}: its touched values have the digests {found[0].hex()} before and"
+            f" {found[1].hex()} after, expected {chunk.touched[0].hex()} and {chunk.touched[1].hex()};"
+            " the base is right, so the delta is inconsistent; download it again",
             tensor=self.row.name,
             expected=chunk.touched[1].hex(),
             found=found[1].hex(),
         )
 
     def check(self) -> None:
-        """Compare the digests of what was made, and of what it was made from."""
+        """Compare the digests of the base tensor and of the rebuilt tensor."""
         row = self.row
         if self.base_hash and self.base is not None and row.base:
             kept_bytes = row.keep * row.target.dtype.width
@@ -176,24 +183,25 @@ class _Rebuild:
         if expected is not None and digest != expected:
             self._check_base()
             raise Corrupt(
-                f"tensor {row.name!r} becomes {digest.hex()[:12]}…, expected {expected.hex()[:12]}…,"
-                " on the right base; the delta is inconsistent; download it again",
+                f"tensor {row.name!r} is rebuilt with digest {digest.hex()[:12]}…, expected"
+                f" {expected.hex()[:12]}…; the base is right, so the delta is inconsistent; download it"
+                " again",
                 tensor=row.name,
                 expected=expected.hex(),
                 found=digest.hex(),
             )
 
     def _check_base(self) -> None:
-        """Raise BaseDiffers if the base tensor is another."""
+        """Raise BaseDiffers if the base tensor has another digest than expected."""
         if self.base is not None:
             check_base_tensor(self.row, self.base, self.pace.unreported())
 
 
 def _target_proves_base(row: Row) -> bool:
-    """Return whether only the right base tensor can become one with the target's digest.
+    """Return whether a right target digest proves that the base tensor is right.
 
-    An ulp code maps the bits before onto the bits after one to one, and so do all of them
-    together if every element of the base is kept, and if none was read with the base's help.
+    This holds if different base tensors always give different targets: every element of the base is
+    kept, all codes are ``ulp``, which maps bits one to one, and no chunk was decoded with the base.
     """
     return (
         row.target.digest is not None

@@ -1,6 +1,7 @@
-"""A tensor of the target as something to read, made from the base's while it is read.
+"""A target tensor that is rebuilt from its base tensor while it is read.
 
-Reading is best done forward, as ``Comparison`` does; the changes of one chunk are held at a time.
+Reading is fastest from the first byte to the last, as ``Comparison`` reads. Each reader holds the
+changes of one chunk.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from sparsedelta.tensors.parallel import Pace
 from sparsedelta.tensors.start import Readable, read_start
 
 
-class MadeTensor:
-    """A target tensor (a ``Source``).
+class RebuiltTensor:
+    """A target tensor, rebuilt on demand (a ``Source``).
 
     Args:
-        row: the tensor.
-        base: the base tensor, which may be a made one; None: it has none.
-        payload: holds the coded chunks.
-        pace: told of every coded byte.
-        others: further changes of the same base tensor, with their payloads; none touches what
-            another does.
+        row: the row of the tensor.
+        base: the base tensor, which may be a ``RebuiltTensor``; None if the row has none.
+        payload: holds the chunks of the row.
+        pace: receives the number of coded bytes read.
+        others: rows of other deltas that change the same base tensor, with their payloads. No two
+            rows may touch the same element.
     """
 
     def __init__(
@@ -46,7 +47,10 @@ class MadeTensor:
         ]
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` with the tensor's bytes from ``offset``; both are whole elements."""
+        """Fill ``buffer`` with the tensor's bytes from ``offset``.
+
+        Both the size of ``buffer`` and ``offset`` must be multiples of the element's width.
+        """
         dtype = self.spec.dtype
         bits = np.frombuffer(buffer, dtype.view)
         start = offset // dtype.width

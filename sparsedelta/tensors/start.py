@@ -1,4 +1,4 @@
-"""The start of a row: its elements before a change, read as they are asked for (FORMAT §4)."""
+"""The start of a row: the elements of the target before the changes are applied (FORMAT §4)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ class Readable(Protocol):
 
 
 def read_start(base: Readable | None, keep: int, first: int, bits: Bits) -> None:
-    """Fill ``bits`` with the start of a row from element ``first``: base elements below ``keep``, then zeros."""
+    """Fill ``bits`` with the start of a row from element ``first``.
+
+    The elements below ``keep`` are those of the base; all others are zero bits.
+    """
     n_kept = max(0, min(len(bits), keep - first))
     bits[n_kept:] = 0
     if n_kept and base is not None:
@@ -26,15 +29,13 @@ def read_start(base: Readable | None, keep: int, first: int, bits: Bits) -> None
 
 
 class RowStart:
-    """The start of a row from one element on, as encoders and decoders ask for it.
+    """Reads the start of a row for encoders and decoders (``sparsedelta.codecs.context.StartBits``).
 
     Args:
-        base: the base tensor; None if ``keep`` is 0.
-        dtype: of the target.
-        keep: leading elements taken from the base.
-        first: the element that counts as number 0.
-
-    The array returned is used again by the next call.
+        base: the base tensor; may be None only if ``keep`` is 0.
+        dtype: dtype of the target.
+        keep: how many leading elements are taken from the base.
+        first: the element from which positions are counted.
     """
 
     def __init__(self, base: Readable | None, dtype: DType, keep: int, first: int) -> None:
@@ -45,7 +46,10 @@ class RowStart:
         self._buffer = np.empty(0, dtype.view)
 
     def __call__(self, start: int, n: int) -> Bits:
-        """Return elements ``start`` … ``start + n``."""
+        """Return ``n`` elements from ``start``, counted from ``first``.
+
+        The next call reuses the memory of the returned array.
+        """
         if len(self._buffer) < n:
             self._buffer = np.empty(n, self._dtype.view)
         bits = self._buffer[:n]

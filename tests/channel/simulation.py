@@ -234,9 +234,7 @@ class Simulation:
         """Return what each party has returned; None: it has not ended."""
         return [self._histories[number].result for number in state.parties]
 
-    def _outcomes(
-        self, state: State, call: Call
-    ) -> Iterator[tuple[str, Answer | None, bool, int]]:
+    def _outcomes(self, state: State, call: Call) -> Iterator[tuple[str, Answer | None, bool, int]]:
         yield "", None, True, 0
         if not state.faults:
             return

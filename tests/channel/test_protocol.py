@@ -55,7 +55,11 @@ FEW: dict[str, Configuration] = {
         Faults(0, ticks=1),
     ),
     "a pruner and two followers": (
-        {"r": pruner(1), "f": follower("f", n_syncs=1, disk=AT_1), "g": follower("g", n_syncs=1, disk=AT_1)},
+        {
+            "r": pruner(1),
+            "f": follower("f", n_syncs=1, disk=AT_1),
+            "g": follower("g", n_syncs=1, disk=AT_1),
+        },
         THREE,
         Faults(0, ticks=1),
     ),

@@ -1,4 +1,4 @@
-"""What the tests of the command line share: a workplace, and ways to run commands."""
+"""Helpers for the tests of the command line: a folder with two checkpoints, and ways to run commands."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ Run = Callable[..., Result]
 Process = Callable[..., subprocess.CompletedProcess[str]]
 
 SOURCE = Path(sparsedelta.__file__).parents[1]
-STRANGE = "new.\x1b[31mred[/]\u202e:warning:"  # what a terminal, or rich, would act upon
+STRANGE = (
+    "new.\x1b[31mred[/]\u202e:warning:"  # characters that a terminal interprets, and markup of rich
+)
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """A folder with ``base`` and ``target`` in it."""
+    """A folder that holds the checkpoints ``base`` and ``target``."""
 
     path: Path
 
@@ -50,11 +52,11 @@ class Workplace:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Return this process's environment for one that runs the command line."""
+    """Return the environment for a process that runs the command line."""
     kept = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     return {**kept, "PYTHONPATH": str(SOURCE), **variables}
 
 
 def command(*arguments: str | Path) -> list[str]:
-    """Return a command line that runs the package in a process of its own."""
+    """Return a command line that runs the package in its own process."""
     return [sys.executable, "-W", "error", "-m", "sparsedelta", *map(str, arguments)]

@@ -1,4 +1,4 @@
-"""Two small checkpoints that differ in every way, and ways to run the command line on them."""
+"""Fixtures: two small checkpoints that differ in every way, and ways to run the command line on them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run() -> Run:
 
 @pytest.fixture
 def process(workplace: Workplace) -> Process:
-    """Run the command line in a process of its own, in the workplace."""
+    """Run the command line in its own process, in the workplace."""
 
     def process(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""``sparsedelta stack`` and ``sparsedelta invert``: what they write, say and refuse."""
+"""``sparsedelta stack``, ``invert`` and ``merge``: the deltas they write, the output and the errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def undo(workplace: Workplace, run: Run) -> Path:
         "invert", workplace.delta, "--base", workplace.base, "-o", output, "--base-id", "x"
     )
     assert (result.exit_code, result.stderr) == (0, "")
-    assert "27 of" not in result.stdout  # elements that only the target has are not in it
+    assert "27 of" not in result.stdout  # elements that only the target has are not counted
     return output
 
 
@@ -31,7 +31,9 @@ def test_the_inverse_gives_the_base_back(workplace: Workplace, undo: Path) -> No
         assert inverse.base.id == "x"
 
 
-def test_there_and_back_is_nothing(workplace: Workplace, undo: Path, run: Run) -> None:
+def test_a_delta_stacked_with_its_inverse_changes_nothing(
+    workplace: Workplace, undo: Path, run: Run
+) -> None:
     output = workplace.path / "nothing.sd"
     result = run("stack", workplace.delta, undo, "--base", workplace.base, "-o", output, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -43,7 +45,7 @@ def test_there_and_back_is_nothing(workplace: Workplace, undo: Path, run: Run) -
     assert_same_files(workplace.base, workplace.out)
 
 
-def test_a_stack_tells_its_size(workplace: Workplace, undo: Path, run: Run) -> None:
+def test_the_report_on_a_stack(workplace: Workplace, undo: Path, run: Run) -> None:
     output = workplace.path / "twice.sd"
     result = run("stack", workplace.delta, undo, workplace.delta, "-o", output)
     assert result.stdout == (
@@ -52,7 +54,7 @@ def test_a_stack_tells_its_size(workplace: Workplace, undo: Path, run: Run) -> N
     )
 
 
-def test_siblings_that_meet_in_a_tensor_need_the_base(tmp_path: Path, run: Run) -> None:
+def test_siblings_that_change_one_tensor_need_the_base(tmp_path: Path, run: Run) -> None:
     raw = noise("F32", 8)
     base = write_file(tmp_path / "b.safetensors", {"w": raw})
     paths = []
@@ -65,7 +67,7 @@ def test_siblings_that_meet_in_a_tensor_need_the_base(tmp_path: Path, run: Run) 
     result = run("stack", *paths, "-o", output)
     assert result.exit_code == 1
     assert (
-        "change tensor 'w'; what it becomes only the base tells: give it (base=, --base)"
+        "change tensor 'w', so its digest can be computed only with the base; give the base (base=, --base)"
         in result.stderr
     )
     assert not output.exists()
@@ -76,7 +78,7 @@ def test_siblings_that_meet_in_a_tensor_need_the_base(tmp_path: Path, run: Run) 
     assert (tmp_path / "out").read_bytes() == both.read_bytes()
 
 
-def test_siblings_whose_target_is_not_known_say_so(
+def test_a_stack_without_target_digests_is_reported(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_chunks(monkeypatch, 2, 1 << 10)
@@ -90,13 +92,13 @@ def test_siblings_whose_target_is_not_known_say_so(
             delta.save(paths[-1])
     result = run("stack", *paths, "-o", tmp_path / "unknown.sd")
     assert result.stdout.splitlines()[1:] == [
-        "what the target must be is known of the touched values only; with --base it is of all"
+        "the delta has digests of the touched values only; with --base it has those of the whole target"
     ]
     with_base = run("stack", *paths, "--base", base, "-o", tmp_path / "known.sd")
     assert len(with_base.stdout.splitlines()) == 1
 
 
-def test_what_needs_the_base_says_so(workplace: Workplace, run: Run) -> None:
+def test_the_error_if_the_base_is_needed(workplace: Workplace, run: Run) -> None:
     workplace.save_delta()
     result = run("invert", workplace.delta, "-o", workplace.path / "undo.sd")
     assert result.exit_code == 1
@@ -104,7 +106,9 @@ def test_what_needs_the_base_says_so(workplace: Workplace, run: Run) -> None:
     assert not (workplace.path / "undo.sd").exists()
 
 
-def test_neither_replaces_its_inputs(workplace: Workplace, undo: Path, run: Run) -> None:
+def test_stack_and_invert_do_not_replace_their_inputs(
+    workplace: Workplace, undo: Path, run: Run
+) -> None:
     before = {**state(workplace.delta), **state(undo)}
     for arguments in (
         ["stack", workplace.delta, undo, "-o", undo, "--overwrite"],
@@ -117,7 +121,7 @@ def test_neither_replaces_its_inputs(workplace: Workplace, undo: Path, run: Run)
 
 @pytest.fixture
 def variants(workplace: Workplace, tmp_path: Path) -> list[Path]:
-    """Two deltas of the base that change single elements of a tensor."""
+    """Return two deltas of the base that change single elements of a tensor."""
     raw = noise("F32", 8)
     base = write_file(tmp_path / "in-place" / "b.safetensors", {"w": raw})
     paths = []
@@ -129,7 +133,7 @@ def variants(workplace: Workplace, tmp_path: Path) -> list[Path]:
     return [base, *paths]
 
 
-def test_merging_passes_everything_on(variants: list[Path], tmp_path: Path, run: Run) -> None:
+def test_merge_passes_all_options_on(variants: list[Path], tmp_path: Path, run: Run) -> None:
     output = tmp_path / "merged.sd"
     options = ["--method", "dare-ties", "--weights", "0.7,0.3", "--density", "0.9,0.8"]
     result = run(
@@ -153,7 +157,7 @@ def test_merging_passes_everything_on(variants: list[Path], tmp_path: Path, run:
         assert found.tensors == wanted.tensors
 
 
-def test_siblings_that_overlap_are_sent_to_merge(
+def test_the_error_for_overlapping_siblings_names_merge(
     variants: list[Path], tmp_path: Path, run: Run
 ) -> None:
     output = tmp_path / "both.sd"
@@ -165,7 +169,9 @@ def test_siblings_that_overlap_are_sent_to_merge(
 
 
 @pytest.mark.parametrize("weights", ["a", "1,,2", ""])
-def test_what_is_no_number(variants: list[Path], tmp_path: Path, run: Run, weights: str) -> None:
+def test_an_option_that_is_not_a_number(
+    variants: list[Path], tmp_path: Path, run: Run, weights: str
+) -> None:
     result = run("merge", *variants, "-o", tmp_path / "m.sd", "--weights", weights)
     assert result.exit_code == 2
     assert "is not a number" in result.stderr

@@ -1,4 +1,4 @@
-"""``sparsedelta apply``: the output, and what is refused."""
+"""``sparsedelta apply``: the output and the errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_rebuilds_the_target(workplace: Workplace, process: Process) -> None:
 
 
 @pytest.mark.parametrize("words", [("-q", "apply"), ("apply", "-q")])
-def test_quiet_says_nothing(workplace: Workplace, run: Run, words: tuple[str, str]) -> None:
+def test_quiet_prints_nothing(workplace: Workplace, run: Run, words: tuple[str, str]) -> None:
     result = run(*words, workplace.base, workplace.save_delta(), workplace.out)
     assert (result.exit_code, result.output) == (0, "")
     assert_same_files(workplace.target, workplace.out)
@@ -53,7 +53,7 @@ def test_verify_level_reaches_the_library(workplace: Workplace, run: Run) -> Non
     delta = workplace.save_delta()
     weights = workplace.base / "model.safetensors"
     content = bytearray(weights.read_bytes())
-    content[-100_000] ^= 1  # of layer.weight, a value that the delta does not touch
+    content[-100_000] ^= 1  # a value of layer.weight that the delta does not touch
     weights.write_bytes(content)
     full = run("apply", workplace.base, delta, workplace.out)
     assert full.exit_code == 1
@@ -62,7 +62,7 @@ def test_verify_level_reaches_the_library(workplace: Workplace, run: Run) -> Non
     assert run("apply", workplace.base, delta, workplace.out, "--verify", "touched").exit_code == 0
 
 
-def test_goes_without_files_that_the_base_lacks(workplace: Workplace, run: Run) -> None:
+def test_exclude_leaves_out_files_that_the_base_lacks(workplace: Workplace, run: Run) -> None:
     for folder in (workplace.base, workplace.target):
         write(folder / "README.md", "as it was")
     delta = workplace.save_delta()
@@ -87,7 +87,7 @@ def test_wrong_base_is_one_line_and_no_output(workplace: Workplace, process: Pro
     assert {path.name for path in workplace.path.iterdir()} == {"base", "target", "delta.sd"}
 
 
-def test_keeps_an_existing_output_unless_told(workplace: Workplace, run: Run) -> None:
+def test_replaces_an_output_only_with_overwrite(workplace: Workplace, run: Run) -> None:
     delta = workplace.save_delta()
     write(workplace.out / "model.safetensors", "mine")
     result = run("apply", workplace.base, delta, workplace.out)
@@ -117,15 +117,13 @@ def test_needs_a_delta(workplace: Workplace, run: Run) -> None:
     assert "give BASE, at least one DELTA, and OUT, in this order" in result.stderr
 
 
-def test_overwrites_neither_a_delta_nor_what_is_no_checkpoint(
-    workplace: Workplace, run: Run
-) -> None:
+def test_does_not_overwrite_a_delta_or_other_folders(workplace: Workplace, run: Run) -> None:
     delta = workplace.save_delta()
     second = workplace.path / "second.sd"
     second.write_bytes(delta.read_bytes())
     write(workplace.out / "thesis.txt", "mine")
     before = tree(workplace.path)
-    for out, reason in ((second, "is a file"), (workplace.out, "no checkpoint to overwrite")):
+    for out, reason in ((second, "is a file"), (workplace.out, "so it is not replaced")):
         result = run("apply", workplace.base, delta, out, "--overwrite")
         assert result.exit_code == 1
         assert reason in result.stderr

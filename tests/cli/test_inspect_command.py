@@ -1,4 +1,4 @@
-"""``sparsedelta inspect``: the summary, the tensors and the JSON."""
+"""``sparsedelta inspect``: the summary, the tables of tensors and the JSON."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ ESCAPED = r"new.\x1b[31mred[/]\u202e:warning:"
 
 
 def rows(output: str, start: str) -> list[list[str]]:
-    """Return the words of the lines that begin like this."""
+    """Return the words of the lines that begin with this text."""
     return [line.split() for line in output.splitlines() if line.startswith(start)]
 
 
-def test_json_is_the_librarys(workplace: Workplace, process: Process) -> None:
+def test_json_equals_that_of_the_library(workplace: Workplace, process: Process) -> None:
     found = json.loads(process("inspect", workplace.save_delta(), "--json").stdout)
     assert found.pop("delta") == str(workplace.delta)
     assert found == sparsedelta.inspect(workplace.delta).as_json()
@@ -47,13 +47,13 @@ def test_tensors(workplace: Workplace, run: Run) -> None:
     assert rows(output, "layer.weight")[0][1:5] == ["300×100", "5", "0.017", "%"]
     assert rows(output, "embed.weight")[0][1:6] == ["40×16", "→", "41×16", "16", "2.44"]
     assert rows(output, ESCAPED)[0][1:5] == ["2×3", "6", "100", "%"]
-    assert rows(output, "old") == []  # of the base, which the target is not made from
+    assert rows(output, "old") == []  # of the base; the target does not use it
     assert "added: 1 tensor, F32" in output
     assert "head.bias" not in output
     assert output.endswith("1 unchanged tensor not listed\n")
 
 
-def test_nothing_in_a_name_reaches_the_terminal(workplace: Workplace, process: Process) -> None:
+def test_control_characters_in_names_are_escaped(workplace: Workplace, process: Process) -> None:
     base_id = "id\x1b]0;title\x07\n"
     info: dict[str, Any] = {"\x1b[2Jkey": "\x1b[2Jvalue", "group\x9b": {"a": [1, "\x1b"]}}
     with sparsedelta.diff(workplace.base, workplace.target, base_id=base_id, info=info) as delta:
@@ -63,7 +63,7 @@ def test_nothing_in_a_name_reaches_the_terminal(workplace: Workplace, process: P
         assert all(c.isprintable() or c == "\n" for c in output)
 
 
-def test_nothing_in_a_name_is_markup(workplace: Workplace, process: Process) -> None:
+def test_markup_in_names_is_printed_literally(workplace: Workplace, process: Process) -> None:
     base_id = "[bold]org[/bold]/:warning:" + "x" * 200
     with sparsedelta.diff(workplace.base, workplace.target, base_id=base_id) as delta:
         delta.save(workplace.delta)
@@ -84,7 +84,7 @@ def test_lines_fit_the_terminal(workplace: Workplace, process: Process, columns:
     assert "".join(folded) == name
 
 
-def test_lines_are_whole_without_a_terminal(workplace: Workplace, process: Process) -> None:
+def test_lines_are_not_cut_without_a_terminal(workplace: Workplace, process: Process) -> None:
     name = "x" * 500
     write_file(workplace.target / "model.safetensors", {name: noise("F32", 10, 10)})
     workplace.save_delta()
@@ -101,7 +101,7 @@ def test_the_payload_is_not_read(workplace: Workplace, run: Run) -> None:
     assert run("verify", delta).exit_code == 1
 
 
-def test_terminal_that_lacks_characters(workplace: Workplace, process: Process) -> None:
+def test_terminal_encoding_without_some_characters(workplace: Workplace, process: Process) -> None:
     workplace.save_delta()
     result = process("inspect", "delta.sd", "--tensors", PYTHONIOENCODING="latin-1")
     assert (result.returncode, result.stderr) == (0, "")

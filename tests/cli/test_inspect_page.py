@@ -1,4 +1,4 @@
-"""``sparsedelta inspect --html``: one page by itself, in which nothing of a delta is markup."""
+"""``sparsedelta inspect --html``: a self-contained page, in which all text of a delta is escaped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EVIL = "<script>alert(1)</script>"
 
 
 class Reader(HTMLParser):
-    """Gathers tags, attributes and text."""
+    """Collects the tags, attributes and text of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Reader(HTMLParser):
 
 
 def make_delta(folder: Path, info: dict[str, Any]) -> Path:
-    """Two layers of one stack, three experts in each, and tensors apart."""
+    """Return a delta of a model with two layers, three experts in each, and tensors outside the layers."""
     tensors = {
         f"model.layers.{layer}.{kind}": noise("F32", 20, 10)
         for layer in (0, 1)
@@ -84,7 +84,7 @@ def test_the_cells_hold_the_densities(run: Run, tmp_path: Path) -> None:
     assert "Unchanged in every layer: norm.weight." in page.text
 
 
-def test_the_page_stands_by_itself_and_names_are_text(run: Run, tmp_path: Path) -> None:
+def test_the_page_is_self_contained_and_escapes_names(run: Run, tmp_path: Path) -> None:
     info: dict[str, Any] = {EVIL: EVIL, "settings": {"lr": 0.1}, "losses": [[1, 2.0], [5, 0.5]]}
     raw = page_of(run, tmp_path, info)
     page = Reader(raw)
@@ -118,11 +118,11 @@ def test_a_second_map_shows_how_far_elements_moved(run: Run, tmp_path: Path) -> 
         if name == "style" and value is not None
     ]
     assert strengths[4:] == [1.0, 0.0, 0.0, 0.02]  # the square root of 1e-4 / 0.25
-    assert {"How far it moves it", "0.25", "0.0001", "0.12"} <= set(page.text)
+    assert {"How much it changes the values", "0.25", "0.0001", "0.12"} <= set(page.text)
     assert not [text for text in page.text if text.startswith("mean_change")]
 
 
-def test_what_is_not_recorded_is_not_made_up(run: Run, tmp_path: Path) -> None:
+def test_changes_that_are_not_recorded_are_shown_as_unknown(run: Run, tmp_path: Path) -> None:
     some = {"model.layers.0.attn.q.weight": 0.25}
     page = Reader(page_of(run, tmp_path, {"mean_change": some}))
     titles = [value for name, value in page.attributes if name == "title"]
@@ -134,7 +134,9 @@ def test_what_is_not_recorded_is_not_made_up(run: Run, tmp_path: Path) -> None:
     "recorded",
     [None, 1, [0.1], {EVIL: "x"}, {EVIL: True}, {EVIL: -1.0}, {EVIL: [1]}, {EVIL: 1e300}, {}],
 )
-def test_a_record_of_another_form_is_no_map(run: Run, tmp_path: Path, recorded: object) -> None:
+def test_a_malformed_record_of_changes_is_ignored(
+    run: Run, tmp_path: Path, recorded: object
+) -> None:
     assert mean_changes({"mean_change": recorded}) == {}
     assert "How far" not in page_of(run, tmp_path, {"mean_change": recorded})
 
@@ -151,7 +153,7 @@ def test_cells_weigh_their_tensors_by_what_changed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "losses", [None, "12", [[1, "x"]], [[1, 2, 3]], [1, 2], [[1, True]], [[1, 1e300]], {"a": 1}]
 )
-def test_losses_of_another_form_are_not_drawn(run: Run, tmp_path: Path, losses: object) -> None:
+def test_malformed_losses_are_not_drawn(run: Run, tmp_path: Path, losses: object) -> None:
     assert curve_points({"losses": losses}) == []
     assert "<svg" not in page_of(run, tmp_path, {"losses": losses})
 
@@ -163,7 +165,7 @@ def test_the_curve_is_drawn_to_scale(run: Run, tmp_path: Path) -> None:
     assert points == [(56.0, 12.0), (382.0, 109.0), (708.0, 206.0)]
 
 
-def test_a_page_replaces_nothing_unless_told(run: Run, workplace: Workplace) -> None:
+def test_a_page_replaces_a_file_only_with_overwrite(run: Run, workplace: Workplace) -> None:
     html = workplace.path / "page.html"
     html.write_text("mine")
     result = run("inspect", workplace.save_delta(), "--html", html)
@@ -173,7 +175,7 @@ def test_a_page_replaces_nothing_unless_told(run: Run, workplace: Workplace) -> 
     assert html.read_text().startswith("<!doctype html>")
 
 
-def test_stacks_and_tensors_apart() -> None:
+def test_layers_and_single_tensors_are_separated() -> None:
     class Row:
         def __init__(self, name: str, nnz: int, numel: int) -> None:
             self.name, self.nnz, self.numel = name, nnz, numel

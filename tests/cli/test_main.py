@@ -1,4 +1,4 @@
-"""What holds for every command: help, start-up, failures, interruption, progress."""
+"""Behaviour of every command: help, start-up, errors, interruption, progress."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from helpers import assert_same_files, noise, write_sharded
 
 import sparsedelta
 from sparsedelta.cli import COMMANDS, main
+from sparsedelta.codecs.kernels import in_use
 
 ON_THE_HUB = {"push", "pull"}  # tests/hub runs their examples
 HEAVY = ("numpy", "rich", "torch", "huggingface_hub", "zstandard", "blake3", "safetensors")
@@ -38,7 +39,7 @@ def help_of(name: str | None) -> str:
 
 
 def examples_in(text: str) -> list[list[str]]:
-    """Return the examples at the end of a help, which must be there."""
+    """Return the examples at the end of a help page; fail if there is none."""
     match = re.search(r"\n\n +Examples?:\n((?: +sparsedelta .*\n?)+)\Z", text)
     assert match, "the help does not end with an example"
     return [shlex.split(line)[1:] for line in match[1].splitlines()]
@@ -110,7 +111,9 @@ def test_start_up_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_version(process: Process) -> None:
-    assert process("--version").stdout == f"sparsedelta {sparsedelta.__version__}\n"
+    assert process("--version").stdout == (
+        f"sparsedelta {sparsedelta.__version__} ({in_use()} kernels)\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def test_failures_are_one_line(
     debugged = run("--debug", "inspect", "delta.sd")
     assert (debugged.exit_code, debugged.stdout) == (1, "")
     assert debugged.stderr.startswith("Traceback")
-    assert debugged.stderr.endswith(result.stderr)
+    assert debugged.stderr.endswith(f"kernels: {in_use()}\n{result.stderr}")
 
 
 def test_a_bug_shows_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +215,7 @@ class Terminal:
         self.seen = b""
 
     def read_until(self, text: bytes) -> None:
-        """Read what the process shows until it shows this."""
+        """Read the output of the process until it contains this text."""
         while text not in self.seen:
             assert select.select([self._fd], [], [], 60)[0], "it shows nothing more"
             self.seen += os.read(self._fd, 1 << 16)
@@ -222,7 +225,7 @@ class Terminal:
         while True:
             try:
                 block = os.read(self._fd, 1 << 16)
-            except OSError:  # how Linux says that the other side is closed
+            except OSError:  # Linux reports in this way that the other side is closed
                 break
             if not block:
                 break
@@ -236,7 +239,7 @@ def test_progress_is_shown_on_a_terminal_and_nowhere_else(workplace: Workplace) 
     stdout = terminal.read_all()
     assert terminal.process.returncode == 0
     assert b"comparing" in terminal.seen
-    assert terminal.seen.rstrip().endswith(b"\x1b[2K")  # gone from the screen at the end
+    assert terminal.seen.rstrip().endswith(b"\x1b[2K")  # removed from the screen at the end
     assert stdout.startswith(b"delta.sd: ")
     assert b"\x1b" not in stdout
     quiet = Terminal(workplace.path, "-q", "diff", "base", "target", "-o", "other.sd")
@@ -251,7 +254,7 @@ def test_interrupted_work_leaves_nothing(tmp_path: Path, number: signal.Signals)
         header = b'{"w":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (huge, huge)
         path = tmp_path / name
         path.write_bytes(len(header).to_bytes(8, "little") + header)
-        os.truncate(path, 8 + len(header) + huge)  # sparse: takes no room
+        os.truncate(path, 8 + len(header) + huge)  # a sparse file takes no space
     terminal = Terminal(tmp_path, "diff", "base", "target", "-o", "delta.sd")
     terminal.read_until(b"comparing")
     terminal.process.send_signal(number)
@@ -291,7 +294,7 @@ def test_more_shards_than_files_may_be_open_at_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
-def test_closed_standard_streams_lead_nowhere(workplace: Workplace, closed: str) -> None:
+def test_closed_standard_streams_are_replaced(workplace: Workplace, closed: str) -> None:
     line = command("diff", str(workplace.base), str(workplace.target), "-o", str(workplace.delta))
     shell = f"{shlex.join(line)} {closed}"
     assert subprocess.run(["sh", "-c", shell], env=environment()).returncode == 0
@@ -305,10 +308,10 @@ NO_ROOM = "error: 'standard output': no space left on device\n"
 @pytest.mark.parametrize(
     ("redirected", "status", "said"), [(">/dev/full", 1, NO_ROOM), ("2>/dev/full", 0, "")]
 )
-def test_full_disk_behind_a_standard_stream(
+def test_full_disk_behind_stdout_or_stderr(
     workplace: Workplace, redirected: str, status: int, said: str
 ) -> None:
-    (workplace.target / "out.log").touch()  # is noted on stderr as left out
+    (workplace.target / "out.log").touch()  # reported on stderr as left out
     line = command("diff", str(workplace.base), str(workplace.target), "-o", str(workplace.delta))
     shell = ["sh", "-c", f"{shlex.join(line)} {redirected}"]
     done = subprocess.run(shell, env=environment(), stderr=subprocess.PIPE, text=True, check=False)
@@ -324,7 +327,7 @@ def test_help_that_cannot_be_written(process: Process) -> None:
 
 
 @pytest.mark.parametrize(("stream", "status"), [("stdout", 141), ("stderr", 0)])
-def test_nobody_reads_a_standard_stream(workplace: Workplace, stream: str, status: int) -> None:
+def test_closed_pipe_on_a_standard_stream(workplace: Workplace, stream: str, status: int) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     workplace.save_delta()
@@ -347,7 +350,7 @@ def test_nobody_reads_a_standard_stream(workplace: Workplace, stream: str, statu
     assert_same_files(workplace.target, workplace.out)
 
 
-def test_full_disk_is_told_in_one_line_and_nothing_is_left(workplace: Workplace) -> None:
+def test_full_disk_gives_one_line_and_leaves_nothing(workplace: Workplace) -> None:
     workplace.save_delta()
     before = {path.name for path in workplace.path.iterdir()}
     for arguments in (
@@ -370,7 +373,7 @@ def test_full_disk_is_told_in_one_line_and_nothing_is_left(workplace: Workplace)
         assert {path.name for path in workplace.path.iterdir()} == before
 
 
-def test_commands_need_no_room_for_temporary_files(
+def test_commands_need_no_space_for_temporary_files(
     workplace: Workplace, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_in_place_change(workplace, workplace.path / "sql.sd", 4)
@@ -389,7 +392,7 @@ def test_commands_need_no_room_for_temporary_files(
         assert result.exit_code == 0, result.stderr
 
 
-def test_bar_counts_all_and_shows_some(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bar_counts_all_reports_and_shows_some(monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsedelta.cli import _progress
 
     shown: list[int] = []

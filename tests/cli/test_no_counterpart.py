@@ -1,4 +1,4 @@
-"""The likeliest cause of tensors that are made from none of the base."""
+"""The likely cause, as ``diff`` reports it, of tensors that have no counterpart in the base."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def test_an_adapter_is_named() -> None:
 
 def test_another_dtype_is_named() -> None:
     found = no_counterpart({"layers.1.w": "F32", "new": "I8"}, BASE, is_adapter=False)
-    assert "(BF16 for F32)" in found
-    assert "convert one of the two" in found
+    assert "(BF16 instead of F32)" in found
+    assert "convert one of the checkpoints" in found
 
 
 def test_another_base() -> None:

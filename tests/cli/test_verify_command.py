@@ -1,4 +1,4 @@
-"""``sparsedelta verify``: what was checked, and what was found wrong."""
+"""``sparsedelta verify``: the report and the errors."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from cli.cli_helpers import Run, Workplace
 from helpers import tree
 
 
-def test_tells_what_was_checked(workplace: Workplace, run: Run) -> None:
+def test_the_report_names_what_was_checked(workplace: Workplace, run: Run) -> None:
     delta = workplace.save_delta()
     result = run("verify", delta)
     assert (result.exit_code, result.stderr) == (0, "")
     first, *rest = result.stdout.splitlines()
-    assert first.startswith(f"{delta} is sound: 27 changed values in 3 of 4 tensors, ")
+    assert first.startswith(f"{delta} is valid: 27 changed values in 3 of 4 tensors, ")
     assert rest == ["base: not checked", "target: not checked"]
     both = run("verify", delta, "--base", workplace.base, "--target", workplace.target)
     assert both.exit_code == 0
     assert both.stdout.splitlines()[1:] == [
-        "base: right, it becomes the target",
-        "target: right, every file",
+        "base: correct, the delta rebuilds the target from it",
+        "target: correct, every file",
     ]
 
 

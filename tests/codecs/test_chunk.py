@@ -167,7 +167,7 @@ def test_plane_of_zeros_is_read_plain_framed_and_left_out() -> None:
         ({"raw": (2, 5), "stored": (2, 2, 5)}, {"packing": "scaled"}, "cannot hold"),
         ({"raw": (2, 4), "stored": (2, 0, 4)}, {"packing": "scaled"}, "cannot be stored in 0"),
         ({"raw": (2, 4), "stored": (2, 2, 0)}, {"packing": "scaled"}, "cannot be stored in 0"),
-        ({}, {"classes": True}, "has classes, which gaps and planes have not"),
+        ({}, {"classes": True}, "has classes, which neither gaps nor planes supports"),
     ],
 )
 def test_impossible_records_are_refused(

@@ -167,7 +167,7 @@ def test_already_applied(case: Case) -> None:
 @pytest.mark.parametrize("name", ["w", "u"])
 def test_partly_applied(name: str, case: Case, tmp_path: Path) -> None:
     partly = folder(tmp_path / "partly", BASE | {name: TARGET[name]}, config="1", same="same")
-    error = case.refused(PartlyApplied, "1 of 2 changed tensors as in this delta's target", partly)
+    error = case.refused(PartlyApplied, "1 of 2 changed tensors of this delta's target", partly)
     assert isinstance(error, PartlyApplied)
     assert error.tensor == name
 
@@ -225,7 +225,7 @@ def test_existing_or_overlapping_output(kind: str, case: Case) -> None:
     with pytest.raises((FileExistsError, ValueError), match="choose another"):
         sparsedelta.apply(case.base, case.delta, out)
     if "base" in kind:
-        with pytest.raises(ValueError, match="lie within each other"):
+        with pytest.raises(ValueError, match="or one contains the other"):
             sparsedelta.apply(case.base, case.delta, out, overwrite=True)
     assert (state(case.place), state(case.base)) == before
 
@@ -348,7 +348,7 @@ def test_weights_that_are_not_read_stop_diff(name: str, tmp_path: Path) -> None:
     base = folder(tmp_path / "base", BASE, config="1")
     target = folder(tmp_path / "target", TARGET, config="2")
     write(target / name, "weights")
-    with pytest.raises(CheckpointError, match=f"{name}.*weight format.*--exclude '{name}'"):
+    with pytest.raises(CheckpointError, match=f"{name}.*weight format.*--exclude {name}"):
         sparsedelta.diff(base, target)
     check_excluded(base, target, name)
 
@@ -368,7 +368,7 @@ def test_file_too_large_to_carry_stops_diff(
     base = folder(tmp_path / "base", BASE, config="1")
     target = folder(tmp_path / "target", TARGET, config="2")
     os.truncate(write(target / "corpus.txt", "x"), diff.CARRY_LIMIT_BYTES + 1)
-    with pytest.raises(CheckpointError, match=r"corpus\.txt.*64 MiB.*--exclude 'corpus.txt'"):
+    with pytest.raises(CheckpointError, match=r"corpus\.txt.*64 MiB.*--exclude corpus.txt"):
         sparsedelta.diff(base, target)
     check_excluded(base, target, "corpus.txt")
     shutil.rmtree(tmp_path / "out")
@@ -385,6 +385,44 @@ def test_file_too_large_to_carry_stops_diff(
     with sparsedelta.diff(base, target) as delta:  # as large as it likes: it is the base's
         sparsedelta.apply(base, delta, tmp_path / "out")
     assert_same_files(target, tmp_path / "out")
+
+
+def test_hint_for_many_files_is_a_pattern(tmp_path: Path) -> None:
+    base, target = tmp_path / "base", tmp_path / "target"
+    for folder in (base, target):
+        write_file(folder / "model.safetensors", {"w": noise("F32", 3)})
+    for number in range(12):
+        write(target / f"onnx/model_{number}.onnx", "weights")
+        write(target / f"pytorch_model-{number:05d}-of-00012.bin", "weights")
+    write(target / "onnx/config.json", "{}")
+    with pytest.raises(CheckpointError) as found:
+        sparsedelta.diff(base, target)
+    hint = str(found.value).partition("leave out (exclude=): ")[2]
+    assert hint == "--exclude '*.onnx' --exclude '*.bin'"
+    with sparsedelta.diff(base, target, exclude=["*.onnx", "*.bin"]) as delta:
+        assert [file.path for file in delta.target.side_files] == ["onnx/config.json"]
+
+
+def test_all_files_that_the_base_lacks_are_named_at_once(tmp_path: Path) -> None:
+    base, target, part = tmp_path / "base", tmp_path / "target", tmp_path / "part"
+    for folder in (base, target):
+        for name in ("README.md", ".gitattributes", *(f"img/{n}.png" for n in range(9))):
+            write(folder / name, "x")
+        write(folder / "config.json", "{}")
+    for folder in (base, target, part):
+        write_file(folder / "model.safetensors", {"w": noise("F32", 3)})
+    write(part / "config.json", "{}")
+    with sparsedelta.diff(base, target, base_id="org/model@4f1e2d9") as delta:
+        with pytest.raises(BaseMismatch) as found:
+            sparsedelta.apply(part, delta, tmp_path / "out")
+        message = str(found.value)
+        assert "has no files '.gitattributes', 'README.md', 'img/0.png'" in message
+        assert " and 6 more, which the base" in message
+        assert "get them from org/model@4f1e2d9, or rebuild the target without them" in message
+        hint = "--exclude .gitattributes --exclude README.md --exclude '*.png'"
+        assert message.endswith(f"(exclude, {hint})")
+        left_out = [".gitattributes", "README.md", "*.png"]
+        sparsedelta.apply(part, delta, tmp_path / "out", exclude=left_out)
 
 
 def test_all_files_that_stop_diff_are_named(tmp_path: Path) -> None:
@@ -470,7 +508,7 @@ def test_an_output_that_holds_the_delta_is_refused(case: Case) -> None:
     case.out.mkdir()
     inside = case.out / "delta.sd"
     shutil.copyfile(case.delta, inside)
-    with pytest.raises(ValueError, match="lie within each other"):
+    with pytest.raises(ValueError, match="or one contains the other"):
         sparsedelta.apply(case.base, inside, case.out, overwrite=True)
     assert inside.read_bytes() == case.delta.read_bytes()
 
@@ -507,6 +545,6 @@ def test_a_side_file_that_is_a_link_out_of_the_folder(to: str, tmp_path: Path) -
         sparsedelta.diff(base, target).close()
     else:
         with pytest.raises(
-            CheckpointError, match=r"linked\.txt.*link to a file elsewhere.*--exclude"
+            CheckpointError, match=r"linked\.txt.*link to a file outside.*--exclude"
         ):
             sparsedelta.diff(base, target)

@@ -44,7 +44,7 @@ def test_stored_header_with_other_names_than_its_rows(tmp_path: Path) -> None:
     delta = draft(folder(WeightFile(WEIGHTS, {})), folder(stored({"x:w": W}, {"w": W})))
     path = save(delta, tmp_path / "delta.sd")
     for read in (sparsedelta.verify, lambda path: sparsedelta.apply(base, path, tmp_path / "out")):
-        with pytest.raises(Corrupt, match="does not describe the tensors"):
+        with pytest.raises(Corrupt, match="describes other tensors than"):
             read(path)
     assert not (tmp_path / "out").exists()
 
@@ -91,7 +91,7 @@ def test_names_that_are_not_what_they_say_are_refused(
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        (".GIT", "the files of git can run commands"),
+        (".GIT", "files of git can run commands"),
         ("Aux.json", "Windows reserves"),
         ("a ", "ends with a dot or a space"),
         ("what?", "control character or one of"),
@@ -129,7 +129,9 @@ def test_room_is_looked_for_before_anything_is_written(
     system = SimpleNamespace(f_blocks=9, f_bfree=1, f_frsize=16)
     monkeypatch.setattr(os, "statvfs", lambda _: system)
     with sparsedelta.diff(base, base) as delta:
-        with pytest.raises(OSError, match=f"takes [0-9]+ bytes, 16 are free.*{out}") as caught:
+        with pytest.raises(
+            OSError, match=f"takes [0-9]+ bytes, but only 16 are free.*{out}"
+        ) as caught:
             sparsedelta.apply(base, delta, out)
         assert caught.value.errno == errno.ENOSPC
         assert sorted(os.listdir(tmp_path)) == ["base"]
@@ -212,7 +214,7 @@ def test_small_files_that_make_much_are_refused(tmp_path: Path, n_elements: int)
         lambda: sparsedelta.invert(path, base=base),
         lambda: sparsedelta.stack(path),
     ):
-        with pytest.raises(LimitExceeded, match="far more than its size explains"):
+        with pytest.raises(LimitExceeded, match="such a file may be an attack"):
             use()
     assert sorted(os.listdir(tmp_path)) == ["base", "delta.sd"]
 

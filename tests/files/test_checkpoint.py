@@ -155,7 +155,7 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
     write_sharded(tmp_path, [{"w": W}, {"v": V}], stem="weights", index=False)
     assert list(read(tmp_path)) == ["w", "v"]
     (tmp_path / "weights-00001-of-00002.safetensors").unlink()
-    assert_refused(tmp_path, "one of 2 shards, shard 1 is not there")
+    assert_refused(tmp_path, "one of 2 shards, but shard 1 is missing")
 
 
 def test_index_may_name_shards_of_any_name_below_it(tmp_path: Path) -> None:
@@ -224,10 +224,13 @@ WHOLE = file_bytes({"w": W})
     [
         (b"", "it has 0 bytes"),
         (b"\0" * 7, "it has 7 bytes"),
-        ((1 << 63).to_bytes(8, "little"), "states a header of"),
-        (WHOLE[:20], "states a header of"),
-        (WHOLE[:-1], "11 bytes of data, its header says 12"),
-        (WHOLE + b"\0", "13 bytes of data, its header says 12"),
+        (
+            (1 << 63).to_bytes(8, "little"),
+            "is not a safetensors file; give a .safetensors file or a folder",
+        ),
+        (WHOLE[:20], "is incomplete: it has 20 bytes, its header alone 64"),
+        (WHOLE[:-1], "11 bytes of data, expected 12 by its header"),
+        (WHOLE + b"\0", "13 bytes of data, expected 12 by its header"),
         (with_header(b"[]"), "not a JSON object"),
         (with_header(b"\x80\x02}q"), "not a JSON object"),
         (
@@ -236,7 +239,7 @@ WHOLE = file_bytes({"w": W})
             .replace(b"[5]", b"[3]"),
             "dtype 'BF17' is unknown",
         ),
-        (WHOLE.replace(b"[2,3]", b"[2,2]"), "has 12 bytes, its shape and dtype say 8"),
+        (WHOLE.replace(b"[2,3]", b"[2,2]"), "has 12 bytes, expected 8 by its shape and dtype"),
         (WHOLE.replace(b"[0,12]", b"[0,11]"), "has 11 bytes"),
         (with_header(compact({"w": {"dtype": "F4", "shape": [1], "data_offsets": [0, 0]}})), "F4"),
     ],
@@ -266,6 +269,16 @@ def test_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Checkpoint(tmp_path / "none")
+
+
+def test_snapshot_whose_blob_is_gone_is_reported_as_a_broken_link(tmp_path: Path) -> None:
+    blob = write(tmp_path / "blobs/def", "{}")
+    write_file(tmp_path / "snapshot/model.safetensors", {"w": W})
+    (tmp_path / "snapshot/config.json").symlink_to("../blobs/def")
+    blob.unlink()
+    assert_refused(
+        tmp_path / "snapshot", r"config.json' is a link to '../blobs/def', which does not exist"
+    )
 
 
 @pytest.mark.parametrize("kind", ["dangling link", "link to a folder", "pipe"])
@@ -340,5 +353,13 @@ def test_excluded_files_and_folders(tmp_path: Path) -> None:
 def test_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123\n"
     path = write(tmp_path / "model.safetensors", pointer)
-    with pytest.raises(CheckpointError, match=r"pointer of Git LFS.*git lfs pull"):
+    with pytest.raises(CheckpointError, match=r"Git LFS pointer.*git lfs pull"):
+        Checkpoint(path)
+
+
+def test_json_file_is_no_safetensors_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "config.json", '{"model_type": "bert"}')
+    with pytest.raises(
+        CheckpointError, match=r"'.*config\.json' is not a safetensors file; give the folder"
+    ):
         Checkpoint(path)

@@ -8,6 +8,7 @@ import pytest
 from helpers import noise, write, write_file
 
 import sparsedelta
+from sparsedelta.errors import MismatchError
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.junk import is_part
 
@@ -93,6 +94,21 @@ def test_include_brings_it_back(pair: tuple[Path, Path], tmp_path: Path) -> None
         sparsedelta.apply(base, delta, tmp_path / "out")
         sparsedelta.verify(delta, base=base)
     assert (tmp_path / "out" / ".env").read_text() == JUNK[".env"]
+
+
+def test_empty_folder_that_was_included_is_part_of_the_target(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, target = pair
+    (target / "runs").mkdir()
+    with sparsedelta.diff(base, target, include=["runs"]) as delta:
+        assert delta.target.empty_folders == ("runs",)
+        sparsedelta.apply(base, delta, tmp_path / "out")
+        assert (tmp_path / "out" / "runs").is_dir()
+        sparsedelta.verify(delta, base=base, target=tmp_path / "out")
+        (tmp_path / "out" / "runs").rmdir()
+        with pytest.raises(MismatchError, match="runs"):
+            sparsedelta.verify(delta, target=tmp_path / "out")
 
 
 def test_what_was_left_out_is_named(pair: tuple[Path, Path]) -> None:

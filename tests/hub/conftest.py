@@ -1,4 +1,4 @@
-"""A Hub on the loopback interface that holds a base, and somebody who uses it."""
+"""Fixtures: a Hub on the loopback interface that holds a base, and people who use it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hub.hub_server import LoopbackHub
 
 @pytest.fixture(scope="session")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
-    """Return what runs command lines."""
+    """Return the process that runs command lines."""
     shell = Shell(tmp_path_factory.mktemp("shell"))
     yield shell
     shell.close()
@@ -30,7 +30,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
 
 @pytest.fixture
 def hub() -> Iterator[LoopbackHub]:
-    """Run a Hub that knows one user."""
+    """Run a Hub that has one user."""
     with LoopbackHub().running() as running:
         running.state.users[TOKEN] = "me"
         yield running
@@ -38,25 +38,25 @@ def hub() -> Iterator[LoopbackHub]:
 
 @pytest.fixture
 def base_commit(hub: LoopbackHub, checkpoints: tuple[Path, Path]) -> str:
-    """Put the base on the Hub."""
+    """Upload the base to the Hub; return its commit."""
     return publish(hub, BASE, checkpoints[0], BASE_CARD)
 
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> tuple[Path, Path]:
-    """Write a base and its fine-tune."""
+    """Write a base and a fine-tune of it; return both."""
     return make_checkpoints(tmp_path)
 
 
 @pytest.fixture
 def delta(tmp_path: Path, checkpoints: tuple[Path, Path]) -> Path:
-    """Write the delta between them, which does not say where the base is."""
+    """Write the delta between them, which does not name the repository of the base."""
     return save_delta(*checkpoints, tmp_path / "delta.sd")
 
 
 @pytest.fixture(scope="session")
 def pushed_files() -> dict[str, bytes]:
-    """Return what a push of the delta makes; empty until a test has pushed it."""
+    """Return the files that a push of the delta uploads; empty until a test has pushed it."""
     return {}
 
 
@@ -64,7 +64,7 @@ def pushed_files() -> dict[str, bytes]:
 def pushed(
     me: Person, hub: LoopbackHub, shell: Shell, delta: Path, pushed_files: dict[str, bytes]
 ) -> str:
-    """Put on the Hub what a push of the delta makes, pushing it the first time; return its commit."""
+    """Upload the files of a push of the delta, recorded from the first push; return the commit."""
     if not pushed_files:
         pusher = Person(hub, me.folder / "pusher", shell)
         pusher.folder.mkdir()
@@ -84,7 +84,7 @@ def me(hub: LoopbackHub, shell: Shell, tmp_path: Path, base_commit: str) -> Pers
 
 @pytest.fixture
 def other(hub: LoopbackHub, shell: Shell, tmp_path: Path) -> Person:
-    """Return somebody without a token and with a cache of their own."""
+    """Return another person, with no token and an empty cache."""
     folder = tmp_path / "other"
     folder.mkdir()
     return Person(hub, folder, shell, token=None)

@@ -1,4 +1,4 @@
-"""What the tests of the Hub share: a base and its fine-tune, a Hub that has the base, a person at a shell."""
+"""Helpers for the tests of the Hub: checkpoints, and people who run commands against a Hub."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ pipeline_tag: text-generation
 # The base
 """
 LAYERS = 3
-# All warnings are errors but the client's own, about how it uses its HTTP library.
+# All warnings are errors, except the client's own about its use of its HTTP library.
 WARNINGS = ("-W", "error", "-W", "ignore:Use 'content=<:DeprecationWarning")
 INFO: dict[str, Any] = {"sift": {"rate": 0.01, "selection": "gradient"}, "steps": 150}
 
 
 class Shell:
-    """Runs command lines, each in a process of its own; see ``zygote``."""
+    """Runs each command line in its own process; see ``zygote``."""
 
     def __init__(self, scratch: Path) -> None:
         self._files = scratch / "stdout", scratch / "stderr"
@@ -79,7 +79,7 @@ class Shell:
 
 @dataclass
 class Person:
-    """Somebody with a cache of their own, who runs commands against a Hub."""
+    """A user of a Hub, with their own folder, cache and token."""
 
     hub: LoopbackHub
     folder: Path
@@ -93,8 +93,8 @@ class Person:
         return self.folder / "home" / "hub"
 
     def run(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run the command line in the person's folder, in a process of its own."""
-        environment = {**self._environment(), **self.variables, **variables}
+        """Run the command line in the person's folder, in its own process."""
+        environment = {**self.environment(), **self.variables, **variables}
         return self.shell.run([str(one) for one in arguments], self.folder, environment)
 
     def python(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -102,7 +102,7 @@ class Person:
         return subprocess.run(
             [sys.executable, *WARNINGS, *map(str, arguments)],
             cwd=self.folder,
-            env={**self._environment(), **self.variables, **variables},
+            env={**self.environment(), **self.variables, **variables},
             capture_output=True,
             text=True,
             encoding="utf-8",
@@ -111,13 +111,13 @@ class Person:
         )
 
     def good(self, *arguments: str | Path, **variables: str) -> str:
-        """Run the command line; return what it printed, it being a success."""
+        """Run the command line, check that it succeeds, and return its stdout."""
         done = self.run(*arguments, **variables)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def bad(self, *arguments: str | Path, **variables: str) -> str:
-        """Run the command line; return its one line of complaint, it being a failure."""
+        """Run the command line, check that it fails with one line on stderr, and return that line."""
         done = self.run(*arguments, **variables)
         assert (done.returncode, done.stdout) == (1, ""), (done.stdout, done.stderr)
         lines = done.stderr.splitlines()
@@ -127,10 +127,11 @@ class Person:
         return lines[0]
 
     def json(self, *arguments: str | Path) -> Any:
-        """Run the command line with ``--json``; return the result."""
+        """Run the command line with ``--json``; return the parsed result."""
         return json.loads(self.good(*arguments, "--json"))
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """Return the environment of the person's processes."""
         kept = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "HUGGING"))}
         return {
             **kept,
@@ -181,7 +182,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def publish(hub: LoopbackHub, repo_id: str, folder: Path, card: str | None = None) -> str:
-    """Put a checkpoint into a repository, beside files that nobody needs; return its commit."""
+    """Upload a checkpoint and files that no command needs to a repository; return the commit."""
     files = files_of(folder)
     if card is not None:
         files["README.md"] = card.encode()

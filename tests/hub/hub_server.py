@@ -1,9 +1,9 @@
-"""A Hub on the loopback interface: the part of its HTTP interface that the client needs for models.
+"""A Hub on the loopback interface, with the part of the HTTP interface that the client uses for models.
 
-It keeps the Hub's habits that matter to a client: large files are answered with a redirect to another
-origin and their SHA-256; a missing repository, revision or file has a code in a header; a commit with
-an outdated parent is refused. It does not imitate quotas, webhooks, other kinds of repositories, uploads
-in parts or Xet storage. Faults are injected by rules.
+It behaves like the Hub where a client depends on it. A large file is answered with a redirect to another
+origin and with its SHA-256. A missing repository, revision or file has an error code in a header. A commit
+with an outdated parent is refused. Quotas, webhooks, other kinds of repositories, multipart uploads and Xet
+storage are not imitated. Faults are injected by rules.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ PAGE = 50  # entries of a listing
 
 @dataclass
 class Fault:
-    """What goes wrong, for the first ``times`` requests that match.
+    """A rule that makes the first ``times`` matching requests fail.
 
     Attributes:
-        method, path: what to match; the path is a regular expression, searched for.
-        status, headers: the answer to give instead.
-        cut_after: share of the body after which the connection is dropped.
-        seconds: how long to wait before answering.
-        body: sent in place of the right body; the headers stay as they are.
-        action: done before answering.
+        method, path: the requests that match; the path is a regular expression for ``re.search``.
+        status, headers: those of the answer that is sent instead.
+        cut_after: fraction of the body after which the connection is dropped.
+        seconds: delay before the answer.
+        body: sent instead of the right body, with unchanged headers.
+        action: called before the answer.
     """
 
     method: str
@@ -53,11 +53,11 @@ class Fault:
 
 @dataclass(frozen=True)
 class Xet:
-    """That large files are in Xet storage, too.
+    """Xet storage for large files.
 
     Attributes:
-        store: address of the storage: ``local://`` and a folder, which the client then uses itself.
-        hashes: Xet's names of files, by SHA-256.
+        store: address of the storage, ``local://`` and a folder, which the client reads and writes itself.
+        hashes: Xet hashes of files, by SHA-256.
     """
 
     store: str
@@ -66,7 +66,7 @@ class Xet:
 
 @dataclass(frozen=True)
 class Request:
-    """A request as it was received, and how many bytes of body were sent back."""
+    """A received request, and the number of bytes of body sent in answer."""
 
     method: str
     path: str
@@ -95,7 +95,7 @@ class Answer(Exception):
 
 
 class LoopbackHub:
-    """A running server: its state, the rules of what goes wrong, and what was asked of it."""
+    """A running server, with its state, its fault rules and the requests it has received."""
 
     def __init__(self) -> None:
         self.state = State()
@@ -128,19 +128,19 @@ class LoopbackHub:
             self._server.server_close()
 
     def fail(self, method: str, path: str, **what: Any) -> None:
-        """Add a rule of what goes wrong."""
+        """Add a fault rule."""
         self.faults.append(Fault(method, path, **what))
 
     def sent(self, path: str) -> int:
-        """Return how many bytes were sent in answer to requests whose path matches."""
+        """Return the number of bytes sent in answer to requests whose path matches."""
         return sum(r.n_sent for r in self.requests if re.search(path, r.path))
 
     def count(self, method: str, path: str) -> int:
-        """Return how many requests match."""
+        """Return the number of matching requests."""
         return sum(r.method == method and bool(re.search(path, r.path)) for r in self.requests)
 
     def take_fault(self, method: str, path: str) -> Fault | None:
-        """Return the rule that a request falls under, counting it."""
+        """Return the fault rule that a request matches, and count the use; None if there is none."""
         with self.state.lock:
             for fault in self.faults:
                 if fault.times and fault.method == method and re.search(fault.path, path):
@@ -156,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
     replaced: bytes | None = None
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Say nothing."""
+        """Do not log."""
 
     def do_GET(self) -> None:
         """Answer any request."""
@@ -231,7 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
                 )
         raise Answer(404, {"error": f"no route for {self.command} {path}"})
 
-    # --- who asks, and for what
+    # --- users, rights and repositories
 
     def _user(self) -> str | None:
         authorization = self.headers.get("Authorization", "")
@@ -508,7 +508,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _head(commit: Commit) -> dict[str, Any] | None:
-    """Return the head of a repository's card."""
+    """Return the metadata of a repository's card."""
     if "README.md" not in commit.files:
         return None
     parts = re.split(r"^---$", commit.files["README.md"].data.decode(), flags=re.MULTILINE)

@@ -1,7 +1,7 @@
-"""What the loopback Hub remembers: repositories with commits, and files stored by content.
+"""The state of the loopback Hub: repositories with commits, and files stored by content.
 
-A repository is a list of commits, each a whole listing; branches, tags and pull requests are names for
-commits. Nothing here knows HTTP.
+A repository is a list of commits. Each commit lists all its files. Branches, tags and pull requests are names
+for commits. This module contains no HTTP code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Blob:
 
     @property
     def git_oid(self) -> str:
-        """Return git's name of what git stores: the content, or the pointer to it."""
+        """Return the git object id of the content, or of its LFS pointer if the file is large."""
         stored = self.data
         if self.lfs:
             stored = (
@@ -44,7 +44,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Commit:
-    """A state of a repository."""
+    """A commit of a repository."""
 
     oid: str
     files: Mapping[str, Blob]
@@ -54,7 +54,7 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A model repository, its default branch ``main`` beginning with a commit of one small file."""
+    """A model repository. Its default branch ``main`` begins with a commit of one small file."""
 
     id: str
     private: bool = False
@@ -69,7 +69,7 @@ class Repo:
         self.branches["main"] = self._add({".gitattributes": attributes}, EMPTY_COMMIT, "")
 
     def find(self, revision: str) -> Commit | None:
-        """Return the commit of a branch, tag, pull request or (shortened) oid."""
+        """Return the commit of a branch, tag, pull request or commit id, which may be shortened."""
         for names in (self.branches, self.tags, self.pull_requests):
             if revision in names:
                 return self.commits[names[revision]]
@@ -82,19 +82,19 @@ class Repo:
     def commit(
         self, branch: str, changes: Mapping[str, Blob | None], message: str, description: str = ""
     ) -> Commit:
-        """Add a commit to a branch or pull request: files set, or removed where the value is None."""
+        """Add a commit to a branch or pull request. A file whose value is None is removed."""
         names = self.names(branch)
         oid = names[branch] = self._next(names[branch], changes, message, description)
         return self.commits[oid]
 
     def names(self, branch: str) -> dict[str, str]:
-        """Return where the commit of a branch or pull request is noted."""
+        """Return the mapping that holds the commit of a branch or pull request."""
         return self.pull_requests if branch.startswith("refs/pr/") else self.branches
 
     def open_pull_request(
         self, parent: str, changes: Mapping[str, Blob | None], message: str, description: str
     ) -> tuple[int, Commit]:
-        """Add a commit beside the branches; return the number of the pull request that holds it."""
+        """Open a pull request with one commit; return its number."""
         number = len(self.pull_requests) + 1
         oid = self._next(parent, changes, message, description)
         self.pull_requests[f"refs/pr/{number}"] = oid
@@ -116,12 +116,12 @@ class Repo:
 
 @dataclass
 class State:
-    """Everything a Hub holds.
+    """The whole state of a Hub.
 
     Attributes:
         repos: by id.
         users: user name by token; a user may write to the namespaces of its own name and ``"org"``.
-        accepted: ids of gated repositories that every user has been let into.
+        accepted: ids of gated repositories that every user has access to.
         stored: uploaded large files by SHA-256.
         moved: new id by old id.
     """
@@ -158,7 +158,7 @@ class State:
         return repo.commits[repo.branches["main"]]
 
     def blob(self, data: bytes) -> Blob:
-        """Return a file, stored as the Hub would store it."""
+        """Return the stored form of a file: regular, or large."""
         blob = Blob(data, lfs=is_large(data[:512], len(data)))
         if blob.lfs:
             self.stored[blob.sha256] = data
@@ -172,5 +172,5 @@ def is_large(sample: bytes, n_bytes: int) -> bool:
     try:
         sample.decode()
     except UnicodeDecodeError as error:
-        return error.end < len(sample)  # a character cut off by the end of the sample is no fault
+        return error.end < len(sample)  # the sample may end inside a character
     return False

@@ -1,4 +1,4 @@
-"""Every failure has one sentence with what to do, leaves no output, and the next call gets through."""
+"""Every failure gives one sentence that says what to do, and leaves no output. The next call works."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hub.hub_server import LoopbackHub
 from hub.hub_state import Blob
 
 from sparsedelta.errors import AccessDenied, RemoteError, Unreachable
-from sparsedelta.hub.errors import explained, told
+from sparsedelta.hub.errors import remote_errors, translated
 from sparsedelta.hub.references import Reference
 from sparsedelta.redaction import redacted
 
@@ -21,12 +21,12 @@ NOW = {"Retry-After": "0"}
 
 
 def large_file(hub: LoopbackHub, repo_id: str, path: str) -> str:
-    """Return a pattern of the addresses at which a large file is served."""
+    """Return a pattern that matches the address of a large file."""
     return f"/cdn/{hub.state.head(repo_id).files[path].sha256}"
 
 
 def assert_nothing_left(person: Person) -> None:
-    """Check that a failure left neither an output nor a part of one."""
+    """Check that there is no output and no part of one."""
     assert {place.name for place in person.folder.iterdir()} <= {"home", ".cache"}
 
 
@@ -55,7 +55,7 @@ def test_private_base_and_wrong_token(other: Person, hub: LoopbackHub, pushed: s
     assert "hf_wrong" not in error
 
 
-def test_commit_of_the_base_is_gone(
+def test_commit_of_the_base_that_was_deleted(
     other: Person, hub: LoopbackHub, pushed: str, base_commit: str
 ) -> None:
     repo = hub.state.repos[BASE]
@@ -63,7 +63,7 @@ def test_commit_of_the_base_is_gone(
     del repo.commits[base_commit]
     error = other.bad("pull", TUNED, "out")
     assert f"repository 'org/model' has no revision '{base_commit}'" in error
-    assert "give that as the base" in error
+    assert "give a local copy as the base" in error
     assert_nothing_left(other)
 
 
@@ -93,7 +93,7 @@ def test_damaged_delta_is_found_and_removed(other: Person, hub: LoopbackHub, pus
 def test_dropped_connection_resumes_within_the_call(
     me: Person, other: Person, hub: LoopbackHub
 ) -> None:
-    # The client writes 10 MiB at a time, so there is nothing to resume in smaller files.
+    # The client writes 10 MiB at a time, so smaller files cannot be resumed.
     large = noise("F32", 6 << 20)
     write_file(me.folder / "large/model.safetensors", {"w": large})
     write_file(me.folder / "large2/model.safetensors", {"w": large.changed(7)})
@@ -122,11 +122,11 @@ def test_connection_that_keeps_dropping(
     hub.requests.clear()
     other.good("pull", TUNED, "out")
     assert_same_files(checkpoints[1], other.folder / "out")
-    assert hub.count("GET", "/cdn/") == 1  # what was complete is not fetched again
+    assert hub.count("GET", "/cdn/") == 1  # complete files are not downloaded again
 
 
 @pytest.mark.parametrize("status", [503, 429])
-def test_busy_hub_is_asked_again(
+def test_requests_to_a_busy_hub_are_repeated(
     other: Person, hub: LoopbackHub, pushed: str, checkpoints: tuple[Path, Path], status: int
 ) -> None:
     for method, path in (
@@ -143,13 +143,13 @@ def test_busy_hub_is_asked_again(
 def test_too_many_requests(other: Person, hub: LoopbackHub, pushed: str) -> None:
     hub.fail("GET", "/api/models/", status=429, headers=NOW, times=99)
     error = other.bad("pull", TUNED, "out")
-    assert "takes no more requests for now; wait a few minutes" in error
+    assert "accepts no more requests for now; wait a few minutes" in error
     assert_nothing_left(other)
 
 
-def test_hub_in_trouble(other: Person, hub: LoopbackHub, pushed: str) -> None:
+def test_hub_that_fails(other: Person, hub: LoopbackHub, pushed: str) -> None:
     hub.fail("GET", "/api/models/", status=502, headers=NOW, times=99)
-    assert "the Hub is in trouble (HTTP 502)" in other.bad("pull", TUNED, "out")
+    assert "the Hub failed with HTTP 502" in other.bad("pull", TUNED, "out")
 
 
 def test_push_does_not_take_the_cache_for_the_repository(
@@ -159,7 +159,7 @@ def test_push_does_not_take_the_cache_for_the_repository(
     hub.state.add_commit(TUNED, {"README.md": b"My own words.\n"})
     me.good("pull", TUNED, "out", "--overwrite")
     hub.fail("GET", f"/api/models/{TUNED}/revision/", status=502, headers=NOW, times=99)
-    assert "the Hub is in trouble" in me.bad("push", delta, TUNED, "--base-id", BASE)
+    assert "the Hub failed with HTTP 502" in me.bad("push", delta, TUNED, "--base-id", BASE)
     assert hub.state.head(TUNED).files["README.md"].data == b"My own words.\n"
 
 
@@ -168,7 +168,7 @@ def test_slow_hub(
 ) -> None:
     hub.fail("GET", large_file(hub, BASE, SHARD), seconds=2)
     done = other.run("pull", TUNED, "out", HF_HUB_DOWNLOAD_TIMEOUT="1")
-    if done.returncode:  # the client before 1.33 does not try this again by itself
+    if done.returncode:  # clients before 1.33 do not repeat this request
         assert "broke off: timed out; run this again" in done.stderr
         assert_nothing_left(other)
     other.good("pull", TUNED, "out", "--overwrite")
@@ -178,7 +178,7 @@ def test_slow_hub(
 def test_upload_that_breaks_off(me: Person, hub: LoopbackHub, delta: Path) -> None:
     hub.fail("POST", "/commit/", status=500, headers=NOW)
     error = me.bad("push", delta, TUNED, "--base-id", BASE)
-    assert "the Hub is in trouble (HTTP 500)" in error
+    assert "the Hub failed with HTTP 500" in error
     assert {*hub.state.head(TUNED).files} == {".gitattributes"}
     me.good("push", delta, TUNED, "--base-id", BASE)
     assert "delta.sd" in hub.state.head(TUNED).files
@@ -212,7 +212,7 @@ def test_base_without_a_file_it_should_have(
     assert "has no file 'tokenizer.json'" in error
 
 
-def test_tokens_go_to_the_hub_alone(me: Person, hub: LoopbackHub, delta: Path) -> None:
+def test_tokens_are_sent_only_to_the_hub(me: Person, hub: LoopbackHub, delta: Path) -> None:
     shown = me.run("--debug", "push", delta, TUNED, "--base-id", BASE, "--private")
     shown2 = me.run("pull", TUNED, "out")
     inspected = me.run("inspect", TUNED)
@@ -246,18 +246,18 @@ def test_client_that_is_not_installed(other: Person, base_commit: str) -> None:
 
 def test_full_disk() -> None:
     with (
-        pytest.raises(OSError, match="no space left for downloads; make room") as caught,
-        told(Reference("org/model")),
+        pytest.raises(OSError, match="no space left for downloads; free some space") as caught,
+        remote_errors(Reference("org/model")),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.errno == errno.ENOSPC
     assert not isinstance(caught.value, RemoteError)
 
 
-def test_what_is_not_the_networks_passes() -> None:
+def test_other_errors_are_not_translated() -> None:
     about = Reference("org/model")
-    assert explained(PermissionError(errno.EACCES, "Permission denied"), about) is None
-    assert explained(TypeError("a bug"), about) is None
-    with pytest.raises(Unreachable), told(about):
+    assert translated(PermissionError(errno.EACCES, "Permission denied"), about) is None
+    assert translated(TypeError("a bug"), about) is None
+    with pytest.raises(Unreachable), remote_errors(about):
         raise Unreachable("ours")
     assert AccessDenied.code == "access_denied"

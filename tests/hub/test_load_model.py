@@ -1,4 +1,4 @@
-"""A model of a repository's delta in memory, its base fetched, nothing written out."""
+"""``load_model`` on a repository: the base is downloaded, and the target is not written to disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hub.hub_helpers import Person, publish, save_delta
 from hub.hub_server import LoopbackHub
 
-torch = pytest.importorskip("torch")  # the Hub's tests run without it as well
+torch = pytest.importorskip("torch")  # the other tests of the Hub run without torch
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -36,7 +36,7 @@ def test_load_model_of_a_repository(me: Person, other: Person, hub: LoopbackHub)
     me.good("push", delta, "me/bert", "--base-id", "org/bert")
     done = other.python("-c", SCRIPT, Path("out"))
     assert done.returncode == 0, done.stderr
-    assert "leave base out" in done.stdout
+    assert "leave out base" in done.stdout
     found = load_file(other.folder / "out/model.safetensors")
     assert found.keys() == weights.keys()
     for name, wanted in weights.items():

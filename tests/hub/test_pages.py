@@ -1,4 +1,4 @@
-"""What the README, the page on the Hub and the commands' help show runs as it stands."""
+"""The commands and Python in the README, in docs/hub.md and in the help pages run unchanged."""
 
 from __future__ import annotations
 

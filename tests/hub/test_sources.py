@@ -1,7 +1,10 @@
-"""A repository wherever a path is taken; and how little of one is read."""
+"""A repository in place of a path, and how much of it is downloaded."""
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +35,7 @@ def test_diff(
     with sparsedelta.load(other.folder / "d.sd") as delta:
         assert delta.base.id == f"{BASE}@{base_commit}"
         assert delta.nnz == 9
-        # The repository's files, without git's own and weights in formats that are not read.
+        # All files of the repository except git's own and weights in formats that are not read.
         paths = {file.path for file in delta.target.side_files}
         assert paths == {"config.json", "model.safetensors.index.json", "tokenizer.json"}
     other.good("apply", BASE, "d.sd", "out")
@@ -43,6 +46,43 @@ def test_diff(
 def test_diff_does_not_take_a_delta_for_weights(other: Person, pushed: str) -> None:
     error = other.bad("-q", "diff", BASE, TUNED, "-o", "d.sd")
     assert f"'{TUNED}@{pushed}' holds no .safetensors files; it holds a delta, pull it" in error
+
+
+def test_repository_of_bin_files_gets_the_command_that_converts_it(
+    other: Person, hub: LoopbackHub, checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    model = transformers.BertModel(config)
+    model.save_pretrained(tmp_path / "saved")
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    files = {
+        "config.json": (tmp_path / "saved" / "config.json").read_bytes(),
+        "pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes(),
+    }
+    hub.state.add_repo("org/old", files)
+    error = other.bad("diff", "org/old", checkpoints[1], "-o", "d.sd")
+    commit = hub.state.head("org/old").oid
+    assert f"'org/old@{commit}' holds no .safetensors files; convert it with: python -c" in error
+    code = shlex.split(error.partition("with: ")[2])[2]
+    assert f'("org/old", revision="{commit}"' in code
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=other.folder, env=other.environment(), check=True
+    )
+    with sparsedelta.diff(tmp_path / "saved", other.folder / "old-safetensors") as delta:
+        assert delta.nnz == 0
+    hub.state.add_repo("org/older", {"net.bin": files["pytorch_model.bin"]})
+    error = other.bad("diff", "org/older", checkpoints[1], "-o", "d.sd")
+    code = shlex.split(error.partition("with: ")[2])[2]
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=other.folder, env=other.environment(), check=True
+    )
+    with sparsedelta.diff(
+        tmp_path / "saved" / "model.safetensors", other.folder / "net.safetensors"
+    ) as delta:
+        assert delta.nnz == 0
 
 
 def test_inspect_of_a_large_delta_reads_no_more(
@@ -69,8 +109,8 @@ def test_verify_downloads_no_weights(
     other: Person, hub: LoopbackHub, pushed: str, base_commit: str
 ) -> None:
     shown = other.good("verify", TUNED)
-    assert f"base: {BASE}@{base_commit} has the 4 files proved when the delta was pushed" in shown
-    assert shown.startswith("me/tuned is sound: 9 changed values")
+    assert f"base: {BASE}@{base_commit} has the 4 files verified by push" in shown
+    assert shown.startswith("me/tuned is valid: 9 changed values")
     ranged = [r for r in hub.requests if r.method == "GET" and "safetensors" in r.path]
     assert all("range" in r.headers or "index" in r.path for r in ranged)
     found = other.json("verify", TUNED)
@@ -88,7 +128,7 @@ def test_verify_finds_another_base(
     files = {**repo.commits[base_commit].files, shard: hub.state.blob(bytes(content))}
     object.__setattr__(repo.commits[base_commit], "files", files)
     error = other.bad("verify", TUNED)
-    assert f"file '{shard}' of '{BASE}@{base_commit}' is not the one that is recorded" in error
+    assert f"file '{shard}' of '{BASE}@{base_commit}' is not the file that is recorded" in error
 
 
 def test_verify_without_a_record(other: Person, hub: LoopbackHub, pushed: str) -> None:
@@ -103,12 +143,12 @@ def test_verify_with_repositories_as_base_and_target(
     publish(hub, "org/tuned", checkpoints[1])
     shown = other.good("verify", TUNED, "--base", BASE, "--target", checkpoints[1])
     assert shown.splitlines()[1:] == [
-        "base: right, it becomes the target",
-        "target: right, every file",
+        "base: correct, the delta rebuilds the target from it",
+        "target: correct, every file",
     ]
 
 
-def test_a_path_that_exists_wins(
+def test_an_existing_path_is_preferred(
     other: Person, hub: LoopbackHub, pushed: str, checkpoints: tuple[Path, Path]
 ) -> None:
     place = other.folder / "org"
@@ -117,7 +157,9 @@ def test_a_path_that_exists_wins(
     delta = save_delta(*checkpoints, other.folder / "d.sd")
     done = other.run("apply", "org/model", delta, "out")
     assert done.returncode == 0
-    assert "using 'org/model' here; for the repository write hf://org/model" in done.stderr
+    assert (
+        "using the local path 'org/model'; for the repository write hf://org/model" in done.stderr
+    )
     assert hub.requests == []
     done = other.run("apply", "hf://org/model", delta, "out2")
     assert done.returncode == 0
@@ -128,7 +170,10 @@ def test_a_path_that_exists_wins(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["inspect", "me/nothing"], "nothing is at 'me/nothing' here, and there is no repository"),
+        (
+            ["inspect", "me/nothing"],
+            "there is no local path 'me/nothing', and there is no repository",
+        ),
         (["inspect", "hf://me/nothing"], "error: there is no repository 'me/nothing'"),
         (["inspect", "folder/none.sd"], "'folder/none.sd': no such file or directory"),
         (["apply", "none/base.safetensors", "delta.sd", "out"], "no such file"),
@@ -137,7 +182,7 @@ def test_a_path_that_exists_wins(
         (["inspect", "hf://me/tuned/none.sd"], "holds no delta"),
     ],
 )
-def test_nothing_there(
+def test_arguments_that_name_nothing(
     other: Person, delta: Path, pushed: str, arguments: list[str], words: str
 ) -> None:
     (other.folder / "delta.sd").write_bytes(delta.read_bytes())
@@ -146,4 +191,4 @@ def test_nothing_there(
 
 def test_mistyped_path_without_a_network(other: Person) -> None:
     error = other.bad("inspect", "modles/tuned", HF_ENDPOINT="http://127.0.0.1:9")
-    assert "nothing is at 'modles/tuned' here, and the Hub cannot be reached" in error
+    assert "there is no local path 'modles/tuned', and the Hub cannot be reached" in error

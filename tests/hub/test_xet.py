@@ -1,7 +1,7 @@
-"""Xet storage: the client's own code for it, on a store of its own in a folder instead of a server's.
+"""Xet storage: the client's own code, with a store in a folder instead of a server.
 
-The Hub hands out the address of that folder where it would hand out a server's, and Xet's names of files.
-What is not tried so is the network between the client and a Xet server.
+The test Hub returns the address of that folder instead of a server's address, and the Xet hashes of files.
+The network between the client and a Xet server is not tested.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WITH_XET = {"HF_HUB_DISABLE_XET": "0"}
 
 @pytest.fixture
 def store(hub: LoopbackHub, pushed: str, tmp_path: Path) -> Path:
-    """Let the Hub have all large files in Xet storage that is empty yet; return its folder."""
+    """Make the Hub keep large files in Xet storage, empty at first; return the folder of the storage."""
     hashes = {}
     for sha256, content in hub.state.stored.items():
         place = tmp_path / "to-hash"

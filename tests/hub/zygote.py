@@ -1,7 +1,7 @@
-"""A process that forks itself for every command line it is told to run: starting Python anew takes longer.
+"""A server process that runs each command line in a fork, which is faster than starting Python.
 
-What depends on the environment, the Hub's client above all, is imported by each child; what does not, once.
-Requests and answers are lines of JSON on stdin and stdout.
+Modules that read the environment on import, such as huggingface_hub, are imported in each child. Other modules
+are imported once, by the server. Requests and answers are lines of JSON on stdin and stdout.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SIGINT at moments of switches and of ``applied``: afterwards the model is what it is said to be, or this fails."""
+"""A program that sends itself SIGINT during switches and ``applied``, and checks the model afterwards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ N_TRIES = 60
 
 
 def is_at(model: State, states: dict[str | None, State]) -> str | None:
-    """Return which state a model has."""
+    """Return the name of the state that a model has."""
     found = [name for name, state in states.items() if same(model, state)]
     if not found:
         sys.exit("the model has none of the states")

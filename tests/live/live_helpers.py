@@ -1,4 +1,4 @@
-"""Models in memory and on disk, and the bits in them."""
+"""Helpers: small models in memory and on disk, and comparisons of their bits."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def copied(state: Mapping[str, torch.Tensor]) -> State:
 
 
 def tuned(state: Mapping[str, torch.Tensor], *names: str, seed: int = 0) -> State:
-    """Return a state in which some elements of some tensors (of all, if none is named) differ."""
+    """Return a state in which some elements of the named tensors differ; of all tensors, if none is named."""
     result = copied(state)
     generator = torch.Generator().manual_seed(seed)
     for name in names or result:
@@ -75,7 +75,7 @@ class Disk:
         return path
 
     def save_files(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> Path:
-        """Return a folder of weight files, given by their paths."""
+        """Write weight files, given by their paths, into a folder; return the folder."""
         self.n_saved += 1
         folder = self.path / f"state-{self.n_saved}"
         for path, state in files.items():

@@ -1,4 +1,4 @@
-"""Tiny transformers models of several kinds, changed in some elements, and how a delta is saved of them."""
+"""Helpers: tiny transformers models of several kinds, to change and to save."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make(kind: str, *, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def change(model: torch.nn.Module, *, every: int = 7, skip: str = "norm") -> None:
-    """Flip the lowest bit of some elements of all parameters but those with ``skip`` in their names."""
+    """Flip the lowest bit of some elements of all parameters, except those with ``skip`` in their names."""
     for name, parameter in model.named_parameters():
         if skip not in name:
             bits = parameter.detach().view(VIEWS[parameter.element_size()])

@@ -1,4 +1,4 @@
-"""Several deltas on one model: switched exactly, within a budget, while others read."""
+"""``DeltaBank``: exact switches, the memory budget, and readers in other threads."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def bank(net: Net, deltas: dict[str, Delta]) -> DeltaBank:
 def one_size(net: Net, delta: Delta) -> int:
     bank = DeltaBank(net)
     bank.add("x", delta)
-    assert bank.resident_bytes == 8 * delta.nnz  # flat index, and two values of two bytes
+    assert bank.resident_bytes == 8 * delta.nnz  # a flat index, and two values of two bytes
     return bank.resident_bytes
 
 
@@ -129,7 +129,7 @@ def test_what_is_refused(
 
 
 class TestSiblings:
-    """Deltas are of one base if their bases have tensors in common, and none that differ."""
+    """Deltas count as deltas of one base if their bases share tensors and no shared tensor differs."""
 
     A, B = "a.safetensors", "b.safetensors"
 
@@ -153,7 +153,7 @@ class TestSiblings:
         self.check(base, *deltas, one, other)
 
     def test_tensors_of_one_name_in_two_files(self, disk: Disk, base: State) -> None:
-        """One delta is made from both, the other from one of them."""
+        """One delta was made from both files, the other from one of them."""
         half = {"w": base["w"].half()}
         one, other = tuned(base, seed=1), tuned(base, seed=2)
         files = {self.A: half, self.B: base}
@@ -166,7 +166,7 @@ class TestSiblings:
         self.check(base, *deltas, one, other)
 
     def test_none_from_any_base(self, disk: Disk, base: State) -> None:
-        """A delta that is made from no base tensor fits every base; this one changes nothing in place."""
+        """A delta that uses no base tensor fits every base. This one changes nothing in place."""
         new = disk.diff(base, {"new": torch.ones(2)})
         assert not any(row.base for row in new.tensors)
         bank = DeltaBank(base, names={"new": None})
@@ -183,7 +183,7 @@ class TestSiblings:
             bank.add("other", other)
 
     def test_one_of_two_files_differs(self, disk: Disk, base: State) -> None:
-        """Though the other file has a tensor of this name that is the same."""
+        """A base tensor differs, although the other file has an equal tensor of this name."""
         files = {self.A: base, self.B: {"w": base["w"] + 1}}
         others = {self.A: base, self.B: {"w": base["w"] + 2}}
         target = tuned(base, "v")
@@ -204,7 +204,7 @@ def test_a_model_that_is_not_the_base(net: Net, deltas: dict[str, Delta]) -> Non
 
 
 class TestBudget:
-    def test_the_least_used_goes(
+    def test_the_least_recently_used_is_released(
         self,
         net: Net,
         paths: dict[str, Path],
@@ -265,7 +265,7 @@ def test_a_model_that_changes_under_the_bank(net: Net, bank: DeltaBank) -> None:
     bank.activate("a")
     before = copied(net.state_dict())
     net.last = torch.nn.Linear(6, 11, bias=False)
-    with pytest.raises(StructureMismatch, match=r"'last.weight' has become"):
+    with pytest.raises(StructureMismatch, match=r"'last.weight' is now"):
         bank.activate("b")
     assert bank.active == "a"
     assert all(torch.equal(before[n], t) for n, t in net.state_dict().items() if n != "last.weight")

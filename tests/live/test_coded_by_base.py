@@ -1,4 +1,4 @@
-"""Deltas coded by their base's exponents, applied to a model in memory."""
+"""Deltas that are coded with the exponents of their base, applied to a model in memory."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_another_model_is_refused_and_left_alone(
     assert torch.equal(bits(one.weight), bits(weights(n_steps)))
 
 
-def test_a_delta_that_makes_no_sense_of_its_base(delta: Path) -> None:
-    """The base is right, so the delta is not."""
+def test_a_delta_that_cannot_be_decoded_with_its_base(delta: Path) -> None:
+    """The base is correct, so the delta is reported as corrupt."""
     one = model(0)
     with sparsedelta.load(delta) as loaded:
         (row,) = loaded.tensors

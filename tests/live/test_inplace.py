@@ -1,4 +1,4 @@
-"""A delta on a model in memory: exact, checked before anything is written, undone again."""
+"""Deltas on a model in memory: exact results, checks before the first write, and undoing."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def delta(disk: Disk, net: Net, target: State) -> Delta:
 
 class TestRightModel:
     @pytest.mark.parametrize("verify", ["touched", "full", "none"])
-    def test_there_and_back(self, net: Net, target: State, delta: Delta, verify: Any) -> None:
+    def test_apply_and_revert(self, net: Net, target: State, delta: Delta, verify: Any) -> None:
         before = copied(net.state_dict())
         delta.apply_(net, verify=verify)
         assert same(net.state_dict(), target)
         delta.revert_(net, verify=verify)
         assert same(net.state_dict(), before)
 
-    def test_for_a_while(self, net: Net, target: State, delta: Delta) -> None:
+    def test_applied(self, net: Net, target: State, delta: Delta) -> None:
         before = copied(net.state_dict())
 
         def fail() -> None:
@@ -204,7 +204,7 @@ class TestWrongModel:
         assert same(net.state_dict(), before)
 
     def test_one_element_too_few(self, net: Net, target: State, delta: Delta) -> None:
-        """A tensor that is partly the target's is neither."""
+        """A tensor that is partly that of the target is neither base nor target."""
         state = copied(target)
         changed = (state["last.weight"] != net.state_dict()["last.weight"]).nonzero()[0]
         state["last.weight"][tuple(changed)] = net.state_dict()["last.weight"][tuple(changed)]
@@ -234,8 +234,10 @@ class TestWrongModel:
             self.check_untouched(state, delta, Corrupt, "damaged", verify="none")
 
     @pytest.mark.parametrize("undo", [False, True])
-    def test_chunks_of_both(self, disk: Disk, monkeypatch: pytest.MonkeyPatch, undo: bool) -> None:
-        """A tensor some of whose chunks are the base's and others the target's is neither."""
+    def test_chunks_of_base_and_target(
+        self, disk: Disk, monkeypatch: pytest.MonkeyPatch, undo: bool
+    ) -> None:
+        """A tensor with chunks of the base and chunks of the target is neither."""
         small_chunks(monkeypatch, 8, 16)
         base = {"w": torch.randn(4, 8)}
         target = tuned(base)
@@ -260,14 +262,16 @@ class TestWrongModel:
 
 
 class TestStacked:
-    """Without its base a stack knows no digests of touched values, and not always of tensors."""
+    """A stack made without its base lacks digests of touched values, and in some cases of tensors."""
 
     @pytest.fixture
     def steps(self, disk: Disk, net: Net) -> list[State]:
         first = copied(net.state_dict())
         return [first, tuned(first, seed=1), tuned(tuned(first, seed=1), seed=2)]
 
-    def test_touched_is_not_known(self, disk: Disk, net: Net, steps: list[State]) -> None:
+    def test_digests_of_touched_values_are_missing(
+        self, disk: Disk, net: Net, steps: list[State]
+    ) -> None:
         a, b = disk.diff(steps[0], steps[1]), disk.diff(steps[1], steps[2])
         with sparsedelta.stack(a, b) as stacked:
             with pytest.raises(ValueError, match="verify='full' or 'none'"):
@@ -278,7 +282,7 @@ class TestStacked:
 
     @pytest.fixture
     def halves(self, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> tuple[State, State, Delta]:
-        """Return a base, a target, and a stack of deltas of its halves, cut into other chunks each."""
+        """Return a base, a target, and a stack of two deltas of its halves that have different chunks."""
         base = {"w": torch.randn(6, 10)}
         target = tuned(base)
         deltas = []
@@ -292,7 +296,7 @@ class TestStacked:
         stacked = disk.context.enter_context(sparsedelta.stack(*deltas))
         return base, target, stacked
 
-    def test_full_is_not_known(self, halves: tuple[State, State, Delta]) -> None:
+    def test_digests_of_tensors_are_missing(self, halves: tuple[State, State, Delta]) -> None:
         base, target, stacked = halves
         (row,) = stacked.tensors
         assert {chunk.start % 7 and chunk.start % 11 for chunk in row.chunks} == {0}
@@ -315,7 +319,7 @@ class TestStacked:
         assert same(state, target)
 
     def test_reverting_in_full(self, disk: Disk, steps: list[State]) -> None:
-        """Of a tensor whose digest in the target is not known, only touched values are compared."""
+        """If the digest of a target tensor is not known, only its touched values are compared."""
         delta = disk.diff(steps[0], steps[1])
         rows = (dataclasses.replace(r, target=r.target.with_digest(None)) for r in delta.tensors)
         unknown = dataclasses.replace(delta, tensors=tuple(rows))
@@ -327,7 +331,7 @@ class TestStacked:
 
 
 class Holder(nn.Module):
-    """A module within others, at a dotted path."""
+    """Modules around a module, so that it has a dotted path."""
 
     def __init__(self, path: str, inner: nn.Module) -> None:
         super().__init__()
@@ -343,13 +347,13 @@ class TestNames:
         delta.apply_(Holder(path, net))
         assert same(net.state_dict(), target)
 
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on first use
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns on first use
     def test_compiled(self, net: Net, target: State, delta: Delta) -> None:
         delta.apply_(torch.compile(net))  # type: ignore[arg-type]
         assert same(net.state_dict(), target)
 
     def test_peft(self, net: Net, target: State, delta: Delta) -> None:
-        """PEFT moves a layer that it adapts to ``base_layer`` and puts its own beside."""
+        """PEFT moves an adapted layer to ``base_layer`` and puts its own layers beside it."""
         net.first = Holder("base_layer", net.first)  # type: ignore[assignment]
         net.first.add_module("lora_A", nn.Linear(8, 2))
         delta.apply_(Holder("base_model.model", net))
@@ -377,9 +381,9 @@ class TestNames:
         delta.apply_(net, names={"scale": None})
         assert same(net.state_dict(), {**target, "scale": before["scale"]})
 
-    def test_two_ways(self, net: Net, delta: Delta) -> None:
+    def test_two_prefixes_that_fit(self, net: Net, delta: Delta) -> None:
         both = nn.ModuleDict({"a": net, "b": Net()})
-        with pytest.raises(StructureMismatch, match=r"several ways.*'a\..*'b\..*\(names\)"):
+        with pytest.raises(StructureMismatch, match=r"one of several.*'a\..*'b\..*\(names\)"):
             delta.apply_(both)
 
     def test_missing(self, net: Net, delta: Delta) -> None:
@@ -399,7 +403,7 @@ class TestNames:
 
 
 class TestTied:
-    def test_once_if_the_delta_ties_them_too(self, disk: Disk) -> None:
+    def test_tied_tensors_are_written_once(self, disk: Disk) -> None:
         base = {"a": torch.randn(4, 4), "b": torch.zeros(2)}
         base["c"] = base["a"].clone()
         changed = tuned(base, "a")["a"]
@@ -416,7 +420,7 @@ class TestTied:
         assert same({"a": shared}, target)
 
     @pytest.mark.parametrize("names", [("a",), ("a", "c")])
-    def test_not_if_they_part(self, disk: Disk, names: tuple[str, ...]) -> None:
+    def test_tied_tensors_that_change_differently(self, disk: Disk, names: tuple[str, ...]) -> None:
         base = {"a": torch.randn(4, 4)}
         base["c"] = base["a"].clone()
         delta = disk.diff(base, tuned(base, *names))
@@ -427,7 +431,7 @@ class TestTied:
 
 
 class TestFiles:
-    """Tensors of a model are found by name, those of a delta have a file too."""
+    """Tensors of a model are found by name; tensors of a delta have a file and a name."""
 
     A, B = "a/x.safetensors", "b/x.safetensors"
 
@@ -451,7 +455,7 @@ class TestFiles:
     def test_the_one_that_fits(
         self, disk: Disk, base: State, other: torch.Tensor, changed: str
     ) -> None:
-        """As of a variant in another dtype, or of a part of the model with the same names."""
+        """The other file is a variant in another dtype, or a part of the model with the same names."""
         others = {"w": other}
         target = base if changed == "other" else tuned(base)
         other_target = others if changed == "this" else tuned(others)
@@ -522,7 +526,7 @@ class TestFiles:
 
 
 class TestRenamed:
-    """A model cannot be given other names, unless it has a tensor under both."""
+    """A delta that renames a tensor is refused, unless the model has the tensor under both names."""
 
     @pytest.fixture
     def base(self) -> State:
@@ -543,7 +547,7 @@ class TestRenamed:
 
     @pytest.mark.parametrize("is_kept", [True, False])
     def test_tied(self, disk: Disk, base: State, is_kept: bool) -> None:
-        """Of tied tensors some programs save the one, some the other, and some both."""
+        """Of two tied tensors, some programs save the first, some the second, and some both."""
         target = tuned({**base, "copy": base["a"]}, "b")
         if not is_kept:
             del target["a"]
@@ -603,17 +607,17 @@ class TestStructure:
 
     @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
     def test_memory_that_is_read_only(self, disk: Disk) -> None:
-        """Torch would end the process."""
+        """Without the check, torch would crash the process."""
         base = {"a": torch.randn(4, 3), "b": torch.randn(5000)}
         target = tuned(base)
         delta = disk.diff(base, target)
         raw = np.memmap(disk.save({"b": base["b"]}), np.uint8, mode="r")
         mapped = torch.from_numpy(raw[-20_000:]).view(torch.float32)
         before = copied(base)
-        with pytest.raises(StructureMismatch, match="'b' is in memory that cannot be written"):
+        with pytest.raises(StructureMismatch, match="'b' is in read-only memory"):
             delta.apply_({"a": base["a"], "b": mapped})
         assert same({"a": base["a"], "b": mapped}, before)
-        raw = np.memmap(disk.save({"b": base["b"]}), np.uint8, mode="c")  # copied when written
+        raw = np.memmap(disk.save({"b": base["b"]}), np.uint8, mode="c")  # copy on write: writable
         model = {"a": base["a"], "b": torch.from_numpy(raw[-20_000:]).view(torch.float32)}
         delta.apply_(model)
         assert same(model, target)
@@ -628,9 +632,12 @@ class TestStructure:
         ("change", "match"),
         [
             ({"new": torch.ones(2)}, "adds tensor 'new'"),
-            ({"embed.weight": torch.ones(11, 8).bfloat16()}, r"BF16 \[11, 8\] of BF16 \[10, 8\]"),
+            (
+                {"embed.weight": torch.ones(11, 8).bfloat16()},
+                r"from BF16 \[10, 8\] to BF16 \[11, 8\]",
+            ),
             ({"embed.weight": torch.ones(10, 8)}, "replaces tensor 'embed.weight'"),
-            ({"scale": torch.ones(1, 3).bfloat16()}, r"BF16 \[1, 3\] of BF16 \[3\]"),
+            ({"scale": torch.ones(1, 3).bfloat16()}, r"from BF16 \[3\] to BF16 \[1, 3\]"),
         ],
     )
     def test_other_structure(self, disk: Disk, net: Net, change: State, match: str) -> None:

@@ -1,4 +1,4 @@
-"""A model loaded through a delta is the model that its target would load as."""
+"""``load_model`` returns the same model as ``from_pretrained`` on the target."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_llama(path: Path, *, tied: bool) -> Path:
 
 def save_tuned(base: Path, target: Path, model_class: Any, **options: Any) -> Path:
     model = model_class.from_pretrained(base)
-    tied = {n for n, _ in model.named_parameters()}  # one name of those that are tied
+    tied = {n for n, _ in model.named_parameters()}  # one of the tied names
     changed = tuned(model.state_dict(), *tied)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -72,7 +72,7 @@ def path(base: Path, target: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("verify", ["full", "touched", "none"])
-def test_it_is_the_target(base: Path, target: Path, path: Path, verify: Any) -> None:
+def test_the_loaded_model_is_the_target(base: Path, target: Path, path: Path, verify: Any) -> None:
     before = state(base)
     model = load_model(path, base=base, verify=verify)
     assert type(model) is type(Bert.from_pretrained(target))
@@ -131,7 +131,7 @@ def test_options(base: Path, path: Path) -> None:
 
 
 class TestWhichFiles:
-    """The model's own tensors are told by the names of weight files and indexes."""
+    """The names of weight files and indexes show which files hold the model's tensors."""
 
     @pytest.mark.parametrize(
         ("paths", "found"),
@@ -220,11 +220,11 @@ def files(names: str) -> set[str]:
 
 
 class TestTensorsThatTheModelDoesNotHold:
-    """The model that transformers loads has the tensors of one folder, and the delta may change others."""
+    """The loaded model has the tensors of one folder. The delta may change others, with a warning."""
 
     @pytest.fixture
     def dense(self, base: Path, target: Path) -> str:
-        """Add the weights of another module, as sentence-transformers does, to base and target."""
+        """Add the weights of another module to base and target, as sentence-transformers does."""
         name = "2_Dense/model.safetensors"
         for folder, step in ((base, 0), (target, 1)):
             (folder / "2_Dense").mkdir()
@@ -251,7 +251,7 @@ class TestTensorsThatTheModelDoesNotHold:
             load_model(path, base=base, model_class=transformers.AutoModel)
 
     def test_tied(self, tmp_path: Path) -> None:
-        """A file may have both of two tied tensors, of which transformers takes one."""
+        """A file may have both of two tied tensors. Transformers reads one of them."""
         base = make_llama(tmp_path / "base", tied=True)
         target = save_tuned(base, tmp_path / "target", transformers.AutoModelForCausalLM)
         for folder in (base, target):
@@ -287,10 +287,10 @@ def test_no_configuration(base: Path, target: Path, tmp_path: Path) -> None:
         load_model(path, base=files[0])
 
 
-def test_a_live_model_is_saved_as_apply_writes_it(
+def test_a_changed_model_is_saved_as_apply_writes_it(
     base: Path, target: Path, path: Path, tmp_path: Path
 ) -> None:
-    """The first base is saved by the same code, so that files can be compared byte for byte."""
+    """The base is saved by the same code, so the files can be compared byte for byte."""
     model: Any = Bert.from_pretrained(base)
     before = copied(model.state_dict())
     with sparsedelta.load(path) as delta:
@@ -307,7 +307,7 @@ def test_a_live_model_is_saved_as_apply_writes_it(
 
 
 def test_a_model_of_the_inner_part(base: Path, target: Path, path: Path) -> None:
-    """The checkpoint's names have a prefix that the bare model's have not."""
+    """The names in the checkpoint have a prefix that the names of the inner model lack."""
     names = [name for name, _ in Bert.from_pretrained(base).named_parameters()]
     model: Any = transformers.AutoModel.from_pretrained(base, add_pooling_layer=True)
     with sparsedelta.load(path) as delta:
@@ -319,7 +319,7 @@ def test_a_model_of_the_inner_part(base: Path, target: Path, path: Path) -> None
 
 
 def test_a_tensor_of_any_size(base: Path, tmp_path: Path) -> None:
-    """A delta of a kilobyte may state one."""
+    """A delta of one kilobyte may state a tensor of any size."""
     with sparsedelta.load(delta_of(base, base, tmp_path / "delta.sd")) as delta:
         target = dataclasses.replace(delta.tensors[0].target, shape=(1 << 58,))
         rows = (dataclasses.replace(delta.tensors[0], target=target), *delta.tensors[1:])

@@ -1,4 +1,4 @@
-"""A model in memory is a side of ``diff`` as the file that it would be saved as, or as a folder with its tensors."""
+"""A model in memory as a side of ``diff``: as the file it would be saved to, or with the files of a folder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def applied(base: Path, data: bytes, out: Path) -> Path:
 
 
 def every_dtype() -> State:
-    """Return a tensor of random bits of every dtype that torch has, NaNs of all kinds among them."""
+    """Return a tensor of random bits for every dtype of torch, with NaNs of all kinds."""
     generator = torch.Generator().manual_seed(3)
     raw = torch.randint(0, 256, (2400,), dtype=torch.uint8, generator=generator)
     state = {"bool": torch.rand(30, generator=generator) > 0.5}
@@ -54,7 +54,7 @@ def sparsedelta_dtype(name: str) -> Any:
 
 @pytest.fixture(params=["new", "loaded"])
 def is_loaded(request: pytest.FixtureRequest) -> bool:
-    """Whether a model was loaded: transformers keeps how its checkpoint was spelled."""
+    """Whether the model was loaded from disk; transformers then remembers the names of its checkpoint."""
     return bool(request.param == "loaded")
 
 
@@ -102,7 +102,7 @@ def test_a_model_as_the_base_of_a_folder(tmp_path: Path) -> None:
     assert_same_files(target, applied(base / FILE, delta, tmp_path / "out"))
 
 
-def test_a_checkpoint_with_names_of_old(tmp_path: Path) -> None:
+def test_a_checkpoint_with_legacy_names(tmp_path: Path) -> None:
     base = saved(make("bert"), tmp_path / "base")
     names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     old = load_file(base / FILE)
@@ -121,7 +121,9 @@ def test_a_checkpoint_with_names_of_old(tmp_path: Path) -> None:
     assert same(rebuilt, {own: model.state_dict()[n] for n, own in spelled.items()})
     bare = transformers.BertModel.from_pretrained(base, dtype=torch.bfloat16)
     for strict in (True, False):  # transformers saves it without the prefix
-        with pytest.raises(StructureMismatch, match=r"lacks; save the model .* was saved$"):
+        with pytest.raises(
+            StructureMismatch, match=r"lacks; save the model .* of the saved checkpoint$"
+        ):
             sparsedelta.diff(base, bare, strict=strict)
 
 
@@ -160,7 +162,9 @@ def test_fused_experts_are_converted_once(monkeypatch: pytest.MonkeyPatch) -> No
     memory = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
     for name in sorted(state.specs):
         is_copy = state.read(name).untyped_storage().data_ptr() not in memory
-        assert is_copy == (".w1." in name or ".w3." in name)  # not contiguous where they are fused
+        assert is_copy == (
+            ".w1." in name or ".w3." in name
+        )  # not contiguous, because they are fused
     assert sorted(map(len, converted)) == [1] * 4  # two tensors of each of two layers
 
 
@@ -300,7 +304,7 @@ class TestRefused:
     def test_two_tensors_of_one_name(self, tmp_path: Path) -> None:
         base = saved(make("llama"), tmp_path / "base")
         save_file(load_file(base / FILE), base / "copy.safetensors")
-        with pytest.raises(StructureMismatch, match="leave one of the files out"):
+        with pytest.raises(StructureMismatch, match="leave out one of the files"):
             sparsedelta.diff(base, make("llama"))
         delta_bytes(base, make("llama"), exclude=["copy.safetensors"])
 
@@ -314,13 +318,13 @@ class TestRefused:
         ],
         ids=["meta", "sparse", "complex128", "list"],
     )
-    def test_tensors_that_no_file_holds(self, tensor: Any, problem: str) -> None:
+    def test_tensors_that_cannot_be_saved(self, tensor: Any, problem: str) -> None:
         with pytest.raises(StructureMismatch, match=problem) as caught:
             sparsedelta.diff({"w": torch.zeros(3)}, {"w": tensor})
         assert caught.value.tensor == "w"
 
     @pytest.mark.parametrize("side", [3, b"path", None, [torch.zeros(3)]])
-    def test_what_is_no_model(self, side: Any) -> None:
+    def test_objects_that_are_not_models(self, side: Any) -> None:
         with pytest.raises(
             TypeError, match=r"expected a path, a state dict or a torch\.nn\.Module"
         ):
@@ -329,7 +333,7 @@ class TestRefused:
     def test_quantized_models(self) -> None:
         model = make("llama")
         model.hf_quantizer = object()
-        with pytest.raises(StructureMismatch, match="is quantized; save it"):
+        with pytest.raises(StructureMismatch, match="is quantized; save the model"):
             sparsedelta.diff(model, model)
 
     def test_models_with_adapters(self) -> None:
@@ -338,10 +342,10 @@ class TestRefused:
         with pytest.raises(StructureMismatch, match="has adapters"):
             sparsedelta.diff(model, model)
 
-    def test_sharing_that_transformers_does_not_know(self) -> None:
+    def test_tied_tensors_that_transformers_does_not_know(self) -> None:
         model = make("llama")
         model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-        with pytest.raises(StructureMismatch, match="does not save the tied tensors"):
+        with pytest.raises(StructureMismatch, match="cannot save the tied tensors"):
             sparsedelta.diff(model, model)
 
     def test_conversions_that_need_data(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,5 +353,5 @@ class TestRefused:
             return {n: t * float(t.view(-1)[0].item()) for n, t in tensors.items()}
 
         monkeypatch.setattr(saved_module, "_revert", revert)
-        with pytest.raises(StructureMismatch, match="cannot be told without its data"):
+        with pytest.raises(StructureMismatch, match="for saving needs its data"):
             sparsedelta.diff(make("llama"), make("llama"))

@@ -1,4 +1,4 @@
-"""``Snapshot`` gives the delta that ``diff`` makes of what was saved, and moves only when it is told to."""
+"""``Snapshot``: its deltas equal those of ``diff`` on saved models, and it changes only by ``advance``."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_deltas_between_folders(kind: str, tmp_path: Path) -> None:
         held = out
 
 
-def test_a_model_elsewhere_follows(tmp_path: Path) -> None:
+def test_another_copy_of_the_model_applies_the_deltas(tmp_path: Path) -> None:
     model = make("tied llama")
     follower, snapshot = copy.deepcopy(model), Snapshot(model)
     for every in (3, 4):
@@ -115,17 +115,17 @@ def test_options_are_those_of_diff(tmp_path: Path) -> None:
         Snapshot(model, keep_on="gpu")  # type: ignore[arg-type]
 
 
-def test_it_moves_to_the_delta_and_not_to_the_model(tmp_path: Path) -> None:
+def test_advance_moves_to_the_delta_not_to_the_model(tmp_path: Path) -> None:
     model = make("mixtral")
     snapshot = Snapshot(model)
     change(model, every=3)
     second, data = copy.deepcopy(model), taken(snapshot)
-    change(model, every=5)  # training goes on while the version is stored
+    change(model, every=5)  # training continues while the version is stored
     advance(snapshot, data)
     assert taken(snapshot) == delta_bytes(second, model)
 
 
-def test_without_advance_deltas_have_one_base() -> None:
+def test_without_advance_all_deltas_have_the_same_base() -> None:
     model = make("llama")
     first, snapshot = copy.deepcopy(model), Snapshot(model)
     change(model, every=3)
@@ -156,7 +156,7 @@ def test_state_dicts_and_all_their_views(tmp_path: Path) -> None:
     assert taken(snapshot) == delta_bytes(old, state)
 
 
-def test_nothing_is_hashed_or_coded_of_what_has_not_changed(
+def test_unchanged_tensors_are_not_hashed_or_coded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = make("mixtral")
@@ -202,7 +202,7 @@ class TestRefused:
         second = taken(snapshot)
         advance(snapshot, first)
         before = taken(snapshot)
-        with pytest.raises(BaseMismatch, match="was not made from what was published last"):
+        with pytest.raises(BaseMismatch, match="was not made from the last published state"):
             advance(snapshot, second)
         assert taken(snapshot) == before
 
@@ -212,7 +212,7 @@ class TestRefused:
             advance(snapshot, taken(other))
         state = {"a": torch.ones(3), "b": torch.ones(3)}
         part = {"a": state["a"]}
-        with pytest.raises(BaseMismatch, match="not all tensors"):
+        with pytest.raises(BaseMismatch, match="lacks tensors"):
             advance(Snapshot(state), delta_bytes(part, {"a": torch.zeros(3)}))
 
     def test_a_delta_that_changes_the_layout(self) -> None:
@@ -220,7 +220,7 @@ class TestRefused:
         with pytest.raises(BaseMismatch):
             advance(Snapshot(state), delta_bytes(state, {"a": torch.ones(4)}))
 
-    def test_a_delta_that_does_not_know_its_target(self) -> None:
+    def test_a_delta_without_digests_of_its_target(self) -> None:
         old, new = {"a": torch.zeros(8)}, {"a": torch.ones(8)}
         with sparsedelta.diff(old, new) as delta:
             row = replace(delta.tensors[0], target=delta.tensors[0].target.with_digest(None))
@@ -229,7 +229,7 @@ class TestRefused:
 
 
 class TestBrokenOff:
-    def test_an_advance_twice_is_one(self) -> None:
+    def test_a_repeated_advance_changes_nothing(self) -> None:
         model = make("mixtral")
         snapshot = Snapshot(model)
         change(model)
@@ -241,7 +241,7 @@ class TestBrokenOff:
 
     @pytest.mark.parametrize("at", [0, 1, 5])
     @pytest.mark.parametrize("written", [False, True])
-    def test_an_advance_goes_on(
+    def test_an_interrupted_advance_is_completed(
         self, at: int, written: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model = make("mixtral")
@@ -270,7 +270,7 @@ class TestBrokenOff:
         with snapshot.diff() as delta:
             assert delta.nnz == 0
 
-    def test_a_damaged_delta_changes_no_tensor_by_halves(self, tmp_path: Path) -> None:
+    def test_a_damaged_delta_changes_no_tensor_partly(self, tmp_path: Path) -> None:
         state = {"a": torch.zeros(4000), "b": torch.zeros(4000)}
         snapshot = Snapshot(state)
         state |= tuned(state)
@@ -283,8 +283,8 @@ class TestBrokenOff:
         assert taken(snapshot) == delta_bytes(copied(state), state)
 
 
-def test_changes_that_a_device_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What is done for tensors on a GPU, on the CPU: by blocks, some of which have changed."""
+def test_changes_on_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The comparison for tensors on a GPU, run on the CPU, with several blocks of which some have changed."""
     monkeypatch.setattr(snapshot_module, "_BLOCK_ELEMENTS", 64)
     monkeypatch.setattr(
         Snapshot,

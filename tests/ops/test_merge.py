@@ -260,7 +260,7 @@ class TestRefused:
             ({"method": "slerp"}, "method is 'slerp', expected one of linear"),
             ({"weights": [1.0]}, "1 weights are given for 2 deltas"),
             ({"weights": [1.0, float("nan")]}, "finite"),
-            ({"density": 0.5}, "density means nothing"),
+            ({"density": 0.5}, "keeps all changes; leave it out"),
             ({"method": "ties", "density": 0.0}, "above 0 and at most 1"),
             ({"method": "ties", "density": [0.5, 1.5]}, "above 0 and at most 1"),
             ({"method": "ties", "density": [0.5, 0.5, 0.5]}, "3 densities are given"),
@@ -329,7 +329,7 @@ class TestRefused:
         assert Bench(tmp_path / "a", base, [same, same]).merge().data == same.data
         for targets in ([same, other], [same, base]):
             bench = Bench(tmp_path / f"b{targets[1].data.hex()}", base, targets)
-            with pytest.raises(ConflictError, match="is I64, which is not merged"):
+            with pytest.raises(ConflictError, match="has dtype I64, which cannot be merged"):
                 bench.merge()
 
 

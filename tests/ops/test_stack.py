@@ -135,7 +135,7 @@ def test_new_values_that_return_stay_unless_the_base_is_given(make: Maker) -> No
 def test_encodings_that_meet_need_the_base(make: Maker, steps: list[Path]) -> None:
     a, b = make.diff(steps[0], steps[1]), make.diff(steps[1], steps[2], values="target")
     with pytest.raises(
-        ConflictError, match=r"'w' .* only the base tells: give it \(base=, --base\)"
+        ConflictError, match=r"'w' .* need the base; give the base \(base=, --base\)"
     ) as e:
         make.stack(a, b)
     assert e.value.tensor == "w"
@@ -310,7 +310,8 @@ class TestOrder:
     def test_a_gap_names_the_tensor(self, make: Maker, steps: list[Path]) -> None:
         a, _, c = deltas_of(make, steps)
         with pytest.raises(
-            ConflictError, match=r"delta 2 was made from another tensor 'w' than delta 1 .* missing"
+            ConflictError,
+            match=r"tensor 'w': delta 2 was not made from the target of delta 1, .* missing",
         ) as error:
             make.stack(a, c)
         assert error.value.tensor == "w"
@@ -491,7 +492,8 @@ class TestFiles:
         write(middle / "README.md", "put there later")
         target = make.checkpoint({"w": raw.changed(4)}, {"README.md": "put there later"})
         with pytest.raises(
-            ConflictError, match=r"delta 2 takes file 'README.md' .* delta 1 has none"
+            ConflictError,
+            match=r"delta 2 takes file 'README.md' .* is missing from the target of delta 1",
         ):
             make.stack(first, make.diff(middle, target))
 
@@ -522,13 +524,13 @@ class TestSiblings:
             ConflictError, match="touch 4 positions in common, in 2 of 3 tensors"
         ) as e:
             make.stack(*deltas)
-        assert "'w' among them" in str(e.value)
+        assert "such as 'w'" in str(e.value)
         assert "sparsedelta merge" in str(e.value)
 
     def test_a_tensor_that_both_change_needs_the_base(self, make: Maker) -> None:
         base, deltas = self.variants(make, [0, 2], [4], [6])
         with pytest.raises(
-            ConflictError, match=r"several of the deltas change tensor 'w'.*\(base=, --base\)"
+            ConflictError, match=r"several deltas change tensor 'w'.*\(base=, --base\)"
         ) as error:
             make.stack(*deltas)
         assert error.value.tensor == "w"
@@ -630,7 +632,7 @@ class TestSiblings:
         base = make.checkpoint({"v": raw, "w": raw})
         one = make.checkpoint({"w": raw, "v": raw.changed(0)})
         other = make.checkpoint({"v": raw, "w": raw.changed(0)})
-        with pytest.raises(ConflictError, match="delta 2 lays the tensors out"):
+        with pytest.raises(ConflictError, match="delta 2 places the tensors"):
             make.stack(make.diff(base, one), make.diff(base, other))
 
     @pytest.mark.parametrize(
@@ -668,7 +670,7 @@ class TestSiblings:
             {"format": "pt"},
             spell=lambda fields: json.dumps(fields).encode(),
         )
-        with pytest.raises(ConflictError, match="delta 2 lays"):
+        with pytest.raises(ConflictError, match="delta 2 places"):
             make.stack(make.diff(base, one), make.diff(base, other))
 
 

@@ -1,10 +1,10 @@
-"""How figures and names are written."""
+"""The format of numbers, sizes and names."""
 
 from __future__ import annotations
 
 import pytest
 
-from sparsedelta.report.text import count, listed, percent, printable, size
+from sparsedelta.report.text import count, listed, numbers, percent, printable, size
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,14 @@ def test_listed() -> None:
     assert listed(["a", "b"], 2) == "a, b"
     assert listed(["a", "b", "c\n"], 2) == "a, b and 1 more"
     assert listed(["c\n"], 2) == r"c\n"
+
+
+def test_many_numbers_are_a_count_and_a_range() -> None:
+    assert numbers([3, 1.5, 2], 2) == "3 numbers, 1.5 to 3"
+    assert numbers({"a": 0.000123456, "b": 0, "c": -1}, 2) == "3 numbers, -1 to 0.0001235"
+    assert numbers([3, 1.5, 2], 3) is None
+    for other in ([1, 2, True], [1, 2, "3"], [1, 2, None], [1, 2, [3]], "123", 123, None):
+        assert numbers(other, 2) is None
 
 
 def test_printable_keeps_letters_and_escapes_the_rest() -> None:

@@ -26,7 +26,7 @@ from sparsedelta.tensors import rebuild as rebuild_module
 from sparsedelta.tensors.changes import ChangeReader, segments
 from sparsedelta.tensors.parallel import Pace
 from sparsedelta.tensors.rebuild import BaseDiffers, Check, rebuild
-from sparsedelta.tensors.sources import MadeTensor
+from sparsedelta.tensors.sources import RebuiltTensor
 from sparsedelta.tensors.start import RowStart
 
 Bits = npt.NDArray[np.uint16]
@@ -177,7 +177,7 @@ def test_rebuilt(
 
 def test_a_made_tensor_is_read_in_any_pieces(row_and_payload: tuple[Row, SpoolPayload]) -> None:
     row, payload = row_and_payload
-    tensor = MadeTensor(row, InMemory(BEFORE), payload, PACE)
+    tensor = RebuiltTensor(row, InMemory(BEFORE), payload, PACE)
     assert (tensor.file, tensor.name, tensor.spec) == ("target", "w", row.target)
     for n in (1, 4, 17, 50):
         for start in [*range(0, 50, n), 0]:
@@ -192,8 +192,8 @@ def test_a_made_tensor_may_be_the_base_of_another_with_other_borders() -> None:
         BORDERS.values(), [[(0, 50)], [(0, 2), (20, 34), (48, 49)]]
     ):
         payload = SpoolPayload()
-        first = MadeTensor(row_of(BEFORE, AFTER, one, payload), InMemory(BEFORE), payload, PACE)
-        second = MadeTensor(row_of(AFTER, third, other, payload), first, payload, PACE)
+        first = RebuiltTensor(row_of(BEFORE, AFTER, one, payload), InMemory(BEFORE), payload, PACE)
+        second = RebuiltTensor(row_of(AFTER, third, other, payload), first, payload, PACE)
         buffer = bytearray(100)
         second.read_into(memoryview(buffer), 0)
         assert buffer == third.tobytes()
@@ -204,7 +204,7 @@ def test_changes_of_one_tensor_in_two_deltas() -> None:
     low, high = changed(BEFORE, [0, 6, 30]), changed(BEFORE, [5, 31, 49])
     row = row_of(BEFORE, low, [(0, 7), (7, 50)], payload)
     other = row_of(BEFORE, high, [(5, 6), (30, 50)], payload)
-    tensor = MadeTensor(row, InMemory(BEFORE), payload, PACE, others=[(other, payload)])
+    tensor = RebuiltTensor(row, InMemory(BEFORE), payload, PACE, others=[(other, payload)])
     buffer = bytearray(100)
     tensor.read_into(memoryview(buffer), 0)
     assert buffer == changed(BEFORE, [0, 6, 30, 5, 31, 49]).tobytes()
@@ -219,7 +219,7 @@ def test_what_the_base_lacks_starts_as_zeros(n_after: int) -> None:
     row = row_of(BEFORE, after, [(0, 7), (7, 33), (33, 61), (61, 77)], payload)
     assert row.keep == min(50, n_after)
     assert made(row, InMemory(BEFORE), payload).tolist() == after.tolist()
-    tensor, buffer = MadeTensor(row, InMemory(BEFORE), payload, PACE), bytearray(2 * n_after)
+    tensor, buffer = RebuiltTensor(row, InMemory(BEFORE), payload, PACE), bytearray(2 * n_after)
     for start in range(0, n_after, 5):
         tensor.read_into(memoryview(buffer)[2 * start : 2 * start + 10], 2 * start)
     assert buffer == after.tobytes()
@@ -263,7 +263,7 @@ def test_every_chunk_has_touched_digests_of_its_own(number: int, side: int) -> N
     chunks[number] = replace(chunk, touched=(wrong[0], wrong[1]))
     row = replace(row, chunks=tuple(chunks))
     for check in ("full", "touched"):
-        with pytest.raises(Corrupt, match="on the right base; the delta is inconsistent"):
+        with pytest.raises(Corrupt, match="the base is right, so the delta is inconsistent"):
             made(row, InMemory(BEFORE), payload, check)
     made(row, InMemory(BEFORE), payload, "none")
 
@@ -275,7 +275,7 @@ def test_without_touched_digests_all_bytes_are_checked() -> None:
     with pytest.raises(BaseDiffers):
         made(row, InMemory(changed(BEFORE, [10])), payload, "touched")
     wrong = replace(row, target=row.target.with_digest(bytes(16)))
-    with pytest.raises(Corrupt, match="on the right base"):
+    with pytest.raises(Corrupt, match="the base is right, so"):
         made(wrong, InMemory(BEFORE), payload, "touched")
 
 
@@ -304,7 +304,7 @@ def test_classes_are_read_with_the_start_alone() -> None:
 def test_a_row_with_a_base_is_not_made_without_it() -> None:
     payload = SpoolPayload()
     row = row_of(BEFORE, AFTER, [(0, 50)], payload)
-    with pytest.raises(ValueError, match="none was given"):
+    with pytest.raises(ValueError, match="needs its base tensor"):
         made(row, None, payload)
 
 
@@ -328,7 +328,7 @@ def test_any_borders_make_the_same(data: st.DataObject) -> None:
     row = row_of(before, after, list(itertools.pairwise(cuts)), payload)
     base = InMemory(before)
     assert made(row, base, payload).tolist() == after.tolist()
-    tensor, buffer = MadeTensor(row, base, payload, PACE), bytearray(2 * n)
+    tensor, buffer = RebuiltTensor(row, base, payload, PACE), bytearray(2 * n)
     step = data.draw(st.integers(1, n))
     for start in range(0, n, step):
         tensor.read_into(memoryview(buffer)[2 * start : 2 * (start + step)], 2 * start)

@@ -20,7 +20,7 @@ from sparsedelta.progress import Silent
 from sparsedelta.tensors.compare import Comparison, digest_tensor
 from sparsedelta.tensors.parallel import Pace
 from sparsedelta.tensors.rebuild import rebuild
-from sparsedelta.tensors.sources import MadeTensor
+from sparsedelta.tensors.sources import RebuiltTensor
 
 
 class Counter(Silent):
@@ -219,7 +219,7 @@ def test_one_element_beyond_2_31() -> None:
     assert offset + len(last) == n
     assert last == bytes(len(last) - 2) + b"\7\0"
     buffer = bytearray(100)
-    MadeTensor(row, base, payload, pace).read_into(memoryview(buffer), 1 << 31)
+    RebuiltTensor(row, base, payload, pace).read_into(memoryview(buffer), 1 << 31)
     assert buffer == bytes(98) + b"\7\0"
 
 

@@ -1,4 +1,4 @@
-"""A tiny causal language model with a tokenizer of its own, and a script run as a person runs it."""
+"""A tiny causal language model with its tokenizer, and a function that runs an example script."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHAT = (
 
 
 def make_tokenizer(texts: Sequence[str], n_tokens: int = 300) -> Any:
-    """Return a byte-level BPE tokenizer learnt from texts."""
+    """Return a byte-level BPE tokenizer trained on texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -68,7 +68,7 @@ def make_causal(
 def run_script(
     name: str, words: Sequence[object], monkeypatch: pytest.MonkeyPatch
 ) -> int | str | None:
-    """Run a script of ``examples/`` with these words; return what it exits with."""
+    """Run a script of ``examples/`` with these arguments; return its exit code or message."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
     monkeypatch.syspath_prepend(str(EXAMPLES))
     with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""Counts, on CPU tensors, what a device would be asked: launches, and what the host waits for."""
+"""Counts on CPU tensors the launches and the waits of the host that a GPU would have."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Counted(TorchDispatchMode):
     """Counts operations inside its context.
 
     Attributes:
-        launches: by operation; what only makes a view is none.
-        waits: by operation. Copies to the host are not seen: on a CPU they are no operation.
+        launches: count by operation; operations that only create a view do not count.
+        waits: count by operation. Copies to the host do not count, since a CPU has none.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The base is what a run begins with: found wrong before anything is trained, or not at all."""
+"""A wrong base is found before training, and a right base is accepted."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from train_helpers import bert_batches, make_bert, make_inputs, make_net, snapsh
 
 import sparsedelta
 from sift_train import SIFT, FitConfig, SiftTrainerMixin, export_delta, fit
+from sift_train.basecheck import check_base
 
 
 def never(model: nn.Module, batch: Any) -> Tensor:
@@ -54,7 +55,7 @@ def test_a_folder_without_safetensors_is_refused_before_training(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-def test_a_base_that_is_no_safetensors_file_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_base_that_is_not_a_safetensors_file_is_refused_before_training(tmp_path: Path) -> None:
     base = tmp_path / "base.safetensors"
     base.write_bytes(b"not weights")
     with pytest.raises(ValueError, match=r"base\.safetensors' is not a safetensors file"):
@@ -69,7 +70,7 @@ def test_fit_refuses_another_base_before_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["frozen", "chosen", "not chosen"])
-def test_export_names_the_tensor_that_is_not_the_bases(tmp_path: Path, place: str) -> None:
+def test_export_names_the_tensor_that_differs_from_the_base(tmp_path: Path, place: str) -> None:
     first = make_net()
     model, sift = trained()
     chosen = set(sift.sparse_mapping["first.weight"].flat_index.tolist())
@@ -81,11 +82,11 @@ def test_export_names_the_tensor_that_is_not_the_bases(tmp_path: Path, place: st
     with pytest.raises(ValueError, match=rf": 1 of {other.numel()} components of '{name}' differ"):
         export_delta(model, tmp_path / "d.sd", sift=sift, base=base)
     assert not (tmp_path / "d.sd").exists()
-    assert export_delta(model, tmp_path / "d.sd", base=base) > 0  # between any two, when asked
+    assert export_delta(model, tmp_path / "d.sd", base=base) > 0  # any base
 
 
-def test_a_changed_structure_is_no_other_base(tmp_path: Path) -> None:
-    """A new head, a grown tensor and a base in another dtype are what deltas are for."""
+def test_a_changed_structure_is_accepted(tmp_path: Path) -> None:
+    """A new head, a larger tensor and a base in another dtype are accepted."""
     first = make_net()
     weights = {k: v.to(torch.float64) for k, v in snapshot(first).items() if "last" not in k}
     weights["norm.weight"] = weights["norm.weight"][:3].clone()
@@ -99,7 +100,7 @@ def test_a_changed_structure_is_no_other_base(tmp_path: Path) -> None:
     )
 
 
-def test_a_base_may_hold_tied_weights_apart(tmp_path: Path) -> None:
+def test_a_base_may_store_tied_weights_separately(tmp_path: Path) -> None:
     model = nn.ModuleDict({"a": nn.Linear(8, 8, bias=False), "b": nn.Linear(8, 8, bias=False)})
     save_file(snapshot(model), tmp_path / "base.safetensors")
     model["b"].weight = model["a"].weight
@@ -128,10 +129,10 @@ def test_every_file_of_a_folder_is_compared(
     arguments: dict[str, Any] = {"config": config, "base": tmp_path / "base", "overwrite": True}
     assert fit(model, bert_batches(1), output=tmp_path / "d.sd", **arguments).nnz > 0
     with pytest.raises(ValueError, match=r"of 'bert\.encoder\.layer\..*query\..*' differ"):
-        fit(model, bert_batches(1), output=tmp_path / "d.sd", **arguments)  # it is trained now
+        fit(model, bert_batches(1), output=tmp_path / "d.sd", **arguments)  # trained now
 
 
-def test_the_trainer_is_told_before_it_trains(tmp_path: Path) -> None:
+def test_the_trainer_refuses_another_base_before_training(tmp_path: Path) -> None:
     import transformers
 
     class Trainer(SiftTrainerMixin, transformers.Trainer):
@@ -162,3 +163,115 @@ def test_a_wrong_base_is_found_under_a_prefix_too(tmp_path: Path) -> None:
         model.bert.encoder.layer[0].output.dense.bias += 1
     with pytest.raises(ValueError, match=r"'encoder\.layer\.0\.output\.dense\.bias' differ"):
         fit(model, bert_batches(1), base=tmp_path / "encoder", output=tmp_path / "d.sd", loss=never)
+
+
+def mixture(folder: Path) -> Any:
+    """Save a tiny mixture of experts, which has one tensor for each expert on disk; return it."""
+    import transformers
+
+    make_config: Any = transformers.Qwen3MoeConfig
+    config = make_config(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        moe_intermediate_size=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_hidden_layers=2,
+        head_dim=8,
+    )
+    torch.manual_seed(0)
+    model: Any = transformers.Qwen3MoeForCausalLM(config)
+    model = model.bfloat16()
+    model.save_pretrained(folder)
+    return transformers.Qwen3MoeForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+def tokens() -> list[dict[str, Tensor]]:
+    ids = torch.randint(0, 32, (2, 16), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": ids, "labels": ids}] * 2
+
+
+@pytest.mark.parametrize("kind", ["gate_up_proj", "down_proj"])
+def test_fused_experts_are_compared(tmp_path: Path, kind: str) -> None:
+    model = mixture(tmp_path / "base")
+    config = FitConfig(sparse_rate=0.05, sparse_module=["q_proj", "experts"], lr=1e-2)
+    arguments: dict[str, Any] = {"config": config, "base": tmp_path / "base"}
+    with torch.no_grad():
+        dict(model.named_parameters())[f"model.layers.1.mlp.experts.{kind}"][3, 2, 1] += 1
+    one = "gate" if kind == "gate_up_proj" else "down"
+    with pytest.raises(
+        ValueError,
+        match=rf": 1 of 128 components of 'model.layers.1.mlp.experts.3.{one}_proj.weight'",
+    ):
+        fit(model, tokens(), output=tmp_path / "d.sd", loss=never, **arguments)
+    again = mixture(tmp_path / "base")
+    result = fit(again, tokens(), output=tmp_path / "d.sd", **arguments)
+    assert 0 < result.nnz <= result.n_trained
+
+
+def test_trained_experts_are_compared_as_they_were(tmp_path: Path) -> None:
+    model = mixture(tmp_path / "base")
+    with SIFT(model, 0.1, ["experts"]) as sift:
+        optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
+        model(**tokens()[0]).loss.backward()
+        optimizer.step()
+        nnz = export_delta(model, tmp_path / "d.sd", sift=sift, base=tmp_path / "base")
+        assert 0 < nnz <= sift.n_trained
+        path = tmp_path / "base" / "model.safetensors"
+        weights = load_file(path)
+        name = "model.layers.0.mlp.experts.1.up_proj.weight"
+        weights[name][0, 0] += 1
+        save_file(weights, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f": 1 of 128 components of '{name}' differ"):
+            export_delta(model, tmp_path / "e.sd", sift=sift, base=tmp_path / "base")
+
+
+def test_what_is_not_compared_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import core_model_loading
+
+    def fails(*given: Any) -> Any:
+        raise RuntimeError("no such conversion")
+
+    model = mixture(tmp_path / "base")
+    config = FitConfig(sparse_rate=0.05, sparse_module=["q_proj"], lr=1e-2)
+    fit(model, tokens(), output=tmp_path / "d.sd", config=config, base=tmp_path / "base")
+    assert not caplog.messages
+    model = mixture(tmp_path / "base")
+    monkeypatch.setattr(core_model_loading, "revert_weight_conversion", fails)
+    monkeypatch.setattr(model, "save_pretrained", lambda folder: mixture(folder))
+    fit(model, tokens(), output=tmp_path / "e.sd", config=config, base=tmp_path / "base")
+    (message,) = caplog.messages
+    assert (
+        "4 of the model's 25 parameters, such as 'model.layers.0.mlp.experts.down_proj'" in message
+    )
+
+
+def test_base_of_a_sentence_transformer_is_compared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import transformers
+    from sentence_transformers import SentenceTransformer
+
+    encoder: Any = transformers.AutoModel.from_pretrained(
+        make_bert(tmp_path / "made", torch.float32)
+    )
+    encoder.save_pretrained(tmp_path / "base")
+    tokenizer: Any = transformers.BertTokenizer
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]))
+    tokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "base")
+    model = SentenceTransformer(str(tmp_path / "base"), device="cpu")
+    caplog.clear()
+    with SIFT(model, 0.1, ["query"]) as sift:
+        check_base(model, tmp_path / "base", sift)
+        assert not caplog.messages
+        name = "encoder.layer.1.output.dense.weight"
+        weights = load_file(tmp_path / "base" / "model.safetensors")
+        weights[name][0, 0] += 1
+        save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f": 1 of 512 components of '{name}' differ"):
+            check_base(model, tmp_path / "base", sift)

@@ -1,4 +1,4 @@
-"""Settings are checked when they are made."""
+"""Settings are checked on creation."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def test_as_json_is_plain() -> None:
         ({"betas": (0.9, "0.99")}, "betas is '0.99', a str; it must be a number"),
     ],
 )
-def test_what_is_no_number_is_one_clear_sentence(setting: dict[str, Any], message: str) -> None:
+def test_a_value_that_is_not_a_number_is_one_clear_sentence(
+    setting: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         FitConfig(**setting)
 

@@ -1,4 +1,4 @@
-"""An optimizer whose state is 8 bit trains the masters; skipped where the package is missing."""
+"""An optimizer with 8-bit state trains the masters; skipped if the package is missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ bitsandbytes: Any = pytest.importorskip("bitsandbytes")
 
 
 class Stop(Exception):
-    """Stands for the power failing."""
+    """Simulates a crash."""
 
 
 def make_model() -> nn.Module:
@@ -38,7 +38,7 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, int]]:
-    """Yield for each master how many bytes its moments take, and its components."""
+    """Yield the bytes of the moments and the number of components of each master."""
     for master, state in optimizer.state.items():
         tensors = [v for v in state.values() if isinstance(v, Tensor) and v.numel() == K]
         yield sum(t.numel() * t.element_size() for t in tensors), master.numel()

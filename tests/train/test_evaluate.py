@@ -1,4 +1,4 @@
-"""Scores of a base beside its deltas are those that the tuned checkpoints would have."""
+"""``examples/evaluate.py`` gives the scores that the tuned checkpoints have."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def accuracies(scores: dict[str, Any]) -> list[float]:
     return [value["acc,none"] for value in scores.values()]
 
 
-def test_deltas_score_as_the_checkpoints_do_and_leave_the_base_as_it_was(
+def test_deltas_score_as_their_checkpoints_and_leave_the_base_unchanged(
     place: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -121,7 +121,7 @@ def test_a_task_has_the_prompt_of_mmlu_and_keeps_choices_as_text(
         assert task.doc_to_choice(doc)[task.doc_to_target(doc)] == letter
 
 
-def test_help_shows_what_base_and_delta_take(
+def test_help_shows_the_memory_of_base_and_delta(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--help", "--base", place / "base", "--delta", place / "one.sd"]
@@ -137,7 +137,7 @@ def test_help_shows_what_base_and_delta_take(
     [
         ([], "error: nothing says what to evaluate on; give --tasks or --mmlu-csv"),
         (["--tasks", "humaneval"], "error: humaneval runs code that a model wrote"),
-        (["--mmlu-csv", "base"], "error: 'base' is no folder with files such as"),
+        (["--mmlu-csv", "base"], "error: 'base' is not a folder with files such as"),
         (["--mmlu-csv", "mmlu", "--shots", "5"], "error: 'mmlu/night_sky_dev.csv' has 3 worked"),
         (
             ["--mmlu-csv", "mmlu", "--json", "nodir/x.json"],
@@ -145,9 +145,9 @@ def test_help_shows_what_base_and_delta_take(
         ),
         (
             ["--base", "nolm", "--tasks", "x"],
-            "error: 'nolm' is no folder here, and no model of that",
+            "error: 'nolm' is not a folder, and the Hub has no model of that",
         ),
-        (["--base", "mmlu", "--tasks", "x"], "error: folder 'mmlu' holds no config.json"),
+        (["--base", "mmlu", "--tasks", "x"], "error: folder 'mmlu' has no config.json"),
         (["--mmlu-csv", "bad"], "error: line 2 of 'bad/a_test.csv' has 3 columns and ends in 'c'"),
         (
             ["--mmlu-csv", "mmlu", "--delta", "one.sd", "other/one.sd"],
@@ -155,7 +155,7 @@ def test_help_shows_what_base_and_delta_take(
         ),
     ],
 )
-def test_what_cannot_be_used_is_told_in_a_sentence(
+def test_bad_input_is_one_clear_sentence(
     place: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     (place / "bad").mkdir(exist_ok=True)
@@ -202,7 +202,7 @@ def test_scores_are_kept_when_a_later_one_fails(
         return evaluate(*args, **given)
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", fail_at_the_third)
-    monkeypatch.chdir(tmp_path)  # which git knows nothing of
+    monkeypatch.chdir(tmp_path)  # outside any git repository
     deltas = [place / f"{name}.sd" for name in ("one", "two")]
     words = ["--base", place / "base", "--delta", *deltas, "--mmlu-csv", place / "mmlu"]
     more = ["--limit", 2, "--json", "scores.json"]

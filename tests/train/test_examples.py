@@ -1,4 +1,4 @@
-"""The three ways of training run as they stand in ``examples/``."""
+"""The three training examples in ``examples/`` run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORDS = [["sun", "warm", "light"], ["rain", "cold", "dark"]]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny encoder with a tokenizer, and texts whose words give their label away."""
+    """A tiny encoder with a tokenizer, and texts with words that determine the label."""
     import transformers
 
     folder = tmp_path_factory.mktemp("examples")

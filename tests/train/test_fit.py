@@ -1,4 +1,4 @@
-"""``fit`` from start to delta: the loop against plain torch, the delta against the trained files."""
+"""``fit``: the loop is compared with plain torch, the delta with the trained files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def bert_folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_from_a_folder_the_delta_makes_the_trained_folder(
+def test_from_a_folder_the_delta_rebuilds_the_trained_folder(
     tmp_path: Path, dtype: torch.dtype
 ) -> None:
     base = make_bert(tmp_path / "base", dtype)
@@ -126,7 +126,7 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path, bert_folder: Path) 
 
 
 def test_selection_does_not_disturb_dropout(tmp_path: Path) -> None:
-    """At rate 1 nothing is selected; with dropout both runs must still draw the same masks."""
+    """At rate 1 nothing is selected; both runs must still draw the same dropout masks."""
 
     def losses(rate: float) -> tuple[float, ...]:
         torch.manual_seed(0)
@@ -225,7 +225,7 @@ def test_a_module_of_transformers_without_its_folder(tmp_path: Path, bert_folder
     assert files_of(tmp_path / "out") == files_of(tmp_path / "trained")
 
 
-def test_after_fit_the_model_is_as_before_but_for_its_weights(tmp_path: Path) -> None:
+def test_fit_changes_only_the_weights_of_the_model(tmp_path: Path) -> None:
     model = make_net().eval()
     model.norm.weight.requires_grad_(False)
     keys, flags = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
@@ -282,14 +282,14 @@ def test_mixed_precision_trains_fp32_weights(tmp_path: Path) -> None:
     assert set(seen) == {torch.bfloat16}
     assert model.first.weight.dtype == torch.float32
     assert not same_bits(before["first.weight"], model.first.weight)
-    # What accelerate sets up for a process does not outlive the run.
+    # The process-wide state of accelerate is restored after the run.
     fit(make_net(), make_inputs(2), output=tmp_path / "e.sd", loss=square_loss)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_a_gpu_no_step_waits(tmp_path: Path) -> None:
-    """From the third step to the next reading, as CUDA itself finds out."""
+    """From the third step to the next reading of losses, checked by CUDA's sync debug mode."""
     n_losses = 0
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -332,7 +332,7 @@ def test_an_existing_output_stops_before_training(tmp_path: Path) -> None:
     assert (tmp_path / "d.sd").read_bytes() != b"mine"
 
 
-def test_save_target_replaces_only_when_told(tmp_path: Path, bert_folder: Path) -> None:
+def test_save_target_replaces_only_with_overwrite(tmp_path: Path, bert_folder: Path) -> None:
     (tmp_path / "trained").mkdir()
     (tmp_path / "trained" / "mine").write_text("mine")
     places: dict[str, Any] = {"output": tmp_path / "d.sd", "save_target": tmp_path / "trained"}
@@ -345,14 +345,14 @@ def test_save_target_replaces_only_when_told(tmp_path: Path, bert_folder: Path) 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"data": []}, ValueError, "gave no batch"),
+        ({"data": []}, ValueError, "the data has no batch"),
         ({"data": iter(make_inputs(2))}, TypeError, "without a length; set max_steps"),
         ({"loss": None}, TypeError, "expected a mapping"),
         ({"loss": lambda model, batch: model(batch)}, TypeError, "not a tensor of one element"),
         (
             {"loss": lambda model, batch: model(batch).sum() * torch.nan},
             ValueError,
-            "loss is nan at step 1, before anything was trained; look at the first batches",
+            "loss is nan at step 1, before anything was trained; check the first batches",
         ),
         ({"base": "nowhere.safetensors"}, FileNotFoundError, "does not exist"),
         ({"base": "."}, ValueError, "is not a safetensors file"),
@@ -384,7 +384,7 @@ def test_one_pass_over_an_iterator_is_enough_when_steps_are_given(tmp_path: Path
     assert result.n_steps == 4
 
 
-def test_a_loss_that_is_not_finite_leaves_the_weights_sound(tmp_path: Path) -> None:
+def test_after_a_loss_that_is_not_finite_the_weights_are_finite(tmp_path: Path) -> None:
     n_losses = 0
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -401,17 +401,17 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_sound(tmp_path: Path) -> N
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read losses as from a GPU: not at every step, and after the step."""
+    """Make ``fit`` read losses as on a GPU: after the step, and not at every step."""
     monkeypatch.setattr(loop, "_log_every", lambda device, config: config.log_every)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_no_weight_moves_after_a_loss_that_is_found_out_later(
+def test_no_weight_changes_after_a_bad_loss_that_is_found_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float, optimizer: str
 ) -> None:
-    """The 4th of 8 steps fails, the host looks after 6: the weights are those after 3."""
+    """Step 4 of 8 has a bad loss, found after step 6: the weights are those after step 3."""
 
     def run(n_steps: int, name: str) -> tuple[nn.Module, list[int]]:
         model, told = make_net(), list[int]()
@@ -479,12 +479,12 @@ def test_between_readings_no_step_waits(tmp_path: Path) -> None:
     with Counted() as counted:
         fit(make_net(), make_inputs(13), output=tmp_path / "d.sd", loss=loss, config=config)
     by_step = waits[config.selection_batches :]
-    # The first step finds out whether the optimizer is torch's.
+    # The first step shows whether the optimizer is torch's.
     assert by_step[1] == by_step[5]
     assert by_step[6] == by_step[11]
 
 
-def test_data_that_ends_early_is_told_and_what_was_learnt_is_written(
+def test_data_that_ends_early_is_logged_and_the_delta_is_written(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, before = make_net(), snapshot(make_net())
@@ -500,7 +500,7 @@ def test_data_that_ends_early_is_told_and_what_was_learnt_is_written(
     assert (result.stopped, result.n_steps) == ("data", 3)
     assert [evaluation.step for evaluation in result.evaluations] == [3]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000003"]
-    assert "the data ended after 3 of 10 steps; what was learnt until then is" in caplog.text
+    assert "the data ended after 3 of 10 steps; the delta of these steps is written" in caplog.text
     changed = int((before["first.weight"] != model.first.weight).sum())
     assert 0 < changed <= result.nnz
     with sparsedelta.load(result.delta) as delta:
@@ -508,7 +508,7 @@ def test_data_that_ends_early_is_told_and_what_was_learnt_is_written(
 
 
 @pytest.mark.parametrize("progress", [False, True])
-def test_bars_of_transformers_show_only_when_asked_for(
+def test_bars_of_transformers_show_only_with_progress(
     tmp_path: Path, bert_folder: Path, capfd: pytest.CaptureFixture[str], progress: bool
 ) -> None:
     from transformers.utils import logging
@@ -530,7 +530,7 @@ def test_bars_of_transformers_show_only_when_asked_for(
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds a config.json"):
+    with pytest.raises(ValueError, match=r"has no config.json, so it is not a model folder"):
         fit(tmp_path, [], output=tmp_path / "d.sd")
 
 
@@ -541,11 +541,11 @@ def test_a_model_without_loss_is_refused(tmp_path: Path, bert_folder: Path) -> N
 
 
 def test_export_needs_to_know_the_base(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nothing says what the base is"):
+    with pytest.raises(ValueError, match="no base is given; give base, or the sift"):
         export_delta(make_net(), tmp_path / "d.sd")
 
 
-def test_export_from_a_loop_of_ones_own(tmp_path: Path) -> None:
+def test_export_from_a_custom_loop(tmp_path: Path) -> None:
     model = make_net()
     with SIFT(model, 0.1, "weight") as sift:
         optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)

@@ -1,4 +1,4 @@
-"""``examples/glue.py`` as it stands: the real script and libraries, tiny models, local data."""
+"""``examples/glue.py``: the real script and libraries with tiny models and local data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Recipe = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two pretrained models: with a prefix on names and a head of another task, and with neither."""
+    """Two pretrained models: one with a name prefix and another task's head, one without both."""
     place = tmp_path_factory.mktemp("bases")
     shape: dict[str, Any] = {
         "vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -60,7 +60,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Recipe:
-    """Return what runs the script with given words and gives what it printed."""
+    """Return a function that runs the script with arguments and returns its output."""
 
     def run(*words: object, fails: bool = False) -> str:
         monkeypatch.setattr(sys, "argv", ["glue.py", *map(str, words)])
@@ -78,7 +78,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 def sentences(n: int, seed: int = 0) -> list[tuple[str, int]]:
-    """Return texts whose words give their label away."""
+    """Return texts with words that determine the label."""
     draw = random.Random(seed)
     return [(" and ".join(draw.choices(WORDS[i % 2], k=3)), i % 2) for i in range(n)]
 
@@ -89,7 +89,7 @@ def write_lines(path: Path, rows: Sequence[tuple[str, int]]) -> Path:
 
 
 def accuracy_of(folder: Path, rows: Sequence[tuple[str, int]]) -> float:
-    """Return the share of right answers of a classifier, read from a folder as any user would."""
+    """Return the accuracy of a classifier that is loaded from a folder."""
     auto: Any = transformers.AutoModelForSequenceClassification
     model, report = auto.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
@@ -111,7 +111,7 @@ def accuracy_of(folder: Path, rows: Sequence[tuple[str, int]]) -> float:
         ("bert", ["lora", "sift"], [0], ["--checkpointing", "--accumulation", 2]),
     ],
 )
-def test_the_methods_train_as_much_and_their_deltas_make_the_classifiers(
+def test_the_methods_train_equal_numbers_and_their_deltas_rebuild_the_classifiers(
     bases: dict[str, Path],
     name: str,
     methods: list[str],
@@ -175,13 +175,13 @@ def test_a_delta_holds_the_trained_components_and_the_new_head(
     with sparsedelta.load(tmp_path / "out.sd") as delta:
         rows = delta.tensors
     assert sum(row.base is not None and not row.is_copied for row in rows) == 2 * len(LAYERS)
-    # A bias of zeros is found in the base, under another name.
+    # A bias of zeros exists in the base under another name.
     new = {row.name for row in rows if row.base is None or row.base.name != row.name}
     assert new == {n for n, _ in model.named_parameters() if n.startswith("classifier")}
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "shira", "sift"])
-def test_the_best_step_is_gone_back_to(bases: dict[str, Path], method: str) -> None:
+def test_the_best_step_is_restored(bases: dict[str, Path], method: str) -> None:
     auto: Any = transformers.AutoModelForSequenceClassification
     model = auto.from_pretrained(bases["bert"])
     choice = equalized(model, Choice(targets=LAYERS, dense=["classifier"]), ["lora", "sift"])
@@ -206,7 +206,7 @@ def test_the_best_step_is_gone_back_to(bases: dict[str, Path], method: str) -> N
 
 
 def glue_copy(folder: Path, name: str, *, as_parquet: bool) -> None:
-    """Write a task's splits as datasets does, with the columns and types that GLUE has."""
+    """Write a task's splits with ``datasets``, with the columns and types of GLUE."""
     task = TASKS[name]
     label = (
         datasets.Value("float32")
@@ -378,7 +378,7 @@ def test_quantities_as_classes_are_noted_before_training(
 
 @pytest.mark.parametrize("kind", ["txt", "csv", "jsonl"])
 def test_lines_end_at_line_feeds_alone(kind: str, tmp_path: Path) -> None:
-    text = "sun\x85warm\x1clight\x0bsky"  # str.splitlines makes four of it
+    text = "sun\x85warm\x1clight\x0bsky"  # str.splitlines would split this into four lines
     rows = [("wet" if n % 2 else "dry", text) for n in range(20)]
     lines = {
         "txt": [f"{label} {said}" for label, said in rows],
@@ -393,7 +393,7 @@ def test_lines_end_at_line_feeds_alone(kind: str, tmp_path: Path) -> None:
     assert [*data.train["text"], *data.scored["dev"]["text"]] == [text] * 20
 
 
-def test_a_run_that_diverges_ends_with_an_error_if_a_delta_was_wanted(
+def test_a_run_that_diverges_ends_with_an_error_if_output_is_given(
     bases: dict[str, Path], recipe: Recipe, tmp_path: Path
 ) -> None:
     (tmp_path / "data.txt").write_text("1 sun\n2 rain\n3 warm\n" * 20)
@@ -421,7 +421,7 @@ def test_numbers_are_predicted_for_pairs_of_texts(
     assert not list(tmp_path.glob("*.sd"))
 
 
-def test_help_plans_what_the_run_then_trains_without_any_weights(
+def test_help_plans_the_run_without_any_weights(
     bases: dict[str, Path], recipe: Recipe, tmp_path: Path
 ) -> None:
     shutil.copytree(bases["bert"], tmp_path / "empty")
@@ -445,7 +445,32 @@ def test_rates_are_given_for_all_methods_or_one() -> None:
     known = {"sift": 1.0, "full": 2.0}
     assert by_method([], known, "--lr") == known
     assert by_method(["3"], known, "--lr") == {"sift": 3.0, "full": 3.0}
-    assert by_method(["3", "full=4"], known, "--lr") == {"sift": 3.0, "full": 4.0}
+    for words in (["3", "full=4"], ["full=4", "3"]):
+        assert by_method(words, known, "--lr") == {"sift": 3.0, "full": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (
+            ["sift=1e-3", "sift=1e-4"],
+            "--lr gives method sift two numbers, 0.001 and 0.0001; give one",
+        ),
+        (["1e-3", "1e-4"], "--lr gives every method two numbers, 0.001 and 0.0001; give one"),
+    ],
+)
+def test_two_rates_for_one_method_are_refused(words: list[str], problem: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        by_method(words, {"sift": 1.0, "full": 2.0}, "--lr")
+
+
+def test_option_given_twice_is_not_forgotten(
+    bases: dict[str, Path], tmp_path: Path, recipe: Recipe
+) -> None:
+    train = write_lines(tmp_path / "train.txt", [("sun", 0), ("rain", 1)] * 20)
+    words = ["--model", bases["bert"], "--data", train, "--lr", "sift=1e-3", "--lr", "sift=1e-4"]
+    error = recipe(*words, fails=True)
+    assert error.startswith("error: --lr gives method sift two numbers, 0.001 and 0.0001")
 
 
 @pytest.mark.parametrize("words", [["--batch", "0"], ["--epochs", "x"], ["--rate", "1.5"]])
@@ -465,7 +490,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no file": (["--data", "absent.txt"], "absent.txt"),
     "encoding": (
         ["--data", "latin.txt"],
-        "not utf-8: invalid continuation byte at byte 7; say by --encoding",
+        "not utf-8: invalid continuation byte at byte 7; set --encoding",
     ),
     "no encoding": (["--data", "train.txt", "--encoding", "latin-x"], "--encoding 'latin-x'"),
     "no text": (["--data", "bare.txt"], "line 2 is 'wet'"),
@@ -473,11 +498,14 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["--data", "train.txt", "--test", "other.txt"],
         "row 1 of 'other.txt' has the label 'hot'",
     ),
-    "one label": (["--data", "other.txt", "--dev", "other.txt"], "nothing to tell apart"),
+    "one label": (["--data", "other.txt", "--dev", "other.txt"], "no classes to distinguish"),
     "no column": (["--data", "table.csv", "--text", "said"], "no column 'said'"),
-    "columns": (["--data", "table.csv"], "by --text"),
+    "columns": (["--data", "table.csv"], "with --text"),
     "not JSON": (["--data", "bad.jsonl"], "line 1 is not JSON"),
-    "not a number": (["--data", "train.txt", "--regression"], "'dry', which is no finite number"),
+    "not a number": (
+        ["--data", "train.txt", "--regression"],
+        "'dry', which is not a finite number",
+    ),
     "not finite": (["--data", "nan.csv", "--regression"], "row 4 of 'nan.csv' has the label 'nan'"),
     "infinite": (["--data", "inf.txt", "--regression"], "row 21 of 'inf.txt' has the label '-inf'"),
     "empty label": (["--data", "empty.csv", "--text", "text"], "row 5 of 'empty.csv' has no label"),
@@ -500,7 +528,7 @@ BAD: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_what_cannot_be_used_is_told_in_one_sentence(
+def test_bad_input_is_one_clear_sentence(
     bases: dict[str, Path],
     what: str,
     recipe: Recipe,
@@ -516,7 +544,7 @@ def test_what_cannot_be_used_is_told_in_one_sentence(
     (tmp_path / "bad.jsonl").write_text("{")
     (tmp_path / "nan.csv").write_text("label,text\n1,sun\n2,sun\nnan,sun\n" + "3,sun\n" * 20)
     (tmp_path / "inf.txt").write_text("1 sun\n" * 20 + "-inf sun\n")
-    # The empty line is a row, as a spreadsheet shows it; the last column is in no row but one.
+    # The empty line counts as a row, as in a spreadsheet; only one row has the last column.
     (tmp_path / "empty.csv").write_text("label,text,more\nwet,rain\n\ndry,sun,1\n,sun,1\n" * 9)
     (tmp_path / "blank.txt").write_text("wet rain\n sun and warm\n" * 20)
     labels: dict[str, list[dict[str, Any]]] = {

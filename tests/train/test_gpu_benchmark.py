@@ -1,4 +1,4 @@
-"""``benchmarks/gpu.py`` rehearsed at toy size, so that it runs when a GPU is there."""
+"""``benchmarks/gpu.py`` runs at toy size on a CPU."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_part_that_is_cut_short_keeps_what_it_found(tmp_path: Path) -> None:
-    """And what an earlier run found of other parts."""
+    """The results of other parts from an earlier run are kept too."""
     kept = {"part": "tests", "what": "one", "value": "passed", "unit": "", "note": ""}
     (tmp_path / "gpu.jsonl").write_text(json.dumps(kept) + "\n")
     done = run(tmp_path, "--rehearse", "--parts", "memory", "--minutes", "0.01")
@@ -78,10 +78,10 @@ def test_a_run_that_is_ended_leaves_results_and_no_process(tmp_path: Path) -> No
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if "planned" in line:  # the part's first result
+            if "planned" in line:  # first result of the part
                 break
         process.terminate()
-        process.stdout.read()  # ends only once the part's process has, too
+        process.stdout.read()  # returns only after the part's process has ended
     assert process.returncode == 143
     assert ("memory", "7b: planned, without activations") in rows_in(tmp_path)
     assert "7b: planned" in (tmp_path / "gpu.md").read_text("utf-8")
@@ -95,8 +95,8 @@ def test_without_a_gpu_it_says_so_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_peak_beyond_the_plan_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where every dense gradient is held on to, the comparison on a CPU must see it."""
+def test_a_peak_beyond_the_plan_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If every dense gradient is kept, the comparison on a CPU must show it."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import training_memory as memory
 
@@ -113,7 +113,7 @@ def test_a_peak_beyond_the_plan_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     found = memory.compare(setting)
     assert found.holds
     n_total = 8 * (4 * 512**2 + 3 * 512 * 1376 + 2 * 512) + 2 * 512 * 4000 + 512
-    # More than the weights and what must be there at once, so the measurement sees what it should.
+    # More than the weights and one gradient, so the measurement counts the kept gradients.
     assert found.measured_bytes > 4 * n_total + 20 * found.report.n_trained
     monkeypatch.setattr(memory, "train_sift", train_holding)
     held = memory.compare(setting)

@@ -1,4 +1,4 @@
-"""Instruction tuning: only answers are learnt, however they come, are packed and are computed."""
+"""Instruction tuning: only answers are learnt, in all formats, packings and kinds of loss."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_alpaca_and_self_instruct_are_the_same_tokens(place: Path, tokenizer: An
     assert len(one) == len(TASKS)
 
 
-def test_chat_reads_the_same_however_its_instruction_came(place: Path, chatty: Any) -> None:
+def test_chat_is_the_same_from_all_formats(place: Path, chatty: Any) -> None:
     files = ("alpaca.json", "chat.jsonl")
     one, other = (
         encode_all(instructions.read_conversations(place / name), chatty) for name in files
@@ -171,7 +171,7 @@ def test_what_is_cut_off_is_not_learnt_and_empty_examples_are_left_out(tokenizer
             '\n{"instruction": "a", "output": "b"}\n{"a": }',
             "line 3 of '.*' is no JSON: .* column 7",
         ),
-        ("[1,", "begins as a JSON list but is none"),
+        ("[1,", "begins as a JSON list but is not one"),
         ('{"instruction": "a", "output": " "}\n' * 2, "all 2 examples of '.*' have empty answers"),
         ("\n", "holds no example"),
     ],
@@ -253,13 +253,13 @@ def test_packed_rows_have_the_loss_and_gradient_of_rows_of_one(place: Path, atte
     torch.testing.assert_close(packed_gradient, gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_model_whose_packed_examples_see_each_other_is_refused(tokenizer: Any) -> None:
+def test_a_model_whose_packed_examples_attend_to_each_other_is_refused(tokenizer: Any) -> None:
     import transformers
 
     make_config: Any = transformers.BloomConfig
     config = make_config(vocab_size=len(tokenizer), hidden_size=32, n_layer=1, n_head=4)
     make: Any = transformers.BloomForCausalLM
-    with pytest.raises(ValueError, match="would see each other in BloomForCausalLM"):
+    with pytest.raises(ValueError, match="would attend to each other in BloomForCausalLM"):
         causal_loss.check_packing(make(config).eval(), is_flat=False)
 
 
@@ -280,7 +280,7 @@ def test_the_loss_in_chunks_is_the_loss(place: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("kind", "more"), [("Granite", {"logits_scaling": 8.0}), ("Gemma2", {})])
-def test_a_model_that_does_more_to_its_logits_is_refused(
+def test_a_model_that_transforms_its_logits_is_refused(
     tokenizer: Any, kind: str, more: dict[str, float]
 ) -> None:
     import transformers
@@ -295,7 +295,7 @@ def test_a_model_that_does_more_to_its_logits_is_refused(
         causal_loss.check_chunked(model)
 
 
-def test_a_step_is_the_mean_over_its_tokens_whatever_the_micro_batches(place: Path) -> None:
+def test_a_step_is_the_mean_over_its_tokens_for_all_micro_batch_sizes(place: Path) -> None:
     model, rows = load(place / "model"), [[example] for example in some_examples(10)]
     found = []
     for micro_batch in (4, 1):
@@ -327,7 +327,7 @@ def words_for(place: Path, tmp_path: Path, data: str = "alpaca.json") -> list[ob
         ("self.jsonl", ["--loss", "chunked", "--selection", "magnitude"]),
     ],
 )
-def test_it_learns_and_its_delta_makes_the_trained_checkpoint(
+def test_it_learns_and_its_delta_rebuilds_the_trained_checkpoint(
     place: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -355,7 +355,7 @@ def test_it_learns_and_its_delta_makes_the_trained_checkpoint(
     assert all("proj" in name for name in changed)
 
 
-def test_a_run_goes_on_to_the_same_delta(
+def test_a_resumed_run_writes_the_same_delta(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*words_for(place, tmp_path), "--steps", 6]
@@ -385,7 +385,7 @@ def test_a_run_goes_on_to_the_same_delta(
     assert (again / name).read_bytes() == (first / name).read_bytes()
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_may_replace_only_its_own(
+def test_an_interrupted_run_says_how_to_resume_and_may_replace_only_its_own_output(
     place: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -408,7 +408,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_may_replace_only_its_own(
     with monkeypatch.context() as patch:
         patch.setattr(sift_train, "fit", interrupted)
         assert run_script("instruct", words, patch) == 130
-    assert capsys.readouterr().err.endswith("stopped after step 2 of 4; go on with --resume\n")
+    assert capsys.readouterr().err.endswith("stopped after step 2 of 4; continue with --resume\n")
     output = tmp_path / "delta.sd"
     left = output.read_bytes()
     output.write_bytes(b"of someone else")
@@ -440,8 +440,8 @@ def test_steps_that_take_long_are_shown_at_least_twice_a_minute(
     assert shown == [1, 2, 3, 6, 9]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # from its compiler, when imported
-def test_fast_switches_on_what_is_there(
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # from its compiler
+def test_fast_switches_on_what_is_available(
     place: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -483,7 +483,7 @@ def test_help_shows_the_plan_of_the_preset_without_weights(
     ("more", "message"),
     [
         (["--data", "nowhere.json"], "error: --data 'nowhere.json' is not a file"),
-        (["--micro-batch", 3], "error: --batch 8 is no multiple of --micro-batch 3"),
+        (["--micro-batch", 3], "error: --batch 8 is not a multiple of --micro-batch 3"),
         (
             ["--template", "chat"],
             "error: the tokenizer has no chat template; use the Alpaca prompt",
@@ -493,13 +493,13 @@ def test_help_shows_the_plan_of_the_preset_without_weights(
         (["--save-target", "nodir/t"], "error: folder 'nodir' does not exist; create it first"),
         (
             ["--model", "nolm"],
-            "error: 'nolm' is no folder here, and no model of that name could be",
+            "error: 'nolm' is not a folder, and the Hub has no model of that name",
         ),
         (["--resume"], "error: --resume and --save-every need a folder for checkpoints"),
         (["--targets", "qqq"], "error: no linear layer of LlamaForCausalLM has 'qqq' in its name"),
     ],
 )
-def test_what_cannot_be_used_is_told_in_a_sentence(
+def test_bad_input_is_one_clear_sentence(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[object], message: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -552,7 +552,7 @@ def test_trl_trains_on_the_same_and_its_delta_applies(
     assert str(ended).startswith(f"error: '{tmp_path / 'run'}' holds checkpoints of another run")
     ended = run_script("trl_sft", [*words, "--resume", "--steps", 9], monkeypatch)
     assert f"error: the run saved in '{tmp_path / 'run'}' has steps 8, this one 9" in str(ended)
-    words = [*words, "--resume"]  # from step 8: nothing is left to train
+    words = [*words, "--resume"]  # resumed from step 8: no step is left
     assert run_script("trl_sft", words, monkeypatch) == 0
     with sparsedelta.load(tmp_path / "delta.sd") as delta:
         again = delta.target_fingerprint

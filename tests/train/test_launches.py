@@ -1,4 +1,4 @@
-"""What training asks of a device is bounded: launches, and what the host waits for."""
+"""The number of launches on a device and of waits of the host is bounded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("as_on_a_device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_selection_of_tensors_of_a_million(dtype: torch.dtype) -> None:
-    """At most 4 waits and 60 launches each: two waits are counted, two copies to the host are not."""
+    """At most 4 waits and 60 launches per tensor; two waits are counted, two host copies are not."""
     model = make_net().to(dtype)
     inputs = torch.randn(8, WIDTH, dtype=dtype)
     loss = model(inputs).square().mean()
@@ -52,13 +52,13 @@ def test_selection_of_a_tensor_of_45_million() -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_step_waits_for_nothing(accumulation: int) -> None:
-    """And takes at most 6 launches a tensor beyond those of the plain optimizer."""
+    """A step also has at most 6 launches per tensor more than the plain optimizer."""
     counts = []
     for is_ours in (False, True):
         model, inputs = make_net(), torch.randn(8, WIDTH)
         sift = SIFT(model, 0.05, "all-linear", grad_acc=accumulation) if is_ours else None
         trained = sift.parameters_in_optimizer() if sift else list(model.parameters())
-        # Capturable, as fused: a plain step on a CPU reads its count of steps, kept there.
+        # Capturable, as fused is: a plain step reads its step count from the CPU.
         optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
 
         def step(model: nn.Module = model, inputs: torch.Tensor = inputs) -> None:

@@ -1,4 +1,4 @@
-"""What ``fit`` does beside stepping: evaluate, stop early, save, resume, decay, track."""
+"""Evaluation, early stopping, checkpoints, resuming, weight decay and trackers of ``fit``."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from train_helpers import make_inputs, make_net, same_bits, snapshot, square_los
 
 import sparsedelta
 from sift_train import SIFT, Evaluation, FitConfig, StepReport, fit, grouped_parameters
-from sift_train.feed import Feed
+from sift_train.batches import BatchWindows
 
 
 class Stop(Exception):
-    """Stands for the power failing."""
+    """Simulates a crash."""
 
 
 class Noisy(Dataset[Tensor]):
-    """Draws from every generator whenever an item is taken."""
+    """Data that draws from every random generator for each item."""
 
     def __len__(self) -> int:
         return 22
@@ -38,7 +38,7 @@ class Noisy(Dataset[Tensor]):
 
 
 class DropoutNet(nn.Module):
-    """Statistics that run and dropout that draws."""
+    """A net with running statistics and dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def typed_loss(model: nn.Module, batch: Tensor) -> Tensor:
 def test_a_resumed_run_ends_in_the_same_bits(
     tmp_path: Path, dtype: torch.dtype, stop_at: int
 ) -> None:
-    """Three windows a pass, four micro-batches looked at ahead, saved at every step."""
+    """Three windows per pass, four micro-batches peeked, a checkpoint at every step."""
     config = FitConfig(
         sparse_rate=0.2,
         sparse_module=["weight"],
@@ -130,10 +130,12 @@ def test_a_checkpoint_of_other_settings_or_another_base_is_refused(tmp_path: Pat
             **places,
         )
 
-    run(make_net(), 1e-2, resume=True)  # nothing there yet: from the start
+    run(make_net(), 1e-2, resume=True)  # no checkpoint yet: starts from the beginning
     with pytest.raises(ValueError, match=r"has lr 0\.01, this one 0\.02"):
         run(make_net(), 2e-2, resume=True)
-    with pytest.raises(ValueError, match="does not hold the weights that the saved run began with"):
+    with pytest.raises(
+        ValueError, match="does not hold the weights with which the saved run began"
+    ):
         run(make_net(seed=1), 1e-2, resume=True)
     run(make_net(seed=1), 2e-2, resume=False)
 
@@ -281,7 +283,7 @@ def test_decay_toward_the_base_is_adamw_with_the_base_added_back() -> None:
     assert torch.allclose(plain.last.weight, ours.last.weight, atol=1e-6)
 
 
-def test_the_trackers_are_told(tmp_path: Path) -> None:
+def test_the_trackers_get_the_reports(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
         EventAccumulator,
     )
@@ -345,12 +347,12 @@ def test_the_curve_in_the_delta_is_short(tmp_path: Path) -> None:
     assert curve[0] == [3, pytest.approx(sum(result.losses[:3]) / 3, abs=1e-6)]
 
 
-def test_a_feed_skips_to_its_place() -> None:
-    feed = Feed(list(range(7)), 2)
-    assert feed.peek(3) == [0, 1, 2]
-    windows = feed.windows()
+def test_windows_resume_at_a_saved_position() -> None:
+    batches = BatchWindows(list(range(7)), 2)
+    assert batches.peek(3) == [0, 1, 2]
+    windows = batches.windows()
     assert [next(windows) for _ in range(2)] == [[0, 1], [2, 3]]
-    again = Feed(list(range(7)), 2)
-    again.go_to(feed.place())
+    again = BatchWindows(list(range(7)), 2)
+    again.go_to(batches.place())
     rest = again.windows()
     assert [next(rest) for _ in range(4)] == [[4, 5], [6], [0, 1], [2, 3]]

@@ -1,4 +1,4 @@
-"""Everything people train, against plain torch: at rate 1 the same bits, below it a subset of them."""
+"""Many models and optimizers against plain torch: equal bits at rate 1, a subset below."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 class Experts(nn.Module):
-    """A router over matrices in one 3-D parameter."""
+    """A router with experts in one 3-D parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Experts(nn.Module):
 
 
 class Tied(nn.Module):
-    """Input and output share one weight; the layer between is used twice."""
+    """A net whose input and output share one weight; the layer between is used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Tied(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """1-D, 2-D and transposed, with norms between."""
+    """1-D, 2-D and transposed convolutions with norms between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,9 @@ def test_at_rate_one_every_kind_trains_as_plain_torch(kind: str, grad_acc: int) 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_below_it_one_sgd_step_is_a_subset_of_the_full_one(kind: str, dtype: torch.dtype) -> None:
+def test_below_rate_one_an_sgd_step_is_a_subset_of_the_full_step(
+    kind: str, dtype: torch.dtype
+) -> None:
     plain, ours = make(kind, dtype).float(), make(kind, dtype)
     batch = make_inputs(1)[0].to(dtype)
     reference = make(kind, dtype)
@@ -151,7 +153,7 @@ def test_below_it_one_sgd_step_is_a_subset_of_the_full_one(kind: str, dtype: tor
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_sees_its_own_steps(name: str) -> None:
-    """One-dimensional parameters throughout: for Adafactor a matrix is another thing."""
+    """All parameters are 1-D, since Adafactor treats matrices differently."""
     plain, ours = make("net"), make("net")
     vectors = ["first.bias", "norm.weight", "norm.bias", "last.bias"]
     train(plain, OPTIMIZERS[name]([plain.get_parameter(n) for n in vectors]), make_inputs(3))
@@ -161,7 +163,7 @@ def test_every_optimizer_sees_its_own_steps(name: str) -> None:
 
 
 class ByHand:
-    """An optimizer that torch does not know."""
+    """An optimizer that is not a torch ``Optimizer``."""
 
     def __init__(self, parameters: list[nn.Parameter], *, through_data: bool) -> None:
         self.parameters = parameters
@@ -201,7 +203,7 @@ def test_an_optimizer_over_the_model_is_refused_at_its_first_step() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with SIFT(model, 0.1, "weight"):
         square_loss(model, make_inputs(1)[0]).backward()
-        with pytest.raises(ValueError, match="get no gradient here"):
+        with pytest.raises(ValueError, match="whose gradients go to the masters"):
             optimizer.step()
     optimizer.step()
 
@@ -241,7 +243,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("grad_acc", [1, 2])
 def test_both_kinds_of_checkpointing(reentrant: bool, grad_acc: int) -> None:
-    """Re-entrant: the hook of a layer used twice fires twice in one backward pass."""
+    """With re-entrant checkpointing the hook of a layer used twice runs twice per backward pass."""
     torch.manual_seed(0)
     plain = Checkpointed(reentrant=None)
     ours = copy.deepcopy(plain)
@@ -285,7 +287,7 @@ def test_one_dense_gradient_lives_at_a_time() -> None:
     assert held == [0] * 16
 
 
-def test_a_copied_model_is_its_own() -> None:
+def test_a_copied_model_is_independent() -> None:
     model = make_net()
     with SIFT(model, 0.1, "weight") as sift:
         train(model, torch.optim.SGD(sift.parameters_in_optimizer(), lr=0.1), make_inputs(1))
@@ -302,10 +304,10 @@ def test_a_copied_model_is_its_own() -> None:
         assert all(p.grad is not None for p in sift.parameters_in_optimizer())
 
 
-def test_a_dropped_model_takes_its_hooks_along() -> None:
+def test_hooks_are_freed_with_the_model() -> None:
     from sift_train.steps import _listeners
 
-    gc.collect()  # what other tests dropped is not this one's
+    gc.collect()  # free the garbage of other tests first
     before = len(_listeners)
     model = make_net()
     sift = SIFT(model, 0.1, "weight")

@@ -1,4 +1,4 @@
-"""What is reported of memory is what tensors really take; a plan agrees with the live run."""
+"""The reported memory equals that of the tensors, and a plan equals the report of a run."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_plan_of_7b_needs_no_weights() -> None:
     assert planned.n_trained == sum(
         32 * n * (int(0.05 * size) + 1) for n, size in ((4, 4096**2), (3, 4096 * 11008))
     )
-    assert planned.trained_bytes == 20 * planned.n_trained  # the 6.0 GiB of the method's notes
+    assert planned.trained_bytes == 20 * planned.n_trained
     assert round(planned.trained_bytes / 2**30, 1) == 6.0
     assert planned.largest_gradient_bytes == 2 * 4096 * 11008
     # The peak is a backward pass: there is more optimizer state than choosing or writing takes.
@@ -92,7 +92,9 @@ def test_a_plan_of_7b_needs_no_weights() -> None:
     assert planned.write_bytes == 10 * (int(0.05 * 4096 * 11008) + 1)
     assert "fits in 24 GiB, with 5." in str(planned)
     assert planned.fits(16).startswith("lacks")
-    assert planned.fits(8) == "does not fit in 8 GiB at any rate: the weights alone leave no room"
+    assert (
+        planned.fits(8) == "does not fit in 8 GiB at any rate: weights and one gradient need more"
+    )
     highest = planned.highest_rate(24)
     assert highest is not None
     at_limit = plan(seven_b(), highest)
@@ -105,22 +107,22 @@ def test_a_plan_of_7b_needs_no_weights() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("rate", [0.0001, 0.05, 0.5])
 def test_at_its_highest_rate_a_plan_just_fits(rate: float, optimizer: str) -> None:
-    """Whichever moment takes most."""
+    """For each of the three times at which the peak can occur."""
     planned = plan(seven_b(), rate, optimizer=optimizer)
     highest = planned.highest_rate(24)
     assert highest is not None
     assert abs(plan(seven_b(), highest, optimizer=optimizer).room_in(24)) < 2**26
     at_least = (planned.weight_bytes + planned.largest_gradient_bytes) / 2**30
-    # As much as the lasting parts, and then less than choosing takes.
+    # Enough for the permanent parts, then less than choosing needs.
     assert plan(seven_b(), rate, optimizer="sgd").highest_rate(at_least + 0.01) is None
 
 
 @pytest.mark.parametrize("k", [1, 5, 20_000, 99_999])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_choosing_takes_no_more_than_is_said(
+def test_choosing_needs_at_most_the_planned_memory(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, k: int
 ) -> None:
-    """As torch's allocator counts, with as many ties as can be."""
+    """Counted by torch's allocator, with as many ties as possible."""
     monkeypatch.setattr(selection, "CPU_SLICE", 1 << 14)
     monkeypatch.setattr(selection, "DEVICE_SLICE", 1 << 14)
     scores = torch.zeros(100_000, dtype=dtype)
@@ -134,7 +136,7 @@ def test_choosing_takes_no_more_than_is_said(
             held += event.nbytes()
             most = max(most, held)
     histograms = 4 * 8 * (1 << 16)
-    draws = 8 * 2 * len(scores)  # of the host, whatever the device
+    draws = 8 * 2 * len(scores)  # on the host for every device
     assert most <= selection.search_bytes(len(scores), k) + histograms + draws
 
 
@@ -156,24 +158,26 @@ def test_a_plan_reads_the_dtype_that_the_folder_holds(tmp_path: Path, dtype: tor
     assert planned.dtype == name
     assert planned.weight_bytes == pytest.approx(planned.n_total * dtype.itemsize, rel=0.05)
     assert f"weights in {name}" in str(planned)
-    assert plan(folder, 0.1, dtype="fp16").dtype == "float16"  # what is asked for wins
+    assert plan(folder, 0.1, dtype="fp16").dtype == "float16"  # the argument has priority
     assert plan(folder, 0.1, dtype=torch.float64).dtype == "float64"
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == name
-    (folder / "model.safetensors").unlink()  # the config says it, too
+    (folder / "model.safetensors").unlink()  # the config has it too
     assert plan(folder, 0.1).dtype == name
     (folder / "config.json").write_text(json.dumps(config | {"dtype": None}))
     assert plan(folder, 0.1).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("dtype", ["float8", "int8", torch.int8, "bf17", "nn"])
-def test_a_dtype_that_is_not_trained_in_is_refused(dtype: Any) -> None:
-    with pytest.raises(ValueError, match=r"dtype is '.*', which is not trained in; choose one of"):
+def test_a_dtype_that_cannot_be_trained_is_refused(dtype: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"dtype is '.*', but weights cannot be trained in it; choose one of"
+    ):
         plan(seven_b(), 0.05, dtype=dtype)
 
 
 @pytest.mark.parametrize("place", ["./nowhere", "a/b/c", "/nowhere", "org/", Path("org/name")])
-def test_a_folder_that_is_not_there_is_told_without_asking_the_hub(
+def test_a_missing_folder_raises_without_asking_the_hub(
     monkeypatch: pytest.MonkeyPatch, place: str | Path
 ) -> None:
     asked = no_hub(monkeypatch)
@@ -183,7 +187,7 @@ def test_a_folder_that_is_not_there_is_told_without_asking_the_hub(
 
 
 def test_a_folder_without_a_config_has_no_plan(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"is not a model folder, which holds a config"):
+    with pytest.raises(FileNotFoundError, match=r"has no config.json, so it is not a model folder"):
         plan(tmp_path, 0.1)
 
 
@@ -203,15 +207,15 @@ def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError) as told:
         plan("org/no-such-name", 0.1)
     assert str(told.value) == (
-        "no folder 'org/no-such-name' exists, nor is the config of such a model in the local cache "
-        "or to be had from the Hub (no route); look for a typing error"
+        "no folder 'org/no-such-name' exists, and neither the local cache nor the Hub has a config for "
+        "that id (no route); check the spelling"
     )
-    assert looked == [True]  # the client's own way of asking tries again and again
+    assert looked == [True]  # the client itself would retry many times
     assert [url.endswith("org/no-such-name/resolve/main/config.json") for url in asked] == [True]
 
 
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Cut the Hub off; return the list that its addresses come to when they are asked for."""
+    """Make the Hub unreachable; return a list to which requested addresses are added."""
     import huggingface_hub
 
     asked: list[str] = []
@@ -257,12 +261,12 @@ print(report.weight_bytes)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's accounts")
 @pytest.mark.parametrize("rate", [0.01, 0.05])
-def test_a_step_takes_no_more_than_the_report_says(rate: float) -> None:
-    """Resident memory over a step: gradients and one dense gradient, not one a layer."""
+def test_a_step_needs_at_most_the_reported_memory(rate: float) -> None:
+    """Resident memory over a step: the masters' gradients and one dense gradient, not all."""
     code = PEAK.format(rate=rate)
     done = subprocess.run(
         [sys.executable, "-c", code],
-        # So that what is freed goes back to the system, and is not counted.
+        # So that freed memory returns to the system and is not counted.
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"},
         capture_output=True,
         text=True,
@@ -271,4 +275,4 @@ def test_a_step_takes_no_more_than_the_report_says(rate: float) -> None:
     )
     (rise, reported), (weights,) = (map(int, line.split()) for line in done.stdout.splitlines())
     assert rise <= reported + 0.05 * weights
-    assert rise > 3 << 20  # most of a dense gradient, of 4 MiB, at least: the measurement works
+    assert rise > 3 << 20  # at least most of a dense gradient of 4 MiB: the measurement works

@@ -1,4 +1,4 @@
-"""The pictures show what the delta holds."""
+"""The pictures show the contents of the delta."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public face of ``sift_train``, pinned: one that goes, or comes, is a decision."""
+"""The public names and signatures of ``sift_train`` are fixed; update this test to change them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selection beyond one tensor's gradient: rules, masks, budgets, targets by regular expression."""
+"""Selection: rules, masks, budgets, and targets by regular expression."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def test_half_precision_gradients_are_squared_in_full_precision() -> None:
     assert float(squared) == pytest.approx(1e-10, rel=1e-2)
 
 
-def test_a_rule_must_give_a_score_a_component() -> None:
+def test_a_rule_must_give_one_score_per_component() -> None:
     model = make_net()
-    message = "give one score a component"
+    message = "return one score per component"
     with SIFT(model, 0.1, "first.weight", selection=lambda w, g: g.sum()):  # noqa: SIM117
         with pytest.raises(ValueError, match=message):
             square_loss(model, make_inputs(1)[0]).backward()
@@ -201,7 +201,7 @@ def test_targets_by_regular_expression(pattern: Any) -> None:
     assert str(plain[0]).startswith("re:^(first|last)")
 
 
-def test_a_broken_or_idle_regular_expression_is_refused() -> None:
+def test_an_invalid_or_unused_regular_expression_is_refused() -> None:
     with pytest.raises(ValueError, match="is not a regular expression"):
         SIFT(make_net(), 0.1, "re:(")
     with pytest.raises(ValueError, match=r"'re:\^weight', which occurs in no"):
@@ -209,7 +209,7 @@ def test_a_broken_or_idle_regular_expression_is_refused() -> None:
 
 
 def test_no_device_holds_more_than_one_tensor_s_scores() -> None:
-    """Summed scores lie on the CPU whatever the device: seen with the meta device as another one."""
+    """Summed scores are on the CPU for every device; the meta device stands for another device."""
     from sift_train.scores import GradientScores
 
     scores = GradientScores(RULES["gradient"], is_summed=True, keeps_gradient=False)

@@ -1,4 +1,4 @@
-"""The seed's names work as its README says, and none of its eleven defects is ours."""
+"""The names of the original SIFT code work as its README says, without its eleven defects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sift_train import SIFT
 
 
 def run(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Tensor]) -> None:
-    """Train as the README does, with the ``zero_grad`` that exists."""
+    """Train as in that README, with ``zero_grad`` instead of ``zero_``."""
     for batch in batches:
         loss = square_loss(model, batch)
         loss.backward()
@@ -73,10 +73,10 @@ def test_the_readme_s_groups_train_all_there_is() -> None:
 
 
 @pytest.mark.parametrize("form", ["coordinates", "flat", "tensor", "before"])
-def test_indices_of_ones_own(form: str) -> None:
+def test_your_own_indices(form: str) -> None:
     """The README: ``sparse_param.idx = np.stack(np.unravel_index(sparse_idx, p.shape))``."""
     model = make_net()
-    # Choosing by weights has happened by now; by gradients it has not.
+    # Rules by weights have chosen already; rules by gradients have not.
     selection = "gradient" if form == "before" else "magnitude"
     sift = SIFT(model, 0.1, ["first.weight"], selection=selection)
     part = sift.sparse_mapping["first.weight"]
@@ -102,13 +102,13 @@ def test_indices_of_ones_own(form: str) -> None:
 def test_an_index_outside_is_refused() -> None:
     part = SIFT(make_net(), 0.1, ["first.weight"]).sparse_mapping["first.weight"]
     for bad in (np.array([[0, 16], [0, 0]]), np.array([[0, -1], [0, 0]])):
-        with pytest.raises(ValueError, match="leaves the parameter"):
+        with pytest.raises(ValueError, match="outside the parameter"):
             part.idx = bad
     with pytest.raises(ValueError, match="not strictly increasing"):
         part.idx = np.array([3, 3])
 
 
-# The eleven, in the order of the list of what the seed gets wrong.
+# One test for each of the eleven defects of the original code.
 
 
 def test_1_it_runs_on_this_torch_and_idx_indexes() -> None:
@@ -121,7 +121,7 @@ def test_1_it_runs_on_this_torch_and_idx_indexes() -> None:
 
 
 def test_2_one_backward_gives_every_tensor_its_gradient() -> None:
-    """The last-reached tensor, here the first layer's, does not lag behind."""
+    """The tensor whose gradient comes last, here the first layer's, gets it in the same step."""
     model, plain = make_net(), make_net()
     sift = SIFT(model, 0.1, ["weight", "bias"])
     batch = make_inputs(1)[0]
@@ -141,7 +141,7 @@ def test_3_weights_are_new_as_soon_as_the_step_is_done_the_last_one_too() -> Non
     for batch in make_inputs(3):
         run(model, optimizer, [batch])
         run(plain, plain_optimizer, [batch])
-        # Read directly: no forward pass, no state dict.
+        # Read directly, without a forward pass or a state dict.
         assert same_bits(model.first.weight, plain.first.weight)
 
 
@@ -229,7 +229,7 @@ def test_8_an_index_takes_four_bytes_and_stays_with_the_weight() -> None:
 
 
 def test_9_random_choice_needs_no_list_of_all_positions() -> None:
-    """The seed took 2 GB of Python integers for a tensor of this kind."""
+    """The original code needed 2 GB of Python integers for such a tensor."""
     model = nn.Linear(3000, 1000, bias=False)
     tracemalloc.start()
     try:
@@ -237,7 +237,9 @@ def test_9_random_choice_needs_no_list_of_all_positions() -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 3_000_000  # of Python's own; one byte a component is less than any list
+    assert (
+        peak < 3_000_000
+    )  # memory of Python objects; one byte per component is less than any list
 
 
 def test_10_a_hook_sees_its_own_parameter_only(capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,7 +305,7 @@ def test_model_zero_grad_drops_the_masters_gradients_too() -> None:
 
 
 def test_a_gradient_after_a_step_begins_anew() -> None:
-    """Nobody zeroes: what Trainer does to masters that are not the model's."""
+    """Without zeroing, as Trainer does not zero masters that are not the model's."""
     forgetful, careful = make_net(), make_net()
     for model in (forgetful, careful):
         sift = SIFT(model, 0.2, "weight", grad_acc=2)

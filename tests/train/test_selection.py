@@ -1,4 +1,4 @@
-"""top_k, the rules, and how many components a rate selects."""
+"""Tests of ``top_k``, the rules, and the number of components that a rate selects."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_ties_are_drawn_by_the_seed() -> None:
 
 
 def by_sorting(scores: Mapping[str, Tensor], k: int, generator: torch.Generator) -> list[int]:
-    """Return the places of the k largest in all scores joined, the slow way."""
+    """Return the positions of the k largest of all joined scores, by sorting."""
     joined = torch.cat([each.flatten().float() for each in scores.values()])
     joined[~joined.isfinite()] = -torch.inf
     least = joined.sort(descending=True).values[k - 1]
@@ -84,7 +84,7 @@ def by_sorting(scores: Mapping[str, Tensor], k: int, generator: torch.Generator)
 
 
 SCORES = st.one_of(
-    st.floats(width=32),  # not finite ones, -0.0 and subnormal ones among them
+    st.floats(width=32),  # including non-finite ones, -0.0 and subnormal ones
     st.sampled_from([0.0, -0.0, 1.0, -1.0, float("nan"), float("inf"), -float("inf")]),
 )
 
@@ -92,7 +92,7 @@ SCORES = st.one_of(
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_the_choice_is_the_same_on_every_device(data: st.DataObject, dtype: torch.dtype) -> None:
-    """Ties included: by the slices of a CPU, by those of other devices, and by sorting."""
+    """Also among ties: with the slices of a CPU, those of other devices, and by sorting."""
     lists = data.draw(st.lists(st.lists(SCORES, min_size=1, max_size=40), min_size=1, max_size=3))
     scores = {str(n): torch.tensor(each).to(dtype) for n, each in enumerate(lists)}
     numel = sum(map(len, lists))

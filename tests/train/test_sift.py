@@ -1,4 +1,4 @@
-"""The promises of SIFT, one a test."""
+"""Tests of SIFT; each checks one documented property."""
 
 from __future__ import annotations
 
@@ -390,13 +390,13 @@ def test_a_choice_of_ones_own_is_checked() -> None:
             part.choose(torch.tensor([5, 5]))
         with pytest.raises(ValueError, match="not strictly increasing"):
             part.choose(torch.tensor([5, 192]))
-        with pytest.raises(ValueError, match="expected flat positions"):
+        with pytest.raises(ValueError, match="expected one dimension of integers"):
             part.choose(torch.tensor([5.0, 6.0]))
         part.choose(torch.tensor([5, 191]))
-        part.choose(torch.tensor([7, 8, 9]))  # nothing is trained yet
+        part.choose(torch.tensor([7, 8, 9]))  # no step yet
         assert part.train_num == 3
         part.master.data.add_(1.0)
-        with pytest.raises(ValueError, match="trained already"):
+        with pytest.raises(ValueError, match="have been trained"):
             part.choose(torch.tensor([5, 191]))
 
 
@@ -412,7 +412,7 @@ def test_an_optimizer_over_the_model_itself_is_refused() -> None:
     model = make_net()
     with SIFT(model, 0.1, "weight") as sift:
         both = [*sift.parameters_in_optimizer(), *model.parameters()]
-        with pytest.raises(ValueError, match="get no gradient here"):
+        with pytest.raises(ValueError, match="whose gradients go to the masters"):
             sift.attach(torch.optim.SGD(both, lr=0.1))
 
 
@@ -441,8 +441,8 @@ def _integers() -> nn.Module:
         (lambda: nn.Embedding(9, 4, sparse=True), "weight", "sparse=True"),
         (lambda: nn.Linear(4, 4, device="meta"), "weight", "meta device"),
         (_integers, "first.weight", "has dtype torch.uint8"),
-        (_same_memory, "weight", "over the same memory"),
-        (lambda: nn.DataParallel(make_net()), "weight", "holds a DataParallel"),
+        (_same_memory, "weight", "share the same memory"),
+        (lambda: nn.DataParallel(make_net()), "weight", "contains a DataParallel"),
         (make_net, "q_proj", "occurs in no parameter name"),
         (make_net, [], "no parameter is selected"),
         (make_net, [""], "not a non-empty string"),
@@ -517,7 +517,7 @@ def test_a_second_sift_over_the_same_weights_is_refused() -> None:
     model = make_net()
     first = SIFT(model, 0.1, "first.weight")
     for again in (model, model.first, nn.Sequential(model)):
-        with pytest.raises(ValueError, match=r"is trained by a SIFT already.*close\(\)"):
+        with pytest.raises(ValueError, match=r"is trained by another SIFT.*close\(\)"):
             SIFT(again, 0.1, "weight")
     SIFT(copy.deepcopy(model), 0.1, "first.weight").close()
     first.close()
@@ -538,7 +538,7 @@ def test_a_sift_tells_what_it_is() -> None:
 @pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_a_closure_is_a_step_as_any_other(accumulation: int, by_name: bool) -> None:
-    """The gradients come inside the step; with several micro-batches the first is no exception."""
+    """The gradients are computed inside the step, also with several micro-batches at the first step."""
     plain, closed = make_net(), make_net()
     inputs = make_inputs(2 * accumulation)
 
@@ -568,11 +568,11 @@ def test_a_closure_is_a_step_as_any_other(accumulation: int, by_name: bool) -> N
     )
 
 
-def test_what_is_no_state_is_one_clear_sentence(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_state_is_one_clear_sentence(tmp_path: Path) -> None:
     with SIFT(make_net(), 0.1, "first.weight") as sift:
         (tmp_path / "notes.txt").write_text("not a state")
         with pytest.raises(
-            ValueError, match=r"notes.txt' is not a training state, nor any"
+            ValueError, match=r"notes.txt' is not a safetensors file, so it"
         ) as told:
             sift.load(tmp_path / "notes.txt")
         assert "\n" not in str(told.value)
@@ -590,7 +590,7 @@ def test_grad_acc_is_a_count() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("is_chosen", [False, True])
 def test_masters_follow_a_model_that_is_moved(is_chosen: bool) -> None:
-    """A Trainer's script makes SIFT and optimizer first, and the Trainer moves the model."""
+    """With Trainer, SIFT and optimizer are created first, and Trainer then moves the model."""
     moved, there = make_net(), make_net().cuda()
     inputs = [batch.cuda() for batch in make_inputs(3)]
     selection = "magnitude" if is_chosen else "gradient"

@@ -1,4 +1,4 @@
-"""The real ``transformers.Trainer`` over masters: the callback and the mixin."""
+"""The callback and the mixin with the real ``transformers.Trainer``."""
 
 from __future__ import annotations
 
@@ -100,13 +100,13 @@ def test_at_rate_one_the_callback_trains_as_trainer_does(tmp_path: Path, base: P
 
 
 def test_every_tensor_is_trained_at_accumulation_one(tmp_path: Path, base: Path) -> None:
-    """The seed never trained the tensor whose gradient comes last."""
+    """The original SIFT code never trained the tensor whose gradient comes last."""
     model = load(base)
     before = snapshot(model)
     sift = SIFT(model, 0.1, LAYERS)
     optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
     args = arguments(tmp_path / "out", max_steps=1)
-    # Without the callback: nothing clips, but all is trained.
+    # Without the callback nothing is clipped, but all is trained.
     Trainer(model, args, train_dataset=Rows(2), optimizers=(optimizer, None)).train()
     for name, part in sift.sparse_mapping.items():
         changed = (before[name] != model.state_dict()[name]).flatten().nonzero().flatten()

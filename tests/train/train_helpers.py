@@ -1,4 +1,4 @@
-"""Small models and data, and the one comparison that counts: equal bits."""
+"""Small models and data, and a comparison of bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Return whether dtype, shape and every bit agree; NaNs and signed zeros included."""
+    """Return whether dtype, shape and all bits are equal, including NaNs and signed zeros."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     view = _INTEGERS[left.element_size()]
@@ -53,10 +53,10 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def make_bert(folder: Path, dtype: torch.dtype) -> Path:
-    """Save a tiny random classifier, with files beside it that transformers does not write."""
+    """Save a tiny random classifier, and files that transformers does not write."""
     import transformers
 
-    make_config: Any = transformers.BertConfig  # takes more than it declares
+    make_config: Any = transformers.BertConfig  # accepts more arguments than its signature shows
     config = make_config(
         vocab_size=60,
         hidden_size=16,

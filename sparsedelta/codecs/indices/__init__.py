@@ -1,7 +1,7 @@
 """Index encodings (FORMAT §6): streams of bytes for strictly increasing positions within one chunk.
 
-A registry: an encoding is one object with the methods of ``IndexEncoding``, in a file of its own. The
-encoder keeps the one whose stored stream is smallest; the decoder obeys the name in the file.
+A registry. Each encoding is one object with the methods of ``IndexEncoding``, in its own file. The encoder
+keeps the encoding with the smallest stored stream. The decoder uses the one that the delta names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparsedelta.codecs.indices.tiles import TILES
 
 __all__ = ["INDEX_ENCODINGS", "IndexEncoding", "Positions"]
 
-# In order of trial: of equally small candidates the first is kept.
+# The encoder tries them in this order, and keeps the first of equally small ones.
 INDEX_ENCODINGS: Mapping[str, IndexEncoding] = MappingProxyType(
     {"gaps": GAPS, "bitmap": BITMAP, "rice": RICE, "tiles": TILES}
 )

@@ -1,4 +1,4 @@
-"""What an index encoding is: positions to a stream of bytes and back, with an encoder's right to decline."""
+"""The methods of an index encoding: positions to a stream of bytes and back."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stre
 
 
 class IndexEncoding(Protocol):
-    """How positions become bytes; what most encodings have in common is written out here."""
+    """How positions are stored as bytes. The bodies here are what most encodings have in common."""
 
-    has_classes: bool = False  # may sort positions by what the tensor was before the change
+    has_classes: bool = False  # can use classes of the elements before the change
 
     def is_quick(self, nnz: int, span: int) -> bool:
-        """Return whether it is quick to encode and decode at this density."""
+        """Return whether encoding and decoding are fast at this density."""
         return True
 
     def worth_trying(self, nnz: int, span: int) -> bool:
@@ -24,7 +24,7 @@ class IndexEncoding(Protocol):
     ) -> Stream | None:
         """Return the stream of ``positions`` in a span of ``span`` elements.
 
-        None: it cannot be smaller than others, as a cheap look shows, or ``context`` lacks what it needs.
+        None: a cheap estimate shows that another encoding is smaller, or ``context`` lacks what this one needs.
         """
 
     def implied_bytes(self, span: int) -> int | None:
@@ -40,6 +40,6 @@ class IndexEncoding(Protocol):
         """Return exactly ``nnz`` positions.
 
         Raises:
-            Corrupt: the stream does not hold ``nnz`` increasing positions below ``span``; with
-                classes, this also says that the base is another.
+            Corrupt: the stream does not hold ``nnz`` increasing positions below ``span``. With classes, the
+                cause may also be a wrong base.
         """

@@ -1,27 +1,29 @@
-"""``rice``: gaps between touched positions as Rice codes, perhaps by classes (FORMAT §6.5).
+"""``rice``: gaps between touched positions as Rice codes, with or without classes (FORMAT §6.5).
 
-When steps are small an element changes if its step exceeds half its spacing, so exponents before the
-change tell which elements are likely to. Classes sort by them, and the base is needed to read these.
+In a small training step an element changes if its step exceeds half the distance to the next value. So the
+exponent before the change says how likely a change is. Classes of exponents use this; the base is then needed
+to decode.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
+from sparsedelta.codecs import kernels
 from sparsedelta.codecs.bitpack import decode_rice, encode_rice
 from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, StartBits, Stream
 from sparsedelta.codecs.exponent_classes import (
     N_KEYS,
     ElementClass,
     choice_bits,
-    class_table,
     class_words,
+    find_chosen,
     keys_at,
     merge_keys,
+    ranks_by_class,
     read_thresholds,
     sample_keys,
     total_choice_bits,
@@ -30,19 +32,19 @@ from sparsedelta.codecs.indices.contract import IndexEncoding
 from sparsedelta.codecs.subsets import encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 
-_FEWEST = 256  # touched positions; of fewer, classes cannot save enough
-_CLASS_BITS = 32  # what a class costs besides its gaps
-_MOST_CLASSES = 8  # each costs time in proportion to the span, and further ones save under 1 %
-_WORTH = 0.97  # of the entropy without classes
+_FEWEST = 256  # touched positions; with fewer, classes cannot save enough
+_CLASS_BITS = 32  # what a class adds to its gaps
+_MOST_CLASSES = 8  # each takes time in proportion to the span, and more classes save less than 1 %
+_WORTH = 0.97  # of the entropy without classes; more is not worth the time
 
 
 class _Rice(IndexEncoding):
-    """Touched positions as subsets of classes of elements, one class or several."""
+    """The touched positions of each class as a subset; without classes, there is one class."""
 
     has_classes = True
 
     def is_quick(self, nnz: int, span: int) -> bool:
-        return nnz * 100 <= span or nnz == span  # all are touched: two bytes
+        return nnz * 100 <= span or nnz == span  # all elements touched: two bytes
 
     def worth_trying(self, nnz: int, span: int) -> bool:
         return True
@@ -61,7 +63,7 @@ class _Rice(IndexEncoding):
             thresholds = _choose_classes(context.before, keys, span)
             if not thresholds:
                 return None
-            parts = _by_class(context.before, positions, keys, span, thresholds)
+            parts = ranks_by_class(context.before, positions, keys, span, thresholds)
         head = bytearray([len(thresholds), *thresholds])
         sequences = []
         for chosen, n in parts:
@@ -87,7 +89,15 @@ class _Rice(IndexEncoding):
             _check_number(nnz - len(positions), nnz)
             return positions
         if context.before is None:
-            raise ValueError("classes need the start of the tensor")
+            raise ValueError("classes need the bits before the change")
+        if kernels.native:
+            listed = [
+                (head.listed(gaps, span), head.of_rest)
+                for head, gaps in zip(heads, sequences, strict=True)
+            ]
+            positions, keys = find_chosen(context.before, span, thresholds, listed, nnz)
+            context.keys_found.append(keys)
+            return positions
         parts, left = [], nnz
         classes = class_words(context.before, span, thresholds)
         for words, head, gaps in zip(classes, heads, sequences, strict=True):
@@ -99,7 +109,7 @@ class _Rice(IndexEncoding):
             parts.append(members.positions(chosen))
         _check_number(left, nnz)
         positions = np.concatenate(parts)
-        # Timsort: those of a class ascend already, what is left is merging.
+        # A stable sort is a Timsort, which only merges: the positions of each class ascend already.
         positions.sort(kind="stable")
         return positions
 
@@ -109,25 +119,8 @@ def _check_number(left: int, nnz: int) -> None:
         raise Corrupt(f"index stream does not hold exactly {nnz} positions")
 
 
-def _by_class(
-    before: StartBits,
-    positions: Positions,
-    keys: npt.NDArray[np.uint8],
-    span: int,
-    thresholds: Sequence[int],
-) -> Iterator[tuple[Positions, int]]:
-    """Yield for each class which of its elements are touched, and how many it has."""
-    number = class_table(thresholds)[keys]
-    ordered = positions[np.argsort(number, kind="stable")]
-    ends = np.cumsum(np.bincount(number, minlength=len(thresholds) + 1)).tolist()
-    classes = class_words(before, span, thresholds)
-    for words, (begin, end) in zip(classes, itertools.pairwise([0, *ends]), strict=True):
-        members = ElementClass(words)
-        yield members.ranks(ordered[begin:end]), len(members)
-
-
 def _choose_classes(before: StartBits, keys: npt.NDArray[np.uint8], span: int) -> list[int]:
-    """Return thresholds between classes of unlike density; none if that would save too little."""
+    """Return thresholds between classes of different density; none if classes would save too little."""
     touched = np.bincount(keys, minlength=N_KEYS)
     untouched = np.maximum(sample_keys(before, span), touched) - touched
     most = _WORTH * choice_bits(int(untouched.sum()), len(keys))

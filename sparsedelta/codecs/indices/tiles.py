@@ -1,16 +1,19 @@
-"""``tiles``: rows and columns sorted into bands by how much of them is touched (FORMAT §6.6).
+"""``tiles``: rows and columns grouped into bands by their density (FORMAT §6.6).
 
-Gradients are large in a few rows and columns, and what is chosen by them crowds there. A band of rows
-and a band of columns make a tile, a rectangle once they are moved together, coded by its own density.
+Gradients are large in a few rows and columns, so the elements chosen by them lie mostly there. A tile consists
+of the cells in a band of rows and a band of columns. Each tile is coded by its own density.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from sparsedelta.codecs import kernels
 from sparsedelta.codecs.bitpack import (
     MAX_LOW_BITS,
     Numbers,
@@ -29,16 +32,16 @@ from sparsedelta.codecs.exponent_classes import (
     total_choice_bits,
 )
 from sparsedelta.codecs.indices.contract import IndexEncoding
-from sparsedelta.codecs.subsets import encode_subset, read_subset
+from sparsedelta.codecs.subsets import SubsetHead, encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 
 MAX_BANDS = 16
 _KEYS_PER_OCTAVE = 2
-_TILE_BITS = 24  # what a tile costs besides its gaps
+_TILE_BITS = 24  # what a tile adds to its gaps
 _BAND_BITS = (
     2 * _TILE_BITS
-)  # a further band makes as many tiles as there are bands of the other kind
-_WORTH = 0.97  # of the entropy without tiles
+)  # one more band adds as many tiles as there are bands in the other direction
+_WORTH = 0.97  # of the entropy without tiles; more is not worth the time
 
 Labels = npt.NDArray[np.uint32]  # the band of each row or column
 
@@ -59,14 +62,16 @@ class _Tiles(IndexEncoding):
         if not 2 <= columns <= span:
             return None
         n_rows = _n_rows(columns, first, span)
-        row, column = np.divmod(positions + np.uint32(first), np.uint32(columns))
+        cells = positions + np.uint32(first)
+        row = cells // np.uint32(columns)  # np.divmod takes four times as long
+        column = cells - row * np.uint32(columns)
         rows = _choose_bands(np.bincount(row, minlength=n_rows), columns)
         lines = _choose_bands(np.bincount(column, minlength=columns), n_rows)
         if not (rows.any() or lines.any()):
             return None
         grid = _Grid(rows, lines)
         places = grid.places(row, column)
-        places.sort()
+        places = _sorted(places, int(grid.edges[-1]))
         counts = np.diff(np.searchsorted(places, grid.edges))
         if not _is_worth_it(grid, counts):
             return None
@@ -93,9 +98,7 @@ class _Tiles(IndexEncoding):
         columns, at = read_number(stream, 0)
         first, at = read_number(stream, at)
         if not (2 <= columns <= span and first < columns):
-            raise Corrupt(
-                f"index stream has {columns} columns, of which it begins in number {first}"
-            )
+            raise Corrupt(f"index stream has {columns} columns and begins in column {first}")
         n_tiles, lengths = 1, []
         for n in (_n_rows(columns, first, span), columns):
             n_bands, at = read_number(stream, at)
@@ -115,6 +118,8 @@ class _Tiles(IndexEncoding):
             if int(labels.max()) >= n_bands:
                 raise Corrupt(f"index stream puts a line into band {labels.max()} of {n_bands}")
         grid = _Grid(sequences[0], sequences[1], (lengths[0][2], lengths[1][2]))
+        if kernels.native:
+            return _joined(grid, columns, first, span, nnz, heads, sequences[2:])
         parts, left = [], nnz
         for number, (head, gaps) in enumerate(zip(heads, sequences[2:], strict=True)):
             chosen = head.chosen(gaps, int(grid.areas[number]))
@@ -127,7 +132,7 @@ class _Tiles(IndexEncoding):
         if left:
             raise Corrupt(f"index stream does not hold exactly {nnz} positions")
         cells = np.concatenate(parts)
-        # Timsort: those of a tile ascend already, what is left is merging.
+        # A stable sort is a Timsort, which only merges: the cells of each tile ascend already.
         cells.sort(kind="stable")
         cells -= first
         if cells[0] < 0 or cells[-1] >= span:
@@ -135,8 +140,29 @@ class _Tiles(IndexEncoding):
         return cells.astype(np.uint32)
 
 
+def _joined(
+    grid: _Grid,
+    columns: int,
+    first: int,
+    span: int,
+    nnz: int,
+    heads: Sequence[SubsetHead],
+    sequences: Sequence[Numbers],
+) -> Positions:
+    """Return the positions in the tiles; needs the compiled kernels."""
+    touched, positions = np.zeros(-(-span // 8), np.uint8), np.empty(nnz, np.uint32)
+    kernel: Any = kernels.native
+    for number, (head, gaps) in enumerate(zip(heads, sequences, strict=True)):
+        places = head.chosen(gaps, int(grid.areas[number]))
+        if len(places):
+            kernel.put_cells(places, *grid.lines(number), columns, first, span, touched)
+    if kernel.ones(touched, positions) != nnz:
+        raise Corrupt(f"index stream does not hold exactly {nnz} positions")
+    return positions
+
+
 class _Grid:
-    """Rows and columns in bands; the cells in order of tiles, and by rows within a tile."""
+    """Rows and columns in bands. Cells are ordered by tile, and row by row within a tile."""
 
     def __init__(
         self, row_labels: Labels, column_labels: Labels, shape: tuple[int, int] | None = None
@@ -153,7 +179,7 @@ class _Grid:
         self.edges = np.concatenate([[0], np.cumsum(self.areas)])  # of the tiles, in their order
 
     def places(self, row: Numbers, column: Numbers) -> Numbers:
-        """Return where cells are in the order of tiles."""
+        """Return the places of cells in the order of tiles."""
         band, other = self.labels[0][row], self.labels[1][column]
         places = self.edges[band * np.uint32(self.shape[1]) + other]
         places += self._ranks(0)[row] * self._counts[1][other]
@@ -163,19 +189,33 @@ class _Grid:
 
     def cells(self, number: int, places: Numbers) -> tuple[npt.NDArray[np.int64], ...]:
         """Return rows and columns of places within a tile."""
-        band, other = divmod(number, self.shape[1])
-        row, column = np.divmod(places, np.uint32(self._counts[1][other]))
-        return (
-            self._orders[0][self._starts[0][band] :][row],
-            self._orders[1][self._starts[1][other] :][column],
-        )
+        rows, columns = self.lines(number)
+        row, column = np.divmod(places, np.uint32(len(columns)))
+        return rows[row], columns[column]
+
+    def lines(self, number: int) -> list[npt.NDArray[np.int64]]:
+        """Return the rows and the columns of a tile."""
+        bands = divmod(number, self.shape[1])
+        parts = zip(bands, self._orders, self._starts, self._counts, strict=True)
+        return [order[starts[i] : starts[i] + counts[i]] for i, order, starts, counts in parts]
 
     def _ranks(self, axis: int) -> npt.NDArray[np.int64]:
-        """Return for each line how many before it are in the same band."""
+        """Return for each line the number of earlier lines in the same band."""
         ranks = np.empty(len(self.labels[axis]), np.int64)
         order = self._orders[axis]
         ranks[order] = np.arange(len(order)) - self._starts[axis][self.labels[axis][order]]
         return ranks
+
+
+def _sorted(places: Numbers, n_cells: int) -> Numbers:
+    """Return distinct places in ascending order."""
+    if kernels.native is None:
+        places.sort()
+        return places
+    bits = np.zeros(-(-n_cells // 8), np.uint8)
+    kernels.native.put_bits(places, bits)
+    kernels.native.ones(bits, places)
+    return places
 
 
 def _n_rows(columns: int, first: int, span: int) -> int:
@@ -183,9 +223,10 @@ def _n_rows(columns: int, first: int, span: int) -> int:
 
 
 def _choose_bands(counts: npt.NDArray[np.int64], n_across: int) -> Labels:
-    """Return a band for each line, given how many of its ``n_across`` cells are touched.
+    """Return a band for each line, given the number of touched cells of its ``n_across`` cells.
 
-    The most frequent band is number 0: the labels are Rice codes. All are in it if lines are alike.
+    The most frequent band is number 0, because labels are stored as Rice codes. If the lines have similar
+    densities, all are in band 0.
     """
     keys = np.round(_KEYS_PER_OCTAVE * (1 + np.log2(counts + 0.5))).astype(np.int64)
     lines = np.bincount(keys, minlength=N_KEYS)

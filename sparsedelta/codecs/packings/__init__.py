@@ -1,7 +1,7 @@
 """Value packings (FORMAT §7): streams of bytes for the codes of one chunk.
 
-A registry: a packing is one object with the methods of ``ValuePacking``, in a file of its own. The
-encoder keeps the one whose stored streams are smallest; the decoder obeys the name in the file.
+A registry. Each packing is one object with the methods of ``ValuePacking``, in its own file. The encoder
+keeps the packing with the smallest stored streams. The decoder uses the one that the delta names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sparsedelta.codecs.packings.steps import STEPS
 
 __all__ = ["VALUE_PACKINGS", "ValuePacking"]
 
-# In order of trial: of equally small candidates the first is kept.
+# The encoder tries them in this order, and keeps the first of equally small ones.
 VALUE_PACKINGS: Mapping[str, ValuePacking] = MappingProxyType(
     {"planes": PLANES, "steps": STEPS, "scaled": SCALED}
 )

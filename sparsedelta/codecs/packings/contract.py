@@ -1,4 +1,4 @@
-"""What a value packing is: codes to streams of bytes and back, with an encoder's right to decline."""
+"""The methods of a value packing: codes to streams of bytes and back."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from sparsedelta.codecs.exponent_classes import Keys
 
 
 class ValuePacking(Protocol):
-    """How codes become bytes."""
+    """How codes are stored as bytes."""
 
-    is_quick: bool = False  # to encode and decode
-    has_classes: bool = False  # may sort codes by what the elements were before the change
+    is_quick: bool = False  # encoding and decoding are fast
+    has_classes: bool = False  # can use classes of the elements before the change
     states_size: bool = True  # the manifest states the raw size of the last stream
 
     def stream_sizes(self, n_bytes: int, nnz: int, width: int) -> Sequence[int]:
@@ -22,14 +22,14 @@ class ValuePacking(Protocol):
         Args:
             nnz: number of codes.
             width: bytes of a code.
-            n_bytes: what the manifest states of the last stream; 0 if it states nothing.
+            n_bytes: the raw size of the last stream, if the manifest states it; else 0.
         """
 
     def encode(self, codes: Bits, keys: Keys | None) -> Sequence[Stream] | None:
-        """Return the streams of ``codes``; an empty one stands for zeros.
+        """Return the streams of ``codes``; an empty stream means zeros.
 
-        ``keys`` are those of the elements before the change (FORMAT §6.2), None: make no classes.
-        None: this cannot be smaller than other packings, or cannot hold these codes.
+        ``keys`` are the keys of the elements before the change (FORMAT §6.2); None: do not use classes.
+        Returns None if another packing is smaller, or if this one cannot store these codes.
         """
 
     def possible(self, n_bytes: int, nnz: int, width: int) -> bool:
@@ -39,6 +39,5 @@ class ValuePacking(Protocol):
         """Return exactly ``nnz`` codes; ``keys`` None: there are no classes.
 
         Raises:
-            Corrupt: the streams do not hold ``nnz`` codes; with classes, this also says that the base
-                is another.
+            Corrupt: the streams do not hold ``nnz`` codes. With classes, the cause may also be a wrong base.
         """

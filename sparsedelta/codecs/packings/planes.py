@@ -14,7 +14,7 @@ _NOTHING = np.empty(0, np.uint8)
 
 
 class _Planes(ValuePacking):
-    """Byte planes; one of zeros is not stored."""
+    """Byte planes. A plane of zeros is not stored."""
 
     is_quick = True
     states_size = False
@@ -24,8 +24,8 @@ class _Planes(ValuePacking):
 
     def encode(self, codes: Bits, keys: Keys | None) -> Sequence[Stream]:
         columns = codes.view(np.uint8).reshape(len(codes), codes.itemsize)
-        planes = (columns[:, j] for j in range(codes.itemsize))
-        return [np.ascontiguousarray(plane) if plane.any() else _NOTHING for plane in planes]
+        used = int(np.bitwise_or.reduce(codes)).to_bytes(codes.itemsize, "little")
+        return [columns[:, j].copy() if bits else _NOTHING for j, bits in enumerate(used)]
 
     def possible(self, n_bytes: int, nnz: int, width: int) -> bool:
         return n_bytes == 0

@@ -1,4 +1,4 @@
-"""``scaled``: the magnitude of a code as a symbol, the bits below it packed plainly (FORMAT §7.4)."""
+"""``scaled``: a symbol for the magnitude of each code, and the lower bits packed (FORMAT §7.4)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sparsedelta.codecs.exponent_classes import Keys
 from sparsedelta.codecs.packings.contract import ValuePacking
 from sparsedelta.errors import Corrupt
 
-_SHORT = 2  # a code of one unit; where most are such others do better
-_MAX_SYMBOL = 63  # of codes below 2^32
+_SHORT = 2  # the codes of one unit; where most codes are no higher, other packings are smaller
+_MAX_SYMBOL = 63  # the symbol of the highest code below 2^32
 
 Symbols = npt.NDArray[np.uint8]
 
 
 class _Scaled(ValuePacking):
-    """Symbols, and the bits below them."""
+    """Symbols, and the bits that they leave out."""
 
     def stream_sizes(self, n_bytes: int, nnz: int, width: int) -> Sequence[int]:
         return [nnz, n_bytes]
@@ -40,7 +40,7 @@ class _Scaled(ValuePacking):
         symbols, raw = (np.frombuffer(stream, np.uint8) for stream in streams)
         if int(symbols.max()) > min(_MAX_SYMBOL, 16 * width - 1):
             raise Corrupt(f"value stream holds symbol {symbols.max()}, too high for {width} bytes")
-        codes = symbols.astype(np.uint32)  # of codes below 4 there is nothing but the symbol
+        codes = symbols.astype(np.uint32)  # the symbol of a code below 4 is the code itself
         at = 0
         for chosen, k in _by_symbol(symbols):
             size = -(-len(chosen) * k // 8)
@@ -50,12 +50,12 @@ class _Scaled(ValuePacking):
             codes[chosen] = leading << np.uint32(k) | unpack(raw[at : at + size], len(chosen), k)
             at += size
         if at != len(raw):
-            raise Corrupt("value stream goes on after its codes")
+            raise Corrupt("value stream has bytes after its codes")
         return codes.astype(f"<u{width}")
 
 
 def _symbols(codes: npt.NDArray[np.uint32]) -> Symbols:
-    """Return twice the number of bits below the two leading ones, plus those two."""
+    """Return twice the number of bits below the two leading ones, plus the two leading bits."""
     symbols = np.empty(len(codes), np.uint8)
     for block in blocks(len(codes)):
         exponents = np.frexp(codes[block].astype(np.float64))[1]
@@ -65,8 +65,8 @@ def _symbols(codes: npt.NDArray[np.uint32]) -> Symbols:
 
 
 def _by_symbol(symbols: Symbols) -> Iterator[tuple[npt.NDArray[np.intp], int]]:
-    """Yield where codes have k bits below their two leading ones, and k, ascending from 1."""
-    halved = symbols >> 1  # one more than the bits below the two leading ones
+    """Yield k, ascending from 1, with the places of the codes that have k bits below their two leading bits."""
+    halved = symbols >> 1  # one more than the number of bits below the two leading bits
     for found in np.flatnonzero(np.bincount(halved)[2:]).tolist():
         yield np.flatnonzero(halved == found + 2), found + 1
 

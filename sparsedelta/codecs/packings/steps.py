@@ -1,7 +1,7 @@
-"""``steps``: codes mostly of one unit up or down, below a byte, perhaps by classes (FORMAT §7.3).
+"""``steps``: codes in less than a byte each, for differences of mostly one unit, with or without classes (FORMAT §7.3).
 
-Signs are plain bits; which steps are longer than one unit, and by how much, are Rice codes. How many are
-longer, and how long, goes with the element's exponent before the change, which classes sort by.
+Signs are packed bits. Rice codes say which steps are longer than one unit, and by how much. Both depend on the
+element's exponent before the change, so classes of exponents make the codes smaller.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from sparsedelta.codecs import kernels
 from sparsedelta.codecs.bitpack import (
     MAX_LOW_BITS,
     Numbers,
@@ -26,10 +27,14 @@ from sparsedelta.codecs.bitpack import (
 )
 from sparsedelta.codecs.context import Bits, Stream
 from sparsedelta.codecs.exponent_classes import (
+    END,
     MAX_THRESHOLDS,
     N_KEYS,
+    RANK,
     Keys,
     choice_bits,
+    class_counts,
+    class_state,
     class_table,
     merge_keys,
     read_thresholds,
@@ -38,14 +43,15 @@ from sparsedelta.codecs.packings.contract import ValuePacking
 from sparsedelta.codecs.subsets import encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 
-_CLASS_BITS = 40  # what a class costs besides its codes
+_CLASS_BITS = 40  # what a class adds to its codes
 _MOST_CLASSES = MAX_THRESHOLDS + 1
-_FEWEST = 256  # codes; of fewer, classes cannot save enough
-_LONG = 16  # a code; where most are above it others do better
+_FEWEST = 256  # codes; with fewer, classes cannot save enough
+_NOWHERE = (1 << 32) - 1  # marks the end of a class for the kernels
+_LONG = 16  # a code; where most codes are higher, other packings are smaller
 
 
 class _Steps(ValuePacking):
-    """Signs; which steps are longer than one unit; how much longer."""
+    """Signs, which steps are longer than one unit, and how much longer."""
 
     has_classes = True
 
@@ -68,18 +74,13 @@ class _Steps(ValuePacking):
             thresholds = _choose_classes(keys, codes)
             if not thresholds:
                 return None
-            number = class_table(thresholds)[keys]
-            counts = _count(number, len(thresholds) + 1)
-            unsorted, codes = codes, np.empty_like(codes)
-            for where, to in _by_class(number, counts):
-                codes[to] = unsorted[where]
+            counts = class_counts(keys, thresholds)
+            codes = _sorted(codes, keys, thresholds, counts)
         head = bytearray([len(thresholds), *thresholds])
         sequences: list[tuple[Numbers, int]] = []
         for start, end in itertools.pairwise(itertools.accumulate(counts, initial=0)):
-            beyond = codes[start:end] >> 1  # units beyond the first
-            long = np.flatnonzero(beyond).astype(np.uint32)
+            long, excess = _long(codes[start:end])
             subset_head, sequence = encode_subset(long, end - start)
-            excess = beyond[long].astype(np.uint32) - np.uint32(1)
             k = best_low_bits(excess)
             head += subset_head + write_number(k)
             sequences += [sequence, (excess, k)]
@@ -93,10 +94,7 @@ class _Steps(ValuePacking):
     def decode(self, streams: Sequence[bytes], nnz: int, width: int, keys: Keys | None) -> Bits:
         (stream,) = streams
         thresholds, at = read_thresholds(stream, classes=keys is not None)
-        number, counts = None, [nnz]
-        if thresholds and keys is not None:
-            number = class_table(thresholds)[keys]
-            counts = _count(number, len(thresholds) + 1)
+        counts = class_counts(keys, thresholds) if thresholds and keys is not None else [nnz]
         heads, lengths = [], []
         for n in counts:
             head, at = read_subset(stream, at)
@@ -110,21 +108,77 @@ class _Steps(ValuePacking):
         packed = np.frombuffer(stream[at : at + n_sign_bytes], np.uint8)
         if len(packed) != n_sign_bytes:
             raise Corrupt("value stream ends within its signs")
+        sequences = decode_rice(stream[at + n_sign_bytes :], lengths)
+        if kernels.native:
+            listed = [h.chosen(g, n) for h, g, n in zip(heads, sequences[::2], counts, strict=True)]
+            return _joined(packed, nnz, width, keys, thresholds, counts, listed, sequences[1::2])
         codes = unpack(packed, nnz, 1).astype(f"<u{width}")
         codes += 1
-        sequences = decode_rice(stream[at + n_sign_bytes :], lengths)
         start = 0
         for n, head, gaps, excess in zip(
             counts, heads, sequences[::2], sequences[1::2], strict=True
         ):
             _lengthen(codes[start : start + n], head.chosen(gaps, n), excess)
             start += n
-        if number is None:
+        if not thresholds or keys is None:
             return codes
         ordered, codes = codes, np.empty_like(codes)
-        for where, to in _by_class(number, counts):
+        for where, to in _by_class(class_table(thresholds)[keys], counts):
             codes[where] = ordered[to]
         return codes
+
+
+def _sorted(codes: Bits, keys: Keys, thresholds: Sequence[int], counts: list[int]) -> Bits:
+    """Return the codes class by class."""
+    result = np.empty_like(codes)
+    table = class_table(thresholds)
+    if kernels.native:
+        places = np.cumsum([0, *counts[:-1]], dtype=np.int64)
+        kernels.native.sort_codes(codes, keys, table, places, result)
+        return result
+    for where, to in _by_class(table[keys], counts):
+        result[to] = codes[where]
+    return result
+
+
+def _long(codes: Bits) -> tuple[Numbers, Numbers]:
+    """Return which steps are longer than one unit, and by how much more than one."""
+    if kernels.native:
+        long, excess = np.empty((2, len(codes)), np.uint32)
+        n = kernels.native.long_steps(codes, long, excess)
+        return long[:n], excess[:n]
+    beyond = codes >> 1  # units beyond the first
+    long = np.flatnonzero(beyond).astype(np.uint32)
+    return long, beyond[long].astype(np.uint32) - np.uint32(1)
+
+
+def _joined(
+    signs: Stream,
+    nnz: int,
+    width: int,
+    keys: Keys | None,
+    thresholds: Sequence[int],
+    counts: list[int],
+    long: Sequence[Numbers],
+    excess: Sequence[Numbers],
+) -> Bits:
+    """Return the codes, given which steps of each class are long, and how much longer; needs the compiled kernels."""
+    codes = np.empty(nnz, f"<u{width}")
+    state = class_state([len(one) for one in long])
+    state[:, : END + 1] += np.arange(len(long))[:, np.newaxis]  # each class before has a mark
+    state[:, RANK] = np.cumsum([0, *counts[:-1]])
+    with_keys = keys if thresholds and keys is not None else b""
+    kernels.native.join_steps(  # type: ignore[union-attr]
+        signs, with_keys, class_table(thresholds), state,
+        _ended(long, _NOWHERE), _ended(excess, 0), codes,
+    )  # fmt: skip
+    return codes
+
+
+def _ended(parts: Sequence[Numbers], mark: int) -> Numbers:
+    """Return the parts end to end, with a mark after each."""
+    end = np.array([mark], np.uint32)
+    return np.concatenate([piece for part in parts for piece in (part, end)])
 
 
 def _lengthen(codes: Bits, long: Numbers, excess: Numbers) -> None:
@@ -140,16 +194,8 @@ def _lengthen(codes: Bits, long: Numbers, excess: Numbers) -> None:
     codes[long] = more
 
 
-def _count(number: Keys, n_classes: int) -> list[int]:
-    counts = np.zeros(n_classes, np.int64)
-    for block in blocks(len(number)):
-        counts += np.bincount(number[block], minlength=n_classes)
-    listed: list[int] = counts.tolist()
-    return listed
-
-
 def _by_class(number: Keys, counts: list[int]) -> Iterator[tuple[npt.NDArray[np.intp], slice]]:
-    """Yield where elements are, and where they come to be when sorted by class, piece by piece."""
+    """Yield, piece by piece, the places of elements before and after sorting by class."""
     next_free = list(itertools.accumulate(counts, initial=0))
     for block in blocks(len(number)):
         part = number[block]
@@ -164,8 +210,12 @@ def _by_class(number: Keys, counts: list[int]) -> Iterator[tuple[npt.NDArray[np.
 
 
 def _choose_classes(keys: Keys, codes: Bits) -> list[int]:
-    sums = np.zeros((3, N_KEYS), np.int64)  # of each key: steps, long ones, how much longer
-    for block in blocks(len(keys)):
+    sums = np.zeros(
+        (3, N_KEYS), np.int64
+    )  # for each key: steps, long steps, how much longer these are
+    if kernels.native:
+        kernels.native.step_statistics(codes, keys, sums)
+    for block in blocks(0 if kernels.native else len(keys)):
         beyond = codes[block] >> 1
         excess = np.maximum(beyond, 1) - 1
         for row, weights in zip(sums, (None, beyond > 0, excess), strict=True):
@@ -175,7 +225,7 @@ def _choose_classes(keys: Keys, codes: Bits) -> list[int]:
 
 
 def _cost(n: float, n_long: float, excess: float) -> float:
-    """Return the bits of classes of ``n`` steps: which are long, and by how much, if geometric."""
+    """Return the estimated bits of a class of ``n`` steps; the lengths are taken to be geometric."""
     return choice_bits(n - n_long, n_long) + choice_bits(excess, n_long)
 
 

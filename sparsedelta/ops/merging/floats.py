@@ -1,4 +1,7 @@
-"""Float dtypes as numbers to reckon with, and back by one rounding. Used by ``merge`` and nothing else."""
+"""Convert between bit patterns and floating-point numbers for the arithmetic of ``merge``.
+
+Conversion to numbers is exact. Conversion to bits rounds once.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,15 @@ _QUIET_NAN = 0x7FC0
 
 
 def work_dtype(dtype: DType) -> np.dtype[np.floating[Any]] | None:
-    """Return in which precision a dtype is reckoned with: float32, or float64; None: in none."""
+    """Return the dtype in which tensors of ``dtype`` are merged: float32 or float64.
+
+    None if tensors of ``dtype`` cannot be merged in floating point.
+    """
     return _WORK.get(dtype.name)
 
 
 def to_numbers(dtype: DType, bits: Bits) -> Numbers:
-    """Return the values of bit patterns, exactly."""
+    """Return the exact values of bit patterns, in the dtype that ``work_dtype`` returns."""
     if dtype.name == "BF16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return bits.view(f"<f{dtype.width}").astype(_WORK[dtype.name])
@@ -33,7 +39,7 @@ def to_numbers(dtype: DType, bits: Bits) -> Numbers:
 def to_bits(dtype: DType, numbers: Numbers) -> Bits:
     """Return the bit patterns of the nearest values, ties to even, as IEEE 754 rounds."""
     if dtype.name != "BF16":
-        with np.errstate(over="ignore"):  # to infinity, as the rounding has it
+        with np.errstate(over="ignore"):  # numbers that are too large become infinity
             return numbers.astype(f"<f{dtype.width}").view(dtype.view)
     raw = numbers.view(np.uint32)
     rounded = (raw + ((raw >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)) >> np.uint32(16)

@@ -1,7 +1,7 @@
-"""One tensor of several deltas merged in float, made window by window while it is read.
+"""A tensor merged from the changes of several deltas, computed window by window while it is read.
 
-Memory stays within one window of the base, the changes in it and, where the largest changes are
-chosen, the magnitudes of one delta's changes.
+Memory is at most one window of the base and the changes in it. Methods that keep the largest changes
+also need the magnitudes of one delta's changes.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from sparsedelta.tensors.parallel import Pace
 from sparsedelta.tensors.start import read_start
 
 _BLOCK_ELEMENTS = 1 << 20
-_SMALLEST_NORM = 1e-7  # below it nothing is scaled up
+_SMALLEST_NORM = 1e-7  # differences with a smaller Σ |d| are not scaled up
 
 
 @dataclass(slots=True)
 class _Thinned:
-    """One delta's differences of the tensor, thinned out as the recipe has it.
+    """Which of one delta's differences the recipe keeps, and how they are scaled.
 
     Attributes:
-        number: of the delta, from 0.
-        changes: what it changes.
-        factor: by which what is left is scaled up.
-        least: the smallest magnitude that is kept; None: all are.
-        n_least: how many of that magnitude are still to be kept.
+        number: number of the delta, from 0.
+        changes: reads the changes of the delta.
+        factor: factor for the differences that are kept.
+        least: the smallest magnitude that is kept; None if the magnitude does not matter.
+        n_least: how many more differences of exactly that magnitude are kept.
     """
 
     number: int
@@ -52,13 +52,13 @@ class _Thinned:
 class MergedTensor:
     """The base tensor with the merged changes of several deltas (a ``Source``).
 
-    One window of ``MAX_SPAN`` elements is made at a time, when it is read.
+    It is computed when it is read, one window of ``MAX_SPAN`` elements at a time.
 
     Args:
-        base: the base tensor, and so of the layout of all targets.
-        links: what each delta changes, None where it changes nothing.
+        base: the base tensor. All targets must have its dtype and shape.
+        links: the changes of each delta; None for a delta that changes nothing.
         recipe: how the changes are merged.
-        pace: told of every coded byte.
+        pace: receives the number of coded bytes read.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class MergedTensor:
         while len(buffer):
             number, start = divmod(offset, window_bytes)
             if number != self._number:
-                self._bits, self._number = self._make(number), number
+                self._bits, self._number = self._merge_window(number), number
             raw = self._bits.view(np.uint8).data[start : start + len(buffer)]
             buffer[: len(raw)] = raw
             buffer = buffer[len(raw) :]
             offset += len(raw)
 
-    def _make(self, number: int) -> Bits:
-        """Return the bits of a window."""
+    def _merge_window(self, number: int) -> Bits:
+        """Return the merged bits of a window."""
         bits = self._read(number)
         found = [
             (thinned.number, positions, self._thinned_out(thinned, number, values))
@@ -126,6 +126,7 @@ class MergedTensor:
         bits[start:end][union] = np.where(merged == 0, before, after)
 
     def _read(self, number: int) -> Bits:
+        """Return the base's bits of a window."""
         first = number * MAX_SPAN
         bits: Bits = np.empty(min(MAX_SPAN, self._n_elements - first), self._dtype.view)
         read_start(self._base, self._n_elements, first, bits)
@@ -134,7 +135,7 @@ class MergedTensor:
     def _differences(
         self, changes: ChangeReader, number: int, bits: Bits
     ) -> Iterator[tuple[Positions, Numbers]]:
-        """Yield positions and differences of one delta in a window, together, if it has any there."""
+        """Yield one pair: all positions and differences of a delta in a window; nothing if it has none."""
         pieces = changes.window(number * MAX_SPAN, len(bits))
         if not pieces:
             return
@@ -152,7 +153,7 @@ class MergedTensor:
             yield positions, to_numbers(self._dtype, after) - to_numbers(self._dtype, before)
 
     def _thin(self, number: int, changes: ChangeReader) -> _Thinned:
-        """Return how one delta's differences are thinned out, having looked at all of them."""
+        """Return which differences of a delta the recipe keeps; this reads all of them."""
         density = self._recipe.densities[number]
         thinned = _Thinned(number, changes)
         if density == 1:
@@ -179,7 +180,7 @@ class MergedTensor:
                 yield number, values
 
     def _thinned_out(self, thinned: _Thinned, number: int, values: Numbers) -> Numbers:
-        """Return the differences of a window with those that are dropped set to 0, the rest scaled."""
+        """Return the differences of a window: those not kept are set to 0, the others are scaled."""
         if thinned.least is not None:
             magnitudes = np.abs(values)
             equal = np.flatnonzero(magnitudes == thinned.least)

@@ -1,7 +1,7 @@
-"""How changes are weighed against each other: the methods of merging, as formulas on touched elements.
+"""The methods of merging as formulas on the touched elements of a tensor.
 
-An element that a delta does not touch has difference 0 there, which no method tells from one that was
-never looked at: so the formulas for whole tensors need only the touched ones.
+The difference of an element that no delta touches is 0 in every delta, and so is its merged difference.
+The formulas for whole tensors therefore need only the touched elements.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sparsedelta.ops.merging.floats import Numbers
 
 Method: TypeAlias = Literal["linear", "task-arithmetic", "ties", "dare", "dare-ties"]
 
-_SMALLEST_SUM = 1e-8  # of weights; below it they are not divided by
+_SMALLEST_SUM = 1e-8  # a smaller sum of weights is not divided by
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,11 @@ class Recipe:
 
     Attributes:
         method: the name of the method.
-        weights: one of each delta.
-        densities: which share of the elements of a tensor each delta keeps.
-        normalize: whether the sum is divided by the sum of the weights that went into it.
-        scale: what the merged difference is multiplied by at the end.
-        seed: of the random choice of elements.
+        weights: the weight of each delta.
+        densities: for each delta, the share of a tensor's elements that it keeps.
+        normalize: whether the weighted sum is divided by the sum of its weights.
+        scale: factor for the merged difference.
+        seed: seed of the random choice of elements.
     """
 
     method: Method
@@ -42,19 +42,19 @@ class Recipe:
 
     @property
     def elects_signs(self) -> bool:
-        """Whether differences of the minority's sign are left out (TIES)."""
+        """Whether only differences of the sign with the larger sum are kept (TIES)."""
         return self.method in ("ties", "dare-ties")
 
     @property
     def drops_at_random(self) -> bool:
-        """Whether elements are dropped at random and the others scaled up (DARE)."""
+        """Whether elements are dropped at random and the kept ones scaled up (DARE)."""
         return self.method in ("dare", "dare-ties")
 
     def merge(self, differences: Numbers) -> Numbers:
-        """Return the merged difference of every element.
+        """Return the merged difference of every element, (n_elements,).
 
         Args:
-            differences: (n_deltas, n_elements), those dropped being 0; changed in place.
+            differences: (n_deltas, n_elements), 0 where an element was dropped; changed in place.
         """
         work = differences.dtype
         merged: Numbers
@@ -87,10 +87,10 @@ def make_recipe(
     scale: float,
     seed: int,
 ) -> Recipe:
-    """Return a recipe from settings, each checked; None stands for the method's default.
+    """Return the recipe for the settings of ``merge``; None selects the default of the method.
 
     Raises:
-        ValueError: a setting is wrong, or of no use to the method.
+        ValueError: a setting is wrong, or the method does not use it.
     """
     known = get_args(Method)
     if method not in known:
@@ -98,16 +98,18 @@ def make_recipe(
     chosen: Method = known[known.index(method)]
     weights = [1.0] * n_deltas if weights is None else [float(weight) for weight in weights]
     if density is not None and chosen in ("linear", "task-arithmetic"):
-        raise ValueError(f"method {method!r} keeps all changes, so a density means nothing to it")
+        raise ValueError(f"density is given, but method {method!r} keeps all changes; leave it out")
     densities = [density] if isinstance(density, float | int) else [*(density or [1.0])]
     densities = densities * n_deltas if len(densities) == 1 else densities
     for what, values in (("weights", weights), ("densities", densities)):
         if len(values) != n_deltas:
-            raise ValueError(f"{len(values)} {what} are given for {n_deltas} deltas")
+            raise ValueError(
+                f"{len(values)} {what} are given for {n_deltas} deltas; give one for each delta"
+            )
     if not all(np.isfinite([*weights, scale])):
         raise ValueError(f"weights are {weights} and scale is {scale}; give finite numbers")
     if not all(0 < value <= 1 for value in densities):
-        raise ValueError(f"density is {densities}, expected above 0 and at most 1")
+        raise ValueError(f"density is {densities}, expected numbers above 0 and at most 1")
     if normalize is None:
         normalize = chosen in ("linear", "ties")
     return Recipe(
@@ -116,11 +118,14 @@ def make_recipe(
 
 
 def kept_largest(magnitudes: Numbers, n_kept: int) -> tuple[np.floating[Any], int]:
-    """Return the smallest magnitude that is kept of the largest, and how many of just that size.
+    """Return which magnitudes are kept if only the ``n_kept`` largest are.
 
     Args:
-        magnitudes: of all touched elements of a tensor.
-        n_kept: how many are kept; fewer than there are.
+        magnitudes: the magnitudes of all touched elements of a tensor.
+        n_kept: how many to keep; less than the number of magnitudes.
+
+    Returns:
+        The smallest magnitude that is kept, and how many elements with exactly this magnitude are.
     """
     least = np.partition(magnitudes, len(magnitudes) - n_kept)[len(magnitudes) - n_kept]
     return least, n_kept - int(np.count_nonzero(magnitudes > least))
@@ -130,9 +135,9 @@ def dropped_at_random(key: bytes, density: float, n_elements: int) -> npt.NDArra
     """Return which elements are dropped, each with probability 1 − density.
 
     Args:
-        key: 16 bytes; the same key gives the same choice everywhere.
-        density: the share that is kept.
-        n_elements: how many there are.
+        key: 16 bytes; the same key gives the same choice on every machine.
+        density: probability that an element is kept.
+        n_elements: number of elements.
     """
     raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(n_elements)
     dropped: npt.NDArray[np.bool_] = raw.astype(np.float64) >= density * 2.0**64

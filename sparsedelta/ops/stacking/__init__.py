@@ -1,1 +1,1 @@
-"""What ``stack`` is made of: several deltas as one, one after the other or side by side."""
+"""The parts of ``stack``: combining a chain of deltas, and combining siblings."""

@@ -1,4 +1,4 @@
-"""What stacking chains and stacking siblings have in common: rows in, rows and coded bytes out."""
+"""The common parts of stacking chains and stacking siblings."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import Comparison
 from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import BaseDiffers, check_base_tensor
-from sparsedelta.tensors.sources import MadeTensor
+from sparsedelta.tensors.sources import RebuiltTensor
 
-_MOST_STACKED = 1 << 32  # more than anyone stacks: info may say anything
+_MOST_STACKED = 1 << 32  # info is free JSON; a larger count in it is not believed
 
-Links: TypeAlias = Sequence[Link]  # what each delta does to one tensor
+Links: TypeAlias = Sequence[Link]  # the rows of one tensor, one per delta
 R = TypeVar("R")
 
 
 @dataclass
 class Stacking(ABC):
-    """What chains and siblings have in common.
+    """The base class of ``Chain`` and ``Siblings``.
 
     Attributes:
-        deltas: in order.
-        checkpoint: the base, if it is given.
-        base: the base tensors of each delta that was made from the base, by row, if that is given.
+        deltas: the deltas, in order.
+        checkpoint: the base; None if it is not given.
+        base: for each delta that was made from the base, the base tensors by row (``find_base``);
+            empty if the base is not given.
         payload: receives the coded bytes.
-        progress: told of the coded bytes read.
+        progress: receives the number of coded bytes read.
     """
 
     deltas: Sequence[Delta]
@@ -57,16 +58,16 @@ class Stacking(ABC):
 
     @abstractmethod
     def run(self) -> Delta:
-        """Return the stack; its coded bytes are in the payload afterwards."""
+        """Return the stack; its coded bytes are added to the payload."""
 
     def base_tensor(self, link: Link) -> Tensor | None:
-        """Return the base tensor of a delta that was made from the base, if the base is given."""
+        """Return the base tensor of a link; None if the base is not given or the link has none in it."""
         if link.number > len(self.base):
             return None
         return self.base[link.number - 1].get(link.row.key)
 
     def check_base(self, link: Link, pace: Pace) -> None:
-        """Raise BaseDiffers if the base is given and has another tensor than a delta of it was made from."""
+        """Raise BaseDiffers if the base is given and its tensor has another digest than the link expects."""
         base = self.base_tensor(link)
         if base is not None:
             check_base_tensor(link.row, base, pace.unreported())
@@ -74,42 +75,42 @@ class Stacking(ABC):
     def run_all(
         self, label: str, work: Callable[[Links, Pace], R], items: Sequence[Links]
     ) -> list[R]:
-        """Return ``work`` of the links of every tensor, done on all cores."""
+        """Return the results of ``work`` for the links of each tensor; the work runs on all cores."""
         pace = Pace(self.progress)
         return run_all(
             lambda links: work(links, pace), items, cost=_coded_bytes, pace=pace, label=label
         )
 
     def result(self, target: Target, rows: Sequence[Row]) -> Delta:
-        """Return the stack, made of its target and rows.
+        """Return the stack with this target and these rows.
 
         Raises:
-            ConflictError: nothing would say whether a tensor of it is right.
+            ConflictError: a tensor would have neither a target digest nor touched digests.
         """
         if any(row.target.digest is None for row in rows):
             unchecked = (r for r in rows if any(chunk.touched is None for chunk in r.chunks))
             row = next(unchecked, None)
             if row is not None:
                 raise ConflictError(
-                    f"several of the deltas change tensor {row.name!r}; what it becomes only the base"
-                    " tells: give it (base=, --base)",
+                    f"several deltas change tensor {row.name!r}, so its digest can be computed only with"
+                    " the base; give the base (base=, --base)",
                     tensor=row.name,
                 )
         first = self.deltas[0]
-        used, before = base_tensors(rows).keys(), base_tensors(first.tensors).keys()
-        n_unused = first.base.n_unused + len(before) - len(used)
+        used, first_used = base_tensors(rows).keys(), base_tensors(first.tensors).keys()
+        n_unused = first.base.n_unused + len(first_used) - len(used)
         base = Base(first.base.id, max(0, n_unused))
         return Delta(base, target, tuple(rows), self._info(), self.payload)
 
     def copy_headers(self, delta: Delta) -> tuple[WeightFile, ...]:
-        """Return the weight files of a delta, having taken over the headers it stores."""
+        """Return the weight files of a delta; its stored headers are copied to the payload."""
         return tuple(
             replace(file, stored=self._copy(delta.payload, file.stored))
             for file in delta.target.weight_files
         )
 
     def copy_carried(self, carriers: Iterable[Carrier]) -> tuple[SideFile, ...]:
-        """Return side files, having taken over the content of those that are carried."""
+        """Return the side files of carriers; carried content is copied to the payload."""
         return tuple(
             replace(one.file, stored=self._copy(one.delta.payload, one.file.stored))
             for one in carriers
@@ -120,17 +121,17 @@ class Stacking(ABC):
             return None
         return self.payload.add_stored(stored, payload.read(stored.offset, stored.stored_bytes))
 
-    def compare(self, base: Tensor | None, made: MadeTensor, links: Links, pace: Pace) -> Row:
-        """Return a row found by comparing the target tensor, made on the way, with the base's.
+    def compare(self, base: Tensor | None, target: RebuiltTensor, links: Links, pace: Pace) -> Row:
+        """Return the row found by comparing the rebuilt target tensor with the base tensor.
 
         Raises:
-            BaseDiffers: the base tensor is another than the first delta was made from.
-            Corrupt: the target tensor is another than the last delta says.
+            BaseDiffers: the base tensor has another digest than the first link expects.
+            Corrupt: the target tensor has another digest than the last link states.
         """
         chunks = [chunk for link in links for chunk in link.row.chunks]
         values = "ulp" if all(chunk.coding.values == "ulp" for chunk in chunks) else "target"
-        silent = pace.unreported()  # coded bytes are what is counted
-        row = Comparison(base, made, values=values, payload=self.payload, pace=silent).run()
+        silent = pace.unreported()  # the progress counts coded bytes only
+        row = Comparison(base, target, values=values, payload=self.payload, pace=silent).run()
         first, last = links[0].row, links[-1].row
         if row.base and first.base:
             found = row.base.spec.digest
@@ -154,8 +155,8 @@ class Stacking(ABC):
 def _checked(row: Row, expected: Row) -> Row:
     if row.target != expected.target:
         raise Corrupt(
-            f"tensor {row.name!r} does not become the target of the last delta, on the right base;"
-            " one of the deltas is inconsistent",
+            f"tensor {row.name!r}: the deltas do not rebuild the target of the last delta; the base is"
+            " right, so one of the deltas is inconsistent",
             tensor=row.name,
         )
     return row

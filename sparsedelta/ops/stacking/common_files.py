@@ -1,7 +1,7 @@
-"""The files of deltas of one base, side by side: one target that has the changes of all.
+"""Combine the target files of sibling deltas into one target.
 
-Nothing is guessed: what two of them change in different ways is a conflict. What the base has is known
-only as far as a delta takes it from there.
+Two deltas that change the same file, or the set of tensors, in different ways are a conflict. The files
+of the base are known only if a delta takes them from the base.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from sparsedelta.format.records import Row, SideFile, Target, TensorKey
 
 @dataclass(frozen=True, slots=True)
 class Carrier:
-    """A side file, and the delta that carries its content or says that it is the base's."""
+    """A side file and a delta that describes it: the delta carries its content or takes it from the base."""
 
     delta: Delta
     file: SideFile
 
 
 def common_files(deltas: Sequence[Delta]) -> tuple[Target, Delta, list[Carrier]]:
-    """Return the target that has the files of all.
+    """Return a target with the files of all deltas.
 
-    With it the delta whose weight files they are, and where the side files come from.
+    Returns:
+        The target, the delta whose weight files it has, and the carriers of its side files.
 
     Raises:
-        ConflictError: two change files, or the set of tensors, in different ways.
+        ConflictError: two deltas change a file, or the set of tensors, in different ways.
     """
     chosen = layout_delta(deltas)
     carriers = side_files(deltas)
@@ -53,11 +54,13 @@ def _parents(path: str) -> Iterator[str]:
 
 
 def layout_delta(deltas: Sequence[Delta]) -> Delta:
-    """Return the delta whose weight files, and order of tensors, are those of all together.
+    """Return the delta whose weight files and order of tensors the common target gets.
+
+    This is the one delta that adds, removes, renames or reshapes tensors, or else the first.
 
     Raises:
-        ConflictError: more than one adds, removes, renames or reshapes tensors, or they lay the others
-            out in different ways.
+        ConflictError: more than one delta does so, or the deltas place the tensors in different files
+            or in another order.
     """
     used = [{row.base.name for row in delta.tensors if row.base} for delta in deltas]
     everything = set().union(*used)
@@ -69,15 +72,15 @@ def layout_delta(deltas: Sequence[Delta]) -> Delta:
     if len(structural) > 1:
         first, second = structural[:2]
         raise ConflictError(
-            f"deltas {first + 1} and {second + 1} both add, remove, rename, retype or reshape tensors of one"
-            " base; apply one of them and make the other anew from the result"
+            f"deltas {first + 1} and {second + 1} both add, remove, rename, retype or reshape tensors of the"
+            " base; apply one of them and create the other again from the result"
         )
     chosen = deltas[structural[0] if structural else 0]
     for number, delta in enumerate(deltas, 1):
         if not _same_layout(delta, chosen, whole=not structural):
             raise ConflictError(
-                f"delta {number} lays the tensors out in files, or spells the headers of these, in"
-                " another way than the other deltas of its base; they have no common target"
+                f"delta {number} places the tensors in other files or another order, or has other file"
+                " headers, than the other deltas of its base; they have no common target"
             )
     return chosen
 
@@ -87,17 +90,20 @@ def _in_place(row: Row) -> bool:
 
 
 def _same_layout(one: Delta, other: Delta, *, whole: bool) -> bool:
-    """Return whether two targets place the tensors that both have in the same files and order."""
+    """Return whether two targets have their common tensors in the same files and order.
+
+    If ``whole`` is true, their weight files must also have the same headers.
+    """
     if one.target.is_folder != other.target.is_folder:
         return False
     if whole and _headers(one) != _headers(other):
         return False
-    left, right = _places(one), _places(other)
+    left, right = _numbered_tensors(one), _numbered_tensors(other)
     return [key for key in left if key in right] == [key for key in right if key in left]
 
 
-def _places(delta: Delta) -> dict[TensorKey, int]:
-    folder = delta.target.is_folder  # else the path is but a suggestion (FORMAT §3.1)
+def _numbered_tensors(delta: Delta) -> dict[TensorKey, int]:
+    folder = delta.target.is_folder  # the path of a single file is only a suggestion (FORMAT §3.1)
     return {(row.file if folder else "", row.name): n for n, row in enumerate(delta.tensors)}
 
 
@@ -106,13 +112,13 @@ def _headers(delta: Delta) -> list[bytes]:
 
 
 def side_files(deltas: Sequence[Delta]) -> list[Carrier]:
-    """Return the side files of all together, sorted by path.
+    """Return the carriers of the common target's side files, sorted by path.
 
-    A file that one takes from the base and another lacks is gone; one that one carries and another
-    lacks is taken to be new.
+    A file that one delta takes from the base and another delta lacks counts as removed. A file that one
+    delta carries and another lacks counts as added.
 
     Raises:
-        ConflictError: two carry different content, or know different base files.
+        ConflictError: two deltas carry different content for a file, or expect different base files.
     """
     found = [{f.path: Carrier(delta, f) for f in delta.target.side_files} for delta in deltas]
     result = []

@@ -1,9 +1,9 @@
-"""Changes of one tensor made into one, exactly, and without the base.
+"""Combine the changes of several deltas to one tensor, exactly and without the base.
 
-Differences in ulps are added modulo 2^w; new bits replace what was there. Only what is known without
-the base is used: an element whose difference meets another delta's new bits is known from then on,
-and so is every element that does not come from the base, which begins as zero bits.
-A chunk that no other overlaps stays as it is. Memory stays within the changes of one chunk of each delta.
+Differences in ulps are added modulo 2^w (w: bits per element), and new bits replace older changes. The
+final bits of an element are known if it gets new bits, or if it does not come from the base and so
+starts as zero bits. A chunk that overlaps no other chunk is copied. Memory is at most the changes of one
+chunk of each delta.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from sparsedelta.tensors.start import Readable
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What one delta does to a tensor.
+    """A tensor's row in one of several deltas.
 
     Attributes:
-        number: of the delta, from 1, for messages.
-        row: the tensor in its target.
-        payload: holds its chunks.
+        number: number of the delta, from 1, for messages.
+        row: the row of the tensor.
+        payload: holds the chunks of the row.
     """
 
     number: int
@@ -40,13 +40,12 @@ class Link:
 
 
 class Fold:
-    """The changes of several deltas to one tensor as one change.
+    """Combines the rows of one tensor in several deltas into one row.
 
     Args:
-        links: in order, each made from the target of the one before it; or, all of one shape, each made
-            from one base.
+        links: a chain, in order; or siblings, which must all have the same shape.
         payload: receives the chunks.
-        pace: told of the coded bytes.
+        pace: receives the number of coded bytes read.
     """
 
     def __init__(self, links: Sequence[Link], payload: SpoolPayload, pace: Pace) -> None:
@@ -56,13 +55,13 @@ class Fold:
         self._target = links[-1].row.target
         keeps = [link.row.keep for link in links]
         self._keep = min(keeps)
-        # Of each link, the elements from which on a later one cuts what it left.
+        # For each link, the number of leading elements that all later links keep.
         self._limits = [min([self._target.n_elements, *keeps[i + 1 :]]) for i in range(len(links))]
         self._readers = [ChangeReader(link.row, link.payload, pace) for link in links]
 
     @property
     def copies(self) -> bool:
-        """Whether at most one delta has chunks, and no later one cuts them: they stay as they are."""
+        """Whether all chunks can be copied: at most one link has chunks, and later links keep them all."""
         changing = [n for n, link in enumerate(self._links) if link.row.chunks]
         return not changing or (
             len(changing) == 1
@@ -70,11 +69,11 @@ class Fold:
         )
 
     def run(self) -> Row:
-        """Return the row; its chunks are in the payload afterwards.
+        """Return the row; its chunks are added to the payload.
 
         Raises:
-            BaseNeeded: a change cannot be decoded without the base.
-            ConflictError: some elements only the base can tell.
+            BaseNeeded: a chunk can be decoded only with the base.
+            ConflictError: the final bits of some elements can be computed only with the base.
         """
         first, last = self._links[0].row, self._links[-1].row
         base, keep = first.base, self._keep
@@ -103,9 +102,10 @@ class Fold:
                     yield folded
 
     def _windows(self, group: Sequence[Chunk]) -> Iterator[tuple[int, int]]:
-        """Yield start and length of the windows in which chunks that overlap are made into one each.
+        """Yield start and length of the windows of a group of chunks that overlap.
 
-        Where encodings meet, what does not come from the base, and so is known, is apart from what does.
+        Each window becomes one chunk. If the group mixes value encodings, no window has both elements
+        that come from the base and elements that do not.
         """
         start, end = group[0].start, min(self._target.n_elements, max(c.end for c in group))
         mixed = len({chunk.coding.values for chunk in group}) > 1
@@ -147,30 +147,31 @@ class Fold:
         dtype = self._target.dtype
         n_kept = min(n, max(0, self._keep - start))
         zero = ordered(dtype, np.zeros(1, dtype.view))
-        places = np.zeros(n, dtype.view)  # M of what is known, the difference of what is not
-        places[n_kept:] = zero
+        # M(bits) (FORMAT §7.2) where the bits are known, else the difference so far
+        ranks = np.zeros(n, dtype.view)
+        ranks[n_kept:] = zero
         known = np.zeros(n, np.bool_)
         known[n_kept:] = True
         for piece in found:
             if piece.values == "ulp":
-                places[piece.positions] += ulp_differences(piece.codes)
+                ranks[piece.positions] += ulp_differences(piece.codes)
             else:
-                places[piece.positions] = ordered(dtype, piece.codes)
+                ranks[piece.positions] = ordered(dtype, piece.codes)
                 known[piece.positions] = True
-        n_unknown = int(np.count_nonzero(places[~known]))
+        n_unknown = int(np.count_nonzero(ranks[~known]))
         if n_unknown:
             name = self._links[-1].row.name
             raise ConflictError(
-                f"tensor {name!r} is changed by differences in one delta and by new values in another;"
-                f" what {n_unknown} of its elements become only the base tells: give it (base=, --base)",
+                f"tensor {name!r} is changed by differences in one delta and by new values in another, so"
+                f" {n_unknown} of its elements need the base; give the base (base=, --base)",
                 tensor=name,
             )
-        known[n_kept:] &= places[n_kept:] != zero
+        known[n_kept:] &= ranks[n_kept:] != zero
         where = np.flatnonzero(known)
-        return where.astype(np.uint32), unordered(dtype, places[where])
+        return where.astype(np.uint32), unordered(dtype, ranks[where])
 
     def _touched(self, codes: Bits, values: str) -> tuple[bytes, bytes]:
-        """Return the digests of touched elements all of which were zero bits before."""
+        """Return the touched digests of elements that were zero bits before."""
         before = np.zeros(len(codes), codes.dtype)
         after = codes
         if values == "ulp":
@@ -180,7 +181,7 @@ class Fold:
 
 
 def overlapping(links: Sequence[Link]) -> Iterator[list[tuple[int, Chunk]]]:
-    """Yield groups of chunks that overlap one another, ascending, each with the index of its link."""
+    """Yield groups of overlapping chunks in ascending order: (index of the link, chunk)."""
     chunks = [(number, chunk) for number, link in enumerate(links) for chunk in link.row.chunks]
     group: list[tuple[int, Chunk]] = []
     end = 0
@@ -195,12 +196,12 @@ def overlapping(links: Sequence[Link]) -> Iterator[list[tuple[int, Chunk]]]:
 
 
 def count_overlap(links: Sequence[Link], pace: Pace, base: Readable | None = None) -> int:
-    """Return how many positions of one tensor more than one of the changes touches.
+    """Return how many positions of one tensor are touched by more than one sibling.
 
     Args:
-        links: changes of one base.
-        pace: told of the coded bytes.
-        base: the base tensor, if it is available.
+        links: the rows of the siblings.
+        pace: receives the number of coded bytes read.
+        base: the base tensor; None if it is not available.
     """
     readers = [ChangeReader(link.row, link.payload, pace, base) for link in links]
     total = 0

@@ -1,4 +1,4 @@
-"""How deltas relate: a chain, siblings of one base, or neither."""
+"""Find out how deltas are related: a chain, siblings of one base, or neither."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ Relation: TypeAlias = Literal["chain", "siblings"]
 
 
 def relation(deltas: Sequence[Delta]) -> Relation:
-    """Return whether each delta was made from the target of the one before it, or all from one base.
+    """Return "chain" or "siblings".
+
+    Deltas are a chain if each was made from the target of the one before it, and siblings if all were
+    made from the same base.
 
     Raises:
-        ConflictError: neither; the message names a tensor in which two do not meet.
-        ValueError: there is none.
+        ConflictError: they are neither; the message names a tensor that does not fit.
+        ValueError: ``deltas`` is empty.
     """
     if not deltas:
         raise ValueError("no delta is given; give at least one")
     siblings = all(base_conflict(deltas[0], delta) is None for delta in deltas[1:])
     gap = next((i for i, (a, b) in enumerate(itertools.pairwise(deltas)) if first_gap(a, b)), None)
-    if gap is None and not (siblings and not _follow(deltas)):
+    if gap is None and not (siblings and not _may_be_chain(deltas)):
         return "chain"
     if siblings:
         return "siblings"
@@ -38,17 +41,17 @@ def base_files(delta: Delta) -> list[SideFile]:
     return [file for file in delta.target.side_files if not file.stored]
 
 
-def _follow(deltas: Sequence[Delta]) -> bool:
-    """Return whether what was made from one base may nevertheless be a chain.
+def _may_be_chain(deltas: Sequence[Delta]) -> bool:
+    """Return whether deltas that could be siblings may also be a chain.
 
-    Not if a delta takes a file from its base that the target before it lacks, or if only an unknown
-    digest of that target hides that it has other tensors.
+    They are not if a delta takes a side file from its base that the target before it lacks. They are
+    not taken for one if a target has unknown digests, because these may hide a difference.
     """
     for one, following in itertools.pairwise(deltas):
         if any(row.target.digest is None for row in one.tensors):
             return False
-        there = {file.path: file.digest for file in one.target.side_files}
-        if any(there.get(file.path) != file.digest for file in base_files(following)):
+        digests = {file.path: file.digest for file in one.target.side_files}
+        if any(digests.get(file.path) != file.digest for file in base_files(following)):
             return False
     return True
 
@@ -57,8 +60,8 @@ def _conflict(deltas: Sequence[Delta], gap: int) -> ConflictError:
     missing = first_gap(deltas[gap], deltas[gap + 1])
     name = missing.name if missing else ""
     return ConflictError(
-        f"delta {gap + 2} was made from another tensor {name!r} than delta {gap + 1} makes, and not all"
-        f" were made from one base; {_advice(deltas)}",
+        f"tensor {name!r}: delta {gap + 2} was not made from the target of delta {gap + 1}, and not all"
+        f" deltas were made from the same base; {_advice(deltas)}",
         tensor=name,
     )
 
@@ -74,4 +77,4 @@ def _advice(deltas: Sequence[Delta]) -> str:
             order.append(following)
         else:
             return f"they are a chain in the order {', '.join(str(n + 1) for n in order)}"
-    return "a delta between them is missing, or one does not belong here"
+    return "a delta is missing between them, or one does not belong to them"

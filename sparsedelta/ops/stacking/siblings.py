@@ -1,4 +1,4 @@
-"""Deltas of one base as one that has the changes of all, where none touches what another does."""
+"""Stack siblings: deltas of one base that touch different elements."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sparsedelta.ops.stacking.common import Links, Stacking
 from sparsedelta.ops.stacking.common_files import common_files
 from sparsedelta.ops.stacking.fold import Fold, Link, count_overlap
 from sparsedelta.tensors.parallel import Pace
-from sparsedelta.tensors.sources import MadeTensor
+from sparsedelta.tensors.sources import RebuiltTensor
 
 
 class Siblings(Stacking):
-    """Deltas made from one base."""
+    """Stacks deltas that were made from the same base."""
 
     def run(self) -> Delta:
-        """Return the stack; its coded bytes are in the payload afterwards."""
+        """Return the stack; its coded bytes are added to the payload."""
         target, chosen, carriers = common_files(self.deltas)
         work = self._work(chosen)
         for links in work:
@@ -28,17 +28,19 @@ class Siblings(Stacking):
         side_files = self.copy_carried(carriers)
         target = replace(target, weight_files=self.copy_headers(chosen), side_files=side_files)
         rows = self.run_all("stacking", self._row, work)
-        # The path of a target that is one file is but a suggestion: each delta has its own.
+        # The path of a target that is one file is only a suggestion, and the deltas may differ in it.
         placed = zip(rows, chosen.tensors, strict=True)
         return self.result(target, [replace(row, file=own.file) for row, own in placed])
 
     def _work(self, chosen: Delta) -> list[Links]:
-        """Return the tensors of one delta, each with what all deltas do to it.
+        """Return the links of all deltas to each tensor of ``chosen``, in its order.
 
         Raises:
             ConflictError: another delta changes a tensor that this one does not have.
         """
-        folder = chosen.target.is_folder  # else the path is but a suggestion (FORMAT §3.1)
+        folder = (
+            chosen.target.is_folder
+        )  # the path of a single file is only a suggestion (FORMAT §3.1)
 
         def key(row: Row) -> TensorKey:
             return row.key if folder else ("", row.name)
@@ -77,26 +79,25 @@ class Siblings(Stacking):
             name = next(links[0].row.name for links, count in found if count)
             raise ConflictError(
                 f"the deltas touch {n_positions:,} positions in common, in {n_tensors} of"
-                f" {len(work)} tensors, {name!r} among them; `sparsedelta merge` weighs such changes"
-                " against each other",
+                f" {len(work)} tensors, such as {name!r}; use `sparsedelta merge` to combine them",
                 tensor=name,
             )
 
     def _row(self, links: Links, pace: Pace) -> Row:
         changing = _changing(links) or links[:1]
         known = len(changing) == 1 and changing[0].row.target.digest is not None
-        open_links = changing if known else [*changing[:-1], _of_unknown_target(changing[-1])]
+        open_links = changing if known else [*changing[:-1], _without_target_digest(changing[-1])]
         if known or not self.checkpoint:
             self.check_base(open_links[0], pace)
             return Fold(open_links, self.payload, pace).run()
         base = self.base_tensor(changing[0])
         others = [(link.row, link.payload) for link in changing[1:]]
-        made = MadeTensor(changing[0].row, base, changing[0].payload, pace, others=others)
-        return self.compare(base, made, open_links, pace)
+        target = RebuiltTensor(changing[0].row, base, changing[0].payload, pace, others=others)
+        return self.compare(base, target, open_links, pace)
 
 
-def _of_unknown_target(link: Link) -> Link:
-    """Return a link that does not say what the tensor becomes: that is another when others change it too."""
+def _without_target_digest(link: Link) -> Link:
+    """Return a link without its target digest, which is wrong if other deltas change the tensor, too."""
     return replace(link, row=replace(link.row, target=link.row.target.with_digest(None)))
 
 
@@ -105,7 +106,7 @@ def _changing(links: Links) -> Links:
 
 
 def _check_rows(links: Links) -> None:
-    """Check that deltas agree on a base tensor, and that one that reshapes it is alone."""
+    """Check that the deltas agree on the base tensor, and that none changes it if another reshapes it."""
     bases = [(link.row.base.name, link.row.base.spec) if link.row.base else None for link in links]
     changing = _changing(links)
     reshaping = [link for link in changing if not link.row.keeps_all]
@@ -113,14 +114,14 @@ def _check_rows(links: Links) -> None:
         other = next(link for link in changing if link is not reshaping[0])
         name = reshaping[0].row.name
         raise ConflictError(
-            f"delta {reshaping[0].number} adds, retypes or reshapes tensor {name!r}, delta {other.number}"
-            " changes its elements",
+            f"delta {reshaping[0].number} adds, retypes or reshapes tensor {name!r}, and delta"
+            f" {other.number} changes its elements; they have no common target",
             tensor=name,
         )
     if len({base for base in bases if base}) > 1:
         name = links[0].row.name
         raise Corrupt(
-            f"tensor {name!r}: the deltas were made from one base, but differ in what it is there; one of"
-            " the deltas is inconsistent",
+            f"tensor {name!r}: the deltas were made from the same base, but state different base tensors;"
+            " one of the deltas is inconsistent",
             tensor=name,
         )

@@ -1,0 +1,952 @@
+/* The inner loops of the codecs (FORMAT §6, §7) in C. The numpy code beside each call is the reference: both
+ * write the same bytes and refuse the same streams.
+ *
+ * Rules for every function:
+ * - Arguments are C-contiguous arrays of integers. Their item size is checked when they are taken (`take`).
+ * - Every number that comes from a file or from a caller is checked before it becomes an index, a shift or a
+ *   length. A wrong stream raises Corrupt; arrays that do not match each other raise ValueError.
+ * - Loops run without the interpreter's lock, and touch no Python object.
+ * - Arithmetic that may overflow is done on unsigned numbers. */
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+#if !defined(__GNUC__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__ || __SIZEOF_POINTER__ != 8
+#error "for gcc and clang on 64-bit little-endian machines; on others sparsedelta uses numpy"
+#endif
+
+/* Compiles a function a second time for processors with AVX2. The loader chooses when the module is loaded. */
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(NO_CLONES)
+#define CLONED __attribute__((target_clones("avx2", "default")))
+#else
+#define CLONED
+#endif
+static int has_deposit; /* the processor has the instruction PDEP, and executes it fast */
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef Py_ssize_t size;
+typedef uint8_t u8;
+/* Integers at any address: arrays need not be aligned. */
+typedef uint16_t __attribute__((aligned(1), may_alias)) u16;
+typedef uint32_t __attribute__((aligned(1), may_alias)) u32;
+typedef uint64_t __attribute__((aligned(1), may_alias)) u64;
+typedef int64_t __attribute__((aligned(1), may_alias)) i64;
+
+static PyObject *Corrupt;
+
+enum { MAX_CLASSES = 16, GROUP = 64, SKIP = 255 };
+
+/* ---- What all kernels share ---- */
+
+/* Runs `call`, in which W is the width of an element as a constant. */
+#define FOR_WIDTH(width, call)                            \
+    switch (width) {                                      \
+        case 1: { enum { W = 1 }; call; break; }          \
+        case 2: { enum { W = 2 }; call; break; }          \
+        case 4: { enum { W = 4 }; call; break; }          \
+        case 8: { enum { W = 8 }; call; break; }          \
+    }
+#define IS_WIDTH(width) ((width) == 1 || (width) == 2 || (width) == 4 || (width) == 8)
+
+INLINE uint64_t get(const void *array, size i, int width) {
+    switch (width) {
+        case 1: return ((const u8 *)array)[i];
+        case 2: return ((const u16 *)array)[i];
+        case 4: return ((const u32 *)array)[i];
+        default: return ((const u64 *)array)[i];
+    }
+}
+
+INLINE void put(void *array, size i, uint64_t value, int width) {
+    switch (width) {
+        case 1: ((u8 *)array)[i] = (u8)value; break;
+        case 2: ((u16 *)array)[i] = (uint16_t)value; break;
+        case 4: ((u32 *)array)[i] = (uint32_t)value; break;
+        default: ((u64 *)array)[i] = value;
+    }
+}
+
+/* Takes an argument of PyArg_ParseTuple ("O&"): a C-contiguous array of integers of `width` bytes each; width 0:
+ * of 1, 2, 4 or 8 bytes. The interpreter calls it again without an object to release the array if a later
+ * argument is wrong. */
+static int take(PyObject *object, Py_buffer *array, size width, int flags) {
+    if (!object) {
+        PyBuffer_Release(array);
+        return 1;
+    }
+    if (PyObject_GetBuffer(object, array, PyBUF_ND | PyBUF_FORMAT | flags)) return 0;
+    const char *format = array->format ? array->format : "B";
+    int is_integer = *format && strchr("bBhHiIlLqQ", *format) && !format[1];
+    if (is_integer && (width ? array->itemsize == width : IS_WIDTH(array->itemsize))) return Py_CLEANUP_SUPPORTED;
+    PyErr_Format(PyExc_TypeError, "array has items '%s' of %zd bytes, expected integers of %zd bytes (0: of 1, 2, 4 or 8)",
+                 format, array->itemsize, width);
+    PyBuffer_Release(array);
+    return 0;
+}
+
+/* `in_…` take an array to read, `out_…` an array to write; `…_any` takes integers of any size. */
+#define TAKES(name, width, flags) \
+    static int name(PyObject *object, void *array) { return take(object, array, width, flags); }
+TAKES(in_any, 0, 0)
+TAKES(in_u8, 1, 0)
+TAKES(in_u32, 4, 0)
+TAKES(in_i64, 8, 0)
+TAKES(out_any, 0, PyBUF_WRITABLE)
+TAKES(out_u8, 1, PyBUF_WRITABLE)
+TAKES(out_u32, 4, PyBUF_WRITABLE)
+TAKES(out_i64, 8, PyBUF_WRITABLE)
+
+static size n_items(const Py_buffer *array) { return array->len / array->itemsize; }
+
+/* Releases arrays and returns `result`. */
+static PyObject *release(Py_buffer *arrays, int n, PyObject *result) {
+    for (int i = 0; i < n; i++) PyBuffer_Release(&arrays[i]);
+    return result;
+}
+
+static PyObject *wrong_sizes(void) {
+    PyErr_SetString(PyExc_ValueError, "sizes of arrays do not match each other");
+    return NULL;
+}
+
+static PyObject *none(void) {
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+
+/* Returns 64 flags, each a byte of 0 or 255, as 64 bits. */
+INLINE uint64_t bits_of(const u8 *flags) {
+    uint64_t bits = 0;
+#ifdef __SSE2__
+    for (int i = 0; i < 4; i++)
+        bits |= (uint64_t)(uint32_t)_mm_movemask_epi8(_mm_loadu_si128((const __m128i *)flags + i)) << 16 * i;
+#else
+    for (int i = 0; i < 8; i++) {
+        uint64_t eight = ((const u64 *)flags)[i] & 0x0101010101010101u;
+        bits |= (eight * 0x0102040810204080u >> 56) << 8 * i;
+    }
+#endif
+    return bits;
+}
+
+/* ---- Packed numbers and Rice codes (FORMAT §6.5) ---- */
+
+/* Returns the k bits (0 ≤ k ≤ 32) that begin at bit number `bit` of `data`; bits after its end are zero. */
+INLINE uint32_t low_bits(const u8 *data, size n_bytes, size bit, int k) {
+    size at = bit >> 3;
+    uint64_t word = 0;
+    if (at + 8 <= n_bytes)
+        word = *(const u64 *)(data + at);
+    else if (at < n_bytes)
+        memcpy(&word, data + at, n_bytes - at);
+    return (uint32_t)(word >> (bit & 7) & (((uint64_t)1 << k) - 1));
+}
+
+/* Returns whether the bits after n packed numbers of k bits, up to the end of their last byte, are zero. */
+static int is_padded(const u8 *data, size n, int k) {
+    int used = (int)(n * k & 7);
+    return !used || !(data[n * k >> 3] >> used);
+}
+
+static PyObject *shifted_sum(PyObject *module, PyObject *args) {
+    Py_buffer numbers;
+    int k;
+    if (!PyArg_ParseTuple(args, "O&i", in_u32, &numbers, &k)) return NULL;
+    uint64_t sum = 0;
+    const u32 *number = numbers.buf;
+    size n = n_items(&numbers);
+    if (k < 0 || k > 31) return release(&numbers, 1, wrong_sizes());
+    Py_BEGIN_ALLOW_THREADS
+    for (size i = 0; i < n; i++) sum += number[i] >> k;
+    Py_END_ALLOW_THREADS
+    return release(&numbers, 1, PyLong_FromUnsignedLongLong(sum));
+}
+
+INLINE void pack_numbers(const void *numbers, size n, int k, u8 *out, int W) {
+    uint64_t word = 0;
+    int n_bits = 0;
+    for (size i = 0; i < n; i++) {
+        word |= (get(numbers, i, W) & (((uint64_t)1 << k) - 1)) << n_bits;
+        for (n_bits += k; n_bits >= 8; n_bits -= 8, word >>= 8) *out++ = (u8)word;
+    }
+    if (n_bits) *out = (u8)word;
+}
+
+static PyObject *pack(PyObject *module, PyObject *args) {
+    Py_buffer b[2];
+    int k;
+    if (!PyArg_ParseTuple(args, "O&iO&", in_any, &b[0], &k, out_u8, &b[1])) return NULL;
+    size n = n_items(&b[0]);
+    if (k < 0 || k > 31 || b[1].len != (n * k + 7) / 8) return release(b, 2, wrong_sizes());
+    Py_BEGIN_ALLOW_THREADS
+    if (k) { FOR_WIDTH(b[0].itemsize, pack_numbers(b[0].buf, n, k, b[1].buf, W)) }
+    Py_END_ALLOW_THREADS
+    return release(b, 2, none());
+}
+
+static PyObject *unpack(PyObject *module, PyObject *args) {
+    Py_buffer b[2];
+    int k;
+    if (!PyArg_ParseTuple(args, "O&iO&", in_u8, &b[0], &k, out_u32, &b[1])) return NULL;
+    size n = n_items(&b[1]);
+    if (k < 0 || k > 31 || b[0].len != (n * k + 7) / 8) return release(b, 2, wrong_sizes());
+    u32 *out = b[1].buf;
+    Py_BEGIN_ALLOW_THREADS
+    for (size i = 0; i < n; i++) out[i] = low_bits(b[0].buf, b[0].len, i * k, k);
+    Py_END_ALLOW_THREADS
+    return release(b, 2, none());
+}
+
+/* Writes what is above the low k bits of each number as that many zeros and a one, from bit number `at` of bytes
+ * that are zero from there on. Returns the number of the next bit. */
+static PyObject *put_unary(PyObject *module, PyObject *args) {
+    Py_buffer b[2];
+    int k;
+    size at;
+    if (!PyArg_ParseTuple(args, "O&iO&n", in_u32, &b[0], &k, out_u8, &b[1], &at)) return NULL;
+    const u32 *number = b[0].buf;
+    u8 *out = b[1].buf;
+    size n = n_items(&b[0]), n_bits = 8 * b[1].len;
+    int fits = at >= 0 && at <= n_bits && k >= 0 && k <= 31;
+    Py_BEGIN_ALLOW_THREADS
+    for (size i = 0; fits && i < n; i++) {
+        at += number[i] >> k;
+        fits = at < n_bits;
+        if (fits) out[at >> 3] |= (u8)(1 << (at & 7));
+        at++;
+    }
+    Py_END_ALLOW_THREADS
+    return release(b, 2, fits ? PyLong_FromSsize_t(at) : wrong_sizes());
+}
+
+enum { GOOD, TOO_WIDE, NOT_SO_MANY, NOT_PADDED };
+
+/* A reader of ones among zeros. */
+typedef struct {
+    const u8 *data;
+    size n_bytes, at; /* at: the next byte to load */
+    uint64_t word;    /* the 64 bits from bit number `first` on, without the ones that were read */
+    size first, last; /* last: the number of the last bit that was read as a one; -1 at the beginning */
+} Unary;
+
+/* Reads the next one. Returns how many zeros precede it; -1 if there are no more ones. */
+INLINE int64_t next_count(Unary *unary) {
+    while (!unary->word) {
+        size left = unary->n_bytes - unary->at;
+        if (left <= 0) return -1;
+        unary->first = 8 * unary->at;
+        if (left >= 8)
+            unary->word = *(const u64 *)(unary->data + unary->at);
+        else
+            memcpy(&unary->word, unary->data + unary->at, left);
+        unary->at += 8;
+    }
+    size one = unary->first + __builtin_ctzll(unary->word);
+    int64_t count = one - unary->last - 1;
+    unary->word &= unary->word - 1;
+    unary->last = one;
+    return count;
+}
+
+CLONED static int read_rice(const u8 *data, size n_bytes, const i64 *lengths, size n_sequences, size n_low_bytes, u32 *out) {
+    Unary unary = {data + n_low_bytes, n_bytes - n_low_bytes, 0, 0, 0, -1};
+    for (size s = 0; s < n_sequences; s++) {
+        size n = lengths[2 * s];
+        int k = (int)lengths[2 * s + 1];
+        size n_here = (n * k + 7) / 8;
+        for (size i = 0; i < n; i++) {
+            int64_t count = next_count(&unary);
+            if (count < 0) return NOT_SO_MANY;
+            if ((uint64_t)count >> (32 - k)) return TOO_WIDE;
+            *out++ = (uint32_t)count << k | low_bits(data, n_here, i * k, k);
+        }
+        if (!is_padded(data, n, k)) return NOT_PADDED;
+        data += n_here;
+    }
+    /* No ones are left, and the last byte has one. */
+    return !unary.word && unary.last >> 3 == unary.n_bytes - 1 ? GOOD : NOT_SO_MANY;
+}
+
+/* Reads sequences of Rice codes; `lengths` holds the number of codes and k of each. */
+static PyObject *decode_rice(PyObject *module, PyObject *args) {
+    Py_buffer b[3];
+    if (!PyArg_ParseTuple(args, "O&O&O&", in_u8, &b[0], in_i64, &b[1], out_u32, &b[2])) return NULL;
+    const i64 *lengths = b[1].buf;
+    size n_sequences = n_items(&b[1]) / 2, total = 0, n_low_bytes = 0, n_out = n_items(&b[2]);
+    if (n_items(&b[1]) % 2) return release(b, 3, wrong_sizes());
+    for (size s = 0; s < n_sequences; s++) {
+        int64_t n = lengths[2 * s], k = lengths[2 * s + 1];
+        if (n < 0 || n > n_out - total || k < 0 || k > 31) return release(b, 3, wrong_sizes());
+        total += n;
+        n_low_bytes += (n * k + 7) / 8;
+    }
+    if (total != n_out || n_low_bytes > b[0].len) return release(b, 3, wrong_sizes());
+    int status;
+    Py_BEGIN_ALLOW_THREADS
+    status = read_rice(b[0].buf, b[0].len, lengths, n_sequences, n_low_bytes, b[2].buf);
+    Py_END_ALLOW_THREADS
+    if (status == TOO_WIDE) PyErr_SetString(Corrupt, "stream holds a number of more than 32 bits");
+    if (status == NOT_PADDED) PyErr_SetString(Corrupt, "stream has a bit set after packed numbers");
+    if (status == NOT_SO_MANY) PyErr_Format(Corrupt, "stream does not hold exactly %zd numbers", total);
+    return release(b, 3, status == GOOD ? none() : NULL);
+}
+
+/* ---- Subsets (FORMAT §6.5), and `gaps` and `bitmap` (§6.3, §6.4) ---- */
+
+/* Writes how many numbers are left out before each of ascending ones. */
+static PyObject *gaps_between(PyObject *module, PyObject *args) {
+    Py_buffer b[2];
+    if (!PyArg_ParseTuple(args, "O&O&", in_u32, &b[0], out_u32, &b[1])) return NULL;
+    if (b[0].len != b[1].len) return release(b, 2, wrong_sizes());
+    const u32 *number = b[0].buf;
+    u32 *out = b[1].buf;
+    size n = n_items(&b[0]);
+    Py_BEGIN_ALLOW_THREADS
+    if (n) out[0] = number[0];
+    for (size i = 1; i < n; i++) out[i] = number[i] - number[i - 1] - 1;
+    Py_END_ALLOW_THREADS
+    return release(b, 2, none());
+}
+
+/* Writes the ascending numbers, all below `bound`, that leave out `gap[i]` numbers before number i. */
+static PyObject *numbers_from(PyObject *module, PyObject *args) {
+    Py_buffer b[2];
+    size bound;
+    if (!PyArg_ParseTuple(args, "O&nO&", in_u32, &b[0], &bound, out_u32, &b[1])) return NULL;
+    if (b[0].len != b[1].len || bound < 0) return release(b, 2, wrong_sizes());
+    const u32 *gap = b[0].buf;
+    u32 *out = b[1].buf;
+    size n = n_items(&b[0]);
+    uint64_t next = 0; /* below 2^64: there are fewer than 2^31 gaps, each below 2^32 */
+    int fits = n <= INT32_MAX;
+    Py_BEGIN_ALLOW_THREADS
+    for (size i = 0; fits && i < n; i++) {
+        next += gap[i];
+        out[i] = (uint32_t)next++;
+    }
+    Py_END_ALLOW_THREADS
+    if (!fits) return release(b, 2, wrong_sizes());
+    if (next > (uint64_t)bound) {
+        PyErr_Format(Corrupt, "stream chooses number %llu of %zd", (unsigned long long)next - 1, bound);
+        return release(b, 2, NULL);
+    }
+    return release(b, 2, none());
+}
+
+/* Writes the lowest numbers that are not among ascending ones, until `out` is full. */
+static PyObject *others(PyObject *module, PyObject *args) {
+    Py_buffer b[2];
+    if (!PyArg_ParseTuple(args, "O&O&", in_u32, &b[0], out_u32, &b[1])) return NULL;
+    const u32 *number = b[0].buf;
+    u32 *out = b[1].buf;
+    size n = n_items(&b[0]), n_out = n_items(&b[1]), found = 0, i = 0;
+    Py_BEGIN_ALLOW_THREADS
+    for (uint32_t next = 0; found < n_out; next++) {
+        if (i < n && number[i] == next)
+            i++;
+        else
+            out[found++] = next;
+    }
+    Py_END_ALLOW_THREADS
+    return release(b, 2, none());
+}
+
+/* Reads the positions of an index stream of `gaps`. */
+static PyObject *read_gaps(PyObject *module, PyObject *args) {
+    Py_buffer b[2];
+    size span;
+    if (!PyArg_ParseTuple(args, "O&nO&", in_u8, &b[0], &span, out_u32, &b[1])) return NULL;
+    const u8 *token = b[0].buf;
+    u32 *out = b[1].buf;
+    size n = b[0].len, nnz = n_items(&b[1]), found = 0;
+    int64_t at = 0; /* the first element that no token has covered yet */
+    Py_BEGIN_ALLOW_THREADS
+    for (size i = 0; i < n && found <= nnz; i++) {
+        at += token[i];
+        if (token[i] == SKIP) continue;
+        if (found < nnz) out[found] = (uint32_t)at;
+        found++;
+        at++;
+    }
+    Py_END_ALLOW_THREADS
+    if (found != nnz || !n || token[n - 1] == SKIP) {
+        PyErr_Format(Corrupt, "index stream does not hold exactly %zd positions", nnz);
+        return release(b, 2, NULL);
+    }
+    if (at > span) {
+        PyErr_Format(Corrupt, "index stream leaves its span of %zd elements", span);
+        return release(b, 2, NULL);
+    }
+    return release(b, 2, none());
+}
+
+/* Writes the tokens of ascending positions. Returns how many there are; those that `out` cannot hold are not
+ * written. */
+static PyObject *put_gaps(PyObject *module, PyObject *args) {
+    Py_buffer b[2];
+    if (!PyArg_ParseTuple(args, "O&O&", in_u32, &b[0], out_u8, &b[1])) return NULL;
+    const u32 *position = b[0].buf;
+    u8 *out = b[1].buf;
+    size n = n_items(&b[0]), room = b[1].len, found = 0;
+    uint32_t next = 0;
+    Py_BEGIN_ALLOW_THREADS
+    for (size i = 0; i < n; i++) {
+        uint32_t gap = position[i] - next;
+        next = position[i] + 1;
+        for (; gap >= SKIP; gap -= SKIP, found++)
+            if (found < room) out[found] = SKIP;
+        if (found < room) out[found] = (u8)gap;
+        found++;
+    }
+    Py_END_ALLOW_THREADS
+    return release(b, 2, PyLong_FromSsize_t(found));
+}
+
+/* Sets the bits with the given numbers. */
+static PyObject *put_bits(PyObject *module, PyObject *args) {
+    Py_buffer b[2];
+    if (!PyArg_ParseTuple(args, "O&O&", in_u32, &b[0], out_u8, &b[1])) return NULL;
+    const u32 *position = b[0].buf;
+    u8 *out = b[1].buf;
+    size n = n_items(&b[0]), n_bits = 8 * b[1].len;
+    int fits = 1;
+    Py_BEGIN_ALLOW_THREADS
+    for (size i = 0; fits && i < n; i++) {
+        fits = position[i] < n_bits;
+        if (fits) out[position[i] >> 3] |= (u8)(1 << (position[i] & 7));
+    }
+    Py_END_ALLOW_THREADS
+    return release(b, 2, fits ? none() : wrong_sizes());
+}
+
+/* Writes the numbers of the bits that are set. Returns how many there are; those that `out` cannot hold are not
+ * written. */
+static PyObject *ones(PyObject *module, PyObject *args) {
+    Py_buffer b[2];
+    if (!PyArg_ParseTuple(args, "O&O&", in_u8, &b[0], out_u32, &b[1])) return NULL;
+    Unary unary = {b[0].buf, b[0].len, 0, 0, 0, -1};
+    u32 *out = b[1].buf;
+    size room = n_items(&b[1]), found = 0;
+    Py_BEGIN_ALLOW_THREADS
+    while (next_count(&unary) >= 0) {
+        if (found < room) out[found] = (uint32_t)unary.last;
+        found++;
+    }
+    Py_END_ALLOW_THREADS
+    return release(b, 2, PyLong_FromSsize_t(found));
+}
+
+/* Sets the bits of cells of a tile (§6.6), which are given as places in it: place = row · n_across + column, of the
+ * `rows` and `columns` that the tile consists of. Bit number 0 is the cell number `first` of the whole grid, whose rows
+ * have `n_columns` cells. */
+static PyObject *put_cells(PyObject *module, PyObject *args) {
+    Py_buffer b[4];
+    size n_columns, first, span;
+    if (!PyArg_ParseTuple(args, "O&O&O&nnnO&", in_u32, &b[0], in_i64, &b[1], in_i64, &b[2], &n_columns, &first, &span, out_u8, &b[3]))
+        return NULL;
+    const u32 *place = b[0].buf;
+    const i64 *rows = b[1].buf, *columns = b[2].buf;
+    u8 *out = b[3].buf;
+    size n = n_items(&b[0]), n_down = n_items(&b[1]), n_across = n_items(&b[2]);
+    int fits = span >= 0 && span <= 8 * b[3].len && n_across > 0 && n_across <= UINT32_MAX, inside = 1;
+    Py_BEGIN_ALLOW_THREADS
+    for (size i = 0; fits && inside && i < n; i++) {
+        uint32_t row = place[i] / (uint32_t)n_across, column = place[i] % (uint32_t)n_across;
+        fits = row < n_down;
+        if (!fits) break;
+        uint64_t at = (uint64_t)rows[row] * (uint64_t)n_columns + (uint64_t)columns[column] - (uint64_t)first;
+        inside = at < (uint64_t)span; /* so is a cell before the first one outside: it has wrapped around */
+        if (inside) out[at >> 3] |= (u8)(1 << (at & 7));
+    }
+    Py_END_ALLOW_THREADS
+    if (!inside) PyErr_Format(Corrupt, "index stream leaves its span of %zd elements", span);
+    return release(b, 4, !inside ? NULL : fits ? none() : wrong_sizes());
+}
+
+/* ---- Classes of elements (FORMAT §6.2) ---- */
+
+/* Returns the eight bits below the sign; of elements of one byte there are seven. */
+INLINE u8 key_of(uint64_t bits, int width) { return width == 1 ? bits & 127 : (u8)(bits >> (8 * width - 9)); }
+
+CLONED static void keys_any(const void *bits, size n, int width, u8 *out) {
+    FOR_WIDTH(width, for (size i = 0; i < n; i++) out[i] = key_of(get(bits, i, W), W))
+}
+
+/* Writes the key of every element. */
+static PyObject *keys_of(PyObject *module, PyObject *args) {
+    Py_buffer b[2];
+    if (!PyArg_ParseTuple(args, "O&O&", in_any, &b[0], out_u8, &b[1])) return NULL;
+    size n = n_items(&b[0]);
+    if (n != b[1].len) return release(b, 2, wrong_sizes());
+    Py_BEGIN_ALLOW_THREADS
+    keys_any(b[0].buf, n, (int)b[0].itemsize, b[1].buf);
+    Py_END_ALLOW_THREADS
+    return release(b, 2, none());
+}
+
+/* Writes the keys of the next elements, at most 64, from `first`. Returns a word with a bit set for each. */
+INLINE uint64_t keys_from(const void *bits, size first, size n, u8 *key, int W) {
+    if (n - first >= GROUP) {
+        for (size i = 0; i < GROUP; i++) key[i] = key_of(get(bits, first + i, W), W);
+        return ~(uint64_t)0;
+    }
+    memset(key, 0, GROUP);
+    for (size i = 0; i < n - first; i++) key[i] = key_of(get(bits, first + i, W), W);
+    return ((uint64_t)1 << (n - first)) - 1;
+}
+
+/* Returns a word that says which of 64 keys are below a threshold. */
+INLINE uint64_t below(const u8 *key, u8 threshold) {
+    u8 flags[GROUP];
+    for (int i = 0; i < GROUP; i++) flags[i] = key[i] < threshold ? 255 : 0;
+    return bits_of(flags);
+}
+
+/* The state of one class while the elements of a span pass, block by block. `rank` counts its elements so far.
+ * find_chosen: a bitmap of `end` bits from byte `next` says by rank which elements are chosen; if `rest` is 1, which
+ * are not. rank_chosen: the next rank is written at `next`, and `end` is where the ranks of the class end.
+ * join_steps: see there. */
+typedef struct { int64_t next, end, rank, rest; } Class;
+enum { SLACK = 16 };                  /* zero bytes after each bitmap, so that words can be read past its end */
+#define MAX_RANK ((int64_t)1 << 40)   /* above any count of elements, and far from overflow */
+
+/* Returns a word with the lowest bits of `bits` at the places where `mask` has ones. */
+INLINE uint64_t deposit(uint64_t bits, uint64_t mask) {
+    uint64_t word = 0;
+#ifdef __x86_64__
+    if (has_deposit) {
+        __asm__("pdepq %2, %1, %0" : "=r"(word) : "r"(bits), "r"(mask));
+        return word;
+    }
+#endif
+    for (; mask; mask &= mask - 1, bits >>= 1) word |= bits & 1 ? mask & -mask : 0;
+    return word;
+}
+
+/* Returns which of the elements in `mask`, the next ones of a class, are chosen. */
+INLINE uint64_t chosen_of(Class *one, const u8 *bitmaps, uint64_t mask) {
+    int64_t rank = one->rank;
+    uint64_t bits = 0;
+    one->rank += __builtin_popcountll(mask);
+    if (rank < one->end) { /* the nine bytes lie within the bitmap and its slack */
+        const u8 *at = bitmaps + one->next + (rank >> 3);
+        bits = *(const u64 *)at >> (rank & 7) | (uint64_t)at[8] << 1 << (63 - (rank & 7));
+    }
+    return deposit(bits ^ -(uint64_t)one->rest, mask);
+}
+
+INLINE size find_in(const void *bits, size n, size start, const u8 *threshold, int n_classes, Class *classes, const u8 *chosen, u32 *positions, u8 *keys, size found, size room, int W) {
+    u8 key[GROUP];
+    for (size first = 0; first < n; first += GROUP) {
+        uint64_t touched = 0, left = keys_from(bits, first, n, key, W);
+        for (int c = 0; c < n_classes - 1; c++) {
+            uint64_t lower = left & below(key, threshold[c]);
+            touched |= chosen_of(&classes[c], chosen, lower);
+            left ^= lower;
+        }
+        touched |= chosen_of(&classes[n_classes - 1], chosen, left);
+        if (__builtin_popcountll(touched) > room - found) return -1;
+        for (; touched; touched &= touched - 1) {
+            int i = __builtin_ctzll(touched);
+            positions[found] = (uint32_t)(start + first + i);
+            keys[found++] = key[i];
+        }
+    }
+    return found;
+}
+
+CLONED static size find_any(const void *bits, size n, size start, int width, const u8 *threshold, int n_classes, Class *classes, const u8 *chosen, u32 *positions, u8 *keys, size found, size room) {
+    FOR_WIDTH(width, found = find_in(bits, n, start, threshold, n_classes, classes, chosen, positions, keys, found, room, W))
+    return found;
+}
+
+static int are_thresholds(const u8 *threshold, size n) {
+    for (size i = 0; i < n; i++)
+        if (threshold[i] <= (i ? threshold[i - 1] : 0)) return 0;
+    return n < MAX_CLASSES;
+}
+
+/* Copies the state of classes. Returns their number, or 0 if state and thresholds are wrong. */
+static size take_classes(const Py_buffer *thresholds, const Py_buffer *state, Class *classes) {
+    size n = thresholds->len + 1;
+    if (!are_thresholds(thresholds->buf, thresholds->len) || state->len != n * (size)sizeof(Class)) return 0;
+    memcpy(classes, state->buf, state->len);
+    for (size c = 0; c < n; c++)
+        if (classes[c].next < 0 || classes[c].end < 0 || classes[c].end > MAX_RANK || classes[c].rank < 0 || classes[c].rank > MAX_RANK)
+            return 0;
+    return n;
+}
+
+static int is_block(size start, size n) { return start >= 0 && start <= UINT32_MAX && n <= UINT32_MAX - start; }
+
+/* Writes positions and keys of the chosen elements of a block whose first element is number `start`, from number
+ * `found` on. Returns how many there are in all. */
+static PyObject *find_chosen(PyObject *module, PyObject *args) {
+    Py_buffer b[6];
+    size start, found;
+    if (!PyArg_ParseTuple(args, "O&nO&O&O&O&O&n", in_any, &b[0], &start, in_u8, &b[1], out_i64, &b[2], in_u8, &b[3], out_u32, &b[4], out_u8, &b[5], &found))
+        return NULL;
+    Class classes[MAX_CLASSES];
+    size n = n_items(&b[0]), room = b[5].len, n_classes = take_classes(&b[1], &b[2], classes);
+    int fits = n_classes && is_block(start, n) && n_items(&b[4]) == room && found >= 0 && found <= room;
+    for (size c = 0; fits && c < n_classes; c++)
+        fits = classes[c].rest >> 1 == 0 && classes[c].end / 8 + SLACK <= b[3].len - classes[c].next;
+    if (!fits) return release(b, 6, wrong_sizes());
+    Py_BEGIN_ALLOW_THREADS
+    found = find_any(b[0].buf, n, start, (int)b[0].itemsize, b[1].buf, (int)n_classes, classes, b[3].buf, b[4].buf, b[5].buf, found, room);
+    Py_END_ALLOW_THREADS
+    memcpy(b[2].buf, classes, b[2].len);
+    if (found < 0) PyErr_Format(Corrupt, "index stream does not hold exactly %zd positions", room);
+    return release(b, 6, found < 0 ? NULL : PyLong_FromSsize_t(found));
+}
+
+INLINE int rank_in(const void *bits, size n, size start, const u8 *threshold, int n_classes, Class *classes, const u32 *positions, size n_positions, u32 *ranks, int W) {
+    u8 key[GROUP], class_of[256];
+    uint64_t members[MAX_CLASSES];
+    size at = 0;
+    for (int i = 0, c = 0; i < 256; i++) class_of[i] = (u8)(c += c < n_classes - 1 && i == threshold[c]);
+    for (size first = 0; first < n; first += GROUP) {
+        uint64_t left = keys_from(bits, first, n, key, W);
+        for (int c = 0; c < n_classes - 1; c++) {
+            members[c] = left & below(key, threshold[c]);
+            left ^= members[c];
+        }
+        members[n_classes - 1] = left;
+        for (; at < n_positions && positions[at] < start + first + GROUP; at++) {
+            int64_t i = positions[at] - (start + first);
+            if (i < 0 || i >= n - first) return 0;
+            int c = class_of[key[i]];
+            uint64_t earlier = members[c] & (((uint64_t)1 << i) - 1);
+            if (classes[c].next >= classes[c].end) return 0;
+            ranks[classes[c].next++] = (uint32_t)(classes[c].rank + __builtin_popcountll(earlier));
+        }
+        for (int c = 0; c < n_classes; c++) classes[c].rank += __builtin_popcountll(members[c]);
+    }
+    return at == n_positions;
+}
+
+CLONED static int rank_any(const void *bits, size n, size start, int width, const u8 *threshold, int n_classes, Class *classes, const u32 *positions, size n_positions, u32 *ranks) {
+    int fits = 0;
+    FOR_WIDTH(width, fits = rank_in(bits, n, start, threshold, n_classes, classes, positions, n_positions, ranks, W))
+    return fits;
+}
+
+/* Writes the ranks, each in its class, of the touched elements of a block whose first element is number `start`. */
+static PyObject *rank_chosen(PyObject *module, PyObject *args) {
+    Py_buffer b[5];
+    size start;
+    if (!PyArg_ParseTuple(args, "O&nO&O&O&O&", in_any, &b[0], &start, in_u8, &b[1], out_i64, &b[2], in_u32, &b[3], out_u32, &b[4]))
+        return NULL;
+    Class classes[MAX_CLASSES];
+    size n = n_items(&b[0]), n_classes = take_classes(&b[1], &b[2], classes);
+    int fits = n_classes && is_block(start, n);
+    for (size c = 0; fits && c < n_classes; c++) fits = classes[c].end <= n_items(&b[4]);
+    if (!fits) return release(b, 5, wrong_sizes());
+    Py_BEGIN_ALLOW_THREADS
+    fits = rank_any(b[0].buf, n, start, (int)b[0].itemsize, b[1].buf, (int)n_classes, classes, b[3].buf, n_items(&b[3]), b[4].buf);
+    Py_END_ALLOW_THREADS
+    memcpy(b[2].buf, classes, b[2].len);
+    return release(b, 5, fits ? none() : wrong_sizes());
+}
+
+/* ---- `steps` (FORMAT §7.3) ---- */
+
+/* Adds to `counts` how many elements have each key. */
+static PyObject *count_keys(PyObject *module, PyObject *args) {
+    Py_buffer b[2];
+    if (!PyArg_ParseTuple(args, "O&O&", in_u8, &b[0], out_i64, &b[1])) return NULL;
+    if (n_items(&b[1]) != 256) return release(b, 2, wrong_sizes());
+    const u8 *key = b[0].buf;
+    i64 *counts = b[1].buf;
+    Py_BEGIN_ALLOW_THREADS
+    for (size i = 0; i < b[0].len; i++) counts[key[i]]++;
+    Py_END_ALLOW_THREADS
+    return release(b, 2, none());
+}
+
+/* Adds for each key: the number of steps; the number of long ones, of two units or more; their units above two. */
+static PyObject *step_statistics(PyObject *module, PyObject *args) {
+    Py_buffer b[3];
+    if (!PyArg_ParseTuple(args, "O&O&O&", in_any, &b[0], in_u8, &b[1], out_i64, &b[2])) return NULL;
+    if (n_items(&b[0]) != b[1].len || n_items(&b[2]) != 3 * 256) return release(b, 3, wrong_sizes());
+    const u8 *key = b[1].buf;
+    u64 *sums = b[2].buf; /* unsigned: codes of 8 bytes may overflow */
+    Py_BEGIN_ALLOW_THREADS
+    FOR_WIDTH(b[0].itemsize, for (size i = 0; i < b[1].len; i++) {
+        uint64_t beyond = get(b[0].buf, i, W) >> 1;
+        sums[key[i]]++;
+        sums[256 + key[i]] += beyond > 0;
+        sums[512 + key[i]] += beyond ? beyond - 1 : 0;
+    })
+    Py_END_ALLOW_THREADS
+    return release(b, 3, none());
+}
+
+/* Writes codes class by class. `table` holds the class of each key, `places` where the next code of each class is
+ * written. */
+static PyObject *sort_codes(PyObject *module, PyObject *args) {
+    Py_buffer b[5];
+    if (!PyArg_ParseTuple(args, "O&O&O&O&O&", in_any, &b[0], in_u8, &b[1], in_u8, &b[2], out_i64, &b[3], out_any, &b[4])) return NULL;
+    size n = b[1].len, n_classes = n_items(&b[3]);
+    int fits = n_items(&b[0]) == n && b[4].len == b[0].len && b[4].itemsize == b[0].itemsize && b[2].len == 256;
+    if (!fits) return release(b, 5, wrong_sizes());
+    const u8 *key = b[1].buf, *table = b[2].buf;
+    i64 *places = b[3].buf;
+    Py_BEGIN_ALLOW_THREADS
+    FOR_WIDTH(b[0].itemsize, for (size i = 0; fits && i < n; i++) {
+        int c = table[key[i]];
+        fits = c < n_classes && places[c] >= 0 && places[c] < n;
+        if (fits) put(b[4].buf, places[c]++, get(b[0].buf, i, W), W);
+    })
+    Py_END_ALLOW_THREADS
+    return release(b, 5, fits ? none() : wrong_sizes());
+}
+
+/* Writes which steps are long, of two units or more, and their units above two. Returns how many are long. */
+static PyObject *long_steps(PyObject *module, PyObject *args) {
+    Py_buffer b[3];
+    if (!PyArg_ParseTuple(args, "O&O&O&", in_any, &b[0], out_u32, &b[1], out_u32, &b[2])) return NULL;
+    size n = n_items(&b[0]), found = 0;
+    if (n_items(&b[1]) < n || n_items(&b[2]) < n) return release(b, 3, wrong_sizes());
+    u32 *where = b[1].buf, *excess = b[2].buf;
+    Py_BEGIN_ALLOW_THREADS
+    FOR_WIDTH(b[0].itemsize, for (size i = 0; i < n; i++) {
+        uint64_t beyond = get(b[0].buf, i, W) >> 1;
+        where[found] = (uint32_t)i; /* found ≤ i */
+        excess[found] = (uint32_t)(beyond - 1);
+        found += beyond > 0;
+    })
+    Py_END_ALLOW_THREADS
+    return release(b, 3, PyLong_FromSsize_t(found));
+}
+
+/* Writes the codes of steps. `where` lists the long steps of each class, from `next` to `end` of the class; at `end` it
+ * holds NOWHERE. `excess` holds their units above two. `rank` is the number of the first step of the class among the
+ * signs, which are sorted by class. Without keys there is one class. */
+#define NOWHERE UINT32_MAX
+
+INLINE int join_in(const u8 *signs, size n, const u8 *key, const u8 *table, Class *classes, const u32 *where, const u32 *excess, void *codes, int W) {
+    uint64_t most = W < 4 ? ((uint64_t)1 << 8 * W) - 1 : UINT32_MAX;
+    int64_t starts[MAX_CLASSES];
+    for (int c = 0; c < MAX_CLASSES; c++) starts[c] = classes[c].rank;
+    for (size i = 0; i < n; i++) {
+        int c = key ? table[key[i]] : 0;
+        int64_t at = classes[c].rank++, next = classes[c].next;
+        if (at >= n) return 0;
+        uint64_t is_long = where[next] == at - starts[c]; /* no branch: processors could not predict it */
+        uint64_t code = 1 + (signs[at >> 3] >> (at & 7) & 1) + (-is_long & 2 * ((uint64_t)excess[next] + 1));
+        classes[c].next += is_long;
+        if (code > most) return 0;
+        put(codes, i, code, W);
+    }
+    return 1;
+}
+
+static PyObject *join_steps(PyObject *module, PyObject *args) {
+    Py_buffer b[7];
+    if (!PyArg_ParseTuple(args, "O&O&O&O&O&O&O&", in_u8, &b[0], in_u8, &b[1], in_u8, &b[2], in_i64, &b[3], in_u32, &b[4], in_u32, &b[5], out_any, &b[6]))
+        return NULL;
+    Class classes[MAX_CLASSES] = {{0}};
+    size n = n_items(&b[6]), width = b[6].itemsize, n_long = n_items(&b[4]), n_classes = b[3].len / (size)sizeof(Class);
+    const u8 *table = b[2].buf;
+    const u32 *where = b[4].buf;
+    int has_keys = b[1].len > 0;
+    int fits = n < NOWHERE && b[0].len == (n + 7) / 8 && b[2].len == 256 && b[4].len == b[5].len && (!has_keys || b[1].len == n) &&
+               n_classes >= 1 && n_classes <= MAX_CLASSES && b[3].len % (size)sizeof(Class) == 0;
+    if (fits) memcpy(classes, b[3].buf, b[3].len);
+    for (int key = 0; fits && key < 256; key++) fits = table[key] < n_classes;
+    for (size c = 0; fits && c < n_classes; c++) {
+        const Class *one = &classes[c];
+        fits = one->next >= 0 && one->next <= one->end && one->end < n_long && where[one->end] == NOWHERE && one->rank >= 0 && one->rank <= n;
+    }
+    if (!fits) return release(b, 7, wrong_sizes());
+    if (!is_padded(b[0].buf, n, 1)) {
+        PyErr_SetString(Corrupt, "stream has a bit set after packed numbers");
+        return release(b, 7, NULL);
+    }
+    int good = 0;
+    Py_BEGIN_ALLOW_THREADS
+    FOR_WIDTH(width, good = join_in(b[0].buf, n, has_keys ? b[1].buf : NULL, table, classes, b[4].buf, b[5].buf, b[6].buf, W))
+    Py_END_ALLOW_THREADS
+    if (!good) PyErr_Format(Corrupt, "value stream holds a code of more than %d bits", width < 4 ? 8 * (int)width : 32);
+    return release(b, 7, good ? none() : NULL);
+}
+
+/* ---- Values (FORMAT §7) ---- */
+
+enum { TARGET, ULP_OF_INTEGERS, ULP_OF_FLOATS, N_KINDS };
+
+/* A number modulo 2^(8·W), and the highest bit of W bytes. */
+
+#define IN(value, W) ((W) == 8 ? (value) : (value) & (((uint64_t)1 << (8 * (W) & 63)) - 1))
+#define TOP(W) ((uint64_t)1 << (8 * (W) - 1))
+
+INLINE uint64_t place_of(uint64_t bits, int kind, int W) {
+    if (kind != ULP_OF_FLOATS) return bits;
+    return bits & TOP(W) ? IN(~bits, W) : bits | TOP(W);
+}
+
+INLINE uint64_t code_of(uint64_t before, uint64_t after, int kind, int W) {
+    if (kind == TARGET) return after;
+    uint64_t difference = IN(place_of(after, kind, W) - place_of(before, kind, W), W);
+    return IN(difference << 1, W) ^ (difference & TOP(W) ? IN(~(uint64_t)0, W) : 0);
+}
+
+INLINE uint64_t value_of(uint64_t before, uint64_t code, int kind, int W) {
+    if (kind == TARGET) return code;
+    uint64_t difference = (code >> 1) ^ (code & 1 ? IN(~(uint64_t)0, W) : 0);
+    uint64_t place = IN(difference + place_of(before, kind, W), W);
+    if (kind != ULP_OF_FLOATS) return place;
+    return place & TOP(W) ? place ^ TOP(W) : IN(~place, W);
+}
+
+INLINE void code_all(const void *before, const void *after, int kind, size n, void *codes, int W) {
+    for (size i = 0; i < n; i++) put(codes, i, code_of(get(before, i, W), get(after, i, W), kind, W), W);
+}
+
+CLONED static void code_any(const void *before, const void *after, int kind, int width, size n, void *codes) {
+    if (kind == ULP_OF_FLOATS) { FOR_WIDTH(width, code_all(before, after, ULP_OF_FLOATS, n, codes, W)) }
+    else if (kind == ULP_OF_INTEGERS) { FOR_WIDTH(width, code_all(before, after, ULP_OF_INTEGERS, n, codes, W)) }
+    else memmove(codes, after, n * width);
+}
+
+INLINE void decode_all(const void *before, const void *codes, int kind, size n, void *after, int W) {
+    for (size i = 0; i < n; i++) put(after, i, value_of(get(before, i, W), get(codes, i, W), kind, W), W);
+}
+
+CLONED static void decode_any(const void *before, const void *codes, int kind, int width, size n, void *after) {
+    if (kind == ULP_OF_FLOATS) { FOR_WIDTH(width, decode_all(before, codes, ULP_OF_FLOATS, n, after, W)) }
+    else if (kind == ULP_OF_INTEGERS) { FOR_WIDTH(width, decode_all(before, codes, ULP_OF_INTEGERS, n, after, W)) }
+    else memmove(after, codes, n * width);
+}
+
+static PyObject *values_with(PyObject *args, void (*work)(const void *, const void *, int, int, size, void *)) {
+    Py_buffer b[3];
+    int kind;
+    if (!PyArg_ParseTuple(args, "O&O&iO&", in_any, &b[0], in_any, &b[1], &kind, out_any, &b[2])) return NULL;
+    int fits = kind >= 0 && kind < N_KINDS && n_items(&b[0]) == n_items(&b[1]) && n_items(&b[0]) == n_items(&b[2]) &&
+               b[0].len == b[1].len && b[0].len == b[2].len;
+    if (!fits) return release(b, 3, wrong_sizes());
+    Py_BEGIN_ALLOW_THREADS
+    work(b[0].buf, b[1].buf, kind, (int)b[0].itemsize, n_items(&b[0]), b[2].buf);
+    Py_END_ALLOW_THREADS
+    return release(b, 3, none());
+}
+
+static PyObject *encode_values(PyObject *module, PyObject *args) { return values_with(args, code_any); }
+static PyObject *decode_values(PyObject *module, PyObject *args) { return values_with(args, decode_any); }
+
+/* Writes the numbers of the elements that differ between two blocks, counted from `start`, and their bits in both
+ * blocks. Returns how many differ. */
+INLINE size compare_in(const void *old, const void *new, size n, size start, u32 *positions, void *before, void *after, int W) {
+    size found = 0;
+    for (size first = 0; first < n; first += GROUP) {
+        size here = n - first < GROUP ? n - first : GROUP;
+        const char *one = (const char *)old + first * W, *other = (const char *)new + first * W;
+        uint64_t differ = 0;
+        if (here == GROUP) {
+            u8 flags[GROUP];
+            for (int i = 0; i < GROUP; i++) flags[i] = get(one, i, W) != get(other, i, W) ? 255 : 0;
+            differ = bits_of(flags);
+        } else
+            for (size i = 0; i < here; i++) differ |= (uint64_t)(get(one, i, W) != get(other, i, W)) << i;
+        for (; differ; differ &= differ - 1) {
+            int i = __builtin_ctzll(differ);
+            positions[found] = (uint32_t)(start + first + i);
+            put(before, found, get(one, i, W), W);
+            put(after, found++, get(other, i, W), W);
+        }
+    }
+    return found;
+}
+
+CLONED static size compare_any(const void *old, const void *new, int width, size n, size start, u32 *positions, void *before, void *after) {
+    size found = 0;
+    FOR_WIDTH(width, found = compare_in(old, new, n, start, positions, before, after, W))
+    return found;
+}
+
+static PyObject *compare(PyObject *module, PyObject *args) {
+    Py_buffer b[5];
+    size start, found;
+    if (!PyArg_ParseTuple(args, "O&O&nO&O&O&", in_any, &b[0], in_any, &b[1], &start, out_u32, &b[2], out_any, &b[3], out_any, &b[4]))
+        return NULL;
+    size n = n_items(&b[0]), width = b[0].itemsize;
+    int fits = is_block(start, n) && b[1].len == b[0].len && n_items(&b[2]) >= n;
+    for (int i = 1; i < 5; i++)
+        if (i != 2) fits = fits && b[i].itemsize == width && n_items(&b[i]) >= n;
+    if (!fits) return release(b, 5, wrong_sizes());
+    Py_BEGIN_ALLOW_THREADS
+    found = compare_any(b[0].buf, b[1].buf, (int)width, n, start, b[2].buf, b[3].buf, b[4].buf);
+    Py_END_ALLOW_THREADS
+    return release(b, 5, PyLong_FromSsize_t(found));
+}
+
+/* Changes a block at positions, which count from `start`. Writes the bits there before and after. */
+INLINE int change_in(void *bits, size n, size start, const u32 *positions, size nnz, const void *codes, int kind, void *before, void *after, int W) {
+    for (size i = 0; i < nnz; i++) {
+        int64_t at = (int64_t)positions[i] - start;
+        if (at < 0 || at >= n) return 0;
+        uint64_t old = get(bits, at, W), new = value_of(old, get(codes, i, W), kind, W);
+        put(before, i, old, W);
+        put(after, i, new, W);
+        put(bits, at, new, W);
+    }
+    return 1;
+}
+
+static PyObject *change(PyObject *module, PyObject *args) {
+    Py_buffer b[5];
+    int kind;
+    size start;
+    if (!PyArg_ParseTuple(args, "O&nO&O&iO&O&", out_any, &b[0], &start, in_u32, &b[1], in_any, &b[2], &kind, out_any, &b[3], out_any, &b[4]))
+        return NULL;
+    size n = n_items(&b[0]), nnz = n_items(&b[1]), width = b[0].itemsize;
+    int fits = is_block(start, n) && kind >= 0 && kind < N_KINDS;
+    for (int i = 2; i < 5; i++) fits = fits && b[i].itemsize == width && n_items(&b[i]) == nnz;
+    if (!fits) return release(b, 5, wrong_sizes());
+    Py_BEGIN_ALLOW_THREADS
+    if (kind == ULP_OF_FLOATS) { FOR_WIDTH(width, fits = change_in(b[0].buf, n, start, b[1].buf, nnz, b[2].buf, ULP_OF_FLOATS, b[3].buf, b[4].buf, W)) }
+    else { FOR_WIDTH(width, fits = change_in(b[0].buf, n, start, b[1].buf, nnz, b[2].buf, kind, b[3].buf, b[4].buf, W)) }
+    Py_END_ALLOW_THREADS
+    return release(b, 5, fits ? none() : wrong_sizes());
+}
+
+/* ---- The module ---- */
+
+#define KERNEL(name) {#name, name, METH_VARARGS, NULL}
+
+static PyMethodDef kernels[] = {
+    KERNEL(shifted_sum), KERNEL(pack), KERNEL(unpack), KERNEL(put_unary), KERNEL(decode_rice),
+    KERNEL(gaps_between), KERNEL(numbers_from), KERNEL(others), KERNEL(read_gaps), KERNEL(put_gaps), KERNEL(put_bits), KERNEL(ones), KERNEL(put_cells),
+    KERNEL(keys_of), KERNEL(find_chosen), KERNEL(rank_chosen),
+    KERNEL(count_keys), KERNEL(step_statistics), KERNEL(sort_codes), KERNEL(long_steps), KERNEL(join_steps),
+    KERNEL(encode_values), KERNEL(decode_values), KERNEL(compare), KERNEL(change),
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, kernels, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__native(void) {
+    PyObject *errors = PyImport_ImportModule("sparsedelta.errors");
+    if (!errors) return NULL;
+    Corrupt = PyObject_GetAttrString(errors, "Corrupt");
+    Py_DECREF(errors);
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    has_deposit = __builtin_cpu_supports("bmi2") && !__builtin_cpu_is("znver1") && !__builtin_cpu_is("znver2");
+#endif
+    PyObject *module = Corrupt ? PyModule_Create(&definition) : NULL;
+    if (module && PyModule_AddIntConstant(module, "VERSION", 2)) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
+}

@@ -1,0 +1,111 @@
+"""Weights in formats that are not read, and the command that converts them to safetensors."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from sparsedelta.errors import FormatError
+from sparsedelta.files import junk
+from sparsedelta.format.paths import WEIGHT_SUFFIX
+from sparsedelta.format.strict_json import parse_json
+
+UNREAD_WEIGHT_SUFFIXES = (
+    ".bin", ".ckpt", ".gguf", ".ggml", ".h5", ".mlmodel", ".msgpack", ".npy", ".npz", ".onnx",
+    ".onnx_data", ".ot", ".pb", ".pickle", ".pkl", ".pt", ".pth", ".tflite",
+)  # fmt: skip
+PICKLED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")  # of torch.save
+CONFIG = "config.json"
+
+_NOT_WEIGHTS = ("training_args.bin", *junk.NOT_PART)
+# What transformers loads and sentence-transformers has at its root; variants have a middle part.
+_OF_TRANSFORMERS = ("pytorch_model.bin", "pytorch_model-[0-9]*.bin")
+_LOAD = (
+    "import torch; from safetensors.torch import save_file; "
+    'save_file({{name: tensor.contiguous().clone() for name, tensor in torch.load({source}, "cpu",'
+    ' weights_only=True).items()}}, {output}, {{"format": "pt"}})'
+)
+
+
+def conversion(
+    source: str,
+    paths: Iterable[str],
+    read: Callable[[str], bytes | None],
+    *,
+    revision: str | None = None,
+) -> str:
+    """Return a clause that says how to convert weights to safetensors, with the command where it is known.
+
+    Args:
+        source: a folder, or a repository on the Hub.
+        paths: the files in it.
+        read: returns the content of one of them, None if there is none.
+        revision: of the repository; None: ``source`` is a folder.
+    """
+    paths = sorted(paths)
+    pickled = [
+        p for p in paths if p.endswith(PICKLED_SUFFIXES) and not junk.matches(p, _NOT_WEIGHTS)
+    ]
+    if not pickled:
+        return "convert its weights to safetensors first"
+    if any(junk.matches(path, _OF_TRANSFORMERS) and "/" not in path for path in pickled):
+        architecture = _architecture(read(CONFIG))
+        if architecture:
+            return _by_transformers(source, architecture, revision)
+    first = pickled[0]
+    each = "convert it" if len(pickled) == 1 else "convert each such file"
+    return f"{each} with: {_command(_by_torch(source, first, revision))}"
+
+
+def conversion_of_file(location: Path) -> str:
+    """Return the command that converts a file of torch.save; the safetensors file is written beside it."""
+    return _command(_by_torch(str(location.parent), location.name, None))
+
+
+def _architecture(config: bytes | None) -> str | None:
+    """Return the class of transformers that a model is of; None if transformers has none."""
+    try:
+        found = parse_json(config or b"", CONFIG)
+    except FormatError:
+        return None
+    if not isinstance(found, dict) or found.get("auto_map"):  # code of its own
+        return None
+    names = found.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    # It becomes part of a command: a stranger may have written it.
+    return name if isinstance(name, str) and name.isidentifier() and name.isascii() else None
+
+
+def _by_transformers(source: str, architecture: str, revision: str | None) -> str:
+    place = source.rstrip("/")
+    output = f"{place.rpartition('/')[2] if revision else place}-safetensors"
+    options = f", revision={json.dumps(revision)}" if revision else ""
+    code = (
+        f"from transformers import {architecture} as Model; "
+        f'Model.from_pretrained({json.dumps(source)}{options}, dtype="auto")'
+        f".save_pretrained({json.dumps(output)})"
+    )
+    return (
+        f"convert it with: {_command(code)} and use {shlex.quote(output)}, with the tokenizer and other files"
+        " copied into it"
+    )
+
+
+def _by_torch(folder: str, path: str, revision: str | None) -> str:
+    stem = path.rpartition(".")[0]
+    if revision is None:
+        place = Path(folder)
+        source, output = json.dumps(str(place / path)), str(place / stem)
+        start = ""
+    else:
+        options = f"revision={json.dumps(revision)}, allow_patterns={json.dumps(path)}"
+        source = f"get({json.dumps(folder)}, {options}) + {json.dumps('/' + path)}"
+        output = stem.rpartition("/")[2]
+        start = "from huggingface_hub import snapshot_download as get; "
+    return start + _LOAD.format(source=source, output=json.dumps(output + WEIGHT_SUFFIX))
+
+
+def _command(code: str) -> str:
+    return f"python -c {shlex.quote(code)}"

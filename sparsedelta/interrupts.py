@@ -1,0 +1,49 @@
+"""Ctrl-C and other signals that end a program, held off while a state must not be left half done."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold off the first of ``SIGNALS`` until the context ends; later ones are handled at once.
+
+    Only signals with a handler in Python are held off. Python runs handlers in the main thread only, so in
+    another thread this does nothing. If the context ends in an exception, the signal is dropped.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS if in_main}
+    held: list[tuple[int, FrameType | None]] = []
+    ended = False
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if not ended:
+            held.append((number, frame))
+        if ended or len(held) > 1:
+            handle(number, frame)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        handler = handlers[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
+
+    replaced = [number for number, handler in handlers.items() if callable(handler)]
+    try:
+        for number in replaced:
+            signal.signal(number, hold)
+        yield
+    finally:
+        ended = True  # a signal between the next lines may leave ``hold`` in place
+        for number in replaced:
+            signal.signal(number, handlers[number])
+    if held:
+        handle(*held[0])

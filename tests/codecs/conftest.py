@@ -1,0 +1,16 @@
+"""What holds for the codecs holds for both ways: compiled, where that was built, and numpy."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsedelta.codecs import kernels
+
+
+@pytest.fixture(autouse=True, params=["compiled", "numpy"] if kernels.native else ["numpy"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test with each way."""
+    way: str = request.param
+    if way == "numpy":
+        monkeypatch.setattr(kernels, "native", None)
+    return way

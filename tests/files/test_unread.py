@@ -1,0 +1,101 @@
+"""A folder or file with weights of torch.save alone: the command in the message converts them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparsedelta
+from sparsedelta.errors import CheckpointError
+from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.files.unread import conversion
+
+
+def refused(base: Path, target: Path) -> str:
+    with pytest.raises(CheckpointError) as found:
+        sparsedelta.diff(base, target)
+    return str(found.value)
+
+
+def run(message: str) -> None:
+    """Run the command that a message gives."""
+    python, *rest = shlex.split(message.partition("convert it with: ")[2])
+    assert (python, rest[0]) == ("python", "-c"), message
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, *rest[:2]], check=True, env=environment)
+
+
+def test_folder_of_transformers(tmp_path: Path) -> None:
+    import transformers
+
+    make_config: Any = transformers.BertConfig
+    config = make_config(
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
+    model: Any = transformers.BertForMaskedLM(config)
+    model = model.bfloat16()  # its output is tied
+    model.save_pretrained(tmp_path / "base")
+    old = tmp_path / "it's old"
+    model.config.save_pretrained(old)
+    torch.save(model.state_dict(), old / "pytorch_model.bin")
+    torch.save({}, old / "training_args.bin")
+    message = refused(tmp_path / "base", old)
+    assert f"use {shlex.quote(f'{old}-safetensors')}, with" in message
+    run(message)
+    with sparsedelta.diff(tmp_path / "base", tmp_path / "it's old-safetensors") as delta:
+        assert delta.nnz == 0
+        assert all(row.is_copied for row in delta.tensors)
+
+
+@pytest.mark.parametrize("config", [None, '{"architectures": null}', "[]", "no JSON"])
+def test_folder_of_something_else(tmp_path: Path, config: str | None) -> None:
+    net = torch.nn.Linear(8, 8)
+    torch.manual_seed(0)
+    folder = tmp_path / "net"
+    folder.mkdir()
+    torch.save({"a": net.weight, "tied": net.weight, "turned": net.weight.T}, folder / "net.pt")
+    if config is not None:
+        (folder / "config.json").write_text(config)
+    run(refused(folder, folder))
+    with Checkpoint(folder, exclude=["*.pt"]) as checkpoint:
+        assert {file.path for file in checkpoint.weight_files} == {"net.safetensors"}
+        found = {tensor.name: tensor for tensor in checkpoint.tensors.values()}
+        assert found.keys() == {"a", "tied", "turned"}
+        buffer = bytearray(8 * 8 * 4)
+        found["turned"].read_into(memoryview(buffer), 0)
+        assert bytes(buffer) == net.weight.detach().T.contiguous().numpy().tobytes()
+
+
+def test_file_of_torch_save(tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(4.0)}, tmp_path / "net.bin")
+    with pytest.raises(CheckpointError, match=r"'.*net\.bin' is not a safetensors file") as found:
+        Checkpoint(tmp_path / "net.bin")
+    run(str(found.value))
+    with Checkpoint(tmp_path / "net.safetensors") as checkpoint:
+        assert [tensor.name for tensor in checkpoint.tensors.values()] == ["w"]
+
+
+def test_no_command_runs_what_a_config_says() -> None:
+    config = b'{"architectures": ["Model as M; import os; os.system(\'x\')#"]}'
+    files = {"config.json": config, "pytorch_model.bin": b""}
+    text = conversion("org/x", files, lambda path: files.get(path))
+    assert "os.system" not in text
+    assert "from transformers" not in text
+
+
+def test_other_formats_have_no_command() -> None:
+    for path in ("model.gguf", "tf_model.h5", "optimizer.pt", "training_args.bin", "README.md"):
+        assert (
+            conversion("x", [path], lambda path: None) == "convert its weights to safetensors first"
+        )
