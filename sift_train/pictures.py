@@ -62,7 +62,7 @@ def change_map(delta: str | PathLike[str], png: str | PathLike[str]) -> Path:
         ImportError: matplotlib is not installed.
         ValueError: the delta records ``mean_change`` for no layer.
     """
-    recorded = [grid for grid in sparsedelta.inspect(delta).layers if grid.tells_change]
+    recorded = [grid for grid in sparsedelta.inspect(delta).layers if grid.has_mean_change]
     if not recorded:
         raise ValueError(
             f"'{delta}' does not record how far elements of numbered layers moved; "
