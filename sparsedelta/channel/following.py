@@ -250,13 +250,13 @@ class Pursuit:
 
     def _keep(self, segment: int) -> None:
         """Keep a segment from being pruned, as far as the store lets this be done."""
-        store = self._channel.store
-        if not (store.writable and store.has_create):
-            return
         ends = self._lease[1] if self._lease and self._lease[0] <= segment else 0
         if ends > self._channel.now + CLOCK_SECONDS + _RENEW_SECONDS:
             return
+        store = self._channel.store
         try:
+            if not (store.writable and store.has_create):
+                return
             until = take_lease(self._channel, segment, self.id)
         except STORE_FAILURES as error:  # such as one that only lets others write
             _log.info("no lease was taken: %s", error)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sparsedelta.channel.layout import LOCK
+from sparsedelta.channel.layout import LOCK, MAX_JSON_BYTES
 from sparsedelta.channel.versions import Versions
 from sparsedelta.errors import HeadMoved
 from sparsedelta.format.strict_json import compact_json
@@ -27,7 +28,10 @@ def writing(channel: Versions, holder: str) -> Iterator[None]:
     if store.has_create:
         yield
         return
-    if not store.create(LOCK, compact_json({"holder": holder, "time": channel.now})):
+    token = secrets.token_hex(8)
+    content = compact_json({"holder": holder, "time": channel.now, "token": token})
+    # A create whose first answer was lost says that the object is there: it may be this one.
+    if not store.create(LOCK, content) and store.read(LOCK, MAX_JSON_BYTES) != content:
         raise HeadMoved(
             f"channel '{store.name}' is being written by another; if that process has ended, delete"
             f" {LOCK} there"

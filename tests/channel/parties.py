@@ -13,17 +13,16 @@ from typing import IO, Any
 
 import pytest
 from blake3 import blake3
+from channel.simulation import Call, Killed, Party, SimStore, Simulation, State, Violation
 
-from channel.simulation import Call, Killed, Party, Simulation, SimStore, State, Violation
 from sparsedelta.channel import following, publishing, versions
 from sparsedelta.channel.channel import Channel
-from sparsedelta.channel.entry import AnchorBase, Entry
-from sparsedelta.channel.layout import entry_name
+from sparsedelta.channel.entry import AnchorBase, Entry, parse_entry
 from sparsedelta.channel.following import Onto, Pursuit
+from sparsedelta.channel.layout import entry_name
 from sparsedelta.channel.publishing import AnchorRule, Run
 from sparsedelta.errors import BaseMismatch, Behind, HeadMoved, LimitExceeded
 from sparsedelta.stores.stream import Stream
-
 
 EVERY_SECOND = AnchorRule(ratio=None, every=2)
 
@@ -110,6 +109,7 @@ def prefilled(*words: str, rule: AnchorRule | None = None) -> dict[str, bytes]:
     channel._clock = lambda: 1_000_000
     source = WordSource("w0")
     run = Run(channel, source, rule or EVERY_SECOND)
+    run.id = "before"
     for word in words:
         source.word = word
         run.publish(step=None, info={})
@@ -124,8 +124,8 @@ def disk_with(objects: dict[str, bytes], version: int, word: str) -> dict[str, A
 
 def channel_of(store: SimStore) -> Channel:
     channel = Channel(store)
-    channel._clock = lambda: store.call(Call("clock"))  # type: ignore[assignment]
-    channel.pause = lambda seconds: None  # type: ignore[assignment]
+    channel._clock = lambda: store.call(Call("clock"))
+    channel.pause = lambda seconds: None
     return channel
 
 
@@ -266,7 +266,7 @@ def catch_up(objects: dict[str, bytes], disk: Any) -> None:
 @contextmanager
 def quick() -> Iterator[None]:
     """Make entries be parsed once, and every lease that a follower has taken be noted by the simulation."""
-    take = following.take_lease
+    take = following.take_lease  # type: ignore[attr-defined]
 
     def noted(channel: Any, segment: int, holder: str) -> int | None:
         until = take(channel, segment, holder)
@@ -276,9 +276,9 @@ def quick() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(following, "take_lease", noted)
-        patch.setattr(versions, "parse_entry", lru_cache(None)(versions.parse_entry))
+        patch.setattr(versions, "parse_entry", lru_cache(None)(parse_entry))
         patch.setattr(publishing, "_TRIES", 1)  # a single failure leaves a version unfinished
-        patch.setattr(publishing.secrets, "token_hex", lambda n: "00")
+        patch.setattr("secrets.token_hex", lambda n: "00")
         yield
 
 

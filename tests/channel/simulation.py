@@ -76,7 +76,8 @@ class SimStore:
         self._is_killed = False
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
-        return self.call(Call("read", name))
+        found: bytes | None = self.call(Call("read", name))
+        return found
 
     def open(self, name: str) -> Stream | None:
         found = self.call(Call("read", name))
@@ -214,21 +215,30 @@ class Simulation:
         return len(steps)
 
     def following(self, state: State) -> Iterator[tuple[str, State]]:
-        """Yield what may happen next: a description, and the state then."""
+        """Yield what may happen next: a description, and the state then.
+
+        A read of an object that is there for ever is no matter of order: the party that does so goes first.
+        """
+        for index, number in enumerate(state.parties):
+            if _is_constant(state.world, self._histories[number].next):
+                yield from self._steps(state, index)
+                return
         if state.ticks and any(self._histories[number].next for number in state.parties):
             world = state.world
             later = World(world.objects, world.clock + self._faults.tick_seconds, world.leases)
             yield "time passes", State(later, state.parties, state.faults, state.ticks - 1)
-        for index, number in enumerate(state.parties):
-            call = self._histories[number].next
-            if call is None:
-                continue
-            for label, answer, happens, cost in self._outcomes(state, call):
-                world = self._after(state.world, call) if happens else state.world
-                if answer is None:
-                    answer = "value", self._value(state.world, call)
-                new = self._moved(state, index, world, answer, cost)
-                yield f"{self.names[index]}: {label} {call.kind} {call.name}", new
+        for index in range(len(state.parties)):
+            yield from self._steps(state, index)
+
+    def _steps(self, state: State, index: int) -> Iterator[tuple[str, State]]:
+        """Yield what one party may do next."""
+        call = self._histories[state.parties[index]].next
+        for label, answer, happens, cost in self._outcomes(state, call) if call else ():
+            world = self._after(state.world, call) if happens else state.world
+            if answer is None:
+                answer = "value", self._value(state.world, call)
+            new = self._moved(state, index, world, answer, cost)
+            yield f"{self.names[index]}: {label} {call.kind} {call.name}", new
 
     def results(self, state: State) -> list[object]:
         """Return what each party has returned; None: it has not ended."""
@@ -320,6 +330,17 @@ class Simulation:
             check_world(objects)
             self._worlds[key] = new
         return self._worlds[key]
+
+
+def _is_constant(world: World, call: Call | None) -> bool:
+    """Return whether a call reads an object that never changes again."""
+    if (
+        call is None
+        or call.kind != "read"
+        or not call.name.startswith(("channel.json", "versions/"))
+    ):
+        return False
+    return any(name == call.name for name, _ in world.objects)
 
 
 def _path(came_from: Mapping[State, tuple[State, str] | None], state: State) -> list[str]:
