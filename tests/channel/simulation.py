@@ -233,7 +233,9 @@ class Simulation:
     def _steps(self, state: State, index: int) -> Iterator[tuple[str, State]]:
         """Yield what one party may do next."""
         call = self._histories[state.parties[index]].next
-        for label, answer, happens, cost in self._outcomes(state, call) if call else ():
+        if call is None:
+            return
+        for label, answer, happens, cost in self._outcomes(state, call):
             world = self._after(state.world, call) if happens else state.world
             if answer is None:
                 answer = "value", self._value(state.world, call)
