@@ -166,13 +166,21 @@ class Pursuit:
                 break
 
     def _move(self, target: Entry) -> SyncReport | None:
-        """Move to a version; return None if what it takes is being pruned."""
+        """Move to a version; return None if what it takes is being pruned.
+
+        Raises:
+            BadVersion: an object is damaged, and no way goes round it.
+        """
+        damage: BadVersion | None = None
         for route in self._routes(target):
             with ExitStack() as context:
                 try:
                     files = [context.enter_context(file) for file in self._read(route)]
                 except Pruned as error:
                     _log.info("pruned: %s", error)
+                    continue
+                except BadVersion as error:
+                    damage = damage or error
                     continue
                 before = self.held
                 self._apply(files, route, target)
@@ -184,6 +192,8 @@ class Pursuit:
                 n_bytes=route.n_bytes,
                 anchor=route.onto == "anchor",
             )
+        if damage:
+            raise damage
         return None
 
     def _apply(self, files: Sequence[IO[bytes]], route: _Route, target: Entry) -> None:

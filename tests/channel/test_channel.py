@@ -252,6 +252,22 @@ def test_a_damaged_delta_is_a_bad_version_and_changes_nothing() -> None:
     assert follower.version == 1
 
 
+def test_an_anchor_leads_round_a_damaged_delta() -> None:
+    channel, store = published(2, anchor_ratio=None)
+    held = weights(1)
+    follower = sparsedelta.Follower(channel, held)
+    follower.sync(1)
+    entry = channel.entry(2)
+    assert entry.delta
+    damage(store, object_name("deltas", 2, entry.delta))
+    state = weights(2)
+    publisher = sparsedelta.Publisher(channel, state, anchor_every=1)
+    advance(state, 3)
+    publisher.publish(3)
+    assert follower.sync().anchor
+    assert is_at(held, 3)
+
+
 def test_a_damaged_entry_is_a_bad_version() -> None:
     channel, store = published(3)
     raw = store.objects["versions/0000000002.json"]
