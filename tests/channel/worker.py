@@ -1,22 +1,19 @@
-"""Processes that are killed: ``python worker.py publish CHANNEL N`` and ``python worker.py follow CHANNEL OUT``."""
+"""What the processes do that are killed."""
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
-import torch
 from channel.weights import advance, weights
 
 import sparsedelta
 from sparsedelta.errors import Behind
 
-torch.set_num_threads(1)
 
-
-def publish(channel: sparsedelta.Channel, last: int) -> None:
+def publish(place: Path, last: int) -> None:
     """Publish steps up to the last, from where the channel is."""
+    channel = sparsedelta.Channel(place)
     head = channel.head()
     step = head.step if head and head.step else 0
     state = weights(step)
@@ -27,9 +24,9 @@ def publish(channel: sparsedelta.Channel, last: int) -> None:
         publisher.publish(step)
 
 
-def follow(channel: sparsedelta.Channel, out: Path, last: int) -> None:
+def follow(place: Path, out: Path, last: int) -> None:
     """Follow until the head has the last step."""
-    follower = sparsedelta.Follower(channel, out)
+    follower = sparsedelta.Follower(sparsedelta.Channel(place), out)
     while True:
         try:
             report = follower.sync()
@@ -38,12 +35,3 @@ def follow(channel: sparsedelta.Channel, out: Path, last: int) -> None:
             continue
         if report.step == last:
             return
-
-
-if __name__ == "__main__":
-    kind, place, *rest = sys.argv[1:]
-    found = sparsedelta.Channel(place)
-    if kind == "publish":
-        publish(found, int(rest[0]))
-    else:
-        follow(found, Path(rest[0]), int(rest[1]))
