@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 HUB_1X := $(VENV)-hub-1x
 BENCH := $(VENV)-bench
 
-.PHONY: demo test test-hub-1x sanitize lint format bench gpu-rehearse vectors clean
+.PHONY: demo test test-hub-1x sanitize lint format bench bench-quick gpu-rehearse vectors clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -43,6 +43,10 @@ format: $(READY)
 bench: $(BENCH)/.ready
 	$(BENCH)/bin/python benchmarks/against.py $(BENCH_OPTIONS)
 	$(BENCH)/bin/python benchmarks/plots.py
+
+# Codecs and whole commands beside the limits of this machine, and beside the recorded figures; three minutes.
+bench-quick: $(READY)
+	$(BIN)/python benchmarks/kernels.py --gb 0.1 --rounds 3 --parts codings commands --result .demo/bench-quick.md
 
 # What benchmarks/gpu.py does on a GPU, at toy size on a CPU; `make test` runs it as well.
 gpu-rehearse: $(READY)

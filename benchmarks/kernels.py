@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from measuring import options_for, table, warm, work_folder, write_result
+from measuring import RESULTS, beside, options_for, table, warm, work_folder, write_result
 from stages import COMPARE, DIGEST, READ, WRITE, least, stages_of
 
 import sparsedelta
@@ -33,6 +33,7 @@ from sparsedelta.dtypes import DTYPES
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.safetensors_header import HeaderEntry, render_header
 
+RESULT = "kernels.md"
 BF16 = DTYPES["BF16"]
 COLUMNS = 1 << 12
 LEARNING_RATE = 1e-6
@@ -285,7 +286,7 @@ def tensors(work: Path, n_rounds: int) -> Iterator[list[str]]:
 
 def main() -> int:
     """Run the benchmark."""
-    parser = options_for(__doc__, "kernels.md")
+    parser = options_for(__doc__, RESULT)
     parser.add_argument("--gb", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=5)
     names = ("codings", "commands", "tensors")
@@ -319,6 +320,8 @@ def main() -> int:
             verbs = (f"CPU s, {N_FEW} → {N_MANY:,} tensors of {TENSOR_BYTES} bytes", *WAYS)
             sections += ["## Many small tensors", table(verbs, tensors(work, options.rounds))]
         write_result(options.result, "Compiled kernels beside numpy", sections, where=work)
+    if options.result != RESULTS / RESULT:
+        print(f"\nrecorded → now\n{beside(RESULTS / RESULT, options.result)}")
     return 0
 
 

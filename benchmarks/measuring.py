@@ -168,6 +168,21 @@ def write_result(path: Path, title: str, sections: Sequence[str], *, where: Path
     print(f"\n{text}\nwritten to {path}")
 
 
+def beside(recorded: Path, now: Path) -> str:
+    """Return a table of the rows that two results share, each cell as "recorded → now"."""
+    rows: list[dict[str, list[str]]] = []
+    for path in (recorded, now):
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.startswith("| ")]
+        cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+        rows.append({label: values for label, *values in cells})
+    before, after = rows
+    both = [label for label in before if label in after and not before[label][0].startswith("-")]
+    return "\n".join(
+        f"{label:50} " + "   ".join(map(" → ".join, zip(before[label], after[label], strict=False)))
+        for label in both
+    )
+
+
 def options_for(description: str | None, result: str) -> argparse.ArgumentParser:
     """Return a parser with the options of all benchmarks."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])

@@ -86,7 +86,7 @@ class SparseParameter:
 
     @property
     def idx(self) -> Tensor:
-        """Coordinates of the trained components, int64, shape (dimensions, k), as in SIFT's own code.
+        """Coordinates of the trained components, int64, shape (dimensions, k), as in the original code.
 
         ``parameter[tuple(idx)]`` returns the components. Setting ``idx`` chooses the components, by
         coordinates as ``numpy.unravel_index`` returns them or by flat indices, in any order.
@@ -252,7 +252,7 @@ class SparseParameter:
             self.master.lerp_(self.original.to(self.master.dtype), share)
 
     def revert(self) -> None:
-        """Give the selected components, and the master, their original bits back."""
+        """Restore the original bits of the selected components, also in the master."""
         if self.original is not None:
             self._scatter(self.original.to(self.parameter.device))
             self.master.data.copy_(self.original)

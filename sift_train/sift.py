@@ -177,7 +177,7 @@ class SIFT:
 
     @property
     def first_config(self) -> Any:
-        """A copy of the model's config from before training, which some models edit, or None."""
+        """A copy of the config from before training, since models may edit theirs; None if none."""
         return self._first_config
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:

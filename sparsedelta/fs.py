@@ -165,7 +165,10 @@ def check_checkpoint_folder(path: Path) -> None:
 
 
 def check_room(path: Path, n_bytes: int) -> None:
-    """Raise OSError if the disk of ``path`` has fewer than ``n_bytes`` free, if the system knows."""
+    """Raise OSError if ``n_bytes`` do not fit on the disk of ``path``.
+
+    Some network file systems do not report their free space; then nothing is raised.
+    """
     free = system.n_free_bytes(path.parent)
     if free is not None and n_bytes > free:
         raise OSError(

@@ -92,9 +92,9 @@ class Delta:
         touched = sum(row.nnz * row.target.dtype.width for row in self.tensors)
         if output > allowed + 2 * base or touched > allowed:
             raise LimitExceeded(
-                f"'{payload.name}' has {payload.file_bytes} bytes, but its output would have {output}, of"
-                f" which it changes {touched}; such a file may be an attack; if you trust it, allow any"
-                " size (any_size=True, --any-size)"
+                f"'{payload.name}' has {payload.file_bytes} bytes, but its output would have {output} bytes,"
+                f" {touched} of them changed; such a file may be an attack; if you trust it, allow any size"
+                " (any_size=True, --any-size)"
             )
 
     def save(self, path: AnyPath, *, overwrite: bool = False) -> None:

@@ -145,14 +145,14 @@ def target_lookup(delta: Delta) -> Lookup[BaseTensor]:
 
 def check_apart(inputs: Iterable[AnyPath], out: AnyPath) -> None:
     """Raise ValueError if ``out`` is, contains or lies in an input, or contains the current folder."""
-    here = Path(os.path.realpath(out))
-    if here == Path.cwd() or here in Path.cwd().parents:
+    output = Path(os.path.realpath(out))
+    if output == Path.cwd() or output in Path.cwd().parents:
         raise ValueError(
             f"output '{out}' is the current folder, or contains it; choose a new name in this folder"
         )
     for path in inputs:
-        there = Path(os.path.realpath(path))
-        if here == there or here in there.parents or there in here.parents:
+        source = Path(os.path.realpath(path))
+        if output == source or output in source.parents or source in output.parents:
             raise ValueError(
                 f"output '{out}' and input '{path}' are the same, or one contains the other; choose"
                 " another output"

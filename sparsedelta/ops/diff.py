@@ -286,7 +286,10 @@ def _why_not_carried(path: str, location: Path, n_bytes: int, root: Path) -> str
 
 
 def _leads_out(location: Path, root: Path) -> bool:
-    """Return whether a file is a link to outside of the folder, and of its repository in the Hub's cache."""
+    """Return whether a file is a link that leads out of the folder.
+
+    A link of the Hub's cache, which leads to a blob of the same repository, does not.
+    """
     if not location.is_symlink():
         return False
     real, home = Path(os.path.realpath(location)), Path(os.path.realpath(root))

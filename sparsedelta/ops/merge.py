@@ -1,7 +1,7 @@
 """``merge``: combine several deltas of one base in floating point into one delta of that base.
 
-Elements that no delta touches keep their bits. Each tensor is computed chunk by chunk, so that no
-whole model is in memory.
+Elements that no delta touches keep their bits. Each tensor is computed chunk by chunk, so a whole model is
+never in memory.
 """
 
 from __future__ import annotations

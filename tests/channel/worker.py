@@ -7,17 +7,19 @@ from pathlib import Path
 
 from channel.weights import advance, weights
 
-import sparsedelta
+from sparsedelta.channel.channel import Channel
+from sparsedelta.channel.follower import Follower
+from sparsedelta.channel.publisher import Publisher
 from sparsedelta.errors import Behind
 
 
 def publish(place: Path, last: int) -> None:
     """Publish steps up to the last, from where the channel is."""
-    channel = sparsedelta.Channel(place)
+    channel = Channel(place)
     head = channel.head()
     step = head.step if head and head.step else 0
     state = weights(step)
-    publisher = sparsedelta.Publisher(channel, state, anchor_every=5)
+    publisher = Publisher(channel, state, anchor_every=5)
     while step < last:
         step += 1
         advance(state, step)
@@ -26,7 +28,7 @@ def publish(place: Path, last: int) -> None:
 
 def follow(place: Path, out: Path, last: int) -> None:
     """Follow until the head has the last step."""
-    follower = sparsedelta.Follower(sparsedelta.Channel(place), out)
+    follower = Follower(Channel(place), out)
     while True:
         try:
             report = follower.sync()

@@ -1,1 +1,1 @@
-"""What ``merge`` is made of: the recipe, and the one place of the package that computes with floats."""
+"""The parts of ``merge``: its methods and its floating-point arithmetic, which no other operation uses."""
