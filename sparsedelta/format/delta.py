@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
@@ -115,7 +115,11 @@ class Delta:
             FormatError: part of the payload cannot be read.
             LimitExceeded: the delta exceeds a limit of the format (FORMAT §11).
         """
-        return b"".join(container_blocks(self._manifest(), self.payload))
+        return b"".join(self.blocks())
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield the bytes of the ``.sd`` file that ``save`` writes, in blocks; see ``to_bytes``."""
+        return container_blocks(self._manifest(), self.payload)
 
     @staticmethod
     def from_bytes(data: bytes, *, any_size: bool = False) -> Delta:
@@ -143,7 +147,7 @@ class Delta:
 
         Args:
             model: a ``torch.nn.Module`` or a state dict, on any device; its tensors are changed.
-                    verify: ``"touched"`` checks the touched values, ``"full"`` every byte of the base tensors
+            verify: ``"touched"`` checks the touched values, ``"full"`` every byte of the base tensors
                 that the model holds, ``"none"`` only dtypes and shapes.
             names: maps the name of a tensor in the delta, or a pair of file and name, to its name in the
                 model; the value None leaves the tensor out. Not needed for the prefixes that

@@ -114,6 +114,24 @@ def scatter(held: Held, index: torch.Tensor, values: torch.Tensor) -> None:
         bits.scatter(held, index, values)
 
 
+def assign(held: Held, flat: torch.Tensor) -> None:
+    """Write all elements, in place.
+
+    Args:
+        held: the tensor.
+        flat: its new bits as integers of the element size, in row-major order, ``(numel,)``.
+    """
+    import torch
+
+    if isinstance(held, Joined):
+        for part in held.parts:
+            region = part.region
+            values = torch.as_strided(flat, region.shape, region.strides, region.offset)
+            bits.integer_view(part.tensor).copy_(values)
+    else:
+        bits.integer_view(held).copy_(flat.view(held.shape))
+
+
 def in_order(held: Held) -> torch.Tensor:
     """Return the elements as a contiguous tensor: the model's memory if it has them in row-major order, else a copy."""
     import torch

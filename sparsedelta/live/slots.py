@@ -120,7 +120,8 @@ def find_places(delta: Delta, model: Model, names: Names) -> Places:
     """
     named = [(row, _renamed(row.key, names)) for row in delta.tensors]
     wanted = [(row, name) for row, name in named if name is not None]
-    slot_named = _finder(model, wanted)
+    changed_names = [name for row, name in wanted if _is_in_place(row) and row.chunks]
+    slot_named = _finder(model, wanted, changed_names)
 
     def slot_of(key: TensorKey) -> AnySlot | None:
         name = _renamed(key, names)
@@ -140,9 +141,9 @@ def find_places(delta: Delta, model: Model, names: Names) -> Places:
         if matching[0].chunks:
             _check_usable(matching[0], slot.tensor())
             _check_writable(matching[0], slot.tensor())
-            changed.setdefault(_memory_of(slot.tensor()), Place(matching[0], slot))
+            changed.setdefault(memory_of(slot.tensor()), Place(matching[0], slot))
     for matching, slot in found:
-        memory = _memory_of(slot.tensor())
+        memory = memory_of(slot.tensor())
         place = changed.get(memory)
         if place is not None and place.slot is not slot:
             _check_tied(matching[0], place)
@@ -150,31 +151,70 @@ def find_places(delta: Delta, model: Model, names: Names) -> Places:
     return Places([*changed.values()], [(rows, slot) for rows, slot in found if not rows[0].chunks])
 
 
-def _finder(model: Model, wanted: Sequence[tuple[Row, str]]) -> Callable[[str], AnySlot | None]:
+def find_all(delta: Delta, model: Model, names: Names) -> list[Place]:
+    """Return the places of all tensors of a delta's target in a model; of tied tensors, one.
+
+    Args:
+        delta: contains the names of the tensors.
+        model: a module or a state dict.
+        names: see ``find_places``.
+
+    Raises:
+        StructureMismatch: a tensor is not in the model, its place is not known, it has another dtype or shape, is
+            not a plain tensor, or is tied to one that differs from it in the target.
+    """
+    named = [(row, _renamed(row.key, names)) for row in delta.tensors]
+    wanted = [(row, name) for row, name in named if name is not None]
+    slot_named = _finder(model, wanted, [name for _, name in wanted])
+    found: dict[object, Place] = {}
+    for row, name in wanted:
+        slot = slot_named(name)
+        if slot is None:
+            raise StructureMismatch(
+                f"tensor {row.name!r} of the target is not in the model", tensor=row.name
+            )
+        held = slot.tensor()
+        if not _fits(row, held):
+            raise _misfit_error(row, held)
+        _check_usable(row, held)
+        _check_writable(row, held)
+        place = found.setdefault(memory_of(held), Place(row, slot))
+        if place.row.target != row.target:
+            raise StructureMismatch(
+                f"tensors {place.row.name!r} and {row.name!r} are one tensor of the model, and two in the"
+                " target; untie them, or leave one out (names)",
+                tensor=row.name,
+            )
+    return [*found.values()]
+
+
+def _finder(
+    model: Model, wanted: Sequence[tuple[Row, str]], needed: Sequence[str]
+) -> Callable[[str], AnySlot | None]:
     """Return a function from a name in the delta to the place in the model; None if the model lacks it.
 
     Args:
         model: a module or a state dict.
         wanted: the rows of the delta, each with its name after ``names`` was applied.
+        needed: names that must be in the model.
 
     Raises:
-        StructureMismatch: a changed tensor is not in the model, or its place is not known.
+        StructureMismatch: one of them is not in the model, or its place is not known.
     """
     own = find_slots(model)
-    changed = [name for row, name in wanted if _is_in_place(row) and row.chunks]
     shapes = {
         name: row.target.shape
         for row, name in reversed(wanted)
         if name == row.name or name not in own
     }
-    coordinates = find_coordinates(model, own, shapes, changed)
-    for name in changed:
+    coordinates = find_coordinates(model, own, shapes, needed)
+    for name in needed:
         if name in coordinates.unknown:
             raise StructureMismatch(
                 f"tensor {name!r} {coordinates.unknown[name]}; load the target (load_model)",
                 tensor=name,
             )
-    rest = [name for name in changed if name not in coordinates.slots]
+    rest = [name for name in needed if name not in coordinates.slots]
     own_name = _name_converter(rest, own, closed=coordinates.is_closed)
 
     def find(name: str) -> AnySlot | None:
@@ -201,7 +241,7 @@ def current_tensor(place: Place) -> Held:
         )
     _check_usable(row, tensor)
     for other in place.tied:
-        if _memory_of(other.tensor()) != _memory_of(tensor):
+        if memory_of(other.tensor()) != memory_of(tensor):
             raise StructureMismatch(
                 f"tensors {place.slot.name!r} and {other.name!r} were tied in the model and no longer are;"
                 " nothing was written",
@@ -360,7 +400,7 @@ def _is_tied_copy(
     if slot is None or row.base is None or not (row.is_copied and row.keeps_all):
         return False
     base_slot = slot_of(row.base.key)
-    return base_slot is not None and _memory_of(base_slot.tensor()) == _memory_of(slot.tensor())
+    return base_slot is not None and memory_of(base_slot.tensor()) == memory_of(slot.tensor())
 
 
 def _not_in_place_error(row: Row, tensor: Held | None) -> StructureMismatch:
@@ -433,7 +473,8 @@ def _unusable(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def _memory_of(held: Held) -> object:
+def memory_of(held: Held) -> object:
+    """Return an object that is equal for two tensors if they are the same elements in memory."""
     return tuple(map(_part_memory, parts_of(held)))
 
 
