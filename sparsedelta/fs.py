@@ -105,11 +105,20 @@ def work_folder(final: Path) -> Iterator[Path]:
                 if is_mine:  # else another run has found it, not locked yet, and removes it
                     yield work
                     return
+        except OSError as error:
+            _name_output(error, work, final)
+            raise
         finally:
             try:
                 shutil.rmtree(work, ignore_errors=True)
             finally:  # once more if that was interrupted
                 shutil.rmtree(work, ignore_errors=True)
+
+
+def _name_output(error: OSError, work: Path, final: Path) -> None:
+    """Replace the name of a hidden folder in an error by that of the output, which the user knows."""
+    if str(error.filename).startswith(str(work)):
+        error.filename, error.filename2 = str(final), None
 
 
 def remove_abandoned(folder: Path) -> None:
