@@ -32,7 +32,12 @@ if TYPE_CHECKING:
     type=PATH_OR_REPOSITORY,
     help="Check that this is the base and that the delta rebuilds the target from it.",
 )
-@click.option("--target", metavar="OUT", help="Check that this checkpoint is the target.")
+@click.option(
+    "--target",
+    type=PATH_OR_REPOSITORY,
+    metavar="OUT",
+    help="Check that this checkpoint is the target.",
+)
 @exclude_option("files of both")
 @json_option
 @click.pass_obj

@@ -13,19 +13,28 @@ PATHS = {"base", "target", "delta", "deltas", "deltas_and_out", "out", "output"}
 
 def parameters() -> list[tuple[str, click.Parameter]]:
     """Return the parameters that take paths, with the names of their commands."""
-    context = click.Context(main)
-    found = []
-    for name in COMMANDS:
-        command = main.get_command(context, name)
-        assert command is not None
-        found += [(name, one) for one in command.params if one.name in PATHS]
+    return [(name, one) for name in COMMANDS for one in command(name).params if one.name in PATHS]
+
+
+def command(name: str) -> click.Command:
+    """Return a command."""
+    found = main.get_command(click.Context(main), name)
+    assert found is not None
     return found
+
+
+def arguments_of(name: str) -> list[click.Parameter]:
+    """Return the arguments of a command, in order."""
+    return [one for one in command(name).params if isinstance(one, click.Argument)]
 
 
 @pytest.mark.parametrize(("name", "parameter"), parameters())
 def test_paths_are_completed(name: str, parameter: click.Parameter) -> None:
     complete = ShellComplete(main, {}, "sparsedelta", "_SPARSEDELTA_COMPLETE")
-    before = [name, parameter.opts[0]] if isinstance(parameter, click.Option) else [name]
+    if isinstance(parameter, click.Option):
+        before = [name, parameter.opts[0]]
+    else:
+        before = [name, *["given"] * arguments_of(name).index(parameter)]
     found = complete.get_completions(before, "ba")
     assert [(item.value, item.type) for item in found] == [("ba", "file")]
 

@@ -14,7 +14,7 @@ MAKE = {
     "diff": "sparsedelta.diff('base', 'target')",
     "invert": "sparsedelta.invert('one.sd')",
     "stack": "sparsedelta.stack('one.sd', 'two.sd')",
-    "merge": "sparsedelta.merge('base', ['one.sd', 'both.sd'])",
+    "merge": "sparsedelta.merge('base', 'one.sd', 'both.sd')",
 }
 
 
@@ -45,6 +45,6 @@ def test_deltas_left_open(libraries: str, tmp_path: Path) -> None:
         "\n".join(lines),
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "end\n")
+    assert (done.returncode, done.stdout) == (0, "end\n"), done.stderr
     assert "Exception ignored" not in done.stderr
     assert "Traceback" not in done.stderr
