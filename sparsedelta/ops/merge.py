@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import ConflictError, StructureMismatch
@@ -147,7 +147,9 @@ class _Merge:
                 " the targets do not agree on it",
                 tensor=tensor.name,
             )
-        return MadeTensor(present[0].row, tensor, present[0].payload, silent)
+        # The merged delta has the files of the base; a target may have others.
+        row = replace(present[0].row, file=tensor.file, name=tensor.name)
+        return MadeTensor(row, tensor, present[0].payload, silent)
 
     def _info(self) -> Mapping[str, JSON]:
         recipe = self.recipe
