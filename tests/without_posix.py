@@ -70,7 +70,7 @@ def main() -> None:
         run("stack", "delta.sd", "undo.sd", "-o", "nothing.sd", *more)
     run("verify", "delta.sd", "--base", "base", "--target", "out")
     run("inspect", "delta.sd")
-    print(sorted(path.name for path in Path().iterdir()))
+    sys.stdout.write(f"{sorted(path.name for path in Path().iterdir())}\n")
 
 
 if __name__ == "__main__":
