@@ -109,11 +109,20 @@ def work_folder(final: Path) -> Iterator[Path]:
                 if is_mine:  # else another run found it before it was locked, and removes it
                     yield work
                     return
+        except OSError as error:
+            _name_output(error, work, final)
+            raise
         finally:
             try:
                 shutil.rmtree(work, ignore_errors=True)
             finally:  # again, in case an interrupt stopped the first call
                 shutil.rmtree(work, ignore_errors=True)
+
+
+def _name_output(error: OSError, work: Path, final: Path) -> None:
+    """Replace the name of a hidden folder in an error by that of the output, which the user knows."""
+    if str(error.filename).startswith(str(work)):
+        error.filename, error.filename2 = str(final), None
 
 
 def remove_abandoned(folder: Path) -> None:
