@@ -33,7 +33,9 @@ _COMPRESSIBLE = (
     0.9  # below this ratio the stream may contain repetition, and a search for matches may pay
 )
 _SAMPLE_BYTES = 1 << 15
-_MATCHES_SAVE = 0.98  # of the entropy coder's frame of a sample; else the search is not worth its time
+_MATCHES_SAVE = (
+    0.98  # of the entropy coder's frame of a sample; else the search is not worth its time
+)
 _TEXT_LEVEL = 15
 MAX_EXPANSION, _EXPANSION_EXTRA = (
     64,

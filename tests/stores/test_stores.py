@@ -39,7 +39,7 @@ def test_write_replaces(pair: Pair) -> None:
         writer.write("a/b.json", content)
         assert reader.read("a/b.json", 9) == content
     assert not writer.create("a/b.json", b"two")
-    with pytest.raises(LimitExceeded, match=r"a/b\.json' is longer than 4 bytes"):
+    with pytest.raises(LimitExceeded, match=r"a/b\.json' has more than 4 bytes"):
         reader.read("a/b.json", 4)
 
 
