@@ -67,9 +67,7 @@ class DeltaBank:
         self._verify: ModelCheck = verify
         self._names = names
         self._lock = SharedLock()
-        self._deltas: OrderedDict[str, _Resident] = (
-            OrderedDict()
-        )  # ordered by last use, the most recent at the end
+        self._deltas: OrderedDict[str, _Resident] = OrderedDict()  # the last used one is last
         self._writer = Writer()
 
     @property
@@ -135,7 +133,7 @@ class DeltaBank:
 
         Raises:
             KeyError: the bank has no delta with this name.
-            StructureMismatch: the tensors of the model were replaced by others since.
+            StructureMismatch: tensors of the model were replaced after the deltas were decoded.
         """
         with self._lock.writing():
             self._switch(name)
@@ -153,7 +151,7 @@ class DeltaBank:
         return self._lock.reading(lambda: self.active)
 
     def using(self, name: str | None) -> AbstractContextManager[None]:
-        """Return a context that activates a delta. No other thread can use the model in ``reading`` or ``using`` meanwhile.
+        """Return a context that activates a delta. No other thread can enter ``reading`` or ``using`` meanwhile.
 
         Entering it raises:
             KeyError: the bank has no delta with this name.

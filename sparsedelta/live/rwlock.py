@@ -70,9 +70,8 @@ class Hold:
         self._enter = enter
         self._leave = leave
         self._then = then
-        self._me = (
-            object()
-        )  # the lock refers to this object, so that the context can be garbage-collected
+        # The lock refers to this object and not to the context, so that the context can be garbage-collected.
+        self._me = object()
 
     def __enter__(self) -> Any:
         try:

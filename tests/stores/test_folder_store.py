@@ -1,4 +1,4 @@
-"""A folder as a store when things go wrong: killed writers, full disks, file systems without links."""
+"""Failures of a folder as a store: killed writers, full disks, file systems without links."""
 
 from __future__ import annotations
 
