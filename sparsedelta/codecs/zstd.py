@@ -34,10 +34,8 @@ _SAMPLE_BYTES = 1 << 15
 # Matches are searched if they shrink the frame of a sample at least to this ratio.
 _MATCHES_SAVE = 0.98
 _TEXT_LEVEL = 15
-MAX_EXPANSION, _EXPANSION_EXTRA = (
-    64,
-    1 << 10,
-)  # for texts and files; bounds what a hostile file can expand to
+# Limits for texts and side files, so that a hostile file cannot expand without bound.
+MAX_EXPANSION, _EXPANSION_EXTRA = 64, 1 << 10
 
 T = TypeVar("T")
 
@@ -71,7 +69,7 @@ def compress_stream(data: bytes | memoryview, level: Level = Level.DEFAULT) -> b
 
 
 def _repeats(data: bytes | memoryview) -> bool:
-    """Return whether a search for repetition makes a stream smaller; long ones are judged by three samples."""
+    """Return whether a search for repetition will make a stream smaller; in a long stream, three samples are tested."""
     if len(data) <= 4 * _SAMPLE_BYTES:
         return True
     last = len(data) - _SAMPLE_BYTES
@@ -98,7 +96,7 @@ def max_expanded(n_stored: int) -> int:
 
 
 def check_expansion(n_bytes: int, n_stored: int) -> None:
-    """Check that a text or a side file expands no more than it may.
+    """Check that a text or a side file does not expand more than allowed.
 
     Raises:
         LimitExceeded: it expands more.

@@ -48,9 +48,9 @@ def invert(
 ) -> Delta:
     """Return the inverse of a delta: it rebuilds the base from the target.
 
-    A delta describes the files of its target, not those of its base. Without ``base``, the result lays
-    out the base's tensors in files as the target does. These are the base's own files, byte for byte, if
-    base and target were saved in the same way. With ``base``, they always are.
+    A delta describes the files of its target, not those of its base. Without ``base``, the
+    inverse writes the tensors of the base to files with the layout of the target's files. They equal the files of
+    the base, byte for byte, if base and target were saved in the same way. With ``base``, they are always equal.
 
     Args:
         delta: an ``.sd`` file or a loaded delta.
