@@ -31,7 +31,7 @@ WHOLE_SCHEMES = CREATE_SCHEMES | {"hf"}
 _TAKEN = ("PreconditionFailed", "412")
 _BUSY = ("ConditionalRequestConflict", "OperationAborted", "409")
 _TRIES = 6
-_memory_lock = threading.RLock()  # its create is two steps: check, then write
+_memory_lock = threading.RLock()  # create of memory:// is two steps: check, then write
 
 
 class RemoteStore:

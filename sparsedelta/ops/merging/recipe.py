@@ -17,7 +17,7 @@ from sparsedelta.ops.merging.floats import Numbers
 
 Method: TypeAlias = Literal["linear", "task-arithmetic", "ties", "dare", "dare-ties"]
 
-_SMALLEST_SUM = 1e-8  # a smaller sum of weights is not divided by
+_SMALLEST_SUM = 1e-8  # weights with a smaller sum are not normalized
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +118,14 @@ def make_recipe(
 
 
 def kept_largest(magnitudes: Numbers, n_kept: int) -> tuple[np.floating[Any], int]:
-    """Return which magnitudes are kept if only the ``n_kept`` largest are.
+    """Return which magnitudes are the ``n_kept`` largest.
 
     Args:
         magnitudes: the magnitudes of all touched elements of a tensor.
         n_kept: how many to keep; less than the number of magnitudes.
 
     Returns:
-        The smallest magnitude that is kept, and how many elements with exactly this magnitude are.
+        The smallest of these magnitudes, and how many elements with exactly this magnitude are kept.
     """
     least = np.partition(magnitudes, len(magnitudes) - n_kept)[len(magnitudes) - n_kept]
     return least, n_kept - int(np.count_nonzero(magnitudes > least))

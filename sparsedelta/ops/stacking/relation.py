@@ -42,10 +42,11 @@ def base_files(delta: Delta) -> list[SideFile]:
 
 
 def _may_be_chain(deltas: Sequence[Delta]) -> bool:
-    """Return whether deltas that could be siblings may also be a chain.
+    """Return whether deltas that are siblings may also be a chain.
 
-    They are not if a delta takes a side file from its base that the target before it lacks. They are
-    not taken for one if a target has unknown digests, because these may hide a difference.
+    They are not a chain if a delta takes a side file from its base, and the target of the delta before it
+    does not have this file. If a target has unknown digests, the answer is also False, because a tensor
+    may differ.
     """
     for one, following in itertools.pairwise(deltas):
         if any(row.target.digest is None for row in one.tensors):
