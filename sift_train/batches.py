@@ -1,7 +1,7 @@
-"""Groups the micro-batches of a run into windows, one per optimizer step; can be resumed.
+"""Groups the micro-batches of a run into windows, one per optimizer step.
 
-A resumed run gets the same micro-batches as an uninterrupted one: the pass is started again under
-its saved random state, and the micro-batches that were already used are skipped.
+A resumed run gets the same micro-batches as an uninterrupted one. For this, the pass starts again
+with its saved random state, and the micro-batches that were already used are skipped.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class BatchWindows:
         return list(self._peeked)
 
     def windows(self) -> Iterator[list[Any]]:
-        """Yield windows until a pass has no micro-batch, as when the data is an exhausted iterator.
+        """Yield windows until a pass has no micro-batch, for example because the data is an iterator.
 
         Raises:
             ValueError: the first pass has no micro-batch.

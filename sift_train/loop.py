@@ -50,7 +50,7 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class _Step:
-    """The loss and norm of a step, tensors of one element on the device that are read later."""
+    """The loss and norm of a step. Both are tensors of one element on the device, and are read later."""
 
     loss: Tensor
     lr: float
@@ -58,7 +58,7 @@ class _Step:
 
 
 def _log_every(device: torch.device, config: FitConfig) -> int:
-    # On a CPU reading costs no wait, and a bad loss is found before the step.
+    # On a CPU, reading the loss takes no time. So a bad loss is found before the step.
     return 1 if device.type == "cpu" else config.log_every
 
 
@@ -129,7 +129,7 @@ class Run:
             model.train(was_training)
 
     def _select(self, batches: list[Any]) -> None:
-        """Choose the components by these micro-batches; random state and buffers are restored."""
+        """Choose the components with these micro-batches, then restore random state and buffers."""
         if all(part.is_selected for part in self._sift.sparse_mapping.values()):
             return
         with kept_random_state(), self._sift.selecting():
@@ -154,7 +154,7 @@ class Run:
         if self._log_every == 1:
             self._check_finite(float(loss), self._n_done + 1)
         else:
-            # The host reads the loss later; after a bad loss no step changes a weight.
+            # The host reads the loss later. From a bad loss on, ``may_write`` prevents all changes.
             before = self._sift.may_write
             self._sift.may_write = loss.isfinite() if before is None else before & loss.isfinite()
         norm = self._clip()

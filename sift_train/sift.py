@@ -177,7 +177,7 @@ class SIFT:
 
     @property
     def first_config(self) -> Any:
-        """A copy of the config from before training, since models may edit theirs; None if none."""
+        """A copy of the config from before training; None if the model has no config."""
         return self._first_config
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -218,8 +218,8 @@ class SIFT:
     def finish_selection(self) -> None:
         """Choose the components by the gradients seen so far, as the optimizer's first step does.
 
-        If ``grad_acc`` is above 1, call it before anything reads the masters' gradients ahead of
-        the first step, as a gradient scaler does. It has no effect when all components are chosen.
+        If ``grad_acc`` is above 1 and something reads the masters' gradients before the first step,
+        such as a gradient scaler, call this first. It has no effect if all components are chosen.
         """
         self._chooser.finish()
 

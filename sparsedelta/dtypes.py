@@ -70,7 +70,7 @@ def check_dtype(name: str, bits: int, element: str) -> DType:
 
     Raises:
         Corrupt: ``bits`` is 0, or a dtype of safetensors 0.8 has other bits or another element type.
-        LimitExceeded: the name is longer, or a value has more bits, than the format allows.
+        LimitExceeded: the name is too long, or a value has too many bits.
         UnsupportedFeature: the element type is unknown.
     """
     if len(name) > MAX_NAME_BYTES or len(name.encode("utf-8")) > MAX_NAME_BYTES:

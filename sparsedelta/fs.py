@@ -78,8 +78,8 @@ def _rename(new: Path, final: Path) -> None:
     if not is_folder or not os.path.lexists(final):
         new.replace(final)
     elif not system.exchange(new, final):
-        # A rename can replace a file with a file, but not with a folder or the other way round. A
-        # process killed between the two renames leaves the old output under the name ``old``.
+        # A rename can replace a file with a file, but not a file with a folder or a folder with a file. A
+        # process that is killed between the two renames leaves the old output under the name ``old``.
         old = final.with_name(new.parent.name[1:].rpartition(".sparsedelta")[0] + ".replaced")
         try:
             final.rename(old)
@@ -97,7 +97,7 @@ def work_folder(final: Path) -> Iterator[Path]:
 
     This process holds a lock on the folder. If the process is killed, a later run finds the folder
     unlocked and removes it. On file systems where locks are not reliable, the folder's name ends in
-    ``_UNLOCKED``, and later runs leave it alone.
+    ``UNLOCKED``, and ``remove_abandoned`` does not remove it.
     """
     is_local = system.is_local(final.parent)
     suffix = _PARTIAL if is_local else UNLOCKED
@@ -106,7 +106,7 @@ def work_folder(final: Path) -> Iterator[Path]:
         try:
             work.mkdir(0o700)
             with system.locked(work) if is_local else nullcontext(True) as is_mine:
-                if is_mine:  # else another run found it before it was locked, and removes it
+                if is_mine:  # else another run locked it first, and removes it
                     yield work
                     return
         except OSError as error:
@@ -195,10 +195,9 @@ def name_full_disk(error: BaseException, path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def synced(fds: Sequence[int]) -> Iterator[None]:
-    """Let the caller fill open files; all of their content is on disk at the end.
+    """Return a context in which the caller writes to open files; at its end they are synced.
 
-    A thread begins to write it out meanwhile: waiting for a disk takes none of the time that
-    digesting and decoding take.
+    A thread also syncs the files meanwhile, so that the disk is busy while the caller decodes.
 
     Raises:
         OSError: the system could not write.
@@ -214,7 +213,7 @@ def synced(fds: Sequence[int]) -> Iterator[None]:
                 except Empty:
                     for fd in fds:
                         os.fsync(fd)
-        except OSError as error:  # the system reports it once, so the sync below would not see it
+        except OSError as error:  # the system reports it only once, so not to the sync below
             failures.append(error)
 
     thread = threading.Thread(target=write_out)
@@ -225,7 +224,7 @@ def synced(fds: Sequence[int]) -> Iterator[None]:
     finally:
         with (
             uninterrupted()
-        ):  # after an interrupted join, Python takes a running thread for one that has ended
+        ):  # after an interrupted join, Python believes that the thread has ended
             done.put(None)
             thread.join()
     for failure in failures:

@@ -1,4 +1,4 @@
-"""Ctrl-C and other signals that end a program, held off while a state must not be left half done."""
+"""Delay Ctrl-C and other signals that end a program while a step must not be interrupted."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SIGNALS = tuple(
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold off the first of ``SIGNALS`` until the context ends; later ones are handled at once.
+    """Delay the first signal of ``SIGNALS`` until the context ends. Later signals are handled immediately.
 
-    Only signals with a handler in Python are held off. Python runs handlers in the main thread only, so in
-    another thread this does nothing. If the context ends in an exception, the signal is dropped.
+    Only signals with a handler in Python are delayed. Python runs handlers in the main thread only, so in
+    another thread this does nothing. If the context ends with an exception, the delayed signal is dropped.
     """
     in_main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in SIGNALS if in_main}
@@ -42,7 +42,7 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, hold)
         yield
     finally:
-        ended = True  # a signal between the next lines may leave ``hold`` in place
+        ended = True  # a signal during the next lines may leave ``hold`` installed
         for number in replaced:
             signal.signal(number, handlers[number])
     if held:

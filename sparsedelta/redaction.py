@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# No token character stands before or after a token. A match that is followed by a number, as the entries of
-# a vocabulary are, does not count.
+# A token has no letters or digits directly before or after it. In a vocabulary, an entry is followed by its number;
+# such a match does not count.
 _START = r"(?<![A-Za-z0-9_+-])"
 _END = r"""(?![A-Za-z0-9_+-])(?!["'] ?[:,] ?-?[0-9])"""
 _VALUE = r"""["']?\s?[=:]\s?["']?"""
@@ -73,7 +73,7 @@ _FINDERS = [
     (form.kind, [part.encode() for part in form.parts], re.compile(form.pattern.encode()))
     for form in _ALL
 ]
-# More than the forms match: hiding harmless text in a message does no damage.
+# Matches more than the forms do, because a message may also lose harmless text.
 _HIDDEN = re.compile(
     "|".join([*(form.pattern for form in _ALL), r"hf_[A-Za-z0-9_]+", r"(?i:bearer)\s+\S{6,}"])
 )
@@ -90,7 +90,7 @@ def find_secret(content: bytes) -> tuple[str, int] | None:
 
 
 def redacted(text: str, known: Iterable[str] = ()) -> str:
-    """Return a text without credentials: those in ``known``, all that look like one, and logins in addresses."""
+    """Return a text without the credentials in ``known``, all that match a form, and logins in addresses."""
     for secret in sorted(known, key=len, reverse=True):
         text = text.replace(secret, "[token]")
     return _HIDDEN.sub("[token]", _USER.sub("[password]@", text))

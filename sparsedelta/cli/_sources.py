@@ -64,7 +64,7 @@ class Sources(ExitStack):
             return self.enter_context(remote_delta(reference))
 
     def base(self, text: str, delta: Path) -> tuple[Path, tuple[Delta, ...]]:
-        """Return the path of a base for a delta on disk, and the deltas to apply to it before that one."""
+        """Return the path of a base for a delta on disk, and deltas that must be applied to that path first."""
         reference = self._client(text)
         if reference is None:
             return Path(text), ()

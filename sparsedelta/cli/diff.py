@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Globs: TypeAlias = Mapping[str, Sequence[str]]  # the arguments exclude and include of diff
 _MAX_LISTED = 5
-_SMALL_BYTES = 1 << 20  # no warning about the size of deltas of smaller targets
+_SMALL_BYTES = 1 << 20  # for smaller targets, no warning that the delta is large
 
 
 @click.command(

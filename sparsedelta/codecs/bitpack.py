@@ -1,8 +1,8 @@
 """Numbers as bits (FORMAT §6.5): packed, as Rice codes, or in groups of seven.
 
-Rice codes come in sequences, each with a parameter k. First come the low k bits of all numbers, packed,
-sequence after sequence. Then comes the rest of each number as that many zero bits and a one, for all
-sequences end to end. A decoder finds all the ones at once; it need not walk from number to number.
+Rice codes come in sequences, each with a parameter k. A number is split in its low k bits and the rest. First come
+the low bits of all numbers, packed, sequence after sequence. Then come the rests, in the same order: a rest of r is
+r zero bits and a one. A decoder can find all ones at once, without reading number by number.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One chunk of a delta: touched positions and their codes, to and from stored streams (FORMAT §5).
+"""One chunk of a delta: encode touched positions and their codes to stored streams, and decode them (FORMAT §5).
 
-The encoder keeps the index encoding and the value packing whose streams are smallest. Classes require the
-base to be read a second time; ``Level.FAST`` does not use them.
+The encoder keeps the index encoding and the value packing whose streams are smallest. For classes, the base must
+be read a second time; ``Level.FAST`` does not use them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ CODED_DIGEST_BYTES = 16
 TOUCHED_BYTES = 8
 
 
-# What classes must save. Deltas without classes can be stacked and inverted without the base.
+# Classes must save this share and this many bytes, because deltas with classes can be stacked and inverted only with
+# the base.
 _CLASSES_SAVE, _CLASSES_SAVE_BYTES = 0.1, 256
 _FEW = 8  # touched positions; for so few, the choice of a coding saves only a few bytes
 
@@ -87,7 +88,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The elements that a chunk covers, and what an encoder may know of them.
+    """The elements that a chunk covers, and what an encoder may use to code them.
 
     Attributes:
         start: flat index of the first element.

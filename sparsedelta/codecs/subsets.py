@@ -1,4 +1,4 @@
-"""Subsets of the numbers below n: gaps between the chosen ones, or between the others if they are fewer (FORMAT §6.5)."""
+"""Code a subset of the numbers below n by the gaps between the chosen numbers, or the others if fewer (FORMAT §6.5)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def read_subset(stream: bytes, at: int) -> tuple[SubsetHead, int]:
 
 
 def _gaps(ascending: Numbers) -> Numbers:
-    """Return the gaps: how many numbers are left out before each of the strictly ascending ones."""
+    """Return the gap before each of strictly ascending numbers: how many numbers are skipped."""
     if kernels.native:
         gaps = np.empty(len(ascending), np.uint32)
         kernels.native.gaps_between(ascending, gaps)

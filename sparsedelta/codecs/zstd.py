@@ -29,18 +29,14 @@ _ENTROPY = zstandard.ZstdCompressionParameters(
 _MATCHES = zstandard.ZstdCompressionParameters.from_level(5, window_log=20)
 _THOROUGH = zstandard.ZstdCompressionParameters.from_level(19, window_log=24)
 _SMALLEST_FRAME = 9  # bytes; every zstd frame with content is larger
-_COMPRESSIBLE = (
-    0.9  # below this ratio the stream may contain repetition, and a search for matches may pay
-)
+_COMPRESSIBLE = 0.9  # below this ratio, the stream may have repetition, so matches are searched
 _SAMPLE_BYTES = 1 << 15
 _MATCHES_SAVE = (
     0.98  # of the entropy coder's frame of a sample; else the search is not worth its time
 )
 _TEXT_LEVEL = 15
-MAX_EXPANSION, _EXPANSION_EXTRA = (
-    64,
-    1 << 10,
-)  # for texts and files; bounds what a hostile file can expand to
+# Limits for texts and side files, so that a hostile file cannot expand without bound.
+MAX_EXPANSION, _EXPANSION_EXTRA = 64, 1 << 10
 
 T = TypeVar("T")
 
@@ -74,7 +70,7 @@ def compress_stream(data: bytes | memoryview, level: Level = Level.DEFAULT) -> b
 
 
 def _repeats(data: bytes | memoryview) -> bool:
-    """Return whether a search for repetition makes a stream smaller; long ones are judged by three samples."""
+    """Return whether a search for repetition will make a stream smaller; in a long stream, three samples are tested."""
     if len(data) <= 4 * _SAMPLE_BYTES:
         return True
     last = len(data) - _SAMPLE_BYTES
@@ -101,7 +97,7 @@ def max_expanded(n_stored: int) -> int:
 
 
 def check_expansion(n_bytes: int, n_stored: int) -> None:
-    """Check that a text or a side file expands no more than it may.
+    """Check that a text or a side file does not expand more than allowed.
 
     Raises:
         LimitExceeded: it expands more.

@@ -1,4 +1,4 @@
-"""Globs that match some files of a folder and none of the others, for the hints of messages."""
+"""Globs that match some files of a folder and no others, for hints in error messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sparsedelta.files.junk import matches
 
 
 def covering(paths: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Return globs that together match all of ``paths`` and none of ``others``, few where several look alike."""
+    """Return globs that match all of ``paths`` and none of ``others``; one glob for several similar paths."""
     wanted, kept = list(paths), list(others)
     found: list[str] = []
     for path in wanted:
@@ -19,7 +19,7 @@ def covering(paths: Iterable[str], others: Iterable[str]) -> list[str]:
 
 
 def _globs(path: str, wanted: Sequence[str], kept: Sequence[str]) -> Iterator[str]:
-    """Yield globs that match ``path``, those that match more of ``wanted`` first, and at last its own name."""
+    """Yield globs that match ``path``. Those that match several of ``wanted`` come first, its own name last."""
     folder, _, name = path.rpartition("/")
     suffix = name[name.rindex(".") :] if "." in name[1:] else ""
     patterns = [f"*{glob.escape(suffix)}"] if suffix else []

@@ -1,4 +1,4 @@
-"""Weights in formats that are not read, and the command that converts them to safetensors."""
+"""Weight files in formats that this package does not read, and commands that convert them to safetensors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ UNREAD_WEIGHT_SUFFIXES = (
     ".bin", ".ckpt", ".gguf", ".ggml", ".h5", ".mlmodel", ".msgpack", ".npy", ".npz", ".onnx",
     ".onnx_data", ".ot", ".pb", ".pickle", ".pkl", ".pt", ".pth", ".tflite",
 )  # fmt: skip
-PICKLED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")  # of torch.save
+PICKLED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")  # written by torch.save
 CONFIG = "config.json"
 
 _NOT_WEIGHTS = ("training_args.bin", *junk.NOT_PART)
-# What transformers loads and sentence-transformers has at its root; variants have a middle part.
+# Names of the weights that transformers and sentence-transformers load from the root of a folder. Names of variants
+# have one more part.
 _OF_TRANSFORMERS = ("pytorch_model.bin", "pytorch_model-[0-9]*.bin")
 _LOAD = (
     "import torch; from safetensors.torch import save_file; "
@@ -40,9 +41,9 @@ def conversion(
 
     Args:
         source: a folder, or a repository on the Hub.
-        paths: the files in it.
-        read: returns the content of one of them, None if there is none.
-        revision: of the repository; None: ``source`` is a folder.
+        paths: paths of its files.
+        read: returns the content of a file; None if it does not exist.
+        revision: revision of the repository; None if ``source`` is a folder.
     """
     paths = sorted(paths)
     pickled = [
@@ -60,21 +61,21 @@ def conversion(
 
 
 def conversion_of_file(location: Path) -> str:
-    """Return the command that converts a file of torch.save; the safetensors file is written beside it."""
+    """Return the command that converts a file written by torch.save to a safetensors file in the same folder."""
     return _command(_by_torch(str(location.parent), location.name, None))
 
 
 def _architecture(config: bytes | None) -> str | None:
-    """Return the class of transformers that a model is of; None if transformers has none."""
+    """Return the name of the model's class in transformers; None if transformers has no class for it."""
     try:
         found = parse_json(config or b"", CONFIG)
     except FormatError:
         return None
-    if not isinstance(found, dict) or found.get("auto_map"):  # code of its own
+    if not isinstance(found, dict) or found.get("auto_map"):  # the model has its own code
         return None
     names = found.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    # It becomes part of a command: a stranger may have written it.
+    # The name becomes part of a command, and the file may come from a stranger.
     return name if isinstance(name, str) and name.isidentifier() and name.isascii() else None
 
 

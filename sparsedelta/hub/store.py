@@ -1,6 +1,6 @@
-"""A folder of a repository on the Hub as a store of objects: each that is written is a commit.
+"""A folder of a repository on the Hub as a store of objects. Each write is one commit.
 
-A commit names the commit it was made on, and the Hub refuses it if the branch has moved.
+A commit names its parent. The Hub refuses the commit if the parent is no longer the newest of the branch.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _MAX_WAIT_SECONDS = 2.0
 
 
 class HubStore:
-    """Files of a model repository (``sparsedelta.stores.objects.ObjectStore``).
+    """Files of a model repository; implements ``sparsedelta.stores.objects.ObjectStore``.
 
     Args:
-        url: ``hf://org/name/path``, or with a branch ``hf://org/name/path@branch``. A tag or commit can only be
-            read. The repository must exist.
-        token: of the Hub; None: the one that is logged in.
+        url: ``hf://org/name/path``, or ``hf://org/name/path@branch``. The repository must exist. A tag or commit
+            in place of the branch can only be read.
+        token: token of the Hub; None: the token of the user who is logged in.
 
     Raises:
         ValueError: the address names no repository.
@@ -42,7 +42,7 @@ class HubStore:
     def __init__(self, url: str, *, token: Token = None) -> None:
         reference = parse_reference(url)
         if reference is None:
-            raise ValueError(f"{url!r} is no repository; write hf://org/name/path")
+            raise ValueError(f"{url!r} is not a repository; write hf://org/name/path")
         self._hub = Hub(token, cached_listing=False)
         self._branch = Reference(reference.repo_id, reference.revision or _MAIN)
         self._folder = f"{reference.path}/" if reference.path else ""
@@ -51,41 +51,41 @@ class HubStore:
         self.has_create = self.writable
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
-        """Return an object of at most ``max_bytes`` bytes; None if there is none of this name."""
+        """Return the content of an object, at most ``max_bytes`` bytes; None if it does not exist."""
         try:
             found = self._hub.read(self._branch, self._path(name), 0, max_bytes + 1)
         except RemoteError as error:
             if _is_absent(error):
                 return None
-            if _status(error) == 416:  # an empty one has no first byte
+            if _status(error) == 416:  # an empty object has no first byte
                 return b""
             raise
         if len(found) > max_bytes:
             raise LimitExceeded(
-                f"object '{self.name}/{name}' is longer than {max_bytes} bytes; expected at most these"
+                f"object '{self.name}/{name}' has more than {max_bytes} bytes, which is the limit"
             )
         return found
 
     def open(self, name: str) -> ByteSource | None:
-        """Return an object that is read by ranges; None if there is none of this name."""
+        """Return an object to read by range; None if it does not exist."""
         head = self._head()
         file = self._file(head, self._path(name))
         return None if file is None else self._hub.source(head, file)
 
     def create(self, name: str, content: Content) -> bool:
-        """Write an object if there is none of this name; return whether that was done."""
+        """Write an object if none has this name; return whether it was written."""
         return self._commit(name, content, replace=False)
 
     def write(self, name: str, content: Content) -> None:
-        """Write an object, in place of one of this name."""
+        """Write an object. An object with this name is replaced."""
         self._commit(name, content, replace=True)
 
     def delete(self, name: str) -> None:
-        """Remove an object if it is there. Its content stays in the history of the repository."""
+        """Remove an object if it exists. Its content stays in the history of the repository."""
         self._commit(name, None, replace=True)
 
     def list(self, prefix: str) -> list[str]:
-        """Return the names of the objects that begin with ``prefix``, sorted."""
+        """Return the names that begin with ``prefix``, sorted."""
         folder = (self._folder + prefix).rpartition("/")[0]
         head = self._head()
         with remote_errors(head):
@@ -106,13 +106,13 @@ class HubStore:
         return sorted(name for name in names if name.startswith(prefix) and is_name(name))
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no connection is held open."""
 
     def _path(self, name: str) -> str:
         return self._folder + check_name(name)
 
     def _head(self) -> Reference:
-        """Return the branch at its newest commit, as the Hub says now."""
+        """Return the branch at its newest commit, which is requested from the Hub."""
         if self._branch.is_pinned:
             return self._branch
         refs = self._hub.refs(self._branch.repo_id)
@@ -138,11 +138,11 @@ class HubStore:
         )
 
     def _commit(self, name: str, content: Content | None, *, replace: bool) -> bool:
-        """Write or remove an object in one commit; return False if there is one that may not be replaced."""
+        """Write or remove an object in one commit; return False if it exists and ``replace`` is false."""
         if not self.writable:
             raise read_only(
                 self.name,
-                "it is a commit, which never changes, or nobody is logged in; name a branch, and"
+                "it is a commit, which never changes, or you are not logged in; use a branch, and"
                 " log in with `hf auth login`",
             )
         path = self._path(name)
@@ -164,10 +164,10 @@ class HubStore:
                         parent_commit=head.revision,
                     )
                 return True
-            except RemoteConflict:  # somebody else's commit, perhaps of another object
+            except RemoteConflict:  # someone else has committed, perhaps another object
                 time.sleep(random.uniform(0, min(_MAX_WAIT_SECONDS, 0.05 * 2**number)))
         raise RemoteConflict(
-            f"'{self.name}' was changed by others at each of {_TRIES} tries to write {name!r}; try again later"
+            f"'{self.name}' was changed by others during each of {_TRIES} tries to write {name!r}; try again later"
         )
 
 

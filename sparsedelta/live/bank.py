@@ -1,7 +1,7 @@
-"""Several deltas of one base on one model in memory: decoded once, switched in place.
+"""``DeltaBank``: several deltas of one base, for one model in memory. Deltas are decoded once and switched in place.
 
-Whenever nobody holds the writer's lock the model is the base or the target of the active delta, or the bank
-refuses all but to restore it.
+While no thread holds the lock for writing, the model is the base, or the target of the active delta. After a switch
+that failed half-way, only ``restore`` is possible.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sparsedelta.live.rwlock import SharedLock
 
 @dataclass(slots=True)
 class _Resident:
-    """One delta of the bank; without patches it is decoded again when it is asked for."""
+    """One delta of the bank. If ``patches`` is None, it is decoded again when it is activated."""
 
     source: str | os.PathLike[str] | Delta
     base: Mapping[TensorKey, TensorSpec]
@@ -36,19 +36,19 @@ class _Resident:
 
 
 class DeltaBank:
-    """A model in memory and deltas of its weights, one of which is active, or none.
+    """A model in memory, and deltas of its weights. At most one delta is active.
 
-    Switching writes the touched elements of the delta that goes and of the one that comes, and reads
-    nothing. Threads that use the model while others switch do so within ``reading``.
+    A switch writes the touched elements of the old delta and of the new one. It reads no tensor. Threads that use
+    the model while others switch must use it inside ``reading``.
 
-    A switch that fails or is interrupted is taken back. If that fails too, as after more interrupts, every
-    method that concerns the model raises ``HalfWritten``, a ``PartlyApplied``, until ``restore`` has succeeded.
+    A switch that fails or is interrupted is undone. If undoing it fails too, for example after more interrupts, every
+    method that uses the model raises ``HalfWritten``, a ``PartlyApplied``, until ``restore`` has succeeded.
 
     Args:
         model: a ``torch.nn.Module`` or a state dict that holds the base.
-        budget_bytes: how much decoded deltas may take: 4 bytes and two values for every touched
-            element. Those not used for longest are let go and decoded again when activated. None: no
-            limit.
+        budget_bytes: limit for the memory of decoded deltas. Each touched element takes 4 bytes and two
+            values. The deltas that were not used for the longest time are freed; they are decoded again when
+            they are activated. None: no limit.
         verify: how each delta is checked against the model when it is decoded; see
             ``Delta.apply_``.
         names: see ``Delta.apply_``.
@@ -67,17 +67,17 @@ class DeltaBank:
         self._verify: ModelCheck = verify
         self._names = names
         self._lock = SharedLock()
-        self._deltas: OrderedDict[str, _Resident] = OrderedDict()  # the one used last comes last
+        self._deltas: OrderedDict[str, _Resident] = OrderedDict()  # the last used one is last
         self._writer = Writer()
 
     @property
     def active(self) -> str | None:
-        """The name of the active delta; None: the model is the base."""
+        """The name of the active delta; None if the model is the base."""
         return self._writer.holds
 
     @property
     def resident_bytes(self) -> int:
-        """What the decoded deltas take."""
+        """Memory that the decoded deltas take, in bytes."""
         return sum(resident.n_bytes for resident in self._deltas.values())
 
     def __contains__(self, name: object) -> bool:
@@ -93,13 +93,13 @@ class DeltaBank:
         """Decode a delta, check it against the model, and keep it under a name.
 
         Args:
-            name: what to call it.
-            delta: an ``.sd`` file, opened again if it has been let go, or a loaded delta, which must
-                stay open.
+            name: a name that the bank does not have yet.
+            delta: an ``.sd`` file, which is opened again when the delta must be decoded again; or a loaded
+                delta, which must stay open.
 
         Raises:
-            ConflictError: it was made from another base than those that are there.
-            ValueError: the name is taken, or the delta alone is beyond the budget.
+            ConflictError: the delta was made from another base than the deltas in the bank.
+            ValueError: the name is taken, or the delta alone exceeds the budget.
             MismatchError, FormatError: see ``Delta.apply_``.
         """
         with self._lock.writing():
@@ -117,11 +117,11 @@ class DeltaBank:
                     self._switch(active)
 
     def remove(self, name: str) -> None:
-        """Forget a delta.
+        """Remove a delta from the bank.
 
         Raises:
-            KeyError: there is none of that name.
-            ValueError: it is active.
+            KeyError: the bank has no delta with this name.
+            ValueError: the delta is active.
         """
         with self._lock.writing():
             if name == self.active:
@@ -129,32 +129,32 @@ class DeltaBank:
             del self._deltas[name]
 
     def activate(self, name: str | None) -> None:
-        """Make the model the target of a delta, or with None the base.
+        """Change the model to the target of a delta; with None, to the base.
 
         Raises:
-            KeyError: there is no delta of that name.
-            StructureMismatch: the model has got other tensors meanwhile.
+            KeyError: the bank has no delta with this name.
+            StructureMismatch: tensors of the model were replaced after the deltas were decoded.
         """
         with self._lock.writing():
             self._switch(name)
 
     def restore(self) -> None:
-        """Take back a switch that was broken off, so that the model is what ``active`` says."""
+        """Undo a switch that was interrupted. Then the model is again what ``active`` states."""
         with self._lock.writing():
             self._writer.restore()
 
     def reading(self) -> AbstractContextManager[str | None]:
-        """Return a context in which no other thread switches the model; it gives the name of the active delta.
+        """Return a context in which no other thread switches the model. ``with`` returns the name of the active delta.
 
-        Several threads may read at once. A thread must not switch while it reads.
+        Several threads may be in such a context at once. A thread must not switch the model in it.
         """
         return self._lock.reading(lambda: self.active)
 
     def using(self, name: str | None) -> AbstractContextManager[None]:
-        """Return a context that activates a delta and in which no other thread uses the model.
+        """Return a context that activates a delta. No other thread can enter ``reading`` or ``using`` meanwhile.
 
         Entering it raises:
-            KeyError: there is no delta of that name.
+            KeyError: the bank has no delta with this name.
         """
         return self._lock.writing(lambda: self._switch(name))
 
@@ -190,9 +190,9 @@ class DeltaBank:
                 raise
 
     def _decode(self, resident: _Resident, delta: Delta, *, keep: str | None) -> None:
-        """Decode a delta while the model is the base, letting others go for it.
+        """Decode a delta while the model is the base. Free other deltas if the budget requires it.
 
-        With ``keep``, the one that must not go, it stays undecoded if both are beyond the budget.
+        The delta named ``keep`` is not freed. If both together exceed the budget, the new one stays undecoded.
         """
         patches = prepare(delta, self._model, verify=self._verify, names=self._names, undo=False)
         n_bytes = sum(patch.n_bytes for patch in patches)
@@ -227,10 +227,10 @@ class DeltaBank:
 def _other_base(
     one: Mapping[TensorKey, TensorSpec], other: Mapping[TensorKey, TensorSpec]
 ) -> str | None:
-    """Return what tells the bases of two deltas apart; None: nothing that is known of them does.
+    """Return how the bases of two deltas differ; None if no difference is known.
 
-    Tensors are the same by file and name; by name alone if the other base has none of this file and name,
-    since weights may be divided among files in several ways.
+    Tensors are matched by file and name. If the other base has no such tensor, they are matched by name only,
+    because the same weights may be divided among files in several ways.
     """
     digests: dict[str, set[bytes | None]] = defaultdict(set)
     for (_, name), spec in other.items():
@@ -254,7 +254,10 @@ def _opened(source: str | os.PathLike[str] | Delta) -> Iterator[Delta]:
 
 
 def _steps(outgoing: Sequence[Patch], incoming: Sequence[Patch]) -> list[Patch]:
-    """Return what undoes patches and makes others; positions that both touch in a tensor alike once."""
+    """Return the patches that undo ``outgoing`` and apply ``incoming``.
+
+    If both touch the same positions of a tensor, one patch does both.
+    """
     coming = {patch.place.slot.name: patch for patch in incoming}
     going = []
     for patch in outgoing:

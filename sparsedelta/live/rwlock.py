@@ -1,4 +1,4 @@
-"""A lock that many readers share and one writer has alone; a waiting writer goes before new readers."""
+"""A lock that is held by several readers or by one writer. A waiting writer comes before new readers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 class SharedLock:
-    """Readers together, or one writer. A thread that holds the lock must not enter it again."""
+    """A lock for several readers or one writer. A thread that holds the lock must not enter it again."""
 
     def __init__(self) -> None:
-        # Entered directly, not through the condition: an interrupt cannot come between that and its release.
+        # Used with ``with`` directly, not through the condition: so an interrupt cannot leave it locked.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        # Each holder is listed, so that one that was interrupted at any point can be removed.
+        # Sets of holders, not counts: a holder can be removed wherever it was interrupted.
         self._readers: set[object] = set()
         self._waiting: set[object] = set()
         self._writer: object = None
@@ -23,7 +23,7 @@ class SharedLock:
         """Return a context that holds the lock together with other readers.
 
         Args:
-            then: called once the lock is held; ``with`` gives what it returns.
+            then: called when the lock is held. ``with`` returns its result.
         """
         return Hold(self._enter_reading, self._leave, then)
 
@@ -54,11 +54,11 @@ class SharedLock:
 
 
 class Hold:
-    """Holds a ``SharedLock`` while the context lasts, or until it is collected.
+    """A context that holds a ``SharedLock``. The lock is also released when the context is garbage-collected.
 
-    An interrupt may come between the body of ``with`` and the first line of ``__exit__``. Then nothing refers to
-    the context once the traceback is gone, and the lock is released. A generator of ``contextmanager`` has more
-    such gaps.
+    An interrupt may come after the body of ``with`` and before the first line of ``__exit__``. Then the context is
+    garbage-collected when the traceback is freed, and the lock is released. ``contextlib.contextmanager`` would have
+    more places where an interrupt leaves the lock held.
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class Hold:
         self._enter = enter
         self._leave = leave
         self._then = then
-        self._me = object()  # the lock refers to this one, and not to the context
+        # The lock refers to this object and not to the context, so that the context can be garbage-collected.
+        self._me = object()
 
     def __enter__(self) -> Any:
         try:
@@ -83,7 +84,7 @@ class Hold:
     def __exit__(self, *exc: object) -> None:
         try:
             self._leave(self._me)
-        except BaseException:  # an interrupt: leaving twice does no harm
+        except BaseException:  # an interrupt; leaving twice is harmless
             self._leave(self._me)
             raise
 

@@ -1,4 +1,4 @@
-"""Where bytes are: files, and stores of named objects such as folders and buckets."""
+"""Sources of bytes (files) and stores of named objects (folders, buckets, repositories)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ def open_store(url: str | os.PathLike[str]) -> ObjectStore:
     """Return the store of objects that a path or an address names.
 
     Args:
-        url: a folder; ``hf://org/name/path`` of a repository on the Hub, ``hf://buckets/org/name/path`` of a
-            bucket there; ``https://server/path``, which can only be read; or an address of fsspec such as
-            ``s3://bucket/path``. Nothing is asked of a server before an object is.
+        url: one of these. No request is sent to a server until an object is read, written or listed.
+
+            - The path of a folder.
+            - ``hf://org/name/path``: a folder of a repository on the Hub.
+            - ``hf://buckets/org/name/path``: a folder of a bucket on the Hub.
+            - ``https://server/path``: a folder of a web server. It can only be read.
+            - An address of fsspec, such as ``s3://bucket/path``.
 
     Raises:
-        ValueError: there is no such kind of store, or the address lacks something.
-        RemoteError: a package that it needs is not installed.
+        ValueError: the kind of store is not known, or the address is incomplete.
+        RemoteError: a package that the store needs is not installed.
     """
     scheme, found, rest = os.fspath(url).partition("://")
     if isinstance(url, Path) and re.match("[a-z][a-z0-9]+:/", str(url)) and not url.exists():
-        raise ValueError(f"'{url}' looks like an address that was made a Path; give it as text")
+        raise ValueError(f"'{url}' looks like an address in a Path object; give it as a string")
     if not found or os.path.isdir(url):
         from sparsedelta.stores.folder import FolderStore
 

@@ -1,4 +1,4 @@
-"""Bytes by range: what every store offers."""
+"""``ByteSource``: the interface to read ranges of bytes of a file or object."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Protocol
 
 
 class ByteSource(Protocol):
-    """Where the bytes of a ``.sd`` file come from. Safe for reading from several threads.
+    """A file or object whose bytes can be read by range. Several threads may read at once.
 
     Attributes:
-        name: what messages call the file.
+        name: its name in messages.
         n_bytes: its size.
     """
 
@@ -17,7 +17,7 @@ class ByteSource(Protocol):
     n_bytes: int
 
     def read(self, offset: int, n_bytes: int) -> bytes:
-        """Return up to ``n_bytes`` bytes from ``offset``, none at the end."""
+        """Return up to ``n_bytes`` bytes from ``offset``; none at the end of the file."""
 
     def close(self) -> None:
-        """Release what is held open."""
+        """Release files and memory."""

@@ -1,6 +1,6 @@
-"""A folder as a store of objects: each is a file that appears whole, under its final name, or not at all.
+"""A folder as a store of objects. Each object is a file, which is either complete or absent under its name.
 
-What is written is first a file of a work folder ``.object.….partial``. Links are never followed.
+An object is written to a work folder ``.object.….partial`` first. Symbolic links are never followed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from sparsedelta.stores.names import check_name, is_name
 from sparsedelta.stores.objects import Content
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
-_ABANDONED_SECONDS = 24 * 60 * 60  # where locks tell nothing; no object takes as long to write
+_ABANDONED_SECONDS = 24 * 60 * 60  # used where locks do not work; longer than any write takes
 
 
 class FolderStore:
     """The files of a folder (``sparsedelta.stores.objects.ObjectStore``).
 
-    The folder is made with the first object, if the folder that holds it exists.
+    The first write creates the folder. Its parent folder must exist.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -39,7 +39,7 @@ class FolderStore:
 
     @cached_property
     def has_create(self) -> bool:
-        """Whether this file system can give a file a name that is not taken, in one step."""
+        """Whether this file system can rename a file in one step without replacing another file."""
         if not self.writable:
             return False
         with self._work_folder() as work:
@@ -48,14 +48,14 @@ class FolderStore:
             return _give_new_name(one, other)
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
-        """Return an object of at most ``max_bytes`` bytes; None if there is none of this name."""
+        """Return the content of an object, at most ``max_bytes`` bytes; None if it does not exist."""
         source = self.open(name)
         if source is None:
             return None
         try:
             if source.n_bytes > max_bytes:
                 raise LimitExceeded(
-                    f"object '{source.name}' is longer than {max_bytes} bytes; expected at most these"
+                    f"object '{source.name}' has more than {max_bytes} bytes, which is the limit"
                 )
             parts, n_read = [], 0
             while part := source.read(n_read, source.n_bytes - n_read):
@@ -66,16 +66,16 @@ class FolderStore:
             source.close()
 
     def open(self, name: str) -> ByteSource | None:
-        """Return an object that is read by ranges; None if there is none of this name."""
+        """Return an object to read by range; None if it does not exist."""
         try:
             return OpenFile(self._place(name))
         except FileNotFoundError:
             return None
 
     def create(self, name: str, content: Content) -> bool:
-        """Write an object if there is none of this name; return whether that was done.
+        """Write an object if none has this name; return whether it was written.
 
-        Where ``has_create`` is false, another writer's object may be replaced.
+        If ``has_create`` is false, this may replace an object that another writer creates meanwhile.
         """
         final = self._place(name)
         if os.path.lexists(final):
@@ -91,17 +91,17 @@ class FolderStore:
         return True
 
     def write(self, name: str, content: Content) -> None:
-        """Write an object, in place of one of this name."""
+        """Write an object. An object with this name is replaced."""
         final = self._place(name)
         with self._written(final, content) as new:
             new.replace(final)
 
     def delete(self, name: str) -> None:
-        """Remove an object if it is there."""
+        """Remove an object if it exists."""
         self._place(name).unlink(missing_ok=True)
 
     def list(self, prefix: str) -> list[str]:
-        """Return the names of the objects that begin with ``prefix``, sorted."""
+        """Return the names that begin with ``prefix``, sorted."""
         folder = prefix.rpartition("/")[0]
         if folder and not is_name(folder):
             return []
@@ -110,24 +110,26 @@ class FolderStore:
         return sorted(name for name in found if name.startswith(prefix) and is_name(name))
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file is held open."""
 
     def _place(self, name: str) -> Path:
-        """Return where an object is.
+        """Return the path of an object.
 
         Raises:
-            OSError: the path has a link in it.
+            OSError: a part of the path is a symbolic link.
         """
         place = self._root.joinpath(*check_name(name).split("/"))
         if os.path.realpath(place) != str(place):
             raise OSError(
-                errno.ELOOP, "A link in a store of objects, expected files and folders", str(place)
+                errno.ELOOP,
+                "A symbolic link in a store of objects; use a file or folder",
+                str(place),
             )
         return place
 
     @contextmanager
     def _written(self, final: Path, content: Content) -> Iterator[Path]:
-        """Yield a complete, synced file; sync the folder of its final name at the end."""
+        """Yield a complete, synced file; at the end, sync the folder that the caller moved it to."""
         self._make_folder(final.parent)
         try:
             with self._work_folder() as work:
@@ -149,7 +151,7 @@ class FolderStore:
 
     @contextmanager
     def _work_folder(self) -> Iterator[Path]:
-        """Yield a new folder in the store; remove first what writers that were killed have left."""
+        """Remove work folders of killed writers, then yield a new work folder in the store."""
         self._make_folder(self._root)
         remove_abandoned(self._root)
         with work_folder(self._root / "object") as work:
@@ -158,15 +160,15 @@ class FolderStore:
 
 
 def _give_new_name(file: Path, new: Path) -> bool:
-    """Give a file a name that is not taken, in one step; return False where the system cannot.
+    """Give a file a new name in one step; return False if the file system cannot do this.
 
     Raises:
-        FileExistsError: the name is taken.
+        FileExistsError: a file has this name already.
     """
     try:
         os.link(file, new)
     except FileExistsError:
-        # A server of files may have done it, and lost the answer, and done it again.
+        # A file server may create the link, lose its answer, and then try again.
         if not os.path.samefile(file, new):
             raise
     except OSError as error:
@@ -188,7 +190,7 @@ def _write_file(path: Path, content: Content) -> None:
 
 
 def _remove_old(root: Path, work: Path) -> None:
-    """Remove the work folders that are a day older than this one, by the clock of the file system."""
+    """Remove work folders that are a day older than ``work``, by the clock of the file system."""
     if not work.name.endswith(UNLOCKED):
         return
     limit = work.stat().st_mtime - _ABANDONED_SECONDS
@@ -199,7 +201,7 @@ def _remove_old(root: Path, work: Path) -> None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder, without following links."""
+    """Yield the files below a folder. Links are not followed."""
     try:
         entries = [*os.scandir(folder)]
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""Names of objects: plain relative paths, that mean the same in a folder, a bucket and an address."""
+"""Names of objects: relative paths that are valid in a folder, in a bucket and in a URL."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ _NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*", re.ASCII)
 
 
 def is_name(name: str) -> bool:
-    """Return whether a text can name an object.
+    """Return whether a string is a valid name of an object.
 
-    Components of letters, digits, ``.``, ``_`` and ``-`` are joined by ``/``. None begins with ``.`` or ``-``,
-    or ends with ``.``.
+    A name has components joined by ``/``. A component has letters, digits, ``.``, ``_`` and ``-``. It does not
+    begin with ``.`` or ``-``, and does not end with ``.``.
     """
     return len(name) <= MAX_NAME_BYTES and bool(_NAME.fullmatch(name))
 
 
 def check_name(name: str) -> str:
-    """Return the name of an object.
+    """Return ``name`` if it is a valid name of an object.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not valid.
     """
     if not is_name(name):
         raise ValueError(

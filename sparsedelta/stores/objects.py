@@ -1,4 +1,4 @@
-"""Named objects: what a store of a channel offers (spec/CHANNEL.md §2)."""
+"""``ObjectStore``: the interface to a store of named objects (spec/CHANNEL.md §2)."""
 
 from __future__ import annotations
 
@@ -11,53 +11,53 @@ Content: TypeAlias = bytes | os.PathLike[str]  # the bytes, or a file that holds
 
 
 class ObjectStore(Protocol):
-    """Objects by name, such as the files of a folder or of a prefix of a bucket. Safe for use from several threads.
+    """A store of named objects, such as the files of a folder or of a bucket. Several threads may use it at once.
 
-    A name has components joined by ``/``. What is written is whole or not there at all, and every read that
-    begins later sees it. A call that raises may have taken effect. Errors are ``OSError``, or ``RemoteError`` for
-    a store that is reached through a network.
+    A name has components joined by ``/``. A reader sees an object either complete or not at all. A read that begins
+    after a write has ended sees the written object. A call that raises an error may still have taken effect.
+    Methods raise ``OSError``; for a store on a network, ``RemoteError``.
     """
 
     @property
     def name(self) -> str:
-        """What messages call the store, without credentials."""
+        """The name of the store in messages, without credentials."""
 
     @property
     def writable(self) -> bool:
-        """Whether objects can be written, as far as that is known before one is."""
+        """Whether objects can be written, as far as this is known before the first write."""
 
     @property
     def has_create(self) -> bool:
-        """Whether of several that create one name at once, one succeeds; known, not assumed.
+        """Whether exactly one writer succeeds if several create the same name at once.
 
-        To find out, objects may be created and removed, and a network may fail.
+        To test this, the store may create and remove objects. This may raise the errors of a network.
         """
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
-        """Return an object of at most ``max_bytes`` bytes; None if there is none of this name.
+        """Return the content of an object, at most ``max_bytes`` bytes; None if it does not exist.
 
         Raises:
-            LimitExceeded: it is larger.
+            LimitExceeded: the object is larger.
         """
 
     def open(self, name: str) -> ByteSource | None:
-        """Return an object that is read by ranges; None if there is none of this name."""
+        """Return an object to read by range; None if it does not exist."""
 
     def create(self, name: str, content: Content) -> bool:
-        """Write an object if there is none of this name; return whether that was done.
+        """Write an object if none has this name; return whether it was written.
 
-        A network may lose the answer of a try that did it, and the client tries again: then this is False, and
-        the object has this content.
+        If the network loses the answer to a successful request, the client sends it again. Then this returns
+        False although the object has this content.
         """
 
     def write(self, name: str, content: Content) -> None:
-        """Write an object, in place of one of this name."""
+        """Write an object. An object with this name is replaced."""
 
     def delete(self, name: str) -> None:
-        """Remove an object if it is there."""
+        """Remove an object if it exists."""
 
     def list(self, prefix: str) -> list[str]:
-        """Return the names of the objects that begin with ``prefix``, sorted; the answer may be old."""
+        """Return the names that begin with ``prefix``, sorted. The list may be out of date."""
 
     def close(self) -> None:
-        """Release what is held open."""
+        """Release files and connections."""

@@ -1,6 +1,7 @@
 """File systems of fsspec, such as S3, as stores of objects.
 
-Only those are written to whose objects are known to appear whole. docs/stores.md says what each gives.
+A file system can be written to only if its objects are known to appear complete. docs/stores.md lists what each
+file system guarantees.
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ from sparsedelta.stores.names import check_name, is_name
 from sparsedelta.stores.objects import Content
 from sparsedelta.stores.ranges import Ranges
 
-# Objects appear whole, and one that exists is not replaced when that is asked for.
+# Objects appear complete, and a condition can forbid that an existing object is replaced.
 CREATE_SCHEMES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
-# Objects appear whole. "hf" is a bucket of the Hub here: its repositories have a store of their own.
+# Objects appear complete. "hf" is a bucket of the Hub here; ``hub.store`` handles repositories.
 WHOLE_SCHEMES = CREATE_SCHEMES | {"hf"}
 
 _TAKEN = ("PreconditionFailed", "412")
 _BUSY = ("ConditionalRequestConflict", "OperationAborted", "409")
 _TRIES = 6
-_memory_lock = threading.RLock()  # its create looks, then writes
+_memory_lock = threading.RLock()  # create of memory:// is two steps: check, then write
 
 
 class RemoteStore:
-    """The files below an address of fsspec (``sparsedelta.stores.objects.ObjectStore``).
+    """The files below an address of fsspec; implements ``sparsedelta.stores.objects.ObjectStore``.
 
-    Credentials and options are those that fsspec and the file system read from the environment and from
-    their files.
+    fsspec and the file system read credentials and options from the environment and from their configuration
+    files.
 
     Raises:
-        ValueError: there is no such file system, or the address names no bucket.
-        RemoteError: the package that it needs is not installed.
+        ValueError: the file system is not known, or the address names no bucket.
+        RemoteError: the package of the file system is not installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -58,7 +59,7 @@ class RemoteStore:
     def _connect(self, url: str) -> tuple[Any, str]:
         connect = _import_fsspec().core.url_to_fs
         try:
-            # Listings that are kept would be taken for what is there now.
+            # A cached listing would hide changes by other writers.
             options = {"use_listings_cache": False} if self._scheme in CREATE_SCHEMES else {}
             found: tuple[Any, str] = connect(url, **options)
         except ImportError as error:
@@ -66,17 +67,16 @@ class RemoteStore:
                 f"{self._scheme}:// needs a package: {error}; see docs/stores.md"
             ) from error
         except ValueError as error:
-            raise ValueError(f"'{self.name}' is no store: {error}") from error
+            raise ValueError(f"'{self.name}' is not the address of a store: {error}") from error
         except Exception as error:
             raise translated(error, self.name) from error
         return found
 
     @cached_property
     def has_create(self) -> bool:
-        """Whether the file system can create, and the server refuses to do it twice.
+        """Whether the server refuses to create an object that exists; false if writing is not allowed.
 
-        Servers that know nothing of conditions ignore them. So one object is created twice, and removed. It is
-        also false if nothing may be written.
+        Some servers ignore the condition. So this creates one object twice, and removes it.
         """
         if self._scheme not in CREATE_SCHEMES:
             return False
@@ -91,33 +91,33 @@ class RemoteStore:
                 self._fs.rm_file(probe)
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
-        """Return an object of at most ``max_bytes`` bytes; None if there is none of this name."""
+        """Return the content of an object, at most ``max_bytes`` bytes; None if it does not exist."""
         try:
             found = self._fetch(name, 0, max_bytes + 1)
         except FileNotFoundError:
             return None
         except RemoteError:
-            if self._size(name) != 0:  # an empty one has no first byte
+            if self._size(name) != 0:  # an empty object has no first byte
                 raise
             return b""
         if len(found) > max_bytes:
             raise LimitExceeded(
-                f"object '{self.name}/{name}' is longer than {max_bytes} bytes; expected at most these"
+                f"object '{self.name}/{name}' has more than {max_bytes} bytes, which is the limit"
             )
         return found
 
     def open(self, name: str) -> ByteSource | None:
-        """Return an object that is read by ranges; None if there is none of this name."""
+        """Return an object to read by range; None if it does not exist."""
         n_bytes = self._size(name)
         if n_bytes is None:
             return None
         return Ranges(f"{self.name}/{name}", n_bytes, partial(self._range, name))
 
     def create(self, name: str, content: Content) -> bool:
-        """Write an object if there is none of this name; return whether that was done.
+        """Write an object if none has this name; return whether it was written.
 
-        Where ``has_create`` is false, another writer's object may be replaced. False is also the answer if
-        the server had done it, and the client lost that answer and asked again.
+        If ``has_create`` is false, this may replace an object that another writer creates meanwhile. If the
+        network loses the answer to a successful request, this returns False although the object was written.
         """
         self._check_writable()
         path = self._path(name)
@@ -129,19 +129,19 @@ class RemoteStore:
         return True
 
     def write(self, name: str, content: Content) -> None:
-        """Write an object, in place of one of this name."""
+        """Write an object. An object with this name is replaced."""
         self._check_writable()
         self._put(self._path(name), content)
 
     def delete(self, name: str) -> None:
-        """Remove an object if it is there."""
+        """Remove an object if it exists."""
         self._check_writable()
         path = self._path(name)
         with suppress(FileNotFoundError), remote_errors(self.name), self._lock:
             self._fs.rm_file(path)
 
     def list(self, prefix: str) -> list[str]:
-        """Return the names of the objects that begin with ``prefix``, sorted."""
+        """Return the names that begin with ``prefix``, sorted."""
         folder = prefix.rpartition("/")[0]
         path = self._path(folder) if folder else self._root
         try:
@@ -154,7 +154,7 @@ class RemoteStore:
         return sorted(name for name in names if name.startswith(prefix) and is_name(name))
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file is held open."""
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{check_name(name)}"
@@ -163,7 +163,7 @@ class RemoteStore:
         if not self.writable:
             raise read_only(
                 self.name,
-                f"it is not known whether files of {self._scheme}:// appear whole; mount it as a folder",
+                f"it is not known whether files of {self._scheme}:// appear complete; mount it as a folder",
             )
 
     def _size(self, name: str) -> int | None:
@@ -182,7 +182,9 @@ class RemoteStore:
         except FileNotFoundError as error:
             raise RemoteNotFound(f"'{self.name}/{name}' has been removed") from error
         if len(found) != n_bytes:
-            raise unreachable(self.name, f"{len(found)} bytes of {name!r} came, expected {n_bytes}")
+            raise unreachable(
+                self.name, f"received {len(found)} bytes of {name!r}, expected {n_bytes}"
+            )
         return found
 
     def _fetch(self, name: str, offset: int, n_bytes: int) -> bytes:
@@ -210,24 +212,24 @@ class RemoteStore:
     def _put(self, path: str, content: Content, **options: str) -> None:
         in_memory = self._scheme == "memory"
         if not isinstance(content, bytes):
-            os.stat(content)  # "not found" below is the bucket
+            os.stat(content)  # so that "not found" below can only mean the bucket
         try:
             with remote_errors(self.name), self._lock:
                 if isinstance(content, bytes):
                     self._fs.pipe_file(path, content, **options)
-                elif in_memory:  # its put_file shows parts
+                elif in_memory:  # its put_file shows incomplete objects
                     with open(content, "rb") as file:
                         self._fs.pipe_file(path, file.read(), **options)
                 else:
                     self._fs.put_file(os.fspath(content), path, **options)
         except FileNotFoundError as error:
             raise RemoteNotFound(
-                f"there is no place to write to at '{self.name}'; create the bucket first"
+                f"'{self.name}' does not exist; create the bucket first"
             ) from error
 
 
 def _server_code(error: RemoteError) -> str | None:
-    """Return the code of an error of S3 that is the cause of an error."""
+    """Return the error code of S3, from the error that caused this one."""
     cause: BaseException | None = error
     while cause is not None:
         response = getattr(cause, "response", None)

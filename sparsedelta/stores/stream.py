@@ -1,4 +1,4 @@
-"""An open binary file, or anything like one, as bytes by range."""
+"""An open binary file, or a similar object, as a source of byte ranges."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Protocol
 
 
 class Seekable(Protocol):
-    """What is needed of a binary file, such as one of fsspec or ``io.BytesIO``."""
+    """The methods that a binary file must have, such as one of fsspec or ``io.BytesIO``."""
 
     def read(self, size: int, /) -> bytes:
-        """Return up to ``size`` bytes, none at the end."""
+        """Return up to ``size`` bytes; none at the end of the file."""
 
     def seek(self, offset: int, whence: int = ..., /) -> int:
-        """Go to a place; return its offset from the start."""
+        """Move to a position; return its offset from the start of the file."""
 
 
 class Stream:
-    """The bytes of an open file (``sparsedelta.stores.base.ByteSource``), which stays the caller's to close."""
+    """The bytes of an open file; implements ``sparsedelta.stores.base.ByteSource``. The caller closes the file."""
 
     def __init__(self, file: Seekable) -> None:
         self.name = str(getattr(file, "name", f"<{type(file).__name__}>"))
@@ -27,7 +27,7 @@ class Stream:
         self.n_bytes = file.seek(0, os.SEEK_END)
 
     def read(self, offset: int, n_bytes: int) -> bytes:
-        """Return up to ``n_bytes`` bytes from ``offset``, none at the end."""
+        """Return up to ``n_bytes`` bytes from ``offset``; none at the end of the file."""
         with self._lock:
             self._file.seek(offset)
             return self._file.read(n_bytes)

@@ -1,4 +1,4 @@
-"""A folder that a web server shows, as a store of objects for those who only read."""
+"""A folder of a web server as a store of objects that can only be read."""
 
 from __future__ import annotations
 
@@ -26,16 +26,14 @@ from sparsedelta.stores.stream import Stream
 _TIMEOUT_SECONDS = 60
 _ABSENT, _DENIED, _BUSY = (404, 410), (401, 403, 407), (408, 425, 429)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
-_FRESH = {
-    "Cache-Control": "no-cache"
-}  # asks caches on the way to look whether there is something new
+_FRESH = {"Cache-Control": "no-cache"}  # caches must ask the server whether the object has changed
 
 
 class WebStore:
-    """The files below ``http://`` or ``https://`` (``sparsedelta.stores.objects.ObjectStore``), read only.
+    """The files below an address of a web server; implements ``sparsedelta.stores.objects.ObjectStore``.
 
-    A user and password in the address are sent as HTTP Basic authentication, to its own server only. A
-    query, such as the signature of a shared folder, is added to the address of each object.
+    A user and password in the address are sent to the server of that address only, as HTTP Basic authentication.
+    A query in the address, such as the signature of a shared folder, is added to the address of each object.
     """
 
     writable = False
@@ -53,21 +51,21 @@ class WebStore:
             self._authorization = "Basic " + base64.b64encode(unquote(user).encode()).decode()
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
-        """Return an object of at most ``max_bytes`` bytes; None if there is none of this name."""
+        """Return the content of an object, at most ``max_bytes`` bytes; None if it does not exist."""
         with self._get(name, _FRESH) as response:
             if response is None:
                 return None
             found = response.read(max_bytes + 1)
             if len(found) > max_bytes:
                 raise LimitExceeded(
-                    f"object '{self.name}/{name}' is longer than {max_bytes} bytes; expected at most these"
+                    f"object '{self.name}/{name}' has more than {max_bytes} bytes, which is the limit"
                 )
             return self._checked(name, response, found)
 
     def open(self, name: str) -> ByteSource | None:
-        """Return an object that is read by ranges; None if there is none of this name.
+        """Return an object to read by range; None if it does not exist.
 
-        From a server without ranges it is downloaded into a temporary file.
+        If the server does not support ranges, the object is downloaded to a temporary file.
         """
         with self._get(name, _range(0, READ_AHEAD_BYTES)) as response:
             if response is None:
@@ -91,16 +89,14 @@ class WebStore:
         raise self._read_only()
 
     def list(self, prefix: str) -> list[str]:
-        """Raise AccessDenied: web servers have no common way to list."""
+        """Raise AccessDenied: web servers have no common way to list files."""
         raise self._read_only()
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no connection is held open."""
 
     def _read_only(self) -> AccessDenied:
-        return read_only(
-            self.name, "it is the address of a web server; write to the place it shows"
-        )
+        return read_only(self.name, "it is a web server; write to the folder that it serves")
 
     @contextmanager
     def _get(
@@ -109,7 +105,7 @@ class WebStore:
         address = f"{self.name}/{check_name(name)}{self._query}"
         fixed = {"User-Agent": "sparsedelta", "Accept-Encoding": "identity"}
         request = Request(address, headers={**fixed, **headers})
-        if self._authorization:  # which does not go to another server
+        if self._authorization:  # not sent to another server after a redirect
             request.add_unredirected_header("Authorization", self._authorization)
         with remote_errors(self.name):
             try:
@@ -130,32 +126,32 @@ class WebStore:
             )
         if status in _BUSY or status >= 500:
             return unreachable(self.name, f"HTTP {status}")
-        return RemoteError(f"'{self.name}' refused to give {name!r}: HTTP {status}")
+        return RemoteError(f"'{self.name}' refused a request for {name!r}: HTTP {status}")
 
     def _range(self, name: str, offset: int, n_bytes: int) -> bytes:
         with self._get(name, _range(offset, n_bytes)) as response:
             if response is None:
                 raise RemoteNotFound(f"'{self.name}/{name}' has been removed")
             if response.status != 206:
-                raise unreachable(self.name, f"HTTP {response.status} came, expected 206")
+                raise unreachable(self.name, f"received HTTP {response.status}, expected 206")
             self._total(response, offset, n_bytes)
             return self._checked(name, response, response.read(n_bytes))
 
     def _total(self, response: http.client.HTTPResponse, offset: int, n_bytes: int) -> int:
-        """Return the size of an object of which a part came."""
+        """Return the size of the object, from a response with a part of it."""
         stated = response.headers.get("Content-Range", "")
         found = _CONTENT_RANGE.fullmatch(stated)
         if not found or (int(found[1]), int(found[2])) != (offset, offset + n_bytes - 1):
             raise RemoteError(
                 f"'{self.name}' answered a request for bytes {offset}-{offset + n_bytes - 1} with"
-                f" {stated[:80]!r}; this server does not give ranges"
+                f" {stated[:80]!r}; the server does not support ranges"
             )
         return int(found[3])
 
     def _checked(self, name: str, response: http.client.HTTPResponse, found: bytes) -> bytes:
-        if response.length:  # what is left; reading a stated number of bytes does not complain
+        if response.length:  # the bytes that are missing; ``read`` with a size reports no error
             raise unreachable(
-                self.name, f"{len(found)} bytes of {name!r} came, {response.length} are missing"
+                self.name, f"received {len(found)} bytes of {name!r}, {response.length} are missing"
             )
         return found
 
@@ -171,7 +167,7 @@ class WebStore:
 
 
 class _Downloaded(Stream):
-    """A temporary file, which goes when it is closed."""
+    """A temporary file, which is deleted when it is closed."""
 
     def __init__(self, name: str, file: BinaryIO) -> None:
         super().__init__(file)

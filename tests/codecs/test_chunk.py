@@ -1,4 +1,4 @@
-"""Chunks: the smallest coding, plain and empty streams, records checked before streams are opened."""
+"""Chunks: the smallest coding is chosen, plain and empty streams, records are checked before streams are read."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def encode(
     level: Level = Level.DEFAULT,
     before: Bits | None = None,
 ) -> tuple[Chunk, bytes]:
-    """Return a chunk and its streams, end to end."""
+    """Return a chunk and its concatenated streams."""
     place = Span(start, span, before=None if before is None else reader(before))
     chunk, streams = encode_chunk(place, positions, codes, values="ulp", touched=None, level=level)
     return chunk, b"".join(streams)
@@ -212,7 +212,7 @@ def test_damaged_streams_are_refused() -> None:
 
 
 def small_steps(span: int, share: float) -> tuple[Positions, Bits, Bits]:
-    """Return positions that go with the exponents before the change, codes of small steps, and the bits before."""
+    """Return positions that depend on the exponents before the change, codes of small steps, and the bits before."""
     draw = np.random.default_rng(7)
     before = (draw.normal(0, 0.02, span).astype("<f4").view("<u4") >> 16).astype("<u2")
     exponents = (before >> 7 & 255).astype(float)

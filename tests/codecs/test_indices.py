@@ -1,4 +1,4 @@
-"""Index streams: exact bytes, every damage found before a position is believed."""
+"""Index streams: exact bytes, and every damage is detected before a position is used."""
 
 from __future__ import annotations
 

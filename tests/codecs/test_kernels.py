@@ -1,4 +1,4 @@
-"""The compiled kernels and numpy write the same bytes and refuse the same streams."""
+"""The compiled kernels and numpy write the same bytes and reject the same streams."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_value_decoders_agree_on_any_stream(name: str, width: int) -> None:
 
 
 def compared(dtype: DType, before: Bits, after: Bits, values: str) -> object:
-    """Return all that is made on the way from one block to the other and back."""
+    """Return all results of comparing two blocks, and of changing one to the other and back."""
     places = np.zeros(len(before) + 3, np.uint32)
     old, new = differences(before, after, 7, places)
     positions, encoding = places[: len(old)], VALUE_ENCODINGS[values]
@@ -181,7 +181,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     ],
 )
 def test_arrays_of_another_kind_are_refused(name: str, arguments: tuple[Any, ...]) -> None:
-    """Another item size, floats, another byte order, gaps between items, no array, not writable."""
+    """Arguments: wrong item size, floats, wrong byte order, gaps between items, no array, read-only."""
     with pytest.raises((TypeError, ValueError, BufferError), match=r"array|bytes-like|writ"):
         getattr(native, name)(*arguments)
 

@@ -1,4 +1,4 @@
-"""What holds for every index encoding and value packing; a new one joins by its name in the registry."""
+"""Tests of every index encoding and value packing in the registries. New ones are included automatically."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONTEXT = ChunkContext(lambda start, n: BASE[start : start + n], COLUMNS)
 
 
 def masks() -> dict[str, Positions]:
-    """Return positions of every kind that an encoding is made for."""
+    """Return positions of every kind for which an encoding exists."""
     rows, columns = np.divmod(np.arange(SPAN), COLUMNS)
     crowded = np.where(rows % 10 == 0, 0.5, 0.002) * np.where(columns % 7 == 0, 1.0, 0.3)
     likely = np.minimum(0.9, 0.02 * 2.0 ** (121.0 - KEYS))
@@ -43,7 +43,7 @@ def masks() -> dict[str, Positions]:
 
 
 def codes(width: int) -> dict[str, Bits]:
-    """Return codes of every kind that a packing is made for; 500 each."""
+    """Return 500 codes of every kind for which a packing exists."""
     ones = DRAW.integers(1, 3, 500, np.uint64)
     some = np.where(DRAW.random(500) < 0.1, DRAW.integers(3, 60, 500, np.uint64), ones)
     wide = DRAW.integers(1, 1 << min(8 * width, 24), 500, np.uint64)
@@ -58,7 +58,7 @@ CODES = {width: codes(width) for width in (1, 2, 4, 8)}
 
 
 def streams(name: str) -> list[tuple[Positions, bytes, ChunkContext]]:
-    """Return the streams that an encoding makes of those masks that are for it, without and with classes."""
+    """Return the streams of an encoding for all masks that it supports, without and with classes."""
     encoding = INDEX_ENCODINGS[name]
     found = []
     for classes in (False, True) if encoding.has_classes else (False,):
@@ -115,7 +115,7 @@ def test_index_streams_are_the_formats(name: str) -> None:
 
 
 def packed(name: str, width: int) -> list[tuple[Bits, Sequence[bytes], Keys | None]]:
-    """Return the streams that a packing makes of those codes that are for it, without and with classes."""
+    """Return the streams of a packing for all codes that it supports, without and with classes."""
     found: list[tuple[Bits, Sequence[bytes], Keys | None]] = []
     for keys in (None, KEYS[:500]) if VALUE_PACKINGS[name].has_classes else (None,):
         for numbers in CODES[width].values():
@@ -126,7 +126,7 @@ def packed(name: str, width: int) -> list[tuple[Bits, Sequence[bytes], Keys | No
 
 
 def stated(name: str, parts: Sequence[bytes]) -> int:
-    """Return the size that the record of a chunk states."""
+    """Return the raw size of a stream as the record of its chunk states it."""
     return len(parts[-1]) if VALUE_PACKINGS[name].states_size else 0
 
 
@@ -139,7 +139,7 @@ def test_codes_come_back(name: str, width: int) -> None:
         n_bytes = stated(name, parts)
         assert packing.possible(n_bytes, 500, width)
         sizes = packing.stream_sizes(n_bytes, 500, width)
-        # A plane of zeros is left out.
+        # A plane of zeros is not stored.
         assert [len(part) or size for part, size in zip(parts, sizes, strict=True)] == [*sizes]
         decoded = packing.decode(parts, 500, width, keys)
         assert decoded.dtype == numbers.dtype

@@ -1,4 +1,4 @@
-"""Value codes as FORMAT §7 computes them, in integers of any size, and exactly undone."""
+"""Value codes follow FORMAT §7 for integers of any size, and decoding restores the exact values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames are exactly as FORMAT §8 allows, and nothing is decompressed before its size is known."""
+"""Only frames that FORMAT §8 allows are accepted, and none is decompressed before its size is checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of store, each empty: who writes to it, and who reads it elsewhere."""
+"""Fixtures with an empty store of every kind, opened once for writing and once for reading."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
 
 @dataclass
 class Pair:
-    """A store by the side that writes and by the side that reads."""
+    """One store, opened by the writer and by the reader."""
 
     writer: ObjectStore
     reader: ObjectStore
@@ -72,13 +72,13 @@ def make_url(kind: str, request: pytest.FixtureRequest, folder: Path) -> str:
 
 @pytest.fixture(params=KINDS)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    """Return each kind of store that can be written."""
+    """Return a store of each kind that can be written to."""
     return open_store(make_url(request.param, request, tmp_path))
 
 
 @pytest.fixture(params=READING_KINDS)
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
-    """Return each kind of store, opened twice."""
+    """Return a store of each kind, opened for writing and for reading."""
     url = make_url(request.param, request, tmp_path)
     with ExitStack() as stack:
         reader = url

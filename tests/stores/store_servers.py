@@ -1,4 +1,4 @@
-"""Servers in this process: S3 (moto's), and a web server that shows a folder."""
+"""Servers in this process: the S3 server of moto, and a web server for a folder."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _lock = threading.Lock()
 
 
 def _one_at_a_time(self: Any) -> Any:
-    # The condition is checked, then the object is stored: one step of S3, two of this server.
+    # S3 checks the condition and stores the object in one step. This server does it in two, so it needs a lock.
     with _lock:
         return _put_object(self)
 
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """Run an S3 server without buckets; yield its address, which is set as that of S3."""
+    """Run an S3 server without buckets; yield its address. Clients in this process use it as S3."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moto.s3.responses.S3Response, "put_object", _one_at_a_time)
@@ -52,15 +52,15 @@ def s3_server() -> Iterator[str]:
 
 @dataclass
 class Web:
-    """A web server: its address, and what it does.
+    """A web server: its address and its behaviour.
 
     Attributes:
-        folder: what it shows.
-        ranges: whether it gives parts of files.
-        status: what it answers every request with, if not what is right.
-        cut: how many bytes of each file it does not send.
+        folder: the folder that it serves.
+        ranges: whether it supports ranges.
+        status: status of every answer; None: the correct status.
+        cut: number of bytes at the end of each answer that it does not send.
         move_to: address that it redirects to.
-        authorizations: what clients have sent as such.
+        authorizations: the Authorization headers that clients have sent.
     """
 
     folder: Path
@@ -78,10 +78,10 @@ class _Handler(SimpleHTTPRequestHandler):
         super().__init__(*arguments, **options)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Say nothing."""
+        """Write no log messages."""
 
     def do_GET(self) -> None:
-        """Answer with a file or a part of one."""
+        """Answer with a file or a range of it."""
         self.web.authorizations.append(self.headers["Authorization"])
         if self.web.move_to:
             self.send_response(302)
@@ -111,7 +111,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
 @contextmanager
 def web_server(folder: Path) -> Iterator[Web]:
-    """Show a folder on 127.0.0.1."""
+    """Serve a folder on 127.0.0.1."""
     web = Web(folder)
     handler = partial(_Handler, web, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -1,4 +1,4 @@
-"""A folder as a store when things go wrong: killed writers, full disks, file systems without links."""
+"""Failures of a folder as a store: killed writers, full disks, file systems without links."""
 
 from __future__ import annotations
 
@@ -140,12 +140,12 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "store" / "deltas").symlink_to(tmp_path / "outside")
     (tmp_path / "store" / "a" / "link").symlink_to(tmp_path / "outside" / "x")
     for name in ("deltas/x", "a/link"):
-        with pytest.raises(OSError, match="A link in a store"):
+        with pytest.raises(OSError, match="A symbolic link in a store"):
             store.read(name, 9)
         for write in (store.write, store.create):
-            with pytest.raises(OSError, match="A link in a store"):
+            with pytest.raises(OSError, match="A symbolic link in a store"):
                 write(name, b"2")
-        with pytest.raises(OSError, match="A link in a store"):
+        with pytest.raises(OSError, match="A symbolic link in a store"):
             store.delete(name)
     assert store.list("") == ["a/real"]
     assert (tmp_path / "outside" / "x").read_bytes() == b"secret"

@@ -1,4 +1,4 @@
-"""Files as bytes by range: closed once, by hand or at the end of the interpreter."""
+"""``OpenFile``: the file is closed exactly once, by ``close`` or when the interpreter ends."""
 
 from __future__ import annotations
 

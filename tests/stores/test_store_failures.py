@@ -1,4 +1,4 @@
-"""Stores behind a network when it fails: one sentence, the right kind of error, no credentials."""
+"""Failures of stores on a network: the error has the right class, one sentence, and no credentials."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sparsedelta.stores.ranges import READ_AHEAD_BYTES
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[Web]:
-    """Show a folder with an object."""
+    """Serve a folder with one object."""
     (tmp_path / "a").write_bytes(b"0123456789" * READ_AHEAD_BYTES)
     with web_server(tmp_path) as running:
         yield running
@@ -68,7 +68,7 @@ def test_web_transfer_breaks_off(web: Web) -> None:
         lambda: source.read(READ_AHEAD_BYTES + 9, 10),
         lambda: source.read(9, 2 * READ_AHEAD_BYTES),
     ):
-        with pytest.raises(Unreachable, match="broke off"):
+        with pytest.raises(Unreachable, match="was interrupted"):
             call()
     web.cut, web.ranges = 0, False
     with pytest.raises(Unreachable, match="HTTP 200"):
@@ -139,7 +139,7 @@ def test_s3_goes_away(tmp_path: Path) -> None:
 
 
 class S3Says:
-    """Makes the S3 server answer the next puts with an error."""
+    """Makes the S3 server answer the next PUT requests with an error."""
 
     def __init__(self, status: int, code: str, times: int, *, done: bool = False) -> None:
         self.left = times
@@ -169,7 +169,7 @@ def test_s3_conflicts_are_tried_again(
     says = say(monkeypatch, 409, "ConditionalRequestConflict", 2)
     assert store.create("a", b"1")
     assert says.left == 0
-    # Other servers than Amazon's do not say which condition it was.
+    # Servers other than Amazon's do not report which condition failed.
     say(monkeypatch, 412, "PreconditionFailed", 1)
     assert not store.create("b", b"1")
 
@@ -234,7 +234,9 @@ def test_hub_gives_up(
     monkeypatch.setattr("sparsedelta.hub.store._TRIES", 2)
     store = open_store(make_url("hub", request, tmp_path))
     hub.fail("POST", "/commit/main", status=412, times=2)
-    with pytest.raises(RemoteConflict, match="changed by others at each of 2 tries to write 'a'"):
+    with pytest.raises(
+        RemoteConflict, match="changed by others during each of 2 tries to write 'a'"
+    ):
         store.write("a", b"1")
 
 
@@ -266,7 +268,7 @@ def test_hub_refusals(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None
 def test_addresses() -> None:
     with pytest.raises(ValueError, match="nosuch"):
         open_store("nosuch://x")
-    with pytest.raises(ValueError, match="'s3:/b/x' looks like an address that was made a Path"):
+    with pytest.raises(ValueError, match="'s3:/b/x' looks like an address in a Path object"):
         open_store(Path("s3://b/x"))
     with pytest.raises(ValueError, match="names no bucket"):
         open_store("s3://")

@@ -1,4 +1,4 @@
-"""What every store of objects promises, tried with each kind."""
+"""What every store of objects guarantees, tested with each kind of store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparsedelta.stores import open_store
 from sparsedelta.stores.objects import ObjectStore
 from sparsedelta.stores.ranges import READ_AHEAD_BYTES
 
-# The Hub's client uses a deprecated way of its HTTP library.
+# The client of the Hub uses a deprecated function of its HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 CONTENT = bytes(range(256)) * (READ_AHEAD_BYTES // 64)  # binary, and four times what is read ahead
@@ -39,7 +39,7 @@ def test_write_replaces(pair: Pair) -> None:
         writer.write("a/b.json", content)
         assert reader.read("a/b.json", 9) == content
     assert not writer.create("a/b.json", b"two")
-    with pytest.raises(LimitExceeded, match=r"a/b\.json' is longer than 4 bytes"):
+    with pytest.raises(LimitExceeded, match=r"a/b\.json' has more than 4 bytes"):
         reader.read("a/b.json", 4)
 
 
@@ -155,7 +155,7 @@ def test_readers_see_whole_objects(pair: Pair) -> None:
 def test_memory_among_threads(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Its create looks, then writes.
+    # Its create is two steps: check, then write.
     looks = MemoryFileSystem.exists
 
     def slowly(self: MemoryFileSystem, path: str, **options: object) -> bool:

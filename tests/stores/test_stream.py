@@ -1,4 +1,4 @@
-"""Deltas as bytes and in open files: the same as by path, read on demand, and the file stays the caller's."""
+"""Deltas in bytes and in open files: same result as by path, read on demand, and the file stays open."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparsedelta.stores.stream import Stream
 
 @pytest.fixture
 def data(tmp_path: Path) -> bytes:
-    """Return the bytes of a delta between base and target, which are in ``tmp_path``."""
+    """Return the bytes of a delta from a base to a target, both in ``tmp_path``."""
     tensors = {name: noise("BF16", 40, 40, seed=name) for name in "abc"}
     changed = {n: t.changed(*range(0, 3200, 9)) for n, t in tensors.items()}
     write_file(tmp_path / "base", tensors)
@@ -60,7 +60,7 @@ def test_open_files(kind: str, data: bytes, tmp_path: Path) -> None:
 
 
 class Stuttering(io.BytesIO):
-    """Reads a few bytes at a time, as a file on a network may."""
+    """A file that returns a few bytes at a time, as a file on a network may."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         return super().read(min(size or 0, 7))

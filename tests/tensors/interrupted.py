@@ -1,4 +1,4 @@
-"""SIGINT at random moments of ``run_all``: each time all workers end, or this fails."""
+"""Send SIGINT at random moments of ``run_all``. Fails if a worker is still running after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chunks begin anywhere: rows put together by hand are read by window, rebuilt, and checked chunk by chunk."""
+"""Chunks that begin at any element: reading by window, rebuilding and checking of rows built by hand."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def row_of(
     touched: bool = True,
     classes: bool = False,
 ) -> Row:
-    """Return the row from one array to another, with a chunk for each (start, end) that has a change.
+    """Return the row from one array to another, with one chunk for each (start, end) that contains a change.
 
     Args:
         before: the base tensor; what it has too few elements of is zero.
@@ -98,7 +98,7 @@ def row_of(
 
 
 def made(row: Row, base: InMemory | None, payload: SpoolPayload, check: Check = "full") -> Bits:
-    """Return the tensor that ``rebuild`` writes, in order and without gaps."""
+    """Return the tensor that ``rebuild`` writes; check that it writes in order and without gaps."""
     out = bytearray()
 
     def write(data: memoryview, offset: int) -> None:
@@ -295,7 +295,7 @@ def test_classes_are_read_with_the_start_alone() -> None:
         ChangeReader(row, payload, PACE).window(0, n)
     with pytest.raises(BaseDiffers):
         made(row, InMemory(after), payload)
-    # Beyond what is kept the start is zeros, which everyone has: no base is asked for.
+    # After the kept elements the start is zeros, so no base is needed.
     beyond = replace(row, keep=0, base=None, chunks=row.chunks[-1:])
     with contextlib.suppress(Corrupt):
         ChangeReader(beyond, payload, PACE).window(0, n)

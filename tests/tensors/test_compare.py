@@ -1,4 +1,4 @@
-"""Comparing one tensor: exactly what changed, digests of both sides, whatever the blocks and chunks."""
+"""Comparing one tensor: the exact changes and both digests, for any size of blocks and chunks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def digest(tensor: Raw) -> bytes:
 def compare(
     tmp_path: Path, base: Raw | None, target: Raw, values: str = "ulp"
 ) -> tuple[Row, SpoolPayload, int]:
-    """Return what comparing finds, its coded chunks, and how many bytes it reported."""
+    """Return the result of a comparison, its coded chunks, and the number of bytes reported as progress."""
     payload, counter = SpoolPayload(), Counter()
     old = write_file(tmp_path / "base", {} if base is None else {"t": base})
     new = write_file(tmp_path / "target", {"t": target})
@@ -53,7 +53,7 @@ def compare(
 
 
 def decoded(row: Row, payload: SpoolPayload, before: Any) -> list[tuple[int, int]]:
-    """Return the touched positions and the bits there after the change, each chunk by itself."""
+    """Return the touched positions and the bits after the change, decoded chunk by chunk."""
     found, dtype, end = [], row.target.dtype, 0
     for chunk in row.chunks:
         assert chunk.start >= end
@@ -122,10 +122,10 @@ def test_structure_changes(
     if base is not None and keep:
         before[:keep] = np.frombuffer(base.data, np.uint8)[:keep]
     assert decoded(row, payload, before) == [(i, target.data[i]) for i in touched]
-    # A base tensor of which nothing is of use is not named.
+    # A base tensor that the row does not use is not named.
     assert (row.base and row.base.spec.digest) == (digest(base) if base and keep else None)
     assert row.target.digest == digest(target)
-    # What begins beyond the base's elements are new values.
+    # Chunks after the last element of the base hold new values.
     assert [c.coding.values for c in row.chunks] == [
         "ulp" if c.start < keep else "target" for c in row.chunks
     ]
@@ -187,7 +187,7 @@ def test_digest_of_the_rest_of_a_tensor(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 class Zeros:
-    """A tensor of zeros but for one element (a ``Source``)."""
+    """A tensor in which only one element is not zero (a ``Source``)."""
 
     file, name = "f", "w"
 

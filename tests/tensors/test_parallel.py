@@ -1,4 +1,4 @@
-"""Work on all cores: results in order, the first failure raised, nothing left running."""
+"""Work on all cores: results are in order, the first failure is raised, and no worker keeps running."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_interrupt_stops_the_workers() -> None:
 
 @pytest.mark.slow
 def test_interrupts_at_random_moments() -> None:
-    """In a process of its own, which a worker that never ends does not stop from failing."""
+    """The test runs in a separate process, so that it can fail even if a worker never ends."""
     root = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, str(root / "tensors" / "interrupted.py")],

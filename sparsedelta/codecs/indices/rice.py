@@ -1,8 +1,8 @@
 """``rice``: gaps between touched positions as Rice codes, with or without classes (FORMAT §6.5).
 
-In a small training step an element changes if its step exceeds half the distance to the next value. So the
-exponent before the change says how likely a change is. Classes of exponents use this; the base is then needed
-to decode.
+In a small training step, an element changes if its step exceeds half the distance to the next value. So elements
+with a small exponent change more often. Classes group elements by exponent to use this. The base is then required
+for decoding.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from sparsedelta.codecs.subsets import encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 
 _FEWEST = 256  # touched positions; with fewer, classes cannot save enough
-_CLASS_BITS = 32  # what a class adds to its gaps
+_CLASS_BITS = 32  # size of what a class needs besides its gaps
 _MOST_CLASSES = 8  # each takes time in proportion to the span, and more classes save less than 1 %
-_WORTH = 0.97  # of the entropy without classes; more is not worth the time
+# Classes are used if they shrink the stream at least to this ratio. Otherwise they are not worth the time.
+_WORTH = 0.97
 
 
 class _Rice(IndexEncoding):
@@ -44,7 +45,7 @@ class _Rice(IndexEncoding):
     has_classes = True
 
     def is_quick(self, nnz: int, span: int) -> bool:
-        return nnz * 100 <= span or nnz == span  # all elements touched: two bytes
+        return nnz * 100 <= span or nnz == span  # if all are touched: two bytes
 
     def worth_trying(self, nnz: int, span: int) -> bool:
         return True
@@ -109,7 +110,7 @@ class _Rice(IndexEncoding):
             parts.append(members.positions(chosen))
         _check_number(left, nnz)
         positions = np.concatenate(parts)
-        # A stable sort is a Timsort, which only merges: the positions of each class ascend already.
+        # Stable sort is Timsort. It only merges here, because the positions of each class are sorted already.
         positions.sort(kind="stable")
         return positions
 

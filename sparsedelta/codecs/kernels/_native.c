@@ -1,12 +1,12 @@
-/* The inner loops of the codecs (FORMAT §6, §7) in C. The numpy code beside each call is the reference: both
- * write the same bytes and refuse the same streams.
+/* The inner loops of the codecs (FORMAT §6, §7) in C. The numpy code beside each call is the reference.
+ * Both write the same bytes and reject the same streams.
  *
  * Rules for every function:
- * - Arguments are C-contiguous arrays of integers. Their item size is checked when they are taken (`take`).
+ * - Arguments are C-contiguous arrays of integers. `take` checks their item size.
  * - Every number that comes from a file or from a caller is checked before it becomes an index, a shift or a
- *   length. A wrong stream raises Corrupt; arrays that do not match each other raise ValueError.
- * - Loops run without the interpreter's lock, and touch no Python object.
- * - Arithmetic that may overflow is done on unsigned numbers. */
+ *   length. An invalid stream raises Corrupt; arrays that do not match each other raise ValueError.
+ * - Loops run without the interpreter's lock and use no Python object.
+ * - Arithmetic that may overflow uses unsigned numbers. */
 
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
@@ -21,19 +21,19 @@
 #error "for gcc and clang on 64-bit little-endian machines; on others sparsedelta uses numpy"
 #endif
 
-/* Compiles a function a second time for processors with AVX2. The loader chooses when the module is loaded. */
+/* Compiles a function a second time for processors with AVX2. One version is chosen when the module is loaded. */
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(NO_CLONES)
 #define CLONED __attribute__((target_clones("avx2", "default")))
 #else
 #define CLONED
 #endif
-static int has_deposit; /* the processor has the instruction PDEP, and executes it fast */
+static int has_deposit; /* the processor has a fast PDEP instruction */
 
 #define INLINE static inline __attribute__((always_inline))
 
 typedef Py_ssize_t size;
 typedef uint8_t u8;
-/* Integers at any address: arrays need not be aligned. */
+/* Integers at any address, because arrays may be unaligned. */
 typedef uint16_t __attribute__((aligned(1), may_alias)) u16;
 typedef uint32_t __attribute__((aligned(1), may_alias)) u32;
 typedef uint64_t __attribute__((aligned(1), may_alias)) u64;
@@ -43,9 +43,9 @@ static PyObject *Corrupt;
 
 enum { MAX_CLASSES = 16, GROUP = 64, SKIP = 255 };
 
-/* ---- What all kernels share ---- */
+/* ---- Common to all kernels ---- */
 
-/* Runs `call`, in which W is the width of an element as a constant. */
+/* Runs `call` with W, the width of an element, as a constant. */
 #define FOR_WIDTH(width, call)                            \
     switch (width) {                                      \
         case 1: { enum { W = 1 }; call; break; }          \
@@ -73,9 +73,9 @@ INLINE void put(void *array, size i, uint64_t value, int width) {
     }
 }
 
-/* Takes an argument of PyArg_ParseTuple ("O&"): a C-contiguous array of integers of `width` bytes each; width 0:
- * of 1, 2, 4 or 8 bytes. The interpreter calls it again without an object to release the array if a later
- * argument is wrong. */
+/* Takes an argument of PyArg_ParseTuple ("O&"): a C-contiguous array of integers of `width` bytes each. If
+ * `width` is 0, they may have 1, 2, 4 or 8 bytes. If a later argument is wrong, the interpreter calls this again
+ * without an object, to release the array. */
 static int take(PyObject *object, Py_buffer *array, size width, int flags) {
     if (!object) {
         PyBuffer_Release(array);
@@ -91,7 +91,7 @@ static int take(PyObject *object, Py_buffer *array, size width, int flags) {
     return 0;
 }
 
-/* `in_…` take an array to read, `out_…` an array to write; `…_any` takes integers of any size. */
+/* `in_…` takes an array to read, `out_…` an array to write; `…_any` takes integers of any size. */
 #define TAKES(name, width, flags) \
     static int name(PyObject *object, void *array) { return take(object, array, width, flags); }
 TAKES(in_any, 0, 0)
@@ -121,7 +121,7 @@ static PyObject *none(void) {
     return Py_None;
 }
 
-/* Returns 64 flags, each a byte of 0 or 255, as 64 bits. */
+/* Packs 64 flags into 64 bits; each flag is a byte, 0 or 255. */
 INLINE uint64_t bits_of(const u8 *flags) {
     uint64_t bits = 0;
 #ifdef __SSE2__
@@ -149,7 +149,7 @@ INLINE uint32_t low_bits(const u8 *data, size n_bytes, size bit, int k) {
     return (uint32_t)(word >> (bit & 7) & (((uint64_t)1 << k) - 1));
 }
 
-/* Returns whether the bits after n packed numbers of k bits, up to the end of their last byte, are zero. */
+/* Returns whether the unused bits of the last byte are zero, after n packed numbers of k bits. */
 static int is_padded(const u8 *data, size n, int k) {
     int used = (int)(n * k & 7);
     return !used || !(data[n * k >> 3] >> used);
@@ -204,8 +204,8 @@ static PyObject *unpack(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
-/* Writes what is above the low k bits of each number as that many zeros and a one, from bit number `at` of bytes
- * that are zero from there on. Returns the number of the next bit. */
+/* Writes each number without its low k bits in unary: that many zeros, then a one. The first goes to bit number `at`.
+ * All bits from there on must be zero. Returns the number of the next bit. */
 static PyObject *put_unary(PyObject *module, PyObject *args) {
     Py_buffer b[2];
     int k;
@@ -228,15 +228,15 @@ static PyObject *put_unary(PyObject *module, PyObject *args) {
 
 enum { GOOD, TOO_WIDE, NOT_SO_MANY, NOT_PADDED };
 
-/* A reader of ones among zeros. */
+/* Reads the positions of ones in a bit stream. */
 typedef struct {
     const u8 *data;
     size n_bytes, at; /* at: the next byte to load */
-    uint64_t word;    /* the 64 bits from bit number `first` on, without the ones that were read */
+    uint64_t word;    /* the 64 bits from bit number `first` on; ones that were read are cleared */
     size first, last; /* last: the number of the last bit that was read as a one; -1 at the beginning */
 } Unary;
 
-/* Reads the next one. Returns how many zeros precede it; -1 if there are no more ones. */
+/* Moves to the next one. Returns the number of zeros before it; -1 if there are no more ones. */
 INLINE int64_t next_count(Unary *unary) {
     while (!unary->word) {
         size left = unary->n_bytes - unary->at;
@@ -270,11 +270,11 @@ CLONED static int read_rice(const u8 *data, size n_bytes, const i64 *lengths, si
         if (!is_padded(data, n, k)) return NOT_PADDED;
         data += n_here;
     }
-    /* No ones are left, and the last byte has one. */
+    /* All ones must have been read, and the last byte must hold the last one. */
     return !unary.word && unary.last >> 3 == unary.n_bytes - 1 ? GOOD : NOT_SO_MANY;
 }
 
-/* Reads sequences of Rice codes; `lengths` holds the number of codes and k of each. */
+/* Reads sequences of Rice codes; `lengths` holds the number of codes and k of each sequence. */
 static PyObject *decode_rice(PyObject *module, PyObject *args) {
     Py_buffer b[3];
     if (!PyArg_ParseTuple(args, "O&O&O&", in_u8, &b[0], in_i64, &b[1], out_u32, &b[2])) return NULL;
@@ -300,7 +300,7 @@ static PyObject *decode_rice(PyObject *module, PyObject *args) {
 
 /* ---- Subsets (FORMAT §6.5), and `gaps` and `bitmap` (§6.3, §6.4) ---- */
 
-/* Writes how many numbers are left out before each of ascending ones. */
+/* Writes the gap before each of ascending numbers: how many numbers were skipped. */
 static PyObject *gaps_between(PyObject *module, PyObject *args) {
     Py_buffer b[2];
     if (!PyArg_ParseTuple(args, "O&O&", in_u32, &b[0], out_u32, &b[1])) return NULL;
@@ -315,7 +315,7 @@ static PyObject *gaps_between(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
-/* Writes the ascending numbers, all below `bound`, that leave out `gap[i]` numbers before number i. */
+/* Writes ascending numbers with the given gaps: `gap[i]` numbers are skipped before number i. All are below `bound`. */
 static PyObject *numbers_from(PyObject *module, PyObject *args) {
     Py_buffer b[2];
     size bound;
@@ -340,7 +340,7 @@ static PyObject *numbers_from(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
-/* Writes the lowest numbers that are not among ascending ones, until `out` is full. */
+/* Writes the lowest numbers that the given ascending numbers do not contain, until `out` is full. */
 static PyObject *others(PyObject *module, PyObject *args) {
     Py_buffer b[2];
     if (!PyArg_ParseTuple(args, "O&O&", in_u32, &b[0], out_u32, &b[1])) return NULL;
@@ -358,7 +358,7 @@ static PyObject *others(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
-/* Reads the positions of an index stream of `gaps`. */
+/* Reads the positions from an index stream of the encoding `gaps`. */
 static PyObject *read_gaps(PyObject *module, PyObject *args) {
     Py_buffer b[2];
     size span;
@@ -387,8 +387,8 @@ static PyObject *read_gaps(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
-/* Writes the tokens of ascending positions. Returns how many there are; those that `out` cannot hold are not
- * written. */
+/* Writes the tokens of ascending positions. Returns how many there are. Tokens that do not fit in
+ * `out` are counted, but not written. */
 static PyObject *put_gaps(PyObject *module, PyObject *args) {
     Py_buffer b[2];
     if (!PyArg_ParseTuple(args, "O&O&", in_u32, &b[0], out_u8, &b[1])) return NULL;
@@ -426,8 +426,8 @@ static PyObject *put_bits(PyObject *module, PyObject *args) {
     return release(b, 2, fits ? none() : wrong_sizes());
 }
 
-/* Writes the numbers of the bits that are set. Returns how many there are; those that `out` cannot hold are not
- * written. */
+/* Writes the numbers of the bits that are set. Returns how many there are. Numbers that do not fit in
+ * `out` are counted, but not written. */
 static PyObject *ones(PyObject *module, PyObject *args) {
     Py_buffer b[2];
     if (!PyArg_ParseTuple(args, "O&O&", in_u8, &b[0], out_u32, &b[1])) return NULL;
@@ -443,9 +443,9 @@ static PyObject *ones(PyObject *module, PyObject *args) {
     return release(b, 2, PyLong_FromSsize_t(found));
 }
 
-/* Sets the bits of cells of a tile (§6.6), which are given as places in it: place = row · n_across + column, of the
- * `rows` and `columns` that the tile consists of. Bit number 0 is the cell number `first` of the whole grid, whose rows
- * have `n_columns` cells. */
+/* Sets the bits of cells of a tile (§6.6). A tile consists of some `rows` and `columns` of the grid. A cell is given
+ * by its place in the tile: row · n_across + column. Bit number 0 is cell number `first` of the grid. A row of the grid has
+ * `n_columns` cells. */
 static PyObject *put_cells(PyObject *module, PyObject *args) {
     Py_buffer b[4];
     size n_columns, first, span;
@@ -462,7 +462,7 @@ static PyObject *put_cells(PyObject *module, PyObject *args) {
         fits = row < n_down;
         if (!fits) break;
         uint64_t at = (uint64_t)rows[row] * (uint64_t)n_columns + (uint64_t)columns[column] - (uint64_t)first;
-        inside = at < (uint64_t)span; /* so is a cell before the first one outside: it has wrapped around */
+        inside = at < (uint64_t)span; /* false also for a cell before the first one: it wraps around */
         if (inside) out[at >> 3] |= (u8)(1 << (at & 7));
     }
     Py_END_ALLOW_THREADS
@@ -472,7 +472,7 @@ static PyObject *put_cells(PyObject *module, PyObject *args) {
 
 /* ---- Classes of elements (FORMAT §6.2) ---- */
 
-/* Returns the eight bits below the sign; of elements of one byte there are seven. */
+/* Returns the eight bits below the sign bit; an element of one byte has only seven. */
 INLINE u8 key_of(uint64_t bits, int width) { return width == 1 ? bits & 127 : (u8)(bits >> (8 * width - 9)); }
 
 CLONED static void keys_any(const void *bits, size n, int width, u8 *out) {
@@ -491,7 +491,7 @@ static PyObject *keys_of(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
-/* Writes the keys of the next elements, at most 64, from `first`. Returns a word with a bit set for each. */
+/* Writes the keys of the next elements from `first`, at most 64. Returns a word with one bit set for each element. */
 INLINE uint64_t keys_from(const void *bits, size first, size n, u8 *key, int W) {
     if (n - first >= GROUP) {
         for (size i = 0; i < GROUP; i++) key[i] = key_of(get(bits, first + i, W), W);
@@ -502,22 +502,24 @@ INLINE uint64_t keys_from(const void *bits, size first, size n, u8 *key, int W) 
     return ((uint64_t)1 << (n - first)) - 1;
 }
 
-/* Returns a word that says which of 64 keys are below a threshold. */
+/* Returns a word in which a bit is set for each of 64 keys that is below a threshold. */
 INLINE uint64_t below(const u8 *key, u8 threshold) {
     u8 flags[GROUP];
     for (int i = 0; i < GROUP; i++) flags[i] = key[i] < threshold ? 255 : 0;
     return bits_of(flags);
 }
 
-/* The state of one class while the elements of a span pass, block by block. `rank` counts its elements so far.
- * find_chosen: a bitmap of `end` bits from byte `next` says by rank which elements are chosen; if `rest` is 1, which
- * are not. rank_chosen: the next rank is written at `next`, and `end` is where the ranks of the class end.
+/* The state of one class while the elements of a span are processed block by block. `rank` is the number of its elements
+ * so far.
+ * find_chosen: a bitmap of `end` bits begins at byte `next`. Its bit number `rank` is set if the element is chosen; if
+ * `rest` is 1, it is set if the element is not chosen.
+ * rank_chosen: the next rank is written at `next`; the ranks of the class end at `end`.
  * join_steps: see there. */
 typedef struct { int64_t next, end, rank, rest; } Class;
 enum { SLACK = 16 };                  /* zero bytes after each bitmap, so that words can be read past its end */
 #define MAX_RANK ((int64_t)1 << 40)   /* above any count of elements, and far from overflow */
 
-/* Returns a word with the lowest bits of `bits` at the places where `mask` has ones. */
+/* Moves the lowest bits of `bits`, in order, to the places where `mask` has ones. */
 INLINE uint64_t deposit(uint64_t bits, uint64_t mask) {
     uint64_t word = 0;
 #ifdef __x86_64__
@@ -530,7 +532,7 @@ INLINE uint64_t deposit(uint64_t bits, uint64_t mask) {
     return word;
 }
 
-/* Returns which of the elements in `mask`, the next ones of a class, are chosen. */
+/* Returns which elements in `mask` are chosen. They are the next elements of a class. */
 INLINE uint64_t chosen_of(Class *one, const u8 *bitmaps, uint64_t mask) {
     int64_t rank = one->rank;
     uint64_t bits = 0;
@@ -573,7 +575,7 @@ static int are_thresholds(const u8 *threshold, size n) {
     return n < MAX_CLASSES;
 }
 
-/* Copies the state of classes. Returns their number, or 0 if state and thresholds are wrong. */
+/* Copies the state of classes. Returns the number of classes; 0 if the state or the thresholds are invalid. */
 static size take_classes(const Py_buffer *thresholds, const Py_buffer *state, Class *classes) {
     size n = thresholds->len + 1;
     if (!are_thresholds(thresholds->buf, thresholds->len) || state->len != n * (size)sizeof(Class)) return 0;
@@ -586,8 +588,8 @@ static size take_classes(const Py_buffer *thresholds, const Py_buffer *state, Cl
 
 static int is_block(size start, size n) { return start >= 0 && start <= UINT32_MAX && n <= UINT32_MAX - start; }
 
-/* Writes positions and keys of the chosen elements of a block whose first element is number `start`, from number
- * `found` on. Returns how many there are in all. */
+/* Writes positions and keys of the chosen elements of a block, at index `found` of the output and after. The first
+ * element of the block is number `start`. Returns the new value of `found`. */
 static PyObject *find_chosen(PyObject *module, PyObject *args) {
     Py_buffer b[6];
     size start, found;
@@ -638,7 +640,7 @@ CLONED static int rank_any(const void *bits, size n, size start, int width, cons
     return fits;
 }
 
-/* Writes the ranks, each in its class, of the touched elements of a block whose first element is number `start`. */
+/* Writes the rank of each touched element of a block in its class. The first element of the block is number `start`. */
 static PyObject *rank_chosen(PyObject *module, PyObject *args) {
     Py_buffer b[5];
     size start;
@@ -658,7 +660,7 @@ static PyObject *rank_chosen(PyObject *module, PyObject *args) {
 
 /* ---- `steps` (FORMAT §7.3) ---- */
 
-/* Adds to `counts` how many elements have each key. */
+/* Adds the number of elements with each key to `counts`. */
 static PyObject *count_keys(PyObject *module, PyObject *args) {
     Py_buffer b[2];
     if (!PyArg_ParseTuple(args, "O&O&", in_u8, &b[0], out_i64, &b[1])) return NULL;
@@ -671,13 +673,13 @@ static PyObject *count_keys(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
-/* Adds for each key: the number of steps; the number of long ones, of two units or more; their units above two. */
+/* Adds three numbers for each key: steps; long steps (two units or more); the sum of the units above two. */
 static PyObject *step_statistics(PyObject *module, PyObject *args) {
     Py_buffer b[3];
     if (!PyArg_ParseTuple(args, "O&O&O&", in_any, &b[0], in_u8, &b[1], out_i64, &b[2])) return NULL;
     if (n_items(&b[0]) != b[1].len || n_items(&b[2]) != 3 * 256) return release(b, 3, wrong_sizes());
     const u8 *key = b[1].buf;
-    u64 *sums = b[2].buf; /* unsigned: codes of 8 bytes may overflow */
+    u64 *sums = b[2].buf; /* unsigned, because codes of 8 bytes may overflow */
     Py_BEGIN_ALLOW_THREADS
     FOR_WIDTH(b[0].itemsize, for (size i = 0; i < b[1].len; i++) {
         uint64_t beyond = get(b[0].buf, i, W) >> 1;
@@ -689,8 +691,8 @@ static PyObject *step_statistics(PyObject *module, PyObject *args) {
     return release(b, 3, none());
 }
 
-/* Writes codes class by class. `table` holds the class of each key, `places` where the next code of each class is
- * written. */
+/* Writes codes class by class. `table` holds the class of each key. `places` holds where the next code of each class
+ * is written. */
 static PyObject *sort_codes(PyObject *module, PyObject *args) {
     Py_buffer b[5];
     if (!PyArg_ParseTuple(args, "O&O&O&O&O&", in_any, &b[0], in_u8, &b[1], in_u8, &b[2], out_i64, &b[3], out_any, &b[4])) return NULL;
@@ -709,7 +711,7 @@ static PyObject *sort_codes(PyObject *module, PyObject *args) {
     return release(b, 5, fits ? none() : wrong_sizes());
 }
 
-/* Writes which steps are long, of two units or more, and their units above two. Returns how many are long. */
+/* Writes the numbers of the long steps (two units or more) and their units above two. Returns how many are long. */
 static PyObject *long_steps(PyObject *module, PyObject *args) {
     Py_buffer b[3];
     if (!PyArg_ParseTuple(args, "O&O&O&", in_any, &b[0], out_u32, &b[1], out_u32, &b[2])) return NULL;
@@ -727,9 +729,9 @@ static PyObject *long_steps(PyObject *module, PyObject *args) {
     return release(b, 3, PyLong_FromSsize_t(found));
 }
 
-/* Writes the codes of steps. `where` lists the long steps of each class, from `next` to `end` of the class; at `end` it
- * holds NOWHERE. `excess` holds their units above two. `rank` is the number of the first step of the class among the
- * signs, which are sorted by class. Without keys there is one class. */
+/* Writes the codes of steps. `where` lists the long steps of each class, from `next` to `end` of the class. At `end` it
+ * holds NOWHERE. `excess` holds their units above two. Signs are sorted by class; `rank` is the index of the first sign
+ * of the class. Without keys there is one class. */
 #define NOWHERE UINT32_MAX
 
 INLINE int join_in(const u8 *signs, size n, const u8 *key, const u8 *table, Class *classes, const u32 *where, const u32 *excess, void *codes, int W) {
@@ -740,7 +742,7 @@ INLINE int join_in(const u8 *signs, size n, const u8 *key, const u8 *table, Clas
         int c = key ? table[key[i]] : 0;
         int64_t at = classes[c].rank++, next = classes[c].next;
         if (at >= n) return 0;
-        uint64_t is_long = where[next] == at - starts[c]; /* no branch: processors could not predict it */
+        uint64_t is_long = where[next] == at - starts[c]; /* no branch, because it could not be predicted */
         uint64_t code = 1 + (signs[at >> 3] >> (at & 7) & 1) + (-is_long & 2 * ((uint64_t)excess[next] + 1));
         classes[c].next += is_long;
         if (code > most) return 0;
@@ -783,7 +785,7 @@ static PyObject *join_steps(PyObject *module, PyObject *args) {
 
 enum { TARGET, ULP_OF_INTEGERS, ULP_OF_FLOATS, N_KINDS };
 
-/* A number modulo 2^(8·W), and the highest bit of W bytes. */
+/* A number modulo 2^(8·W); the highest bit of W bytes. */
 
 #define IN(value, W) ((W) == 8 ? (value) : (value) & (((uint64_t)1 << (8 * (W) & 63)) - 1))
 #define TOP(W) ((uint64_t)1 << (8 * (W) - 1))
@@ -843,8 +845,8 @@ static PyObject *values_with(PyObject *args, void (*work)(const void *, const vo
 static PyObject *encode_values(PyObject *module, PyObject *args) { return values_with(args, code_any); }
 static PyObject *decode_values(PyObject *module, PyObject *args) { return values_with(args, decode_any); }
 
-/* Writes the numbers of the elements that differ between two blocks, counted from `start`, and their bits in both
- * blocks. Returns how many differ. */
+/* Writes the numbers of the elements that differ between two blocks, and their bits in both blocks. The first element
+ * is number `start`. Returns how many differ. */
 INLINE size compare_in(const void *old, const void *new, size n, size start, u32 *positions, void *before, void *after, int W) {
     size found = 0;
     for (size first = 0; first < n; first += GROUP) {
@@ -889,7 +891,7 @@ static PyObject *compare(PyObject *module, PyObject *args) {
     return release(b, 5, PyLong_FromSsize_t(found));
 }
 
-/* Changes a block at positions, which count from `start`. Writes the bits there before and after. */
+/* Changes a block at positions. The first element is number `start`. Writes the bits before and after the change. */
 INLINE int change_in(void *bits, size n, size start, const u32 *positions, size nnz, const void *codes, int kind, void *before, void *after, int W) {
     for (size i = 0; i < nnz; i++) {
         int64_t at = (int64_t)positions[i] - start;

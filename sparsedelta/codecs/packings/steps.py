@@ -1,7 +1,7 @@
-"""``steps``: codes in less than a byte each, for differences of mostly one unit, with or without classes (FORMAT §7.3).
+"""``steps``: a packing for differences that are mostly one unit; most codes take less than a byte (FORMAT §7.3).
 
-Signs are packed bits. Rice codes say which steps are longer than one unit, and by how much. Both depend on the
-element's exponent before the change, so classes of exponents make the codes smaller.
+Signs are packed bits. Rice codes state which steps are longer than one unit, and by how much. Both depend on the
+element's exponent before the change. So the stream is smaller if elements are grouped in classes by exponent.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from sparsedelta.codecs.packings.contract import ValuePacking
 from sparsedelta.codecs.subsets import encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 
-_CLASS_BITS = 40  # what a class adds to its codes
+_CLASS_BITS = 40  # size of what a class needs besides its codes
 _MOST_CLASSES = MAX_THRESHOLDS + 1
 _FEWEST = 256  # codes; with fewer, classes cannot save enough
 _NOWHERE = (1 << 32) - 1  # marks the end of a class for the kernels
-_LONG = 16  # a code; where most codes are higher, other packings are smaller
+_LONG = 16  # if most codes are higher than this, other packings are smaller
 
 
 class _Steps(ValuePacking):
-    """Signs, which steps are longer than one unit, and how much longer."""
+    """Stores the signs, which steps are longer than one unit, and the lengths of these."""
 
     has_classes = True
 
@@ -142,7 +142,7 @@ def _sorted(codes: Bits, keys: Keys, thresholds: Sequence[int], counts: list[int
 
 
 def _long(codes: Bits) -> tuple[Numbers, Numbers]:
-    """Return which steps are longer than one unit, and by how much more than one."""
+    """Return the places of the steps longer than one unit, and their units above two."""
     if kernels.native:
         long, excess = np.empty((2, len(codes)), np.uint32)
         n = kernels.native.long_steps(codes, long, excess)
@@ -162,10 +162,12 @@ def _joined(
     long: Sequence[Numbers],
     excess: Sequence[Numbers],
 ) -> Bits:
-    """Return the codes, given which steps of each class are long, and how much longer; needs the compiled kernels."""
+    """Return the codes from the signs, and the long steps of each class and their lengths, by the compiled kernels."""
     codes = np.empty(nnz, f"<u{width}")
     state = class_state([len(one) for one in long])
-    state[:, : END + 1] += np.arange(len(long))[:, np.newaxis]  # each class before has a mark
+    state[:, : END + 1] += np.arange(len(long))[
+        :, np.newaxis
+    ]  # every earlier class ends with a mark
     state[:, RANK] = np.cumsum([0, *counts[:-1]])
     with_keys = keys if thresholds and keys is not None else b""
     kernels.native.join_steps(  # type: ignore[union-attr]
@@ -210,9 +212,8 @@ def _by_class(number: Keys, counts: list[int]) -> Iterator[tuple[npt.NDArray[np.
 
 
 def _choose_classes(keys: Keys, codes: Bits) -> list[int]:
-    sums = np.zeros(
-        (3, N_KEYS), np.int64
-    )  # for each key: steps, long steps, how much longer these are
+    # For each key: number of steps, number of long steps, and the sum of their units above two.
+    sums = np.zeros((3, N_KEYS), np.int64)
     if kernels.native:
         kernels.native.step_statistics(codes, keys, sums)
     for block in blocks(0 if kernels.native else len(keys)):
@@ -225,7 +226,7 @@ def _choose_classes(keys: Keys, codes: Bits) -> list[int]:
 
 
 def _cost(n: float, n_long: float, excess: float) -> float:
-    """Return the estimated bits of a class of ``n`` steps; the lengths are taken to be geometric."""
+    """Return the estimated bits of a class of ``n`` steps; the lengths are assumed to be geometric."""
     return choice_bits(n - n_long, n_long) + choice_bits(excess, n_long)
 
 

@@ -118,7 +118,7 @@ def make_recipe(
 
 
 def kept_largest(magnitudes: Numbers, n_kept: int) -> tuple[np.floating[Any], int]:
-    """Return which magnitudes are kept if only the ``n_kept`` largest are.
+    """Return which magnitudes are the ``n_kept`` largest.
 
     Args:
         magnitudes: the magnitudes of all touched elements of a tensor.
