@@ -48,7 +48,9 @@ def make_small(name: str, **sizes: int) -> Any:
     model = cls(_shrink(cls.config_class(), SIZES | sizes)).to(torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.float().std() > 0:  # norms and biases, or memory that was never written
+            if (
+                not parameter.float().std() > 0
+            ):  # norms and biases, or memory that was never written
                 parameter.copy_(torch.rand(parameter.shape) + 0.5)
     return model
 
