@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_what_strides_cannot_express(first: Region, second: Region) -> None:
 
 class TestMoves:
     def test_copies_and_views(self) -> None:
-        def run(given: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        def run(given: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
             one, other, third = given
             experts = torch.stack([one, other])
             half = third.shape[0] // 2
