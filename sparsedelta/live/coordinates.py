@@ -1,7 +1,7 @@
-"""Where a model holds the tensors of a checkpoint: the one map from names in files to places in a module.
+"""The map from the tensors of a checkpoint to their places in a model.
 
-For models of transformers that is where transformers itself would load them; other modules have their
-checkpoint's names and shapes.
+In a transformers model, a tensor's place is where transformers loads it. In any other model, a tensor has the
+same name and shape as in the checkpoint.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ Shape = tuple[int, ...]
 
 
 class Own(Protocol):
-    """Where a model holds one of its own tensors."""
+    """A tensor of the model itself."""
 
     @property
     def name(self) -> str:
-        """Of the tensor in the model."""
+        """The tensor's name in the model."""
 
     def tensor(self) -> torch.Tensor:
-        """Return the tensor that is there now."""
+        """Return the tensor that the model has under this name now."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scattered:
-    """Where a model holds a checkpoint's tensor that is part of its own, or lies in several of them.
+    """The place of a checkpoint's tensor that is a part of a model's tensor, or is divided among several.
 
     Attributes:
-        name: of the checkpoint's tensor, and of the model's.
-        shape: of the checkpoint's tensor.
-        pieces: the model's tensors, their shapes, and which of their elements it is.
+        name: the names of the checkpoint's tensor and of the model's tensors, for messages.
+        shape: shape of the checkpoint's tensor.
+        pieces: tensors of the model, each with its shape and the map from the checkpoint's tensor to it.
     """
 
     name: str
@@ -48,28 +48,30 @@ class Scattered:
     pieces: tuple[tuple[Own, Shape, Piece], ...]
 
     def tensor(self) -> Held:
-        """Return the tensor that is there now: a view of the checkpoint's shape if there is such a view.
+        """Return the tensor as the model holds it now: a view with the checkpoint's shape where that is possible.
 
         Raises:
-            StructureMismatch: a tensor of the model is gone or has become one of another kind.
+            StructureMismatch: a tensor of the model was removed, has got another shape, or is not a plain
+                tensor.
         """
         held = Joined(self.shape, [part for piece in self.pieces for part in _parts(*piece)])
         if held.is_in_order:
             try:
                 return held.parts[0].tensor.view(self.shape)
             except RuntimeError:
-                pass  # no strides have this shape
+                pass  # no view has this shape
         return held
 
 
 @dataclass(frozen=True, slots=True)
 class Coordinates:
-    """Where a model holds the tensors of a checkpoint.
+    """The places of a checkpoint's tensors in a model.
 
     Attributes:
-        slots: by name in the checkpoint.
-        unknown: of those that it cannot be said where the model has them, what messages say of that.
-        is_closed: other tensors of the checkpoint are not in the model, under whatever name.
+        slots: the places, by name in the checkpoint.
+        unknown: tensors that transformers loads, but not by only moving elements; by name, with the reason
+            for messages.
+        is_closed: all other tensors of the checkpoint are not in the model, even under another name.
     """
 
     slots: Mapping[str, Own | Scattered]
@@ -77,30 +79,44 @@ class Coordinates:
     is_closed: bool
 
 
+_NOTHING = Coordinates({}, {}, False)
+
+
 def find_coordinates(
     model: Any, own: Mapping[str, Own], shapes: Mapping[str, Shape], needed: Collection[str]
 ) -> Coordinates:
-    """Return where a model holds the tensors of a checkpoint.
+    """Return the places of a checkpoint's tensors in a model.
 
     Args:
         model: a module or a state dict.
-        own: where it holds its own tensors, by name without what wrappers add.
-        shapes: of the checkpoint's tensors, all of them.
-        needed: names of those that must be found. If several models of transformers are parts of this one, it
-            is the one that has them all.
+        own: the model's own tensors, by name without the parts that wrappers insert.
+        shapes: shapes of all tensors of the checkpoint.
+        needed: names of tensors that must be found. If the model contains several transformers models, the
+            one that has all of them is used. Their names may start with its path in the model.
+
+    Raises:
+        StructureMismatch: several transformers models in the model have all tensors.
     """
-    found = [_of_part(prefix, part, own, shapes) for prefix, part in _parts_of_transformers(model)]
-    if len(found) == 1 and found[0].is_closed:
+    parts = [(plain_name(path), part) for path, part in _parts_of_transformers(model)]
+    found = [_of_part(path, part, own, shapes) for path, part in parts]
+    missing = set(needed) - own.keys()
+    if len(found) == 1 and (missing or found[0].is_closed):
         return found[0]
-    if found and not own.keys() >= set(needed):
-        fitting = [one for one in found if one.slots.keys() >= set(needed)] or found
-        if len(fitting) == 1:
-            return fitting[0]
-    return Coordinates({}, {}, False)
+    fitting = [number for number, one in enumerate(found) if one.slots.keys() >= missing]
+    if not missing or not fitting:
+        return _NOTHING
+    if len(fitting) > 1:
+        first, second = (parts[number][0] for number in fitting[:2])
+        raise StructureMismatch(
+            f"tensor {min(missing)!r} may be that of {first!r} or of {second!r} in the model; apply the delta"
+            f" to one of them, or let the names start with {first + '.'!r} (names)",
+            tensor=min(missing),
+        )
+    return found[fitting[0]]
 
 
 def quantized_kind(model: Any) -> str | None:
-    """Return the name of a model's class if transformers has quantized it."""
+    """Return the class name of a model that transformers has quantized; None for other models."""
     for _, part in _parts_of_transformers(model):
         if getattr(part, "hf_quantizer", None) is not None:
             return type(part).__name__
@@ -108,7 +124,7 @@ def quantized_kind(model: Any) -> str | None:
 
 
 def _parts_of_transformers(model: Any) -> list[tuple[str, Any]]:
-    """Return the outermost models of transformers in a module, by their names there."""
+    """Return the outermost transformers models in a module, each with its name in the module."""
     import torch
 
     found: list[tuple[str, Any]] = []
@@ -123,29 +139,30 @@ def _parts_of_transformers(model: Any) -> list[tuple[str, Any]]:
 def _of_part(
     path: str, part: Any, own: Mapping[str, Own], shapes: Mapping[str, Shape]
 ) -> Coordinates:
-    """Return where a model of transformers, at a path in another, holds a checkpoint's tensors."""
-    prefix = plain_name(path)
-    is_all = not prefix
+    """Return the places of a checkpoint's tensors in a transformers model at a path in another module."""
     if getattr(part, "hf_quantizer", None) is not None:
-        return Coordinates({}, {}, False)
-    start = f"{prefix}." if prefix else ""
+        return _NOTHING
+    start = f"{path}." if path else ""
     passing = {plain_name(name) for name in _passing_buffers(part)}
     names = (name.removeprefix(start) for name in own if name.startswith(start))
     held = {name: own[start + name] for name in names if name not in passing}
     sizes = {name: tuple(slot.tensor().shape) for name, slot in held.items()}
     slots: dict[str, Own | Scattered] = {}
     unknown: dict[str, str] = {}
-    for name, fate in find_loaded(part, sizes, shapes).items():
+    given = {name.removeprefix(start): name for name in shapes}
+    loaded = find_loaded(part, sizes, {inner: shapes[name] for inner, name in given.items()})
+    for inner, fate in loaded.items():
+        name = given[inner]
         match fate:
             case Renamed(new):
                 slots[name] = held[new]
             case Moved(pieces):
-                made = tuple((held[new], sizes[new], piece) for new, piece in pieces)
+                placed = tuple((held[new], sizes[new], piece) for new, piece in pieces)
                 label = f"{name} in {', '.join(held[new].name for new, _ in pieces)}"
-                slots[name] = Scattered(label, shapes[name], made)
+                slots[name] = Scattered(label, shapes[name], placed)
             case Unknown(reason):
                 unknown[name] = f"cannot be changed in the {type(part).__name__}: {reason}"
-    return Coordinates(slots, unknown, is_all)
+    return Coordinates(slots, unknown, not path)
 
 
 def _passing_buffers(module: torch.nn.Module) -> Iterator[str]:
@@ -156,7 +173,7 @@ def _passing_buffers(module: torch.nn.Module) -> Iterator[str]:
 
 
 def _parts(own: Own, shape: Shape, piece: Piece) -> Iterator[Part]:
-    """Yield views of one of the model's tensors, with the flat indices in the checkpoint's tensor."""
+    """Yield views of a tensor of the model, each with its flat indices in the checkpoint's tensor."""
     import torch
 
     tensor = own.tensor()
@@ -168,12 +185,12 @@ def _parts(own: Own, shape: Shape, piece: Piece) -> Iterator[Part]:
         problem = f"is a {type(tensor.data).__name__} ({tensor.layout}), not a plain tensor"
     if problem:
         raise StructureMismatch(f"tensor {own.name!r} {problem}", tensor=own.name)
-    memory = Region(shape, tensor.storage_offset(), tuple(tensor.stride()))
+    memory = Region(shape, int(tensor.storage_offset()), tuple(tensor.stride()))
     try:
         pieces = compose(piece, Piece(whole(shape), memory))
     except NotStrided as error:
         raise StructureMismatch(
-            f"tensor {own.name!r} is laid out otherwise than a contiguous one; make it contiguous",
+            f"tensor {own.name!r} has strides that do not divide each other; make it contiguous",
             tensor=own.name,
         ) from error
     for one in pieces:

@@ -1,6 +1,6 @@
-"""A checkpoint's tensor of which the parts lie in tensors of a model, and elements of it by flat index.
+"""Access by flat index to a checkpoint's tensor whose elements lie in tensors of a model.
 
-What is done to it is done to the model's memory. A plain tensor serves as well.
+Writes go to the model's memory. The functions also accept a plain tensor.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Part:
     """Some elements of a checkpoint's tensor.
 
     Attributes:
-        region: their flat indices.
-        tensor: a view of the model's memory, of the region's shape.
+        region: their flat indices in the checkpoint's tensor.
+        tensor: a view of the model's memory with the region's shape.
     """
 
     region: Region
@@ -34,8 +34,8 @@ class Joined:
     """A checkpoint's tensor whose elements lie in parts in a model.
 
     Args:
-        shape: of the checkpoint's tensor.
-        parts: all of its elements, each once; of one dtype.
+        shape: shape of the checkpoint's tensor.
+        parts: all of its elements, each once; all parts have one dtype.
     """
 
     is_meta = False
@@ -47,11 +47,11 @@ class Joined:
         self.device: torch.device = parts[0].tensor.device
 
     def numel(self) -> int:
-        """Return how many elements it has."""
+        """Return the number of elements."""
         return math.prod(self.shape)
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
-        """Return the bits at flat indices, ``(nnz,)``."""
+        """Return the bits at flat indices as integers of the element size, ``(nnz,)``."""
         import torch
 
         if self.is_in_order:
@@ -65,7 +65,7 @@ class Joined:
         return found
 
     def scatter(self, index: torch.Tensor, values: torch.Tensor) -> None:
-        """Set the bits at flat indices."""
+        """Write bits at flat indices, in place."""
         if self.is_in_order:
             bits.scatter(self.parts[0].tensor, index, values)
             return
@@ -75,7 +75,7 @@ class Joined:
             bits.scatter(part.tensor, inner.to(device), values[at].to(device))
 
     def copied(self) -> torch.Tensor:
-        """Return a copy, contiguous, of the checkpoint's shape."""
+        """Return a contiguous copy with the checkpoint's shape."""
         import torch
 
         copy = torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -88,7 +88,7 @@ class Joined:
 
     @property
     def is_in_order(self) -> bool:
-        """Whether it is one part with all elements in their order."""
+        """Whether a single part has all elements in row-major order."""
         region = self.parts[0].region
         return len(self.parts) == 1 and region == whole(region.shape)
 
@@ -97,17 +97,17 @@ Held: TypeAlias = "torch.Tensor | Joined"
 
 
 def parts_of(held: Held) -> list[torch.Tensor]:
-    """Return the tensors of a model, or views of them, that hold a tensor."""
+    """Return the tensors of the model, or views of them, that hold the elements."""
     return [part.tensor for part in held.parts] if isinstance(held, Joined) else [held]
 
 
 def gather(held: Held, index: torch.Tensor) -> torch.Tensor:
-    """Return the bits at flat indices, ``(nnz,)``."""
+    """Return the bits at flat indices as integers of the element size, ``(nnz,)``."""
     return held.gather(index) if isinstance(held, Joined) else bits.gather(held, index)
 
 
 def scatter(held: Held, index: torch.Tensor, values: torch.Tensor) -> None:
-    """Set the bits at flat indices."""
+    """Write bits at flat indices, in place."""
     if isinstance(held, Joined):
         held.scatter(index, values)
     else:
@@ -115,7 +115,7 @@ def scatter(held: Held, index: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def in_order(held: Held) -> torch.Tensor:
-    """Return a contiguous tensor with the same elements: a copy if they are not in their order in the model."""
+    """Return the elements as a contiguous tensor: the model's memory if it has them in row-major order, else a copy."""
     import torch
 
     if isinstance(held, Joined):
@@ -128,7 +128,7 @@ def in_order(held: Held) -> torch.Tensor:
 
 
 def _inside(region: Region, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which of flat indices are in a region, ``(n,)`` positions, and which elements of it they are."""
+    """Return which of the indices lie in a region, as positions ``(n,)``, and their indices in the region ``(n,)``."""
     import torch
 
     rest = index.long() - region.offset

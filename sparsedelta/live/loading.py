@@ -1,7 +1,7 @@
-"""What transformers makes of the tensors of a checkpoint when it loads them into a model.
+"""Where transformers puts the elements of a checkpoint's tensors when it loads them into a model.
 
-The only module that uses how transformers loads: its table of conversions, and how names are looked up in
-it. Nothing is loaded: the conversions run on tensors without data.
+This is the only module that uses the private loading code of transformers. Nothing is loaded: the conversions
+run on tensors without data.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Renamed:
-    """A checkpoint's tensor becomes a tensor of the model as it is.
+    """The tensor becomes a tensor of the model, unchanged.
 
     Attributes:
-        name: its name in the model.
+        name: the tensor's name in the model.
     """
 
     name: str
@@ -33,10 +33,11 @@ class Renamed:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The elements of a checkpoint's tensor become elements of tensors of the model.
+    """The elements of the tensor are moved into one or more tensors of the model.
 
     Attributes:
-        pieces: names in the model, each with a map from flat indices of the checkpoint's tensor to its own.
+        pieces: names in the model, each with a map from flat indices of the checkpoint's tensor to flat
+            indices of the model's tensor.
     """
 
     pieces: tuple[tuple[str, Piece], ...]
@@ -44,7 +45,7 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Where a checkpoint's tensor goes is not known, and why."""
+    """The elements of the tensor cannot be followed, for this reason."""
 
     reason: str
 
@@ -57,7 +58,7 @@ class _Group:
     """Tensors of a checkpoint that are converted together.
 
     Attributes:
-        converter: of transformers; it keeps the tensors.
+        converter: the ``WeightConverter`` of transformers.
         members: the tensors' names, each with the pattern that it matches.
     """
 
@@ -66,8 +67,8 @@ class _Group:
 
 
 def is_transformers(model: object) -> bool:
-    """Return whether it is a model of transformers."""
-    # A model of transformers cannot be there before transformers is.
+    """Return whether a model is a ``PreTrainedModel`` of transformers."""
+    # If transformers has not been imported, no model of it exists.
     transformers = sys.modules.get("transformers")
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
@@ -78,14 +79,13 @@ def find_loaded(
     """Return where transformers loads the tensors of a checkpoint into a model.
 
     Args:
-        model: of transformers.
+        model: a transformers model.
         own: shapes of the model's tensors by name.
-        given: shapes of the checkpoint's tensors by name: all of them, since some names are read in the light
-            of others.
+        given: shapes of all tensors of the checkpoint by name; some conversions need several of them.
 
     Returns:
-        By name in the checkpoint; those that transformers leaves out are missing. Of a tensor that is not just
-        moved, or only in part, the reason.
+        The result for each name in the checkpoint. Tensors that transformers does not load are missing.
+        ``Unknown``: not all elements of the tensor are moved unchanged.
     """
     groups, found = _grouped(model, own, given)
     for first, group in groups.items():
@@ -96,7 +96,7 @@ def find_loaded(
 def _grouped(
     model: Any, own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, _Group], dict[str, Fate]]:
-    """Return which tensors are converted, by the first name they get; and those that are only renamed."""
+    """Return the groups that are converted, by their first name in the model, and the results for all other tensors."""
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
@@ -108,14 +108,14 @@ def _grouped(
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
-    prefix = model.base_model_prefix
+    prefix, names = model.base_model_prefix, dict(own)
     groups: dict[str, _Group] = {}
     found: dict[str, Fate] = {}
     taken: dict[str, str] = {}
     for name in sorted(given, key=dot_natural_key):
-        new, pattern = rename_source_key(name, renamings, converters, prefix, own)
+        new, pattern = rename_source_key(name, renamings, converters, prefix, names)
         if new not in own and name in own:
-            new, pattern = rename_source_key(name, [], [], prefix, own)
+            new, pattern = rename_source_key(name, [], [], prefix, names)
         if new not in own:
             continue
         if pattern is not None:
@@ -129,7 +129,7 @@ def _grouped(
 
 
 def _transforms(model: Any) -> list[Any]:
-    """Return how names and tensors are changed, in order; those that the user has given come first."""
+    """Return the conversions in the order of use. Those that the user passed when loading come first."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     known = get_model_conversion_mapping(model)
@@ -155,13 +155,14 @@ def _converted(
     first: str,
     group: _Group,
 ) -> dict[str, Fate]:
-    """Return where the tensors of a group go."""
+    """Return the results for the tensors of a group."""
 
     def run(tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         converter = copy.deepcopy(group.converter)
         for (name, pattern), tensor in zip(group.members, tensors, strict=True):
             converter.add_tensor(first, name, pattern, tensor)
         made = converter.convert(first, model=_Shapes(model, own), config=model.config)
+        made = made[0] if isinstance(made, tuple) else made  # with errors, in transformers 5.0
         made = {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
         for name, tensor in made.items():
             if own.get(name) != tuple(tensor.shape):
@@ -171,7 +172,7 @@ def _converted(
     names = [name for name, _ in group.members]
     try:
         moves = find_moves([given[name] for name in names], run)
-    except Exception as error:  # an operation of the library, or of a user, may raise anything
+    except Exception as error:  # operations of transformers or of the user may raise anything
         return dict.fromkeys(names, Unknown(str(error)))
     return {name: _complete(given[name], own, m) for name, m in zip(names, moves, strict=True)}
 
@@ -179,7 +180,7 @@ def _converted(
 def _complete(
     shape: tuple[int, ...], own: Mapping[str, tuple[int, ...]], moves: list[tuple[str, Piece]]
 ) -> Fate:
-    """Return where a tensor goes, if all of it goes somewhere, once."""
+    """Return the result for a tensor: ``Unknown`` unless each element is moved to exactly one place."""
     n_found, n_elements = sum(piece.source.numel for _, piece in moves), math.prod(shape)
     if n_found != n_elements or not moves:
         return Unknown(f"{n_found} of its {n_elements} elements are found in the model")
@@ -191,7 +192,7 @@ def _complete(
 
 
 class _Shapes:
-    """A model of which conversions ask the shapes of its parameters, whatever they hold."""
+    """A model whose parameters are replaced by tensors without data; conversions read their shapes."""
 
     def __init__(self, model: Any, own: Mapping[str, tuple[int, ...]]) -> None:
         self._model = model
@@ -201,7 +202,7 @@ class _Shapes:
         return getattr(self._model, name)
 
     def get_parameter(self, name: str) -> torch.Tensor:
-        """Return a parameter, without data."""
+        """Return a parameter without data."""
         import torch
 
         if name not in self._own:

@@ -1,7 +1,7 @@
-"""Where a computation moves the elements of its inputs to, found on tensors without data.
+"""Find where a computation moves the elements of its inputs, by running it on tensors without data.
 
-Only copies, stacks and concatenations are followed; views come by themselves, since they share the storage.
-What other operations return has no source, which callers notice since not all elements are found again.
+Copies, stacks and concatenations are followed. Views share the storage, so they need no step. The elements
+that another operation returns have no source; callers notice that elements of the inputs are not found.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ def find_moves(
     shapes: Sequence[tuple[int, ...]],
     run: Callable[[Sequence[torch.Tensor]], Mapping[str, torch.Tensor]],
 ) -> list[list[tuple[str, Piece]]]:
-    """Return where the elements of each input of a computation are in what it returns.
+    """Return where the elements of each input of a computation are in its results.
 
     Args:
-        shapes: of the inputs.
-        run: the computation; it gets tensors without data, and returns tensors by name.
+        shapes: shapes of the inputs.
+        run: the computation: it takes tensors without data and returns tensors by name.
 
     Returns:
-        For each input, names of results with the map from the input's flat indices to those of the result.
+        For each input, names of results, each with the map from the input's flat indices to those of the result.
 
     Raises:
-        NotStrided: strides cannot express it.
+        NotStrided: strides cannot express a map.
     """
     import torch
 
@@ -53,7 +53,9 @@ class _Moves:
     def __init__(self) -> None:
         self._steps: dict[int, list[tuple[int, Piece]]] = defaultdict(list)
         self._results: dict[int, str] = {}
-        self._kept: list[torch.Tensor] = []  # a storage that is let go may give its id to another
+        self._kept: list[
+            torch.Tensor
+        ] = []  # keeps storages alive, since the id of a freed one may be reused
         self._ids = itertools.count(-1, -1)
 
     def recording(self) -> Any:
@@ -78,7 +80,7 @@ class _Moves:
         return Record()  # type: ignore[no-untyped-call]
 
     def add_result(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a tensor for what is returned under a name."""
+        """Record a tensor as the result with this name."""
         key = next(self._ids)
         self._results[key] = name
         self._steps[_storage(tensor)].append(
@@ -86,7 +88,7 @@ class _Moves:
         )
 
     def follow(self, storage: int, piece: Piece) -> Iterator[tuple[str, Piece]]:
-        """Yield the results in which elements are that are known to be in a storage."""
+        """Yield the results that have elements of a storage, each with the map to it."""
         for target, step in self._steps.get(storage, ()):
             for moved in compose(piece, step):
                 if target in self._results:
@@ -98,7 +100,7 @@ class _Moves:
 def _copies(
     name: str, args: Sequence[Any], result: Any
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield what an operation copies, and where to."""
+    """Yield the pairs (source, target) that an operation copies."""
     match name.split(".")[1]:
         case "clone" | "_to_copy":
             if _storage(args[0]) != _storage(result):
@@ -121,7 +123,7 @@ def _copy(source: torch.Tensor, target: torch.Tensor) -> Piece:
 
 
 def _region(tensor: torch.Tensor) -> Region:
-    return Region(tuple(tensor.shape), tensor.storage_offset(), tuple(tensor.stride()))
+    return Region(tuple(tensor.shape), int(tensor.storage_offset()), tuple(tensor.stride()))
 
 
 def _storage(tensor: torch.Tensor) -> int:

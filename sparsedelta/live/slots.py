@@ -21,14 +21,14 @@ from sparsedelta.live.bits import (
     torch_dtype,
     wire_name,
 )
-from sparsedelta.live.coordinates import Scattered, find_coordinates
+from sparsedelta.live.coordinates import Own, Scattered, find_coordinates
 from sparsedelta.live.held import Held, parts_of
 from sparsedelta.live.wrappers import plain_name
 
 if TYPE_CHECKING:
     import torch
 
-AnySlot: TypeAlias = "Slot | Scattered"
+AnySlot: TypeAlias = Own | Scattered
 
 _N_TRIED = 8  # missing names that are tried to find a common prefix
 

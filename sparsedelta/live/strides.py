@@ -1,6 +1,6 @@
-"""Strided regions of flat memory, and maps between two of them, one composed with the other.
+"""Strided regions of flat memory, maps between two regions, and the composition of two maps.
 
-Every map is exact and one-to-one; what strides cannot express raises ``NotStrided``.
+Every map is exact and one-to-one. If strides cannot express a map, ``NotStrided`` is raised.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Region:
     """Elements of flat memory, in row-major order of a shape.
 
     Attributes:
-        shape: how many there are in each direction.
-        offset: where the first one is, in elements.
-        strides: from one to the next in each direction, in elements.
+        shape: number of elements in each direction.
+        offset: offset of the first element.
+        strides: step from one element to the next in each direction, counted in elements.
     """
 
     shape: tuple[int, ...]
@@ -32,17 +32,17 @@ class Region:
 
     @property
     def numel(self) -> int:
-        """How many elements it has."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements of one memory, and where they are in another.
+    """A map from elements of one memory to elements of another.
 
     Attributes:
-        source: where they are in the first.
-        target: where they are in the second, in the same order and shape.
+        source: the elements in the first memory.
+        target: the elements in the second memory, in the same order and shape.
     """
 
     source: Region
@@ -70,10 +70,10 @@ def compose(first: Piece, second: Piece) -> tuple[Piece, ...]:
         second: maps from the same memory.
 
     Returns:
-        Maps of just the elements that are in both; none if there are none.
+        Maps of the elements that are in both; empty if there are none.
 
     Raises:
-        NotStrided: the strides of both in that memory are no multiples of each other.
+        NotStrided: the strides in the memory between them do not divide each other.
     """
     if not first.source.numel or not second.source.numel:
         return ()
@@ -86,7 +86,7 @@ def compose(first: Piece, second: Piece) -> tuple[Piece, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Box:
-    """A range of every digit of the addresses of a memory, and where each leads in another memory."""
+    """Addresses of a memory as ranges of their digits, with the steps of each digit in another memory."""
 
     ranges: tuple[tuple[int, int], ...]
     steps: tuple[int, ...]
@@ -94,7 +94,7 @@ class _Box:
 
 
 def _weights(*regions: Region) -> tuple[int, ...]:
-    """Return the weights of the digits in which addresses are written: the strides of all regions."""
+    """Return the weights of the digits of addresses: the strides of all regions, ascending."""
     steps = {1}
     for region in regions:
         steps |= {s for n, s in zip(region.shape, region.strides, strict=True) if n > 1}
@@ -119,7 +119,7 @@ def _boxes(here: Region, there: Region, weights: Sequence[int]) -> Iterator[_Box
     for (step, size, other), top in zip(own, tops, strict=True):
         low = (here.offset % top if top else here.offset) // step
         if top and low + size > top // step:
-            raise NotStrided("a row goes over the end of the one that it is in")
+            raise NotStrided("a row crosses the end of the row above it")
         origin -= low * other
         between = [w for w in weights if w >= step and (not top or w < top)]
         for weight in between:
@@ -133,7 +133,7 @@ def _boxes(here: Region, there: Region, weights: Sequence[int]) -> Iterator[_Box
 def _fixed(
     offset: int, weights: Sequence[int], bottom: int, top: int
 ) -> tuple[tuple[int, int], ...]:
-    """Return the digits of an offset below a weight; 0: all of them."""
+    """Return the digits of an offset below a weight; all digits if the weight is 0."""
     below = [w for w in weights if not top or w < top]
     ends = [*below, top][1:]
     found = [(offset % end if end else offset) // w for w, end in zip(below, ends, strict=True)]
@@ -183,7 +183,7 @@ def _meet(one: _Box, other: _Box) -> Piece | None:
 
 
 def _piece(axes: Sequence[tuple[int, int, int]], source: int, target: int) -> Piece:
-    """Return a map in as few axes as it takes, in the order of the source."""
+    """Return a map with as few axes as possible, in the order of the source."""
     merged: list[tuple[int, int, int]] = []
     for size, step, other in sorted(axes, key=lambda axis: -axis[1]):
         if size == 1:
