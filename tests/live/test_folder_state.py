@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,14 @@ def load(cls: Any, folder: Path) -> Any:
 
 
 @pytest.fixture(params=FAMILIES)
-def folders(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Any, Path, Path]]:
+def folders(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path, Path]:
     """Return the class of a model and two of its checkpoints."""
     small = make_small(request.param)
     # Loaded once: transformers keeps some tensors in float32.
     model = load(type(small), saved(small, tmp_path / "small"))
     base = saved(model, tmp_path / "base")
     change(model)
-    yield type(model), base, saved(model, tmp_path / "target")
+    return type(model), base, saved(model, tmp_path / "target")
 
 
 def test_the_delta_is_that_of_the_folders(folders: tuple[Any, Path, Path]) -> None:
