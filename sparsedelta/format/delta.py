@@ -142,7 +142,8 @@ class Delta:
                 that the model has of the delta's base, ``"none"`` nothing but dtypes and shapes.
             names: from the name of a tensor in the delta, or from file and name, to its name in the
                 model; None as a value: leave this tensor out. What torch.compile, FSDP, DDP and PEFT
-                put into names, and one prefix common to all, are found without it.
+                put into names, and one prefix common to all, are found without it, and so are the
+                tensors of a transformers model that its checkpoint names, shapes or lays out differently.
 
         Raises:
             BaseMismatch: a tensor is neither the base's nor the target's.

@@ -102,7 +102,7 @@ class Places:
 def find_places(delta: Delta, model: Model, names: Names) -> Places:
     """Return where a model holds the tensors of a delta. All changed tensors are found.
 
-    A row is matched with a tensor of the model by name, whatever its file. If several files of the delta
+    A row is matched with a place in the model by name, whatever its file. If several files of the delta
     have a tensor of this name, the one with the model's dtype and shape is taken.
 
     Args:
@@ -110,7 +110,8 @@ def find_places(delta: Delta, model: Model, names: Names) -> Places:
         model: a module or a state dict.
         names: a mapping or function from a tensor's name in the delta to its name in the model. A mapping may
             also have ``(file, name)`` as keys. The value None leaves a tensor out. If ``names`` is
-            None, the names must be equal, except for parts that wrappers insert and one common prefix.
+            None, a transformers model is searched as transformers loads a checkpoint. In any other model,
+            the names must be equal, except for parts that wrappers insert and one common prefix.
 
     Raises:
         StructureMismatch: a changed tensor is missing, has another dtype or shape, matches several rows with
