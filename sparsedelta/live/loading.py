@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sparsedelta.live.moves import find_moves
-from sparsedelta.live.strides import Piece, identity
+from sparsedelta.live.strides import Piece, are_disjoint, identity
 
 if TYPE_CHECKING:
     import torch
@@ -172,9 +172,9 @@ def _converted(
     names = [name for name, _ in group.members]
     try:
         moves = find_moves([given[name] for name in names], run)
+        return {name: _complete(given[name], own, m) for name, m in zip(names, moves, strict=True)}
     except Exception as error:  # operations of transformers or of the user may raise anything
         return dict.fromkeys(names, Unknown(str(error)))
-    return {name: _complete(given[name], own, m) for name, m in zip(names, moves, strict=True)}
 
 
 def _complete(
@@ -184,6 +184,8 @@ def _complete(
     n_found, n_elements = sum(piece.source.numel for _, piece in moves), math.prod(shape)
     if n_found != n_elements or not moves:
         return Unknown(f"{n_found} of its {n_elements} elements are found in the model")
+    if not are_disjoint([piece.source for _, piece in moves]):
+        return Unknown("some of its elements are in the model twice")
     if len(moves) == 1:
         ((name, piece),) = moves
         if own[name] == shape and piece == identity(n_elements):

@@ -391,6 +391,8 @@ def _misfit_error(row: Row, tensor: Held) -> StructureMismatch:
     expected, found = row.target, f"{wire_name(tensor.dtype)} {list(tensor.shape)}"
     other_dtype = tuple(tensor.shape) == expected.shape
     hint = f"; load the model in {expected.dtype.name}" if other_dtype else ""
+    if other_dtype and found.startswith("F32"):
+        hint += ", or load the target (load_model) if transformers always keeps this tensor in F32"
     return StructureMismatch(
         f"tensor {row.name!r} is {found} in the model, expected {_shown(expected)}{hint}",
         tensor=row.name,

@@ -61,6 +61,19 @@ def identity(n_elements: int) -> Piece:
     return Piece(line, line)
 
 
+def are_disjoint(regions: Sequence[Region]) -> bool:
+    """Return whether no element is in two of the regions.
+
+    Raises:
+        NotStrided: the strides of two regions do not divide each other.
+    """
+    spans = sorted(((r.offset, _last(r), r) for r in regions if r.numel), key=lambda span: span[:2])
+    for (_, last, one), (first, _, other) in itertools.combinations(spans, 2):
+        if first <= last and compose(Piece(one, one), Piece(other, other)):
+            return False
+    return True
+
+
 @lru_cache(4096)
 def compose(first: Piece, second: Piece) -> tuple[Piece, ...]:
     """Return the maps from the source of the first to the target of the second.
@@ -82,6 +95,11 @@ def compose(first: Piece, second: Piece) -> tuple[Piece, ...]:
     back = [*_boxes(second.source, second.target, weights)]
     met = (_meet(one, other) for one in there for other in back)
     return tuple(piece for piece in met if piece is not None)
+
+
+def _last(region: Region) -> int:
+    steps = zip(region.shape, region.strides, strict=True)
+    return region.offset + sum((size - 1) * step for size, step in steps)
 
 
 @dataclass(frozen=True, slots=True)
