@@ -125,7 +125,6 @@ def kill_push(folder: Path, n_kills: int) -> Counter[str]:
 def kill_fit(folder: Path, n_kills: int) -> Counter[str]:
     """Kill trainings that resume; count the states of the delta, and compare the last delta's bytes."""
     import torch
-    from safetensors.torch import save_file
     from train_helpers import make_inputs, make_net, square_loss
 
     from sift_train import FitConfig, fit
@@ -136,15 +135,12 @@ def kill_fit(folder: Path, n_kills: int) -> Counter[str]:
     delta, runs, log = folder / "place/delta.sd", folder / "run", folder / "log"
     config = FitConfig(sparse_rate=0.2, epochs=10, save_every=4, lr=1e-2)
 
-    base = folder / "base.safetensors"
-    save_file({name: one.detach() for name, one in make_net().state_dict().items()}, base)
-
     def train() -> None:
         torch.manual_seed(0)
         data = make_inputs(12)
         fit(
             make_net(), data, output=delta, config=config, loss=square_loss, run_dir=runs,
-            base=base, resume=True, overwrite=True,
+            resume=True, overwrite=True,
         )  # fmt: skip
 
     def reset() -> None:
