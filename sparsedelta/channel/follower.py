@@ -1,10 +1,9 @@
-"""``Follower``: keeps a model in memory, or a checkpoint on disk, at a version of a channel."""
+"""``Follower``: updates a model in memory, or a checkpoint on disk, to versions of a channel."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from sparsedelta._typing import AnyPath, Model, Names
 from sparsedelta.channel.following import Pursuit, SyncReport
@@ -14,11 +13,10 @@ from sparsedelta.progress import Progress
 
 
 class Follower:
-    """Keeps a model in memory, or a checkpoint on disk, at a version of a channel.
+    """Updates a model in memory, or a checkpoint on disk, to versions of a channel.
 
-    What is held changes only when all that it takes is read and checked, and at once: a model while no thread is
-    within ``reading``, a checkpoint on disk by an exchange of names. Methods must not be called from several threads, but
-    for ``reading``.
+    A version is read and checked completely before anything changes. A model is written while no thread is inside
+    ``reading``. A checkpoint on disk is replaced in one step. Except for ``reading``, call the methods from one thread.
     """
 
     def __init__(
@@ -31,18 +29,18 @@ class Follower:
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """Prepare; nothing is read.
+        """Store the arguments; nothing is read yet.
 
         Args:
-            channel: what is followed. Where it can be written, leases are taken, so that nothing is pruned while it
-                is read.
-            model_or_path: a ``torch.nn.Module`` or a state dict, whose tensors are changed; or the path of a folder or
-                file, which is made and replaced.
-            base: the checkpoint that anchors are applied to, if the publisher has made them so. A model that is this
-                checkpoint needs none.
-            names: of a model's tensors; see ``Delta.apply_``.
-            overwrite: replace what is at a path even if it is no version of the channel.
-            progress: told of the bytes written to disk.
+            channel: the channel to follow. If its store is writable, the follower takes leases, so that nothing is
+                pruned while it is read.
+            model_or_path: a ``torch.nn.Module`` or a state dict, whose tensors are changed in place; or the path of a
+                folder or file, which is created and replaced.
+            base: the checkpoint that the anchors are deltas on, if the publisher uses one. It is not needed if the
+                model holds this checkpoint.
+            names: maps names of tensors to names in the model; see ``Delta.apply_``.
+            overwrite: replace the folder or file even if it is not a version of the channel.
+            progress: receives the number of bytes written to disk.
         """
         self._lock = None
         if isinstance(model_or_path, str | os.PathLike):
@@ -55,39 +53,37 @@ class Follower:
 
     @property
     def version(self) -> int | None:
-        """The version that is held; None: none that is known."""
+        """The number of the current version; None if it is unknown."""
         held = self._pursuit.held
         return held.version if held else None
 
     def sync(self, version: int | None = None) -> SyncReport:
-        """Move to a version; return what was done. After any error, call again.
+        """Update to a version; return a report. After any error it is safe to call again.
 
-        The first call finds out by digests which version is held, if any.
+        The first call compares digests to find the current version.
 
         Args:
-            version: its number; None: the latest. One before the version that is held is possible too.
+            version: number of the version, which may be older than the current one; None for the latest.
 
         Raises:
-            Behind: the channel does not have the version (yet, or any longer). What is held is as it was.
-            BadVersion: an entry or object is damaged. What is held is as it was.
-            Uncertain: something else has changed what is held, or a write could neither be finished nor taken back.
-                The next call rebuilds it from an anchor.
+            Behind: the channel does not have the version yet, or no longer. Nothing was changed.
+            BadVersion: an entry or object is damaged. Nothing was changed.
+            Uncertain: the model or checkpoint was changed by something else, or a write could neither be completed
+                nor undone. The next call rebuilds it from an anchor.
             StructureMismatch: the model lacks a tensor of the version, or has it with another dtype or shape.
-            FileExistsError: what is at the path is no version of the channel, and ``overwrite`` is false.
-            OSError, RemoteError: the store failed, or there is no room.
+            FileExistsError: the path holds something that is not a version of the channel, and ``overwrite`` is false.
+            OSError, RemoteError: the store failed, or the disk is full.
         """
         return self._pursuit.sync(version)
 
-    @contextmanager
-    def reading(self) -> Iterator[int | None]:
-        """Use the model while ``sync`` does not write to it; yields the version that is held.
+    def reading(self) -> AbstractContextManager[int | None]:
+        """Return a context in which ``sync`` does not write to the model; it gives the current version.
 
-        Threads read together. A thread must not call ``sync`` while it reads.
+        Several threads may read at once. A thread must not call ``sync`` while it reads.
 
         Raises:
             TypeError: the follower keeps a checkpoint on disk.
         """
         if self._lock is None:
             raise TypeError("this follower keeps a checkpoint on disk; open it instead")
-        with self._lock.reading():
-            yield self.version
+        return self._lock.reading(lambda: self.version)

@@ -15,7 +15,7 @@ from sparsedelta.errors import BadVersion, FormatError
 from sparsedelta.format.strict_json import compact_json, integer, members, parse_json, text
 
 LEASE_SECONDS = 15 * 60  # at most an hour
-CLOCK_SECONDS = 60  # by which clocks may differ
+CLOCK_SECONDS = 60  # the largest difference between two clocks
 _CLOSED = compact_json({"closed": True})
 
 
@@ -29,12 +29,12 @@ class Slot:
 
 
 def take_lease(channel: Versions, segment: int, holder: str) -> int | None:
-    """Return until when a segment is leased, in seconds since 1970 UTC; None: it is closed.
+    """Take a lease; return its end in seconds since 1970 UTC, or None if the segment is closed.
 
     Args:
-        channel: whose segment.
-        segment: the version that it begins with.
-        holder: who takes it; for people who look.
+        channel: the channel.
+        segment: the first version of the segment.
+        holder: a name for the holder, for people who inspect the store.
     """
     if is_closed(channel, segment):
         return None
@@ -77,7 +77,7 @@ def close(channel: Versions, segment: int) -> bool:
 
 
 def _first_missing(channel: Versions, segment: int) -> int:
-    """Return a slot that is missing, the one after it too if slots are not being deleted."""
+    """Return the number of the first missing slot; slots may be deleted at the same time."""
     low, step = -1, 1
     missing: int | None = None
     while missing is None or missing - low > 1:
@@ -91,7 +91,7 @@ def _first_missing(channel: Versions, segment: int) -> int:
 
 
 def _create(channel: Versions, name: str, content: bytes) -> bool:
-    """Create a slot; return whether it has this content, also if the store says otherwise or fails."""
+    """Create a slot; return whether it has this content afterwards, even if the store reported a failure."""
     try:
         if channel.store.create(name, content):
             return True

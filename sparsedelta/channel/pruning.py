@@ -1,7 +1,6 @@
-"""``prune``: delete what no follower needs any longer (spec/CHANNEL.md §9).
+"""``prune``: deletes the versions that no follower needs any longer (spec/CHANNEL.md §9).
 
-A segment is deleted only after it is closed. What is deleted otherwise is garbage: an object that the entry of its
-number does not name.
+A segment is closed before it is deleted. Objects that no entry names are garbage and are deleted too.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from sparsedelta.channel.versions import Versions
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
-    """What pruning has left.
+    """The result of pruning.
 
     Attributes:
-        first: the oldest version that can still be read; None: the channel has no version.
+        first: the oldest version that can still be read; None if the channel has no version.
         n_closed: segments that were closed.
         n_deleted: objects that were deleted.
-        leased: the oldest segment that would have been closed, and is leased; None: there is none.
+        leased: the oldest segment that was kept only because it is leased; None if there is none.
     """
 
     first: int | None
@@ -35,7 +34,7 @@ class PruneReport:
 
 
 def prune(channel: Versions, *, keep: int) -> PruneReport:
-    """Delete what followers do not need to reach the latest versions; see ``Channel.prune``."""
+    """Delete all objects that are not needed to reach the latest versions; see ``Channel.prune``."""
     if keep < 1:
         raise ValueError(f"keep is {keep}, expected at least 1 version")
     with writing(channel, "prune"):
@@ -57,7 +56,7 @@ def prune(channel: Versions, *, keep: int) -> PruneReport:
 
 
 def _open_before(channel: Versions, segment: int) -> Iterator[int]:
-    """Yield where the segments before one begin that are not closed, the latest first."""
+    """Yield the first versions of the open segments before a segment, the latest first."""
     while segment > 1:
         segment = channel.entry(segment - 1).segment
         if is_closed(channel, segment):
@@ -79,7 +78,7 @@ def _names(entry: Entry) -> Iterator[str]:
 
 
 def _garbage(channel: Versions, head: int, first: int) -> Iterator[str]:
-    """Yield objects of versions before ``first``, and those that the entry of their version does not name."""
+    """Yield the objects of versions before ``first``, and objects that the entry of their version does not name."""
     for kind in KINDS:
         for name in channel.store.list(f"{kind}/"):
             version = object_version(name)
@@ -90,7 +89,7 @@ def _garbage(channel: Versions, head: int, first: int) -> Iterator[str]:
 
 
 def _old_slots(channel: Versions, first: int) -> Iterator[str]:
-    """Yield all slots of segments before ``first`` but the first slot of each, which says that it is closed."""
+    """Yield the slots of segments before ``first``, except slot 0, which marks a segment as closed."""
     for name in channel.store.list(LEASES):
         slot = slot_of(name)
         if slot and slot[0] < first and slot[1]:

@@ -1,4 +1,4 @@
-"""``Publisher``: adds versions of a model in memory to a channel; and how a checkpoint on disk is added."""
+"""Adds versions to a channel: from a model in memory (``Publisher``), or from a checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from sparsedelta.progress import Progress
 class Publisher:
     """Adds versions of a model to a channel.
 
-    It finds out whether the model is the head of the channel, as after a restart. If it is not, the first version is
-    written in full, and followers move over by themselves.
+    If the model equals the head of the channel, as it may after a restart, the next version is a delta on the head.
+    Otherwise the next version is written in full, and followers switch to it without further action.
 
     Not safe for use from several threads. The model must not change while a method runs.
     """
@@ -44,28 +44,27 @@ class Publisher:
         standalone: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """Copy the model, and find the head of the channel.
+        """Copy the model, and compare it with the head of the channel.
 
         Args:
-            channel: where versions are added; it must be writable.
+            channel: the channel to add versions to; its store must be writable.
             model: a ``torch.nn.Module`` or a state dict, on any device; see ``Snapshot``.
-            folder: a checkpoint of this model; versions then have its files; see ``Snapshot``.
+            folder: a checkpoint of this model; the versions then have its files; see ``Snapshot``.
             keep_on: where the copy of the last published version is; see ``Snapshot``.
-            anchor_ratio: a version gets an anchor when the deltas since the last anchor weigh more than this times
-                that anchor; None: never for this reason.
-            anchor_every: a version gets an anchor when the last one is so many versions old; None: never for this
-                reason.
-            anchor_base: a checkpoint that all followers have, such as the one that training has begun with. Anchors
-                are deltas on it; None: they hold everything.
+            anchor_ratio: write an anchor when the deltas since the last anchor have more bytes than this ratio
+                times that anchor; None to ignore their size.
+            anchor_every: write an anchor when the last one is this number of versions old; None to ignore its age.
+            anchor_base: a checkpoint that all followers have, such as the one with which the training began.
+                Anchors are then deltas on it. None: anchors hold all tensors.
             anchor_base_id: where followers may find it, such as ``org/model@<commit>``.
             values: how deltas are coded; see ``sparsedelta.diff``.
             level: the same.
             standalone: the same.
-            progress: told of the bytes read.
+            progress: receives the number of bytes read.
 
         Raises:
             StructureMismatch: see ``Snapshot``.
-            BadVersion: the store holds something else than a channel, or a damaged one.
+            BadVersion: the store holds no channel, or a damaged one.
             ValueError: an argument is wrong.
         """
         snapshot = Snapshot(model, folder=folder, keep_on=keep_on, progress=progress)
@@ -75,26 +74,26 @@ class Publisher:
 
     @property
     def run(self) -> str:
-        """The id of this publisher, which its entries have."""
+        """The id of this publisher; it is recorded in its entries."""
         return self._run.id
 
     @property
     def is_at_head(self) -> bool:
-        """Whether what was published last is the head; if not, the next version is written in full."""
+        """Whether the last published version is the head; if not, the next version is written in full."""
         return self._run.is_at_head
 
     def publish(self, step: int | None = None, info: Mapping[str, JSON] | None = None) -> Entry:
-        """Add a version with what the model holds now; return its entry when it is durable.
+        """Add a version with the model's current weights; return its entry once it is durable.
 
-        What counts as published moves only then. After an error of the store, call again: the version is
-        finished if its entry was written, or begun anew.
+        The next delta is made on this version only after that. After an error of the store, call again: the
+        version is completed if its entry was written, and otherwise made anew.
 
         Args:
-            step: of the training.
-            info: free JSON.
+            step: number of the training step.
+            info: any JSON object, recorded in the entry.
 
         Raises:
-            HeadMoved: another publisher has added a version since this one was made; only one of them may go on.
+            HeadMoved: another publisher has added a version since this one was created; only one can continue.
             StructureMismatch: the model has other tensors than before; make a new publisher.
             OSError, RemoteError: the store failed.
         """
@@ -117,14 +116,14 @@ def publish_checkpoint(
     standalone: bool = False,
     progress: Progress | None = None,
 ) -> Entry | None:
-    """Add a checkpoint on disk to a channel; return its entry when it is durable.
+    """Add a checkpoint on disk to a channel; return its entry once it is durable.
 
     Args:
-        channel: where it is added.
+        channel: the channel to add it to.
         checkpoint: a safetensors file or a folder.
-        base: the checkpoint that was published last: the version is then a delta on it. None: it is written in full.
-        step: of the training.
-        info: free JSON.
+        base: the checkpoint that was published last; the version is then a delta on it. None: it is written in full.
+        step: number of the training step.
+        info: any JSON object, recorded in the entry.
         anchor_ratio: see ``Publisher``.
         anchor_every: the same.
         anchor_base: the same.
@@ -132,14 +131,14 @@ def publish_checkpoint(
         values: see ``sparsedelta.diff``.
         level: the same.
         standalone: the same.
-        progress: told of the bytes read.
+        progress: receives the number of bytes read.
 
     Returns:
         None if no base is given and the head has the same tensors already.
 
     Raises:
         BaseMismatch: ``base`` is not the head of the channel.
-        HeadMoved: another publisher has added a version meanwhile.
+        HeadMoved: another publisher added a version in the meantime.
         CheckpointError: a checkpoint cannot be read.
         OSError, RemoteError: the store failed.
     """

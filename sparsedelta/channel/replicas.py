@@ -1,4 +1,4 @@
-"""Where a follower keeps a version: a model in memory, or a checkpoint on disk (``channel.following.Replica``)."""
+"""What a follower updates: a model in memory or a checkpoint on disk (``channel.following.Replica``)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _MAX_HELD_BYTES = 1 << 16
 
 
 class ModelReplica:
-    """A model in memory, changed in place while nobody reads it.
+    """A model in memory, changed in place while no thread reads it.
 
     Args:
         model: a module or a state dict.
@@ -56,7 +56,7 @@ class ModelReplica:
         self._fingerprint: bytes | None = None  # of what is held that is no version
 
     def fingerprint(self) -> bytes | None:
-        """Return the model's fingerprint; None if it is not known how the model is saved."""
+        """Return the fingerprint of the model; None if the way it is saved is unknown."""
         with self.lock.writing():
             self._writer.restore()
         with self.lock.reading():
@@ -83,7 +83,7 @@ class ModelReplica:
         held: Entry | None,
         to: Entry,
     ) -> None:
-        """Become a version: by one write of all changed elements, or of all tensors."""
+        """Change the model to a version: by one write of all changed elements, or of all tensors."""
         with ExitStack() as context:
             deltas = [context.enter_context(load(file)) for file in files]
             if onto == "held" or (base and self._is_base(base)):
@@ -111,13 +111,13 @@ class ModelReplica:
 class DiskReplica:
     """A checkpoint on disk, replaced in one step.
 
-    A file beside it names the versions that it may be. That is a hint: the digests of its tensors decide.
+    A file beside it lists the versions that it may be. The list is only a hint: the digests of the tensors decide.
 
     Args:
         out: the folder or file.
         base: the checkpoint that anchors are applied to, if they are applied to one.
-        overwrite: replace what is at ``out`` even if it is no version of the channel.
-        progress: told of the bytes written.
+        overwrite: replace ``out`` even if it is not a version of the channel.
+        progress: receives the number of bytes written.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class DiskReplica:
         self._progress = progress
 
     def fingerprint(self) -> bytes | None:
-        """Return the fingerprint of what is there; None: nothing, or no checkpoint."""
+        """Return the fingerprint of the checkpoint on disk; None if there is none."""
         try:
             with Checkpoint(self._out, whole=False, complete=False) as checkpoint:
                 return checkpoint_fingerprint(checkpoint) if checkpoint.weight_files else None
@@ -143,7 +143,7 @@ class DiskReplica:
             return None
 
     def hints(self) -> Sequence[tuple[int, bytes]]:
-        """Return what the file beside it says."""
+        """Return the versions in the file beside the checkpoint."""
         try:
             with open(self._hints_path, "rb") as file:
                 return _parse_hints(file.read(_MAX_HELD_BYTES))
