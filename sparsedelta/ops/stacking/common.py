@@ -31,7 +31,7 @@ from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import BaseDiffers, check_base_tensor
 from sparsedelta.tensors.sources import RebuiltTensor
 
-_MOST_STACKED = 1 << 32  # info is free JSON; a larger count in it is not believed
+_MOST_STACKED = 1 << 32  # a larger count is ignored, because info may hold any JSON
 
 Links: TypeAlias = Sequence[Link]  # the rows of one tensor, one per delta
 R = TypeVar("R")
