@@ -31,8 +31,8 @@ class VerifyReport:
         n_changed: number of tensors that the delta changes or adds.
         nnz: number of touched elements.
         payload_bytes: number of coded bytes checked.
-        base_checked: whether a base was given: it is the delta's base, and gives the delta's target.
-        target_checked: whether a target was given: all its files are those of the delta's target.
+        base_checked: whether a base was given and checked, and the target rebuilt from it and checked.
+        target_checked: whether a target was given, and all its files compared with the delta's target.
     """
 
     n_tensors: int

@@ -1,1 +1,1 @@
-"""What ``merge`` is made of: the recipe, and the one place of the package that computes with floats."""
+"""The parts of ``merge``: the methods, and the arithmetic with floating-point numbers."""
