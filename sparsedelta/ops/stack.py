@@ -35,8 +35,8 @@ def stack(
         deltas: ``.sd`` files or loaded deltas; at least one.
         base: the base of the first delta. It is required if a tensor is changed by differences in one
             delta and by new values in another, if several siblings change the same tensor, or if changes
-            were coded with the help of the base. If it is given, elements of tensors with new values that
-            return to the base's bits are left out of the stack.
+            were coded with the help of the base. If it is given, an element with a new value that
+            equals the base's value is left out of the stack.
         progress: receives the number of bytes read.
         spool_dir: folder for the temporary file that holds the coded changes if they do not fit in memory;
             None for the system's temporary folder.
