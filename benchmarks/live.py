@@ -36,6 +36,7 @@ from variants import make_base, make_variant
 
 import sparsedelta
 from sparsedelta.live.bits import flat_bits
+from sparsedelta.live.held import in_order
 from sparsedelta.live.inplace import prepare
 from sparsedelta.live.patch import Patch
 
@@ -111,7 +112,7 @@ def copy_in(patches: list[Patch], *, undo: bool, plain: bool) -> None:
     """Set touched elements with ``index_copy_``, or with ``scatter_``."""
     for patch in patches:
         values = patch.before if undo else patch.after
-        tensor = flat_bits(patch.place.slot.tensor())
+        tensor = flat_bits(in_order(patch.place.slot.tensor()))  # contiguous, so not a copy
         if plain:
             tensor.index_copy_(0, patch.index, values)
         else:

@@ -63,9 +63,11 @@ def load(folder: Path, n_labels: int) -> tuple[nn.Module, Any]:
 
 
 def read_examples(path: Path) -> list[tuple[int, str]]:
-    """Return labels and texts, shuffled."""
+    """Return labels and texts, shuffled. Labels are numbered from 0, in the order of their names."""
     lines = [line for line in path.read_text("latin-1").split("\n") if line.strip()]
-    pairs = [(int(label), text) for label, text in (line.split(" ", 1) for line in lines)]
+    rows = [line.split(" ", 1) for line in lines]
+    names = sorted({label for label, _ in rows})
+    pairs = [(names.index(label), text) for label, text in rows]
     random.Random(SEED).shuffle(pairs)
     return pairs
 

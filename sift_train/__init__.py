@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sift_train import _extra  # noqa: F401 - names a package that is missing
 from sift_train.config import Evaluation, FitConfig, FitResult, StepReport
 from sift_train.export import export_delta
 from sift_train.fit import fit

@@ -131,7 +131,14 @@ def _draw(figure: Any, axis: Any, grid: Any, measure: _Measure) -> None:
 
 
 def _figures() -> Any:
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "pictures need matplotlib, which is not installed; install it with:"
+            " pip install 'sparsedelta[pictures]'",
+            name="matplotlib",
+        ) from error
 
     matplotlib.use("Agg", force=False)
     from matplotlib import pyplot

@@ -104,6 +104,7 @@ class SIFT:
         self._grad_acc = grad_acc
         self.may_write: Tensor | None = None
         self._only_scoring = False
+        self._is_reverted = False  # inside ``reverted``
         self._is_stepped_by_torch = False
         self._handles: list[RemovableHandle] = []
         masks = selection if isinstance(selection, Mapping) else {}
@@ -248,11 +249,14 @@ class SIFT:
     @contextmanager
     def reverted(self) -> Iterator[None]:
         """Give the model its weights from before training inside the block, bit for bit."""
+        self._before_use()
         parts = [part for part in self.sparse_mapping.values() if part.is_selected]
         trained = [(part, part.swap_original()) for part in parts]
+        self._is_reverted = True
         try:
             yield
         finally:
+            self._is_reverted = False
             for part, values in trained:
                 part.swap_original(values)
 
@@ -407,7 +411,7 @@ class SIFT:
             # Write only if needed: a write between two forward passes of one loss breaks backward.
             # Optimizers other than torch's may edit `.data`, which does not change the version.
             may_differ = part.is_behind or not self._is_stepped_by_torch
-            if part.is_selected and may_differ and part.differs:
+            if part.is_selected and may_differ and not self._is_reverted and part.differs:
                 part.write(self.may_write)
 
 

@@ -11,6 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparsedelta.channel.channel import Channel
+    from sparsedelta.channel.follower import Follower
+    from sparsedelta.channel.publisher import Publisher
     from sparsedelta.errors import SparseDeltaError
     from sparsedelta.format.delta import Delta, load
     from sparsedelta.hub.load_model import load_model
@@ -29,9 +32,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Channel",
     "Delta",
     "DeltaBank",
+    "Follower",
     "Inspection",
+    "Publisher",
     "PullReport",
     "PushReport",
     "Snapshot",
@@ -54,9 +60,12 @@ __all__ = [
 # The module that defines each public name. No module here is named like a verb: importing a module
 # `sparsedelta.diff` would replace the function of that name.
 _MODULES = {
+    "Channel": "channel.channel",
     "Delta": "format.delta",
     "DeltaBank": "live.bank",
+    "Follower": "channel.follower",
     "Inspection": "ops.inspect",
+    "Publisher": "channel.publisher",
     "PullReport": "hub.pull",
     "PushReport": "hub.push",
     "Snapshot": "live.snapshot",

@@ -17,6 +17,11 @@ SparseDeltaError
 ├─ BaseNeeded (ValueError)         the delta can be decoded only with its base, which was not given
 ├─ CheckpointError (ValueError)    a base or target cannot be read as a checkpoint
 ├─ ConflictError (ValueError)      the deltas cannot be stacked, inverted or merged
+├─ ChannelError (ValueError)       a channel cannot do what was asked
+│  ├─ BadVersion                   an entry or object of the channel is damaged or breaks a rule
+│  ├─ Uncertain                    what the follower holds is not the version that it held last
+│  ├─ Behind                       the version asked for is not available: not published, or pruned
+│  └─ HeadMoved                    another publisher has added a version
 └─ RemoteError                     the Hub refused, or could not be reached
    ├─ RemoteNotFound               the repository, revision or file does not exist
    ├─ AccessDenied                 the token lacks permission, or a token is required
@@ -147,6 +152,36 @@ class ConflictError(SparseDeltaError, ValueError):
     """The deltas cannot be stacked, inverted or merged as requested."""
 
     code = "conflict"
+
+
+class ChannelError(SparseDeltaError, ValueError):
+    """A channel cannot do what was asked."""
+
+    code = "channel"
+
+
+class BadVersion(ChannelError):
+    """An entry or an object of the channel is damaged or breaks a rule; what the follower holds is as it was."""
+
+    code = "bad_version"
+
+
+class Uncertain(ChannelError):
+    """What the follower holds is not the version that it held last; the next ``sync`` rebuilds it from an anchor."""
+
+    code = "uncertain"
+
+
+class Behind(ChannelError):
+    """The version asked for is not available; what the follower holds is as it was."""
+
+    code = "behind"
+
+
+class HeadMoved(ChannelError):
+    """Another publisher has added a version; this publisher must not add more."""
+
+    code = "head_moved"
 
 
 class RemoteError(SparseDeltaError):

@@ -109,11 +109,20 @@ def work_folder(final: Path) -> Iterator[Path]:
                 if is_mine:  # else another run locked it first, and removes it
                     yield work
                     return
+        except OSError as error:
+            _name_output(error, work, final)
+            raise
         finally:
             try:
                 shutil.rmtree(work, ignore_errors=True)
             finally:  # again, in case an interrupt stopped the first call
                 shutil.rmtree(work, ignore_errors=True)
+
+
+def _name_output(error: OSError, work: Path, final: Path) -> None:
+    """Replace the name of a hidden folder in an error by that of the output, which the user knows."""
+    if str(error.filename).startswith(str(work)):
+        error.filename, error.filename2 = str(final), None
 
 
 def remove_abandoned(folder: Path) -> None:
@@ -165,7 +174,10 @@ def check_checkpoint_folder(path: Path) -> None:
 
 
 def check_room(path: Path, n_bytes: int) -> None:
-    """Raise OSError if the disk of ``path`` has less than ``n_bytes`` of free space, as far as known."""
+    """Raise OSError if ``n_bytes`` do not fit on the disk of ``path``.
+
+    Some network file systems do not report their free space; then nothing is raised.
+    """
     free = system.n_free_bytes(path.parent)
     if free is not None and n_bytes > free:
         raise OSError(

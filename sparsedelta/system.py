@@ -1,6 +1,6 @@
 """System calls that differ between operating systems, each with a fallback that works everywhere.
 
-Where a system cannot do something, the function's return value says so.
+Each docstring says what happens on a system that lacks the call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _COMMON
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _MANY_FILES = 10_000  # macOS refuses more than its own limit of 10,240
-_FEW_FILES = 32  # so few fit within the usual limit, beside the files already open
+_FEW_FILES = 32  # this many more files fit within every usual limit
 _AT_FDCWD = {"linux": -100, "darwin": -2}.get(sys.platform, 0)  # relative to the current folder
 _EXCHANGE = 2  # RENAME_EXCHANGE on Linux, RENAME_SWAP on macOS
 _NEW_NAME = 4 if sys.platform == "darwin" else 1  # RENAME_EXCL on macOS, RENAME_NOREPLACE on Linux

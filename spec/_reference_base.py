@@ -1,4 +1,4 @@
-"""The base for the reference decoder: its files, and finding the base tensor of a row (FORMAT §10)."""
+"""Read the base and find the base tensors of rows, for the reference decoder (FORMAT §10)."""
 
 from __future__ import annotations
 

@@ -183,9 +183,10 @@ STRUCTURE = {
 def fits(value: Any, template: Any) -> bool:
     """Return whether a value matches a template.
 
-    `int` matches 0 to 2^63 - 1. None and integers match themselves. A set matches what one of its
-    members matches, a function what it accepts. A dict, list or tuple matches objects with these members
-    in this order, lists of such items, and lists of exactly these items.
+    `int` matches 0 to 2^63 - 1, `str` and `bool` any string and boolean. None and integers match
+    themselves. A set matches what one of its members matches. A function matches what it accepts. A dict
+    matches an object with the same members in the same order. A list matches a list of any length whose
+    items all match its one item. A tuple matches a list of the same length, item by item.
     """
     if template is int:
         return type(value) is int and 0 <= value < 1 << 63

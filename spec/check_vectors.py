@@ -103,7 +103,7 @@ class Instrumented(ast.NodeTransformer):
 
 @contextmanager
 def instrumented() -> Iterator[tuple[ModuleType, Checks]]:
-    """Yield a rewritten copy of the reference decoder and its checks; at the end it is unloaded."""
+    """Yield a rewritten copy of the reference decoder, and its checks."""
     checks = Checks()
     before = {name: sys.modules.pop(name, None) for name in MODULES}
     try:

@@ -179,7 +179,8 @@ def decode_chunk(row: Row, chunk: Chunk, old: bytes) -> list[tuple[int, int, int
     Args:
         row: the row.
         chunk: one of its chunks.
-        old: the bytes that the row keeps of its base tensor; not needed for a chunk without classes.
+        old: the bytes that the row keeps of its base tensor. They may be missing for a chunk without
+            classes; then only the positions and codes are right.
     """
     w = row.layout.width
     _, index, packing, has_classes = chunk.coding

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -255,6 +256,21 @@ def test_all_works_without_what_only_some_systems_have(
         )
     assert_same_files(tmp_path / "target", tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["base", "delta.sd", "out", "target"]
+
+
+def test_every_module_and_command_works_without_posix(tmp_path: Path) -> None:
+    tensor = noise("BF16", 5000)
+    write_sharded(tmp_path / "base", [{"w": tensor}, {"v": tensor}])
+    write_sharded(tmp_path / "target", [{"w": tensor.changed(3)}, {"v": tensor.changed(9, 2000)}])
+    program = Path(__file__).with_name("without_posix.py")
+    done = subprocess.run(
+        [sys.executable, program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    left = ["back", "base", "delta.sd", "nothing.sd", "out", "target", "undo.sd"]
+    assert done.stdout.splitlines() == [str(left)]
+    assert_same_files(tmp_path / "target", tmp_path / "out")
+    assert_same_files(tmp_path / "base", tmp_path / "back")
 
 
 def test_folder_for_the_output_must_exist(tmp_path: Path) -> None:

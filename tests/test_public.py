@@ -10,9 +10,12 @@ import pytest
 import sparsedelta
 
 NAMES = {
+    "Channel",
     "Delta",
     "DeltaBank",
+    "Follower",
     "Inspection",
+    "Publisher",
     "PullReport",
     "PushReport",
     "Snapshot",

@@ -26,7 +26,10 @@ from sparsedelta.cli._failures import (
 )
 from sparsedelta.codecs.kernels import in_use
 
-COMMANDS = ("diff", "apply", "verify", "inspect", "stack", "invert", "merge", "push", "pull")
+COMMANDS = (
+    "diff", "apply", "verify", "inspect", "stack", "invert", "merge", "push", "pull",
+    "publish", "follow", "log", "prune",
+)  # fmt: skip
 _DEBUG_HELP = "Show the traceback of an error."
 _QUIET_HELP = "Do not show progress or notes."
 

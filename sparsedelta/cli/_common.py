@@ -11,11 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
     from sparsedelta._typing import JSON
 
 PATH = click.Path(path_type=Path)
+
+
+class _PathOrRepository(click.types.StringParamType):
+    """A path or a repository on the Hub. A shell completes it as a path."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Return the request for completion by the names of files."""
+        return [CompletionItem(incomplete, type="file")]
+
+
+PATH_OR_REPOSITORY = _PathOrRepository()
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 token_option = click.option(

@@ -1,4 +1,4 @@
-"""Arguments that may be a path or a repository. An existing path is preferred, and a note says so."""
+"""Arguments that may be a path or a repository. An existing path is preferred."""
 
 from __future__ import annotations
 
@@ -27,12 +27,8 @@ class Sources(ExitStack):
         super().__init__()
         self._settings = settings
 
-    def reference(self, text: str, *, note: bool = True) -> Reference | None:
+    def reference(self, text: str) -> Reference | None:
         """Return the repository that an argument names, or None if it names a path.
-
-        Args:
-            text: the argument.
-            note: print a note if it could be either.
 
         Raises:
             ValueError: it begins with ``hf://`` and names no repository.
@@ -40,18 +36,12 @@ class Sources(ExitStack):
         found = parse_reference(text)
         if found is None or text.startswith(SCHEME):
             return found
-        if os.path.lexists(text):
-            shown = printable(text)
-            if note:
-                self._settings.note(
-                    f"using the local path '{shown}'; for the repository write {SCHEME}{shown}"
-                )
-            return None
-        return None if text.endswith(_PATH_SUFFIXES) else found
+        is_path = os.path.lexists(text) or text.endswith(_PATH_SUFFIXES)
+        return None if is_path else found
 
     def paths(self, *texts: str) -> tuple[Path, ...]:
         """Return the arguments that name paths."""
-        return tuple(Path(text) for text in texts if self.reference(text, note=False) is None)
+        return tuple(Path(text) for text in texts if self.reference(text) is None)
 
     def delta(self, text: str) -> Path:
         """Return the path of a delta, downloaded if it is on the Hub."""
@@ -101,7 +91,7 @@ class Sources(ExitStack):
 
     def remote_base_report(self, text: str) -> RemoteBaseReport | None:
         """Return what the Hub's metadata shows about the base of a delta; None if the delta is a path."""
-        reference = self.reference(text, note=False)
+        reference = self.reference(text)
         if reference is None:
             return None
         from sparsedelta.hub.sources import check_remote_base

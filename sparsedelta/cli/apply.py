@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 import sparsedelta
-from sparsedelta.cli._common import Settings, examples, exclude_option, verify_option
+from sparsedelta.cli._common import (
+    PATH_OR_REPOSITORY,
+    Settings,
+    examples,
+    exclude_option,
+    verify_option,
+)
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.fs import check_absent
@@ -18,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @click.command("apply", epilog=examples("sparsedelta apply base/ delta.sd out/"))
-@click.argument("base")
-@click.argument("deltas_and_out", nargs=-1, metavar="DELTA... OUT")
+@click.argument("base", type=PATH_OR_REPOSITORY)
+@click.argument("deltas_and_out", type=PATH_OR_REPOSITORY, nargs=-1, metavar="DELTA... OUT")
 @verify_option
 @exclude_option("files of BASE")
 @click.option(
@@ -56,7 +62,7 @@ def command(
         sparsedelta.apply(
             base_path,
             [*before, *paths],
-            out,
+            last,
             verify=verify,
             overwrite=overwrite,
             exclude=exclude,

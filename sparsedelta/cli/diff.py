@@ -11,6 +11,7 @@ import click
 import sparsedelta
 from sparsedelta.cli._common import (
     PATH,
+    PATH_OR_REPOSITORY,
     Settings,
     check_output_file,
     examples,
@@ -35,8 +36,8 @@ _SMALL_BYTES = 1 << 20  # for smaller targets, no warning that the delta is larg
     "diff",
     epilog=examples("sparsedelta diff base/ target/ -o delta.sd --base-id org/model@4f1e2d9"),
 )
-@click.argument("base")
-@click.argument("target")
+@click.argument("base", type=PATH_OR_REPOSITORY)
+@click.argument("target", type=PATH_OR_REPOSITORY)
 @click.option(
     "-o", "--output", type=PATH, required=True, metavar="DELTA", help="The file to write."
 )
@@ -160,8 +161,7 @@ def _warnings(
         )
     added = {t.name: t.dtype for t in found.tensors if t.state == "added"}
     if found.n_unused and 2 * len(added) > len(found.tensors):
-        is_adapter = (target / "adapter_config.json").is_file()
-        reason = no_counterpart(added, _dtypes(base, globs), is_adapter=is_adapter)
+        reason = no_counterpart(added, _dtypes(base, globs))
         yield f"{count(len(added))} of {n_tensors} have no counterpart in the base; {reason}"
 
 
@@ -173,16 +173,17 @@ def _dtypes(base: Path, globs: Globs) -> dict[str, str]:
         return {tensor.name: tensor.spec.dtype.name for tensor in opened.tensors.values()}
 
 
-def no_counterpart(added: Mapping[str, str], base: Mapping[str, str], *, is_adapter: bool) -> str:
+def no_counterpart(added: Mapping[str, str], base: Mapping[str, str]) -> str:
     """Return why tensors of the target have no counterpart in the base, and what to do, as a clause.
 
     Args:
         added: dtype by name of these tensors; at least one.
         base: dtype by name of the base's tensors.
-        is_adapter: whether the target is a PEFT adapter.
     """
-    if is_adapter:
+    if any(map(_is_adapter, added)):
         return "the target is a PEFT adapter: merge it into the base and save that model"
+    if any(map(_is_adapter, base)):
+        return "the base is a PEFT adapter: give the model that it was trained on"
     pairs = {(base[name], dtype) for name, dtype in added.items() if name in base}
     if pairs:
         before, after = min(pairs)
@@ -191,6 +192,11 @@ def no_counterpart(added: Mapping[str, str], base: Mapping[str, str], *, is_adap
             " of the checkpoints and run diff again for a small delta"
         )
     return "none of their names is in the base: is this the right base?"
+
+
+def _is_adapter(name: str) -> bool:
+    """Return whether PEFT gives such a name to a tensor of an adapter."""
+    return name.startswith("base_model.model.") or "lora_" in name
 
 
 def _left_out(target: Path, globs: Globs) -> list[str]:

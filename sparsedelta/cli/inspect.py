@@ -9,6 +9,7 @@ import click
 import sparsedelta
 from sparsedelta.cli._common import (
     PATH,
+    PATH_OR_REPOSITORY,
     Settings,
     check_output_file,
     examples,
@@ -19,7 +20,7 @@ from sparsedelta.cli._sources import Sources
 
 
 @click.command("inspect", epilog=examples("sparsedelta inspect delta.sd --tensors"))
-@click.argument("delta")
+@click.argument("delta", type=PATH_OR_REPOSITORY)
 @click.option("--tensors", is_flag=True, help="Also list the changed tensors.")
 @click.option(
     "--info", is_flag=True, help="Also print all information recorded about how DELTA was made."

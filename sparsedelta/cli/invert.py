@@ -9,6 +9,7 @@ import click
 import sparsedelta
 from sparsedelta.cli._common import (
     PATH,
+    PATH_OR_REPOSITORY,
     Settings,
     check_output_file,
     examples,
@@ -21,9 +22,11 @@ from sparsedelta.cli._written import show_written
 
 
 @click.command("invert", epilog=examples("sparsedelta invert delta.sd --base base/ -o undo.sd"))
-@click.argument("delta")
+@click.argument("delta", type=PATH_OR_REPOSITORY)
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The file to write.")
-@click.option("--base", help="The base of DELTA; required for some deltas.")
+@click.option(
+    "--base", type=PATH_OR_REPOSITORY, help="The base of DELTA; required for some deltas."
+)
 @click.option("--base-id", metavar="ID", help="Record where others can find the target of DELTA.")
 @exclude_option("files of the base")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")

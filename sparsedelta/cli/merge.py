@@ -10,6 +10,7 @@ import click
 import sparsedelta
 from sparsedelta.cli._common import (
     PATH,
+    PATH_OR_REPOSITORY,
     Settings,
     check_output_file,
     examples,
@@ -44,8 +45,8 @@ def parse_numbers(
     "merge",
     epilog=examples("sparsedelta merge base/ sql.sd chat.sd -o both.sd --method ties"),
 )
-@click.argument("base")
-@click.argument("deltas", nargs=-1, required=True, metavar="DELTA...")
+@click.argument("base", type=PATH_OR_REPOSITORY)
+@click.argument("deltas", type=PATH_OR_REPOSITORY, nargs=-1, required=True, metavar="DELTA...")
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The file to write.")
 @click.option(
     "--method",

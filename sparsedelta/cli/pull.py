@@ -11,6 +11,7 @@ import click
 import sparsedelta
 from sparsedelta.cli._common import (
     PATH,
+    PATH_OR_REPOSITORY,
     Settings,
     examples,
     json_option,
@@ -33,7 +34,12 @@ if TYPE_CHECKING:
 @click.option(
     "--subfolder", metavar="NAME", help="Folder of the delta, if the repository holds several."
 )
-@click.option("--base", metavar="BASE", help="A local copy of the base, or its repository.")
+@click.option(
+    "--base",
+    type=PATH_OR_REPOSITORY,
+    metavar="BASE",
+    help="A local copy of the base, or its repository.",
+)
 @click.option(
     "--base-revision",
     metavar="REV",

@@ -7,16 +7,25 @@ from pathlib import Path
 import click
 
 import sparsedelta
-from sparsedelta.cli._common import PATH, Settings, check_output_file, examples, json_option
+from sparsedelta.cli._common import (
+    PATH,
+    PATH_OR_REPOSITORY,
+    Settings,
+    check_output_file,
+    examples,
+    json_option,
+)
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.cli._written import show_written
 
 
 @click.command("stack", epilog=examples("sparsedelta stack monday.sd tuesday.sd -o both.sd"))
-@click.argument("deltas", nargs=-1, required=True, metavar="DELTA...")
+@click.argument("deltas", type=PATH_OR_REPOSITORY, nargs=-1, required=True, metavar="DELTA...")
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The file to write.")
-@click.option("--base", help="The base of the first delta; some deltas require it.")
+@click.option(
+    "--base", type=PATH_OR_REPOSITORY, help="The base of the first delta; some deltas require it."
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @json_option
 @click.pass_obj

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 import sparsedelta
-from sparsedelta.cli._common import Settings, examples, exclude_option, json_option, print_json
+from sparsedelta.cli._common import (
+    PATH_OR_REPOSITORY,
+    Settings,
+    examples,
+    exclude_option,
+    json_option,
+    print_json,
+)
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.report.text import count, printable, size
@@ -19,11 +26,18 @@ if TYPE_CHECKING:
 
 
 @click.command("verify", epilog=examples("sparsedelta verify delta.sd --base base/ --target out/"))
-@click.argument("delta")
+@click.argument("delta", type=PATH_OR_REPOSITORY)
 @click.option(
-    "--base", help="Check that this is the base and that the delta rebuilds the target from it."
+    "--base",
+    type=PATH_OR_REPOSITORY,
+    help="Check that this is the base and that the delta rebuilds the target from it.",
 )
-@click.option("--target", metavar="OUT", help="Check that this checkpoint is the target.")
+@click.option(
+    "--target",
+    type=PATH_OR_REPOSITORY,
+    metavar="OUT",
+    help="Check that this checkpoint is the target.",
+)
 @exclude_option("files of both")
 @json_option
 @click.pass_obj

@@ -31,8 +31,9 @@ _THOROUGH = zstandard.ZstdCompressionParameters.from_level(19, window_log=24)
 _SMALLEST_FRAME = 9  # bytes; every zstd frame with content is larger
 _COMPRESSIBLE = 0.9  # below this ratio, the stream may have repetition, so matches are searched
 _SAMPLE_BYTES = 1 << 15
-# Matches are searched if they shrink the frame of a sample at least to this ratio.
-_MATCHES_SAVE = 0.98
+_MATCHES_SAVE = (
+    0.98  # of the entropy coder's frame of a sample; else the search is not worth its time
+)
 _TEXT_LEVEL = 15
 # Limits for texts and side files, so that a hostile file cannot expand without bound.
 MAX_EXPANSION, _EXPANSION_EXTRA = 64, 1 << 10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
@@ -92,9 +92,9 @@ class Delta:
         touched = sum(row.nnz * row.target.dtype.width for row in self.tensors)
         if output > allowed + 2 * base or touched > allowed:
             raise LimitExceeded(
-                f"'{payload.name}' has {payload.file_bytes} bytes, but its output would have {output}, of"
-                f" which it changes {touched}; such a file may be an attack; if you trust it, allow any"
-                " size (any_size=True, --any-size)"
+                f"'{payload.name}' has {payload.file_bytes} bytes, but its output would have {output} bytes,"
+                f" {touched} of them changed; such a file may be an attack; if you trust it, allow any size"
+                " (any_size=True, --any-size)"
             )
 
     def save(self, path: AnyPath, *, overwrite: bool = False) -> None:
@@ -115,7 +115,11 @@ class Delta:
             FormatError: part of the payload cannot be read.
             LimitExceeded: the delta exceeds a limit of the format (FORMAT §11).
         """
-        return b"".join(container_blocks(self._manifest(), self.payload))
+        return b"".join(self.blocks())
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield the bytes of the ``.sd`` file that ``save`` writes, in blocks; see ``to_bytes``."""
+        return container_blocks(self._manifest(), self.payload)
 
     @staticmethod
     def from_bytes(data: bytes, *, any_size: bool = False) -> Delta:
@@ -147,7 +151,8 @@ class Delta:
                 that the model holds, ``"none"`` only dtypes and shapes.
             names: maps the name of a tensor in the delta, or a pair of file and name, to its name in the
                 model; the value None leaves the tensor out. Not needed for the prefixes that
-                torch.compile, FSDP, DDP and PEFT add, nor for one prefix common to all names.
+                torch.compile, FSDP, DDP and PEFT add, for one prefix common to all names, nor for
+                tensors that transformers renames, moves or merges when it loads the checkpoint.
 
         Raises:
             BaseMismatch: a tensor is neither the base's nor the target's.
@@ -214,6 +219,8 @@ def load(path: AnyPath | Seekable, *, any_size: bool = False) -> Delta:
         return read_delta(OpenFile(path), any_size=any_size)
     if isinstance(path, bytes | bytearray | memoryview):
         raise TypeError("path is bytes, expected a path or an open file; use Delta.from_bytes")
+    if not (hasattr(path, "read") and hasattr(path, "seek")):
+        raise TypeError(f"path is a {type(path).__name__}, expected a path or an open binary file")
     return read_delta(Stream(path), any_size=any_size)
 
 

@@ -1,8 +1,7 @@
 """The manifest as records and as bytes (FORMAT §3–§5 and §9).
 
-Reading checks everything that needs neither payload nor base. Its time and memory are at most a
-constant times the size of the manifest, because each row, chunk and side file has digests, and digests
-are not compressed.
+Reading checks everything that needs neither payload nor base. Its time and memory grow at most linearly
+with the size of the manifest: each row, chunk and side file has digests, and digests are not compressed.
 """
 
 from __future__ import annotations

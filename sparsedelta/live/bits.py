@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sparsedelta.codecs.context import Bits
 from sparsedelta.dtypes import DType
+from sparsedelta.tensors.start import Readable
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +116,38 @@ class TensorBytes:
         else:
             part = gather(tensor, torch.arange(first, end, device=tensor.device))
         np.frombuffer(buffer, np.uint8)[:] = part.cpu().numpy().view(np.uint8)
+
+
+class Overlay:
+    """The bytes of a tensor with other bits at some elements (``tensors.start.Readable``).
+
+    Args:
+        tensor: without them.
+        index: which elements, increasing.
+        bits: theirs.
+    """
+
+    def __init__(
+        self, tensor: Readable, index: np.ndarray[tuple[int], np.dtype[np.int64]], bits: Bits
+    ) -> None:
+        self._tensor = tensor
+        self._index = index
+        self._bits = bits
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with bytes from ``offset``; both are whole elements."""
+        self._tensor.read_into(buffer, offset)
+        bits = np.frombuffer(buffer, self._bits.dtype)
+        first = offset // bits.itemsize
+        low, high = np.searchsorted(self._index, [first, first + len(bits)]).tolist()
+        bits[self._index[low:high] - first] = self._bits[low:high]
+
+    def at(self, index: np.ndarray[tuple[int], np.dtype[np.int64]], bits: Bits) -> Bits:
+        """Return the bits at elements, ``bits`` being those of the tensor without the others."""
+        if not len(self._index):
+            return bits
+        places = np.minimum(np.searchsorted(self._index, index), len(self._index) - 1)
+        return np.where(self._index[places] == index, self._bits[places], bits)
 
 
 def scatter(tensor: torch.Tensor, index: torch.Tensor, bits: torch.Tensor) -> None:

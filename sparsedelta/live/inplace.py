@@ -25,13 +25,16 @@ from sparsedelta.errors import (
     Corrupt,
     MismatchError,
     PartlyApplied,
+    StructureMismatch,
 )
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.records import DIGEST_BYTES, Row
 from sparsedelta.interrupts import uninterrupted
-from sparsedelta.live.bits import TensorBytes, gather, integer_view
+from sparsedelta.live.bits import TensorBytes, flat_bits
+from sparsedelta.live.coordinates import quantized_kind
+from sparsedelta.live.held import gather, in_order
 from sparsedelta.live.patch import Patch, Writer
-from sparsedelta.live.slots import Place, Places, Slot, find_places
+from sparsedelta.live.slots import AnySlot, Place, Places, find_places
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.changes import decode_row_chunk
 from sparsedelta.tensors.parallel import Pace, run_all
@@ -99,7 +102,7 @@ def prepare(
     """
     if verify not in get_args(ModelCheck):
         raise ValueError(f"verify is {verify!r}, expected one of {', '.join(get_args(ModelCheck))}")
-    places = find_places(delta, model, names)
+    places = _places(delta, model, names)
     for place in places.changed:
         _check_possible(place.row, verify, undo=undo)
     if verify == "full":
@@ -119,6 +122,20 @@ def prepare(
             _check_whole(places, undo=undo)
         raise
     return [patch for patch, _ in found]
+
+
+def _places(delta: Delta, model: Model, names: Names) -> Places:
+    try:
+        return find_places(delta, model, names)
+    except StructureMismatch as error:
+        kind = quantized_kind(model)
+        if kind is None:
+            raise
+        raise StructureMismatch(
+            f"the {kind} is quantized, so that it does not hold the values that the delta changes ({error});"
+            " load the target, quantized in the same way (load_model)",
+            tensor=error.tensor,
+        ) from error
 
 
 def _check_possible(row: Row, verify: ModelCheck, *, undo: bool) -> None:
@@ -147,8 +164,10 @@ def _decode(
     codes = np.empty(row.nnz, dtype.view)
     ends = itertools.accumulate(chunk.nnz for chunk in row.chunks)
     parts = [(c, slice(end - c.nnz, end)) for c, end in zip(row.chunks, ends, strict=True)]
+    by_base = not undo and any(chunk.coding.classes for chunk in row.chunks)
+    base = TensorBytes(in_order(tensor)) if by_base else None
     for chunk, part in parts:
-        positions, codes[part] = _decode_chunk(delta, place, chunk, undo=undo)
+        positions, codes[part] = _decode_chunk(delta, place, chunk, base)
         np.add(positions, np.int64(chunk.start), out=index[part], casting="unsafe")
         pace.advance(chunk.stored_bytes)
     where = torch.from_numpy(index).to(tensor.device)
@@ -169,10 +188,9 @@ def _decode(
 
 
 def _decode_chunk(
-    delta: Delta, place: Place, chunk: Chunk, *, undo: bool
+    delta: Delta, place: Place, chunk: Chunk, base: TensorBytes | None
 ) -> tuple[Positions, Bits]:
     row, classes = place.row, chunk.coding.classes
-    base = TensorBytes(place.slot.tensor()) if classes and not undo else None
     try:
         return decode_row_chunk(row, chunk, delta.payload, base)
     except Corrupt as error:
@@ -276,9 +294,8 @@ def _check_whole(places: Places, *, undo: bool) -> None:
     _check_states(states, undo=undo)
 
 
-def _whole_digest(slot: Slot) -> bytes:
-    tensor = slot.tensor()
-    bits = integer_view(tensor).contiguous().view(-1)
+def _whole_digest(slot: AnySlot) -> bytes:
+    bits = flat_bits(in_order(slot.tensor()))
     hasher = blake3()
     for start in range(0, len(bits), _BLOCK_ELEMENTS):
         block = bits[start : start + _BLOCK_ELEMENTS].cpu().numpy()

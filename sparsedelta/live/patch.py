@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sparsedelta.errors import PartlyApplied
 from sparsedelta.interrupts import uninterrupted
-from sparsedelta.live.bits import scatter
+from sparsedelta.live.held import scatter
 from sparsedelta.live.slots import Place, current_tensor
 
 if TYPE_CHECKING:

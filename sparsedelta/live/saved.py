@@ -6,7 +6,6 @@ outputs of each conversion are determined first, with tensors on the meta device
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
@@ -18,6 +17,7 @@ from sparsedelta.dtypes import DTYPES
 from sparsedelta.errors import StructureMismatch
 from sparsedelta.format.records import TensorSpec
 from sparsedelta.live.bits import check_installed, wire_name
+from sparsedelta.live.loading import is_transformers
 from sparsedelta.tensors.parallel import n_workers
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     State: TypeAlias = dict[str, torch.Tensor]
 
 _N_GROUPS = 4
-_SAVE_FIRST = "save the model and give the path of the saved checkpoint"
+SAVE_FIRST = "save the model and give the path of the saved checkpoint"
 
 
 class SavedState:
@@ -46,10 +46,10 @@ class SavedState:
 
     def __init__(self, model: Model) -> None:
         check_installed("torch")
-        model = _unwrapped(model)
+        model = unwrapped(model)
         self.kind = type(model).__name__
         self.metadata: dict[str, str] | None = None
-        self._state = _state_of(model)
+        self._state = state_of(model)
         self._model: Any = None
         # Not converted: from the saved name to the model's name.
         self._renamed = {name: name for name in self._state}
@@ -57,11 +57,11 @@ class SavedState:
         self._group_of: dict[str, tuple[str, ...]] = {}
         self.tied: dict[str, str] = {}
         converted: State = {}
-        if _is_transformers(model):
+        if is_transformers(model):
             self._model, self.metadata = model, {"format": "pt"}
             converted = self._plan(model)
-        self.specs = {name: _spec(name, self._state[own]) for name, own in self._renamed.items()}
-        self.specs |= {name: _spec(name, tensor) for name, tensor in converted.items()}
+        self.specs = {name: spec_of(self._state[own]) for name, own in self._renamed.items()}
+        self.specs |= {name: spec_of(tensor) for name, tensor in converted.items()}
         self._lock = threading.Lock()
         # Tensors are read in order of name, which alternates between the few groups of one layer.
         # Most converted tensors are views, so keeping these groups takes little memory.
@@ -72,16 +72,16 @@ class SavedState:
         """Return a contiguous tensor. It shares the model's memory, unless it is converted or copied."""
         own = self._renamed.get(name)
         if own is not None and self._state[own].is_contiguous():
-            return _plain(self._state[own])
+            return plain(self._state[own])
         return self._contiguous(name)
 
     def shared(self, names: Collection[str]) -> set[str]:
         """Return ``names`` and all names of tensors that share memory with them, such as tied tensors."""
         memory = {
-            _memory_of(self._state[own]) for name, own in self._renamed.items() if name in names
+            memory_of(self._state[own]) for name, own in self._renamed.items() if name in names
         }
         return {
-            name for name, own in self._renamed.items() if _memory_of(self._state[own]) in memory
+            name for name, own in self._renamed.items() if memory_of(self._state[own]) in memory
         }
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ class SavedState:
     def _make_contiguous(self, name: str) -> torch.Tensor:
         own = self._renamed.get(name)
         if own is not None:
-            return _plain(self._state[own]).contiguous()
+            return plain(self._state[own]).contiguous()
         with self._lock:  # one group at a time
             return self._converted_group(self._group_of[name])[name].contiguous()
 
@@ -101,10 +101,10 @@ class SavedState:
         import torch
 
         with torch.no_grad():
-            converted = _revert(self._model, {name: _plain(self._state[name]) for name in group})
+            converted = _revert(self._model, {name: plain(self._state[name]) for name in group})
         expected = {name for name, own in self._group_of.items() if own == group}
         if converted.keys() != expected or any(
-            _spec(n, converted[n]) != self.specs[n] for n in expected
+            spec_of(converted[n]) != self.specs[n] for n in expected
         ):
             _refuse(self.kind, "is not saved as its configuration says")
         return converted
@@ -115,7 +115,7 @@ class SavedState:
         Returns:
             The tensors that are made by a conversion, on the meta device.
         """
-        _check_convertible(model)
+        check_convertible(model)
         for name in model._keys_to_ignore_on_save or ():
             self._state.pop(name, None)
         kept = _without_tied(model, self._state)
@@ -145,19 +145,19 @@ class SavedState:
             found, _ = _traced(self._model, {name: self._state[name] for name in group})
         except StructureMismatch:
             return False
-        specs = {name: _spec(name, tensor) for name, tensor in found.items() if tensor is not None}
-        return specs == {name: _spec(name, tensor) for name, tensor in converted.items()}
+        specs = {name: spec_of(tensor) for name, tensor in found.items() if tensor is not None}
+        return specs == {name: spec_of(tensor) for name, tensor in converted.items()}
 
     def _add_tied(self, model: Any, left: Collection[str]) -> None:
-        saved_of = {_memory_of(self._state[own]): name for name, own in self._renamed.items()}
+        saved_of = {memory_of(self._state[own]): name for name, own in self._renamed.items()}
         for own in left:
             converted, _ = _traced(model, {own: self._state[own]})
-            saved = saved_of.get(_memory_of(self._state[own]))
+            saved = saved_of.get(memory_of(self._state[own]))
             if saved is not None:
                 self.tied |= {name: saved for name, tensor in converted.items() if tensor is None}
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """Return a model without the wrappers of torch.compile and data parallelism."""
     import torch
 
@@ -165,7 +165,7 @@ def _unwrapped(model: Any) -> Any:
         inner = getattr(model, "_orig_mod", None)
         if isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
             inner = model.module
-        return model if inner is None else _unwrapped(inner)
+        return model if inner is None else unwrapped(inner)
     if isinstance(model, Mapping):
         return model
     raise TypeError(
@@ -173,7 +173,12 @@ def _unwrapped(model: Any) -> Any:
     )
 
 
-def _state_of(model: Any) -> State:
+def state_of(model: Any) -> State:
+    """Return the tensors that would be saved of a module or state dict, detached.
+
+    Raises:
+        StructureMismatch: a tensor is not a plain tensor.
+    """
     import torch
 
     state = dict(model if isinstance(model, Mapping) else model.state_dict())
@@ -195,29 +200,31 @@ def _state_of(model: Any) -> State:
     return state
 
 
-def _spec(name: str, tensor: torch.Tensor) -> TensorSpec:
+def spec_of(tensor: torch.Tensor) -> TensorSpec:
+    """Return the dtype and shape of a tensor."""
     return TensorSpec(DTYPES[wire_name(tensor.dtype)], tuple(tensor.shape))
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without the lazy conjugation and negation of torch."""
     return tensor.detach().resolve_conj().resolve_neg()
 
 
-def _memory_of(tensor: torch.Tensor) -> object:
+def memory_of(tensor: torch.Tensor) -> object:
+    """Return where the elements of a tensor are: equal for tied tensors."""
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _refuse(kind: str, problem: str) -> NoReturn:
-    raise StructureMismatch(f"the {kind} {problem}; {_SAVE_FIRST}")
+    raise StructureMismatch(f"the {kind} {problem}; {SAVE_FIRST}")
 
 
-def _is_transformers(model: Any) -> bool:
-    # A transformers model can only exist if transformers has been imported.
-    transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+def check_convertible(model: Any) -> None:
+    """Check that the model holds what a checkpoint of it holds.
 
-
-def _check_convertible(model: Any) -> None:
+    Raises:
+        StructureMismatch: it is quantized, or has adapters.
+    """
     kind = type(model).__name__
     if getattr(model, "hf_quantizer", None) is not None:
         _refuse(kind, "is quantized")
@@ -285,7 +292,7 @@ def _traced(
             converted = _revert(model, given)
     except Exception as error:
         raise StructureMismatch(
-            f"the conversion of the {kind} for saving needs its data ({error}); {_SAVE_FIRST}"
+            f"the conversion of the {kind} for saving needs its data ({error}); {SAVE_FIRST}"
         ) from error
     renamed = {id(tensor) for tensor in given.values()}
     return (

@@ -15,8 +15,10 @@ from sparsedelta.files.checkpoint import Checkpoint, Tensor, WeightFile
 from sparsedelta.files.shards import roles
 from sparsedelta.format.records import TensorSpec
 from sparsedelta.format.safetensors_header import Header, HeaderEntry, render_header
-from sparsedelta.live.bits import SAVED_DTYPES, TensorBytes
-from sparsedelta.live.saved import SavedState
+from sparsedelta.live.bits import SAVED_DTYPES, TensorBytes, check_installed
+from sparsedelta.live.folder_state import FolderState
+from sparsedelta.live.loading import is_transformers
+from sparsedelta.live.saved import SavedState, unwrapped
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +35,7 @@ class HeldTensor(Tensor):
         own: the tensor's name in ``saved``.
     """
 
-    saved: SavedState
+    saved: SavedState | FolderState
     own: str
 
     def held(self) -> torch.Tensor:
@@ -96,7 +98,7 @@ class HeldFolder(Checkpoint):
         """
         super().__init__(folder, exclude=exclude, include=include)
         try:
-            saved = self._saved = SavedState(model)
+            saved = self._saved = self._state_of(model)
             self._replace_tensors(saved, strict=strict)
         except BaseException:
             super().close()
@@ -108,18 +110,26 @@ class HeldFolder(Checkpoint):
         if hasattr(self, "_saved"):
             self._saved.close()
 
-    def _replace_tensors(self, saved: SavedState, *, strict: bool) -> None:
+    def _state_of(self, model: Model) -> SavedState | FolderState:
+        check_installed("torch")
+        inner = unwrapped(model)
+        if not is_transformers(inner):
+            return SavedState(model)
+        return FolderState(inner, {t.name: t.spec.shape for t in self.tensors.values()})
+
+    def _replace_tensors(self, saved: SavedState | FolderState, *, strict: bool) -> None:
         by_name: dict[str, list[Tensor]] = defaultdict(list)
         for tensor in self.tensors.values():
             by_name[tensor.name].append(tensor)
-        own = {name: saved.tied.get(name, name) for name in by_name}
+        tied = saved.tied if isinstance(saved, SavedState) else {}
+        own = {name: tied.get(name, name) for name in by_name}
         own = {name: held for name, held in own.items() if held in saved.specs}
         missing = by_name.keys() - own.keys()
         if missing and (strict or not own):
             other_way = ", or use the tensors of the folder (strict=False)" if own else ""
             raise self._error(missing, f"'{self.path}' has", f"the {saved.kind} lacks", other_way)
         extra = saved.specs.keys() - own.values()
-        if extra:
+        if isinstance(saved, SavedState):
             extra -= saved.shared(own.values())
         if extra:
             raise self._error(extra, f"the {saved.kind} has", f"'{self.path}' lacks")
@@ -175,7 +185,7 @@ def held_checkpoint(
     return HeldFolder(model, folder, exclude=exclude, include=include, strict=strict)
 
 
-def _held(tensor: Tensor, saved: SavedState, own: str) -> HeldTensor:
+def _held(tensor: Tensor, saved: SavedState | FolderState, own: str) -> HeldTensor:
     return HeldTensor(tensor.file, tensor.name, tensor.spec, -1, 0, saved, own)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sparsedelta._typing import Model, Names
 from sparsedelta.errors import StructureMismatch
@@ -21,16 +21,16 @@ from sparsedelta.live.bits import (
     torch_dtype,
     wire_name,
 )
+from sparsedelta.live.coordinates import Own, Scattered, find_coordinates
+from sparsedelta.live.held import Held, parts_of
+from sparsedelta.live.wrappers import plain_name
 
 if TYPE_CHECKING:
     import torch
 
+AnySlot: TypeAlias = Own | Scattered
 
-# Parts of names that wrappers insert: torch.compile, FSDP, activation checkpointing, and PEFT for an
-# adapted layer.
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
 _N_TRIED = 8  # missing names that are tried to find a common prefix
-_OUTER = (("base_model", "model"), ("module",))  # prefixes of PEFT and of data parallelism
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,8 @@ class Place:
     """
 
     row: Row
-    slot: Slot
-    tied: tuple[Slot, ...] = ()
+    slot: AnySlot
+    tied: tuple[AnySlot, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +96,13 @@ class Places:
     """
 
     changed: Sequence[Place]
-    unchanged: Sequence[tuple[Sequence[Row], Slot]]
+    unchanged: Sequence[tuple[Sequence[Row], AnySlot]]
 
 
 def find_places(delta: Delta, model: Model, names: Names) -> Places:
     """Return where a model holds the tensors of a delta. All changed tensors are found.
 
-    A row is matched with a tensor of the model by name, whatever its file. If several files of the delta
+    A row is matched with a place in the model by name, whatever its file. If several files of the delta
     have a tensor of this name, the one with the model's dtype and shape is taken.
 
     Args:
@@ -110,31 +110,30 @@ def find_places(delta: Delta, model: Model, names: Names) -> Places:
         model: a module or a state dict.
         names: a mapping or function from a tensor's name in the delta to its name in the model. A mapping may
             also have ``(file, name)`` as keys. The value None leaves a tensor out. If ``names`` is
-            None, the names must be equal, except for parts that wrappers insert and one common prefix.
+            None, a transformers model is searched as transformers loads a checkpoint. In any other model,
+            the names must be equal, except for parts that wrappers insert and one common prefix.
 
     Raises:
         StructureMismatch: a changed tensor is missing, has another dtype or shape, matches several rows with
             different changes, is tied to a tensor that changes differently, or is not a plain tensor; or the
             delta adds, renames or reshapes tensors.
     """
-    slots = find_slots(model)
     named = [(row, _renamed(row.key, names)) for row in delta.tensors]
     wanted = [(row, name) for row, name in named if name is not None]
-    own_name = _name_converter(
-        [name for row, name in wanted if _is_in_place(row) and row.chunks], slots
-    )
+    changed_names = [name for row, name in wanted if _is_in_place(row) and row.chunks]
+    slot_named = _finder(model, wanted, changed_names)
 
-    def slot_of(key: TensorKey) -> Slot | None:
+    def slot_of(key: TensorKey) -> AnySlot | None:
         name = _renamed(key, names)
-        return None if name is None else slots.get(own_name(name))
+        return None if name is None else slot_named(name)
 
     same_name: dict[tuple[str, str], list[Row]] = defaultdict(list)  # rows of several files
     for row, name in wanted:
-        same_name[row.name, own_name(name)].append(row)
+        same_name[row.name, name].append(row)
     changed: dict[object, Place] = {}  # by the memory of the tensor
-    found: list[tuple[list[Row], Slot]] = []
+    found: list[tuple[list[Row], AnySlot]] = []
     for (_, name), rows in same_name.items():
-        slot = slots.get(name)
+        slot = slot_named(name)
         matching = _matching_rows(rows, slot, slot_of)
         if slot is None or not matching:
             continue
@@ -142,9 +141,9 @@ def find_places(delta: Delta, model: Model, names: Names) -> Places:
         if matching[0].chunks:
             _check_usable(matching[0], slot.tensor())
             _check_writable(matching[0], slot.tensor())
-            changed.setdefault(_memory_of(slot.tensor()), Place(matching[0], slot))
+            changed.setdefault(memory_of(slot.tensor()), Place(matching[0], slot))
     for matching, slot in found:
-        memory = _memory_of(slot.tensor())
+        memory = memory_of(slot.tensor())
         place = changed.get(memory)
         if place is not None and place.slot is not slot:
             _check_tied(matching[0], place)
@@ -152,7 +151,81 @@ def find_places(delta: Delta, model: Model, names: Names) -> Places:
     return Places([*changed.values()], [(rows, slot) for rows, slot in found if not rows[0].chunks])
 
 
-def current_tensor(place: Place) -> torch.Tensor:
+def find_all(delta: Delta, model: Model, names: Names) -> list[Place]:
+    """Return the places of all tensors of a delta's target in a model; of tied tensors, one.
+
+    Args:
+        delta: contains the names of the tensors.
+        model: a module or a state dict.
+        names: see ``find_places``.
+
+    Raises:
+        StructureMismatch: a tensor is not in the model, its place is not known, it has another dtype or shape, is
+            not a plain tensor, or is tied to one that differs from it in the target.
+    """
+    named = [(row, _renamed(row.key, names)) for row in delta.tensors]
+    wanted = [(row, name) for row, name in named if name is not None]
+    slot_named = _finder(model, wanted, [name for _, name in wanted])
+    found: dict[object, Place] = {}
+    for row, name in wanted:
+        slot = slot_named(name)
+        if slot is None:
+            raise StructureMismatch(
+                f"tensor {row.name!r} of the target is not in the model", tensor=row.name
+            )
+        held = slot.tensor()
+        if not _fits(row, held):
+            raise _misfit_error(row, held)
+        _check_usable(row, held)
+        _check_writable(row, held)
+        place = found.setdefault(memory_of(held), Place(row, slot))
+        if place.row.target != row.target:
+            raise StructureMismatch(
+                f"tensors {place.row.name!r} and {row.name!r} are one tensor of the model, and two in the"
+                " target; untie them, or leave one out (names)",
+                tensor=row.name,
+            )
+    return [*found.values()]
+
+
+def _finder(
+    model: Model, wanted: Sequence[tuple[Row, str]], needed: Sequence[str]
+) -> Callable[[str], AnySlot | None]:
+    """Return a function from a name in the delta to the place in the model; None if the model lacks it.
+
+    Args:
+        model: a module or a state dict.
+        wanted: the rows of the delta, each with its name after ``names`` was applied.
+        needed: names that must be in the model.
+
+    Raises:
+        StructureMismatch: one of them is not in the model, or its place is not known.
+    """
+    own = find_slots(model)
+    shapes = {
+        name: row.target.shape
+        for row, name in reversed(wanted)
+        if name == row.name or name not in own
+    }
+    coordinates = find_coordinates(model, own, shapes, needed)
+    for name in needed:
+        if name in coordinates.unknown:
+            raise StructureMismatch(
+                f"tensor {name!r} {coordinates.unknown[name]}; load the target (load_model)",
+                tensor=name,
+            )
+    rest = [name for name in needed if name not in coordinates.slots]
+    own_name = _name_converter(rest, own, closed=coordinates.is_closed)
+
+    def find(name: str) -> AnySlot | None:
+        if name in coordinates.unknown:
+            return None
+        return coordinates.slots.get(name) or own.get(own_name(name))
+
+    return find
+
+
+def current_tensor(place: Place) -> Held:
     """Return the tensor that the model holds at a place now.
 
     Raises:
@@ -168,7 +241,7 @@ def current_tensor(place: Place) -> torch.Tensor:
         )
     _check_usable(row, tensor)
     for other in place.tied:
-        if _memory_of(other.tensor()) != _memory_of(tensor):
+        if memory_of(other.tensor()) != memory_of(tensor):
             raise StructureMismatch(
                 f"tensors {place.slot.name!r} and {other.name!r} were tied in the model and no longer are;"
                 " nothing was written",
@@ -195,7 +268,7 @@ def find_slots(model: Model) -> dict[str, Slot]:
         raise TypeError(f"model is a {type(model).__name__}, expected a module or a state dict")
     slots = {slot.name: slot for slot in found}
     for slot in found:
-        slots.setdefault(_without_wrappers(slot.name), slot)
+        slots.setdefault(plain_name(slot.name), slot)
     return slots
 
 
@@ -207,14 +280,6 @@ def _module_slots(model: torch.nn.Module) -> Iterator[Slot]:
                     yield Slot(f"{prefix}.{key}" if prefix else key, model)
 
 
-def _without_wrappers(name: str) -> str:
-    parts = tuple(part for part in name.split(".") if part not in _WRAPPERS)
-    for outer in _OUTER:
-        if parts[: len(outer)] == outer:
-            parts = parts[len(outer) :]
-    return ".".join(parts)
-
-
 def _renamed(key: TensorKey, names: Names) -> str | None:
     if names is None:
         return key[1]
@@ -223,7 +288,9 @@ def _renamed(key: TensorKey, names: Names) -> str | None:
     return names[key] if key in names else names.get(key[1], key[1])
 
 
-def _name_converter(changed: Sequence[str], slots: Mapping[str, Slot]) -> Callable[[str], str]:
+def _name_converter(
+    changed: Sequence[str], slots: Mapping[str, Slot], *, closed: bool
+) -> Callable[[str], str]:
     """Return a function from a name in the delta to the name in the model.
 
     Either the names are equal, or one prefix is removed from all names, or one is added.
@@ -231,6 +298,7 @@ def _name_converter(changed: Sequence[str], slots: Mapping[str, Slot]) -> Callab
     Args:
         changed: names in the delta of the tensors that it changes.
         slots: the tensors of the model by name.
+        closed: the names must be equal; no prefix is tried.
 
     Raises:
         StructureMismatch: no prefix, or more than one, fits all changed tensors.
@@ -239,7 +307,7 @@ def _name_converter(changed: Sequence[str], slots: Mapping[str, Slot]) -> Callab
     missing = [name for name in changed if name not in slots]
     if not missing:
         return lambda name: name
-    tried = missing[:: len(missing) // _N_TRIED + 1]
+    tried = () if closed else missing[:: len(missing) // _N_TRIED + 1]
     prefixes = {pair for name in tried for pair in _prefixes(name, slots)}
     not_found = {
         pair: [name for name in changed if _converted(name, pair) not in slots] for pair in prefixes
@@ -266,7 +334,7 @@ def _name_converter(changed: Sequence[str], slots: Mapping[str, Slot]) -> Callab
 def _prefixes(name: str, slots: Mapping[str, Slot]) -> Iterator[tuple[str, str]]:
     """Yield pairs (prefix to remove, prefix to add) that turn ``name`` into a name in the model."""
     for own in slots:
-        if own.endswith("." + name) and own == _without_wrappers(own):
+        if own.endswith("." + name) and own == plain_name(own):
             yield "", own.removesuffix(name)
     parts = name.split(".")
     for n_cut in range(1, len(parts)):
@@ -285,7 +353,7 @@ def _is_in_place(row: Row) -> bool:
 
 
 def _matching_rows(
-    rows: Sequence[Row], slot: Slot | None, slot_of: Callable[[TensorKey], Slot | None]
+    rows: Sequence[Row], slot: AnySlot | None, slot_of: Callable[[TensorKey], AnySlot | None]
 ) -> list[Row]:
     """Return the rows that describe a tensor of the model: one changed row, else all unchanged rows that fit.
 
@@ -316,7 +384,7 @@ def _matching_rows(
     return [*rows]
 
 
-def _fits(row: Row, tensor: torch.Tensor | None) -> bool:
+def _fits(row: Row, tensor: Held | None) -> bool:
     target = row.target
     return (
         tensor is not None
@@ -325,15 +393,17 @@ def _fits(row: Row, tensor: torch.Tensor | None) -> bool:
     )
 
 
-def _is_tied_copy(row: Row, slot: Slot | None, slot_of: Callable[[TensorKey], Slot | None]) -> bool:
+def _is_tied_copy(
+    row: Row, slot: AnySlot | None, slot_of: Callable[[TensorKey], AnySlot | None]
+) -> bool:
     """Return whether a row is a copy of another tensor of the base that the model ties to this one."""
     if slot is None or row.base is None or not (row.is_copied and row.keeps_all):
         return False
     base_slot = slot_of(row.base.key)
-    return base_slot is not None and _memory_of(base_slot.tensor()) == _memory_of(slot.tensor())
+    return base_slot is not None and memory_of(base_slot.tensor()) == memory_of(slot.tensor())
 
 
-def _not_in_place_error(row: Row, tensor: torch.Tensor | None) -> StructureMismatch:
+def _not_in_place_error(row: Row, tensor: Held | None) -> StructureMismatch:
     base, name = row.base, repr(row.name)
     if base is None:
         problem = f"{'adds' if tensor is None else 'replaces'} tensor {name}"
@@ -357,10 +427,12 @@ def _ambiguous_error(row: Row, other: Row) -> StructureMismatch:
     )
 
 
-def _misfit_error(row: Row, tensor: torch.Tensor) -> StructureMismatch:
+def _misfit_error(row: Row, tensor: Held) -> StructureMismatch:
     expected, found = row.target, f"{wire_name(tensor.dtype)} {list(tensor.shape)}"
     other_dtype = tuple(tensor.shape) == expected.shape
     hint = f"; load the model in {expected.dtype.name}" if other_dtype else ""
+    if other_dtype and found.startswith("F32"):
+        hint += ", or load the target (load_model) if transformers always keeps this tensor in F32"
     return StructureMismatch(
         f"tensor {row.name!r} is {found} in the model, expected {_shown(expected)}{hint}",
         tensor=row.name,
@@ -369,8 +441,8 @@ def _misfit_error(row: Row, tensor: torch.Tensor) -> StructureMismatch:
     )
 
 
-def _check_usable(row: Row, tensor: torch.Tensor) -> None:
-    problem = _unusable(tensor)
+def _check_usable(row: Row, tensor: Held) -> None:
+    problem = next(filter(None, map(_unusable, parts_of(tensor))), None)
     if problem:
         raise StructureMismatch(
             f"tensor {row.name!r} {problem}, so its elements cannot be changed in place",
@@ -378,8 +450,8 @@ def _check_usable(row: Row, tensor: torch.Tensor) -> None:
         )
 
 
-def _check_writable(row: Row, tensor: torch.Tensor) -> None:
-    if is_read_only(tensor):
+def _check_writable(row: Row, tensor: Held) -> None:
+    if any(map(is_read_only, parts_of(tensor))):
         raise StructureMismatch(
             f"tensor {row.name!r} is in read-only memory, such as a file mapped for reading; replace it in"
             " the model by a copy",
@@ -401,7 +473,12 @@ def _unusable(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def _memory_of(tensor: torch.Tensor) -> object:
+def memory_of(held: Held) -> object:
+    """Return an object that is equal for two tensors if they are the same elements in memory."""
+    return tuple(map(_part_memory, parts_of(held)))
+
+
+def _part_memory(tensor: torch.Tensor) -> object:
     if tensor.is_meta or not tensor.numel():
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()

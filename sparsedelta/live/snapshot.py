@@ -7,7 +7,8 @@ current state of the model.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -21,9 +22,10 @@ from sparsedelta.errors import BaseMismatch, Corrupt, PartlyApplied, StructureMi
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.side_files import digest_file
 from sparsedelta.format.delta import AnyDelta, Delta, opened
+from sparsedelta.format.digests import fingerprint
 from sparsedelta.format.records import Base, BaseTensor, Row, TensorKey, TensorSpec
 from sparsedelta.format.spool import new_payload
-from sparsedelta.live.bits import TensorBytes, flat_bits, gather, integer_view, scatter
+from sparsedelta.live.bits import Overlay, TensorBytes, flat_bits, gather, integer_view, scatter
 from sparsedelta.live.sides import HeldTensor, held_checkpoint
 from sparsedelta.ops.diff import check_json, comparisons, describe_files
 from sparsedelta.progress import Progress
@@ -72,7 +74,7 @@ class _Kept:
             self.spec, self.pending = self.pending.spec, None
 
 
-class _Changed:
+class _Changed(Overlay):
     """The current state of a tensor: its published copy, and the elements that have changed since.
 
     It implements ``tensors.compare.Source``.
@@ -81,18 +83,8 @@ class _Changed:
     def __init__(
         self, kept: _Kept, positions: np.ndarray[tuple[int], np.dtype[np.int64]], bits: Bits
     ) -> None:
+        super().__init__(kept, positions, bits)
         self.file, self.name, self.spec = kept.file, kept.name, kept.spec
-        self._kept = kept
-        self._positions = positions
-        self._bits = bits
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` with the tensor's bytes from ``offset``; both must be multiples of the element size."""
-        self._kept.read_into(buffer, offset)
-        bits = np.frombuffer(buffer, self._bits.dtype)
-        first = offset // bits.itemsize
-        low, high = np.searchsorted(self._positions, [first, first + len(bits)]).tolist()
-        bits[self._positions[low:high] - first] = self._bits[low:high]
 
 
 class Snapshot:
@@ -156,6 +148,26 @@ class Snapshot:
         """Size of the copy in bytes."""
         return sum(kept.spec.n_bytes for kept in self._kept.values())
 
+    @property
+    def fingerprint(self) -> bytes:
+        """Fingerprint of what was published last."""
+        return fingerprint((kept.name, kept.spec) for kept in self._kept.values())
+
+    def carry_side_files(self) -> None:
+        """Let the next delta carry all side files, as if none had been published."""
+        self._side_files = {}
+
+    @contextmanager
+    def now(self) -> Iterator[Checkpoint]:
+        """Yield what the model holds now as a checkpoint.
+
+        Raises:
+            StructureMismatch: the model has other tensors than the snapshot; make a new one.
+        """
+        with self._checkpoint() as now:
+            self._check_structure(now)
+            yield now
+
     def diff(
         self,
         *,
@@ -185,8 +197,7 @@ class Snapshot:
         checked_info = check_json(info or {}, "info")
         check_json({"base_id": base_id}, "base_id")
         pace = Pace(progress)
-        with new_payload(spool_dir) as payload, self._checkpoint() as now:
-            self._check_structure(now)
+        with new_payload(spool_dir) as payload, self.now() as now:
             comparison = comparisons(payload, values=values, level=level, standalone=standalone)
             files = describe_files(now, self._side_files.get, payload)
             rows = run_all(

@@ -89,6 +89,7 @@ def apply(
             check_checkpoint_folder if deltas[-1].target.is_folder else check_no_folder
         )
         check_replaceable(Path(out))
+        _check_no_slash(out, is_folder=deltas[-1].target.is_folder)
         staged = stack.enter_context(staged_output(out, overwrite=overwrite))
         source = Path(base)
         for number, one in enumerate(deltas, 1):
@@ -101,6 +102,14 @@ def apply(
             if number > 1:
                 _remove(source)
             source = result
+
+
+def _check_no_slash(out: AnyPath, *, is_folder: bool) -> None:
+    """Raise IsADirectoryError if the name of an output that is one file ends like that of a folder."""
+    if not is_folder and os.fspath(out).endswith(("/", os.sep)):
+        raise IsADirectoryError(
+            f"output '{out}' is written like a folder, and the target is one file; give the name of a file"
+        )
 
 
 def check_chain(deltas: Sequence[Delta]) -> None:
@@ -145,14 +154,14 @@ def target_lookup(delta: Delta) -> Lookup[BaseTensor]:
 
 def check_apart(inputs: Iterable[AnyPath], out: AnyPath) -> None:
     """Raise ValueError if ``out`` is, contains or lies in an input, or contains the current folder."""
-    here = Path(os.path.realpath(out))
-    if here == Path.cwd() or here in Path.cwd().parents:
+    output = Path(os.path.realpath(out))
+    if output == Path.cwd() or output in Path.cwd().parents:
         raise ValueError(
             f"output '{out}' is the current folder, or contains it; choose a new name in this folder"
         )
     for path in inputs:
-        there = Path(os.path.realpath(path))
-        if here == there or here in there.parents or there in here.parents:
+        source = Path(os.path.realpath(path))
+        if output == source or output in source.parents or source in output.parents:
             raise ValueError(
                 f"output '{out}' and input '{path}' are the same, or one contains the other; choose"
                 " another output"

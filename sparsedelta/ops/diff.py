@@ -88,12 +88,8 @@ def diff(
             tensors than the folder that is the base.
         ValueError: an argument is wrong.
     """
-    checked_info = check_json(info or {}, "info")
-    check_json({"base_id": base_id}, "base_id")
     folder = base if _is_path(base) and Path(base).is_dir() else None
     with ExitStack() as context:
-        payload = context.enter_context(new_payload(spool_dir))
-        comparison = comparisons(payload, values=values, level=level, standalone=standalone)
         old = context.enter_context(
             Checkpoint(base, exclude=exclude, include=include, whole=False)
             if _is_path(base)
@@ -104,13 +100,45 @@ def diff(
             if _is_path(target)
             else _model_side(target, folder, exclude=exclude, include=include, strict=strict)
         )
-        _check_has_weights(old)
-        _check_has_weights(new)
-        if new.left_out:
-            _log.info("left out of '%s': %s", new.path, ", ".join(new.left_out))
-        files = describe_files(new, partial(_digest_if_there, old), payload)
-        rows = _compare_all(old, new, comparison, progress)
-        return Delta(Base(base_id, n_unused(old, rows)), files, tuple(rows), checked_info, payload)
+        return between(
+            old,
+            new,
+            base_id=base_id,
+            values=values,
+            level=level,
+            standalone=standalone,
+            info=info,
+            progress=progress,
+            spool_dir=spool_dir,
+        )
+
+
+def between(
+    base: Checkpoint | None,
+    target: Checkpoint,
+    *,
+    base_id: str | None = None,
+    values: str = "ulp",
+    level: str = "default",
+    standalone: bool = False,
+    info: Mapping[str, JSON] | None = None,
+    progress: Progress | None = None,
+    spool_dir: str | None = None,
+) -> Delta:
+    """Return the delta between two open checkpoints; without a base it holds all of the target. See ``diff``."""
+    checked_info = check_json(info or {}, "info")
+    check_json({"base_id": base_id}, "base_id")
+    with new_payload(spool_dir) as payload:
+        comparison = comparisons(payload, values=values, level=level, standalone=standalone)
+        for checkpoint in (base, target):
+            if checkpoint:
+                _check_has_weights(checkpoint)
+        if target.left_out:
+            _log.info("left out of '%s': %s", target.path, ", ".join(target.left_out))
+        files = describe_files(target, partial(_digest_if_there, base), payload)
+        rows = _compare_all(base, target, comparison, progress)
+        n_left = n_unused(base, rows) if base else 0
+        return Delta(Base(base_id, n_left), files, tuple(rows), checked_info, payload)
 
 
 def _is_path(side: AnyPath | Model) -> TypeGuard[AnyPath]:
@@ -164,8 +192,8 @@ def describe_files(
     return Target(new.is_folder, weight_files, side_files, new.empty_folders)
 
 
-def _digest_if_there(checkpoint: Checkpoint, path: str) -> tuple[int, bytes] | None:
-    location = checkpoint.side_files.get(path)
+def _digest_if_there(checkpoint: Checkpoint | None, path: str) -> tuple[int, bytes] | None:
+    location = checkpoint.side_files.get(path) if checkpoint else None
     return None if location is None else digest_file(location)
 
 
@@ -181,13 +209,13 @@ def _check_has_weights(checkpoint: Checkpoint) -> None:
 
 
 def _compare_all(
-    old: Checkpoint,
+    old: Checkpoint | None,
     new: Checkpoint,
     comparison: Callable[..., Comparison],
     progress: Progress | None,
 ) -> list[Row]:
     pace = Pace(progress)
-    matched = counterparts(old, new, pace.unreported())
+    matched = counterparts(old, new, pace.unreported()) if old else {}
 
     def compare(tensor: Tensor) -> Row:
         return comparison(matched.get(tensor.key), tensor, pace=pace).run()
@@ -258,7 +286,10 @@ def _why_not_carried(path: str, location: Path, n_bytes: int, root: Path) -> str
 
 
 def _leads_out(location: Path, root: Path) -> bool:
-    """Return whether a file is a link to outside of the folder, and of its repository in the Hub's cache."""
+    """Return whether a file is a link that leads out of the folder.
+
+    A link of the Hub's cache, which leads to a blob of the same repository, does not.
+    """
     if not location.is_symlink():
         return False
     real, home = Path(os.path.realpath(location)), Path(os.path.realpath(root))

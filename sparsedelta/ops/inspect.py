@@ -165,7 +165,7 @@ class Inspection:
 
     @property
     def losses(self) -> list[tuple[int, float]]:
-        """(step, loss) of the training that made the delta; empty if it did not record them."""
+        """The (step, loss) pairs that the training recorded; empty if it recorded none."""
         return curve_points(self.info)
 
     @property

@@ -1,4 +1,4 @@
-"""Invert the rows of a delta without its base, or find the reasons why the base is needed."""
+"""Invert the rows of a delta without its base, or find out why the base is needed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _reasons_by_tensors(delta: Delta) -> Iterator[str]:
 def base_file(delta: Delta, path: str) -> str:
     """Return the path in the base of the target's weight file ``path``, if both have the same layout.
 
-    Base and target, if each is one file, may have different names (FORMAT §3.1).
+    If base and target are single files, their names may differ (FORMAT §3.1).
     """
     files = {row.base.file for row in delta.tensors if row.base}
     if delta.target.is_folder or len(files) != 1:

@@ -48,9 +48,9 @@ def invert(
 ) -> Delta:
     """Return the inverse of a delta: it rebuilds the base from the target.
 
-    A delta describes the files of its target, not those of its base. Without ``base``, the
-    inverse writes the tensors of the base to files with the layout of the target's files. They equal the files of
-    the base, byte for byte, if base and target were saved in the same way. With ``base``, they are always equal.
+    A delta describes the files of its target, not those of its base. With ``base``, the result rebuilds
+    all files of the base, byte for byte. Without ``base``, it arranges the base's tensors in files as the
+    target does. These files equal those of the base if base and target were saved in the same way.
 
     Args:
         delta: an ``.sd`` file or a loaded delta.
@@ -109,7 +109,14 @@ def _without_base(
 def _weight_file(
     delta: Delta, file: WeightFile, rows: Sequence[Row], payload: SpoolPayload
 ) -> WeightFile:
-    """Return the base's weight file for the base tensors of ``rows``, the rows of a target's file."""
+    """Return the weight file of the base that corresponds to a weight file of the target.
+
+    Args:
+        delta: the delta.
+        file: the weight file of the target.
+        rows: the rows of ``file``; their base tensors are the tensors of the result.
+        payload: receives the header if it is stored.
+    """
     path = base_file(delta, file.path)
     if file.stored:
         coded = delta.payload.read(file.stored.offset, file.stored.stored_bytes)
@@ -121,7 +128,8 @@ def _weight_file(
 def _rows_by_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Row]:
     """Return, for each base tensor that the delta uses, the row to invert.
 
-    If several rows refer to one base tensor, the row with its file and name, or at least its name, wins.
+    If several rows refer to one base tensor, the row with the same file and name is preferred, then a row
+    with the same name.
     """
     result: dict[TensorKey, Row] = {}
     rows = {row.key: row for row in delta.tensors}

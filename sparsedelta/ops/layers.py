@@ -1,8 +1,8 @@
 """The data for pictures of a delta: its tensors by layer and kind, and the losses of the training.
 
 The name of a tensor gives its place: the first number is the layer, and the text after it is the kind.
-Later numbers, such as those of experts, are replaced by ``*``, so that all experts are one kind. Tensors
-whose names have no number are listed separately.
+Later numbers in the name, such as those of experts, are replaced by ``*``, so all experts of a layer count
+as one kind. Tensors whose names have no number are listed separately.
 """
 
 from __future__ import annotations

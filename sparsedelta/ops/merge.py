@@ -1,14 +1,14 @@
 """``merge``: combine several deltas of one base in floating point into one delta of that base.
 
-Elements that no delta touches keep their bits. Each tensor is computed chunk by chunk, so that no
-whole model is in memory.
+Elements that no delta touches keep their bits. Each tensor is computed chunk by chunk, so a whole model is
+never in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import ConflictError, StructureMismatch
@@ -157,7 +157,9 @@ class _Merge:
                 " floating point, and its values differ between the targets; merge deltas that agree on it",
                 tensor=tensor.name,
             )
-        return RebuiltTensor(present[0].row, tensor, present[0].payload, silent)
+        # The merged delta has the files of the base; a target may have others.
+        row = replace(present[0].row, file=tensor.file, name=tensor.name)
+        return RebuiltTensor(row, tensor, present[0].payload, silent)
 
     def _info(self) -> Mapping[str, JSON]:
         recipe = self.recipe

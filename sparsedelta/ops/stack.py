@@ -1,7 +1,7 @@
 """``stack``: combine several deltas into one, exactly, and without their base where possible.
 
-Applying the stack gives the same tensors and files as applying the deltas one after the other. Memory
-is bounded by the chunks of one tensor per thread.
+Applying the stack gives the same tensors and files as applying the deltas one after the other. The stack
+is computed tensor by tensor and chunk by chunk, for any number of deltas.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def stack(
 
     If each delta was made from the target of the one before it, they are a chain. Applying the stack
     then gives the same result as applying them in order. If all were made from the same base, they are
-    siblings. The stack then has the changes of all of them, and no two may touch the same element.
+    siblings. The stack then has the changes of all of them. No two siblings may touch the same element.
 
     Args:
         deltas: ``.sd`` files or loaded deltas; at least one.
         base: the base of the first delta. It is required if a tensor is changed by differences in one
             delta and by new values in another, if several siblings change the same tensor, or if changes
-            were coded with the help of the base. If it is given, an element with a new value that
-            equals the base's value is left out of the stack.
+            were coded with the help of the base. If it is given, the stack also leaves out elements whose
+            new value equals the base's.
         progress: receives the number of bytes read.
         spool_dir: folder for the temporary file that holds the coded changes if they do not fit in memory;
             None for the system's temporary folder.

@@ -31,8 +31,10 @@ class VerifyReport:
         n_changed: number of tensors that the delta changes or adds.
         nnz: number of touched elements.
         payload_bytes: number of coded bytes checked.
-        base_checked: whether a base was given and checked, and the target rebuilt from it and checked.
-        target_checked: whether a target was given, and all its files compared with the delta's target.
+        base_checked: whether a base was given and checked. It is the delta's base, and the delta rebuilds
+            the target from it.
+        target_checked: whether a target was given and checked. All its files equal those of the
+            delta's target.
     """
 
     n_tensors: int

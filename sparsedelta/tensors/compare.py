@@ -38,7 +38,7 @@ def digest_tensor(
         tensor: the tensor.
         pace: receives the number of bytes read.
         offset: byte to start at.
-        hasher: has hashed the bytes before ``offset``; it is updated.
+        hasher: a hasher to continue, which has the bytes before ``offset``; it is updated. None: a new one.
     """
     pace, hasher = pace or Pace(), hasher or blake3()
     n_bytes = tensor.spec.n_bytes

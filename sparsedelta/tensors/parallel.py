@@ -58,7 +58,17 @@ class Pace:
     """Reports progress, and stops every worker that reports to it once one has failed."""
 
     def __init__(self, progress: Progress | None = None) -> None:
+        """Prepare.
+
+        Raises:
+            TypeError: ``progress`` is no receiver of progress, such as ``True``.
+        """
         self.progress = progress or Silent()
+        if not isinstance(self.progress, Progress):
+            raise TypeError(
+                f"progress is {progress!r}, expected None or an object with the methods start(label, n_bytes),"
+                " advance(n_bytes) and finish(); the command line shows a bar"
+            )
         # A list, because setting an Event that is interrupted may leave its lock held.
         self._stops: list[bool] = []
 

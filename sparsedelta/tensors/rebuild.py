@@ -81,7 +81,7 @@ def rebuild(
     if check == "touched" and any(chunk.touched is None for chunk in row.chunks):
         check = "full"  # this chunk has no touched digests to compare
     full, dtype = check == "full", row.target.dtype
-    wants_base = full and base is not None and (every_base or not _target_proves_base(row))
+    checks_base = full and base is not None and (every_base or not _target_proves_base(row))
     work = _Rebuild(
         row=row,
         base=base,
@@ -91,7 +91,7 @@ def rebuild(
         checks_touched=check != "none",
         block=np.zeros(max(1, min(BLOCK_BYTES // dtype.width, row.target.n_elements)), dtype.view),
         target_hash=blake3() if full and row.target.digest is not None else None,
-        base_hash=blake3() if wants_base else None,
+        base_hash=blake3() if checks_base else None,
     )
     for start, end, chunk in segments(row):
         with place_for(chunk.nnz if chunk else 0, dtype):

@@ -139,3 +139,42 @@ def test_damaged_delta(workplace: Workplace, run: Run) -> None:
     assert not workplace.out.exists()
     shutil.copy(workplace.base / "model.safetensors", delta)
     assert "is not a sparsedelta file" in run("apply", workplace.base, delta, workplace.out).stderr
+
+
+def test_one_file_is_not_written_under_the_name_of_a_folder(
+    workplace: Workplace, process: Process
+) -> None:
+    weights = ("base/model.safetensors", "target/model.safetensors")
+    assert process("diff", *weights, "-o", "one.sd").returncode == 0
+    before = tree(workplace.path)
+    result = process("apply", weights[0], "one.sd", "out/")
+    assert (result.returncode, result.stderr) == (
+        1,
+        "error: output 'out/' is written like a folder, and the target is one file; give the name of a file\n",
+    )
+    assert tree(workplace.path) == before
+    assert process("apply", weights[0], "one.sd", "out").returncode == 0
+    assert_same_files(workplace.target / "model.safetensors", workplace.out)
+
+
+def test_paths_get_no_note(workplace: Workplace, process: Process) -> None:
+    workplace.save_delta()
+    shutil.copytree(workplace.base, workplace.path / "models" / "base")
+    for words in (
+        ("verify", "./delta.sd", "--base", "models/base"),
+        ("diff", "models/base", "target", "-o", "models/d.sd"),
+        ("inspect", "models/d.sd"),
+    ):
+        result = process(*words)
+        assert (result.returncode, "local path" in result.stderr) == (0, False)
+
+
+@pytest.mark.parametrize("words", [("diff", "base", "target", "-o"), ("apply", "base", "delta.sd")])
+def test_a_folder_that_cannot_be_written_is_an_error_about_the_output(
+    workplace: Workplace, process: Process, words: tuple[str, ...]
+) -> None:
+    workplace.save_delta()
+    result = process(*words, "/proc/out")  # where nobody can write, root neither
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: '/proc/out': ")
+    assert "partial" not in result.stderr

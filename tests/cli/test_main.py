@@ -57,6 +57,8 @@ def test_examples_of_the_help_do_what_they_say(
         shutil.copy(workplace.delta, workplace.path / "monday.sd")
         with sparsedelta.invert(workplace.delta, base=workplace.base) as inverse:
             inverse.save(workplace.path / "tuesday.sd")
+    if name in ("follow", "log", "prune"):
+        assert process("publish", "channel", "target").returncode == 0
     if name == "merge":
         for number, other in enumerate(("sql.sd", "chat.sd")):
             save_in_place_change(workplace, workplace.path / other, 4 * number)

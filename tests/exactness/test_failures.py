@@ -397,7 +397,7 @@ def test_hint_for_many_files_is_a_pattern(tmp_path: Path) -> None:
     write(target / "onnx/config.json", "{}")
     with pytest.raises(CheckpointError) as found:
         sparsedelta.diff(base, target)
-    hint = str(found.value).partition("leave out (exclude=): ")[2]
+    hint = str(found.value).partition("leave it out (exclude=): ")[2]
     assert hint == "--exclude '*.onnx' --exclude '*.bin'"
     with sparsedelta.diff(base, target, exclude=["*.onnx", "*.bin"]) as delta:
         assert [file.path for file in delta.target.side_files] == ["onnx/config.json"]

@@ -366,6 +366,21 @@ def test_deltas_of_other_layouts_are_merged(tmp_path: Path) -> None:
     assert bench.merge().data == plain.data
 
 
+def test_an_integer_tensor_in_a_file_that_the_base_does_not_have(tmp_path: Path) -> None:
+    counts, weights = noise("I64", 50), noise("F32", 60)
+    write_file(tmp_path / "base/model.safetensors", {"counts": counts, "w": weights})
+    target = {"counts": counts.changed(7), "w": weights.changed(4)}
+    write_file(tmp_path / "target/other.safetensors", target)
+    with (
+        sparsedelta.diff(tmp_path / "base", tmp_path / "target") as delta,
+        sparsedelta.merge(tmp_path / "base", delta) as merged,
+    ):
+        merged.save(tmp_path / "merged.sd")
+    sparsedelta.apply(tmp_path / "base", tmp_path / "merged.sd", tmp_path / "out")
+    write_file(tmp_path / "expected/model.safetensors", target)
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+
+
 def test_deltas_with_chunks_at_other_borders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

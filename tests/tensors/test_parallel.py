@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,6 +136,16 @@ def test_pace_reports_progress_until_stopped() -> None:
     with pytest.raises(parallel.Stopped):
         pace.advance(5)
     assert counter.total == 7
+
+
+@pytest.mark.parametrize("progress", [True, print, "bar"])
+def test_progress_that_cannot_receive_reports_is_refused(progress: Any) -> None:
+    with pytest.raises(TypeError, match=r"^progress is .*, expected None or an object with"):
+        Pace(progress)
+
+
+def test_no_progress() -> None:
+    assert isinstance(Pace(None).progress, Silent)
 
 
 def test_there_is_a_core() -> None:

@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = []
     for number in range(200):
         words = draw.choices(WORDS[number % 2], k=3)
-        lines.append(f"{number % 2} {' and '.join(words)}")
+        lines.append(f"{('calm', 'storm')[number % 2]} {' and '.join(words)}")
     (folder / "data.txt").write_text("\n".join(lines))
     return folder
 

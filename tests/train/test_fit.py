@@ -556,3 +556,19 @@ def test_export_from_a_custom_loop(tmp_path: Path) -> None:
             optimizer.step()
         nnz = export_delta(model, tmp_path / "d.sd", sift=sift)
     assert 0 < nnz <= sift.n_trained
+
+
+def test_a_finished_run_that_resumes_without_a_base_writes_the_same_delta(tmp_path: Path) -> None:
+    """No step is done again, so that no optimizer tells SIFT when the weights are written."""
+    config = FitConfig(sparse_rate=0.2, max_steps=4, save_every=2, lr=1e-2)
+
+    def run() -> tuple[int, bytes]:
+        result = fit(
+            make_net(), make_inputs(6), output=tmp_path / "delta.sd", config=config, loss=square_loss,
+            run_dir=tmp_path / "run", resume=True, overwrite=True,
+        )  # fmt: skip
+        return result.nnz, (tmp_path / "delta.sd").read_bytes()
+
+    nnz, delta = run()
+    assert nnz
+    assert run() == (nnz, delta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,14 @@ def test_how_far_elements_moved_is_drawn_from_a_delta_alone(tmp_path: Path) -> N
     assert ink(picture) > 0.2
     density = density_map(result.delta, tmp_path / "map.png")
     assert picture.read_bytes() != density.read_bytes()
+
+
+def test_missing_matplotlib_is_named_with_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'sparsedelta\[pictures\]'"):
+        loss_curve([1.0], tmp_path / "curve.png")
 
 
 def test_nothing_to_draw_is_said(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +14,16 @@ NAMES = (
     "RULES SIFT Evaluation FitConfig FitResult MemoryReport Plan Rule SiftCallback "
     "SiftTrainerMixin SparseParameter StepReport export_delta fit grouped_parameters plan principal"
 ).split()
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "accelerate", "safetensors"])
+def test_a_missing_package_is_named_with_the_extra(package: str) -> None:
+    code = f"import sys; sys.modules['{package}'] = None; import sift_train"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == (
+        f"ModuleNotFoundError: sift_train needs {package}, which is not installed; install it with:"
+        " pip install 'sparsedelta[train]'"
+    )
 
 
 def test_names() -> None:

@@ -1,1 +1,1 @@
-"""The parts of ``merge``: the methods, and the arithmetic with floating-point numbers."""
+"""The parts of ``merge``: its methods and its floating-point arithmetic, which no other operation uses."""

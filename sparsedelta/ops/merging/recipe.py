@@ -17,7 +17,7 @@ from sparsedelta.ops.merging.floats import Numbers
 
 Method: TypeAlias = Literal["linear", "task-arithmetic", "ties", "dare", "dare-ties"]
 
-_SMALLEST_SUM = 1e-8  # weights with a smaller sum are not normalized
+_SMALLEST_SUM = 1e-8  # a sum of weights below this is not used as a divisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def kept_largest(magnitudes: Numbers, n_kept: int) -> tuple[np.floating[Any], in
         n_kept: how many to keep; less than the number of magnitudes.
 
     Returns:
-        The smallest of these magnitudes, and how many elements with exactly this magnitude are kept.
+        The smallest magnitude that is kept, and how many elements of exactly this magnitude are kept.
     """
     least = np.partition(magnitudes, len(magnitudes) - n_kept)[len(magnitudes) - n_kept]
     return least, n_kept - int(np.count_nonzero(magnitudes > least))

@@ -31,7 +31,7 @@ from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import BaseDiffers, check_base_tensor
 from sparsedelta.tensors.sources import RebuiltTensor
 
-_MOST_STACKED = 1 << 32  # a larger count is ignored, because info may hold any JSON
+_MOST_STACKED = 1 << 32  # info is free JSON, so an absurd count in it is ignored
 
 Links: TypeAlias = Sequence[Link]  # the rows of one tensor, one per delta
 R = TypeVar("R")
@@ -61,7 +61,7 @@ class Stacking(ABC):
         """Return the stack; its coded bytes are added to the payload."""
 
     def base_tensor(self, link: Link) -> Tensor | None:
-        """Return the base tensor of a link; None if the base is not given or the link has none in it."""
+        """Return the base tensor of a link; None if the base is not given or has no tensor for the link."""
         if link.number > len(self.base):
             return None
         return self.base[link.number - 1].get(link.row.key)

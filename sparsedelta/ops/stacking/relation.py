@@ -42,11 +42,10 @@ def base_files(delta: Delta) -> list[SideFile]:
 
 
 def _may_be_chain(deltas: Sequence[Delta]) -> bool:
-    """Return whether deltas that are siblings may also be a chain.
+    """Return whether to treat deltas as a chain although they could also be siblings.
 
-    They are not a chain if a delta takes a side file from its base, and the target of the delta before it
-    does not have this file. If a target has unknown digests, the answer is also False, because a tensor
-    may differ.
+    The answer is no if a delta takes a side file from its base that the target before it lacks. It is
+    also no if a target has an unknown digest, because its tensor may differ from the next delta's base.
     """
     for one, following in itertools.pairwise(deltas):
         if any(row.target.digest is None for row in one.tensors):

@@ -36,7 +36,7 @@ class Siblings(Stacking):
         """Return the links of all deltas to each tensor of ``chosen``, in its order.
 
         Raises:
-            ConflictError: another delta changes a tensor that this one does not have.
+            ConflictError: a delta changes a tensor that ``chosen`` does not have.
         """
         folder = (
             chosen.target.is_folder
@@ -97,7 +97,7 @@ class Siblings(Stacking):
 
 
 def _without_target_digest(link: Link) -> Link:
-    """Return a link without its target digest, which is wrong if other deltas change the tensor, too."""
+    """Return a link without its target digest, for tensors that several deltas change."""
     return replace(link, row=replace(link.row, target=link.row.target.with_digest(None)))
 
 
@@ -106,7 +106,12 @@ def _changing(links: Links) -> Links:
 
 
 def _check_rows(links: Links) -> None:
-    """Check that the deltas agree on the base tensor, and that none changes it if another reshapes it."""
+    """Check the links of one tensor.
+
+    Raises:
+        ConflictError: a delta adds, retypes or reshapes the tensor, and another delta changes it.
+        Corrupt: the deltas state different base tensors.
+    """
     bases = [(link.row.base.name, link.row.base.spec) if link.row.base else None for link in links]
     changing = _changing(links)
     reshaping = [link for link in changing if not link.row.keeps_all]

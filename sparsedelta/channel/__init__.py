@@ -1,0 +1,1 @@
+"""Versions of a checkpoint in a store: who publishes them, who follows (spec/CHANNEL.md)."""

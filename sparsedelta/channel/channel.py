@@ -1,0 +1,75 @@
+"""``Channel``: a stream of versions of one checkpoint."""
+
+from __future__ import annotations
+
+import os
+
+from sparsedelta.channel.entry import Entry
+from sparsedelta.channel.pruning import PruneReport, prune
+from sparsedelta.channel.versions import Versions
+from sparsedelta.stores.objects import ObjectStore
+
+
+class Channel(Versions):
+    """A stream of versions of one checkpoint, in a store.
+
+    Safe for use from several threads. It can be used as a context, which closes it.
+
+    Attributes:
+        store: where it is.
+    """
+
+    def __init__(self, store: str | os.PathLike[str] | ObjectStore) -> None:
+        """Open a channel, or what will be one when a version is published.
+
+        Args:
+            store: the path of a folder or the URL of a store, which is closed with the channel; or an open store,
+                which is not.
+        """
+        self._is_own = isinstance(store, str | os.PathLike)
+        super().__init__(_opened(store) if isinstance(store, str | os.PathLike) else store)
+
+    def __repr__(self) -> str:
+        return f"<Channel {self.store.name}>"
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the store, if this channel has opened it."""
+        if self._is_own:
+            self.store.close()
+
+    def log(self, *, limit: int | None = None) -> list[Entry]:
+        """Return the entries of the latest versions, the latest first; all if there is no limit.
+
+        Raises:
+            BadVersion: see ``back``.
+        """
+        head = self.head()
+        found: list[Entry] = []
+        for entry in self.back(head) if head and limit != 0 else ():
+            found.append(entry)
+            if len(found) == limit:
+                break
+        return found
+
+    def prune(self, *, keep: int) -> PruneReport:
+        """Delete what followers do not need to reach the latest ``keep`` versions, and garbage.
+
+        Segments that a follower leases stay, and those after them. Entries stay for ever.
+
+        Raises:
+            ValueError: ``keep`` is below 1.
+            PermissionError: the store cannot be written.
+        """
+        return prune(self, keep=keep)
+
+
+def _opened(store: str | os.PathLike[str]) -> ObjectStore:
+    from sparsedelta.stores import open_store
+
+    return open_store(store)

@@ -1,0 +1,276 @@
+"""The follower's side of the protocol: what to read for a version, checked and whole before anything changes (spec/CHANNEL.md §7)."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import IO, Literal, Protocol, TypeAlias
+
+from sparsedelta.channel.entry import AnchorBase, Entry, Object
+from sparsedelta.channel.layout import Kind
+from sparsedelta.channel.leases import CLOCK_SECONDS, take_lease
+from sparsedelta.channel.objects import Pruned, fetch
+from sparsedelta.channel.versions import STORE_FAILURES, Versions
+from sparsedelta.errors import (
+    BadVersion,
+    BaseNeeded,
+    Behind,
+    ConflictError,
+    FormatError,
+    MismatchError,
+    StructureMismatch,
+    Uncertain,
+)
+
+_log = logging.getLogger(__name__)
+_TRIES = 8  # of reaching a version while pruning goes on
+_RENEW_SECONDS = 5 * 60  # a lease that is left for less is renewed
+
+Onto: TypeAlias = Literal["held", "anchor"]
+
+
+class Replica(Protocol):
+    """Where a follower keeps the version that it holds."""
+
+    def fingerprint(self) -> bytes | None:
+        """Return the fingerprint of the tensors that are there; None: there are none that can be read."""
+
+    def hints(self) -> Sequence[tuple[int, bytes]]:
+        """Return versions that are probably there, by number and digest of the entry, the likeliest first."""
+
+    def has_base(self, base: AnchorBase) -> bool:
+        """Return whether a checkpoint outside the channel that an anchor is applied to is available."""
+
+    def move(
+        self,
+        files: Sequence[IO[bytes]],
+        onto: Onto,
+        base: AnchorBase | None,
+        held: Entry | None,
+        to: Entry,
+    ) -> None:
+        """Become a version, whole or not at all.
+
+        Args:
+            files: of deltas, each on the target of the one before it.
+            onto: what the first is applied to: the version that is held; or, being an anchor, ``base``.
+            base: of the anchor; None: it is applied to nothing.
+            held: the version that is held.
+            to: the version.
+
+        Raises:
+            MismatchError: what is held is not the base of the first.
+            Uncertain: it is neither the one nor the other now.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What a follower has done.
+
+    Attributes:
+        version: that it holds now.
+        step: of the training.
+        before: the version that it held; None: none, or none that is known.
+        n_versions: deltas and anchors that were applied, as one change.
+        n_bytes: that were read for it.
+        anchor: whether it went by an anchor.
+    """
+
+    version: int
+    step: int | None
+    before: int | None
+    n_versions: int
+    n_bytes: int
+    anchor: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """A way to a version: what is read, in order."""
+
+    onto: Onto
+    base: AnchorBase | None
+    objects: tuple[tuple[Kind, Entry, Object], ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(found.n_bytes for _, _, found in self.objects)
+
+    @property
+    def segment(self) -> int:
+        """Of the first version that is read."""
+        return self.objects[0][1].segment
+
+
+class Pursuit:
+    """What a follower does: find out what is held, choose a way, read it, and move.
+
+    Args:
+        channel: what is followed.
+        replica: where versions are kept.
+    """
+
+    def __init__(self, channel: Versions, replica: Replica) -> None:
+        self.id = secrets.token_hex(8)
+        self.held: Entry | None = None
+        self._channel = channel
+        self._replica = replica
+        self._is_known = False  # whether ``held`` was found out
+        self._lease: tuple[int, int] | None = None  # the segment that it begins with, and its end
+
+    def sync(self, version: int | None) -> SyncReport:
+        """Move to a version, the latest if none is given; see ``Follower.sync``."""
+        channel = self._channel
+        for _ in range(_TRIES):
+            head = channel.head()
+            if head is None or (version is not None and version > head.version):
+                there = f"its head is version {head.version}" if head else "it has no version"
+                wanted = "" if version is None else f"version {version} is not published: "
+                raise Behind(f"{wanted}channel '{channel.store.name}': {there}")
+            target = head if version is None else channel.entry(version)
+            self._identify(head)
+            if self.held and self.held.digest == target.digest:
+                return SyncReport(target.version, target.step, target.version, 0, 0, False)
+            report = self._move(target)
+            if report:
+                return report
+        raise Behind(
+            f"version {target.version} of channel '{channel.store.name}' was pruned, or is pruned faster than"
+            " it can be read; follow a later one, or keep more (prune --keep)"
+        )
+
+    def _identify(self, head: Entry) -> None:
+        """Find out by digests which version is held, if that is not known."""
+        if self._is_known:
+            return
+        found = self._replica.fingerprint()
+        self.held = None
+        for entry in self._candidates(head) if found else ():
+            if entry.target == found:
+                self.held = entry
+                break
+        self._is_known = True
+
+    def _candidates(self, head: Entry) -> Iterator[Entry]:
+        for version, digest in self._replica.hints():
+            entry = self._channel.find(version) if 0 < version <= head.version else None
+            if entry and entry.digest == digest:
+                yield entry
+        for entry in self._channel.back(head):
+            yield entry
+            if entry.version < head.segment:
+                break
+
+    def _move(self, target: Entry) -> SyncReport | None:
+        """Move to a version; return None if what it takes is being pruned.
+
+        Raises:
+            BadVersion: an object is damaged, and no way goes round it.
+        """
+        damage: BadVersion | None = None
+        for route in self._routes(target):
+            with ExitStack() as context:
+                try:
+                    files = [context.enter_context(file) for file in self._read(route)]
+                except Pruned as error:
+                    _log.info("pruned: %s", error)
+                    continue
+                except BadVersion as error:
+                    damage = damage or error
+                    continue
+                before = self.held
+                self._apply(files, route, target)
+            return SyncReport(
+                version=target.version,
+                step=target.step,
+                before=before.version if before else None,
+                n_versions=len(route.objects),
+                n_bytes=route.n_bytes,
+                anchor=route.onto == "anchor",
+            )
+        if damage:
+            raise damage
+        return None
+
+    def _apply(self, files: Sequence[IO[bytes]], route: _Route, target: Entry) -> None:
+        held, self._is_known = self.held, False  # unless all goes well it is found out again
+        number = target.version
+        try:
+            self._replica.move(files, route.onto, route.base, held, target)
+        except StructureMismatch:
+            raise
+        except MismatchError as error:
+            if route.onto == "anchor":
+                raise
+            raise Uncertain(
+                f"what is held is not version {held.version if held else '?'}, which it was: {error}; sync"
+                " again to rebuild it from an anchor"
+            ) from error
+        except (FormatError, ConflictError, BaseNeeded) as error:
+            raise BadVersion(f"version {number} cannot be made: {error}") from error
+        self.held, self._is_known = target, True
+
+    def _routes(self, target: Entry) -> list[_Route]:
+        """Return the ways to a version, the one with the fewest bytes first.
+
+        Raises:
+            Behind: there is none.
+        """
+        held, found = self.held, list[_Route]()
+        later: list[tuple[Kind, Entry, Object]] = []
+        n_bytes, base = 0, None
+        for entry in self._channel.back(target):
+            if held and entry.version == held.version:
+                if entry.digest != held.digest:
+                    raise BadVersion(
+                        f"version {held.version} of channel '{self._channel.store.name}' is not the one that is"
+                        " held; this is another channel"
+                    )
+                found.append(_Route("held", None, tuple(reversed(later))))
+                break
+            if entry.anchor and entry.version == target.segment:
+                base = entry.anchor.base
+                if base is None or self._replica.has_base(base):
+                    steps = (("anchors", entry, entry.anchor), *reversed(later))
+                    found.append(_Route("anchor", base, steps))
+            can_be_reached = held is not None and held.version < entry.version and entry.delta
+            n_bytes += entry.delta.n_bytes if entry.delta else 0
+            is_dearer = bool(found) and n_bytes >= found[0].n_bytes
+            if entry.version <= target.segment and (is_dearer or not can_be_reached):
+                break
+            if entry.delta:
+                later.append(("deltas", entry, entry.delta))
+        if not found:
+            raise Behind(
+                f"version {target.version} of channel '{self._channel.store.name}' has an anchor on"
+                f" {base.id if base and base.id else 'a checkpoint outside the channel'}, which is not here;"
+                " give it (base)"
+            )
+        return sorted(found, key=lambda route: route.n_bytes)
+
+    def _read(self, route: _Route) -> Iterator[IO[bytes]]:
+        """Yield the files of a route, each checked; raises Pruned if one is gone or will be."""
+        for kind, entry, expected in route.objects:
+            self._keep(route.segment)
+            yield fetch(self._channel, kind, entry.version, expected)
+
+    def _keep(self, segment: int) -> None:
+        """Keep a segment from being pruned, as far as the store lets this be done."""
+        ends = self._lease[1] if self._lease and self._lease[0] <= segment else 0
+        if ends > self._channel.now + CLOCK_SECONDS + _RENEW_SECONDS:
+            return
+        store = self._channel.store
+        try:
+            if not (store.writable and store.has_create):
+                return
+            until = take_lease(self._channel, segment, self.id)
+        except STORE_FAILURES as error:  # such as one that only lets others write
+            _log.info("no lease was taken: %s", error)
+            return
+        if until is None:
+            raise Pruned(f"segment {segment}")
+        self._lease = segment, until

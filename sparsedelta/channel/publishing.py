@@ -1,0 +1,253 @@
+"""The publisher's side of the protocol: one version after the other, each durable before the next (spec/CHANNEL.md §6).
+
+What counts as published moves only after the entry of a version was created. A version whose entry may or may not have
+been created, since the store failed, is finished before another is begun.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Protocol
+
+from sparsedelta._typing import JSON
+from sparsedelta.channel.entry import MAX_ENTRY_BYTES, Anchor, AnchorBase, Entry, Object
+from sparsedelta.channel.layout import HEAD, entry_name, head_content
+from sparsedelta.channel.lock import writing
+from sparsedelta.channel.objects import put
+from sparsedelta.channel.versions import STORE_FAILURES, Versions
+from sparsedelta.errors import Behind, HeadMoved, SparseDeltaError
+
+_log = logging.getLogger(__name__)
+_TRIES, _PAUSE_SECONDS = 4, 0.2  # of creating an entry while the store fails
+
+
+class Change(Protocol):
+    """What is sent: a delta or an anchor."""
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield the bytes of its file."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class Source(Protocol):
+    """Weights that are published, and the copy of what was published last."""
+
+    def is_at(self, target: bytes) -> bool:
+        """Return whether the copy has this fingerprint."""
+
+    def change(self) -> tuple[Change, bytes]:
+        """Return the delta from the copy to the weights, and the fingerprint of its target."""
+
+    def anchor(self) -> tuple[Change, bytes, AnchorBase | None]:
+        """Return an anchor of the weights, the fingerprint of its target, and what it is applied to."""
+
+    def advance(self, change: Change) -> None:
+        """Move the copy to the target of a change that was made from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorRule:
+    """When a version gets an anchor besides its delta.
+
+    Attributes:
+        ratio: when the deltas since the last anchor weigh more than this times that anchor; None: never.
+        every: when the last anchor is so many versions old; None: never.
+    """
+
+    ratio: float | None = 1.0
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None and not self.ratio > 0:
+            raise ValueError(f"anchor_ratio is {self.ratio}, expected a number above 0, or None")
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"anchor_every is {self.every}, expected at least 1, or None")
+
+    def is_due(self, last: Entry, version: int, n_bytes: int) -> bool:
+        """Return whether a version gets one.
+
+        Args:
+            last: the entry with the last anchor.
+            version: the number of the version.
+            n_bytes: of the deltas after the last anchor, with this version's.
+        """
+        weight = last.anchor.n_bytes if last.anchor else 0
+        by_age = self.every is not None and version - last.version >= self.every
+        return by_age or (self.ratio is not None and n_bytes > self.ratio * weight)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A version whose objects are written, and whose entry may be."""
+
+    entry: Entry
+    change: Change
+
+
+class Run:
+    """One publisher's run: the versions that it adds to a channel.
+
+    Args:
+        channel: where to.
+        source: the weights.
+        rule: when a version gets an anchor.
+    """
+
+    def __init__(self, channel: Versions, source: Source, rule: AnchorRule) -> None:
+        self.id = secrets.token_hex(8)
+        self._channel = channel
+        self._source = source
+        self._rule = rule
+        self._head = channel.head()
+        self._is_at_head = self._head is not None and source.is_at(self._head.target)
+        self._pending: _Pending | None = None
+        self._since: tuple[Entry, int] | None = (
+            None  # the last anchor, bytes of the deltas after it
+        )
+
+    @property
+    def is_at_head(self) -> bool:
+        """Whether the copy of what was published is the head; if not, the next version is an anchor."""
+        return self._is_at_head
+
+    def publish(self, *, step: int | None, info: Mapping[str, JSON]) -> Entry:
+        """Add a version with what the weights are now; return its entry when it is durable.
+
+        Raises:
+            HeadMoved: another publisher has added a version since this run has begun.
+            OSError, RemoteError: the store failed; call again. The version is then finished or begun anew.
+        """
+        with writing(self._channel, self.id):
+            self._channel.create()
+            finished = self._finish()
+            self._check_head()
+            change, target = self._source.change()
+            if finished and (finished.target, finished.step) == (target, step):
+                change.close()  # this is the call after the one in which the store failed
+                return finished
+            try:
+                entry = self._entry(change, target, step, info)
+                self._pending = _Pending(entry, change)
+            except BaseException:
+                change.close()
+                raise
+            self._finish()
+            return entry
+
+    def _check_head(self) -> None:
+        """Check that nobody else has added a version."""
+        head = self._channel.head()
+        if head and head.digest != (self._head and self._head.digest):
+            raise self._moved(head)
+
+    def _moved(self, head: Entry) -> HeadMoved:
+        return HeadMoved(
+            f"version {head.version} of channel '{self._channel.store.name}' was added by another publisher,"
+            f" run {head.run[:40]}; end that one or this one. A new publisher goes on from there"
+        )
+
+    def _entry(
+        self, change: Change, target: bytes, step: int | None, info: Mapping[str, JSON]
+    ) -> Entry:
+        """Write the objects of a new version; return its entry."""
+        channel, head = self._channel, self._head
+        version = head.version + 1 if head else 1
+        delta = put(channel, "deltas", version, change.blocks()) if self._is_at_head else None
+        anchor = self._anchor(version, delta, target)
+        entry = Entry(
+            version=version,
+            previous=head.digest if head else None,
+            run=self.id,
+            time=channel.now,
+            step=step,
+            target=target,
+            segment=version if anchor or not head else head.segment,
+            delta=delta,
+            anchor=anchor,
+            info=info,
+        )
+        if len(entry.raw) > MAX_ENTRY_BYTES:
+            raise ValueError(
+                f"info makes an entry of {len(entry.raw)} bytes, the limit is {MAX_ENTRY_BYTES}"
+            )
+        return entry
+
+    def _anchor(self, version: int, delta: Object | None, target: bytes) -> Anchor | None:
+        """Write the anchor of a version if one is due."""
+        if delta is not None and self._head is not None:
+            last, n_bytes = self._since_anchor(self._head)
+            if not self._rule.is_due(last, version, n_bytes + delta.n_bytes):
+                return None
+        anchor, made, base = self._source.anchor()
+        try:
+            if made != target:
+                raise SparseDeltaError(
+                    "the weights changed while they were published; publish while they rest"
+                )
+            found = put(self._channel, "anchors", version, anchor.blocks())
+        finally:
+            anchor.close()
+        return Anchor(found.digest, found.n_bytes, base)
+
+    def _since_anchor(self, head: Entry) -> tuple[Entry, int]:
+        """Return the entry with the last anchor, and the bytes of the deltas after it."""
+        if self._since is None:
+            entries = list(takewhile(lambda entry: not entry.anchor, self._channel.back(head)))
+            last = self._channel.entry(head.segment)
+            self._since = last, sum(entry.delta.n_bytes for entry in entries if entry.delta)
+        return self._since
+
+    def _finish(self) -> Entry | None:
+        """Create the entry of a pending version, and move the copy; return the entry."""
+        pending = self._pending
+        if pending is None:
+            return None
+        entry = pending.entry
+        found = self._created(entry)
+        if found.digest != entry.digest:
+            self._pending = None
+            pending.change.close()
+            raise self._moved(found)
+        self._source.advance(pending.change)
+        self._head, self._is_at_head, self._pending = entry, True, None
+        self._since = _since(self._since, entry)
+        pending.change.close()
+        try:
+            self._channel.store.write(HEAD, head_content(entry.version))
+        except STORE_FAILURES as error:  # a hint, and the next version writes it again
+            _log.info("%s was not written: %s", HEAD, error)
+        return entry
+
+    def _created(self, entry: Entry) -> Entry:
+        """Return the entry of a number, having created it if there was none."""
+        channel, name = self._channel, entry_name(entry.version)
+        for number in range(_TRIES):
+            failure: Exception | None = None
+            try:
+                if channel.store.create(name, entry.raw):
+                    return entry
+            except STORE_FAILURES as error:
+                failure = error
+            try:
+                return channel.entry(entry.version)
+            except Behind:
+                failure = failure or OSError(f"store '{channel.store.name}' does not create {name}")
+            except STORE_FAILURES as error:
+                failure = error
+            if number == _TRIES - 1:
+                raise failure
+            channel.pause(_PAUSE_SECONDS * 2**number)
+        raise AssertionError
+
+
+def _since(before: tuple[Entry, int] | None, entry: Entry) -> tuple[Entry, int] | None:
+    """Return the last anchor and the bytes of the deltas after it when an entry comes after others."""
+    if entry.anchor:
+        return entry, 0
+    return before and (before[0], before[1] + (entry.delta.n_bytes if entry.delta else 0))

@@ -1,0 +1,220 @@
+"""Where a follower keeps a version: a model in memory, or a checkpoint on disk (``channel.following.Replica``)."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+from sparsedelta._typing import AnyPath, Model, Names
+from sparsedelta.channel.entry import AnchorBase, Entry
+from sparsedelta.channel.following import Onto
+from sparsedelta.errors import (
+    CheckpointError,
+    FormatError,
+    PartlyApplied,
+    StructureMismatch,
+    Uncertain,
+)
+from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.format.delta import Delta, load
+from sparsedelta.format.strict_json import compact_json, hex_bytes, integer, items, parse_json
+from sparsedelta.fs import check_checkpoint_folder, check_no_folder, staged_output
+from sparsedelta.live.chain import prepare_chain, write_checked
+from sparsedelta.live.patch import Patch, Writer
+from sparsedelta.live.rwlock import SharedLock
+from sparsedelta.live.sides import held_checkpoint
+from sparsedelta.live.whole import write_whole
+from sparsedelta.ops.apply import write_target
+from sparsedelta.ops.base_check import open_base
+from sparsedelta.ops.identity import checkpoint_fingerprint
+from sparsedelta.ops.stack import stack
+from sparsedelta.progress import Progress
+
+_HELD_SUFFIX = ".sparsedelta-held.json"
+_MAX_HELD_BYTES = 1 << 16
+
+
+class ModelReplica:
+    """A model in memory, changed in place while nobody reads it.
+
+    Args:
+        model: a module or a state dict.
+        base: the checkpoint that anchors are applied to, if they are applied to one.
+        names: see ``Delta.apply_``.
+    """
+
+    def __init__(self, model: Model, *, base: AnyPath | None = None, names: Names = None) -> None:
+        self.lock = SharedLock()
+        self._model = model
+        self._base = base
+        self._names = names
+        self._writer = Writer()
+        self._fingerprint: bytes | None = None  # of what is held that is no version
+
+    def fingerprint(self) -> bytes | None:
+        """Return the model's fingerprint; None if it is not known how the model is saved."""
+        with self.lock.writing():
+            self._writer.restore()
+        with self.lock.reading():
+            try:
+                with held_checkpoint(self._model) as now:
+                    self._fingerprint = checkpoint_fingerprint(now)
+            except StructureMismatch:
+                self._fingerprint = None
+        return self._fingerprint
+
+    def hints(self) -> Sequence[tuple[int, bytes]]:
+        """Return nothing: a model does not outlive its process."""
+        return ()
+
+    def has_base(self, base: AnchorBase) -> bool:
+        """Return whether the model is the base, or the base was given."""
+        return self._base is not None or self._is_base(base)
+
+    def move(
+        self,
+        files: Sequence[IO[bytes]],
+        onto: Onto,
+        base: AnchorBase | None,
+        held: Entry | None,
+        to: Entry,
+    ) -> None:
+        """Become a version: by one write of all changed elements, or of all tensors."""
+        with ExitStack() as context:
+            deltas = [context.enter_context(load(file)) for file in files]
+            if onto == "held" or (base and self._is_base(base)):
+                patches = prepare_chain(deltas, self._model, names=self._names)
+                with self.lock.writing():
+                    self._write(patches)
+            else:
+                place = context.enter_context(_base_place(base, self._base))
+                one = context.enter_context(_stacked(deltas, place))
+                checkpoint = context.enter_context(open_base(place, one))
+                with self.lock.writing():
+                    write_whole(one, checkpoint, self._model, names=self._names)
+        self._fingerprint = None
+
+    def _is_base(self, base: AnchorBase) -> bool:
+        return self._fingerprint == base.fingerprint
+
+    def _write(self, patches: Sequence[Patch]) -> None:
+        try:
+            write_checked(self._writer, patches)
+        except PartlyApplied as error:
+            raise Uncertain(f"{error}; sync again does so") from error
+
+
+class DiskReplica:
+    """A checkpoint on disk, replaced in one step.
+
+    A file beside it names the versions that it may be. That is a hint: the digests of its tensors decide.
+
+    Args:
+        out: the folder or file.
+        base: the checkpoint that anchors are applied to, if they are applied to one.
+        overwrite: replace what is at ``out`` even if it is no version of the channel.
+        progress: told of the bytes written.
+    """
+
+    def __init__(
+        self,
+        out: AnyPath,
+        *,
+        base: AnyPath | None = None,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self._out = Path(os.path.abspath(out))
+        self._hints_path = self._out.with_name(f".{self._out.name[:200]}{_HELD_SUFFIX}")
+        self._base = base
+        self._overwrite = overwrite
+        self._progress = progress
+
+    def fingerprint(self) -> bytes | None:
+        """Return the fingerprint of what is there; None: nothing, or no checkpoint."""
+        try:
+            with Checkpoint(self._out, whole=False, complete=False) as checkpoint:
+                return checkpoint_fingerprint(checkpoint) if checkpoint.weight_files else None
+        except (CheckpointError, FileNotFoundError):
+            return None
+
+    def hints(self) -> Sequence[tuple[int, bytes]]:
+        """Return what the file beside it says."""
+        try:
+            with open(self._hints_path, "rb") as file:
+                return _parse_hints(file.read(_MAX_HELD_BYTES))
+        except (FileNotFoundError, FormatError):
+            return ()
+
+    def has_base(self, base: AnchorBase) -> bool:
+        """Return whether the base was given."""
+        return self._base is not None
+
+    def move(
+        self,
+        files: Sequence[IO[bytes]],
+        onto: Onto,
+        base: AnchorBase | None,
+        held: Entry | None,
+        to: Entry,
+    ) -> None:
+        """Become a version: it is written beside what is there, and takes its place."""
+        is_ours = held is not None or bool(self.hints()) or self._overwrite
+        with ExitStack() as context:
+            deltas = [context.enter_context(load(file)) for file in files]
+            place = self._out
+            if onto == "anchor":
+                place = context.enter_context(_base_place(base, self._base))
+            one = context.enter_context(_stacked(deltas, place))
+            check = check_checkpoint_folder if one.target.is_folder else check_no_folder
+            check(self._out)
+            staged = context.enter_context(staged_output(self._out, overwrite=is_ours))
+            with open_base(place, one) as checkpoint:
+                write_target(
+                    checkpoint, one, staged, check="full", exclude=(), progress=self._progress
+                )
+            self._note([to, held] if held else [to])
+
+    def _note(self, entries: Sequence[Entry]) -> None:
+        """Write down what may be there from now on."""
+        content = compact_json([[entry.version, entry.digest.hex()] for entry in entries])
+        with (
+            staged_output(self._hints_path, overwrite=True) as staged,
+            open(staged, "xb") as file,
+        ):
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def _base_place(base: AnchorBase | None, given: AnyPath | None) -> Iterator[Path]:
+    """Yield where the base of an anchor is: an empty folder for none."""
+    if base is not None and given is not None:
+        yield Path(given)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def _stacked(deltas: Sequence[Delta], base: Path) -> Iterator[Delta]:
+    """Yield deltas on one another as one."""
+    if len(deltas) == 1:
+        yield deltas[0]
+        return
+    with stack(*deltas, base=base) as one:
+        yield one
+
+
+def _parse_hints(raw: bytes) -> list[tuple[int, bytes]]:
+    what = "the file of what is held"
+    found = []
+    for item in items(parse_json(raw, what), what, 2):
+        version, digest = items(item, what, 2)
+        found.append((integer(version, what), hex_bytes(digest, what, 32)))
+    return found

@@ -1,0 +1,118 @@
+"""``sparsedelta follow``: a checkpoint on disk that keeps up with a channel."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+import sparsedelta
+from sparsedelta.cli._channel import opened
+from sparsedelta.cli._common import PATH, Settings, examples, json_option
+from sparsedelta.cli._failures import describe
+from sparsedelta.cli._progress import progress_bar
+from sparsedelta.errors import Behind, ChannelError, RemoteError
+from sparsedelta.report.text import size
+
+if TYPE_CHECKING:
+    from sparsedelta.channel.following import SyncReport
+
+
+@click.command("follow", epilog=examples("sparsedelta follow channel/ out/ --once"))
+@click.argument("channel")
+@click.argument("out", type=PATH)
+@click.option("--once", is_flag=True, help="Move to the latest version and end.")
+@click.option("--version", type=click.IntRange(1), metavar="N", help="Move to version N and end.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.01),
+    default=5.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often to look for a new version.",
+)
+@click.option(
+    "--run",
+    metavar="COMMAND",
+    help="Run this in a shell after each move, with SPARSEDELTA_VERSION and SPARSEDELTA_OUT set.",
+)
+@click.option("--base", type=PATH, help="The checkpoint that full versions are deltas on, if any.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT even if it is no version of CHANNEL.")
+@json_option
+@click.pass_obj
+def command(
+    settings: Settings,
+    /,
+    *,
+    channel: str,
+    out: Path,
+    once: bool,
+    version: int | None,
+    interval: float,
+    run: str | None,
+    base: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Keep OUT at the latest version of CHANNEL.
+
+    OUT is replaced in one step, by a version that is complete and checked. A hidden file beside it says which version
+    it is. If this is killed, at whatever moment, run it again.
+    """
+    with opened(settings, channel) as found, progress_bar(settings) as progress:
+        follower = sparsedelta.Follower(
+            found, out, base=base, overwrite=overwrite, progress=progress
+        )
+        while True:
+            report = _sync(settings, follower, version, patient=not (once or version))
+            if report:
+                _tell(report, as_json=as_json)
+                _run(run, report, out)
+            if once or version:
+                return
+            time.sleep(interval)
+
+
+def _sync(
+    settings: Settings, follower: sparsedelta.Follower, version: int | None, *, patient: bool
+) -> SyncReport | None:
+    """Return what was done; None if nothing was, or what failed may succeed later."""
+    before = follower.version
+    try:
+        report = follower.sync(version)
+    except (ChannelError, RemoteError, OSError) as error:
+        if not patient or (before is None and not isinstance(error, Behind)):
+            raise
+        settings.note(f"still at version {before or 'none'}: {describe(error)}")
+        return None
+    return report if report.version != before or not patient else None
+
+
+def _tell(report: SyncReport, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(report)))
+        return
+    how = f"{size(report.n_bytes)} read" if report.n_versions else "there already"
+    step = "" if report.step is None else f", step {report.step}"
+    click.echo(f"version {report.version}{step}: {how}")
+
+
+def _run(command: str | None, report: SyncReport, out: Path) -> None:
+    """Run a person's command in a shell.
+
+    Raises:
+        OSError: it fails.
+    """
+    if command is None:
+        return
+    place = os.path.abspath(out)
+    variables = {"SPARSEDELTA_VERSION": str(report.version), "SPARSEDELTA_OUT": place}
+    done = subprocess.run(command, shell=True, env=os.environ | variables, check=False)
+    if done.returncode:
+        raise OSError(f"the command given with --run ended with exit code {done.returncode}")

@@ -1,0 +1,31 @@
+"""``sparsedelta log``: the versions of a channel."""
+
+from __future__ import annotations
+
+import click
+
+from sparsedelta.cli._channel import describe, fields, opened
+from sparsedelta.cli._common import Settings, examples, json_option, print_json
+
+
+@click.command("log", epilog=examples("sparsedelta log channel/"))
+@click.argument("channel")
+@click.option(
+    "-n", "--limit", type=click.IntRange(1), default=20, show_default=True, help="Versions shown."
+)
+@json_option
+@click.pass_obj
+def command(settings: Settings, /, *, channel: str, limit: int, as_json: bool) -> None:
+    """Show the latest versions of CHANNEL, the latest first.
+
+    Each entry is checked against the one after it.
+    """
+    with opened(settings, channel) as found:
+        entries = found.log(limit=limit)
+    if as_json:
+        print_json({"versions": [fields(entry) for entry in entries]})
+        return
+    for entry in entries:
+        click.echo(describe(entry))
+    if not entries:
+        settings.note("the channel has no version")

@@ -1,0 +1,37 @@
+"""``sparsedelta prune``: delete old versions of a channel."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from sparsedelta.cli._channel import opened
+from sparsedelta.cli._common import Settings, examples, json_option, print_json
+
+
+@click.command("prune", epilog=examples("sparsedelta prune channel/ --keep 100"))
+@click.argument("channel")
+@click.option(
+    "--keep",
+    type=click.IntRange(1),
+    required=True,
+    metavar="N",
+    help="Keep what followers need to reach the latest N versions.",
+)
+@json_option
+@click.pass_obj
+def command(settings: Settings, /, *, channel: str, keep: int, as_json: bool) -> None:
+    """Delete what followers of CHANNEL do not need.
+
+    What a follower is reading stays, and so does all after it. The log of versions stays.
+    """
+    with opened(settings, channel) as found:
+        report = found.prune(keep=keep)
+    if as_json:
+        print_json(dataclasses.asdict(report))
+        return
+    first = f"; version {report.first} is the oldest left" if report.first else ""
+    click.echo(f"deleted {report.n_deleted} objects{first}")
+    if report.leased:
+        settings.note(f"a follower reads version {report.leased}; run this again in 15 minutes")

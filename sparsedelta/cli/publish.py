@@ -1,0 +1,57 @@
+"""``sparsedelta publish``: a checkpoint on disk as the next version of a channel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparsedelta.cli._channel import describe, fields, opened
+from sparsedelta.cli._common import PATH, Settings, examples, json_option, print_json
+from sparsedelta.cli._progress import progress_bar
+
+
+@click.command("publish", epilog=examples("sparsedelta publish channel/ target/"))
+@click.argument("channel")
+@click.argument("checkpoint", type=PATH)
+@click.option(
+    "--base", type=PATH, help="The checkpoint that was published last; without it, publish in full."
+)
+@click.option("--step", type=click.IntRange(0), metavar="N", help="Step of the training.")
+@click.option(
+    "--anchor-ratio",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Write in full too when deltas weigh this times the last full version.",
+)
+@click.option(
+    "--anchor-every",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Write in full too every N versions.",
+)
+@click.option("--anchor-base", type=PATH, help="Write full versions as deltas on this checkpoint.")
+@click.option("--anchor-base-id", metavar="ORG/MODEL@REV", help="Where followers find that one.")
+@json_option
+@click.pass_obj
+def command(
+    settings: Settings, /, *, channel: str, checkpoint: Path, as_json: bool, **options: Any
+) -> None:
+    """Add CHECKPOINT to CHANNEL as its next version.
+
+    CHANNEL is a folder, or the address of a bucket or a repository. The first version is written in full; so is every
+    version without --base. With --base it is a delta on the checkpoint that was published last.
+    """
+    from sparsedelta.channel.publisher import publish_checkpoint
+
+    with opened(settings, channel) as found, progress_bar(settings) as progress:
+        entry = publish_checkpoint(found, checkpoint, **options, progress=progress)
+        head = entry or found.head()
+    if entry is None:
+        settings.note("this is what the channel's latest version holds; nothing was published")
+    if head and as_json:
+        print_json(fields(head))
+    elif head:
+        click.echo(describe(head))

@@ -1,0 +1,78 @@
+"""Helpers: small random models of families whose checkpoints differ from the module in names, shapes or layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+# From a class to what its conversion does.
+FAMILIES = {
+    "MixtralForCausalLM": "experts merged and fused",
+    "Qwen2MoeForCausalLM": "experts merged and fused",
+    "Qwen3MoeForCausalLM": "experts merged and fused",
+    "PhimoeForCausalLM": "experts merged and fused, renamed",
+    "OlmoHybridForCausalLM": "convolutions joined",
+    "NomicBertForMaskedLM": "qkv split",
+    "Kimi_K25ForConditionalGeneration": "qkv split and permuted",
+    "GPTNeoXForCausalLM": "renamed",
+    "ViTForImageClassification": "renamed",
+    "Gemma3ForConditionalGeneration": "renamed",
+    "PaliGemmaForConditionalGeneration": "renamed",
+    "LlavaForConditionalGeneration": "renamed",
+    "Qwen2VLForConditionalGeneration": "renamed",
+    "Mistral3ForConditionalGeneration": "renamed",
+    "ShieldGemma2ForImageClassification": "prefixes of a model inside another",
+}
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "embed_dim": 32, "depth": 2,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "max_position_embeddings": 32, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "image_size": 28, "patch_size": 14,
+    "projection_dim": 16, "out_hidden_size": 32, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "image_token_id": 5,
+    "image_token_index": 5, "video_token_id": 6,
+}  # fmt: skip
+
+
+def make_small(name: str, **sizes: int) -> Any:
+    """Return a model of a class of transformers in bfloat16, with random weights and few of them."""
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    model = cls(_shrink(cls.config_class(), SIZES | sizes)).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if (
+                not parameter.float().std() > 0
+            ):  # norms and biases, or memory that was never written
+                parameter.copy_(torch.rand(parameter.shape) + 0.5)
+    return model
+
+
+def _shrink(config: Any, sizes: dict[str, int]) -> Any:
+    for key, size in sizes.items():
+        if isinstance(getattr(config, key, None), int):
+            setattr(config, key, size)
+    for key in ("layer_types", "mlp_layer_types"):
+        kinds = getattr(config, key, None)
+        if isinstance(kinds, list):
+            setattr(config, key, [*dict.fromkeys(kinds), kinds[0]][:2])
+    for inner in vars(config).values():
+        if isinstance(inner, transformers.PretrainedConfig):
+            _shrink(inner, sizes)
+    return config
+
+
+def step(model: torch.nn.Module, *, share: float = 2e-4) -> None:
+    """Add noise to all parameters, of a share of their standard deviation, as a small training step does."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(parameter.float() + noise * parameter.float().std() * share)
