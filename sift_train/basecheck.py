@@ -63,7 +63,7 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
         ValueError: a tensor differs, or a file is not a safetensors file.
     """
     parts = {} if sift is None else {id(p.parameter): p for p in sift.sparse_mapping.values()}
-    # Tied parameters are listed once: a base may hold other values under their other names.
+    # Tied parameters are compared under one name only. Under the other names, a base may hold other values.
     named = dict(model.named_parameters())
     held = tensor_places(base)
     renamed = names_in_base(model, named, base)
@@ -138,7 +138,7 @@ def names_in_base(model: nn.Module, names: Iterable[str], base: Path) -> dict[st
 
 
 def _without_prefix(names: Iterable[str], held: Iterable[str]) -> dict[str, str]:
-    """Return the names in a base of a module that holds the base's model, such as a SentenceTransformer."""
+    """Return the base's names for the tensors of a module that contains the base's model, such as a SentenceTransformer."""
     known = set(held)
     counts: Counter[str] = Counter()
     found: dict[str, dict[str, str]] = defaultdict(dict)

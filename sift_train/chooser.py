@@ -1,6 +1,6 @@
 """Chooses the components of each parameter, by its weights at the start or by its gradients later.
 
-The components of a parameter are chosen once, and it is not trained before. With a global budget
+The components of a parameter are chosen once, before it is trained. With a global budget
 the components of all parameters are chosen together; their number is the same as without it.
 """
 
@@ -33,8 +33,8 @@ class Chooser:
     Args:
         parts: the parts by name; each is a parameter with its master.
         rule: the rule that scores components.
-        budget: ``"tensor"``: each part gets its own k components; ``"global"``: the sum of all k is
-            given to the largest scores of all parts.
+        budget: ``"tensor"``: each part gets its own k components; ``"global"``: the largest
+            scores of all parts are chosen; their number is the sum of all k.
         seed: seeds the choice among equal scores, and random selection.
 
     Raises:
@@ -170,7 +170,7 @@ def _give_gradient(part: SparseParameter, scores: GradientScores) -> None:
 
 
 def _mark_overflow(part: SparseParameter, scores: GradientScores) -> None:
-    # A gradient scaler looks for inf and NaN in the master's gradient; the step drops this one.
+    # A gradient scaler checks the master's gradient for inf and NaN. The step drops this gradient.
     if scores.gradient is not None:
         overflow = scores.gradient.sum().to(part.master)
         part.master.grad = overflow.expand(part.train_num).clone()

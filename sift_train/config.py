@@ -37,7 +37,7 @@ class FitConfig:
             weight and gradient. A mapping of parameter names to masks or indices chooses
             explicitly.
         selection_batches: number of micro-batches whose gradients choose the components. They are
-            also trained on. Above 1 the scores are summed on the CPU, 4 bytes for each component of
+            also used for training. Above 1, the scores are summed on the CPU, 4 bytes for each component of
             the target tensors.
         budget: ``"tensor"``: the rate holds for each tensor; ``"global"``: for all tensors
             together.

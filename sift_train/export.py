@@ -75,7 +75,7 @@ def export_delta(
             differs from the first weights that ``sift`` has kept; or the model is wrapped, sharded, or has
             PEFT adapters.
     """
-    model = getattr(model, "_orig_mod", model)  # the model inside that of torch.compile
+    model = getattr(model, "_orig_mod", model)  # without the wrapper of torch.compile
     check_saves_weights(model)
     check_outputs(model, output, base=base, save_target=save_target, overwrite=overwrite)
     if base is None and sift is None:
@@ -208,7 +208,7 @@ def _work_folder(final: Path, purpose: str) -> Iterator[Path]:
 
 def _save(model: nn.Module, work: Path, base: Path | None) -> Path:
     if not _is_transformers(model):
-        # The file name is free: a delta ignores the name of a base that is a single file.
+        # Any file name works, because a delta ignores the name of a base that is a single file.
         save_model(model, str(work / PLAIN_NAME), metadata={"format": "pt"})
         return work / PLAIN_NAME
     folder = work / "checkpoint"
@@ -237,7 +237,7 @@ def _rename(folder: Path, model: nn.Module, base: Path) -> None:
 
 
 def _copy_side_files(folder: Path, base: Path) -> None:
-    """Copy the base's files other than weights that the saved model lacks."""
+    """Copy files of the base to the saved model, except weights and files that it already has."""
     for source in sorted(base.rglob("*")):
         place = folder / source.relative_to(base)
         is_weights = source.name.lower().endswith(WEIGHT_SUFFIXES)

@@ -1,4 +1,4 @@
-"""Writes and reads the checkpoints of a run: one folder per step, of which the newest is kept.
+"""Writes and reads the checkpoints of a run, one folder per step. Only the newest is kept.
 
 A checkpoint is written completely or not at all. It holds the state of the training, not the base.
 """

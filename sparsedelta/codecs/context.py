@@ -1,4 +1,4 @@
-"""The array types that codecs exchange, and what a codec may know of a chunk besides its positions."""
+"""The array types that codecs exchange, and the information about a chunk that codecs may use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ StartBits: TypeAlias = Callable[[int, int], Bits]
 
 @dataclass(frozen=True, slots=True)
 class ChunkContext:
-    """What a codec may know of a chunk besides its positions.
+    """Information about a chunk, besides its positions, that a codec may use.
 
     Attributes:
         before: reads the bits of the chunk's elements before the change; None: not available.

@@ -85,7 +85,7 @@ def _sign_fill(bits: Bits) -> Bits:
 
 
 def ordered(dtype: DType, bits: Bits) -> Bits:
-    """Return M of every element (FORMAT §7.2), a copy: as unsigned integers they are in the order of the values."""
+    """Return M of every element (FORMAT §7.2), as a copy. M, as an unsigned integer, has the same order as the values."""
     if not dtype.is_float:
         return bits.copy()
     flip = _sign_fill(bits)
@@ -154,7 +154,7 @@ def change(
     return before, after
 
 
-# The numbers of the value encodings in kernels/_native.c; for floats, "ulp" has the next number.
+# The numbers of the value encodings in kernels/_native.c; "ulp" for floats has the number after "ulp".
 KINDS: Mapping[str, int] = MappingProxyType({"target": 0, "ulp": 1})
 
 VALUE_ENCODINGS: Mapping[str, ValueEncoding] = MappingProxyType(

@@ -120,7 +120,7 @@ class Checkpoint:
             CheckpointError: ``path`` cannot be read as a checkpoint, or is inconsistent.
             FileNotFoundError: ``path`` does not exist.
         """
-        if isinstance(exclude, str):  # a string is also a sequence: of globs of one character each
+        if isinstance(exclude, str):  # else each character would count as a glob
             exclude = [exclude]
         if isinstance(include, str):
             include = [include]
@@ -403,7 +403,7 @@ def _read_header(fd: int, location: Path) -> tuple[bytes, Header]:
 
 
 def _way_out(fd: int, location: Path) -> str:
-    """Return what to do about a file that is no safetensors file, as a clause."""
+    """Return what to do about a file that is not a safetensors file, as a clause."""
     start = read_at(fd, len(_ZIP), 0)
     if start == _ZIP and location.suffix.lower() in PICKLED_SUFFIXES:
         return f"convert it with: {conversion_of_file(location)}"

@@ -16,7 +16,7 @@ from sparsedelta.errors import Corrupt, FormatError, LimitExceeded, UnsupportedF
 MAX_DEPTH = 64
 MAX_INTEGER = (1 << 63) - 1
 _BLOCK_BYTES = 1 << 20
-_MAX_DIGITS = 4000  # Python can write an integer of so many digits as text
+_MAX_DIGITS = 4000  # Python can convert integers of this many digits to text
 _SHOWN = 200  # characters of untrusted text in a message
 
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")

@@ -46,7 +46,7 @@ def remove_damaged(local_paths: Iterable[Path]) -> list[Path]:
 
     A file in the cache is a link to a blob. The name of the blob is the SHA-256 or the git object id that
     the Hub stated, so a damaged blob does not match its name. From huggingface_hub 2.4 on, the blob may
-    itself be a link to content that several repositories share; that content has Xet's name for it.
+    itself be a link to content that several repositories share; the name of that content is not its SHA-256.
     """
     damaged = []
     for local_path in local_paths:
@@ -59,7 +59,7 @@ def remove_damaged(local_paths: Iterable[Path]) -> list[Path]:
         if sha256 is None and oid is None:
             continue
         if not is_content(RemoteFile(name, content.stat().st_size, sha256, oid), content):
-            for path in (local_path, blob, content):  # two of these may be one file
+            for path in (local_path, blob, content):  # two of these paths may be equal
                 path.unlink(missing_ok=True)
             damaged.append(local_path)
     return damaged

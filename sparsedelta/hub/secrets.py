@@ -18,7 +18,7 @@ def check_secrets(delta: Delta) -> None:
     """Check that a delta holds nothing that looks like a credential: in its files, headers, info and base id.
 
     Raises:
-        ValueError: it does. The message names the place and the kind, and does not repeat the credential.
+        ValueError: it holds one. The message names its place and kind, but does not show the credential.
     """
     found = next(_secrets(delta), None)
     if found:

@@ -212,7 +212,7 @@ class Snapshot:
     def advance(self, delta: AnyDelta) -> None:
         """Move the snapshot to the target of a delta. Call this when the delta is stored safely.
 
-        The model is not read. If a call is interrupted, as by Ctrl-C, call it again with the same delta. A
+        The model is not read. If a call is interrupted, for example by Ctrl-C, call it again with the same delta. A
         second call with the same delta changes nothing.
 
         Args:

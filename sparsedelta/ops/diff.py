@@ -68,8 +68,8 @@ def diff(
         values: ``"ulp"`` (differences in units in the last place: small) or ``"target"`` (new bits).
         level: ``"fast"``, ``"default"`` or ``"max"``: how much time is spent to make the delta smaller.
         standalone: code all changes so that they can be decoded without the base. ``stack`` and
-            ``invert`` then need no base either. Otherwise changes are coded with the help of the base's
-            exponents where that saves a tenth, as it does after small steps; never at level ``"fast"``.
+            ``invert`` then need no base either. Otherwise, if it saves a tenth, changes are coded
+            with the base's exponents, except at level ``"fast"``. It does after small training steps.
         exclude: globs of files to leave out of both sides; a glob without "/" matches the last component.
         include: globs of files to keep although they are usually not part of a checkpoint: ``.git``,
             ``.env``, caches, editor files, the state of training and its ``checkpoint-*`` folders
@@ -228,7 +228,7 @@ def _compare_all(
 
 
 def n_unused(base: Checkpoint, rows: Sequence[Row]) -> int:
-    """Return how many tensors of the base no row refers to."""
+    """Return the number of base tensors that no row refers to."""
     return len(base.tensors.keys() - {row.base.key for row in rows if row.base})
 
 
@@ -298,7 +298,7 @@ def _leads_out(location: Path, root: Path) -> bool:
 
 
 def check_json(members: Mapping[str, JSON], what: str) -> Mapping[str, JSON]:
-    """Return members as a reader of the delta gets them.
+    """Return members as they are after writing them as JSON and reading them again.
 
     Raises:
         ValueError: they cannot be recorded as JSON.

@@ -108,9 +108,9 @@ def _negated(reader: ChangeReader, chunk: Chunk, payload: SpoolPayload) -> Itera
 
 
 def is_invertible_alone(row: Row) -> bool:
-    """Return whether ``inverse_row`` gives as good an inverse as comparing with the base tensor does.
+    """Return whether ``inverse_row`` is as good as a comparison with the base tensor.
 
-    It does if no base tensor is needed and no touched digest is lost.
+    It is if no base tensor is needed and no touched digest is lost.
     """
     return why_base_tensor_needed(row) is None and (
         row.is_copied

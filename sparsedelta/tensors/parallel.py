@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 class Places:
-    """A semaphore of which one ``with`` takes several permits at once, so that no two workers wait for each other."""
+    """A semaphore with permits. ``with`` takes several permits at once, so that two workers cannot deadlock."""
 
     def __init__(self, n_taken: int, *, of: Places | None = None, n_places: int = 0) -> None:
         """Create a semaphore, or share that of ``of``.
@@ -130,7 +130,7 @@ def run_all(
     results: dict[int, R] = {}
     failures: list[BaseException] = []
     threads: list[threading.Thread] = []
-    ended: list[None] = []  # one entry per worker that has ended; then follows one in ``ends``
+    ended: list[None] = []  # one entry per worker that has ended, before its entry in ``ends``
     ends: SimpleQueue[None] = SimpleQueue()
 
     def run() -> None:
@@ -147,11 +147,11 @@ def run_all(
             ends.put(None)
 
     def wait() -> None:
-        # Not Thread.join: if it is interrupted, Python takes a running thread for one that has ended.
+        # Not Thread.join: after an interrupted join, Python believes that a running thread has ended.
         while len(ended) < len(threads):
             ends.get()
 
-    # Not a ThreadPoolExecutor: an interrupt inside its methods can leave a lock held, for which workers wait.
+    # Not a ThreadPoolExecutor: an interrupt in its methods can leave a lock held, and workers wait for it for ever.
     pace.progress.start(label, sum(costs) if n_bytes is None else n_bytes)
     try:
         with uninterrupted():
@@ -169,5 +169,5 @@ def run_all(
             wait()
             for thread in threads:
                 thread.join()
-        failures.clear()  # an error holds this frame, and this frame must not hold the error
+        failures.clear()  # avoids a reference cycle: an error refers to this frame
         pace.progress.finish()

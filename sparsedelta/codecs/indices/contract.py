@@ -8,7 +8,7 @@ from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stre
 
 
 class IndexEncoding(Protocol):
-    """How positions are stored as bytes. The bodies here are what most encodings have in common."""
+    """How positions are stored as bytes. The methods that have a body here are defaults."""
 
     has_classes: bool = False  # can use classes of the elements before the change
 

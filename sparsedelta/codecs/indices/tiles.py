@@ -1,6 +1,6 @@
 """``tiles``: rows and columns grouped into bands by their density (FORMAT §6.6).
 
-Gradients are large in a few rows and columns, so the elements chosen by them lie mostly there. A tile consists
+Gradients are large in a few rows and columns. If training chooses elements by gradient, most of them are there. A tile consists
 of the cells in a band of rows and a band of columns. Each tile is coded by its own density.
 """
 
@@ -37,11 +37,12 @@ from sparsedelta.errors import Corrupt
 
 MAX_BANDS = 16
 _KEYS_PER_OCTAVE = 2
-_TILE_BITS = 24  # what a tile adds to its gaps
+_TILE_BITS = 24  # size of what a tile needs besides its gaps
 _BAND_BITS = (
     2 * _TILE_BITS
 )  # one more band adds as many tiles as there are bands in the other direction
-_WORTH = 0.97  # of the entropy without tiles; more is not worth the time
+# Tiles are used if they shrink the stream at least to this ratio. Otherwise they are not worth the time.
+_WORTH = 0.97
 
 Labels = npt.NDArray[np.uint32]  # the band of each row or column
 
@@ -132,7 +133,7 @@ class _Tiles(IndexEncoding):
         if left:
             raise Corrupt(f"index stream does not hold exactly {nnz} positions")
         cells = np.concatenate(parts)
-        # A stable sort is a Timsort, which only merges: the cells of each tile ascend already.
+        # Stable sort is Timsort. It only merges here, because the cells of each tile are sorted already.
         cells.sort(kind="stable")
         cells -= first
         if cells[0] < 0 or cells[-1] >= span:

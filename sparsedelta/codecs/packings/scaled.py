@@ -13,14 +13,14 @@ from sparsedelta.codecs.exponent_classes import Keys
 from sparsedelta.codecs.packings.contract import ValuePacking
 from sparsedelta.errors import Corrupt
 
-_SHORT = 2  # the codes of one unit; where most codes are no higher, other packings are smaller
+_SHORT = 2  # codes up to this mean one unit; if most codes are, other packings are smaller
 _MAX_SYMBOL = 63  # the symbol of the highest code below 2^32
 
 Symbols = npt.NDArray[np.uint8]
 
 
 class _Scaled(ValuePacking):
-    """Symbols, and the bits that they leave out."""
+    """Stores a symbol for each code, and the bits that the symbol does not determine."""
 
     def stream_sizes(self, n_bytes: int, nnz: int, width: int) -> Sequence[int]:
         return [nnz, n_bytes]
