@@ -1,6 +1,7 @@
-"""A delta on a model in memory: in place, bit for bit, and only if every tensor is what it should be.
+"""Applies a delta to a model in memory, in place and bit for bit.
 
-Work and memory go with the touched elements. All tensors are looked at before the first is written.
+All tensors are checked before the first one is written. Time and memory are in proportion to the number of touched
+elements.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _INT32_ELEMENTS = 1 << 31
 def apply_(
     delta: Delta, model: Model, *, verify: ModelCheck = "touched", names: Names = None
 ) -> None:
-    """Make the target of the base that a model in memory holds; see ``Delta.apply_``."""
+    """Change a model in memory from the base to the target; see ``Delta.apply_``."""
     patches = prepare(delta, model, verify=verify, names=names, undo=False)
     Writer().write(patches)
 
@@ -55,7 +56,7 @@ def apply_(
 def revert_(
     delta: Delta, model: Model, *, verify: ModelCheck = "touched", names: Names = None
 ) -> None:
-    """Make the base of the target that a model in memory holds; see ``Delta.revert_``."""
+    """Change a model in memory from the target back to the base; see ``Delta.revert_``."""
     patches = prepare(delta, model, verify=verify, names=names, undo=True)
     Writer().write([patch.reversed() for patch in patches])
 
@@ -64,7 +65,7 @@ def revert_(
 def applied(
     delta: Delta, model: Model, *, verify: ModelCheck = "touched", names: Names = None
 ) -> Iterator[None]:
-    """Apply a delta for a while; see ``Delta.applied``."""
+    """Apply a delta until the context ends; see ``Delta.applied``."""
     patches = prepare(delta, model, verify=verify, names=names, undo=False)
     try:
         Writer().write(patches)
@@ -72,7 +73,7 @@ def applied(
     finally:
         try:
             _put_back(patches)
-        except BaseException:  # once more, whatever broke it off
+        except BaseException:  # an interrupt, or an error: try once more
             _put_back(patches)
             raise
 
@@ -85,12 +86,12 @@ def _put_back(patches: Sequence[Patch]) -> None:
 def prepare(
     delta: Delta, model: Model, *, verify: ModelCheck, names: Names, undo: bool
 ) -> list[Patch]:
-    """Return the decoded changes of a delta, having checked the model; nothing is written.
+    """Check a model, and return the decoded changes of a delta; nothing is written.
 
     Args:
-        delta: changes elements in place, and nothing else.
-        model: a module or a state dict, holding the base, or with ``undo`` the target.
-        verify: what to check.
+        delta: a delta that only changes elements in place.
+        model: a module or a state dict that holds the base, or with ``undo`` the target.
+        verify: what to check; see ``Delta.apply_``.
         names: see ``find_places``.
         undo: the model holds the target.
 
@@ -98,7 +99,7 @@ def prepare(
         MismatchError: the model is not the base, or with ``undo`` the target.
         ConflictError: with ``undo``, the delta holds new values.
         FormatError: the delta is inconsistent.
-        ValueError: the check asked for cannot be made.
+        ValueError: the delta lacks the digests that ``verify`` needs.
     """
     if verify not in get_args(ModelCheck):
         raise ValueError(f"verify is {verify!r}, expected one of {', '.join(get_args(ModelCheck))}")
@@ -155,7 +156,7 @@ def _check_possible(row: Row, verify: ModelCheck, *, undo: bool) -> None:
 def _decode(
     delta: Delta, place: Place, *, verify: ModelCheck, undo: bool, pace: Pace
 ) -> tuple[Patch, State]:
-    """Return a tensor's decoded changes and what the model holds at their positions."""
+    """Return the decoded changes of a tensor, and which state of it the model holds."""
     import torch
 
     row, tensor = place.row, place.slot.tensor()
@@ -204,7 +205,7 @@ def _decode_chunk(
 
 
 def _moved(dtype: DType, chunk: Chunk, held: Bits, codes: Bits, *, undo: bool) -> Bits:
-    """Return what touched elements become; with ``undo`` the codes are differences."""
+    """Return the new bits of touched elements; with ``undo`` the codes are differences."""
     if not undo:
         return VALUE_ENCODINGS[chunk.coding.values].decode(dtype, held, codes)
     places = ordered(dtype, held)
@@ -213,10 +214,10 @@ def _moved(dtype: DType, chunk: Chunk, held: Bits, codes: Bits, *, undo: bool) -
 
 
 def _possible_states(row: Row, chunk: Chunk, now: Bits, then: Bits, *, undo: bool) -> set[State]:
-    """Return what the model may hold in a chunk, by the digests of its touched elements.
+    """Return the states that the digests of the touched elements of a chunk allow.
 
     Raises:
-        Corrupt: it is right, and what it becomes is not.
+        Corrupt: the old values are right, but the new values are not those that the delta states.
     """
     before, after = chunk.touched or (b"", b"")
     found = touched_digest(now)
@@ -232,12 +233,12 @@ def _possible_states(row: Row, chunk: Chunk, now: Bits, then: Bits, *, undo: boo
 
 
 def _wanted_and_done(*, undo: bool) -> tuple[State, State]:
-    """Return what the model must hold, and what it becomes."""
+    """Return the state that the model must have before the change, and the state after it."""
     return ("target", "base") if undo else ("base", "target")
 
 
 def _check_states(states: Sequence[tuple[Place, State]], *, undo: bool) -> None:
-    """Check that every tensor is the base's, or with ``undo`` the target's, by what was found."""
+    """Check the states that were found: each tensor must be the base's, or with ``undo`` the target's."""
     wanted, done = _wanted_and_done(undo=undo)
     wrong = [place for place, state in states if state == "other"]
     if wrong:
@@ -265,7 +266,7 @@ def _applied_error(name: str, n_done: int, n_due: int, wanted: str, done: str) -
 
 
 def _check_whole(places: Places, *, undo: bool) -> None:
-    """Compare the digests of all tensors that the model has with those of the base or target."""
+    """Compare the digests of all tensors in the model with those of the base or the target."""
     wanted, done = _wanted_and_done(undo=undo)
     states: list[tuple[Place, State]] = []
     for place in places.changed:
