@@ -213,7 +213,9 @@ def disturb(work: Path, versions: int, arguments: tuple[Any, ...], seconds: floa
             del parties[f"late {counts['late']} {kind}"]
         if time.monotonic() - last_words > 20:
             last_words = time.monotonic()
-            print(f"  {len([*work.glob('channel/versions/*')])} versions, {dict(counts)}", flush=True)
+            print(
+                f"  {len([*work.glob('channel/versions/*')])} versions, {dict(counts)}", flush=True
+            )
     for process in [*running.values(), *late]:
         process.kill()
         process.join()
@@ -236,7 +238,9 @@ def main() -> int:
     parser = options_for(__doc__, "channel_kills.md")
     parser.add_argument("--versions", type=int, default=1000)
     parser.add_argument("--mb", type=float, default=4, help="size of the model")
-    parser.add_argument("--kill-seconds", type=float, default=1.0, help="between two kills, on average")
+    parser.add_argument(
+        "--kill-seconds", type=float, default=1.0, help="between two kills, on average"
+    )
     options = parser.parse_args()
     n_tensors, side = 8, 512
     shape = (max(1, round(options.mb * 1e6 / 2 / n_tensors / side)), side)

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -23,7 +24,7 @@ from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.strict_json import compact_json, hex_bytes, integer, items, parse_json
 from sparsedelta.fs import check_checkpoint_folder, check_no_folder, staged_output
-from sparsedelta.live.chain import prepare_chain, write_checked
+from sparsedelta.live.chain import find_unwritten, prepare_chain
 from sparsedelta.live.patch import Patch, Writer
 from sparsedelta.live.rwlock import SharedLock
 from sparsedelta.live.sides import held_checkpoint
@@ -88,8 +89,7 @@ class ModelReplica:
             deltas = [context.enter_context(load(file)) for file in files]
             if onto == "held" or (base and self._is_base(base)):
                 patches = prepare_chain(deltas, self._model, names=self._names)
-                with self.lock.writing():
-                    self._write(patches)
+                self._write(patches)
             else:
                 place = context.enter_context(_base_place(base, self._base))
                 one = context.enter_context(_stacked(deltas, place))
@@ -102,10 +102,23 @@ class ModelReplica:
         return self._fingerprint == base.fingerprint
 
     def _write(self, patches: Sequence[Patch]) -> None:
+        """Write patches, and read the values back while others may read too."""
+        patches = [replace(patch, index=patch.index.long()) for patch in patches]  # as torch writes
         try:
-            write_checked(self._writer, patches)
+            with self.lock.writing():
+                self._writer.write(patches)
+            with self.lock.reading():
+                unwritten = find_unwritten(patches)
+            if unwritten:
+                with self.lock.writing():
+                    self._writer.write([patch.reversed() for patch in patches])
         except PartlyApplied as error:
             raise Uncertain(f"{error}; sync again does so") from error
+        if unwritten:
+            raise Uncertain(
+                f"tensor {unwritten.place.row.name!r} of the model does not hold the values that were written"
+                " to it; they were taken back"
+            )
 
 
 class DiskReplica:
