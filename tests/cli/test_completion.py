@@ -8,7 +8,18 @@ from click.shell_completion import ShellComplete
 
 from sparsedelta.cli import COMMANDS, main
 
-PATHS = {"base", "target", "delta", "deltas", "deltas_and_out", "out", "output"}
+PATHS = {
+    "base",
+    "channel",
+    "checkpoint",
+    "anchor_base",
+    "target",
+    "delta",
+    "deltas",
+    "deltas_and_out",
+    "out",
+    "output",
+}
 
 
 def parameters() -> list[tuple[str, click.Parameter]]:
