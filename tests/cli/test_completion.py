@@ -8,7 +8,9 @@ from click.shell_completion import ShellComplete
 
 from sparsedelta.cli import COMMANDS, main
 
-PATHS = {"base", "target", "delta", "deltas", "deltas_and_out", "out", "output"}
+PATHS = {
+    "base", "target", "delta", "deltas", "deltas_and_out", "out", "output", "channel", "checkpoint",
+}  # fmt: skip
 
 
 def parameters() -> list[tuple[str, click.Parameter]]:
