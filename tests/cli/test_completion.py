@@ -9,17 +9,9 @@ from click.shell_completion import ShellComplete
 from sparsedelta.cli import COMMANDS, main
 
 PATHS = {
-    "base",
-    "channel",
-    "checkpoint",
-    "anchor_base",
+    "anchor_base", "base", "channel", "checkpoint", "delta", "deltas", "deltas_and_out", "out", "output",
     "target",
-    "delta",
-    "deltas",
-    "deltas_and_out",
-    "out",
-    "output",
-}
+}  # fmt: skip
 
 
 def parameters() -> list[tuple[str, click.Parameter]]:
