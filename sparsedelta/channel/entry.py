@@ -144,14 +144,14 @@ def check_follows(entry: Entry, before: Entry) -> None:
     if entry.previous != before.digest:
         raise BadVersion(
             f"the entry of version {entry.version} names another entry before it than that of version"
-            f" {before.version}; the channel is damaged",
+            f" {before.version} (C3); the channel is damaged",
             expected=entry.previous.hex() if entry.previous else None,
             found=before.digest.hex(),
         )
     if not entry.anchor and entry.segment != before.segment:
         raise BadVersion(
             f"the entry of version {entry.version} says that its segment begins at {entry.segment}, the"
-            f" one before it says {before.segment}; the channel is damaged"
+            f" one before it says {before.segment} (C4); the channel is damaged"
         )
 
 
