@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,9 @@ def channel_at(place: Path) -> Channel:
     """Return the channel through a store that fails."""
     random.seed(os.urandom(8))
     torch.set_num_threads(1)
-    leases.LEASE_SECONDS, leases.CLOCK_SECONDS = 6, 1
-    following.CLOCK_SECONDS, following._RENEW_SECONDS = 1, 2
+    shorter = {"LEASE_SECONDS": 6, "CLOCK_SECONDS": 1, "_RENEW_SECONDS": 2}
+    for module in (leases, following):
+        vars(module).update({name: shorter[name] for name in shorter.keys() & vars(module).keys()})
     return Channel(FailingStore(place))
 
 
@@ -127,7 +129,7 @@ def trainer(work: Path, last: int, shape: tuple[int, int], n_tensors: int) -> No
     while step < last:
         step += 1
         train(state, step)
-        entry = again(lambda: publisher.publish(step))
+        entry = again(partial(publisher.publish, step))
         note(work / "published", version=entry.version, step=step, target=entry.target.hex())
         if step % SAVE_EVERY == 0:
             torch.save((step, state), saved.with_suffix(".new"))
@@ -151,7 +153,7 @@ def follower(work: Path, name: str, last: int, shape: tuple[int, int], n_tensors
             raise
         with held_checkpoint(held) if is_model else Checkpoint(held) as now:
             found = checkpoint_fingerprint(now)
-        entry = again(lambda: channel.entry(report.version))
+        entry = again(partial(channel.entry, report.version))
         note(
             work / "followed", name=name, version=report.version, moved=report.n_versions,
             anchor=report.anchor, right=found == entry.target,

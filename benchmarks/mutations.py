@@ -1,9 +1,11 @@
 """Mutates deltas and runs every operation on them; counts escapes, hangs, memory and wrong output.
 
     python benchmarks/mutations.py --seconds 60
+    python benchmarks/mutations.py --seconds 60 --guided
 
-Three of four mutants have valid digests of their manifest, so that they reach the checks behind these. There is no
-guidance by coverage. The exit status is 1 if something was found.
+Three of four mutants have valid digests of their manifest, so that they reach the checks behind these. With
+``--guided`` mutants that reach new branches of the package are mutated again; this needs atheris. The exit status is 1 if
+something was found.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -248,13 +251,40 @@ def run_batch(inputs: Path, work: Path, kept: Path, seed: int, report: int) -> N
     data = calls.seed.read_bytes()
     for number in range(BATCH):
         calls.mutant.write_bytes(mutant(data))
-        for name in OPERATIONS:
-            found = outcome(getattr(calls, name))
-            if found not in ("accepted", "refused"):
-                shutil.copyfile(calls.mutant, kept / f"{calls.seed.stem}-{seed}-{number}-{name}.sd")
-            os.write(report, f"{name},{found}\n".encode())
+        run_all(calls, kept / f"{calls.seed.stem}-{seed}-{number}", report)
     if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > MEMORY_KB:
         os.write(report, b"load,over 1 GB\n")
+
+
+def run_all(calls: Calls, kept: Path, report: int) -> None:
+    """Run all operations on a mutant; keep it under a name that begins with ``kept`` if something was found."""
+    for name in OPERATIONS:
+        found = outcome(getattr(calls, name))
+        if found not in ("accepted", "refused"):
+            shutil.copyfile(calls.mutant, f"{kept}-{name}.sd")
+        os.write(report, f"{name},{found}\n".encode())
+
+
+def guided(
+    inputs: Path, work: Path, kept: Path, seconds: float, seed: int
+) -> tuple[Counter[tuple[str, str]], str]:
+    """Run ``guided.py`` in a process of its own; return how each operation ended, and what it covered."""
+    receive, send = os.pipe()
+    script = Path(__file__).with_name("guided.py")
+    words = [inputs, work, kept, send, seconds, seed]
+    with open(work / "log", "w+") as log, open(receive) as lines:
+        process = subprocess.Popen(
+            [sys.executable, script, *map(str, words)], pass_fds=[send], stderr=log, stdout=log
+        )
+        os.close(send)
+        found = Counter(pair(line) for line in lines)
+        code = process.wait()
+        log.seek(0)
+        shown = log.read()
+    if code:
+        print(shown[-4000:], file=sys.stderr)
+        found["load", "escapes"] += 1  # the process died
+    return found, ([line for line in shown.splitlines() if " cov: " in line] or ["no coverage"])[-1]
 
 
 def batch(inputs: Path, work: Path, kept: Path, seed: int) -> Counter[tuple[str, str]]:
@@ -287,6 +317,7 @@ def main() -> int:
     parser = options_for(__doc__, "mutations.md")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0, help="of the first batch")
+    parser.add_argument("--guided", action="store_true", help="by coverage; needs atheris")
     parser.add_argument(
         "--kept", type=Path, help="folder for the mutants with which something was found"
     )
@@ -299,7 +330,11 @@ def main() -> int:
         make_inputs(inputs)
         kept.mkdir(exist_ok=True, parents=True)
         end, seed = time.monotonic() + options.seconds, options.seed
-        while time.monotonic() < end:
+        place.mkdir()
+        covered = ""
+        if options.guided:
+            total, covered = guided(inputs, place, kept, options.seconds, options.seed)
+        while not options.guided and time.monotonic() < end:
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir()
             total += batch(inputs, place, kept, seed)
@@ -307,6 +342,8 @@ def main() -> int:
         rows = [[name, *(f"{total[name, how]:,}" for how in FOUND)] for name in OPERATIONS]
         n_mutants = sum(total["load", how] for how in FOUND[:4])
         text = f"{n_mutants:,} mutants in {options.seconds:.0f} seconds."
+        if covered:
+            text += f" Guided by coverage; at the end: `{covered}`."
         sections = [text, table(["operation", *FOUND], rows)]
         write_result(options.result, "Mutated deltas", sections, where=work)
     return int(any(total[name, how] for name in OPERATIONS for how in FOUND[2:]))

@@ -75,7 +75,13 @@ _FINDERS = [
 ]
 # Matches more than the forms do, because a message may also lose harmless text.
 _HIDDEN = re.compile(
-    "|".join([*(form.pattern for form in _ALL), r"hf_[A-Za-z0-9_]+", r"(?i:bearer)\s+\S{6,}"])
+    "|".join(
+        [
+            *(form.pattern for form in _ALL),
+            r"hf_(?![a-z_]+\b)[A-Za-z0-9_]+",
+            r"(?i:bearer)\s+\S{6,}",
+        ]
+    )
 )
 _USER = re.compile(r"(?<=://)[^\s/@\"'<>]+@")
 

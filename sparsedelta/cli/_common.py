@@ -20,7 +20,7 @@ PATH = click.Path(path_type=Path)
 
 
 class _PathOrRepository(click.types.StringParamType):
-    """A path or a repository on the Hub. A shell completes it as a path."""
+    """A path, a repository on the Hub or another address. A shell completes it as a path."""
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str

@@ -14,7 +14,7 @@ import click
 
 import sparsedelta
 from sparsedelta.cli._channel import opened
-from sparsedelta.cli._common import PATH, Settings, examples, json_option
+from sparsedelta.cli._common import PATH, PATH_OR_REPOSITORY, Settings, examples, json_option
 from sparsedelta.cli._failures import describe
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.errors import Behind, ChannelError, RemoteError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.command("follow", epilog=examples("sparsedelta follow channel/ out/ --once"))
-@click.argument("channel")
+@click.argument("channel", type=PATH_OR_REPOSITORY)
 @click.argument("out", type=PATH)
 @click.option("--once", is_flag=True, help="Move to the latest version and end.")
 @click.option("--version", type=click.IntRange(1), metavar="N", help="Move to version N and end.")

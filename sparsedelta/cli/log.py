@@ -5,11 +5,11 @@ from __future__ import annotations
 import click
 
 from sparsedelta.cli._channel import describe, fields, opened
-from sparsedelta.cli._common import Settings, examples, json_option, print_json
+from sparsedelta.cli._common import PATH_OR_REPOSITORY, Settings, examples, json_option, print_json
 
 
 @click.command("log", epilog=examples("sparsedelta log channel/"))
-@click.argument("channel")
+@click.argument("channel", type=PATH_OR_REPOSITORY)
 @click.option(
     "-n", "--limit", type=click.IntRange(1), default=20, show_default=True, help="Versions shown."
 )

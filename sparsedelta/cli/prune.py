@@ -7,11 +7,11 @@ import dataclasses
 import click
 
 from sparsedelta.cli._channel import opened
-from sparsedelta.cli._common import Settings, examples, json_option, print_json
+from sparsedelta.cli._common import PATH_OR_REPOSITORY, Settings, examples, json_option, print_json
 
 
 @click.command("prune", epilog=examples("sparsedelta prune channel/ --keep 100"))
-@click.argument("channel")
+@click.argument("channel", type=PATH_OR_REPOSITORY)
 @click.option(
     "--keep",
     type=click.IntRange(1),

@@ -8,12 +8,19 @@ from typing import Any
 import click
 
 from sparsedelta.cli._channel import describe, fields, opened
-from sparsedelta.cli._common import PATH, Settings, examples, json_option, print_json
+from sparsedelta.cli._common import (
+    PATH,
+    PATH_OR_REPOSITORY,
+    Settings,
+    examples,
+    json_option,
+    print_json,
+)
 from sparsedelta.cli._progress import progress_bar
 
 
 @click.command("publish", epilog=examples("sparsedelta publish channel/ target/"))
-@click.argument("channel")
+@click.argument("channel", type=PATH_OR_REPOSITORY)
 @click.argument("checkpoint", type=PATH)
 @click.option(
     "--base", type=PATH, help="The checkpoint that was published last; without it, publish in full."

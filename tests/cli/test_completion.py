@@ -8,7 +8,10 @@ from click.shell_completion import ShellComplete
 
 from sparsedelta.cli import COMMANDS, main
 
-PATHS = {"base", "target", "delta", "deltas", "deltas_and_out", "out", "output"}
+PATHS = {
+    "anchor_base", "base", "channel", "checkpoint", "delta", "deltas", "deltas_and_out", "out", "output",
+    "target",
+}  # fmt: skip
 
 
 def parameters() -> list[tuple[str, click.Parameter]]:

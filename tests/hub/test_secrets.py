@@ -99,7 +99,8 @@ def test_messages_show_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     for secret in (SECRETS["a Hugging Face token"], SECRETS["a GitHub token"]):
         assert secret not in redacted(f"the server says: {secret} is wrong")
     assert redacted("at https://me:hunter22@example.org/x") == "at https://[password]@example.org/x"
-    assert redacted("a basic tokenizer of bert") == "a basic tokenizer of bert"
+    for harmless in ("a basic tokenizer of bert", "hf_hub_download() of hf_transfer"):
+        assert redacted(harmless) == harmless
     monkeypatch.setenv("HF_ENDPOINT", "https://me:p%40ssword@example.org")
     monkeypatch.setenv("HF_TOKEN", "an-odd-token")
     known = credentials(ValueError("x"))

@@ -61,12 +61,12 @@ def make_url(kind: str, request: pytest.FixtureRequest, folder: Path) -> str:
     """Return the address of a new, empty store."""
     if kind == "s3":
         request.getfixturevalue("s3")
-        return f"s3://channels/{next(_number)}/run"
+        return f"s3://channels/{folder.name}/{next(_number)}"
     if kind == "hub":
         request.getfixturevalue("hub")
         return "hf://me/channel/runs/one"
     if kind == "memory":
-        return f"memory://{next(_number)}/run"
+        return f"memory://{folder.name}/{next(_number)}"
     return str(folder / "store")
 
 
