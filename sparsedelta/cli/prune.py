@@ -6,6 +6,7 @@ import dataclasses
 
 import click
 
+from sparsedelta.channel.leases import LEASE_SECONDS
 from sparsedelta.cli._channel import opened
 from sparsedelta.cli._common import PATH_OR_REPOSITORY, Settings, examples, json_option, print_json
 
@@ -34,4 +35,7 @@ def command(settings: Settings, /, *, channel: str, keep: int, as_json: bool) ->
     first = f"; version {report.first} is the oldest left" if report.first else ""
     click.echo(f"deleted {report.n_deleted} objects{first}")
     if report.leased:
-        settings.note(f"a follower reads version {report.leased}; run this again in 15 minutes")
+        minutes = LEASE_SECONDS // 60
+        settings.note(
+            f"a follower reads version {report.leased}; run this again in {minutes} minutes"
+        )
