@@ -6,7 +6,6 @@ import dataclasses
 
 import click
 
-from sparsedelta.channel.leases import LEASE_SECONDS
 from sparsedelta.cli._channel import opened
 from sparsedelta.cli._common import PATH_OR_REPOSITORY, Settings, examples, json_option, print_json
 
@@ -27,6 +26,8 @@ def command(settings: Settings, /, *, channel: str, keep: int, as_json: bool) ->
 
     What a follower is reading stays, and so does all after it. The log of versions stays.
     """
+    from sparsedelta.channel.leases import LEASE_SECONDS
+
     with opened(settings, channel) as found:
         report = found.prune(keep=keep)
     if as_json:
