@@ -149,7 +149,7 @@ class Run:
     def _moved(self, head: Entry) -> HeadMoved:
         return HeadMoved(
             f"version {head.version} of channel '{self._channel.store.name}' was added by another publisher,"
-            f" run {head.run[:40]}; end that one or this one. A new publisher goes on from there"
+            f" run {head.run[:40]}; stop that one or this one; a new Publisher continues from there"
         )
 
     def _entry(

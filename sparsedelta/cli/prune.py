@@ -26,6 +26,8 @@ def command(settings: Settings, /, *, channel: str, keep: int, as_json: bool) ->
 
     What a follower is reading stays, and so does all after it. The log of versions stays.
     """
+    from sparsedelta.channel.leases import LEASE_SECONDS
+
     with opened(settings, channel) as found:
         report = found.prune(keep=keep)
     if as_json:
@@ -34,4 +36,7 @@ def command(settings: Settings, /, *, channel: str, keep: int, as_json: bool) ->
     first = f"; version {report.first} is the oldest left" if report.first else ""
     click.echo(f"deleted {report.n_deleted} objects{first}")
     if report.leased:
-        settings.note(f"a follower reads version {report.leased}; run this again in 15 minutes")
+        minutes = LEASE_SECONDS // 60
+        settings.note(
+            f"a follower reads version {report.leased}; run this again in {minutes} minutes"
+        )

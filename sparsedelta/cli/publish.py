@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -44,7 +43,18 @@ from sparsedelta.cli._progress import progress_bar
 @json_option
 @click.pass_obj
 def command(
-    settings: Settings, /, *, channel: str, checkpoint: Path, as_json: bool, **options: Any
+    settings: Settings,
+    /,
+    *,
+    channel: str,
+    checkpoint: Path,
+    base: Path | None,
+    step: int | None,
+    anchor_ratio: float,
+    anchor_every: int | None,
+    anchor_base: Path | None,
+    anchor_base_id: str | None,
+    as_json: bool,
 ) -> None:
     """Add CHECKPOINT to CHANNEL as its next version.
 
@@ -54,7 +64,17 @@ def command(
     from sparsedelta.channel.publisher import publish_checkpoint
 
     with opened(settings, channel) as found, progress_bar(settings) as progress:
-        entry = publish_checkpoint(found, checkpoint, **options, progress=progress)
+        entry = publish_checkpoint(
+            found,
+            checkpoint,
+            base=base,
+            step=step,
+            anchor_ratio=anchor_ratio,
+            anchor_every=anchor_every,
+            anchor_base=anchor_base,
+            anchor_base_id=anchor_base_id,
+            progress=progress,
+        )
         head = entry or found.head()
     if entry is None:
         settings.note("this is what the channel's latest version holds; nothing was published")

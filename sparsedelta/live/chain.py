@@ -89,8 +89,9 @@ def _folded(links: Sequence[_Link], pace: Pace) -> Patch:
     place = links[-1].place
     tensor, dtype = place.slot.tensor(), place.row.target.dtype
     index, bits = np.empty(0, np.int64), np.empty(0, dtype.view)
+    held = TensorBytes(in_order(tensor))
     for link in links:
-        start = Overlay(TensorBytes(in_order(tensor)), index, bits)
+        start = Overlay(held, index, bits)
         steps = [_step(link, chunk, tensor, start) for chunk in link.place.row.chunks]
         pace.advance(link.place.row.coded_bytes)
         new = np.concatenate([step[0] for step in steps])
