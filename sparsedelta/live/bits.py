@@ -9,6 +9,7 @@ import ctypes
 import errno
 import math
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -98,6 +99,51 @@ def gather(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return memory.index_select(0, offsets)
 
 
+def on_host(tensor: torch.Tensor) -> Bits:
+    """Return the elements of an integer tensor in host memory: its own memory if it is there, else a copy.
+
+    From a GPU, the copy is in pinned memory, which is filled many times faster than other memory.
+    """
+    if not tensor.is_cuda:
+        return tensor.cpu().numpy()
+    import torch
+
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor).numpy()
+
+
+def blocks_on_host(flat: torch.Tensor, n_elements: int) -> Iterator[Bits]:
+    """Yield a flat integer tensor in blocks, each valid until the next one is requested.
+
+    From a GPU, the next block is copied while the caller uses one, in two blocks of pinned memory.
+    """
+    if not flat.is_cuda:
+        for block in flat.split(n_elements):
+            yield on_host(block)
+        return
+    import torch
+
+    stream = torch.cuda.Stream(flat.device)
+    stream.wait_stream(torch.cuda.current_stream(flat.device))
+    n_most = min(n_elements, len(flat))
+    hosts = [torch.empty(n_most, dtype=flat.dtype, pin_memory=True) for _ in range(2)]
+    copied = [torch.cuda.Event() for _ in range(2)]
+    blocks = flat.split(n_elements)
+
+    def start(number: int) -> None:
+        if number < len(blocks):
+            with torch.cuda.stream(stream):
+                block = blocks[number]
+                hosts[number % 2][: len(block)].copy_(block, non_blocking=True)
+                copied[number % 2].record(stream)
+
+    start(0)
+    for number, block in enumerate(blocks):
+        start(number + 1)
+        copied[number % 2].synchronize()
+        yield hosts[number % 2][: len(block)].numpy()
+
+
 class TensorBytes:
     """The bytes of a tensor on any device, in row-major order; implements ``tensors.start.Readable``."""
 
@@ -115,7 +161,7 @@ class TensorBytes:
             part = flat_bits(tensor)[first:end]
         else:
             part = gather(tensor, torch.arange(first, end, device=tensor.device))
-        np.frombuffer(buffer, np.uint8)[:] = part.cpu().numpy().view(np.uint8)
+        np.frombuffer(buffer, np.uint8)[:] = on_host(part).view(np.uint8)
 
 
 class Overlay:
