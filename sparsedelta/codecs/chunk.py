@@ -277,12 +277,17 @@ def decode_chunk(
     return positions, opened.codes(keys)
 
 
+def base_needed() -> BaseNeeded:
+    """Return the error of a chunk with classes that is read without the base."""
+    return BaseNeeded(
+        "its changes are sorted by the base's exponents and cannot be read without the base;"
+        " give the base (base=, --base), or make the delta standalone (standalone=True, --standalone)"
+    )
+
+
 def _given(before: StartBits | None) -> StartBits:
     if before is None:
-        raise BaseNeeded(
-            "its changes are sorted by the base's exponents and cannot be read without the base;"
-            " give the base (base=, --base), or make the delta standalone (standalone=True, --standalone)"
-        )
+        raise base_needed()
     return before
 
 
