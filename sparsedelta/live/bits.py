@@ -10,6 +10,7 @@ import errno
 import math
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,7 @@ def wire_name(dtype: torch.dtype) -> str:
     return next((wire for wire, own in _TORCH_NAMES.items() if own == name), name)
 
 
+@lru_cache
 def integer_dtype(width: int) -> torch.dtype:
     """Return the signed integer dtype of ``width`` bytes; torch supports few operations on unsigned ones."""
     import torch
