@@ -146,6 +146,56 @@ def blocks_on_host(flat: torch.Tensor, n_elements: int) -> Iterator[Bits]:
         yield hosts[number % 2][: len(block)].numpy()
 
 
+def blocks_on_device(
+    flat: torch.Tensor, n_elements: int, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Yield a flat integer tensor in blocks on a device, each valid until the next one is requested.
+
+    From pinned memory to a GPU, the next block is copied while the caller uses one.
+    """
+    blocks = flat.split(n_elements)
+    if device.type != "cuda" or flat.device == device:
+        yield from (block.to(device) for block in blocks)
+        return
+    import torch
+
+    stream = torch.cuda.Stream(device)
+    copies: list[torch.Tensor] = []
+
+    def start(number: int) -> None:
+        if number < len(blocks):
+            stream.wait_stream(
+                torch.cuda.current_stream(device)
+            )  # has used the memory that is reused
+            with torch.cuda.stream(stream):
+                copies.append(blocks[number].to(device, non_blocking=True))
+
+    start(0)
+    for number in range(len(blocks)):
+        torch.cuda.current_stream(device).wait_stream(stream)
+        block = copies.pop()
+        block.record_stream(torch.cuda.current_stream(device))
+        start(number + 1)
+        yield block
+
+
+def differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the indices of the elements in which two flat integer tensors on one device differ, int64 ``(n,)``.
+
+    Eight bytes are compared at a time where that is possible; then fewer marks are searched.
+    """
+    import torch
+
+    n_in_word = 8 // one.element_size()
+    offsets = one.numel(), one.storage_offset(), other.storage_offset()
+    if n_in_word == 1 or any(offset % n_in_word for offset in offsets):
+        return torch.nonzero(one != other).view(-1)
+    words = torch.nonzero(one.view(torch.int64) != other.view(torch.int64)).view(-1)
+    some, others = (flat.view(-1, n_in_word).index_select(0, words) for flat in (one, other))
+    within = torch.arange(n_in_word, device=one.device)
+    return (words[:, None] * n_in_word + within)[some != others]
+
+
 class TensorBytes:
     """The bytes of a tensor on any device, in row-major order; implements ``tensors.start.Readable``."""
 
