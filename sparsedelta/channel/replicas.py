@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -83,32 +82,39 @@ class ModelReplica:
         base: AnchorBase | None,
         held: Entry | None,
         to: Entry,
+        becomes: Callable[[Entry | None], None],
     ) -> None:
         """Change the model to a version: by one write of all changed elements, or of all tensors."""
         with ExitStack() as context:
             deltas = [context.enter_context(load(file)) for file in files]
             if onto == "held" or (base and self._is_base(base)):
                 patches = prepare_chain(deltas, self._model, names=self._names)
-                self._write(patches)
+                self._write(patches, to, becomes)
             else:
                 place = context.enter_context(_base_place(base, self._base))
                 one = context.enter_context(_stacked(deltas, place))
                 checkpoint = context.enter_context(open_base(place, one))
                 with self.lock.writing():
+                    becomes(None)  # a model that was written in part is no version
                     write_whole(one, checkpoint, self._model, names=self._names)
+                    becomes(to)
         self._fingerprint = None
 
     def _is_base(self, base: AnchorBase) -> bool:
         return self._fingerprint == base.fingerprint
 
-    def _write(self, patches: Sequence[Patch]) -> None:
+    def _write(
+        self, patches: Sequence[Patch], to: Entry, becomes: Callable[[Entry | None], None]
+    ) -> None:
         """Write patches, and read the values back while others may read too."""
-        patches = [replace(patch, index=patch.index.long()) for patch in patches]  # as torch writes
         try:
             with self.lock.writing():
                 self._writer.write(patches)
+                becomes(to)
             with self.lock.reading():
                 unwritten = find_unwritten(patches)
+                if unwritten:
+                    becomes(None)
             if unwritten:
                 with self.lock.writing():
                     self._writer.write([patch.reversed() for patch in patches])
@@ -117,7 +123,8 @@ class ModelReplica:
         if unwritten:
             raise Uncertain(
                 f"tensor {unwritten.place.row.name!r} of the model does not hold the values that were written"
-                " to it; they were taken back"
+                " to it, so the memory is faulty or something else writes there; the old values were written"
+                " back, and the version that the model holds is unknown; sync again to find out or rebuild it"
             )
 
 
@@ -174,6 +181,7 @@ class DiskReplica:
         base: AnchorBase | None,
         held: Entry | None,
         to: Entry,
+        becomes: Callable[[Entry | None], None],
     ) -> None:
         """Become a version: it is written beside what is there, and takes its place."""
         is_ours = held is not None or bool(self.hints()) or self._overwrite

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -91,6 +91,7 @@ class WordReplica:
         base: AnchorBase | None,
         held: Entry | None,
         to: Entry,
+        becomes: Callable[[Entry | None], None],
     ) -> None:
         word = self.disk.get("word") if onto == "held" else None
         for file in files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from channel.parties import MemoryStore
 from channel.weights import advance, is_at, save, weights
 
 import sparsedelta
+from sparsedelta.channel import replicas
 from sparsedelta.channel.layout import object_name
 from sparsedelta.channel.leases import take_lease
 from sparsedelta.channel.publisher import publish_checkpoint
@@ -288,9 +290,56 @@ def test_a_model_that_somebody_changed_is_uncertain_and_is_rebuilt() -> None:
     held["a"] += 1
     with pytest.raises(Uncertain, match="sync again"):
         follower.sync()
+    assert follower.version is None
     report = follower.sync()
     assert report.anchor
     assert is_at(held, 3)
+
+
+def at_read_back(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Let something happen after the values were written and before they are read back."""
+    check = replicas.find_unwritten
+
+    def acted(patches: Any) -> Any:
+        act()
+        return check(patches)
+
+    monkeypatch.setattr(replicas, "find_unwritten", acted)
+
+
+def test_readers_use_the_new_version_while_it_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    channel, _ = published(2, anchor_ratio=None)
+    held = weights(1)
+    follower = sparsedelta.Follower(channel, held)
+    follower.sync(1)
+    seen = []
+
+    def read() -> None:
+        with follower.reading() as version:
+            seen.append((version, is_at(held, 2)))
+
+    at_read_back(monkeypatch, read)
+    follower.sync()
+    assert seen == [(2, True)]
+
+
+def test_a_model_that_does_not_hold_what_was_written_is_no_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    channel, _ = published(2, anchor_ratio=None)
+    held = weights(1)
+    follower = sparsedelta.Follower(channel, held)
+    follower.sync(1)
+    at_read_back(monkeypatch, lambda: held["b"].view(torch.uint8).fill_(7))
+    with pytest.raises(Uncertain, match=r"'b'.*memory is faulty"):
+        follower.sync()
+    assert follower.version is None
+    with follower.reading() as version:
+        assert version is None
+    monkeypatch.undo()
+    assert follower.sync().anchor
+    assert is_at(held, 2)
+    assert follower.version == 2
 
 
 def test_a_version_that_is_not_there_is_behind() -> None:
