@@ -28,6 +28,7 @@ from measuring import options_for, table, work_folder, write_result
 
 from sparsedelta import Channel, Follower, Publisher
 from sparsedelta.channel import following, leases
+from sparsedelta.channel.entry import Entry
 from sparsedelta.errors import Behind, RemoteError
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.live.sides import held_checkpoint
@@ -119,6 +120,11 @@ def note(log: Path, **fields: Any) -> None:
         file.write(json.dumps(fields).encode() + b"\n")
 
 
+def publish(publisher: Publisher, step: int) -> Entry:
+    """Publish, and wait until the version is durable."""
+    return publisher.publish(step).result()
+
+
 def trainer(work: Path, last: int, shape: tuple[int, int], n_tensors: int) -> None:
     """Train from the last checkpoint, and publish every step."""
     channel, saved = channel_at(work / "channel"), work / "saved.pt"
@@ -129,7 +135,7 @@ def trainer(work: Path, last: int, shape: tuple[int, int], n_tensors: int) -> No
     while step < last:
         step += 1
         train(state, step)
-        entry = again(partial(publisher.publish, step))
+        entry = again(partial(publish, publisher, step))
         note(work / "published", version=entry.version, step=step, target=entry.target.hex())
         if step % SAVE_EVERY == 0:
             torch.save((step, state), saved.with_suffix(".new"))

@@ -124,6 +124,9 @@ class Capture(Checkpoint):
         self.empty_folders, self.left_out = now.empty_folders, now.left_out
         self._published = side_files
 
+    def __enter__(self) -> Capture:
+        return self
+
     @property
     def n_bytes(self) -> int:
         """Memory of the changed elements in bytes."""
