@@ -87,7 +87,9 @@ def test_a_version_whose_answer_was_lost_is_finished_before_the_next(
     publisher.publish(1).result()
     read = store.read
     store.fails = lambda call, name: "after" if call == "create" else None
-    monkeypatch.setattr(store, "read", lambda name, n: "0002" not in name and read(name, n) or None)
+    monkeypatch.setattr(
+        store, "read", lambda name, n: ("0002" not in name and read(name, n)) or None
+    )
     advance(state, 2)
     with pytest.raises(OSError, match="answer was lost"):
         publisher.publish(2).result()
