@@ -27,6 +27,7 @@ from sparsedelta.live.chain import find_unwritten, prepare_chain
 from sparsedelta.live.patch import Patch, Writer
 from sparsedelta.live.rwlock import SharedLock
 from sparsedelta.live.sides import held_checkpoint
+from sparsedelta.live.slots import find_places
 from sparsedelta.live.whole import write_whole
 from sparsedelta.ops.apply import write_target
 from sparsedelta.ops.base_check import open_base
@@ -92,13 +93,26 @@ class ModelReplica:
                 self._write(patches, to, becomes)
             else:
                 place = context.enter_context(_base_place(base, self._base))
-                one = context.enter_context(_stacked(deltas, place))
+                one, *later = (
+                    deltas if self._in_place(deltas[1:]) else [_stack(context, deltas, place)]
+                )
                 checkpoint = context.enter_context(open_base(place, one))
                 with self.lock.writing():
                     becomes(None)  # a model that was written in part is no version
                     write_whole(one, checkpoint, self._model, names=self._names)
+                    if later:
+                        self._writer.write(prepare_chain(later, self._model, names=self._names))
                     becomes(to)
         self._fingerprint = None
+
+    def _in_place(self, deltas: Sequence[Delta]) -> bool:
+        """Return whether deltas change elements only, so that they need not be stacked on an anchor, which is slow."""
+        try:
+            for delta in deltas:
+                find_places(delta, self._model, self._names)
+        except StructureMismatch:
+            return False
+        return True
 
     def _is_base(self, base: AnchorBase) -> bool:
         return self._fingerprint == base.fingerprint
@@ -190,15 +204,20 @@ class DiskReplica:
             place = self._out
             if onto == "anchor":
                 place = context.enter_context(_base_place(base, self._base))
-            one = context.enter_context(_stacked(deltas, place))
-            check = check_checkpoint_folder if one.target.is_folder else check_no_folder
+            check = check_checkpoint_folder if deltas[-1].target.is_folder else check_no_folder
             check(self._out)
             staged = context.enter_context(staged_output(self._out, overwrite=is_ours))
-            with open_base(place, one) as checkpoint:
-                write_target(
-                    checkpoint, one, staged, check="full", exclude=(), progress=self._progress
-                )
+            if onto == "anchor" and len(deltas) > 1:
+                # To stack on an anchor is to encode all tensors again, which takes longer than to write them.
+                anchor, *deltas = deltas
+                self._write(anchor, place, staged.with_name("anchor"))
+                place = staged.with_name("anchor")
+            self._write(_stack(context, deltas, place), place, staged)
             self._note([to, held] if held else [to])
+
+    def _write(self, delta: Delta, base: Path, out: Path) -> None:
+        with open_base(base, delta) as checkpoint:
+            write_target(checkpoint, delta, out, check="full", exclude=(), progress=self._progress)
 
     def _note(self, entries: Sequence[Entry]) -> None:
         """Write down what may be there from now on."""
@@ -222,14 +241,9 @@ def _base_place(base: AnchorBase | None, given: AnyPath | None) -> Iterator[Path
         yield Path(folder)
 
 
-@contextmanager
-def _stacked(deltas: Sequence[Delta], base: Path) -> Iterator[Delta]:
-    """Yield deltas on one another as one."""
-    if len(deltas) == 1:
-        yield deltas[0]
-        return
-    with stack(*deltas, base=base) as one:
-        yield one
+def _stack(context: ExitStack, deltas: Sequence[Delta], base: Path) -> Delta:
+    """Return deltas on one another as one, which is closed with the context."""
+    return deltas[0] if len(deltas) == 1 else context.enter_context(stack(*deltas, base=base))
 
 
 def _parse_hints(raw: bytes) -> list[tuple[int, bytes]]:

@@ -141,7 +141,9 @@ def _held(tensor: Held, index: _Index, dtype: DType) -> Bits:
 
 def _merged(index: _Index, bits: Bits, new: _Index, after: Bits) -> tuple[_Index, Bits]:
     """Return the elements of both, the new ones where both have them, in order."""
-    kept = ~np.isin(index, new, assume_unique=True)
+    if not len(new):
+        return index, bits
+    kept = new[np.minimum(np.searchsorted(new, index), len(new) - 1)] != index
     index, bits = np.concatenate([index[kept], new]), np.concatenate([bits[kept], after])
     order = np.argsort(index, kind="stable")
     return index[order], bits[order]
