@@ -185,9 +185,9 @@ def main() -> int:
     with work_folder(options.work_dir, keep=options.keep) as work:
         state = make_state(round(options.gb * 1e9))
         total = sum(tensor.nbytes for tensor in state.values())
+        grown = memory(state, work / "memory")  # first: memory that was freed is used again
         run(state, work / "channel", record, wait=lambda: None, n_versions=options.versions)
         rows[0][2] += f"; {total / 1e9:.2f} GB in {len(state)} tensors"
-        grown = memory(state, work / "memory")
         own = _row(
             "this channel",
             round(figures["bytes of a version"] * 1e6),

@@ -59,6 +59,7 @@ PARTS: Mapping[str, Part] = {
     "waits": Part("Steps that wait for the device", 1.0, (*BASIC, *FIT)),
     "export": Part("Export of what was trained", 1.0, BASIC, 8.0),
     "live": Part("Deltas on a model in memory", 2.0, BASIC, 32.0),
+    "channel": Part("Versions published and followed", 1.0, BASIC, 4.0),
 }
 
 

@@ -387,6 +387,29 @@ def _live(bench: Bench, name: str, shape: Shape, folder: Path) -> None:
     bank.activate(None)
 
 
+def run_channel(bench: Bench) -> None:
+    """Publish and follow versions of a model in memory: trainer blocked, staleness, the follower's pause."""
+    from channel_costs import run  # tests have modules of the same names as benchmarks
+
+    for name, shape in bench.shapes("1b").items():
+        model = make_model(shape, bench.device)
+        state = {key: value.detach() for key, value in model.state_dict().items()}
+        for keep_on in ("cpu", "both"):
+            what = f"{name}, copy on {keep_on}"
+
+            def record(
+                found: str, value: float | str, unit: str = "", note: str = "", what: str = what
+            ) -> None:
+                bench.record(f"{what}: {found}", value, unit, note)
+
+            with bench.attempt(what):
+                place = bench.work / f"channel-{keep_on}"
+                run(
+                    state, place, record, wait=bench._wait, keep_on=keep_on, n_behind=bench.size(4, 2)
+                )  # fmt: skip
+                shutil.rmtree(place)
+
+
 def _draw(parameter: Tensor) -> Tensor:
     chosen = torch.rand(parameter.numel(), device=parameter.device) < CHANGED
     return chosen.nonzero().flatten()
@@ -425,6 +448,7 @@ PARTS = {
     "waits": run_waits,
     "export": run_export,
     "live": run_live,
+    "channel": run_channel,
 }
 
 

@@ -38,7 +38,10 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     done = run(tmp_path, "--rehearse")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_in(tmp_path)
-    assert {part for part, _ in rows} == {"tests", "memory", "waits", "export", "live"}
+    assert {part for part, _ in rows} == {"tests", "memory", "waits", "export", "live", "channel"}
+    for keep_on in ("cpu", "both"):
+        what = f"1b, copy on {keep_on}: bits of the followers"
+        assert rows["channel", what] == "equal"
     if not torch.cuda.is_available():
         assert {value for (part, _), value in rows.items() if part == "tests"} == {"skipped"}
     for what in ("own loop", "fit"):
@@ -51,7 +54,7 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
             for what in ("plain scatter", "apply_", "revert_"):
                 assert rows["live", f"{shape}, {kind}: {what}"] > 0
     table = (tmp_path / "gpu.md").read_text("utf-8")
-    assert table.count("\n## ") == 5
+    assert table.count("\n## ") == 6
     assert "a rehearsal at toy size" in table
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.jsonl", "gpu.md"]
 
