@@ -22,6 +22,7 @@ from sift_train.rules import RULES, Rule, principal
 from sift_train.sift import SIFT
 
 if TYPE_CHECKING:
+    from sift_train.publish_callback import PublishCallback
     from sift_train.trainer import SiftCallback, SiftTrainerMixin
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "FitResult",
     "MemoryReport",
     "Plan",
+    "PublishCallback",
     "Rule",
     "SiftCallback",
     "SiftTrainerMixin",
@@ -46,9 +48,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # transformers takes seconds to import, and only these two need it.
+    # transformers takes seconds to import, and only these need it.
     if name in ("SiftCallback", "SiftTrainerMixin"):
         from sift_train import trainer
 
         return getattr(trainer, name)
+    if name == "PublishCallback":
+        from sift_train.publish_callback import PublishCallback
+
+        return PublishCallback
     raise AttributeError(f"module 'sift_train' has no attribute {name!r}")

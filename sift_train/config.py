@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -66,6 +67,9 @@ class FitConfig:
         patience: stop after this many evaluations without a better first value; None: never.
         higher_is_better: whether a higher first value of an evaluation is better.
         save_every: steps between checkpoints; needs ``run_dir`` of ``fit``.
+        publish: path of a folder or URL of a store: a channel to which the weights are published during the
+            training, see ``sparsedelta.Channel``; None: no channel.
+        publish_every: steps between two versions; the last step is always published.
         trackers: names of trackers of accelerate, such as ``"tensorboard"``.
         seed: seeds all randomness: data order, dropout, choice among equal scores.
 
@@ -99,6 +103,8 @@ class FitConfig:
     patience: int | None = None
     higher_is_better: bool = True
     save_every: int | None = None
+    publish: str | PathLike[str] | None = None
+    publish_every: int = 1
     trackers: Sequence[str] = ()
     seed: int = 0
 
@@ -111,7 +117,7 @@ class FitConfig:
         _check_choice("decay_to", self.decay_to, DECAYS)
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
-        for name in ("selection_batches", "epochs", "accumulation", "log_every"):
+        for name in ("selection_batches", "epochs", "accumulation", "log_every", "publish_every"):
             _check_at_least_one(name, getattr(self, name))
         for name in ("max_steps", "eval_every", "patience", "save_every"):
             if getattr(self, name) is not None:
@@ -129,9 +135,11 @@ class FitConfig:
             _check_range(name, value, up_to=1.0)
 
     def as_json(self) -> dict[str, PlainJSON]:
-        """Return the settings as plain JSON; a ``Rule`` or a function becomes ``"custom"``."""
-        fields = dataclasses.fields(self)
-        return {field.name: _plain(getattr(self, field.name)) for field in fields}
+        """Return the settings as plain JSON, without those of the channel; a ``Rule`` or a function becomes ``"custom"``."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return {
+            name: _plain(getattr(self, name)) for name in names if not name.startswith("publish")
+        }
 
 
 @dataclass(frozen=True)

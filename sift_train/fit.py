@@ -26,6 +26,7 @@ from sift_train.export import check_outputs, write_delta
 from sift_train.listeners import Callbacks, Tracker, progress_bar
 from sift_train.loading import hidden_progress_bars, load_model
 from sift_train.loop import Evaluate, Listener, Loss, Run
+from sift_train.publishing import Publishing
 from sift_train.sift import SIFT
 from sift_train.targets import check_saves_weights
 
@@ -118,6 +119,9 @@ def fit(
             listeners.append(Tracker(accelerator, config.as_json()))
         if progress:
             listeners.append(stack.enter_context(progress_bar(n_steps)))
+        publishing = None
+        if config.publish is not None:
+            publishing = stack.enter_context(Publishing(config.publish, config.publish_every))
         run = Run(
             accelerator,
             sift,
@@ -128,6 +132,7 @@ def fit(
             evaluate=evaluate,
             folder=folder,
             listeners=listeners,
+            publishing=publishing,
         )
         run.train(checkpoint=checkpoint)
         trained = time.perf_counter()

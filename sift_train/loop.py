@@ -24,6 +24,7 @@ from sift_train.batches import BatchWindows
 from sift_train.config import Evaluation, FitConfig, StepReport
 from sift_train.interrupts import deferred_interrupts
 from sift_train.optim import build_optimizer, build_schedule
+from sift_train.publishing import Publishing
 from sift_train.randomness import (
     capture_random_state,
     generators_of,
@@ -83,6 +84,7 @@ class Run:
         evaluate: Evaluate | None,
         folder: Path | None,
         listeners: Iterable[Listener],
+        publishing: Publishing | None = None,
     ) -> None:
         self._accelerator = accelerator
         self._sift = sift
@@ -94,6 +96,7 @@ class Run:
         self._evaluate_model = evaluate
         self._folder = folder
         self._listeners = tuple(listeners)
+        self._publishing = publishing
         self._log_every = _log_every(accelerator.device, config)
         self._unread: list[_Step] = []
         self.losses: list[float] = []
@@ -113,11 +116,15 @@ class Run:
                 self._set_up()
                 if saved is not None:
                     self._restore_progress(saved)
+                if self._publishing:
+                    self._publishing.start(model, self._n_done)
                 n_left = 0 if interrupts.requested else self._n_steps - self._n_done
                 for window in islice(self._batches.windows(), n_left):
                     self._step(window)
                     self._evaluate_if_due()
                     self._save_if_due(is_last=interrupts.requested)
+                    if self._publishing:
+                        self._publishing.after(self._n_done)
                     if interrupts.requested or self._has_lost_patience():
                         break
                 self._read_losses()

@@ -11,7 +11,7 @@ import pytest
 import sift_train
 
 NAMES = (
-    "RULES SIFT Evaluation FitConfig FitResult MemoryReport Plan Rule SiftCallback "
+    "RULES SIFT Evaluation FitConfig FitResult MemoryReport Plan PublishCallback Rule SiftCallback "
     "SiftTrainerMixin SparseParameter StepReport export_delta fit grouped_parameters plan principal"
 ).split()
 
@@ -56,7 +56,7 @@ def test_names() -> None:
             "* sparse_rate sparse_module exception selection selection_batches budget optimizer lr "
             "weight_decay decay_to betas eps momentum schedule warmup epochs max_steps accumulation "
             "max_grad_norm mixed_precision gradient_checkpointing log_every eval_every patience "
-            "higher_is_better save_every trackers seed",
+            "higher_is_better save_every publish publish_every trackers seed",
         ),
     ],
 )

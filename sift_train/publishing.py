@@ -1,0 +1,107 @@
+"""Publishes the weights to a channel during a training, every so many steps and after the last one.
+
+A run that resumes continues the channel if its weights are the channel's latest version. Otherwise its first version is a
+full one, and followers switch to it. If the store fails, the training continues, and the next version has the changes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from sparsedelta import Channel, Publisher, SparseDeltaError
+
+if TYPE_CHECKING:
+    from sparsedelta.channel.publication import Publication
+
+logger = logging.getLogger(__name__)
+_TRIES = 3
+
+
+class Publishing:
+    """Publishes a model to a channel. At the end of the context the last step is durable.
+
+    Args:
+        channel: the path of a folder, or the URL of a store.
+        every: steps between two versions.
+    """
+
+    def __init__(self, channel: str | PathLike[str], every: int) -> None:
+        self._channel = Channel(channel)
+        self._every = every
+        self._publisher: Publisher | None = None
+        self._step = 0
+        self._published: int | None = None
+        self._last: Publication | None = None
+
+    def __enter__(self) -> Publishing:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self._channel.close()
+
+    def start(self, model: nn.Module, step: int) -> None:
+        """Compare the model with the channel's latest version.
+
+        Args:
+            model: what is published.
+            step: number of the steps that it was trained.
+        """
+        self._publisher = Publisher(self._channel, model)
+        self._step = step
+        self._published = step if self._publisher.is_at_head else None
+
+    def after(self, step: int) -> None:
+        """Publish the model after a step, if it is due.
+
+        Raises:
+            HeadMoved: another publisher has added a version.
+        """
+        self._step = step
+        if step % self._every == 0:
+            _tried(self._publish)
+
+    def finish(self) -> None:
+        """Publish the last step, if it is not published, and wait until it is durable.
+
+        Raises:
+            OSError, RemoteError: the store has failed several times.
+        """
+        if self._publisher:
+            _tried(self._finish)
+            self._publisher.close()
+
+    def _publish(self) -> None:
+        if self._publisher:
+            self._published = None
+            self._last = self._publisher.publish(self._step)
+            self._published = self._step
+
+    def _finish(self) -> None:
+        if self._published != self._step:
+            self._publish()
+        if self._last:
+            self._published = None  # unless it is durable
+            self._last.result()
+            self._published = self._step
+
+
+def _tried(work: Callable[[], None]) -> None:
+    """Do work again if the store fails; an error may be of the version before."""
+    for number in range(1, _TRIES + 1):
+        try:
+            work()
+            return
+        except (OSError, SparseDeltaError) as error:
+            is_failure = isinstance(error, OSError) or error.code == "remote"
+            if not is_failure or number == _TRIES:
+                raise
+            logger.warning("publish failed and is tried again: %s", error)

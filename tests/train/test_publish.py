@@ -1,0 +1,113 @@
+"""A training publishes to a channel; a killed run that resumes continues it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_trainer import Rows, arguments, load
+from torch import Tensor
+from train_helpers import bert_batches, make_bert, same_bits
+from transformers import Trainer
+
+import sparsedelta
+from sift_train import FitConfig, PublishCallback, fit, publishing
+
+LAYERS = ["query", "value", "intermediate"]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_bert(tmp_path / "base", torch.float32)
+
+
+def settings(folder: Path, **more: Any) -> FitConfig:
+    return FitConfig(sparse_module=LAYERS, lr=1e-2, max_steps=6, publish=folder / "channel", **more)
+
+
+def followed(channel: Path) -> Any:
+    """Return the weights of the head, as a follower that joins gets them."""
+    out = channel.with_name("followed")
+    sparsedelta.Follower(sparsedelta.Channel(channel), out).sync()
+    return load_file(out if out.is_file() else out / "model.safetensors")
+
+
+def are_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(same_bits(one[n], other[n]) for n in one)
+
+
+def steps(channel: Path) -> list[int | None]:
+    return [entry.step for entry in reversed(sparsedelta.Channel(channel).log())]
+
+
+def test_fit_publishes_some_steps_and_the_last(base: Path, tmp_path: Path) -> None:
+    config = settings(tmp_path, publish_every=4)
+    fit(
+        base, bert_batches(3), output=tmp_path / "d.sd", config=config,
+        save_target=tmp_path / "trained",
+    )  # fmt: skip
+    assert steps(tmp_path / "channel") == [4, 6]
+    trained = load_file(tmp_path / "trained" / "model.safetensors")
+    assert are_same(followed(tmp_path / "channel"), trained)
+    with sparsedelta.load(tmp_path / "d.sd") as delta:
+        assert "publish" not in str(delta.info)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [4, 5])
+def test_a_resumed_run_continues_the_channel(base: Path, tmp_path: Path, at: int) -> None:
+    """After step 4 the checkpoint is the head; after step 5 it is one version older."""
+
+    def die(report: Any) -> None:
+        if report.step == at + 1:
+            raise Killed
+
+    given: dict[str, Any] = {
+        "output": tmp_path / "d.sd", "run_dir": tmp_path / "run",
+        "config": settings(tmp_path, save_every=2), "save_target": tmp_path / "trained",
+    }  # fmt: skip
+    with pytest.raises(Killed):
+        fit(base, bert_batches(3), on_step=die, **given)
+    before = len(steps(tmp_path / "channel"))
+    assert before == at
+    fit(base, bert_batches(3), resume=True, **given)
+    entries = sparsedelta.Channel(tmp_path / "channel").log()[::-1]
+    assert [entry.step for entry in entries[before:]] == [5, 6]
+    assert (entries[before].anchor is not None) == (at == 5)
+    trained = load_file(tmp_path / "trained" / "model.safetensors")
+    assert are_same(followed(tmp_path / "channel"), trained)
+
+
+def test_a_store_that_fails_does_not_end_the_training(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = {2}
+    publish = publishing.Publisher.publish
+
+    def fails(publisher: Any, step: int) -> Any:
+        if step in failing:
+            failing.clear()
+            raise OSError("the store failed")
+        return publish(publisher, step)
+
+    monkeypatch.setattr(publishing.Publisher, "publish", fails)
+    fit(base, bert_batches(3), output=tmp_path / "d.sd", config=settings(tmp_path))
+    assert steps(tmp_path / "channel") == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_trainer_of_transformers_publishes(base: Path, tmp_path: Path) -> None:
+    model = load(base)
+    callback = PublishCallback(tmp_path / "channel", every=2)
+    with pytest.raises(ValueError, match="every is 0"):
+        PublishCallback(tmp_path / "channel", every=0)
+    args = arguments(tmp_path / "out", max_steps=3)
+    Trainer(model, args, train_dataset=Rows(3), callbacks=[callback]).train()
+    assert steps(tmp_path / "channel") == [2, 3]
+    found = followed(tmp_path / "channel")
+    assert all(torch.equal(found[n], t) for n, t in model.state_dict().items() if n in found)
