@@ -17,9 +17,11 @@ from torch import Tensor
 
 CPU_SLICE = 1 << 17  # elements processed together; they fit in a processor's cache
 DEVICE_SLICE = 1 << 23  # larger on other devices, where each operation on a slice is one launch
+RADIX_SELECT = frozenset({"cuda"})  # devices on which torch.topk is quicker than counting
 
 _N_BINS = 1 << 16  # one bin for each value of 16 bits
 _NEGATIVE = 1 << 15  # the smallest upper half of a negative fp32 number
+_FEW = 8  # "few" means at most one component in eight
 
 
 def n_selected(numel: int, rate: float) -> int:
@@ -72,8 +74,9 @@ def top_k_of_all(
 ) -> dict[str, Tensor]:
     """Return, for each tensor, the flat indices of its scores among the k largest of all tensors.
 
-    The k-th largest score is found by counting in two passes over the scores, without sorting. The
-    host waits for the device once for this score, and once per tensor for the indices.
+    The k-th largest score is found by counting in two passes over the scores, without sorting; on a
+    GPU, that of a single tensor is found by ``torch.topk``. The host waits for the device once for
+    this score, and once or twice per tensor for the indices.
 
     Args:
         scores: the scores of each tensor by its name, as for ``top_k``.
@@ -106,7 +109,9 @@ def top_k_of_all(
     chosen = {}
     for name, each in flat.items():
         taken, n_before = _uploaded(is_taken, each.device), n_before.to(each.device)
-        chosen[name], n_before = _above_or_taken(each, least, taken, n_before)
+        is_few = len(flat) == 1 and each.device.type in RADIX_SELECT and _is_few(k + n_ties, numel)
+        choose = _above_or_taken_of_few if is_few else _above_or_taken
+        chosen[name], n_before = choose(each, least, taken, n_before)
     return chosen
 
 
@@ -119,10 +124,13 @@ def slices_of(flat: Tensor) -> Sequence[Tensor]:
 def search_bytes(numel: int, k: int) -> int:
     """Return the most bytes that ``top_k`` allocates on a device, beside the scores.
 
-    The mask and the draw among ties take 1 byte per element each. The copies and ranks of a slice
-    take 14 bytes for each of its elements. The indices found take 8 bytes each.
+    By counting: the mask and the draw among ties take 1 byte per element each. The copies and ranks
+    of a slice take 14 bytes for each of its elements. The indices found take 8 bytes each. By
+    ``torch.topk``: a copy of the scores takes at most 4 bytes per element, and its mask 1; each of
+    the components, which are few, takes 12. Later, the mask, the draw and the few candidates take less.
     """
-    return 2 * numel + max(14 * min(numel, DEVICE_SLICE), 8 * k)
+    by_counting = 2 * numel + max(14 * min(numel, DEVICE_SLICE), 8 * k)
+    return max(by_counting, 5 * numel + 12 * numel // _FEW)
 
 
 def _kth_largest(all_scores: Sequence[Tensor], k: int) -> tuple[float, int, int]:
@@ -132,6 +140,9 @@ def _kth_largest(all_scores: Sequence[Tensor], k: int) -> tuple[float, int, int]
     The second pass counts the lower 16 bits of the scores whose upper bits are those of the k-th
     largest. For scores of 0 and more, larger bits mean larger scores; for negative ones, smaller.
     """
+    first = all_scores[0]
+    if len(all_scores) == 1 and first.device.type in RADIX_SELECT and _is_few(k, len(first)):
+        return _kth_by_radix(first, k)
     counts = _count(all_scores)
     by_score = torch.cat([counts[:_NEGATIVE].flip(0), counts[_NEGATIVE:]])  # descending scores
     at, nth, n_in_bin = _find_bin(by_score, torch.full((1,), k, device=counts.device))
@@ -148,6 +159,22 @@ def _kth_largest(all_scores: Sequence[Tensor], k: int) -> tuple[float, int, int]
     bits = (high << 16) + sum(each if high >= _NEGATIVE else _N_BINS - 1 - each for each in low)
     (least,) = struct.unpack("<f", struct.pack("<I", bits))
     return least, rank, n_ties
+
+
+def _kth_by_radix(scores: Tensor, k: int) -> tuple[float, int, int]:
+    """Return what ``_kth_largest`` returns, for one tensor on a device that selects by radix."""
+    comparable = _non_finite_lowest(scores)
+    largest = comparable.topk(k, sorted=False).values
+    least = largest.min()
+    n_above = largest.gt(least).sum(dtype=torch.float64)
+    n_ties = comparable.eq(least).sum(dtype=torch.float64)
+    found, n_larger, n_equal = torch.stack([least.double(), n_above, n_ties]).tolist()  # waits
+    return found, k - int(n_larger), int(n_equal)
+
+
+def _is_few(n: int, numel: int) -> bool:
+    """Return whether ``n`` components are so few of all that they are better handled one by one."""
+    return n <= numel // _FEW
 
 
 def _count(all_scores: Sequence[Tensor], upper: Tensor | None = None) -> Tensor:
@@ -215,6 +242,17 @@ def _above_or_taken(
         chosen |= ties.logical_and_(is_taken.index_select(0, rank))
         n_before = rank[-1:].clone()
     return _indices(mask), n_before
+
+
+def _above_or_taken_of_few(
+    flat: Tensor, least: float, is_taken: Tensor, n_before: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Do what ``_above_or_taken`` does, reading only the few scores that are not below the threshold."""
+    candidates = _at_least(flat, least)
+    ties = _non_finite_lowest(flat.index_select(0, candidates)).eq(least)
+    rank = ties.cumsum(0, dtype=n_before.dtype).add_(n_before)
+    is_chosen = is_taken.index_select(0, rank).logical_or_(ties.logical_not())
+    return candidates[is_chosen], rank[-1:].clone()
 
 
 def _indices(mask: Tensor) -> Tensor:

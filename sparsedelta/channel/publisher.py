@@ -34,7 +34,7 @@ class Publisher:
         model: Model,
         *,
         folder: AnyPath | None = None,
-        keep_on: Literal["cpu", "model"] = "cpu",
+        keep_on: Literal["cpu", "model", "both"] = "cpu",
         anchor_ratio: float | None = 1.0,
         anchor_every: int | None = None,
         anchor_base: AnyPath | None = None,

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from blake3 import blake3
 
-from sparsedelta.codecs.context import NO_CONTEXT, Bits, ChunkContext, Positions, StartBits
-from sparsedelta.codecs.exponent_classes import Keys, keys_at
+from sparsedelta.codecs.context import Bits, ChunkContext, Positions, StartBits
+from sparsedelta.codecs.exponent_classes import Choice, Keys, keys_at
 from sparsedelta.codecs.indices import INDEX_ENCODINGS
 from sparsedelta.codecs.packings import VALUE_PACKINGS
 from sparsedelta.codecs.zstd import Level, compress_stream, decompress
@@ -212,6 +212,44 @@ def _code_candidates(codes: Bits, context: ChunkContext, level: Level) -> list[_
     return candidates
 
 
+@dataclass(frozen=True, slots=True)
+class OpenChunk:
+    """A chunk, decoded as far as this is possible without the elements before the change.
+
+    Attributes:
+        positions: the positions ``(nnz,)`` uint32, checked; or how to find them among the elements.
+        needs_keys: the codes are sorted by the keys of the elements before the change.
+    """
+
+    positions: Positions | Choice
+    needs_keys: bool
+    _streams: Sequence[bytes]
+    _chunk: Chunk
+    _width: int
+
+    def codes(self, keys: Keys | None) -> Bits:
+        """Return the codes ``(nnz,)``.
+
+        Args:
+            keys: keys of the elements at the positions before the change; None if not ``needs_keys``.
+
+        Raises:
+            Corrupt: see ``decode_chunk``.
+        """
+        packing = VALUE_PACKINGS[self._chunk.coding.packing]
+        return packing.decode(self._streams, self._chunk.nnz, self._width, keys)
+
+
+def open_chunk(chunk: Chunk, dtype: DType, coded: bytes) -> OpenChunk:
+    """Open a chunk; see ``decode_chunk`` for the arguments and errors."""
+    coding = chunk.coding
+    first, *rest = _streams(chunk, dtype, coded)
+    index = INDEX_ENCODINGS[coding.index]
+    positions = index.open(first, chunk.nnz, chunk.span, classes=coding.classes)
+    needs_keys = coding.classes and VALUE_PACKINGS[coding.packing].has_classes
+    return OpenChunk(positions, needs_keys, rest, chunk, dtype.width)
+
+
 def decode_chunk(
     chunk: Chunk, dtype: DType, coded: bytes, *, before: StartBits | None = None
 ) -> tuple[Positions, Bits]:
@@ -228,23 +266,29 @@ def decode_chunk(
         Corrupt: a stream is damaged or does not hold what the record states. If the chunk has classes, the
             cause may also be a wrong base.
     """
-    coding = chunk.coding
-    index, packing = INDEX_ENCODINGS[coding.index], VALUE_PACKINGS[coding.packing]
-    streams = list(_streams(chunk, dtype, coded))
-    context = NO_CONTEXT
-    if coding.classes:
-        if before is None:
-            raise BaseNeeded(
-                "its changes are sorted by the base's exponents and cannot be read without the base;"
-                " give the base (base=, --base), or make the delta standalone (standalone=True, --standalone)"
-            )
-        context = ChunkContext(before, classes=True)
-    positions = index.decode(streams[0], chunk.nnz, chunk.span, context)
-    keys = None
-    if before is not None and coding.classes and packing.has_classes:
-        found = context.keys_found
-        keys = found[0] if found else keys_at(before, positions, chunk.span)
-    return positions, packing.decode(streams[1:], chunk.nnz, dtype.width, keys)
+    if chunk.coding.classes:
+        before = _given(before)
+    opened = open_chunk(chunk, dtype, coded)
+    positions, keys = opened.positions, None
+    if isinstance(positions, Choice):
+        positions, keys = positions.find(_given(before))
+    if opened.needs_keys and keys is None:
+        keys = keys_at(_given(before), positions, chunk.span)
+    return positions, opened.codes(keys)
+
+
+def base_needed() -> BaseNeeded:
+    """Return the error of a chunk with classes that is read without the base."""
+    return BaseNeeded(
+        "its changes are sorted by the base's exponents and cannot be read without the base;"
+        " give the base (base=, --base), or make the delta standalone (standalone=True, --standalone)"
+    )
+
+
+def _given(before: StartBits | None) -> StartBits:
+    if before is None:
+        raise base_needed()
+    return before
 
 
 def check_streams(chunk: Chunk, dtype: DType, coded: bytes) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -28,7 +28,6 @@ class ChunkContext:
         first: column of the chunk's first element, for encoders.
         keys: keys of the elements at the positions (FORMAT §6.2), for encoders; None: not known.
         classes: use classes of elements.
-        keys_found: a decoder that finds the keys of the positions appends them here.
     """
 
     before: StartBits | None = None
@@ -36,7 +35,6 @@ class ChunkContext:
     first: int = 0
     keys: npt.NDArray[np.uint8] | None = None
     classes: bool = False
-    keys_found: list[npt.NDArray[np.uint8]] = field(default_factory=list)
 
     def sorted(self, classes: bool) -> ChunkContext:
         """Return the same context, with classes or without."""

@@ -11,6 +11,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from sparsedelta.codecs import kernels
 from sparsedelta.codecs.bitpack import blocks
 from sparsedelta.codecs.context import Bits, Positions, StartBits
+from sparsedelta.codecs.subsets import others
 from sparsedelta.errors import Corrupt
 
 Words: TypeAlias = npt.NDArray[np.uint64]
@@ -123,42 +125,75 @@ class ElementClass:
         return result
 
 
-def find_chosen(
-    before: StartBits,
-    span: int,
-    thresholds: Sequence[int],
-    chosen: Sequence[tuple[Positions, bool]],
-    nnz: int,
-) -> tuple[Positions, Keys]:
-    """Return ``nnz`` elements, chosen by their ranks in their classes, and their keys; needs the compiled kernels.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Elements of a span, chosen by their ranks in classes of the span's elements.
 
-    Args:
-        before: the bits of the span before the change.
-        span: number of elements.
+    Attributes:
+        span: number of elements of the span.
+        nnz: number of chosen elements.
         thresholds: the lowest keys of all classes but the first.
-        chosen: for each class, ascending ranks, and whether all other elements are meant instead.
-        nnz: the expected number of elements.
-
-    Raises:
-        Corrupt: the number of elements differs from ``nnz``, or a rank is too high for its class.
+        listed: for each class, ascending ranks, and whether all other elements are meant instead.
     """
-    ends = [int(ranks[-1]) + 1 if len(ranks) else 0 for ranks, _ in chosen]
-    state = np.zeros((len(chosen), 4), np.int64)
-    state[:, END], state[:, REST] = ends, [of_rest for _, of_rest in chosen]
-    edges = np.cumsum([0, *(end // 8 + _SLACK for end in ends)])
-    state[:, NEXT], bitmaps = edges[:-1], np.zeros(int(edges[-1]), np.uint8)
-    kernel: Any = kernels.native
-    for (ranks, _), bitmap in zip(chosen, np.split(bitmaps, edges[1:-1]), strict=True):
-        kernel.put_bits(ranks, bitmap)
-    positions, keys, found = np.empty(nnz, np.uint32), np.empty(nnz, np.uint8), 0
-    for start in range(0, span, _BLOCK_ELEMENTS):
-        bits = before(start, min(_BLOCK_ELEMENTS, span - start))
-        found = kernel.find_chosen(
-            bits, start, bytes(thresholds), state, bitmaps, positions, keys, found
-        )
-    if found != nnz or (state[:, RANK] < ends).any():
-        raise Corrupt(f"index stream does not hold exactly {nnz} positions")
-    return positions, keys
+
+    span: int
+    nnz: int
+    thresholds: Sequence[int]
+    listed: Sequence[tuple[Positions, bool]]
+
+    def find(self, before: StartBits) -> tuple[Positions, Keys | None]:
+        """Return the elements, ascending, and their keys if these are known.
+
+        Args:
+            before: the bits of the span before the change.
+
+        Raises:
+            Corrupt: the number of elements differs from ``nnz``, or a rank is too high for its class.
+        """
+        return self._find_compiled(before) if kernels.native else (self._find(before), None)
+
+    def _find_compiled(self, before: StartBits) -> tuple[Positions, Keys]:
+        ends = [int(ranks[-1]) + 1 if len(ranks) else 0 for ranks, _ in self.listed]
+        state = np.zeros((len(ends), 4), np.int64)
+        state[:, END], state[:, REST] = ends, [of_rest for _, of_rest in self.listed]
+        edges = np.cumsum([0, *(end // 8 + _SLACK for end in ends)])
+        state[:, NEXT], bitmaps = edges[:-1], np.zeros(int(edges[-1]), np.uint8)
+        kernel: Any = kernels.native
+        for (ranks, _), bitmap in zip(self.listed, np.split(bitmaps, edges[1:-1]), strict=True):
+            kernel.put_bits(ranks, bitmap)
+        positions, keys = np.empty(self.nnz, np.uint32), np.empty(self.nnz, np.uint8)
+        found = 0
+        for start in range(0, self.span, _BLOCK_ELEMENTS):
+            bits = before(start, min(_BLOCK_ELEMENTS, self.span - start))
+            found = kernel.find_chosen(
+                bits, start, bytes(self.thresholds), state, bitmaps, positions, keys, found
+            )
+        if found != self.nnz or (state[:, RANK] < ends).any():
+            raise self.error()
+        return positions, keys
+
+    def _find(self, before: StartBits) -> Positions:
+        parts, left = [], self.nnz
+        classes = class_words(before, self.span, self.thresholds)
+        for words, (ranks, of_rest) in zip(classes, self.listed, strict=True):
+            members = ElementClass(words)
+            if len(ranks) and ranks[-1] >= len(members):
+                raise self.error()
+            chosen = others(ranks, len(members)) if of_rest else ranks
+            left -= len(chosen)
+            if left < 0:
+                break
+            parts.append(members.positions(chosen))
+        if left:
+            raise self.error()
+        positions = np.concatenate(parts)
+        # Stable sort is Timsort. It only merges here, because the positions of each class are sorted already.
+        positions.sort(kind="stable")
+        return positions
+
+    def error(self) -> Corrupt:
+        """Return the error of a choice that does not fit the span's elements."""
+        return Corrupt(f"index stream does not hold exactly {self.nnz} positions")
 
 
 def ranks_by_class(

@@ -25,7 +25,7 @@ def encode_subset(chosen: Numbers, n: int) -> tuple[bytes, tuple[Numbers, int]]:
         n: the numbers are chosen from 0 … n − 1.
     """
     rest = 2 * len(chosen) > n
-    gaps = _gaps(_others(chosen, n) if rest else chosen)
+    gaps = _gaps(others(chosen, n) if rest else chosen)
     k = best_low_bits(gaps)
     return write_number(2 * len(gaps) + rest) + (write_number(k) if len(gaps) else b""), (gaps, k)
 
@@ -60,7 +60,7 @@ class SubsetHead:
             Corrupt: the gaps lead to ``n`` or beyond.
         """
         numbers = _numbers(gaps, n)
-        return _others(numbers, n) if self.of_rest else numbers
+        return others(numbers, n) if self.of_rest else numbers
 
 
 def read_subset(stream: bytes, at: int) -> tuple[SubsetHead, int]:
@@ -100,7 +100,7 @@ def _numbers(gaps: Numbers, n: int) -> Numbers:
     return numbers.astype(np.uint32)
 
 
-def _others(ascending: Numbers, n: int) -> Numbers:
+def others(ascending: Numbers, n: int) -> Numbers:
     """Return the numbers below ``n`` that are not among ``ascending``."""
     if kernels.native:
         rest = np.empty(n - len(ascending), np.uint32)

@@ -9,6 +9,8 @@ import ctypes
 import errno
 import math
 import os
+from collections.abc import Iterator
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -75,6 +77,7 @@ def wire_name(dtype: torch.dtype) -> str:
     return next((wire for wire, own in _TORCH_NAMES.items() if own == name), name)
 
 
+@lru_cache
 def integer_dtype(width: int) -> torch.dtype:
     """Return the signed integer dtype of ``width`` bytes; torch supports few operations on unsigned ones."""
     import torch
@@ -98,6 +101,101 @@ def gather(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return memory.index_select(0, offsets)
 
 
+def on_host(tensor: torch.Tensor) -> Bits:
+    """Return the elements of an integer tensor in host memory: its own memory if it is there, else a copy.
+
+    From a GPU, the copy is in pinned memory, which is filled many times faster than other memory.
+    """
+    if not tensor.is_cuda:
+        return tensor.cpu().numpy()
+    import torch
+
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor).numpy()
+
+
+def blocks_on_host(flat: torch.Tensor, n_elements: int) -> Iterator[Bits]:
+    """Yield a flat integer tensor in blocks, each valid until the next one is requested.
+
+    From a GPU, the next block is copied while the caller uses one, in two blocks of pinned memory.
+    """
+    if not flat.is_cuda:
+        for block in flat.split(n_elements):
+            yield on_host(block)
+        return
+    import torch
+
+    stream = torch.cuda.Stream(flat.device)
+    stream.wait_stream(torch.cuda.current_stream(flat.device))
+    n_most = min(n_elements, len(flat))
+    hosts = [torch.empty(n_most, dtype=flat.dtype, pin_memory=True) for _ in range(2)]
+    copied = [torch.cuda.Event() for _ in range(2)]
+    blocks = flat.split(n_elements)
+
+    def start(number: int) -> None:
+        if number < len(blocks):
+            with torch.cuda.stream(stream):
+                block = blocks[number]
+                hosts[number % 2][: len(block)].copy_(block, non_blocking=True)
+                copied[number % 2].record(stream)
+
+    start(0)
+    for number, block in enumerate(blocks):
+        start(number + 1)
+        copied[number % 2].synchronize()
+        yield hosts[number % 2][: len(block)].numpy()
+
+
+def blocks_on_device(
+    flat: torch.Tensor, n_elements: int, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Yield a flat integer tensor in blocks on a device, each valid until the next one is requested.
+
+    From pinned memory to a GPU, the next block is copied while the caller uses one.
+    """
+    blocks = flat.split(n_elements)
+    if device.type != "cuda" or flat.device == device:
+        yield from (block.to(device) for block in blocks)
+        return
+    import torch
+
+    stream = torch.cuda.Stream(device)
+    copies: list[torch.Tensor] = []
+
+    def start(number: int) -> None:
+        if number < len(blocks):
+            stream.wait_stream(
+                torch.cuda.current_stream(device)
+            )  # has used the memory that is reused
+            with torch.cuda.stream(stream):
+                copies.append(blocks[number].to(device, non_blocking=True))
+
+    start(0)
+    for number in range(len(blocks)):
+        torch.cuda.current_stream(device).wait_stream(stream)
+        block = copies.pop()
+        block.record_stream(torch.cuda.current_stream(device))
+        start(number + 1)
+        yield block
+
+
+def differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the indices of the elements in which two flat integer tensors on one device differ, int64 ``(n,)``.
+
+    Eight bytes are compared at a time where that is possible; then fewer marks are searched.
+    """
+    import torch
+
+    n_in_word = 8 // one.element_size()
+    offsets = one.numel(), one.storage_offset(), other.storage_offset()
+    if n_in_word == 1 or any(offset % n_in_word for offset in offsets):
+        return torch.nonzero(one != other).view(-1)
+    words = torch.nonzero(one.view(torch.int64) != other.view(torch.int64)).view(-1)
+    some, others = (flat.view(-1, n_in_word).index_select(0, words) for flat in (one, other))
+    within = torch.arange(n_in_word, device=one.device)
+    return (words[:, None] * n_in_word + within)[some != others]
+
+
 class TensorBytes:
     """The bytes of a tensor on any device, in row-major order; implements ``tensors.start.Readable``."""
 
@@ -115,7 +213,7 @@ class TensorBytes:
             part = flat_bits(tensor)[first:end]
         else:
             part = gather(tensor, torch.arange(first, end, device=tensor.device))
-        np.frombuffer(buffer, np.uint8)[:] = part.cpu().numpy().view(np.uint8)
+        np.frombuffer(buffer, np.uint8)[:] = on_host(part).view(np.uint8)
 
 
 class Overlay:

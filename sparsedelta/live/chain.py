@@ -22,7 +22,7 @@ from sparsedelta.codecs.values import VALUE_ENCODINGS
 from sparsedelta.dtypes import DType
 from sparsedelta.errors import BaseMismatch, Corrupt, Uncertain
 from sparsedelta.format.delta import Delta
-from sparsedelta.live.bits import Overlay, TensorBytes
+from sparsedelta.live.bits import Overlay, TensorBytes, on_host
 from sparsedelta.live.held import Held, gather, in_order
 from sparsedelta.live.inplace import prepare
 from sparsedelta.live.patch import Patch, Writer
@@ -145,7 +145,7 @@ def _held(tensor: Held, index: _Index, dtype: DType) -> Bits:
     import torch
 
     where = torch.from_numpy(index).to(tensor.device)
-    return gather(tensor, where).cpu().numpy().view(dtype.view)
+    return on_host(gather(tensor, where)).view(dtype.view)
 
 
 def _merged(index: _Index, bits: Bits, new: _Index, after: Bits) -> tuple[_Index, Bits]:

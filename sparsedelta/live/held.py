@@ -10,11 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
+from blake3 import blake3
+
+from sparsedelta.format.records import DIGEST_BYTES
 from sparsedelta.live import bits
 from sparsedelta.live.strides import Region, whole
 
 if TYPE_CHECKING:
     import torch
+
+
+_BLOCK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +150,14 @@ def in_order(held: Held) -> torch.Tensor:
     copy = torch.empty(held.shape, dtype=held.dtype, device=held.device)
     bits.integer_view(copy).copy_(bits.integer_view(held))  # a copy of floats may change NaNs
     return copy
+
+
+def whole_digest(held: Held) -> bytes:
+    """Return the digest of all elements. From a GPU, every byte is copied to the host once."""
+    hasher = blake3()
+    for block in bits.blocks_on_host(bits.flat_bits(in_order(held)), _BLOCK_ELEMENTS):
+        hasher.update(block.view(np.uint8).data)
+    return hasher.digest()[:DIGEST_BYTES]
 
 
 def _inside(region: Region, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,43 +6,31 @@ elements.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, TypeAlias, get_args
-
-import numpy as np
-from blake3 import blake3
+from typing import get_args
 
 from sparsedelta._typing import Model, ModelCheck, Names
-from sparsedelta.codecs.chunk import Chunk, touched_digest
-from sparsedelta.codecs.context import Bits, Positions
-from sparsedelta.codecs.values import VALUE_ENCODINGS, ordered, ulp_differences, unordered
-from sparsedelta.dtypes import DType
+from sparsedelta.codecs.chunk import base_needed
 from sparsedelta.errors import (
     AlreadyApplied,
     BaseMismatch,
     ConflictError,
-    Corrupt,
     MismatchError,
     PartlyApplied,
     StructureMismatch,
 )
 from sparsedelta.format.delta import Delta
-from sparsedelta.format.records import DIGEST_BYTES, Row
+from sparsedelta.format.records import Row
 from sparsedelta.interrupts import uninterrupted
-from sparsedelta.live.bits import TensorBytes, flat_bits
 from sparsedelta.live.coordinates import quantized_kind
-from sparsedelta.live.held import gather, in_order
+from sparsedelta.live.decoding import State, decode_place, wanted_and_done
+from sparsedelta.live.held import whole_digest
 from sparsedelta.live.patch import Patch, Writer
 from sparsedelta.live.slots import AnySlot, Place, Places, find_places
 from sparsedelta.progress import Silent
-from sparsedelta.tensors.changes import decode_row_chunk
+from sparsedelta.tensors.changes import naming
 from sparsedelta.tensors.parallel import Pace, run_all
-
-State: TypeAlias = Literal["base", "target", "other"]
-_BLOCK_ELEMENTS = 1 << 24
-_INT32_ELEMENTS = 1 << 31
 
 
 def apply_(
@@ -111,7 +99,7 @@ def prepare(
     pace = Pace(Silent())
     try:
         found = run_all(
-            lambda place: _decode(delta, place, verify=verify, undo=undo, pace=pace),
+            lambda place: decode_place(delta, place, verify=verify, undo=undo, pace=pace),
             places.changed,
             cost=lambda place: place.row.coded_bytes,
             pace=pace,
@@ -146,6 +134,9 @@ def _check_possible(row: Row, verify: ModelCheck, *, undo: bool) -> None:
             " there before it does not know: use applied(), or load the base again",
             tensor=row.name,
         )
+    if undo and any(chunk.coding.classes for chunk in row.chunks):
+        with naming(row):
+            raise base_needed()
     if verify == "touched" and any(chunk.touched is None for chunk in row.chunks):
         raise ValueError(
             f"the delta has no digests of the touched values of tensor {row.name!r}, as one"
@@ -153,93 +144,9 @@ def _check_possible(row: Row, verify: ModelCheck, *, undo: bool) -> None:
         )
 
 
-def _decode(
-    delta: Delta, place: Place, *, verify: ModelCheck, undo: bool, pace: Pace
-) -> tuple[Patch, State]:
-    """Return the decoded changes of a tensor, and which state of it the model holds."""
-    import torch
-
-    row, tensor = place.row, place.slot.tensor()
-    dtype = row.target.dtype
-    index = np.empty(row.nnz, np.int32 if tensor.numel() <= _INT32_ELEMENTS else np.int64)
-    codes = np.empty(row.nnz, dtype.view)
-    ends = itertools.accumulate(chunk.nnz for chunk in row.chunks)
-    parts = [(c, slice(end - c.nnz, end)) for c, end in zip(row.chunks, ends, strict=True)]
-    by_base = not undo and any(chunk.coding.classes for chunk in row.chunks)
-    base = TensorBytes(in_order(tensor)) if by_base else None
-    for chunk, part in parts:
-        positions, codes[part] = _decode_chunk(delta, place, chunk, base)
-        np.add(positions, np.int64(chunk.start), out=index[part], casting="unsafe")
-        pace.advance(chunk.stored_bytes)
-    where = torch.from_numpy(index).to(tensor.device)
-    now = gather(tensor, where)
-    held = now.cpu().numpy().view(dtype.view)
-    other = codes  # computed on the host, where digests are made: workers share its cores already
-    possible: set[State] = {"base", "target"}
-    for chunk, part in parts:
-        other[part] = _moved(dtype, chunk, held[part], codes[part], undo=undo)
-        if verify == "touched":
-            possible &= _possible_states(row, chunk, held[part], other[part], undo=undo)
-    then = torch.from_numpy(other.view(f"<i{dtype.width}")).to(tensor.device)
-    before, after = (then, now) if undo else (now, then)
-    wanted, done = _wanted_and_done(undo=undo)
-    state = wanted if wanted in possible else done if done in possible else "other"
-    index_digest = blake3(index.view(np.uint8).data).digest()
-    return Patch(place, where, index_digest, before, after), state
-
-
-def _decode_chunk(
-    delta: Delta, place: Place, chunk: Chunk, base: TensorBytes | None
-) -> tuple[Positions, Bits]:
-    row, classes = place.row, chunk.coding.classes
-    try:
-        return decode_row_chunk(row, chunk, delta.payload, base)
-    except Corrupt as error:
-        if not classes or (row.base and _whole_digest(place.slot) == row.base.spec.digest):
-            raise
-        raise BaseMismatch(
-            f"tensor {row.name!r} of the model is not the base's: its changes, coded by the base's"
-            " exponents, make no sense of it; nothing was written",
-            tensor=row.name,
-        ) from error
-
-
-def _moved(dtype: DType, chunk: Chunk, held: Bits, codes: Bits, *, undo: bool) -> Bits:
-    """Return the new bits of touched elements; with ``undo`` the codes are differences."""
-    if not undo:
-        return VALUE_ENCODINGS[chunk.coding.values].decode(dtype, held, codes)
-    places = ordered(dtype, held)
-    places -= ulp_differences(codes)
-    return unordered(dtype, places)
-
-
-def _possible_states(row: Row, chunk: Chunk, now: Bits, then: Bits, *, undo: bool) -> set[State]:
-    """Return the states that the digests of the touched elements of a chunk allow.
-
-    Raises:
-        Corrupt: the old values are right, but the new values are not those that the delta states.
-    """
-    before, after = chunk.touched or (b"", b"")
-    found = touched_digest(now)
-    wanted, becomes = (after, before) if undo else (before, after)
-    if found == wanted and touched_digest(then) != becomes:
-        raise Corrupt(
-            f"tensor {row.name!r}: its touched values are right, but they become others than the delta"
-            " states; the delta is inconsistent; download it again",
-            tensor=row.name,
-        )
-    kinds: list[tuple[State, bytes]] = [("base", before), ("target", after)]
-    return {state for state, digest in kinds if digest == found}
-
-
-def _wanted_and_done(*, undo: bool) -> tuple[State, State]:
-    """Return the state that the model must have before the change, and the state after it."""
-    return ("target", "base") if undo else ("base", "target")
-
-
 def _check_states(states: Sequence[tuple[Place, State]], *, undo: bool) -> None:
     """Check the states that were found: each tensor must be the base's, or with ``undo`` the target's."""
-    wanted, done = _wanted_and_done(undo=undo)
+    wanted, done = wanted_and_done(undo=undo)
     wrong = [place for place, state in states if state == "other"]
     if wrong:
         raise BaseMismatch(
@@ -267,22 +174,22 @@ def _applied_error(name: str, n_done: int, n_due: int, wanted: str, done: str) -
 
 def _check_whole(places: Places, *, undo: bool) -> None:
     """Compare the digests of all tensors in the model with those of the base or the target."""
-    wanted, done = _wanted_and_done(undo=undo)
+    wanted, done = wanted_and_done(undo=undo)
+    slots = [*(place.slot for place in places.changed), *(slot for _, slot in places.unchanged)]
+    digests = iter(_whole_digests(slots))
     states: list[tuple[Place, State]] = []
-    for place in places.changed:
+    for place, found in zip(places.changed, digests, strict=False):
         row = place.row
-        digests = row.base.spec.digest if row.base else None, row.target.digest
-        due, becomes = reversed(digests) if undo else digests
+        known = row.base.spec.digest if row.base else None, row.target.digest
+        due, becomes = reversed(known) if undo else known
         if due is None:
             raise ValueError(
                 f"the delta does not know the digest of tensor {row.name!r} in its target; ask for"
                 " verify='touched' or 'none'"
             )
-        found = _whole_digest(place.slot)
         state = wanted if found == due else done if found == becomes else "other"
         states.append((place, state))
-    for rows, slot in places.unchanged:
-        found = _whole_digest(slot)
+    for (rows, _), found in zip(places.unchanged, digests, strict=True):
         expected = [row.base.spec.digest or b"" for row in rows if row.base]
         if found not in expected:
             raise BaseMismatch(
@@ -295,10 +202,8 @@ def _check_whole(places: Places, *, undo: bool) -> None:
     _check_states(states, undo=undo)
 
 
-def _whole_digest(slot: AnySlot) -> bytes:
-    bits = flat_bits(in_order(slot.tensor()))
-    hasher = blake3()
-    for start in range(0, len(bits), _BLOCK_ELEMENTS):
-        block = bits[start : start + _BLOCK_ELEMENTS].cpu().numpy()
-        hasher.update(block.view(np.uint8).data)
-    return hasher.digest()[:DIGEST_BYTES]
+def _whole_digests(slots: Sequence[AnySlot]) -> list[bytes]:
+    tensors = [slot.tensor() for slot in slots]
+    return run_all(
+        whole_digest, tensors, cost=lambda t: t.numel() * t.dtype.itemsize, pace=Pace(Silent())
+    )

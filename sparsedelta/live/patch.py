@@ -6,7 +6,7 @@ broken off and not undone, the record still exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,9 @@ from sparsedelta.live.slots import Place, current_tensor
 
 if TYPE_CHECKING:
     import torch
+
+
+_GROUP_ELEMENTS = 1 << 22  # 48 MiB of indices in both forms
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class Patch:
 
     def reversed(self) -> Patch:
         """Return the patch that undoes this one."""
-        return replace(self, before=self.after, after=self.before)
+        return Patch(self.place, self.index, self.index_digest, self.after, self.before)
 
     def in_step(self) -> Patch:
         """Return the patch, moved to the current device of the model's tensor.
@@ -113,8 +116,8 @@ class Writer:
         with uninterrupted():
             self._state = held, patches
             try:
-                for patch in patches:
-                    scatter(patch.place.slot.tensor(), patch.index, patch.after)
+                for patch, index in _with_wide_index(patches):
+                    scatter(patch.place.slot.tensor(), index, patch.after)
             except BaseException as error:
                 try:
                     self._undo()
@@ -133,3 +136,24 @@ class Writer:
         for patch in [patch.in_step() for patch in reversed(unfinished)]:
             scatter(patch.place.slot.tensor(), patch.index, patch.before)
         self._state = held, ()
+
+
+def _with_wide_index(patches: Sequence[Patch]) -> Iterator[tuple[Patch, torch.Tensor]]:
+    """Yield each patch with its index as int64, which torch needs for writing.
+
+    The indices of many small patches are converted together, because each operation on a GPU takes time to start.
+    """
+    import torch
+
+    group: list[Patch] = []
+    n_elements = 0
+    for patch in [*patches, None]:
+        fits = patch and n_elements + patch.index.numel() <= _GROUP_ELEMENTS
+        if group and not (fits and patch and patch.index.device == group[0].index.device):
+            sizes = [one.index.numel() for one in group]
+            wide = torch.cat([one.index for one in group]).long().split(sizes)
+            yield from zip(group, wide, strict=True)
+            group, n_elements = [], 0
+        if patch:
+            group.append(patch)
+            n_elements += patch.index.numel()

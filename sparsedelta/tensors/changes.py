@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,8 +100,15 @@ def decode_row_chunk(
     if chunk.coding.classes and (base is not None or row.keep <= chunk.start):
         before = RowStart(base, row.target.dtype, row.keep, chunk.start)
     coded = read_coded(row, chunk, payload)
-    try:
+    with naming(row):
         return decode_chunk(chunk, row.target.dtype, coded, before=before)
+
+
+@contextmanager
+def naming(row: Row) -> Iterator[None]:
+    """Put the tensor's name before the message of an error about one of its chunks."""
+    try:
+        yield
     except (BaseNeeded, Corrupt) as error:
         raise type(error)(f"tensor {row.name!r}: {error}", tensor=row.name) from error
 

@@ -38,7 +38,7 @@ def advance(snapshot: Snapshot, data: bytes) -> None:
         snapshot.advance(delta)
 
 
-@pytest.mark.parametrize("keep_on", ["cpu", "model"])
+@pytest.mark.parametrize("keep_on", ["cpu", "model", "both"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_versions_of_a_model(kind: str, keep_on: Any, tmp_path: Path) -> None:
     model = make(kind)
@@ -283,14 +283,11 @@ class TestBrokenOff:
         assert taken(snapshot) == delta_bytes(copied(state), state)
 
 
-def test_changes_on_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", [64, 67])
+def test_changes_on_device(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """The comparison for tensors on a GPU, run on the CPU, with several blocks of which some have changed."""
-    monkeypatch.setattr(snapshot_module, "_BLOCK_ELEMENTS", 64)
-    monkeypatch.setattr(
-        Snapshot,
-        "_changed",
-        lambda self, kept, tensor: snapshot_module.changes_on_device(kept, tensor.held()),
-    )
+    monkeypatch.setattr(snapshot_module, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(snapshot_module, "HOST", frozenset())
     model = make("mixtral")
     old, snapshot = copy.deepcopy(model), Snapshot(model)
     change(model, every=50)
@@ -304,7 +301,7 @@ def test_changes_on_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("keep_on", ["cpu", "model"])
+@pytest.mark.parametrize("keep_on", ["cpu", "model", "both"])
 @pytest.mark.parametrize("kind", ["tied llama", "mixtral"])
 def test_on_a_gpu(kind: str, keep_on: Any, tmp_path: Path) -> None:
     model = make(kind).cuda()

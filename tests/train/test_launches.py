@@ -20,12 +20,13 @@ def make_net() -> nn.Sequential:
 @pytest.fixture
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "CPU_SLICE", selection.DEVICE_SLICE)
+    monkeypatch.setattr(selection, "RADIX_SELECT", ("cpu",))
 
 
 @pytest.mark.usefixtures("as_on_a_device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_selection_of_tensors_of_a_million(dtype: torch.dtype) -> None:
-    """At most 4 waits and 60 launches per tensor; two waits are counted, two host copies are not."""
+    """At most 4 waits and 60 launches per tensor; three waits are counted, a copy to the host is not."""
     model = make_net().to(dtype)
     inputs = torch.randn(8, WIDTH, dtype=dtype)
     loss = model(inputs).square().mean()
@@ -34,7 +35,7 @@ def test_selection_of_tensors_of_a_million(dtype: torch.dtype) -> None:
         with Counted() as counted:
             loss.backward()
         assert all(part.is_selected for part in sift.sparse_mapping.values())
-    assert counted.waits.total() <= 2 * N_LAYERS, counted.waits
+    assert counted.waits.total() <= 3 * N_LAYERS, counted.waits
     assert counted.launches.total() <= 60 * N_LAYERS, counted.launches
 
 
@@ -46,8 +47,8 @@ def test_selection_of_a_tensor_of_45_million() -> None:
         loss = model(torch.randn(1, 4096)).sum()
         with Counted() as counted:
             loss.backward()
-    assert counted.waits.total() <= 2, counted.waits
-    assert counted.launches.total() <= 200, counted.launches
+    assert counted.waits.total() <= 3, counted.waits
+    assert counted.launches.total() <= 60, counted.launches
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

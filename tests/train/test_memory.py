@@ -119,12 +119,14 @@ def test_at_its_highest_rate_a_plan_just_fits(rate: float, optimizer: str) -> No
 
 @pytest.mark.parametrize("k", [1, 5, 20_000, 99_999])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("radix", [(), ("cpu",)])
 def test_choosing_needs_at_most_the_planned_memory(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, k: int
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, k: int, radix: tuple[str, ...]
 ) -> None:
     """Counted by torch's allocator, with as many ties as possible."""
     monkeypatch.setattr(selection, "CPU_SLICE", 1 << 14)
     monkeypatch.setattr(selection, "DEVICE_SLICE", 1 << 14)
+    monkeypatch.setattr(selection, "RADIX_SELECT", radix)
     scores = torch.zeros(100_000, dtype=dtype)
     scores[::7] = 1.0
     generator = selection.seeded_generator(0, "")

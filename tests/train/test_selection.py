@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import pytest
@@ -92,15 +93,16 @@ SCORES = st.one_of(
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_the_choice_is_the_same_on_every_device(data: st.DataObject, dtype: torch.dtype) -> None:
-    """Also among ties: with the slices of a CPU, those of other devices, and by sorting."""
+    """Also among ties: with the slices of a CPU, those of other devices, by radix selection, and by sorting."""
     lists = data.draw(st.lists(st.lists(SCORES, min_size=1, max_size=40), min_size=1, max_size=3))
     scores = {str(n): torch.tensor(each).to(dtype) for n, each in enumerate(lists)}
     numel = sum(map(len, lists))
-    k = data.draw(st.integers(1, max(1, numel - 1)))
+    k = data.draw(st.integers(1, max(1, numel // 8)) | st.integers(1, max(1, numel - 1)))
     expected = by_sorting(scores, k, generator()) if k < numel else list(range(numel))
-    for length in (3, selection.DEVICE_SLICE):
+    for length, radix in itertools.product((3, selection.DEVICE_SLICE), ((), ("cpu",))):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(selection, "CPU_SLICE", length)
+            patch.setattr(selection, "RADIX_SELECT", radix)
             chosen = top_k_of_all(scores, k, generator())
         places, begin = [], 0
         for name, each in scores.items():
@@ -112,11 +114,14 @@ def test_the_choice_is_the_same_on_every_device(data: st.DataObject, dtype: torc
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("radix", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_the_choice_is_that_of_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, radix: bool
 ) -> None:
     monkeypatch.setattr(selection, "DEVICE_SLICE", 1000)
+    if not radix:
+        monkeypatch.setattr(selection, "RADIX_SELECT", ())
     scores = torch.randn(97, 53, generator=torch.Generator().manual_seed(5)).to(dtype)
     scores[3], scores[7, ::2] = torch.nan, 0.0
     for k in (1, 500, 5000):

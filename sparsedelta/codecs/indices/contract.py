@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stream
+from sparsedelta.codecs.exponent_classes import Choice
 
 
 class IndexEncoding(Protocol):
@@ -43,3 +44,17 @@ class IndexEncoding(Protocol):
             Corrupt: the stream does not hold ``nnz`` increasing positions below ``span``. With classes, the
                 cause may also be a wrong base.
         """
+
+    def open(self, stream: bytes, nnz: int, span: int, *, classes: bool) -> Positions | Choice:
+        """Return ``nnz`` positions; or, if they depend on the elements before the change, how to find them.
+
+        Args:
+            stream: as for ``decode``.
+            nnz: number of positions.
+            span: number of elements of the span.
+            classes: the stream may use classes.
+
+        Raises:
+            Corrupt: see ``decode``.
+        """
+        return self.decode(stream, nnz, span)

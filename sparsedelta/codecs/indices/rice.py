@@ -12,15 +12,12 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from sparsedelta.codecs import kernels
 from sparsedelta.codecs.bitpack import decode_rice, encode_rice
 from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, StartBits, Stream
 from sparsedelta.codecs.exponent_classes import (
     N_KEYS,
-    ElementClass,
+    Choice,
     choice_bits,
-    class_words,
-    find_chosen,
     keys_at,
     merge_keys,
     ranks_by_class,
@@ -79,7 +76,15 @@ class _Rice(IndexEncoding):
     def decode(
         self, stream: bytes, nnz: int, span: int, context: ChunkContext = NO_CONTEXT
     ) -> Positions:
-        thresholds, at = read_thresholds(stream, classes=context.classes)
+        found = self.open(stream, nnz, span, classes=context.classes)
+        if not isinstance(found, Choice):
+            return found
+        if context.before is None:
+            raise ValueError("classes need the bits before the change")
+        return found.find(context.before)[0]
+
+    def open(self, stream: bytes, nnz: int, span: int, *, classes: bool) -> Positions | Choice:
+        thresholds, at = read_thresholds(stream, classes=classes)
         heads = []
         for _ in range(len(thresholds) + 1):
             head, at = read_subset(stream, at)
@@ -87,37 +92,14 @@ class _Rice(IndexEncoding):
         sequences = decode_rice(stream[at:], [head.length for head in heads])
         if not thresholds:
             positions = heads[0].chosen(sequences[0], span)
-            _check_number(nnz - len(positions), nnz)
+            if len(positions) != nnz:
+                raise Corrupt(f"index stream does not hold exactly {nnz} positions")
             return positions
-        if context.before is None:
-            raise ValueError("classes need the bits before the change")
-        if kernels.native:
-            listed = [
-                (head.listed(gaps, span), head.of_rest)
-                for head, gaps in zip(heads, sequences, strict=True)
-            ]
-            positions, keys = find_chosen(context.before, span, thresholds, listed, nnz)
-            context.keys_found.append(keys)
-            return positions
-        parts, left = [], nnz
-        classes = class_words(context.before, span, thresholds)
-        for words, head, gaps in zip(classes, heads, sequences, strict=True):
-            members = ElementClass(words)
-            chosen = head.chosen(gaps, len(members))
-            left -= len(chosen)
-            if left < 0:
-                break
-            parts.append(members.positions(chosen))
-        _check_number(left, nnz)
-        positions = np.concatenate(parts)
-        # Stable sort is Timsort. It only merges here, because the positions of each class are sorted already.
-        positions.sort(kind="stable")
-        return positions
-
-
-def _check_number(left: int, nnz: int) -> None:
-    if left:
-        raise Corrupt(f"index stream does not hold exactly {nnz} positions")
+        listed = [
+            (head.listed(gaps, span), head.of_rest)
+            for head, gaps in zip(heads, sequences, strict=True)
+        ]
+        return Choice(span, nnz, thresholds, listed)
 
 
 def _choose_classes(before: StartBits, keys: npt.NDArray[np.uint8], span: int) -> list[int]:
