@@ -231,7 +231,9 @@ def _check_written(form: Form, change: Transition, path: Path) -> None:
             reading.check()
             one, other = by_name(target), by_name(change.target)
             for name, tensor in one.items():
-                if tensor is not other[name] and digest_tensor(tensor) != digest_tensor(other[name]):
+                if tensor is not other[name] and digest_tensor(tensor) != digest_tensor(
+                    other[name]
+                ):
                     raise RuntimeError(
                         f"tensor {name!r} is not the same after writing {form.name}; please report this"
                     )

@@ -151,7 +151,9 @@ def unpacked(frame: bytes | memoryview, limit: int, what: str) -> bytes:
             while block := reader.read(_BLOCK_BYTES):
                 data += block
                 if len(data) > limit:
-                    raise LimitExceeded(f"{what} holds more than the {limit} bytes that are possible")
+                    raise LimitExceeded(
+                        f"{what} holds more than the {limit} bytes that are possible"
+                    )
     except zstandard.ZstdError as error:
         raise Corrupt(f"{what} is not an intact zstd frame: {error}") from error
     if stated >= 0 and len(data) != stated:
@@ -175,4 +177,3 @@ def exactly_unpacked(frame: bytes | memoryview, n_bytes: int, what: str) -> byte
 def packed(data: bytes | memoryview, level: int) -> bytes:
     """Return one zstd frame that states its size."""
     return zstandard.ZstdCompressor(level=level).compress(data)
-

@@ -16,6 +16,7 @@ from sparsedelta.interop.source import Source
 from sparsedelta.interop.transition import Transition
 
 Setting: TypeAlias = str | int
+Settings: TypeAlias = Mapping[str, Setting | tuple[Setting, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Form(ABC):
     source: ClassVar[str]
     is_folder: ClassVar[bool] = False
     abilities: ClassVar[Abilities] = Abilities()
-    settings: ClassVar[Mapping[str, Setting | tuple[Setting, ...]]] = {}
+    settings: ClassVar[Settings] = {}
     not_read: ClassVar[str | None] = None
     not_written: ClassVar[str | None] = None
 
@@ -91,15 +92,11 @@ class Form(ABC):
         unknown = given.keys() - self.settings.keys()
         if unknown:
             known = ", ".join(self.settings) or "none"
-            raise ValueError(
-                f"{self.name} has no setting {min(unknown)!r}; its settings: {known}"
-            )
+            raise ValueError(f"{self.name} has no setting {min(unknown)!r}; its settings: {known}")
         return {key: _value(key, given.get(key), known) for key, known in self.settings.items()}
 
 
-def _value(
-    key: str, given: Setting | None, known: Setting | tuple[Setting, ...]
-) -> Setting:
+def _value(key: str, given: Setting | None, known: Setting | tuple[Setting, ...]) -> Setting:
     choices = known if isinstance(known, tuple) else None
     default = choices[0] if choices else known
     if given is None:

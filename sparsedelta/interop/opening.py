@@ -57,9 +57,7 @@ def converted(
     with reading.target as target:
         reading.check()
         info = record(form, reading)
-        return between(
-            base, target, info=info, level="fast", standalone=True, spool_dir=spool_dir
-        )
+        return between(base, target, info=info, level="fast", standalone=True, spool_dir=spool_dir)
 
 
 @contextmanager
@@ -104,7 +102,9 @@ def _load(path: AnyPath, any_size: bool) -> Delta:
     try:
         return load(path, any_size=any_size)
     except FormatError as error:
-        if isinstance(error, BadMagic) or error.code == "limit_exceeded" and not is_delta(Source(path)):
+        if isinstance(error, BadMagic) or (
+            error.code == "limit_exceeded" and not is_delta(Source(path))
+        ):
             raise BadMagic(
                 f"{error}; it has none of the other forms that `sparsedelta convert` reads either"
             ) from error

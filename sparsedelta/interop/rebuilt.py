@@ -78,7 +78,9 @@ class RebuiltCheckpoint(Checkpoint):
             data.data[offset : offset + len(block)] = block
 
         with explained(self._delta, self._base):
-            rebuild(row, self._found.get(key), self._delta.payload, write, check="full", pace=Pace())
+            rebuild(
+                row, self._found.get(key), self._delta.payload, write, check="full", pace=Pace()
+            )
         return data
 
     def _weight_files(self) -> tuple[WeightFile, ...]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from sparsedelta.errors import BadMagic
+from sparsedelta.interop.arc2 import Arc2
 from sparsedelta.interop.form import Form
+from sparsedelta.interop.grail import Grail
+from sparsedelta.interop.pulse import PulsePatch
 from sparsedelta.interop.slime import Slime
 from sparsedelta.interop.source import Source
 from sparsedelta.interop.trl import TrlV1, TrlV2
@@ -11,7 +14,9 @@ from sparsedelta.interop.trl import TrlV1, TrlV2
 DELTA = "sd"  # the name of this project's own form
 CHECKPOINT = "checkpoint"  # the name of a whole checkpoint
 
-FORMS: dict[str, Form] = {form.name: form for form in (TrlV1(), TrlV2(), Slime())}
+FORMS: dict[str, Form] = {
+    form.name: form for form in (TrlV1(), TrlV2(), Slime(), Grail(), PulsePatch(), Arc2())
+}
 NAMES = (DELTA, CHECKPOINT, *FORMS)
 
 
@@ -37,4 +42,4 @@ def recognised(source: Source) -> Form | None:
 
 def is_delta(source: Source) -> bool:
     """Return whether a file looks like a delta of this project."""
-    return source.metadata.get("format") == "sparsedelta" or b'"sparsedelta"' in source.start
+    return b'"format":"sparsedelta"' in source.start

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,7 @@ from sparsedelta.interop.files import (
     write_json,
     write_safetensors,
 )
-from sparsedelta.interop.form import Form, Reading, Setting
+from sparsedelta.interop.form import Form, Reading, Setting, Settings
 from sparsedelta.interop.source import Source
 from sparsedelta.interop.transition import Changed, Transition
 from sparsedelta.interop.view import PatchedCheckpoint
@@ -48,8 +49,10 @@ class Slime(Form):
     source = "THUDM/slime slime/utils/disk_delta.py and sglang.srt.weight_sync (July 2026)"
     is_folder = True
     abilities = Abilities(proof="changed tensors")
-    settings: Mapping[str, Setting | tuple[Setting, ...]] = {
-        "encoding": ("xor", "overwrite"), "checksum": ("blake3", "xxh3-128", "adler32"), "version": 1, "base_version": 0,
+    settings: ClassVar[Settings] = {
+        "encoding": ("xor", "overwrite"),
+        "checksum": ("blake3", "xxh3-128", "adler32"),
+        "version": 1, "base_version": 0,
     }  # fmt: skip
 
     def recognise(self, source: Source) -> bool:
@@ -135,7 +138,8 @@ class Bytes:
 
 def xored(one: Changed) -> bytes:
     """Return the bytes of the XOR of base and target."""
-    return (one.old ^ one.new).tobytes()
+    found: bytes = (one.old ^ one.new).tobytes()
+    return found
 
 
 def _overwritten(one: Changed) -> bytes:

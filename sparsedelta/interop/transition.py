@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -126,7 +125,10 @@ class Transition:
 
     def _check_tensors(self) -> None:
         old, new = by_name(self.base), by_name(self.target)
-        for verb, names in (("added", new.keys() - old.keys()), ("removed", old.keys() - new.keys())):
+        for verb, names in (
+            ("added", new.keys() - old.keys()),
+            ("removed", old.keys() - new.keys()),
+        ):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 self.lose(f"the {verb} tensor {min(names)!r}{more}")
@@ -146,7 +148,7 @@ class Transition:
         old = {file.path: file.raw_header for file in self.base.weight_files}
         new = {file.path: file.raw_header for file in self.target.weight_files}
         if not self.base.is_folder and not self.target.is_folder:
-            old, new = ({"": header} for (header,) in (old.values(), new.values()))  # type: ignore[assignment]
+            old, new = ({"": header} for (header,) in (old.values(), new.values()))
         if old != new and by_name(self.base).keys() == by_name(self.target).keys():
             self.lose("the division into files, or the metadata in their headers")
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.interop.abilities import Abilities
 from sparsedelta.interop.digests import check_digest
 from sparsedelta.interop.files import Array, TensorFile, vector, write_safetensors
-from sparsedelta.interop.form import Form, Reading, Setting
+from sparsedelta.interop.form import Form, Reading, Setting, Settings
 from sparsedelta.interop.scatter import Scatter
 from sparsedelta.interop.source import Source
 from sparsedelta.interop.transition import Changed, Transition
@@ -35,7 +36,7 @@ class TrlV1(Form):
     title = "TRL, sparse weight patch v1"
     source = "huggingface/trl, branch of async GRPO with weight_diff.encode_sparse_patch"
     abilities = Abilities(dtypes=frozenset({"BF16"}), proof="all tensors")
-    settings: Mapping[str, Setting] = {
+    settings: ClassVar[Settings] = {
         "model_version": 1, "prev_model_version": 0, "anchor_step": 0, "base_model_id": "",
     }  # fmt: skip
 
@@ -64,7 +65,7 @@ class TrlV1(Form):
         def check() -> None:
             check_digest("all BF16 tensors", _sha256(target), digest)
 
-        return Reading(target, "all tensors", says, check)
+        return Reading(target, _proof(base, patches), says, check)
 
     def write(self, change: Transition, out: Path, settings: Mapping[str, Setting]) -> None:
         """Write the form; see ``Form.write``."""
@@ -91,7 +92,7 @@ class TrlV2(Form):
     title = "TRL, sparse weight patch v2"
     source = "huggingface/trl, branch of async GRPO with delta_engine.encode_patch"
     abilities = Abilities(dtypes=frozenset({"BF16"}))
-    settings: Mapping[str, Setting | tuple[Setting, ...]] = {
+    settings: ClassVar[Settings] = {
         "encoding": ("gap_delta", "raw"), "model_version": 1,
     }  # fmt: skip
 
@@ -157,6 +158,14 @@ def _check_listed(metadata: Mapping[str, str], patches: Mapping[str, object]) ->
         raise Corrupt("changed_params in the metadata is not JSON; the delta is damaged") from error
     if not isinstance(listed, list) or sorted(map(str, listed)) != sorted(patches):
         raise Corrupt("changed_params in the metadata lists other tensors than the file holds")
+
+
+def _proof(base: Checkpoint, patches: Mapping[str, object]) -> str:
+    """Return what a digest of the BF16 tensors proves."""
+    others = [t.name for t in base.tensors.values() if t.spec.dtype.name != "BF16"]
+    if not others:
+        return "all tensors"
+    return "none" if patches.keys() & {*others} else "changed tensors"
 
 
 def _says(metadata: Mapping[str, str]) -> dict[str, JSON]:

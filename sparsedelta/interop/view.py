@@ -150,9 +150,7 @@ def check_indices(indices: npt.NDArray[np.int64], spec: TensorSpec, name: str) -
         )
 
 
-def check_same_length(
-    n_indices: int, n_values: int, name: str
-) -> None:
+def check_same_length(n_indices: int, n_values: int, name: str) -> None:
     """Raise Corrupt if there are not as many values as indices."""
     if n_indices != n_values:
         raise Corrupt(
