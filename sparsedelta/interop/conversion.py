@@ -149,7 +149,7 @@ def _read(
     form = recognised(source) if read_as is None else None
     if read_as not in (None, CHECKPOINT):
         form = form_named(str(read_as))
-        if not form.recognise(source):
+        if not form.accepts(source):
             raise BadMagic(f"'{source.path}' does not have the form {form.name} ({form.title})")
     if form is not None:
         reading = form.read(source, base)

@@ -64,6 +64,10 @@ class Form(ABC):
     def recognise(self, source: Source) -> bool:
         """Return whether a file or folder has this form. At most one form says so."""
 
+    def accepts(self, source: Source) -> bool:
+        """Return whether a file or folder can be read as this form if the caller names the form."""
+        return self.recognise(source)
+
     def read(self, source: Source, base: Checkpoint) -> Reading:
         """Return the delta, opened with its base.
 

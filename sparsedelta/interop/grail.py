@@ -220,7 +220,8 @@ def _from_rows(
         raise Corrupt(
             f"tensor {name!r} has a column outside its {columns} columns; the delta is damaged"
         )
-    return rows * columns + cols
+    indices: npt.NDArray[np.int64] = rows * columns + cols
+    return indices
 
 
 def _stream(

@@ -151,7 +151,8 @@ def _overwritten(one: Changed) -> bytes:
         )
     positions = np.flatnonzero(old != new).astype("<u4")
     count = np.array([len(positions)], "<u4")
-    return count.tobytes() + positions.tobytes() + new[positions].tobytes()
+    parts: list[bytes] = [count.tobytes(), positions.tobytes(), new[positions].tobytes()]
+    return b"".join(parts)
 
 
 def _overwrite(data: npt.NDArray[np.uint8], raw: bytes, name: str) -> None:
