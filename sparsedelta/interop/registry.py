@@ -6,17 +6,24 @@ from sparsedelta.errors import BadMagic
 from sparsedelta.interop.arc2 import Arc2
 from sparsedelta.interop.form import Form
 from sparsedelta.interop.grail import Grail
+from sparsedelta.interop.lora import Lora
+from sparsedelta.interop.mask import Mask
 from sparsedelta.interop.pulse import PulsePatch
+from sparsedelta.interop.refused import ComposableSft, Z4Model
+from sparsedelta.interop.shira import Shira
 from sparsedelta.interop.slime import Slime
 from sparsedelta.interop.source import Source
+from sparsedelta.interop.task_vector import TaskVector
 from sparsedelta.interop.trl import TrlV1, TrlV2
 
 DELTA = "sd"  # the name of this project's own form
 CHECKPOINT = "checkpoint"  # the name of a whole checkpoint
 
-FORMS: dict[str, Form] = {
-    form.name: form for form in (TrlV1(), TrlV2(), Slime(), Grail(), PulsePatch(), Arc2())
-}
+_ALL: tuple[Form, ...] = (
+    TrlV1(), TrlV2(), Slime(), Grail(), PulsePatch(), Arc2(), Shira(), Lora(), TaskVector(), Mask(),
+    ComposableSft(), Z4Model(),
+)  # fmt: skip
+FORMS = {form.name: form for form in _ALL}
 NAMES = (DELTA, CHECKPOINT, *FORMS)
 
 
