@@ -102,13 +102,23 @@ class Lora(Form):
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """The product of two matrices, scaled and perhaps transposed."""
+    """The product of two matrices.
+
+    Attributes:
+        name: name of the tensor.
+        left, right: the matrices.
+        scaling: what the product is multiplied by.
+        transposed: whether the product is transposed.
+        is_embedding: PEFT rounds the change of an embedding to the dtype of the weight before it adds it, but that of
+            a linear layer only with the sum.
+    """
 
     name: str
     left: Numbers
     right: Numbers
     scaling: float
     transposed: bool
+    is_embedding: bool
 
     def __call__(self, old: Bits, spec: TensorSpec) -> Bits:
         """Return the new bits; see ``Patch``."""
@@ -128,7 +138,7 @@ class _Product:
         weight = (
             torch.from_numpy(old.view(f"i{spec.dtype.width}")).view(_dtype(spec)).reshape(shape)
         )
-        weight += change
+        weight += change.to(weight.dtype) if self.is_embedding else change
         return old
 
 
@@ -152,7 +162,7 @@ def _product(module: str, part: Mapping[str, Numbers], config: Mapping[str, Any]
         )
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     transposed = bool(prefix) or bool(config.get("fan_in_fan_out"))
-    return _Product(tensor_of(module), left, right, scaling, transposed)
+    return _Product(tensor_of(module), left, right, scaling, transposed, bool(prefix))
 
 
 def _of_module(config: Mapping[str, Any], patterns: str, default: str, module: str) -> float:

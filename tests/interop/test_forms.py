@@ -122,7 +122,7 @@ def test_the_target_proves_what_the_file_does_not(tmp_path: Path) -> None:
     # The mark stays when the delta is converted to our form again.
     sparsedelta.convert(tmp_path / "a.sd", tmp_path / "c.sd", base=given.base)
     assert sparsedelta.inspect(tmp_path / "c.sd").info["converted"] == marks[0]
-    with pytest.raises(TargetMismatch, match="'proj.weight' differs"):
+    with pytest.raises(TargetMismatch, match=r"'proj.weight' differs"):
         sparsedelta.convert(foreign, tmp_path / "d.sd", base=given.base, target=given.base)
 
 
@@ -153,7 +153,7 @@ def test_losses_are_refused_and_listed(name: str, tmp_path: Path) -> None:
     given = pair(tmp_path, old, new)
     write(given.target / "extra.txt", "text")
     out = tmp_path / "out"
-    with pytest.raises(LossyConversion, match="the added tensor 'new'; the side file 'extra.txt'"):
+    with pytest.raises(LossyConversion, match=r"the added tensor 'new'; the side file 'extra.txt'"):
         sparsedelta.convert(given.target, out, base=given.base, write_as=name)
     assert not out.exists()
     report = sparsedelta.convert(given.target, out, base=given.base, write_as=name, lossy=True)
@@ -178,7 +178,9 @@ def test_additive_forms_lose_nan_and_the_sign_of_zero(name: str, tmp_path: Path)
     changes = {0: 0x7FC00000, 1: 0x80000000, 2: 0x3F800000}
     given = pair(tmp_path, old, {"proj.weight": with_bits(old["proj.weight"], changes, 4)})
     options = {"base": given.base, "write_as": name}
-    with pytest.raises(LossyConversion, match="1 elements of 'proj.weight' whose new value is NaN"):
+    with pytest.raises(
+        LossyConversion, match=r"1 elements of 'proj.weight' whose new value is NaN"
+    ):
         sparsedelta.convert(given.delta, tmp_path / "out", **options)
     report = sparsedelta.convert(given.delta, tmp_path / "out", lossy=True, **options)
     assert report.nnz == 1
@@ -233,7 +235,7 @@ def test_mask_is_true_where_the_target_differs(tmp_path: Path) -> None:
 def test_arguments(tmp_path: Path) -> None:
     given = plain_pair(tmp_path)
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="its name does not end in .sd"):
+    with pytest.raises(ValueError, match=r"its name does not end in .sd"):
         sparsedelta.convert(given.delta, out, base=given.base)
     with pytest.raises(ValueError, match="there is no form 'nothing'"):
         sparsedelta.convert(given.delta, out, base=given.base, write_as="nothing")
@@ -267,5 +269,5 @@ def test_equal_checkpoints(tmp_path: Path) -> None:
         sparsedelta.apply(given.base, out, tmp_path / f"{name}-out")
         assert_same_files(given.base, tmp_path / f"{name}-out")
     for name in ("trl-v2", "shira"):
-        with pytest.raises(ValueError, match="equal|no layer"):
+        with pytest.raises(ValueError, match=r"equal|no layer"):
             sparsedelta.convert(given.delta, tmp_path / name, base=given.base, write_as=name)
