@@ -380,7 +380,7 @@ def _ability(form: Form) -> str:
     read, written = ("no" if why else "yes" for why in (form.not_read, form.not_written))
     if form.not_read and form.not_written:
         return f"| `{form.name}` | {form.title} | {read} | {written} | | | | | {form.source} |"
-    if can.additive:
+    if can.additive and not form.not_written:
         dtypes += ", where a float32 difference gives the target"
     marks = " | ".join("yes" if mark else "no" for mark in (can.signed_zero, can.nan))
     proof = {

@@ -39,7 +39,7 @@ class Grail(Form):
 
     name = "grail"
     title = "grail (PULSE), delta file v2, v3 or v3.1"
-    source = "one-covenant/grail grail/infrastructure/sparse_codec.py"
+    source = "one-covenant/grail at 54d6342, infrastructure/sparse_codec.py"
     abilities = Abilities(dtypes=FLOATS)
     settings: ClassVar[Settings] = {"version": (31, 3, 2)}
 

@@ -15,7 +15,7 @@ class ComposableSft(Form):
 
     name = "composable-sft"
     title = "composable-sft, pytorch_diff.bin"
-    source = "cambridgeltl/composable-sft, sft.py"
+    source = "not checked; recognised by the name of its file"
     is_folder = True
     not_read: ClassVar[str | None] = (
         f"its file is a pickle that torch's safe loading refuses, so reading it could run code; {_OTHER_WAY}"

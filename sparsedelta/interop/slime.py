@@ -46,7 +46,9 @@ class Slime(Form):
 
     name = "slime"
     title = "slime, miles and SGLang, version folder"
-    source = "THUDM/slime slime/utils/disk_delta.py and sglang.srt.weight_sync (July 2026)"
+    source = (
+        "THUDM/slime at 6b5b07a6a and 474861aaf, radixark/miles at 31f1ca961: utils/disk_delta.py"
+    )
     is_folder = True
     abilities = Abilities(proof="changed tensors")
     settings: ClassVar[Settings] = {

@@ -34,7 +34,7 @@ class TrlV1(Form):
 
     name = "trl-v1"
     title = "TRL, sparse weight patch v1"
-    source = "huggingface/trl, branch of async GRPO with weight_diff.encode_sparse_patch"
+    source = "huggingface/trl at a46bf262d, experimental/async_grpo/weight_diff.py"
     abilities = Abilities(dtypes=frozenset({"BF16"}), proof="all tensors")
     settings: ClassVar[Settings] = {
         "model_version": 1, "prev_model_version": 0, "anchor_step": 0, "base_model_id": "",
@@ -90,7 +90,7 @@ class TrlV2(Form):
 
     name = "trl-v2"
     title = "TRL, sparse weight patch v2"
-    source = "huggingface/trl, branch of async GRPO with delta_engine.encode_patch"
+    source = "huggingface/trl at 019ac7357, experimental/async_grpo/delta_engine.py"
     abilities = Abilities(dtypes=frozenset({"BF16"}))
     settings: ClassVar[Settings] = {
         "encoding": ("gap_delta", "raw"), "model_version": 1,
