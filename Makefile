@@ -55,7 +55,7 @@ gpu-rehearse: $(READY)
 
 # The forms of other projects, with the code of these projects; SOURCES is the folder that docs/interop.md describes.
 interop: $(INTEROP)/.ready
-	$(INTEROP)/bin/python benchmarks/interop.py $(if $(SOURCES),--sources $(SOURCES))
+	$(INTEROP)/bin/python benchmarks/foreign_forms.py $(if $(SOURCES),--sources $(SOURCES))
 
 vectors: $(READY)
 	$(BIN)/python spec/make_vectors.py

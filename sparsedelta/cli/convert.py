@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 @click.command(
     "convert",
     epilog=examples(
-        "sparsedelta convert delta.sd patch.safetensors --base base/ --to trl-v2",
-        "sparsedelta convert patch.safetensors back.sd --base base/",
+        "sparsedelta convert delta.sd v1/ --base base/ --to slime --lossy",
+        "sparsedelta convert v1/ back.sd --base base/",
     ),
 )
 @click.argument("source", type=PATH_OR_REPOSITORY, metavar="IN")

@@ -216,7 +216,12 @@ def _from_rows(
     before = (sums - col_gaps)[starts]
     cols = sums - np.repeat(before, np.diff(np.flatnonzero(np.append(starts, True))))
     columns = _n_columns(shape)
-    if int(cols.min()) < 0 or int(cols.max()) >= columns or int(np.abs(rows).max()) > _INT32:
+    if (
+        columns > _INT32
+        or int(cols.min()) < 0
+        or int(cols.max()) >= columns
+        or int(np.abs(rows).max()) > _INT32
+    ):
         raise Corrupt(
             f"tensor {name!r} has a column outside its {columns} columns; the delta is damaged"
         )

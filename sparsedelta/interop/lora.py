@@ -168,7 +168,10 @@ def _product(module: str, part: Mapping[str, Numbers], config: Mapping[str, Any]
 def _of_module(config: Mapping[str, Any], patterns: str, default: str, module: str) -> float:
     """Return the rank or alpha of a module: by the first pattern that matches the end of its name, or the default."""
     found: Any = config.get(default)
-    for pattern, value in (config.get(patterns) or {}).items():
+    given = config.get(patterns) or {}
+    if not isinstance(given, dict):
+        raise Corrupt(f"{patterns} is no JSON object; the adapter is damaged")
+    for pattern, value in given.items():
         if not _PLAIN_PATTERN.fullmatch(pattern):
             raise UnsupportedFeature(
                 f"{patterns} holds the expression {pattern[:60]!r}, expected a name; merge the adapter with PEFT, and make"

@@ -237,7 +237,12 @@ def test_slime(encoding: str, checksum: str, base: Path, target: Path, tmp_path:
     content = XOR if encoding == "xor" else OVERWRITE
     options = {"delta_encoding": encoding, "checksum_format": checksum}
     assert rebuilt(base, slime(tmp_path / "f", frame(content), **options)) == target.read_bytes()
-    settings = {"encoding": encoding, "checksum": checksum, "version": 2, "base_version": 1}
+    settings: dict[str, str | int] = {
+        "encoding": encoding,
+        "checksum": checksum,
+        "version": 2,
+        "base_version": 1,
+    }
     sparsedelta.convert(target, tmp_path / "ours", base=base, write_as="slime", settings=settings)
     header, data = opened(tmp_path / "ours" / "model-00000-of-00001.safetensors")
     assert header["__metadata__"] == {"w": DIGESTS[checksum]}
@@ -358,6 +363,8 @@ def test_grail_columns_within_a_row(tmp_path: Path) -> None:
         (grail(3, data=struct.pack("<6i", 0, 1, 2, 1, 2, 3) + VALUES.tobytes()), Corrupt),
         (grail(3, rows_size=8), Corrupt),
         (grail(31, row_dtype="float64"), Corrupt),
+        (grail(31, shape=[3, 1 << 62, 1 << 62]), Corrupt),
+        (grail(2, shape=[3, 1 << 62, 1 << 62]), Corrupt),
         (grail(31, name="z"), StructureMismatch),
         (grail(31)[:-3], BadMagic),
         (frame(struct.pack("<I", 1 << 31) + b'{"version":2,"tensors":[]}'), Corrupt),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,7 +178,7 @@ def test_additive_forms_lose_nan_and_the_sign_of_zero(name: str, tmp_path: Path)
     old = {"proj.weight": with_bits(floats("F32", 12, 10), {1: 0}, 4)}
     changes = {0: 0x7FC00000, 1: 0x80000000, 2: 0x3F800000}
     given = pair(tmp_path, old, {"proj.weight": with_bits(old["proj.weight"], changes, 4)})
-    options = {"base": given.base, "write_as": name}
+    options: dict[str, Any] = {"base": given.base, "write_as": name}
     with pytest.raises(
         LossyConversion, match=r"1 elements of 'proj.weight' whose new value is NaN"
     ):

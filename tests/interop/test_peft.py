@@ -27,7 +27,7 @@ class Model(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(11, 12)
         self.proj = nn.Linear(12, 10)
-        self.conv = Conv1D(7, 10)
+        self.conv: nn.Module = Conv1D(7, 10)  # type: ignore[no-untyped-call]
         self.to(dtype)
 
     def forward(self, ids: torch.Tensor) -> Any:
@@ -164,6 +164,7 @@ PLAIN = {A: floats("F32", 2, 10), B: floats("F32", 12, 2, seed=1)}
             {"rank_pattern": {"(a+)+": 2}},
             UnsupportedFeature,
         ),  # an expression that takes for ever
+        (PLAIN, {"rank_pattern": ["proj"]}, Corrupt),
         (PLAIN, {"a_newer_option": True}, UnsupportedFeature),
         (PLAIN, {"init_lora_weights": "pissa"}, UnsupportedFeature),
         ({f"x.{A}": PLAIN[A], f"x.{B}": PLAIN[B]}, {}, StructureMismatch),

@@ -361,7 +361,7 @@ def matrix(folder: Path | None) -> Iterator[str]:
                 check(foreign, base, target, root / f"{name}-{n}".replace(" ", "-"))
                 for n, (base, target) in enumerate(places)
             ]
-            answers = [" ".join(sorted({one[part] for one in found})) for part in (0, 1)]
+            answers = [" ".join(sorted({str(one[part]) for one in found})) for part in (0, 1)]
             shown = " | ".join(f"{one[2]:,}" for one in found)
             yield f"| {name} | {answers[0]} | {answers[1]} | {shown} | {foreign.code} |"
 
