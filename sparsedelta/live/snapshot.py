@@ -29,7 +29,6 @@ from sparsedelta.format.spool import new_payload
 from sparsedelta.live.bits import (
     TensorBytes,
     blocks_on_device,
-    differing,
     flat_bits,
     gather,
     integer_view,
@@ -328,6 +327,8 @@ def changes_on_device(kept: _Kept, now: torch.Tensor) -> tuple[npt.NDArray[np.in
         Flat indices of the changed elements, increasing, and their bits now, both ``(nnz,)``, on the host; None
         if nothing has changed.
     """
+    import torch
+
     copy = kept.tensor if kept.mirror is None else kept.mirror
     positions, values = [], []
     with device_lock:
@@ -335,7 +336,7 @@ def changes_on_device(kept: _Kept, now: torch.Tensor) -> tuple[npt.NDArray[np.in
         for number, (block, before) in enumerate(
             zip(blocks, blocks_on_device(flat_bits(copy), _BLOCK_ELEMENTS, now.device), strict=True)
         ):
-            index = differing(block, before)
+            index = torch.nonzero(block != before).view(-1)
             if len(index):
                 found = on_host(index.int()).astype(np.int64)
                 positions.append(found + number * _BLOCK_ELEMENTS)
