@@ -15,9 +15,18 @@ from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.fs import check_absent, check_no_folder, staged_output
 from sparsedelta.interop.form import Form, Reading, Setting
+from sparsedelta.interop.gguf import MAGIC, write_gguf
 from sparsedelta.interop.opening import open_checkpoint, record
 from sparsedelta.interop.rebuilt import RebuiltCheckpoint
-from sparsedelta.interop.registry import CHECKPOINT, DELTA, NAMES, form_named, is_delta, recognised
+from sparsedelta.interop.registry import (
+    CHECKPOINT,
+    DELTA,
+    GGUF,
+    NAMES,
+    form_named,
+    is_delta,
+    recognised,
+)
 from sparsedelta.interop.source import Source
 from sparsedelta.interop.transition import Transition, by_name
 from sparsedelta.ops.apply import apply, check_apart
@@ -25,7 +34,7 @@ from sparsedelta.ops.diff import between
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import digest_tensor
 
-DELTA_SUFFIX = ".sd"
+DELTA_SUFFIX, GGUF_SUFFIX = ".sd", ".gguf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +82,8 @@ def convert(
         base: the checkpoint that the delta starts from. All conversions need it.
         target: the checkpoint that the delta should rebuild; it is compared tensor by tensor.
         read_as: the form of ``source``; None to recognise it from the content.
-        write_as: the form of ``out``; None for a delta of this project, if ``out`` ends in ``.sd``.
+        write_as: the form of ``out``; None for a delta of this project, if ``out`` ends in ``.sd``, or for a GGUF
+            file, if it ends in ``.gguf``.
         settings: choices of the written form, such as ``{"encoding": "overwrite"}``.
         lossy: write the output although it cannot hold everything; the report lists what it lacks.
         exclude: globs of files of base and target to leave out, as for ``diff``.
@@ -118,6 +128,12 @@ def convert(
                 apply(base, delta, out, overwrite=overwrite, exclude=exclude)
             n_changed = sum(not row.is_copied for row in delta.tensors)
             return ConvertReport(name, wanted, n_changed, delta.nnz, _size(out), proof, ())
+        if wanted == GGUF:
+            with staged_output(out, overwrite=overwrite) as staged:
+                write_gguf(reading.target, staged)
+            with between(old, reading.target, level="fast") as delta:
+                n_changed = sum(not row.is_copied for row in delta.tensors)
+                return ConvertReport(name, GGUF, n_changed, delta.nnz, _size(out), proof, ())
         form = form_named(wanted)
         change = Transition(old, reading.target, form.abilities)
         _write(form, change, out, settings or {}, lossy=lossy, overwrite=overwrite)
@@ -127,6 +143,8 @@ def convert(
 
 def _wanted(out: AnyPath, write_as: str | None) -> str:
     """Return the name of the form to write."""
+    if write_as is None and str(out).endswith(GGUF_SUFFIX):
+        return GGUF
     if write_as is None:
         if not str(out).endswith(DELTA_SUFFIX):
             raise ValueError(
@@ -134,7 +152,7 @@ def _wanted(out: AnyPath, write_as: str | None) -> str:
                 f" {', '.join(NAMES)} (write_as=, --to)"
             )
         return DELTA
-    if write_as not in (DELTA, CHECKPOINT):
+    if write_as not in (DELTA, CHECKPOINT, GGUF):
         form_named(write_as)
     return write_as
 
@@ -159,7 +177,7 @@ def _read(
         raise BadMagic(
             f"'{source.path}' has none of the known forms: {', '.join(NAMES)}; see docs/interop.md"
         )
-    target = stack.enter_context(Checkpoint(source.path, exclude=exclude, include=()))
+    target = stack.enter_context(open_checkpoint(source.path, exclude=exclude))
     return CHECKPOINT, Reading(target, "all tensors"), {}
 
 
@@ -169,7 +187,11 @@ def _target_of(delta: Delta, base: Checkpoint, stack: ExitStack) -> Checkpoint:
 
 
 def _is_checkpoint(source: Source) -> bool:
-    return bool(source.tensors) or any(name.endswith(WEIGHT_SUFFIX) for name in source.names)
+    return (
+        source.start.startswith(MAGIC)
+        or bool(source.tensors)
+        or any(name.endswith(WEIGHT_SUFFIX) for name in source.names)
+    )
 
 
 def _compare(found: Checkpoint, target: AnyPath, exclude: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from sparsedelta.errors import BadMagic, BaseNeeded, FormatError
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.delta import AnyDelta, Delta, load
 from sparsedelta.interop.form import Form, Reading
+from sparsedelta.interop.gguf import MAGIC, GgufCheckpoint
 from sparsedelta.interop.rebuilt import RebuiltCheckpoint
 from sparsedelta.interop.registry import is_delta, recognised
 from sparsedelta.interop.source import Source
@@ -29,7 +30,10 @@ def form_of(path: AnyPath) -> Form | None:
 
 
 def open_checkpoint(path: AnyPath, *, exclude: Sequence[str] = ()) -> Checkpoint:
-    """Return a checkpoint, opened as ``diff`` opens a base."""
+    """Return a checkpoint, opened as ``diff`` opens a base; or a GGUF file as a checkpoint."""
+    source = Source(path)
+    if source.start.startswith(MAGIC):
+        return GgufCheckpoint(path)
     return Checkpoint(path, exclude=exclude, include=(), whole=False)
 
 

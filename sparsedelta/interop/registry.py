@@ -18,13 +18,14 @@ from sparsedelta.interop.trl import TrlV1, TrlV2
 
 DELTA = "sd"  # the name of this project's own form
 CHECKPOINT = "checkpoint"  # the name of a whole checkpoint
+GGUF = "gguf"  # the name of a GGUF file, which is a whole checkpoint, too
 
 _ALL: tuple[Form, ...] = (
     TrlV1(), TrlV2(), Slime(), Grail(), PulsePatch(), Arc2(), Shira(), Lora(), TaskVector(), Mask(),
     ComposableSft(), Z4Model(),
 )  # fmt: skip
 FORMS = {form.name: form for form in _ALL}
-NAMES = (DELTA, CHECKPOINT, *FORMS)
+NAMES = (DELTA, CHECKPOINT, GGUF, *FORMS)
 
 
 def form_named(name: str) -> Form:
