@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sift_train.masters import SparseParameter
+from sift_train.ranks.group import ALONE, Ranks
+from sift_train.ranks.scores import share_scores
 from sift_train.rules import Rule
 from sift_train.scores import GradientScores
 from sift_train.selection import (
@@ -94,8 +96,10 @@ class Chooser:
         if at_once:
             self._choose(part, self._scores.pop(part.name))
 
-    def finish(self) -> None:
-        """Choose by the gradients added so far; no effect if there are none."""
+    def finish(self, ranks: Ranks = ALONE) -> None:
+        """Choose by the gradients added so far on all ranks; no effect if there are none."""
+        if ranks.size > 1:
+            self._scores = share_scores(self._scores, self._parts.values(), ranks)
         if self._is_global:
             self._finish_together()
             return
@@ -117,7 +121,8 @@ class Chooser:
             _mark_overflow(part, scores)
 
     def _finish_together(self) -> None:
-        scores = {n: s for n, s in self._scores.items() if not self._parts[n].is_selected}
+        parts = {n: part for n, part in self._parts.items() if n in self._scores}
+        scores = {n: self._scores[n] for n, part in parts.items() if not part.is_selected}
         chosen_by_hand = {n: s for n, s in self._scores.items() if n not in scores}
         self._scores.clear()
         for name, score in chosen_by_hand.items():

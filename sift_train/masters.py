@@ -182,6 +182,16 @@ class SparseParameter:
             self.master.grad.add_(part)
         self._gradient_is_used = False
 
+    @property
+    def pending_gradient(self) -> Tensor | None:
+        """The master's gradient; None if there is none that a step has not used yet."""
+        return None if self._gradient_is_used else self.master.grad
+
+    def set_gradient(self, gradient: Tensor) -> None:
+        """Replace the master's gradient, shape (k,), by one that no step has used yet."""
+        self.master.grad = gradient
+        self._gradient_is_used = False
+
     def spend(self) -> None:
         """Record that an optimizer step has used the master's gradient."""
         self._gradient_is_used = True

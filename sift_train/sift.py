@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from os import PathLike
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,16 @@ from sift_train.chooser import Chooser, choose_by_hand
 from sift_train.groups import BASE_DECAY
 from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, memory_of
+from sift_train.ranks.sync import Synchronizer
+from sift_train.ranks.wrapped import refuse_inside_ddp
 from sift_train.rules import RULES, Selection, find_rule
 from sift_train.selection import n_selected
 from sift_train.steps import add_listener, current_listeners, remove_listener
 from sift_train.targets import ALL_LINEAR, Names, find_targets
 from sift_train.zeroing import extend_zero_grad, restore_zero_grad
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class SIFT:
@@ -77,6 +82,11 @@ class SIFT:
             together, and the largest scores of all are chosen. The number for each tensor is then
             known only after the choice.
         seed: seeds the choice among equal scores, and random selection.
+        process_group: the processes that train this model together; None: all that
+            ``torch.distributed`` connects. Before each step the gradients of the trained components
+            are averaged over them.
+        reduce_dtype: dtype in which these gradients are sent and summed: ``torch.bfloat16`` or
+            ``torch.float32``; None: the masters' dtype.
 
     Raises:
         ValueError: an argument is out of range, or a parameter cannot be trained in place.
@@ -94,6 +104,8 @@ class SIFT:
         selection: Selection = "gradient",
         budget: str = "tensor",
         seed: int = 0,
+        process_group: ProcessGroup | None = None,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         if grad_acc < 1:
             raise ValueError(
@@ -122,6 +134,7 @@ class SIFT:
         self.sparse_mapping: Mapping[str, SparseParameter] = MappingProxyType(
             {part.name: part for part in parts}
         )
+        self._sync = Synchronizer(model, self.sparse_mapping, process_group, reduce_dtype)
         self._by_master = {id(part.master): part for part in parts}
         rule = find_rule(selection) or RULES["gradient"]
         self._chooser = Chooser(self.sparse_mapping, rule, budget, seed)
@@ -222,11 +235,37 @@ class SIFT:
         If ``grad_acc`` is above 1 and something reads the masters' gradients before the first step,
         such as a gradient scaler, call this first. It has no effect if all components are chosen.
         """
-        self._chooser.finish()
+        self._chooser.finish(self._sync.ranks)
+
+    def sync_gradients(self, weight: float | None = None) -> None:
+        """Average the masters' gradients over the ranks; no effect in a single process.
+
+        ``clip_grad_norm_`` and the step of a torch optimizer call it. Call it yourself to give a weight,
+        before a gradient scaler's ``unscale_`` or ``step``, and before the step of another optimizer.
+
+        Args:
+            weight: share of this rank in the mean, such as its number of examples or tokens; 0 if it
+                has no batch. All ranks must give one, or none, which means equal shares.
+
+        Raises:
+            ValueError: the model is wrapped for several devices; the ranks hold different weights
+                before the first step; or the weights are negative or all 0.
+            RuntimeError: another rank has stopped.
+        """
+        self.finish_selection()
+        self._sync.average(weight)
+
+    def check_ranks(self) -> None:
+        """Compare the choice and the masters of all ranks, as is done at the first and every 100th step.
+
+        Raises:
+            RuntimeError: they differ, or another rank has stopped.
+        """
+        self._sync.check()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the gradient of the trained components; return its norm before clipping."""
-        self.finish_selection()
+        self.sync_gradients()
         return nn.utils.clip_grad_norm_(self.parameters_in_optimizer(), max_norm)
 
     def zero_grad(self) -> None:
@@ -304,18 +343,21 @@ class SIFT:
         """Choose by the gradients of this step; drop the gradients of masters not chosen yet."""
         parts = self._parts_of(optimizer)
         if parts:
-            self.finish_selection()
+            self.sync_gradients()
         for part in parts:
             if not part.is_selected:
                 part.master.grad = None
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Write the masters of an optimizer back after its step; every torch optimizer calls it."""
-        for part in self._parts_of(optimizer):
+        parts = self._parts_of(optimizer)
+        for part in parts:
             self._is_stepped_by_torch = True
             part.spend()
             if part.is_selected:
                 part.write(self.may_write)
+        if parts:
+            self._sync.after_step()
 
     def close(self) -> None:
         """Write the masters back, remove all hooks and restore ``requires_grad``; idempotent."""
@@ -381,8 +423,11 @@ class SIFT:
             return
         parameter.grad = None
         part.follow()
+        if not self._only_scoring:
+            self._sync.note_gradient()
         if not part.is_selected:
-            at_once = self._grad_acc == 1 and not self._only_scoring
+            is_alone = self._sync.ranks.size == 1
+            at_once = is_alone and self._grad_acc == 1 and not self._only_scoring
             self._chooser.score(
                 part, gradient, at_once=at_once, is_trained_on=not self._only_scoring
             )
@@ -406,12 +451,14 @@ class SIFT:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_use(self, *_: Any) -> None:
+        refuse_inside_ddp(self.model)
         for part in self.sparse_mapping.values():
             part.follow()
             # Write only if needed: a write between two forward passes of one loss breaks backward.
             # Optimizers other than torch's may edit `.data`, which does not change the version.
             may_differ = part.is_behind or not self._is_stepped_by_torch
             if part.is_selected and may_differ and not self._is_reverted and part.differs:
+                self._sync.refuse_step_without_average()
                 part.write(self.may_write)
 
 
