@@ -28,7 +28,6 @@ from sift_train.groups import BASE_DECAY
 from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, memory_of
 from sift_train.ranks.sync import Synchronizer
-from sift_train.ranks.wrapped import refuse_inside_ddp
 from sift_train.rules import RULES, Selection, find_rule
 from sift_train.selection import n_selected
 from sift_train.steps import add_listener, current_listeners, remove_listener
@@ -451,7 +450,7 @@ class SIFT:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_use(self, *_: Any) -> None:
-        refuse_inside_ddp(self.model)
+        self._sync.before_forward()
         for part in self.sparse_mapping.values():
             part.follow()
             # Write only if needed: a write between two forward passes of one loss breaks backward.

@@ -36,6 +36,7 @@ def first_difference(tensors: Mapping[str, Tensor], ranks: Ranks) -> str | None:
 
     Args:
         tensors: the same names in the same order on all ranks; the number of names may differ.
+        ranks: the ranks.
     """
     if ranks.size == 1:
         return None

@@ -12,7 +12,11 @@ from sift_train.masters import SparseParameter
 from sift_train.ranks.buckets import DTYPES, average_gradients
 from sift_train.ranks.digest import first_difference
 from sift_train.ranks.group import ALONE, Ranks, find_ranks
-from sift_train.ranks.wrapped import refuse_returned_gradients
+from sift_train.ranks.wrapped import (
+    refuse_inside_ddp,
+    refuse_returned_gradients,
+    refuse_sharded_later,
+)
 
 CHECK_EVERY = 100  # steps between comparisons of all masters
 
@@ -60,6 +64,16 @@ class Synchronizer:
             self._ranks = find_ranks(self._group)
         return self._ranks
 
+    def before_forward(self) -> None:
+        """Check that nothing else distributes the model.
+
+        Raises:
+            ValueError: something does.
+        """
+        refuse_inside_ddp(self._model)
+        if self._n_steps == 0:
+            refuse_sharded_later(self._model, (p.parameter for p in self._parts.values()))
+
     def note_gradient(self) -> None:
         """Record that a gradient of this rank was added."""
         self._has_new_gradients, self._is_averaged = True, False
@@ -70,7 +84,7 @@ class Synchronizer:
             return
         if self._n_steps == 0:
             self._check_first_weights()
-        refuse_returned_gradients([part.parameter for part in self._parts.values()])
+        refuse_returned_gradients(part.parameter for part in self._parts.values())
         average_gradients(self._parts.values(), self.ranks, dtype=self._dtype, weight=weight)
         self._has_new_gradients, self._is_averaged = False, True
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 DDP_SENTENCE = (
@@ -23,7 +27,33 @@ def refuse_inside_ddp(model: nn.Module) -> None:
         raise ValueError(DDP_SENTENCE)
 
 
-def refuse_returned_gradients(parameters: list[nn.Parameter]) -> None:
+def refuse_sharded_later(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Raise if ``fully_shard`` has replaced parameters of the model.
+
+    Args:
+        model: the model.
+        parameters: those that are trained, as they were when the SIFT was built.
+
+    Raises:
+        ValueError: it has.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # loaded, if fully_shard was called
+    if fsdp is None or not any(isinstance(each, fsdp.FSDPModule) for each in model.modules()):
+        return
+    if not any(is_sharded(parameter) for parameter in parameters):
+        raise ValueError(
+            "fully_shard was called after the SIFT was built and has replaced the parameters that it"
+            " trains; call fully_shard first, then build the SIFT from the sharded model"
+        )
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, of which each rank holds a part."""
+    loaded: Any = sys.modules.get("torch.distributed.tensor")  # importing it takes half a second
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
+def refuse_returned_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Raise if parameters have dense gradients at a step, which the hooks had taken.
 
     Raises:

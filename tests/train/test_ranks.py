@@ -48,7 +48,7 @@ def own_loop(
         optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
         for step in range(steps):
             for batch in batches[step]:
-                (square_loss(model, batch.to(dtype)) * scale).backward()  # type: ignore[no-untyped-call]
+                (square_loss(model, batch.to(dtype)) * scale).backward()
             sift.clip_grad_norm_(clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -151,7 +151,7 @@ def uneven(rank: int, weights: tuple[float, float] | None) -> State:
             start = 0 if rank == 0 else n[0]
             own = rows[step % 2][start : start + n[rank]].double()
             if len(own):
-                square_loss(model, own).backward()  # type: ignore[no-untyped-call]
+                square_loss(model, own).backward()
             sift.sync_gradients(weight=len(own))
             optimizer.step()
             optimizer.zero_grad()
@@ -170,7 +170,7 @@ def test_weights_make_uneven_batches_count_by_their_examples(pool: RankPool) -> 
         optimizer = torch.optim.SGD(sift.parameters_in_optimizer(), lr=0.1)
         rows = make_inputs(2)
         for step, n in enumerate([4, 4, 3]):
-            square_loss(model, rows[step % 2][:n].double()).backward()  # type: ignore[no-untyped-call]
+            square_loss(model, rows[step % 2][:n].double()).backward()
             optimizer.step()
             optimizer.zero_grad()
     for name, tensor in model.state_dict().items():
@@ -182,7 +182,7 @@ def uneven_choice(rank: int) -> State:
     rows = make_inputs(2)[0]
     with SIFT(model, 0.2) as sift:
         own = rows[:3] if rank == 0 else rows[3:4]
-        square_loss(model, own.double()).backward()  # type: ignore[no-untyped-call]
+        square_loss(model, own.double()).backward()
         sift.sync_gradients()
         return {name: part.flat_index for name, part in sift.sparse_mapping.items()}
 
@@ -190,7 +190,7 @@ def uneven_choice(rank: int) -> State:
 def bad_weight(rank: int) -> None:
     model = make_net()
     with SIFT(model, 0.2) as sift:
-        square_loss(model, make_inputs(1)[0]).backward()  # type: ignore[no-untyped-call]
+        square_loss(model, make_inputs(1)[0]).backward()
         sift.sync_gradients(weight=0)
 
 
@@ -206,7 +206,7 @@ def partly_used(rank: int) -> tuple[State, bool]:
     batch = make_inputs(1)[0]
     with SIFT(model, 0.2, exception=["norm"]) as sift:
         optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
-        square_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        square_loss(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
         part = model.last if rank else model.first
@@ -258,7 +258,7 @@ def autocast(rank: int) -> State:
         for batch in make_inputs(6)[rank::2]:
             with torch.autocast("cpu", torch.bfloat16):
                 loss = square_loss(model, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         return {**sift.state_dict(), **model.state_dict()}
@@ -293,11 +293,23 @@ def ddp_around_a_hidden_call(rank: int) -> None:
         sift.close()
 
 
+def sharded_after(rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = make_net()
+    sift = SIFT(model, 0.2)
+    try:
+        fully_shard(model)
+        square_loss(model, make_inputs(1)[0])
+    finally:
+        sift.close()
+
+
 def other_weights(rank: int) -> None:
     model = make_net(seed=rank)
     with SIFT(model, 0.2) as sift:
         optimizer = torch.optim.SGD(sift.parameters_in_optimizer(), lr=0.1)
-        square_loss(model, make_inputs(1)[0]).backward()  # type: ignore[no-untyped-call]
+        square_loss(model, make_inputs(1)[0]).backward()
         optimizer.step()
 
 
@@ -305,7 +317,7 @@ def changed_master(rank: int) -> None:
     model = make_net()
     with SIFT(model, 0.2) as sift:
         optimizer = torch.optim.SGD(sift.parameters_in_optimizer(), lr=0.1)
-        square_loss(model, make_inputs(1)[0]).backward()  # type: ignore[no-untyped-call]
+        square_loss(model, make_inputs(1)[0]).backward()
         optimizer.step()
         sift.check_ranks()
         with torch.no_grad():
@@ -316,9 +328,10 @@ def changed_master(rank: int) -> None:
 def foreign_step(rank: int) -> None:
     model = make_net()
     with SIFT(model, 0.2) as sift:
-        square_loss(model, make_inputs(1)[0]).backward()  # type: ignore[no-untyped-call]
+        square_loss(model, make_inputs(1)[0]).backward()
         sift.finish_selection()
         for master in sift.parameters_in_optimizer():
+            assert master.grad is not None
             master.data -= 0.1 * master.grad
         try:
             square_loss(model, make_inputs(1)[0])
@@ -331,6 +344,7 @@ def foreign_step(rank: int) -> None:
     [
         (ddp_after, "wrapped in DistributedDataParallel"),
         (ddp_around_a_hidden_call, "wrapped in DistributedDataParallel"),
+        (sharded_after, "fully_shard was called after the SIFT was built"),
         (other_weights, "'first.weight' differs between the ranks before the first step"),
         (changed_master, "the master of 'last.weight' differs between the ranks"),
         (foreign_step, r"call sift.sync_gradients\(\) before the step"),
@@ -351,19 +365,22 @@ def test_processes_that_nothing_connects_are_refused(monkeypatch: pytest.MonkeyP
         SIFT(model, 0.2),
         pytest.raises(ValueError, match="2 processes were started together"),
     ):
-        square_loss(model, make_inputs(1)[0]).backward()  # type: ignore[no-untyped-call]
+        square_loss(model, make_inputs(1)[0]).backward()
 
 
 def survivor(rank: int, folder: str) -> None:
-    store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=30)
+        "gloo",
+        f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=30),
     )
     model = make_net()
     sift = SIFT(model, 0.2)
     optimizer = torch.optim.SGD(sift.parameters_in_optimizer(), lr=0.1)
     for step in range(3):
-        square_loss(model, make_inputs(1)[0]).backward()  # type: ignore[no-untyped-call]
+        square_loss(model, make_inputs(1)[0]).backward()
         if step == 2 and rank == 1:
             Path(folder, "at-step-2").touch()
             os.kill(os.getpid(), signal.SIGKILL)
