@@ -27,6 +27,7 @@ from sift_train.chooser import Chooser, choose_by_hand
 from sift_train.groups import BASE_DECAY
 from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, memory_of
+from sift_train.ranks.group import Ranks
 from sift_train.ranks.sync import Synchronizer
 from sift_train.rules import RULES, Selection, find_rule
 from sift_train.selection import n_selected
@@ -177,6 +178,11 @@ class SIFT:
     def memory_report(self) -> MemoryReport:
         """Return the memory of this training without activations."""
         return memory_of(self.model, self.sparse_mapping.values())
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train this model together; one if nothing connects several."""
+        return self._sync.ranks
 
     @property
     def n_trained(self) -> int:

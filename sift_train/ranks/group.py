@@ -117,6 +117,13 @@ def find_ranks(group: dist.ProcessGroup | None = None) -> Ranks:
     return ALONE
 
 
+def expected_size() -> int:
+    """Return the number of ranks, also before torch.distributed connects them."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return launched_processes()
+
+
 def launched_processes() -> int:
     """Return the number of processes that torchrun or accelerate started together, 1 if none did."""
     size = os.environ.get("WORLD_SIZE", "1")

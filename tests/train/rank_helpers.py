@@ -61,6 +61,10 @@ class RankPool:
 def _serve(rank: int, n: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # As torchrun sets them; accelerate reads them.
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+    os.environ.update({name: str(number) for name, number in numbers.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"})
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=n)
     while True:
         try:
@@ -85,3 +89,13 @@ def wait_for(path: Path, seconds: float = 60.0) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"'{path}' was not created")
         time.sleep(0.02)
+
+
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -89,7 +89,7 @@ def test_two_ranks_train_as_one_process_bit_for_bit(pool: RankPool, dtype: torch
 def test_accumulation_gives_the_same_choice_and_equal_weights(
     pool: RankPool, budget: str, rule: str
 ) -> None:
-    more = {"budget": budget, "selection": rule}
+    more: dict[str, Any] = {"budget": budget, "selection": rule}
     first, second = pool.results(rank_loop, torch.float64, 2, more)
     alone = own_loop(torch.float64, windows(4, 4), scale=0.25, **more)
     assert_same(first, second)
