@@ -144,6 +144,8 @@ class SiftTrainerMixin(_Trainer):
         return self.sift.clip_grad_norm_(max_norm)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         info = {"method": "sift", "steps": self.state.global_step, "trainer": type(self).__name__}

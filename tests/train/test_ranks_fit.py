@@ -143,7 +143,7 @@ def test_ctrl_c_on_one_rank_stops_all_after_the_same_step(pool: RankPool, tmp_pa
     assert ours.n_steps == theirs.n_steps == 3
     assert not differing(first, second)
     (ours, first), (theirs, second) = pool.results(resumed, tmp_path)
-    alone, expected = fit_net(0, tmp_path, config(accumulation=2))
+    _, expected = fit_net(0, tmp_path, config(accumulation=2))
     assert ours.n_steps == theirs.n_steps == 8
     assert not differing(first, expected)
     assert not differing(second, expected)
@@ -208,7 +208,15 @@ def torchrun() -> list[str]:
 
 
 def accelerate() -> list[str]:
-    given = ["launch", "--cpu", "--num_processes", "2", "--main_process_port", str(free_port())]
+    # Without --multi_gpu it starts one process on a machine without a GPU.
+    given = [
+        "launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        str(free_port()),
+    ]
     return ["accelerate.commands.accelerate_cli", *given]
 
 
@@ -260,7 +268,7 @@ def trainer_run(rank: int, folder: Path, *, with_sift: bool, steps: int, resume:
     }
     args = TrainingArguments(**arguments)
     if not with_sift:
-        trainer: Any = Trainer(model, args, train_dataset=rows)  # type: ignore[arg-type]
+        trainer: Any = Trainer(model, args, train_dataset=rows)
         trainer.train()
         return dict(model.state_dict()), trainer.state.log_history
     with SIFT(model, 1.0, "re:.", grad_acc=2) as sift:
