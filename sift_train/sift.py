@@ -28,6 +28,8 @@ from sift_train.groups import BASE_DECAY
 from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, memory_of
 from sift_train.ranks.group import Ranks
+from sift_train.ranks.norm import clip_shards
+from sift_train.ranks.shard import local_gradient, reshard
 from sift_train.ranks.sync import Synchronizer
 from sift_train.rules import RULES, Selection, find_rule
 from sift_train.selection import n_selected
@@ -187,7 +189,7 @@ class SIFT:
     @property
     def n_trained(self) -> int:
         """Number of trained components."""
-        return sum(part.train_num for part in self.sparse_mapping.values())
+        return sum(part.n_trained for part in self.sparse_mapping.values())
 
     @property
     def n_total(self) -> int:
@@ -271,7 +273,9 @@ class SIFT:
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the gradient of the trained components; return its norm before clipping."""
         self.sync_gradients()
-        return nn.utils.clip_grad_norm_(self.parameters_in_optimizer(), max_norm)
+        if not self._has_shards:
+            return nn.utils.clip_grad_norm_(self.parameters_in_optimizer(), max_norm)
+        return clip_shards(self.sparse_mapping.values(), max_norm)
 
     def zero_grad(self) -> None:
         """Drop the masters' gradients; ``model.zero_grad()`` also does this."""
@@ -281,12 +285,14 @@ class SIFT:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def write_back(self) -> None:
         """Overwrite the selected weights with their masters; idempotent."""
+        self._reshard()
         for part in self.sparse_mapping.values():
             if part.is_selected:
                 part.write(self.may_write)
 
     def revert(self) -> None:
         """Restore the weights from before training, bit for bit, in the model and the masters."""
+        self._reshard()
         for part in self.sparse_mapping.values():
             part.revert()
 
@@ -295,12 +301,14 @@ class SIFT:
         """Give the model its weights from before training inside the block, bit for bit."""
         self._before_use()
         parts = [part for part in self.sparse_mapping.values() if part.is_selected]
+        self._reshard()
         trained = [(part, part.swap_original()) for part in parts]
         self._is_reverted = True
         try:
             yield
         finally:
             self._is_reverted = False
+            self._reshard()
             for part, values in trained:
                 part.swap_original(values)
 
@@ -362,6 +370,7 @@ class SIFT:
             if part.is_selected:
                 part.write(self.may_write)
         if parts:
+            self._reshard()
             self._sync.after_step()
 
     def close(self) -> None:
@@ -416,14 +425,15 @@ class SIFT:
             hook = partial(_on_gradient, me, name)
             self._handles.append(hooked.register_post_accumulate_grad_hook(hook))
         model: Any = self.model
-        self._handles.append(model.register_forward_pre_hook(self._before_use))
+        # Before the hook of fully_shard, which copies the shards.
+        self._handles.append(model.register_forward_pre_hook(self._before_use, prepend=True))
         self._handles.append(model.register_state_dict_pre_hook(self._before_use))
         add_listener(self)
         extend_zero_grad(self.model, self.zero_grad)
 
     def _on_gradient(self, name: str, parameter: Tensor) -> None:
         part = self.sparse_mapping[name]
-        gradient = parameter.grad
+        gradient = local_gradient(parameter)
         if gradient is None:
             return
         parameter.grad = None
@@ -464,7 +474,16 @@ class SIFT:
             may_differ = part.is_behind or not self._is_stepped_by_torch
             if part.is_selected and may_differ and not self._is_reverted and part.differs:
                 self._sync.refuse_step_without_average()
+                self._reshard()
                 part.write(self.may_write)
+
+    @property
+    def _has_shards(self) -> bool:
+        return any(part.shard is not None for part in self.sparse_mapping.values())
+
+    def _reshard(self) -> None:
+        if self._has_shards:
+            reshard(self.model)
 
 
 def _refuse_second(model: nn.Module) -> None:

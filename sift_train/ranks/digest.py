@@ -43,6 +43,8 @@ def first_difference(tensors: Mapping[str, Tensor], ranks: Ranks) -> str | None:
     low, high = ranks.extremes(torch.tensor([len(tensors)]))
     if not torch.equal(low, high):
         return "the number of tensors"
+    if not tensors:
+        return None
     sums = [checksum(tensor).cpu() for tensor in tensors.values()]
     sizes = [torch.tensor(tensor.numel()) for tensor in tensors.values()]
     low, high = ranks.extremes(torch.stack([*sums, *sizes]))

@@ -53,7 +53,8 @@ class Ranks:
             return value
         held = [value]
         with one_sentence():
-            dist.broadcast_object_list(held, group=self._group, group_src=0)
+            source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
+            dist.broadcast_object_list(held, source, group=self._group)
         return held[0]
 
     def first_does(self, work: Callable[[], T]) -> T:

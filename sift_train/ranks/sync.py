@@ -12,6 +12,7 @@ from sift_train.masters import SparseParameter
 from sift_train.ranks.buckets import DTYPES, average_gradients
 from sift_train.ranks.digest import first_difference
 from sift_train.ranks.group import ALONE, Ranks, find_ranks
+from sift_train.ranks.shard import is_sharded
 from sift_train.ranks.wrapped import (
     refuse_inside_ddp,
     refuse_returned_gradients,
@@ -85,7 +86,8 @@ class Synchronizer:
         if self._n_steps == 0:
             self._check_first_weights()
         refuse_returned_gradients(part.parameter for part in self._parts.values())
-        average_gradients(self._parts.values(), self.ranks, dtype=self._dtype, weight=weight)
+        whole = [part for part in self._parts.values() if part.shard is None]
+        average_gradients(whole, self.ranks, dtype=self._dtype, weight=weight)
         self._has_new_gradients, self._is_averaged = False, True
 
     def after_step(self) -> None:
@@ -105,6 +107,8 @@ class Synchronizer:
             return
         held: dict[str, Tensor] = {"the number of steps": torch.tensor([self._n_steps])}
         for name, part in self._parts.items():
+            if part.shard is not None:
+                continue  # each rank has another part
             if part.is_selected and not part.trains_all:
                 held[f"the choice of {name!r}"] = part.flat_index
             held[f"the master of {name!r}"] = part.master
@@ -128,7 +132,14 @@ class Synchronizer:
             )
 
     def _check_first_weights(self) -> None:
-        found = first_difference(dict(self._model.named_parameters()), self.ranks)
+        for name, part in self._parts.items():
+            if part.shard is not None and part.shard.n_ranks != self.ranks.size:
+                raise ValueError(
+                    f"parameter {name!r} is sharded over {part.shard.n_ranks} of {self.ranks.size} ranks;"
+                    " shard it over all, for example with a replicated dimension of the mesh"
+                )
+        whole = {n: p for n, p in self._model.named_parameters() if not is_sharded(p)}
+        found = first_difference(whole, self.ranks)
         if found is not None:
             raise ValueError(
                 f"{found!r} differs between the ranks before the first step; load the same weights on all"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from sift_train.ranks.shard import fsdp_modules, is_sharded
 
 DDP_SENTENCE = (
     "the model is wrapped in DistributedDataParallel, which averages dense gradients that the masters do"
@@ -37,20 +37,11 @@ def refuse_sharded_later(model: nn.Module, parameters: Iterable[nn.Parameter]) -
     Raises:
         ValueError: it has.
     """
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # loaded, if fully_shard was called
-    if fsdp is None or not any(isinstance(each, fsdp.FSDPModule) for each in model.modules()):
-        return
-    if not any(is_sharded(parameter) for parameter in parameters):
+    if fsdp_modules(model) and not any(is_sharded(parameter) for parameter in parameters):
         raise ValueError(
             "fully_shard was called after the SIFT was built and has replaced the parameters that it"
             " trains; call fully_shard first, then build the SIFT from the sharded model"
         )
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Return whether a tensor is a DTensor, of which each rank holds a part."""
-    loaded: Any = sys.modules.get("torch.distributed.tensor")  # importing it takes half a second
-    return loaded is not None and isinstance(tensor, loaded.DTensor)
 
 
 def refuse_returned_gradients(parameters: Iterable[nn.Parameter]) -> None:

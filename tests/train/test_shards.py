@@ -1,0 +1,268 @@
+"""Training of models sharded by FSDP2 and tensor parallelism is compared with one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_helpers import RankPool
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from train_helpers import make_inputs, square_loss
+
+from sift_train import SIFT
+from sift_train.ranks import shard, threshold
+from sift_train.selection import seeded_generator, top_k_of_all
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the ranks, since sums depend on it
+    made = RankPool(2)
+    yield made
+    made.close()
+    torch.set_num_threads(n_threads)
+
+
+class Odd(nn.Module):
+    """No dimension can be divided by two, and ``one`` has a single row, which one rank holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 13)
+        self.norm = nn.LayerNorm(13)
+        self.last = nn.Linear(13, 5)
+        self.one = nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.norm(self.first(x)))
+        out: Tensor = self.one(torch.tanh(self.last(hidden)))
+        return out
+
+
+def make_odd() -> Odd:
+    torch.manual_seed(0)
+    return Odd().double()
+
+
+def sharded_odd(way: str, **more: Any) -> nn.Module:
+    model = make_odd()
+    mesh = init_device_mesh("cpu", (2,))
+    if way == "columns":
+        more["shard_placement_fn"] = lambda p: Shard(1) if p.dim() == 2 else Shard(0)
+        # FSDP2 shards other dimensions than the first only evenly.
+        model.first, model.last = nn.Linear(12, 13).double(), nn.Linear(13, 5).double()
+    for layer in (model.first, model.last):
+        if way == "layers":
+            fully_shard(layer, mesh=mesh, **more)
+    fully_shard(model, mesh=mesh, **more)
+    return model
+
+
+def whole(model: nn.Module) -> State:
+    return {name: shard.whole_or_self(p.detach()) for name, p in model.named_parameters()}
+
+
+def chosen(sift: SIFT) -> dict[str, list[int]]:
+    """Return the flat indices in the whole tensors, of this rank."""
+    return {
+        name: (
+            part.flat_index if part.shard is None else part.shard.to_whole(part.flat_index)
+        ).tolist()
+        for name, part in sift.sparse_mapping.items()
+    }
+
+
+def train(
+    model: nn.Module, batches: list[list[Tensor]], clip: float = 0.05, **more: Any
+) -> tuple[State, dict[str, list[int]], list[float], int]:
+    with SIFT(model, 0.2, exception=["norm"], grad_acc=len(batches[0]), **more) as sift:
+        optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
+        norms = []
+        for window in batches:
+            for batch in window:
+                (square_loss(model, batch.double()) / len(window)).backward()
+            norms.append(float(sift.clip_grad_norm_(clip)))
+            optimizer.step()
+            optimizer.zero_grad()
+        return whole(model), chosen(sift), norms, sift.n_trained
+
+
+def global_windows(n_batches: int) -> list[list[Tensor]]:
+    inputs = make_inputs(4 * n_batches)
+    return [inputs[at : at + n_batches] for at in range(0, len(inputs), n_batches)]
+
+
+def fsdp(rank: int, way: str, n_batches: int, more: dict[str, Any]) -> Any:
+    own = [[batch[4 * rank : 4 * rank + 4] for batch in w] for w in global_windows(n_batches)]
+    return train(sharded_odd(way), own, **more)
+
+
+@pytest.mark.parametrize("way", ["root", "layers"])
+@pytest.mark.parametrize(
+    ("n_batches", "more"),
+    [
+        (1, {}),
+        (2, {"budget": "global"}),
+        (1, {"selection": "random"}),
+        (1, {"selection": "principal", "budget": "global"}),
+        (1, {"selection": "magnitude"}),
+    ],
+)
+def test_fsdp2_trains_as_one_process(
+    pool: RankPool, way: str, n_batches: int, more: dict[str, Any]
+) -> None:
+    ranks = pool.results(fsdp, way, n_batches, more)
+    weights, index, norms, n_trained = train(make_odd(), global_windows(n_batches), **more)
+    for found, _, own_norms, own_trained in ranks:
+        assert own_trained == n_trained
+        assert own_norms == pytest.approx(norms, rel=1e-12)
+        for name, tensor in weights.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-14)
+    for name, flat in index.items():
+        assert sorted(ranks[0][1][name] + ranks[1][1][name]) == flat
+
+
+def keys_of_shards(rank: int, k: int) -> list[dict[str, list[int]]]:
+    """Choose among scores with many ties, negative and non-finite ones, of two sharded tensors."""
+    mesh = init_device_mesh("cpu", (2,))
+    scores = tied_scores()
+    parts = {name: Piece(tensor, mesh) for name, tensor in scores.items()}
+    found = threshold.top_k_of_shards(
+        {name: part.own for name, part in parts.items()},
+        k,
+        seeded_generator(0, "x"),
+        {name: part.shard for name, part in parts.items()},
+    )
+    return [{name: parts[name].shard.to_whole(index).tolist() for name, index in found.items()}]
+
+
+class Piece:
+    def __init__(self, tensor: Tensor, mesh: Any) -> None:
+        from torch.distributed.tensor import distribute_tensor
+
+        held = distribute_tensor(tensor, mesh, [Shard(0)])
+        self.shard = shard.Shard(held)
+        self.own = shard.local_part(held)
+
+
+def tied_scores() -> State:
+    generator = torch.Generator().manual_seed(5)
+    first = torch.randint(-3, 4, (7, 9), generator=generator).float() / 3
+    first[0, 0], first[6, 1], first[2, 2] = torch.nan, torch.inf, -torch.inf
+    first[3, 3] = -0.0
+    second = torch.rand(5, 4, generator=generator) * 1e-30
+    return {"a": first, "b": second}
+
+
+@pytest.mark.parametrize("k", [0, 1, 17, 40, 60, 83])
+def test_the_threshold_over_shards_is_that_of_the_whole(pool: RankPool, k: int) -> None:
+    (first,), (second,) = pool.results(keys_of_shards, k)
+    expected = top_k_of_all(tied_scores(), k, seeded_generator(0, "x"))
+    for name, index in expected.items():
+        assert first[name] + second[name] == index.tolist()
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 16)
+        self.down = nn.Linear(16, 12)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.down(torch.relu(self.up(x))))
+        return out
+
+
+def make_pair() -> Pair:
+    torch.manual_seed(0)
+    return Pair().double()
+
+
+def tensor_parallel(rank: int) -> Any:
+    model = make_pair()
+    plan: Any = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    assert isinstance(model.down.weight, DTensor)
+    return train(model, global_windows(1), clip=0.05, sparse_module="re:weight")
+
+
+def test_tensor_parallel_trains_as_one_process(pool: RankPool) -> None:
+    ranks = pool.results(tensor_parallel)
+    weights, index, norms, n_trained = train(
+        make_pair(), global_windows(1), clip=0.05, sparse_module="re:weight"
+    )
+    for found, own_index, own_norms, own_trained in ranks:
+        assert own_trained == n_trained
+        assert own_norms == pytest.approx(norms, rel=1e-12)
+        assert own_index["head.weight"] == index["head.weight"]
+        for name, tensor in weights.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-14)
+    for name in ("up.weight", "down.weight"):
+        assert sorted(ranks[0][1][name] + ranks[1][1][name]) == index[name]
+
+
+def mixed(rank: int) -> Any:
+    torch.manual_seed(0)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = Odd()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), mp_policy=policy)
+    before = whole(model)
+    with SIFT(model, 0.2) as sift:
+        optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
+        for batch in make_inputs(6)[rank::2]:
+            model(batch).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            trained = float(model(make_inputs(1)[0]).float().square().mean())
+        with sift.reverted(), torch.no_grad():
+            original = float(model(make_inputs(1)[0]).float().square().mean())
+            reverted = whole(model)
+        with torch.no_grad():
+            again = float(model(make_inputs(1)[0]).float().square().mean())
+        dtypes = {str(part.master.dtype) for part in sift.sparse_mapping.values()}
+    return before, reverted, whole(model), [trained, original, again], dtypes
+
+
+def test_mixed_precision_and_reverting_see_the_weights_of_the_shards(pool: RankPool) -> None:
+    (before, reverted, after, losses, dtypes), other = pool.results(mixed)
+    assert dtypes == {"torch.float32"}
+    assert all(torch.equal(before[name], reverted[name]) for name in before)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(after[name], other[2][name]) for name in after)
+    trained, original, again = losses
+    assert trained == again < original
+
+
+def part_of_the_ranks(rank: int) -> None:
+    """Each rank has a mesh of its own, so the shards are not those of a common model."""
+    model = make_odd()
+    group = [dist.new_group([0]), dist.new_group([1])][rank]
+    from torch.distributed.device_mesh import DeviceMesh
+
+    fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+    with SIFT(model, 0.2) as sift:
+        optimizer = torch.optim.SGD(sift.parameters_in_optimizer(), lr=0.1)
+        square_loss(model, make_inputs(1)[0].double()).backward()
+        optimizer.step()
+
+
+def test_a_mesh_of_some_ranks_is_refused(pool: RankPool) -> None:
+    for error in pool.run(part_of_the_ranks):
+        assert isinstance(error, ValueError)
+        assert "is sharded over 1 of 2 ranks" in str(error)
