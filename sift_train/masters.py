@@ -73,8 +73,7 @@ class SparseParameter:
         """Whether every component is trained; no index is kept then."""
         if self.shard is not None and not self.is_selected:
             return self.n_wanted == self.shard.numel
-        n_local: int = self.local.numel()
-        return self.train_num == n_local
+        return self.train_num == self.local.numel()
 
     @property
     def is_trained(self) -> bool:

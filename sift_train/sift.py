@@ -285,14 +285,14 @@ class SIFT:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def write_back(self) -> None:
         """Overwrite the selected weights with their masters; idempotent."""
-        self._reshard()
+        self.reshard()
         for part in self.sparse_mapping.values():
             if part.is_selected:
                 part.write(self.may_write)
 
     def revert(self) -> None:
         """Restore the weights from before training, bit for bit, in the model and the masters."""
-        self._reshard()
+        self.reshard()
         for part in self.sparse_mapping.values():
             part.revert()
 
@@ -301,14 +301,14 @@ class SIFT:
         """Give the model its weights from before training inside the block, bit for bit."""
         self._before_use()
         parts = [part for part in self.sparse_mapping.values() if part.is_selected]
-        self._reshard()
+        self.reshard()
         trained = [(part, part.swap_original()) for part in parts]
         self._is_reverted = True
         try:
             yield
         finally:
             self._is_reverted = False
-            self._reshard()
+            self.reshard()
             for part, values in trained:
                 part.swap_original(values)
 
@@ -370,8 +370,13 @@ class SIFT:
             if part.is_selected:
                 part.write(self.may_write)
         if parts:
-            self._reshard()
+            self.reshard()
             self._sync.after_step()
+
+    def reshard(self) -> None:
+        """Free the unsharded copies of parameters that FSDP2 may still hold after a forward pass."""
+        if self._has_shards:
+            reshard(self.model)
 
     def close(self) -> None:
         """Write the masters back, remove all hooks and restore ``requires_grad``; idempotent."""
@@ -474,16 +479,12 @@ class SIFT:
             may_differ = part.is_behind or not self._is_stepped_by_torch
             if part.is_selected and may_differ and not self._is_reverted and part.differs:
                 self._sync.refuse_step_without_average()
-                self._reshard()
+                self.reshard()
                 part.write(self.may_write)
 
     @property
     def _has_shards(self) -> bool:
         return any(part.shard is not None for part in self.sparse_mapping.values())
-
-    def _reshard(self) -> None:
-        if self._has_shards:
-            reshard(self.model)
 
 
 def _refuse_second(model: nn.Module) -> None:

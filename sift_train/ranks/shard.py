@@ -87,8 +87,8 @@ class Shard:
         mesh, placements = tensor.device_mesh, tensor.placements
         if not all(each.is_shard() or each.is_replicate() for each in placements):
             raise ValueError(f"placements {placements} are not shards or replicas")
-        self.shape = tuple(tensor.shape)
-        self.numel = math.prod(self.shape)
+        self.shape: tuple[int, ...] = tuple(tensor.shape)
+        self.numel: int = math.prod(self.shape)
         self.n_ranks: int = mesh.size()
         local, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
         self._local_shape, self._offset = tuple(local), tuple(offset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +19,9 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from train_helpers import make_inputs, square_loss
+from train_helpers import make_inputs, same_bits, square_loss
 
-from sift_train import SIFT
+from sift_train import SIFT, load_sharded, save_sharded
 from sift_train.ranks import shard, threshold
 from sift_train.selection import seeded_generator, top_k_of_all
 
@@ -70,7 +71,7 @@ def sharded_odd(way: str) -> nn.Module:
 
 def whole(model: nn.Module) -> State:
     shard.reshard(model)  # a forward pass without a backward pass leaves it unsharded
-    return {name: shard.whole_or_self(p.detach()) for name, p in model.named_parameters()}
+    return {n: shard.whole_or_self(p.detach()).clone() for n, p in model.named_parameters()}
 
 
 def chosen(sift: SIFT) -> dict[str, list[int]]:
@@ -262,3 +263,111 @@ def test_a_mesh_of_some_ranks_is_refused(pool: RankPool) -> None:
     for error in pool.run(part_of_the_ranks):
         assert isinstance(error, ValueError)
         assert "is sharded over 1 of 2 ranks" in str(error)
+
+
+def saved_run(rank: int, folder: Path) -> Any:
+    """Train three steps, save, train two more; return the weights after three and five steps."""
+    model = sharded_odd("layers")
+    with SIFT(model, 0.2, exception=["norm"]) as sift:
+        optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
+        steps(sift, optimizer, [batch[4 * rank : 4 * rank + 4] for batch in make_inputs(5)[:3]])
+        save_sharded(sift, folder, optimizer)
+        three = whole(model)
+        steps(sift, optimizer, [batch[4 * rank : 4 * rank + 4] for batch in make_inputs(5)[3:]])
+        return three, whole(model), chosen(sift)
+
+
+def steps(sift: SIFT, optimizer: torch.optim.Optimizer, batches: list[Tensor]) -> None:
+    for batch in batches:
+        square_loss(sift.model, batch.double()).backward()
+        sift.clip_grad_norm_(0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def resumed_run(rank: int, folder: Path, n_ranks: int) -> Any:
+    model = make_odd() if n_ranks == 1 else sharded_odd("root")
+    with SIFT(model, 0.2, exception=["norm"]) as sift:
+        optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
+        load_sharded(sift, folder, optimizer)
+        three, index = whole(model), chosen(sift)
+        n = 8 // n_ranks
+        steps(sift, optimizer, [batch[n * rank : n * rank + n] for batch in make_inputs(5)[3:]])
+        return three, whole(model), index, sift.n_trained
+
+
+@pytest.fixture(scope="module")
+def pool_of_four() -> Iterator[RankPool]:
+    made = RankPool(4)
+    yield made
+    made.close()
+
+
+def resumed_on_four(rank: int, folder: Path) -> Any:
+    model = make_odd()
+    fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+    with SIFT(model, 0.2, exception=["norm"]) as sift:
+        optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
+        load_sharded(sift, folder, optimizer)
+        three, index = whole(model), chosen(sift)
+        steps(sift, optimizer, [batch[2 * rank : 2 * rank + 2] for batch in make_inputs(5)[3:]])
+        return three, whole(model), index, sift.n_trained
+
+
+def test_a_sharded_run_resumes_with_any_number_of_ranks(
+    pool: RankPool, pool_of_four: RankPool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "state"
+    (three, five, index), (_, _, other) = pool.results(saved_run, folder)
+    index = {name: sorted(index[name] + other[name]) for name in index}
+    resumed = {
+        1: [resumed_run(0, folder, 1)],
+        2: pool.results(resumed_run, folder, 2),
+        4: pool_of_four.results(resumed_on_four, folder),
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    for n_ranks, results in resumed.items():
+        for three_again, five_again, _, n_trained in results:
+            assert n_trained == sum(map(len, index.values()))
+            assert all(same_bits(three[name], three_again[name]) for name in three)
+            for name, tensor in five.items():
+                if n_ranks == 2:
+                    assert same_bits(tensor, five_again[name])
+                torch.testing.assert_close(five_again[name], tensor, rtol=1e-12, atol=1e-14)
+        found = {name: sorted(at for r in results for at in r[2][name]) for name in index}
+        assert found == index
+
+
+def wrong_state(rank: int, folder: Path) -> None:
+    model = sharded_odd("root")
+    with SIFT(model, 0.2, "first") as sift:
+        load_sharded(sift, folder)
+
+
+def test_a_state_of_other_parameters_is_refused(pool: RankPool, tmp_path: Path) -> None:
+    pool.results(saved_run, tmp_path / "state")
+    for error in pool.run(wrong_state, tmp_path / "state"):
+        assert isinstance(error, ValueError)
+        assert "is trained either here or in" in str(error)
+
+
+def hybrid(rank: int) -> Any:
+    """Two replicas of a model that is sharded over two ranks."""
+    model = make_odd()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
+    fully_shard(model, mesh=mesh)
+    own = [[batch[2 * rank : 2 * rank + 2] for batch in w] for w in global_windows(1)]
+    return train(model, own)
+
+
+def test_replicas_of_shards_train_as_one_process(pool_of_four: RankPool) -> None:
+    ranks = pool_of_four.results(hybrid)
+    weights, index, norms, n_trained = train(make_odd(), global_windows(1))
+    for found, _, own_norms, own_trained in ranks:
+        assert own_trained == n_trained
+        assert own_norms == pytest.approx(norms, rel=1e-12)
+        for name, tensor in weights.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-14)
+    for name, flat in index.items():
+        assert sorted(ranks[0][1][name] + ranks[1][1][name]) == flat
+        assert ranks[2][1][name] + ranks[3][1][name] == ranks[0][1][name] + ranks[1][1][name]
