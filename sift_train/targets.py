@@ -139,14 +139,15 @@ def _linear_weights(model: nn.Module) -> set[nn.Parameter]:
     }
 
 
-def check_saves_weights(model: nn.Module) -> None:
+def check_saves_weights(model: nn.Module, *, may_be_sharded: bool = False) -> None:
     """Check that a model is saved with the parameters that are trained.
 
     Raises:
         ValueError: it is wrapped for several devices, sharded, or has PEFT adapters.
     """
     _check_unwrapped(model)
-    check_unsharded(model)
+    if not may_be_sharded:
+        check_unsharded(model)
     for module in model.modules():
         kind = type(module).__name__
         if kind.startswith("PeftModel") or _is_adapter(module):

@@ -53,9 +53,22 @@ class Ranks:
             return value
         held = [value]
         with one_sentence():
-            source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
-            dist.broadcast_object_list(held, source, group=self._group)
+            dist.broadcast_object_list(held, self._global_rank(0), group=self._group)
         return held[0]
+
+    def send(self, tensor: Tensor, *, source: int) -> None:
+        """Send a tensor on the CPU from a rank to rank 0, which fills its own tensor; only these two call this."""
+        moved = tensor if self._takes(tensor.device) else tensor.cuda()
+        with one_sentence():
+            if self.rank == source:
+                dist.send(moved, self._global_rank(0), group=self._group)
+            else:
+                dist.recv(moved, self._global_rank(source), group=self._group)
+        if moved is not tensor and self.rank != source:
+            tensor.copy_(moved)
+
+    def _global_rank(self, rank: int) -> int:
+        return rank if self._group is None else dist.get_global_rank(self._group, rank)
 
     def first_does(self, work: Callable[[], T]) -> T:
         """Return the result of ``work``, which only rank 0 does.

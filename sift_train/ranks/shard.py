@@ -115,8 +115,13 @@ class Shard:
 
     def cut(self, whole: Tensor) -> Tensor:
         """Return this part of a tensor of the whole shape."""
-        spans = zip(self._offset, self._local_shape, strict=True)
-        return whole[tuple(slice(start, start + size) for start, size in spans)].contiguous()
+        return whole[self.spans].contiguous()
+
+    @property
+    def spans(self) -> tuple[slice, ...]:
+        """The slices of the whole tensor that make this part."""
+        pairs = zip(self._offset, self._local_shape, strict=True)
+        return tuple(slice(start, start + size) for start, size in pairs)
 
     def to_whole(self, index: Tensor) -> Tensor:
         """Return flat indices in the whole tensor, int64, of flat indices in this part."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from rank_helpers import RankPool
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -19,9 +22,10 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from train_helpers import make_inputs, same_bits, square_loss
+from train_helpers import bert_batches, make_bert, make_inputs, same_bits, square_loss
 
-from sift_train import SIFT, load_sharded, save_sharded
+import sparsedelta
+from sift_train import SIFT, export_delta, load_sharded, save_sharded
 from sift_train.ranks import shard, threshold
 from sift_train.selection import seeded_generator, top_k_of_all
 
@@ -371,3 +375,46 @@ def test_replicas_of_shards_train_as_one_process(pool_of_four: RankPool) -> None
     for name, flat in index.items():
         assert sorted(ranks[0][1][name] + ranks[1][1][name]) == flat
         assert ranks[2][1][name] + ranks[3][1][name] == ranks[0][1][name] + ranks[1][1][name]
+
+
+def exported(rank: int, folder: Path, dtype: torch.dtype, *, change_base: bool) -> Any:
+    make: Any = transformers.AutoModelForSequenceClassification
+    model = make.from_pretrained(folder / "base", dtype=dtype)
+    if change_base and rank == 1:
+        with torch.no_grad():
+            model.classifier.weight[2, 15] += 1  # frozen, in the shard of rank 1
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    with SIFT(model, 0.1, ["query", "intermediate"], exception=["LayerNorm"]) as sift:
+        optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
+        for batch in bert_batches(4)[rank::2]:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        nnz = export_delta(
+            model, folder / "delta.sd", sift=sift, base=folder / "base", info={"a": 1}
+        )
+        return nnz, whole(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sharded_model_is_exported_as_one_delta(
+    pool: RankPool, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    make_bert(tmp_path / "base", dtype)
+    (nnz, weights), (other, _) = pool.results(partial(exported, change_base=False), tmp_path, dtype)
+    assert nnz == other > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta.sd"]
+    sparsedelta.apply(tmp_path / "base", tmp_path / "delta.sd", tmp_path / "out")
+    rebuilt = load_file(tmp_path / "out" / "model.safetensors")
+    assert rebuilt.keys() == weights.keys()
+    assert all(same_bits(rebuilt[name], weights[name]) for name in weights)
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    assert nnz == sum(int((before[name] != rebuilt[name]).sum()) for name in before)
+
+
+def test_export_refuses_a_base_that_differs_from_one_rank(pool: RankPool, tmp_path: Path) -> None:
+    make_bert(tmp_path / "base", torch.float32)
+    errors = pool.run(partial(exported, change_base=True), tmp_path, torch.float32)
+    assert "differs from the model before training in the shard of another rank" in str(errors[0])
+    assert "'classifier.weight' has other values than the model before training" in str(errors[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
