@@ -49,7 +49,7 @@ def test_names() -> None:
             "on_evaluation progress run_dir resume",
         ),
         ("export_delta", "model output * sift base base_id info save_target overwrite"),
-        ("plan", "model rate * sparse_module exception dtype optimizer"),
+        ("plan", "model rate * sparse_module exception dtype optimizer devices sharded"),
         ("save_sharded", "sift folder optimizer"),
         ("load_sharded", "sift folder optimizer"),
         ("grouped_parameters", "sift weight_decay * decay_to"),
