@@ -10,6 +10,7 @@ import errno
 import math
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,7 @@ def wire_name(dtype: torch.dtype) -> str:
     return next((wire for wire, own in _TORCH_NAMES.items() if own == name), name)
 
 
+@lru_cache
 def integer_dtype(width: int) -> torch.dtype:
     """Return the signed integer dtype of ``width`` bytes; torch supports few operations on unsigned ones."""
     import torch
@@ -142,6 +144,39 @@ def blocks_on_host(flat: torch.Tensor, n_elements: int) -> Iterator[Bits]:
         start(number + 1)
         copied[number % 2].synchronize()
         yield hosts[number % 2][: len(block)].numpy()
+
+
+def blocks_on_device(
+    flat: torch.Tensor, n_elements: int, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Yield a flat integer tensor in blocks on a device, each valid until the next one is requested.
+
+    From pinned memory to a GPU, the next block is copied while the caller uses one.
+    """
+    blocks = flat.split(n_elements)
+    if device.type != "cuda" or flat.device == device:
+        yield from (block.to(device) for block in blocks)
+        return
+    import torch
+
+    stream = torch.cuda.Stream(device)
+    copies: list[torch.Tensor] = []
+
+    def start(number: int) -> None:
+        if number < len(blocks):
+            stream.wait_stream(
+                torch.cuda.current_stream(device)
+            )  # has used the memory that is reused
+            with torch.cuda.stream(stream):
+                copies.append(blocks[number].to(device, non_blocking=True))
+
+    start(0)
+    for number in range(len(blocks)):
+        torch.cuda.current_stream(device).wait_stream(stream)
+        block = copies.pop()
+        block.record_stream(torch.cuda.current_stream(device))
+        start(number + 1)
+        yield block
 
 
 class TensorBytes:

@@ -15,9 +15,9 @@ from sparsedelta.codecs.exponent_classes import Choice, class_table
 if TYPE_CHECKING:
     import torch
 
-device_lock = (
-    threading.Lock()
-)  # one thread at a time, because the search takes 25 bytes per element
+HOST = frozenset({"cpu"})  # devices whose memory is the host's
+# For one thread at a time: a search takes 25 bytes of the device's memory per element of a span.
+device_lock = threading.Lock()
 
 
 def find_on_device(choice: Choice, flat: torch.Tensor) -> torch.Tensor:

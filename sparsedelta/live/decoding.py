@@ -21,7 +21,7 @@ from sparsedelta.errors import BaseMismatch, Corrupt
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.records import Row
 from sparsedelta.live.bits import flat_bits, on_host
-from sparsedelta.live.classes import find_on_device
+from sparsedelta.live.classes import HOST, find_on_device
 from sparsedelta.live.held import gather, in_order, whole_digest
 from sparsedelta.live.patch import Patch
 from sparsedelta.live.slots import Place
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     import torch
 
 State: TypeAlias = Literal["base", "target", "other"]
-HOST = frozenset({"cpu"})  # devices whose memory is the host's
 _INT32_ELEMENTS = 1 << 31
 
 

@@ -6,17 +6,20 @@ broken off and not undone, the record still exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sparsedelta.errors import PartlyApplied
 from sparsedelta.interrupts import uninterrupted
-from sparsedelta.live.held import scatter
+from sparsedelta.live.held import Held, scatter
 from sparsedelta.live.slots import Place, current_tensor
 
 if TYPE_CHECKING:
     import torch
+
+
+_GROUP_ELEMENTS = 1 << 22  # 48 MiB of indices in both forms
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +47,18 @@ class Patch:
 
     def reversed(self) -> Patch:
         """Return the patch that undoes this one."""
-        return replace(self, before=self.after, after=self.before)
+        return Patch(self.place, self.index, self.index_digest, self.after, self.before)
 
-    def in_step(self) -> Patch:
+    def in_step(self, found: dict[str, Held] | None = None) -> Patch:
         """Return the patch, moved to the current device of the model's tensor.
+
+        Args:
+            found: see ``current_tensor``.
 
         Raises:
             StructureMismatch: the model's tensor has changed; see ``current_tensor``.
         """
-        device = current_tensor(self.place).device
+        device = current_tensor(self.place, found).device
         if device == self.index.device:
             return self
         index, before, after = (t.to(device) for t in (self.index, self.before, self.after))
@@ -97,7 +103,13 @@ class Writer:
             raise HalfWritten(len(unfinished), self.restore)
         return name
 
-    def write(self, patches: Sequence[Patch], becomes: str | None = None) -> None:
+    def write(
+        self,
+        patches: Sequence[Patch],
+        becomes: str | None = None,
+        *,
+        found: Mapping[str, Held] | None = None,
+    ) -> None:
         """Write the ``after`` values of all patches, in order.
 
         On an exception or interrupt, the ``before`` values are written back.
@@ -105,6 +117,7 @@ class Writer:
         Args:
             patches: on the devices of the model's tensors; see ``Patch.in_step``.
             becomes: a name for what the model holds afterwards.
+            found: the model's tensors by the names of their slots, if they were found just now.
 
         Raises:
             HalfWritten: this or an earlier write was broken off and could not be undone.
@@ -113,8 +126,10 @@ class Writer:
         with uninterrupted():
             self._state = held, patches
             try:
-                for patch in patches:
-                    scatter(patch.place.slot.tensor(), patch.index, patch.after)
+                for patch, index in _with_wide_index(patches):
+                    slot = patch.place.slot
+                    tensor = (found or {}).get(slot.name)
+                    scatter(slot.tensor() if tensor is None else tensor, index, patch.after)
             except BaseException as error:
                 try:
                     self._undo()
@@ -133,3 +148,24 @@ class Writer:
         for patch in [patch.in_step() for patch in reversed(unfinished)]:
             scatter(patch.place.slot.tensor(), patch.index, patch.before)
         self._state = held, ()
+
+
+def _with_wide_index(patches: Sequence[Patch]) -> Iterator[tuple[Patch, torch.Tensor]]:
+    """Yield each patch with its index as int64, which torch needs for writing.
+
+    The indices of many small patches are converted together, because each operation on a GPU takes time to start.
+    """
+    import torch
+
+    group: list[Patch] = []
+    n_elements = 0
+    for patch in [*patches, None]:
+        fits = patch and n_elements + patch.index.numel() <= _GROUP_ELEMENTS
+        if group and not (fits and patch and patch.index.device == group[0].index.device):
+            sizes = [one.index.numel() for one in group]
+            wide = torch.cat([one.index for one in group]).long().split(sizes)
+            yield from zip(group, wide, strict=True)
+            group, n_elements = [], 0
+        if patch:
+            group.append(patch)
+            n_elements += patch.index.numel()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sparsedelta._typing import Model, Names
@@ -57,17 +58,24 @@ class Slot:
         if isinstance(self.model, Mapping):
             found = self.model.get(self.name)
         else:
-            *path, key = self.name.split(".")
+            *path, key = _parts(self.name)
             module = self.model
             for part in path:
                 module = module._modules.get(part) if module is not None else None
-            held = None if module is None else getattr(module, key, None)
-            found = held if isinstance(held, torch.Tensor) else None
+            found = None if module is None else module._parameters.get(key)
+            if found is None and module is not None:
+                held = getattr(module, key, None)
+                found = held if isinstance(held, torch.Tensor) else None
         if found is None:
             raise StructureMismatch(
                 f"tensor {self.name!r} is no longer in the model", tensor=self.name
             )
         return found
+
+
+@lru_cache(1 << 16)
+def _parts(name: str) -> tuple[str, ...]:
+    return tuple(name.split("."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +86,13 @@ class Place:
         row: the row of the delta.
         slot: where the model holds the tensor.
         tied: other slots with the same memory, which other rows of the delta refer to.
+        checked: traits of the tensor that was checked last, if any; see ``current_tensor``.
     """
 
     row: Row
     slot: AnySlot
     tied: tuple[AnySlot, ...] = ()
+    checked: list[object] = field(default_factory=list, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,29 +235,52 @@ def _finder(
     return find
 
 
-def current_tensor(place: Place) -> Held:
+def current_tensor(place: Place, found: dict[str, Held] | None = None) -> Held:
     """Return the tensor that the model holds at a place now.
+
+    Args:
+        place: the place.
+        found: the tensors that were found just now, by the names of their slots; this one is added. Places of
+            several deltas then share one search.
 
     Raises:
         StructureMismatch: since ``find_places``, the tensor has been removed, has got another dtype or shape,
             is not a plain tensor any longer, or is no longer tied to the same tensors.
     """
-    row, tensor = place.row, place.slot.tensor()
-    if not _fits(row, tensor):
-        raise StructureMismatch(
-            f"tensor {place.slot.name!r} is now {wire_name(tensor.dtype)} {list(tensor.shape)},"
-            f" expected {_shown(row.target)}; nothing was written",
-            tensor=row.name,
-        )
-    _check_usable(row, tensor)
+    found = {} if found is None else found
+    row, name = place.row, place.slot.name
+    tensor = found.get(name)
+    if tensor is None:
+        tensor = found[name] = place.slot.tensor()
+    traits = _traits(tensor)
+    if traits is None or place.checked != [traits]:
+        if not _fits(row, tensor):
+            raise StructureMismatch(
+                f"tensor {name!r} is now {wire_name(tensor.dtype)} {list(tensor.shape)},"
+                f" expected {_shown(row.target)}; nothing was written",
+                tensor=row.name,
+            )
+        _check_usable(row, tensor)
+        place.checked[:] = [traits]
     for other in place.tied:
         if memory_of(other.tensor()) != memory_of(tensor):
             raise StructureMismatch(
-                f"tensors {place.slot.name!r} and {other.name!r} were tied in the model and no longer are;"
+                f"tensors {name!r} and {other.name!r} were tied in the model and no longer are;"
                 " nothing was written",
                 tensor=row.name,
             )
     return tensor
+
+
+def _traits(tensor: Held) -> object:
+    """Return an object that is equal as long as a tensor that passed the checks passes them; None if there is none."""
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        return None
+    in_mode = torch.is_inference_mode_enabled()
+    layout = tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+    return type(tensor), tensor.data_ptr(), *layout, tensor.is_inference(), in_mode
 
 
 def find_slots(model: Model) -> dict[str, Slot]:

@@ -6,13 +6,12 @@ current state of the model.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from sparsedelta._typing import JSON, AnyPath, Model
 from sparsedelta.codecs.chunk import touched_digest
@@ -23,21 +22,28 @@ from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.side_files import digest_file
 from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.format.digests import fingerprint
-from sparsedelta.format.records import Base, BaseTensor, Row, TensorKey, TensorSpec
-from sparsedelta.format.spool import new_payload
-from sparsedelta.live.bits import Overlay, TensorBytes, flat_bits, gather, integer_view, scatter
+from sparsedelta.format.records import Row, TensorKey, TensorSpec
+from sparsedelta.live.bits import (
+    TensorBytes,
+    blocks_on_device,
+    flat_bits,
+    gather,
+    integer_view,
+    on_host,
+    scatter,
+)
+from sparsedelta.live.capture import Capture, CapturedTensor, Changes, changes_in, joined
+from sparsedelta.live.classes import HOST, device_lock
 from sparsedelta.live.sides import HeldTensor, held_checkpoint
-from sparsedelta.ops.diff import check_json, comparisons, describe_files
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.changes import decode_row_chunk
-from sparsedelta.tensors.compare import Comparison, Source, digest_tensor
+from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.parallel import Pace, run_all
 
 if TYPE_CHECKING:
     import torch
 
 _BLOCK_ELEMENTS = 1 << 24
-_device_lock = threading.Lock()  # only one tensor at a time is compared on a device
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,35 +62,21 @@ class _Kept:
     name: str
     spec: TensorSpec  # with its digest
     tensor: torch.Tensor
+    mirror: torch.Tensor | None = None  # a second copy, on the model's device
     pending: _Pending | None = None  # changes that are not completely written
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``offset``."""
         TensorBytes(self.tensor).read_into(buffer, offset)
 
-    def as_base(self) -> BaseTensor:
-        """Return the tensor as the base of a row."""
-        return BaseTensor(self.file, self.name, self.spec)
-
     def write_pending(self) -> None:
         """Write the pending changes. It is safe to call this again after an interrupted call."""
         if self.pending is not None:
             for index, bits in self.pending.changes:
                 scatter(self.tensor, index, bits)
+                if self.mirror is not None:
+                    scatter(self.mirror, index.to(self.mirror.device), bits.to(self.mirror.device))
             self.spec, self.pending = self.pending.spec, None
-
-
-class _Changed(Overlay):
-    """The current state of a tensor: its published copy, and the elements that have changed since.
-
-    It implements ``tensors.compare.Source``.
-    """
-
-    def __init__(
-        self, kept: _Kept, positions: np.ndarray[tuple[int], np.dtype[np.int64]], bits: Bits
-    ) -> None:
-        super().__init__(kept, positions, bits)
-        self.file, self.name, self.spec = kept.file, kept.name, kept.spec
 
 
 class Snapshot:
@@ -98,7 +90,7 @@ class Snapshot:
         model: Model,
         *,
         folder: AnyPath | None = None,
-        keep_on: Literal["cpu", "model"] = "cpu",
+        keep_on: Literal["cpu", "model", "both"] = "cpu",
         progress: Progress | None = None,
     ) -> None:
         """Copy the tensors of a model and compute their digests.
@@ -108,9 +100,12 @@ class Snapshot:
                 state dict must be updated in place, because ``diff`` reads this object.
             folder: a checkpoint of this model. The deltas are then between folders with its files and layout.
                 None: they are between single files, as the model would be saved.
-            keep_on: ``"cpu"``: the copy is in host memory, pinned for tensors on a GPU. The GPU compares, and only
-                positions and values of changed elements are copied to the host. ``"model"``: the copy is on the
-                device of the tensors. All bytes of changed tensors are copied to the host.
+            keep_on: where the copy is, if the model is on a GPU. The GPU compares in each case.
+                ``"cpu"``: in pinned host memory. To compare, the copy is sent to the GPU in blocks. Positions and
+                values of changed elements are copied to the host.
+                ``"model"``: on the GPU. Besides, the published bytes of changed tensors are copied to the host,
+                where digests are computed.
+                ``"both"``: one copy in each place. Only positions and values of changed elements cross the bus.
             progress: receives the number of bytes read.
 
         Raises:
@@ -118,16 +113,20 @@ class Snapshot:
             CheckpointError: the folder cannot be read as a checkpoint.
             ValueError: ``keep_on`` is another value.
         """
-        if keep_on not in ("cpu", "model"):
-            raise ValueError(f"keep_on is {keep_on!r}, expected 'cpu' or 'model'")
+        if keep_on not in ("cpu", "model", "both"):
+            raise ValueError(f"keep_on is {keep_on!r}, expected 'cpu', 'model' or 'both'")
         self._model = model
         self._folder = folder
-        self._on_host = keep_on == "cpu"
+        self._on_host = keep_on != "model"
+        self._has_mirror = keep_on == "both"
         self._advancing = False
         pace = Pace(progress)
 
         def keep(tensor: Tensor) -> _Kept:
-            kept = _Kept(tensor.file, tensor.name, tensor.spec, self._copy(_held(tensor)))
+            held = _held(tensor)
+            copy = _copied(held, "cpu" if self._on_host else held.device)
+            mirror = _copied(held, held.device) if self._has_mirror and held.is_cuda else None
+            kept = _Kept(tensor.file, tensor.name, tensor.spec, copy, mirror)
             kept.spec = tensor.spec.with_digest(digest_tensor(kept, pace))
             return kept
 
@@ -157,17 +156,6 @@ class Snapshot:
         """Let the next delta carry all side files, as if none had been published."""
         self._side_files = {}
 
-    @contextmanager
-    def now(self) -> Iterator[Checkpoint]:
-        """Yield what the model holds now as a checkpoint.
-
-        Raises:
-            StructureMismatch: the model has other tensors than the snapshot; make a new one.
-        """
-        with self._checkpoint() as now:
-            self._check_structure(now)
-            yield now
-
     def diff(
         self,
         *,
@@ -182,32 +170,58 @@ class Snapshot:
         """Return the delta from the last published state to the current state of the model.
 
         It has the same bytes as the delta that ``sparsedelta.diff`` makes of the two saved states. The snapshot
-        does not change; see ``advance``. The arguments are those of ``sparsedelta.diff``.
+        does not change; see ``advance``. The arguments are those of ``sparsedelta.diff``. Memory: that of ``capture``.
 
         Raises:
             StructureMismatch: the model has other tensors than the snapshot. Make a new snapshot.
             PartlyApplied: a call of ``advance`` was interrupted. Call it again.
             ValueError: an argument is wrong.
         """
+        with self.capture() as capture:
+            return capture.diff(
+                base_id=base_id,
+                values=values,
+                level=level,
+                standalone=standalone,
+                info=info,
+                progress=progress,
+                spool_dir=spool_dir,
+            )
+
+    def capture(self) -> Capture:
+        """Return what the model has become since the snapshot; the model may change afterwards.
+
+        This takes about as long as copying the model, and much less than ``diff``, which is ``capture().diff()``. The
+        capture holds the changed elements, in the memory of the host: at most as many bytes as the model.
+
+        Raises:
+            StructureMismatch: the model has other tensors than the snapshot. Make a new snapshot.
+            PartlyApplied: a call of ``advance`` was interrupted. Call it again.
+        """
         if self._advancing:
             raise PartlyApplied(
                 "a call of advance was interrupted, so the snapshot is incomplete; call advance again with the"
                 " same delta"
             )
-        checked_info = check_json(info or {}, "info")
-        check_json({"base_id": base_id}, "base_id")
-        pace = Pace(progress)
-        with new_payload(spool_dir) as payload, self.now() as now:
-            comparison = comparisons(payload, values=values, level=level, standalone=standalone)
-            files = describe_files(now, self._side_files.get, payload)
-            rows = run_all(
-                lambda tensor: self._compare(tensor, comparison, pace),
-                [*now.tensors.values()],
-                cost=lambda tensor: 2 * tensor.spec.n_bytes,
-                pace=pace,
-                label="comparing",
+        with self._checkpoint() as now:
+            self._check_structure(now)
+            tensors = [*now.tensors.values()]
+            pieces = [
+                (tensor, first)
+                for tensor in tensors
+                for first in range(0, tensor.spec.n_elements, _BLOCK_ELEMENTS)
+            ]
+            found: dict[TensorKey, list[Changes | None]] = {tensor.key: [] for tensor in tensors}
+            changes = run_all(
+                lambda piece: self._changes(*piece),
+                pieces,
+                cost=lambda piece: min(_BLOCK_ELEMENTS * 8, piece[0].spec.n_bytes),
+                pace=Pace(),
             )
-            return Delta(Base(base_id), files, tuple(rows), checked_info, payload)
+            for (tensor, _), one in zip(pieces, changes, strict=True):
+                found[tensor.key].append(one)
+            captured = [self._captured(tensor, found[tensor.key]) for tensor in tensors]
+            return Capture(now, captured, dict(self._side_files))
 
     def advance(self, delta: AnyDelta) -> None:
         """Move the snapshot to the target of a delta. Call this when the delta is stored safely.
@@ -240,20 +254,6 @@ class Snapshot:
     def _checkpoint(self) -> Checkpoint:
         return held_checkpoint(self._model, self._folder, include=())
 
-    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        device = "cpu" if self._on_host else tensor.device
-        copy = torch.empty(
-            tensor.shape,
-            dtype=tensor.dtype,
-            device=device,
-            pin_memory=self._on_host and tensor.is_cuda,
-        )
-        # As integers, because a copy of floats may change NaN payloads.
-        integer_view(copy).copy_(integer_view(tensor))
-        return copy
-
     def _check_structure(self, now: Checkpoint) -> None:
         found = _layout(now)
         if found == self._layout:
@@ -268,24 +268,28 @@ class Snapshot:
             tensor=name,
         )
 
-    def _compare(self, tensor: Tensor, comparison: Callable[..., Comparison], pace: Pace) -> Row:
+    def _changes(self, tensor: Tensor, first: int) -> Changes | None:
+        """Return what has changed in the block of a tensor that begins with an element; on a device, in all blocks."""
+        kept, now = self._kept[tensor.key], _held(tensor)
+        if now.device.type not in HOST:
+            on_device = None if first else changes_on_device(kept, now)
+            return on_device and Changes(*on_device)
+        before, after = (
+            on_host(flat_bits(one)[first : first + _BLOCK_ELEMENTS]).view(kept.spec.dtype.view)
+            for one in (kept.tensor, now)
+        )
+        return changes_in(before, after, first, wide=tensor.spec.n_elements > 1 << 32)
+
+    def _captured(self, tensor: Tensor, parts: Sequence[Changes | None]) -> CapturedTensor:
         kept = self._kept[tensor.key]
-        source = self._changed(kept, tensor)
-        if source is None:
-            pace.advance(2 * tensor.spec.n_bytes)
-            spec = kept.spec
-            return Row(tensor.file, tensor.name, spec, kept.as_base(), spec.n_elements, ())
-        return comparison(kept, source, pace=pace, base_digest=kept.spec.digest).run()
 
-    def _changed(self, kept: _Kept, tensor: Tensor) -> Source | None:
-        """Return the current state of a tensor; None if it has not changed."""
-        import torch
+        def bits() -> Bits:
+            return on_host(flat_bits(_held(tensor))).view(kept.spec.dtype.view).copy()
 
-        held = _held(tensor)
-        if self._on_host and held.device.type != "cpu":
-            return changes_on_device(kept, held)
-        published = integer_view(kept.tensor).to(held.device)
-        return None if torch.equal(integer_view(held), published) else tensor
+        changes = joined(parts, tensor.spec.n_bytes, bits)
+        return CapturedTensor(
+            tensor.file, tensor.name, tensor.spec, -1, 0, kept, kept.spec, changes
+        )
 
     def _check_base(self, delta: Delta, row: Row) -> None:
         kept = self._kept.get(row.key)
@@ -316,7 +320,7 @@ class Snapshot:
             index = torch.from_numpy(positions.astype(np.int64) + chunk.start).to(
                 kept.tensor.device
             )
-            before = gather(kept.tensor, index).cpu().numpy().view(dtype.view)
+            before = on_host(gather(kept.tensor, index)).view(dtype.view)
             after = VALUE_ENCODINGS[chunk.coding.values].decode(dtype, before, codes)
             if chunk.touched is None or touched_digest(after) != chunk.touched[1]:
                 raise Corrupt(f"tensor {row.name!r}: the delta is inconsistent", tensor=row.name)
@@ -327,31 +331,45 @@ class Snapshot:
         kept.write_pending()
 
 
-def changes_on_device(kept: _Kept, held: torch.Tensor) -> Source | None:
-    """Return the current state of a tensor, compared on its device; None if it has not changed.
-
-    The published copy is sent to the device in blocks. Positions and bits of changed elements are copied back.
+def changes_on_device(kept: _Kept, now: torch.Tensor) -> tuple[npt.NDArray[np.int64], Bits] | None:
+    """Compare a tensor with its published copy on its device, in blocks.
 
     Args:
-        kept: the published copy, on the host.
-        held: the model's tensor, contiguous, on its device.
+        kept: the published copy.
+        now: the model's tensor, contiguous, on its device.
+
+    Returns:
+        Flat indices of the changed elements, increasing, and their bits now, both ``(nnz,)``, on the host; None
+        if nothing has changed.
     """
     import torch
 
+    copy = kept.tensor if kept.mirror is None else kept.mirror
     positions, values = [], []
-    with _device_lock:
-        before, now = flat_bits(kept.tensor), flat_bits(held)
-        for first in range(0, len(now), _BLOCK_ELEMENTS):
-            block = now[first : first + _BLOCK_ELEMENTS]
-            other = before[first : first + _BLOCK_ELEMENTS].to(now.device, non_blocking=True)
-            index = torch.nonzero(block != other).view(-1)
+    with device_lock:
+        blocks = flat_bits(now).split(_BLOCK_ELEMENTS)
+        for number, (block, before) in enumerate(
+            zip(blocks, blocks_on_device(flat_bits(copy), _BLOCK_ELEMENTS, now.device), strict=True)
+        ):
+            index = torch.nonzero(block != before).view(-1)
             if len(index):
-                positions.append(index.cpu().numpy() + first)
-                values.append(block.index_select(0, index).cpu().numpy())
+                found = on_host(index.int()).astype(np.int64)
+                positions.append(found + number * _BLOCK_ELEMENTS)
+                values.append(on_host(block.index_select(0, index)))
     if not positions:
         return None
     view = kept.spec.dtype.view
-    return _Changed(kept, np.concatenate(positions), np.concatenate(values).view(view))
+    return np.concatenate(positions), np.concatenate(values).view(view)
+
+
+def _copied(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    import torch
+
+    pinned = tensor.is_cuda and torch.device(device).type == "cpu"
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=pinned)
+    # As integers, because a copy of floats may change NaN payloads.
+    integer_view(copy).copy_(integer_view(tensor))
+    return copy
 
 
 def _held(tensor: Tensor) -> torch.Tensor:

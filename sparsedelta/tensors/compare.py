@@ -10,10 +10,19 @@ from contextlib import ExitStack
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 from blake3 import blake3
 
-from sparsedelta.codecs.chunk import MAX_SPAN, TOUCHED_BYTES, Chunk, Span, encode_chunk
-from sparsedelta.codecs.exponent_classes import keys_of
+from sparsedelta.codecs.chunk import (
+    MAX_SPAN,
+    TOUCHED_BYTES,
+    Chunk,
+    Span,
+    encode_chunk,
+    touched_digest,
+)
+from sparsedelta.codecs.context import Positions
+from sparsedelta.codecs.exponent_classes import Keys, keys_of
 from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits, differences
 from sparsedelta.codecs.zstd import Level
 from sparsedelta.format.records import DIGEST_BYTES, BaseTensor, Named, Row, default_keep
@@ -23,6 +32,7 @@ from sparsedelta.tensors.parallel import DENSE_ELEMENTS, Pace
 from sparsedelta.tensors.start import Readable, RowStart, read_start
 
 BLOCK_BYTES = 1 << 19
+_KNOWN_BLOCK_BYTES = 1 << 22
 
 
 class Source(Named, Readable, Protocol):
@@ -127,6 +137,51 @@ class Comparison:
         spec = target.spec.with_digest(digest)
         return Row(target.file, target.name, spec, found, self._keep, tuple(chunks))
 
+    def run_on_changes(self, positions: npt.NDArray[np.int64], bits: Bits) -> Row:
+        """Return the row as ``run`` does, if the changed elements are known; the target is not read.
+
+        The base must have the target's dtype and shape, and its digest must be given.
+
+        Args:
+            positions: flat indices of the changed elements, increasing, (nnz,).
+            bits: their bits in the target, (nnz,).
+        """
+        base = self._base
+        if base is None or self._base_digest is None:
+            raise ValueError("the changes are relative to a base whose digest is known")
+        before, hasher = np.empty_like(bits), blake3()
+        buffer = np.empty(
+            min(_KNOWN_BLOCK_BYTES // self._dtype.width, self._n_elements), bits.dtype
+        )
+        for start in range(0, self._n_elements, max(1, len(buffer))):
+            block = buffer[: self._n_elements - start]
+            base.read_into(block.view(np.uint8).data, start * self._dtype.width)
+            low, high = np.searchsorted(positions, [start, start + len(block)]).tolist()
+            inside = positions[low:high] - start
+            before[low:high] = block[inside]
+            block[inside] = bits[low:high]
+            hasher.update(block.view(np.uint8).data)
+            self._pace.advance(2 * block.nbytes)
+        chunks = []
+        for start in range(0, self._n_elements, MAX_SPAN):
+            span = min(MAX_SPAN, self._n_elements - start)
+            low, high = np.searchsorted(positions, [start, start + span]).tolist()
+            if low < high:
+                own = slice(low, high)
+                in_chunk = (positions[own] - start).astype(np.uint32)
+                chunks.append(self._encode_known(start, span, in_chunk, before[own], bits[own]))
+        spec = self._target.spec.with_digest(hasher.digest()[:DIGEST_BYTES])
+        found = base_tensor(base, self._base_digest)
+        return Row(self._target.file, self._target.name, spec, found, self._keep, tuple(chunks))
+
+    def _encode_known(
+        self, first: int, span: int, positions: Positions, before: Bits, after: Bits
+    ) -> Chunk:
+        with place_for(len(positions), self._dtype):
+            codes = VALUE_ENCODINGS[self._values].encode(self._dtype, before, after)
+            digests = touched_digest(before), touched_digest(after)
+            return self._encode(first, span, positions, codes, keys_of(before), digests)
+
     def _compare_chunk(self, first: int, span: int) -> Chunk | None:
         dtype = self._dtype
         values = self._values if first < self._keep else "target"
@@ -156,16 +211,28 @@ class Comparison:
             if not nnz:
                 return None
             before_digest, after_digest = (h.digest()[:TOUCHED_BYTES] for h in touched_hashes)
-            chunk, streams = encode_chunk(
-                Span(first, span, self._columns, self._start(first)),
-                positions[:nnz],
-                codes[:nnz],
-                values=values,
-                touched=(before_digest, after_digest),
-                level=self._level,
-                keys=keys[:nnz],
-            )
-            return self._payload.add_chunk(chunk, streams)
+            digests = before_digest, after_digest
+            return self._encode(first, span, positions[:nnz], codes[:nnz], keys[:nnz], digests)
+
+    def _encode(
+        self,
+        first: int,
+        span: int,
+        positions: Positions,
+        codes: Bits,
+        keys: Keys,
+        digests: tuple[bytes, bytes],
+    ) -> Chunk:
+        chunk, streams = encode_chunk(
+            Span(first, span, self._columns, self._start(first)),
+            positions,
+            codes,
+            values=self._values if first < self._keep else "target",
+            touched=digests,
+            level=self._level,
+            keys=keys,
+        )
+        return self._payload.add_chunk(chunk, streams)
 
     def _start(self, first: int) -> RowStart | None:
         """Return a reader of the row's start from ``first``.

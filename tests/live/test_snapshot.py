@@ -19,6 +19,7 @@ import sparsedelta
 from sparsedelta import Delta, Snapshot
 from sparsedelta.errors import BaseMismatch, Corrupt, PartlyApplied, StructureMismatch
 from sparsedelta.live import snapshot as snapshot_module
+from sparsedelta.ops.diff import between
 
 FILE = "model.safetensors"
 
@@ -38,7 +39,7 @@ def advance(snapshot: Snapshot, data: bytes) -> None:
         snapshot.advance(delta)
 
 
-@pytest.mark.parametrize("keep_on", ["cpu", "model"])
+@pytest.mark.parametrize("keep_on", ["cpu", "model", "both"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_versions_of_a_model(kind: str, keep_on: Any, tmp_path: Path) -> None:
     model = make(kind)
@@ -123,6 +124,27 @@ def test_advance_moves_to_the_delta_not_to_the_model(tmp_path: Path) -> None:
     change(model, every=5)  # training continues while the version is stored
     advance(snapshot, data)
     assert taken(snapshot) == delta_bytes(second, model)
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_a_capture_does_not_change_with_the_model(every: int) -> None:
+    model = make("mixtral")
+    first, snapshot = copy.deepcopy(model), Snapshot(model)
+    change(model, every=every)
+    second = copy.deepcopy(model)
+    capture = snapshot.capture()
+    assert 0 < capture.n_bytes <= snapshot.n_bytes
+    change(model, every=3)
+    with capture.diff() as delta:
+        data = delta.to_bytes()
+    assert data == delta_bytes(first, second)
+    with between(None, capture) as anchor, sparsedelta.diff({}, second) as expected:
+        assert anchor.target_fingerprint == expected.target_fingerprint
+    advance(snapshot, data)
+    with pytest.raises(BaseMismatch, match="has moved"):
+        capture.diff()
+    with snapshot.capture() as later, later.diff() as delta:
+        assert delta.to_bytes() == delta_bytes(second, model)
 
 
 def test_without_advance_all_deltas_have_the_same_base() -> None:
@@ -283,14 +305,11 @@ class TestBrokenOff:
         assert taken(snapshot) == delta_bytes(copied(state), state)
 
 
-def test_changes_on_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", [64, 67])
+def test_changes_on_device(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """The comparison for tensors on a GPU, run on the CPU, with several blocks of which some have changed."""
-    monkeypatch.setattr(snapshot_module, "_BLOCK_ELEMENTS", 64)
-    monkeypatch.setattr(
-        Snapshot,
-        "_changed",
-        lambda self, kept, tensor: snapshot_module.changes_on_device(kept, tensor.held()),
-    )
+    monkeypatch.setattr(snapshot_module, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(snapshot_module, "HOST", frozenset())
     model = make("mixtral")
     old, snapshot = copy.deepcopy(model), Snapshot(model)
     change(model, every=50)
@@ -304,7 +323,7 @@ def test_changes_on_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("keep_on", ["cpu", "model"])
+@pytest.mark.parametrize("keep_on", ["cpu", "model", "both"])
 @pytest.mark.parametrize("kind", ["tied llama", "mixtral"])
 def test_on_a_gpu(kind: str, keep_on: Any, tmp_path: Path) -> None:
     model = make(kind).cuda()
