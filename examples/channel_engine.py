@@ -38,7 +38,8 @@ def make_model(seed: int) -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(config)
+    return model.to(torch.bfloat16)
 
 
 def train(channel: sparsedelta.Channel, n_steps: int, saved: Path) -> None:

@@ -14,7 +14,7 @@ from train_helpers import bert_batches, make_bert, same_bits
 from transformers import Trainer
 
 import sparsedelta
-from sift_train import FitConfig, PublishCallback, fit, publishing
+from sift_train import FitConfig, PublishCallback, fit
 
 LAYERS = ["query", "value", "intermediate"]
 
@@ -88,7 +88,7 @@ def test_a_store_that_fails_does_not_end_the_training(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing = {2}
-    publish = publishing.Publisher.publish
+    publish = sparsedelta.Publisher.publish
 
     def fails(publisher: Any, step: int) -> Any:
         if step in failing:
@@ -96,7 +96,7 @@ def test_a_store_that_fails_does_not_end_the_training(
             raise OSError("the store failed")
         return publish(publisher, step)
 
-    monkeypatch.setattr(publishing.Publisher, "publish", fails)
+    monkeypatch.setattr(sparsedelta.Publisher, "publish", fails)
     fit(base, bert_batches(3), output=tmp_path / "d.sd", config=settings(tmp_path))
     assert steps(tmp_path / "channel") == [1, 2, 3, 4, 5, 6]
 
