@@ -9,14 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import nn
 
 from sparsedelta import Channel, Publisher, SparseDeltaError
-
-if TYPE_CHECKING:
-    from sparsedelta.channel.publication import Publication
 
 logger = logging.getLogger(__name__)
 _TRIES = 3
@@ -36,7 +33,7 @@ class Publishing:
         self._publisher: Publisher | None = None
         self._step = 0
         self._published: int | None = None
-        self._last: Publication | None = None
+        self._last: Any = None  # what ``Publisher.publish`` has returned last
 
     def __enter__(self) -> Publishing:
         return self
