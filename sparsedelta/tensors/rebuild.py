@@ -89,7 +89,7 @@ def rebuild(
         write=write,
         pace=pace,
         checks_touched=check != "none",
-        block=np.zeros(max(1, min(BLOCK_BYTES // dtype.width, row.target.n_elements)), dtype.view),
+        block=np.empty(max(1, min(BLOCK_BYTES // dtype.width, row.target.n_elements)), dtype.view),
         target_hash=blake3() if full and row.target.digest is not None else None,
         base_hash=blake3() if checks_base else None,
     )
@@ -125,7 +125,9 @@ class _Rebuild:
         if chunk:
             positions, codes = self._decode_chunk(chunk)
         starts = range(first, end, n_block)
-        edges = np.searchsorted(positions, [*(s - first for s in starts), end - first]).tolist()
+        edges = [0, len(positions)]
+        if len(starts) > 1:
+            edges = np.searchsorted(positions, [*(s - first for s in starts), end - first]).tolist()
         for start, low, high in zip(starts, edges, edges[1:], strict=False):
             bits = self.block[: min(n_block, end - start)]
             read_start(self.base, row.keep, start, bits)

@@ -12,7 +12,7 @@ import pytest
 from helpers import BITS, assert_bit_equal
 from kernel_cases import Bits, both, damaged, drawn, encoded, native, reader
 
-from sparsedelta.codecs.chunk import Span, decode_chunk
+from sparsedelta.codecs.chunk import MAX_SPAN, Span, decode_chunk
 from sparsedelta.codecs.context import ChunkContext
 from sparsedelta.codecs.exponent_classes import keys_of
 from sparsedelta.codecs.indices import INDEX_ENCODINGS
@@ -37,6 +37,19 @@ def test_encoders_make_the_same_chunk(name: str) -> None:
             found, numbers = decode_chunk(chunk, dtype, coded, before=reader(before))
             assert_bit_equal(found, positions)
             assert_bit_equal(numbers, codes)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [[0], [MAX_SPAN - 1], [0, MAX_SPAN - 1], [*range(1000), MAX_SPAN - 1], [*range(0, 5000, 7)]],
+)
+def test_rice_streams_of_uneven_gaps_are_the_same(positions: list[int]) -> None:
+    rice, given = INDEX_ENCODINGS["rice"], np.array(positions, np.uint32)
+    compiled, reference = both(rice.encode, given, MAX_SPAN)
+    assert compiled == reference
+    stream = rice.encode(given, MAX_SPAN)
+    assert stream is not None
+    assert_bit_equal(rice.decode(stream.tobytes(), len(given), MAX_SPAN), given)
 
 
 @pytest.mark.parametrize("name", INDEX_ENCODINGS)

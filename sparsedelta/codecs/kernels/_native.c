@@ -315,6 +315,73 @@ static PyObject *gaps_between(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
+/* Returns the number of bits in which a parameter k codes the gaps between ascending numbers. */
+CLONED static uint64_t gap_bits(const u32 *number, size n, int k) {
+    uint64_t sum = (uint64_t)n * (k + 1) + (number[0] >> k);
+    for (size i = 1; i < n; i++) sum += (uint32_t)(number[i] - number[i - 1] - 1) >> k;
+    return sum;
+}
+
+/* Returns the parameter that codes the gaps between n ascending numbers in the fewest bits, and these bits in `least`. */
+static int best_parameter(const u32 *number, size n, uint64_t *least) {
+    int guess = 0, best = 0;
+    int64_t part = (int64_t)((double)((int64_t)number[n - 1] - (n - 1)) / (double)n * 0.7);
+    while (part >> 1 && guess < 31) part >>= 1, guess++;
+    *least = UINT64_MAX;
+    for (int k = guess ? guess - 1 : 0; k <= guess + 1 && k <= 31; k++) {
+        uint64_t bits = gap_bits(number, n, k);
+        if (bits < *least) *least = bits, best = k;
+    }
+    return best;
+}
+
+static u8 *put_number(u8 *out, uint64_t number) {
+    for (; number > 127; number >>= 7) *out++ = (u8)(number | 128);
+    *out++ = (u8)number;
+    return out;
+}
+
+enum { HEAD_BYTES = 16 }; /* more than the thresholds and the head of a subset take */
+
+/* Writes a whole `rice` stream without classes: at least one ascending number. Returns its size in bytes. */
+static PyObject *put_rice(PyObject *module, PyObject *args) {
+    Py_buffer b[2];
+    if (!PyArg_ParseTuple(args, "O&O&", in_u32, &b[0], out_u8, &b[1])) return NULL;
+    const u32 *number = b[0].buf;
+    u8 *out = b[1].buf;
+    size n = n_items(&b[0]), n_written = 0;
+    if (n < 1 || n > INT32_MAX) return release(b, 2, wrong_sizes());
+    Py_BEGIN_ALLOW_THREADS
+    uint64_t n_bits;
+    int k = best_parameter(number, n, &n_bits);
+    size n_low = (n * k + 7) / 8, n_unary = (size)((n_bits - (uint64_t)n * k + 7) / 8);
+    if (n_bits <= (uint64_t)INT64_MAX && HEAD_BYTES + n_low + n_unary <= b[1].len) {
+        *out++ = 0;
+        out = put_number(put_number(out, 2 * (uint64_t)n), (uint64_t)k);
+        u8 *low = out, *unary = out + n_low;
+        memset(unary, 0, n_unary);
+        uint64_t word = 0, mask = ((uint64_t)1 << k) - 1;
+        size bit = 0;
+        int held = 0;
+        for (size i = 0; i < n; i++) {
+            uint32_t gap = i ? number[i] - number[i - 1] - 1 : number[0];
+            word |= (gap & mask) << held;
+            held += k;
+            if (held >= 32) { /* held < 64: k ≤ 31 */
+                *(u32 *)low = (uint32_t)word;
+                low += 4, word >>= 32, held -= 32;
+            }
+            bit += gap >> k;
+            unary[bit >> 3] |= (u8)(1 << (bit & 7));
+            bit++;
+        }
+        for (; held > 0; held -= 8, word >>= 8) *low++ = (u8)word;
+        n_written = unary + n_unary - (u8 *)b[1].buf;
+    }
+    Py_END_ALLOW_THREADS
+    return release(b, 2, n_written ? PyLong_FromSsize_t(n_written) : wrong_sizes());
+}
+
 /* Writes ascending numbers with the given gaps: `gap[i]` numbers are skipped before number i. All are below `bound`. */
 static PyObject *numbers_from(PyObject *module, PyObject *args) {
     Py_buffer b[2];
@@ -927,7 +994,7 @@ static PyObject *change(PyObject *module, PyObject *args) {
 
 static PyMethodDef kernels[] = {
     KERNEL(shifted_sum), KERNEL(pack), KERNEL(unpack), KERNEL(put_unary), KERNEL(decode_rice),
-    KERNEL(gaps_between), KERNEL(numbers_from), KERNEL(others), KERNEL(read_gaps), KERNEL(put_gaps), KERNEL(put_bits), KERNEL(ones), KERNEL(put_cells),
+    KERNEL(gaps_between), KERNEL(put_rice), KERNEL(numbers_from), KERNEL(others), KERNEL(read_gaps), KERNEL(put_gaps), KERNEL(put_bits), KERNEL(ones), KERNEL(put_cells),
     KERNEL(keys_of), KERNEL(find_chosen), KERNEL(rank_chosen),
     KERNEL(count_keys), KERNEL(step_statistics), KERNEL(sort_codes), KERNEL(long_steps), KERNEL(join_steps),
     KERNEL(encode_values), KERNEL(decode_values), KERNEL(compare), KERNEL(change),
@@ -946,7 +1013,7 @@ PyMODINIT_FUNC PyInit__native(void) {
     has_deposit = __builtin_cpu_supports("bmi2") && !__builtin_cpu_is("znver1") && !__builtin_cpu_is("znver2");
 #endif
     PyObject *module = Corrupt ? PyModule_Create(&definition) : NULL;
-    if (module && PyModule_AddIntConstant(module, "VERSION", 2)) {
+    if (module && PyModule_AddIntConstant(module, "VERSION", 3)) {
         Py_DECREF(module);
         return NULL;
     }
