@@ -202,12 +202,13 @@ class _Rebuild:
 def _target_proves_base(row: Row) -> bool:
     """Return whether a right target digest proves that the base tensor is right.
 
-    This holds if different base tensors always give different targets: every element of the base is
-    kept, all codes are ``ulp``, which maps bits one to one, and no chunk was decoded with the base.
+    Every element of the base must be kept, and all codes must be ``ulp``, which maps bits one to one. A base
+    that differs in an element then gives another target, unless it also changes which elements a chunk with
+    classes touches. In that case the digest of the old bits of these elements is wrong (FORMAT §10).
     """
     return (
         row.target.digest is not None
         and row.base is not None
         and row.keep == row.base.spec.n_elements == row.target.n_elements
-        and all(c.coding.values == "ulp" and not c.coding.classes for c in row.chunks)
+        and all(c.coding.values == "ulp" and (c.touched or not c.coding.classes) for c in row.chunks)
     )
