@@ -210,5 +210,7 @@ def _target_proves_base(row: Row) -> bool:
         row.target.digest is not None
         and row.base is not None
         and row.keep == row.base.spec.n_elements == row.target.n_elements
-        and all(c.coding.values == "ulp" and (c.touched or not c.coding.classes) for c in row.chunks)
+        and all(
+            c.coding.values == "ulp" and (c.touched or not c.coding.classes) for c in row.chunks
+        )
     )
