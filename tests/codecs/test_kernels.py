@@ -52,6 +52,28 @@ def test_rice_streams_of_uneven_gaps_are_the_same(positions: list[int]) -> None:
     assert_bit_equal(rice.decode(stream.tobytes(), len(given), MAX_SPAN), given)
 
 
+@pytest.mark.parametrize("most", range(3))
+def test_every_set_of_instructions_gives_the_same_classes(most: int) -> None:
+    rice = INDEX_ENCODINGS["rice"]
+    best = native.use_instructions(9)
+    try:
+        assert native.use_instructions(most) == min(most, best)
+        n_streams = 0
+        for seed in range(60):
+            positions, _, before = drawn(seed, 2)
+            context = ChunkContext(reader(before), classes=True)
+            compiled, reference = both(rice.encode, positions, len(before), context)
+            assert compiled == reference
+            stream = rice.encode(positions, len(before), context)
+            if stream is not None:
+                found = rice.decode(stream.tobytes(), len(positions), len(before), context)
+                assert_bit_equal(found, positions)
+                n_streams += 1
+        assert n_streams > 5
+    finally:
+        native.use_instructions(best)
+
+
 @pytest.mark.parametrize("name", INDEX_ENCODINGS)
 def test_index_decoders_agree_on_any_stream(name: str) -> None:
     encoding, draw = INDEX_ENCODINGS[name], np.random.default_rng(5)
