@@ -1,6 +1,6 @@
 """Measures training and live deltas on a GPU, on any machine with CUDA and PyTorch.
 
-    python benchmarks/gpu.py                       # 8 minutes, one GPU, 32 GB of disk; no network
+    python benchmarks/gpu.py                       # 8 minutes, one GPU, 8 GB of disk; no network
     python benchmarks/gpu.py --parts memory waits
     python benchmarks/gpu.py --rehearse            # everything at toy size on a CPU
 
@@ -58,7 +58,8 @@ PARTS: Mapping[str, Part] = {
     "memory": Part("Training in 24 GiB", 2.5, BASIC),
     "waits": Part("Steps that wait for the device", 1.0, (*BASIC, *FIT)),
     "export": Part("Export of what was trained", 1.0, BASIC, 8.0),
-    "live": Part("Deltas on a model in memory", 2.0, BASIC, 32.0),
+    "live": Part("Deltas on a model in memory", 2.0, BASIC),
+    "channel": Part("The channel", 1.0, BASIC, 8.0),
 }
 
 

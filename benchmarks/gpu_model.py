@@ -149,10 +149,12 @@ def add_lora(model: Llama, n_trained: int) -> list[nn.Parameter]:
     return trained
 
 
-def batches(shape: Shape, n: int, device: str, length: int = 512) -> Sequence[Tensor]:
-    """Return batches of one sequence of random tokens each."""
+def batches(
+    shape: Shape, n: int, device: str, length: int = 512, n_rows: int = 1
+) -> Sequence[Tensor]:
+    """Return batches of sequences of random tokens, each (n_rows, length)."""
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, shape.vocabulary, (n, 1, length), generator=generator)
+    tokens = torch.randint(0, shape.vocabulary, (n, n_rows, length), generator=generator)
     return list(tokens.to(device))
 
 

@@ -102,7 +102,8 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
 def _compare(base: Path, name: str, held: Tensor, before: Tensor) -> None:
     if held.shape != before.shape:
         return
-    n_different = int((_bits(held.to(before.dtype)) != _bits(before)).sum())
+    moved = held.to(before.device, before.dtype)
+    n_different = int((_bits(moved) != _bits(before)).sum())
     if n_different:
         raise ValueError(
             f"base '{base}' differs from the model before training: {n_different:,} of "
@@ -177,12 +178,12 @@ def weight_files(base: Path) -> list[Path]:
 
 
 def _first_values(parameter: Tensor, part: SparseParameter | None) -> Tensor:
-    """Return a copy of a parameter on the CPU, with its values from before training."""
-    now = parameter.detach().cpu()
+    """Return a parameter's values from before training, on its device."""
+    now = parameter.detach()
     if part is None or part.original is None:
         return now
     flat = now.reshape(-1).clone()
-    flat[part.flat_index.cpu().long()] = part.original.cpu()
+    flat[part.flat_index.long()] = part.original.to(flat.device)
     return flat.view(now.shape)
 
 

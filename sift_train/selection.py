@@ -97,21 +97,19 @@ def top_k_of_all(
             name: torch.arange(min(k, len(each)), device=each.device, dtype=index_dtype(len(each)))
             for name, each in flat.items()
         }
+    if len(flat) == 1:
+        ((name, each),) = flat.items()
+        if each.device.type in RADIX_SELECT and _is_few(k, numel):
+            return {name: _top_k_by_radix(each, k, generator)}
     least, n_missing, n_ties = _kth_largest(list(flat.values()), k)
     if n_missing == n_ties:
         return {name: _at_least(each, least) for name, each in flat.items()}
-    drawn = torch.randperm(n_ties, generator=generator)[:n_missing]
-    is_taken = torch.zeros(
-        n_ties + 1, dtype=torch.bool
-    )  # is_taken[n]: whether to take the n-th tie
-    is_taken[drawn + 1] = True
+    is_taken = _draw(n_ties, n_missing, generator)
     n_before = torch.zeros(1, dtype=index_dtype(n_ties + 1))
     chosen = {}
     for name, each in flat.items():
         taken, n_before = _uploaded(is_taken, each.device), n_before.to(each.device)
-        is_few = len(flat) == 1 and each.device.type in RADIX_SELECT and _is_few(k + n_ties, numel)
-        choose = _above_or_taken_of_few if is_few else _above_or_taken
-        chosen[name], n_before = choose(each, least, taken, n_before)
+        chosen[name], n_before = _above_or_taken(each, least, taken, n_before)
     return chosen
 
 
@@ -140,9 +138,6 @@ def _kth_largest(all_scores: Sequence[Tensor], k: int) -> tuple[float, int, int]
     The second pass counts the lower 16 bits of the scores whose upper bits are those of the k-th
     largest. For scores of 0 and more, larger bits mean larger scores; for negative ones, smaller.
     """
-    first = all_scores[0]
-    if len(all_scores) == 1 and first.device.type in RADIX_SELECT and _is_few(k, len(first)):
-        return _kth_by_radix(first, k)
     counts = _count(all_scores)
     by_score = torch.cat([counts[:_NEGATIVE].flip(0), counts[_NEGATIVE:]])  # descending scores
     at, nth, n_in_bin = _find_bin(by_score, torch.full((1,), k, device=counts.device))
@@ -161,15 +156,37 @@ def _kth_largest(all_scores: Sequence[Tensor], k: int) -> tuple[float, int, int]
     return least, rank, n_ties
 
 
-def _kth_by_radix(scores: Tensor, k: int) -> tuple[float, int, int]:
-    """Return what ``_kth_largest`` returns, for one tensor on a device that selects by radix."""
-    comparable = _non_finite_lowest(scores)
+def _top_k_by_radix(flat: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Return what ``top_k`` returns, on a device that selects by radix.
+
+    Only the candidates, which are the scores not below the k-th largest, are looked at one by one.
+    """
+    comparable = _non_finite_lowest(flat)
     largest = comparable.topk(k, sorted=False).values
     least = largest.min()
-    n_above = largest.gt(least).sum(dtype=torch.float64)
-    n_ties = comparable.eq(least).sum(dtype=torch.float64)
-    found, n_larger, n_equal = torch.stack([least.double(), n_above, n_ties]).tolist()  # waits
-    return found, k - int(n_larger), int(n_equal)
+    mask = comparable >= least
+    counts = [largest.gt(least).sum(), mask.sum()]
+    n_above, n_candidates = torch.stack(counts).tolist()  # waits for the device
+    if n_candidates == k:
+        return _indices(mask)
+    is_taken = _uploaded(_draw(n_candidates - n_above, k - n_above, generator), flat.device)
+    if not _is_few(n_candidates, len(flat)):
+        del comparable, mask
+        n_before = torch.zeros(1, dtype=index_dtype(len(flat)), device=flat.device)
+        return _above_or_taken(flat, float(least), is_taken, n_before)[0]
+    candidates = _indices(mask)
+    ties = comparable.index_select(0, candidates).eq(least)
+    del comparable, mask
+    rank = ties.cumsum(0, dtype=torch.int32)
+    is_chosen = is_taken.index_select(0, rank).logical_or_(ties.logical_not())
+    return candidates[is_chosen]  # waits for the device
+
+
+def _draw(n_ties: int, n_taken: int, generator: torch.Generator) -> Tensor:
+    """Draw among equal scores; entry n of the result is whether to take the n-th, n from 1 on."""
+    is_taken = torch.zeros(n_ties + 1, dtype=torch.bool)
+    is_taken[torch.randperm(n_ties, generator=generator)[:n_taken] + 1] = True
+    return is_taken
 
 
 def _is_few(n: int, numel: int) -> bool:
@@ -242,17 +259,6 @@ def _above_or_taken(
         chosen |= ties.logical_and_(is_taken.index_select(0, rank))
         n_before = rank[-1:].clone()
     return _indices(mask), n_before
-
-
-def _above_or_taken_of_few(
-    flat: Tensor, least: float, is_taken: Tensor, n_before: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Do what ``_above_or_taken`` does, reading only the few scores that are not below the threshold."""
-    candidates = _at_least(flat, least)
-    ties = _non_finite_lowest(flat.index_select(0, candidates)).eq(least)
-    rank = ties.cumsum(0, dtype=n_before.dtype).add_(n_before)
-    is_chosen = is_taken.index_select(0, rank).logical_or_(ties.logical_not())
-    return candidates[is_chosen], rank[-1:].clone()
 
 
 def _indices(mask: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from sparsedelta.errors import ConflictError
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.digests import base_tensors
 from sparsedelta.format.records import TensorKey, TensorSpec
+from sparsedelta.live.held import Held
 from sparsedelta.live.inplace import prepare
 from sparsedelta.live.patch import Patch, Writer
 from sparsedelta.live.rwlock import SharedLock
@@ -165,15 +166,16 @@ class DeltaBank:
             raise KeyError(f"the bank has no delta {name!r}, only {', '.join(self) or 'none'}")
         if name is not None:
             self._make_resident(name)
-        steps = _steps(self._patches(self.active), self._patches(name))
-        self._writer.write(steps, becomes=name)
+        found: dict[str, Held] = {}
+        steps = _steps(self._patches(self.active, found), self._patches(name, found))
+        self._writer.write(steps, becomes=name, found=found)
 
-    def _patches(self, name: str | None) -> list[Patch]:
-        """Return the patches of a resident delta, each on the device of its tensor."""
+    def _patches(self, name: str | None, found: dict[str, Held]) -> list[Patch]:
+        """Return the patches of a resident delta, each on the device of its tensor; see ``current_tensor``."""
         if name is None:
             return []
         resident = self._deltas[name]
-        resident.patches = [patch.in_step() for patch in resident.patches or ()]
+        resident.patches = [patch.in_step(found) for patch in resident.patches or ()]
         return resident.patches
 
     def _make_resident(self, name: str) -> None:

@@ -179,23 +179,6 @@ def blocks_on_device(
         yield block
 
 
-def differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Return the indices of the elements in which two flat integer tensors on one device differ, int64 ``(n,)``.
-
-    Eight bytes are compared at a time where that is possible; then fewer marks are searched.
-    """
-    import torch
-
-    n_in_word = 8 // one.element_size()
-    offsets = one.numel(), one.storage_offset(), other.storage_offset()
-    if n_in_word == 1 or any(offset % n_in_word for offset in offsets):
-        return torch.nonzero(one != other).view(-1)
-    words = torch.nonzero(one.view(torch.int64) != other.view(torch.int64)).view(-1)
-    some, others = (flat.view(-1, n_in_word).index_select(0, words) for flat in (one, other))
-    within = torch.arange(n_in_word, device=one.device)
-    return (words[:, None] * n_in_word + within)[some != others]
-
-
 class TensorBytes:
     """The bytes of a tensor on any device, in row-major order; implements ``tensors.start.Readable``."""
 

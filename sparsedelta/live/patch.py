@@ -6,13 +6,13 @@ broken off and not undone, the record still exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sparsedelta.errors import PartlyApplied
 from sparsedelta.interrupts import uninterrupted
-from sparsedelta.live.held import scatter
+from sparsedelta.live.held import Held, scatter
 from sparsedelta.live.slots import Place, current_tensor
 
 if TYPE_CHECKING:
@@ -49,13 +49,16 @@ class Patch:
         """Return the patch that undoes this one."""
         return Patch(self.place, self.index, self.index_digest, self.after, self.before)
 
-    def in_step(self) -> Patch:
+    def in_step(self, found: dict[str, Held] | None = None) -> Patch:
         """Return the patch, moved to the current device of the model's tensor.
+
+        Args:
+            found: see ``current_tensor``.
 
         Raises:
             StructureMismatch: the model's tensor has changed; see ``current_tensor``.
         """
-        device = current_tensor(self.place).device
+        device = current_tensor(self.place, found).device
         if device == self.index.device:
             return self
         index, before, after = (t.to(device) for t in (self.index, self.before, self.after))
@@ -100,7 +103,13 @@ class Writer:
             raise HalfWritten(len(unfinished), self.restore)
         return name
 
-    def write(self, patches: Sequence[Patch], becomes: str | None = None) -> None:
+    def write(
+        self,
+        patches: Sequence[Patch],
+        becomes: str | None = None,
+        *,
+        found: Mapping[str, Held] | None = None,
+    ) -> None:
         """Write the ``after`` values of all patches, in order.
 
         On an exception or interrupt, the ``before`` values are written back.
@@ -108,6 +117,7 @@ class Writer:
         Args:
             patches: on the devices of the model's tensors; see ``Patch.in_step``.
             becomes: a name for what the model holds afterwards.
+            found: the model's tensors by the names of their slots, if they were found just now.
 
         Raises:
             HalfWritten: this or an earlier write was broken off and could not be undone.
@@ -117,7 +127,9 @@ class Writer:
             self._state = held, patches
             try:
                 for patch, index in _with_wide_index(patches):
-                    scatter(patch.place.slot.tensor(), index, patch.after)
+                    slot = patch.place.slot
+                    tensor = (found or {}).get(slot.name)
+                    scatter(slot.tensor() if tensor is None else tensor, index, patch.after)
             except BaseException as error:
                 try:
                     self._undo()

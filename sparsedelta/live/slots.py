@@ -235,19 +235,28 @@ def _finder(
     return find
 
 
-def current_tensor(place: Place) -> Held:
+def current_tensor(place: Place, found: dict[str, Held] | None = None) -> Held:
     """Return the tensor that the model holds at a place now.
+
+    Args:
+        place: the place.
+        found: the tensors that were found just now, by the names of their slots; this one is added. Places of
+            several deltas then share one search.
 
     Raises:
         StructureMismatch: since ``find_places``, the tensor has been removed, has got another dtype or shape,
             is not a plain tensor any longer, or is no longer tied to the same tensors.
     """
-    row, tensor = place.row, place.slot.tensor()
+    found = {} if found is None else found
+    row, name = place.row, place.slot.name
+    tensor = found.get(name)
+    if tensor is None:
+        tensor = found[name] = place.slot.tensor()
     traits = _traits(tensor)
     if traits is None or place.checked != [traits]:
         if not _fits(row, tensor):
             raise StructureMismatch(
-                f"tensor {place.slot.name!r} is now {wire_name(tensor.dtype)} {list(tensor.shape)},"
+                f"tensor {name!r} is now {wire_name(tensor.dtype)} {list(tensor.shape)},"
                 f" expected {_shown(row.target)}; nothing was written",
                 tensor=row.name,
             )
@@ -256,7 +265,7 @@ def current_tensor(place: Place) -> Held:
     for other in place.tied:
         if memory_of(other.tensor()) != memory_of(tensor):
             raise StructureMismatch(
-                f"tensors {place.slot.name!r} and {other.name!r} were tied in the model and no longer are;"
+                f"tensors {name!r} and {other.name!r} were tied in the model and no longer are;"
                 " nothing was written",
                 tensor=row.name,
             )

@@ -38,20 +38,21 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     done = run(tmp_path, "--rehearse")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_in(tmp_path)
-    assert {part for part, _ in rows} == {"tests", "memory", "waits", "export", "live"}
+    assert {part for part, _ in rows} == {"tests", "memory", "waits", "export", "live", "channel"}
     if not torch.cuda.is_available():
         assert {value for (part, _), value in rows.items() if part == "tests"} == {"skipped"}
     for what in ("own loop", "fit"):
         assert rows["waits", f"{what}: waits in 10 steps"] == "none"
     assert rows["export", "applied on the host"] == "equal"
     for shape in ("1b", "7b"):
-        assert any(what.startswith(f"{shape}: LoRA") for _, what in rows)
+        assert any(what.startswith(f"{shape}, 16 tokens: LoRA") for _, what in rows)
         assert rows["live", f"{shape}: switch between residents"] > 0
-        for kind in ("small steps", "random values"):
-            for what in ("plain scatter", "apply_", "revert_"):
+        for kind in ("small step", "random values"):
+            for what in ("diff, level default", "plain scatter", "apply_"):
                 assert rows["live", f"{shape}, {kind}: {what}"] > 0
+    assert rows["channel", "bits of the followers"] == "equal"
     table = (tmp_path / "gpu.md").read_text("utf-8")
-    assert table.count("\n## ") == 5
+    assert table.count("\n## ") == 6
     assert "a rehearsal at toy size" in table
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.jsonl", "gpu.md"]
 
@@ -83,8 +84,8 @@ def test_a_run_that_is_ended_leaves_results_and_no_process(tmp_path: Path) -> No
         process.terminate()
         process.stdout.read()  # returns only after the part's process has ended
     assert process.returncode == 143
-    assert ("memory", "7b: planned, without activations") in rows_in(tmp_path)
-    assert "7b: planned" in (tmp_path / "gpu.md").read_text("utf-8")
+    assert ("memory", "7b, 16 tokens: planned, without activations") in rows_in(tmp_path)
+    assert "7b, 16 tokens: planned" in (tmp_path / "gpu.md").read_text("utf-8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.jsonl", "gpu.md"]
 
 

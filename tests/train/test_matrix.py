@@ -344,6 +344,8 @@ def test_on_a_gpu_with_half_precision_and_a_scaler(kind: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_a_gpu_the_peak_is_what_the_report_says() -> None:
     torch.manual_seed(0)
+    torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda"))  # takes a workspace
+    held = torch.cuda.memory_allocated()
     model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(12))).cuda()
     x = torch.randn(8, 2048, device="cuda")
     with SIFT(model, 0.05, "weight") as sift:
@@ -354,4 +356,4 @@ def test_on_a_gpu_the_peak_is_what_the_report_says() -> None:
             square_loss(model, x).backward()
             optimizer.step()
         limit = sift.memory_report().peak_bytes
-        assert torch.cuda.max_memory_allocated() <= limit * 1.05 + (8 << 20)
+        assert torch.cuda.max_memory_allocated() - held <= limit * 1.05 + (8 << 20)
