@@ -81,7 +81,7 @@ def longest(work: Callable[[], object], log: Path, reset: Callable[[], object]) 
     return max(times)
 
 
-def kill_push(folder: Path, n_kills: int, minutes: float) -> Counter[str]:
+def kill_push(folder: Path, n_kills: int, end: float) -> Counter[str]:
     """Kill pushes; count the states of the repository, and the pushes that follow."""
     counts: Counter[str] = Counter()
     scratch = folder / "tmp"
@@ -113,7 +113,6 @@ def kill_push(folder: Path, n_kills: int, minutes: float) -> Counter[str]:
         publish(hub, BASE, checkpoints[0])
         seconds = longest(push, log, reset)
         whole = files()
-        end = time.monotonic() + 60 * minutes
         while counts["kills"] < n_kills and time.monotonic() < end:
             reset()
             counts["kills"] += 1
@@ -126,7 +125,7 @@ def kill_push(folder: Path, n_kills: int, minutes: float) -> Counter[str]:
     return counts
 
 
-def kill_fit(folder: Path, n_kills: int, minutes: float) -> Counter[str]:
+def kill_fit(folder: Path, n_kills: int, end: float) -> Counter[str]:
     """Kill trainings that resume; count the states of the delta, and compare the last delta's bytes."""
     import torch
     from train_helpers import make_inputs, make_net, square_loss
@@ -155,7 +154,6 @@ def kill_fit(folder: Path, n_kills: int, minutes: float) -> Counter[str]:
     seconds = longest(train, log, reset)
     whole = delta.read_bytes()
     kept = sorted(str(path.relative_to(runs)) for path in runs.rglob("*"))
-    end = time.monotonic() + 60 * minutes
     while counts["kills"] < n_kills and time.monotonic() < end:
         reset()
         for _ in range(min(n_kills - counts["kills"], random.randint(1, MAX_KILLS_IN_A_ROW))):
@@ -178,8 +176,9 @@ def main() -> int:
     options = parser.parse_args()
     random.seed(0)
     with work_folder(options.work_dir, keep=options.keep) as work:
-        box = options.kills, options.minutes / 2
-        found = {"push": kill_push(work / "push", *box), "fit": kill_fit(work / "fit", *box)}
+        start, half = time.monotonic(), 30 * options.minutes
+        found = {"push": kill_push(work / "push", options.kills, start + half)}
+        found["fit"] = kill_fit(work / "fit", options.kills, start + 2 * half)
         rows = []
         for name, counts in found.items():
             next_runs = counts["last runs"] or counts["kills"]
