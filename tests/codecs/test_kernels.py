@@ -54,6 +54,7 @@ def test_rice_streams_of_uneven_gaps_are_the_same(positions: list[int]) -> None:
 
 @pytest.mark.parametrize("most", range(3))
 def test_every_set_of_instructions_gives_the_same_classes(most: int) -> None:
+    assert native is not None
     rice = INDEX_ENCODINGS["rice"]
     best = native.use_instructions(9)
     try:
