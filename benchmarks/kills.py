@@ -1,9 +1,11 @@
 """Kills ``push`` and ``fit`` at random moments, runs them again, and checks what they leave.
 
-    python benchmarks/kills.py --kills 100
+    python benchmarks/kills.py --kills 1000 --minutes 8
 
 ``push`` uploads to a Hub on the loopback interface, that of ``tests/hub``. ``fit`` resumes from its checkpoints. The
-exit status is 1 if a wrong outcome was found. What a killed ``push`` leaves in TMPDIR is counted, and stays there.
+exit status is 1 if a wrong outcome was found. *In TMPDIR* counts the pushes after which TMPDIR was not empty, although
+the next push removes what a killed one left. Half of ``--minutes`` is for each command; the table holds the kills that
+were reached.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ def longest(work: Callable[[], object], log: Path, reset: Callable[[], object]) 
     return max(times)
 
 
-def kill_push(folder: Path, n_kills: int) -> Counter[str]:
+def kill_push(folder: Path, n_kills: int, end: float) -> Counter[str]:
     """Kill pushes; count the states of the repository, and the pushes that follow."""
     counts: Counter[str] = Counter()
     scratch = folder / "tmp"
@@ -111,8 +113,9 @@ def kill_push(folder: Path, n_kills: int) -> Counter[str]:
         publish(hub, BASE, checkpoints[0])
         seconds = longest(push, log, reset)
         whole = files()
-        for _number in range(n_kills):
+        while counts["kills"] < n_kills and time.monotonic() < end:
             reset()
+            counts["kills"] += 1
             counts["ended before"] += run(push, log, random.random() * seconds)
             found = files()
             is_none = not found.keys() - {".gitattributes"}
@@ -122,7 +125,7 @@ def kill_push(folder: Path, n_kills: int) -> Counter[str]:
     return counts
 
 
-def kill_fit(folder: Path, n_kills: int) -> Counter[str]:
+def kill_fit(folder: Path, n_kills: int, end: float) -> Counter[str]:
     """Kill trainings that resume; count the states of the delta, and compare the last delta's bytes."""
     import torch
     from train_helpers import make_inputs, make_net, square_loss
@@ -151,10 +154,10 @@ def kill_fit(folder: Path, n_kills: int) -> Counter[str]:
     seconds = longest(train, log, reset)
     whole = delta.read_bytes()
     kept = sorted(str(path.relative_to(runs)) for path in runs.rglob("*"))
-    while n_kills:
+    while counts["kills"] < n_kills and time.monotonic() < end:
         reset()
-        for _ in range(min(n_kills, random.randint(1, MAX_KILLS_IN_A_ROW))):
-            n_kills -= 1
+        for _ in range(min(n_kills - counts["kills"], random.randint(1, MAX_KILLS_IN_A_ROW))):
+            counts["kills"] += 1
             counts["ended before"] += run(train, log, random.random() * seconds)
             found = delta.read_bytes() if delta.exists() else None
             counts["none" if found is None else "whole" if found == whole else "broken"] += 1
@@ -168,16 +171,18 @@ def kill_fit(folder: Path, n_kills: int) -> Counter[str]:
 def main() -> int:
     """Run the benchmark."""
     parser = options_for(__doc__, "kills.md")
-    parser.add_argument("--kills", type=int, default=100, help="of each command")
+    parser.add_argument("--kills", type=int, default=100, help="of each command, at most")
+    parser.add_argument("--minutes", type=float, default=60.0, help="in all, at most")
     options = parser.parse_args()
     random.seed(0)
     with work_folder(options.work_dir, keep=options.keep) as work:
-        found = {"push": kill_push(work / "push", options.kills)}
-        found["fit"] = kill_fit(work / "fit", options.kills)
+        start, half = time.monotonic(), 30 * options.minutes
+        found = {"push": kill_push(work / "push", options.kills, start + half)}
+        found["fit"] = kill_fit(work / "fit", options.kills, start + 2 * half)
         rows = []
         for name, counts in found.items():
-            next_runs = counts["last runs"] or options.kills
-            rows.append([name, str(options.kills), str(next_runs)])
+            next_runs = counts["last runs"] or counts["kills"]
+            rows.append([name, str(counts["kills"]), str(next_runs)])
             rows[-1] += [str(counts[outcome]) for outcome in OUTCOMES]
             counts["wrong"] = counts["broken"] + counts["left after it"]
             counts["wrong"] += next_runs - counts["next run right"]

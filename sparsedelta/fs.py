@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -123,6 +124,18 @@ def _name_output(error: OSError, work: Path, final: Path) -> None:
     """Replace the name of a hidden folder in an error by that of the output, which the user knows."""
     if str(error.filename).startswith(str(work)):
         error.filename, error.filename2 = str(final), None
+
+
+@contextmanager
+def temporary_folder(purpose: str) -> Iterator[Path]:
+    """Yield a new folder in the system's temporary folder; it is removed at the end.
+
+    Folders that killed processes left there are removed first, as ``remove_abandoned`` does.
+    """
+    place = Path(tempfile.gettempdir())
+    remove_abandoned(place)
+    with work_folder(place / f"sparsedelta-{purpose}") as work:
+        yield work
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from helpers import assert_same_files, noise, tree, write, write_sharded
 
 import sparsedelta
 from sparsedelta import system
-from sparsedelta.fs import staged_output, synced
+from sparsedelta.fs import staged_output, synced, temporary_folder
 from sparsedelta.system import reserve
 
 
@@ -179,6 +180,32 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) 
     gone = {name for name in before if name.startswith((ABANDONED, ".empty"))}
     left = {name: content for name, content in before.items() if name not in gone}
     assert tree(tmp_path) == {**left, "out": b"y", "out2": b"z"}
+
+
+KILLED_IN_A_TEMPORARY_FOLDER = """
+import os, signal
+from sparsedelta.fs import temporary_folder
+with temporary_folder("push") as folder:
+    (folder / "large").write_bytes(b"x")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_temporary_folders_of_killed_processes_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not system.is_local(tmp_path):
+        pytest.skip("locks may tell nothing on this file system")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with temporary_folder("push") as alive:
+        killed = subprocess.run([sys.executable, "-c", KILLED_IN_A_TEMPORARY_FOLDER], check=False)
+        assert killed.returncode == -signal.SIGKILL
+        assert len(os.listdir(tmp_path)) == 2
+        with temporary_folder("base") as folder:
+            assert {alive.name, folder.name} == {*os.listdir(tmp_path)}
+            assert not any(folder.iterdir())
+    assert not os.listdir(tmp_path)
 
 
 def test_where_locks_tell_nothing_partial_outputs_are_never_removed(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from blake3 import blake3
@@ -85,6 +87,20 @@ class Chunk:
         """Size of its streams in the payload."""
         return sum(self.stored)
 
+    def at(self, offset: int) -> Chunk:
+        """Return a copy whose streams begin at ``offset`` in the payload."""
+        return Chunk(
+            self.start,
+            self.span,
+            self.nnz,
+            self.coding,
+            self.raw,
+            self.stored,
+            self.digest,
+            self.touched,
+            offset,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -140,22 +156,22 @@ def encode_chunk(
     elif keys is None:
         keys = keys_at(before, positions, span.n)
     context = ChunkContext(before, span.columns, first, keys)
-    index = _position_candidates(positions, span.n, context, level)
-    packing = _code_candidates(codes, context, level)
-    chosen = [_smallest(some, classes=False) for some in (index, packing)]
-    smallest = [_smallest(some, classes=True) for some in (index, packing)]
-    n_bytes = sum(one.n_bytes for one in chosen)
-    saved = n_bytes - sum(one.n_bytes for one in smallest)
-    if saved >= _CLASSES_SAVE_BYTES and saved >= _CLASSES_SAVE * n_bytes:
-        chosen = smallest
-    streams = [stream for one in chosen for stream in one.streams]
-    coding = Coding(values, chosen[0].name, chosen[1].name, any(one.classes for one in chosen))
+    indices = _position_candidates(positions, span.n, context, level)
+    packings = _code_candidates(codes, context, level)
+    index, packing = _smallest(indices, classes=False), _smallest(packings, classes=False)
+    if before is not None:
+        others = _smallest(indices, classes=True), _smallest(packings, classes=True)
+        n_bytes = index.n_bytes + packing.n_bytes
+        saved = n_bytes - sum(one.n_bytes for one in others)
+        if saved >= _CLASSES_SAVE_BYTES and saved >= _CLASSES_SAVE * n_bytes:
+            index, packing = others
+    streams = [*index.streams, *packing.streams]
     chunk = Chunk(
         span.start,
         span.n,
         len(positions),
-        coding,
-        tuple(size for one in chosen for size in one.raw),
+        _coding(values, index.name, packing.name, index.classes or packing.classes),
+        index.raw + packing.raw,
         tuple(map(len, streams)),
         coded_digest(b"".join(streams)),
         touched,
@@ -163,8 +179,13 @@ def encode_chunk(
     return chunk, streams
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
+@lru_cache(maxsize=1 << 8)
+def _coding(values: str, index: str, packing: str, classes: bool) -> Coding:
+    """Return a coding; chunks share it."""
+    return Coding(values, index, packing, classes)
+
+
+class _Candidate(NamedTuple):
     name: str
     classes: bool
     raw: tuple[int, ...]  # the sizes that the record states
@@ -176,7 +197,9 @@ _n_bytes = operator.attrgetter("n_bytes")
 
 
 def _smallest(candidates: Sequence[_Candidate], *, classes: bool) -> _Candidate:
-    return min((c for c in candidates if classes or not c.classes), key=_n_bytes)
+    if not classes:
+        candidates = [one for one in candidates if not one.classes]
+    return min(candidates, key=_n_bytes) if len(candidates) > 1 else candidates[0]
 
 
 def _position_candidates(
@@ -343,22 +366,32 @@ def check_chunk(chunk: Chunk, dtype: DType, n_elements: int) -> None:
     Raises:
         Corrupt: such a tensor cannot have this chunk.
     """
-    where, span, nnz, coding = f"chunk at {chunk.start}", chunk.span, chunk.nnz, chunk.coding
+    span, nnz, coding = chunk.span, chunk.nnz, chunk.coding
     if not 1 <= span <= MAX_SPAN or chunk.end > n_elements:
-        raise Corrupt(f"{where} covers {span} elements of a tensor of {n_elements}")
+        raise Corrupt(f"{_where(chunk)} covers {span} elements of a tensor of {n_elements}")
     if not 1 <= nnz <= span:
-        raise Corrupt(f"{where} touches {nnz} of {span} elements")
+        raise Corrupt(f"{_where(chunk)} touches {nnz} of {span} elements")
     index, packing = INDEX_ENCODINGS[coding.index], VALUE_PACKINGS[coding.packing]
     if coding.classes and not (index.has_classes or packing.has_classes):
         raise Corrupt(
-            f"{where} has classes, which neither {coding.index} nor {coding.packing} supports"
+            f"{_where(chunk)} has classes, which neither {coding.index} nor {coding.packing} supports"
         )
     sizes = raw_sizes(chunk, dtype.width)
     if not index.possible(sizes[0], nnz, span):
-        raise Corrupt(f"{where}: {sizes[0]} bytes of {coding.index} cannot hold {nnz} of {span}")
+        raise Corrupt(
+            f"{_where(chunk)}: {sizes[0]} bytes of {coding.index} cannot hold {nnz} of {span}"
+        )
     if packing.states_size and not packing.possible(sizes[-1], nnz, dtype.width):
-        raise Corrupt(f"{where}: {sizes[-1]} bytes of {coding.packing} cannot hold {nnz} codes")
+        raise Corrupt(
+            f"{_where(chunk)}: {sizes[-1]} bytes of {coding.packing} cannot hold {nnz} codes"
+        )
     for number, (stored, n_bytes) in enumerate(zip(chunk.stored, sizes, strict=True)):
         zeros_allowed = number and coding.packing == "planes"
         if stored > n_bytes or (not stored and n_bytes and not zeros_allowed):
-            raise Corrupt(f"{where}: a stream of {n_bytes} bytes cannot be stored in {stored}")
+            raise Corrupt(
+                f"{_where(chunk)}: a stream of {n_bytes} bytes cannot be stored in {stored}"
+            )
+
+
+def _where(chunk: Chunk) -> str:
+    return f"chunk at {chunk.start}"

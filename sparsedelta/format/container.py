@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from blake3 import blake3
 
@@ -157,13 +157,25 @@ def write_container(
 def container_blocks(manifest: Manifest, payload: Payload) -> Iterator[bytes]:
     """Yield the bytes of a ``.sd`` file, in blocks and in order."""
     rendered = render_manifest(manifest)
-    stored = [(one.offset, one.stored_bytes) for one in manifest.stored()]
+    stored = _joined((one.offset, one.stored_bytes) for one in manifest.stored())
     n_payload = sum(size for _, size in stored)
     header = _render_header(blake3(rendered).digest(), len(rendered), n_payload)
     yield len(header).to_bytes(_LENGTH_BYTES, "little") + header + rendered
     for offset, size in stored:
         for at in range(offset, offset + size, _BLOCK_BYTES):
             yield payload.read(at, min(_BLOCK_BYTES, offset + size - at))
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return ranges (offset, size); those that continue the one before are joined with it."""
+    joined: list[tuple[int, int]] = []
+    begin = end = 0
+    for offset, size in ranges:
+        if offset != end:
+            joined.append((begin, end - begin))
+            begin = end = offset
+        end += size
+    return [*joined, (begin, end - begin)]
 
 
 def _render_header(digest: bytes, m: int, p: int) -> bytes:

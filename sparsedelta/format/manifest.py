@@ -639,7 +639,7 @@ class _Chunks:
                 end = start + span
                 raw_at, stored_at, number = raw_at + n_raw, stored_at + n_stored, number + 1
                 chunks.append(chunk)
-            result.append(replace(row, chunks=tuple(chunks)))
+            result.append(row.with_chunks(tuple(chunks)))
         if raw_at != len(self._raw) or stored_at != len(self._stored):
             raise Corrupt("the chunks list more stream sizes than there are streams")
         self.end = offset

@@ -42,11 +42,14 @@ class TensorSpec:
     dtype: DType
     shape: tuple[int, ...]
     digest: bytes | None = None
+    _n_bytes: int = field(default=-1, init=False, repr=False, compare=False)  # -1: not computed yet
 
     @property
     def n_bytes(self) -> int:
         """Size in bytes."""
-        return tensor_bytes(self.dtype, self.shape)
+        if self._n_bytes < 0:
+            object.__setattr__(self, "_n_bytes", tensor_bytes(self.dtype, self.shape))
+        return self._n_bytes
 
     @property
     def n_elements(self) -> int:
@@ -55,11 +58,17 @@ class TensorSpec:
 
     def with_digest(self, digest: bytes | None) -> TensorSpec:
         """Return a copy with another digest."""
-        return TensorSpec(self.dtype, self.shape, digest)
+        copied = TensorSpec(self.dtype, self.shape, digest)
+        object.__setattr__(copied, "_n_bytes", self._n_bytes)
+        return copied
 
     def same_layout(self, other: TensorSpec) -> bool:
         """Return whether dtype and shape are equal."""
-        return self.dtype == other.dtype and self.shape == other.shape
+        return self.shape == other.shape and self.same_dtype(other)
+
+    def same_dtype(self, other: TensorSpec) -> bool:
+        """Return whether the dtypes are equal; most dtypes are the same object, which is quicker to see."""
+        return self.dtype is other.dtype or self.dtype == other.dtype
 
 
 class Named(Protocol):
@@ -144,12 +153,16 @@ class Row:
     @property
     def nnz(self) -> int:
         """Number of touched elements."""
-        return sum(chunk.nnz for chunk in self.chunks)
+        return sum([chunk.nnz for chunk in self.chunks])
 
     @property
     def coded_bytes(self) -> int:
         """Size of all its chunks in the payload, in bytes."""
-        return sum(chunk.stored_bytes for chunk in self.chunks)
+        return sum([chunk.stored_bytes for chunk in self.chunks])
+
+    def with_chunks(self, chunks: tuple[Chunk, ...]) -> Row:
+        """Return a copy with other chunks."""
+        return Row(self.file, self.name, self.target, self.base, self.keep, chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +246,6 @@ class Target:
 
 def default_keep(base: TensorSpec | None, target: TensorSpec) -> int:
     """Return how many leading elements of the base the target can keep (FORMAT §4)."""
-    if base is None or base.dtype != target.dtype:
+    if base is None or not base.same_dtype(target):
         return 0
     return min(base.n_elements, target.n_elements)

@@ -103,6 +103,24 @@ def _metadata(value: Any, what: str) -> dict[str, str] | None:
 
 
 def _entry(name: str, value: Any, what: str) -> HeaderEntry:
+    """Return the entry of a tensor from its JSON value."""
+    # Most entries pass these checks. They take a third of the time of the others, which say what is wrong.
+    if len(name) <= MAX_NAME_BYTES // 4 and type(value) is dict and value.keys() >= _MEMBERS:
+        shape, offsets = value["shape"], value["data_offsets"]
+        if (
+            type(shape) is type(offsets) is list
+            and len(shape) <= MAX_DIMENSIONS
+            and len(offsets) == 2
+        ):
+            numbers = [*shape, *offsets]
+            begin, end = offsets
+            right = type(value["dtype"]) is str and {*map(type, numbers)} == {int}
+            if right and min(numbers) >= 0 and begin <= end:
+                return HeaderEntry(name, value["dtype"], tuple(shape), begin, end)
+    return _checked_entry(name, value, what)
+
+
+def _checked_entry(name: str, value: Any, what: str) -> HeaderEntry:
     where = f"{what}, {name[:200]!r}"
     if len(name.encode("utf-8")) > MAX_NAME_BYTES:
         raise LimitExceeded(f"{where}: the tensor name is longer than {MAX_NAME_BYTES} bytes")

@@ -46,7 +46,7 @@ class SpoolPayload:
 
     def add_chunk(self, chunk: Chunk, streams: Iterable[bytes]) -> Chunk:
         """Store the streams of a chunk; return its record with their offset."""
-        return replace(chunk, offset=self._append(streams))
+        return chunk.at(self._append(streams))
 
     def add_text(self, raw: bytes) -> Stored:
         """Store a header or side file, compressed if that makes it smaller; return its record."""

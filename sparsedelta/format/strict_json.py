@@ -19,6 +19,9 @@ _BLOCK_BYTES = 1 << 20
 _MAX_DIGITS = 4000  # Python can convert integers of this many digits to text
 _SHOWN = 200  # characters of untrusted text in a message
 
+_UNUSUAL_INTEGER = re.compile(
+    rb"-0|[0-9]{19}"
+)  # all others are in range; also matches some strings
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _HEX = re.compile(r"[0-9a-f]*")
 
@@ -43,10 +46,11 @@ def parse_json(raw: bytes, what: str, *, any_numbers: bool = False) -> Any:
     """
     try:
         _check_depth(raw, what)
+        check = _any_integer if any_numbers else _integer
         value = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_unique,
-            parse_int=_any_integer if any_numbers else _integer,
+            parse_int=check if _UNUSUAL_INTEGER.search(raw) else None,
             parse_float=_any_number if any_numbers else _number,
             parse_constant=_constant,
         )
@@ -138,11 +142,14 @@ def _check_depth(raw: bytes, what: str) -> None:
     # It works block by block, in linear time. A regular expression would take a hundred bytes of
     # memory for each character of a long string, and quadratic time for unclosed quotes.
     text = np.frombuffer(raw, np.uint8)
-    depth, in_string, n_backslashes = 0, False, 0
+    depth, in_string, n_backslashes, has_escapes = 0, False, 0, b"\\" in raw
     for start in range(0, len(text), _BLOCK_BYTES):
         block = text[start : start + _BLOCK_BYTES]
-        escaped, n_backslashes = _escaped(block, n_backslashes)
-        inside = np.logical_xor.accumulate((block == ord('"')) & ~escaped) ^ in_string
+        quotes = block == ord('"')
+        if has_escapes:
+            escaped, n_backslashes = _escaped(block, n_backslashes)
+            quotes &= ~escaped
+        inside = np.logical_xor.accumulate(quotes) ^ in_string
         steps = ((block == ord("[")) | (block == ord("{"))).astype(np.int32)
         steps -= (block == ord("]")) | (block == ord("}"))
         steps[inside] = 0

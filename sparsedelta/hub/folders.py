@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from sparsedelta.files.shards import INDEX_SUFFIX
 from sparsedelta.format.paths import WEIGHT_SUFFIX
+from sparsedelta.fs import temporary_folder
 from sparsedelta.hub.client import RemoteFile
 from sparsedelta.hub.record import is_content
 
@@ -33,12 +33,12 @@ def folder_of(downloads: Mapping[str, Path], *, exact: bool = False) -> Iterator
         if _files_below(snapshot, weights=not exact) <= downloads.keys():
             yield snapshot
             return
-    with tempfile.TemporaryDirectory(prefix="sparsedelta-base-") as folder:
+    with temporary_folder("base") as folder:
         for path, local_path in downloads.items():
-            link = Path(folder, path)
+            link = folder / path
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(local_path.resolve())
-        yield Path(folder)
+        yield folder
 
 
 def remove_damaged(local_paths: Iterable[Path]) -> list[Path]:

@@ -6,7 +6,6 @@ Nothing is uploaded before the proof. A push never overwrites a commit that some
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from sparsedelta.errors import RemoteConflict, RemoteNotFound
 from sparsedelta.files.side_files import carried_content
 from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.format.paths import path_problem
+from sparsedelta.fs import temporary_folder
 from sparsedelta.hub.base_proof import Proof, base_reference, parse_base_id, prove_base
 from sparsedelta.hub.card import CARD_NAME, CardFacts, updated_card
 from sparsedelta.hub.chain import read_record
@@ -157,7 +157,7 @@ def push(
     path = f"{subfolder}/{DELTA_NAME}" if subfolder else DELTA_NAME
     with (
         opened(delta) as opened_delta,
-        tempfile.TemporaryDirectory(prefix="sparsedelta-push-") as folder,
+        temporary_folder("push") as folder,
     ):
         if not allow_secrets:
             check_secrets(opened_delta)
@@ -167,9 +167,7 @@ def push(
         reference = _wanted_base(opened_delta, base_id, recorded)
         local = Path(base) if base is not None else None
         proof = prove_base(hub, opened_delta, reference, local=local, progress=progress)
-        local_files = _make_files(
-            hub, opened_delta, repo_id, path, proof, destination, Path(folder)
-        )
+        local_files = _make_files(hub, opened_delta, repo_id, path, proof, destination, folder)
         files = tuple(
             PushedFile(name, file.stat().st_size, _is_changed(destination, name, file))
             for name, file in local_files.items()

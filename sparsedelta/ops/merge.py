@@ -99,7 +99,8 @@ def merge(
             check_base_files(one, checkpoint)
         rows = [_rows_by_base(delta, checkpoint) for delta in given]
         payload = context.enter_context(new_payload(spool_dir))
-        return _Merge(given, rows, checkpoint, recipe, payload, Pace(progress)).run()
+        paces = Pace(progress), Pace()
+        return _Merge(given, rows, checkpoint, recipe, payload, *paces).run()
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class _Merge:
     recipe: Recipe
     payload: SpoolPayload
     pace: Pace
+    silent: Pace
 
     def run(self) -> Delta:
         base = self.base
@@ -146,10 +148,9 @@ class _Merge:
 
     def _merged(self, tensor: Tensor, links: Sequence[Link | None]) -> MergedTensor | RebuiltTensor:
         """Return the merged tensor of the changes in ``links``."""
-        silent = Pace()
         present = [link for link in links if link]
         if work_dtype(tensor.spec.dtype) is not None:
-            return MergedTensor(tensor, links, self.recipe, silent)
+            return MergedTensor(tensor, links, self.recipe, self.silent)
         digests = {link.row.target.digest for link in present}
         if len(present) < len(links) or len(digests) > 1 or None in digests:
             raise ConflictError(
@@ -159,7 +160,7 @@ class _Merge:
             )
         # The merged delta has the files of the base; a target may have others.
         row = replace(present[0].row, file=tensor.file, name=tensor.name)
-        return RebuiltTensor(row, tensor, present[0].payload, silent)
+        return RebuiltTensor(row, tensor, present[0].payload, self.silent)
 
     def _info(self) -> Mapping[str, JSON]:
         recipe = self.recipe

@@ -19,6 +19,8 @@ from sparsedelta.format.records import Payload, Row
 from sparsedelta.tensors.parallel import DENSE_ELEMENTS, WIDE_BYTES, Pace, dense_places, wide_places
 from sparsedelta.tensors.start import Readable, RowStart
 
+_NO_LIMIT = nullcontext()
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -73,15 +75,16 @@ class ChangeReader:
             if chunk.start >= start + n:
                 break
             positions, codes = self._decode(chunk)
-            low, high = np.searchsorted(
-                positions, [max(0, start - chunk.start), start + n - chunk.start]
-            ).tolist()
-            if low == high:
-                continue
-            part = positions[low:high]
+            if chunk.start < start or chunk.end > start + n:
+                low, high = np.searchsorted(
+                    positions, [max(0, start - chunk.start), start + n - chunk.start]
+                ).tolist()
+                if low == high:
+                    continue
+                positions, codes = positions[low:high], codes[low:high]
             if chunk.start != start:
-                part = (part + np.int64(chunk.start - start)).astype(np.uint32)
-            found.append(Piece(chunk.coding.values, part, codes[low:high]))
+                positions = (positions + np.int64(chunk.start - start)).astype(np.uint32)
+            found.append(Piece(chunk.coding.values, positions, codes))
         return found
 
     def _decode(self, chunk: Chunk) -> tuple[Positions, Bits]:
@@ -100,8 +103,10 @@ def decode_row_chunk(
     if chunk.coding.classes and (base is not None or row.keep <= chunk.start):
         before = RowStart(base, row.target.dtype, row.keep, chunk.start)
     coded = read_coded(row, chunk, payload)
-    with naming(row):
+    try:
         return decode_chunk(chunk, row.target.dtype, coded, before=before)
+    except (BaseNeeded, Corrupt) as error:
+        raise _named(row, error) from error
 
 
 @contextmanager
@@ -110,7 +115,11 @@ def naming(row: Row) -> Iterator[None]:
     try:
         yield
     except (BaseNeeded, Corrupt) as error:
-        raise type(error)(f"tensor {row.name!r}: {error}", tensor=row.name) from error
+        raise _named(row, error) from error
+
+
+def _named(row: Row, error: BaseNeeded | Corrupt) -> BaseNeeded | Corrupt:
+    return type(error)(f"tensor {row.name!r}: {error}", tensor=row.name)
 
 
 def read_coded(row: Row, chunk: Chunk, payload: Payload) -> bytes:
@@ -149,5 +158,5 @@ def place_for(nnz: int, dtype: DType) -> AbstractContextManager[object]:
     It limits how many threads hold a large chunk at the same time.
     """
     if nnz <= DENSE_ELEMENTS:
-        return nullcontext()
+        return _NO_LIMIT
     return wide_places if dtype.width == WIDE_BYTES else dense_places

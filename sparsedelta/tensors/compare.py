@@ -111,8 +111,8 @@ class Comparison:
         self._payload = payload
         self._pace = pace
         n_block = max(1, min(BLOCK_BYTES // self._dtype.width, self._n_elements))
-        self._base_block = np.zeros(n_block, self._dtype.view)
-        self._target_block = np.zeros(n_block, self._dtype.view)
+        self._base_block = np.empty(n_block, self._dtype.view)
+        self._target_block = np.empty(n_block, self._dtype.view)
         self._base_hash = blake3()
         self._base_digest = base_digest
         # None while all bytes so far are equal, so that hashing the base's bytes is enough.
@@ -169,22 +169,35 @@ class Comparison:
             if low < high:
                 own = slice(low, high)
                 in_chunk = (positions[own] - start).astype(np.uint32)
-                chunks.append(self._encode_known(start, span, in_chunk, before[own], bits[own]))
+                known = before[own], bits[own]
+                chunks.append(self._encode_known(start, span, in_chunk, *known, self._values))
         spec = self._target.spec.with_digest(hasher.digest()[:DIGEST_BYTES])
         found = base_tensor(base, self._base_digest)
         return Row(self._target.file, self._target.name, spec, found, self._keep, tuple(chunks))
 
     def _encode_known(
-        self, first: int, span: int, positions: Positions, before: Bits, after: Bits
+        self, first: int, span: int, positions: Positions, before: Bits, after: Bits, values: str
     ) -> Chunk:
         with place_for(len(positions), self._dtype):
-            codes = VALUE_ENCODINGS[self._values].encode(self._dtype, before, after)
+            codes = VALUE_ENCODINGS[values].encode(self._dtype, before, after)
             digests = touched_digest(before), touched_digest(after)
             return self._encode(first, span, positions, codes, keys_of(before), digests)
+
+    def _compare_block(self, first: int, span: int, values: str) -> Chunk | None:
+        """Compare a chunk that fits in one block."""
+        base_bits, target_bits = self._read(first, span)
+        positions = np.empty(span, np.uint32)
+        before, after = differences(base_bits, target_bits, 0, positions)
+        self._hash(base_bits, target_bits, first, len(before))
+        if not len(before):
+            return None
+        return self._encode_known(first, span, positions[: len(before)], before, after, values)
 
     def _compare_chunk(self, first: int, span: int) -> Chunk | None:
         dtype = self._dtype
         values = self._values if first < self._keep else "target"
+        if span <= len(self._base_block):
+            return self._compare_block(first, span, values)
         # np.empty takes no memory until a page is written, so a sparse chunk takes little.
         positions = np.empty(span, np.uint32)
         codes = np.empty(span, dtype.view)

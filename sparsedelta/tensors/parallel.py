@@ -63,8 +63,8 @@ class Pace:
         Raises:
             TypeError: ``progress`` is no receiver of progress, such as ``True``.
         """
-        self.progress = progress or Silent()
-        if not isinstance(self.progress, Progress):
+        self.progress: Progress = Silent() if progress is None else progress
+        if progress is not None and not isinstance(progress, Progress):
             raise TypeError(
                 f"progress is {progress!r}, expected None or an object with the methods start(label, n_bytes),"
                 " advance(n_bytes) and finish(); the command line shows a bar"

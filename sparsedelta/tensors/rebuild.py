@@ -89,7 +89,7 @@ def rebuild(
         write=write,
         pace=pace,
         checks_touched=check != "none",
-        block=np.zeros(max(1, min(BLOCK_BYTES // dtype.width, row.target.n_elements)), dtype.view),
+        block=np.empty(max(1, min(BLOCK_BYTES // dtype.width, row.target.n_elements)), dtype.view),
         target_hash=blake3() if full and row.target.digest is not None else None,
         base_hash=blake3() if checks_base else None,
     )
@@ -125,7 +125,9 @@ class _Rebuild:
         if chunk:
             positions, codes = self._decode_chunk(chunk)
         starts = range(first, end, n_block)
-        edges = np.searchsorted(positions, [*(s - first for s in starts), end - first]).tolist()
+        edges = [0, len(positions)]
+        if len(starts) > 1:
+            edges = np.searchsorted(positions, [*(s - first for s in starts), end - first]).tolist()
         for start, low, high in zip(starts, edges, edges[1:], strict=False):
             bits = self.block[: min(n_block, end - start)]
             read_start(self.base, row.keep, start, bits)
@@ -200,12 +202,15 @@ class _Rebuild:
 def _target_proves_base(row: Row) -> bool:
     """Return whether a right target digest proves that the base tensor is right.
 
-    This holds if different base tensors always give different targets: every element of the base is
-    kept, all codes are ``ulp``, which maps bits one to one, and no chunk was decoded with the base.
+    Every element of the base must be kept, and all codes must be ``ulp``, which maps bits one to one. A base
+    that differs in an element then gives another target, unless it also changes which elements a chunk with
+    classes touches. In that case the digest of the old bits of these elements is wrong (FORMAT §10).
     """
     return (
         row.target.digest is not None
         and row.base is not None
         and row.keep == row.base.spec.n_elements == row.target.n_elements
-        and all(c.coding.values == "ulp" and not c.coding.classes for c in row.chunks)
+        and all(
+            c.coding.values == "ulp" and (c.touched or not c.coding.classes) for c in row.chunks
+        )
     )

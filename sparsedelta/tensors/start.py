@@ -22,10 +22,12 @@ def read_start(base: Readable | None, keep: int, first: int, bits: Bits) -> None
 
     The elements below ``keep`` are those of the base; all others are zero bits.
     """
-    n_kept = max(0, min(len(bits), keep - first))
-    bits[n_kept:] = 0
+    n_kept = max(0, min(len(bits), keep - first)) if base is not None else 0
+    if n_kept < len(bits):
+        bits[n_kept:] = 0
+        bits = bits[:n_kept]
     if n_kept and base is not None:
-        base.read_into(bits[:n_kept].view(np.uint8).data, first * bits.itemsize)
+        base.read_into(bits.view(np.uint8).data, first * bits.itemsize)
 
 
 class RowStart:
@@ -43,14 +45,14 @@ class RowStart:
         self._dtype = dtype
         self._keep = keep
         self._first = first
-        self._buffer = np.empty(0, dtype.view)
+        self._buffer: Bits | None = None
 
     def __call__(self, start: int, n: int) -> Bits:
         """Return ``n`` elements from ``start``, counted from ``first``.
 
         The next call reuses the memory of the returned array.
         """
-        if len(self._buffer) < n:
+        if self._buffer is None or len(self._buffer) < n:
             self._buffer = np.empty(n, self._dtype.view)
         bits = self._buffer[:n]
         read_start(self._base, self._keep, self._first + start, bits)

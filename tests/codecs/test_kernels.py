@@ -12,7 +12,7 @@ import pytest
 from helpers import BITS, assert_bit_equal
 from kernel_cases import Bits, both, damaged, drawn, encoded, native, reader
 
-from sparsedelta.codecs.chunk import Span, decode_chunk
+from sparsedelta.codecs.chunk import MAX_SPAN, Span, decode_chunk
 from sparsedelta.codecs.context import ChunkContext
 from sparsedelta.codecs.exponent_classes import keys_of
 from sparsedelta.codecs.indices import INDEX_ENCODINGS
@@ -37,6 +37,42 @@ def test_encoders_make_the_same_chunk(name: str) -> None:
             found, numbers = decode_chunk(chunk, dtype, coded, before=reader(before))
             assert_bit_equal(found, positions)
             assert_bit_equal(numbers, codes)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [[0], [MAX_SPAN - 1], [0, MAX_SPAN - 1], [*range(1000), MAX_SPAN - 1], [*range(0, 5000, 7)]],
+)
+def test_rice_streams_of_uneven_gaps_are_the_same(positions: list[int]) -> None:
+    rice, given = INDEX_ENCODINGS["rice"], np.array(positions, np.uint32)
+    compiled, reference = both(rice.encode, given, MAX_SPAN)
+    assert compiled == reference
+    stream = rice.encode(given, MAX_SPAN)
+    assert stream is not None
+    assert_bit_equal(rice.decode(stream.tobytes(), len(given), MAX_SPAN), given)
+
+
+@pytest.mark.parametrize("most", range(3))
+def test_every_set_of_instructions_gives_the_same_classes(most: int) -> None:
+    assert native is not None
+    rice = INDEX_ENCODINGS["rice"]
+    best = native.use_instructions(9)
+    try:
+        assert native.use_instructions(most) == min(most, best)
+        n_streams = 0
+        for seed in range(60):
+            positions, _, before = drawn(seed, 2)
+            context = ChunkContext(reader(before), classes=True)
+            compiled, reference = both(rice.encode, positions, len(before), context)
+            assert compiled == reference
+            stream = rice.encode(positions, len(before), context)
+            if stream is not None:
+                found = rice.decode(stream.tobytes(), len(positions), len(before), context)
+                assert_bit_equal(found, positions)
+                n_streams += 1
+        assert n_streams > 5
+    finally:
+        native.use_instructions(best)
 
 
 @pytest.mark.parametrize("name", INDEX_ENCODINGS)

@@ -231,7 +231,9 @@ def proves_base(row: Row) -> bool:
     return (
         row.keeps_all
         and not row.is_copied
-        and all(c.coding.values == "ulp" and not c.coding.classes for c in row.chunks)
+        and all(
+            c.coding.values == "ulp" and (c.touched or not c.coding.classes) for c in row.chunks
+        )
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from sparsedelta.codecs import kernels
 from sparsedelta.codecs.bitpack import decode_rice, encode_rice
 from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, StartBits, Stream
 from sparsedelta.codecs.exponent_classes import (
@@ -30,6 +31,10 @@ from sparsedelta.codecs.subsets import encode_subset, read_subset
 from sparsedelta.errors import Corrupt
 
 _FEWEST = 256  # touched positions; with fewer, classes cannot save enough
+_HEAD_BYTES, _MOST_GAP_BYTES = (
+    16,
+    5,
+)  # a gap never takes more bytes with the parameter that fits best
 _CLASS_BITS = 32  # size of what a class needs besides its gaps
 _MOST_CLASSES = 8  # each takes time in proportion to the span, and more classes save less than 1 %
 # Classes are used if they shrink the stream at least to this ratio. Otherwise they are not worth the time.
@@ -50,6 +55,9 @@ class _Rice(IndexEncoding):
     def encode(
         self, positions: Positions, span: int, context: ChunkContext = NO_CONTEXT
     ) -> Stream | None:
+        if kernels.native and not context.classes and 2 * len(positions) <= span:
+            whole = np.empty(_HEAD_BYTES + _MOST_GAP_BYTES * len(positions), np.uint8)
+            return whole[: kernels.native.put_rice(positions, whole)]
         thresholds: list[int] = []
         parts: Iterator[tuple[Positions, int]] = iter([(positions, span)])
         if context.classes:

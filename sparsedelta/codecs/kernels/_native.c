@@ -13,8 +13,8 @@
 #include <Python.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __SSE2__
-#include <emmintrin.h>
+#ifdef __x86_64__
+#include <immintrin.h>
 #endif
 
 #if !defined(__GNUC__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__ || __SIZEOF_POINTER__ != 8
@@ -124,7 +124,7 @@ static PyObject *none(void) {
 /* Packs 64 flags into 64 bits; each flag is a byte, 0 or 255. */
 INLINE uint64_t bits_of(const u8 *flags) {
     uint64_t bits = 0;
-#ifdef __SSE2__
+#ifdef __x86_64__
     for (int i = 0; i < 4; i++)
         bits |= (uint64_t)(uint32_t)_mm_movemask_epi8(_mm_loadu_si128((const __m128i *)flags + i)) << 16 * i;
 #else
@@ -315,6 +315,73 @@ static PyObject *gaps_between(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
+/* Returns the number of bits in which a parameter k codes the gaps between ascending numbers. */
+CLONED static uint64_t gap_bits(const u32 *number, size n, int k) {
+    uint64_t sum = (uint64_t)n * (k + 1) + (number[0] >> k);
+    for (size i = 1; i < n; i++) sum += (uint32_t)(number[i] - number[i - 1] - 1) >> k;
+    return sum;
+}
+
+/* Returns the parameter that codes the gaps between n ascending numbers in the fewest bits, and these bits in `least`. */
+static int best_parameter(const u32 *number, size n, uint64_t *least) {
+    int guess = 0, best = 0;
+    int64_t part = (int64_t)((double)((int64_t)number[n - 1] - (n - 1)) / (double)n * 0.7);
+    while (part >> 1 && guess < 31) part >>= 1, guess++;
+    *least = UINT64_MAX;
+    for (int k = guess ? guess - 1 : 0; k <= guess + 1 && k <= 31; k++) {
+        uint64_t bits = gap_bits(number, n, k);
+        if (bits < *least) *least = bits, best = k;
+    }
+    return best;
+}
+
+static u8 *put_number(u8 *out, uint64_t number) {
+    for (; number > 127; number >>= 7) *out++ = (u8)(number | 128);
+    *out++ = (u8)number;
+    return out;
+}
+
+enum { HEAD_BYTES = 16 }; /* more than the thresholds and the head of a subset take */
+
+/* Writes a whole `rice` stream without classes: at least one ascending number. Returns its size in bytes. */
+static PyObject *put_rice(PyObject *module, PyObject *args) {
+    Py_buffer b[2];
+    if (!PyArg_ParseTuple(args, "O&O&", in_u32, &b[0], out_u8, &b[1])) return NULL;
+    const u32 *number = b[0].buf;
+    u8 *out = b[1].buf;
+    size n = n_items(&b[0]), n_written = 0;
+    if (n < 1 || n > INT32_MAX) return release(b, 2, wrong_sizes());
+    Py_BEGIN_ALLOW_THREADS
+    uint64_t n_bits;
+    int k = best_parameter(number, n, &n_bits);
+    size n_low = (n * k + 7) / 8, n_unary = (size)((n_bits - (uint64_t)n * k + 7) / 8);
+    if (n_bits <= (uint64_t)INT64_MAX && HEAD_BYTES + n_low + n_unary <= b[1].len) {
+        *out++ = 0;
+        out = put_number(put_number(out, 2 * (uint64_t)n), (uint64_t)k);
+        u8 *low = out, *unary = out + n_low;
+        memset(unary, 0, n_unary);
+        uint64_t word = 0, mask = ((uint64_t)1 << k) - 1;
+        size bit = 0;
+        int held = 0;
+        for (size i = 0; i < n; i++) {
+            uint32_t gap = i ? number[i] - number[i - 1] - 1 : number[0];
+            word |= (gap & mask) << held;
+            held += k;
+            if (held >= 32) { /* held < 64: k ≤ 31 */
+                *(u32 *)low = (uint32_t)word;
+                low += 4, word >>= 32, held -= 32;
+            }
+            bit += gap >> k;
+            unary[bit >> 3] |= (u8)(1 << (bit & 7));
+            bit++;
+        }
+        for (; held > 0; held -= 8, word >>= 8) *low++ = (u8)word;
+        n_written = unary + n_unary - (u8 *)b[1].buf;
+    }
+    Py_END_ALLOW_THREADS
+    return release(b, 2, n_written ? PyLong_FromSsize_t(n_written) : wrong_sizes());
+}
+
 /* Writes ascending numbers with the given gaps: `gap[i]` numbers are skipped before number i. All are below `bound`. */
 static PyObject *numbers_from(PyObject *module, PyObject *args) {
     Py_buffer b[2];
@@ -491,22 +558,92 @@ static PyObject *keys_of(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
-/* Writes the keys of the next elements from `first`, at most 64. Returns a word with one bit set for each element. */
-INLINE uint64_t keys_from(const void *bits, size first, size n, u8 *key, int W) {
-    if (n - first >= GROUP) {
-        for (size i = 0; i < GROUP; i++) key[i] = key_of(get(bits, first + i, W), W);
-        return ~(uint64_t)0;
+enum { PORTABLE, AVX2, AVX512 }; /* the instructions that `members_of` uses */
+static int instructions = PORTABLE;
+
+/* Elements whose classes are found at once. */
+enum { GROUPS = 32, BATCH = GROUPS * GROUP };
+
+/* Sorts the elements of groups of 64 into classes by their keys. Writes for each class GROUPS words, of which the first
+ * `n_groups` count; a bit is set for each element of the class. */
+static void members_portable(const u8 *key, int n_groups, const u8 *threshold, int n_classes, uint64_t *members) {
+    for (int g = 0; g < n_groups; g++, key += GROUP) {
+        uint64_t before = 0;
+        for (int c = 0; c < n_classes - 1; c++) {
+            u8 flags[GROUP];
+            for (int i = 0; i < GROUP; i++) flags[i] = key[i] < threshold[c] ? 255 : 0;
+            uint64_t below = bits_of(flags);
+            members[c * GROUPS + g] = below & ~before;
+            before = below;
+        }
+        members[(n_classes - 1) * GROUPS + g] = ~before;
     }
-    memset(key, 0, GROUP);
-    for (size i = 0; i < n - first; i++) key[i] = key_of(get(bits, first + i, W), W);
-    return ((uint64_t)1 << (n - first)) - 1;
 }
 
-/* Returns a word in which a bit is set for each of 64 keys that is below a threshold. */
-INLINE uint64_t below(const u8 *key, u8 threshold) {
-    u8 flags[GROUP];
-    for (int i = 0; i < GROUP; i++) flags[i] = key[i] < threshold ? 255 : 0;
-    return bits_of(flags);
+#ifdef __x86_64__
+__attribute__((target("avx2"))) static void members_avx2(const u8 *key, int n_groups, const u8 *threshold, int n_classes, uint64_t *members) {
+    for (int g = 0; g < n_groups; g++, key += GROUP) {
+        __m256i low = _mm256_loadu_si256((const __m256i *)key), high = _mm256_loadu_si256((const __m256i *)key + 1);
+        uint64_t before = 0;
+        for (int c = 0; c < n_classes - 1; c++) {
+            __m256i most = _mm256_set1_epi8((char)(threshold[c] - 1)); /* a threshold is at least 1 */
+            uint32_t first = (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_min_epu8(low, most), low));
+            uint32_t second = (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_min_epu8(high, most), high));
+            uint64_t below = first | (uint64_t)second << 32;
+            members[c * GROUPS + g] = below & ~before;
+            before = below;
+        }
+        members[(n_classes - 1) * GROUPS + g] = ~before;
+    }
+}
+
+__attribute__((target("avx512f,avx512bw"))) static void members_avx512(const u8 *key, int n_groups, const u8 *threshold, int n_classes, uint64_t *members) {
+    for (int g = 0; g < n_groups; g++, key += GROUP) {
+        __m512i keys = _mm512_loadu_si512(key);
+        uint64_t before = 0;
+        for (int c = 0; c < n_classes - 1; c++) {
+            uint64_t below = _mm512_cmplt_epu8_mask(keys, _mm512_set1_epi8((char)threshold[c]));
+            members[c * GROUPS + g] = below & ~before;
+            before = below;
+        }
+        members[(n_classes - 1) * GROUPS + g] = ~before;
+    }
+}
+#endif
+
+/* Writes the keys of at most BATCH elements from `first`, and the members of each class among them; bits after the last
+ * element are zero. Returns the number of groups. */
+INLINE int members_of(const void *bits, size first, size n, const u8 *threshold, int n_classes, u8 *key, uint64_t *members, int W) {
+    size here = n - first < BATCH ? n - first : BATCH;
+    int n_groups = (int)((here + GROUP - 1) / GROUP), over = (int)(n_groups * GROUP - here);
+    for (size i = 0; i < here; i++) key[i] = key_of(get(bits, first + i, W), W);
+    memset(key + here, 0, over);
+#ifdef __x86_64__
+    if (instructions == AVX512)
+        members_avx512(key, n_groups, threshold, n_classes, members);
+    else if (instructions == AVX2)
+        members_avx2(key, n_groups, threshold, n_classes, members);
+    else
+#endif
+        members_portable(key, n_groups, threshold, n_classes, members);
+    for (int c = 0; over && c < n_classes; c++) members[c * GROUPS + n_groups - 1] &= ~(uint64_t)0 >> over;
+    return n_groups;
+}
+
+static int best_instructions(void) {
+#ifdef __x86_64__
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return AVX512;
+    if (__builtin_cpu_supports("avx2")) return AVX2;
+#endif
+    return PORTABLE;
+}
+
+/* Limits the instructions that `members_of` uses, for tests. Returns those in use. */
+static PyObject *use_instructions(PyObject *module, PyObject *args) {
+    int most, best = best_instructions();
+    if (!PyArg_ParseTuple(args, "i", &most)) return NULL;
+    instructions = most < PORTABLE ? PORTABLE : most < best ? most : best;
+    return PyLong_FromLong(instructions);
 }
 
 /* The state of one class while the elements of a span are processed block by block. `rank` is the number of its elements
@@ -532,33 +669,37 @@ INLINE uint64_t deposit(uint64_t bits, uint64_t mask) {
     return word;
 }
 
-/* Returns which elements in `mask` are chosen. They are the next elements of a class. */
-INLINE uint64_t chosen_of(Class *one, const u8 *bitmaps, uint64_t mask) {
-    int64_t rank = one->rank;
-    uint64_t bits = 0;
-    one->rank += __builtin_popcountll(mask);
-    if (rank < one->end) { /* the nine bytes lie within the bitmap and its slack */
-        const u8 *at = bitmaps + one->next + (rank >> 3);
-        bits = *(const u64 *)at >> (rank & 7) | (uint64_t)at[8] << 1 << (63 - (rank & 7));
+/* Adds to `touched` which elements of a class are chosen; `members` holds the class's elements in each group. */
+INLINE void add_chosen(Class *one, const u8 *bitmaps, const uint64_t *members, int n_groups, uint64_t *touched) {
+    const u8 *bitmap = bitmaps + one->next;
+    int64_t rank = one->rank, end = one->end;
+    uint64_t rest = -(uint64_t)one->rest;
+    for (int g = 0; g < n_groups; g++) {
+        uint64_t mask = members[g], bits = 0;
+        if (rank < end) { /* the nine bytes lie within the bitmap and its slack */
+            const u8 *at = bitmap + (rank >> 3);
+            bits = *(const u64 *)at >> (rank & 7) | (uint64_t)at[8] << 1 << (63 - (rank & 7));
+        }
+        rank += __builtin_popcountll(mask);
+        touched[g] |= deposit(bits ^ rest, mask);
     }
-    return deposit(bits ^ -(uint64_t)one->rest, mask);
+    one->rank = rank;
 }
 
 INLINE size find_in(const void *bits, size n, size start, const u8 *threshold, int n_classes, Class *classes, const u8 *chosen, u32 *positions, u8 *keys, size found, size room, int W) {
-    u8 key[GROUP];
-    for (size first = 0; first < n; first += GROUP) {
-        uint64_t touched = 0, left = keys_from(bits, first, n, key, W);
-        for (int c = 0; c < n_classes - 1; c++) {
-            uint64_t lower = left & below(key, threshold[c]);
-            touched |= chosen_of(&classes[c], chosen, lower);
-            left ^= lower;
-        }
-        touched |= chosen_of(&classes[n_classes - 1], chosen, left);
-        if (__builtin_popcountll(touched) > room - found) return -1;
-        for (; touched; touched &= touched - 1) {
-            int i = __builtin_ctzll(touched);
-            positions[found] = (uint32_t)(start + first + i);
-            keys[found++] = key[i];
+    u8 key[BATCH];
+    uint64_t members[GROUPS * MAX_CLASSES];
+    for (size first = 0; first < n; first += BATCH) {
+        int n_groups = members_of(bits, first, n, threshold, n_classes, key, members, W);
+        uint64_t touched[GROUPS] = {0};
+        for (int c = 0; c < n_classes; c++) add_chosen(&classes[c], chosen, members + c * GROUPS, n_groups, touched);
+        for (int g = 0; g < n_groups; g++) {
+            if (__builtin_popcountll(touched[g]) > room - found) return -1;
+            for (uint64_t left = touched[g]; left; left &= left - 1) {
+                int i = GROUP * g + __builtin_ctzll(left);
+                positions[found] = (uint32_t)(start + first + i);
+                keys[found++] = key[i];
+            }
         }
     }
     return found;
@@ -610,26 +751,24 @@ static PyObject *find_chosen(PyObject *module, PyObject *args) {
 }
 
 INLINE int rank_in(const void *bits, size n, size start, const u8 *threshold, int n_classes, Class *classes, const u32 *positions, size n_positions, u32 *ranks, int W) {
-    u8 key[GROUP], class_of[256];
-    uint64_t members[MAX_CLASSES];
+    u8 key[BATCH], class_of[256];
+    uint64_t members[GROUPS * MAX_CLASSES];
     size at = 0;
     for (int i = 0, c = 0; i < 256; i++) class_of[i] = (u8)(c += c < n_classes - 1 && i == threshold[c]);
-    for (size first = 0; first < n; first += GROUP) {
-        uint64_t left = keys_from(bits, first, n, key, W);
-        for (int c = 0; c < n_classes - 1; c++) {
-            members[c] = left & below(key, threshold[c]);
-            left ^= members[c];
+    for (size first = 0; first < n; first += BATCH) {
+        int n_groups = members_of(bits, first, n, threshold, n_classes, key, members, W);
+        for (int g = 0; g < n_groups; g++) {
+            size begin = first + g * GROUP, here = n - begin < GROUP ? n - begin : GROUP;
+            for (; at < n_positions && positions[at] < start + begin + GROUP; at++) {
+                int64_t i = positions[at] - (start + begin);
+                if (i < 0 || i >= here) return 0;
+                int c = class_of[key[GROUP * g + i]];
+                uint64_t earlier = members[c * GROUPS + g] & (((uint64_t)1 << i) - 1);
+                if (classes[c].next >= classes[c].end) return 0;
+                ranks[classes[c].next++] = (uint32_t)(classes[c].rank + __builtin_popcountll(earlier));
+            }
+            for (int c = 0; c < n_classes; c++) classes[c].rank += __builtin_popcountll(members[c * GROUPS + g]);
         }
-        members[n_classes - 1] = left;
-        for (; at < n_positions && positions[at] < start + first + GROUP; at++) {
-            int64_t i = positions[at] - (start + first);
-            if (i < 0 || i >= n - first) return 0;
-            int c = class_of[key[i]];
-            uint64_t earlier = members[c] & (((uint64_t)1 << i) - 1);
-            if (classes[c].next >= classes[c].end) return 0;
-            ranks[classes[c].next++] = (uint32_t)(classes[c].rank + __builtin_popcountll(earlier));
-        }
-        for (int c = 0; c < n_classes; c++) classes[c].rank += __builtin_popcountll(members[c]);
     }
     return at == n_positions;
 }
@@ -927,8 +1066,8 @@ static PyObject *change(PyObject *module, PyObject *args) {
 
 static PyMethodDef kernels[] = {
     KERNEL(shifted_sum), KERNEL(pack), KERNEL(unpack), KERNEL(put_unary), KERNEL(decode_rice),
-    KERNEL(gaps_between), KERNEL(numbers_from), KERNEL(others), KERNEL(read_gaps), KERNEL(put_gaps), KERNEL(put_bits), KERNEL(ones), KERNEL(put_cells),
-    KERNEL(keys_of), KERNEL(find_chosen), KERNEL(rank_chosen),
+    KERNEL(gaps_between), KERNEL(put_rice), KERNEL(numbers_from), KERNEL(others), KERNEL(read_gaps), KERNEL(put_gaps), KERNEL(put_bits), KERNEL(ones), KERNEL(put_cells),
+    KERNEL(keys_of), KERNEL(use_instructions), KERNEL(find_chosen), KERNEL(rank_chosen),
     KERNEL(count_keys), KERNEL(step_statistics), KERNEL(sort_codes), KERNEL(long_steps), KERNEL(join_steps),
     KERNEL(encode_values), KERNEL(decode_values), KERNEL(compare), KERNEL(change),
     {NULL, NULL, 0, NULL},
@@ -945,8 +1084,9 @@ PyMODINIT_FUNC PyInit__native(void) {
     __builtin_cpu_init();
     has_deposit = __builtin_cpu_supports("bmi2") && !__builtin_cpu_is("znver1") && !__builtin_cpu_is("znver2");
 #endif
+    instructions = best_instructions();
     PyObject *module = Corrupt ? PyModule_Create(&definition) : NULL;
-    if (module && PyModule_AddIntConstant(module, "VERSION", 2)) {
+    if (module && PyModule_AddIntConstant(module, "VERSION", 3)) {
         Py_DECREF(module);
         return NULL;
     }

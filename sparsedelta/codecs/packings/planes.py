@@ -23,9 +23,9 @@ class _Planes(ValuePacking):
         return [nnz] * width
 
     def encode(self, codes: Bits, keys: Keys | None) -> Sequence[Stream]:
-        columns = codes.view(np.uint8).reshape(len(codes), codes.itemsize)
+        raw = codes.view(np.uint8)
         used = int(np.bitwise_or.reduce(codes)).to_bytes(codes.itemsize, "little")
-        return [columns[:, j].copy() if bits else _NOTHING for j, bits in enumerate(used)]
+        return [raw[j :: len(used)].copy() if bits else _NOTHING for j, bits in enumerate(used)]
 
     def possible(self, n_bytes: int, nnz: int, width: int) -> bool:
         return n_bytes == 0

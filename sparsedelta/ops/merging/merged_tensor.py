@@ -72,7 +72,7 @@ class MergedTensor:
         self._n_elements = base.spec.n_elements
         self._dtype = base.spec.dtype
         self._n_deltas = len(links)
-        self._number, self._bits = -1, np.empty(0, self._dtype.view)
+        self._number, self._raw = -1, memoryview(b"")
         self._thinned = [
             self._thin(number, ChangeReader(link.row, link.payload, pace, base))
             for number, link in enumerate(links)
@@ -85,8 +85,9 @@ class MergedTensor:
         while len(buffer):
             number, start = divmod(offset, window_bytes)
             if number != self._number:
-                self._bits, self._number = self._merge_window(number), number
-            raw = self._bits.view(np.uint8).data[start : start + len(buffer)]
+                bits = self._merge_window(number)
+                self._raw, self._number = bits.view(np.uint8).data, number
+            raw = self._raw[start : start + len(buffer)]
             buffer[: len(raw)] = raw
             buffer = buffer[len(raw) :]
             offset += len(raw)
@@ -107,18 +108,19 @@ class MergedTensor:
         self, bits: Bits, found: Sequence[tuple[int, Positions, Numbers]], start: int, end: int
     ) -> None:
         touched = np.zeros(end - start, np.bool_)
-        parts = []
-        for number, positions, values in found:
-            low, high = np.searchsorted(positions, [start, end])
-            where = positions[low:high] - np.uint32(start)
+        parts = found
+        if end - start < len(bits):
+            parts = [_within(one, start, end) for one in found]
+        for _, where, _ in parts:
             touched[where] = True
-            parts.append((number, where, values[low:high]))
-        union = np.flatnonzero(touched)
+        (union,) = touched.nonzero()
         if not len(union):
             return
         work = np.zeros((self._n_deltas, len(union)), work_dtype(self._dtype))
         for number, where, values in parts:
-            work[number, np.searchsorted(union, where)] = values
+            # If one delta touches all, no search is needed.
+            places = slice(None) if len(where) == len(union) else union.searchsorted(where)
+            work[number, places] = values
         with np.errstate(invalid="ignore", over="ignore"):
             merged = self._recipe.merge(work)
             before = bits[start:end][union]
@@ -139,18 +141,18 @@ class MergedTensor:
         pieces = changes.window(number * MAX_SPAN, len(bits))
         if not pieces:
             return
-        positions = np.concatenate([piece.positions for piece in pieces])
-        before = bits[positions]
-        after = np.concatenate(
-            [
-                VALUE_ENCODINGS[piece.values].decode(
-                    self._dtype, bits[piece.positions], piece.codes
-                )
-                for piece in pieces
-            ]
-        )
+        positions = _joined([piece.positions for piece in pieces])
+        before = [bits[piece.positions] for piece in pieces]
+        after = [
+            VALUE_ENCODINGS[piece.values].decode(self._dtype, old, piece.codes)
+            for piece, old in zip(pieces, before, strict=True)
+        ]
         with np.errstate(invalid="ignore", over="ignore"):
-            yield positions, to_numbers(self._dtype, after) - to_numbers(self._dtype, before)
+            new, old = (
+                to_numbers(self._dtype, _joined(after)),
+                to_numbers(self._dtype, _joined(before)),
+            )
+            yield positions, new - old
 
     def _thin(self, number: int, changes: ChangeReader) -> _Thinned:
         """Return which differences of a delta the recipe keeps; this reads all of them."""
@@ -196,3 +198,16 @@ class MergedTensor:
         what = f"{self._recipe.seed} {thinned.number} {number} {self.name}"
         key = blake3(what.encode("utf-8")).digest()[:16]
         return dropped_at_random(key, self._recipe.densities[thinned.number], n_elements)
+
+
+def _joined(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _within(
+    part: tuple[int, Positions, Numbers], start: int, end: int
+) -> tuple[int, Positions, Numbers]:
+    """Return the differences at the positions from ``start`` to ``end``, counted from ``start``."""
+    number, positions, values = part
+    low, high = np.searchsorted(positions, [start, end])
+    return number, positions[low:high] - np.uint32(start), values[low:high]
