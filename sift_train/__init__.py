@@ -20,6 +20,7 @@ from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, Plan, plan
 from sift_train.rules import RULES, Rule, principal
 from sift_train.sift import SIFT
+from sift_train.sift_config import SiftConfig
 
 if TYPE_CHECKING:
     from sift_train.trainer import SiftCallback, SiftTrainerMixin
@@ -34,6 +35,7 @@ __all__ = [
     "Plan",
     "Rule",
     "SiftCallback",
+    "SiftConfig",
     "SiftTrainerMixin",
     "SparseParameter",
     "StepReport",
