@@ -412,9 +412,9 @@ class SIFT:
         self.after_closure(optimizer)
         for group in optimizer.param_groups:
             for master in group["params"]:
-                part = self._by_master.get(id(master))
-                if part is not None and part.is_selected and group.get(BASE_DECAY):
-                    part.decay_to_original(float(group["lr"]) * group[BASE_DECAY])
+                held = self._by_master.get(id(master))
+                if held is not None and held.is_selected and group.get(BASE_DECAY):
+                    held.decay_to_original(float(group["lr"]) * group[BASE_DECAY])
 
     def after_closure(self, optimizer: torch.optim.Optimizer) -> None:
         """Choose by the gradients of this step; drop the gradients of masters not chosen yet."""
