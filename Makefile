@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 HUB_1X := $(VENV)-hub-1x
 BENCH := $(VENV)-bench
+INTEROP := $(VENV)-interop
 
-.PHONY: demo test test-hub-1x sanitize lint format bench bench-quick gpu-rehearse vectors clean
+.PHONY: demo test test-hub-1x sanitize lint format bench bench-quick gpu-rehearse interop vectors clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -52,6 +53,10 @@ bench-quick: $(READY)
 gpu-rehearse: $(READY)
 	$(BIN)/python benchmarks/gpu.py --rehearse
 
+# The forms of other projects, with the code of these projects; SOURCES is the folder that docs/interop.md describes.
+interop: $(INTEROP)/.ready
+	$(INTEROP)/bin/python benchmarks/foreign_forms.py $(if $(SOURCES),--sources $(SOURCES))
+
 vectors: $(READY)
 	$(BIN)/python spec/make_vectors.py
 
@@ -75,5 +80,11 @@ $(BENCH)/.ready: $(INSTALLED) constraints.txt
 	$(BENCH)/bin/python -m pip install --quiet -c constraints.txt -e ".[train]" --group demo --group bench
 	touch $@
 
+$(INTEROP)/.ready: $(INSTALLED) constraints.txt
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(INTEROP)/bin/python -m pip install --quiet -c constraints.txt -e ".[interop,train]" --group interop
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(HUB_1X) $(BENCH) .demo build dist sparsedelta/codecs/kernels/*.so
+	rm -rf $(VENV) $(HUB_1X) $(BENCH) $(INTEROP) .demo build dist sparsedelta/codecs/kernels/*.so

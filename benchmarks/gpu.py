@@ -54,12 +54,12 @@ BASIC = ("blake3", "numpy", "zstandard", "safetensors")
 FIT = ("accelerate", "rich")
 TESTING = ("click", "transformers", "pytest", "hypothesis")
 PARTS: Mapping[str, Part] = {
-    "tests": Part("Tests that need a GPU", 2.0, (*BASIC, *FIT, *TESTING)),
+    "tests": Part("Tests that need a GPU", 1.5, (*BASIC, *FIT, *TESTING)),
     "memory": Part("Training in 24 GiB", 2.5, BASIC),
-    "waits": Part("Steps that wait for the device", 1.0, (*BASIC, *FIT)),
+    "waits": Part("Steps that wait for the device", 0.7, (*BASIC, *FIT)),
     "export": Part("Export of what was trained", 1.0, BASIC, 8.0),
-    "live": Part("Deltas on a model in memory", 2.0, BASIC),
-    "channel": Part("The channel", 1.0, BASIC, 8.0),
+    "live": Part("Deltas on a model in memory", 4.0, BASIC),
+    "channel": Part("The channel", 2.5, BASIC, 8.0),
 }
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparsedelta.hub.load_model import load_model
     from sparsedelta.hub.pull import PullReport, pull
     from sparsedelta.hub.push import PushReport, push
+    from sparsedelta.interop.conversion import ConvertReport, convert
     from sparsedelta.live.bank import DeltaBank
     from sparsedelta.live.snapshot import Snapshot
     from sparsedelta.ops.apply import apply
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Channel",
+    "ConvertReport",
     "Delta",
     "DeltaBank",
     "Follower",
@@ -45,6 +47,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "apply",
+    "convert",
     "diff",
     "inspect",
     "invert",
@@ -61,6 +64,7 @@ __all__ = [
 # `sparsedelta.diff` would replace the function of that name.
 _MODULES = {
     "Channel": "channel.channel",
+    "ConvertReport": "interop.conversion",
     "Delta": "format.delta",
     "DeltaBank": "live.bank",
     "Follower": "channel.follower",
@@ -72,6 +76,7 @@ _MODULES = {
     "SparseDeltaError": "errors",
     "VerifyReport": "ops.verify",
     "apply": "ops.apply",
+    "convert": "interop.conversion",
     "diff": "ops.diff",
     "inspect": "ops.inspect",
     "invert": "ops.invert",

@@ -15,6 +15,7 @@ SparseDeltaError
 │  ├─ StructureMismatch            the base has other tensors, dtypes or shapes
 │  └─ TargetMismatch               the checkpoint is not the delta's target
 ├─ BaseNeeded (ValueError)         the delta can be decoded only with its base, which was not given
+├─ LossyConversion (ValueError)    the other form cannot hold everything, and no loss was allowed
 ├─ CheckpointError (ValueError)    a base or target cannot be read as a checkpoint
 ├─ ConflictError (ValueError)      the deltas cannot be stacked, inverted or merged
 ├─ ChannelError (ValueError)       a channel cannot do what was asked
@@ -140,6 +141,12 @@ class BaseNeeded(SparseDeltaError, ValueError):
     """The delta can be decoded only with its base, which was not given."""
 
     code = "base_needed"
+
+
+class LossyConversion(SparseDeltaError, ValueError):
+    """The form to convert to cannot hold everything, and no loss was allowed."""
+
+    code = "lossy_conversion"
 
 
 class CheckpointError(SparseDeltaError, ValueError):

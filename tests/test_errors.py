@@ -24,6 +24,7 @@ CODES = {
     "FormatError": "format",
     "HeadMoved": "head_moved",
     "LimitExceeded": "limit_exceeded",
+    "LossyConversion": "lossy_conversion",
     "MismatchError": "mismatch",
     "PartlyApplied": "partly_applied",
     "RemoteConflict": "remote_conflict",

@@ -31,19 +31,20 @@ ROOMS = (
     "live",
     "hub",
     "channel",
-    "convert",
+    "interop",
     "cli",
     "top",
 )
 GROUND = {"errors", "dtypes", "progress", "redaction", "_typing", "fs", "interrupts", "system"}
 TOP = {"__init__", "__main__"}
 
-# What the thin methods of ``Delta``, ``diff`` of a model and ``open_store`` import when they are called.
+# What the thin methods of ``Delta``, ``diff`` of a model, ``open_store`` and ``opened_all`` import when they are called.
 LATE = {
     ("format.delta", "live.inplace"),
     ("format.delta", "hub.push"),
     ("ops.diff", "live.sides"),
     ("stores", "hub.store"),
+    ("format.delta", "interop.opening"),
 }
 # The package itself is a table of the public names, for the command line. Its version is for all.
 FACE_ROOMS = {"cli", "top"}
@@ -51,7 +52,7 @@ FACE_MODULES = {"hub.client"}
 
 # The only rooms that may import these, torch only inside a function.
 LAZY: dict[str, set[str]] = {
-    "torch": {"live"},
+    "torch": {"live", "interop"},
     "huggingface_hub": {"hub"},
     "transformers": {"live"},
     "fsspec": {"stores"},
@@ -61,7 +62,11 @@ LAZY: dict[str, set[str]] = {
 TYPES_ONLY = {("_typing", "torch")}
 # What may be imported from outside at all.
 OUTSIDE = {"blake3", "numpy", "zstandard"}
-OUTSIDE_OF_ROOM = {"cli": OUTSIDE | {"click", "rich"}, "report": OUTSIDE | {"rich"}}
+OUTSIDE_OF_ROOM = {
+    "cli": OUTSIDE | {"click", "rich"},
+    "report": OUTSIDE | {"rich"},
+    "interop": OUTSIDE | {"xxhash"},
+}
 # What the pure rooms do without.
 FILES = {"os", "io", "pathlib", "tempfile", "shutil", "mmap", "socket", "torch"}
 # The kernels read an environment variable.

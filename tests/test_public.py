@@ -11,6 +11,7 @@ import sparsedelta
 
 NAMES = {
     "Channel",
+    "ConvertReport",
     "Delta",
     "DeltaBank",
     "Follower",
@@ -23,6 +24,7 @@ NAMES = {
     "VerifyReport",
     "__version__",
     "apply",
+    "convert",
     "diff",
     "inspect",
     "invert",

@@ -27,7 +27,7 @@ from sparsedelta.cli._failures import (
 from sparsedelta.codecs.kernels import in_use
 
 COMMANDS = (
-    "diff", "apply", "verify", "inspect", "stack", "invert", "merge", "push", "pull",
+    "diff", "apply", "verify", "inspect", "stack", "invert", "merge", "convert", "push", "pull",
     "publish", "follow", "log", "prune",
 )  # fmt: skip
 _DEBUG_HELP = "Show the traceback of an error."

@@ -21,6 +21,9 @@ from sparsedelta.cli._sources import Sources
 
 @click.command("inspect", epilog=examples("sparsedelta inspect delta.sd --tensors"))
 @click.argument("delta", type=PATH_OR_REPOSITORY)
+@click.option(
+    "--base", type=PATH, help="The base of DELTA; needed for the forms of other projects."
+)
 @click.option("--tensors", is_flag=True, help="Also list the changed tensors.")
 @click.option(
     "--info", is_flag=True, help="Also print all information recorded about how DELTA was made."
@@ -33,6 +36,7 @@ def command(
     settings: Settings,
     *,
     delta: str,
+    base: Path | None,
     tensors: bool,
     info: bool,
     html: Path | None,
@@ -45,7 +49,7 @@ def command(
     (org/name@revision). --json always lists every tensor.
     """
     with Sources(settings) as sources:
-        found = sparsedelta.inspect(sources.delta_metadata(delta))
+        found = sparsedelta.inspect(sources.delta_metadata(delta), base=base)
     if html is not None:
         from sparsedelta.report.html import write_page
 

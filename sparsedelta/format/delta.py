@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -233,6 +233,32 @@ def opened(delta: AnyDelta, *, any_size: bool = False) -> AbstractContextManager
     At its end the context closes a delta that it loaded, but not a delta that the caller passed in.
     """
     return nullcontext(delta) if isinstance(delta, Delta) else load(delta, any_size=any_size)
+
+
+@contextmanager
+def opened_all(
+    deltas: Sequence[AnyDelta],
+    base: AnyPath | None,
+    *,
+    exclude: Sequence[str] = (),
+    any_size: bool = False,
+) -> Iterator[list[Delta]]:
+    """Yield deltas, each loaded, or converted if it has the form of another project; see ``interop.opening``.
+
+    Args:
+        deltas: ``.sd`` files, loaded deltas, or files and folders of other forms, in the order of a chain.
+        base: the base of the first one; needed for other forms.
+        exclude: globs of files of the base to leave out.
+        any_size: see ``load``.
+
+    Raises:
+        BaseNeeded: a delta has another form, and ``base`` is None.
+        FormatError: a delta has no known form, or is damaged.
+    """
+    from sparsedelta.interop.opening import opened_chain
+
+    with opened_chain(deltas, base, exclude=exclude, any_size=any_size) as found:
+        yield found
 
 
 def read_delta(source: ByteSource, *, any_size: bool = False) -> Delta:

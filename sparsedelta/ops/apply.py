@@ -21,7 +21,7 @@ from sparsedelta.files import junk
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.layout import FileLayout, target_layout
 from sparsedelta.files.side_files import write_side_file
-from sparsedelta.format.delta import AnyDelta, Delta, opened
+from sparsedelta.format.delta import AnyDelta, Delta, opened_all
 from sparsedelta.format.records import BaseTensor, Row, TensorKey
 from sparsedelta.fs import (
     check_absent,
@@ -54,8 +54,8 @@ def apply(
 
     Args:
         base: a safetensors file, or a folder of safetensors files (sharded or not) and other files.
-        delta: an ``.sd`` file or a loaded delta; or a sequence of them, each made from the target of
-            the one before it.
+        delta: an ``.sd`` file, a loaded delta, or a file or folder of another form that ``convert`` reads;
+            or a sequence of them, each made from the target of the one before it.
         out: path of the output file or folder.
         verify: ``"full"`` compares the digests of all tensors of base and target. ``"touched"``
             compares only the digests of touched values, where the delta has them. ``"none"`` compares
@@ -83,7 +83,7 @@ def apply(
     given = _as_sequence(delta)
     check_apart([base, *(one for one in given if not isinstance(one, Delta))], out)
     with ExitStack() as stack:
-        deltas = [stack.enter_context(opened(one, any_size=any_size)) for one in given]
+        deltas = stack.enter_context(opened_all(given, base, exclude=exclude, any_size=any_size))
         check_chain(deltas)
         check_replaceable = (
             check_checkpoint_folder if deltas[-1].target.is_folder else check_no_folder

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 
-from sparsedelta._typing import JSON
+from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.format.container import FilePayload
-from sparsedelta.format.delta import AnyDelta, Delta, opened
+from sparsedelta.format.delta import AnyDelta, Delta, opened_all
 from sparsedelta.format.records import Row, SideFile, Stored, WeightFile
 from sparsedelta.ops.layers import Grid, by_layer, curve_points, mean_changes
 
@@ -245,18 +245,20 @@ class Inspection:
         }
 
 
-def inspect(delta: AnyDelta) -> Inspection:
+def inspect(delta: AnyDelta, *, base: AnyPath | None = None) -> Inspection:
     """Return what a delta changes and how large its parts are. The payload is not read.
 
     Args:
-        delta: an ``.sd`` file or a delta. The size of the whole file is reported only for a file or a
-            delta loaded from one.
+        delta: an ``.sd`` file, a delta, or a file or folder of another form that ``convert`` reads. The
+            size of the whole file is reported only for an ``.sd`` file or a delta loaded from one.
+        base: the base of the delta, which other forms need; not used otherwise.
 
     Raises:
+        BaseNeeded: the delta has another form, and ``base`` is None.
         FormatError: the file is not a delta that this release can read.
         OSError: the file cannot be opened.
     """
-    with opened(delta) as given:
+    with opened_all([delta], base) as (given,):
         rows = tuple(map(_tensor, given.tensors))
         target, known = given.target, given.target_fingerprint
         return Inspection(

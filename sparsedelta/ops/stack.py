@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from sparsedelta._typing import AnyPath
 from sparsedelta.files.side_files import check_base_files
-from sparsedelta.format.delta import AnyDelta, Delta, opened
+from sparsedelta.format.delta import AnyDelta, Delta, opened_all
 from sparsedelta.format.spool import new_payload
 from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.ops.stacking.chains import Chain
@@ -32,7 +32,8 @@ def stack(
     siblings. The stack then has the changes of all of them. No two siblings may touch the same element.
 
     Args:
-        deltas: ``.sd`` files or loaded deltas; at least one.
+        deltas: ``.sd`` files, loaded deltas, or files and folders of other forms that ``convert`` reads; at least
+            one. One of another form is read as part of a chain, and needs ``base``.
         base: the base of the first delta. It is required if a tensor is changed by differences in one
             delta and by new values in another, if several siblings change the same tensor, or if changes
             were coded with the help of the base. If it is given, the stack also leaves out elements whose
@@ -49,7 +50,7 @@ def stack(
         MismatchError: ``base`` is not the base of the first delta.
     """
     with ExitStack() as context:
-        given = [context.enter_context(opened(one)) for one in deltas]
+        given = context.enter_context(opened_all(deltas, base))
         for one in given:
             one.check_output()
         siblings = relation(given) == "siblings"

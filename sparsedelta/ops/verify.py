@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sparsedelta._typing import AnyPath
+from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.codecs.chunk import check_streams
 from sparsedelta.errors import TargetMismatch
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.layout import target_layout
 from sparsedelta.files.side_files import carried_content, check_base_files, digest_file
-from sparsedelta.format.delta import AnyDelta, Delta, opened
+from sparsedelta.format.delta import AnyDelta, Delta, opened_all
 from sparsedelta.format.records import BaseTensor, Row
 from sparsedelta.ops.apply import rebuild_tensors
 from sparsedelta.ops.base_check import explained, find_base, open_base
@@ -35,6 +35,8 @@ class VerifyReport:
             the target from it.
         target_checked: whether a target was given and checked. All its files equal those of the
             delta's target.
+        converted: for a delta that was converted from another form, the name of the form and what its digests
+            prove (``sparsedelta.ConvertReport.verified``); None for others.
     """
 
     n_tensors: int
@@ -43,6 +45,7 @@ class VerifyReport:
     payload_bytes: int
     base_checked: bool
     target_checked: bool
+    converted: Mapping[str, JSON] | None = None
 
 
 def verify(
@@ -60,8 +63,8 @@ def verify(
     its files are compared.
 
     Args:
-        delta: an ``.sd`` file or a loaded delta.
-        base: the checkpoint that should be the delta's base.
+        delta: an ``.sd`` file, a loaded delta, or a file or folder of another form that ``convert`` reads.
+        base: the checkpoint that should be the delta's base; needed for other forms.
         target: the checkpoint that should be the delta's target.
         exclude: globs of files to leave out of both, as for ``diff``.
         progress: receives the number of bytes read.
@@ -71,7 +74,7 @@ def verify(
         MismatchError: ``base`` or ``target`` is not the delta's.
         CheckpointError: ``base`` or ``target`` cannot be read as a checkpoint.
     """
-    with opened(delta) as given:
+    with opened_all([delta], base, exclude=exclude) as (given,):
         check_delta(given, progress)
         if base is not None:
             with (
@@ -91,7 +94,14 @@ def verify(
             payload_bytes=sum(row.coded_bytes for row in given.tensors),
             base_checked=base is not None,
             target_checked=target is not None,
+            converted=converted_from(given),
         )
+
+
+def converted_from(delta: Delta) -> Mapping[str, JSON] | None:
+    """Return what a delta records about its conversion from another form; None if it was not converted."""
+    found = delta.info.get("converted")
+    return found if isinstance(found, dict) else None
 
 
 def check_delta(delta: Delta, progress: Progress | None) -> None:

@@ -1,0 +1,115 @@
+"""``sparsedelta convert``: read a delta in the form of another project, or write one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+import sparsedelta
+from sparsedelta.cli._common import (
+    PATH,
+    PATH_OR_REPOSITORY,
+    Settings,
+    examples,
+    exclude_option,
+    json_option,
+    print_json,
+)
+from sparsedelta.cli._progress import progress_bar
+from sparsedelta.cli._sources import Sources
+from sparsedelta.report.text import count, printable, size
+
+if TYPE_CHECKING:
+    from sparsedelta import ConvertReport
+
+
+@click.command(
+    "convert",
+    epilog=examples(
+        "sparsedelta convert delta.sd v1/ --base base/ --to slime --lossy",
+        "sparsedelta convert v1/ back.sd --base base/",
+    ),
+)
+@click.argument("source", type=PATH_OR_REPOSITORY, metavar="IN")
+@click.argument("out", type=PATH)
+@click.option(
+    "--base", type=PATH_OR_REPOSITORY, required=True, help="The checkpoint that IN starts from."
+)
+@click.option(
+    "--target", type=PATH_OR_REPOSITORY, help="Also check that IN rebuilds this checkpoint."
+)
+@click.option("--from", "read_as", metavar="FORM", help="The form of IN. [default: recognised]")
+@click.option("--to", "write_as", metavar="FORM", help="The form of OUT. [default: sd, for *.sd]")
+@click.option(
+    "--set", "chosen", metavar="KEY=VALUE", multiple=True, help="A setting of the written form."
+)
+@click.option("--lossy", is_flag=True, help="Write OUT although it cannot hold everything.")
+@exclude_option("files of base and target")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@json_option
+@click.pass_obj
+def command(
+    settings: Settings,
+    *,
+    source: str,
+    out: Path,
+    base: str,
+    target: str | None,
+    read_as: str | None,
+    write_as: str | None,
+    chosen: tuple[str, ...],
+    lossy: bool,
+    exclude: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Convert a delta from the form of one project to that of another.
+
+    IN and OUT are deltas, or whole checkpoints. The form of IN is recognised from its content.
+    Forms: sd, checkpoint, and those that docs/interop.md lists. IN, the base and the target may be
+    repositories on the Hub (org/name@revision).
+    """
+    with Sources(settings) as sources, progress_bar(settings) as progress:
+        path = sources.delta(source)
+        report = sparsedelta.convert(
+            path,
+            out,
+            base=sources.base_with_weights(base, path),
+            target=None if target is None else sources.checkpoint(target)[0],
+            read_as=read_as,
+            write_as=write_as,
+            settings=dict(_pair(text) for text in chosen),
+            lossy=lossy,
+            exclude=exclude,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        print_json({"out": str(out), **dataclasses.asdict(report)})
+    else:
+        click.echo(_described(out, report))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise click.UsageError(f"--set {text} has no '='; give KEY=VALUE")
+    return key, value
+
+
+def _described(out: Path, report: ConvertReport) -> str:
+    verified = {
+        "none": "the input has no digests: not verified; --target checks it against a checkpoint",
+        "changed tensors": "verified by the digests of the changed tensors in the input",
+        "all tensors": "verified by digests of all tensors",
+        "target": "verified: it rebuilds the given target",
+    }[report.verified]
+    lines = [
+        f"{printable(str(out))}: {size(report.n_bytes)}, {report.read_as} to {report.written_as},"
+        f" {count(report.nnz)} changed in {count(report.n_changed, 'tensor')}",
+        verified,
+    ]
+    return "\n".join([*lines, *(f"lost: {printable(loss)}" for loss in report.losses)])

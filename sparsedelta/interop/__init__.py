@@ -1,0 +1,1 @@
+"""Deltas in the forms of other projects: recognised from their content, read, and written."""

@@ -1,0 +1,121 @@
+"""Open a delta of any form with its base, as this project's own ``Delta``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from sparsedelta._typing import JSON, AnyPath
+from sparsedelta.errors import BadMagic, BaseNeeded, FormatError
+from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.format.delta import AnyDelta, Delta, load
+from sparsedelta.interop.form import Form, Reading
+from sparsedelta.interop.gguf import MAGIC, GgufCheckpoint
+from sparsedelta.interop.rebuilt import RebuiltCheckpoint
+from sparsedelta.interop.registry import is_delta, recognised
+from sparsedelta.interop.source import Source
+from sparsedelta.ops.diff import between
+
+_log = logging.getLogger(__name__)
+CONVERTED = "converted"  # the member of ``info`` that says where a converted delta comes from
+
+
+def form_of(path: AnyPath) -> Form | None:
+    """Return the form of another project that a file or folder has; None if it has none."""
+    source = Source(path)
+    return None if is_delta(source) else recognised(source)
+
+
+def open_checkpoint(path: AnyPath, *, exclude: Sequence[str] = ()) -> Checkpoint:
+    """Return a checkpoint, opened as ``diff`` opens a base; or a GGUF file as a checkpoint."""
+    source = Source(path)
+    if source.start.startswith(MAGIC):
+        return GgufCheckpoint(path)
+    return Checkpoint(path, exclude=exclude, include=(), whole=False)
+
+
+def record(form: Form, reading: Reading, *, proof: str | None = None) -> dict[str, JSON]:
+    """Return what ``info`` says about a converted delta."""
+    return {
+        CONVERTED: {
+            "form": form.name,
+            "verified": proof or reading.proof,
+            "says": dict(reading.says),
+        }
+    }
+
+
+def converted(
+    base: Checkpoint, form: Form, source: Source, *, spool_dir: str | None = None
+) -> Delta:
+    """Return a foreign delta as a delta that needs no base to be decoded.
+
+    Raises:
+        FormatError: the file is damaged, does not fit the base, or fails a digest.
+        StructureMismatch: the base lacks a tensor that it changes.
+    """
+    reading = form.read(source, base)
+    with reading.target as target:
+        reading.check()
+        info = record(form, reading)
+        return between(base, target, info=info, level="fast", standalone=True, spool_dir=spool_dir)
+
+
+@contextmanager
+def opened_chain(
+    deltas: Sequence[AnyDelta],
+    base: AnyPath | None,
+    *,
+    exclude: Sequence[str] = (),
+    any_size: bool = False,
+) -> Iterator[list[Delta]]:
+    """Yield deltas of any form, in order. A foreign one is read with the target of the one before it as base.
+
+    Raises:
+        BaseNeeded: one has a foreign form, and ``base`` is None.
+        BadMagic: one has no known form.
+    """
+    with ExitStack() as stack:
+        result: list[Delta] = []
+        view: Checkpoint | None = None
+        for number, one in enumerate(deltas):
+            form = None if isinstance(one, Delta) else form_of(one)
+            if isinstance(one, Delta) or form is None:
+                delta = one if isinstance(one, Delta) else stack.enter_context(_load(one, any_size))
+            else:
+                if base is None:
+                    raise BaseNeeded(
+                        f"'{one}' is a delta of the form {form.name} ({form.title}), which can be read only with"
+                        " its base; give the base (base=, --base)"
+                    )
+                if view is None:
+                    view = stack.enter_context(open_checkpoint(base, exclude=exclude))
+                    for earlier in result:
+                        view = _after(view, earlier, stack)
+                delta = stack.enter_context(converted(view, form, Source(one)))
+            result.append(delta)
+            if view is not None and number + 1 < len(deltas):
+                view = _after(view, delta, stack)
+        yield result
+
+
+def _load(path: AnyPath, any_size: bool) -> Delta:
+    try:
+        return load(path, any_size=any_size)
+    except FormatError as error:
+        if isinstance(error, BadMagic) or (
+            error.code == "limit_exceeded" and not is_delta(Source(path))
+        ):
+            raise BadMagic(
+                f"{error}; it has none of the other forms that `sparsedelta convert` reads either"
+            ) from error
+        raise
+
+
+def _after(base: Checkpoint, delta: Delta, stack: ExitStack) -> Checkpoint:
+    """Return the target of a delta as a checkpoint."""
+    folder = Path(stack.enter_context(TemporaryDirectory(prefix="sparsedelta-")))
+    return stack.enter_context(RebuiltCheckpoint(base, delta, folder))
