@@ -21,6 +21,7 @@ from sift_train.memory import MemoryReport, Plan, plan
 from sift_train.ranks.checkpoint import load_sharded, save_sharded
 from sift_train.rules import RULES, Rule, principal
 from sift_train.sift import SIFT
+from sift_train.sift_config import SiftConfig
 
 if TYPE_CHECKING:
     from sift_train.publish_callback import PublishCallback
@@ -37,6 +38,7 @@ __all__ = [
     "PublishCallback",
     "Rule",
     "SiftCallback",
+    "SiftConfig",
     "SiftTrainerMixin",
     "SparseParameter",
     "StepReport",

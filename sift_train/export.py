@@ -162,9 +162,11 @@ def write_delta(
 
     Raises:
         OSError: a file cannot be written.
-        ValueError: base and model cannot be compared.
+        ValueError: base and model cannot be compared, or the model no longer uses a trained parameter.
     """
     final = Path(os.path.abspath(output))
+    if sift is not None:
+        sift.check_parameters()
     with ExitStack() as stack:
         if base is None and sift is not None:
             base_path = stack.enter_context(_work_folder(final, "base"))

@@ -234,7 +234,7 @@ class Run:
                 # The mean over ranks divides by their number, also if some have no micro-batch.
                 self._accelerator.backward(loss / n * ranks.size if ranks.size > 1 else loss / n)
                 total += loss.detach().float() / n
-        flag = total.new_tensor(float(self._interrupts.requested))
+        flag = total.new_full((), float(self._interrupts.requested))  # no wait for the device
         loss, interrupted = ranks.sum_(torch.stack([total, flag])).unbind()
         return loss, interrupted
 

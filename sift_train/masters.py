@@ -52,6 +52,7 @@ class SparseParameter:
         )
         self._gradient_is_used = False
         self._written_version = -1
+        self._seen_version = -1  # of the parameter, at the last read or write here
 
     @property
     def train_num(self) -> int:
@@ -182,6 +183,7 @@ class SparseParameter:
             self.original = selected.to("cpu", copy=True)
             self.master.copy_(selected)
         self._written_version = self.master._version
+        self._seen_version = self.local._version
 
     @property
     def n_trained(self) -> int:
@@ -230,6 +232,33 @@ class SparseParameter:
         self._scatter(values)
         self._written_version = self.master._version
 
+    def settle(self, may_write: Tensor | None = None) -> None:
+        """Make master and parameter equal: the one that was changed last in place determines the other.
+
+        If another program has written to the parameter, as ``load_state_dict`` does, the master takes
+        the components that differ; the others keep their precision. Otherwise the master is written.
+        """
+        if self.is_overwritten:
+            self.adopt()
+        else:
+            self.write(may_write)
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether anything else has written to the parameter since it was last read or written here."""
+        return self.is_selected and self._seen_version != self.local._version
+
+    def adopt(self) -> None:
+        """Copy the selected components of the parameter to the master where they differ in bits."""
+        held = self._gather(self.parameter)
+        with torch.no_grad():
+            rounded = self.master.detach().to(held.dtype)
+            self.master.copy_(
+                torch.where(_equal_bits(held, rounded), self.master, held.to(self.master.dtype))
+            )
+        self._written_version = self.master._version
+        self._seen_version = self.local._version
+
     def follow(self) -> None:
         """Move the master, its gradient and the index to the parameter's device."""
         device = self.parameter.device
@@ -261,8 +290,7 @@ class SparseParameter:
         if self.original is None:
             return None
         before, now = self.original.cpu(), self._gather(self.parameter).cpu()
-        bits = _BITS[before.element_size()]
-        changed = before.view(bits) != now.view(bits)
+        changed = ~_equal_bits(before, now)
         moved = (now[changed].double() - before[changed].double()).abs()
         mean = float(moved.mean()) if len(moved) else math.nan
         return mean if math.isfinite(mean) else None
@@ -310,7 +338,7 @@ class SparseParameter:
                 f"the saved {self.name!r} has {original.numel()} components of {original.dtype}, "
                 f"expected {found.numel()} of {found.dtype}"
             )
-        if not (_same_bits(found, original.cpu()) or _same_bits(found, rounded)):
+        if not bool((_equal_bits(found, original.cpu()) | _equal_bits(found, rounded)).all()):
             raise ValueError(
                 f"{self.name!r} does not hold the weights with which the saved run began; "
                 "load the same base"
@@ -342,7 +370,13 @@ class SparseParameter:
             flat.copy_(values)
         else:
             flat.index_copy_(0, self._index.long(), values.to(flat.dtype))
+        self._seen_version = self.local._version
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
     return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+
+
+def _equal_bits(left: Tensor, right: Tensor) -> Tensor:
+    bits = _BITS[left.element_size()]
+    return left.view(bits) == right.view(bits)

@@ -8,6 +8,7 @@ always those after the last optimizer step.
 from __future__ import annotations
 
 import copy
+import logging
 import re
 import weakref
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from functools import partial
 from os import PathLike
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,8 @@ from sift_train import saved
 from sift_train.checkpointing import disable_checkpointing, enable_checkpointing
 from sift_train.chooser import Chooser, choose_by_hand
 from sift_train.groups import BASE_DECAY
+from sift_train.hooks import BeforeUse
+from sift_train.identity import Identity
 from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, memory_of
 from sift_train.ranks.group import Ranks
@@ -34,11 +38,14 @@ from sift_train.ranks.sync import Synchronizer
 from sift_train.rules import RULES, Selection, find_rule
 from sift_train.selection import n_selected
 from sift_train.steps import add_listener, current_listeners, remove_listener
-from sift_train.targets import ALL_LINEAR, Names, find_targets
+from sift_train.targets import ALL_LINEAR, Names, find_targets, warn_of_adapters
 from sift_train.zeroing import extend_zero_grad, restore_zero_grad
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from transformers import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 class SIFT:
@@ -72,7 +79,8 @@ class SIFT:
         sparse_rate: share of each tensor's components to train, 0 to 1.
         sparse_module: name fragments or regular expressions (compiled, or written ``"re:..."``) of
             the parameters to train sparsely, or ``"all-linear"``.
-        exception: name fragments or regular expressions of the parameters to train densely.
+        exception: name fragments or regular expressions of the parameters to train densely; None
+            means none.
         grad_acc: micro-batches per optimizer step. Above 1 the dense gradients of the first step
             are summed on the CPU until the components are chosen at that step.
         gradient_checkpointing: switch the model's activation checkpointing on, non-reentrant.
@@ -99,7 +107,7 @@ class SIFT:
         model: nn.Module,
         sparse_rate: float = 0.01,
         sparse_module: Names = ALL_LINEAR,
-        exception: Names = (),
+        exception: Names | None = (),
         grad_acc: int = 1,
         gradient_checkpointing: bool = False,
         *,
@@ -109,13 +117,10 @@ class SIFT:
         process_group: ProcessGroup | None = None,
         reduce_dtype: torch.dtype | None = None,
     ) -> None:
-        if grad_acc < 1:
-            raise ValueError(
-                f"grad_acc is {grad_acc}; it is a number of micro-batches and must be at least 1"
-            )
+        self.grad_acc = grad_acc
         _refuse_second(model)
+        warn_of_adapters(model)
         self.model = model
-        self._grad_acc = grad_acc
         self.may_write: Tensor | None = None
         self._only_scoring = False
         self._is_reverted = False  # inside ``reverted``
@@ -129,7 +134,7 @@ class SIFT:
                 )
             sparse_module = [re.compile(f"^{re.escape(name)}$") for name in masks]
         parts = []
-        for target in find_targets(model, sparse_module, exception):
+        for target in find_targets(model, sparse_module, exception or ()):
             numel = target.parameter.numel()
             k = numel if target.dense else n_selected(numel, sparse_rate)
             parts.append(SparseParameter(target.name, target.parameter, k, is_dense=target.dense))
@@ -137,6 +142,10 @@ class SIFT:
             {part.name: part for part in parts}
         )
         self._sync = Synchronizer(model, self.sparse_mapping, process_group, reduce_dtype)
+        self._identity = Identity(model, parts)
+        self._is_stepped = False
+        self._optimizers: WeakSet[torch.optim.Optimizer] = WeakSet()  # that have stepped
+        self._without_optimizer = set(self.sparse_mapping)
         self._by_master = {id(part.master): part for part in parts}
         rule = find_rule(selection) or RULES["gradient"]
         self._chooser = Chooser(self.sparse_mapping, rule, budget, seed)
@@ -187,6 +196,30 @@ class SIFT:
         return self._sync.ranks
 
     @property
+    def grad_acc(self) -> int:
+        """Micro-batches per optimizer step; may be set until the components are chosen."""
+        return self._grad_acc
+
+    @grad_acc.setter
+    def grad_acc(self, value: int) -> None:
+        if value < 1:
+            raise ValueError(
+                f"grad_acc is {value}; it is a number of micro-batches and must be at least 1"
+            )
+        self._grad_acc = value
+
+    @property
+    def record(self) -> dict[str, float | None]:
+        """The mean |change| of each parameter's changed components, by name; None if none changed."""
+        return {name: part.mean_change for name, part in self.sparse_mapping.items()}
+
+    def set_trainer(self, trainer: Trainer) -> None:
+        """Add a ``SiftCallback`` to a Trainer whose optimizer holds the masters."""
+        from sift_train.trainer import SiftCallback  # takes seconds
+
+        trainer.add_callback(SiftCallback(self))
+
+    @property
     def n_trained(self) -> int:
         """Number of trained components."""
         return sum(part.n_trained for part in self.sparse_mapping.values())
@@ -200,6 +233,25 @@ class SIFT:
     def first_config(self) -> Any:
         """A copy of the config from before training; None if the model has no config."""
         return self._first_config
+
+    @staticmethod
+    def of(model: nn.Module) -> SIFT | None:
+        """Return the SIFT that trains this model and is not closed; None if there is none."""
+        own = set(model.parameters())
+        for other in current_listeners():
+            if isinstance(other, SIFT) and not own.isdisjoint(other._requires_grad):
+                return other
+        return None
+
+    def check_parameters(self) -> None:
+        """Check that the model still uses every trained parameter, under its name.
+
+        ``export_delta``, ``state_dict`` and the first step call it.
+
+        Raises:
+            ValueError: a parameter was replaced, converted to another dtype, renamed or removed.
+        """
+        self._identity.check_names()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Check that the optimizer holds all masters and no parameter of the model.
@@ -284,11 +336,14 @@ class SIFT:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def write_back(self) -> None:
-        """Overwrite the selected weights with their masters; idempotent."""
+        """Overwrite the selected weights with their masters; idempotent.
+
+        Weights that ``load_state_dict`` has overwritten since are kept, and the masters take them.
+        """
         self.reshard()
         for part in self.sparse_mapping.values():
             if part.is_selected:
-                part.write(self.may_write)
+                part.settle(self.may_write)
 
     def revert(self) -> None:
         """Restore the weights from before training, bit for bit, in the model and the masters."""
@@ -299,7 +354,7 @@ class SIFT:
     @contextmanager
     def reverted(self) -> Iterator[None]:
         """Give the model its weights from before training inside the block, bit for bit."""
-        self._before_use()
+        self.before_use()
         parts = [part for part in self.sparse_mapping.values() if part.is_selected]
         self.reshard()
         trained = [(part, part.swap_original()) for part in parts]
@@ -314,6 +369,8 @@ class SIFT:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies, on the CPU, of the indices, originals, masters and the model's buffers."""
+        self.check_parameters()
+        self.before_use()
         return saved.state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -340,17 +397,24 @@ class SIFT:
         """Prepare the masters for an optimizer's step; every torch optimizer calls it.
 
         Raises:
-            ValueError: the optimizer holds parameters of the model that this SIFT trains.
+            ValueError: the optimizer holds parameters of the model that this SIFT trains, or a trained
+                parameter was replaced, converted or renamed.
         """
-        if not self._parts_of(optimizer):
+        parts = self._parts_of(optimizer)
+        if not parts:
             self._refuse_own_parameters(optimizer, set(self.trainable_parameters()))
             return
+        self._check_identity()
+        self._warn_without_optimizer(optimizer, parts)
+        for part in parts:
+            if part.is_overwritten:
+                part.adopt()
         self.after_closure(optimizer)
         for group in optimizer.param_groups:
             for master in group["params"]:
-                part = self._by_master.get(id(master))
-                if part is not None and part.is_selected and group.get(BASE_DECAY):
-                    part.decay_to_original(float(group["lr"]) * group[BASE_DECAY])
+                held = self._by_master.get(id(master))
+                if held is not None and held.is_selected and group.get(BASE_DECAY):
+                    held.decay_to_original(float(group["lr"]) * group[BASE_DECAY])
 
     def after_closure(self, optimizer: torch.optim.Optimizer) -> None:
         """Choose by the gradients of this step; drop the gradients of masters not chosen yet."""
@@ -365,7 +429,7 @@ class SIFT:
         """Write the masters of an optimizer back after its step; every torch optimizer calls it."""
         parts = self._parts_of(optimizer)
         for part in parts:
-            self._is_stepped_by_torch = True
+            self._is_stepped_by_torch = self._is_stepped = True
             part.spend()
             if part.is_selected:
                 part.write(self.may_write)
@@ -379,7 +443,7 @@ class SIFT:
             reshard(self.model)
 
     def close(self) -> None:
-        """Write the masters back, remove all hooks and restore ``requires_grad``; idempotent."""
+        """Call ``write_back``, remove all hooks and restore ``requires_grad``; idempotent."""
         if not self._handles:
             return
         self.write_back()
@@ -430,9 +494,10 @@ class SIFT:
             hook = partial(_on_gradient, me, name)
             self._handles.append(hooked.register_post_accumulate_grad_hook(hook))
         model: Any = self.model
+        before_use = BeforeUse(self)
         # Before the hook of fully_shard, which copies the shards.
-        self._handles.append(model.register_forward_pre_hook(self._before_use, prepend=True))
-        self._handles.append(model.register_state_dict_pre_hook(self._before_use))
+        self._handles.append(model.register_forward_pre_hook(before_use, prepend=True))
+        self._handles.append(model.register_state_dict_pre_hook(before_use))
         add_listener(self)
         extend_zero_grad(self.model, self.zero_grad)
 
@@ -447,12 +512,38 @@ class SIFT:
             self._sync.note_gradient()
         if not part.is_selected:
             is_alone = self._sync.ranks.size == 1
-            at_once = is_alone and self._grad_acc == 1 and not self._only_scoring
+            at_once = is_alone and self.grad_acc == 1 and not self._only_scoring
             self._chooser.score(
                 part, gradient, at_once=at_once, is_trained_on=not self._only_scoring
             )
         elif not self._only_scoring:
             part.collect(gradient)
+
+    def _warn_without_optimizer(
+        self, optimizer: torch.optim.Optimizer, parts: list[SparseParameter]
+    ) -> None:
+        """Warn once, at an optimizer's second step, of masters that no optimizer has stepped."""
+        self._without_optimizer -= {part.name for part in parts}
+        if self._without_optimizer and optimizer in self._optimizers:
+            logger.warning(
+                "no optimizer trains %d of the %d masters, such as %r; build the optimizer from all of"
+                " sift.parameters_in_optimizer()",
+                len(self._without_optimizer),
+                len(self.sparse_mapping),
+                min(self._without_optimizer),
+            )
+            self._without_optimizer.clear()
+        self._optimizers.add(optimizer)
+
+    def _check_identity(self) -> None:
+        if self._has_shards:
+            if self._is_stepped:
+                return  # in a forward pass, FSDP2 puts unsharded parameters in place of the shards
+            self.reshard()
+        if self._is_stepped:
+            self._identity.check()
+        else:
+            self._identity.check_names()
 
     def _parts_of(self, optimizer: torch.optim.Optimizer) -> list[SparseParameter]:
         masters = (master for group in optimizer.param_groups for master in group["params"])
@@ -470,10 +561,18 @@ class SIFT:
             )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _before_use(self, *_: Any) -> None:
+    def before_use(self) -> None:
+        """Make masters and weights equal; called before a forward pass and by ``state_dict``.
+
+        Raises:
+            ValueError: a trained parameter was replaced, converted or renamed.
+        """
         self._sync.before_forward()
+        self._check_identity()
         for part in self.sparse_mapping.values():
             part.follow()
+            if part.is_overwritten and not self._is_reverted:
+                part.adopt()
             # Write only if needed: a write between two forward passes of one loss breaks backward.
             # Optimizers other than torch's may edit `.data`, which does not change the version.
             may_differ = part.is_behind or not self._is_stepped_by_torch
@@ -488,13 +587,11 @@ class SIFT:
 
 
 def _refuse_second(model: nn.Module) -> None:
-    own = set(model.parameters())
-    for other in current_listeners():
-        if isinstance(other, SIFT) and not own.isdisjoint(other._requires_grad):
-            raise ValueError(
-                f"the {type(model).__name__} is trained by another SIFT, whose hooks take its "
-                "gradients; close() that SIFT first, the model keeps the trained weights"
-            )
+    if SIFT.of(model) is not None:
+        raise ValueError(
+            f"the {type(model).__name__} is trained by another SIFT, whose hooks take its "
+            "gradients; call SIFT.of(model).close() first, the model keeps the trained weights"
+        )
 
 
 def _on_gradient(me: weakref.ref[SIFT], name: str, parameter: Tensor) -> None:

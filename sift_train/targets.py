@@ -5,6 +5,7 @@ A parameter that cannot be trained in place raises an error before the model is 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ from torch import Tensor, nn
 
 from sift_train.ranks.shard import is_sharded, local_part
 
+logger = logging.getLogger(__name__)
+
 ALL_LINEAR = "all-linear"
 REGEX = "re:"
 
 Names = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 
 TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_COMPILED = "_orig_mod."
 _SHARDED = "is sharded over several devices; train an unsharded model"
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
@@ -60,7 +64,7 @@ def find_targets(
         ValueError: a fragment matches nothing, or a matched parameter cannot be trained in place.
     """
     _check_unwrapped(model)
-    names = _names_of_parameters(model)
+    names = names_of_parameters(model)
     dense = _matching(names, _fragments(exception), "exception")
     if sparse_module == ALL_LINEAR:
         sparse = _linear_weights(model)
@@ -103,10 +107,11 @@ def _occurs(fragment: str | re.Pattern[str], name: str) -> bool:
     return fragment in name if isinstance(fragment, str) else fragment.search(name) is not None
 
 
-def _names_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+def names_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Return all names of each parameter, without the prefix that ``torch.compile`` adds."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
+        names.setdefault(parameter, []).append(name.replace(_COMPILED, ""))
     return names
 
 
@@ -148,13 +153,27 @@ def check_saves_weights(model: nn.Module, *, may_be_sharded: bool = False) -> No
     _check_unwrapped(model)
     if not may_be_sharded:
         check_unsharded(model)
+    problem = _adapters_in(model)
+    if problem:
+        raise ValueError(problem)
+
+
+def warn_of_adapters(model: nn.Module) -> None:
+    """Log a warning if a model has PEFT adapters, since ``export_delta`` will not write its delta."""
+    problem = _adapters_in(model)
+    if problem:
+        logger.warning("export_delta will refuse this model: %s", problem)
+
+
+def _adapters_in(model: nn.Module) -> str | None:
     for module in model.modules():
         kind = type(module).__name__
         if kind.startswith("PeftModel") or _is_adapter(module):
-            raise ValueError(
+            return (
                 f"the model contains a {kind} of PEFT, and a model with adapters is saved as its adapters"
                 " alone; give the model without them, or what merge_and_unload() returns"
             )
+    return None
 
 
 def _check_unwrapped(model: nn.Module) -> None:

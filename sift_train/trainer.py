@@ -1,24 +1,32 @@
 """``SiftTrainerMixin`` and ``SiftCallback``: training through a SIFT with ``transformers.Trainer``.
 
 The masters are not parameters of the model, so Trainer neither clips, zeroes, optimizes, saves nor
-resumes them. The mixin does all five. The callback clips and zeroes, for an optimizer that the
-caller has built.
+resumes them. The mixin does all five. The callback does so for an optimizer that the caller has
+built; Trainer then saves the full model.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn, optim
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sift_train.basecheck import check_base, check_weights
 from sift_train.export import write_delta
-from sift_train.groups import grouped_parameters
+from sift_train.randomness import kept_random_state
 from sift_train.sift import SIFT
+from sift_train.sift_config import SiftConfig
+from sift_train.trainer_groups import (
+    optimizer_groups,
+    refuse_matrix_optimizer,
+    refuse_other_model,
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -28,16 +36,23 @@ else:
     _Trainer = object
 
 DELTA, STATE = "delta.sd", "sift.safetensors"
+_REPLACED = (
+    "create_optimizer", "training_step", "_clip_grad_norm", "_get_grad_norm", "_save",
+    "_load_from_checkpoint", "_load_best_model",
+)  # fmt: skip
 
 
 class SiftCallback(TrainerCallback):
-    """Clips and zeroes the masters' gradients; the Trainer's optimizer must hold the masters.
+    """Trains the masters with a Trainer whose optimizer holds them; saves and loads their state.
 
     Example:
         >>> optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-4)
         >>> Trainer(model, optimizers=(optimizer, None), callbacks=[SiftCallback(sift)])
 
-    Trainer saves the full model at each save; ``SiftTrainerMixin`` saves a delta. With fp16 and
+    It clips and zeroes the masters' gradients, and chooses by the micro-batches of the first step. At
+    each save it adds ``sift.safetensors`` to the checkpoint, and with it ``resume_from_checkpoint`` and
+    ``load_best_model_at_end`` continue bit for bit. Trainer saves the full model at each save;
+    ``SiftTrainerMixin`` saves a delta. With fp16 and
     several micro-batches per step, the gradient scaler reads gradients before the components are
     chosen: choose them beforehand inside ``sift.selecting()``, or use the mixin.
 
@@ -50,12 +65,46 @@ class SiftCallback(TrainerCallback):
         self._norm: Tensor | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Check that the optimizer trains all masters.
+        """Check that the optimizer trains all masters, and load the state of a run that resumes.
 
         Raises:
-            ValueError: it lacks a master, or holds a parameter of the model.
+            ValueError: the optimizer lacks a master, or holds a parameter of the model; or the run resumes
+                from a checkpoint without the state of this SIFT.
         """
         self._sift.attach(given["optimizer"])
+        self._sift.check_parameters()
+        refuse_other_model(self._sift, given["model"])
+        self._sift.grad_acc = args.gradient_accumulation_steps
+        if state.global_step:
+            self._resume(args, state)
+
+    def _resume(self, args: Any, state: Any) -> None:
+        """Load the state of the step at which a run resumes; Trainer has loaded the model already."""
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        given = args.resume_from_checkpoint
+        folders = [Path(given)] if isinstance(given, str) else []
+        for folder in (*folders, Path(args.output_dir) / name):
+            if folder.name == name and (folder / STATE).is_file():
+                self._sift.load(folder / STATE)
+                return
+        parts = self._sift.sparse_mapping.values()
+        if not any(part.is_trained for part in parts):
+            raise ValueError(
+                f"the run resumes at step {state.global_step}, but '{folder}' has no {STATE}, which holds"
+                " the choice of components; call sift.load() with the one of the checkpoint before train()"
+            )
+
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Write the state of the SIFT into the checkpoint that Trainer has written."""
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if folder.is_dir() and state.is_world_process_zero:
+            self._sift.save(folder / STATE)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Load the state of the best checkpoint, if Trainer has loaded its model."""
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best and (Path(best) / STATE).is_file():
+            self._sift.load(Path(best) / STATE)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Clip the gradient of the trained components to ``max_grad_norm``."""
@@ -86,32 +135,61 @@ class SiftTrainerMixin(_Trainer):
     model's weights. With these and Trainer's other files, a run resumes bit for bit on a model
     loaded from the base.
 
+    With a ``SiftConfig`` nothing else need be built:
+
+        >>> trainer = SiftTrainer(model, args, train_dataset=data, sift=SiftConfig(sparse_rate=0.01))
+
     Args:
-        sift: the SIFT of the Trainer's model. Its ``grad_acc`` must equal
-            ``gradient_accumulation_steps`` of the training arguments.
+        sift: the SIFT of the Trainer's model, or a ``SiftConfig``, from which the mixin builds the SIFT
+            of the model that the Trainer has, on its device. With ``selection_batches``, micro-batches
+            of a train loader of their own choose the components; otherwise those of the first step.
+            ``gradient_accumulation_steps`` of the training arguments replaces ``grad_acc``.
         base: the checkpoint from which the model was loaded; the base of the deltas. By default the
             model as it would have been saved before the training.
         base_id: where others find the base, such as ``org/model@<commit>``.
 
     Raises:
+        TypeError: transformers has changed the methods of Trainer that the mixin replaces.
         ValueError: the base differs from the model's first weights, or has no safetensors file.
     """
 
     def __init__(
         self,
         *args: Any,
-        sift: SIFT,
+        sift: SIFT | SiftConfig,
         base: str | PathLike[str] | None = None,
         base_id: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.sift = sift
+        for name in _REPLACED:
+            if not hasattr(super(), name):
+                raise TypeError(
+                    f"the Trainer of this version of transformers has no method {name}; SiftTrainerMixin"
+                    " replaces it, so install a version that sparsedelta supports"
+                )
+        self._sift_config = sift if isinstance(sift, SiftConfig) else None
         self._base = base
         self._base_id = base_id
         if base is not None:
             check_weights(Path(base))
-            check_base(sift.model, Path(base), sift)
+        if isinstance(sift, SIFT):
+            self._take_sift(sift)
         super().__init__(*args, **kwargs)
+        self._find_sift()
+
+    def _take_sift(self, sift: SIFT) -> None:
+        self.sift = sift
+        if self._base is not None:
+            check_base(sift.model, Path(self._base), sift)
+
+    def _find_sift(self) -> None:
+        """Build the SIFT of the model, unless there is one; ``model_init`` makes a new model in ``train``."""
+        trained: Any = self.model
+        if self._sift_config is None:
+            refuse_other_model(self.sift, trained)
+        elif not hasattr(self, "sift") or self.sift.model is not trained:
+            self._take_sift(self._sift_config.build(trained))
+        self.sift.grad_acc = self.args.gradient_accumulation_steps
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make an accelerator that does not wrap the model in DistributedDataParallel."""
@@ -123,14 +201,33 @@ class SiftTrainerMixin(_Trainer):
 
     def create_optimizer(self, model: Any = None) -> optim.Optimizer:
         """Return the optimizer that the training arguments name, built from the masters."""
+        self._find_sift()
         if self.optimizer is None:
+            refuse_matrix_optimizer(str(getattr(self.args.optim, "value", self.args.optim)))
             trained: Any = self.model
-            make, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+            make, given = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
                 self.args, trained
             )
-            self.optimizer = make(grouped_parameters(self.sift, self.args.weight_decay), **kwargs)
+            kwargs = dict(given)
+            groups = optimizer_groups(self.sift, self.args.weight_decay, kwargs)
+            self.optimizer = make(groups, **kwargs)
+        self.sift.check_parameters()
         self.sift.attach(self.optimizer)
         return self.optimizer
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Train on a micro-batch; before the first one, choose the components if that is configured."""
+        self._select(model)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def _select(self, model: Any) -> None:
+        n = None if self._sift_config is None else self._sift_config.selection_batches
+        if n is None or all(part.is_selected for part in self.sift.sparse_mapping.values()):
+            return
+        with kept_random_state(), self.sift.selecting():
+            for inputs in islice(self.get_train_dataloader(), n):
+                super().training_step(model, inputs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self._norm_of_masters(self.args.max_grad_norm)
@@ -168,6 +265,7 @@ class SiftTrainerMixin(_Trainer):
         return [[entry["step"], float(entry["loss"])] for entry in logs if "loss" in entry]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._find_sift()
         self.sift.load(Path(resume_from_checkpoint) / STATE)
 
     def _load_best_model(self) -> None:

@@ -28,8 +28,14 @@ class _ZeroGrad:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         # No SIFT trains the copy of a model, so the copy gets the original method.
-        model = memo.get(id(self._model), self._model)
-        return MethodType(type(model).zero_grad, model)
+        return _own_zero_grad(memo.get(id(self._model), self._model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _own_zero_grad, (self._model,)
+
+
+def _own_zero_grad(model: nn.Module) -> Callable[..., None]:
+    return MethodType(type(model).zero_grad, model)
 
 
 def extend_zero_grad(model: nn.Module, also: Callable[[], None]) -> None:

@@ -12,8 +12,8 @@ import sift_train
 
 NAMES = (
     "RULES SIFT Evaluation FitConfig FitResult MemoryReport Plan PublishCallback Rule SiftCallback "
-    "SiftTrainerMixin SparseParameter StepReport export_delta fit grouped_parameters load_sharded plan "
-    "principal save_sharded"
+    "SiftConfig SiftTrainerMixin SparseParameter StepReport export_delta fit grouped_parameters "
+    "load_sharded plan principal save_sharded"
 ).split()
 
 
@@ -75,11 +75,11 @@ def test_parameters(name: str, parameters: str) -> None:
 def test_what_a_sift_offers() -> None:
     offered = {name for name in vars(sift_train.SIFT) if not name.startswith("_")}
     assert offered == {
-        "after_closure", "after_step", "attach", "before_step", "check_ranks", "clip_grad_norm_", "close",
-        "finish_selection", "first_config", "get_trainable_num", "load", "load_state_dict",
+        "after_closure", "after_step", "attach", "before_step", "before_use", "check_parameters", "check_ranks", "clip_grad_norm_", "close",
+        "finish_selection", "first_config", "get_trainable_num", "grad_acc", "load", "load_state_dict",
         "memory_report", "n_total", "n_trained", "named_parameters_in_optimizer",
         "named_trainable_parameters", "parameters_in_optimizer", "print_trainable_parameters",
-        "ranks", "reshard", "revert", "reverted", "save", "selecting", "state_dict", "sync_gradients",
+        "of", "ranks", "record", "reshard", "set_trainer", "revert", "reverted", "save", "selecting", "state_dict", "sync_gradients",
         "trainable_parameters",
         "write_back", "zero_grad",
     }  # fmt: skip

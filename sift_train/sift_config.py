@@ -1,0 +1,68 @@
+"""``SiftConfig``: which components of a model are trained, apart from any model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from sift_train.chooser import BUDGETS
+from sift_train.rules import Selection, find_rule
+from sift_train.selection import n_selected
+from sift_train.sift import SIFT
+from sift_train.targets import ALL_LINEAR, Names
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiftConfig:
+    """The settings of a ``SIFT``; ``SiftTrainerMixin`` builds the SIFT from them.
+
+    Attributes:
+        sparse_rate, sparse_module, exception, selection, budget, seed: as for ``SIFT``.
+        selection_batches: number of micro-batches of the train loader whose gradients choose the
+            components before the first step. None: those of the first step choose.
+        gradient_checkpointing: as for ``SIFT``. The training arguments of a Trainer have their own.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    sparse_rate: float = 0.01
+    sparse_module: Names = ALL_LINEAR
+    exception: Names = ()
+    selection: Selection = "gradient"
+    selection_batches: int | None = None
+    budget: str = "tensor"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        n_selected(1, self.sparse_rate)
+        find_rule(self.selection)
+        if self.budget not in BUDGETS:
+            raise ValueError(f"budget is {self.budget!r}; choose one of {', '.join(BUDGETS)}")
+        n = self.selection_batches
+        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+            raise ValueError(f"selection_batches is {n!r}; it must be an integer of at least 1")
+
+    def build(self, model: nn.Module, *, grad_acc: int = 1) -> SIFT:
+        """Return the SIFT of a model.
+
+        Args:
+            model: a module without wrappers for several devices.
+            grad_acc: micro-batches per optimizer step.
+
+        Raises:
+            ValueError: as ``SIFT``.
+        """
+        return SIFT(
+            model,
+            self.sparse_rate,
+            self.sparse_module,
+            self.exception,
+            grad_acc,
+            self.gradient_checkpointing,
+            selection=self.selection,
+            budget=self.budget,
+            seed=self.seed,
+        )
