@@ -184,11 +184,18 @@ class TensorBytes:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
+        # Operations of torch would take much of the time of small reads, and other threads would wait for them.
+        self._bytes: Bits | None = None
+        if tensor.device.type == "cpu" and tensor.is_contiguous():
+            self._bytes = flat_bits(tensor).numpy().view(np.uint8)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the bytes from ``offset``; both must be multiples of the element size."""
         import torch
 
+        if self._bytes is not None:
+            np.frombuffer(buffer, np.uint8)[:] = self._bytes[offset : offset + len(buffer)]
+            return
         tensor = self._tensor
         width = tensor.element_size()
         first, end = offset // width, (offset + len(buffer)) // width

@@ -7,7 +7,7 @@ current state of the model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -64,10 +64,14 @@ class _Kept:
     tensor: torch.Tensor
     mirror: torch.Tensor | None = None  # a second copy, on the model's device
     pending: _Pending | None = None  # changes that are not completely written
+    _bytes: TensorBytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._bytes = TensorBytes(self.tensor)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``offset``."""
-        TensorBytes(self.tensor).read_into(buffer, offset)
+        self._bytes.read_into(buffer, offset)
 
     def write_pending(self) -> None:
         """Write the pending changes. It is safe to call this again after an interrupted call."""
