@@ -42,6 +42,8 @@ class Publishing:
         try:
             if kind is None:
                 self.finish()
+            elif self._publisher:
+                self._wait(self._publisher)
         finally:
             self._channel.close()
 
@@ -75,6 +77,14 @@ class Publishing:
         if self._publisher:
             _tried(self._finish)
             self._publisher.close()
+
+    @staticmethod
+    def _wait(publisher: Publisher) -> None:
+        """Wait for the version that is on its way, after the training has failed."""
+        try:
+            publisher.close()
+        except (OSError, SparseDeltaError) as error:
+            logger.warning("the last version was not published: %s", error)
 
     def _publish(self) -> None:
         if self._publisher:
