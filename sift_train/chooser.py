@@ -19,8 +19,8 @@ from sift_train.selection import (
     finite_or_zero,
     index_dtype,
     seeded_generator,
-    top_k,
     top_k_of_all,
+    top_k_of_each,
 )
 
 BUDGETS = ("tensor", "global")
@@ -33,7 +33,8 @@ class Chooser:
     Args:
         parts: the parts by name; each is a parameter with its master.
         rule: the rule that scores components.
-        budget: ``"tensor"``: each part gets its own k components; ``"global"``: the largest
+        budget: ``"tensor"``: each part gets its own k components, and each matrix of a part the same
+            number; ``"global"``: the largest
             scores of all parts are chosen; their number is the sum of all k.
         seed: seeds the choice among equal scores, and random selection.
 
@@ -70,7 +71,7 @@ class Chooser:
             if self._is_global:
                 scores[name] = finite_or_zero(raw.to(_CPU))
             else:
-                part.take_up(top_k(raw, part.train_num, generator))
+                part.take_up(top_k_of_each(raw, part.n_matrices, part.train_num, generator))
         if self._is_global:
             self._choose_together(scores)
 
@@ -111,7 +112,7 @@ class Chooser:
             _give_gradient(part, scores)
         elif scores.has_scores:
             generator = seeded_generator(self._seed, part.name)
-            part.take_up(top_k(scores.total, part.train_num, generator))
+            part.take_up(top_k_of_each(scores.total, part.n_matrices, part.train_num, generator))
             _give_gradient(part, scores)
         else:
             _mark_overflow(part, scores)

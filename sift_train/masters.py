@@ -28,14 +28,22 @@ class SparseParameter:
         original: values of the selected components before training, shape (k,), in the parameter's
             dtype. On the CPU, unless weight decay goes toward the base. None before the selection.
         is_dense: whether every component is trained; a selection must then contain all of them.
+        n_matrices: number of matrices in the parameter; each gets the same number of components.
     """
 
     def __init__(
-        self, name: str, parameter: nn.Parameter, train_num: int, *, is_dense: bool = False
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        train_num: int,
+        *,
+        is_dense: bool = False,
+        n_matrices: int = 1,
     ) -> None:
         self.name = name
         self.parameter = parameter
         self.is_dense = is_dense
+        self.n_matrices = n_matrices
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         self.master = nn.Parameter(parameter.new_zeros(train_num, dtype=dtype))
         self.original: Tensor | None = None
@@ -259,11 +267,7 @@ class SparseParameter:
         """Mean |change| of the components whose bits changed; None if none or not finite."""
         if self.original is None:
             return None
-        before, now = self.original.cpu(), self._gather(self.parameter).cpu()
-        changed = ~_equal_bits(before, now)
-        moved = (now[changed].double() - before[changed].double()).abs()
-        mean = float(moved.mean()) if len(moved) else math.nan
-        return mean if math.isfinite(mean) else None
+        return mean_change(self.original.cpu(), self._gather(self.parameter).cpu())
 
     def decay_to_original(self, share: float) -> None:
         """Move the master toward the original by a share of their difference.
@@ -350,3 +354,18 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
 def _equal_bits(left: Tensor, right: Tensor) -> Tensor:
     bits = _BITS[left.element_size()]
     return left.view(bits) == right.view(bits)
+
+
+def mean_change(before: Tensor, after: Tensor) -> float | None:
+    """Return the mean |change| of the elements whose bits changed.
+
+    None if there is none, the mean is not finite, or the tensors have other shapes or dtypes than each
+    other, or an integer dtype.
+    """
+    is_comparable = before.dtype == after.dtype and before.shape == after.shape
+    if not is_comparable or not before.is_floating_point() or before.itemsize < 2:
+        return None
+    changed = ~_equal_bits(before, after)
+    moved = (after[changed].double() - before[changed].double()).abs()
+    mean = float(moved.mean()) if len(moved) else math.nan
+    return mean if math.isfinite(mean) else None

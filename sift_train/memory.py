@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from sift_train.masters import SparseParameter
-from sift_train.selection import index_dtype, n_selected, search_bytes
+from sift_train.reach import left_out
+from sift_train.selection import index_dtype, search_bytes
 from sift_train.shape import model_without_weights
 from sift_train.targets import ALL_LINEAR, Names, find_targets
 
@@ -97,11 +98,13 @@ class Plan(MemoryReport):
         rate: the rate given to ``plan``.
         fixed_bytes: weights and one dense gradient; these do not depend on the rate.
         dtype: dtype of most of the weights, such as ``"bfloat16"``.
+        left_out: a sentence that says which share of the weights is selected from, and what is left out.
     """
 
     rate: float
     fixed_bytes: int
     dtype: str
+    left_out: str
 
     def room_in(self, gb: float) -> int:
         """Return the bytes left for activations on a device of ``gb`` GiB; negative if too small."""
@@ -137,7 +140,7 @@ class Plan(MemoryReport):
         return f"lacks {_size_text(-room)} in {gb:g} GiB; a rate of {highest:.4f} would just fit"
 
     def __str__(self) -> str:
-        return f"{super().__str__()}\n{self.fits()}; weights in {self.dtype}"
+        return f"{super().__str__()}\n{self.fits()}; weights in {self.dtype}\n{self.left_out}"
 
 
 def memory_of(
@@ -179,18 +182,30 @@ def plan(
 
     Raises:
         OSError: the folder or the model does not exist.
+        TypeError: the model is none of these.
         ValueError: an argument is out of range, or transformers does not know the config's model.
     """
+    if not (isinstance(model, nn.Module | str | PathLike) or hasattr(model, "architectures")):
+        raise TypeError(
+            f"model is a {type(model).__name__}; give a folder, a Hub id, a config of transformers or a"
+            " module"
+        )
     empty = model if isinstance(model, nn.Module) else model_without_weights(model, dtype)
     rows = []
-    for target in find_targets(empty, sparse_module, exception, needs_values=False):
-        numel = target.parameter.numel()
-        k = numel if target.dense else n_selected(numel, rate)
+    targets = find_targets(empty, sparse_module, exception, needs_values=False)
+    for target in targets:
+        k = target.n_trained(rate)
         width = torch.promote_types(target.parameter.dtype, torch.float32).itemsize
-        rows.append((target.parameter, k, k == numel, width))
+        rows.append((target.parameter, k, k == target.parameter.numel(), width))
     counted = _count(empty, rows, optimizer)
     fixed = counted["weight_bytes"] + counted["largest_gradient_bytes"]
-    return Plan(**counted, rate=rate, fixed_bytes=fixed, dtype=_main_dtype(empty))
+    return Plan(
+        **counted,
+        rate=rate,
+        fixed_bytes=fixed,
+        dtype=_main_dtype(empty),
+        left_out=left_out(empty, {target.parameter for target in targets}),
+    )
 
 
 def _count(
