@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Collection
 
 from torch import nn
 
@@ -36,7 +35,11 @@ def linear_weights(model: nn.Module) -> set[nn.Parameter]:
 
 def conv_weights(model: nn.Module) -> set[nn.Parameter]:
     """Return the weights of convolutions, of one to three dimensions, transposed ones too."""
-    return {module.weight for module in _convolutions(model) if _is_parameter(module.weight)}
+    return {
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.modules.conv._ConvNd) and isinstance(module.weight, nn.Parameter)
+    }
 
 
 def n_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
@@ -108,25 +111,17 @@ def _embeddings(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _output_embeddings(model: nn.Module) -> set[nn.Parameter]:
-    outputs, inputs = (
-        getattr(_layer(model, method), "weight", None)
-        for method in ("get_output_embeddings", "get_input_embeddings")
-    )
-    if not _is_parameter(outputs) or (_is_parameter(inputs) and inputs.shape != outputs.shape):
+    outputs = _weight_of(model, "get_output_embeddings")
+    inputs = _weight_of(model, "get_input_embeddings")
+    if outputs is None or (inputs is not None and inputs.shape != outputs.shape):
         return set()
     return {outputs}
 
 
-def _layer(model: nn.Module, method: str) -> Any:
+def _weight_of(model: nn.Module, method: str) -> nn.Parameter | None:
     try:
-        return getattr(model, method, lambda: None)()
-    except (NotImplementedError, AttributeError):  # the method of a model without embeddings
+        layer = getattr(model, method, lambda: None)()
+    except (NotImplementedError, AttributeError):  # transformers raises them without embeddings
         return None
-
-
-def _convolutions(model: nn.Module) -> Iterator[nn.modules.conv._ConvNd]:
-    return (module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd))
-
-
-def _is_parameter(value: Any) -> bool:
-    return isinstance(value, nn.Parameter)
+    weight = getattr(layer, "weight", None)
+    return weight if isinstance(weight, nn.Parameter) else None

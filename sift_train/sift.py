@@ -124,14 +124,15 @@ class SIFT:
             sparse_module = [re.compile(f"^{re.escape(name)}$") for name in masks]
         parts = []
         for target in find_targets(model, sparse_module, exception or ()):
-            part = SparseParameter(
-                target.name,
-                target.parameter,
-                target.n_trained(sparse_rate),
-                is_dense=target.dense,
-                n_matrices=target.n_matrices,
+            parts.append(
+                SparseParameter(
+                    target.name,
+                    target.parameter,
+                    target.n_trained(sparse_rate),
+                    is_dense=target.dense,
+                    n_matrices=target.n_matrices,
+                )
             )
-            parts.append(part)
         self.sparse_mapping: Mapping[str, SparseParameter] = MappingProxyType(
             {part.name: part for part in parts}
         )
@@ -368,9 +369,9 @@ class SIFT:
         self.after_closure(optimizer)
         for group in optimizer.param_groups:
             for master in group["params"]:
-                part = self._by_master.get(id(master))
-                if part is not None and part.is_selected and group.get(BASE_DECAY):
-                    part.decay_to_original(float(group["lr"]) * group[BASE_DECAY])
+                trained = self._by_master.get(id(master))
+                if trained is not None and trained.is_selected and group.get(BASE_DECAY):
+                    trained.decay_to_original(float(group["lr"]) * group[BASE_DECAY])
 
     def after_closure(self, optimizer: torch.optim.Optimizer) -> None:
         """Choose by the gradients of this step; drop the gradients of masters not chosen yet."""

@@ -12,7 +12,7 @@ import sift_train
 
 NAMES = (
     "RULES SIFT Evaluation FitConfig FitResult MemoryReport Plan Rule SiftCallback "
-    "SiftTrainerMixin SparseParameter StepReport export_delta fit grouped_parameters plan principal"
+    "SiftConfig SiftTrainerMixin SparseParameter StepReport export_delta fit grouped_parameters plan principal"
 ).split()
 
 
@@ -49,6 +49,11 @@ def test_names() -> None:
         ),
         ("export_delta", "model output * sift base base_id info save_target overwrite"),
         ("plan", "model rate * sparse_module exception dtype optimizer"),
+        (
+            "SiftConfig",
+            "* sparse_rate sparse_module exception selection selection_batches budget "
+            "gradient_checkpointing seed",
+        ),
         ("grouped_parameters", "sift weight_decay * decay_to"),
         ("principal", "rank"),
         (
@@ -72,10 +77,11 @@ def test_parameters(name: str, parameters: str) -> None:
 def test_what_a_sift_offers() -> None:
     offered = {name for name in vars(sift_train.SIFT) if not name.startswith("_")}
     assert offered == {
-        "after_closure", "after_step", "attach", "before_step", "clip_grad_norm_", "close",
-        "finish_selection", "first_config", "get_trainable_num", "load", "load_state_dict",
-        "memory_report", "n_total", "n_trained", "named_parameters_in_optimizer",
-        "named_trainable_parameters", "parameters_in_optimizer", "print_trainable_parameters",
-        "revert", "reverted", "save", "selecting", "state_dict", "trainable_parameters",
+        "after_closure", "after_step", "attach", "before_step", "before_use", "check_parameters",
+        "clip_grad_norm_", "close", "finish_selection", "first_config", "get_trainable_num", "grad_acc",
+        "load", "load_state_dict", "memory_report", "n_total", "n_trained", "named_parameters_in_optimizer",
+        "named_trainable_parameters", "of", "parameters_in_optimizer", "print_trainable_parameters",
+        "record", "revert", "reverted", "save", "selecting", "set_trainer", "state_dict",
+        "trainable_parameters",
         "write_back", "zero_grad",
     }  # fmt: skip
