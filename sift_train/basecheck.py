@@ -209,3 +209,26 @@ def _open(path: Path, stack: ExitStack) -> Any:
         raise ValueError(
             f"'{path}' is not a safetensors file, or is incomplete: {error}"
         ) from error
+
+
+class Reader:
+    """Reads single tensors of safetensors files, and opens each file once.
+
+    Args:
+        stack: closes the files.
+    """
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._files: dict[Path, Any] = {}
+
+    def __call__(self, path: Path, name: str) -> Tensor:
+        """Return a tensor of a file.
+
+        Raises:
+            ValueError: the file is not a safetensors file.
+        """
+        if path not in self._files:
+            self._files[path] = _open(path, self._stack)
+        tensor: Tensor = self._files[path].get_tensor(name)
+        return tensor

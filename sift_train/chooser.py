@@ -28,7 +28,7 @@ from sift_train.selection import (
     finite_or_zero,
     index_dtype,
     seeded_generator,
-    top_k,
+    top_k_of_each,
 )
 
 BUDGETS = ("tensor", "global")
@@ -41,7 +41,8 @@ class Chooser:
     Args:
         parts: the parts by name; each is a parameter with its master.
         rule: the rule that scores components.
-        budget: ``"tensor"``: each part gets its own k components; ``"global"``: the largest
+        budget: ``"tensor"``: each part gets its own k components, and each matrix of a part the same
+            number; ``"global"``: the largest
             scores of all parts are chosen; their number is the sum of all k.
         seed: seeds the choice among equal scores, and random selection.
 
@@ -180,7 +181,7 @@ def choose_by_hand(
 
 def _largest(part: SparseParameter, scores: Tensor, generator: torch.Generator) -> Tensor:
     if part.shard is None:
-        return top_k(scores, part.n_wanted, generator)
+        return top_k_of_each(scores, part.n_matrices, part.n_wanted, generator)
     return top_k_of_shards({"": scores}, part.n_wanted, generator, {"": part.shard})[""]
 
 

@@ -27,6 +27,7 @@ from sift_train.basecheck import (
     tensor_names,
     weight_files,
 )
+from sift_train.changes import mean_changes
 from sift_train.ranks.export import check_shards, copy_base, write_components
 from sift_train.ranks.shard import is_sharded
 from sift_train.sift import SIFT
@@ -175,9 +176,15 @@ def write_delta(
         else:
             base_path = Path(os.path.abspath(str(base)))
         work = stack.enter_context(_work_folder(final, "target"))
-        target = _save(model, work, base_path if base is not None else None)
+        has_base = base is not None
+        target = _save(model, work, base_path if has_base else None)
+        means = {}
+        if sift is not None:
+            means = mean_changes(sift, model, base=base_path, target=target, is_renamed=has_base)
         delta = stack.enter_context(
-            sparsedelta.diff(base_path, target, base_id=base_id, info=_with_mean_change(info, sift))
+            sparsedelta.diff(
+                base_path, target, base_id=base_id, info=_with_mean_change(info, means)
+            )
         )
         delta.save(final, overwrite=overwrite)
         nnz = delta.nnz
@@ -223,14 +230,10 @@ def check_outputs(
     check_weights(base_path)
 
 
-def _with_mean_change(info: Mapping[str, Any] | None, sift: SIFT | None) -> dict[str, Any]:
+def _with_mean_change(info: Mapping[str, Any] | None, means: Mapping[str, float]) -> dict[str, Any]:
     """Return the info with each tensor's ``mean_change``, which a delta alone does not contain."""
-    full = dict(info or {})
-    if sift is None:
-        return full
-    moved = {name: part.mean_change for name, part in sift.sparse_mapping.items()}
-    known = {name: float(f"{mean:.3g}") for name, mean in moved.items() if mean is not None}
-    return {"mean_change": known, **full} if known else full
+    known = {name: float(f"{mean:.3g}") for name, mean in means.items()}
+    return {"mean_change": known, **(info or {})} if known else dict(info or {})
 
 
 def _is_transformers(model: nn.Module) -> bool:

@@ -32,16 +32,24 @@ class SparseParameter:
         shard: where this rank's part of the parameter lies; None if the parameter is not sharded. Masters
             and indices are then those of this part.
         n_wanted: number of components to select, over all shards.
+        n_matrices: number of matrices in the parameter; each gets the same number of components.
     """
 
     def __init__(
-        self, name: str, parameter: nn.Parameter, train_num: int, *, is_dense: bool = False
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        train_num: int,
+        *,
+        is_dense: bool = False,
+        n_matrices: int = 1,
     ) -> None:
         self.name = name
         self.parameter = parameter
         self.is_dense = is_dense
         self.shard = shard_of(parameter)
         self.n_wanted = train_num
+        self.n_matrices = n_matrices
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         own = self.local.numel()
         n = train_num if self.shard is None else train_num * own // max(self.shard.numel, 1)
@@ -289,11 +297,7 @@ class SparseParameter:
         """Mean |change| of the components whose bits changed; None if none or not finite."""
         if self.original is None:
             return None
-        before, now = self.original.cpu(), self._gather(self.parameter).cpu()
-        changed = ~_equal_bits(before, now)
-        moved = (now[changed].double() - before[changed].double()).abs()
-        mean = float(moved.mean()) if len(moved) else math.nan
-        return mean if math.isfinite(mean) else None
+        return mean_change(self.original.cpu(), self._gather(self.parameter).cpu())
 
     def decay_to_original(self, share: float) -> None:
         """Move the master toward the original by a share of their difference.
@@ -380,3 +384,18 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
 def _equal_bits(left: Tensor, right: Tensor) -> Tensor:
     bits = _BITS[left.element_size()]
     return left.view(bits) == right.view(bits)
+
+
+def mean_change(before: Tensor, after: Tensor) -> float | None:
+    """Return the mean |change| of the elements whose bits changed.
+
+    None if there is none, the mean is not finite, or the tensors have other shapes or dtypes than each
+    other, or an integer dtype.
+    """
+    is_comparable = before.dtype == after.dtype and before.shape == after.shape
+    if not is_comparable or not before.is_floating_point() or before.itemsize < 2:
+        return None
+    changed = ~_equal_bits(before, after)
+    moved = (after[changed].double() - before[changed].double()).abs()
+    mean = float(moved.mean()) if len(moved) else math.nan
+    return mean if math.isfinite(mean) else None

@@ -19,7 +19,8 @@ from torch import nn
 from sift_train.masters import SparseParameter
 from sift_train.ranks.buckets import BUCKET
 from sift_train.ranks.traffic import Traffic, traffic_of, unit_bytes
-from sift_train.selection import index_dtype, n_selected, search_bytes
+from sift_train.reach import left_out
+from sift_train.selection import index_dtype, search_bytes
 from sift_train.shape import model_without_weights
 from sift_train.targets import ALL_LINEAR, Names, find_targets
 
@@ -100,6 +101,7 @@ class Plan(MemoryReport):
         rate: the rate given to ``plan``.
         fixed_bytes: weights and one dense gradient; these do not depend on the rate.
         dtype: dtype of most of the weights, such as ``"bfloat16"``.
+        left_out: a sentence that says which share of the weights is selected from, and what is left out.
         traffic: what a step sends; None for one device. All bytes of the plan are those of one device. If the
             weights are sharded, it holds its share of weights, masters and state, and one unit of layers, its weights
             and gradients, unsharded.
@@ -108,6 +110,7 @@ class Plan(MemoryReport):
     rate: float
     fixed_bytes: int
     dtype: str
+    left_out: str
     traffic: Traffic | None = None
 
     def room_in(self, gb: float) -> int:
@@ -144,7 +147,7 @@ class Plan(MemoryReport):
         return f"lacks {_size_text(-room)} in {gb:g} GiB; a rate of {highest:.4f} would just fit"
 
     def __str__(self) -> str:
-        text = f"{super().__str__()}\n{self.fits()}; weights in {self.dtype}"
+        text = f"{super().__str__()}\n{self.fits()}; weights in {self.dtype}\n{self.left_out}"
         return text if self.traffic is None else f"{text}\n{self.traffic}"
 
 
@@ -191,17 +194,23 @@ def plan(
 
     Raises:
         OSError: the folder or the model does not exist.
+        TypeError: the model is none of these.
         ValueError: an argument is out of range, or transformers does not know the config's model.
     """
     if devices < 1:
         raise ValueError(f"devices is {devices}; it must be at least 1")
+    if not (isinstance(model, nn.Module | str | PathLike) or hasattr(model, "architectures")):
+        raise TypeError(
+            f"model is a {type(model).__name__}; give a folder, a Hub id, a config of transformers or a"
+            " module"
+        )
     empty = model if isinstance(model, nn.Module) else model_without_weights(model, dtype)
     rows = []
-    for target in find_targets(empty, sparse_module, exception, needs_values=False):
-        numel = target.parameter.numel()
-        k = numel if target.dense else n_selected(numel, rate)
+    targets = find_targets(empty, sparse_module, exception, needs_values=False)
+    for target in targets:
+        k = target.n_trained(rate)
         width = torch.promote_types(target.parameter.dtype, torch.float32).itemsize
-        rows.append((target.parameter, k, k == numel, width))
+        rows.append((target.parameter, k, k == target.parameter.numel(), width))
     counted = _count(empty, rows, optimizer)
     traffic = None
     if devices != 1 or sharded:
@@ -219,7 +228,14 @@ def plan(
     if sharded:
         counted = _per_shard(counted, devices, unit_bytes(empty))
     fixed = counted["weight_bytes"] + counted["largest_gradient_bytes"]
-    return Plan(**counted, rate=rate, fixed_bytes=fixed, dtype=_main_dtype(empty), traffic=traffic)
+    return Plan(
+        **counted,
+        rate=rate,
+        fixed_bytes=fixed,
+        dtype=_main_dtype(empty),
+        left_out=left_out(empty, {target.parameter for target in targets}),
+        traffic=traffic,
+    )
 
 
 def _per_shard(counted: dict[str, int], n: int, unit: int) -> dict[str, int]:

@@ -69,6 +69,25 @@ def top_k(scores: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return top_k_of_all({"": scores}, k, generator)[""]
 
 
+def top_k_of_each(scores: Tensor, n_matrices: int, k: int, generator: torch.Generator) -> Tensor:
+    """Return the flat indices of the k / n largest scores of each of n matrices, strictly increasing.
+
+    Args:
+        scores: shape (n, ...) if n is above 1; otherwise as for ``top_k``.
+        n_matrices: n.
+        k: a multiple of n.
+        generator: as for ``top_k``.
+    """
+    if n_matrices == 1:
+        return top_k(scores, k, generator)
+    size = scores.numel() // n_matrices
+    indices = [
+        top_k(matrix, k // n_matrices, generator).to(index_dtype(scores.numel())) + at * size
+        for at, matrix in enumerate(scores)
+    ]
+    return torch.cat(indices)
+
+
 def top_k_of_all(
     scores: Mapping[str, Tensor], k: int, generator: torch.Generator
 ) -> dict[str, Tensor]:

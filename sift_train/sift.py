@@ -36,7 +36,6 @@ from sift_train.ranks.norm import clip_shards
 from sift_train.ranks.shard import local_gradient, reshard
 from sift_train.ranks.sync import Synchronizer
 from sift_train.rules import RULES, Selection, find_rule
-from sift_train.selection import n_selected
 from sift_train.steps import add_listener, current_listeners, remove_listener
 from sift_train.targets import ALL_LINEAR, Names, find_targets, warn_of_adapters
 from sift_train.zeroing import extend_zero_grad, restore_zero_grad
@@ -76,9 +75,11 @@ class SIFT:
 
     Args:
         model: a module without wrappers for several devices.
-        sparse_rate: share of each tensor's components to train, 0 to 1.
+        sparse_rate: share of each tensor's components to train, 0 to 1; in a 3-D tensor of experts, of
+            each expert's.
         sparse_module: name fragments or regular expressions (compiled, or written ``"re:..."``) of
-            the parameters to train sparsely, or ``"all-linear"``.
+            the parameters to train sparsely; ``"all-linear"``: the weights of linear layers and experts;
+            ``"all-conv"``: those of convolutions.
         exception: name fragments or regular expressions of the parameters to train densely; None
             means none.
         grad_acc: micro-batches per optimizer step. Above 1 the dense gradients of the first step
@@ -135,9 +136,15 @@ class SIFT:
             sparse_module = [re.compile(f"^{re.escape(name)}$") for name in masks]
         parts = []
         for target in find_targets(model, sparse_module, exception or ()):
-            numel = target.parameter.numel()
-            k = numel if target.dense else n_selected(numel, sparse_rate)
-            parts.append(SparseParameter(target.name, target.parameter, k, is_dense=target.dense))
+            parts.append(
+                SparseParameter(
+                    target.name,
+                    target.parameter,
+                    target.n_trained(sparse_rate),
+                    is_dense=target.dense,
+                    n_matrices=target.n_matrices,
+                )
+            )
         self.sparse_mapping: Mapping[str, SparseParameter] = MappingProxyType(
             {part.name: part for part in parts}
         )
@@ -412,9 +419,9 @@ class SIFT:
         self.after_closure(optimizer)
         for group in optimizer.param_groups:
             for master in group["params"]:
-                held = self._by_master.get(id(master))
-                if held is not None and held.is_selected and group.get(BASE_DECAY):
-                    held.decay_to_original(float(group["lr"]) * group[BASE_DECAY])
+                trained = self._by_master.get(id(master))
+                if trained is not None and trained.is_selected and group.get(BASE_DECAY):
+                    trained.decay_to_original(float(group["lr"]) * group[BASE_DECAY])
 
     def after_closure(self, optimizer: torch.optim.Optimizer) -> None:
         """Choose by the gradients of this step; drop the gradients of masters not chosen yet."""

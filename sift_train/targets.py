@@ -15,11 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from sift_train.ranks.shard import is_sharded, local_part
+from sift_train.reach import conv_weights, left_out, linear_weights, n_matrices, reached_share
+from sift_train.selection import n_selected
 
 logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
+ALL_CONV = "all-conv"
 REGEX = "re:"
+_KINDS = {ALL_LINEAR: linear_weights, ALL_CONV: conv_weights}
 
 Names = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 
@@ -37,11 +41,20 @@ class Target:
         name: the parameter's first name in the model.
         parameter: the parameter itself, not a copy.
         dense: whether all of its components are trained.
+        n_matrices: number of matrices in it, such as one for each expert; the rate holds for each.
     """
 
     name: str
     parameter: nn.Parameter
     dense: bool
+    n_matrices: int = 1
+
+    def n_trained(self, rate: float) -> int:
+        """Return the number of components that a rate selects, all of them if it is dense."""
+        numel = self.parameter.numel()
+        if self.dense:
+            return numel
+        return self.n_matrices * n_selected(numel // self.n_matrices, rate)
 
 
 def find_targets(
@@ -54,8 +67,9 @@ def find_targets(
 
     Args:
         model: not wrapped for several devices.
-        sparse_module: name fragments, or ``"all-linear"``: the weights of all linear layers except
-            the output embeddings.
+        sparse_module: name fragments, or ``"all-linear"``: the weights of all linear layers and
+            experts, without the output embeddings; or ``"all-conv"``: those of all convolutions. Both
+            may also be in a list.
         exception: name fragments of parameters to train densely, also if ``sparse_module`` matches
             them.
         needs_values: raise for parameters on the meta device.
@@ -65,13 +79,11 @@ def find_targets(
     """
     _check_unwrapped(model)
     names = names_of_parameters(model)
-    dense = _matching(names, _fragments(exception), "exception")
-    if sparse_module == ALL_LINEAR:
-        sparse = _linear_weights(model)
-    else:
-        sparse = _matching(names, _fragments(sparse_module), "sparse_module")
+    dense = _matching(model, names, _fragments(exception), "exception")
+    sparse = _matching(model, names, _fragments(sparse_module), "sparse_module")
+    stacked = n_matrices(model)
     targets = [
-        Target(own[0], parameter, parameter in dense)
+        Target(own[0], parameter, parameter in dense, stacked.get(parameter, 1))
         for parameter, own in names.items()
         if (parameter in dense or parameter in sparse) and parameter.numel()
     ]
@@ -83,7 +95,14 @@ def find_targets(
             else f"{type(model).__name__} has no parameters; there is nothing to train"
         )
     _refuse_untrainable(model, targets, needs_values=needs_values)
+    if sparse_module == ALL_LINEAR:
+        _log_left_out(model, {target.parameter for target in targets})
     return targets
+
+
+def _log_left_out(model: nn.Module, trained: set[nn.Parameter]) -> None:
+    level = logging.WARNING if reached_share(model, trained) < 0.5 else logging.INFO
+    logger.log(level, "%r: %s", ALL_LINEAR, left_out(model, trained))
 
 
 def _fragments(value: Names) -> tuple[str | re.Pattern[str], ...]:
@@ -116,12 +135,16 @@ def names_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def _matching(
+    model: nn.Module,
     names: dict[nn.Parameter, list[str]],
     fragments: tuple[str | re.Pattern[str], ...],
     argument: str,
 ) -> set[nn.Parameter]:
     found: set[nn.Parameter] = set()
     for fragment in fragments:
+        if isinstance(fragment, str) and fragment in _KINDS:
+            found |= _KINDS[fragment](model)
+            continue
         matches = {p for p, own in names.items() if any(_occurs(fragment, name) for name in own)}
         if not matches:
             shown = fragment if isinstance(fragment, str) else REGEX + fragment.pattern
@@ -131,17 +154,6 @@ def _matching(
             )
         found |= matches
     return found
-
-
-def _linear_weights(model: nn.Module) -> set[nn.Parameter]:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return {
-        module.weight
-        for module in model.modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-        and module is not head
-        and isinstance(module.weight, nn.Parameter)
-    }
 
 
 def check_saves_weights(model: nn.Module, *, may_be_sharded: bool = False) -> None:

@@ -52,6 +52,11 @@ def test_names() -> None:
         ("plan", "model rate * sparse_module exception dtype optimizer devices sharded"),
         ("save_sharded", "sift folder optimizer"),
         ("load_sharded", "sift folder optimizer"),
+        (
+            "SiftConfig",
+            "* sparse_rate sparse_module exception selection selection_batches budget "
+            "gradient_checkpointing seed",
+        ),
         ("grouped_parameters", "sift weight_decay * decay_to"),
         ("principal", "rank"),
         (
