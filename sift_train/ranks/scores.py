@@ -46,11 +46,13 @@ def share_scores(
 
 def has_scores(parts: Sequence[SparseParameter], scores: Sequence[GradientScores]) -> bool:
     """Return whether any component of the parts has a score other than 0, also on other shards."""
-    found = torch.tensor(float(any(score.has_scores for score in scores)))
-    for groups in {
-        part.shard.groups: part.shard for part in parts if part.shard is not None
-    }.values():
-        groups.sum_(found)
+    has_own = any(score.has_scores for score in scores)
+    shards = {part.shard.groups: part.shard for part in parts if part.shard is not None}
+    if not shards:
+        return has_own
+    found = torch.tensor(float(has_own))
+    for shard in shards.values():
+        shard.sum_(found)
     return bool(found)
 
 

@@ -192,9 +192,13 @@ torch.save(model.state_dict(), folder / f"rank-{os.environ['RANK']}.pt")
 def launch(tmp_path: Path, launcher: list[str], *more: str) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
+    here = Path(
+        __file__
+    ).parent  # not all of sys.path: a module there may have the name of a standard one
+    path = os.pathsep.join(map(str, (here.parents[1], here)))
     return subprocess.run(
         [sys.executable, "-m", *launcher, str(script), str(tmp_path), *more],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
