@@ -147,7 +147,7 @@ def test_option_with_an_unknown_value(workplace: Workplace, run: Run) -> None:
 def test_failures_are_one_line(
     run: Run, monkeypatch: pytest.MonkeyPatch, failure: Exception, line: str
 ) -> None:
-    def fail(path: Path) -> None:
+    def fail(path: Path, *, base: Path | None) -> None:
         raise failure
 
     monkeypatch.setattr(sparsedelta, "inspect", fail)
@@ -162,7 +162,7 @@ def test_failures_are_one_line(
 
 
 def test_a_bug_shows_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path) -> None:
+    def fail(path: Path, *, base: Path | None) -> None:
         raise KeyError("bug")
 
     monkeypatch.setattr(sparsedelta, "inspect", fail)
@@ -191,7 +191,7 @@ def test_interrupt_is_one_line(
     status: int,
     line: str,
 ) -> None:
-    def end(path: Path) -> None:
+    def end(path: Path, *, base: Path | None) -> None:
         raise interrupt
 
     monkeypatch.setattr(sparsedelta, "inspect", end)
