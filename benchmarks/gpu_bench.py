@@ -66,10 +66,10 @@ class Bench:
 
     def seconds(self, work: Callable[[], Any]) -> float:
         """Return the seconds a function takes, including the work it leaves on the device."""
-        self._wait()
+        self.wait()
         start = time.perf_counter()
         work()
-        self._wait()
+        self.wait()
         return time.perf_counter() - start
 
     def begin_peak(self) -> None:
@@ -88,7 +88,7 @@ class Bench:
         place = self.work / "trace.json"
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
             work()
-            self._wait()
+            self.wait()
         seen.export_chrome_trace(str(place))
         copied = {"HtoD": 0, "DtoH": 0}
         for event in json.loads(place.read_text("utf-8"))["traceEvents"]:
@@ -102,6 +102,7 @@ class Bench:
         """Return the peak of the GPU's memory since the reset, in bytes; 0 without a GPU."""
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Wait until the device has done its work."""
         if self.device == "cuda":
             torch.cuda.synchronize()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import channel_costs
 import torch
 from gpu_bench import GIB, MB, Bench
 from gpu_model import Llama, Shape, make_model
@@ -190,49 +189,13 @@ def _apply(bench: Bench, what: str, model: Llama, path: Path, changes: Sequence[
 def run_channel(bench: Bench) -> None:
     """Publish versions of a model, and follow them with another one on the same device."""
     (shape,) = bench.shapes("1b").values()
-    model, reader = make_model(shape, bench.device), make_model(shape, bench.device)
-    channel = sparsedelta.Channel(str(bench.work / "channel"))
+    model = make_model(shape, bench.device)
+    state = {name: parameter.data for name, parameter in model.named_parameters()}
+    place = bench.work / "channel"
     with bench.attempt("channel"):
-        publisher = sparsedelta.Publisher(channel, model, keep_on="both", level="fast")
-        bench.record("first version, in full", bench.seconds(publisher.publish), "s")
-        follower = sparsedelta.Follower(channel, reader)
-        bench.record("a follower's start", bench.seconds(follower.sync), "s")
-        for number in range(3):
-            changes = _small_step(model, seed=number)
-            nnz = sum(len(change.at) for change in changes)
-            seconds = bench.seconds(publisher.publish)
-            bench.record("trainer blocked by a version", seconds, "s", f"{nnz:,} changed")
-            pauses = _Pauses(follower.reading)
-            seconds = bench.seconds(follower.sync)
-            bench.record("sync", seconds, "s", f"longest pause {pauses.end():.4f} s")
-        for one, other in zip(model.parameters(), reader.parameters(), strict=True):
-            if not torch.equal(one.view(torch.int16), other.view(torch.int16)):
-                raise ValueError("the follower's model differs from the publisher's")
-        bench.record("follower", "equal", note="to the publisher's model, bit for bit")
-
-
-class _Pauses:
-    """Measures in a thread how long readers wait."""
-
-    def __init__(self, reading: Callable[[], object]) -> None:
-        self._reading = reading
-        self._ended = False
-        self._longest = 0.0
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._ended:
-            start = time.perf_counter()
-            with self._reading():  # type: ignore[attr-defined] # a context
-                self._longest = max(self._longest, time.perf_counter() - start)
-            time.sleep(0.0005)
-
-    def end(self) -> float:
-        """Stop, and return the longest wait in seconds."""
-        self._ended = True
-        self._thread.join()
-        return self._longest
+        channel_costs.run(
+            state, place, bench.record, wait=bench.wait, keep_on="both", n_versions=3, n_behind=4
+        )
 
 
 def _small_step(model: Llama, seed: int = 0) -> list[Change]:

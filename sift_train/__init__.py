@@ -18,6 +18,7 @@ from sift_train.fit import fit
 from sift_train.groups import grouped_parameters
 from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, Plan, plan
+from sift_train.ranks.checkpoint import load_sharded, save_sharded
 from sift_train.rules import RULES, Rule, principal
 from sift_train.sift import SIFT
 
@@ -40,8 +41,10 @@ __all__ = [
     "export_delta",
     "fit",
     "grouped_parameters",
+    "load_sharded",
     "plan",
     "principal",
+    "save_sharded",
 ]
 
 

@@ -13,6 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from sift_train.masters import SparseParameter
+from sift_train.ranks.group import ALONE, Ranks
+from sift_train.ranks.scores import (
+    count_over_shards,
+    has_scores,
+    largest_of_all,
+    share_scores,
+)
+from sift_train.ranks.shard import Shard, whole_or_self
+from sift_train.ranks.threshold import top_k_of_shards
 from sift_train.rules import Rule
 from sift_train.scores import GradientScores
 from sift_train.selection import (
@@ -20,7 +29,6 @@ from sift_train.selection import (
     index_dtype,
     seeded_generator,
     top_k,
-    top_k_of_all,
 )
 
 BUDGETS = ("tensor", "global")
@@ -56,7 +64,7 @@ class Chooser:
         """Choose dense parts, and all other parts if the rule scores by weights."""
         for part in self._parts.values():
             if part.trains_all:
-                numel = part.parameter.numel()
+                numel = part.local.numel()
                 part.take_up(torch.arange(numel, dtype=index_dtype(numel)))
         from_weight = self._rule.from_weight
         if from_weight is None:
@@ -66,11 +74,12 @@ class Chooser:
             if part.is_selected:
                 continue
             generator = seeded_generator(self._seed, name)
-            raw = from_weight(part.parameter.detach(), generator)
+            raw = from_weight(whole_or_self(part.parameter.detach()), generator)
+            own = raw if part.shard is None else part.shard.cut(raw)
             if self._is_global:
-                scores[name] = finite_or_zero(raw.to(_CPU))
+                scores[name] = finite_or_zero(own.to(_CPU))
             else:
-                part.take_up(top_k(raw, part.train_num, generator))
+                part.take_up(_largest(part, own, generator))
         if self._is_global:
             self._choose_together(scores)
 
@@ -90,12 +99,14 @@ class Chooser:
         if scores is None:
             scores = GradientScores(self._rule, is_summed=not at_once, keeps_gradient=is_trained_on)
             self._scores[part.name] = scores
-        scores.add(part.parameter.detach(), gradient)
+        scores.add(part.local, gradient)
         if at_once:
             self._choose(part, self._scores.pop(part.name))
 
-    def finish(self) -> None:
-        """Choose by the gradients added so far; no effect if there are none."""
+    def finish(self, ranks: Ranks = ALONE) -> None:
+        """Choose by the gradients added so far on all ranks; no effect if there are none."""
+        if ranks.size > 1:
+            self._scores = share_scores(self._scores, self._parts.values(), ranks)
         if self._is_global:
             self._finish_together()
             return
@@ -109,20 +120,21 @@ class Chooser:
     def _choose(self, part: SparseParameter, scores: GradientScores) -> None:
         if part.is_selected:  # the caller has set idx meanwhile
             _give_gradient(part, scores)
-        elif scores.has_scores:
+        elif has_scores([part], [scores]):
             generator = seeded_generator(self._seed, part.name)
-            part.take_up(top_k(scores.total, part.train_num, generator))
+            part.take_up(_largest(part, scores.total, generator))
             _give_gradient(part, scores)
         else:
             _mark_overflow(part, scores)
 
     def _finish_together(self) -> None:
-        scores = {n: s for n, s in self._scores.items() if not self._parts[n].is_selected}
+        parts = {n: part for n, part in self._parts.items() if n in self._scores}
+        scores = {n: self._scores[n] for n, part in parts.items() if not part.is_selected}
         chosen_by_hand = {n: s for n, s in self._scores.items() if n not in scores}
         self._scores.clear()
         for name, score in chosen_by_hand.items():
             _give_gradient(self._parts[name], score)
-        if not any(score.has_scores for score in scores.values()):
+        if not has_scores([parts[name] for name in scores], list(scores.values())):
             for name, score in scores.items():
                 _mark_overflow(self._parts[name], score)
             return
@@ -133,12 +145,14 @@ class Chooser:
     def _choose_together(self, scores: Mapping[str, Tensor]) -> None:
         """Choose for all parts not chosen yet; parts without scores get no components."""
         unchosen = {name: part for name, part in self._parts.items() if not part.is_selected}
-        total = sum(part.train_num for part in unchosen.values())
-        numel = sum(score.numel() for score in scores.values())
+        total = sum(part.n_wanted for part in unchosen.values())
+        sizes = [unchosen[name].shard or scores[name] for name in scores]
+        numel = sum(s.numel if isinstance(s, Shard) else s.numel() for s in sizes)
         generator = seeded_generator(self._seed, "")
-        chosen: dict[str, Any] = top_k_of_all(scores, min(total, numel), generator)
+        chosen: dict[str, Any] = largest_of_all(unchosen, scores, min(total, numel), generator)
         for name, part in unchosen.items():
             part.take_up(chosen.get(name, torch.empty(0, dtype=torch.int32)))
+        count_over_shards(unchosen.values())
 
 
 def choose_by_hand(
@@ -164,9 +178,15 @@ def choose_by_hand(
             )
 
 
+def _largest(part: SparseParameter, scores: Tensor, generator: torch.Generator) -> Tensor:
+    if part.shard is None:
+        return top_k(scores, part.n_wanted, generator)
+    return top_k_of_shards({"": scores}, part.n_wanted, generator, {"": part.shard})[""]
+
+
 def _give_gradient(part: SparseParameter, scores: GradientScores) -> None:
     if scores.gradient is not None:
-        part.collect(scores.gradient.to(part.parameter.device))
+        part.collect(scores.gradient.to(part.local.device))
 
 
 def _mark_overflow(part: SparseParameter, scores: GradientScores) -> None:

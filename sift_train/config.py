@@ -20,6 +20,7 @@ from sift_train.targets import ALL_LINEAR, REGEX, Names
 OPTIMIZERS = ("adamw", "sgd", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
+REDUCE_DTYPES = ("fp32", "bf16")
 
 PlainJSON = bool | int | float | str | list[float] | list[str] | None
 
@@ -36,7 +37,7 @@ class FitConfig:
         selection: the rule that ranks components: a rule's name, a ``Rule``, or a function of
             weight and gradient. A mapping of parameter names to masks or indices chooses
             explicitly.
-        selection_batches: number of micro-batches whose gradients choose the components. They are
+        selection_batches: number of micro-batches, over all ranks, whose gradients choose the components. They are
             also used for training. Above 1, the scores are summed on the CPU, 4 bytes for each component of
             the target tensors.
         budget: ``"tensor"``: the rate holds for each tensor; ``"global"``: for all tensors
@@ -54,7 +55,7 @@ class FitConfig:
         epochs: passes over the data; ignored if ``max_steps`` is given.
         max_steps: number of optimizer steps. The data is repeated as often as needed; if it cannot
             be repeated, as with a generator, the run ends when the data ends.
-        accumulation: micro-batches per optimizer step; the last step of a pass may have fewer.
+        accumulation: micro-batches per optimizer step and rank; the last step of a pass may have fewer.
         max_grad_norm: the gradient of the trained components is clipped to this norm; None: no
             clipping.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (GPU only).
@@ -67,6 +68,8 @@ class FitConfig:
         higher_is_better: whether a higher first value of an evaluation is better.
         save_every: steps between checkpoints; needs ``run_dir`` of ``fit``.
         trackers: names of trackers of accelerate, such as ``"tensorboard"``.
+        reduce_dtype: with several ranks, the dtype in which the gradients of the trained components
+            are sent and summed, ``"fp32"`` or ``"bf16"``. The masters of an fp64 model are sent as fp64.
         seed: seeds all randomness: data order, dropout, choice among equal scores.
 
     Raises:
@@ -100,6 +103,7 @@ class FitConfig:
     higher_is_better: bool = True
     save_every: int | None = None
     trackers: Sequence[str] = ()
+    reduce_dtype: str = "fp32"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -111,6 +115,7 @@ class FitConfig:
         _check_choice("decay_to", self.decay_to, DECAYS)
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
+        _check_choice("reduce_dtype", self.reduce_dtype, REDUCE_DTYPES)
         for name in ("selection_batches", "epochs", "accumulation", "log_every"):
             _check_at_least_one(name, getattr(self, name))
         for name in ("max_steps", "eval_every", "patience", "save_every"):

@@ -27,6 +27,8 @@ from sift_train.basecheck import (
     tensor_names,
     weight_files,
 )
+from sift_train.ranks.export import check_shards, copy_base, write_components
+from sift_train.ranks.shard import is_sharded
 from sift_train.sift import SIFT
 from sift_train.targets import check_saves_weights
 
@@ -54,6 +56,10 @@ def export_delta(
     A transformers model is saved as a folder, any other module as one safetensors file. Tensors
     are saved under the names that ``base`` uses, with or without the model's prefix.
 
+    If the model is sharded by FSDP2, all ranks must call this and see the base, and ``sift`` and ``base``
+    are needed. No rank gathers the model: the trained components of one tensor at a time are sent to rank 0,
+    which writes them into a copy of the base and compares. Buffers and other files are those of the base.
+
     Args:
         model: the trained model.
         output: path of the delta to write; its folder must exist.
@@ -76,6 +82,17 @@ def export_delta(
             PEFT adapters.
     """
     model = getattr(model, "_orig_mod", model)  # without the wrapper of torch.compile
+    if sift is not None and any(is_sharded(parameter) for parameter in model.parameters()):
+        check_saves_weights(model, may_be_sharded=True)
+        return _export_shards(
+            sift,
+            output,
+            base=base,
+            base_id=base_id,
+            info=info,
+            save_target=save_target,
+            overwrite=overwrite,
+        )
     check_saves_weights(model)
     check_outputs(model, output, base=base, save_target=save_target, overwrite=overwrite)
     if base is None and sift is None:
@@ -92,6 +109,42 @@ def export_delta(
         save_target=save_target,
         overwrite=overwrite,
     )
+
+
+def _export_shards(
+    sift: SIFT,
+    output: str | PathLike[str],
+    *,
+    base: str | PathLike[str] | None,
+    base_id: str | None,
+    info: Mapping[str, Any] | None,
+    save_target: str | PathLike[str] | None,
+    overwrite: bool,
+) -> int:
+    check_outputs(sift.model, output, base=base, save_target=save_target, overwrite=overwrite)
+    if base is None:
+        raise ValueError("the model is sharded, so no rank can save it as the base; give base")
+    base_path = Path(os.path.abspath(base))
+    sift.reshard()
+    check_shards(sift, base_path)
+    final = Path(os.path.abspath(output))
+    with ExitStack() as stack:
+
+        def copy() -> Path:
+            return copy_base(base_path, stack.enter_context(_work_folder(final, "target")))
+
+        target = sift.ranks.first_does(copy)
+        write_components(sift, base_path, target)
+
+        def compare() -> int:
+            with sparsedelta.diff(base_path, target, base_id=base_id, info=info) as delta:
+                delta.save(final, overwrite=overwrite)
+                nnz = delta.nnz
+            if save_target is not None:
+                _move(target, Path(os.path.abspath(save_target)))
+            return nnz
+
+        return sift.ranks.first_does(compare)
 
 
 def write_delta(

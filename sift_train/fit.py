@@ -14,6 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from accelerate.utils import set_seed  # type: ignore[import-untyped]
@@ -26,6 +27,7 @@ from sift_train.export import check_outputs, write_delta
 from sift_train.listeners import Callbacks, Tracker, progress_bar
 from sift_train.loading import hidden_progress_bars, load_model
 from sift_train.loop import Evaluate, Listener, Loss, Run
+from sift_train.ranks.group import expected_size, launched_processes
 from sift_train.sift import SIFT
 from sift_train.targets import check_saves_weights
 
@@ -55,6 +57,10 @@ def fit(
     A model given as a module is trained in place and keeps the trained weights. Random number
     generators are seeded. Ctrl-C ends the training after the current step, and the delta is still
     written. A second Ctrl-C raises ``KeyboardInterrupt`` at once.
+
+    Started by ``torchrun`` or ``accelerate launch``, the ranks train together. Every rank is given the
+    same data and reads all of it; each trains on its share of the micro-batches of a step. Rank 0
+    evaluates for the decisions and writes all files, and all ranks return the same result.
 
     Args:
         model: a folder of a transformers model, or a module. A module is moved to the device that
@@ -104,7 +110,7 @@ def fit(
     check_outputs(model, output, base=base, save_target=save_target, overwrite=overwrite)
     folder = _run_folder(config, run_dir, resume=resume)
     checkpoint = runfolder.newest(folder) if resume and folder else None
-    n_steps = _count_steps(data, config)
+    n_steps = _count_steps(data, config, expected_size())
     if base is not None and base != source and checkpoint is None:
         check_base(model, Path(base))
     start = time.perf_counter()
@@ -116,7 +122,7 @@ def fit(
         listeners: list[Listener] = [Callbacks(on_step, on_evaluation)]
         if config.trackers:
             listeners.append(Tracker(accelerator, config.as_json()))
-        if progress:
+        if progress and sift.ranks.is_first:
             listeners.append(stack.enter_context(progress_bar(n_steps)))
         run = Run(
             accelerator,
@@ -131,20 +137,27 @@ def fit(
         )
         run.train(checkpoint=checkpoint)
         trained = time.perf_counter()
-        with nullcontext() if progress else hidden_progress_bars():
+        sift.check_ranks()
+        trained_model, from_base = model, base
+
+        def export() -> tuple[int, int]:
             nnz = write_delta(
-                model,
+                trained_model,
                 output,
                 sift=sift,
-                base=base,
+                base=from_base,
                 base_id=base_id,
                 info=_info(config, sift, run),
                 save_target=save_target,
                 overwrite=overwrite,
             )
+            return nnz, Path(output).stat().st_size
+
+        with nullcontext() if progress else hidden_progress_bars():
+            nnz, delta_bytes = sift.ranks.first_does(export)
     return FitResult(
         delta=Path(output),
-        delta_bytes=Path(output).stat().st_size,
+        delta_bytes=delta_bytes,
         target=None if save_target is None else Path(save_target),
         n_trained=sift.n_trained,
         n_total=sift.n_total,
@@ -167,6 +180,7 @@ def _sift(model: nn.Module, config: FitConfig) -> SIFT:
         selection=config.selection,
         budget=config.budget,
         seed=config.seed,
+        reduce_dtype=torch.bfloat16 if config.reduce_dtype == "bf16" else None,
     )
 
 
@@ -207,14 +221,14 @@ def _run_folder(
     return None
 
 
-def _count_steps(data: Iterable[Any], config: FitConfig) -> int:
+def _count_steps(data: Iterable[Any], config: FitConfig, n_ranks: int) -> int:
     if config.max_steps is not None:
         return config.max_steps
     if not isinstance(data, Sized):
         raise TypeError(f"data is a {type(data).__name__} without a length; set max_steps")
     if len(data) == 0:
         raise ValueError("the data has no batch; give at least one")
-    return config.epochs * math.ceil(len(data) / config.accumulation)
+    return config.epochs * math.ceil(len(data) / (config.accumulation * n_ranks))
 
 
 def _info(config: FitConfig, sift: SIFT, run: Run) -> dict[str, Any]:
@@ -250,15 +264,11 @@ def _accelerator(config: FitConfig, folder: Path | None) -> Iterator[Accelerator
     shared.clear()
     try:
         accelerator = Accelerator(
+            cpu=True if launched_processes() > 1 and not torch.cuda.is_available() else None,
             mixed_precision=config.mixed_precision,
             log_with=list(config.trackers) or None,
             project_dir=None if folder is None else str(folder),
         )
-        if accelerator.num_processes > 1:
-            raise ValueError(
-                f"fit runs in {accelerator.num_processes} processes, but it trains on one device; "
-                "start it as a single process"
-            )
         yield accelerator
         if config.trackers:
             accelerator.end_training()

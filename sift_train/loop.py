@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,14 +23,17 @@ from torch import Tensor, nn
 from sift_train import runfolder
 from sift_train.batches import BatchWindows
 from sift_train.config import Evaluation, FitConfig, StepReport
-from sift_train.interrupts import deferred_interrupts
+from sift_train.interrupts import Interrupts, deferred_interrupts
 from sift_train.optim import build_optimizer, build_schedule
 from sift_train.randomness import (
     capture_random_state,
     generators_of,
     kept_random_state,
     restore_random_state,
+    seeded_random_state,
 )
+from sift_train.ranks.batches import check_same_batches
+from sift_train.ranks.sync import CHECK_EVERY
 from sift_train.sift import SIFT
 
 logger = logging.getLogger(__name__)
@@ -50,11 +54,12 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class _Step:
-    """The loss and norm of a step. Both are tensors of one element on the device, and are read later."""
+    """What a step returns as tensors of one element on the device, which are read later."""
 
     loss: Tensor
     lr: float
     norm: Tensor | None
+    interrupted: Tensor  # whether a rank was interrupted
 
 
 def _log_every(device: torch.device, config: FitConfig) -> int:
@@ -88,7 +93,8 @@ class Run:
         self._sift = sift
         self._config = config
         self._data = data
-        self._batches = BatchWindows(data, config.accumulation)
+        self._ranks = sift.ranks
+        self._batches = BatchWindows(data, config.accumulation * self._ranks.size)
         self._loss = loss
         self._n_steps = n_steps
         self._evaluate_model = evaluate
@@ -96,6 +102,8 @@ class Run:
         self._listeners = tuple(listeners)
         self._log_every = _log_every(accelerator.device, config)
         self._unread: list[_Step] = []
+        self._interrupts = Interrupts()
+        self._is_interrupted = False  # on some rank, as far as the host has read
         self.losses: list[float] = []
         self.evaluations: list[Evaluation] = []
         self.stopped = "done"
@@ -106,23 +114,23 @@ class Run:
         was_training = model.training
         model.train()
         try:
-            with deferred_interrupts() as interrupts:
+            with deferred_interrupts() as self._interrupts:
                 saved = None if checkpoint is None else self._load_checkpoint(checkpoint)
                 if saved is None:
                     self._select(self._batches.peek(self._config.selection_batches))
                 self._set_up()
                 if saved is not None:
                     self._restore_progress(saved)
-                n_left = 0 if interrupts.requested else self._n_steps - self._n_done
+                n_left = 0 if self._must_stop else self._n_steps - self._n_done
                 for window in islice(self._batches.windows(), n_left):
                     self._step(window)
                     self._evaluate_if_due()
-                    self._save_if_due(is_last=interrupts.requested)
-                    if interrupts.requested or self._has_lost_patience():
+                    self._save_if_due(is_last=self._must_stop)
+                    if self._must_stop or self._has_lost_patience():
                         break
                 self._read_losses()
                 self._sift.may_write = None
-                self.stopped = self._why_stopped(was_interrupted=interrupts.requested)
+                self.stopped = self._why_stopped(was_interrupted=self._must_stop)
                 if self.stopped == "data":
                     self._end_early()
         finally:
@@ -132,10 +140,20 @@ class Run:
         """Choose the components with these micro-batches, then restore random state and buffers."""
         if all(part.is_selected for part in self._sift.sparse_mapping.values()):
             return
+        check_same_batches(batches, self._ranks)
         with kept_random_state(), self._sift.selecting():
-            for batch in batches:
+            for batch in self._own(batches):
                 loss: Any = self._forward(batch)
                 loss.backward()
+
+    def _own(self, batches: list[Any]) -> list[Any]:
+        """Return the micro-batches that this rank trains on."""
+        return batches[self._ranks.rank :: self._ranks.size]
+
+    @property
+    def _must_stop(self) -> bool:
+        # All ranks must stop after the same step, so one that is interrupted tells the others.
+        return self._interrupts.requested if self._ranks.size == 1 else self._is_interrupted
 
     def _set_up(self) -> None:
         self._own_optimizer = build_optimizer(self._sift, self._config)
@@ -151,7 +169,10 @@ class Run:
     def _step(self, window: list[Any]) -> None:
         lr = float(self._schedule.get_last_lr()[0])
         self._optimizer.zero_grad()
-        loss = self._backward(window)
+        if self._n_done % CHECK_EVERY == 0:
+            check_same_batches(window, self._ranks)
+        loss, interrupted = self._backward(window)
+        self._sift.sync_gradients()
         if self._log_every == 1:
             self._check_finite(float(loss), self._n_done + 1)
         else:
@@ -162,7 +183,7 @@ class Run:
         self._optimizer.step()
         if not self._optimizer.step_was_skipped:
             self._schedule.step()
-        self._unread.append(_Step(loss, lr, norm))
+        self._unread.append(_Step(loss, lr, norm, interrupted))
         if self._n_done % self._log_every == 0:
             self._read_losses()
 
@@ -176,8 +197,10 @@ class Run:
         if not steps:
             return
         norms = [step.norm for step in steps if step.norm is not None]
-        values = torch.stack([*(step.loss for step in steps), *norms]).tolist()
-        rest = values[len(steps) :] or [None] * len(steps)
+        flags = [step.interrupted for step in steps]
+        values = torch.stack([*(step.loss for step in steps), *flags, *norms]).tolist()
+        self._is_interrupted |= any(values[len(steps) : 2 * len(steps)])
+        rest = values[2 * len(steps) :] or [None] * len(steps)
         for step, loss, norm in zip(steps, values, rest, strict=False):
             self._check_finite(loss, len(self.losses) + 1)
             self.losses.append(loss)
@@ -194,20 +217,31 @@ class Run:
             raise TypeError("the loss is not a tensor of one element; return the mean as a scalar")
         return loss.reshape(())
 
-    def _backward(self, window: list[Any]) -> Tensor:
+    def _backward(self, window: list[Any]) -> tuple[Tensor, Tensor]:
+        """Return the mean loss over all ranks, and a number that is not 0 if a rank was interrupted."""
+        ranks, n = self._ranks, len(window)
         total = torch.zeros((), device=self._accelerator.device)
-        for batch in window:
-            loss = self._forward(batch)
-            self._accelerator.backward(loss / len(window))
-            total += loss.detach().float() / len(window)
-        return total
+        with self._own_randomness():
+            for batch in self._own(window):
+                loss = self._forward(batch)
+                # The mean over ranks divides by their number, also if some have no micro-batch.
+                self._accelerator.backward(loss / n * ranks.size if ranks.size > 1 else loss / n)
+                total += loss.detach().float() / n
+        flag = total.new_tensor(float(self._interrupts.requested))
+        loss, interrupted = ranks.sum_(torch.stack([total, flag])).unbind()
+        return loss, interrupted
+
+    def _own_randomness(self) -> AbstractContextManager[None]:
+        """Give each rank dropout of its own inside the block; the order of the data stays common."""
+        if self._ranks.size == 1:
+            return nullcontext()
+        return seeded_random_state(self._config.seed, self._ranks.rank, self._n_done)
 
     def _clip(self) -> Tensor | None:
         if self._config.max_grad_norm is None:
             return None
-        masters = self._sift.parameters_in_optimizer()
-        norm: Tensor = self._accelerator.clip_grad_norm_(masters, self._config.max_grad_norm)
-        return norm
+        self._accelerator.unscale_gradients()
+        return self._sift.clip_grad_norm_(self._config.max_grad_norm)
 
     @staticmethod
     def _check_finite(loss: float, step: int) -> None:
@@ -237,9 +271,8 @@ class Run:
         finally:
             model.train()
         values = found if isinstance(found, Mapping) else {"value": found}
-        evaluation = Evaluation(
-            len(self.losses), {name: float(value) for name, value in values.items()}
-        )
+        plain = {name: float(value) for name, value in values.items()}
+        evaluation = Evaluation(len(self.losses), self._ranks.from_first(plain))
         self.evaluations.append(evaluation)
         for listener in self._listeners:
             listener.on_evaluation(evaluation)
@@ -277,9 +310,14 @@ class Run:
         if self._folder is None or not (is_due or is_last):
             return
         self._read_losses()
+        self._sift.check_ranks()
+        folder = self._folder
+        self._ranks.first_does(lambda: self._write_checkpoint(folder))
+
+    def _write_checkpoint(self, folder: Path) -> None:
         scaler = self._accelerator.scaler
         runfolder.write(
-            self._folder,
+            folder,
             len(self.losses),
             tensors=self._sift.state_dict(),
             progress={
@@ -298,6 +336,8 @@ class Run:
         # These may differ when a run resumes: they do not change the weights.
         free = {"log_every", "eval_every", "save_every", "patience", "trackers"}
         settings = {k: v for k, v in self._config.as_json().items() if k not in free}
+        if self._ranks.size > 1:
+            settings["n_ranks"] = self._ranks.size
         return {**settings, "n_steps": self._n_steps}
 
     def _load_checkpoint(self, checkpoint: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sift_train.ranks.shard import local_part, shard_of
 from sift_train.selection import index_dtype
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,6 +29,9 @@ class SparseParameter:
         original: values of the selected components before training, shape (k,), in the parameter's
             dtype. On the CPU, unless weight decay goes toward the base. None before the selection.
         is_dense: whether every component is trained; a selection must then contain all of them.
+        shard: where this rank's part of the parameter lies; None if the parameter is not sharded. Masters
+            and indices are then those of this part.
+        n_wanted: number of components to select, over all shards.
     """
 
     def __init__(
@@ -36,8 +40,12 @@ class SparseParameter:
         self.name = name
         self.parameter = parameter
         self.is_dense = is_dense
+        self.shard = shard_of(parameter)
+        self.n_wanted = train_num
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        self.master = nn.Parameter(parameter.new_zeros(train_num, dtype=dtype))
+        own = self.local.numel()
+        n = train_num if self.shard is None else train_num * own // max(self.shard.numel, 1)
+        self.master = nn.Parameter(self.local.new_zeros(n, dtype=dtype))
         self.original: Tensor | None = None
         self._index: Tensor | None = (
             None  # (k,) flat; None before the selection, or if all are trained
@@ -56,9 +64,16 @@ class SparseParameter:
         return self.original is not None
 
     @property
+    def local(self) -> Tensor:
+        """The parameter's data; if the parameter is a DTensor, this rank's part of it."""
+        return local_part(self.parameter)
+
+    @property
     def trains_all(self) -> bool:
         """Whether every component is trained; no index is kept then."""
-        return self.train_num == self.parameter.numel()
+        if self.shard is not None and not self.is_selected:
+            return self.n_wanted == self.shard.numel
+        return self.train_num == self.local.numel()
 
     @property
     def is_trained(self) -> bool:
@@ -81,8 +96,8 @@ class SparseParameter:
             )
         if self._index is not None:
             return self._index
-        numel = self.parameter.numel()
-        return torch.arange(numel, dtype=index_dtype(numel), device=self.parameter.device)
+        numel = self.local.numel()
+        return torch.arange(numel, dtype=index_dtype(numel), device=self.local.device)
 
     @property
     def idx(self) -> Tensor:
@@ -94,7 +109,7 @@ class SparseParameter:
         Raises:
             ValueError: on reading, the components are not selected yet. On setting, as ``choose``.
         """
-        shape = self.parameter.shape
+        shape = self.local.shape
         if not shape:
             return torch.empty((0, self.train_num), dtype=torch.int64)
         return torch.stack(torch.unravel_index(self.flat_index.long(), shape))
@@ -102,7 +117,7 @@ class SparseParameter:
     @idx.setter
     def idx(self, index: Any) -> None:
         given = torch.as_tensor(index)
-        shape = self.parameter.shape
+        shape = self.local.shape
         if given.dim() == 2 and given.shape[0] == len(shape) and not given.is_floating_point():
             for axis, size in zip(given, shape, strict=True):
                 if len(axis) and not (int(axis.min()) >= 0 and int(axis.max()) < size):
@@ -132,7 +147,7 @@ class SparseParameter:
             ValueError: the components chosen before have been trained; the index has no integer
                 dtype or is not strictly increasing; or a position is outside the parameter.
         """
-        numel = self.parameter.numel()
+        numel = self.local.numel()
         if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
             raise ValueError(
                 f"index of {self.name!r} has dtype {index.dtype} and shape {tuple(index.shape)}, "
@@ -161,12 +176,17 @@ class SparseParameter:
             self.master.grad = None
         self._index = None
         if not self.trains_all:
-            self._index = index.to(self.parameter.device, index_dtype(self.parameter.numel()))
+            self._index = index.to(self.local.device, index_dtype(self.local.numel()))
         with torch.no_grad():
             selected = self._gather(self.parameter)
             self.original = selected.to("cpu", copy=True)
             self.master.copy_(selected)
         self._written_version = self.master._version
+
+    @property
+    def n_trained(self) -> int:
+        """Number of trained components over all shards."""
+        return self.train_num if self.shard is None else self.n_wanted
 
     def collect(self, gradient: Tensor) -> None:
         """Add the selected components of a dense gradient to the master's gradient.
@@ -180,6 +200,16 @@ class SparseParameter:
             self.master.grad = part
         else:
             self.master.grad.add_(part)
+        self._gradient_is_used = False
+
+    @property
+    def pending_gradient(self) -> Tensor | None:
+        """The master's gradient; None if there is none that a step has not used yet."""
+        return None if self._gradient_is_used else self.master.grad
+
+    def set_gradient(self, gradient: Tensor) -> None:
+        """Replace the master's gradient, shape (k,), by one that no step has used yet."""
+        self.master.grad = gradient
         self._gradient_is_used = False
 
     def spend(self) -> None:
@@ -271,7 +301,7 @@ class SparseParameter:
         """
         self.revert()
         self.original = None
-        numel = self.parameter.numel()
+        numel = self.local.numel()
         self.choose(torch.arange(numel, dtype=index_dtype(numel)) if index is None else index)
         found = self._gather(self.parameter.detach()).cpu()
         rounded = master.cpu().to(found.dtype)
@@ -303,11 +333,11 @@ class SparseParameter:
         return before
 
     def _gather(self, tensor: Tensor) -> Tensor:
-        flat = tensor.detach().reshape(-1)
+        flat = local_part(tensor).reshape(-1)
         return flat if self._index is None else flat.index_select(0, self._index)
 
     def _scatter(self, values: Tensor) -> None:
-        flat = self.parameter.detach().view(-1)
+        flat = self.local.view(-1)
         if self._index is None:
             flat.copy_(values)
         else:

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from sift_train.masters import SparseParameter
+from sift_train.ranks.buckets import BUCKET
+from sift_train.ranks.traffic import Traffic, traffic_of, unit_bytes
 from sift_train.selection import index_dtype, n_selected, search_bytes
 from sift_train.shape import model_without_weights
 from sift_train.targets import ALL_LINEAR, Names, find_targets
@@ -41,7 +43,8 @@ class MemoryReport:
         selection_bytes: temporary memory, beside the gradient, for choosing the components of the
             largest tensor by one micro-batch on a GPU: the scores and the search for the largest.
         write_bytes: temporary memory for writing the largest tensor's masters back: the masters in
-            the weights' dtype, and their indices in int64, which torch's kernels require.
+            the weights' dtype, and their indices in int64, which torch's kernels require. With several devices
+            at least one bucket of gradients to send.
         host_bytes: originals of the trained components; they are on the CPU.
     """
 
@@ -97,11 +100,15 @@ class Plan(MemoryReport):
         rate: the rate given to ``plan``.
         fixed_bytes: weights and one dense gradient; these do not depend on the rate.
         dtype: dtype of most of the weights, such as ``"bfloat16"``.
+        traffic: what a step sends; None for one device. All bytes of the plan are those of one device. If the
+            weights are sharded, it holds its share of weights, masters and state, and one unit of layers, its weights
+            and gradients, unsharded.
     """
 
     rate: float
     fixed_bytes: int
     dtype: str
+    traffic: Traffic | None = None
 
     def room_in(self, gb: float) -> int:
         """Return the bytes left for activations on a device of ``gb`` GiB; negative if too small."""
@@ -137,7 +144,8 @@ class Plan(MemoryReport):
         return f"lacks {_size_text(-room)} in {gb:g} GiB; a rate of {highest:.4f} would just fit"
 
     def __str__(self) -> str:
-        return f"{super().__str__()}\n{self.fits()}; weights in {self.dtype}"
+        text = f"{super().__str__()}\n{self.fits()}; weights in {self.dtype}"
+        return text if self.traffic is None else f"{text}\n{self.traffic}"
 
 
 def memory_of(
@@ -163,6 +171,8 @@ def plan(
     exception: Names = (),
     dtype: torch.dtype | str | None = None,
     optimizer: str = "adamw",
+    devices: int = 1,
+    sharded: bool = False,
 ) -> Plan:
     """Return the memory that training would need; no weights are loaded.
 
@@ -176,11 +186,15 @@ def plan(
             folder's safetensors files, else that of the config, else bfloat16. Ignored for a
             module.
         optimizer: one of ``OPTIMIZER_STATE_BYTES``.
+        devices: number of ranks; the plan is for each of them.
+        sharded: whether FSDP2 shards the weights over them, layer by layer.
 
     Raises:
         OSError: the folder or the model does not exist.
         ValueError: an argument is out of range, or transformers does not know the config's model.
     """
+    if devices < 1:
+        raise ValueError(f"devices is {devices}; it must be at least 1")
     empty = model if isinstance(model, nn.Module) else model_without_weights(model, dtype)
     rows = []
     for target in find_targets(empty, sparse_module, exception, needs_values=False):
@@ -189,8 +203,31 @@ def plan(
         width = torch.promote_types(target.parameter.dtype, torch.float32).itemsize
         rows.append((target.parameter, k, k == numel, width))
     counted = _count(empty, rows, optimizer)
+    traffic = None
+    if devices != 1 or sharded:
+        traffic = traffic_of(
+            empty,
+            [parameter for parameter, *_ in rows],
+            master_bytes=counted["master_bytes"],
+            n_trained=counted["n_trained"],
+            n_devices=devices,
+            sharded=sharded,
+        )
+    if devices > 1 and not sharded:  # one bucket of gradients is copied to be sent
+        bucket = min(counted["master_bytes"], 4 * BUCKET)
+        counted["write_bytes"] = max(counted["write_bytes"], bucket)
+    if sharded:
+        counted = _per_shard(counted, devices, unit_bytes(empty))
     fixed = counted["weight_bytes"] + counted["largest_gradient_bytes"]
-    return Plan(**counted, rate=rate, fixed_bytes=fixed, dtype=_main_dtype(empty))
+    return Plan(**counted, rate=rate, fixed_bytes=fixed, dtype=_main_dtype(empty), traffic=traffic)
+
+
+def _per_shard(counted: dict[str, int], n: int, unit: int) -> dict[str, int]:
+    """Return the counts for one of n shards, of which one unit is gathered at a time."""
+    whole = ("n_trained", "n_total")
+    shares = {name: size if name in whole else -(-size // n) for name, size in counted.items()}
+    # The unit's weights and its gradients exist unsharded at the same time.
+    return {**shares, "largest_gradient_bytes": 2 * unit}
 
 
 def _count(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,6 +48,18 @@ def restore_random_state(
         torch.cuda.set_rng_state_all(state["cuda"])
     for generator, own in zip(generators, state["own"], strict=False):
         generator.set_state(own)
+
+
+@contextmanager
+def seeded_random_state(*numbers: int) -> Iterator[None]:
+    """Seed all global generators by these numbers inside the block, and restore them afterwards."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    seed = int.from_bytes(digest[:4], "big")
+    with kept_random_state():
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

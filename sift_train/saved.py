@@ -27,6 +27,7 @@ def state_of(sift: SIFT) -> dict[str, Tensor]:
 
     Parameters whose components are not chosen yet are left out.
     """
+    _refuse_shards(sift)
     state: dict[str, Tensor] = {}
     for name, part in sift.sparse_mapping.items():
         if part.original is None:
@@ -46,6 +47,7 @@ def restore(sift: SIFT, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: the state is of other parameters, or the model holds other weights.
     """
+    _refuse_shards(sift)
     saved = {key.removeprefix(MASTER) for key in state if key.startswith(MASTER)}
     unknown = sorted(saved - set(sift.sparse_mapping))
     if unknown:
@@ -66,6 +68,14 @@ def restore(sift: SIFT, state: Mapping[str, Tensor]) -> None:
         for name, buffer in sift.model.named_buffers():
             if BUFFER + name in state:
                 buffer.copy_(state[BUFFER + name])
+
+
+def _refuse_shards(sift: SIFT) -> None:
+    if any(part.shard is not None for part in sift.sparse_mapping.values()):
+        raise ValueError(
+            "the model is sharded, and each rank holds a part of the state; use"
+            " sift_train.save_sharded and sift_train.load_sharded"
+        )
 
 
 def write_state(state: Mapping[str, Tensor], path: str | PathLike[str]) -> None:

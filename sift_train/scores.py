@@ -7,6 +7,8 @@ gradient's dtype. If these micro-batches are also trained on, the dense gradient
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,14 @@ class GradientScores:
         self.total: Tensor = torch.zeros(())
         self.gradient: Tensor | None = None
         self._n_added = 0
+
+    @classmethod
+    def empty(cls, weight: Tensor) -> Self:
+        """Return scores of 0 for all components of a weight, on the CPU, with no gradient."""
+        scores = cls(Rule(from_gradient=torch.mul), is_summed=True, keeps_gradient=False)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scores.total = torch.zeros(weight.shape, dtype=wide)
+        return scores
 
     def add(self, weight: Tensor, gradient: Tensor) -> None:
         """Add the gradient of one micro-batch.

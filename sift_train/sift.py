@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from os import PathLike
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,18 @@ from sift_train.chooser import Chooser, choose_by_hand
 from sift_train.groups import BASE_DECAY
 from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, memory_of
+from sift_train.ranks.group import Ranks
+from sift_train.ranks.norm import clip_shards
+from sift_train.ranks.shard import local_gradient, reshard
+from sift_train.ranks.sync import Synchronizer
 from sift_train.rules import RULES, Selection, find_rule
 from sift_train.selection import n_selected
 from sift_train.steps import add_listener, current_listeners, remove_listener
 from sift_train.targets import ALL_LINEAR, Names, find_targets
 from sift_train.zeroing import extend_zero_grad, restore_zero_grad
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class SIFT:
@@ -77,6 +84,11 @@ class SIFT:
             together, and the largest scores of all are chosen. The number for each tensor is then
             known only after the choice.
         seed: seeds the choice among equal scores, and random selection.
+        process_group: the processes that train this model together; None: all that
+            ``torch.distributed`` connects. Before each step the gradients of the trained components
+            are averaged over them.
+        reduce_dtype: dtype in which these gradients are sent and summed: ``torch.bfloat16`` or
+            ``torch.float32``; None: the masters' dtype.
 
     Raises:
         ValueError: an argument is out of range, or a parameter cannot be trained in place.
@@ -94,6 +106,8 @@ class SIFT:
         selection: Selection = "gradient",
         budget: str = "tensor",
         seed: int = 0,
+        process_group: ProcessGroup | None = None,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         if grad_acc < 1:
             raise ValueError(
@@ -122,6 +136,7 @@ class SIFT:
         self.sparse_mapping: Mapping[str, SparseParameter] = MappingProxyType(
             {part.name: part for part in parts}
         )
+        self._sync = Synchronizer(model, self.sparse_mapping, process_group, reduce_dtype)
         self._by_master = {id(part.master): part for part in parts}
         rule = find_rule(selection) or RULES["gradient"]
         self._chooser = Chooser(self.sparse_mapping, rule, budget, seed)
@@ -167,9 +182,14 @@ class SIFT:
         return memory_of(self.model, self.sparse_mapping.values())
 
     @property
+    def ranks(self) -> Ranks:
+        """The processes that train this model together; one if nothing connects several."""
+        return self._sync.ranks
+
+    @property
     def n_trained(self) -> int:
         """Number of trained components."""
-        return sum(part.train_num for part in self.sparse_mapping.values())
+        return sum(part.n_trained for part in self.sparse_mapping.values())
 
     @property
     def n_total(self) -> int:
@@ -222,12 +242,40 @@ class SIFT:
         If ``grad_acc`` is above 1 and something reads the masters' gradients before the first step,
         such as a gradient scaler, call this first. It has no effect if all components are chosen.
         """
-        self._chooser.finish()
+        self._chooser.finish(self._sync.ranks)
+
+    def sync_gradients(self, weight: float | None = None) -> None:
+        """Average the masters' gradients over the ranks; no effect in a single process.
+
+        ``clip_grad_norm_`` and the step of a torch optimizer call it. Call it yourself to give a weight,
+        before a gradient scaler's ``unscale_`` or ``step``, and before the step of another optimizer.
+
+        Args:
+            weight: share of this rank in the mean, such as its number of examples or tokens; 0 if it
+                has no batch. All ranks must give one, or none, which means equal shares.
+
+        Raises:
+            ValueError: the model is wrapped for several devices; the ranks hold different weights
+                before the first step; or the weights are negative or all 0.
+            RuntimeError: another rank has stopped.
+        """
+        self.finish_selection()
+        self._sync.average(weight)
+
+    def check_ranks(self) -> None:
+        """Compare the choice and the masters of all ranks, as is done at the first and every 100th step.
+
+        Raises:
+            RuntimeError: they differ, or another rank has stopped.
+        """
+        self._sync.check()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the gradient of the trained components; return its norm before clipping."""
-        self.finish_selection()
-        return nn.utils.clip_grad_norm_(self.parameters_in_optimizer(), max_norm)
+        self.sync_gradients()
+        if not self._has_shards:
+            return nn.utils.clip_grad_norm_(self.parameters_in_optimizer(), max_norm)
+        return clip_shards(self.sparse_mapping.values(), max_norm)
 
     def zero_grad(self) -> None:
         """Drop the masters' gradients; ``model.zero_grad()`` also does this."""
@@ -237,12 +285,14 @@ class SIFT:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def write_back(self) -> None:
         """Overwrite the selected weights with their masters; idempotent."""
+        self.reshard()
         for part in self.sparse_mapping.values():
             if part.is_selected:
                 part.write(self.may_write)
 
     def revert(self) -> None:
         """Restore the weights from before training, bit for bit, in the model and the masters."""
+        self.reshard()
         for part in self.sparse_mapping.values():
             part.revert()
 
@@ -251,12 +301,14 @@ class SIFT:
         """Give the model its weights from before training inside the block, bit for bit."""
         self._before_use()
         parts = [part for part in self.sparse_mapping.values() if part.is_selected]
+        self.reshard()
         trained = [(part, part.swap_original()) for part in parts]
         self._is_reverted = True
         try:
             yield
         finally:
             self._is_reverted = False
+            self.reshard()
             for part, values in trained:
                 part.swap_original(values)
 
@@ -304,18 +356,27 @@ class SIFT:
         """Choose by the gradients of this step; drop the gradients of masters not chosen yet."""
         parts = self._parts_of(optimizer)
         if parts:
-            self.finish_selection()
+            self.sync_gradients()
         for part in parts:
             if not part.is_selected:
                 part.master.grad = None
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Write the masters of an optimizer back after its step; every torch optimizer calls it."""
-        for part in self._parts_of(optimizer):
+        parts = self._parts_of(optimizer)
+        for part in parts:
             self._is_stepped_by_torch = True
             part.spend()
             if part.is_selected:
                 part.write(self.may_write)
+        if parts:
+            self.reshard()
+            self._sync.after_step()
+
+    def reshard(self) -> None:
+        """Free the unsharded copies of parameters that FSDP2 may still hold after a forward pass."""
+        if self._has_shards:
+            reshard(self.model)
 
     def close(self) -> None:
         """Write the masters back, remove all hooks and restore ``requires_grad``; idempotent."""
@@ -369,20 +430,24 @@ class SIFT:
             hook = partial(_on_gradient, me, name)
             self._handles.append(hooked.register_post_accumulate_grad_hook(hook))
         model: Any = self.model
-        self._handles.append(model.register_forward_pre_hook(self._before_use))
+        # Before the hook of fully_shard, which copies the shards.
+        self._handles.append(model.register_forward_pre_hook(self._before_use, prepend=True))
         self._handles.append(model.register_state_dict_pre_hook(self._before_use))
         add_listener(self)
         extend_zero_grad(self.model, self.zero_grad)
 
     def _on_gradient(self, name: str, parameter: Tensor) -> None:
         part = self.sparse_mapping[name]
-        gradient = parameter.grad
+        gradient = local_gradient(parameter)
         if gradient is None:
             return
         parameter.grad = None
         part.follow()
+        if not self._only_scoring:
+            self._sync.note_gradient()
         if not part.is_selected:
-            at_once = self._grad_acc == 1 and not self._only_scoring
+            is_alone = self._sync.ranks.size == 1
+            at_once = is_alone and self._grad_acc == 1 and not self._only_scoring
             self._chooser.score(
                 part, gradient, at_once=at_once, is_trained_on=not self._only_scoring
             )
@@ -406,13 +471,20 @@ class SIFT:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_use(self, *_: Any) -> None:
+        self._sync.before_forward()
         for part in self.sparse_mapping.values():
             part.follow()
             # Write only if needed: a write between two forward passes of one loss breaks backward.
             # Optimizers other than torch's may edit `.data`, which does not change the version.
             may_differ = part.is_behind or not self._is_stepped_by_torch
             if part.is_selected and may_differ and not self._is_reverted and part.differs:
+                self._sync.refuse_step_without_average()
+                self.reshard()
                 part.write(self.may_write)
+
+    @property
+    def _has_shards(self) -> bool:
+        return any(part.shard is not None for part in self.sparse_mapping.values())
 
 
 def _refuse_second(model: nn.Module) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sift_train.ranks.shard import is_sharded, local_part
+
 ALL_LINEAR = "all-linear"
 REGEX = "re:"
 
@@ -137,13 +139,15 @@ def _linear_weights(model: nn.Module) -> set[nn.Parameter]:
     }
 
 
-def check_saves_weights(model: nn.Module) -> None:
+def check_saves_weights(model: nn.Module, *, may_be_sharded: bool = False) -> None:
     """Check that a model is saved with the parameters that are trained.
 
     Raises:
         ValueError: it is wrapped for several devices, sharded, or has PEFT adapters.
     """
     _check_unwrapped(model)
+    if not may_be_sharded:
+        check_unsharded(model)
     for module in model.modules():
         kind = type(module).__name__
         if kind.startswith("PeftModel") or _is_adapter(module):
@@ -162,16 +166,23 @@ def _check_unwrapped(model: nn.Module) -> None:
                 " give the model without this wrapper"
             )
     for name, parameter in model.named_parameters():
-        if _is_sharded(parameter):
+        if hasattr(parameter, "ds_id"):
+            raise ValueError(f"parameter {name!r} {_SHARDED}")
+
+
+def check_unsharded(model: nn.Module) -> None:
+    """Check that this process holds the whole model.
+
+    Raises:
+        ValueError: a parameter is a DTensor.
+    """
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
             raise ValueError(f"parameter {name!r} {_SHARDED}")
 
 
 def _is_adapter(module: nn.Module) -> bool:
     return any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
-
-
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    return type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "ds_id")
 
 
 def _refuse_untrainable(model: nn.Module, targets: list[Target], *, needs_values: bool) -> None:
@@ -187,9 +198,10 @@ def _refuse_untrainable(model: nn.Module, targets: list[Target], *, needs_values
         problem = _problem(parameter, sparse_gradients, needs_values=needs_values)
         if problem:
             raise ValueError(f"parameter {target.name!r} {problem}")
-        if parameter.is_meta:
+        held = local_part(parameter)
+        if held.is_meta or not held.numel():
             continue
-        other = first_at.setdefault((parameter.device, parameter.data_ptr()), target.name)
+        other = first_at.setdefault((held.device, held.data_ptr()), target.name)
         if other != target.name:
             raise ValueError(
                 f"parameters {other!r} and {target.name!r} share the same memory; "
@@ -200,12 +212,17 @@ def _refuse_untrainable(model: nn.Module, targets: list[Target], *, needs_values
 def _problem(
     parameter: nn.Parameter, sparse_gradients: set[nn.Parameter], *, needs_values: bool
 ) -> str | None:
-    if type(parameter.data) is not Tensor:
+    if is_sharded(parameter):
+        sharded: Any = parameter
+        if not all(each.is_shard() or each.is_replicate() for each in sharded.placements):
+            return f"has the placements {sharded.placements}, expected shards or replicas"
+    held = local_part(parameter)
+    if type(held) is not Tensor:
         return (
-            f"holds a {type(parameter.data).__name__}, expected a plain tensor; "
+            f"holds a {type(held).__name__}, expected a plain tensor; "
             "load the model unquantized and with its weights, or leave this parameter out"
         )
-    if parameter.is_meta and needs_values:
+    if held.is_meta and needs_values:
         return "is on the meta device and has no values; load the model's weights first"
     if parameter.dtype not in TRAINABLE:
         return (
@@ -214,7 +231,7 @@ def _problem(
         )
     if parameter in sparse_gradients:
         return "belongs to an embedding with sparse=True; build the embedding with sparse=False"
-    if not parameter.is_contiguous():
+    if not held.is_contiguous():
         return (
             f"is not contiguous (shape {tuple(parameter.shape)}, strides {parameter.stride()}); "
             "replace its data by data.contiguous()"

@@ -7,6 +7,7 @@ caller has built.
 
 from __future__ import annotations
 
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ class SiftCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Clip the gradient of the trained components to ``max_grad_norm``."""
+        self._sift.sync_gradients()
         if args.max_grad_norm:
             self._norm = self._sift.clip_grad_norm_(args.max_grad_norm)
 
@@ -111,6 +113,14 @@ class SiftTrainerMixin(_Trainer):
             check_base(sift.model, Path(base), sift)
         super().__init__(*args, **kwargs)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make an accelerator that does not wrap the model in DistributedDataParallel."""
+        super().create_accelerator_and_postprocess()
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            accelerator: Any = self.accelerator
+            # accelerate wraps models that it prepares for training; all else it does is the same.
+            accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
+
     def create_optimizer(self, model: Any = None) -> optim.Optimizer:
         """Return the optimizer that the training arguments name, built from the masters."""
         if self.optimizer is None:
@@ -129,10 +139,13 @@ class SiftTrainerMixin(_Trainer):
         return self._norm_of_masters(float("inf")) if grad_norm is None else grad_norm
 
     def _norm_of_masters(self, max_norm: float) -> Any:
-        self.sift.finish_selection()  # a gradient scaler reads the masters' gradients next
-        return self.accelerator.clip_grad_norm_(self.sift.parameters_in_optimizer(), max_norm)
+        self.sift.sync_gradients()  # a gradient scaler reads the masters' gradients next
+        self.accelerator.unscale_gradients()
+        return self.sift.clip_grad_norm_(max_norm)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         info = {"method": "sift", "steps": self.state.global_step, "trainer": type(self).__name__}

@@ -53,7 +53,7 @@ class Follower:
 
     @property
     def version(self) -> int | None:
-        """The number of the current version; None if it is unknown."""
+        """The number of the current version; None if it is unknown, as after ``Uncertain``."""
         held = self._pursuit.held
         return held.version if held else None
 
@@ -79,7 +79,10 @@ class Follower:
     def reading(self) -> AbstractContextManager[int | None]:
         """Return a context in which ``sync`` does not write to the model; it gives the current version.
 
-        Several threads may read at once. A thread must not call ``sync`` while it reads.
+        Several threads may read at once. A thread must not call ``sync`` while it reads. ``sync`` reads back what it
+        has written while others may read already. If the model does not hold these values, because its memory is
+        faulty or something else writes to it, ``sync`` raises Uncertain, and the context gives None: the model
+        holds no known version.
 
         Raises:
             TypeError: the follower keeps a checkpoint on disk.

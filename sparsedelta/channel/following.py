@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import IO, Literal, Protocol, TypeAlias
@@ -51,6 +51,7 @@ class Replica(Protocol):
         base: AnchorBase | None,
         held: Entry | None,
         to: Entry,
+        becomes: Callable[[Entry | None], None],
     ) -> None:
         """Become a version, whole or not at all.
 
@@ -60,9 +61,10 @@ class Replica(Protocol):
             base: of the anchor; None: it is applied to nothing.
             held: the version that is held.
             to: the version.
+            becomes: called with the version that is held from now on, None if it is unknown, while nobody can read.
 
         Raises:
-            MismatchError: what is held is not the base of the first.
+            MismatchError: what is held is not the base of the first. Nothing was changed.
             Uncertain: it is neither the one nor the other now.
         """
 
@@ -200,12 +202,16 @@ class Pursuit:
         held, self._is_known = self.held, False  # unless all goes well it is found out again
         number = target.version
         try:
-            self._replica.move(files, route.onto, route.base, held, target)
+            self._replica.move(files, route.onto, route.base, held, target, self._becomes)
         except StructureMismatch:
+            raise
+        except Uncertain:
+            self._becomes(None)
             raise
         except MismatchError as error:
             if route.onto == "anchor":
                 raise
+            self._becomes(None)
             raise Uncertain(
                 f"what is held is not version {held.version if held else '?'}, which it was: {error}; sync"
                 " again to rebuild it from an anchor"
@@ -213,6 +219,9 @@ class Pursuit:
         except (FormatError, ConflictError, BaseNeeded) as error:
             raise BadVersion(f"version {number} cannot be made: {error}") from error
         self.held, self._is_known = target, True
+
+    def _becomes(self, entry: Entry | None) -> None:
+        self.held = entry
 
     def _routes(self, target: Entry) -> list[_Route]:
         """Return the ways to a version, the one with the fewest bytes first.

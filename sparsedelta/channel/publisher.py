@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Literal
 
 from sparsedelta._typing import JSON, AnyPath, Model
 from sparsedelta.channel.entry import Entry
+from sparsedelta.channel.publication import Publication
 from sparsedelta.channel.publishing import AnchorRule, Run
 from sparsedelta.channel.sources import CheckpointSource, Coding, ModelSource, OutsideBase
 from sparsedelta.channel.versions import Versions
@@ -24,6 +26,9 @@ class Publisher:
 
     If the model equals the head of the channel, as it may after a restart, the next version is a delta on the head.
     Otherwise the next version is written in full, and followers switch to it without further action.
+
+    ``publish`` copies what has changed and returns; a thread encodes and stores it. At most one version is on its
+    way: the next call waits for it. Use the publisher as a context, or call ``close`` at the end.
 
     Not safe for use from several threads. The model must not change while a method runs.
     """
@@ -58,9 +63,10 @@ class Publisher:
                 Anchors are then deltas on it. None: anchors hold all tensors.
             anchor_base_id: where followers may find it, such as ``org/model@<commit>``.
             values: how deltas are coded; see ``sparsedelta.diff``.
-            level: the same.
+            level: the same. Anchors that hold all tensors are always written at level ``"fast"``, which takes a
+                fraction of the time and makes them no larger.
             standalone: the same.
-            progress: receives the number of bytes read.
+            progress: receives the number of bytes read, also from the thread that encodes.
 
         Raises:
             StructureMismatch: see ``Snapshot``.
@@ -71,6 +77,14 @@ class Publisher:
         base = None if anchor_base is None else OutsideBase(anchor_base, anchor_base_id)
         source = ModelSource(snapshot, Coding(values, level, standalone), base, progress)
         self._run = Run(channel, source, AnchorRule(anchor_ratio, anchor_every))
+        self._last: Publication | None = None
+        self._is_closed = False
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     @property
     def run(self) -> str:
@@ -79,14 +93,21 @@ class Publisher:
 
     @property
     def is_at_head(self) -> bool:
-        """Whether the last published version is the head; if not, the next version is written in full."""
+        """Whether the last durable version is the head; if not, the next version is written in full."""
         return self._run.is_at_head
 
-    def publish(self, step: int | None = None, info: Mapping[str, JSON] | None = None) -> Entry:
-        """Add a version with the model's current weights; return its entry once it is durable.
+    def publish(
+        self, step: int | None = None, info: Mapping[str, JSON] | None = None
+    ) -> Publication:
+        """Copy what has changed in the model, and begin to add it as a version; ``.result()`` waits until it is durable.
 
-        The next delta is made on this version only after that. After an error of the store, call again: the
-        version is completed if its entry was written, and otherwise made anew.
+        The call takes about as long as a copy of the weights, if the version before is durable already; otherwise it
+        waits for that first. The copy has the changed elements only: of each tensor at most as many bytes as the
+        tensor has. An error of the version before is raised here, unless its ``result`` has raised it; nothing is
+        copied then.
+
+        After an error of the store, call again: the version that failed is completed if its entry was written.
+        Otherwise the new version has its changes too.
 
         Args:
             step: number of the training step.
@@ -96,8 +117,26 @@ class Publisher:
             HeadMoved: another publisher has added a version since this one was created; only one can continue.
             StructureMismatch: the model has other tensors than before; make a new publisher.
             OSError, RemoteError: the store failed.
+            ValueError: the publisher is closed, or ``info`` is not JSON.
         """
-        return self._run.publish(step=step, info=check_json(info or {}, "info"))
+        if self._is_closed:
+            raise ValueError("the publisher is closed; make a new one")
+        checked = check_json(info or {}, "info")
+        if self._last:
+            self._last.raise_unreported()
+        captured = self._run.capture(step=step, info=checked)
+        self._last = Publication(partial(self._run.add, captured))
+        return self._last
+
+    def close(self) -> None:
+        """Wait until the last version is durable; ``publish`` cannot be called afterwards.
+
+        Raises:
+            HeadMoved, OSError, RemoteError: the last version has failed, and ``result`` has not raised the error.
+        """
+        self._is_closed = True
+        if self._last:
+            self._last.raise_unreported()
 
 
 def publish_checkpoint(

@@ -35,17 +35,24 @@ class Change(Protocol):
         """Let go of it."""
 
 
-class Source(Protocol):
-    """Weights that are published, and the copy of what was published last."""
-
-    def is_at(self, target: bytes) -> bool:
-        """Return whether the copy has this fingerprint."""
+class Weights(Protocol):
+    """Weights as they were captured; they stay so until the copy of their source moves."""
 
     def change(self) -> tuple[Change, bytes]:
         """Return the delta from the copy to the weights, and the fingerprint of its target."""
 
     def anchor(self) -> tuple[Change, bytes, AnchorBase | None]:
         """Return an anchor of the weights, the fingerprint of its target, and what it is applied to."""
+
+
+class Source(Protocol):
+    """Weights that are published, and the copy of what was published last."""
+
+    def is_at(self, target: bytes) -> bool:
+        """Return whether the copy has this fingerprint."""
+
+    def capture(self) -> Weights:
+        """Return the weights as they are now; they may change afterwards."""
 
     def advance(self, change: Change) -> None:
         """Move the copy to the target of a change that was made from it."""
@@ -90,6 +97,23 @@ class _Pending:
     change: Change
 
 
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """What is to become a version.
+
+    Attributes:
+        weights: to be published.
+        step: of the training.
+        info: free JSON.
+        finished: the version that the store had failed at and that was finished just before.
+    """
+
+    weights: Weights
+    step: int | None
+    info: Mapping[str, JSON]
+    finished: Entry | None
+
+
 class Run:
     """One publisher's run: the versions that it adds to a channel.
 
@@ -123,16 +147,31 @@ class Run:
             HeadMoved: another publisher has added a version since this run has begun.
             OSError, RemoteError: the store failed; call again. The version is then finished or begun anew.
         """
+        return self.add(self.capture(step=step, info=info))
+
+    def capture(self, *, step: int | None, info: Mapping[str, JSON]) -> Captured:
+        """Return what the weights are now, for ``add``; a version that the store failed at is finished first.
+
+        The copy of what was published must not move between this call and ``add``. See ``publish`` for what it raises.
+        """
+        finished = None
+        if self._pending:
+            with writing(self._channel, self.id):
+                finished = self._finish()
+        return Captured(self._source.capture(), step, info, finished)
+
+    def add(self, captured: Captured) -> Entry:
+        """Add a version that was captured; return its entry when it is durable; see ``publish``."""
         with writing(self._channel, self.id):
             self._channel.create()
-            finished = self._finish()
             self._check_head()
-            change, target = self._source.change()
-            if finished and (finished.target, finished.step) == (target, step):
+            change, target = captured.weights.change()
+            finished = captured.finished
+            if finished and (finished.target, finished.step) == (target, captured.step):
                 change.close()  # this is the call after the one in which the store failed
                 return finished
             try:
-                entry = self._entry(change, target, step, info)
+                entry = self._entry(captured, change, target)
                 self._pending = _Pending(entry, change)
             except BaseException:
                 change.close()
@@ -152,25 +191,23 @@ class Run:
             f" run {head.run[:40]}; stop that one or this one; a new Publisher continues from there"
         )
 
-    def _entry(
-        self, change: Change, target: bytes, step: int | None, info: Mapping[str, JSON]
-    ) -> Entry:
+    def _entry(self, captured: Captured, change: Change, target: bytes) -> Entry:
         """Write the objects of a new version; return its entry."""
         channel, head = self._channel, self._head
         version = head.version + 1 if head else 1
         delta = put(channel, "deltas", version, change.blocks()) if self._is_at_head else None
-        anchor = self._anchor(version, delta, target)
+        anchor = self._anchor(captured.weights, version, delta, target)
         entry = Entry(
             version=version,
             previous=head.digest if head else None,
             run=self.id,
             time=channel.now,
-            step=step,
+            step=captured.step,
             target=target,
             segment=version if anchor or not head else head.segment,
             delta=delta,
             anchor=anchor,
-            info=info,
+            info=captured.info,
         )
         if len(entry.raw) > MAX_ENTRY_BYTES:
             raise ValueError(
@@ -178,13 +215,15 @@ class Run:
             )
         return entry
 
-    def _anchor(self, version: int, delta: Object | None, target: bytes) -> Anchor | None:
+    def _anchor(
+        self, weights: Weights, version: int, delta: Object | None, target: bytes
+    ) -> Anchor | None:
         """Write the anchor of a version if one is due."""
         if delta is not None and self._head is not None:
             last, n_bytes = self._since_anchor(self._head)
             if not self._rule.is_due(last, version, n_bytes + delta.n_bytes):
                 return None
-        anchor, made, base = self._source.anchor()
+        anchor, made, base = weights.anchor()
         try:
             if made != target:
                 raise SparseDeltaError(

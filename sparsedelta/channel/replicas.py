@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
@@ -23,10 +23,11 @@ from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.strict_json import compact_json, hex_bytes, integer, items, parse_json
 from sparsedelta.fs import check_checkpoint_folder, check_no_folder, staged_output
-from sparsedelta.live.chain import prepare_chain, write_checked
+from sparsedelta.live.chain import find_unwritten, prepare_chain
 from sparsedelta.live.patch import Patch, Writer
 from sparsedelta.live.rwlock import SharedLock
 from sparsedelta.live.sides import held_checkpoint
+from sparsedelta.live.slots import find_places
 from sparsedelta.live.whole import write_whole
 from sparsedelta.ops.apply import write_target
 from sparsedelta.ops.base_check import open_base
@@ -82,30 +83,63 @@ class ModelReplica:
         base: AnchorBase | None,
         held: Entry | None,
         to: Entry,
+        becomes: Callable[[Entry | None], None],
     ) -> None:
         """Change the model to a version: by one write of all changed elements, or of all tensors."""
         with ExitStack() as context:
             deltas = [context.enter_context(load(file)) for file in files]
             if onto == "held" or (base and self._is_base(base)):
                 patches = prepare_chain(deltas, self._model, names=self._names)
-                with self.lock.writing():
-                    self._write(patches)
+                self._write(patches, to, becomes)
             else:
                 place = context.enter_context(_base_place(base, self._base))
-                one = context.enter_context(_stacked(deltas, place))
+                one, *later = (
+                    deltas if self._in_place(deltas[1:]) else [_stack(context, deltas, place)]
+                )
                 checkpoint = context.enter_context(open_base(place, one))
                 with self.lock.writing():
+                    becomes(None)  # a model that was written in part is no version
                     write_whole(one, checkpoint, self._model, names=self._names)
+                    if later:
+                        self._writer.write(prepare_chain(later, self._model, names=self._names))
+                    becomes(to)
         self._fingerprint = None
+
+    def _in_place(self, deltas: Sequence[Delta]) -> bool:
+        """Return whether deltas change elements only, so that they need not be stacked on an anchor, which is slow."""
+        try:
+            for delta in deltas:
+                find_places(delta, self._model, self._names)
+        except StructureMismatch:
+            return False
+        return True
 
     def _is_base(self, base: AnchorBase) -> bool:
         return self._fingerprint == base.fingerprint
 
-    def _write(self, patches: Sequence[Patch]) -> None:
+    def _write(
+        self, patches: Sequence[Patch], to: Entry, becomes: Callable[[Entry | None], None]
+    ) -> None:
+        """Write patches, and read the values back while others may read too."""
         try:
-            write_checked(self._writer, patches)
+            with self.lock.writing():
+                self._writer.write(patches)
+                becomes(to)
+            with self.lock.reading():
+                unwritten = find_unwritten(patches)
+                if unwritten:
+                    becomes(None)
+            if unwritten:
+                with self.lock.writing():
+                    self._writer.write([patch.reversed() for patch in patches])
         except PartlyApplied as error:
             raise Uncertain(f"{error}; sync again does so") from error
+        if unwritten:
+            raise Uncertain(
+                f"tensor {unwritten.place.row.name!r} of the model does not hold the values that were written"
+                " to it, so the memory is faulty or something else writes there; the old values were written"
+                " back, and the version that the model holds is unknown; sync again to find out or rebuild it"
+            )
 
 
 class DiskReplica:
@@ -161,6 +195,7 @@ class DiskReplica:
         base: AnchorBase | None,
         held: Entry | None,
         to: Entry,
+        becomes: Callable[[Entry | None], None],
     ) -> None:
         """Become a version: it is written beside what is there, and takes its place."""
         is_ours = held is not None or bool(self.hints()) or self._overwrite
@@ -169,15 +204,20 @@ class DiskReplica:
             place = self._out
             if onto == "anchor":
                 place = context.enter_context(_base_place(base, self._base))
-            one = context.enter_context(_stacked(deltas, place))
-            check = check_checkpoint_folder if one.target.is_folder else check_no_folder
+            check = check_checkpoint_folder if deltas[-1].target.is_folder else check_no_folder
             check(self._out)
             staged = context.enter_context(staged_output(self._out, overwrite=is_ours))
-            with open_base(place, one) as checkpoint:
-                write_target(
-                    checkpoint, one, staged, check="full", exclude=(), progress=self._progress
-                )
+            if onto == "anchor" and len(deltas) > 1:
+                # To stack on an anchor is to encode all tensors again, which takes longer than to write them.
+                anchor, *deltas = deltas
+                self._write(anchor, place, staged.with_name("anchor"))
+                place = staged.with_name("anchor")
+            self._write(_stack(context, deltas, place), place, staged)
             self._note([to, held] if held else [to])
+
+    def _write(self, delta: Delta, base: Path, out: Path) -> None:
+        with open_base(base, delta) as checkpoint:
+            write_target(checkpoint, delta, out, check="full", exclude=(), progress=self._progress)
 
     def _note(self, entries: Sequence[Entry]) -> None:
         """Write down what may be there from now on."""
@@ -201,14 +241,9 @@ def _base_place(base: AnchorBase | None, given: AnyPath | None) -> Iterator[Path
         yield Path(folder)
 
 
-@contextmanager
-def _stacked(deltas: Sequence[Delta], base: Path) -> Iterator[Delta]:
-    """Yield deltas on one another as one."""
-    if len(deltas) == 1:
-        yield deltas[0]
-        return
-    with stack(*deltas, base=base) as one:
-        yield one
+def _stack(context: ExitStack, deltas: Sequence[Delta], base: Path) -> Delta:
+    """Return deltas on one another as one, which is closed with the context."""
+    return deltas[0] if len(deltas) == 1 else context.enter_context(stack(*deltas, base=base))
 
 
 def _parse_hints(raw: bytes) -> list[tuple[int, bytes]]:

@@ -12,6 +12,7 @@ from sparsedelta.channel.publishing import Change
 from sparsedelta.errors import SparseDeltaError
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.delta import Delta
+from sparsedelta.live.capture import Capture
 from sparsedelta.live.snapshot import Snapshot
 from sparsedelta.ops.diff import between
 from sparsedelta.ops.identity import checkpoint_fingerprint
@@ -62,28 +63,41 @@ class ModelSource:
         self._snapshot.carry_side_files()  # a fingerprint says nothing of them
         return True
 
-    def change(self) -> tuple[Delta, bytes]:
-        """Return the delta from the snapshot to the model, and the fingerprint of the model."""
-        coding = self._coding
-        return _with_target(
-            self._snapshot.diff(
-                values=coding.values,
-                level=coding.level,
-                standalone=coding.standalone,
-                progress=self._progress,
-            )
-        )
-
-    def anchor(self) -> tuple[Delta, bytes, AnchorBase | None]:
-        """Return an anchor of the model, the model's fingerprint, and what the anchor is applied to."""
-        with self._snapshot.now() as now:
-            return anchor_of(now, self._base, self._coding, self._progress)
+    def capture(self) -> CapturedModel:
+        """Return what the model is now."""
+        return CapturedModel(self._snapshot.capture(), self._coding, self._base, self._progress)
 
     def advance(self, change: Change) -> None:
         """Move the snapshot to the target of a change."""
         if not isinstance(change, Delta):
             raise TypeError(f"change is a {type(change).__name__}, expected a Delta")
         self._snapshot.advance(change)
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedModel:
+    """A model as it was (``channel.publishing.Weights``); see ``ModelSource``."""
+
+    capture: Capture
+    coding: Coding
+    base: OutsideBase | None
+    progress: Progress | None
+
+    def change(self) -> tuple[Delta, bytes]:
+        """Return the delta from the snapshot to the model, and the fingerprint of the model."""
+        coding = self.coding
+        return _with_target(
+            self.capture.diff(
+                values=coding.values,
+                level=coding.level,
+                standalone=coding.standalone,
+                progress=self.progress,
+            )
+        )
+
+    def anchor(self) -> tuple[Delta, bytes, AnchorBase | None]:
+        """Return an anchor of the model, the model's fingerprint, and what the anchor is applied to."""
+        return anchor_of(self.capture, self.base, self.coding, self.progress)
 
 
 class CheckpointSource:
@@ -107,6 +121,10 @@ class CheckpointSource:
         """Return whether the checkpoint that was published last has this fingerprint."""
         previous = self._previous
         return previous is not None and checkpoint_fingerprint(previous) == target
+
+    def capture(self) -> CheckpointSource:
+        """Return this object: the checkpoint does not change."""
+        return self
 
     def change(self) -> tuple[Change, bytes]:
         """Return the delta from one checkpoint to the other, and the fingerprint of the latter."""
@@ -154,7 +172,7 @@ def anchor_of(
                 now,
                 base_id=base.id if base else None,
                 values=coding.values,
-                level=coding.level,
+                level=coding.level if base else "fast",
                 standalone=coding.standalone,
                 progress=progress,
             )

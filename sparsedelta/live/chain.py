@@ -20,12 +20,12 @@ from sparsedelta.codecs.chunk import Chunk, touched_digest
 from sparsedelta.codecs.context import Bits
 from sparsedelta.codecs.values import VALUE_ENCODINGS
 from sparsedelta.dtypes import DType
-from sparsedelta.errors import BaseMismatch, Corrupt, Uncertain
+from sparsedelta.errors import BaseMismatch, Corrupt
 from sparsedelta.format.delta import Delta
 from sparsedelta.live.bits import Overlay, TensorBytes, on_host
 from sparsedelta.live.held import Held, gather, in_order
 from sparsedelta.live.inplace import prepare
-from sparsedelta.live.patch import Patch, Writer
+from sparsedelta.live.patch import Patch
 from sparsedelta.live.slots import Place, find_places, memory_of
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.changes import decode_row_chunk
@@ -73,23 +73,14 @@ def prepare_chain(deltas: Sequence[Delta], model: Model, *, names: Names = None)
     )
 
 
-def write_checked(writer: Writer, patches: Sequence[Patch]) -> None:
-    """Write patches to a model and read the values back.
-
-    Raises:
-        Uncertain: the model holds other values than were written; they were taken back.
-        HalfWritten: see ``Writer.write``.
-    """
+def find_unwritten(patches: Sequence[Patch]) -> Patch | None:
+    """Return a patch whose values the model does not hold after they were written; None if it holds all."""
     import torch
 
-    writer.write(patches)
     for patch in patches:
         if not torch.equal(gather(patch.place.slot.tensor(), patch.index), patch.after):
-            writer.write([one.reversed() for one in patches])
-            raise Uncertain(
-                f"tensor {patch.place.row.name!r} of the model does not hold the values that were written to"
-                " it; they were taken back"
-            )
+            return patch
+    return None
 
 
 def _folded(links: Sequence[_Link], pace: Pace) -> Patch:
@@ -150,7 +141,9 @@ def _held(tensor: Held, index: _Index, dtype: DType) -> Bits:
 
 def _merged(index: _Index, bits: Bits, new: _Index, after: Bits) -> tuple[_Index, Bits]:
     """Return the elements of both, the new ones where both have them, in order."""
-    kept = ~np.isin(index, new, assume_unique=True)
+    if not len(new):
+        return index, bits
+    kept = new[np.minimum(np.searchsorted(new, index), len(new) - 1)] != index
     index, bits = np.concatenate([index[kept], new]), np.concatenate([bits[kept], after])
     order = np.argsort(index, kind="stable")
     return index[order], bits[order]

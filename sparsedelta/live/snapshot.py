@@ -6,10 +6,8 @@ current state of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -24,8 +22,7 @@ from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.side_files import digest_file
 from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.format.digests import fingerprint
-from sparsedelta.format.records import Base, BaseTensor, Row, TensorKey, TensorSpec
-from sparsedelta.format.spool import new_payload
+from sparsedelta.format.records import Row, TensorKey, TensorSpec
 from sparsedelta.live.bits import (
     TensorBytes,
     blocks_on_device,
@@ -35,12 +32,12 @@ from sparsedelta.live.bits import (
     on_host,
     scatter,
 )
+from sparsedelta.live.capture import Capture, CapturedTensor, Changes, changes_in, joined
 from sparsedelta.live.classes import HOST, device_lock
 from sparsedelta.live.sides import HeldTensor, held_checkpoint
-from sparsedelta.ops.diff import check_json, comparisons, describe_files
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.changes import decode_row_chunk
-from sparsedelta.tensors.compare import Comparison, digest_tensor
+from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.parallel import Pace, run_all
 
 if TYPE_CHECKING:
@@ -71,10 +68,6 @@ class _Kept:
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``offset``."""
         TensorBytes(self.tensor).read_into(buffer, offset)
-
-    def as_base(self) -> BaseTensor:
-        """Return the tensor as the base of a row."""
-        return BaseTensor(self.file, self.name, self.spec)
 
     def write_pending(self) -> None:
         """Write the pending changes. It is safe to call this again after an interrupted call."""
@@ -163,17 +156,6 @@ class Snapshot:
         """Let the next delta carry all side files, as if none had been published."""
         self._side_files = {}
 
-    @contextmanager
-    def now(self) -> Iterator[Checkpoint]:
-        """Yield what the model holds now as a checkpoint.
-
-        Raises:
-            StructureMismatch: the model has other tensors than the snapshot; make a new one.
-        """
-        with self._checkpoint() as now:
-            self._check_structure(now)
-            yield now
-
     def diff(
         self,
         *,
@@ -188,32 +170,58 @@ class Snapshot:
         """Return the delta from the last published state to the current state of the model.
 
         It has the same bytes as the delta that ``sparsedelta.diff`` makes of the two saved states. The snapshot
-        does not change; see ``advance``. The arguments are those of ``sparsedelta.diff``.
+        does not change; see ``advance``. The arguments are those of ``sparsedelta.diff``. Memory: that of ``capture``.
 
         Raises:
             StructureMismatch: the model has other tensors than the snapshot. Make a new snapshot.
             PartlyApplied: a call of ``advance`` was interrupted. Call it again.
             ValueError: an argument is wrong.
         """
+        with self.capture() as capture:
+            return capture.diff(
+                base_id=base_id,
+                values=values,
+                level=level,
+                standalone=standalone,
+                info=info,
+                progress=progress,
+                spool_dir=spool_dir,
+            )
+
+    def capture(self) -> Capture:
+        """Return what the model has become since the snapshot; the model may change afterwards.
+
+        This takes about as long as copying the model, and much less than ``diff``, which is ``capture().diff()``. The
+        capture holds the changed elements, in the memory of the host: at most as many bytes as the model.
+
+        Raises:
+            StructureMismatch: the model has other tensors than the snapshot. Make a new snapshot.
+            PartlyApplied: a call of ``advance`` was interrupted. Call it again.
+        """
         if self._advancing:
             raise PartlyApplied(
                 "a call of advance was interrupted, so the snapshot is incomplete; call advance again with the"
                 " same delta"
             )
-        checked_info = check_json(info or {}, "info")
-        check_json({"base_id": base_id}, "base_id")
-        pace = Pace(progress)
-        with new_payload(spool_dir) as payload, self.now() as now:
-            comparison = comparisons(payload, values=values, level=level, standalone=standalone)
-            files = describe_files(now, self._side_files.get, payload)
-            rows = run_all(
-                lambda tensor: self._compare(tensor, comparison, pace),
-                [*now.tensors.values()],
-                cost=lambda tensor: 2 * tensor.spec.n_bytes,
-                pace=pace,
-                label="comparing",
+        with self._checkpoint() as now:
+            self._check_structure(now)
+            tensors = [*now.tensors.values()]
+            pieces = [
+                (tensor, first)
+                for tensor in tensors
+                for first in range(0, tensor.spec.n_elements, _BLOCK_ELEMENTS)
+            ]
+            found: dict[TensorKey, list[Changes | None]] = {tensor.key: [] for tensor in tensors}
+            changes = run_all(
+                lambda piece: self._changes(*piece),
+                pieces,
+                cost=lambda piece: min(_BLOCK_ELEMENTS * 8, piece[0].spec.n_bytes),
+                pace=Pace(),
             )
-            return Delta(Base(base_id), files, tuple(rows), checked_info, payload)
+            for (tensor, _), one in zip(pieces, changes, strict=True):
+                found[tensor.key].append(one)
+            captured = [self._captured(tensor, found[tensor.key]) for tensor in tensors]
+            return Capture(now, captured, dict(self._side_files))
 
     def advance(self, delta: AnyDelta) -> None:
         """Move the snapshot to the target of a delta. Call this when the delta is stored safely.
@@ -260,21 +268,28 @@ class Snapshot:
             tensor=name,
         )
 
-    def _compare(self, tensor: Tensor, comparison: Callable[..., Comparison], pace: Pace) -> Row:
-        import torch
-
-        kept = self._kept[tensor.key]
-        now = _held(tensor)
-        compare = partial(comparison, kept, tensor, pace=pace, base_digest=kept.spec.digest)
+    def _changes(self, tensor: Tensor, first: int) -> Changes | None:
+        """Return what has changed in the block of a tensor that begins with an element; on a device, in all blocks."""
+        kept, now = self._kept[tensor.key], _held(tensor)
         if now.device.type not in HOST:
-            found = changes_on_device(kept, now)
-            if found is not None:
-                return compare().run_on_changes(*found)
-        elif not torch.equal(integer_view(now), integer_view(kept.tensor)):
-            return compare().run()
-        pace.advance(2 * tensor.spec.n_bytes)
-        spec = kept.spec
-        return Row(tensor.file, tensor.name, spec, kept.as_base(), spec.n_elements, ())
+            on_device = None if first else changes_on_device(kept, now)
+            return on_device and Changes(*on_device)
+        before, after = (
+            on_host(flat_bits(one)[first : first + _BLOCK_ELEMENTS]).view(kept.spec.dtype.view)
+            for one in (kept.tensor, now)
+        )
+        return changes_in(before, after, first, wide=tensor.spec.n_elements > 1 << 32)
+
+    def _captured(self, tensor: Tensor, parts: Sequence[Changes | None]) -> CapturedTensor:
+        kept = self._kept[tensor.key]
+
+        def bits() -> Bits:
+            return on_host(flat_bits(_held(tensor))).view(kept.spec.dtype.view).copy()
+
+        changes = joined(parts, tensor.spec.n_bytes, bits)
+        return CapturedTensor(
+            tensor.file, tensor.name, tensor.spec, -1, 0, kept, kept.spec, changes
+        )
 
     def _check_base(self, delta: Delta, row: Row) -> None:
         kept = self._kept.get(row.key)

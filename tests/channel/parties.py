@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -56,16 +56,27 @@ class WordSource:
     def is_at(self, target: bytes) -> bool:
         return mark(self.published) == target
 
-    def change(self) -> tuple[WordChange, bytes]:
-        return WordChange(self.published, self.word), mark(self.word)
-
-    def anchor(self) -> tuple[WordChange, bytes, AnchorBase | None]:
-        return WordChange(None, self.word), mark(self.word), None
+    def capture(self) -> CapturedWord:
+        return CapturedWord(self, self.word)
 
     def advance(self, change: Any) -> None:
         if change.base != self.published:
             raise Violation(f"the copy is {self.published}, and is moved by {change}")
         self.published = change.target
+
+
+@dataclass(frozen=True)
+class CapturedWord:
+    """A word as it was (``channel.publishing.Weights``)."""
+
+    source: WordSource
+    word: str
+
+    def change(self) -> tuple[WordChange, bytes]:
+        return WordChange(self.source.published, self.word), mark(self.word)
+
+    def anchor(self) -> tuple[WordChange, bytes, AnchorBase | None]:
+        return WordChange(None, self.word), mark(self.word), None
 
 
 class WordReplica:
@@ -91,6 +102,7 @@ class WordReplica:
         base: AnchorBase | None,
         held: Entry | None,
         to: Entry,
+        becomes: Callable[[Entry | None], None],
     ) -> None:
         word = self.disk.get("word") if onto == "held" else None
         for file in files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sparsedelta.channel.layout import object_name
 from sparsedelta.channel.leases import take_lease
 from sparsedelta.channel.publisher import publish_checkpoint
 from sparsedelta.errors import BadVersion, BaseMismatch, Behind, HeadMoved, Uncertain
+from sparsedelta.live import chain
 
 
 class FailingStore(MemoryStore):
@@ -54,7 +56,7 @@ def published(n: int, **options: Any) -> tuple[sparsedelta.Channel, FailingStore
     for step in range(1, n + 1):
         if step > 1:
             advance(state, step)
-        publisher.publish(step)
+        publisher.publish(step).result()
     return channel, store
 
 
@@ -69,7 +71,7 @@ def test_a_model_follows_each_version() -> None:
     for step in range(1, 5):
         if step > 1:
             advance(state, step)
-        entry = publisher.publish(step, {"loss": 1.5})
+        entry = publisher.publish(step, {"loss": 1.5}).result()
         report = follower.sync()
         assert (report.version, report.step) == (entry.version, step) == (step, step)
         assert report.anchor == (step == 1)
@@ -88,13 +90,13 @@ def test_a_module_follows_by_stacked_deltas() -> None:
     other.load_state_dict(model.state_dict())
     channel = channel_on(MemoryStore())
     publisher = sparsedelta.Publisher(channel, model, anchor_ratio=None)
-    publisher.publish()
+    publisher.publish().result()
     follower = sparsedelta.Follower(channel, other)
     assert follower.sync().n_versions == 0  # it holds version 1 already
     for _ in range(3):
         with torch.no_grad():
             model.weight[0, :3] += 1
-        publisher.publish()
+        publisher.publish().result()
     report = follower.sync()
     assert (report.before, report.version, report.n_versions, report.anchor) == (1, 4, 3, False)
     assert torch.equal(other.weight, model.weight)
@@ -144,7 +146,7 @@ def test_a_restart_at_the_head_goes_on_with_deltas() -> None:
     publisher = sparsedelta.Publisher(channel, state, anchor_ratio=None)
     assert publisher.is_at_head
     advance(state, 3)
-    entry = publisher.publish(3)
+    entry = publisher.publish(3).result()
     assert entry.anchor is None
     assert entry.run != channel.entry(2).run
 
@@ -156,7 +158,7 @@ def test_a_restart_elsewhere_begins_with_an_anchor_and_followers_move_over() -> 
     follower.sync()
     publisher = sparsedelta.Publisher(channel, weights(7))
     assert not publisher.is_at_head
-    entry = publisher.publish(7)
+    entry = publisher.publish(7).result()
     assert entry.anchor
     assert entry.delta is None
     assert follower.sync().version == 3
@@ -171,12 +173,12 @@ def test_a_version_that_failed_is_published_by_the_next_call(name: str) -> None:
     advance(state, 2)
     store.fails = lambda call, found: "before" if found.startswith(name) else None
     with pytest.raises(OSError, match="failed"):
-        publisher.publish(2)
+        publisher.publish(2).result()
     head = channel.head()
     assert head
     assert head.version == 1  # nothing of the version can be seen
     store.fails = lambda call, found: None
-    assert publisher.publish(2).version == 2
+    assert publisher.publish(2).result().version == 2
     held = weights(0)
     sparsedelta.Follower(channel, held).sync()
     assert is_at(held, 2)
@@ -188,7 +190,7 @@ def test_a_lost_answer_publishes_once() -> None:
     publisher = sparsedelta.Publisher(channel, state)
     advance(state, 2)
     store.fails = lambda call, name: "after" if name.startswith("versions/") else None
-    assert publisher.publish(2).version == 2
+    assert publisher.publish(2).result().version == 2
     assert [entry.step for entry in channel.log()] == [2, 1]
 
 
@@ -198,9 +200,9 @@ def test_of_two_publishers_one_stops() -> None:
     first, second = sparsedelta.Publisher(channel, one), sparsedelta.Publisher(channel, other)
     advance(one, 2)
     advance(other, 3)
-    first.publish(2)
+    first.publish(2).result()
     with pytest.raises(HeadMoved, match="version 2"):
-        second.publish(3)
+        second.publish(3).result()
     assert len(channel.log()) == 2
 
 
@@ -263,7 +265,7 @@ def test_an_anchor_leads_round_a_damaged_delta() -> None:
     state = weights(2)
     publisher = sparsedelta.Publisher(channel, state, anchor_every=1)
     advance(state, 3)
-    publisher.publish(3)
+    publisher.publish(3).result()
     assert follower.sync().anchor
     assert is_at(held, 3)
 
@@ -288,9 +290,56 @@ def test_a_model_that_somebody_changed_is_uncertain_and_is_rebuilt() -> None:
     held["a"] += 1
     with pytest.raises(Uncertain, match="sync again"):
         follower.sync()
+    assert follower.version is None
     report = follower.sync()
     assert report.anchor
     assert is_at(held, 3)
+
+
+def at_read_back(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Let something happen after the values were written and before they are read back."""
+    check = chain.find_unwritten
+
+    def acted(patches: Any) -> Any:
+        act()
+        return check(patches)
+
+    monkeypatch.setattr("sparsedelta.channel.replicas.find_unwritten", acted)
+
+
+def test_readers_use_the_new_version_while_it_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    channel, _ = published(2, anchor_ratio=None)
+    held = weights(1)
+    follower = sparsedelta.Follower(channel, held)
+    follower.sync(1)
+    seen = []
+
+    def read() -> None:
+        with follower.reading() as version:
+            seen.append((version, is_at(held, 2)))
+
+    at_read_back(monkeypatch, read)
+    follower.sync()
+    assert seen == [(2, True)]
+
+
+def test_a_model_that_does_not_hold_what_was_written_is_no_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    channel, _ = published(2, anchor_ratio=None)
+    held = weights(1)
+    follower = sparsedelta.Follower(channel, held)
+    follower.sync(1)
+    at_read_back(monkeypatch, lambda: held["b"].view(torch.uint8).fill_(7))
+    with pytest.raises(Uncertain, match=r"'b'.*memory is faulty"):
+        follower.sync()
+    assert follower.version is None
+    with follower.reading() as version:
+        assert version is None
+    monkeypatch.undo()
+    assert follower.sync().anchor
+    assert is_at(held, 2)
+    assert follower.version == 2
 
 
 def test_a_version_that_is_not_there_is_behind() -> None:

@@ -152,14 +152,14 @@ def finish_without_looking_whose_it_is(run: Any) -> Entry | None:
     return pending.entry  # type: ignore[no-any-return]
 
 
-def entry_before_objects(run: Any, change: Any, target: bytes, step: Any, info: Any) -> Entry:
+def entry_before_objects(run: Any, captured: Any, change: Any, target: bytes) -> Entry:
     head = run._head
     version = head.version + 1 if head else 1
-    anchor, _, _ = run._source.anchor()
+    anchor, _, _ = captured.weights.anchor()
     raw = b"".join(anchor.blocks())
     entry = Entry(
-        version, head.digest if head else None, run.id, 0, step, target, version, None,
-        Anchor(blake3(raw).digest(), len(raw), None), info,
+        version, head.digest if head else None, run.id, 0, captured.step, target, version, None,
+        Anchor(blake3(raw).digest(), len(raw), None), captured.info,
     )  # fmt: skip
     run._created(entry)
     put(run._channel, "anchors", version, anchor.blocks())

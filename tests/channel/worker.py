@@ -23,7 +23,7 @@ def publish(place: Path, last: int) -> None:
     while step < last:
         step += 1
         advance(state, step)
-        publisher.publish(step)
+        publisher.publish(step).result()
 
 
 def follow(place: Path, out: Path, last: int) -> None:

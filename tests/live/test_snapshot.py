@@ -19,6 +19,7 @@ import sparsedelta
 from sparsedelta import Delta, Snapshot
 from sparsedelta.errors import BaseMismatch, Corrupt, PartlyApplied, StructureMismatch
 from sparsedelta.live import snapshot as snapshot_module
+from sparsedelta.ops.diff import between
 
 FILE = "model.safetensors"
 
@@ -123,6 +124,27 @@ def test_advance_moves_to_the_delta_not_to_the_model(tmp_path: Path) -> None:
     change(model, every=5)  # training continues while the version is stored
     advance(snapshot, data)
     assert taken(snapshot) == delta_bytes(second, model)
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_a_capture_does_not_change_with_the_model(every: int) -> None:
+    model = make("mixtral")
+    first, snapshot = copy.deepcopy(model), Snapshot(model)
+    change(model, every=every)
+    second = copy.deepcopy(model)
+    capture = snapshot.capture()
+    assert 0 < capture.n_bytes <= snapshot.n_bytes
+    change(model, every=3)
+    with capture.diff() as delta:
+        data = delta.to_bytes()
+    assert data == delta_bytes(first, second)
+    with between(None, capture) as anchor, sparsedelta.diff({}, second) as expected:
+        assert anchor.target_fingerprint == expected.target_fingerprint
+    advance(snapshot, data)
+    with pytest.raises(BaseMismatch, match="has moved"):
+        capture.diff()
+    with snapshot.capture() as later, later.diff() as delta:
+        assert delta.to_bytes() == delta_bytes(second, model)
 
 
 def test_without_advance_all_deltas_have_the_same_base() -> None:

@@ -50,7 +50,7 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
         for kind in ("small step", "random values"):
             for what in ("diff, level default", "plain scatter", "apply_"):
                 assert rows["live", f"{shape}, {kind}: {what}"] > 0
-    assert rows["channel", "follower"] == "equal"
+    assert rows["channel", "bits of the followers"] == "equal"
     table = (tmp_path / "gpu.md").read_text("utf-8")
     assert table.count("\n## ") == 6
     assert "a rehearsal at toy size" in table

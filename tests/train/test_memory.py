@@ -278,3 +278,36 @@ def test_a_step_needs_at_most_the_reported_memory(rate: float) -> None:
     (rise, reported), (weights,) = (map(int, line.split()) for line in done.stdout.splitlines())
     assert rise <= reported + 0.05 * weights
     assert rise > 3 << 20  # at least most of a dense gradient of 4 MiB: the measurement works
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+
+def test_a_plan_for_several_devices_counts_what_a_step_sends() -> None:
+    model = Stack()
+    alone, four = plan(model, 0.25), plan(model, 0.25, devices=4)
+    assert alone.traffic is None
+    assert four.weight_bytes == alone.weight_bytes
+    assert four.write_bytes >= four.master_bytes > alone.write_bytes  # the gradients to send
+    assert four.traffic is not None
+    n = 4 * 17  # int(0.25 * 64) + 1 in each layer
+    assert (four.traffic.sift_bytes, four.traffic.lora_bytes) == (4 * n, 4 * n)
+    assert four.traffic.ddp_bytes == 4 * (80 + 4 * 72)
+    assert "4 devices, data parallel" in str(four)
+
+
+def test_a_plan_for_shards_divides_everything_but_one_unit() -> None:
+    alone, four = plan(Stack(), 0.25), plan(Stack(), 0.25, devices=4, sharded=True)
+    assert four.weight_bytes == alone.weight_bytes // 4
+    assert four.trained_bytes == alone.trained_bytes // 4
+    assert four.n_trained == alone.n_trained
+    assert four.largest_gradient_bytes == 2 * 4 * 80  # the embedding is larger than a layer
+    assert four.traffic is not None
+    assert four.traffic.sift_bytes == 4 * 4 * 64
+    assert four.traffic.gathered_bytes == 2 * alone.weight_bytes
+    with pytest.raises(ValueError, match="devices is 0"):
+        plan(Stack(), 0.25, devices=0)

@@ -12,7 +12,8 @@ import sift_train
 
 NAMES = (
     "RULES SIFT Evaluation FitConfig FitResult MemoryReport Plan Rule SiftCallback "
-    "SiftTrainerMixin SparseParameter StepReport export_delta fit grouped_parameters plan principal"
+    "SiftTrainerMixin SparseParameter StepReport export_delta fit grouped_parameters load_sharded plan "
+    "principal save_sharded"
 ).split()
 
 
@@ -40,7 +41,7 @@ def test_names() -> None:
         (
             "SIFT",
             "model sparse_rate sparse_module exception grad_acc gradient_checkpointing "
-            "* selection budget seed",
+            "* selection budget seed process_group reduce_dtype",
         ),
         (
             "fit",
@@ -48,7 +49,9 @@ def test_names() -> None:
             "on_evaluation progress run_dir resume",
         ),
         ("export_delta", "model output * sift base base_id info save_target overwrite"),
-        ("plan", "model rate * sparse_module exception dtype optimizer"),
+        ("plan", "model rate * sparse_module exception dtype optimizer devices sharded"),
+        ("save_sharded", "sift folder optimizer"),
+        ("load_sharded", "sift folder optimizer"),
         ("grouped_parameters", "sift weight_decay * decay_to"),
         ("principal", "rank"),
         (
@@ -56,7 +59,7 @@ def test_names() -> None:
             "* sparse_rate sparse_module exception selection selection_batches budget optimizer lr "
             "weight_decay decay_to betas eps momentum schedule warmup epochs max_steps accumulation "
             "max_grad_norm mixed_precision gradient_checkpointing log_every eval_every patience "
-            "higher_is_better save_every trackers seed",
+            "higher_is_better save_every trackers reduce_dtype seed",
         ),
     ],
 )
@@ -72,10 +75,11 @@ def test_parameters(name: str, parameters: str) -> None:
 def test_what_a_sift_offers() -> None:
     offered = {name for name in vars(sift_train.SIFT) if not name.startswith("_")}
     assert offered == {
-        "after_closure", "after_step", "attach", "before_step", "clip_grad_norm_", "close",
+        "after_closure", "after_step", "attach", "before_step", "check_ranks", "clip_grad_norm_", "close",
         "finish_selection", "first_config", "get_trainable_num", "load", "load_state_dict",
         "memory_report", "n_total", "n_trained", "named_parameters_in_optimizer",
         "named_trainable_parameters", "parameters_in_optimizer", "print_trainable_parameters",
-        "revert", "reverted", "save", "selecting", "state_dict", "trainable_parameters",
+        "ranks", "reshard", "revert", "reverted", "save", "selecting", "state_dict", "sync_gradients",
+        "trainable_parameters",
         "write_back", "zero_grad",
     }  # fmt: skip
