@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import click
@@ -22,6 +23,7 @@ from sparsedelta.report.text import count, printable, size
 
 if TYPE_CHECKING:
     from sparsedelta import VerifyReport
+    from sparsedelta._typing import JSON
     from sparsedelta.hub.sources import RemoteBaseReport
 
 
@@ -81,13 +83,28 @@ def _describe(delta: str, report: VerifyReport, remote: RemoteBaseReport | None)
     base = (
         "correct, the delta rebuilds the target from it" if report.base_checked else "not checked"
     )
+    source = report.converted
+    from_other = (
+        [] if source is None else [f"converted from {source.get('form')}: {_proof(source)}"]
+    )
     return "\n".join(
         [
             f"{printable(delta)} is valid: {changes}",
+            *map(printable, from_other),
             "base: " + (base if remote is None else _remote_base(remote)),
             "target: " + ("correct, every file" if report.target_checked else "not checked"),
         ]
     )
+
+
+def _proof(source: Mapping[str, JSON]) -> str:
+    """Return what proves that a delta of another form rebuilds what its author had."""
+    found = source.get("verified")
+    if found == "none":
+        return (
+            "its file has no digests, so nothing proves that this is the target that its author had"
+        )
+    return f"verified by {'comparison with' if found == 'target' else 'its digests of'} {found}"
 
 
 def _remote_base(remote: RemoteBaseReport) -> str:

@@ -23,6 +23,7 @@ from sparsedelta.interop.registry import (
     DELTA,
     GGUF,
     NAMES,
+    WRITTEN,
     form_named,
     is_delta,
     recognised,
@@ -149,7 +150,7 @@ def _wanted(out: AnyPath, write_as: str | None) -> str:
         if not str(out).endswith(DELTA_SUFFIX):
             raise ValueError(
                 f"the form of output '{out}' is not given, and its name does not end in {DELTA_SUFFIX}; give one of"
-                f" {', '.join(NAMES)} (write_as=, --to)"
+                f" {', '.join(WRITTEN)} (write_as=, --to)"
             )
         return DELTA
     if write_as not in (DELTA, CHECKPOINT, GGUF):

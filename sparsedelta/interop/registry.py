@@ -26,6 +26,7 @@ _ALL: tuple[Form, ...] = (
 )  # fmt: skip
 FORMS = {form.name: form for form in _ALL}
 NAMES = (DELTA, CHECKPOINT, GGUF, *FORMS)
+WRITTEN = tuple(name for name in NAMES if name not in FORMS or not FORMS[name].not_written)
 
 
 def form_named(name: str) -> Form:

@@ -76,14 +76,18 @@ class Shira(Form):
             if module is None or len(one.spec.shape) != 2:
                 change.lose(
                     f"the {len(one.indices)} changed elements of {one.name!r}, because it is not the weight of a"
-                    " linear layer"
+                    " linear layer",
+                    n_tensors=1,
+                    n_elements=len(one.indices),
                 )
                 continue
             numbers, exact = differences(one)
             if not exact.all():
                 change.lose(
                     f"{int((~exact).sum())} elements of {one.name!r}, because no float32 number added to the base"
-                    " gives the target"
+                    " gives the target",
+                    n_tensors=int(not exact.any()),
+                    n_elements=int((~exact).sum()),
                 )
             if exact.any():
                 kept[module] = one, one.indices[exact], numbers[exact]

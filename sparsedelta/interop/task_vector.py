@@ -55,7 +55,8 @@ class TaskVector(Form):
             if not exact.all():
                 change.lose(
                     f"{int((~exact).sum())} elements of {one.name!r}, because no float32 number added to the base"
-                    " gives the target"
+                    " gives the target",
+                    n_elements=int((~exact).sum()),
                 )
             dense = np.full(one.spec.n_elements, np.float32(-0.0))
             dense[one.indices[exact]] = numbers[exact]

@@ -54,7 +54,7 @@ class Transition:
         base, target: the checkpoints.
         abilities: those of the form that is written.
         losses: what the form cannot hold, one sentence each; complete after ``changed`` has ended.
-        n_changed, nnz: tensors and elements that ``changed`` has yielded.
+        n_changed, nnz: tensors and elements that are written.
     """
 
     base: Checkpoint
@@ -64,9 +64,11 @@ class Transition:
     n_changed: int = 0
     nnz: int = 0
 
-    def lose(self, what: str) -> None:
-        """Record a loss."""
+    def lose(self, what: str, *, n_tensors: int = 0, n_elements: int = 0) -> None:
+        """Record a loss; ``changed`` has yielded the tensors and elements that are lost."""
         self.losses.append(what)
+        self.n_changed -= n_tensors
+        self.nnz -= n_elements
 
     def changed(self) -> Iterator[Changed]:
         """Yield the changed tensors, sorted by name, as far as the form can hold the changes."""

@@ -61,9 +61,10 @@ def new_console() -> Console:
 
 
 def _facts(path: str | Path, found: Inspection) -> Iterator[tuple[str, str]]:
-    file_bytes = found.sizes.file_bytes or 0
     share = "" if found.share is None else f", {percent(found.share)} of the target's tensors"
-    yield "delta", f"{printable(str(path))}: {size(file_bytes)}{share}"
+    n_bytes = found.sizes.file_bytes
+    of_file = "" if n_bytes is None else f": {size(n_bytes)}{share}"
+    yield "delta", printable(str(path)) + of_file
     fingerprint = f"fingerprint {found.base_fingerprint[:_FINGERPRINT_DIGITS]}…"
     yield "base", f"{printable(found.base_id)}, {fingerprint}" if found.base_id else fingerprint
     yield "target", _target(found)

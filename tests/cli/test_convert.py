@@ -19,6 +19,8 @@ def test_report(workplace: Workplace, run: Run) -> None:
     report = json.loads(back.stdout)
     assert (report["read_as"], report["written_as"]) == ("slime", "sd")
     assert report["verified"] == "changed tensors"
+    checked = run("verify", out, "--base", str(workplace.base))
+    assert "converted from slime: verified by its digests of changed tensors" in checked.stdout
     shown = run("inspect", str(workplace.path / "back.sd"))
     assert "converted" in shown.stdout
     assert "verified changed tensors" in shown.stdout

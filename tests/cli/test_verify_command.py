@@ -31,6 +31,7 @@ def test_json(workplace: Workplace, run: Run) -> None:
     payload_bytes = found.pop("payload_bytes")
     assert 0 < payload_bytes < delta.stat().st_size
     assert found == {
+        "converted": None,
         "delta": str(delta),
         "n_tensors": 4,
         "n_changed": 3,

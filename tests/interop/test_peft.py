@@ -216,3 +216,19 @@ def test_too_dense_for_shira(tmp_path: Path) -> None:
     given = pair(tmp_path, {"a.weight": w}, {"a.weight": with_bits(w, changes, 4)})
     with pytest.raises(ValueError, match="too much has changed"):
         sparsedelta.convert(given.delta, tmp_path / "shira", base=given.base, write_as="shira")
+
+
+def test_what_is_lost_is_not_counted(tmp_path: Path) -> None:
+    old = {"a.weight": floats("F32", 4, 4), "b.bias": floats("F32", 4)}
+    new = {
+        "a.weight": with_bits(old["a.weight"], {3: 0x3F800000}, 4),
+        "b.bias": with_bits(old["b.bias"], {0: 0x3F800000, 2: 0x40000000}, 4),
+    }
+    given = pair(tmp_path, old, new)
+    report = sparsedelta.convert(
+        given.delta, tmp_path / "shira", base=given.base, write_as="shira", lossy=True
+    )
+    assert (report.n_changed, report.nnz) == (1, 1)
+    assert report.losses == (
+        "the 2 changed elements of 'b.bias', because it is not the weight of a linear layer",
+    )
