@@ -123,6 +123,7 @@ class ModelReplica:
         """Write patches, and read the values back while others may read too."""
         try:
             with self.lock.writing():
+                becomes(None)  # a model that was written in part is no version
                 self._writer.write(patches)
                 becomes(to)
             with self.lock.reading():

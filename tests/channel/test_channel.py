@@ -17,6 +17,8 @@ from sparsedelta.channel.leases import take_lease
 from sparsedelta.channel.publisher import publish_checkpoint
 from sparsedelta.errors import BadVersion, BaseMismatch, Behind, HeadMoved, Uncertain
 from sparsedelta.live import chain
+from sparsedelta.live import held as held_tensors
+from sparsedelta.live.rwlock import SharedLock
 
 
 class FailingStore(MemoryStore):
@@ -340,6 +342,39 @@ def test_a_model_that_does_not_hold_what_was_written_is_no_version(
     assert follower.sync().anchor
     assert is_at(held, 2)
     assert follower.version == 2
+
+
+def test_a_model_that_was_written_in_part_is_no_version_for_any_reader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    channel, _ = published(2, anchor_ratio=None)
+    held = weights(1)
+    follower = sparsedelta.Follower(channel, held)
+    follower.sync(1)
+    broken: list[bool] = []
+    seen: list[int | None] = []
+    write, leave = held_tensors.scatter, SharedLock._leave
+
+    def scatter(*args: Any) -> None:
+        if broken:
+            raise RuntimeError("the device is gone")
+        write(*args)
+        broken.append(True)
+
+    def left(lock: SharedLock, me: object) -> None:
+        if broken:
+            seen.append(follower.version)  # what the next reader is given
+        leave(lock, me)
+
+    with monkeypatch.context() as faulty:
+        faulty.setattr("sparsedelta.live.patch.scatter", scatter)
+        faulty.setattr(SharedLock, "_leave", left)
+        with pytest.raises(Uncertain, match="restore"):
+            follower.sync()
+    assert {*seen} == {None}
+    assert not is_at(held, 1)
+    assert follower.sync().version == 2
+    assert is_at(held, 2)
 
 
 def test_a_version_that_is_not_there_is_behind() -> None:
