@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sift_train.bits import bits_of
 from sift_train.conversion import as_saved, groups_of
 from sift_train.masters import SparseParameter
 
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 _PRIMARY = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_weights(base: Path) -> None:
@@ -103,7 +102,7 @@ def _compare(base: Path, name: str, held: Tensor, before: Tensor) -> None:
     if held.shape != before.shape:
         return
     moved = held.to(before.device, before.dtype)
-    n_different = int((_bits(moved) != _bits(before)).sum())
+    n_different = int((bits_of(moved) != bits_of(before)).sum())
     if n_different:
         raise ValueError(
             f"base '{base}' differs from the model before training: {n_different:,} of "
@@ -185,10 +184,6 @@ def _first_values(parameter: Tensor, part: SparseParameter | None) -> Tensor:
     flat = now.reshape(-1).clone()
     flat[part.flat_index.long()] = part.original.to(flat.device)
     return flat.view(now.shape)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(_BITS[tensor.element_size()])
 
 
 def _tensors(places: Mapping[str, Path], wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sift_train.bits import bits_of
 from sift_train.ranks.shard import local_part, shard_of
 from sift_train.selection import index_dtype
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class SparseParameter:
@@ -382,8 +381,7 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
 
 
 def _equal_bits(left: Tensor, right: Tensor) -> Tensor:
-    bits = _BITS[left.element_size()]
-    return left.view(bits) == right.view(bits)
+    return bits_of(left) == bits_of(right)
 
 
 def mean_change(before: Tensor, after: Tensor) -> float | None:

@@ -180,7 +180,7 @@ def _top_k_by_radix(flat: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
     Only the candidates, which are the scores not below the k-th largest, are looked at one by one.
     """
-    comparable = _non_finite_lowest(flat)
+    comparable = non_finite_lowest(flat)
     largest = comparable.topk(k, sorted=False).values
     least = largest.min()
     mask = comparable >= least
@@ -231,7 +231,7 @@ def _count_one(scores: Tensor, upper: Tensor | None) -> Tensor:
     counts = torch.zeros(_N_BINS, dtype=index_dtype(len(scores)), device=scores.device)
     for part in slices_of(scores):
         # In place where possible, so that at most 8 bytes per element are allocated beside a slice.
-        bits = _non_finite_lowest(part).float().add_(0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
+        bits = non_finite_lowest(part).float().add_(0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
         lower = bits if upper is None else bits & (_N_BINS - 1)
         bits.bitwise_right_shift_(16).bitwise_and_(_N_BINS - 1)
         if upper is None:
@@ -253,7 +253,7 @@ def _at_least(flat: Tensor, least: float) -> Tensor:
     """Return the indices of the scores that are at least a threshold."""
     mask = torch.empty(len(flat), dtype=torch.bool, device=flat.device)
     for part, chosen in zip(slices_of(flat), slices_of(mask), strict=True):
-        torch.ge(_non_finite_lowest(part), least, out=chosen)
+        torch.ge(non_finite_lowest(part), least, out=chosen)
     return _indices(mask)
 
 
@@ -271,7 +271,7 @@ def _above_or_taken(
     """
     mask = torch.empty(len(flat), dtype=torch.bool, device=flat.device)
     for part, chosen in zip(slices_of(flat), slices_of(mask), strict=True):
-        scores = _non_finite_lowest(part)
+        scores = non_finite_lowest(part)
         torch.gt(scores, least, out=chosen)
         ties = scores.eq(least)
         rank = ties.cumsum(0, dtype=n_before.dtype).add_(n_before)
@@ -284,7 +284,7 @@ def _indices(mask: Tensor) -> Tensor:
     return mask.nonzero().flatten().to(index_dtype(len(mask)))  # waits for the device
 
 
-def _non_finite_lowest(part: Tensor) -> Tensor:
+def non_finite_lowest(part: Tensor) -> Tensor:
     """Return a copy, fp64 rounded to fp32, with infinities and NaNs replaced by -inf."""
     narrow = part.float() if part.itemsize > 4 else part
     return narrow.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)

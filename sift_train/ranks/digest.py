@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sift_train.bits import bits_of
 from sift_train.ranks.group import Ranks
 from sift_train.selection import slices_of
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2**64 divided by the golden ratio, as a signed number
 
 
@@ -24,7 +24,7 @@ def checksum(tensor: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     start = 0
     for part in slices_of(flat):
-        bits = part.contiguous().view(_BITS[part.element_size()]).long()
+        bits = bits_of(part).long()
         place = torch.arange(start, start + len(bits), device=flat.device)
         total += (bits * (place * _ODD).bitwise_xor(place >> 7).bitwise_or(1)).sum()
         start += len(bits)

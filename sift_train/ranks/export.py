@@ -18,13 +18,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sift_train.basecheck import names_in_base, tensor_places
+from sift_train.bits import bits_of
 from sift_train.masters import SparseParameter
 from sift_train.ranks.shard import Shard, local_part, shard_of
 
 if TYPE_CHECKING:
     from sift_train.sift import SIFT
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_shards(sift: SIFT, base: Path) -> dict[str, Path]:
@@ -100,8 +99,7 @@ def _problem(
         flat = before.reshape(-1).clone()
         flat[part.flat_index.cpu().long()] = part.original.cpu()
         before = flat.view(before.shape)
-    bits = _BITS[before.element_size()]
-    if not torch.equal(found.contiguous().view(bits), before.contiguous().view(bits)):
+    if not torch.equal(bits_of(found), bits_of(before)):
         return f"{name!r} has other values than the model before training"
     return None
 
@@ -131,8 +129,7 @@ def _gathered(sift: SIFT, part: SparseParameter) -> Iterator[tuple[Tensor, Tenso
 
 def _entries(part: SparseParameter, shard: Shard | None) -> tuple[Tensor, Tensor]:
     index = part.flat_index.cpu().long()
-    bits = part.local.reshape(-1).cpu().contiguous()
-    values = bits.view(_BITS[bits.element_size()])[index]
+    values = bits_of(part.local.reshape(-1).cpu())[index]
     return (index if shard is None else shard.to_whole(index)), values
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sift_train.ranks.shard import Shard
-from sift_train.selection import index_dtype, slices_of
+from sift_train.selection import index_dtype, non_finite_lowest, slices_of
 
 _N_BINS = 1 << 16
 _HALF = 1 << 15
@@ -88,9 +88,7 @@ def _all_keys(flat: list[Tensor]) -> Iterator[Tensor]:
 def _keys(flat: Tensor) -> Iterator[Tensor]:
     """Yield integers that are ordered as the scores in fp32; non-finite scores are the lowest."""
     for part in slices_of(flat) if len(flat) else ():
-        narrow = part.float()
-        finite = narrow.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-        bits = finite.add(0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
+        bits = non_finite_lowest(part).float().add(0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
         yield torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from sparsedelta.errors import (
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.strict_json import compact_json, hex_bytes, integer, items, parse_json
-from sparsedelta.fs import check_checkpoint_folder, check_no_folder, staged_output
+from sparsedelta.fs import check_checkpoint_folder, check_no_folder, staged_output, temporary_folder
 from sparsedelta.live.chain import find_unwritten, prepare_chain
 from sparsedelta.live.patch import Patch, Writer
 from sparsedelta.live.rwlock import SharedLock
@@ -238,8 +237,8 @@ def _base_place(base: AnchorBase | None, given: AnyPath | None) -> Iterator[Path
     if base is not None and given is not None:
         yield Path(given)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
+    with temporary_folder("empty") as folder:
+        yield folder
 
 
 def _stack(context: ExitStack, deltas: Sequence[Delta], base: Path) -> Delta:

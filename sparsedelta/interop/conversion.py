@@ -6,18 +6,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import BadMagic, BaseNeeded, LossyConversion, TargetMismatch
 from sparsedelta.files.checkpoint import Checkpoint
-from sparsedelta.format.delta import Delta, load
+from sparsedelta.format.delta import load
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.fs import check_absent, check_no_folder, staged_output
 from sparsedelta.interop.form import Form, Reading, Setting
 from sparsedelta.interop.gguf import MAGIC, write_gguf
-from sparsedelta.interop.opening import open_checkpoint, record
-from sparsedelta.interop.rebuilt import RebuiltCheckpoint
+from sparsedelta.interop.opening import open_checkpoint, record, target_of
 from sparsedelta.interop.registry import (
     CHECKPOINT,
     DELTA,
@@ -164,7 +162,7 @@ def _read(
     """Return the name of the form of a source, the opened source, and what is recorded about its making."""
     if read_as == DELTA or (read_as is None and is_delta(source)):
         delta = stack.enter_context(load(source.path))
-        return DELTA, Reading(_target_of(delta, base, stack), "all tensors"), delta.info
+        return DELTA, Reading(target_of(delta, base, stack), "all tensors"), delta.info
     form = recognised(source) if read_as is None else None
     if read_as not in (None, CHECKPOINT):
         form = form_named(str(read_as))
@@ -180,11 +178,6 @@ def _read(
         )
     target = stack.enter_context(open_checkpoint(source.path, exclude=exclude))
     return CHECKPOINT, Reading(target, "all tensors"), {}
-
-
-def _target_of(delta: Delta, base: Checkpoint, stack: ExitStack) -> Checkpoint:
-    folder = Path(stack.enter_context(TemporaryDirectory(prefix="sparsedelta-")))
-    return stack.enter_context(RebuiltCheckpoint(base, delta, folder))
 
 
 def _is_checkpoint(source: Source) -> bool:

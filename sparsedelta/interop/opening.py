@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import BadMagic, BaseNeeded, FormatError
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.delta import AnyDelta, Delta, load
+from sparsedelta.fs import temporary_folder
 from sparsedelta.interop.form import Form, Reading
 from sparsedelta.interop.gguf import MAGIC, GgufCheckpoint
 from sparsedelta.interop.rebuilt import RebuiltCheckpoint
@@ -94,11 +93,11 @@ def opened_chain(
                 if view is None:
                     view = stack.enter_context(open_checkpoint(base, exclude=exclude))
                     for earlier in result:
-                        view = _after(view, earlier, stack)
+                        view = target_of(earlier, view, stack)
                 delta = stack.enter_context(converted(view, form, Source(one)))
             result.append(delta)
             if view is not None and number + 1 < len(deltas):
-                view = _after(view, delta, stack)
+                view = target_of(delta, view, stack)
         yield result
 
 
@@ -115,7 +114,7 @@ def _load(path: AnyPath, any_size: bool) -> Delta:
         raise
 
 
-def _after(base: Checkpoint, delta: Delta, stack: ExitStack) -> Checkpoint:
-    """Return the target of a delta as a checkpoint."""
-    folder = Path(stack.enter_context(TemporaryDirectory(prefix="sparsedelta-")))
+def target_of(delta: Delta, base: Checkpoint, stack: ExitStack) -> Checkpoint:
+    """Return the target of a delta as a checkpoint, which is closed with the stack."""
+    folder = stack.enter_context(temporary_folder("target"))
     return stack.enter_context(RebuiltCheckpoint(base, delta, folder))

@@ -5,7 +5,6 @@ Only small configuration files are written to disk, and no tensor is in memory t
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import warnings
 from collections import defaultdict
@@ -23,6 +22,7 @@ from sparsedelta.files.side_files import write_side_file
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.format.records import Row, SideFile, TensorKey
+from sparsedelta.fs import temporary_folder
 from sparsedelta.live.bits import check_installed, torch_dtype
 from sparsedelta.live.slots import find_slots
 from sparsedelta.ops.base_check import explained, find_base, open_base
@@ -291,8 +291,7 @@ def _small_files(delta: Delta, base: Checkpoint) -> Iterator[Path]:
             f"the delta's target has no {_CONFIG}, so it is not a transformers model; apply the delta"
             " and load the target with its own library"
         )
-    with tempfile.TemporaryDirectory(prefix="sparsedelta-") as name:
-        folder = Path(name)
+    with temporary_folder("config") as folder:
         for file in files:
             (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
             write_side_file(delta, base, file, folder / file.path)

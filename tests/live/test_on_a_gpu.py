@@ -43,13 +43,17 @@ class Layers(nn.Module):
         return out
 
 
+def doubled(model: nn.Module) -> State:
+    """Return a state whose outputs differ from the model's."""
+    return {name: 2 * tensor.detach() for name, tensor in model.state_dict().items()}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_captured_graph_uses_the_weights_of_the_active_delta(tmp_path: Path) -> None:
     """A CUDA graph reads the weights' memory, which a switch changes in place."""
     model = Layers().cuda().eval()
-    target = tuned(model.state_dict())
-    path = saved_delta(tmp_path, copied(model.state_dict()), target)
+    path = saved_delta(tmp_path, copied(model.state_dict()), doubled(model))
     bank = sparsedelta.DeltaBank(model)
     bank.add("target", path)
     inputs = torch.randn(4, 64, device="cuda")
@@ -62,10 +66,12 @@ def test_a_captured_graph_uses_the_weights_of_the_active_delta(tmp_path: Path) -
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             output = model(inputs)
+        before = model(inputs)
         for name in ("target", None, "target"):
             bank.activate(name)
             graph.replay()
             assert torch.equal(output, model(inputs))
+            assert torch.equal(output, before) == (name is None)
 
 
 @pytest.mark.slow
@@ -73,7 +79,7 @@ def test_a_captured_graph_uses_the_weights_of_the_active_delta(tmp_path: Path) -
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about precision and deprecated modules
 def test_a_compiled_model_uses_the_weights_of_the_active_delta(tmp_path: Path, device: str) -> None:
     model = Layers().to(device).eval()
-    path = saved_delta(tmp_path, copied(model.state_dict()), tuned(model.state_dict()))
+    path = saved_delta(tmp_path, copied(model.state_dict()), doubled(model))
     backend = (
         "inductor" if device == "cuda" else "aot_eager"
     )  # on a CPU, inductor runs a C++ compiler
@@ -82,9 +88,12 @@ def test_a_compiled_model_uses_the_weights_of_the_active_delta(tmp_path: Path, d
     bank.add("target", path)
     inputs = torch.randn(4, 64, device=device)
     with torch.no_grad():
+        before = model(inputs)
         for name in (None, "target", None):
             bank.activate(name)
-            torch.testing.assert_close(compiled(inputs), model(inputs))
+            output = compiled(inputs)
+            torch.testing.assert_close(output, model(inputs))
+            assert torch.allclose(output, before, rtol=1e-4, atol=1e-5) == (name is None)
 
 
 @devices

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,6 @@ from train_helpers import make_inputs, make_net, same_bits, square_loss
 from sift_train import SIFT
 
 State = dict[str, Tensor]
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the ranks, since sums depend on it
-    made = RankPool(2)
-    yield made
-    made.close()
-    torch.set_num_threads(n_threads)
 
 
 def own_loop(

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,6 @@ from train_helpers import bert_batches, make_bert, make_inputs, make_net, same_b
 
 import sparsedelta
 from sift_train import SIFT, FitConfig, FitResult, SiftTrainerMixin, fit
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the ranks, since sums depend on it
-    made = RankPool(2)
-    yield made
-    made.close()
-    torch.set_num_threads(n_threads)
 
 
 def config(**more: Any) -> FitConfig:

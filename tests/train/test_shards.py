@@ -32,16 +32,6 @@ from sift_train.selection import seeded_generator, top_k_of_all
 State = dict[str, Tensor]
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the ranks, since sums depend on it
-    made = RankPool(2)
-    yield made
-    made.close()
-    torch.set_num_threads(n_threads)
-
-
 class Odd(nn.Module):
     """No dimension can be divided by two, and ``one`` has a single row, which one rank holds."""
 
