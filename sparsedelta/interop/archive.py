@@ -38,7 +38,7 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _LEAST_BYTES = (
     64  # smaller storages, such as the step of an optimizer, take less space beside the pickle
 )
-_MAX_ARCHIVES = 1 << 17
+_MAX_ARCHIVES = 1 << 16
 _MAX_NAME = 900
 _DTYPES = {
     "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16",
