@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 import sparsedelta
 from sparsedelta.interop.form import Form
 from sparsedelta.interop.registry import FORMS
+from sparsedelta.interop.vllm import from_patches, to_patches
 
 PAGE = Path(__file__).parents[1] / "docs" / "interop.md"
 State = dict[str, torch.Tensor]
@@ -189,6 +190,34 @@ def slime(folder: Path | None, encoding: str, checksum: str) -> Foreign:
     return Foreign("slime", title, {"encoding": encoding, "checksum": checksum}, read, write)
 
 
+def skyrl(folder: Path | None) -> Foreign:
+    """Return the code of SkyRL."""
+    parent = "skyrl.backends.skyrl_train.weight_sync"
+    names = [parent.rsplit(".", n)[0] for n in range(parent.count("."), -1, -1)]
+    for name in (*names, f"{parent}.base"):
+        sys.modules.setdefault(name, types.ModuleType(name))
+    sys.modules[f"{parent}.base"].WeightChunk = object  # type: ignore[attr-defined]
+    sys.modules[f"{parent}.delta_payload"] = source(folder, "skyrl", "delta_payload.py")
+    code = source(folder, "skyrl", "delta_checkpoint.py")
+
+    def read(path: Path, base: Path) -> State:
+        with tempfile.TemporaryDirectory() as temporary:
+            store = code.LocalCheckpointStore(str(base), temporary)
+            store.fetch(1, uri=str(path))
+            return {name: tensor.clone() for name, tensor in state(store.weights_dir).items()}
+
+    def write(base: Path, target: Path, out: Path) -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            sync = Path(temporary) / "sync"
+            publisher = code.DeltaCheckpointPublisher(str(base), str(sync), f"{temporary}/staging")
+            chunk = types.SimpleNamespace(names=[*state(target)], tensors=[*state(target).values()])
+            publisher.publish(publisher.create_delta_files([chunk]))
+            (folder_of_version,) = sync.iterdir()
+            shutil.copytree(folder_of_version, out)
+
+    return Foreign("skyrl", "delta_checkpoint.py of NovaSky-AI/SkyRL at a9564572e", {}, read, write)
+
+
 def grail(folder: Path | None, number: str) -> Foreign:
     """Return grail's code for one version."""
     code = source(folder, "grail", "sparse_codec.py")
@@ -272,6 +301,7 @@ MAKERS: list[tuple[str, Callable[[Path | None], Foreign]]] = [
         for encoding in ("xor", "overwrite")
         for checksum in ("blake3", "xxh3-128", "adler32")
     ),
+    ("skyrl", skyrl),
     *(
         (f"grail {number}", lambda folder, n=number: grail(folder, n))
         for number in ("2", "3", "31")
@@ -364,6 +394,38 @@ def matrix(folder: Path | None) -> Iterator[str]:
             answers = [" ".join(sorted({str(one[part]) for one in found})) for part in (0, 1)]
             shown = " | ".join(f"{one[2]:,}" for one in found)
             yield f"| {name} | {answers[0]} | {answers[1]} | {shown} | {foreign.code} |"
+        try:
+            yield from vllm_patches(folder, places)
+        except Absent as error:
+            yield f"| vLLM's patch objects | not checked | not checked | | | | {error} |"
+
+
+def vllm_patches(folder: Path | None, places: list[tuple[Path, Path]]) -> Iterator[str]:
+    """Yield the line of the table about vLLM, whose patches are objects and not files."""
+    code = source(folder, "vllm", "checkpoint_weight_patch.py")
+    answers = []
+    for base, target in places:
+
+        class Model(torch.nn.Module):
+            held = state(base)
+
+            def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> set[str]:
+                for name, tensor in weights:
+                    self.held[name].copy_(tensor)
+                return {name for name, _ in weights}
+
+        model = Model()
+        with sparsedelta.diff(base, target) as delta:
+            patches = to_patches(delta, base=base)
+        code.load_checkpoint_weight_patches(model, patches)
+        theirs = [code.CheckpointWeightPatch(*patch) for patch in patches]
+        with tempfile.TemporaryDirectory() as out, from_patches(theirs, base=base) as back:
+            sparsedelta.apply(base, back, f"{out}/out")
+            answers.append(
+                (same(model.held, state(target)), same(state(Path(out) / "out"), state(target)))
+            )
+    yes = ["yes" if all(one[part] for one in answers) else "NO" for part in (0, 1)]
+    yield f"| vLLM's patch objects | {yes[0]} | {yes[1]} | | | | checkpoint_weight_patch.py of vLLM 0.33.0 |"
 
 
 def abilities() -> Iterator[str]:

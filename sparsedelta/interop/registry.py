@@ -11,6 +11,7 @@ from sparsedelta.interop.mask import Mask
 from sparsedelta.interop.pulse import PulsePatch
 from sparsedelta.interop.refused import ComposableSft, Z4Model
 from sparsedelta.interop.shira import Shira
+from sparsedelta.interop.skyrl import SkyRL
 from sparsedelta.interop.slime import Slime
 from sparsedelta.interop.source import Source
 from sparsedelta.interop.task_vector import TaskVector
@@ -23,7 +24,7 @@ GGUF = "gguf"
 TORCH = "torch"  # what torch.save and torch.distributed.checkpoint write
 
 _ALL: tuple[Form, ...] = (
-    TrlV1(), TrlV2(), Slime(), Grail(), PulsePatch(), Arc2(), Shira(), Lora(), TaskVector(), Mask(),
+    TrlV1(), TrlV2(), Slime(), SkyRL(), Grail(), PulsePatch(), Arc2(), Shira(), Lora(), TaskVector(), Mask(),
     ComposableSft(), Z4Model(),
 )  # fmt: skip
 FORMS = {form.name: form for form in _ALL}
