@@ -464,19 +464,20 @@ def replaced(text: str, name: str, lines: Iterator[str]) -> str:
     return pattern.sub(lambda _: new, text)
 
 
-def main() -> None:
-    """Write the tables."""
+def main() -> int:
+    """Write the tables. Return 1 if the code of a project and this package disagree."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sources", type=Path, help="folder of the other projects' source files")
     parser.add_argument("--check", action="store_true", help="print the matrix, and write nothing")
     arguments = parser.parse_args()
+    found = [*matrix(arguments.sources)]
     if arguments.check:
-        print("\n".join(matrix(arguments.sources)))
-        return
-    text = replaced(PAGE.read_text("utf-8"), "abilities", abilities())
-    text = replaced(text, "matrix", matrix(arguments.sources))
-    PAGE.write_text(text, "utf-8")
+        print("\n".join(found))
+    else:
+        text = replaced(PAGE.read_text("utf-8"), "abilities", abilities())
+        PAGE.write_text(replaced(text, "matrix", found), "utf-8")
+    return int(any("| NO |" in line for line in found))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
