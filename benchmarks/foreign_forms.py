@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -456,7 +456,7 @@ def _ability(form: Form) -> str:
     )
 
 
-def replaced(text: str, name: str, lines: Iterator[str]) -> str:
+def replaced(text: str, name: str, lines: Iterable[str]) -> str:
     """Return a page with the part between two marks replaced."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
