@@ -259,7 +259,9 @@ def _is_transformers(model: nn.Module) -> bool:
 @contextmanager
 def _temporary_config(model: nn.Module, config: Any) -> Iterator[None]:
     """Give a model its first config inside the block; some models edit theirs in a forward pass."""
-    if config is None or isinstance(getattr(type(model), "config", None), property):  # cannot be set
+    if config is None or isinstance(
+        getattr(type(model), "config", None), property
+    ):  # cannot be set
         yield
         return
     holder: Any = model

@@ -13,7 +13,6 @@ JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | 
 AnyPath: TypeAlias = str | os.PathLike[str]
 
 
-
 class Pipeline(Protocol):
     """Several models that are used together, such as a pipeline of diffusers."""
 

@@ -88,9 +88,7 @@ def _dtypes(delta: Delta, variant: str | None) -> dict[str, torch.dtype]:
 def _warn_of_rest(delta: Delta, pipeline: Any) -> None:
     """Warn if the delta changes tensors of a part that the pipeline was loaded without."""
     parts = components_of(pipeline) or {}
-    left = [
-        row for row in delta.tensors if not row.is_copied and folder_of(row.file) not in parts
-    ]
+    left = [row for row in delta.tensors if not row.is_copied and folder_of(row.file) not in parts]
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         warnings.warn(

@@ -86,7 +86,9 @@ def parts_by_folder(model: Any, folders: Collection[str]) -> dict[str, Part] | N
     components = components_of(model)
     if components is not None:
         return {name: Part(name, part) for name, part in components.items()}
-    if not any(base.__module__.startswith("sentence_transformers.") for base in type(model).__mro__):
+    if not any(
+        base.__module__.startswith("sentence_transformers.") for base in type(model).__mro__
+    ):
         return None
     numbers = {folder: _NUMBERED.match(folder) for folder in folders}
     if not any(numbers.values()):

@@ -22,9 +22,17 @@ _ABSENT = ("tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor", "safe
 
 def _clip(cls: Any = CLIPTextModel, *, seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4}
-    more = {"num_hidden_layers": 2, "vocab_size": 100, "bos_token_id": 0, "eos_token_id": 1}
-    return cls(CLIPTextConfig(**sizes, **more, projection_dim=32)).eval()
+    config = CLIPTextConfig(
+        hidden_size=32,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        vocab_size=100,
+        bos_token_id=0,
+        eos_token_id=1,
+        projection_dim=32,
+    )
+    return cls(config).eval()
 
 
 def _t5() -> Any:

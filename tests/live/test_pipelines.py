@@ -147,7 +147,9 @@ def test_a_part_that_was_not_loaded(tmp_path: Path) -> None:
     case.delta.apply_(pipeline, names=names)
     expected = {n: t for n, t in case.target.items() if not n.startswith("vae/")}
     assert same(pipelines.state(pipeline), expected)
-    with pytest.warns(UserWarning, match="tensors that the returned pipeline does not hold.* of 'vae/"):
+    with pytest.warns(
+        UserWarning, match="tensors that the returned pipeline does not hold.* of 'vae/"
+    ):
         case.load_target(vae=None)
 
 
@@ -160,7 +162,9 @@ def test_two_models_with_the_same_weights(tmp_path: Path) -> None:
     target = pipelines.state(pipeline)
     with sparsedelta.diff(base, pipelines.saved(pipeline, tmp_path / "target")) as delta:
         live = pipelines.loaded(base)
-        with pytest.raises(StructureMismatch, match=r"'text_encoder' or of 'text_encoder_2'.*pipeline"):
+        with pytest.raises(
+            StructureMismatch, match=r"'text_encoder' or of 'text_encoder_2'.*pipeline"
+        ):
             delta.apply_(live.text_encoder)
         delta.apply_(live)
         assert same(pipelines.state(live), target)
@@ -195,14 +199,16 @@ def test_a_folder_with_both_variants(tmp_path: Path) -> None:
     halves: dict[str, Any] = {}
     wholes: dict[str, Any] = {}
     for name in ("base", "target"):
-        pipeline = pipelines.KINDS["sd"]()
-        if name == "target":
-            tune(pipeline, "unet")
-        pipelines.saved(pipeline, tmp_path / name)
-        wholes[name] = pipelines.state(pipeline)
-        half = pipeline.to(torch.float16)
-        half.save_pretrained(tmp_path / name, variant="fp16")
-        halves[name] = pipelines.state(half)
+        for dtype, states, variant in (
+            (torch.float16, halves, "fp16"),
+            (torch.float32, wholes, None),
+        ):
+            pipeline = pipelines.KINDS["sd"]()
+            if name == "target":
+                nn.init.zeros_(pipeline.unet.conv_in.weight)
+            pipeline.to(dtype)
+            pipelines.saved(pipeline, tmp_path / name, variant=variant)
+            states[name] = pipelines.state(pipeline)
     with sparsedelta.diff(tmp_path / "base", tmp_path / "target") as delta:
         delta.save(tmp_path / "d.sd")
         whole = pipelines.loaded(tmp_path / "base")
@@ -220,7 +226,9 @@ def test_a_lora_fused_into_the_unet(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     pipeline = pipelines.KINDS["sd"]()
     base = pipelines.saved(pipeline, tmp_path / "base")
-    pipeline.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    pipeline.unet.add_adapter(
+        peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    )
     pipeline.unet.fuse_lora()
     pipeline.unet.unload_lora()
     fused = pipelines.state(pipeline)
