@@ -239,9 +239,14 @@ def check_outputs(
         raise FileNotFoundError(f"base '{base_path}' does not exist")
     if _is_transformers(model) != base_path.is_dir():
         expected = "folder" if _is_transformers(model) else "safetensors file"
+        other_way = (
+            "; or save it with its own library and compare the folders (sparsedelta.diff)"
+            if base_path.is_dir()
+            else ""
+        )
         raise ValueError(
             f"base '{base_path}' is not a {expected}, but a {type(model).__name__} is saved as "
-            "one; give one, or leave base out"
+            f"one; give one, or leave base out{other_way}"
         )
     check_weights(base_path)
 

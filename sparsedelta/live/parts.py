@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 _PIPELINE_INDEX = "model_index.json"  # names the models of a pipeline
-_NUMBERED = re.compile(r"(\d+)_")  # a module of sentence-transformers, such as `2_Dense`
+# A module of sentence-transformers, such as `2_Dense`; and one of a Router, such as `query_0_Dense`.
+_NUMBERED = re.compile(r"(?:.*/)?(?:(?P<route>[^/]+)_)?(?P<number>\d+)_[^/_]+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +91,26 @@ def parts_by_folder(model: Any, folders: Collection[str]) -> dict[str, Part] | N
         base.__module__.startswith("sentence_transformers.") for base in type(model).__mro__
     ):
         return None
-    numbers = {folder: _NUMBERED.match(folder) for folder in folders}
-    if not any(numbers.values()):
+    paths = {folder: _path_in(model, folder) for folder in folders}
+    if not any(paths[folder] for folder in folders if folder):
         return None
-    inner = dict(enumerate(model.named_children()))
-    places = {folder: int(found[1]) if found else 0 for folder, found in numbers.items()}
-    return {folder: Part(*inner[place]) for folder, place in places.items() if place in inner}
+    return {folder: Part(path, model.get_submodule(path)) for folder, path in paths.items() if path}
+
+
+def _path_in(model: torch.nn.Module, folder: str) -> str | None:
+    """Return the name of the module of a SentenceTransformer that is saved in a folder; None if there is none."""
+    names = [name for name, _ in model.named_children()]
+    if not folder:
+        return names[0]
+    found = _NUMBERED.match(folder)
+    if found is None:
+        return None
+    number = int(found["number"])
+    if found["route"] is None:
+        return names[number] if number < len(names) else None
+    inside = f"sub_modules.{found['route']}.{number}"
+    modules = dict(model.named_modules())
+    return next((path for name in names if (path := f"{name}.{inside}") in modules), None)
 
 
 def choose_folder(

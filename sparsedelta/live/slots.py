@@ -613,7 +613,10 @@ def _unusable(tensor: torch.Tensor) -> str | None:
     import torch
 
     if tensor.is_meta:
-        return "holds no data (it is on the meta device)"
+        return (
+            "holds no data (it is on the meta device); load the model without offloading, or load the target"
+            " (load_model)"
+        )
     if type(tensor.data) is not torch.Tensor:
         return f"is a {type(tensor.data).__name__}, not a plain tensor"
     if tensor.layout != torch.strided or overlaps_itself(tensor):
