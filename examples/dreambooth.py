@@ -33,7 +33,9 @@ def main() -> int:
     """Train both, write the delta, and draw the pictures."""
     options = parse_arguments()
     torch.manual_seed(0)
-    schedule: Any = diffusers.DDIMScheduler(num_train_timesteps=1000, clip_sample=True)
+    schedule: Any = diffusers.DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=True
+    )
     with tempfile.TemporaryDirectory() as work:
         base = options.base or Path(work) / "pipeline"
         if not base.exists():
@@ -64,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="the delta to write")
     parser.add_argument("--picture", type=Path, help="a PNG file with samples before and after")
     parser.add_argument("--base", type=Path, help="the pipeline's folder; made if it is missing")
-    parser.add_argument("--base-steps", type=int, default=1000)
+    parser.add_argument("--base-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=300)
     return parser.parse_args()
 
@@ -76,12 +78,12 @@ def train_base(schedule: Any, folder: Path, n_steps: int) -> None:
         block_out_channels=(16, 32),
         layers_per_block=1,
         norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
         attention_head_dim=16,
         num_class_embeds=2,
     )
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
     schedule_lr = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
     for step in range(1, n_steps + 1):
         pictures = draw_discs(16)
@@ -123,12 +125,12 @@ def train_thing(unet: Any, schedule: Any, pictures: Tensor, n_steps: int) -> sif
 
 
 def loss_of(unet: Any, schedule: Any, pictures: Tensor, labels: Tensor) -> Tensor:
-    """Return the error of the noise that the model finds in pictures."""
+    """Return the error of the pictures that the model finds in noisy ones."""
     noise = torch.randn_like(pictures)
     steps = torch.randint(schedule.config.num_train_timesteps, (len(pictures),))
     noisy = schedule.add_noise(pictures, noise, steps)
     found: Tensor = unet(noisy, steps, class_labels=labels).sample
-    return functional.mse_loss(found, noise)
+    return functional.mse_loss(found, pictures)
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from sift_train.changes import mean_changes
 from sift_train.pipelines import copy_rest, keep_config
 from sift_train.ranks.export import check_shards, copy_base, write_components
 from sift_train.ranks.shard import is_sharded
+from sift_train.readback import check_reads_back
 from sift_train.sift import SIFT
 from sift_train.targets import check_saves_weights
 from sift_train.weightfiles import dtype_of, weights_of
@@ -84,8 +85,8 @@ def export_delta(
         FileExistsError: ``output`` or ``save_target`` exists and ``overwrite`` is not set.
         FileNotFoundError: the base, or the folder of an output, does not exist.
         ValueError: neither ``base`` nor ``sift`` is given, the base is of the wrong kind, or it
-            differs from the first weights that ``sift`` has kept; or the model is wrapped, sharded, or has
-            PEFT adapters.
+            differs from the first weights that ``sift`` has kept; the model is wrapped, sharded, or has PEFT
+            adapters; or transformers would not load the weights that it saves.
     """
     model = getattr(model, "_orig_mod", model)  # without the wrapper of torch.compile
     if sift is not None and any(is_sharded(parameter) for parameter in model.parameters()):
@@ -295,6 +296,7 @@ def _save(model: nn.Module, work: Path, base: Path | None) -> Path:
     folder = work / "checkpoint"
     if base is None:
         _save_folder(model, folder)
+        check_reads_back(model, folder)
     else:
         _save_part(model, folder, base)
         _copy_side_files(folder, base)
@@ -305,6 +307,7 @@ def _save_part(model: nn.Module, folder: Path, base: Path) -> None:
     """Save a model as its base is saved: with the same variant, names and configuration."""
     variant = weights_of(base, dtype_of(model)).variant
     _save_folder(model, folder, **({"variant": variant} if variant else {}))
+    check_reads_back(model, folder, variant)
     _rename(folder, model, base)
     keep_config(folder, base)
 
