@@ -104,9 +104,7 @@ class TestSentenceTransformers:
         before = copied(live.state_dict())
         with (
             sparsedelta.diff(base, target) as delta,
-            pytest.raises(
-                StructureMismatch, match="'linear.bias', which the delta changes, is not in the"
-            ),
+            pytest.raises(StructureMismatch, match=r"'linear.bias', .* is not in the"),
         ):
             delta.apply_(live)
         assert same(live.state_dict(), before)
