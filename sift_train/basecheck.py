@@ -6,29 +6,29 @@ only one side has, or that has another shape there, is not an error: the delta r
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sift_train.bits import bits_of
 from sift_train.conversion import as_saved, groups_of
 from sift_train.masters import SparseParameter
+from sift_train.pipelines import is_pipeline, part_of
+from sift_train.weightfiles import dtype_of, weights_of
 
 if TYPE_CHECKING:
     from sift_train.sift import SIFT
 
 logger = logging.getLogger(__name__)
 
-_PRIMARY = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
@@ -55,16 +55,18 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
 
     Args:
         model: the model, trained or not.
-        base: a folder or a safetensors file. Its tensors are compared in the model's dtype.
+        base: a folder or a safetensors file; the folder of a pipeline has the model in a subfolder. Its
+            tensors are compared in the model's dtype.
         sift: the SIFT that trains the model; it knows the first values of the trained components.
 
     Raises:
         ValueError: a tensor differs, or a file is not a safetensors file.
     """
-    parts = {} if sift is None else {id(p.parameter): p for p in sift.sparse_mapping.values()}
+    base = model_folder(model, base, sift)
+    parts = _parts(sift)
     # Tied parameters are compared under one name only. Under the other names, a base may hold other values.
     named = dict(model.named_parameters())
-    held = tensor_places(base)
+    held = tensor_places(base, dtype_of(model))
     renamed = names_in_base(model, named, base)
     if not held.keys() & {*named, *renamed.values()}:
         renamed = _without_prefix(named, held)
@@ -101,14 +103,22 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
 def _compare(base: Path, name: str, held: Tensor, before: Tensor) -> None:
     if held.shape != before.shape:
         return
-    moved = held.to(before.device, before.dtype)
-    n_different = int((bits_of(moved) != bits_of(before)).sum())
+    n_different = _n_different(held, before)
     if n_different:
         raise ValueError(
             f"base '{base}' differs from the model before training: {n_different:,} of "
             f"{before.numel():,} components of {name!r} differ; give the checkpoint that the "
             "model was loaded from, or leave base out"
         )
+
+
+def _n_different(held: Tensor, before: Tensor) -> int:
+    moved = held.to(before.device, before.dtype)
+    return int((bits_of(moved) != bits_of(before)).sum())
+
+
+def _parts(sift: SIFT | None) -> dict[int, SparseParameter]:
+    return {} if sift is None else {id(p.parameter): p for p in sift.sparse_mapping.values()}
 
 
 def names_in_base(model: nn.Module, names: Iterable[str], base: Path) -> dict[str, str]:
@@ -155,25 +165,40 @@ def tensor_names(base: Path) -> Iterator[str]:
     yield from tensor_places(base)
 
 
-def tensor_places(base: Path) -> dict[str, Path]:
-    """Return the file that each tensor of a checkpoint is in, by its name."""
+def tensor_places(base: Path, dtype: torch.dtype | None = None) -> dict[str, Path]:
+    """Return the file that each tensor of a checkpoint is in, by its name; see ``weight_files``."""
     places: dict[str, Path] = {}
-    for path in weight_files(base):
+    for path in weight_files(base, dtype):
         with ExitStack() as stack:
             places |= dict.fromkeys(_open(path, stack).keys(), path)
     return places
 
 
-def weight_files(base: Path) -> list[Path]:
-    """Return the files that transformers loads: ``model.safetensors``, or those of its index."""
-    if not base.is_dir():
-        return [base]
-    if (base / _PRIMARY).is_file():
-        return [base / _PRIMARY]
-    if (base / _INDEX).is_file():
-        index = json.loads((base / _INDEX).read_text("utf-8"))
-        return [base / name for name in sorted(set(index["weight_map"].values()))]
-    return sorted(base.glob("*.safetensors"))
+def weight_files(base: Path, dtype: torch.dtype | None = None) -> Sequence[Path]:
+    """Return the files of a checkpoint that hold a model; see ``weights_of``."""
+    return weights_of(base, dtype).files if base.is_dir() else [base]
+
+
+def model_folder(model: nn.Module, base: Path, sift: SIFT | None = None) -> Path:
+    """Return the folder with a model's weights: the base, or a subfolder of it if the base is a pipeline.
+
+    Raises:
+        ValueError: the pipeline has no such model, or it is not clear which one it is.
+    """
+    if not is_pipeline(base):
+        return base
+
+    def n_equal(folder: Path) -> int:
+        parts = _parts(sift)
+        held = tensor_places(folder, dtype_of(model))
+        own = dict(model.named_parameters())
+        return sum(
+            _n_different(tensor, _first_values(own[name], parts.get(id(own[name])))) == 0
+            for name, tensor in _tensors(held, own.keys() & held.keys())
+            if tensor.shape == own[name].shape
+        )
+
+    return base / part_of(model, base, n_equal)
 
 
 def _first_values(parameter: Tensor, part: SparseParameter | None) -> Tensor:

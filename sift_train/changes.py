@@ -10,6 +10,7 @@ from torch import nn
 from sift_train.basecheck import Reader, names_in_base, tensor_places
 from sift_train.masters import mean_change
 from sift_train.sift import SIFT
+from sift_train.weightfiles import dtype_of
 
 
 def mean_changes(
@@ -27,13 +28,14 @@ def mean_changes(
         target: the saved model.
         is_renamed: whether the target has the base's names instead of the module's.
     """
-    places = tensor_places(target)
+    dtype = dtype_of(model)
+    places = tensor_places(target, dtype)
     own = [name for name, _ in model.named_parameters()]
     renamed = names_in_base(model, own, base) if is_renamed else {}
     parts = {renamed.get(name, name): part for name, part in sift.sparse_mapping.items()}
     found = {name: part.mean_change for name, part in parts.items() if name in places}
     if len(found) < len(parts):
-        base_places = tensor_places(base)
+        base_places = tensor_places(base, dtype)
         left = places.keys() & base_places.keys() - {renamed.get(name, name) for name in own}
         with ExitStack() as stack:
             read = Reader(stack)

@@ -23,15 +23,19 @@ import sparsedelta
 from sift_train.basecheck import (
     check_base,
     check_weights,
+    model_folder,
     names_in_base,
     tensor_names,
     weight_files,
 )
 from sift_train.changes import mean_changes
+from sift_train.pipelines import copy_rest, keep_config
 from sift_train.ranks.export import check_shards, copy_base, write_components
 from sift_train.ranks.shard import is_sharded
+from sift_train.readback import check_reads_back
 from sift_train.sift import SIFT
 from sift_train.targets import check_saves_weights
+from sift_train.weightfiles import dtype_of, weights_of
 
 WEIGHT_SUFFIXES = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt",
@@ -54,7 +58,8 @@ def export_delta(
 ) -> int:
     """Write the delta from the base to the model's current weights; return its nnz.
 
-    A transformers model is saved as a folder, any other module as one safetensors file. Tensors
+    A model of transformers or diffusers is saved as a folder, any other module as one safetensors
+    file. Tensors
     are saved under the names that ``base`` uses, with or without the model's prefix.
 
     If the model is sharded by FSDP2, all ranks must call this and see the base, and ``sift`` and ``base``
@@ -67,8 +72,9 @@ def export_delta(
         sift: the SIFT that trained the model. If ``base`` is not given, the base is the model with
             its first weights, which ``sift`` has kept. If it is given, it is compared with the
             model's first weights. Leave ``sift`` out to write a delta between any base and model.
-        base: the checkpoint with which the training began: a folder for a transformers model, a
-            safetensors file for any other module.
+        base: the checkpoint with which the training began: a folder for a model of transformers or
+            diffusers, a safetensors file for any other module. If it is the folder of a pipeline of diffusers,
+            the delta is that of the pipeline, with the model in its subfolder.
         base_id: where others find the base, such as ``org/model@<commit>``.
         info: plain JSON, recorded in the delta. With ``sift``, the key ``mean_change`` is added:
             for each tensor, the mean absolute change of its changed components.
@@ -79,8 +85,8 @@ def export_delta(
         FileExistsError: ``output`` or ``save_target`` exists and ``overwrite`` is not set.
         FileNotFoundError: the base, or the folder of an output, does not exist.
         ValueError: neither ``base`` nor ``sift`` is given, the base is of the wrong kind, or it
-            differs from the first weights that ``sift`` has kept; or the model is wrapped, sharded, or has
-            PEFT adapters.
+            differs from the first weights that ``sift`` has kept; the model is wrapped, sharded, or has PEFT
+            adapters; or transformers would not load the weights that it saves.
     """
     model = getattr(model, "_orig_mod", model)  # without the wrapper of torch.compile
     if sift is not None and any(is_sharded(parameter) for parameter in model.parameters()):
@@ -127,7 +133,8 @@ def _export_shards(
         raise ValueError("the model is sharded, so no rank can save it as the base; give base")
     base_path = Path(os.path.abspath(base))
     sift.reshard()
-    check_shards(sift, base_path)
+    own_folder = model_folder(sift.model, base_path, sift)
+    check_shards(sift, own_folder)
     final = Path(os.path.abspath(output))
     with ExitStack() as stack:
 
@@ -135,7 +142,8 @@ def _export_shards(
             return copy_base(base_path, stack.enter_context(_work_folder(final, "target")))
 
         target = sift.ranks.first_does(copy)
-        write_components(sift, base_path, target)
+        own_target = target / own_folder.relative_to(base_path) if base_path.is_dir() else target
+        write_components(sift, own_folder, own_target)
 
         def compare() -> int:
             with sparsedelta.diff(base_path, target, base_id=base_id, info=info) as delta:
@@ -177,10 +185,19 @@ def write_delta(
             base_path = Path(os.path.abspath(str(base)))
         work = stack.enter_context(_work_folder(final, "target"))
         has_base = base is not None
-        target = _save(model, work, base_path if has_base else None)
+        own_base = model_folder(model, base_path, sift) if has_base else base_path
+        if own_base == base_path:
+            target = own_target = _save(model, work, base_path if has_base else None)
+        else:
+            target = work / "checkpoint"
+            own_target = target / own_base.relative_to(base_path)
+            _save_part(model, own_target, own_base)
+            used = weights_of(own_base, dtype_of(model))
+            left_out = {*used.files, *used.indexes}
+            copy_rest(base_path, target, left_out=left_out, links=save_target is None)
         means = {}
         if sift is not None:
-            means = mean_changes(sift, model, base=base_path, target=target, is_renamed=has_base)
+            means = mean_changes(sift, model, base=own_base, target=own_target, is_renamed=has_base)
         delta = stack.enter_context(
             sparsedelta.diff(
                 base_path, target, base_id=base_id, info=_with_mean_change(info, means)
@@ -223,9 +240,14 @@ def check_outputs(
         raise FileNotFoundError(f"base '{base_path}' does not exist")
     if _is_transformers(model) != base_path.is_dir():
         expected = "folder" if _is_transformers(model) else "safetensors file"
+        other_way = (
+            "; or save it with its own library and compare the folders (sparsedelta.diff)"
+            if base_path.is_dir()
+            else ""
+        )
         raise ValueError(
             f"base '{base_path}' is not a {expected}, but a {type(model).__name__} is saved as "
-            "one; give one, or leave base out"
+            f"one; give one, or leave base out{other_way}"
         )
     check_weights(base_path)
 
@@ -243,7 +265,9 @@ def _is_transformers(model: nn.Module) -> bool:
 @contextmanager
 def _temporary_config(model: nn.Module, config: Any) -> Iterator[None]:
     """Give a model its first config inside the block; some models edit theirs in a forward pass."""
-    if config is None:
+    if config is None or isinstance(
+        getattr(type(model), "config", None), property
+    ):  # cannot be set
         yield
         return
     holder: Any = model
@@ -270,12 +294,26 @@ def _save(model: nn.Module, work: Path, base: Path | None) -> Path:
         save_model(model, str(work / PLAIN_NAME), metadata={"format": "pt"})
         return work / PLAIN_NAME
     folder = work / "checkpoint"
-    save_pretrained: Any = model.save_pretrained
-    save_pretrained(folder)
-    if base is not None:
-        _rename(folder, model, base)
+    if base is None:
+        _save_folder(model, folder)
+        check_reads_back(model, folder)
+    else:
+        _save_part(model, folder, base)
         _copy_side_files(folder, base)
     return folder
+
+
+def _save_part(model: nn.Module, folder: Path, base: Path) -> None:
+    """Save a model as its base is saved: with the same variant, names and configuration."""
+    variant = weights_of(base, dtype_of(model)).variant
+    _save_folder(model, folder, **({"variant": variant} if variant else {}))
+    check_reads_back(model, folder, variant)
+    _rename(folder, model, base)
+    keep_config(folder, base)
+
+
+def _save_folder(model: Any, folder: Path, **options: str) -> None:
+    model.save_pretrained(folder, **options)
 
 
 def _rename(folder: Path, model: nn.Module, base: Path) -> None:

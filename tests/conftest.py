@@ -23,6 +23,19 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_I
 UNSYNCED = {Path(__file__).parent / name for name in ("exactness", "property")}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--deep",
+        action="store_true",
+        help="draw 20 times as many examples for property tests, other ones in every run",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--deep"):
+        os.environ["SPARSEDELTA_DEEP"] = "1"  # read when the tests are imported, also by workers
+
+
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(request: pytest.FixtureRequest) -> None:
     if not UNSYNCED.isdisjoint(request.path.parents):

@@ -13,15 +13,25 @@ from typing import Any
 from helpers import BITS, UNKNOWN_BITS, Raw, compact, n_bytes, write, write_file, write_sharded
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from hypothesis.database import DirectoryBasedExampleDatabase
+
+IS_DEEP = "SPARSEDELTA_DEEP" in os.environ  # set by `pytest --deep`
+_TIMES = 20
+_FOUND = Path(__file__).parents[1] / ".hypothesis" / "examples"
 
 
 def relaxed(n_examples: int) -> settings:
-    """Return settings for tests that use the disk: the same examples in every run, without a deadline."""
+    """Return settings for property tests: the same examples in every run, without a deadline.
+
+    With ``pytest --deep`` there are 20 times as many, other ones in every run. Those that fail are kept and are
+    tried first in the next run.
+    """
     return settings(
-        max_examples=n_examples,
+        max_examples=n_examples * (_TIMES if IS_DEEP else 1),
         deadline=None,
-        derandomize=True,
-        database=None,
+        derandomize=not IS_DEEP,
+        database=DirectoryBasedExampleDatabase(_FOUND) if IS_DEEP else None,
+        print_blob=IS_DEEP,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
 

@@ -21,6 +21,7 @@ from sift_train.basecheck import names_in_base, tensor_places
 from sift_train.bits import bits_of
 from sift_train.masters import SparseParameter
 from sift_train.ranks.shard import Shard, local_part, shard_of
+from sift_train.weightfiles import dtype_of
 
 if TYPE_CHECKING:
     from sift_train.sift import SIFT
@@ -35,7 +36,7 @@ def check_shards(sift: SIFT, base: Path) -> dict[str, Path]:
         ValueError: a tensor of the model is not in the base under its name, with its shape and dtype, or
             has other values there.
     """
-    places = tensor_places(base)
+    places = tensor_places(base, dtype_of(sift.model))
     renamed = names_in_base(sift.model, [n for n, _ in sift.model.named_parameters()], base)
     parts = {id(part.parameter): part for part in sift.sparse_mapping.values()}
     problem = None
@@ -66,7 +67,7 @@ def write_components(sift: SIFT, base: Path, target: Path) -> None:
         RuntimeError: rank 0 could not write.
     """
     renamed = names_in_base(sift.model, list(sift.sparse_mapping), base)
-    places = tensor_places(base)
+    places = tensor_places(base, dtype_of(sift.model))
     for name, part in sift.sparse_mapping.items():
         own = renamed.get(name, name)
         entries = list(_gathered(sift, part))

@@ -1,4 +1,4 @@
-"""``load_model``: load the target of a delta as a transformers model, from disk or from the Hub."""
+"""``load_model``: load the target of a delta as a transformers model or a pipeline, from disk or from the Hub."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def load_model(
     verify: Check = "full",
     options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Return the transformers model that ``from_pretrained`` would load from the target.
+    """Return the transformers model or the pipeline that ``from_pretrained`` would load from the target.
 
     The target is not written to disk. Each tensor is rebuilt from the base when transformers reads it, so
     the memory needed is that of the model and a few tensors. The target may have another structure and
-    configuration than the base.
+    configuration than the base. Only a pipeline of diffusers is written, to a temporary folder.
 
     Args:
         delta: an ``.sd`` file, a folder that holds one, a loaded delta, or a repository on the Hub
@@ -37,17 +37,19 @@ def load_model(
         base: the folder of its base. It must be left out if ``delta`` is a repository: the base that the
             delta names is downloaded.
         model_class: a transformers class, such as ``AutoModelForCausalLM``; None: the class that the
-            target's configuration names.
+            target's configuration names. For a pipeline, a class of diffusers.
         dtype: as for ``from_pretrained``. The bits are exact if it is the dtype of the checkpoint.
         device_map: as for ``from_pretrained``.
         verify: what to check of each tensor; see ``sparsedelta.apply``.
-        options: further arguments of ``from_pretrained``.
+        options: further arguments of ``from_pretrained``. A pipeline whose files are all of one variant is
+            loaded with it; if there are several, give ``{"variant": "fp16"}``.
 
     Raises:
         FormatError: the delta cannot be read, or is inconsistent.
         MismatchError: ``base`` is not the base of the delta.
         RemoteError: the repository or its base is not available.
-        ValueError: ``base`` is missing, or given for a repository; or the target has no ``config.json``.
+        ValueError: ``base`` is missing, or given for a repository; or the target has neither a ``config.json``
+            nor a ``model_index.json``.
     """
     with ExitStack() as context:
         opened_delta, base_path = _opened(delta, base, context)

@@ -24,6 +24,8 @@ from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.format.records import Row, SideFile, TensorKey
 from sparsedelta.fs import temporary_folder
 from sparsedelta.live.bits import check_installed, shape_in_torch, torch_dtype
+from sparsedelta.live.load_pipeline import load_pipeline
+from sparsedelta.live.parts import is_of_pipeline
 from sparsedelta.live.slots import find_slots
 from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.progress import Silent
@@ -50,7 +52,17 @@ def load_target(
     verify: Check,
     options: Mapping[str, Any] | None,
 ) -> Any:
-    """Return the transformers model of a delta's target; see ``sparsedelta.load_model``."""
+    """Return the transformers model, or the pipeline, of a delta's target; see ``sparsedelta.load_model``."""
+    if is_of_pipeline(delta):
+        return load_pipeline(
+            delta,
+            base,
+            pipeline_class=model_class,
+            dtype=dtype,
+            device_map=device_map,
+            verify=verify,
+            options=options,
+        )
     check_installed("torch", "transformers")
     with ExitStack() as context:
         checkpoint = context.enter_context(open_base(base, delta))

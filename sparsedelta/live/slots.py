@@ -24,7 +24,15 @@ from sparsedelta.live.bits import (
     wire_name,
 )
 from sparsedelta.live.coordinates import Own, Scattered, find_coordinates
-from sparsedelta.live.held import Held, parts_of
+from sparsedelta.live.held import Held, parts_of, whole_digest
+from sparsedelta.live.parts import (
+    Part,
+    choose_folder,
+    folder_of,
+    holder_of,
+    is_of_pipeline,
+    parts_by_folder,
+)
 from sparsedelta.live.wrappers import plain_name
 
 if TYPE_CHECKING:
@@ -131,20 +139,19 @@ def find_places(delta: Delta, model: Model, names: Names) -> Places:
     """
     named = [(row, _renamed(row.key, names)) for row in delta.tensors]
     wanted = [(row, name) for row, name in named if name is not None]
-    changed_names = [name for row, name in wanted if _is_in_place(row) and row.chunks]
-    slot_named = _finder(model, wanted, changed_names)
+    search = _Search(delta, model, wanted, lambda row: bool(_is_in_place(row) and row.chunks))
 
     def slot_of(key: TensorKey) -> AnySlot | None:
         name = _renamed(key, names)
-        return None if name is None else slot_named(name)
+        return None if name is None else search.find(key[0], name)
 
-    same_name: dict[tuple[str, str], list[Row]] = defaultdict(list)  # rows of several files
-    for row, name in wanted:
-        same_name[row.name, name].append(row)
+    same_name: dict[tuple[str, str, str], list[Row]] = defaultdict(list)  # rows of several files
+    for row, name in search.wanted:
+        same_name[search.part_of(row.file), row.name, name].append(row)
     changed: dict[object, Place] = {}  # by the memory of the tensor
     found: list[tuple[list[Row], AnySlot]] = []
-    for (_, name), rows in same_name.items():
-        slot = slot_named(name)
+    for (_, _, name), rows in same_name.items():
+        slot = search.find(rows[0].file, name)
         matching = _matching_rows(rows, slot, slot_of)
         if slot is None or not matching:
             continue
@@ -176,10 +183,10 @@ def find_all(delta: Delta, model: Model, names: Names) -> list[Place]:
     """
     named = [(row, _renamed(row.key, names)) for row in delta.tensors]
     wanted = [(row, name) for row, name in named if name is not None]
-    slot_named = _finder(model, wanted, [name for _, name in wanted])
+    search = _Search(delta, model, wanted, lambda row: True)
     found: dict[object, Place] = {}
-    for row, name in wanted:
-        slot = slot_named(name)
+    for row, name in search.wanted:
+        slot = search.find(row.file, name)
         if slot is None:
             raise StructureMismatch(
                 f"tensor {row.name!r} of the target is not in the model", tensor=row.name
@@ -199,41 +206,140 @@ def find_all(delta: Delta, model: Model, names: Names) -> list[Place]:
     return [*found.values()]
 
 
-def _finder(
-    model: Model, wanted: Sequence[tuple[Row, str]], needed: Sequence[str]
-) -> Callable[[str], AnySlot | None]:
-    """Return a function from a name in the delta to the place in the model; None if the model lacks it.
+class _Search:
+    """Finds the places of a delta's tensors in a model, or in the part of it that is saved in the tensor's folder.
 
-    Args:
-        model: a module or a state dict.
-        wanted: the rows of the delta, each with its name after ``names`` was applied.
-        needed: names that must be in the model.
-
-    Raises:
-        StructureMismatch: one of them is not in the model, or its place is not known.
+    Attributes:
+        wanted: the rows of the delta that describe tensors of the model, each with its name after ``names`` was
+            applied.
     """
-    own = find_slots(model)
-    shapes = {
-        name: row.target.shape
-        for row, name in reversed(wanted)
-        if name == row.name or name not in own
-    }
-    coordinates = find_coordinates(model, own, shapes, needed)
-    for name in needed:
-        if name in coordinates.unknown:
+
+    def __init__(
+        self,
+        delta: Delta,
+        model: Model,
+        wanted: Sequence[tuple[Row, str]],
+        is_needed: Callable[[Row], bool],
+    ) -> None:
+        """Search the model.
+
+        Args:
+            delta: the delta.
+            model: a module, a state dict or a pipeline.
+            wanted: rows of the delta with their names.
+            is_needed: returns whether the tensor of a row must be in the model.
+
+        Raises:
+            StructureMismatch: a needed tensor is not in the model, or its place is not known.
+        """
+        check_installed("torch")
+        self._whole = model
+        self._is_needed = is_needed
+        by_folder: dict[str, list[tuple[Row, str]]] = defaultdict(list)
+        for row, name in wanted:
+            by_folder[folder_of(row.file)].append((row, name))
+        parts = parts_by_folder(model, by_folder)
+        if parts is None and len(by_folder) > 1 and is_of_pipeline(delta):
+            parts = self._only_part(by_folder)
+        else:
+            _check_has_parts(parts, by_folder)
+        self._parts = parts
+        if parts is None:
+            self.wanted = wanted
+            self._find = {"": self._finder(Part("", model), wanted)}
+        else:
+            self.wanted = [each for each in wanted if folder_of(each[0].file) in parts]
+            self._find = {
+                folder: self._finder(part, by_folder[folder])
+                for folder, part in parts.items()
+                if folder in by_folder
+            }
+
+    def part_of(self, file: str) -> str:
+        """Return what tells the part of the model that a file belongs to from others."""
+        return "" if self._parts is None else folder_of(file)
+
+    def find(self, file: str, name: str) -> AnySlot | None:
+        """Return where the model has the tensor of a file; None if it lacks it."""
+        find = self._find.get(self.part_of(file))
+        return None if find is None else find(name)
+
+    def _finder(
+        self, part: Part, wanted: Sequence[tuple[Row, str]]
+    ) -> Callable[[str], AnySlot | None]:
+        """Return a function from a name in the delta to the place in a part; None if the part lacks it."""
+        own = _slots_of(part, self._whole)
+        needed = [name for row, name in wanted if self._is_needed(row)]
+        shapes = {
+            name: row.target.shape
+            for row, name in reversed(wanted)
+            if name == row.name or name not in own
+        }
+        coordinates = find_coordinates(part.module, own, shapes, needed)
+        for name in needed:
+            if name in coordinates.unknown:
+                raise StructureMismatch(
+                    f"tensor {name!r} {coordinates.unknown[name]}; load the target (load_model)",
+                    tensor=name,
+                )
+        rest = [name for name in needed if name not in coordinates.slots]
+        own_name = _name_converter(rest, own, closed=coordinates.is_closed)
+
+        def find(name: str) -> AnySlot | None:
+            if name in coordinates.unknown:
+                return None
+            return coordinates.slots.get(name) or own.get(own_name(name))
+
+        return find
+
+    def _only_part(
+        self, by_folder: Mapping[str, Sequence[tuple[Row, str]]]
+    ) -> dict[str, Part] | None:
+        """Return the model as the part of the pipeline that it is; None if it is none of them."""
+        fitting: dict[str, list[tuple[Row, Held]]] = {}
+
+        def n_fitting(folder: str) -> int:
+            try:
+                find = self._finder(Part("", self._whole), by_folder[folder])
+            except StructureMismatch:
+                return 0
+            found = [(row, find(name)) for row, name in by_folder[folder]]
+            held = [(row, slot.tensor()) for row, slot in found if slot is not None]
+            fitting[folder] = [(row, tensor) for row, tensor in held if _fits(row, tensor)]
+            names = {row.name for row, _ in fitting[folder]}
+            return len(names) if 2 * len(names) > len({row.name for row, _ in found}) else 0
+
+        def holds(folder: str) -> bool:
+            return all(_has_contents(row, tensor) for row, tensor in fitting[folder])
+
+        found = choose_folder(by_folder, n_fitting, holds)
+        if len(found) > 1:
             raise StructureMismatch(
-                f"tensor {name!r} {coordinates.unknown[name]}; load the target (load_model)",
-                tensor=name,
+                f"the model may be that of the folder {found[0]!r} or of {found[1]!r} in the delta's pipeline;"
+                " apply the delta to the pipeline"
             )
-    rest = [name for name in needed if name not in coordinates.slots]
-    own_name = _name_converter(rest, own, closed=coordinates.is_closed)
+        return {found[0]: Part("", self._whole)} if found else None
 
-    def find(name: str) -> AnySlot | None:
-        if name in coordinates.unknown:
-            return None
-        return coordinates.slots.get(name) or own.get(own_name(name))
 
-    return find
+def _check_has_parts(
+    parts: Mapping[str, Part] | None, by_folder: Mapping[str, Sequence[tuple[Row, str]]]
+) -> None:
+    """Check that a pipeline has a model for each folder in which the delta changes a tensor."""
+    for folder in by_folder.keys() - (by_folder if parts is None else parts):
+        for row, _ in by_folder[folder]:
+            if not row.is_copied:
+                raise StructureMismatch(
+                    f"the delta changes tensor {row.name!r} of '{row.file}', and the model has no part of this"
+                    f" folder; load the model with it, or leave the tensor out, as with"
+                    f" names={{({row.file!r}, {row.name!r}): None}}",
+                    tensor=row.name,
+                )
+
+
+def _has_contents(row: Row, tensor: Held) -> bool:
+    """Return whether a tensor of a model has the contents of a tensor of the base or of the target."""
+    known = {row.target.digest, row.base.spec.digest if row.base else None} - {None}
+    return not known or whole_digest(tensor) in known
 
 
 def current_tensor(place: Place, found: dict[str, Held] | None = None) -> Held:
@@ -291,27 +397,36 @@ def find_slots(model: Model) -> dict[str, Slot]:
         TypeError: the model is neither a module nor a state dict.
         ModuleNotFoundError: torch is not installed.
     """
+    return _slots_of(Part("", model), model)
+
+
+def _slots_of(part: Part, whole: Model) -> dict[str, Slot]:
+    """Return the slots of a part's tensors by their names in the part; the slots have the names in the whole model."""
     check_installed("torch")
     import torch
 
-    if isinstance(model, torch.nn.Module):
-        found = list(_module_slots(model))
-    elif isinstance(model, Mapping):
-        found = [Slot(name, model) for name in model]
+    if isinstance(part.module, torch.nn.Module):
+        found = list(_names_in(part.module))
+    elif isinstance(part.module, Mapping):
+        found = list(part.module)
     else:
-        raise TypeError(f"model is a {type(model).__name__}, expected a module or a state dict")
-    slots = {slot.name: slot for slot in found}
-    for slot in found:
-        slots.setdefault(plain_name(slot.name), slot)
+        raise TypeError(
+            f"model is a {type(whole).__name__}, expected a module, a state dict or a pipeline"
+        )
+    start = f"{part.path}." if part.path else ""
+    holder = holder_of(whole)
+    slots = {name: Slot(start + name, holder) for name in found}
+    for name in found:
+        slots.setdefault(plain_name(name), slots[name])
     return slots
 
 
-def _module_slots(model: torch.nn.Module) -> Iterator[Slot]:
+def _names_in(model: torch.nn.Module) -> Iterator[str]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         for members in (module._parameters, module._buffers):
             for key, tensor in members.items():
                 if tensor is not None:
-                    yield Slot(f"{prefix}.{key}" if prefix else key, model)
+                    yield f"{prefix}.{key}" if prefix else key
 
 
 def _renamed(key: TensorKey, names: Names) -> str | None:
@@ -498,7 +613,10 @@ def _unusable(tensor: torch.Tensor) -> str | None:
     import torch
 
     if tensor.is_meta:
-        return "holds no data (it is on the meta device)"
+        return (
+            "holds no data (it is on the meta device); load the model without offloading, or load the target"
+            " (load_model)"
+        )
     if type(tensor.data) is not torch.Tensor:
         return f"is a {type(tensor.data).__name__}, not a plain tensor"
     if tensor.layout != torch.strided or overlaps_itself(tensor):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-# Parts of names that wrappers insert: torch.compile, FSDP, activation checkpointing, and PEFT for an
-# adapted layer.
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
+# Parts of names that wrappers insert: torch.compile, FSDP, activation checkpointing, and PEFT for an adapted
+# layer and for a module of which it trains a copy.
+_WRAPPERS = {
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "base_layer",
+    "original_module",
+}
 _OUTER = (("base_model", "model"), ("module",))  # prefixes of PEFT and of data parallelism
 
 

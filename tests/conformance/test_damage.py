@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from blake3 import blake3
 from decoders import DECODERS, Decoder
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import relaxed
 from vector_source.checkpoints import compact
 from vector_source.frames import frame, smaller
 from vector_source.samples import plain, sample
@@ -30,12 +31,6 @@ CODES = {
 }
 MASKS = (0x01, 0x20, 0x80, 0xFF)
 each_decoder = pytest.mark.parametrize("decoder", DECODERS, ids=lambda decoder: decoder.name)
-relaxed = settings(
-    max_examples=100,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 
 
 @each_decoder
@@ -154,7 +149,7 @@ VALUES = st.recursive(
 )
 
 
-@relaxed
+@relaxed(100)
 @given(data=st.data())
 def test_decoders_agree_on_altered_structures(data: st.DataObject, tmp_path: Path) -> None:
     delta = sample()
@@ -170,7 +165,7 @@ def test_decoders_agree_on_altered_structures(data: st.DataObject, tmp_path: Pat
     agree(assemble(delta), tmp_path)
 
 
-@relaxed
+@relaxed(100)
 @given(data=st.data())
 def test_decoders_agree_on_altered_numbers(data: st.DataObject, tmp_path: Path) -> None:
     """Numbers near those that were there break fewer rules at once."""
@@ -188,7 +183,7 @@ def found(value: Any, way: tuple[Any, ...]) -> Any:
     return value
 
 
-@relaxed
+@relaxed(100)
 @given(notes=VALUES.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=40))
 def test_decoders_agree_on_notes(notes: bytes, tmp_path: Path) -> None:
     for one in (notes, b'{"x":' + notes + b"}"):
@@ -197,7 +192,7 @@ def test_decoders_agree_on_notes(notes: bytes, tmp_path: Path) -> None:
         agree(assemble(delta), tmp_path)
 
 
-@relaxed
+@relaxed(100)
 @given(content=st.binary(max_size=300), with_length=st.booleans())
 def test_random_bytes_are_refused(content: bytes, with_length: bool, tmp_path: Path) -> None:
     if with_length:
@@ -205,7 +200,7 @@ def test_random_bytes_are_refused(content: bytes, with_length: bool, tmp_path: P
     agree(content, tmp_path)
 
 
-@relaxed
+@relaxed(100)
 @given(text=st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).encode()))
 def test_random_manifests_are_refused(text: bytes, tmp_path: Path) -> None:
     agree(assemble(plain(), text=partial(replaced, text)), tmp_path)

@@ -14,6 +14,7 @@ from helpers import noise, write, write_file
 from hub.hub_helpers import save_delta
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import relaxed
 
 import sparsedelta
 from sparsedelta.errors import Corrupt, UnsupportedFeature
@@ -78,6 +79,7 @@ def test_bad_references(text: str) -> None:
         parse_reference(text)
 
 
+@relaxed(100)
 @given(st.text())
 def test_the_parser_accepts_or_refuses_every_text(text: str) -> None:
     parse_reference(text)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from strategies import relaxed
 
 from sparsedelta.live.held import Joined, Part, in_order
 from sparsedelta.live.moves import find_moves
@@ -56,6 +57,7 @@ def entries(*pieces: Piece) -> list[tuple[int, int]]:
     ]
 
 
+@relaxed(100)
 @given(regions(), regions())
 @example(Region((12, 2), 0, (2, 1)), Region((3, 8), 0, (1, 3)))
 @example(Region((10,), 3, (1,)), Region((4, 6), 0, (6, 1)))  # over the ends of rows
@@ -71,6 +73,7 @@ def test_compose(middle: Region, other: Region) -> None:
     assert dict(found) == wanted
 
 
+@relaxed(100)
 @given(regions())
 def test_a_map_and_its_inverse(region: Region) -> None:
     piece = Piece(whole(region.shape), region)
@@ -136,6 +139,7 @@ class TestMoves:
             find_moves([(1, 4)], lambda given: {"rows": given[0].expand(3, 4)})
 
 
+@relaxed(100)
 @given(st.data())
 def test_joined(data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from(SHAPES))

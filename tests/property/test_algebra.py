@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import Raw
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from property.algebra_strategies import (
     IN_PLACE,
@@ -22,13 +22,14 @@ from property.algebra_strategies import (
     states,
     values,
 )
+from strategies import relaxed
 
 import sparsedelta
 from sparsedelta import Delta
 from sparsedelta.errors import ConflictError
 from sparsedelta.format.records import Row
 
-FEW = settings(max_examples=60, deadline=None)
+FEW = relaxed(60)
 
 
 Codes = list[tuple[str, int]]  # value encoding and span of each delta

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from helpers import Raw
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from property.algebra_strategies import IN_PLACE, Place, State, place, states, values
+from strategies import relaxed
 
 import sparsedelta
 
-FEW = settings(max_examples=40, deadline=None)
+FEW = relaxed(40)
 DTYPES = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,

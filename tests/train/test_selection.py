@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import relaxed
 from torch import Tensor
 
 from sift_train import selection
@@ -90,7 +91,7 @@ SCORES = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@relaxed(60)
 @given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_the_choice_is_the_same_on_every_device(data: st.DataObject, dtype: torch.dtype) -> None:
     """Also among ties: with the slices of a CPU, those of other devices, by radix selection, and by sorting."""
