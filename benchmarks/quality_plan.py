@@ -127,9 +127,7 @@ def cells_of(part: str, sets: Sequence[str], model: str = MINILM, **size: int) -
         model: name of the model.
         size: fields of ``Setting`` that differ from its defaults.
     """
-    settings = [
-        replace(Setting(model, name), **each) for name in sets for each in SIZES.get(part, [size])
-    ]
+    settings = [Setting(model, name, **each) for name in sets for each in SIZES.get(part, [size])]
     return [
         Cell(each, method, place_of(centre)) for method, centre in PARTS[part] for each in settings
     ]
