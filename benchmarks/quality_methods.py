@@ -46,7 +46,7 @@ class Method:
         name: ``"full"``, ``"lora"``, ``"rslora"``, ``"shira"`` or ``"sift"``.
         rank: rank of an adapter. SIFT trains as many components as an adapter of this rank; a rank below
             1 gives the share of the components instead.
-        rule: how SIFT chooses: a rule's name, or ``"drawn"``: without replacement, with a probability
+        rule: how SIFT chooses: a rule's name, or ``"proportional"``: without replacement, with a probability
             proportional to the summed |gradient|.
         n_batches: batches whose gradients choose; 0 if the rule needs none.
     """
@@ -139,7 +139,7 @@ def choose(method: Method, task: Task, seed: int) -> dict[str, Tensor]:
     model = task.model(seed)
     layers = linear_layers(model, task.targets)
     rate = rate_of(layers, method.rank)
-    if method.rule == "drawn":
+    if method.rule == "proportional":
         sums = gradient_sums(task, seed, method.n_batches)
         return draw(sums, rate, torch.Generator().manual_seed(seed))
     weights = [f"re:^{re.escape(name)}\\.weight$" for name in layers]

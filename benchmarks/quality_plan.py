@@ -102,7 +102,7 @@ PARTS: dict[str, list[tuple[Method, float]]] = {
     ],
     "rules": [
         (_sift("gradient", 1, SMALL), 2e-3),
-        (_sift("drawn", 8, SMALL), 5e-3),
+        (_sift("proportional", 8, SMALL), 5e-3),
         (_sift("magnitude", 0, SMALL), 5e-3),
         (_sift("principal", 0, SMALL), 5e-3),
     ],

@@ -204,7 +204,7 @@ def test_adapters_and_sift_train_equally_many() -> None:
     layers = linear_layers(model, task.targets)
     rate = rate_of(layers, rank)
     lora = prepare(Method("lora", rank), task, task.model(0), 0, {})
-    for rule, n_batches in (("random", 0), ("gradient", 2), ("drawn", 2)):
+    for rule, n_batches in (("random", 0), ("gradient", 2), ("proportional", 2)):
         method = Method("sift", rank, rule, n_batches)
         trained = prepare(method, task, task.model(0), 0, {})
         assert trained.sift is not None
