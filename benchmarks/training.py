@@ -61,10 +61,10 @@ MiniLM = Any
 class Classifier(nn.Module):
     """A classifier: a linear head on the mean of the encoder's states."""
 
-    def __init__(self, encoder: nn.Module, n_labels: int) -> None:
+    def __init__(self, encoder: nn.Module, n_labels: int, width: int = 384) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(384, n_labels)
+        self.head = nn.Linear(width, n_labels)
 
     def forward(self, tokens: Any) -> Tensor:
         """Return the logits."""
@@ -177,7 +177,7 @@ def measure_cost(method: str, name: str, n_steps: int) -> dict[str, Any]:
     n_wanted = sum(RANK * sum(m.weight.shape) for m in linear.values())
     rate = n_wanted / sum(m.weight.numel() for m in linear.values())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    before = _memory(device)
+    before = memory_in_use(device)
     made = Method(method, model, targets, "gradient", rate)
     optimizer = made.optimizer(1e-4)
     torch.manual_seed(1)
@@ -200,7 +200,7 @@ def measure_cost(method: str, name: str, n_steps: int) -> dict[str, Any]:
     result = {
         "n_trained": made.n_trained,
         "weight_bytes": weights,
-        "peak_bytes": _peak(device) - before + weights,
+        "peak_bytes": peak_memory(device) - before + weights,
         "seconds": wall[2:],
         "cpu_seconds": cpu[2:],
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -210,7 +210,8 @@ def measure_cost(method: str, name: str, n_steps: int) -> dict[str, Any]:
     return result
 
 
-def _memory(device: torch.device) -> int:
+def memory_in_use(device: torch.device) -> int:
+    """Return the bytes in use, and begin a new measurement of the peak."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -218,7 +219,8 @@ def _memory(device: torch.device) -> int:
     return _status("RssAnon:")
 
 
-def _peak(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """Return the peak since ``memory_in_use``."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     file_backed = _status("RssFile:") + _status("RssShmem:")

@@ -1,0 +1,150 @@
+"""Which way to train is best at which learning rate: SIFT by every rule, full fine-tuning, adapters.
+
+    python benchmarks/quality.py --sets trec=trec.train.txt subj=subj.txt --minutes 60
+
+A set is a file with one example per line: a label, a space, a text. Every method's learning rate is
+swept. Each run is appended to a file of JSON lines and is not repeated if it is already there, so an
+interrupted study continues with the same command. ``--parts table`` only writes the tables.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from measuring import RESULTS, options_for, write_result
+from quality_methods import Method
+from quality_plan import MINILM, PARTS, SEEDS, Row, Setting, cells_of, plan
+from quality_run import HEAD_LR, MAX_NORM, WARMUP, Runner
+from quality_tables import (
+    by_method,
+    curves_table,
+    heading,
+    means_table,
+    quality_table,
+    rule_table,
+    settings_of,
+)
+from quality_tasks import BATCH, N_DEV, Sentences
+from training import Record
+
+HOW = f"""A linear head on the mean of the states is trained with each method, densely at {HEAD_LR:g}. AdamW without
+weight decay, batches of {BATCH}, linear schedule with {WARMUP:.0%} warm-up, gradients clipped to {MAX_NORM:g}, fp32, one thread.
+Full fine-tuning trains every parameter; the others train the linear layers of the blocks: adapters with the
+rank that is shown, SIFT with as many components as an adapter of this rank (a rank below 1 is a rate).
+Rates are from the series 1, 2, 5. The best is chosen on {N_DEV} held-out examples with the first seed, then
+among its neighbours with the second, and is run with the others. ``end``: the best rate is an end of the
+sweep, which is then not finished. *CPU s*: a whole training without choosing. *Peak*: weights, and what the
+process needs beside them."""
+
+RULE = """## Does the learning rate transfer?
+
+*Share*: what the chosen components hold of Σ|gradient| of all target components, on batches that did not choose. The
+rule is: SIFT's rate = the best rate of full fine-tuning ÷ share. *Best × share ÷ full's* is 1 if it holds."""
+
+CURVES = """By the equivalent rate of full fine-tuning, rate × share, first seed: test accuracy, % · test loss ·
+training loss:"""
+
+
+class Study:
+    """Runs what is missing.
+
+    Args:
+        paths: files by the name of the set.
+        folders: folders of the models by name; MiniLM's is None.
+        record: the measured runs.
+    """
+
+    def __init__(
+        self, paths: dict[str, Path], folders: dict[str, Path | None], record: Record
+    ) -> None:
+        self._paths = paths
+        self._folders = folders
+        self._record = record
+        self._runners: dict[Any, Runner] = {}
+
+    def measure(self, spec: dict[str, Any]) -> None:
+        """Do a run unless it was done."""
+        method = Method(*(spec[key] for key in ("name", "rank", "rule", "n_batches")))
+        setting = tuple(spec[key] for key in ("model", "data", "n_train", "epochs", "n_test"))
+
+        def run() -> dict[str, Any]:
+            if setting not in self._runners:
+                model, data, n_train, epochs, n_test = setting
+                path, folder = self._paths[data], self._folders[model]
+                task = Sentences(path, n_train, epochs, n_test, folder)
+                self._runners[setting] = Runner(task)
+            return self._runners[setting].run(method, spec["lr"], spec["seed"])
+
+        self._record.get(spec, run)
+
+    def run(self, parts: Sequence[str], n_seeds: int, deadline: float, **size: int) -> None:
+        """Do all missing runs in the order of the parts, until the deadline.
+
+        Args:
+            parts: their names.
+            n_seeds: seeds of each method's best learning rate.
+            deadline: time on the monotonic clock after which no run starts.
+            size: fields of ``Setting`` that differ from its defaults.
+        """
+        (model,) = self._folders
+        stages = [(part, n) for n in sorted({1, 2, n_seeds}) if n <= n_seeds for part in parts]
+        for part, n in sorted(stages, key=lambda stage: (stage[1] > 2, parts.index(stage[0]))):
+            cells = cells_of(part, list(self._paths), model, **size)
+            for spec in plan(cells, self._record.rows, n):
+                if time.monotonic() > deadline:
+                    return
+                self.measure(spec)
+
+
+def sections(rows: list[Row]) -> list[str]:
+    """Return what was measured: means, the rule for the learning rate, and a part for each setting."""
+    found = [HOW, "## Mean over the sets", means_table(rows), RULE, rule_table(rows)]
+    found.append("## By setting")
+    for setting in settings_of(rows):
+        methods = by_method(rows, setting)
+        found += [heading(setting), quality_table(methods), CURVES, curves_table(methods)]
+    return found
+
+
+def main() -> None:
+    """Do the missing runs and write the tables."""
+    parser = options_for(__doc__, "quality.md")
+    parser.add_argument("--record", type=Path, default=RESULTS / "quality.jsonl")
+    parser.add_argument("--sets", nargs="+", default=[], metavar="NAME=FILE")
+    parser.add_argument(
+        "--model", metavar="NAME=FOLDER", help="a pretrained encoder or decoder; by default MiniLM"
+    )
+    for name in ("n_train", "epochs", "n_test"):
+        default = getattr(Setting, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "table"], default=[*PARTS])
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(1, len(SEEDS) + 1))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run later")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    parts = [part for part in options.parts if part != "table"]
+    if parts and not options.sets:
+        parser.error("give --sets, or --parts table")
+    options.record.parent.mkdir(parents=True, exist_ok=True)
+    paths = {name: Path(file) for name, _, file in (text.partition("=") for text in options.sets)}
+    name, _, folder = (options.model or MINILM).partition("=")
+    record = Record(options.record)
+    study = Study(paths, {name: Path(folder) if folder else None}, record)
+    size = {key: getattr(options, key) for key in ("n_train", "epochs", "n_test")}
+    study.run(parts, options.seeds, time.monotonic() + 60 * options.minutes, **size)
+    if record.rows:
+        title = "Quality of training methods"
+        write_result(options.result, title, sections(record.rows), where=options.record.parent)
+
+
+if __name__ == "__main__":
+    main()
