@@ -7,9 +7,10 @@ sequence of the rows; a ``Row`` is made only when it is accessed.
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from sparsedelta.codecs.chunk import (
 )
 from sparsedelta.format.records import DIGEST_BYTES, BaseTensor, Row, TensorSpec
 
+T = TypeVar("T")
 Column = npt.NDArray[np.int64]  # one number for each row, or for each chunk
 
 
@@ -167,32 +169,35 @@ class RowColumns:
             )
 
 
-class Rows(Sequence[Row]):
-    """The rows of a manifest that was read.
+class LazySequence(Sequence[T], ABC):
+    """Records that are made from columns when they are accessed. Iteration makes all of them, once.
 
-    Attributes:
-        columns: their content.
+    Args:
+        n: number of records.
     """
 
-    def __init__(self, columns: RowColumns) -> None:
-        self.columns = columns
-        self._records: tuple[Row, ...] | None = None  # after the first iteration
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._records: tuple[T, ...] | None = None  # after the first iteration
+
+    @abstractmethod
+    def records(self, start: int, end: int) -> list[T]:
+        """Return the records from ``start`` to ``end``."""
 
     def __len__(self) -> int:
-        return len(self.columns.names)
+        return self._n
 
     @overload
-    def __getitem__(self, index: int) -> Row: ...
+    def __getitem__(self, index: int) -> T: ...
     @overload
-    def __getitem__(self, index: slice) -> tuple[Row, ...]: ...
-    def __getitem__(self, index: int | slice) -> Row | tuple[Row, ...]:
+    def __getitem__(self, index: slice) -> tuple[T, ...]: ...
+    def __getitem__(self, index: int | slice) -> T | tuple[T, ...]:
         if self._records is not None or isinstance(index, slice):
             return self._all()[index]
-        number = range(len(self))[index]
-        (row,) = self.columns.records(number, number + 1)
-        return row
+        number = range(self._n)[index]
+        return self.records(number, number + 1)[0]
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[T]:
         return iter(self._all())
 
     def __eq__(self, other: object) -> bool:
@@ -201,10 +206,26 @@ class Rows(Sequence[Row]):
     def __hash__(self) -> int:
         return hash(self._all())
 
-    def _all(self) -> tuple[Row, ...]:
+    def _all(self) -> tuple[T, ...]:
         if self._records is None:
-            self._records = tuple(self.columns.records(0, len(self)))
+            self._records = tuple(self.records(0, self._n))
         return self._records
+
+
+class Rows(LazySequence[Row]):
+    """The rows of a manifest that was read.
+
+    Attributes:
+        columns: their content.
+    """
+
+    def __init__(self, columns: RowColumns) -> None:
+        super().__init__(len(columns.names))
+        self.columns = columns
+
+    def records(self, start: int, end: int) -> list[Row]:
+        """Return the rows from ``start`` to ``end``."""
+        return self.columns.records(start, end)
 
 
 def columns_of(rows: Sequence[Row]) -> RowColumns | None:

@@ -12,6 +12,7 @@
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -1060,6 +1061,12 @@ static PyObject *change(PyObject *module, PyObject *args) {
     return release(b, 5, fits ? none() : wrong_sizes());
 }
 
+/* ---- Many small tensors (FORMAT §9, §10) ---- */
+
+#include "_blake3.h"
+#include "_small.h"
+#include "_header.h"
+
 /* ---- The module ---- */
 
 #define KERNEL(name) {#name, name, METH_VARARGS, NULL}
@@ -1070,6 +1077,7 @@ static PyMethodDef kernels[] = {
     KERNEL(keys_of), KERNEL(use_instructions), KERNEL(find_chosen), KERNEL(rank_chosen),
     KERNEL(count_keys), KERNEL(step_statistics), KERNEL(sort_codes), KERNEL(long_steps), KERNEL(join_steps),
     KERNEL(encode_values), KERNEL(decode_values), KERNEL(compare), KERNEL(change),
+    KERNEL(rebuild_small), KERNEL(digests_of), KERNEL(read_entries), KERNEL(put_entries),
     {NULL, NULL, 0, NULL},
 };
 
@@ -1086,7 +1094,7 @@ PyMODINIT_FUNC PyInit__native(void) {
 #endif
     instructions = best_instructions();
     PyObject *module = Corrupt ? PyModule_Create(&definition) : NULL;
-    if (module && PyModule_AddIntConstant(module, "VERSION", 3)) {
+    if (module && PyModule_AddIntConstant(module, "VERSION", 4)) {
         Py_DECREF(module);
         return NULL;
     }
