@@ -57,6 +57,10 @@ class ChunkColumns:
     coded_at: Column
     touched_at: Column
 
+    def coded_bytes_of(self, first_chunk: Column) -> Column:
+        """Return the size of each row's chunks in the payload, (n,); ``first_chunk`` as in ``RowColumns``."""
+        return np.diff(self.offset[first_chunk])
+
 
 @dataclass(frozen=True, slots=True)
 class RowColumns:
@@ -236,3 +240,11 @@ def columns_of(rows: Sequence[Row]) -> RowColumns | None:
 def total(column: Column) -> int:
     """Return the sum of a column. It does not overflow: a manifest's tensors have fewer than 2^63 bits."""
     return int(column.sum())
+
+
+def base_paths(rows: Sequence[Row]) -> set[str]:
+    """Return the paths of the base's weight files that rows refer to."""
+    columns = columns_of(rows)
+    if columns:
+        return {columns.base_paths[i] for i in np.unique(columns.base_file).tolist() if i >= 0}
+    return {row.base.file for row in rows if row.base}

@@ -140,7 +140,7 @@ def _read_layout(text: bytes) -> TensorSpec | None:
 
 def render_header_columns(
     metadata: Mapping[str, str] | None,
-    names: list[str],
+    names: Sequence[str],
     layouts: Sequence[TensorSpec],
     layout: Column,
     ends: Column,
@@ -160,7 +160,7 @@ def render_header_columns(
         compact_json(spec.dtype.name)[1:] + b',"shape":' + compact_json([*spec.shape])
         for spec in layouts
     ]
-    entries = kernels.native.put_entries(names, texts, layout, ends)
+    entries = kernels.native.put_entries([*names], texts, layout, ends)
     if entries is None:
         return None
     start = b"{" if metadata is None else _METADATA + compact_json(dict(metadata)) + b","

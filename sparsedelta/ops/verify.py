@@ -13,9 +13,9 @@ from sparsedelta.files.layout import target_layout
 from sparsedelta.files.side_files import carried_content, check_base_files, digest_file
 from sparsedelta.format.delta import AnyDelta, Delta, opened_all
 from sparsedelta.format.records import BaseTensor, Row
-from sparsedelta.ops.apply import rebuild_tensors
 from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.ops.lookup import Lookup
+from sparsedelta.ops.rebuilding import rebuild_tensors
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.changes import decode_row_chunk, place_for, read_coded
 from sparsedelta.tensors.compare import digest_tensor
@@ -83,7 +83,7 @@ def verify(
             ):
                 found = find_base(given, checkpoint)
                 check_base_files(given, checkpoint)
-                rebuild_tensors(found, given, {}, check="full", progress=progress, every_base=True)
+                rebuild_tensors(found, given, [], check="full", progress=progress, every_base=True)
         if target is not None:
             with open_base(target, given, exclude=exclude) as checkpoint:
                 _check_target(given, checkpoint, progress)
