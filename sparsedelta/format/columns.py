@@ -237,7 +237,12 @@ def columns_of(rows: Sequence[Row]) -> RowColumns | None:
     return rows.columns if isinstance(rows, Rows) else None
 
 
-def total(column: Column) -> int:
+def starts(sizes: Column) -> Column:
+    """Return the sum of the sizes before each, and their total: one item more."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+
+
+def total(column: npt.NDArray[Any]) -> int:
     """Return the sum of a column. It does not overflow: a manifest's tensors have fewer than 2^63 bits."""
     return int(column.sum())
 

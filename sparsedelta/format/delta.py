@@ -54,6 +54,24 @@ class Delta:
         return total(columns.chunks.nnz) if columns else sum(row.nnz for row in self.tensors)
 
     @property
+    def n_changed(self) -> int:
+        """Number of tensors that the delta changes or adds."""
+        columns = columns_of(self.tensors)
+        if columns:
+            return total(~columns.is_copied)
+        return sum(not row.is_copied for row in self.tensors)
+
+    @property
+    def coded_bytes(self) -> int:
+        """Size of all chunks in the payload, in bytes."""
+        columns = columns_of(self.tensors)
+        return (
+            total(columns.chunks.stored)
+            if columns
+            else sum(row.coded_bytes for row in self.tensors)
+        )
+
+    @property
     def numel(self) -> int:
         """Number of elements of all tensors of the target."""
         columns = columns_of(self.tensors)

@@ -23,7 +23,7 @@ from sparsedelta.codecs.chunk import (
 )
 from sparsedelta.dtypes import WIDTHS
 from sparsedelta.errors import Corrupt, LimitExceeded
-from sparsedelta.format.columns import ChunkColumns, Column, RowColumns
+from sparsedelta.format.columns import ChunkColumns, Column, RowColumns, starts
 from sparsedelta.format.records import DIGEST_BYTES, Target, TensorSpec, default_keep
 from sparsedelta.format.safetensors_header import METADATA_KEY
 from sparsedelta.format.strict_json import fixed_items, items
@@ -107,7 +107,7 @@ def read_columns(
                 f"tensor {names[row]!r} keeps {number} elements, expected fewer than {keep[row]}"
             )
         keep[row] = number
-    first_chunk = _starts(np.array(n_chunks, np.int64))
+    first_chunk = starts(np.array(n_chunks, np.int64))
     no_chunks = first_chunk[1:] == first_chunk[:-1]
     same_size = (keep == sizes[base_layout]) & (keep == sizes[layout])
     is_copied = has_base & no_chunks & same_size
@@ -141,11 +141,6 @@ def read_columns(
     )
     _check_chunks(found, known=known)
     return found
-
-
-def _starts(counts: Column) -> Column:
-    """Return the sum of the counts before each, and their total: one item more."""
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
 
 
 def _placed(reader: DigestReader, wanted: npt.NDArray[np.bool_]) -> Column:
@@ -224,8 +219,8 @@ def _read_chunks(
         offset: payload offset of the first chunk.
         payload_bytes: size of the payload.
     """
-    starts, spans, nnz, coding, touched, raw, stored = objects(value, "chunks", CHUNKS)
-    n = len(items(starts, "starts", MAX_CHUNKS))
+    start, spans, nnz, coding, touched, raw, stored = objects(value, "chunks", CHUNKS)
+    n = len(items(start, "starts", MAX_CHUNKS))
     if int(first_chunk[-1]) != n:
         raise Corrupt(f"the rows have {first_chunk[-1]} chunks, but {n} are listed")
     # Without repetitions there are few codings, so that a check for each of them is quick.
@@ -244,7 +239,7 @@ def _read_chunks(
         np.int64,
     ).reshape(-1, 9, 2)
     n_streams_of = table[coding_column, width]
-    first_stored, first_raw = _starts(n_streams_of[:, 0]), _starts(n_streams_of[:, 1])
+    first_stored, first_raw = starts(n_streams_of[:, 0]), starts(n_streams_of[:, 1])
     for first, found in ((first_stored, stored_column), (first_raw, raw_column)):
         if first[-1] < len(found):
             raise Corrupt("the chunks list more stream sizes than there are streams")
@@ -252,13 +247,13 @@ def _read_chunks(
             chunk = int(np.searchsorted(first, len(found), "right")) - 1
             name = names[int(np.searchsorted(first_chunk, chunk, "right")) - 1]
             raise Corrupt(f"tensor {name!r}: the sizes of some streams are missing")
-    ends = _starts(stored_column)[first_stored]
+    ends = starts(stored_column)[first_stored]
     coded_at = reader.places(n, CODED_DIGEST_BYTES)
     touched_at = np.full(n, -1, np.int64)
     touched_at[is_touched] = reader.places(int(np.count_nonzero(is_touched)), 2 * TOUCHED_BYTES)
     return ChunkColumns(
         known,
-        column(starts, "starts of chunks", n),
+        column(start, "starts of chunks", n),
         column(spans, "spans of chunks", n),
         column(nnz, "nnz of chunks", n),
         coding_column,

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsedelta.files.checkpoint import Tensor
-from sparsedelta.format.columns import Column, columns_of
+from sparsedelta.format.columns import Column, columns_of, starts
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.records import TensorKey
 from sparsedelta.ops.base_check import PlacedTensors
@@ -86,9 +86,9 @@ class _Rebuilding:
         small: list[Group] = []
         columns = columns_of(delta.tensors)
         if columns:
-            self._ends = _starts(columns.n_bytes)
+            self._ends = starts(columns.n_bytes)
         else:
-            self._ends = _starts(np.array([row.target.n_bytes for row in delta.tensors], np.int64))
+            self._ends = starts(np.array([row.target.n_bytes for row in delta.tensors], np.int64))
         if columns and self._placed:
             places, checks = self._placed.places, checks_of(columns, check, every_base=every_base)
             self._small = SmallRows(columns, delta.payload, places, checks)
@@ -141,8 +141,3 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
 
 def _copy(data: npt.NDArray[np.uint8], first: int, block: memoryview, offset: int) -> None:
     data[first + offset : first + offset + len(block)] = np.frombuffer(block, np.uint8)
-
-
-def _starts(sizes: Column) -> Column:
-    """Return the sum of the sizes before each, and their total: one item more."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
