@@ -22,18 +22,18 @@ from sparsedelta.format.columns import Column, RowColumns
 from sparsedelta.format.records import Payload
 
 # As numbered in kernels/_small.h, where the columns of the table are listed in the same order.
-_INDICES = {"gaps": 0, "bitmap": 1, "rice": 2}
+INDICES = {"gaps": 0, "bitmap": 1, "rice": 2}
 _PACKINGS = {"planes": 0, "steps": 1}
 _N_COLUMNS = 16
 
-_SMALL_BYTES = 1 << 15  # of a tensor; for larger ones, the call for each tensor costs little
-_GROUP_BYTES = 1 << 19
-_ROW_BYTES = 1 << 6  # added to the size of each tensor of a group, so that a group has few of them
+SMALL_BYTES = 1 << 15  # of a tensor; for larger ones, the call for each tensor costs little
+GROUP_BYTES = 1 << 19
+ROW_BYTES = 1 << 6  # added to the size of each tensor of a group, so that a group has few of them
 _BASE_BYTES = (
     1 << 21
 )  # the part of the base's file that a group reads is at most this and one tensor
-_MOST_GAP_BYTES = 1 << 14  # between the base tensors of a group
-_FEWEST = 4  # tensors of a group
+MOST_GAP_BYTES = 1 << 14  # between the base tensors of a group
+FEWEST = 4  # tensors of a group
 
 Mask = npt.NDArray[np.bool_]  # one flag for each row
 
@@ -62,10 +62,10 @@ def handled(rows: RowColumns) -> Mask:
     whole: Mask = (rows.base_file < 0) | (
         (rows.keep == rows.n_elements) & (rows.layout == rows.base_layout)
     )
-    result = whole & (n_chunks <= 1) & (rows.n_bytes > 0) & (rows.n_bytes <= _SMALL_BYTES)
+    result = whole & (n_chunks <= 1) & (rows.n_bytes > 0) & (rows.n_bytes <= SMALL_BYTES)
     has_chunk = n_chunks == 1
     result[has_chunk] &= _can_decode(rows)[rows.first_chunk[:-1][has_chunk]]
-    result &= chunks.coded_bytes_of(rows.first_chunk) <= _GROUP_BYTES
+    result &= chunks.coded_bytes_of(rows.first_chunk) <= GROUP_BYTES
     return result
 
 
@@ -76,7 +76,7 @@ def _can_decode(rows: RowColumns) -> Mask:
     if not len(result):
         return result
     for number, coding in enumerate(chunks.codings):
-        if coding.classes or coding.index not in _INDICES or coding.packing not in _PACKINGS:
+        if coding.classes or coding.index not in INDICES or coding.packing not in _PACKINGS:
             continue
         own = np.flatnonzero(chunks.coding == number)
         index, packing = INDEX_ENCODINGS[coding.index], VALUE_PACKINGS[coding.packing]
@@ -101,19 +101,19 @@ def groups(rows: RowColumns, wanted: Mask, places: Places | None) -> list[Group]
         return []
     chunks = rows.chunks
     sizes = rows.n_bytes if places else chunks.coded_bytes_of(rows.first_chunk)
-    number = np.cumsum(sizes + _ROW_BYTES) // _GROUP_BYTES
+    number = np.cumsum(sizes + ROW_BYTES) // GROUP_BYTES
     ends = (number[1:] != number[:-1]) | (rows.file[1:] != rows.file[:-1])
     ends |= wanted[1:] != wanted[:-1]
     if places:
         gaps = places.at[1:] - places.at[:-1] - rows.n_bytes[:-1]
-        far = (gaps < 0) | (gaps > _MOST_GAP_BYTES)
+        far = (gaps < 0) | (gaps > MOST_GAP_BYTES)
         far |= places.at[1:] // _BASE_BYTES != places.at[:-1] // _BASE_BYTES
         ends |= (places.fd[1:] != places.fd[:-1]) | (far & (places.fd[1:] >= 0))
     edges = [0, *(np.flatnonzero(ends) + 1).tolist(), len(wanted)]
     return [
         (start, end)
         for start, end in itertools.pairwise(edges)
-        if wanted[start] and end - start >= _FEWEST
+        if wanted[start] and end - start >= FEWEST
     ]
 
 
@@ -187,7 +187,7 @@ class SmallRows:
             [
                 (
                     KINDS[one.values],
-                    _INDICES.get(one.index, -1),
+                    INDICES.get(one.index, -1),
                     _PACKINGS.get(one.packing, -1),
                 )
                 for one in codings

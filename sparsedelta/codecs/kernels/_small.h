@@ -300,3 +300,145 @@ static PyObject *digests_of(PyObject *module, PyObject *args) {
     free(messages), free(nodes);
     return release(b, 3, has_memory ? none() : PyErr_NoMemory());
 }
+
+/* ---- Compare many small tensors ---- */
+
+/* Columns that describe two tensors of the same dtype and shape, and what was found. */
+enum { PAIR_BASE, PAIR_TARGET, PAIR_BYTES, PAIR_WIDTH, PAIR_KIND, N_GIVEN };
+/* FOUND_NNZ: -1 if the caller has to compare the pair. FOUND_PLANES: one bit for each plane that is stored. */
+enum { FOUND_NNZ, FOUND_INDEX, FOUND_INDEX_BYTES, FOUND_CODED_BYTES, FOUND_PLANES, N_FOUND };
+enum { FEW = 8, SHORT = 9, MOST_STREAMS = SHORT + 8 * FEW, PAIR_DIGESTS = 3 * DIGEST_BYTES + 2 * TOUCHED_BYTES };
+
+/* The positions of a few changes in the smallest encoding, as `encode_chunk` chooses it. Streams above SHORT bytes are not considered:
+ * they may be compressed, but never to SHORT bytes. Returns the number of bytes; 0 if all streams are longer. */
+static size encode_few(const u32 *positions, size nnz, size span, int64_t *index, u8 *out) {
+    size best = SHORT + 1;
+    if (nnz * 2000 >= span) {
+        u8 tokens[SHORT];
+        uint32_t next = 0;
+        size n = 0;
+        for (size i = 0; i < nnz && n <= SHORT; i++) {
+            uint32_t gap = positions[i] - next;
+            next = positions[i] + 1;
+            for (; gap >= SKIP && n <= SHORT; gap -= SKIP, n++)
+                if (n < SHORT) tokens[n] = SKIP;
+            if (n < SHORT) tokens[n] = (u8)gap;
+            n++;
+        }
+        if (n < best) best = n, *index = GAPS, memcpy(out, tokens, n);
+    }
+    if (nnz * 16 >= span && (span + 7) / 8 < best) {
+        best = (span + 7) / 8, *index = BITMAP;
+        memset(out, 0, best);
+        for (size i = 0; i < nnz; i++) out[positions[i] >> 3] |= (u8)(1 << (positions[i] & 7));
+    }
+    if (nnz == span && 2 < best) {
+        best = 2, *index = RICE;
+        out[0] = 0, out[1] = 1; /* no thresholds; all but no items */
+    } else if (nnz * 100 <= span) {
+        u8 stream[HEAD_BYTES + 5 * FEW + 8];
+        size n = write_rice(positions, nnz, stream, sizeof stream);
+        if (n && n < best) best = n, *index = RICE, memcpy(out, stream, n);
+    }
+    return best <= SHORT ? best : 0;
+}
+
+typedef struct {
+    u32 *positions;
+    u8 *before, *after; /* of one tensor */
+    u8 *touched;        /* of all tensors */
+    u8 *streams;
+    Message *messages;
+    size n_messages, n_parts;
+} Pairs;
+
+static void digest(Pairs *pairs, const void *data, size n_bytes, size row) {
+    pairs->messages[pairs->n_messages++] = (Message){data, n_bytes, row, NULL, 0};
+    pairs->n_parts += n_nodes(n_bytes);
+}
+
+static void compare_one(Pairs *pairs, const u8 *base, const u8 *target, const i64 *given, i64 *found, size row) {
+    size n_bytes = given[PAIR_BYTES];
+    int width = (int)given[PAIR_WIDTH];
+    for (int i = 0; i < N_FOUND; i++) found[i] = 0;
+    size nnz = compare_any(base, target, width, n_bytes / width, 0, pairs->positions, pairs->before, pairs->after);
+    found[FOUND_NNZ] = nnz <= FEW ? nnz : -1;
+    if (nnz > FEW) return;
+    if (nnz) {
+        u8 *out = pairs->streams, codes[8 * FEW];
+        size n = encode_few(pairs->positions, nnz, n_bytes / width, (int64_t *)&found[FOUND_INDEX], out);
+        if (!n) {
+            found[FOUND_NNZ] = -1;
+            return;
+        }
+        found[FOUND_INDEX_BYTES] = n;
+        code_any(pairs->before, pairs->after, (int)given[PAIR_KIND], width, nnz, codes);
+        u8 used[8] = {0};
+        for (size i = 0; i < nnz * width; i++) used[i % width] |= codes[i];
+        out += n;
+        for (int j = 0; j < width; j++) {
+            if (!used[j]) continue;
+            found[FOUND_PLANES] |= 1 << j;
+            for (size i = 0; i < nnz; i++) *out++ = codes[i * width + j];
+        }
+        found[FOUND_CODED_BYTES] = out - pairs->streams;
+        memcpy(pairs->touched, pairs->before, nnz * width);
+        memcpy(pairs->touched + nnz * width, pairs->after, nnz * width);
+    }
+    digest(pairs, base, n_bytes, row);
+    if (!nnz) return;
+    digest(pairs, target, n_bytes, row);
+    digest(pairs, pairs->streams, found[FOUND_CODED_BYTES], row);
+    digest(pairs, pairs->touched, nnz * width, row);
+    digest(pairs, pairs->touched + nnz * width, nnz * width, row);
+    pairs->streams += found[FOUND_CODED_BYTES];
+    pairs->touched += 2 * nnz * width;
+}
+
+/* Compares pairs of tensors, and encodes the changes of those with few changes. Writes what was found for each; the digests of base,
+ * target, streams and touched elements; and the streams of all, end to end. Returns the size of all streams. */
+static PyObject *compare_small(PyObject *module, PyObject *args) {
+    Py_buffer b[6];
+    if (!PyArg_ParseTuple(args, "O&O&O&O&O&O&", in_u8, &b[0], in_u8, &b[1], in_i64, &b[2], out_i64, &b[3], out_u8, &b[4], out_u8, &b[5]))
+        return NULL;
+    size n = n_items(&b[2]) / N_GIVEN, longest = 0;
+    const i64 *given = b[2].buf;
+    i64 *found = b[3].buf;
+    int fits = n_items(&b[2]) == n * N_GIVEN && n_items(&b[3]) == n * N_FOUND && b[4].len == n * PAIR_DIGESTS && b[5].len == n * MOST_STREAMS;
+    for (size i = 0; fits && i < n; i++) {
+        const i64 *one = given + i * N_GIVEN;
+        fits = IS_WIDTH(one[PAIR_WIDTH]) && one[PAIR_BYTES] >= one[PAIR_WIDTH] && one[PAIR_BYTES] % one[PAIR_WIDTH] == 0 &&
+               one[PAIR_BYTES] <= INT32_MAX && within(one[PAIR_BASE], one[PAIR_BYTES], &b[0]) &&
+               within(one[PAIR_TARGET], one[PAIR_BYTES], &b[1]) && one[PAIR_KIND] >= 0 && one[PAIR_KIND] < N_KINDS;
+        if (fits && one[PAIR_BYTES] > longest) longest = one[PAIR_BYTES];
+    }
+    if (!fits) return release(b, 6, wrong_sizes());
+    u32 *positions = allocate(4 * longest);
+    u8 *values = allocate(2 * longest), *touched = allocate(n * 2 * 8 * FEW), *nodes = NULL;
+    Message *messages = allocate(5 * n * (size)sizeof(Message));
+    int has_memory = positions && values && touched && messages;
+    size n_streams = 0;
+    if (has_memory) {
+        Pairs pairs = {positions, values, values + longest, touched, b[5].buf, messages, 0, 0};
+        Py_BEGIN_ALLOW_THREADS
+        for (size i = 0; i < n; i++) {
+            const i64 *one = given + i * N_GIVEN;
+            compare_one(&pairs, (const u8 *)b[0].buf + one[PAIR_BASE], (const u8 *)b[1].buf + one[PAIR_TARGET], one, found + i * N_FOUND, i);
+        }
+        n_streams = pairs.streams - (u8 *)b[5].buf;
+        nodes = allocate(NODE * pairs.n_parts);
+        has_memory = nodes != NULL;
+        if (has_memory) {
+            hash_messages(messages, pairs.n_messages, nodes);
+            const u8 *node = nodes;
+            for (size i = 0, kind = 0; i < pairs.n_messages; node += NODE * n_nodes(messages[i++].n_bytes)) {
+                static const u8 at[5] = {0, DIGEST_BYTES, 2 * DIGEST_BYTES, 3 * DIGEST_BYTES, 3 * DIGEST_BYTES + TOUCHED_BYTES};
+                kind = i && messages[i].row == messages[i - 1].row ? kind + 1 : 0;
+                memcpy((u8 *)b[4].buf + messages[i].row * PAIR_DIGESTS + at[kind], node, kind < 3 ? DIGEST_BYTES : TOUCHED_BYTES);
+            }
+        }
+        Py_END_ALLOW_THREADS
+    }
+    free(positions), free(values), free(touched), free(messages), free(nodes);
+    return release(b, 6, has_memory ? PyLong_FromSsize_t(n_streams) : PyErr_NoMemory());
+}
