@@ -89,6 +89,15 @@ class PlacedTensors(Mapping[TensorKey, Tensor]):
             return None
         return self._files[int(self._file[row])][int(self._number[row])]
 
+    def rows_of(self, tensors: Sequence[Tensor]) -> Column:
+        """Return the number of the row that each base tensor is the base tensor of; -1 if there is none, (n,)."""
+        has_base = np.flatnonzero(self._file >= 0)
+        by_place = zip(
+            self.places.fd[has_base].tolist(), self.places.at[has_base].tolist(), strict=True
+        )
+        rows = dict(zip(by_place, has_base.tolist(), strict=True))
+        return np.array([rows.get((one.fd, one.offset), -1) for one in tensors], np.int64)
+
     @cached_property
     def _by_key(self) -> dict[TensorKey, Tensor]:
         rows = self._rows

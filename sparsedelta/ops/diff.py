@@ -33,7 +33,7 @@ from sparsedelta.ops.counterparts import counterparts
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import Comparison
 from sparsedelta.tensors.parallel import Pace
-from sparsedelta.tensors.small_pairs import Pair, PairComparison, compare_pairs
+from sparsedelta.tensors.small_pairs import Pair, PairComparison, run_pairs
 
 _log = logging.getLogger(__name__)
 _LEVELS = {level.value: level for level in Level}
@@ -224,7 +224,10 @@ def _compare_all(
     def one_by_one(pair: Pair) -> Row:
         return comparison(*pair, pace=pace).run()
 
-    return compare_pairs(pairs, small, one_by_one, pace)
+    def group(start: int, end: int) -> list[Row | None]:
+        return small.run(pairs[start:end])
+
+    return run_pairs(pairs, group, one_by_one, pace, label="comparing")
 
 
 def n_unused(base: Checkpoint, rows: Sequence[Row]) -> int:

@@ -186,21 +186,25 @@ class PairComparison:
             yield Row(target.file, target.name, after, there, spec.n_elements, chunks)
 
 
-def compare_pairs(
+def run_pairs(
     pairs: Sequence[Pair],
-    small: PairComparison,
-    compare: Callable[[Pair], Row],
+    group: Callable[[int, int], list[Row | None]] | None,
+    single: Callable[[Pair], Row],
     pace: Pace,
+    *,
+    label: str,
 ) -> list[Row]:
     """Return the row of each pair.
 
     Args:
         pairs: all pairs, in order.
-        small: compares the groups of small tensors.
-        compare: compares one pair; it reports its progress.
+        group: returns the rows of a group, from its first pair to the one after its last, and None for those that
+            are left to ``single``. None: there are no groups.
+        single: returns the row of one pair; it reports its progress.
         pace: receives the number of bytes read.
+        label: name of the stage for the progress.
     """
-    found = pair_groups(pairs)
+    found = pair_groups(pairs) if group else []
     costs = starts(np.array([t.spec.n_bytes + (b.spec.n_bytes if b else 0) for b, t in pairs]))
     rows: dict[int, Row] = {}
 
@@ -210,14 +214,14 @@ def compare_pairs(
 
     def run(item: int | Group) -> None:
         if isinstance(item, int):
-            rows[item] = compare(pairs[item])
-            return
-        left = 0
-        for number, row in enumerate(small.run(pairs[slice(*item)]), item[0]):
-            left += 0 if row else cost(number)
-            rows[number] = row or compare(pairs[number])
-        pace.advance(cost(item) - left)
+            rows[item] = single(pairs[item])
+        elif group:
+            left = 0
+            for number, row in enumerate(group(*item), item[0]):
+                left += 0 if row else cost(number)
+                rows[number] = row or single(pairs[number])
+            pace.advance(cost(item) - left)
 
     items: list[int | Group] = [*found, *rows_outside(found, len(pairs))]
-    run_all(run, items, cost=cost, pace=pace, label="comparing")
+    run_all(run, items, cost=cost, pace=pace, label=label)
     return [rows[number] for number in range(len(pairs))]
