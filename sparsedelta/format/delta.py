@@ -14,7 +14,7 @@ from sparsedelta._typing import JSON, AnyPath, Model, ModelCheck, Names
 from sparsedelta.errors import LimitExceeded
 from sparsedelta.format.columns import columns_of, total
 from sparsedelta.format.container import FilePayload, container_blocks, write_container
-from sparsedelta.format.digests import base_tensors, fingerprint
+from sparsedelta.format.digests import base_tensors, fingerprint, target_fingerprint
 from sparsedelta.format.manifest import Manifest
 from sparsedelta.format.records import Base, Payload, Row, Target
 from sparsedelta.fs import check_no_folder
@@ -87,9 +87,7 @@ class Delta:
     @property
     def target_fingerprint(self) -> bytes | None:
         """Fingerprint of the target, 32 bytes; None if the digest of a tensor is not known."""
-        if any(row.target.digest is None for row in self.tensors):
-            return None
-        return fingerprint((row.name, row.target) for row in self.tensors)
+        return target_fingerprint(self.tensors)
 
     def check_output(self) -> None:
         """Check that the output is not far larger than the file and the base justify (FORMAT §14).

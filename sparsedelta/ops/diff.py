@@ -219,15 +219,15 @@ def _compare_all(
 ) -> list[Row]:
     pace = Pace(progress)
     matched = counterparts(old, new, pace.unreported()) if old else {}
-    pairs = [(matched.get(tensor.key), tensor) for tensor in new.tensors.values()]
+    pairs: list[Pair] = [(matched.get(tensor.key), tensor) for tensor in new.tensors.values()]
 
-    def one_by_one(pair: Pair) -> Row:
-        return comparison(*pair, pace=pace).run()
+    def single(number: int) -> Row:
+        return comparison(*pairs[number], pace=pace).run()
 
     def group(start: int, end: int) -> list[Row | None]:
         return small.run(pairs[start:end])
 
-    return run_pairs(pairs, group, one_by_one, pace, label="comparing")
+    return run_pairs(pairs, group, single, pace, label="comparing")
 
 
 def n_unused(base: Checkpoint, rows: Sequence[Row]) -> int:

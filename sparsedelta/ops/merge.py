@@ -17,11 +17,11 @@ from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import ConflictError, StructureMismatch
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.side_files import check_base_files, digest_file
-from sparsedelta.format.columns import RowColumns, columns_of
+from sparsedelta.format.columns import Column, RowColumns, columns_of
 from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.format.records import DIGEST_BYTES, Base, Row, TensorKey
 from sparsedelta.format.spool import SpoolPayload, new_payload
-from sparsedelta.ops.base_check import explained, find_base
+from sparsedelta.ops.base_check import PlacedTensors, explained, find_base
 from sparsedelta.ops.diff import describe_files
 from sparsedelta.ops.lookup import base_conflict
 from sparsedelta.ops.merging.floats import work_dtype
@@ -122,28 +122,35 @@ class _Merge:
     def run(self) -> Delta:
         base = self.base
         files = describe_files(base, lambda path: digest_file(base.side_files[path]), self.payload)
-        tensors = [*base.tensors.values()]
         comparison = PairComparison("ulp", self.payload)
-        small = small_merge(self.deltas, self.found, tensors, self.recipe, comparison)
-        pairs: list[Pair] = [(tensor, tensor) for tensor in tensors]
-        rows = run_pairs(
-            pairs, small.run if small else None, self._row_of_pair, self.pace, label="merging"
+        small = small_merge(
+            self.deltas, self.found, self._numbers, self._tensors, self.recipe, comparison
         )
+        pairs: list[Pair] = [(tensor, tensor) for tensor in self._tensors]
+        rows = run_pairs(pairs, small.run if small else None, self._row, self.pace, label="merging")
         base_id = next((delta.base.id for delta in self.deltas if delta.base.id), None)
         return Delta(Base(base_id), files, tuple(rows), self._info(), self.payload)
 
     @cached_property
-    def _rows(self) -> list[dict[TensorKey, Row]]:
-        """For each delta, from the base tensor to its row."""
+    def _tensors(self) -> list[Tensor]:
+        return [*self.base.tensors.values()]
+
+    @cached_property
+    def _numbers(self) -> list[Column]:
+        """For each delta, the number of the row of each base tensor; -1 if it has none."""
         return [
-            {found[row.key].key: row for row in delta.tensors if row.key in found}
+            _row_numbers(delta, found, self._tensors)
             for delta, found in zip(self.deltas, self.found, strict=True)
         ]
 
-    def _row_of_pair(self, pair: Pair) -> Row:
+    def _row(self, number: int) -> Row:
         """Return the row of a merged tensor; a tensor that no delta changes is copied from the base."""
-        tensor = pair[1]
-        rows = [rows.get(tensor.key) for rows in self._rows]
+        tensor = self._tensors[number]
+        numbers = [int(own[number]) for own in self._numbers]
+        rows = [
+            delta.tensors[own] if own >= 0 else None
+            for delta, own in zip(self.deltas, numbers, strict=True)
+        ]
         links = [
             Link(number, row, delta.payload) if row and row.chunks else None
             for number, (delta, row) in enumerate(zip(self.deltas, rows, strict=True), 1)
@@ -262,3 +269,14 @@ def _base_digests(rows: RowColumns) -> bytes:
     """Return the digests of the base tensors of all rows, which all have one; they are next to each other."""
     start = int(rows.base_at[0]) if len(rows.base_at) else 0
     return rows.digests[start : start + DIGEST_BYTES * len(rows.base_at)]
+
+
+def _row_numbers(
+    delta: Delta, found: Mapping[TensorKey, Tensor], tensors: Sequence[Tensor]
+) -> Column:
+    if isinstance(found, PlacedTensors):
+        return found.rows_of(tensors)
+    numbers = {
+        found[row.key].key: number for number, row in enumerate(delta.tensors) if row.key in found
+    }
+    return np.array([numbers.get(tensor.key, -1) for tensor in tensors], np.int64)

@@ -189,7 +189,7 @@ class PairComparison:
 def run_pairs(
     pairs: Sequence[Pair],
     group: Callable[[int, int], list[Row | None]] | None,
-    single: Callable[[Pair], Row],
+    single: Callable[[int], Row],
     pace: Pace,
     *,
     label: str,
@@ -200,7 +200,7 @@ def run_pairs(
         pairs: all pairs, in order.
         group: returns the rows of a group, from its first pair to the one after its last, and None for those that
             are left to ``single``. None: there are no groups.
-        single: returns the row of one pair; it reports its progress.
+        single: returns the row of the pair of a number; it reports its progress.
         pace: receives the number of bytes read.
         label: name of the stage for the progress.
     """
@@ -214,12 +214,12 @@ def run_pairs(
 
     def run(item: int | Group) -> None:
         if isinstance(item, int):
-            rows[item] = single(pairs[item])
+            rows[item] = single(item)
         elif group:
             left = 0
             for number, row in enumerate(group(*item), item[0]):
                 left += 0 if row else cost(number)
-                rows[number] = row or single(pairs[number])
+                rows[number] = row or single(number)
             pace.advance(cost(item) - left)
 
     items: list[int | Group] = [*found, *rows_outside(found, len(pairs))]

@@ -21,7 +21,7 @@ from sparsedelta.ops.base_check import PlacedTensors
 from sparsedelta.ops.merging.floats import to_bits, to_numbers, work_dtype
 from sparsedelta.ops.merging.recipe import Recipe
 from sparsedelta.tensors.rebuild import BaseDiffers
-from sparsedelta.tensors.small import Checks, Mask, SmallRows, handled
+from sparsedelta.tensors.small import Checks, Mask, Places, SmallRows, handled
 from sparsedelta.tensors.small_pairs import PairComparison, read_tensors
 
 # numpy adds up to this many numbers one after the other, whatever the number of elements. With more, the rounding of
@@ -33,8 +33,8 @@ class SmallMerge:
     """Merges groups of small tensors.
 
     Args:
-        deltas: the deltas.
-        placed: the base tensors of each delta's rows.
+        deltas: each delta with its columns, where the base tensors of its rows are, and the number of the row of
+            each base tensor.
         tensors: all tensors of the base, in order.
         recipe: how the changes are merged.
         comparison: makes the rows of the merged tensors.
@@ -42,7 +42,7 @@ class SmallMerge:
 
     def __init__(
         self,
-        deltas: Sequence[tuple[Delta, RowColumns, PlacedTensors]],
+        deltas: Sequence[tuple[Delta, RowColumns, Places, Column]],
         tensors: Sequence[Tensor],
         recipe: Recipe,
         comparison: PairComparison,
@@ -50,7 +50,7 @@ class SmallMerge:
         self._tensors = tensors
         self._recipe = recipe
         self._comparison = comparison
-        self._sides = [_Side(*one, tensors) for one in deltas]
+        self._sides = [_Side(*one) for one in deltas]
 
     def run(self, start: int, end: int) -> list[Row | None]:
         """Return the rows of a group of base tensors, all of one dtype; None for those that are left.
@@ -121,16 +121,14 @@ class SmallMerge:
 class _Side:
     """One delta: the rows of base tensors."""
 
-    def __init__(
-        self, delta: Delta, rows: RowColumns, placed: PlacedTensors, tensors: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, delta: Delta, rows: RowColumns, places: Places, numbers: Column) -> None:
         nothing = np.full(len(rows.names), -1, np.int64)
         self._rows = rows
         self._records = delta.tensors
         self._nnz = np.diff(starts(rows.chunks.nnz)[rows.first_chunk])
         self._handled = handled(rows)
-        self._small = SmallRows(rows, delta.payload, placed.places, Checks(nothing, nothing, False))
-        self._row = placed.rows_of(tensors)
+        self._small = SmallRows(rows, delta.payload, places, Checks(nothing, nothing, False))
+        self._row = numbers
 
     def target(self, start: int, end: int) -> tuple[npt.NDArray[np.uint8], Column, Mask] | None:
         """Return the target tensors of base tensors ``start`` to ``end``; see ``SmallMerge._merged``.
@@ -159,17 +157,27 @@ class _Side:
 def small_merge(
     deltas: Sequence[Delta],
     found: Sequence[object],
+    numbers: Sequence[Column],
     tensors: Sequence[Tensor],
     recipe: Recipe,
     comparison: PairComparison,
 ) -> SmallMerge | None:
-    """Return a ``SmallMerge``; None if these deltas or this recipe need ``MergedTensor`` for every tensor."""
+    """Return a ``SmallMerge``; None if these deltas or this recipe need ``MergedTensor`` for every tensor.
+
+    Args:
+        deltas: the deltas.
+        found: what ``find_base`` returned for each delta.
+        numbers: for each delta, the number of the row of each base tensor; -1 if there is none, (n,).
+        tensors: all tensors of the base, in order.
+        recipe: how the changes are merged.
+        comparison: makes the rows of the merged tensors.
+    """
     sides = []
-    for delta, placed in zip(deltas, found, strict=True):
+    for delta, placed, own in zip(deltas, found, numbers, strict=True):
         rows = columns_of(delta.tensors)
         if rows is None or not isinstance(placed, PlacedTensors):
             return None
-        sides.append((delta, rows, placed))
+        sides.append((delta, rows, placed.places, own))
     if len(sides) > _MOST_DELTAS or any(density != 1 for density in recipe.densities):
         return None
     return SmallMerge(sides, tensors, recipe, comparison)
