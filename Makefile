@@ -61,7 +61,7 @@ vectors: $(READY)
 	$(BIN)/python spec/make_vectors.py
 
 # Changes of these files need a new installation: settings, and the source of the compiled kernels.
-INSTALLED := pyproject.toml setup.py sparsedelta/codecs/kernels/_native.c
+INSTALLED := pyproject.toml setup.py $(wildcard sparsedelta/codecs/kernels/*.[ch])
 
 $(READY): $(INSTALLED) constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -7,6 +7,7 @@ from setuptools import Extension, setup
 KERNELS = Extension(
     "sparsedelta.codecs.kernels._native",
     ["sparsedelta/codecs/kernels/_native.c"],
+    depends=[f"sparsedelta/codecs/kernels/_{name}.h" for name in ("blake3", "small", "header")],
     extra_compile_args=["-O3", "-g0"],
     py_limited_api=True,
     optional=True,  # without a C compiler the package is installed all the same, and uses numpy

@@ -12,7 +12,7 @@ from sparsedelta.errors import Corrupt, LimitExceeded, UnsupportedFeature
 
 MAX_BITS = 1024  # per value
 MAX_NAME_BYTES = 64
-_WIDTHS = (1, 2, 4, 8)
+WIDTHS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def check_dtype(name: str, bits: int, element: str) -> DType:
     if len(name) > MAX_NAME_BYTES or len(name.encode("utf-8")) > MAX_NAME_BYTES:
         raise LimitExceeded(f"dtype {name[:80]!r}… is longer than {MAX_NAME_BYTES} bytes")
     width = int(element[1:]) if element[1:].isascii() and element[1:].isdigit() else 0
-    if element[:1] not in ("i", "f") or width not in _WIDTHS or len(element) != 2:
+    if element[:1] not in ("i", "f") or width not in WIDTHS or len(element) != 2:
         raise UnsupportedFeature(f"dtype {name[:80]!r} has unknown element type {element[:80]!r}")
     if bits > MAX_BITS:
         raise LimitExceeded(f"dtype {name[:80]!r} has {bits} bits, the limit is {MAX_BITS}")

@@ -10,9 +10,10 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from blake3 import blake3
 
 from sparsedelta.codecs.context import Bits, ChunkContext, Positions, StartBits
@@ -391,6 +392,47 @@ def check_chunk(chunk: Chunk, dtype: DType, n_elements: int) -> None:
             raise Corrupt(
                 f"{_where(chunk)}: a stream of {n_bytes} bytes cannot be stored in {stored}"
             )
+
+
+def are_possible(
+    coding: Coding,
+    width: int,
+    nnz: npt.NDArray[np.int64],
+    span: npt.NDArray[np.int64],
+    first_raw: npt.NDArray[np.int64],
+    first_stored: npt.NDArray[np.int64],
+    raw: npt.NDArray[np.int64],
+    stored: npt.NDArray[np.int64],
+) -> bool:
+    """Return whether the sizes of all streams of chunks with one coding are possible, as ``check_chunk`` requires.
+
+    Args:
+        coding: how all of them are coded.
+        width: bytes of an element.
+        nnz: number of touched positions of each chunk, (n,).
+        span: elements that each chunk covers, (n,).
+        first_raw: where the sizes of each chunk begin in ``raw``, (n,).
+        first_stored: where they begin in ``stored``, (n,).
+        raw: stated raw sizes.
+        stored: stored sizes.
+    """
+    index, packing = INDEX_ENCODINGS[coding.index], VALUE_PACKINGS[coding.packing]
+    first = index.implied_bytes(span)
+    is_stated = first is None
+    first = raw[first_raw] if is_stated else first
+    last: Any = raw[first_raw + is_stated] if packing.states_size else 0
+    sizes = [first, *packing.stream_sizes(last, nnz, width)]
+    right = index.possible(first, nnz, span) & (
+        not coding.classes or index.has_classes or packing.has_classes
+    )
+    if packing.states_size:
+        right &= packing.possible(last, nnz, width)
+    for number, n_bytes in enumerate(sizes):
+        held = stored[first_stored + number]
+        right &= held <= n_bytes
+        if not (number and coding.packing == "planes"):
+            right &= (held > 0) | (n_bytes == 0)
+    return bool(right.all())
 
 
 def _where(chunk: Chunk) -> str:

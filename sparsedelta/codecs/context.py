@@ -13,6 +13,10 @@ Positions: TypeAlias = npt.NDArray[np.uint32]  # (nnz,), strictly increasing, be
 Stream: TypeAlias = npt.NDArray[np.uint8]  # (n_bytes,)
 Bits: TypeAlias = npt.NDArray[Any]  # (n,) unsigned, one for each element
 
+Sizes: TypeAlias = (
+    Any  # a number, or an array of numbers for many chunks; whether a check is met for each
+)
+
 # Returns the bits of elements start … start + n of a span before the change; zero where the base has none.
 # The caller must not write to the array, and must not use it after the next call.
 StartBits: TypeAlias = Callable[[int, int], Bits]

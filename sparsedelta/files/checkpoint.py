@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from sparsedelta.dtypes import dtype_of
@@ -17,6 +18,8 @@ from sparsedelta.errors import CheckpointError, FormatError
 from sparsedelta.files import junk
 from sparsedelta.files.shards import INDEX_SUFFIX, SHARD, roles, shard_path
 from sparsedelta.files.unread import PICKLED_SUFFIXES, conversion_of_file
+from sparsedelta.format.columns import LazySequence
+from sparsedelta.format.header_columns import HeaderColumns, HeaderEntries, read_header_columns
 from sparsedelta.format.paths import WEIGHT_SUFFIX, path_problem
 from sparsedelta.format.records import TensorKey, TensorSpec
 from sparsedelta.format.safetensors_header import (
@@ -79,7 +82,41 @@ class WeightFile:
     path: str
     raw_header: bytes
     header: Header
-    tensors: tuple[Tensor, ...]
+    tensors: Sequence[Tensor]
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names of its tensors."""
+        held = self.tensors
+        return held.columns.names if isinstance(held, FileTensors) else [t.name for t in held]
+
+
+class FileTensors(LazySequence[Tensor]):
+    """The tensors of a weight file whose header was read as columns.
+
+    Attributes:
+        path: path of the weight file, relative to the checkpoint.
+        columns: its header.
+        fd: descriptor of the open file.
+        offset: position of the first tensor's first byte in the file.
+    """
+
+    def __init__(self, path: str, columns: HeaderColumns, fd: int, offset: int) -> None:
+        super().__init__(len(columns.names))
+        self.path = path
+        self.columns = columns
+        self.fd = fd
+        self.offset = offset
+
+    def records(self, start: int, end: int) -> list[Tensor]:
+        """Return the tensors from ``start`` to ``end``."""
+        columns = self.columns
+        offsets = (columns.begin[start:end] + self.offset).tolist()
+        numbers = columns.layout[start:end].tolist()
+        return [
+            Tensor(self.path, name, columns.layouts[number], self.fd, offset)
+            for name, number, offset in zip(columns.names[start:end], numbers, offsets, strict=True)
+        ]
 
 
 class Checkpoint:
@@ -89,7 +126,6 @@ class Checkpoint:
         path: the file or folder.
         is_folder: whether ``path`` is a folder.
         weight_files: the safetensors files, sorted by path.
-        tensors: all tensors by file and name, in the order of the files and of the data in them.
         roles: the role of each weight file, by path (``files.shards.roles``).
         side_files: location of every other file, by path, sorted.
         empty_folders: paths of the folders that hold nothing, sorted.
@@ -128,7 +164,6 @@ class Checkpoint:
         self.is_folder = self.path.is_dir()
         self._fds: list[int] = []
         self.weight_files: tuple[WeightFile, ...] = ()
-        self.tensors: dict[TensorKey, Tensor] = {}
         self.roles: dict[str, str] = {}
         self.side_files: dict[str, Path] = {}
         self.empty_folders: tuple[str, ...] = ()
@@ -153,6 +188,11 @@ class Checkpoint:
         """Close all files."""
         while self._fds:
             os.close(self._fds.pop())
+
+    @cached_property
+    def tensors(self) -> dict[TensorKey, Tensor]:
+        """All tensors by file and name, in the order of the files and of the data in them."""
+        return {tensor.key: tensor for file in self.weight_files for tensor in file.tensors}
 
     @property
     def tensor_bytes(self) -> int:
@@ -188,30 +228,28 @@ class Checkpoint:
     def _add_weight_file(self, path: str, location: Path) -> None:
         fd = open_regular(location)
         self._fds.append(fd)
-        raw, header = _read_header(fd, location)
-        data_offset = 8 + len(raw)
-        tensors = []
-        end = 0
-        for entry in header.entries:
-            if entry.begin != end:
-                raise CheckpointError(
-                    f"'{location}': tensor {entry.name!r} begins at byte {entry.begin}, expected {end}"
-                )
-            end = entry.end
-            tensors.append(
-                Tensor(path, entry.name, _spec(entry, location), fd, data_offset + entry.begin)
-            )
-        found = os.fstat(fd).st_size - data_offset
+        raw = _read_header(fd, location)
+        offset = 8 + len(raw)
+        columns = read_header_columns(raw)
+        tensors: Sequence[Tensor]
+        if columns is None:
+            header = _parse_header(raw, location)
+            tensors = _tensors(path, header, fd, offset, location)
+            end = header.entries[-1].end if header.entries else 0
+        else:
+            header = Header(columns.metadata, HeaderEntries(columns), True)
+            tensors = FileTensors(path, columns, fd, offset)
+            end = int(columns.begin[-1])
+        found = os.fstat(fd).st_size - offset
         if found != end:
             raise CheckpointError(
                 f"'{location}' has {found} bytes of data, expected {end} by its header; copy or"
                 " download it again"
             )
-        self.tensors |= {tensor.key: tensor for tensor in tensors}
-        self.weight_files = (*self.weight_files, WeightFile(path, raw, header, tuple(tensors)))
+        self.weight_files = (*self.weight_files, WeightFile(path, raw, header, tensors))
 
     def _check_indexes(self, indexes: dict[str, dict[str, str]]) -> None:
-        names = {file.path: {t.name for t in file.tensors} for file in self.weight_files}
+        names = {file.path: file.names for file in self.weight_files}
         for index, weight_map in indexes.items():
             found = {name: path for path in set(weight_map.values()) for name in names[path]}
             for name in weight_map.keys() | found.keys():
@@ -377,7 +415,21 @@ def _numbered(shard: re.Match[str], number: int) -> str:
     return f"{shard['stem']}-{number:05d}-of-{shard['count']}{WEIGHT_SUFFIX}"
 
 
-def _read_header(fd: int, location: Path) -> tuple[bytes, Header]:
+def _tensors(path: str, header: Header, fd: int, offset: int, location: Path) -> tuple[Tensor, ...]:
+    """Return the tensors of a weight file whose data begin at ``offset``."""
+    tensors = []
+    end = 0
+    for entry in header.entries:
+        if entry.begin != end:
+            raise CheckpointError(
+                f"'{location}': tensor {entry.name!r} begins at byte {entry.begin}, expected {end}"
+            )
+        end = entry.end
+        tensors.append(Tensor(path, entry.name, _spec(entry, location), fd, offset + entry.begin))
+    return tuple(tensors)
+
+
+def _read_header(fd: int, location: Path) -> bytes:
     file_bytes = os.fstat(fd).st_size
     if file_bytes < 8:
         raise CheckpointError(f"'{location}' is not a safetensors file: it has {file_bytes} bytes")
@@ -396,8 +448,12 @@ def _read_header(fd: int, location: Path) -> tuple[bytes, Header]:
         )
     raw = bytearray(size)
     read_exactly(fd, memoryview(raw), 8, str(location))
+    return bytes(raw)
+
+
+def _parse_header(raw: bytes, location: Path) -> Header:
     try:
-        return bytes(raw), parse_header(bytes(raw), f"'{location}'")
+        return parse_header(raw, f"'{location}'")
     except FormatError as error:
         raise CheckpointError(str(error)) from error
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from blake3 import blake3
 
 from sparsedelta.errors import Corrupt, FormatError
+from sparsedelta.format.columns import Column, RowColumns, columns_of
 from sparsedelta.format.delta import Delta
+from sparsedelta.format.header_columns import render_header_columns
 from sparsedelta.format.manifest import read_text
 from sparsedelta.format.records import DIGEST_BYTES, Row, Stored, TensorSpec, WeightFile
 from sparsedelta.format.safetensors_header import HeaderEntry, parse_header, render_header
@@ -21,15 +24,13 @@ class FileLayout:
     Attributes:
         path: relative to the target.
         header: the bytes of its header, without the length before them.
-        rows: its tensors, in the order of their data.
-        offsets: position of each tensor's first byte in the file.
+        offsets: position of each tensor's first byte in the file, (n,).
         n_bytes: size of the whole file.
     """
 
     path: str
     header: bytes
-    rows: tuple[Row, ...]
-    offsets: tuple[int, ...]
+    offsets: Column
     n_bytes: int
 
 
@@ -49,23 +50,53 @@ def target_layout(delta: Delta) -> list[FileLayout]:
             describe the tensors of its file.
         LimitExceeded: a stored header exceeds a limit.
     """
+    columns = columns_of(delta.tensors)
+    if columns:
+        return _layout_of_columns(delta, columns)
     result = []
     for file, rows in rows_by_file(delta):
         entries = list(_entries((row.name, row.target) for row in rows))
-        header = _header(delta, file, entries)
-        start = 8 + len(header)
-        offsets = tuple(start + entry.begin for entry in entries)
-        end = entries[-1].end if entries else 0
-        result.append(FileLayout(file.path, header, rows, offsets, start + end))
+        header = _checked(file, _header(delta, file, entries))
+        ends = np.array([entry.end for entry in entries], np.int64)
+        result.append(_placed(file, header, ends))
     return result
 
 
+def _layout_of_columns(delta: Delta, columns: RowColumns) -> list[FileLayout]:
+    result, start = [], 0
+    counts = np.bincount(columns.file, minlength=len(columns.paths)).tolist()
+    for file, n in zip(delta.target.weight_files, counts, strict=True):
+        rows = slice(start, start + n)
+        start += n
+        ends = np.cumsum(columns.n_bytes[rows])
+        used, layout = np.unique(columns.layout[rows], return_inverse=True)
+        names, layouts = columns.names[rows], [columns.layouts[i] for i in used.tolist()]
+        header = None
+        if not file.stored:
+            header = render_header_columns(file.metadata, names, layouts, layout, ends)
+        if header is None:
+            specs = map(layouts.__getitem__, layout.tolist())
+            header = _header(delta, file, [*_entries(zip(names, specs, strict=True))])
+        result.append(_placed(file, _checked(file, header), ends))
+    return result
+
+
+def _placed(file: WeightFile, header: bytes, ends: Column) -> FileLayout:
+    """Return the layout of a file whose tensors end at ``ends``, counted from the start of the data."""
+    start = 8 + len(header)
+    begins = np.concatenate([[0], ends])
+    return FileLayout(file.path, header, start + begins[:-1], start + int(begins[-1]))
+
+
 def _header(delta: Delta, file: WeightFile, entries: Sequence[HeaderEntry]) -> bytes:
-    """Return the header bytes of a weight file; their digest is checked."""
+    """Return the header bytes of a weight file; their digest is not checked."""
     if file.stored:
-        raw = _read_stored(delta, file, file.stored, entries)
-    else:
-        raw = render_header(file.metadata, entries)
+        return _read_stored(delta, file, file.stored, entries)
+    return render_header(file.metadata, entries)
+
+
+def _checked(file: WeightFile, raw: bytes) -> bytes:
+    """Return the header of a weight file if it has the right digest."""
     found = blake3(raw).digest()[:DIGEST_BYTES]
     if found != file.digest:
         raise Corrupt(

@@ -12,8 +12,9 @@ from typing import Any, TypeAlias
 
 from sparsedelta._typing import JSON, AnyPath, Model, ModelCheck, Names
 from sparsedelta.errors import LimitExceeded
+from sparsedelta.format.columns import columns_of, total
 from sparsedelta.format.container import FilePayload, container_blocks, write_container
-from sparsedelta.format.digests import base_tensors, fingerprint
+from sparsedelta.format.digests import base_tensors, fingerprint, target_fingerprint
 from sparsedelta.format.manifest import Manifest
 from sparsedelta.format.records import Base, Payload, Row, Target
 from sparsedelta.fs import check_no_folder
@@ -38,7 +39,7 @@ class Delta:
 
     base: Base
     target: Target
-    tensors: tuple[Row, ...]
+    tensors: Sequence[Row]
     info: Mapping[str, JSON]
     payload: Payload
 
@@ -49,11 +50,33 @@ class Delta:
     @property
     def nnz(self) -> int:
         """Number of touched elements of all tensors."""
-        return sum(row.nnz for row in self.tensors)
+        columns = columns_of(self.tensors)
+        return total(columns.chunks.nnz) if columns else sum(row.nnz for row in self.tensors)
+
+    @property
+    def n_changed(self) -> int:
+        """Number of tensors that the delta changes or adds."""
+        columns = columns_of(self.tensors)
+        if columns:
+            return total(~columns.is_copied)
+        return sum(not row.is_copied for row in self.tensors)
+
+    @property
+    def coded_bytes(self) -> int:
+        """Size of all chunks in the payload, in bytes."""
+        columns = columns_of(self.tensors)
+        return (
+            total(columns.chunks.stored)
+            if columns
+            else sum(row.coded_bytes for row in self.tensors)
+        )
 
     @property
     def numel(self) -> int:
         """Number of elements of all tensors of the target."""
+        columns = columns_of(self.tensors)
+        if columns:
+            return total(columns.n_elements)
         return sum(row.target.n_elements for row in self.tensors)
 
     @property
@@ -64,9 +87,7 @@ class Delta:
     @property
     def target_fingerprint(self) -> bytes | None:
         """Fingerprint of the target, 32 bytes; None if the digest of a tensor is not known."""
-        if any(row.target.digest is None for row in self.tensors):
-            return None
-        return fingerprint((row.name, row.target) for row in self.tensors)
+        return target_fingerprint(self.tensors)
 
     def check_output(self) -> None:
         """Check that the output is not far larger than the file and the base justify (FORMAT §14).
@@ -86,16 +107,28 @@ class Delta:
         if not isinstance(payload, FilePayload) or payload.any_size:
             return
         allowed = _OUTPUT_EXTRA + _OUTPUT_RATIO * payload.file_bytes
-        base = sum(spec.n_bytes for spec in base_tensors(self.tensors).values())
-        output = sum(row.target.n_bytes for row in self.tensors)
+        output, touched = self._output_bytes()
         output += sum(file.n_bytes for file in self.target.side_files if file.stored)
-        touched = sum(row.nnz * row.target.dtype.width for row in self.tensors)
+        if output <= allowed >= touched:
+            return
+        base = sum(spec.n_bytes for spec in base_tensors(self.tensors).values())
         if output > allowed + 2 * base or touched > allowed:
             raise LimitExceeded(
                 f"'{payload.name}' has {payload.file_bytes} bytes, but its output would have {output} bytes,"
                 f" {touched} of them changed; such a file may be an attack; if you trust it, allow any size"
                 " (any_size=True, --any-size)"
             )
+
+    def _output_bytes(self) -> tuple[int, int]:
+        """Return the size of all tensors of the target, and that of all touched elements."""
+        columns = columns_of(self.tensors)
+        if columns:
+            chunks = columns.chunks
+            return total(columns.n_bytes), total(chunks.nnz * chunks.width)
+        return (
+            sum(row.target.n_bytes for row in self.tensors),
+            sum(row.nnz * row.target.dtype.width for row in self.tensors),
+        )
 
     def save(self, path: AnyPath, *, overwrite: bool = False) -> None:
         """Write the delta to one ``.sd`` file. The file appears complete or not at all.

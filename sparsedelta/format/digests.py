@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from blake3 import blake3
 
-from sparsedelta.format.records import Row, TensorKey, TensorSpec
+from sparsedelta.format.columns import columns_of
+from sparsedelta.format.records import DIGEST_BYTES, Row, TensorKey, TensorSpec
 
 _DOMAIN = b"sparsedelta fingerprint 2\0"
 
@@ -21,6 +22,28 @@ def fingerprint(tensors: Iterable[tuple[str, TensorSpec]]) -> bytes:
         tensors: name and spec of each tensor. Every spec must have a digest.
     """
     return blake3(_DOMAIN + b"".join(sorted(_coded(*tensor) for tensor in tensors))).digest()
+
+
+def target_fingerprint(rows: Sequence[Row]) -> bytes | None:
+    """Return the fingerprint of the target tensors of rows; None if the digest of one is not known."""
+    columns = columns_of(rows)
+    if columns is None:
+        if any(row.target.digest is None for row in rows):
+            return None
+        return fingerprint((row.name, row.target) for row in rows)
+    if bool((columns.target_at < 0).any()):
+        return None
+    layouts = [_coded_layout(spec.dtype.name, spec.shape) for spec in columns.layouts]
+    coded = (name.encode("utf-8") for name in columns.names)
+    places = zip(columns.layout.tolist(), columns.target_at.tolist(), strict=True)
+    records = [
+        len(name).to_bytes(4, "little")
+        + name
+        + layouts[layout]
+        + columns.digests[at : at + DIGEST_BYTES]
+        for name, (layout, at) in zip(coded, places, strict=True)
+    ]
+    return blake3(_DOMAIN + b"".join(sorted(records))).digest()
 
 
 def _coded(name: str, spec: TensorSpec) -> bytes:

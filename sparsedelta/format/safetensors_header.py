@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class Header:
     """
 
     metadata: dict[str, str] | None
-    entries: tuple[HeaderEntry, ...]
+    entries: Sequence[HeaderEntry]
     only_known_members: bool
 
 

@@ -48,6 +48,10 @@ class SpoolPayload:
         """Store the streams of a chunk; return its record with their offset."""
         return chunk.at(self._append(streams))
 
+    def add_streams(self, coded: bytes) -> int:
+        """Store the streams of several chunks, end to end; return the offset of the first."""
+        return self._append([coded])
+
     def add_text(self, raw: bytes) -> Stored:
         """Store a header or side file, compressed if that makes it smaller; return its record."""
         stored = compress_text(raw)

@@ -126,14 +126,12 @@ def convert(
                 delta.save(out, overwrite=overwrite)
             else:
                 apply(base, delta, out, overwrite=overwrite, exclude=exclude)
-            n_changed = sum(not row.is_copied for row in delta.tensors)
-            return ConvertReport(name, wanted, n_changed, delta.nnz, _size(out), proof, ())
+            return ConvertReport(name, wanted, delta.n_changed, delta.nnz, _size(out), proof, ())
         if wanted == ORIGINAL:
             with staged_output(out, overwrite=overwrite) as staged:
                 write_regions(reading.target, staged)
             with between(old, reading.target, level="fast") as delta:
-                n_changed = sum(not row.is_copied for row in delta.tensors)
-                return ConvertReport(name, wanted, n_changed, delta.nnz, _size(out), proof, ())
+                return ConvertReport(name, wanted, delta.n_changed, delta.nnz, _size(out), proof, ())
         form = form_named(wanted)
         change = Transition(old, reading.target, form.abilities)
         _write(form, change, out, settings or {}, lossy=lossy, overwrite=overwrite)

@@ -9,20 +9,19 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
 from sparsedelta._typing import AnyPath
 from sparsedelta.errors import BaseMismatch
 from sparsedelta.files import junk
-from sparsedelta.files.checkpoint import Checkpoint, Tensor
+from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.layout import FileLayout, target_layout
 from sparsedelta.files.side_files import write_side_file
 from sparsedelta.format.delta import AnyDelta, Delta, opened_all
-from sparsedelta.format.records import BaseTensor, Row, TensorKey
+from sparsedelta.format.records import BaseTensor
 from sparsedelta.fs import (
     check_absent,
     check_checkpoint_folder,
@@ -33,10 +32,10 @@ from sparsedelta.fs import (
 )
 from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.ops.lookup import Lookup
+from sparsedelta.ops.rebuilding import rebuild_tensors, write_all
 from sparsedelta.progress import Progress
-from sparsedelta.system import CREATE, allow_open_files, reserve, write_at
-from sparsedelta.tensors.parallel import Pace, run_all
-from sparsedelta.tensors.rebuild import Check, Write, rebuild
+from sparsedelta.system import CREATE, allow_open_files, reserve
+from sparsedelta.tensors.rebuild import Check
 
 
 def apply(
@@ -194,53 +193,9 @@ def write_target(
             stack.enter_context(_new_file(out / file.path if delta.target.is_folder else out, file))
             for file in files
         ]
-        writers = {
-            row.key: partial(_write_at, fd, start)
-            for fd, file in zip(outputs, files, strict=True)
-            for row, start in zip(file.rows, file.offsets, strict=True)
-        }
         stack.enter_context(synced(outputs))
-        rebuild_tensors(found, delta, writers, check=check, progress=progress)
-
-
-def rebuild_tensors(
-    base: Mapping[TensorKey, Tensor],
-    delta: Delta,
-    writers: Mapping[TensorKey, Write],
-    *,
-    check: Check,
-    progress: Progress | None,
-    every_base: bool = False,
-) -> None:
-    """Rebuild and check all tensors of the target; the base tensors are checked, too.
-
-    Args:
-        base: the base tensor of each row that has one (``find_base``).
-        delta: the delta.
-        writers: by file and name, the function that receives a tensor's bytes. A tensor without one
-            is only checked.
-        check: see ``rebuild``.
-        progress: receives the number of bytes of the target.
-        every_base: see ``rebuild``.
-
-    Raises:
-        BaseDiffers: a base tensor has another digest than the delta expects.
-        Corrupt: the delta is damaged, or the right base gives a wrong target.
-    """
-    pace = Pace(progress)
-
-    def work(row: Row) -> None:
-        rebuild(
-            row,
-            base.get(row.key),
-            delta.payload,
-            writers.get(row.key, _discard),
-            check=check,
-            pace=pace,
-            every_base=every_base,
-        )
-
-    run_all(work, delta.tensors, cost=lambda row: row.target.n_bytes, pace=pace, label="applying")
+        places = [(fd, file.offsets) for fd, file in zip(outputs, files, strict=True)]
+        rebuild_tensors(found, delta, places, check=check, progress=progress)
 
 
 def _as_sequence(delta: AnyDelta | Sequence[AnyDelta]) -> Sequence[AnyDelta]:
@@ -262,21 +217,10 @@ def _new_file(path: Path, layout: FileLayout) -> Iterator[int]:
     try:
         reserve(fd, layout.n_bytes)
         head = len(layout.header).to_bytes(8, "little") + layout.header
-        _write_at(fd, 0, memoryview(head), 0)
+        write_all(fd, memoryview(head), 0)
         yield fd
     finally:
         os.close(fd)
-
-
-def _write_at(fd: int, start: int, data: memoryview, offset: int) -> None:
-    while data:
-        n_written = write_at(fd, data, start + offset)
-        data = data[n_written:]
-        offset += n_written
-
-
-def _discard(data: memoryview, offset: int) -> None:
-    """Discard the bytes; only their digest is needed."""
 
 
 def _remove(path: Path) -> None:

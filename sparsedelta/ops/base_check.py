@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
 
 from sparsedelta._typing import AnyPath
 from sparsedelta.errors import (
@@ -15,12 +18,15 @@ from sparsedelta.errors import (
     StructureMismatch,
 )
 from sparsedelta.files import junk
-from sparsedelta.files.checkpoint import Checkpoint, Tensor
+from sparsedelta.files.checkpoint import Checkpoint, FileTensors, Tensor
+from sparsedelta.format.columns import Column, RowColumns, base_paths, columns_of
 from sparsedelta.format.delta import Delta
+from sparsedelta.format.header_columns import HeaderColumns
 from sparsedelta.format.records import BaseTensor, Row, TensorKey, TensorSpec
 from sparsedelta.ops.lookup import Lookup
 from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.rebuild import BaseDiffers
+from sparsedelta.tensors.small import Places
 
 
 def included(delta: Delta) -> Sequence[str] | None:
@@ -32,7 +38,7 @@ def included(delta: Delta) -> Sequence[str] | None:
     target = delta.target
     paths = {file.path for file in target.weight_files}
     paths |= {file.path for file in target.side_files}
-    paths |= {row.base.file for row in delta.tensors if row.base}
+    paths |= base_paths(delta.tensors)
     paths |= {*target.empty_folders}
     names_junk = any(
         junk.matches(component, junk.NOT_PART) for path in paths for component in path.split("/")
@@ -48,7 +54,71 @@ def open_base(path: AnyPath, delta: Delta, *, exclude: Sequence[str] = ()) -> Ch
     return Checkpoint(path, exclude=exclude, include=included(delta), whole=False, complete=False)
 
 
-def find_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Tensor]:
+class PlacedTensors(Mapping[TensorKey, Tensor]):
+    """The base tensors of rows that were read as columns, in weight files that were read as columns.
+
+    Attributes:
+        places: where they are.
+    """
+
+    def __init__(
+        self, rows: RowColumns, files: Sequence[FileTensors], file: Column, number: Column
+    ) -> None:
+        """Describe the tensors.
+
+        Args:
+            rows: the rows.
+            files: the files that hold the tensors.
+            file: which of these files holds the base tensor of each row; -1 if the row has none, (n,).
+            number: the number of the tensor in its file, (n,).
+        """
+        self._rows = rows
+        self._files = files
+        self._file = file
+        self._number = number
+        fd, at = np.full(len(file), -1, np.int64), np.zeros(len(file), np.int64)
+        for one, held in enumerate(files):
+            own = file == one
+            fd[own] = held.fd
+            at[own] = held.offset + held.columns.begin[number[own]]
+        self.places = Places(fd, at)
+
+    def of_row(self, row: int) -> Tensor | None:
+        """Return the base tensor of a row; None if it has none."""
+        if self._file[row] < 0:
+            return None
+        return self._files[int(self._file[row])][int(self._number[row])]
+
+    def rows_of(self, tensors: Sequence[Tensor]) -> Column:
+        """Return the number of the row that each base tensor is the base tensor of; -1 if there is none, (n,)."""
+        has_base = np.flatnonzero(self._file >= 0)
+        by_place = zip(
+            self.places.fd[has_base].tolist(), self.places.at[has_base].tolist(), strict=True
+        )
+        rows = dict(zip(by_place, has_base.tolist(), strict=True))
+        return np.array([rows.get((one.fd, one.offset), -1) for one in tensors], np.int64)
+
+    @cached_property
+    def _by_key(self) -> dict[TensorKey, Tensor]:
+        rows = self._rows
+        found = ((row, self.of_row(row)) for row in range(len(rows.names)))
+        return {
+            (rows.paths[int(rows.file[row])], rows.names[row]): tensor
+            for row, tensor in found
+            if tensor
+        }
+
+    def __getitem__(self, key: TensorKey) -> Tensor:
+        return self._by_key[key]
+
+    def __iter__(self) -> Iterator[TensorKey]:
+        return iter(self._by_key)
+
+    def __len__(self) -> int:
+        return int(np.count_nonzero(self._file >= 0))
+
+
+def find_base(delta: Delta, base: Checkpoint) -> Mapping[TensorKey, Tensor]:
     """Return the base tensor of each row that has one, by the row's file and name.
 
     Raises:
@@ -56,6 +126,10 @@ def find_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Tensor]:
         LimitExceeded: the output would be too large; see ``Delta.check_output``.
     """
     delta.check_output()
+    columns = columns_of(delta.tensors)
+    placed = _find_in_columns(columns, base) if columns else None
+    if placed is not None:
+        return placed
     lookup = Lookup(base.tensors.values(), digest_tensor)
     found = {}
     for row in delta.tensors:
@@ -67,6 +141,47 @@ def find_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Tensor]:
             if tensor.spec.dtype != row.base.spec.dtype:  # a file does not state the element type
                 tensor = replace(tensor, spec=row.base.spec.with_digest(None))
             found[row.key] = tensor
+    return found
+
+
+def _find_in_columns(rows: RowColumns, base: Checkpoint) -> PlacedTensors | None:
+    """Return the base tensors, if each is in the file that its row names; None otherwise."""
+    by_path = {file.path: file.tensors for file in base.weight_files}
+    n = len(rows.names)
+    file, number = np.full(n, -1, np.int64), np.zeros(n, np.int64)
+    files: list[FileTensors] = []
+    for one in np.unique(rows.base_file).tolist():
+        if one < 0:
+            continue
+        held = by_path.get(rows.base_paths[one])
+        if held is None and len(by_path) == 1:  # the path of the only file does not matter
+            (held,) = by_path.values()
+        if not isinstance(held, FileTensors):
+            return None
+        own = np.flatnonzero(rows.base_file == one)
+        found = _numbers(rows, own, held.columns)
+        if found is None:
+            return None
+        file[own], number[own] = len(files), found
+        files.append(held)
+    return PlacedTensors(rows, files, file, number)
+
+
+def _numbers(rows: RowColumns, own: Column, header: HeaderColumns) -> Column | None:
+    """Return the number of the base tensor of each row ``own`` in a file; None if one is not there."""
+    wanted = [rows.base_names.get(row, rows.names[row]) for row in own.tolist()]
+    if wanted == header.names:
+        found = np.arange(len(wanted))
+    else:
+        by_name = {name: number for number, name in enumerate(header.names)}
+        found = np.array([by_name.get(name, -1) for name in wanted], np.int64)
+    if bool((found < 0).any()):
+        return None
+    pairs = header.layout[found] * len(rows.layouts) + rows.base_layout[own]
+    for pair in np.unique(pairs).tolist():
+        there, expected = divmod(pair, len(rows.layouts))
+        if not header.layouts[there].same_layout(rows.layouts[expected]):
+            return None
     return found
 
 

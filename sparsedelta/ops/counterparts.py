@@ -54,6 +54,8 @@ def _of_name(
     one_role: bool,
 ) -> Tensor | None:
     """Return the best of several base tensors with the same name; None if no role fits."""
+    if one_role and len(same_name) == 1:
+        return same_name[0]
     role = target.roles[tensor.file]
     fitting = [t for t in same_name if one_role or base.roles[t.file] == role]
     return min(
@@ -76,6 +78,8 @@ def _add_by_prefix(
 ) -> None:
     """Add to ``found`` the counterparts whose names have one prefix more or less."""
     left = [tensor for tensor in tensors if tensor.key not in found]
+    if not left:
+        return
     used = {tensor.key for tensor in found.values()}
     free = {t.name for t in base.tensors.values() if t.key not in used}
     prefix = common_prefix({t.name for t in left}, free)

@@ -18,7 +18,7 @@ from sparsedelta._typing import JSON, AnyPath, Model
 from sparsedelta.codecs.values import VALUE_ENCODINGS
 from sparsedelta.codecs.zstd import Level
 from sparsedelta.errors import CheckpointError, Corrupt
-from sparsedelta.files.checkpoint import Checkpoint, Tensor, WeightFile
+from sparsedelta.files.checkpoint import Checkpoint, FileTensors, WeightFile
 from sparsedelta.files.globs import covering
 from sparsedelta.files.side_files import digest_file
 from sparsedelta.files.unread import UNREAD_WEIGHT_SUFFIXES, conversion
@@ -32,7 +32,8 @@ from sparsedelta.format.strict_json import compact_json, parse_json
 from sparsedelta.ops.counterparts import counterparts
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import Comparison
-from sparsedelta.tensors.parallel import Pace, run_all
+from sparsedelta.tensors.parallel import Pace
+from sparsedelta.tensors.small_pairs import Pair, PairComparison, run_pairs
 
 _log = logging.getLogger(__name__)
 _LEVELS = {level.value: level for level in Level}
@@ -136,7 +137,8 @@ def between(
         if target.left_out:
             _log.info("left out of '%s': %s", target.path, ", ".join(target.left_out))
         files = describe_files(target, partial(_digest_if_there, base), payload)
-        rows = _compare_all(base, target, comparison, progress)
+        small = PairComparison(values, payload)
+        rows = _compare_all(base, target, comparison, small, progress)
         n_left = n_unused(base, rows) if base else 0
         return Delta(Base(base_id, n_left), files, tuple(rows), checked_info, payload)
 
@@ -212,19 +214,20 @@ def _compare_all(
     old: Checkpoint | None,
     new: Checkpoint,
     comparison: Callable[..., Comparison],
+    small: PairComparison,
     progress: Progress | None,
 ) -> list[Row]:
     pace = Pace(progress)
     matched = counterparts(old, new, pace.unreported()) if old else {}
+    pairs: list[Pair] = [(matched.get(tensor.key), tensor) for tensor in new.tensors.values()]
 
-    def compare(tensor: Tensor) -> Row:
-        return comparison(matched.get(tensor.key), tensor, pace=pace).run()
+    def single(number: int) -> Row:
+        return comparison(*pairs[number], pace=pace).run()
 
-    def cost(tensor: Tensor) -> int:
-        base = matched.get(tensor.key)
-        return tensor.spec.n_bytes + (base.spec.n_bytes if base else 0)
+    def group(start: int, end: int) -> list[Row | None]:
+        return small.run(pairs[start:end])
 
-    return run_all(compare, [*new.tensors.values()], cost=cost, pace=pace, label="comparing")
+    return run_pairs(pairs, group, single, pace, label="comparing")
 
 
 def n_unused(base: Checkpoint, rows: Sequence[Row]) -> int:
@@ -234,7 +237,10 @@ def n_unused(base: Checkpoint, rows: Sequence[Row]) -> int:
 
 def _weight_file(file: WeightFile, payload: SpoolPayload) -> DeltaWeightFile:
     digest = blake3(file.raw_header).digest()[:DIGEST_BYTES]
-    if render_header(file.header.metadata, file.header.entries) == file.raw_header:
+    is_canonical = isinstance(
+        file.tensors, FileTensors
+    )  # only canonical headers are read as columns
+    if is_canonical or render_header(file.header.metadata, file.header.entries) == file.raw_header:
         return DeltaWeightFile(file.path, digest, file.header.metadata, None)
     if not file.header.only_known_members:
         raise CheckpointError(

@@ -9,25 +9,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
 
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import ConflictError, StructureMismatch
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.side_files import check_base_files, digest_file
+from sparsedelta.format.columns import Column, RowColumns, columns_of
 from sparsedelta.format.delta import AnyDelta, Delta, opened
-from sparsedelta.format.records import Base, Row, TensorKey
+from sparsedelta.format.records import DIGEST_BYTES, Base, Row, TensorKey
 from sparsedelta.format.spool import SpoolPayload, new_payload
-from sparsedelta.ops.base_check import explained, find_base
+from sparsedelta.ops.base_check import PlacedTensors, explained, find_base
 from sparsedelta.ops.diff import describe_files
 from sparsedelta.ops.lookup import base_conflict
 from sparsedelta.ops.merging.floats import work_dtype
 from sparsedelta.ops.merging.merged_tensor import MergedTensor
 from sparsedelta.ops.merging.recipe import Method, Recipe, make_recipe
+from sparsedelta.ops.merging.small import small_merge
 from sparsedelta.ops.stacking.fold import Link
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import Comparison
-from sparsedelta.tensors.parallel import Pace, run_all
+from sparsedelta.tensors.parallel import Pace
 from sparsedelta.tensors.rebuild import BaseDiffers
+from sparsedelta.tensors.small_pairs import Pair, PairComparison, run_pairs
 from sparsedelta.tensors.sources import RebuiltTensor
 
 
@@ -97,18 +103,16 @@ def merge(
         context.enter_context(explained(given[0], checkpoint))
         for one in given:
             check_base_files(one, checkpoint)
-        rows = [_rows_by_base(delta, checkpoint) for delta in given]
+        found = [find_base(delta, checkpoint) for delta in given]
         payload = context.enter_context(new_payload(spool_dir))
         paces = Pace(progress), Pace()
-        return _Merge(given, rows, checkpoint, recipe, payload, *paces).run()
+        return _Merge(given, found, checkpoint, recipe, payload, *paces).run()
 
 
 @dataclass(frozen=True)
 class _Merge:
     deltas: Sequence[Delta]
-    rows: Sequence[
-        Mapping[TensorKey, Row]
-    ]  # one mapping per delta, from the base tensor to its row
+    found: Sequence[Mapping[TensorKey, Tensor]]  # for each delta, from the row to its base tensor
     base: Checkpoint
     recipe: Recipe
     payload: SpoolPayload
@@ -118,21 +122,35 @@ class _Merge:
     def run(self) -> Delta:
         base = self.base
         files = describe_files(base, lambda path: digest_file(base.side_files[path]), self.payload)
-        rows = run_all(
-            self._row,
-            [*base.tensors.values()],
-            cost=lambda tensor: (
-                2 * tensor.spec.n_bytes
-            ),  # the base tensor and the merged one are read
-            pace=self.pace,
-            label="merging",
+        comparison = PairComparison("ulp", self.payload)
+        small = small_merge(
+            self.deltas, self.found, self._numbers, self._tensors, self.recipe, comparison
         )
+        pairs: list[Pair] = [(tensor, tensor) for tensor in self._tensors]
+        rows = run_pairs(pairs, small.run if small else None, self._row, self.pace, label="merging")
         base_id = next((delta.base.id for delta in self.deltas if delta.base.id), None)
         return Delta(Base(base_id), files, tuple(rows), self._info(), self.payload)
 
-    def _row(self, tensor: Tensor) -> Row:
+    @cached_property
+    def _tensors(self) -> list[Tensor]:
+        return [*self.base.tensors.values()]
+
+    @cached_property
+    def _numbers(self) -> list[Column]:
+        """For each delta, the number of the row of each base tensor; -1 if it has none."""
+        return [
+            _row_numbers(delta, found, self._tensors)
+            for delta, found in zip(self.deltas, self.found, strict=True)
+        ]
+
+    def _row(self, number: int) -> Row:
         """Return the row of a merged tensor; a tensor that no delta changes is copied from the base."""
-        rows = [rows.get(tensor.key) for rows in self.rows]
+        tensor = self._tensors[number]
+        numbers = [int(own[number]) for own in self._numbers]
+        rows = [
+            delta.tensors[own] if own >= 0 else None
+            for delta, own in zip(self.deltas, numbers, strict=True)
+        ]
         links = [
             Link(number, row, delta.payload) if row and row.chunks else None
             for number, (delta, row) in enumerate(zip(self.deltas, rows, strict=True), 1)
@@ -182,6 +200,8 @@ class _Merge:
 def _check_siblings(deltas: Sequence[Delta]) -> None:
     if not deltas:
         raise ValueError("no delta is given; give at least one")
+    if _change_the_same_tensors(deltas):
+        return
     for number, delta in enumerate(deltas, 1):
         name = base_conflict(deltas[0], delta)
         if name is not None:
@@ -211,6 +231,52 @@ def _check_siblings(deltas: Sequence[Delta]) -> None:
             )
 
 
-def _rows_by_base(delta: Delta, base: Checkpoint) -> dict[TensorKey, Row]:
-    found = find_base(delta, base)
-    return {found[row.key].key: row for row in delta.tensors if row.key in found}
+def _change_the_same_tensors(deltas: Sequence[Delta]) -> bool:
+    """Return whether deltas surely have the same base and only change elements, as their columns show at once."""
+    columns = [columns_of(delta.tensors) for delta in deltas]
+    first = columns[0]
+    for one in columns:
+        if one is None or first is None or not _only_changes(one):
+            return False
+        if (one.names, one.base_paths, one.layouts) != (
+            first.names,
+            first.base_paths,
+            first.layouts,
+        ):
+            return False
+        if not (
+            np.array_equal(one.layout, first.layout)
+            and np.array_equal(one.base_file, first.base_file)
+            and _base_digests(one) == _base_digests(first)
+        ):
+            return False
+    return True
+
+
+def _only_changes(rows: RowColumns) -> bool:
+    """Return whether every row keeps all of a base tensor of its name, and no two rows the same one."""
+    return (
+        not rows.base_names
+        and bool((rows.base_file >= 0).all())
+        and np.array_equal(rows.base_file, rows.file)
+        and np.array_equal(rows.base_layout, rows.layout)
+        and np.array_equal(rows.keep, rows.n_elements)
+        and len({*rows.base_paths}) == len(rows.base_paths)
+    )
+
+
+def _base_digests(rows: RowColumns) -> bytes:
+    """Return the digests of the base tensors of all rows, which all have one; they are next to each other."""
+    start = int(rows.base_at[0]) if len(rows.base_at) else 0
+    return rows.digests[start : start + DIGEST_BYTES * len(rows.base_at)]
+
+
+def _row_numbers(
+    delta: Delta, found: Mapping[TensorKey, Tensor], tensors: Sequence[Tensor]
+) -> Column:
+    if isinstance(found, PlacedTensors):
+        return found.rows_of(tensors)
+    numbers = {
+        found[row.key].key: number for number, row in enumerate(delta.tensors) if row.key in found
+    }
+    return np.array([numbers.get(tensor.key, -1) for tensor in tensors], np.int64)

@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.codecs.chunk import check_streams
 from sparsedelta.errors import TargetMismatch
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.layout import target_layout
 from sparsedelta.files.side_files import carried_content, check_base_files, digest_file
+from sparsedelta.format.columns import columns_of, starts
 from sparsedelta.format.delta import AnyDelta, Delta, opened_all
 from sparsedelta.format.records import BaseTensor, Row
-from sparsedelta.ops.apply import rebuild_tensors
 from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.ops.lookup import Lookup
+from sparsedelta.ops.rebuilding import rebuild_tensors
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.changes import decode_row_chunk, place_for, read_coded
 from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.parallel import Pace, run_all
+from sparsedelta.tensors.small import Group, SmallRows, groups, handled, rows_outside
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +87,15 @@ def verify(
             ):
                 found = find_base(given, checkpoint)
                 check_base_files(given, checkpoint)
-                rebuild_tensors(found, given, {}, check="full", progress=progress, every_base=True)
+                rebuild_tensors(found, given, [], check="full", progress=progress, every_base=True)
         if target is not None:
             with open_base(target, given, exclude=exclude) as checkpoint:
                 _check_target(given, checkpoint, progress)
         return VerifyReport(
             n_tensors=len(given.tensors),
-            n_changed=sum(not row.is_copied for row in given.tensors),
+            n_changed=given.n_changed,
             nnz=given.nnz,
-            payload_bytes=sum(row.coded_bytes for row in given.tensors),
+            payload_bytes=given.coded_bytes,
             base_checked=base is not None,
             target_checked=target is not None,
             converted=converted_from(given),
@@ -116,13 +120,45 @@ def check_delta(delta: Delta, progress: Progress | None) -> None:
             carried_content(delta, side_file, side_file.stored)
     target_layout(delta)
     pace = Pace(progress)
-    run_all(
-        lambda row: _decode(delta, row, pace),
-        delta.tensors,
-        cost=lambda row: row.coded_bytes,
-        pace=pace,
-        label="decoding",
-    )
+    work = _Decoding(delta, pace)
+    run_all(work.run, work.items, cost=work.cost, pace=pace, label="decoding")
+
+
+class _Decoding:
+    """The decoding of all chunks. An item is the number of a row, or a group of rows.
+
+    Attributes:
+        items: all of them.
+    """
+
+    def __init__(self, delta: Delta, pace: Pace) -> None:
+        self._delta = delta
+        self._pace = pace
+        self._small: SmallRows | None = None
+        small: list[Group] = []
+        columns = columns_of(delta.tensors)
+        if columns:
+            self._ends = columns.chunks.offset[columns.first_chunk]
+            self._small = SmallRows(columns, delta.payload)
+            small = groups(columns, handled(columns), None)
+        else:
+            self._ends = starts(np.array([row.coded_bytes for row in delta.tensors], np.int64))
+        self.items: list[int | Group] = [*small, *rows_outside(small, len(delta.tensors))]
+
+    def cost(self, item: int | Group) -> int:
+        """Return the number of coded bytes of a row or a group."""
+        start, end = (item, item + 1) if isinstance(item, int) else item
+        return int(self._ends[end] - self._ends[start])
+
+    def run(self, item: int | Group) -> None:
+        """Decode a row, or a group of rows."""
+        if isinstance(item, int):
+            _decode(self._delta, self._delta.tensors[item], self._pace)
+        elif self._small:
+            _, left = self._small.run(item)
+            for number in left:
+                _decode(self._delta, self._delta.tensors[number], self._pace)
+            self._pace.advance(self.cost(item) - sum(map(self.cost, left)))
 
 
 def _decode(delta: Delta, row: Row, pace: Pace) -> None:

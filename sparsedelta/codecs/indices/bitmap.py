@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sparsedelta.codecs import kernels
-from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stream
+from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Sizes, Stream
 from sparsedelta.codecs.indices.contract import IndexEncoding
 from sparsedelta.errors import Corrupt
 
@@ -27,10 +27,10 @@ class _Bitmap(IndexEncoding):
         touched[positions] = True
         return np.packbits(touched, bitorder="little")
 
-    def implied_bytes(self, span: int) -> int:
+    def implied_bytes(self, span: Sizes) -> Sizes:
         return -(-span // 8)
 
-    def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
+    def possible(self, n_bytes: Sizes, nnz: Sizes, span: Sizes) -> Sizes:
         return n_bytes == self.implied_bytes(span)
 
     def decode(

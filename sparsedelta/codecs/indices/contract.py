@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stream
+from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Sizes, Stream
 from sparsedelta.codecs.exponent_classes import Choice
 
 
@@ -28,11 +28,11 @@ class IndexEncoding(Protocol):
         None: a cheap estimate shows that another encoding is smaller, or ``context`` lacks what this one needs.
         """
 
-    def implied_bytes(self, span: int) -> int | None:
+    def implied_bytes(self, span: Sizes) -> Sizes | None:
         """Return the raw size of the stream; None: the manifest states it."""
         return None
 
-    def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
+    def possible(self, n_bytes: Sizes, nnz: Sizes, span: Sizes) -> Sizes:
         """Return whether a stream of ``n_bytes`` can hold ``nnz`` positions (FORMAT §6)."""
 
     def decode(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sparsedelta.codecs import kernels
-from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stream
+from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Sizes, Stream
 from sparsedelta.codecs.indices.contract import IndexEncoding
 from sparsedelta.errors import Corrupt
 
@@ -34,8 +34,8 @@ class _Gaps(IndexEncoding):
         tokens[last] = gaps - n_skips * np.uint32(_SKIP)
         return tokens
 
-    def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
-        return nnz <= n_bytes <= nnz + span // _SKIP
+    def possible(self, n_bytes: Sizes, nnz: Sizes, span: Sizes) -> Sizes:
+        return (nnz <= n_bytes) & (n_bytes <= nnz + span // _SKIP)
 
     def decode(
         self, stream: bytes, nnz: int, span: int, context: ChunkContext = NO_CONTEXT

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from sparsedelta.codecs import kernels
 from sparsedelta.codecs.bitpack import decode_rice, encode_rice
-from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, StartBits, Stream
+from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Sizes, StartBits, Stream
 from sparsedelta.codecs.exponent_classes import (
     N_KEYS,
     Choice,
@@ -78,8 +78,8 @@ class _Rice(IndexEncoding):
             sequences.append(sequence)
         return np.frombuffer(bytes(head) + encode_rice(sequences), np.uint8)
 
-    def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
-        return 2 <= n_bytes <= span // 4 + (1 << 15)
+    def possible(self, n_bytes: Sizes, nnz: Sizes, span: Sizes) -> Sizes:
+        return (n_bytes >= 2) & (n_bytes <= span // 4 + (1 << 15))
 
     def decode(
         self, stream: bytes, nnz: int, span: int, context: ChunkContext = NO_CONTEXT

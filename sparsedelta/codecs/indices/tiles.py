@@ -23,7 +23,7 @@ from sparsedelta.codecs.bitpack import (
     read_number,
     write_number,
 )
-from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Stream
+from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Sizes, Stream
 from sparsedelta.codecs.exponent_classes import (
     N_KEYS,
     choice_bits,
@@ -90,8 +90,8 @@ class _Tiles(IndexEncoding):
             start += n
         return np.frombuffer(bytes(head) + encode_rice(sequences), np.uint8)
 
-    def possible(self, n_bytes: int, nnz: int, span: int) -> bool:
-        return 8 <= n_bytes <= span // 4 + (1 << 15)
+    def possible(self, n_bytes: Sizes, nnz: Sizes, span: Sizes) -> Sizes:
+        return (n_bytes >= 8) & (n_bytes <= span // 4 + (1 << 15))
 
     def decode(
         self, stream: bytes, nnz: int, span: int, context: ChunkContext = NO_CONTEXT

@@ -12,6 +12,7 @@
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -343,41 +344,44 @@ static u8 *put_number(u8 *out, uint64_t number) {
 
 enum { HEAD_BYTES = 16 }; /* more than the thresholds and the head of a subset take */
 
-/* Writes a whole `rice` stream without classes: at least one ascending number. Returns its size in bytes. */
+/* Writes a whole `rice` stream without classes: at least one ascending number. Returns its size in bytes; 0 if `room` bytes are
+ * too few. */
+static size write_rice(const u32 *number, size n, u8 *out, size room) {
+    uint64_t n_bits;
+    u8 *start = out;
+    int k = best_parameter(number, n, &n_bits);
+    size n_low = (n * k + 7) / 8, n_unary = (size)((n_bits - (uint64_t)n * k + 7) / 8);
+    if (n_bits > (uint64_t)INT64_MAX || HEAD_BYTES + n_low + n_unary > room) return 0;
+    *out++ = 0;
+    out = put_number(put_number(out, 2 * (uint64_t)n), (uint64_t)k);
+    u8 *low = out, *unary = out + n_low;
+    memset(unary, 0, n_unary);
+    uint64_t word = 0, mask = ((uint64_t)1 << k) - 1;
+    size bit = 0;
+    int held = 0;
+    for (size i = 0; i < n; i++) {
+        uint32_t gap = i ? number[i] - number[i - 1] - 1 : number[0];
+        word |= (gap & mask) << held;
+        held += k;
+        if (held >= 32) { /* held < 64: k ≤ 31 */
+            *(u32 *)low = (uint32_t)word;
+            low += 4, word >>= 32, held -= 32;
+        }
+        bit += gap >> k;
+        unary[bit >> 3] |= (u8)(1 << (bit & 7));
+        bit++;
+    }
+    for (; held > 0; held -= 8, word >>= 8) *low++ = (u8)word;
+    return unary + n_unary - start;
+}
+
 static PyObject *put_rice(PyObject *module, PyObject *args) {
     Py_buffer b[2];
     if (!PyArg_ParseTuple(args, "O&O&", in_u32, &b[0], out_u8, &b[1])) return NULL;
-    const u32 *number = b[0].buf;
-    u8 *out = b[1].buf;
     size n = n_items(&b[0]), n_written = 0;
     if (n < 1 || n > INT32_MAX) return release(b, 2, wrong_sizes());
     Py_BEGIN_ALLOW_THREADS
-    uint64_t n_bits;
-    int k = best_parameter(number, n, &n_bits);
-    size n_low = (n * k + 7) / 8, n_unary = (size)((n_bits - (uint64_t)n * k + 7) / 8);
-    if (n_bits <= (uint64_t)INT64_MAX && HEAD_BYTES + n_low + n_unary <= b[1].len) {
-        *out++ = 0;
-        out = put_number(put_number(out, 2 * (uint64_t)n), (uint64_t)k);
-        u8 *low = out, *unary = out + n_low;
-        memset(unary, 0, n_unary);
-        uint64_t word = 0, mask = ((uint64_t)1 << k) - 1;
-        size bit = 0;
-        int held = 0;
-        for (size i = 0; i < n; i++) {
-            uint32_t gap = i ? number[i] - number[i - 1] - 1 : number[0];
-            word |= (gap & mask) << held;
-            held += k;
-            if (held >= 32) { /* held < 64: k ≤ 31 */
-                *(u32 *)low = (uint32_t)word;
-                low += 4, word >>= 32, held -= 32;
-            }
-            bit += gap >> k;
-            unary[bit >> 3] |= (u8)(1 << (bit & 7));
-            bit++;
-        }
-        for (; held > 0; held -= 8, word >>= 8) *low++ = (u8)word;
-        n_written = unary + n_unary - (u8 *)b[1].buf;
-    }
+    n_written = write_rice(b[0].buf, n, b[1].buf, b[1].len);
     Py_END_ALLOW_THREADS
     return release(b, 2, n_written ? PyLong_FromSsize_t(n_written) : wrong_sizes());
 }
@@ -1060,6 +1064,12 @@ static PyObject *change(PyObject *module, PyObject *args) {
     return release(b, 5, fits ? none() : wrong_sizes());
 }
 
+/* ---- Many small tensors (FORMAT §9, §10) ---- */
+
+#include "_blake3.h"
+#include "_small.h"
+#include "_header.h"
+
 /* ---- The module ---- */
 
 #define KERNEL(name) {#name, name, METH_VARARGS, NULL}
@@ -1070,6 +1080,7 @@ static PyMethodDef kernels[] = {
     KERNEL(keys_of), KERNEL(use_instructions), KERNEL(find_chosen), KERNEL(rank_chosen),
     KERNEL(count_keys), KERNEL(step_statistics), KERNEL(sort_codes), KERNEL(long_steps), KERNEL(join_steps),
     KERNEL(encode_values), KERNEL(decode_values), KERNEL(compare), KERNEL(change),
+    KERNEL(rebuild_small), KERNEL(compare_small), KERNEL(digests_of), KERNEL(read_entries), KERNEL(put_entries),
     {NULL, NULL, 0, NULL},
 };
 
@@ -1086,7 +1097,7 @@ PyMODINIT_FUNC PyInit__native(void) {
 #endif
     instructions = best_instructions();
     PyObject *module = Corrupt ? PyModule_Create(&definition) : NULL;
-    if (module && PyModule_AddIntConstant(module, "VERSION", 3)) {
+    if (module && PyModule_AddIntConstant(module, "VERSION", 4)) {
         Py_DECREF(module);
         return NULL;
     }

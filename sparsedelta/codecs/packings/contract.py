@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from sparsedelta.codecs.context import Bits, Stream
+from sparsedelta.codecs.context import Bits, Sizes, Stream
 from sparsedelta.codecs.exponent_classes import Keys
 
 
@@ -16,7 +16,7 @@ class ValuePacking(Protocol):
     has_classes: bool = False  # can use classes of the elements before the change
     states_size: bool = True  # the manifest states the raw size of the last stream
 
-    def stream_sizes(self, n_bytes: int, nnz: int, width: int) -> Sequence[int]:
+    def stream_sizes(self, n_bytes: Sizes, nnz: Sizes, width: int) -> Sequence[Sizes]:
         """Return the raw sizes of the streams of ``nnz`` codes of ``width`` bytes.
 
         Args:
@@ -32,7 +32,7 @@ class ValuePacking(Protocol):
         Returns None if another packing is smaller, or if this one cannot store these codes.
         """
 
-    def possible(self, n_bytes: int, nnz: int, width: int) -> bool:
+    def possible(self, n_bytes: Sizes, nnz: Sizes, width: int) -> Sizes:
         """Return whether the manifest can state ``n_bytes`` for ``nnz`` codes (FORMAT §7)."""
 
     def decode(self, streams: Sequence[bytes], nnz: int, width: int, keys: Keys | None) -> Bits:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sparsedelta.codecs.context import Bits, Stream
+from sparsedelta.codecs.context import Bits, Sizes, Stream
 from sparsedelta.codecs.exponent_classes import Keys
 from sparsedelta.codecs.packings.contract import ValuePacking
 
@@ -19,7 +19,7 @@ class _Planes(ValuePacking):
     is_quick = True
     states_size = False
 
-    def stream_sizes(self, n_bytes: int, nnz: int, width: int) -> Sequence[int]:
+    def stream_sizes(self, n_bytes: Sizes, nnz: Sizes, width: int) -> Sequence[Sizes]:
         return [nnz] * width
 
     def encode(self, codes: Bits, keys: Keys | None) -> Sequence[Stream]:
@@ -27,7 +27,7 @@ class _Planes(ValuePacking):
         used = int(np.bitwise_or.reduce(codes)).to_bytes(codes.itemsize, "little")
         return [raw[j :: len(used)].copy() if bits else _NOTHING for j, bits in enumerate(used)]
 
-    def possible(self, n_bytes: int, nnz: int, width: int) -> bool:
+    def possible(self, n_bytes: Sizes, nnz: Sizes, width: int) -> Sizes:
         return n_bytes == 0
 
     def decode(self, streams: Sequence[bytes], nnz: int, width: int, keys: Keys | None) -> Bits:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsedelta.codecs.bitpack import blocks, pack, unpack
-from sparsedelta.codecs.context import Bits, Stream
+from sparsedelta.codecs.context import Bits, Sizes, Stream
 from sparsedelta.codecs.exponent_classes import Keys
 from sparsedelta.codecs.packings.contract import ValuePacking
 from sparsedelta.errors import Corrupt
@@ -22,7 +22,7 @@ Symbols = npt.NDArray[np.uint8]
 class _Scaled(ValuePacking):
     """Stores a symbol for each code, and the bits that the symbol does not determine."""
 
-    def stream_sizes(self, n_bytes: int, nnz: int, width: int) -> Sequence[int]:
+    def stream_sizes(self, n_bytes: Sizes, nnz: Sizes, width: int) -> Sequence[Sizes]:
         return [nnz, n_bytes]
 
     def encode(self, codes: Bits, keys: Keys | None) -> Sequence[Stream] | None:
@@ -33,7 +33,7 @@ class _Scaled(ValuePacking):
         parts = [pack(numbers[chosen], k) for chosen, k in _by_symbol(symbols)]
         return [symbols, np.concatenate([np.empty(0, np.uint8), *parts])]
 
-    def possible(self, n_bytes: int, nnz: int, width: int) -> bool:
+    def possible(self, n_bytes: Sizes, nnz: Sizes, width: int) -> Sizes:
         return n_bytes <= min(width, 4) * nnz
 
     def decode(self, streams: Sequence[bytes], nnz: int, width: int, keys: Keys | None) -> Bits:

@@ -25,7 +25,7 @@ from sparsedelta.codecs.bitpack import (
     unpack,
     write_number,
 )
-from sparsedelta.codecs.context import Bits, Stream
+from sparsedelta.codecs.context import Bits, Sizes, Stream
 from sparsedelta.codecs.exponent_classes import (
     END,
     MAX_THRESHOLDS,
@@ -55,7 +55,7 @@ class _Steps(ValuePacking):
 
     has_classes = True
 
-    def stream_sizes(self, n_bytes: int, nnz: int, width: int) -> Sequence[int]:
+    def stream_sizes(self, n_bytes: Sizes, nnz: Sizes, width: int) -> Sequence[Sizes]:
         return [n_bytes]
 
     def encode(self, codes: Bits, keys: Keys | None) -> Sequence[Stream] | None:
@@ -88,8 +88,8 @@ class _Steps(ValuePacking):
         stream = np.frombuffer(bytes(head) + signs + encode_rice(sequences), np.uint8)
         return [stream] if self.possible(len(stream), len(codes), width) else None
 
-    def possible(self, n_bytes: int, nnz: int, width: int) -> bool:
-        return 4 <= n_bytes <= (width + 1) * nnz + (1 << 15)
+    def possible(self, n_bytes: Sizes, nnz: Sizes, width: int) -> Sizes:
+        return (n_bytes >= 4) & (n_bytes <= (width + 1) * nnz + (1 << 15))
 
     def decode(self, streams: Sequence[bytes], nnz: int, width: int, keys: Keys | None) -> Bits:
         (stream,) = streams

@@ -1,0 +1,143 @@
+"""Rebuild all tensors of a delta's target: small ones in groups, the others one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsedelta.files.checkpoint import Tensor
+from sparsedelta.format.columns import Column, columns_of, starts
+from sparsedelta.format.delta import Delta
+from sparsedelta.format.records import TensorKey
+from sparsedelta.ops.base_check import PlacedTensors
+from sparsedelta.progress import Progress
+from sparsedelta.system import write_at
+from sparsedelta.tensors.parallel import Pace, run_all
+from sparsedelta.tensors.rebuild import Check, Write, rebuild
+from sparsedelta.tensors.small import (
+    Group,
+    SmallRows,
+    checks_of,
+    groups,
+    handled,
+    rows_outside,
+)
+
+Output = tuple[int, Column]  # an open file, and where each of its tensors begins in it
+
+
+def rebuild_tensors(
+    base: Mapping[TensorKey, Tensor],
+    delta: Delta,
+    outputs: Sequence[Output],
+    *,
+    check: Check,
+    progress: Progress | None,
+    every_base: bool = False,
+) -> None:
+    """Rebuild and check all tensors of the target; the base tensors are checked, too.
+
+    Args:
+        base: the base tensor of each row that has one (``find_base``).
+        delta: the delta.
+        outputs: the file for each weight file of the target. If there are none, the tensors are only checked.
+        check: see ``rebuild``.
+        progress: receives the number of bytes of the target.
+        every_base: see ``rebuild``.
+
+    Raises:
+        BaseDiffers: a base tensor has another digest than the delta expects.
+        Corrupt: the delta is damaged, or the right base gives a wrong target.
+    """
+    pace = Pace(progress)
+    work = _Rebuilding(base, delta, outputs, check, pace, every_base=every_base)
+    run_all(work.run, work.items, cost=work.cost, pace=pace, label="applying")
+
+
+class _Rebuilding:
+    """The work of ``rebuild_tensors``. An item is the number of a row, or a group of rows.
+
+    Attributes:
+        items: all of them.
+    """
+
+    def __init__(
+        self,
+        base: Mapping[TensorKey, Tensor],
+        delta: Delta,
+        outputs: Sequence[Output],
+        check: Check,
+        pace: Pace,
+        *,
+        every_base: bool,
+    ) -> None:
+        self._base = base
+        self._delta = delta
+        self._check = check
+        self._pace = pace
+        self._every_base = every_base
+        self._fds = np.repeat([fd for fd, _ in outputs], [len(at) for _, at in outputs])
+        self._at = np.concatenate([np.empty(0, np.int64), *(at for _, at in outputs)])
+        self._placed = base if isinstance(base, PlacedTensors) else None
+        self._small: SmallRows | None = None
+        small: list[Group] = []
+        columns = columns_of(delta.tensors)
+        if columns:
+            self._ends = starts(columns.n_bytes)
+        else:
+            self._ends = starts(np.array([row.target.n_bytes for row in delta.tensors], np.int64))
+        if columns and self._placed:
+            places, checks = self._placed.places, checks_of(columns, check, every_base=every_base)
+            self._small = SmallRows(columns, delta.payload, places, checks)
+            small = groups(columns, handled(columns), places)
+        self.items: list[int | Group] = [*small, *rows_outside(small, len(delta.tensors))]
+
+    def cost(self, item: int | Group) -> int:
+        """Return the number of bytes of a row or a group."""
+        start, end = (item, item + 1) if isinstance(item, int) else item
+        return int(self._ends[end] - self._ends[start])
+
+    def run(self, item: int | Group) -> None:
+        """Rebuild a row, or a group of rows."""
+        if isinstance(item, int):
+            self._rebuild(item, partial(self._write, item))
+        elif self._small:
+            start = item[0]
+            data, left = self._small.run(item)
+            for number in left:
+                first = int(self._ends[number] - self._ends[start])
+                self._rebuild(number, partial(_copy, data, first))
+            self._write(start, data.data, 0)
+            self._pace.advance(len(data) - sum(self.cost(number) for number in left))
+
+    def _rebuild(self, number: int, write: Write) -> None:
+        row = self._delta.tensors[number]
+        rebuild(
+            row,
+            self._placed.of_row(number) if self._placed else self._base.get(row.key),
+            self._delta.payload,
+            write,
+            check=self._check,
+            pace=self._pace,
+            every_base=self._every_base,
+        )
+
+    def _write(self, number: int, data: memoryview, offset: int) -> None:
+        """Write bytes of the target from byte ``offset`` of a row on."""
+        if len(self._at):
+            write_all(int(self._fds[number]), data, int(self._at[number]) + offset)
+
+
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Write all bytes to a file at ``offset``."""
+    while data:
+        n_written = write_at(fd, data, offset)
+        data = data[n_written:]
+        offset += n_written
+
+
+def _copy(data: npt.NDArray[np.uint8], first: int, block: memoryview, offset: int) -> None:
+    data[first + offset : first + offset + len(block)] = np.frombuffer(block, np.uint8)
