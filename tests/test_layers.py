@@ -30,8 +30,8 @@ ROOMS = (
     "report",
     "live",
     "hub",
-    "channel",
     "interop",
+    "channel",
     "cli",
     "top",
 )
@@ -57,6 +57,7 @@ LAZY: dict[str, set[str]] = {
     "huggingface_hub": {"hub"},
     "transformers": {"live"},
     "fsspec": {"stores"},
+    "vllm": {"channel"},
     "sift_train": set(),
 }
 # The types of a model are named where all rooms can see them.
