@@ -55,7 +55,7 @@ class FusedModel(torch.nn.Module):
         self.rest = torch.nn.Module()
         self.rest.norm = torch.nn.Parameter(torch.zeros(32, dtype=torch.bfloat16))
         self.rest.scale = torch.nn.Parameter(torch.zeros(4))
-        self.qkv.weight.weight_loader = self._load_rows  # type: ignore[assignment]
+        self.qkv.weight.__dict__["weight_loader"] = self._load_rows
         self.loaded: list[set[str]] = []
 
     def _load_rows(self, param: torch.nn.Parameter, loaded: torch.Tensor, part: str) -> None:
@@ -70,12 +70,11 @@ class FusedModel(torch.nn.Module):
             self.loaded[-1].add(name)
             part, _, _ = name.partition(".")
             if part in "qkv":
-                load: Any = self.qkv.weight.weight_loader
-                load(self.qkv.weight, tensor, part)
+                weight: Any = self.qkv.weight
+                weight.weight_loader(weight, tensor, part)
             else:
                 param = self.rest.get_parameter(name)
-                load = getattr(param, "weight_loader", _copied)
-                load(param, tensor)
+                getattr(param, "weight_loader", _copied)(param, tensor)
         return self.loaded[-1]
 
     def is_at(self, step: int) -> bool:
