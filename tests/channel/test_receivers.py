@@ -387,7 +387,7 @@ def test_vllm_finds_the_plugin() -> None:
 
 
 @pytest.fixture(params=["stub", "real"])
-def update(request: pytest.FixtureRequest) -> Any:
+def update(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return how a worker of SGLang hands tensors to a custom loader: its own code, or the same three lines."""
     if request.param == "stub":
 
@@ -400,6 +400,9 @@ def update(request: pytest.FixtureRequest) -> Any:
     pytest.importorskip("sglang")
     importlib.import_module("transformers.tokenization_utils_base")  # else SGLang imports a circle
     real = importlib.import_module(name)
+    # What a server publishes when it starts.
+    monkeypatch.setattr(real, "get_model", lambda: SimpleNamespace(weight_cache_mode="off"))
+    monkeypatch.setattr(real, "get_parallel", lambda: SimpleNamespace(tp_rank=0))
 
     def updated(model: FusedModel, named_tensors: Any) -> None:
         updater = object.__new__(real.WeightUpdater)
