@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.channel.publication import Publication
@@ -14,6 +14,8 @@ from sparsedelta.live.shards import Shards, shared
 
 if TYPE_CHECKING:
     import torch
+
+_Result = TypeVar("_Result")
 
 
 class RankPublisher:
@@ -101,9 +103,10 @@ class RankPublisher:
         _together(lambda: publisher.close() if publisher else None)
 
 
-def _together(work: Any) -> Any:
+def _together(work: Callable[[], _Result]) -> _Result | None:
     """Do work that only rank 0 has, and return its result; if it fails there, raise on all ranks."""
-    result, failure = None, None
+    result: _Result | None = None
+    failure: Exception | None = None
     try:
         result = work()
     except Exception as error:

@@ -6,6 +6,7 @@ Elements that have changed go to rank 0, one tensor at a time; in the first call
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,33 @@ if TYPE_CHECKING:
     import torch
 
 _Sent = tuple[npt.NDArray[np.int64], Bits]  # flat indices in the whole tensor, and bits
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a rank holds of a tensor.
+
+    Attributes:
+        shape: of the whole tensor.
+        local: shape of the part.
+        offset: where the part begins in each direction.
+        is_sent: whether this rank sends it; other ranks may hold it too.
+    """
+
+    shape: tuple[int, ...]
+    local: tuple[int, ...]
+    offset: tuple[int, ...]
+    is_sent: bool
+
+    def sent(self, at: npt.NDArray[np.int64], bits: Bits) -> _Sent | None:
+        """Return what is sent of elements at flat indices in the part, ``(n,)``."""
+        if not self.is_sent:
+            return None
+        if not len(at) or not self.shape:
+            return at, bits
+        places = np.unravel_index(at, self.local)
+        whole = [place + start for place, start in zip(places, self.offset, strict=True)]
+        return np.ravel_multi_index(whole, self.shape).astype(np.int64), bits
 
 
 class Shards:
@@ -44,15 +72,14 @@ class Shards:
         self._model = model
         self._rank = dist.get_rank()
         state = self._state()
-        self._parts = {name: _indices(name, tensor) for name, tensor in state.items()}
+        self._parts = {name: _part(name, tensor) for name, tensor in state.items()}
         self._copies: dict[str, Bits] = {}
         self._given = None if whole is None else dict(whole.state_dict())
         self._places: dict[str, torch.Tensor] = {}
         problem = None
         for name, tensor in state.items():
-            here = _local(tensor)
-            self._copies[name] = _bits(here).copy()
-            parts = self._gather(self._all(name))
+            copy = self._copies[name] = _bits(_local(tensor)).copy()
+            parts = self._gather(self._parts[name].sent(np.arange(len(copy)), copy))
             if self._rank == 0:
                 problem = problem or self._place(name, tensor, parts)
         self.whole: Model | None = None
@@ -72,16 +99,11 @@ class Shards:
                 )
             at = np.flatnonzero(now != copy)
             copy[at] = now[at]
-            index = self._parts[name]
-            for sent in self._gather(None if index is None else (index[at], copy[at])):
+            for sent in self._gather(self._parts[name].sent(at, copy[at])):
                 self._write(name, sent)
 
     def _state(self) -> Mapping[str, torch.Tensor]:
         return {name: tensor.detach() for name, tensor in self._model.state_dict().items()}
-
-    def _all(self, name: str) -> _Sent | None:
-        index = self._parts[name]
-        return None if index is None else (index, self._copies[name])
 
     def _gather(self, sent: _Sent | None) -> list[_Sent]:
         """Return on rank 0 what all ranks send; nothing on the others."""
@@ -140,13 +162,14 @@ def shared(value: Any) -> Any:
     return values[0]
 
 
-def _indices(name: str, tensor: Any) -> npt.NDArray[np.int64] | None:
-    """Return the flat indices in the whole tensor of what this rank holds; None if another rank sends it."""
+def _part(name: str, tensor: Any) -> _Part:
+    """Return what this rank holds of a tensor."""
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
+    shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
-        return np.arange(tensor.numel()) if dist.get_rank() == 0 else None
+        return _Part(shape, shape, (0,) * len(shape), dist.get_rank() == 0)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = tensor.device_mesh, tensor.placements
@@ -154,16 +177,9 @@ def _indices(name: str, tensor: Any) -> npt.NDArray[np.int64] | None:
         raise StructureMismatch(
             f"tensor {name!r} is placed as {placements}, expected shards or replicas", tensor=name
         )
-    if any(one.is_replicate() and mesh.get_local_rank(i) for i, one in enumerate(placements)):
-        return None
-    local, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    found = np.zeros((1,) * len(local), np.int64)
-    for axis, (size, first, n) in enumerate(zip(local, offset, tensor.shape, strict=True)):
-        line = np.arange(first, first + size).reshape(
-            [-1 if a == axis else 1 for a in range(len(local))]
-        )
-        found = found * n + line
-    return found.reshape(-1)
+    local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    is_copy = any(one.is_replicate() and mesh.get_local_rank(i) for i, one in enumerate(placements))
+    return _Part(shape, tuple(local), tuple(offset), not is_copy)
 
 
 def _local(tensor: Any) -> torch.Tensor:

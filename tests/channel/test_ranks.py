@@ -58,8 +58,16 @@ def divided(kind: str) -> Any:
     model = Net()
     if kind == "fsdp2":
         return fully_shard(model)
-    mesh = init_device_mesh("cpu", (2,))
-    return parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    if kind == "replicated":
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
+        return fully_shard(model, mesh=mesh)
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    if kind == "tensor parallel":
+        return parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    names = ("replicas", "shards", "tensor") if kind == "all three" else ("shards", "tensor")
+    mesh = init_device_mesh("cpu", (1, 2, 2)[-len(names) :], mesh_dim_names=names)
+    parallelize_module(model, mesh["tensor"], plan)
+    return fully_shard(model, mesh=mesh[names[:-1]])
 
 
 def run(rank: int, kind: str, root: str, n: int, *, gives_whole: bool) -> list[Any]:
@@ -155,6 +163,26 @@ def test_ranks_publish_what_they_hold(
 
 def run_one(rank: int, kind: str, root: str, n: int, gives_whole: bool) -> list[Any]:
     return run(rank, kind, root, n, gives_whole=gives_whole)
+
+
+@pytest.mark.parametrize("kind", ["fsdp2 and tensor parallel", "all three"])
+def test_four_ranks_in_two_directions(kind: str, tmp_path: Path) -> None:
+    pool = RankPool(4)
+    try:
+        pool.results(run_one, kind, str(tmp_path), 3, False)
+    finally:
+        pool.close()
+    follower = sparsedelta.Follower(sparsedelta.Channel(tmp_path / "channel"), tmp_path / "out")
+    for version in (1, 3):
+        follower.sync(version)
+        assert is_equal(load_file(tmp_path / "out"), expected(version)), version
+
+
+def test_replicas_send_once(ranks: RankPool, tmp_path: Path) -> None:
+    """Ranks that hold the same part: the first of them sends it."""
+    ranks.results(run_one, "replicated", str(tmp_path), 2, False)
+    sparsedelta.Follower(sparsedelta.Channel(tmp_path / "channel"), tmp_path / "out").sync()
+    assert is_equal(load_file(tmp_path / "out"), expected(2))
 
 
 def test_a_run_that_resumes_continues_with_deltas(ranks: RankPool, tmp_path: Path) -> None:
