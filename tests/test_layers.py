@@ -30,19 +30,20 @@ ROOMS = (
     "report",
     "live",
     "hub",
-    "channel",
     "interop",
+    "channel",
     "cli",
     "top",
 )
 GROUND = {"errors", "dtypes", "progress", "redaction", "_typing", "fs", "interrupts", "system"}
 TOP = {"__init__", "__main__"}
 
-# What the thin methods of ``Delta``, ``diff`` of a model, ``open_store`` and ``opened_all`` import when they are called.
+# What the thin methods of ``Delta``, ``diff`` of a model or a repository, ``open_store`` and ``opened_all`` import when they are called.
 LATE = {
     ("format.delta", "live.inplace"),
     ("format.delta", "hub.push"),
     ("ops.diff", "live.sides"),
+    ("ops.diff", "hub.sources"),
     ("stores", "hub.store"),
     ("format.delta", "interop.opening"),
 }
@@ -56,6 +57,7 @@ LAZY: dict[str, set[str]] = {
     "huggingface_hub": {"hub"},
     "transformers": {"live"},
     "fsspec": {"stores"},
+    "vllm": {"channel"},
     "sift_train": set(),
 }
 # The types of a model are named where all rooms can see them.

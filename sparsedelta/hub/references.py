@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 
 SCHEME = "hf://"
 DELTA_SUFFIX = ".sd"
 DELTA_NAME = "delta.sd"
+_PATH_SUFFIXES = (DELTA_SUFFIX, ".safetensors")
 
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}"
 _ID = rf"{_NAME}/{_NAME}"
@@ -55,6 +57,19 @@ def parse_reference(text: str) -> Reference | None:
         return _parse_with_scheme(text)
     found = _PLAIN.fullmatch(text)
     return Reference(found["id"], found["revision"]) if found else None
+
+
+def named_repository(text: str) -> Reference | None:
+    """Return the repository that a text names, or None if it names a path. An existing path is preferred.
+
+    Raises:
+        ValueError: it begins with ``hf://`` and names no repository.
+    """
+    found = parse_reference(text)
+    if found is None or text.startswith(SCHEME):
+        return found
+    is_path = os.path.lexists(text) or text.endswith(_PATH_SUFFIXES)
+    return None if is_path else found
 
 
 def is_repo_id(text: str) -> bool:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsedelta.errors import (
+    AccessDenied,
     BaseMismatch,
     BaseNeeded,
     ConflictError,
     RemoteNotFound,
+    Unreachable,
 )
 from sparsedelta.files.unread import UNREAD_WEIGHT_SUFFIXES, conversion
 from sparsedelta.format.delta import Delta
@@ -27,7 +29,7 @@ from sparsedelta.hub.chain import (
 from sparsedelta.hub.client import Hub, Token
 from sparsedelta.hub.folders import folder_of
 from sparsedelta.hub.record import differences
-from sparsedelta.hub.references import Reference, parse_reference
+from sparsedelta.hub.references import SCHEME, Reference, named_repository, parse_reference
 from sparsedelta.hub.repository import Repository, open_repository
 from sparsedelta.ops.stack import stack
 
@@ -168,6 +170,24 @@ def fetched_checkpoint(reference: Reference, *, token: Token = None) -> Iterator
         yield repository.name, folder
 
 
+@contextmanager
+def opened_side(text: str) -> Iterator[tuple[str | None, Path]]:
+    """Yield a side of ``diff``: the name and files of a repository, or None and the path.
+
+    Raises:
+        RemoteError: there is neither such a path nor such a repository, or it holds no weights.
+        ValueError: the text begins with ``hf://`` and names no repository.
+    """
+    reference = named_repository(text)
+    if reference is None:
+        yield None, Path(text)
+        return
+    with ExitStack() as context:
+        with or_path(text):
+            found = context.enter_context(fetched_checkpoint(reference))
+        yield found
+
+
 def check_remote_base(reference: Reference, *, token: Token = None) -> RemoteBaseReport:
     """Compare a delta on the Hub with the metadata of its base, without downloading weights.
 
@@ -209,3 +229,14 @@ def _conversion(repository: Repository) -> str:
 def _is_of_checkpoint(path: str) -> bool:
     name = path.rpartition("/")[2]
     return not name.startswith(".git") and not name.lower().endswith(UNREAD_WEIGHT_SUFFIXES)
+
+
+@contextmanager
+def or_path(text: str) -> Iterator[None]:
+    """If the repository is not available, add to the error that no path of this name exists either."""
+    try:
+        yield
+    except (RemoteNotFound, AccessDenied, Unreachable) as error:
+        if text.startswith(SCHEME) or (isinstance(error, RemoteNotFound) and not error.expected):
+            raise  # the repository exists, but something in it does not
+        raise type(error)(f"there is no local path '{text}', and {error}") from error

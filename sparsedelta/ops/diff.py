@@ -63,9 +63,11 @@ def diff(
 
     Args:
         base: a safetensors file; a folder of safetensors files (sharded or not) and other files; or a
-            model in memory: a ``torch.nn.Module`` or a state dict, on any device.
+            model in memory: a ``torch.nn.Module`` or a state dict, on any device; or, if no such path exists, a
+            repository on the Hub: ``org/model``, ``org/model@revision`` or ``hf://org/model@revision``.
         target: the same.
-        base_id: where the base can be found, such as ``org/model@<commit>``; recorded as a hint.
+        base_id: where the base can be found, such as ``org/model@<commit>``; recorded as a hint. None: the
+            repository and its commit if the base is one.
         values: ``"ulp"`` (differences in units in the last place: small) or ``"target"`` (new bits).
         level: ``"fast"``, ``"default"`` or ``"max"``: how much time is spent to make the delta smaller.
         standalone: code all changes so that they can be decoded without the base. ``stack`` and
@@ -87,10 +89,13 @@ def diff(
             carry; the message names it.
         StructureMismatch: it is not known how a model in memory is saved, or the model has other
             tensors than the folder that is the base.
+        RemoteError: a repository is not available, or holds no weights.
         ValueError: an argument is wrong.
     """
-    folder = base if _is_path(base) and Path(base).is_dir() else None
     with ExitStack() as context:
+        base, repository = _side(base, context)
+        target, _ = _side(target, context)
+        folder = base if _is_path(base) and Path(base).is_dir() else None
         old = context.enter_context(
             Checkpoint(base, exclude=exclude, include=include, whole=False)
             if _is_path(base)
@@ -104,7 +109,7 @@ def diff(
         return between(
             old,
             new,
-            base_id=base_id,
+            base_id=base_id or repository,
             values=values,
             level=level,
             standalone=standalone,
@@ -112,6 +117,17 @@ def diff(
             progress=progress,
             spool_dir=spool_dir,
         )
+
+
+def _side(side: AnyPath | Model, context: ExitStack) -> tuple[AnyPath | Model, str | None]:
+    """Return a side of ``diff``; a repository as the folder of its files, with its name."""
+    if not isinstance(side, str):
+        return side, None
+    # Imported only for text, because the room of the Hub comes after this one.
+    from sparsedelta.hub.sources import opened_side
+
+    name, path = context.enter_context(opened_side(side))
+    return (path if name else side), name
 
 
 def between(

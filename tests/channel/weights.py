@@ -27,11 +27,11 @@ def advance(state: State, step: int) -> None:
     state["b"][step % 512] = -step
 
 
-def save(folder: Path, step: int) -> Path:
-    """Write the weights after a step as a checkpoint folder."""
+def save(folder: Path, step: int, *, same_config: bool = False) -> Path:
+    """Write the weights after a step as a checkpoint folder, with a configuration that names the step or none."""
     folder.mkdir(exist_ok=True)
     save_file(weights(step), folder / "model.safetensors")
-    (folder / "config.json").write_text(f'{{"step":{step}}}')
+    (folder / "config.json").write_text("{}" if same_config else f'{{"step":{step}}}')
     return folder
 
 

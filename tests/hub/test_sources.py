@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,36 @@ def test_diff(
     other.good("apply", BASE, "d.sd", "out")
     for path in ("model-00001-of-00002.safetensors", "config.json"):
         assert (other.folder / "out" / path).read_bytes() == (checkpoints[1] / path).read_bytes()
+
+
+def test_diff_in_python(
+    other: Person, hub: LoopbackHub, base_commit: str, checkpoints: tuple[Path, Path]
+) -> None:
+    """A repository stands on either side, and a path that exists comes first."""
+    publish(hub, "org/tuned", checkpoints[1])
+    other.good("diff", BASE, "org/tuned", "-o", "d.sd")
+    script = f"""
+import os, sparsedelta
+sparsedelta.diff({BASE!r}, "hf://org/tuned").save("p.sd")
+os.rename("local", "org")
+sparsedelta.diff({BASE!r}, "org/tuned").save("q.sd")
+"""
+    shutil.copytree(checkpoints[0], other.folder / "local" / "tuned")
+    (other.folder / "script.py").write_text(script)
+    done = other.python("script.py")
+    assert done.returncode == 0, done.stderr
+    assert (other.folder / "p.sd").read_bytes() == (other.folder / "d.sd").read_bytes()
+    with sparsedelta.load(other.folder / "q.sd") as delta:
+        assert delta.nnz == 0
+        assert delta.base.id == f"{BASE}@{base_commit}"
+
+
+def test_diff_of_what_is_neither_a_path_nor_a_repository(other: Person) -> None:
+    (other.folder / "script.py").write_text(
+        "import sparsedelta; sparsedelta.diff('org/none', 'org/none')"
+    )
+    done = other.python("script.py")
+    assert "there is no local path 'org/none', and" in done.stderr
 
 
 def test_diff_does_not_take_a_delta_for_weights(other: Person, pushed: str) -> None:
