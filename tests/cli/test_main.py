@@ -87,7 +87,10 @@ def test_help_is_printed_and_fits(run: Run, name: str | None) -> None:
     result = run(*([name] if name else []), "--help")
     assert (result.exit_code, result.stderr) == (0, "")
     assert max(map(len, result.stdout.splitlines())) <= 80
-    assert "..." not in result.stdout.partition("Commands:")[2].partition("Examples:")[0]
+    if name is None:
+        commands = result.stdout.partition("Compare and rebuild:")[2].partition("Examples:")[0]
+        assert re.findall(r"^  (\w+) ", commands, re.MULTILINE) == [*COMMANDS]
+        assert "..." not in commands
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["diff", "--help"], ["--version"], ["nonsense"]])
