@@ -92,6 +92,7 @@ def run_page(text: str, folder: Path, names: dict[str, object]) -> None:
     """Run the blocks of a page in order; Python blocks share their names.
 
     Args:
+        text: the page, in Markdown.
         folder: the working folder; the caller has changed to it.
         names: names that the Python blocks may use without defining them.
     """
