@@ -16,47 +16,42 @@ if TYPE_CHECKING:
     from sparsedelta._typing import JSON
 
 
-class _Code(click.ParamType):
-    """A code of an error, or the name of its class."""
-
-    name = "code"
-
-    def convert(
-        self, value: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> type[SparseDeltaError]:
-        """Return the class of the error."""
-        classes = by_code()
-        names = {found.__name__.lower(): found for found in classes.values()}
-        found = classes.get(value) or names.get(value.lower())
-        if found is None:
-            self.fail(f"no error has the code {value!r}; the codes are {', '.join(classes)}")
-        return found
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """Return the codes that begin as given."""
-        return [CompletionItem(code) for code in by_code() if code.startswith(incomplete)]
+def _codes(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem | str]:
+    """Return the codes that begin as given."""
+    return [code for code in by_code() if code.startswith(incomplete)]
 
 
 @click.command("explain", cls=Command, epilog=examples("sparsedelta explain base_mismatch"))
-@click.argument("error", type=_Code(), metavar="CODE", required=False)
+@click.argument("code", required=False, shell_complete=_codes)
 @json_option
-def command(*, error: type[SparseDeltaError] | None, as_json: bool) -> None:
+def command(*, code: str | None, as_json: bool) -> None:
     """Explain an error: what CODE means, and what to do.
 
     CODE is the code of an error, such as base_mismatch, or the name of its class, such as
     BaseMismatch. Without CODE, all codes are listed.
     """
-    chosen = [error] if error else [*by_code().values()]
+    chosen = [*by_code().values()] if code is None else [_found(code)]
     if as_json:
         print_json({"errors": [_fields(one) for one in chosen]})
-    elif error:
-        click.echo(_describe(error))
+    elif code is not None:
+        click.echo(_describe(*chosen))
     else:
         width = max(map(len, by_code()))
         for one in chosen:
             click.echo(f"{one.code:{width}}  {inspect.getdoc(one)}".partition("\n")[0])
+
+
+def _found(text: str) -> type[SparseDeltaError]:
+    """Return the error of a code or of the name of a class."""
+    classes = by_code()
+    names = {error.__name__.lower(): error for error in classes.values()}
+    found = classes.get(text) or names.get(text.lower())
+    if found is None:
+        known = ", ".join(classes)
+        raise click.UsageError(f"no error has the code {text!r}; the codes are {known}")
+    return found
 
 
 def _fields(error: type[SparseDeltaError]) -> dict[str, JSON]:
