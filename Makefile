@@ -19,9 +19,10 @@ test: $(READY)
 docs: $(READY)
 	$(BIN)/python docs/site/build.py
 
-# Wheel and sdist in dist/: built twice and equal byte for byte, then installed in clean environments.
+# Wheel and sdist in dist/: built twice and equal byte for byte, then installed in clean environments: of PYTHONS, or of each
+# Python from 3.11 that is found.
 dist: $(READY)
-	$(BIN)/python tests/dist.py
+	$(BIN)/python tests/check_dist.py $(addprefix --python ,$(PYTHONS))
 
 # The Hub's tests with the last huggingface_hub before 2, which transformers still asks for.
 test-hub-1x: $(HUB_1X)/.ready
