@@ -56,3 +56,13 @@ def test_no_page_has_marks_of_a_merge() -> None:
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "spec").glob("*.md")]
     marked = re.compile(r"^(<{7}|={7}|>{7})( |$)", re.MULTILINE)
     assert [page.name for page in pages if marked.search(page.read_text("utf-8"))] == []
+
+
+def test_citation_names_the_version() -> None:
+    assert f"\nversion: {sparsedelta.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
+def test_snippets_for_the_hub_use_public_names() -> None:
+    text = (ROOT / "docs" / "hub-library.md").read_text("utf-8")
+    names = set(re.findall(r"\bsparsedelta\.(\w+)\(", text))
+    assert names == {"load_model", "pull"} <= set(sparsedelta.__all__)

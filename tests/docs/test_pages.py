@@ -35,7 +35,12 @@ def test_every_block_is_run_or_says_why_not(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_has_a_language(page: Path) -> None:
-    assert {b.language for b in blocks(page.read_text("utf-8"))} <= {"python", "console", "text"}
+    assert {b.language for b in blocks(page.read_text("utf-8"))} <= {
+        "python",
+        "console",
+        "text",
+        "typescript",
+    }
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
