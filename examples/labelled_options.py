@@ -15,7 +15,13 @@ def options_of(description: str | None) -> argparse.Namespace:
         required=True,
         help="file with a label, a space and a text on each line",
     )
-    parser.add_argument("--model", type=Path, help="folder of an encoder; default: MiniLM")
-    parser.add_argument("--output", type=Path, default=Path("delta.sd"))
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="folder of an encoder; default: MiniLM, which the package group demo contains",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("delta.sd"), help="the delta; default: delta.sd"
+    )
+    parser.add_argument("--steps", type=int, default=60, help="default: 60")
     return parser.parse_args()

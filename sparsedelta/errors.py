@@ -275,8 +275,8 @@ class RemoteError(SparseDeltaError):
 
     code = "remote"
     remedy = (
-        "Run the command again. If a download is damaged again, remove the file that the "
-        "message names from the cache."
+        "Install the package that the message names, if it names one. Otherwise run the command again."
+        " If a download is damaged again, remove the file that the message names from the cache."
     )
 
 

@@ -10,6 +10,7 @@ import io
 import os
 import signal
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -70,6 +71,19 @@ class Commands(click.Group):
         names = {param.name for param in command.params}
         command.params += [option for option in _shared_options() if option.name not in names]
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the arguments name. The error of an unknown name proposes a similar one."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            similar = get_close_matches(args[0], COMMANDS, n=1)
+            if not similar:
+                raise
+            message = f"no command is named {args[0]!r}; did you mean {similar[0]!r}?"
+            raise click.UsageError(message, ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands in groups."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsedelta.cli._common import Settings, quiet_client
-from sparsedelta.errors import AccessDenied, RemoteNotFound, Unreachable
+from sparsedelta.errors import RemoteError, RemoteNotFound
 from sparsedelta.hub.references import DELTA_SUFFIX, SCHEME, Reference, parse_reference
 from sparsedelta.report.text import printable
 
@@ -122,7 +122,7 @@ def _or_path(text: str) -> Iterator[None]:
     """If the repository is not available, add to the error that no path of this name exists either."""
     try:
         yield
-    except (RemoteNotFound, AccessDenied, Unreachable) as error:
+    except RemoteError as error:
         if text.startswith(SCHEME) or (isinstance(error, RemoteNotFound) and not error.expected):
             raise  # the repository exists, but something in it does not
         raise type(error)(f"there is no local path '{text}', and {error}") from error

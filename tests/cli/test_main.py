@@ -128,6 +128,11 @@ def test_usage_errors(process: Process, arguments: list[str]) -> None:
     assert result.stderr.startswith("Usage: ")
 
 
+def test_a_similar_command_is_proposed(run: Run) -> None:
+    assert "no command is named 'exlain'; did you mean 'explain'?" in run("exlain").stderr
+    assert "did you mean" not in run("nonsense").stderr
+
+
 def test_option_with_an_unknown_value(workplace: Workplace, run: Run) -> None:
     result = run("diff", workplace.base, workplace.target, "-o", workplace.delta, "--values", "x")
     assert result.exit_code == 2
