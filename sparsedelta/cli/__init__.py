@@ -10,7 +10,6 @@ import io
 import os
 import signal
 import sys
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -79,6 +78,8 @@ class Commands(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError:
+            from difflib import get_close_matches
+
             similar = get_close_matches(args[0], COMMANDS, n=1)
             if not similar:
                 raise
