@@ -58,12 +58,14 @@ def copy(path: Path) -> None:
 
 
 def _for_site(text: str, page: Path) -> str:
-    """Return the text of a page without links to folders, which the site does not have."""
+    """Return the text of a page without links to folders and hidden files, which the site does not have."""
 
-    def without_folder(match: re.Match[str]) -> str:
-        return match[1] if (page.parent / match[2]).is_dir() else match[0]
+    def plain_if_absent(match: re.Match[str]) -> str:
+        place = (page.parent / match[2]).resolve()
+        is_hidden = any(part.startswith(".") for part in place.relative_to(ROOT).parts)
+        return match[1] if is_hidden or place.is_dir() else match[0]
 
-    return re.sub(r"\[([^]]+)\]\((?![a-z]+:|#)([^)#\s]+)\)", without_folder, text)
+    return re.sub(r"\[([^]]+)\]\((?![a-z]+:|#)([^)#\s]+)\)", plain_if_absent, text)
 
 
 def write_generated() -> None:

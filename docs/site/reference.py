@@ -48,7 +48,7 @@ def _command(command: click.Command, ctx: click.Context) -> list[str]:
         if (record := option.get_help_record(ctx)) is not None
     ]
     if records:
-        rows = [f"| `{_cell(name)}` | {_cell(text)} |" for name, text in records]
+        rows = [f"| `{name}` | {_cell(text)} |" for name, text in records]
         parts.append("\n".join(["| option | meaning |", "|---|---|", *rows]))
     lines = (command.epilog or "").replace("\b", "").strip().splitlines()[1:]
     parts.append("\n".join(["```console", *(f"$ {line.strip()}" for line in lines), "```"]))
