@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _PACKAGES = (
     "numpy", "zstandard", "blake3", "click", "rich", "safetensors", "torch", "transformers", "accelerate",
-    "huggingface_hub", "fsspec", "s3fs", "gcsfs", "adlfs", "xxhash", "matplotlib",
+    "huggingface_hub", "fsspec", "s3fs", "gcsfs", "adlfs", "xxhash", "pyyaml", "matplotlib",
 )  # fmt: skip
 
 
