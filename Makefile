@@ -7,13 +7,22 @@ HUB_1X := $(VENV)-hub-1x
 BENCH := $(VENV)-bench
 INTEROP := $(VENV)-interop
 
-.PHONY: demo test test-hub-1x sanitize lint format bench bench-quick gpu-rehearse interop vectors clean
+.PHONY: demo docs dist test test-hub-1x sanitize lint format bench bench-quick gpu-rehearse interop vectors clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
+
+# The documentation site, in build/site. Broken links and missing docstrings are errors.
+docs: $(READY)
+	$(BIN)/python docs/site/build.py
+
+# Wheel and sdist in dist/: built twice and equal byte for byte, then installed in clean environments: of PYTHONS, or of each
+# Python from 3.11 that is found.
+dist: $(READY)
+	$(BIN)/python tests/check_dist.py $(addprefix --python ,$(PYTHONS))
 
 # The Hub's tests with the last huggingface_hub before 2, which transformers still asks for.
 test-hub-1x: $(HUB_1X)/.ready

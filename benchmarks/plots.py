@@ -2,7 +2,8 @@
 
     python benchmarks/plots.py
 
-The plots show size by density, size by time, and time and memory by checkpoint size; all log-log.
+``bars.svg``, the picture of the README, shows the files of five tools. The other plots show size by density, size by
+time, and time and memory by checkpoint size; all log-log.
 """
 
 from __future__ import annotations
@@ -22,6 +23,17 @@ OWN_COLOURS = ("#d62728", "#ff7f0e", "#f7b6d2", "#8c564b")
 COLOURS = ("#1f77b4", "#2ca02c", "#17becf", "#9467bd", "#bcbd22", "#7f7f7f", "#393b79")
 MARKERS = "svDP<>X*ph^"
 UNIFORM = "uniform-bf16-"
+BAR_PAIRS = {
+    "small-step-1": "one training step, 2.3 % changed",
+    "full": "fine-tuning all weights, 25 % changed",
+}
+BAR_TOOLS = {
+    "sparsedelta": "sparsedelta",
+    "z4ai model_delta": "z4ai",
+    "fireworks (zstd of XOR)": "XOR and zstd (Fireworks)",
+    "grail layout": "grail",
+    "TRL v2 layout": "TRL v2",
+}
 
 Measured = Mapping[str, Any]
 
@@ -40,6 +52,19 @@ def style_of(tool: str, number: int) -> dict[str, Any]:
         return {"color": colour, "marker": "o", "zorder": 3, "linewidth": 2}
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
     return {"color": colour, "marker": marker, "linewidth": 1}
+
+
+def draw_bars(axes: Axes, measured: Measured) -> None:
+    """Draw the size of the file that each tool writes for one pair, the smallest first."""
+    sizes = {BAR_TOOLS[tool]: measured["tools"][tool]["bytes"] / 1e6 for tool in BAR_TOOLS}
+    names = sorted(sizes, key=lambda name: -sizes[name])
+    colours = [OWN_COLOURS[0] if name == OWN else "#9aa5b1" for name in names]
+    bars = axes.barh(names, [sizes[name] for name in names], color=colours)
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.set_title(BAR_PAIRS[measured["pair"]], fontsize=11)
+    axes.set_xlabel(f"MB of delta for {measured['bytes'] / 1e6:.0f} MB of model")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.15)
 
 
 def draw_series(axes: Axes, record: Sequence[Measured]) -> None:
@@ -118,6 +143,11 @@ def main() -> None:
     record = read_lines(results / "against.jsonl")
     scaling = read_lines(results / "scaling.jsonl")
     if record:
+        figure, axes = plt.subplots(1, 2, figsize=(10, 2.6), layout="constrained")
+        for axis, pair in zip(axes, BAR_PAIRS, strict=True):
+            draw_bars(axis, next(m for m in record if m["pair"] == pair))
+        figure.patch.set_facecolor("white")  # readable on a dark page as well
+        write(figure, results / "bars.svg")
         figure, axes = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
         draw_series(axes[0], record)
         draw_trained(axes[1], record)

@@ -19,9 +19,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 import sparsedelta
 
 TEXT = b"abcdefghijklmnopqrstuvwxyz" * 4
@@ -30,6 +27,9 @@ N_NEW = 8
 
 def make_model(seed: int) -> Any:
     """Return a small model of bytes in bf16."""
+    import torch  # in functions, so that --help is fast
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=256,
@@ -44,6 +44,8 @@ def make_model(seed: int) -> Any:
 
 def train(channel: sparsedelta.Channel, n_steps: int, saved: Path) -> None:
     """Train from the last saved step, and publish every step."""
+    import torch
+
     model, done = make_model(0), 0
     if saved.exists():
         done, state = torch.load(saved)
@@ -77,6 +79,8 @@ def follow(follower: sparsedelta.Follower, interval: float) -> None:
 
 def answer(model: Any, follower: sparsedelta.Follower, prompt: str) -> dict[str, Any]:
     """Return the bytes that the model appends to a prompt, and the version that it had all the time."""
+    import torch
+
     tokens = torch.tensor([list(prompt.encode()) or [0]])
     with follower.reading() as version, torch.no_grad():
         found = model.generate(

@@ -22,15 +22,15 @@ import time
 from collections.abc import Iterator
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all files are local
 
-import torch
-import transformers
-from sentence_transformers import SentenceTransformer
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
 
-import sift_train
+    import sift_train
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -85,6 +85,8 @@ def functions_in(path: Path) -> Iterator[Pair]:
 
 def recall_at_1(encoder: SentenceTransformer, pairs: list[Pair]) -> float:
     """Return the share of docstrings whose nearest source is their own."""
+    import torch
+
     docs, sources = (
         encoder.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
         for texts in zip(*pairs, strict=True)
@@ -114,6 +116,8 @@ def make_batches(encoder: SentenceTransformer, pairs: list[Pair]) -> list[dict[s
 
 def contrastive_loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """Return the loss of finding each docstring's source among all sources in the batch."""
+    import torch
+
     docs, sources = (embed(model, batch[side]) for side in ("doc", "source"))
     scores = SCALE * docs @ sources.T
     own = torch.arange(len(scores), device=scores.device)
@@ -123,6 +127,8 @@ def contrastive_loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Ten
 
 def embed(model: torch.nn.Module, tokens: Any) -> torch.Tensor:
     """Return unit vectors: the mean over tokens, as the base's own pooling does."""
+    import torch
+
     states = model(**tokens).last_hidden_state  # (batch, tokens, width)
     mask = tokens["attention_mask"].unsqueeze(-1)
     return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
@@ -130,6 +136,8 @@ def embed(model: torch.nn.Module, tokens: Any) -> torch.Tensor:
 
 def load_encoder(path: Path) -> SentenceTransformer:
     """Return the model in a folder; it truncates texts at the same length as the training."""
+    from sentence_transformers import SentenceTransformer
+
     encoder = SentenceTransformer(str(path), device="cpu")
     encoder.max_seq_length = MAX_TOKENS["source"]
     return encoder
@@ -176,6 +184,10 @@ def main() -> int:
     parser.add_argument("--work-dir", type=Path, default=ROOT / ".demo", help="made afresh")
     parser.add_argument("--steps", type=int, default=70)
     options = parser.parse_args()
+    import transformers  # after the options, so that --help is fast
+
+    import sift_train
+
     logging: Any = transformers.utils.logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -14,32 +14,32 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from labelled import (
-    BATCH,
-    MAX_TOKENS,
-    accuracy,
-    load,
-    make_batches,
-    model_folder,
-    options_of,
-    read_examples,
-    split,
-)
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
-
-import sift_train
+from labelled_options import options_of
 
 LAYERS = ["query", "key", "value", "attention.output.dense"]
-
-
-class SiftTrainer(sift_train.SiftTrainerMixin, Trainer):
-    """A Trainer that trains the masters."""
 
 
 def main() -> int:
     """Train, keep the delta of the last save, and print a summary."""
     options = options_of(__doc__)
+    import torch  # after the options, so that --help is fast
+    from labelled import (
+        BATCH,
+        MAX_TOKENS,
+        accuracy,
+        load,
+        make_batches,
+        model_folder,
+        read_examples,
+        split,
+    )
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+    import sift_train
+
+    class SiftTrainer(sift_train.SiftTrainerMixin, Trainer):
+        """A Trainer that trains the masters."""
+
     rows = read_examples(options.data)
     training, held_out = split(rows)
     with model_folder(options.model) as folder, tempfile.TemporaryDirectory() as work:

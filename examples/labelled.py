@@ -8,7 +8,6 @@ package group ``demo`` contains.
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,21 +24,6 @@ MAX_TOKENS = 32
 SEED = 0
 
 Batch = dict[str, torch.Tensor]
-
-
-def options_of(description: str | None) -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        help="file with a label, a space and a text on each line",
-    )
-    parser.add_argument("--model", type=Path, help="folder of an encoder; default: MiniLM")
-    parser.add_argument("--output", type=Path, default=Path("delta.sd"))
-    parser.add_argument("--steps", type=int, default=60)
-    return parser.parse_args()
 
 
 @contextmanager

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import itertools
 import sys
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from labelled import accuracy, load, make_batches, model_folder, options_of, read_examples, split
-from torch import Tensor
+from labelled_options import options_of
 
-import sift_train
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def small_weights_with_large_gradients(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -24,6 +23,12 @@ def small_weights_with_large_gradients(weight: Tensor, gradient: Tensor) -> Tens
 def main() -> int:
     """Choose components, train them and write the delta."""
     options = options_of(__doc__)
+    import numpy as np  # after the options, so that --help is fast
+    import torch
+    from labelled import accuracy, load, make_batches, model_folder, read_examples, split
+
+    import sift_train
+
     rows = read_examples(options.data)
     training, held_out = split(rows)
     with model_folder(options.model) as folder:

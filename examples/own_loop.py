@@ -8,10 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 
-import torch
-from labelled import accuracy, load, make_batches, model_folder, options_of, read_examples, split
-
-import sift_train
+from labelled_options import options_of
 
 LAYERS = ["query", "key", "value", "attention.output.dense"]
 NO_DECAY = ["bias", "LayerNorm.weight"]
@@ -20,6 +17,11 @@ NO_DECAY = ["bias", "LayerNorm.weight"]
 def main() -> int:
     """Train, write the delta, and print a summary."""
     options = options_of(__doc__)
+    import torch  # after the options, so that --help is fast
+    from labelled import accuracy, load, make_batches, model_folder, read_examples, split
+
+    import sift_train
+
     rows = read_examples(options.data)
     training, held_out = split(rows)
     with model_folder(options.model) as folder:

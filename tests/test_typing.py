@@ -45,6 +45,24 @@ with DeltaBank(model).reading() as active:
 snapshot = Snapshot(model)
 assert_type(snapshot.diff(), Delta)
 
+assert_type(sparsedelta.merge("base", "one.sd", delta, method="ties"), Delta)
+assert_type(sparsedelta.convert("patch", "delta.sd", base="base"), sparsedelta.ConvertReport)
+assert_type(sparsedelta.push("delta.sd", "me/tuned").commit, str | None)
+assert_type(sparsedelta.pull("me/tuned", Path("out")).out, Path)
+channel = sparsedelta.Channel("channel")
+with sparsedelta.Publisher(channel, model) as publisher:
+    publisher.publish(1, {"loss": 0.5})
+follower = sparsedelta.Follower(channel, model)
+with follower.reading() as version:
+    assert_type(version, int | None)
+try:
+    delta.save("delta.sd")
+except sparsedelta.SparseDeltaError as error:
+    assert_type(error.code, str)
+    assert_type(error.remedy, str)
+
+result = sift_train.fit(model, [{"x": torch.zeros(2)}], output="delta.sd", base="base")
+assert_type(result, sift_train.FitResult)
 sift = sift_train.SIFT(model)
 assert_type(sift, sift_train.SIFT)
 
@@ -52,6 +70,7 @@ sparsedelta.diff("base")  # wrong
 sparsedelta.apply("base", "delta.sd", "out", overwrite="yes")  # wrong
 report: str = sparsedelta.verify(delta)  # wrong
 delta.weights  # wrong
+follower.sync("latest")  # wrong
 """
 WRONG = {n for n, line in enumerate(PROGRAM.splitlines(), 1) if line.endswith("# wrong")}
 

@@ -24,12 +24,11 @@ from sparsedelta.cli._failures import (
     report_failure,
     report_interrupt,
 )
+from sparsedelta.cli._help import COMMANDS, format_commands
 from sparsedelta.codecs.kernels import in_use
 
-COMMANDS = (
-    "diff", "apply", "verify", "inspect", "stack", "invert", "merge", "convert", "push", "pull",
-    "publish", "follow", "log", "prune",
-)  # fmt: skip
+__all__ = ["COMMANDS", "main"]
+
 _DEBUG_HELP = "Show the traceback of an error."
 _QUIET_HELP = "Do not show progress or notes."
 
@@ -71,6 +70,25 @@ class Commands(click.Group):
         names = {param.name for param in command.params}
         command.params += [option for option in _shared_options() if option.name not in names]
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the arguments name. The error of an unknown name proposes a similar one."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            from difflib import get_close_matches
+
+            similar = get_close_matches(args[0], COMMANDS, n=1)
+            if not similar:
+                raise
+            message = f"no command is named {args[0]!r}; did you mean {similar[0]!r}?"
+            raise click.UsageError(message, ctx) from None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands in groups."""
+        format_commands(self, ctx, formatter)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program. Standard streams that are closed, as in a daemon, are opened on the null device."""

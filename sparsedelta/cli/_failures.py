@@ -45,7 +45,10 @@ def report_failure(error: BaseException, *, with_traceback: bool) -> None:
         lines = "".join(traceback.format_exception(error))
         click.echo(redacted(lines, known), err=True, nl=False)
         click.echo(f"kernels: {in_use()}", err=True)
-    click.echo(f"error: {redacted(describe(error), known)}", err=True)
+    explained = (
+        f" (sparsedelta explain {error.code})" if isinstance(error, SparseDeltaError) else ""
+    )
+    click.echo(f"error: {redacted(describe(error), known)}{explained}", err=True)
 
 
 def report_interrupt(number: int) -> None:

@@ -15,6 +15,7 @@ from sparsedelta.cli._common import (
     exclude_option,
     verify_option,
 )
+from sparsedelta.cli._help import Command
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.fs import check_absent
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from sparsedelta.tensors.rebuild import Check
 
 
-@click.command("apply", epilog=examples("sparsedelta apply base/ delta.sd out/"))
+@click.command("apply", cls=Command, epilog=examples("sparsedelta apply base/ delta.sd out/"))
 @click.argument("base", type=PATH_OR_REPOSITORY)
 @click.argument("deltas_and_out", type=PATH_OR_REPOSITORY, nargs=-1, metavar="DELTA... OUT")
 @verify_option

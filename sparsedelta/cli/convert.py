@@ -18,6 +18,7 @@ from sparsedelta.cli._common import (
     json_option,
     print_json,
 )
+from sparsedelta.cli._help import Command
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.report.text import count, printable, size
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 @click.command(
     "convert",
+    cls=Command,
     epilog=examples(
         "sparsedelta convert delta.sd v1/ --base base/ --to slime --lossy",
         "sparsedelta convert v1/ back.sd --base base/",
@@ -66,7 +68,7 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Convert a delta from the form of one project to that of another.
+    """Convert a delta from the form of one project to another's.
 
     IN and OUT are deltas, or whole checkpoints. The form of IN is recognised from its content.
     Forms: sd, checkpoint, and those that docs/interop.md lists. IN, the base and the target may be

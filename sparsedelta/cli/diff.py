@@ -19,6 +19,7 @@ from sparsedelta.cli._common import (
     json_option,
     print_json,
 )
+from sparsedelta.cli._help import Command
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.cli._written import changed_text, written_json
@@ -34,6 +35,7 @@ _SMALL_BYTES = 1 << 20  # for smaller targets, no warning that the delta is larg
 
 @click.command(
     "diff",
+    cls=Command,
     epilog=examples("sparsedelta diff base/ target/ -o delta.sd --base-id org/model@4f1e2d9"),
 )
 @click.argument("base", type=PATH_OR_REPOSITORY)
@@ -88,7 +90,7 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Compare BASE and TARGET and write the difference to a delta file.
+    """Compare BASE and TARGET and write the difference as a delta.
 
     BASE and TARGET may each be a .safetensors file, a checkpoint folder (with shards,
     configuration, tokenizer and other files), or a repository on the Hub (org/name@revision).

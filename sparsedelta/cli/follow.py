@@ -16,6 +16,7 @@ import sparsedelta
 from sparsedelta.cli._channel import opened
 from sparsedelta.cli._common import PATH, PATH_OR_REPOSITORY, Settings, examples, json_option
 from sparsedelta.cli._failures import describe
+from sparsedelta.cli._help import Command
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.errors import Behind, ChannelError, RemoteError
 from sparsedelta.report.text import size
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from sparsedelta.channel.following import SyncReport
 
 
-@click.command("follow", epilog=examples("sparsedelta follow channel/ out/ --once"))
+@click.command("follow", cls=Command, epilog=examples("sparsedelta follow channel/ out/ --once"))
 @click.argument("channel", type=PATH_OR_REPOSITORY)
 @click.argument("out", type=PATH)
 @click.option("--once", is_flag=True, help="Move to the latest version and end.")

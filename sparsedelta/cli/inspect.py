@@ -16,10 +16,11 @@ from sparsedelta.cli._common import (
     json_option,
     print_json,
 )
+from sparsedelta.cli._help import Command
 from sparsedelta.cli._sources import Sources
 
 
-@click.command("inspect", epilog=examples("sparsedelta inspect delta.sd --tensors"))
+@click.command("inspect", cls=Command, epilog=examples("sparsedelta inspect delta.sd --tensors"))
 @click.argument("delta", type=PATH_OR_REPOSITORY)
 @click.option(
     "--base", type=PATH, help="The base of DELTA; needed for the forms of other projects."

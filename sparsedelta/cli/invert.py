@@ -16,12 +16,15 @@ from sparsedelta.cli._common import (
     exclude_option,
     json_option,
 )
+from sparsedelta.cli._help import Command
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.cli._written import show_written
 
 
-@click.command("invert", epilog=examples("sparsedelta invert delta.sd --base base/ -o undo.sd"))
+@click.command(
+    "invert", cls=Command, epilog=examples("sparsedelta invert delta.sd --base base/ -o undo.sd")
+)
 @click.argument("delta", type=PATH_OR_REPOSITORY)
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The file to write.")
 @click.option(

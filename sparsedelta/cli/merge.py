@@ -17,6 +17,7 @@ from sparsedelta.cli._common import (
     exclude_option,
     json_option,
 )
+from sparsedelta.cli._help import Command
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.cli._written import show_written
@@ -55,6 +56,7 @@ def _check_alone(base: str | None) -> None:
 
 @click.command(
     "merge",
+    cls=Command,
     epilog=examples("sparsedelta merge base/ sql.sd chat.sd -o both.sd --method ties"),
 )
 @click.argument("base", type=PATH_OR_REPOSITORY, required=False)

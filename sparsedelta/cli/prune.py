@@ -8,9 +8,10 @@ import click
 
 from sparsedelta.cli._channel import opened
 from sparsedelta.cli._common import PATH_OR_REPOSITORY, Settings, examples, json_option, print_json
+from sparsedelta.cli._help import Command
 
 
-@click.command("prune", epilog=examples("sparsedelta prune channel/ --keep 100"))
+@click.command("prune", cls=Command, epilog=examples("sparsedelta prune channel/ --keep 100"))
 @click.argument("channel", type=PATH_OR_REPOSITORY)
 @click.option(
     "--keep",

@@ -15,10 +15,11 @@ from sparsedelta.cli._common import (
     json_option,
     print_json,
 )
+from sparsedelta.cli._help import Command
 from sparsedelta.cli._progress import progress_bar
 
 
-@click.command("publish", epilog=examples("sparsedelta publish channel/ target/"))
+@click.command("publish", cls=Command, epilog=examples("sparsedelta publish channel/ target/"))
 @click.argument("channel", type=PATH_OR_REPOSITORY)
 @click.argument("checkpoint", type=PATH)
 @click.option(

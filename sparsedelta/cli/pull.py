@@ -20,6 +20,7 @@ from sparsedelta.cli._common import (
     token_option,
     verify_option,
 )
+from sparsedelta.cli._help import Command
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.report.text import printable
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from sparsedelta.tensors.rebuild import Check
 
 
-@click.command("pull", epilog=examples("sparsedelta pull me/tuned out/"))
+@click.command("pull", cls=Command, epilog=examples("sparsedelta pull me/tuned out/"))
 @click.argument("repo_id", metavar="ORG/NAME")
 @click.argument("out", type=PATH)
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of ORG/NAME.")

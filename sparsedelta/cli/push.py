@@ -18,6 +18,7 @@ from sparsedelta.cli._common import (
     quiet_client,
     token_option,
 )
+from sparsedelta.cli._help import Command
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.report.text import printable, size
 
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from sparsedelta import PushReport
 
 
-@click.command("push", epilog=examples("sparsedelta push delta.sd me/tuned --base-id org/model"))
+@click.command(
+    "push", cls=Command, epilog=examples("sparsedelta push delta.sd me/tuned --base-id org/model")
+)
 @click.argument("delta", type=PATH)
 @click.argument("repo_id", metavar="ORG/NAME")
 @click.option(

@@ -15,12 +15,15 @@ from sparsedelta.cli._common import (
     examples,
     json_option,
 )
+from sparsedelta.cli._help import Command
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.cli._written import show_written
 
 
-@click.command("stack", epilog=examples("sparsedelta stack monday.sd tuesday.sd -o both.sd"))
+@click.command(
+    "stack", cls=Command, epilog=examples("sparsedelta stack monday.sd tuesday.sd -o both.sd")
+)
 @click.argument("deltas", type=PATH_OR_REPOSITORY, nargs=-1, required=True, metavar="DELTA...")
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The file to write.")
 @click.option(

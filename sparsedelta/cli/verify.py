@@ -17,6 +17,7 @@ from sparsedelta.cli._common import (
     json_option,
     print_json,
 )
+from sparsedelta.cli._help import Command
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.report.text import count, printable, size
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from sparsedelta.hub.sources import RemoteBaseReport
 
 
-@click.command("verify", epilog=examples("sparsedelta verify delta.sd --base base/ --target out/"))
+@click.command(
+    "verify", cls=Command, epilog=examples("sparsedelta verify delta.sd --base base/ --target out/")
+)
 @click.argument("delta", type=PATH_OR_REPOSITORY)
 @click.option(
     "--base",

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsedelta.errors import (
-    AccessDenied,
     BaseMismatch,
     BaseNeeded,
     ConflictError,
+    RemoteError,
     RemoteNotFound,
-    Unreachable,
 )
 from sparsedelta.files.unread import UNREAD_WEIGHT_SUFFIXES, conversion
 from sparsedelta.format.delta import Delta
@@ -236,7 +235,7 @@ def or_path(text: str) -> Iterator[None]:
     """If the repository is not available, add to the error that no path of this name exists either."""
     try:
         yield
-    except (RemoteNotFound, AccessDenied, Unreachable) as error:
+    except RemoteError as error:
         if text.startswith(SCHEME) or (isinstance(error, RemoteNotFound) and not error.expected):
             raise  # the repository exists, but something in it does not
         raise type(error)(f"there is no local path '{text}', and {error}") from error

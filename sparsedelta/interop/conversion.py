@@ -131,7 +131,9 @@ def convert(
             with staged_output(out, overwrite=overwrite) as staged:
                 write_regions(reading.target, staged)
             with between(old, reading.target, level="fast") as delta:
-                return ConvertReport(name, wanted, delta.n_changed, delta.nnz, _size(out), proof, ())
+                return ConvertReport(
+                    name, wanted, delta.n_changed, delta.nnz, _size(out), proof, ()
+                )
         form = form_named(wanted)
         change = Transition(old, reading.target, form.abilities)
         _write(form, change, out, settings or {}, lossy=lossy, overwrite=overwrite)

@@ -87,7 +87,10 @@ def test_help_is_printed_and_fits(run: Run, name: str | None) -> None:
     result = run(*([name] if name else []), "--help")
     assert (result.exit_code, result.stderr) == (0, "")
     assert max(map(len, result.stdout.splitlines())) <= 80
-    assert "..." not in result.stdout.partition("Commands:")[2].partition("Examples:")[0]
+    if name is None:
+        commands = result.stdout.partition("Compare and rebuild:")[2].partition("Examples:")[0]
+        assert re.findall(r"^  (\w+) ", commands, re.MULTILINE) == [*COMMANDS]
+        assert "..." not in commands
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["diff", "--help"], ["--version"], ["nonsense"]])
@@ -123,6 +126,11 @@ def test_usage_errors(process: Process, arguments: list[str]) -> None:
     result = process(*arguments)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("Usage: ")
+
+
+def test_a_similar_command_is_proposed(run: Run) -> None:
+    assert "no command is named 'exlain'; did you mean 'explain'?" in run("exlain").stderr
+    assert "did you mean" not in run("nonsense").stderr
 
 
 def test_option_with_an_unknown_value(workplace: Workplace, run: Run) -> None:

@@ -1,0 +1,67 @@
+"""Help pages with options and commands in groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import click
+
+GROUPS: Mapping[str, Sequence[str]] = {
+    "Compare and rebuild": ("diff", "apply", "verify", "inspect", "convert"),
+    "Combine deltas": ("stack", "invert", "merge"),
+    "The Hub": ("push", "pull"),
+    "Channels": ("publish", "follow", "log", "prune"),
+    "Help": ("explain", "doctor", "completion"),
+}
+"""The commands, by the title under which the help lists them."""
+
+COMMANDS = tuple(name for names in GROUPS.values() for name in names)
+
+# An option that is in no group is listed under "Options".
+_OPTION_GROUPS: Mapping[str, Sequence[str]] = {
+    "Output": ("output", "keep_delta", "html", "tensors", "info", "overwrite", "as_json"),
+    "Base and target": ("base", "target", "base_id", "base_revision", "exclude", "include"),
+    "The Hub": (
+        "subfolder", "private", "revision", "create_pr", "commit_message", "commit_description", "tag", "token",
+    ),
+    "Checks": ("verify", "any_size", "lossy", "dry_run", "allow_secrets"),
+    "General": ("debug", "quiet"),
+}  # fmt: skip
+_FIRST = "Options"
+
+
+def option_groups(params: Iterable[click.Parameter]) -> dict[str, list[click.Option]]:
+    """Return the options by the title of their group. What only one command has comes first, under "Options"."""
+    titles = {name: title for title, names in _OPTION_GROUPS.items() for name in names}
+    found: dict[str, list[click.Option]] = {title: [] for title in (_FIRST, *_OPTION_GROUPS)}
+    for param in params:
+        if isinstance(param, click.Option):
+            title = (
+                "General" if param.opts[-1] == "--help" else titles.get(param.name or "", _FIRST)
+            )
+            found[title].append(param)
+    return {title: inside for title, inside in found.items() if inside}
+
+
+class Command(click.Command):
+    """A command whose help page lists options in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options of each group."""
+        for title, params in option_groups(self.get_params(ctx)).items():
+            records = [record for p in params if (record := p.get_help_record(ctx)) is not None]
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def format_commands(group: click.Group, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    """Write the name and the first sentence of each command, under the titles of ``GROUPS``."""
+    width = max(map(len, COMMANDS))
+    limit = formatter.width - 6 - width
+    for title, names in GROUPS.items():
+        commands = ((name, group.get_command(ctx, name)) for name in names)
+        with formatter.section(title):
+            formatter.write_dl(
+                [(name.ljust(width), c.get_short_help_str(limit)) for name, c in commands if c]
+            )
