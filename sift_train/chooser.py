@@ -7,11 +7,13 @@ the components of all parameters are chosen together; their number is the same a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sift_train.lr_transfer import LearningRate
 from sift_train.masters import SparseParameter
 from sift_train.ranks.group import ALONE, Ranks
 from sift_train.ranks.scores import (
@@ -45,13 +47,19 @@ class Chooser:
             number; ``"global"``: the largest
             scores of all parts are chosen; their number is the sum of all k.
         seed: seeds the choice among equal scores, and random selection.
+        learning_rate: measures the share of the gradients that is chosen; None: it is not measured.
 
     Raises:
         ValueError: the budget is neither of these.
     """
 
     def __init__(
-        self, parts: Mapping[str, SparseParameter], rule: Rule, budget: str, seed: int
+        self,
+        parts: Mapping[str, SparseParameter],
+        rule: Rule,
+        budget: str,
+        seed: int,
+        learning_rate: LearningRate | None = None,
     ) -> None:
         if budget not in BUDGETS:
             raise ValueError(f"budget is {budget!r}; choose one of {', '.join(BUDGETS)}")
@@ -59,6 +67,7 @@ class Chooser:
         self._rule = rule
         self._seed = seed
         self._is_global = budget == "global"
+        self._learning_rate = learning_rate
         self._scores: dict[str, GradientScores] = {}
 
     def choose_without_gradients(self) -> None:
@@ -98,7 +107,7 @@ class Chooser:
         at_once = at_once and not self._is_global
         scores = self._scores.get(part.name)
         if scores is None:
-            scores = GradientScores(self._rule, is_summed=not at_once, keeps_gradient=is_trained_on)
+            scores = self._new_scores(is_summed=not at_once, keeps_gradient=is_trained_on)
             self._scores[part.name] = scores
         scores.add(part.local, gradient)
         if at_once:
@@ -107,7 +116,12 @@ class Chooser:
     def finish(self, ranks: Ranks = ALONE) -> None:
         """Choose by the gradients added so far on all ranks; no effect if there are none."""
         if ranks.size > 1:
-            self._scores = share_scores(self._scores, self._parts.values(), ranks)
+            self._scores = share_scores(
+                self._scores,
+                self._parts.values(),
+                ranks,
+                partial(self._new_scores, is_summed=True, keeps_gradient=False),
+            )
         if self._is_global:
             self._finish_together()
             return
@@ -118,13 +132,28 @@ class Chooser:
         """Drop the scores and gradients added so far."""
         self._scores.clear()
 
+    def _new_scores(self, *, is_summed: bool, keeps_gradient: bool) -> GradientScores:
+        return GradientScores(
+            self._rule,
+            is_summed=is_summed,
+            keeps_gradient=keeps_gradient,
+            keeps_magnitudes=self._learning_rate is not None,
+        )
+
+    def _use(self, part: SparseParameter, scores: GradientScores) -> None:
+        """Train on the gradient that has chosen the components, and measure what they hold of it."""
+        if self._learning_rate is not None and scores.magnitudes is not None:
+            self._learning_rate.add(part, scores.magnitudes, n_ranks=scores.n_ranks)
+        if scores.gradient is not None:
+            part.collect(scores.gradient.to(part.local.device))
+
     def _choose(self, part: SparseParameter, scores: GradientScores) -> None:
         if part.is_selected:  # the caller has set idx meanwhile
-            _give_gradient(part, scores)
+            self._use(part, scores)
         elif has_scores([part], [scores]):
             generator = seeded_generator(self._seed, part.name)
             part.take_up(_largest(part, scores.total, generator))
-            _give_gradient(part, scores)
+            self._use(part, scores)
         else:
             _mark_overflow(part, scores)
 
@@ -134,14 +163,14 @@ class Chooser:
         chosen_by_hand = {n: s for n, s in self._scores.items() if n not in scores}
         self._scores.clear()
         for name, score in chosen_by_hand.items():
-            _give_gradient(self._parts[name], score)
+            self._use(self._parts[name], score)
         if not has_scores([parts[name] for name in scores], list(scores.values())):
             for name, score in scores.items():
                 _mark_overflow(self._parts[name], score)
             return
         self._choose_together({name: score.total for name, score in scores.items()})
         for name, score in scores.items():
-            _give_gradient(self._parts[name], score)
+            self._use(self._parts[name], score)
 
     def _choose_together(self, scores: Mapping[str, Tensor]) -> None:
         """Choose for all parts not chosen yet; parts without scores get no components."""
@@ -183,11 +212,6 @@ def _largest(part: SparseParameter, scores: Tensor, generator: torch.Generator) 
     if part.shard is None:
         return top_k_of_each(scores, part.n_matrices, part.n_wanted, generator)
     return top_k_of_shards({"": scores}, part.n_wanted, generator, {"": part.shard})[""]
-
-
-def _give_gradient(part: SparseParameter, scores: GradientScores) -> None:
-    if scores.gradient is not None:
-        part.collect(scores.gradient.to(part.local.device))
 
 
 def _mark_overflow(part: SparseParameter, scores: GradientScores) -> None:

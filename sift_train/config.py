@@ -46,6 +46,8 @@ class FitConfig:
         optimizer: ``"adamw"``, ``"sgd"``, ``"adafactor"``, or a function that takes parameter
             groups and returns an optimizer.
         lr: peak learning rate.
+        lr_transfer: ``lr`` is a learning rate of full fine-tuning. For parameters trained sparsely it is divided by
+            the share of the sum of |gradient| that the chosen components hold, as ``SIFT`` does.
         weight_decay: applied to trained components of matrices, not to 1-D parameters.
         decay_to: weight decay moves weights toward ``"zero"``, or toward the ``"base"`` weights.
         betas, eps: settings of AdamW.
@@ -88,6 +90,7 @@ class FitConfig:
     budget: str = "tensor"
     optimizer: str | Callable[[list[dict[str, Any]]], Optimizer] = "adamw"
     lr: float = 2e-4
+    lr_transfer: bool = False
     weight_decay: float = 0.0
     decay_to: str = "zero"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -155,8 +158,9 @@ class StepReport:
         step: number of the step, counted from 1.
         n_steps: number of steps of the whole run.
         loss: mean over the step's micro-batches.
-        lr: learning rate of the step.
+        lr: learning rate of the step, as stated.
         grad_norm: gradient norm of the trained components before clipping; None without clipping.
+        sparse_lr: learning rate of the parameters trained sparsely; that of ``lr_transfer``, otherwise ``lr``.
     """
 
     step: int
@@ -164,6 +168,7 @@ class StepReport:
     loss: float
     lr: float
     grad_norm: float | None
+    sparse_lr: float
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,13 @@ class Rule:
         from_gradient: a function of the weight and the gradient of one micro-batch, both of the
             tensor's shape. It returns the scores for this micro-batch; those of several are summed.
         from_weight: a function of the weight and a random generator that returns the scores.
+        is_uniform: every component is chosen with the same probability, so the share of the gradient
+            that the choice holds is the rate; ``lr_transfer`` does not measure it then.
     """
 
     from_gradient: Callable[[Tensor, Tensor], Tensor] | None = None
     from_weight: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    is_uniform: bool = False
 
     def __post_init__(self) -> None:
         if (self.from_gradient is None) == (self.from_weight is None):
@@ -107,7 +110,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "snip": Rule(from_gradient=_snip),
         "magnitude": Rule(from_weight=_magnitude),
         "principal": principal(),
-        "random": Rule(from_weight=_random),
+        "random": Rule(from_weight=_random, is_uniform=True),
     }
 )
 

@@ -29,6 +29,7 @@ from sift_train.chooser import Chooser, choose_by_hand
 from sift_train.groups import BASE_DECAY
 from sift_train.hooks import BeforeUse
 from sift_train.identity import Identity
+from sift_train.lr_transfer import LearningRate
 from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, memory_of
 from sift_train.ranks.group import Ranks
@@ -69,6 +70,7 @@ class SIFT:
     Attributes:
         model: the model that is trained.
         sparse_mapping: the trained components of each parameter, by the parameter's name.
+        lr_transfer: whether each step divides the learning rate of sparse parameters by ``lr_share``.
         may_write: a bool tensor on the device, or None, which means True. If it is False, weights
             are not overwritten. The host does not read it, so a loop need not wait for a loss to
             know whether it is finite.
@@ -98,6 +100,10 @@ class SIFT:
             are averaged over them.
         reduce_dtype: dtype in which these gradients are sent and summed: ``torch.bfloat16`` or
             ``torch.float32``; None: the masters' dtype.
+        lr_transfer: the optimizer's learning rate is that of full fine-tuning. Each step divides it by
+            ``lr_share`` for sparsely trained parameters; dense ones keep it. For AdamW and other optimizers that
+            move each component by about the learning rate. The groups of the optimizer must not mix
+            both kinds, see ``grouped_parameters``.
 
     Raises:
         ValueError: an argument is out of range, or a parameter cannot be trained in place.
@@ -117,6 +123,7 @@ class SIFT:
         seed: int = 0,
         process_group: ProcessGroup | None = None,
         reduce_dtype: torch.dtype | None = None,
+        lr_transfer: bool = False,
     ) -> None:
         self.grad_acc = grad_acc
         _refuse_second(model)
@@ -155,7 +162,12 @@ class SIFT:
         self._without_optimizer = set(self.sparse_mapping)
         self._by_master = {id(part.master): part for part in parts}
         rule = find_rule(selection) or RULES["gradient"]
-        self._chooser = Chooser(self.sparse_mapping, rule, budget, seed)
+        self.lr_transfer = lr_transfer
+        self._learning_rate = LearningRate(
+            self.sparse_mapping, is_uniform=rule.is_uniform and not masks
+        )
+        meter = self._learning_rate if lr_transfer else None
+        self._chooser = Chooser(self.sparse_mapping, rule, budget, seed, meter)
         choose_by_hand(model, self.sparse_mapping.values(), masks)
         self._checkpointing = gradient_checkpointing and enable_checkpointing(model)
         self._requires_grad = {p: p.requires_grad for p in model.parameters()}
@@ -250,6 +262,24 @@ class SIFT:
                 return other
         return None
 
+    @property
+    def lr_share(self) -> float | None:
+        """Share of the sum of |gradient| over the sparsely trained parameters that the chosen components hold.
+
+        With ``lr_transfer`` it is measured by the gradients that choose. If masks or a rule without gradients
+        choose, by those inside ``selecting()`` or of the first step. With ``"random"`` it is the share of
+        components that are chosen. None until then, and without ``lr_transfer``.
+        """
+        return self._learning_rate.share
+
+    @lr_share.setter
+    def lr_share(self, share: float | None) -> None:
+        self._learning_rate.share = share
+
+    def sparse_lr(self, lr: float) -> float:
+        """Return the learning rate of sparsely trained parameters for a stated one."""
+        return float(self._learning_rate.sparse(lr))
+
     def check_parameters(self) -> None:
         """Check that the model still uses every trained parameter, under its name.
 
@@ -264,7 +294,8 @@ class SIFT:
         """Check that the optimizer holds all masters and no parameter of the model.
 
         Raises:
-            ValueError: the optimizer lacks a master, or holds a parameter of the model.
+            ValueError: the optimizer lacks a master, holds a parameter of the model, or with ``lr_transfer`` has
+                a group of sparsely and densely trained parameters.
         """
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner
@@ -276,6 +307,8 @@ class SIFT:
                     "build it from all of sift.parameters_in_optimizer()"
                 )
         self._refuse_own_parameters(optimizer, set(self._requires_grad))
+        if self.lr_transfer:
+            self._learning_rate.check(optimizer)
 
     @contextmanager
     def selecting(self) -> Iterator[None]:
@@ -302,6 +335,8 @@ class SIFT:
         such as a gradient scaler, call this first. It has no effect if all components are chosen.
         """
         self._chooser.finish(self._sync.ranks)
+        if self.lr_transfer:
+            self._learning_rate.finish(self._sync.ranks)
 
     def sync_gradients(self, weight: float | None = None) -> None:
         """Average the masters' gradients over the ranks; no effect in a single process.
@@ -431,10 +466,14 @@ class SIFT:
         for part in parts:
             if not part.is_selected:
                 part.master.grad = None
+        if parts and self.lr_transfer:
+            self._learning_rate.scale(optimizer)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Write the masters of an optimizer back after its step; every torch optimizer calls it."""
         parts = self._parts_of(optimizer)
+        if parts:
+            self._learning_rate.restore()
         for part in parts:
             self._is_stepped_by_torch = self._is_stepped = True
             part.spend()
@@ -523,8 +562,11 @@ class SIFT:
             self._chooser.score(
                 part, gradient, at_once=at_once, is_trained_on=not self._only_scoring
             )
-        elif not self._only_scoring:
-            part.collect(gradient)
+        else:
+            if self.lr_transfer:
+                self._learning_rate.add(part, gradient)
+            if not self._only_scoring:
+                part.collect(gradient)
 
     def _warn_without_optimizer(
         self, optimizer: torch.optim.Optimizer, parts: list[SparseParameter]
@@ -585,8 +627,16 @@ class SIFT:
             may_differ = part.is_behind or not self._is_stepped_by_torch
             if part.is_selected and may_differ and not self._is_reverted and part.differs:
                 self._sync.refuse_step_without_average()
+                self._refuse_step_without_scale()
                 self.reshard()
                 part.write(self.may_write)
+
+    def _refuse_step_without_scale(self) -> None:
+        if self.lr_transfer and not self._is_stepped_by_torch:
+            raise ValueError(
+                "the masters were changed by something else than the step of a torch optimizer, so lr_transfer"
+                " could not scale its learning rate; leave lr_transfer out and give a larger one"
+            )
 
     @property
     def _has_shards(self) -> bool:

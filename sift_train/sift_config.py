@@ -19,7 +19,7 @@ class SiftConfig:
     """The settings of a ``SIFT``; ``SiftTrainerMixin`` builds the SIFT from them.
 
     Attributes:
-        sparse_rate, sparse_module, exception, selection, budget, seed: as for ``SIFT``.
+        sparse_rate, sparse_module, exception, selection, budget, seed, lr_transfer: as for ``SIFT``.
         selection_batches: number of micro-batches of the train loader whose gradients choose the
             components before the first step. None: those of the first step choose.
         gradient_checkpointing: as for ``SIFT``. The training arguments of a Trainer have their own.
@@ -36,6 +36,7 @@ class SiftConfig:
     budget: str = "tensor"
     gradient_checkpointing: bool = False
     seed: int = 0
+    lr_transfer: bool = False
 
     def __post_init__(self) -> None:
         n_selected(1, self.sparse_rate)
@@ -66,4 +67,5 @@ class SiftConfig:
             selection=self.selection,
             budget=self.budget,
             seed=self.seed,
+            lr_transfer=self.lr_transfer,
         )

@@ -41,7 +41,7 @@ def test_names() -> None:
         (
             "SIFT",
             "model sparse_rate sparse_module exception grad_acc gradient_checkpointing "
-            "* selection budget seed process_group reduce_dtype",
+            "* selection budget seed process_group reduce_dtype lr_transfer",
         ),
         (
             "fit",
@@ -55,7 +55,7 @@ def test_names() -> None:
         (
             "SiftConfig",
             "* sparse_rate sparse_module exception selection selection_batches budget "
-            "gradient_checkpointing seed",
+            "gradient_checkpointing seed lr_transfer",
         ),
         ("grouped_parameters", "sift weight_decay * decay_to"),
         ("principal", "rank"),
