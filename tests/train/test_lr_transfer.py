@@ -346,7 +346,9 @@ def on_a_shard(rank: int, rule: str, folder: str) -> tuple[float, float]:
         optimizer.step()
         save_sharded(sift, folder, optimizer)
         share = float(sift.lr_share or 0)
-        sift.lr_share = None
+    second = sharded_odd("layers")
+    with SIFT(second, 0.2, exception="norm", selection=rule, lr_transfer=True) as sift:
+        optimizer = torch.optim.AdamW(grouped_parameters(sift, 0.0), lr=1e-3)
         load_sharded(sift, folder, optimizer)
         return share, float(sift.lr_share or 0)
 

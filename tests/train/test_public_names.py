@@ -62,7 +62,7 @@ def test_names() -> None:
         (
             "FitConfig",
             "* sparse_rate sparse_module exception selection selection_batches budget optimizer lr "
-            "weight_decay decay_to betas eps momentum schedule warmup epochs max_steps accumulation "
+            "lr_transfer weight_decay decay_to betas eps momentum schedule warmup epochs max_steps accumulation "
             "max_grad_norm mixed_precision gradient_checkpointing log_every eval_every patience "
             "higher_is_better save_every publish publish_every trackers reduce_dtype seed",
         ),
@@ -81,10 +81,10 @@ def test_what_a_sift_offers() -> None:
     offered = {name for name in vars(sift_train.SIFT) if not name.startswith("_")}
     assert offered == {
         "after_closure", "after_step", "attach", "before_step", "before_use", "check_parameters", "check_ranks", "clip_grad_norm_", "close",
-        "finish_selection", "first_config", "get_trainable_num", "grad_acc", "load", "load_state_dict",
+        "finish_selection", "first_config", "get_trainable_num", "grad_acc", "load", "load_state_dict", "lr_share",
         "memory_report", "n_total", "n_trained", "named_parameters_in_optimizer",
         "named_trainable_parameters", "parameters_in_optimizer", "print_trainable_parameters",
-        "of", "ranks", "record", "reshard", "set_trainer", "revert", "reverted", "save", "selecting", "state_dict", "sync_gradients",
+        "of", "ranks", "record", "reshard", "set_trainer", "revert", "reverted", "save", "selecting", "sparse_lr", "state_dict", "sync_gradients",
         "trainable_parameters",
         "write_back", "zero_grad",
     }  # fmt: skip
