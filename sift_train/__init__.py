@@ -16,6 +16,7 @@ from sift_train.config import Evaluation, FitConfig, FitResult, StepReport
 from sift_train.export import export_delta
 from sift_train.fit import fit
 from sift_train.groups import grouped_parameters
+from sift_train.masks import intersect, load_mask, mask_of_delta, save_mask, unite
 from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, Plan, plan
 from sift_train.ranks.checkpoint import load_sharded, save_sharded
@@ -45,10 +46,15 @@ __all__ = [
     "export_delta",
     "fit",
     "grouped_parameters",
+    "intersect",
+    "load_mask",
     "load_sharded",
+    "mask_of_delta",
     "plan",
     "principal",
+    "save_mask",
     "save_sharded",
+    "unite",
 ]
 
 

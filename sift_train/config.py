@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from sift_train.chooser import BUDGETS
 from sift_train.groups import DECAYS
 from sift_train.rules import Selection, find_rule
 from sift_train.selection import n_selected
+from sift_train.structure import Block, check_block
 from sift_train.targets import ALL_LINEAR, REGEX, Names
+from sparsedelta import Delta
 
 OPTIMIZERS = ("adamw", "sgd", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -36,13 +39,14 @@ class FitConfig:
             or ``"all-linear"``.
         exception: name fragments or regular expressions of the parameters to train densely.
         selection: the rule that ranks components: a rule's name, a ``Rule``, or a function of
-            weight and gradient. A mapping of parameter names to masks or indices chooses
-            explicitly.
+            weight and gradient. A mapping of parameter names to masks or indices, a delta, or the path of
+            a mask or a delta chooses explicitly.
         selection_batches: number of micro-batches, over all ranks, whose gradients choose the components. They are
             also used for training. Above 1, the scores are summed on the CPU, 4 bytes for each component of
             the target tensors.
-        budget: ``"tensor"``: the rate holds for each tensor; ``"global"``: for all tensors
-            together.
+        budget: ``"tensor"``: the rate holds for each tensor; ``"row"``: for each row; ``"global"``: for all
+            tensors together.
+        block: choose whole ``"row"``s, ``"column"``s or blocks of (height, width), as ``SIFT`` does.
         optimizer: ``"adamw"``, ``"sgd"``, ``"adafactor"``, or a function that takes parameter
             groups and returns an optimizer.
         lr: peak learning rate.
@@ -88,6 +92,7 @@ class FitConfig:
     selection: Selection = "gradient"
     selection_batches: int = 4
     budget: str = "tensor"
+    block: Block | None = None
     optimizer: str | Callable[[list[dict[str, Any]]], Optimizer] = "adamw"
     lr: float = 2e-4
     lr_transfer: bool = False
@@ -121,6 +126,7 @@ class FitConfig:
         if isinstance(self.optimizer, str):
             _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("budget", self.budget, BUDGETS)
+        check_block(self.block)
         _check_choice("decay_to", self.decay_to, DECAYS)
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
@@ -234,10 +240,14 @@ class FitResult:
 def _plain(value: Any) -> PlainJSON:
     if isinstance(value, re.Pattern):
         return f"{REGEX}{value.pattern}"
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping | Delta):
         return "mask"
+    if isinstance(value, PathLike):
+        return os.fspath(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, tuple) and all(isinstance(n, int) for n in value):
+        return list(value)
     if isinstance(value, Sequence):
         return [REGEX + v.pattern if isinstance(v, re.Pattern) else v for v in value]
     return "custom"

@@ -189,6 +189,7 @@ def _sift(model: nn.Module, config: FitConfig) -> SIFT:
         gradient_checkpointing=config.gradient_checkpointing,
         selection=config.selection,
         budget=config.budget,
+        block=config.block,
         seed=config.seed,
         reduce_dtype=torch.bfloat16 if config.reduce_dtype == "bf16" else None,
         lr_transfer=config.lr_transfer,

@@ -42,7 +42,7 @@ class GradientScores:
         self.total: Tensor = torch.zeros(())
         self.gradient: Tensor | None = None
         self._keeps_magnitudes = keeps_magnitudes
-        self._scores_are_magnitudes = rule is RULES["gradient"]
+        self._scores_are_magnitudes = rule.from_gradient is RULES["gradient"].from_gradient
         self._magnitudes: Tensor | None = None
         self.n_ranks = 1
         self._n_added = 0

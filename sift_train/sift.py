@@ -30,6 +30,7 @@ from sift_train.groups import BASE_DECAY
 from sift_train.hooks import BeforeUse
 from sift_train.identity import Identity
 from sift_train.lr_transfer import LearningRate
+from sift_train.masks import find_masks
 from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, memory_of
 from sift_train.ranks.group import Ranks
@@ -38,6 +39,7 @@ from sift_train.ranks.shard import local_gradient, reshard
 from sift_train.ranks.sync import Synchronizer
 from sift_train.rules import RULES, Selection, find_rule
 from sift_train.steps import add_listener, current_listeners, remove_listener
+from sift_train.structure import Block, check_block
 from sift_train.targets import ALL_LINEAR, Names, find_targets, warn_of_adapters
 from sift_train.zeroing import extend_zero_grad, restore_zero_grad
 
@@ -88,12 +90,16 @@ class SIFT:
             are summed on the CPU until the components are chosen at that step.
         gradient_checkpointing: switch the model's activation checkpointing on, non-reentrant.
         selection: the rule that ranks components: a rule's name, a ``Rule``, or a function of
-            weight and gradient that returns scores. Or an explicit choice: a mapping of parameter
-            names to bool masks, flat indices or coordinates, which replaces ``sparse_module`` and
-            ``sparse_rate``.
-        budget: ``"tensor"``: the rate holds for each tensor; ``"global"``: for all tensors
+            weight and gradient that returns scores. Or an explicit choice, which replaces ``sparse_module`` and
+            ``sparse_rate``: a mapping of parameter names to bool masks, flat indices or coordinates; the path
+            of a mask (``.safetensors``, ``.npz``); or a delta or its path (``.sd``), whose changed components are
+            trained; the model must hold the delta's base then.
+        budget: ``"tensor"``: the rate holds for each tensor; ``"row"``: for each row; ``"global"``: for all tensors
             together, and the largest scores of all are chosen. The number for each tensor is then
             known only after the choice.
+        block: choose whole ``"row"``s, ``"column"``s or blocks of (height, width) by their mean score; the rate is
+            the share of blocks. A row belongs to one index of the first dimension, which is an output of a linear
+            layer. None: single components.
         seed: seeds the choice among equal scores, and random selection.
         process_group: the processes that train this model together; None: all that
             ``torch.distributed`` connects. Before each step the gradients of the trained components
@@ -120,6 +126,7 @@ class SIFT:
         *,
         selection: Selection = "gradient",
         budget: str = "tensor",
+        block: Block | None = None,
         seed: int = 0,
         process_group: ProcessGroup | None = None,
         reduce_dtype: torch.dtype | None = None,
@@ -134,12 +141,11 @@ class SIFT:
         self._is_reverted = False  # inside ``reverted``
         self._is_stepped_by_torch = False
         self._handles: list[RemovableHandle] = []
-        masks = selection if isinstance(selection, Mapping) else {}
+        check_block(block)
+        masks = find_masks(selection, model)
         if masks:
             if sparse_module != ALL_LINEAR:
-                raise ValueError(
-                    "selection is a mapping of parameter names; leave sparse_module out"
-                )
+                raise ValueError("selection is a mask of named parameters; leave sparse_module out")
             sparse_module = [re.compile(f"^{re.escape(name)}$") for name in masks]
         parts = []
         for target in find_targets(model, sparse_module, exception or ()):
@@ -147,7 +153,7 @@ class SIFT:
                 SparseParameter(
                     target.name,
                     target.parameter,
-                    target.n_trained(sparse_rate),
+                    target.n_trained(sparse_rate, budget, block),
                     is_dense=target.dense,
                     n_matrices=target.n_matrices,
                 )
@@ -167,7 +173,9 @@ class SIFT:
             self.sparse_mapping, is_uniform=rule.is_uniform and not masks
         )
         meter = self._learning_rate if lr_transfer else None
-        self._chooser = Chooser(self.sparse_mapping, rule, budget, seed, meter)
+        self._chooser = Chooser(
+            self.sparse_mapping, rule, budget, seed, sparse_rate, block, learning_rate=meter
+        )
         choose_by_hand(model, self.sparse_mapping.values(), masks)
         self._checkpointing = gradient_checkpointing and enable_checkpointing(model)
         self._requires_grad = {p: p.requires_grad for p in model.parameters()}

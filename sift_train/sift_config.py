@@ -11,6 +11,7 @@ from sift_train.chooser import BUDGETS
 from sift_train.rules import Selection, find_rule
 from sift_train.selection import n_selected
 from sift_train.sift import SIFT
+from sift_train.structure import Block, check_block
 from sift_train.targets import ALL_LINEAR, Names
 
 
@@ -19,7 +20,7 @@ class SiftConfig:
     """The settings of a ``SIFT``; ``SiftTrainerMixin`` builds the SIFT from them.
 
     Attributes:
-        sparse_rate, sparse_module, exception, selection, budget, seed, lr_transfer: as for ``SIFT``.
+        sparse_rate, sparse_module, exception, selection, budget, block, seed, lr_transfer: as for ``SIFT``.
         selection_batches: number of micro-batches of the train loader whose gradients choose the
             components before the first step. None: those of the first step choose.
         gradient_checkpointing: as for ``SIFT``. The training arguments of a Trainer have their own.
@@ -34,6 +35,7 @@ class SiftConfig:
     selection: Selection = "gradient"
     selection_batches: int | None = None
     budget: str = "tensor"
+    block: Block | None = None
     gradient_checkpointing: bool = False
     seed: int = 0
     lr_transfer: bool = False
@@ -43,6 +45,7 @@ class SiftConfig:
         find_rule(self.selection)
         if self.budget not in BUDGETS:
             raise ValueError(f"budget is {self.budget!r}; choose one of {', '.join(BUDGETS)}")
+        check_block(self.block)
         n: Any = self.selection_batches
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
             raise ValueError(f"selection_batches is {n!r}; it must be an integer of at least 1")
@@ -66,6 +69,7 @@ class SiftConfig:
             self.gradient_checkpointing,
             selection=self.selection,
             budget=self.budget,
+            block=self.block,
             seed=self.seed,
             lr_transfer=self.lr_transfer,
         )

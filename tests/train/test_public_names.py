@@ -13,7 +13,7 @@ import sift_train
 NAMES = (
     "RULES SIFT Evaluation FitConfig FitResult MemoryReport Plan PublishCallback Rule SiftCallback "
     "SiftConfig SiftTrainerMixin SparseParameter StepReport export_delta fit grouped_parameters "
-    "load_sharded plan principal save_sharded"
+    "intersect load_mask load_sharded mask_of_delta plan principal save_mask save_sharded unite"
 ).split()
 
 
@@ -41,7 +41,7 @@ def test_names() -> None:
         (
             "SIFT",
             "model sparse_rate sparse_module exception grad_acc gradient_checkpointing "
-            "* selection budget seed process_group reduce_dtype lr_transfer",
+            "* selection budget block seed process_group reduce_dtype lr_transfer",
         ),
         (
             "fit",
@@ -54,14 +54,14 @@ def test_names() -> None:
         ("load_sharded", "sift folder optimizer"),
         (
             "SiftConfig",
-            "* sparse_rate sparse_module exception selection selection_batches budget "
+            "* sparse_rate sparse_module exception selection selection_batches budget block "
             "gradient_checkpointing seed lr_transfer",
         ),
         ("grouped_parameters", "sift weight_decay * decay_to"),
         ("principal", "rank"),
         (
             "FitConfig",
-            "* sparse_rate sparse_module exception selection selection_batches budget optimizer lr "
+            "* sparse_rate sparse_module exception selection selection_batches budget block optimizer lr "
             "lr_transfer weight_decay decay_to betas eps momentum schedule warmup epochs max_steps accumulation "
             "max_grad_norm mixed_precision gradient_checkpointing log_every eval_every patience "
             "higher_is_better save_every publish publish_every trackers reduce_dtype seed",
