@@ -293,9 +293,9 @@ def test_a_mask_has_the_form_that_convert_writes(tmp_path: Path) -> None:
         model.parameters(), make.from_pretrained(base, num_labels=3).parameters(), strict=True))  # fmt: skip
     with SIFT(model, selection=str(tmp_path / "c.safetensors")) as sift:
         save_mask(sift, tmp_path / "s.safetensors")
-    with safe_open(tmp_path / "s.safetensors", "pt") as ours:
-        with safe_open(tmp_path / "c.safetensors", "pt") as theirs:
-            assert ours.metadata() == theirs.metadata() == {"format": "mask"}
+    for name in ("s", "c"):
+        with safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
+            assert file.metadata() == {"format": "mask"}
     saved = load_file(tmp_path / "s.safetensors")
     assert all(torch.equal(saved[name], converted[name]) for name in converted)
     # A model without the head has names without the prefix.
