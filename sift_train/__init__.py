@@ -19,6 +19,7 @@ from sift_train.groups import grouped_parameters
 from sift_train.masks import intersect, load_mask, mask_of_delta, save_mask, unite
 from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, Plan, plan
+from sift_train.model import from_pretrained, get_sift_model
 from sift_train.ranks.checkpoint import load_sharded, save_sharded
 from sift_train.rules import RULES, Rule, principal
 from sift_train.sift import SIFT
@@ -45,6 +46,8 @@ __all__ = [
     "StepReport",
     "export_delta",
     "fit",
+    "from_pretrained",
+    "get_sift_model",
     "grouped_parameters",
     "intersect",
     "load_mask",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any, Self, SupportsFloat
 
 from torch.optim import Optimizer
 
@@ -19,6 +18,7 @@ from sift_train.rules import Selection, find_rule
 from sift_train.selection import n_selected
 from sift_train.structure import Block, check_block
 from sift_train.targets import ALL_LINEAR, REGEX, Names
+from sift_train.yaml_files import read_yaml, settings_of, write_yaml
 from sparsedelta import Delta
 
 OPTIMIZERS = ("adamw", "sgd", "adafactor")
@@ -148,6 +148,23 @@ class FitConfig:
         for name, value in (("warmup", self.warmup), *(("betas", beta) for beta in betas)):
             _check_range(name, value, up_to=1.0)
 
+    @classmethod
+    def from_yaml(cls, path: str | PathLike[str]) -> Self:
+        """Return the settings in a YAML file.
+
+        Raises:
+            ValueError: the file is not YAML, a setting is not known, or a value is out of range.
+        """
+        return settings_of(cls, read_yaml(path), f"'{path}'")
+
+    def to_yaml(self, path: str | PathLike[str]) -> None:
+        """Write all settings as a YAML file.
+
+        Raises:
+            ValueError: ``selection`` or ``optimizer`` is none that a file can hold.
+        """
+        write_yaml(self, path)
+
     def as_json(self) -> dict[str, PlainJSON]:
         """Return the settings as plain JSON, without those of the channel; a ``Rule`` or a function becomes ``"custom"``."""
         names = [field.name for field in dataclasses.fields(self)]
@@ -243,7 +260,7 @@ def _plain(value: Any) -> PlainJSON:
     if isinstance(value, Mapping | Delta):
         return "mask"
     if isinstance(value, PathLike):
-        return os.fspath(value)
+        return str(Path(value))
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, tuple) and all(isinstance(n, int) for n in value):

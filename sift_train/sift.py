@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+import sparsedelta
 from sift_train import saved
 from sift_train.checkpointing import disable_checkpointing, enable_checkpointing
 from sift_train.chooser import Chooser, choose_by_hand
@@ -442,6 +443,51 @@ class SIFT:
             ValueError: the file is not a training state, or ``load_state_dict`` raises.
         """
         self.load_state_dict(saved.read_state(path))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base: str | PathLike[str] | None = None,
+        base_id: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        dry_run: bool = False,
+    ) -> sparsedelta.PushReport:
+        """Upload the delta of the training so far, with a model card; the base is pinned to a commit.
+
+        Args:
+            repo_id: ``org/name``; created if it does not exist.
+            base: the folder of the base; by default the folder or the cached repository that a transformers model
+                was loaded from.
+            base_id: repository of the base, ``org/model`` or ``org/model@revision``; by default the repository and
+                commit that the model was loaded from.
+            private: whether a new repository is private.
+            revision: branch to push to.
+            commit_message: first line of the commit message.
+            token: access token for the Hub; None: that of `hf auth login`.
+            dry_run: upload nothing, only return the report.
+
+        Raises:
+            MismatchError: the base on the Hub is not the base of the delta.
+            RemoteError: the Hub cannot be reached or refuses.
+            ValueError: the base is not known, or as ``export_delta``.
+        """
+        from sift_train.pushing import push_delta  # export imports this module
+
+        return push_delta(
+            self,
+            repo_id,
+            base=base,
+            base_id=base_id,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            token=token,
+            dry_run=dry_run,
+        )
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Prepare the masters for an optimizer's step; every torch optimizer calls it.

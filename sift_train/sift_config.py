@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from os import PathLike
+from typing import Any, Self
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from sift_train.selection import n_selected
 from sift_train.sift import SIFT
 from sift_train.structure import Block, check_block
 from sift_train.targets import ALL_LINEAR, Names
+from sift_train.yaml_files import read_yaml, settings_of, write_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,23 @@ class SiftConfig:
         n: Any = self.selection_batches
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
             raise ValueError(f"selection_batches is {n!r}; it must be an integer of at least 1")
+
+    @classmethod
+    def from_yaml(cls, path: str | PathLike[str]) -> Self:
+        """Return the settings in a YAML file.
+
+        Raises:
+            ValueError: the file is not YAML, a setting is not known, or a value is out of range.
+        """
+        return settings_of(cls, read_yaml(path), f"'{path}'")
+
+    def to_yaml(self, path: str | PathLike[str]) -> None:
+        """Write all settings as a YAML file.
+
+        Raises:
+            ValueError: ``selection`` is a function, a ``Rule``, a mapping or a delta.
+        """
+        write_yaml(self, path)
 
     def build(self, model: nn.Module, *, grad_acc: int = 1) -> SIFT:
         """Return the SIFT of a model.

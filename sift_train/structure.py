@@ -138,8 +138,8 @@ def _size(block: Block, rows: int, columns: int) -> tuple[int, int]:
         return 1, columns
     if block == COLUMN:
         return rows, 1
-    height, width = block
-    return min(int(height), rows), min(int(width), columns)
+    height, width = (int(n) for n in block)
+    return min(height, rows), min(width, columns)
 
 
 def _means(matrix: Tensor, height: int, width: int) -> Tensor:

@@ -65,7 +65,8 @@ def make_files(folder: Path) -> None:
     with SIFT(model, 0.1, WEIGHTS) as sift:
         train(sift, optimizer_of(sift), make_inputs(1))
         save_mask(sift, folder / "mask.safetensors")
-        np.savez(folder / "mask.npz", **{n: m.numpy() for n, m in load_mask(folder / "mask.safetensors").items()})  # fmt: skip
+        arrays: Any = {n: m.numpy() for n, m in load_mask(folder / "mask.safetensors").items()}
+        np.savez(folder / "mask.npz", **arrays)
         export_delta(model, folder / "first.sd", sift=sift)
 
 
