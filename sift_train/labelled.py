@@ -25,7 +25,7 @@ def read_labelled(path: Path) -> list[tuple[str, str]]:
         ValueError: a line or row has another form, or there is none.
     """
     if path.suffix == ".jsonl":
-        found = [_pair(json.loads(line), at, path) for at, line in _lines(path)]
+        found = [_pair(_parsed(line, at, path), at, path) for at, line in _lines(path)]
     elif path.suffix in _SEPARATORS:
         with path.open(newline="", encoding="utf-8") as file:
             rows = csv.DictReader(file, delimiter=_SEPARATORS[path.suffix])
@@ -45,6 +45,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     for at, line in enumerate(path.read_text("utf-8").split("\n"), 1):
         if line.strip():
             yield at, line
+
+
+def _parsed(line: str, at: int, path: Path) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {at} of '{path}' is no JSON: {error.msg}") from error
 
 
 def _pair(record: Any, at: int, path: Path) -> tuple[str, str]:

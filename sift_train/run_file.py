@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -16,7 +17,7 @@ from sift_train.config import FitConfig, FitResult
 from sift_train.fit import fit
 from sift_train.instructions import Steps, encode, plain_loss, read_conversations
 from sift_train.labelled import LabelledBatches, accuracy, read_labelled
-from sift_train.loading import checkpoint_dtype
+from sift_train.loading import checkpoint_dtype, hidden_progress_bars
 from sift_train.yaml_files import read_yaml, settings_of
 
 TASKS = ("text-classification", "causal-lm")
@@ -74,6 +75,7 @@ class RunFile:
             raise ValueError("train is no mapping of settings; indent them below 'train:'")
         if "accumulation" in self.train:
             raise ValueError("train has accumulation; set batch_size and micro_batch instead")
+        settings_of(FitConfig, self.train, "train")
 
     @property
     def size(self) -> int:
@@ -100,8 +102,11 @@ def run_file(
         FileNotFoundError: a file or folder does not exist.
         ValueError: the file has a setting that is not known or out of range, or as ``fit``.
     """
+    import transformers  # noqa: F401 - takes seconds; hidden_progress_bars needs it loaded
+
     run = settings_of(RunFile, read_yaml(path), f"'{path}'")
-    made = _classification(run) if run.task == TASKS[0] else _causal(run)
+    with nullcontext() if progress else hidden_progress_bars():
+        made = _classification(run) if run.task == TASKS[0] else _causal(run)
     given = {"exception": made.new_names, **made.settings, **run.train}
     config = settings_of(
         FitConfig, {**given, "accumulation": run.batch_size // run.size}, f"'{path}'"
@@ -138,7 +143,7 @@ class _Made:
 
 
 def _classification(run: RunFile) -> _Made:
-    import transformers  # takes seconds
+    import transformers
 
     base, base_id = _find_base(run.model)
     examples = read_labelled(Path(run.data))
@@ -167,7 +172,7 @@ def _classification(run: RunFile) -> _Made:
 
 
 def _causal(run: RunFile) -> _Made:
-    import transformers  # takes seconds
+    import transformers
 
     base, base_id = _find_base(run.model)
     model, tokenizer, new = _load(transformers.AutoModelForCausalLM, base)

@@ -12,8 +12,8 @@ import sift_train
 
 NAMES = (
     "RULES SIFT Evaluation FitConfig FitResult MemoryReport Plan PublishCallback Rule SiftCallback "
-    "SiftConfig SiftTrainerMixin SparseParameter StepReport export_delta fit grouped_parameters "
-    "intersect load_mask load_sharded mask_of_delta plan principal save_mask save_sharded unite"
+    "SiftConfig SiftTrainerMixin SparseParameter StepReport export_delta fit from_pretrained "
+    "get_sift_model grouped_parameters intersect load_mask load_sharded mask_of_delta plan principal save_mask save_sharded unite"
 ).split()
 
 
@@ -59,6 +59,11 @@ def test_names() -> None:
         ),
         ("grouped_parameters", "sift weight_decay * decay_to"),
         ("principal", "rank"),
+        ("get_sift_model", "model config * grad_acc"),
+        ("from_pretrained", "name * base model_class dtype device_map"),
+        ("save_mask", "sift path"),
+        ("load_mask", "path"),
+        ("mask_of_delta", "delta model"),
         (
             "FitConfig",
             "* sparse_rate sparse_module exception selection selection_batches budget block optimizer lr "
@@ -84,7 +89,7 @@ def test_what_a_sift_offers() -> None:
         "finish_selection", "first_config", "get_trainable_num", "grad_acc", "load", "load_state_dict", "lr_share",
         "memory_report", "n_total", "n_trained", "named_parameters_in_optimizer",
         "named_trainable_parameters", "parameters_in_optimizer", "print_trainable_parameters",
-        "of", "ranks", "record", "reshard", "set_trainer", "revert", "reverted", "save", "selecting", "sparse_lr", "state_dict", "sync_gradients",
+        "of", "ranks", "record", "reshard", "set_trainer", "push_to_hub", "revert", "reverted", "save", "selecting", "sparse_lr", "state_dict", "sync_gradients",
         "trainable_parameters",
         "write_back", "zero_grad",
     }  # fmt: skip
