@@ -9,26 +9,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from instructions import IGNORED
 from torch import Tensor, nn
+
+from sift_train.instructions import IGNORED, split_batch
 
 LOSSES = ("plain", "chunked")
 N_PROBED = 16  # tokens of each example with which a model is checked
 CHUNK = 256  # tokens; torch's own choice for small batches is a few, which is ten times slower
 
 
-def plain_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the summed loss of all labels, divided by ``n_learnt``; all logits exist at once."""
-    inputs, targets = _split_batch(batch)
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
-    flat = logits.float().flatten(0, 1)
-    loss = nn.functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum")
-    return loss / batch["n_learnt"]
-
-
 def chunked_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the same loss, computing logits in chunks and only for labelled tokens; needs torch 2.13."""
-    inputs, targets = _split_batch(batch)
+    inputs, targets = split_batch(batch)
     states = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     is_learnt = targets != IGNORED
     head = model.get_output_embeddings()
@@ -149,11 +141,6 @@ def _try_compiler(device: torch.device) -> None:
         raise ValueError(
             f"nothing can be compiled here ({first_line}); install a C++ compiler, or leave it off"
         ) from error
-
-
-def _split_batch(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    inputs = {name: batch[name] for name in batch if name not in ("labels", "n_learnt")}
-    return inputs, batch["labels"][:, 1:].flatten()
 
 
 def _probe(model: Any, n_rows: int) -> Tensor:

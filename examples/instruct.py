@@ -23,16 +23,15 @@ from causal_loss import (
     check_chunked,
     chunked_loss,
     compile_layers,
-    plain_loss,
 )
 from instruct_common import Loaded, check, choice_of, load, make_parser, peak_bytes, plan
 from instruct_resume import note_interrupted
-from instructions import Steps, collate, encode, read_conversations
 from recipe_common import check_folder, parse, run
 from recipe_methods import find_layers, sift_names
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 import sift_train
+from sift_train.instructions import Steps, collate, encode, plain_loss, read_conversations
 
 N_FIRST, N_LINES = (
     3,

@@ -17,15 +17,6 @@ import torch
 import transformers
 from causal_loss import check_packing
 from instruct_resume import is_left_by_interrupted
-from instructions import (
-    TEMPLATES,
-    Tokens,
-    choose_template,
-    count_empty,
-    encode,
-    pack,
-    read_conversations,
-)
 from recipe_common import (
     ALL_LINEAR,
     Choice,
@@ -39,6 +30,15 @@ from recipe_common import (
 )
 
 from sift_train import RULES
+from sift_train.instructions import (
+    TEMPLATES,
+    Tokens,
+    choose_template,
+    count_empty,
+    encode,
+    pack,
+    read_conversations,
+)
 
 # The settings with which the authors of SIFT (arXiv 2312.11875) trained LLaMA on Alpaca.
 _ALWAYS = {"batch": 128, "epochs": 3, "warmup": 0.03, "weight_decay": 0.01, "max_tokens": 512}

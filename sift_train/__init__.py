@@ -16,8 +16,10 @@ from sift_train.config import Evaluation, FitConfig, FitResult, StepReport
 from sift_train.export import export_delta
 from sift_train.fit import fit
 from sift_train.groups import grouped_parameters
+from sift_train.masks import intersect, load_mask, mask_of_delta, save_mask, unite
 from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, Plan, plan
+from sift_train.model import from_pretrained, get_sift_model
 from sift_train.ranks.checkpoint import load_sharded, save_sharded
 from sift_train.rules import RULES, Rule, principal
 from sift_train.sift import SIFT
@@ -44,11 +46,18 @@ __all__ = [
     "StepReport",
     "export_delta",
     "fit",
+    "from_pretrained",
+    "get_sift_model",
     "grouped_parameters",
+    "intersect",
+    "load_mask",
     "load_sharded",
+    "mask_of_delta",
     "plan",
     "principal",
+    "save_mask",
     "save_sharded",
+    "unite",
 ]
 
 

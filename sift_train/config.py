@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any, Self, SupportsFloat
 
 from torch.optim import Optimizer
 
@@ -16,7 +16,10 @@ from sift_train.chooser import BUDGETS
 from sift_train.groups import DECAYS
 from sift_train.rules import Selection, find_rule
 from sift_train.selection import n_selected
+from sift_train.structure import Block, check_block
 from sift_train.targets import ALL_LINEAR, REGEX, Names
+from sift_train.yaml_files import read_yaml, settings_of, write_yaml
+from sparsedelta import Delta
 
 OPTIMIZERS = ("adamw", "sgd", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -36,16 +39,19 @@ class FitConfig:
             or ``"all-linear"``.
         exception: name fragments or regular expressions of the parameters to train densely.
         selection: the rule that ranks components: a rule's name, a ``Rule``, or a function of
-            weight and gradient. A mapping of parameter names to masks or indices chooses
-            explicitly.
+            weight and gradient. A mapping of parameter names to masks or indices, a delta, or the path of
+            a mask or a delta chooses explicitly.
         selection_batches: number of micro-batches, over all ranks, whose gradients choose the components. They are
             also used for training. Above 1, the scores are summed on the CPU, 4 bytes for each component of
             the target tensors.
-        budget: ``"tensor"``: the rate holds for each tensor; ``"global"``: for all tensors
-            together.
+        budget: ``"tensor"``: the rate holds for each tensor; ``"row"``: for each row; ``"global"``: for all
+            tensors together.
+        block: choose whole ``"row"``s, ``"column"``s or blocks of (height, width), as ``SIFT`` does.
         optimizer: ``"adamw"``, ``"sgd"``, ``"adafactor"``, or a function that takes parameter
             groups and returns an optimizer.
         lr: peak learning rate.
+        lr_transfer: ``lr`` is a learning rate of full fine-tuning. For parameters trained sparsely it is divided by
+            the share of the sum of |gradient| that the chosen components hold, as ``SIFT`` does.
         weight_decay: applied to trained components of matrices, not to 1-D parameters.
         decay_to: weight decay moves weights toward ``"zero"``, or toward the ``"base"`` weights.
         betas, eps: settings of AdamW.
@@ -86,8 +92,10 @@ class FitConfig:
     selection: Selection = "gradient"
     selection_batches: int = 4
     budget: str = "tensor"
+    block: Block | None = None
     optimizer: str | Callable[[list[dict[str, Any]]], Optimizer] = "adamw"
     lr: float = 2e-4
+    lr_transfer: bool = False
     weight_decay: float = 0.0
     decay_to: str = "zero"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -118,6 +126,7 @@ class FitConfig:
         if isinstance(self.optimizer, str):
             _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("budget", self.budget, BUDGETS)
+        check_block(self.block)
         _check_choice("decay_to", self.decay_to, DECAYS)
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
@@ -139,6 +148,23 @@ class FitConfig:
         for name, value in (("warmup", self.warmup), *(("betas", beta) for beta in betas)):
             _check_range(name, value, up_to=1.0)
 
+    @classmethod
+    def from_yaml(cls, path: str | PathLike[str]) -> Self:
+        """Return the settings in a YAML file.
+
+        Raises:
+            ValueError: the file is not YAML, a setting is not known, or a value is out of range.
+        """
+        return settings_of(cls, read_yaml(path), f"'{path}'")
+
+    def to_yaml(self, path: str | PathLike[str]) -> None:
+        """Write all settings as a YAML file.
+
+        Raises:
+            ValueError: ``selection`` or ``optimizer`` is none that a file can hold.
+        """
+        write_yaml(self, path)
+
     def as_json(self) -> dict[str, PlainJSON]:
         """Return the settings as plain JSON, without those of the channel; a ``Rule`` or a function becomes ``"custom"``."""
         names = [field.name for field in dataclasses.fields(self)]
@@ -155,8 +181,9 @@ class StepReport:
         step: number of the step, counted from 1.
         n_steps: number of steps of the whole run.
         loss: mean over the step's micro-batches.
-        lr: learning rate of the step.
+        lr: learning rate of the step, as stated.
         grad_norm: gradient norm of the trained components before clipping; None without clipping.
+        sparse_lr: learning rate of the parameters trained sparsely; that of ``lr_transfer``, otherwise ``lr``.
     """
 
     step: int
@@ -164,6 +191,7 @@ class StepReport:
     loss: float
     lr: float
     grad_norm: float | None
+    sparse_lr: float
 
 
 @dataclass(frozen=True)
@@ -229,10 +257,14 @@ class FitResult:
 def _plain(value: Any) -> PlainJSON:
     if isinstance(value, re.Pattern):
         return f"{REGEX}{value.pattern}"
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping | Delta):
         return "mask"
+    if isinstance(value, PathLike):
+        return str(Path(value))
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, tuple) and all(isinstance(n, int) for n in value):
+        return list(value)
     if isinstance(value, Sequence):
         return [REGEX + v.pattern if isinstance(v, re.Pattern) else v for v in value]
     return "custom"

@@ -29,6 +29,7 @@ from sift_train.basecheck import (
     weight_files,
 )
 from sift_train.changes import mean_changes
+from sift_train.groups import lr_info
 from sift_train.pipelines import copy_rest, keep_config
 from sift_train.ranks.export import check_shards, copy_base, write_components
 from sift_train.ranks.shard import is_sharded
@@ -77,7 +78,8 @@ def export_delta(
             the delta is that of the pipeline, with the model in its subfolder.
         base_id: where others find the base, such as ``org/model@<commit>``.
         info: plain JSON, recorded in the delta. With ``sift``, the key ``mean_change`` is added:
-            for each tensor, the mean absolute change of its changed components.
+            for each tensor, the mean absolute change of its changed components. With ``lr_transfer``, the
+            share of the gradient is added.
         save_target: path at which the trained checkpoint is kept; by default it is not kept.
         overwrite: replace existing files or folders at ``output`` and ``save_target``.
 
@@ -146,7 +148,8 @@ def _export_shards(
         write_components(sift, own_folder, own_target)
 
         def compare() -> int:
-            with sparsedelta.diff(base_path, target, base_id=base_id, info=info) as delta:
+            noted = _with_lr(info, sift)
+            with sparsedelta.diff(base_path, target, base_id=base_id, info=noted) as delta:
                 delta.save(final, overwrite=overwrite)
                 nnz = delta.nnz
             if save_target is not None:
@@ -200,7 +203,10 @@ def write_delta(
             means = mean_changes(sift, model, base=own_base, target=own_target, is_renamed=has_base)
         delta = stack.enter_context(
             sparsedelta.diff(
-                base_path, target, base_id=base_id, info=_with_mean_change(info, means)
+                base_path,
+                target,
+                base_id=base_id,
+                info=_with_mean_change(_with_lr(info, sift), means),
             )
         )
         delta.save(final, overwrite=overwrite)
@@ -256,6 +262,10 @@ def _with_mean_change(info: Mapping[str, Any] | None, means: Mapping[str, float]
     """Return the info with each tensor's ``mean_change``, which a delta alone does not contain."""
     known = {name: float(f"{mean:.3g}") for name, mean in means.items()}
     return {"mean_change": known, **(info or {})} if known else dict(info or {})
+
+
+def _with_lr(info: Mapping[str, Any] | None, sift: SIFT | None) -> dict[str, Any]:
+    return {**({} if sift is None else lr_info(sift)), **(info or {})}
 
 
 def _is_transformers(model: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from sift_train import runfolder
 from sift_train.basecheck import check_base
 from sift_train.config import Evaluation, FitConfig, FitResult, StepReport
 from sift_train.export import check_outputs, write_delta
+from sift_train.groups import lr_info
 from sift_train.listeners import Callbacks, Tracker, progress_bar
 from sift_train.loading import hidden_progress_bars, load_model
 from sift_train.loop import Evaluate, Listener, Loss, Run
@@ -188,8 +189,10 @@ def _sift(model: nn.Module, config: FitConfig) -> SIFT:
         gradient_checkpointing=config.gradient_checkpointing,
         selection=config.selection,
         budget=config.budget,
+        block=config.block,
         seed=config.seed,
         reduce_dtype=torch.bfloat16 if config.reduce_dtype == "bf16" else None,
+        lr_transfer=config.lr_transfer,
     )
 
 
@@ -248,6 +251,7 @@ def _info(config: FitConfig, sift: SIFT, run: Run) -> dict[str, Any]:
         "stopped": run.stopped,
         "n_trained": sift.n_trained,
         "n_total": sift.n_total,
+        **lr_info(sift, config.lr),
         "losses": _loss_curve(run.losses),
         "evaluations": [{"step": e.step, "values": dict(e.values)} for e in run.evaluations],
     }

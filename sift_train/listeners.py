@@ -49,6 +49,8 @@ class Tracker:
     def on_step(self, report: StepReport) -> None:
         """Log the loss, the learning rate and the gradient norm."""
         values = {"loss": report.loss, "lr": report.lr}
+        if report.sparse_lr != report.lr:
+            values["sparse_lr"] = report.sparse_lr
         if report.grad_norm is not None:
             values["grad_norm"] = report.grad_norm
         self._accelerator.log(values, step=report.step)

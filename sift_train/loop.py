@@ -211,7 +211,8 @@ class Run:
         for step, loss, norm in zip(steps, values, rest, strict=False):
             self._check_finite(loss, len(self.losses) + 1)
             self.losses.append(loss)
-            report = StepReport(len(self.losses), self._n_steps, loss, step.lr, norm)
+            sparse_lr = self._sift.sparse_lr(step.lr)
+            report = StepReport(len(self.losses), self._n_steps, loss, step.lr, norm, sparse_lr)
             for listener in self._listeners:
                 listener.on_step(report)
 

@@ -193,6 +193,11 @@ class SparseParameter:
         self._seen_version = self.local._version
 
     @property
+    def numel(self) -> int:
+        """Number of components of the parameter, over all shards."""
+        return self.parameter.numel()
+
+    @property
     def n_trained(self) -> int:
         """Number of trained components over all shards."""
         return self.train_num if self.shard is None else self.n_wanted

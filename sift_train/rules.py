@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sift_train.masks import is_mask
+from sparsedelta import Delta
+
 MAX_RANK = 128
+_SMALL = 1e-8  # added to |weight| before a division
 
 
 @dataclass(frozen=True)
@@ -24,10 +29,16 @@ class Rule:
         from_gradient: a function of the weight and the gradient of one micro-batch, both of the
             tensor's shape. It returns the scores for this micro-batch; those of several are summed.
         from_weight: a function of the weight and a random generator that returns the scores.
+        is_drawn: components are drawn at random, with a probability proportional to their scores, which must be
+            0 or more; otherwise the largest scores are chosen.
+        is_uniform: every component is chosen with the same probability, so the share of the gradient
+            that the choice holds is the rate; ``lr_transfer`` does not measure it then.
     """
 
     from_gradient: Callable[[Tensor, Tensor], Tensor] | None = None
     from_weight: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    is_drawn: bool = False
+    is_uniform: bool = False
 
     def __post_init__(self) -> None:
         if (self.from_gradient is None) == (self.from_weight is None):
@@ -35,7 +46,7 @@ class Rule:
 
 
 Score = Callable[[Tensor, Tensor], Tensor]
-Selection = str | Rule | Score | Mapping[str, Any]
+Selection = str | Rule | Score | Mapping[str, Any] | PathLike[str] | Delta
 
 
 def principal(rank: int | None = None) -> Rule:
@@ -92,6 +103,11 @@ def _snip(weight: Tensor, gradient: Tensor) -> Tensor:
     return (weight.detach().to(wide) * gradient).abs()
 
 
+def _gallop(weight: Tensor, gradient: Tensor) -> Tensor:
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return gradient.to(wide).abs() / (weight.detach().to(wide).abs() + _SMALL)
+
+
 def _magnitude(weight: Tensor, generator: torch.Generator) -> Tensor:
     return weight.detach().abs()
 
@@ -105,33 +121,37 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "gradient": Rule(from_gradient=_gradient),
         "fisher": Rule(from_gradient=_fisher),
         "snip": Rule(from_gradient=_snip),
+        "gallop": Rule(from_gradient=_gallop),
+        "proportional": Rule(from_gradient=_gradient, is_drawn=True),
         "magnitude": Rule(from_weight=_magnitude),
         "principal": principal(),
-        "random": Rule(from_weight=_random),
+        "random": Rule(from_weight=_random, is_uniform=True),
     }
 )
 
 
 def find_rule(selection: Selection) -> Rule | None:
-    """Return the rule of a selection, which may be a name or a function; None for a mapping.
+    """Return the rule of a selection, which may be a name or a function; None for a mask or a delta.
 
     Raises:
-        TypeError: the selection is not a name, rule, function or mapping.
+        TypeError: the selection is not a name, rule, function, mapping, path or delta.
         ValueError: no rule has that name.
     """
+    if is_mask(selection):
+        return None
     if isinstance(selection, str):
         if selection not in RULES:
             raise ValueError(
-                f"selection {selection!r} is not known; choose one of {', '.join(RULES)}"
+                f"selection {selection!r} is not known; choose one of {', '.join(RULES)}, or give a file that ends"
+                " in .safetensors, .npz or .sd"
             )
         return RULES[selection]
-    if isinstance(selection, Mapping):
-        return None
     if isinstance(selection, Rule):
         return selection
     if not callable(selection):
         raise TypeError(
             f"selection is a {type(selection).__name__}; give a rule's name, a Rule, a function of "
-            "weight and gradient, or a mapping of parameter names to masks"
+            "weight and gradient, a mapping of parameter names to masks, a delta, or a path of a mask or delta"
         )
-    return Rule(from_gradient=selection)
+    score: Any = selection
+    return Rule(from_gradient=score)

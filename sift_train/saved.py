@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FORMAT = {"format": "sift-state", "format_version": "1"}
 INDEX, ORIGINAL, MASTER, BUFFER = "index:", "original:", "master:", "buffer:"
+LR_SHARE = "lr_share"
 
 
 def state_of(sift: SIFT) -> dict[str, Tensor]:
@@ -38,6 +39,8 @@ def state_of(sift: SIFT) -> dict[str, Tensor]:
         state[MASTER + name] = part.master.detach()
     for name, buffer in sift.model.named_buffers():
         state[BUFFER + name] = buffer
+    if sift.lr_share is not None:
+        state[LR_SHARE] = torch.tensor(sift.lr_share, dtype=torch.float64)
     return {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
 
 
@@ -64,6 +67,7 @@ def restore(sift: SIFT, state: Mapping[str, Tensor]) -> None:
                 f"the saved state lacks {name!r}, which is trained here; "
                 "use the sparse_module and exception it was made with"
             )
+    sift.lr_share = float(state[LR_SHARE]) if LR_SHARE in state else None
     with torch.no_grad():
         for name, buffer in sift.model.named_buffers():
             if BUFFER + name in state:

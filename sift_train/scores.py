@@ -7,12 +7,10 @@ gradient's dtype. If these micro-batches are also trained on, the dense gradient
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
 from torch import Tensor
 
-from sift_train.rules import Rule
+from sift_train.rules import RULES, Rule
 from sift_train.selection import finite_or_zero, slices_of
 
 _CPU = torch.device("cpu")
@@ -24,6 +22,7 @@ class GradientScores:
     Attributes:
         total: summed scores, of the tensor's shape; a scalar 0 before the first ``add``.
         gradient: summed dense gradient, None if ``keeps_gradient`` is False.
+        n_ranks: number of ranks over which ``total`` is summed; the caller sets it.
 
     Args:
         rule: the rule that scores components.
@@ -31,23 +30,36 @@ class GradientScores:
             fp32, and non-finite scores count as 0. If False, the scores and the gradient of the one
             micro-batch are kept unchanged.
         keeps_gradient: also sum the gradient.
+        keeps_magnitudes: also sum |gradient|, if the scores are another sum.
     """
 
-    def __init__(self, rule: Rule, *, is_summed: bool, keeps_gradient: bool) -> None:
+    def __init__(
+        self, rule: Rule, *, is_summed: bool, keeps_gradient: bool, keeps_magnitudes: bool = False
+    ) -> None:
         self._rule = rule
         self._is_summed = is_summed
         self._keeps_gradient = keeps_gradient
         self.total: Tensor = torch.zeros(())
         self.gradient: Tensor | None = None
+        self._keeps_magnitudes = keeps_magnitudes
+        self._scores_are_magnitudes = rule.from_gradient is RULES["gradient"].from_gradient
+        self._magnitudes: Tensor | None = None
+        self.n_ranks = 1
         self._n_added = 0
 
-    @classmethod
-    def empty(cls, weight: Tensor) -> Self:
-        """Return scores of 0 for all components of a weight, on the CPU, with no gradient."""
-        scores = cls(Rule(from_gradient=torch.mul), is_summed=True, keeps_gradient=False)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        scores.total = torch.zeros(weight.shape, dtype=wide)
-        return scores
+    @property
+    def magnitudes(self) -> Tensor | None:
+        """The sum of |gradient|, the gradient itself if nothing is summed; None without ``keeps_magnitudes``."""
+        if self._keeps_magnitudes and self._scores_are_magnitudes and self._n_added:
+            return self.total
+        return self._magnitudes
+
+    def fill_with_zeros(self, weight: Tensor) -> None:
+        """Set the scores to 0 for all components of a weight, as if it had a gradient of zeros."""
+        self.total = torch.zeros(
+            weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32)
+        )
+        self._n_added = 1
 
     def add(self, weight: Tensor, gradient: Tensor) -> None:
         """Add the gradient of one micro-batch.
@@ -66,6 +78,7 @@ class GradientScores:
         if not self._is_summed:
             self.total = raw.detach()
             self.gradient = gradient if self._keeps_gradient else None
+            self._magnitudes = gradient if self._keeps_magnitudes else None
             return
         scores = finite_or_zero(raw.detach().to(_CPU))
         wide = torch.promote_types(gradient.dtype, torch.float32)
@@ -78,6 +91,9 @@ class GradientScores:
                 self.gradient = (
                     self.gradient + held
                 )  # not in place: the first sum may be the gradient itself
+        if self._keeps_magnitudes and not self._scores_are_magnitudes:
+            own = finite_or_zero(gradient.to(_CPU)).abs_()
+            self._magnitudes = own if self._magnitudes is None else self._magnitudes.add_(own)
         self._n_added += 1
 
     @property

@@ -23,12 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+import sparsedelta
 from sift_train import saved
 from sift_train.checkpointing import disable_checkpointing, enable_checkpointing
 from sift_train.chooser import Chooser, choose_by_hand
 from sift_train.groups import BASE_DECAY
 from sift_train.hooks import BeforeUse
 from sift_train.identity import Identity
+from sift_train.lr_transfer import LearningRate
+from sift_train.masks import find_masks
 from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, memory_of
 from sift_train.ranks.group import Ranks
@@ -37,6 +40,7 @@ from sift_train.ranks.shard import local_gradient, reshard
 from sift_train.ranks.sync import Synchronizer
 from sift_train.rules import RULES, Selection, find_rule
 from sift_train.steps import add_listener, current_listeners, remove_listener
+from sift_train.structure import Block, check_block
 from sift_train.targets import ALL_LINEAR, Names, find_targets, warn_of_adapters
 from sift_train.zeroing import extend_zero_grad, restore_zero_grad
 
@@ -69,6 +73,7 @@ class SIFT:
     Attributes:
         model: the model that is trained.
         sparse_mapping: the trained components of each parameter, by the parameter's name.
+        lr_transfer: whether each step divides the learning rate of sparse parameters by ``lr_share``.
         may_write: a bool tensor on the device, or None, which means True. If it is False, weights
             are not overwritten. The host does not read it, so a loop need not wait for a loss to
             know whether it is finite.
@@ -86,18 +91,26 @@ class SIFT:
             are summed on the CPU until the components are chosen at that step.
         gradient_checkpointing: switch the model's activation checkpointing on, non-reentrant.
         selection: the rule that ranks components: a rule's name, a ``Rule``, or a function of
-            weight and gradient that returns scores. Or an explicit choice: a mapping of parameter
-            names to bool masks, flat indices or coordinates, which replaces ``sparse_module`` and
-            ``sparse_rate``.
-        budget: ``"tensor"``: the rate holds for each tensor; ``"global"``: for all tensors
+            weight and gradient that returns scores. Or an explicit choice, which replaces ``sparse_module`` and
+            ``sparse_rate``: a mapping of parameter names to bool masks, flat indices or coordinates; the path
+            of a mask (``.safetensors``, ``.npz``); or a delta or its path (``.sd``), whose changed components are
+            trained; the model must hold the delta's base then.
+        budget: ``"tensor"``: the rate holds for each tensor; ``"row"``: for each row; ``"global"``: for all tensors
             together, and the largest scores of all are chosen. The number for each tensor is then
             known only after the choice.
+        block: choose whole ``"row"``s, ``"column"``s or blocks of (height, width) by their mean score; the rate is
+            the share of blocks. A row belongs to one index of the first dimension, which is an output of a linear
+            layer. None: single components.
         seed: seeds the choice among equal scores, and random selection.
         process_group: the processes that train this model together; None: all that
             ``torch.distributed`` connects. Before each step the gradients of the trained components
             are averaged over them.
         reduce_dtype: dtype in which these gradients are sent and summed: ``torch.bfloat16`` or
             ``torch.float32``; None: the masters' dtype.
+        lr_transfer: the optimizer's learning rate is that of full fine-tuning. Each step divides it by
+            ``lr_share`` for sparsely trained parameters; dense ones keep it. For AdamW and other optimizers that
+            move each component by about the learning rate. The groups of the optimizer must not mix
+            both kinds, see ``grouped_parameters``.
 
     Raises:
         ValueError: an argument is out of range, or a parameter cannot be trained in place.
@@ -114,9 +127,11 @@ class SIFT:
         *,
         selection: Selection = "gradient",
         budget: str = "tensor",
+        block: Block | None = None,
         seed: int = 0,
         process_group: ProcessGroup | None = None,
         reduce_dtype: torch.dtype | None = None,
+        lr_transfer: bool = False,
     ) -> None:
         self.grad_acc = grad_acc
         _refuse_second(model)
@@ -127,12 +142,11 @@ class SIFT:
         self._is_reverted = False  # inside ``reverted``
         self._is_stepped_by_torch = False
         self._handles: list[RemovableHandle] = []
-        masks = selection if isinstance(selection, Mapping) else {}
+        check_block(block)
+        masks = find_masks(selection, model)
         if masks:
             if sparse_module != ALL_LINEAR:
-                raise ValueError(
-                    "selection is a mapping of parameter names; leave sparse_module out"
-                )
+                raise ValueError("selection is a mask of named parameters; leave sparse_module out")
             sparse_module = [re.compile(f"^{re.escape(name)}$") for name in masks]
         parts = []
         for target in find_targets(model, sparse_module, exception or ()):
@@ -140,7 +154,7 @@ class SIFT:
                 SparseParameter(
                     target.name,
                     target.parameter,
-                    target.n_trained(sparse_rate),
+                    target.n_trained(sparse_rate, budget, block),
                     is_dense=target.dense,
                     n_matrices=target.n_matrices,
                 )
@@ -155,7 +169,14 @@ class SIFT:
         self._without_optimizer = set(self.sparse_mapping)
         self._by_master = {id(part.master): part for part in parts}
         rule = find_rule(selection) or RULES["gradient"]
-        self._chooser = Chooser(self.sparse_mapping, rule, budget, seed)
+        self.lr_transfer = lr_transfer
+        self._learning_rate = LearningRate(
+            self.sparse_mapping, is_uniform=rule.is_uniform and not masks
+        )
+        meter = self._learning_rate if lr_transfer else None
+        self._chooser = Chooser(
+            self.sparse_mapping, rule, budget, seed, sparse_rate, block, learning_rate=meter
+        )
         choose_by_hand(model, self.sparse_mapping.values(), masks)
         self._checkpointing = gradient_checkpointing and enable_checkpointing(model)
         self._requires_grad = {p: p.requires_grad for p in model.parameters()}
@@ -250,6 +271,24 @@ class SIFT:
                 return other
         return None
 
+    @property
+    def lr_share(self) -> float | None:
+        """Share of the sum of |gradient| over the sparsely trained parameters that the chosen components hold.
+
+        With ``lr_transfer`` it is measured by the gradients that choose. If masks or a rule without gradients
+        choose, by those inside ``selecting()`` or of the first step. With ``"random"`` it is the share of
+        components that are chosen. None until then, and without ``lr_transfer``.
+        """
+        return self._learning_rate.share
+
+    @lr_share.setter
+    def lr_share(self, share: float | None) -> None:
+        self._learning_rate.share = share
+
+    def sparse_lr(self, lr: float) -> float:
+        """Return the learning rate of sparsely trained parameters for a stated one."""
+        return float(self._learning_rate.sparse(lr))
+
     def check_parameters(self) -> None:
         """Check that the model still uses every trained parameter, under its name.
 
@@ -264,7 +303,8 @@ class SIFT:
         """Check that the optimizer holds all masters and no parameter of the model.
 
         Raises:
-            ValueError: the optimizer lacks a master, or holds a parameter of the model.
+            ValueError: the optimizer lacks a master, holds a parameter of the model, or with ``lr_transfer`` has
+                a group of sparsely and densely trained parameters.
         """
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner
@@ -276,6 +316,8 @@ class SIFT:
                     "build it from all of sift.parameters_in_optimizer()"
                 )
         self._refuse_own_parameters(optimizer, set(self._requires_grad))
+        if self.lr_transfer:
+            self._learning_rate.check(optimizer)
 
     @contextmanager
     def selecting(self) -> Iterator[None]:
@@ -302,6 +344,8 @@ class SIFT:
         such as a gradient scaler, call this first. It has no effect if all components are chosen.
         """
         self._chooser.finish(self._sync.ranks)
+        if self.lr_transfer:
+            self._learning_rate.finish(self._sync.ranks)
 
     def sync_gradients(self, weight: float | None = None) -> None:
         """Average the masters' gradients over the ranks; no effect in a single process.
@@ -400,6 +444,51 @@ class SIFT:
         """
         self.load_state_dict(saved.read_state(path))
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base: str | PathLike[str] | None = None,
+        base_id: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        dry_run: bool = False,
+    ) -> sparsedelta.PushReport:
+        """Upload the delta of the training so far, with a model card; the base is pinned to a commit.
+
+        Args:
+            repo_id: ``org/name``; created if it does not exist.
+            base: the folder of the base; by default the folder or the cached repository that a transformers model
+                was loaded from.
+            base_id: repository of the base, ``org/model`` or ``org/model@revision``; by default the repository and
+                commit that the model was loaded from.
+            private: whether a new repository is private.
+            revision: branch to push to.
+            commit_message: first line of the commit message.
+            token: access token for the Hub; None: that of `hf auth login`.
+            dry_run: upload nothing, only return the report.
+
+        Raises:
+            MismatchError: the base on the Hub is not the base of the delta.
+            RemoteError: the Hub cannot be reached or refuses.
+            ValueError: the base is not known, or as ``export_delta``.
+        """
+        from sift_train.pushing import push_delta  # export imports this module
+
+        return push_delta(
+            self,
+            repo_id,
+            base=base,
+            base_id=base_id,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            token=token,
+            dry_run=dry_run,
+        )
+
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Prepare the masters for an optimizer's step; every torch optimizer calls it.
 
@@ -431,10 +520,14 @@ class SIFT:
         for part in parts:
             if not part.is_selected:
                 part.master.grad = None
+        if parts and self.lr_transfer:
+            self._learning_rate.scale(optimizer)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Write the masters of an optimizer back after its step; every torch optimizer calls it."""
         parts = self._parts_of(optimizer)
+        if parts:
+            self._learning_rate.restore()
         for part in parts:
             self._is_stepped_by_torch = self._is_stepped = True
             part.spend()
@@ -523,8 +616,11 @@ class SIFT:
             self._chooser.score(
                 part, gradient, at_once=at_once, is_trained_on=not self._only_scoring
             )
-        elif not self._only_scoring:
-            part.collect(gradient)
+        else:
+            if self.lr_transfer:
+                self._learning_rate.add(part, gradient)
+            if not self._only_scoring:
+                part.collect(gradient)
 
     def _warn_without_optimizer(
         self, optimizer: torch.optim.Optimizer, parts: list[SparseParameter]
@@ -585,8 +681,16 @@ class SIFT:
             may_differ = part.is_behind or not self._is_stepped_by_torch
             if part.is_selected and may_differ and not self._is_reverted and part.differs:
                 self._sync.refuse_step_without_average()
+                self._refuse_step_without_scale()
                 self.reshard()
                 part.write(self.may_write)
+
+    def _refuse_step_without_scale(self) -> None:
+        if self.lr_transfer and not self._is_stepped_by_torch:
+            raise ValueError(
+                "the masters were changed by something else than the step of a torch optimizer, so lr_transfer"
+                " could not scale its learning rate; leave lr_transfer out and give a larger one"
+            )
 
     @property
     def _has_shards(self) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from os import PathLike
+from typing import Any, Self
 
 from torch import nn
 
@@ -11,7 +12,9 @@ from sift_train.chooser import BUDGETS
 from sift_train.rules import Selection, find_rule
 from sift_train.selection import n_selected
 from sift_train.sift import SIFT
+from sift_train.structure import Block, check_block
 from sift_train.targets import ALL_LINEAR, Names
+from sift_train.yaml_files import read_yaml, settings_of, write_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +22,7 @@ class SiftConfig:
     """The settings of a ``SIFT``; ``SiftTrainerMixin`` builds the SIFT from them.
 
     Attributes:
-        sparse_rate, sparse_module, exception, selection, budget, seed: as for ``SIFT``.
+        sparse_rate, sparse_module, exception, selection, budget, block, seed, lr_transfer: as for ``SIFT``.
         selection_batches: number of micro-batches of the train loader whose gradients choose the
             components before the first step. None: those of the first step choose.
         gradient_checkpointing: as for ``SIFT``. The training arguments of a Trainer have their own.
@@ -34,17 +37,37 @@ class SiftConfig:
     selection: Selection = "gradient"
     selection_batches: int | None = None
     budget: str = "tensor"
+    block: Block | None = None
     gradient_checkpointing: bool = False
     seed: int = 0
+    lr_transfer: bool = False
 
     def __post_init__(self) -> None:
         n_selected(1, self.sparse_rate)
         find_rule(self.selection)
         if self.budget not in BUDGETS:
             raise ValueError(f"budget is {self.budget!r}; choose one of {', '.join(BUDGETS)}")
+        check_block(self.block)
         n: Any = self.selection_batches
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
             raise ValueError(f"selection_batches is {n!r}; it must be an integer of at least 1")
+
+    @classmethod
+    def from_yaml(cls, path: str | PathLike[str]) -> Self:
+        """Return the settings in a YAML file.
+
+        Raises:
+            ValueError: the file is not YAML, a setting is not known, or a value is out of range.
+        """
+        return settings_of(cls, read_yaml(path), f"'{path}'")
+
+    def to_yaml(self, path: str | PathLike[str]) -> None:
+        """Write all settings as a YAML file.
+
+        Raises:
+            ValueError: ``selection`` is a function, a ``Rule``, a mapping or a delta.
+        """
+        write_yaml(self, path)
 
     def build(self, model: nn.Module, *, grad_acc: int = 1) -> SIFT:
         """Return the SIFT of a model.
@@ -65,5 +88,7 @@ class SiftConfig:
             self.gradient_checkpointing,
             selection=self.selection,
             budget=self.budget,
+            block=self.block,
             seed=self.seed,
+            lr_transfer=self.lr_transfer,
         )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sift_train.ranks.shard import is_sharded, local_part
 from sift_train.reach import conv_weights, left_out, linear_weights, n_matrices, reached_share
 from sift_train.selection import n_selected
+from sift_train.structure import Block, n_of_blocks, n_of_rows
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +50,18 @@ class Target:
     dense: bool
     n_matrices: int = 1
 
-    def n_trained(self, rate: float) -> int:
-        """Return the number of components that a rate selects, all of them if it is dense."""
+    def n_trained(self, rate: float, budget: str = "tensor", block: Block | None = None) -> int:
+        """Return the number of components that a rate selects, all of them if it is dense.
+
+        If the blocks at the edge of a matrix are smaller than others, it is the largest number.
+        """
         numel = self.parameter.numel()
         if self.dense:
             return numel
+        if block is not None:
+            return n_of_blocks(self.parameter.shape, self.n_matrices, rate, block)
+        if budget == "row":
+            return n_of_rows(self.parameter.shape, self.n_matrices, rate)
         return self.n_matrices * n_selected(numel // self.n_matrices, rate)
 
 

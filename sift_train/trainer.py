@@ -19,10 +19,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sift_train.basecheck import check_base, check_weights
 from sift_train.export import write_delta
+from sift_train.groups import lr_info
 from sift_train.randomness import kept_random_state
 from sift_train.sift import SIFT
 from sift_train.sift_config import SiftConfig
 from sift_train.trainer_groups import (
+    log_sparse_lr,
     optimizer_groups,
     refuse_matrix_optimizer,
     refuse_other_model,
@@ -117,10 +119,12 @@ class SiftCallback(TrainerCallback):
         self._sift.zero_grad()
 
     def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Log the norm of the masters' gradients, since the model itself has no gradients."""
+        """Log the norm of the masters' gradients, since the model has none, and the sparse learning rate."""
         for entry in (given.get("logs"), state.log_history[-1]):
             if entry is not None and self._norm is not None and "grad_norm" in entry:
                 entry["grad_norm"] = float(self._norm)
+            if entry is not None:
+                log_sparse_lr(self._sift, entry)
 
 
 class SiftTrainerMixin(_Trainer):
@@ -252,13 +256,23 @@ class SiftTrainerMixin(_Trainer):
             sift=self.sift,
             base=self._base,
             base_id=self._base_id,
-            info={**info, "n_trained": self.sift.n_trained, "losses": self._logged_losses()},
+            info={
+                **info,
+                "n_trained": self.sift.n_trained,
+                **lr_info(self.sift, self.args.learning_rate),
+                "losses": self._logged_losses(),
+            },
             overwrite=True,
         )
         self.sift.save(folder / STATE)
         processing_class: Any = self.processing_class
         if processing_class is not None:
             processing_class.save_pretrained(folder)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as Trainer does, with the learning rate of sparsely trained parameters if it is another."""
+        log_sparse_lr(self.sift, logs)
+        super().log(logs, start_time)
 
     def _logged_losses(self) -> list[list[float]]:
         logs = self.state.log_history

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from sift_train.masters import SparseParameter
 from sift_train.ranks.pieces import Piece
-from sift_train.saved import BUFFER, INDEX, MASTER, ORIGINAL
+from sift_train.saved import BUFFER, INDEX, LR_SHARE, MASTER, ORIGINAL
 
 if TYPE_CHECKING:
     from sift_train.sift import SIFT
@@ -109,6 +109,7 @@ def load_sharded(
         if optimizer is not None:
             saved = {key.removeprefix(prefix): found[key] for key in states}
             optimizer.state[part.master] = _own_state(part, saved, is_own)
+    sift.lr_share = float(read([LR_SHARE])[LR_SHARE]) if LR_SHARE in held else None
     buffers = {BUFFER + name: buffer for name, buffer in sift.model.named_buffers()}
     for key, value in read([key for key in buffers if key in held]).items():
         buffers[key].detach().copy_(value)
@@ -132,6 +133,8 @@ def _state(sift: SIFT, optimizer: Optimizer | None) -> Iterator[tuple[str, Tenso
             yield f"{STATE}{name}:{key}", value
     for name, buffer in sift.model.named_buffers():
         yield BUFFER + name, buffer.detach().cpu()
+    if sift.lr_share is not None:
+        yield LR_SHARE, torch.tensor(sift.lr_share, dtype=torch.float64)
 
 
 def _state_of_master(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ def share_scores(
     scores: dict[str, GradientScores],
     parts: Iterable[SparseParameter],
     ranks: Ranks,
+    new_scores: Callable[[], GradientScores],
 ) -> dict[str, GradientScores]:
     """Return the scores summed over all ranks, in the order of the parts, the same on all ranks.
 
@@ -25,6 +26,7 @@ def share_scores(
         scores: the scores of this rank by the part's name, on the CPU; they are edited in place.
         parts: all parts in the same order on all ranks; those already chosen are the same, too.
         ranks: the ranks.
+        new_scores: makes the scores of a part that has no gradient on this rank.
     """
     waiting = [part for part in parts if not part.is_selected or part.name in scores]
     chosen = {part.name: scores[part.name] for part in waiting if part.is_selected}
@@ -35,12 +37,16 @@ def share_scores(
     for part, count in zip(waiting, ranks.sum_(counts).tolist(), strict=True):
         if not count:
             continue
-        own = scores.get(part.name) or GradientScores.empty(part.local)
+        own = scores.get(part.name)
+        if own is None:
+            own = new_scores()
+            own.fill_with_zeros(part.local)
         chosen[part.name] = own
         if part.shard is not None:
             continue  # its gradients have been summed over the ranks already
         for piece in own.total.view(-1).split(DEVICE_SLICE):
             ranks.sum_(piece)
+        own.n_ranks = ranks.size
     return chosen
 
 

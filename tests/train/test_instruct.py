@@ -20,8 +20,9 @@ import sparsedelta
 sys.path.append(str(EXAMPLES))
 
 import causal_loss
-import instructions
-from instructions import IGNORED, Message, Steps, Tokens
+
+from sift_train import instructions
+from sift_train.instructions import IGNORED, Message, Steps, Tokens
 
 NAMES = ["Ada", "Grace", "Emmy", "Mary", "Rosa", "Lise"]
 TASKS = [
@@ -246,7 +247,7 @@ def test_packed_rows_have_the_loss_and_gradient_of_rows_of_one(place: Path, atte
     for rows, is_packed in (([[e] for e in examples], False), (packed, True)):
         batch = instructions.collate(rows, pad_id=0, is_packed=is_packed)
         found.append(
-            loss_and_gradient(model, {**batch, "n_learnt": n_learnt}, causal_loss.plain_loss)
+            loss_and_gradient(model, {**batch, "n_learnt": n_learnt}, instructions.plain_loss)
         )
     (one, gradient), (other, packed_gradient) = found
     assert other == pytest.approx(one, rel=1e-5)
@@ -273,7 +274,7 @@ def test_the_loss_in_chunks_is_the_loss(place: Path, monkeypatch: pytest.MonkeyP
         **instructions.collate(rows, pad_id=0, is_packed=False),
         "n_learnt": torch.tensor(float(sum(row[0].n_learnt for row in rows))),
     }
-    one, gradient = loss_and_gradient(model, batch, causal_loss.plain_loss)
+    one, gradient = loss_and_gradient(model, batch, instructions.plain_loss)
     other, chunked_gradient = loss_and_gradient(model, batch, causal_loss.chunked_loss)
     assert other == pytest.approx(one, rel=1e-5)
     torch.testing.assert_close(chunked_gradient, gradient, rtol=1e-4, atol=1e-6)
@@ -301,7 +302,7 @@ def test_a_step_is_the_mean_over_its_tokens_for_all_micro_batch_sizes(place: Pat
     for micro_batch in (4, 1):
         torch.manual_seed(0)
         data = Steps(rows, batch=4, micro_batch=micro_batch, pad_id=0, is_packed=False)
-        losses = [causal_loss.plain_loss(model, batch).item() for batch in data]
+        losses = [instructions.plain_loss(model, batch).item() for batch in data]
         assert len(losses) == len(data)
         n = 4 // micro_batch
         windows = [losses[at : at + n] for at in range(0, len(losses), n)]

@@ -12,8 +12,8 @@ import sift_train
 
 NAMES = (
     "RULES SIFT Evaluation FitConfig FitResult MemoryReport Plan PublishCallback Rule SiftCallback "
-    "SiftConfig SiftTrainerMixin SparseParameter StepReport export_delta fit grouped_parameters "
-    "load_sharded plan principal save_sharded"
+    "SiftConfig SiftTrainerMixin SparseParameter StepReport export_delta fit from_pretrained "
+    "get_sift_model grouped_parameters intersect load_mask load_sharded mask_of_delta plan principal save_mask save_sharded unite"
 ).split()
 
 
@@ -41,7 +41,7 @@ def test_names() -> None:
         (
             "SIFT",
             "model sparse_rate sparse_module exception grad_acc gradient_checkpointing "
-            "* selection budget seed process_group reduce_dtype",
+            "* selection budget block seed process_group reduce_dtype lr_transfer",
         ),
         (
             "fit",
@@ -54,15 +54,20 @@ def test_names() -> None:
         ("load_sharded", "sift folder optimizer"),
         (
             "SiftConfig",
-            "* sparse_rate sparse_module exception selection selection_batches budget "
-            "gradient_checkpointing seed",
+            "* sparse_rate sparse_module exception selection selection_batches budget block "
+            "gradient_checkpointing seed lr_transfer",
         ),
         ("grouped_parameters", "sift weight_decay * decay_to"),
         ("principal", "rank"),
+        ("get_sift_model", "model config * grad_acc"),
+        ("from_pretrained", "name * base model_class dtype device_map"),
+        ("save_mask", "sift path"),
+        ("load_mask", "path"),
+        ("mask_of_delta", "delta model"),
         (
             "FitConfig",
-            "* sparse_rate sparse_module exception selection selection_batches budget optimizer lr "
-            "weight_decay decay_to betas eps momentum schedule warmup epochs max_steps accumulation "
+            "* sparse_rate sparse_module exception selection selection_batches budget block optimizer lr "
+            "lr_transfer weight_decay decay_to betas eps momentum schedule warmup epochs max_steps accumulation "
             "max_grad_norm mixed_precision gradient_checkpointing log_every eval_every patience "
             "higher_is_better save_every publish publish_every trackers reduce_dtype seed",
         ),
@@ -81,10 +86,10 @@ def test_what_a_sift_offers() -> None:
     offered = {name for name in vars(sift_train.SIFT) if not name.startswith("_")}
     assert offered == {
         "after_closure", "after_step", "attach", "before_step", "before_use", "check_parameters", "check_ranks", "clip_grad_norm_", "close",
-        "finish_selection", "first_config", "get_trainable_num", "grad_acc", "load", "load_state_dict",
+        "finish_selection", "first_config", "get_trainable_num", "grad_acc", "load", "load_state_dict", "lr_share",
         "memory_report", "n_total", "n_trained", "named_parameters_in_optimizer",
         "named_trainable_parameters", "parameters_in_optimizer", "print_trainable_parameters",
-        "of", "ranks", "record", "reshard", "set_trainer", "revert", "reverted", "save", "selecting", "state_dict", "sync_gradients",
+        "of", "ranks", "record", "reshard", "set_trainer", "push_to_hub", "revert", "reverted", "save", "selecting", "sparse_lr", "state_dict", "sync_gradients",
         "trainable_parameters",
         "write_back", "zero_grad",
     }  # fmt: skip

@@ -221,6 +221,15 @@ def test_no_device_holds_more_than_one_tensor_s_scores() -> None:
 
 
 def test_rules_are_named() -> None:
-    assert list(RULES) == ["gradient", "fisher", "snip", "magnitude", "principal", "random"]
+    assert list(RULES) == [
+        "gradient",
+        "fisher",
+        "snip",
+        "gallop",
+        "proportional",
+        "magnitude",
+        "principal",
+        "random",
+    ]
     with pytest.raises(ValueError, match="not both"):
         Rule(from_gradient=lambda w, g: g, from_weight=lambda w, g: w)

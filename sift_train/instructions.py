@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORED = -100
 ROLES = ("system", "user", "assistant")
@@ -415,3 +415,18 @@ class Steps:
 
 def _split(items: list[int], n: int) -> list[list[int]]:
     return [items[at : at + n] for at in range(0, len(items), n)]
+
+
+def plain_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the summed loss of all labels, divided by ``n_learnt``; all logits exist at once."""
+    inputs, targets = split_batch(batch)
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    flat = logits.float().flatten(0, 1)
+    loss = nn.functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum")
+    return loss / batch["n_learnt"]
+
+
+def split_batch(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the inputs of the model, and the label that follows each token but the last, flat."""
+    inputs = {name: batch[name] for name in batch if name not in ("labels", "n_learnt")}
+    return inputs, batch["labels"][:, 1:].flatten()

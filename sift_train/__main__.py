@@ -1,0 +1,49 @@
+"""``python -m sift_train --config run.yaml``: trains as a YAML file says."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sift_train",
+        description="Train a sparse set of a model's weights as a YAML file says, and write the delta.",
+        epilog="Example: python -m sift_train --config run.yaml",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file")
+    parser.add_argument(
+        "--resume", action="store_true", help="resume from the newest checkpoint in run_dir"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    given = parser.parse_args(arguments)
+    from sift_train.run_file import run_file  # takes seconds
+
+    try:
+        result = run_file(
+            given.config,
+            resume=given.resume,
+            overwrite=given.overwrite,
+            progress=sys.stderr.isatty(),
+        )
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        if given.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    for evaluation in result.evaluations:
+        values = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.values.items())
+        print(f"step {evaluation.step}: {values}")  # noqa: T201
+    print(  # noqa: T201
+        f"{result.delta}: {result.delta_bytes:,} bytes, {result.n_trained:,} of {result.n_total:,} components"
+        f" trained in {result.n_steps} steps ({result.stopped})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

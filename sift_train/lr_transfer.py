@@ -1,0 +1,146 @@
+"""``LearningRate``: full fine-tuning's learning rate, scaled to the share of the gradient that is trained.
+
+Adam moves every component by about the learning rate. So the first-order change of the loss per step is
+the learning rate times the sum of |gradient| over the trained components. Divided by the share of
+this sum that the selection holds, a learning rate of full fine-tuning gives the same change.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sift_train.masters import SparseParameter
+from sift_train.ranks.group import Ranks
+from sift_train.selection import finite_or_zero, slices_of
+
+logger = logging.getLogger(__name__)
+
+
+class LearningRate:
+    """Measures the share, and scales the learning rates of an optimizer while it steps.
+
+    Attributes:
+        share: share of the sum of |gradient| over the sparsely trained parameters that their chosen
+            components hold, above 0 to 1; None until it is measured.
+
+    Args:
+        parts: the trained parameters by name; dense ones keep the learning rate as stated.
+        is_uniform: the choice does not depend on weights or gradients. The share is then the share of
+            components that are chosen.
+    """
+
+    def __init__(self, parts: Mapping[str, SparseParameter], *, is_uniform: bool) -> None:
+        self.share: float | None = None
+        self._parts = {name: part for name, part in parts.items() if not part.is_dense}
+        self._masters = {id(part.master) for part in self._parts.values()}
+        self._is_uniform = is_uniform
+        self._sums: dict[torch.device, Tensor] = {}
+        self._stated: list[tuple[dict[str, Any], Any]] = []
+        self._is_logged = False
+
+    def add(self, part: SparseParameter, magnitudes: Tensor, *, n_ranks: int = 1) -> None:
+        """Add gradients of a parameter whose components are chosen; no effect once the share is known.
+
+        Args:
+            part: the parameter.
+            magnitudes: a gradient, or a sum of |gradient|, of the shape of the parameter's part here.
+            n_ranks: number of ranks over which ``magnitudes`` is a sum already.
+        """
+        if self.share is not None or self._is_uniform or part.name not in self._parts:
+            return
+        total = chosen = _sum(magnitudes)
+        if not part.trains_all:
+            index = part.flat_index.to(magnitudes.device)
+            chosen = _sum(magnitudes.reshape(-1).index_select(0, index))
+        # Gradients of shards are means over the ranks, and those of whole parameters are of one rank.
+        weight = 1 / n_ranks if part.shard is None else part.shard.n_parts
+        sums = torch.stack([chosen, total]) * weight
+        held = self._sums.get(sums.device)
+        self._sums[sums.device] = sums if held is None else held + sums
+
+    def finish(self, ranks: Ranks) -> None:
+        """Compute the share from what all ranks have added; no effect if it is known, or if that is nothing.
+
+        All ranks must call it the same number of times.
+        """
+        if self.share is not None:
+            return
+        if self._is_uniform:
+            parts = self._parts.values()
+            chosen = float(sum(part.n_trained for part in parts))
+            total = float(sum(part.numel for part in parts))
+        else:
+            sums = torch.zeros(2, dtype=torch.float64)
+            for each in self._sums.values():
+                sums += each.cpu()  # waits for the device, once
+            chosen, total = ranks.sum_(sums).tolist()
+        if chosen:
+            self.share = chosen / total
+            self._sums.clear()
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Check that no parameter group needs two learning rates.
+
+        Raises:
+            ValueError: a group holds masters of sparsely trained parameters and others.
+        """
+        for group in optimizer.param_groups:
+            if 0 < self._n_sparse(group) < len(group["params"]):
+                raise ValueError(
+                    "a parameter group of the optimizer holds sparsely and densely trained parameters, but"
+                    " lr_transfer gives them different learning rates; build the groups with"
+                    " sift_train.grouped_parameters"
+                )
+
+    def scale(self, optimizer: Optimizer) -> None:
+        """Divide the learning rates of sparsely trained groups by the share, until ``restore``.
+
+        Raises:
+            ValueError: as ``check``.
+        """
+        self.restore()  # a step that raised an error has not restored them
+        if self.share is None:
+            return
+        self.check(optimizer)
+        for group in optimizer.param_groups:
+            if self._n_sparse(group):
+                stated = group["lr"]
+                group["lr"] = self.sparse(stated)
+                self._stated.append((group, stated))
+        if self._stated and not self._is_logged:
+            self._is_logged = True
+            logger.info(
+                "the trained components hold %.4g of the sum of |gradient|, so lr_transfer raises the"
+                " learning rate of sparsely trained parameters from %.4g to %.4g at this step",
+                self.share,
+                float(self._stated[0][1]),
+                float(self._stated[0][0]["lr"]),
+            )
+
+    def sparse(self, lr: Any) -> Any:
+        """Return the learning rate of sparsely trained parameters for a stated one."""
+        return lr if self.share is None else lr / self.share
+
+    def restore(self) -> None:
+        """Set the learning rates as stated, after a step."""
+        for group, stated in self._stated:
+            group["lr"] = stated
+        self._stated.clear()
+
+    def _n_sparse(self, group: Mapping[str, Any]) -> int:
+        return sum(id(master) in self._masters for master in group["params"])
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Return the sum of |finite values|, in fp64 where the device has it; without a copy of all values."""
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    total = torch.zeros((), dtype=wide, device=values.device)
+    for part in slices_of(values.reshape(-1)) if values.numel() else ():
+        total += finite_or_zero(part).abs_().sum(dtype=wide)
+    return total

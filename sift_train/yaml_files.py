@@ -1,0 +1,99 @@
+"""Reads settings from YAML files and writes them; nothing in a file is executed."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml  # type: ignore[import-untyped]
+
+T = TypeVar("T")
+
+_TUPLES = ("block", "betas")  # settings that are tuples; YAML has lists
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads ``2e-4`` as a number, which YAML 1.1 reads as text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    key: list(resolvers) for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        ValueError: the file is not YAML, or holds something else than a mapping of names.
+    """
+    try:
+        found = yaml.load(Path(path).read_text("utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"'{path}' is not YAML: {reason}") from error
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise ValueError(
+            f"'{path}' holds no mapping of names to values; write lines of 'name: value'"
+        )
+    return dict(found)
+
+
+def settings_of(kind: type[T], given: Mapping[str, Any], where: str) -> T:
+    """Return a dataclass of settings from a mapping.
+
+    Raises:
+        ValueError: a name is unknown, a required one is missing, or a value is out of range.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in given:
+        if name not in fields:
+            raise ValueError(
+                f"{where} has the setting {name!r}, which is not known; choose from {', '.join(fields)}"
+            )
+    for name, field in fields.items():
+        if name not in given and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where} lacks the setting {name!r}")
+    values = {
+        name: tuple(value) if name in _TUPLES and isinstance(value, list) else value
+        for name, value in given.items()
+    }
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def write_yaml(settings: Any, path: str | PathLike[str]) -> None:
+    """Write a dataclass of settings; ``settings_of`` reads an equal one.
+
+    Raises:
+        ValueError: a setting is a function, a ``Rule``, a mask or a delta, which a file cannot hold.
+    """
+    fields = dataclasses.fields(settings)
+    values = {field.name: _plain(field.name, getattr(settings, field.name)) for field in fields}
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, "utf-8")
+
+
+def _plain(name: str, value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, re.Pattern):
+        return f"re:{value.pattern}"
+    if isinstance(value, PathLike):
+        return str(Path(value))
+    if isinstance(value, list | tuple):
+        return [_plain(name, each) for each in value]
+    raise ValueError(
+        f"{name} is a {type(value).__name__}, which YAML cannot hold; give a name, or the path of a mask"
+    )

@@ -1,0 +1,45 @@
+"""``get_sift_model``, ``push_to_hub`` and ``from_pretrained`` with a base on the Hub."""
+
+from __future__ import annotations
+
+import pytest
+from hub.hub_helpers import Person, publish
+from hub.hub_server import LoopbackHub
+
+torch = pytest.importorskip("torch")  # the other tests of the Hub run without torch
+pytest.importorskip("transformers")
+
+from train_helpers import make_bert  # noqa: E402
+
+SCRIPT = """
+import torch, transformers, sift_train
+from sift_train import SiftConfig, from_pretrained, get_sift_model
+model = transformers.AutoModelForSequenceClassification.from_pretrained("org/bert", dtype=torch.float32)
+config = SiftConfig(sparse_rate=0.1, sparse_module=["query"], selection="random")
+assert get_sift_model(model, config) is model
+optimizer = torch.optim.AdamW(model.sift.parameters_in_optimizer(), lr=1e-2)
+ids = torch.arange(10)[None]
+model(input_ids=ids, labels=torch.tensor([1])).loss.backward()
+optimizer.step()
+report = model.sift.push_to_hub("me/tuned")
+print(report.base)
+again = model.sift.push_to_hub("me/tuned", dry_run=True)
+assert not any(file.changed for file in again.files)
+loaded = from_pretrained("me/tuned", dtype=torch.float32)
+pairs = zip(model.state_dict().items(), loaded.state_dict().items(), strict=True)
+assert all(a == b and torch.equal(x.view(torch.int32), y.view(torch.int32)) for (a, x), (b, y) in pairs)
+plain = torch.nn.Linear(2, 2)
+try:
+    sift_train.SIFT(plain, sparse_module="weight").push_to_hub("me/other")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_model_of_the_hub_is_trained_pushed_and_loaded(me: Person, hub: LoopbackHub) -> None:
+    commit = publish(hub, "org/bert", make_bert(me.folder / "bert", torch.float32))
+    done = me.python("-c", SCRIPT)
+    assert done.returncode == 0, done.stderr
+    base, refusal = done.stdout.splitlines()
+    assert base == f"org/bert@{commit}"
+    assert refusal.startswith("it is not known from where Linear was loaded; give base")
