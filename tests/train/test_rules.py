@@ -111,7 +111,7 @@ def test_an_explicit_choice(form: str) -> None:
 def test_a_wrong_choice_is_refused() -> None:
     with pytest.raises(ValueError, match=r"has shape \(2, 2\), expected \(16, 12\)"):
         SIFT(make_net(), selection={"first.weight": torch.ones(2, 2, dtype=torch.bool)})
-    with pytest.raises(ValueError, match="occurs in no parameter name"):
+    with pytest.raises(ValueError, match="names 'first', which is no parameter of Net"):
         SIFT(make_net(), selection={"first": [1]})
     with pytest.raises(ValueError, match="leave sparse_module out"):
         SIFT(make_net(), 0.1, "last", selection={"first.weight": [1]})
