@@ -40,6 +40,7 @@ def test_every_block_has_a_language(page: Path) -> None:
         "console",
         "text",
         "typescript",
+        "yaml",
     }
 
 
