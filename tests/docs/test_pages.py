@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ def test_every_block_has_a_language(page: Path) -> None:
         "console",
         "text",
         "typescript",
+        "yaml",
     }
 
 
@@ -54,7 +56,7 @@ def test_tutorial(page: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", program, str(page)],
         cwd=tmp_path,
         env={
-            **__import__("os").environ,
+            **os.environ,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
             "HF_HUB_OFFLINE": "1",
         },
