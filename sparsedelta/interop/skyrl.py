@@ -77,7 +77,7 @@ class SkyRL(Form):
                 )
             _add(source.path / path, held, patches)
         says: dict[str, JSON] = {
-            key: str(manifest[key])[:200] for key in ("version", "base_version")
+            key: str(manifest[key])[:200] for key in ("version", "base_version") if key in manifest
         }
         return Reading(PatchedCheckpoint(base, patches), "changed tensors", says)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -272,3 +273,15 @@ def test_equal_checkpoints(tmp_path: Path) -> None:
     for name in ("trl-v2", "shira"):
         with pytest.raises(ValueError, match=r"equal|no layer"):
             sparsedelta.convert(given.delta, tmp_path / name, base=given.base, write_as=name)
+
+
+def test_skyrl_without_a_version(tmp_path: Path) -> None:
+    given = plain_pair(tmp_path)
+    folder = tmp_path / "delta"
+    sparsedelta.convert(given.delta, folder, base=given.base, write_as="skyrl")
+    (manifest,) = folder.glob("*.json")
+    content = json.loads(manifest.read_text())
+    del content["version"]
+    manifest.write_text(json.dumps(content))
+    sparsedelta.apply(given.base, folder, tmp_path / "out")
+    assert_same_files(given.target, tmp_path / "out")
