@@ -220,7 +220,7 @@ def test_where_the_rate_is_uniform_the_size_of_changes_comes_first(
     }
     write_file(tmp_path / "base.safetensors", tensors)
     write_file(tmp_path / "target.safetensors", after)
-    info: dict[str, Any] = {"mean_change": {name: 1e-3 for name in tensors}}
+    info: dict[str, Any] = {"mean_change": dict.fromkeys(tensors, 0.001)}
     with sparsedelta.diff(
         tmp_path / "base.safetensors", tmp_path / "target.safetensors", info=info
     ) as delta:
@@ -243,7 +243,7 @@ def test_the_scores_before_and_after_are_in_a_table(run: Run, tmp_path: Path) ->
     ]
     page = Reader(page_of(run, tmp_path, {"evaluations": evaluations}))
     at = page.text.index("Evaluation")
-    cells = [text for text in page.text[at + 1 : at + 9] if text.strip()]
+    cells = [text for text in page.text[at + 1 :] if text.strip()][:8]
     assert cells == ["score", "base", "step 10", "difference", EVIL, "0.25", "0.5", "+0.25"]
     assert "only" not in page.text
 
