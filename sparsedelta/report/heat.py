@@ -5,40 +5,19 @@ They need no script. Three sizes of the cells can be chosen; the largest shows t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from html import escape
 from itertools import count
 
 from sparsedelta.ops.layers import Cell, Grid
+from sparsedelta.report.scale import Scale
 from sparsedelta.report.text import percent, printable
 
 MAX_LAYERS = 512
 MAX_KINDS = 96
 _STRONG = 0.646  # above this strength, the other colour of text is easier to read
-_MIDDLE = 0.3
 _TICK = 10  # the smallest cells number one layer in ten
-_EVEN = 1.5  # values within this factor of each other have one colour
 _NO_CELL = '<td class="none"></td>'
-
-
-class Scale:
-    """Depth of colour of positive values, 0 to 1, on a square-root scale, because values range over decades."""
-
-    def __init__(self, values: Iterable[float]) -> None:
-        known = [value for value in values if value > 0]
-        self.low, self.high = min(known, default=0.0), max(known, default=0.0)
-
-    @property
-    def is_even(self) -> bool:
-        """Whether the values are nearly equal, so that their colours would say nothing."""
-        return self.high < _EVEN * self.low
-
-    def strength(self, value: float) -> float:
-        """Return the depth of colour of a value; a middle depth if all are nearly equal."""
-        if self.is_even:
-            return _MIDDLE
-        return math.sqrt(value / self.high) if self.high else 0.0
 
 
 def text(value: object) -> str:

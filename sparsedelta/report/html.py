@@ -18,7 +18,8 @@ from sparsedelta.ops.inspect import Inspection
 from sparsedelta.ops.layers import Cell, Grid, by_layer, curve_points
 from sparsedelta.ops.scores import recorded_scores
 from sparsedelta.report.curve import curve
-from sparsedelta.report.heat import Scale, change_map, density_map, legend, text
+from sparsedelta.report.heat import change_map, density_map, legend, text
+from sparsedelta.report.scale import Scale
 from sparsedelta.report.text import percent, size
 
 MAX_TENSOR_ROWS = 2000
