@@ -165,22 +165,23 @@ def _section(facts: CardFacts) -> Iterator[str]:
     )
     yield "\n".join(
         [
-            "| | |",
-            "|---|---|",
             f"| base | {kind}`{base.repo_id}` at commit `{(base.revision or '')[:12]}` |",
+            "|---|---|",
             f"| changed | {found.nnz:,} of {found.numel:,} values ({percent(found.density)}) |",
             f"| tensors | {states} |",
             f"| delta | {size(facts.file_bytes)}, {percent(facts.file_bytes / max(1, facts.target_bytes))}"
             " of the model's files |",
         ]
     )
-    yield "\n\n".join(["### How to use it", _usage(facts)])
+    level = "##" if facts.path == DELTA_NAME else "###"
+    parts = [("How to use it", _usage(facts)), ("Before and after", _scores(found.info))]
     if found.nnz:
-        yield "\n\n".join(["### Where it changed the model", _where(facts)])
-    if scores := _scores(found.info):
-        yield "\n\n".join(["### Before and after", scores])
+        parts.append(("Where it changed the model", _where(facts)))
     if found.info:
-        yield "\n\n".join(["### How it was made", _table(("setting", "value"), _info(found.info))])
+        parts.append(("How it was made", _table(("setting", "value"), _info(found.info))))
+    for title, text in parts:
+        if text:
+            yield f"{level} {title}\n\n{text}"
 
 
 def _usage(facts: CardFacts) -> str:
@@ -192,7 +193,7 @@ def _usage(facts: CardFacts) -> str:
         [
             "```bash",
             "pip install 'sparsedelta[hub]'",
-            f"sparsedelta pull {facts.source} {name}/    # downloads the base, too, and verifies both",
+            f"sparsedelta pull {facts.source} {name}/    # gets the base, too, and verifies both",
             "```",
             "",
             "```python",
@@ -287,7 +288,11 @@ def _info(info: Mapping[str, JSON]) -> list[tuple[str, ...]]:
 
 
 def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [titles, tuple("---" for _ in titles), *rows]
+    """Return a table. If it has more than two columns, all but the first are numbers."""
+    marks = tuple(
+        "---:" if len(titles) > 2 and number else "---" for number, _ in enumerate(titles)
+    )
+    lines = [titles, marks, *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -130,16 +130,16 @@ def test_scores_before_and_after(tmp_path: Path) -> None:
     ]
     found = dataclasses.replace(one.found, info={"evaluations": evaluations, "steps": 50})
     card = updated_card(None, dataclasses.replace(one, found=found), alone=True)
-    lines = card[card.index("### Before and after") :].splitlines()[2:7]
+    lines = card[card.index("## Before and after") :].splitlines()[2:7]
     assert lines == [
         "| score | base | this model | difference |",
-        "| --- | --- | --- | --- |",
+        "| --- | ---: | ---: | ---: |",
         "| `mmlu` | 0.25 | 0.5 | +0.25 |",
         "| `x\\|y'?# z` | 3 | 1 | -2 |",
         "",
     ]
     assert "| `evaluations` |" not in card
-    assert "### Before and after" not in updated_card(None, one, alone=True)
+    assert "## Before and after" not in updated_card(None, one, alone=True)
 
 
 def test_only_the_card_of_a_model_folder_loads_the_model(tmp_path: Path) -> None:
