@@ -16,6 +16,7 @@ from sparsedelta.interop.gguf import MAGIC, GgufCheckpoint
 from sparsedelta.interop.rebuilt import RebuiltCheckpoint
 from sparsedelta.interop.registry import is_delta, recognised
 from sparsedelta.interop.source import Source
+from sparsedelta.interop.torch_files import TorchFiles, is_torch_files
 from sparsedelta.ops.diff import between
 
 _log = logging.getLogger(__name__)
@@ -29,10 +30,12 @@ def form_of(path: AnyPath) -> Form | None:
 
 
 def open_checkpoint(path: AnyPath, *, exclude: Sequence[str] = ()) -> Checkpoint:
-    """Return a checkpoint, opened as ``diff`` opens a base; or a GGUF file as a checkpoint."""
+    """Return a checkpoint, opened as ``diff`` opens a base; or GGUF files and files of ``torch.save`` as checkpoints."""
     source = Source(path)
     if source.start.startswith(MAGIC):
         return GgufCheckpoint(path)
+    if is_torch_files(source):
+        return TorchFiles(path, exclude=exclude)
     return Checkpoint(path, exclude=exclude, include=(), whole=False)
 
 

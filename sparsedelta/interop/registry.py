@@ -18,14 +18,16 @@ from sparsedelta.interop.trl import TrlV1, TrlV2
 
 DELTA = "sd"  # the name of this project's own form
 CHECKPOINT = "checkpoint"  # the name of a whole checkpoint
-GGUF = "gguf"  # the name of a GGUF file, which is a whole checkpoint, too
+# Names of other whole checkpoints.
+GGUF = "gguf"
+TORCH = "torch"  # what torch.save and torch.distributed.checkpoint write
 
 _ALL: tuple[Form, ...] = (
     TrlV1(), TrlV2(), Slime(), Grail(), PulsePatch(), Arc2(), Shira(), Lora(), TaskVector(), Mask(),
     ComposableSft(), Z4Model(),
 )  # fmt: skip
 FORMS = {form.name: form for form in _ALL}
-NAMES = (DELTA, CHECKPOINT, GGUF, *FORMS)
+NAMES = (DELTA, CHECKPOINT, GGUF, TORCH, *FORMS)
 WRITTEN = tuple(name for name in NAMES if name not in FORMS or not FORMS[name].not_written)
 
 
