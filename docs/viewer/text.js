@@ -10,10 +10,19 @@
     return text.replace(UNPRINTABLE, (letter) => `\\u{${letter.codePointAt(0).toString(16)}}`);
   }
 
+  /** Return a number with at most these significant digits, as the format `g` of C and Python does. */
+  function general(value, digits) {
+    if (value === 0) return "0";
+    const [mantissa, exponent] = value.toExponential(digits - 1).split("e");
+    if (exponent >= -4 && exponent < digits) return String(Number(value.toPrecision(digits)));
+    const short = mantissa.includes(".") ? mantissa.replace(/\.?0+$/, "") : mantissa;
+    return `${short}e${exponent[0]}${exponent.slice(1).padStart(2, "0")}`;
+  }
+
   function threeDigits(value) {
     if (value >= 99.95) return grouped.format(Math.round(value));
     if (value >= 0.1) return value.toPrecision(3);
-    return String(Number(value.toPrecision(2)));
+    return general(value, 2);
   }
 
   function count(number) {
@@ -40,5 +49,5 @@
     return `${threeDigits(value)} %`;
   }
 
-  Object.assign(sparsedelta, { count, percent, printable, size });
+  Object.assign(sparsedelta, { count, general, percent, printable, size });
 })();

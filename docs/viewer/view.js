@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const { byLayer, count, lossPoints, meanChanges, percent, printable, recordedScores, size } = sparsedelta;
+  const { byLayer, count, general, lossPoints, meanChanges, percent, printable, recordedScores, size } = sparsedelta;
   const MAX_ROWS = 200;
   const [MAX_LAYERS, MAX_KINDS] = [512, 96];
   const [STRONG, MIDDLE, EVEN] = [0.646, 0.3, 1.5]; // as in report/heat.py
@@ -90,8 +90,8 @@
   function changeCell(cell, scale) {
     if (!cell.nnz) return heatCell(cell, "unchanged", "–", null);
     if (cell.change === null) return heatCell(cell, "not recorded", "?", null);
-    const tooltip = `mean |change| ${cell.change.toPrecision(3)} of ${count(cell.nnz)} changed`;
-    return heatCell(cell, tooltip, cell.change.toPrecision(2), strength(scale, cell.change));
+    const tooltip = `mean |change| ${general(cell.change, 3)} of ${count(cell.nnz)} changed`;
+    return heatCell(cell, tooltip, general(cell.change, 2), strength(scale, cell.change));
   }
 
   function changedKinds(grid) {
@@ -179,23 +179,28 @@
     return [element(
       "section", { class: "change" }, heading("How much it changes the values"),
       paragraph("Mean |change| of the elements that changed, as recorded by the training."),
-      legend(scale, (value) => String(Number(value.toPrecision(3)))),
+      legend(scale, (value) => general(value, 3)),
       ...recorded.map((grid) => heatMap(grid, changeCell, scale)),
     )];
   }
 
   // ---- tables
 
-  function table(head, rows, nAll = rows.length, look = "") {
-    const titles = head.map((title) => element("th", { scope: "col" }, title));
+  /** Return the elements of a table; no other table of the page has this title. */
+  function table(title, head, rows, nAll = rows.length, look = "") {
+    const titles = head.map((one) => element("th", { scope: "col" }, one));
     const body = rows.map((row) => element("tr", {}, ...row.map((cell) => element("td", {}, cell))));
     const made = element(
       "table", { class: look }, element("thead", {}, element("tr", {}, ...titles)), element("tbody", {}, ...body),
     );
-    const label = { "aria-label": `table of ${head[0]}s` };
+    const label = { "aria-label": `table: ${title}` };
     const frame = element("div", { class: "wide", role: "region", tabindex: "0", ...label }, made);
     const more = nAll > rows.length ? [paragraph(`${count(nAll - rows.length)} more are not listed.`)] : [];
     return [frame, ...more];
+  }
+
+  function titled(title, ...rest) {
+    return [heading(title), ...table(title, ...rest)];
   }
 
   function singles(cells) {
@@ -203,10 +208,10 @@
     if (!changed.length) return [];
     const rows = changed.slice(0, MAX_ROWS).map((cell) => [
       printable(cell.names[0]), count(cell.nnz), count(cell.numel), percent(cell.density),
-      cell.change === null ? "?" : cell.change.toPrecision(2),
+      cell.change === null ? "?" : general(cell.change, 2),
     ]);
     const head = ["tensor", "changed", "of", "density", "mean |change|"];
-    return [heading("Outside the layers"), ...table(head, rows, changed.length)];
+    return titled("Outside the layers", head, rows, changed.length);
   }
 
   function files({ target }) {
@@ -216,7 +221,7 @@
       ...target.empty_folders.map((path) => [path, "empty folder", ""]),
     ];
     const shown = rows.slice(0, MAX_ROWS).map(([path, ...rest]) => [printable(path), ...rest]);
-    return [heading("Files of the target"), ...table(["file", "content", "size"], shown, rows.length, "texts")];
+    return titled("Files of the target", ["file", "content", "size"], shown, rows.length, "texts");
   }
 
   function parts({ sizes }) {
@@ -225,7 +230,7 @@
       ["files", sizes.side_file_bytes], ["headers of weight files", sizes.stored_header_bytes],
       ["manifest", sizes.manifest_bytes], ["header", sizes.header_bytes], ["whole delta", sizes.file_bytes],
     ].filter(([, n]) => n).map(([what, n]) => [what, size(n), percent(n / sizes.file_bytes)]);
-    return [heading("What the bytes are"), ...table(["part", "size", "share"], rows)];
+    return titled("What the bytes are", ["part", "size", "share"], rows);
   }
 
   function tensors(found) {
@@ -239,7 +244,7 @@
         count(tensor.nnz), percent(tensor.density), size(tensor.payload_bytes),
       ]);
       const head = ["tensor", "state", "dtype", "shape", "changed", "density", "coded"];
-      list.replaceChildren(...table(head, rows, chosen.length, "texts"));
+      list.replaceChildren(...table("Tensors", head, rows, chosen.length, "texts"));
     };
     box.addEventListener("input", show);
     show();
@@ -266,7 +271,7 @@
       const value = low + ((high - low) * i) / 4;
       const line = { x1: left, x2: width - margin, y1: y(value), y2: y(value) };
       made.append(element("line", { svg: true, class: "axis", ...line }));
-      made.append(text(left - 8, y(value) + 4, "end", String(Number(value.toPrecision(3)))));
+      made.append(text(left - 8, y(value) + 4, "end", general(value, 3)));
     }
     const below = height - bottom + 18;
     made.append(text(left, below, "start", count(begin)), text(width - margin, below, "end", `step ${count(end)}`));
@@ -279,7 +284,7 @@
     const points = lossPoints(info);
     if (points.length < 2) return [];
     const [first, last] = [points[0], points.at(-1)];
-    const caption = `From ${Number(first[1].toPrecision(4))} to ${Number(last[1].toPrecision(4))} in ${count(last[0])} steps.`;
+    const caption = `From ${general(first[1], 4)} to ${general(last[1], 4)} in ${count(last[0])} steps.`;
     return [heading("Loss"), paragraph(caption), curve(points)];
   }
 
@@ -287,12 +292,12 @@
     const found = recordedScores(info);
     if (!found) return [];
     const before = found.beforeStep === 0 ? "base" : `step ${count(found.beforeStep)}`;
-    const short = (value) => String(Number(value.toPrecision(4)));
+    const short = (value) => general(value, 4);
     const rows = found.values.slice(0, MAX_ROWS).map(([name, old, now]) => [
-      printable(name), short(old), short(now), `${now >= old ? "+" : ""}${Number((now - old).toPrecision(3))}`,
+      printable(name), short(old), short(now), `${now >= old ? "+" : ""}${general((now - old), 3)}`,
     ]);
     const head = ["score", before, `step ${count(found.afterStep)}`, "difference"];
-    return [heading("Evaluation"), ...table(head, rows, found.values.length)];
+    return titled("Evaluation", head, rows, found.values.length);
   }
 
   function settings({ info, base, target }) {

@@ -6,6 +6,7 @@ A delta may come from a stranger, so every text from it is escaped.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -183,18 +184,20 @@ def _singles(cells: Sequence[Cell]) -> str:
         for cell in changed[:MAX_TENSOR_ROWS]
     ]
     head = ("tensor", "changed", "of", "density", "mean |change|")
-    return f"<h2>Outside the layers</h2>{_table(head, rows, len(changed))}" if rows else ""
+    title = "Outside the layers"
+    return f"<h2>{title}</h2>{_table(title, head, rows, len(changed))}" if rows else ""
 
 
 # ---- tables
 
 
 def _table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], n_all: int, *, look: str = ""
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], n_all: int, *, look: str = ""
 ) -> str:
     """Return a table that scrolls where it is too wide.
 
     Args:
+        title: what a screen reader calls the table; of one table of a page only.
         head: titles of the columns.
         rows: cells, escaped.
         n_all: number of rows that there are; those that are missing in ``rows`` are counted below.
@@ -204,7 +207,8 @@ def _table(
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     more = f"<p>{n_all - len(rows):,} more are not listed.</p>" if n_all > len(rows) else ""
     return (
-        f'<div class="wide" role="region" tabindex="0" aria-label="table of {head[0]}s"><table class="{look}"><thead><tr>{titles}'
+        f'<div class="wide" role="region" tabindex="0" aria-label="table: {title}">'
+        f'<table class="{look}"><thead><tr>{titles}'
         f"</tr></thead><tbody>{body}</tbody></table></div>{more}"
     )
 
@@ -215,8 +219,9 @@ def _fact_table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _files(found: Inspection) -> str:
+    n_tensors = Counter(tensor.file for tensor in found.tensors)
     rows = [
-        (text(file.path), "weights, in the delta and the base", "")
+        (text(file.path), f"{n_tensors[file.path]:,} tensors", "")
         for file in found.weight_files[:MAX_FILE_ROWS]
     ]
     rows += [
@@ -229,7 +234,8 @@ def _files(found: Inspection) -> str:
     ]
     rows += [(text(path), "empty folder", "") for path in found.empty_folders[:MAX_FILE_ROWS]]
     n_all = len(found.weight_files) + len(found.side_files) + len(found.empty_folders)
-    return f"<h2>Files of the target</h2>{_table(('file', 'content', 'size'), rows, n_all, look='texts')}"
+    title, head = "Files of the target", ("file", "content", "size")
+    return f"<h2>{title}</h2>{_table(title, head, rows, n_all, look='texts')}"
 
 
 def _sizes(found: Inspection) -> str:
@@ -248,7 +254,8 @@ def _sizes(found: Inspection) -> str:
         for what, n in parts
         if n
     ]
-    return f"<h2>What the bytes are</h2>{_table(('part', 'size', 'share'), rows, len(rows))}"
+    title = "What the bytes are"
+    return f"<h2>{title}</h2>{_table(title, ('part', 'size', 'share'), rows, len(rows))}"
 
 
 def _tensor_table(found: Inspection) -> str:
@@ -268,7 +275,7 @@ def _tensor_table(found: Inspection) -> str:
     head = ("tensor", "state", "dtype", "shape", "changed", "density", "coded")
     return (
         f"<h2>Tensors</h2><details><summary>{len(touched):,} touched</summary>"
-        f"{_table(head, rows, len(touched), look='texts')}</details>"
+        f"{_table('Tensors', head, rows, len(touched), look='texts')}</details>"
     )
 
 
@@ -294,7 +301,8 @@ def _scores_section(info: Any) -> list[str]:
         for name, old, new in scores.values
     ]
     head = ("score", before, f"step {scores.after_step:,}", "difference")
-    return ["<h2>Evaluation</h2>", _table(head, rows[:MAX_FILE_ROWS], len(rows))]
+    title = "Evaluation"
+    return [f"<h2>{title}</h2>", _table(title, head, rows[:MAX_FILE_ROWS], len(rows))]
 
 
 def _settings(found: Inspection) -> str:
