@@ -294,7 +294,7 @@
     const before = found.beforeStep === 0 ? "base" : `step ${count(found.beforeStep)}`;
     const short = (value) => general(value, 4);
     const rows = found.values.slice(0, MAX_ROWS).map(([name, old, now]) => [
-      printable(name), short(old), short(now), `${now >= old ? "+" : ""}${general((now - old), 3)}`,
+      printable(name), short(old), short(now), `${now >= old ? "+" : ""}${general(now - old, 3)}`,
     ]);
     const head = ["score", before, `step ${count(found.afterStep)}`, "difference"];
     return titled("Evaluation", head, rows, found.values.length);

@@ -2,8 +2,8 @@
 //
 //     node look.mjs PLAN
 //
-// PLAN is a JSON file, {"steps": [{"address", "file"?, "typed"?, "picture"?}]}. Each page is opened at three widths, light
-// and dark. `file` is put into the page's file input, `typed` into its address field. CHROME can name another browser.
+// PLAN is a JSON file, {"address", "file"?, "typed"?, "picture"?, "once"?}. The page is opened at three widths, light and
+// dark, or `once`. `file` is put into the page's file input, `typed` into its address field. CHROME can name another browser.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import chromium from "@sparticuz/chromium";
@@ -74,13 +74,11 @@ const browser = await puppeteer.launch({
   headless: "shell",
 });
 try {
-  for (const step of plan.steps) {
-    const looks = [];
-    for (const width of WIDTHS) {
-      for (const scheme of SCHEMES) looks.push(await look(browser, step, width, scheme));
-    }
-    console.log(JSON.stringify(looks));
+  const looks = [];
+  for (const width of plan.once ? WIDTHS.slice(-1) : WIDTHS) {
+    for (const scheme of plan.once ? SCHEMES.slice(0, 1) : SCHEMES) looks.push(await look(browser, plan, width, scheme));
   }
+  console.log(JSON.stringify(looks));
 } finally {
   await browser.close();
 }
