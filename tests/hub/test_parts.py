@@ -7,6 +7,7 @@ import hashlib
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_scores_before_and_after(tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
     one = facts(tmp_path)
     evil = "x|y`\n# z"
-    evaluations = [
+    evaluations: list[Any] = [
         {"step": 0, "values": {"mmlu": 0.25, evil: 3}},
         {"step": 50, "values": {"mmlu": 0.5, evil: 1}},
     ]
