@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +176,21 @@ def test_hashes_and_frames(node: str, tmp_path: Path) -> None:
     path = tmp_path / "cases.json"
     path.write_text(json.dumps(cases))
     assert run(node, SCRIPT, "--frames", path) == f"{len(cases)} right\n"
+
+
+def test_the_viewer_has_the_look_of_the_page() -> None:
+    shown = SCRIPT.parents[2] / "docs" / "viewer" / "page.css"
+    of_page = files("sparsedelta.report").joinpath("page.css").read_bytes()
+    assert shown.read_bytes() == of_page
+
+
+def test_text_of_a_file_is_never_html() -> None:
+    """No script of the viewer has a way to make HTML or code from text."""
+    folder = SCRIPT.parents[2] / "docs" / "viewer"
+    scripts = sorted(folder.glob("*.js"))
+    page = (folder / "index.html").read_text()
+    assert re.findall('<script src="([^"]*)"></script>', page) == re.findall("[a-z0-9]+[.]js", page)
+    assert {path.name for path in scripts} == set(re.findall("[a-z0-9]+[.]js", page))
+    unsafe = "innerHTML|outerHTML|insertAdjacentHTML|document.write|DOMParser|eval|new Function"
+    for path in scripts:
+        assert re.findall(unsafe, path.read_text()) == [], path.name
