@@ -191,6 +191,8 @@ def test_text_of_a_file_is_never_html() -> None:
     page = (folder / "index.html").read_text()
     assert re.findall('<script src="([^"]*)"></script>', page) == re.findall("[a-z0-9]+[.]js", page)
     assert {path.name for path in scripts} == set(re.findall("[a-z0-9]+[.]js", page))
-    unsafe = "innerHTML|outerHTML|insertAdjacentHTML|document.write|DOMParser|\\beval\\(|new Function"
+    unsafe = (
+        "innerHTML|outerHTML|insertAdjacentHTML|document.write|DOMParser|\\beval\\(|new Function"
+    )
     for path in scripts:
         assert re.findall(unsafe, path.read_text()) == [], path.name
