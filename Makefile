@@ -6,8 +6,9 @@ READY := $(VENV)/.ready
 HUB_1X := $(VENV)-hub-1x
 BENCH := $(VENV)-bench
 INTEROP := $(VENV)-interop
+BROWSER := tests/browser/node_modules
 
-.PHONY: demo docs dist test test-hub-1x sanitize lint format bench bench-quick gpu-rehearse interop vectors clean
+.PHONY: demo docs dist test browser-test test-hub-1x sanitize lint format bench bench-quick gpu-rehearse interop vectors clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -23,6 +24,11 @@ docs: $(READY)
 # Python from 3.11 that is found.
 dist: $(READY)
 	$(BIN)/python tests/check_dist.py $(addprefix --python ,$(PYTHONS))
+
+# The page of inspect --html and the viewer of docs/viewer in a headless Chromium, with axe. npm installs the browser (Linux, x64);
+# elsewhere, CHROME=/path/to/chrome names an installed one.
+browser-test: $(READY) $(BROWSER)/.ready
+	$(BIN)/python -m pytest -n0 tests/browser
 
 # The Hub's tests with the last huggingface_hub before 2, which transformers still asks for.
 test-hub-1x: $(HUB_1X)/.ready
@@ -78,6 +84,10 @@ $(READY): $(INSTALLED) constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[channel,hub,train]" --group demo --group recipes --group dev
 	touch $@
 
+$(BROWSER)/.ready: tests/browser/package.json tests/browser/package-lock.json
+	cd tests/browser && npm ci --no-audit --no-fund --silent
+	touch $@
+
 $(HUB_1X)/.ready: $(INSTALLED)
 	$(PYTHON) -m venv $(HUB_1X)
 	$(HUB_1X)/bin/python -m pip install --quiet -e . "huggingface_hub>=1.30,<2" pytest pytest-xdist hypothesis
@@ -96,4 +106,4 @@ $(INTEROP)/.ready: $(INSTALLED) constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(HUB_1X) $(BENCH) $(INTEROP) .demo build dist sparsedelta/codecs/kernels/*.so
+	rm -rf $(VENV) $(HUB_1X) $(BENCH) $(INTEROP) $(BROWSER) .demo build dist sparsedelta/codecs/kernels/*.so

@@ -71,6 +71,7 @@ class FitConfig:
             each read waits for the device. On a CPU they are read and reported at every step.
         eval_every: steps between evaluations; None: no evaluation except the one after the last
             step.
+        eval_before: also evaluate before the first step, so that the delta records the scores of the base.
         patience: stop after this many evaluations without a better first value; None: never.
         higher_is_better: whether a higher first value of an evaluation is better.
         save_every: steps between checkpoints; needs ``run_dir`` of ``fit``.
@@ -111,6 +112,7 @@ class FitConfig:
     gradient_checkpointing: bool = False
     log_every: int = 10
     eval_every: int | None = None
+    eval_before: bool = False
     patience: int | None = None
     higher_is_better: bool = True
     save_every: int | None = None

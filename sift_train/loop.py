@@ -124,6 +124,8 @@ class Run:
                 self._set_up()
                 if saved is not None:
                     self._restore_progress(saved)
+                elif self._config.eval_before:
+                    self._evaluate()
                 if self._publishing:
                     self._publishing.start(model, self._n_done)
                 n_left = 0 if self._must_stop else self._n_steps - self._n_done
@@ -342,7 +344,7 @@ class Run:
 
     def _settings(self) -> dict[str, Any]:
         # These may differ when a run resumes: they do not change the weights.
-        free = {"log_every", "eval_every", "save_every", "patience", "trackers"}
+        free = {"log_every", "eval_every", "eval_before", "save_every", "patience", "trackers"}
         settings = {k: v for k, v in self._config.as_json().items() if k not in free}
         if self._ranks.size > 1:
             settings["n_ranks"] = self._ranks.size

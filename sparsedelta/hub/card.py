@@ -15,8 +15,10 @@ from typing import Any
 from sparsedelta._typing import JSON
 from sparsedelta.hub.references import DELTA_NAME, Reference
 from sparsedelta.ops.inspect import Inspection
-from sparsedelta.ops.layers import Grid, curve_points
+from sparsedelta.ops.layers import curve_points
+from sparsedelta.ops.scores import recorded_scores
 from sparsedelta.redaction import redacted
+from sparsedelta.report.png import Picture
 from sparsedelta.report.text import numbers, percent, size
 
 LIBRARY = "sparsedelta"
@@ -42,7 +44,7 @@ class CardFacts:
         found: what ``inspect`` returned for the delta.
         file_bytes: size of the delta.
         target_bytes: size of the target's files.
-        picture: path of the picture in the repository, and the grid that it shows; None: no picture.
+        picture: path of the picture in the repository, and what it shows; None: no picture.
         endpoint: address of the Hub.
     """
 
@@ -54,7 +56,7 @@ class CardFacts:
     found: Inspection
     file_bytes: int
     target_bytes: int
-    picture: tuple[str, Grid] | None
+    picture: tuple[str, Picture] | None
     endpoint: str
 
     @property
@@ -163,20 +165,23 @@ def _section(facts: CardFacts) -> Iterator[str]:
     )
     yield "\n".join(
         [
-            "| | |",
-            "|---|---|",
             f"| base | {kind}`{base.repo_id}` at commit `{(base.revision or '')[:12]}` |",
+            "|---|---|",
             f"| changed | {found.nnz:,} of {found.numel:,} values ({percent(found.density)}) |",
             f"| tensors | {states} |",
             f"| delta | {size(facts.file_bytes)}, {percent(facts.file_bytes / max(1, facts.target_bytes))}"
             " of the model's files |",
         ]
     )
-    yield "\n\n".join(["### How to use it", _usage(facts)])
+    level = "##" if facts.path == DELTA_NAME else "###"
+    parts = [("How to use it", _usage(facts)), ("Before and after", _scores(found.info))]
     if found.nnz:
-        yield "\n\n".join(["### Where it changed the model", _where(facts)])
+        parts.append(("Where it changed the model", _where(facts)))
     if found.info:
-        yield "\n\n".join(["### How it was made", _table(("setting", "value"), _info(found.info))])
+        parts.append(("How it was made", _table(("setting", "value"), _info(found.info))))
+    for title, text in parts:
+        if text:
+            yield f"{level} {title}\n\n{text}"
 
 
 def _usage(facts: CardFacts) -> str:
@@ -188,13 +193,14 @@ def _usage(facts: CardFacts) -> str:
         [
             "```bash",
             "pip install 'sparsedelta[hub]'",
-            f"sparsedelta pull {facts.source} {name}/    # downloads the base, too, and verifies both",
+            f"sparsedelta pull {facts.source} {name}/    # gets the base, too, and verifies both",
             "```",
             "",
             "```python",
             "import sparsedelta",
             "",
             f'sparsedelta.pull("{source}", "{name}"{more})',
+            *_loading(facts),
             "```",
             "",
             f"`{name}/` is then an ordinary model folder. Load it as you would load the base.",
@@ -202,20 +208,44 @@ def _usage(facts: CardFacts) -> str:
     )
 
 
+def _loading(facts: CardFacts) -> list[str]:
+    """Return the lines that load a model of transformers; none for other models."""
+    if not any(file.path == "config.json" for file in facts.found.side_files):
+        return []
+    return [f'model = sparsedelta.load_model("{facts.source}")  # or load it without a folder']
+
+
 def _where(facts: CardFacts) -> str:
     table = _table(("tensors", "changed", "of", "density"), _kinds(facts.found))
     if facts.picture is None:
         return table
-    path, shown = facts.picture
+    path, picture = facts.picture
+    grid, shows_change = picture.grid, picture.shows_change
+    what = "Mean |change|" if shows_change else "Density"
     # The path is relative to the card, which is at the top of the repository.
-    image = f"![Density of the changes by layer and kind of tensor]({path})"
-    columns = ", ".join(f"{n} `{_code(kind)}`" for n, kind in enumerate(shown.changed_kinds, 1))
+    image = f"![{what} of the changes by layer and kind of tensor]({path})"
+    highest = f"{picture.scale.high:.3g}" if shows_change else percent(picture.scale.high)
+    darker = "the mean change of a value is larger" if shows_change else "more values changed"
+    kinds = ", ".join(f"{n} `{_code(kind)}`" for n, kind in enumerate(grid.changed_kinds, 1))
     caption = (
-        f"Rows: layers {shown.layers[0]} to {shown.layers[-1]} of `{_code(shown.stack)}` from the top."
-        f" Columns, from the left: {columns}. A darker cell is a tensor in which more values"
-        " changed; in a grey cell none changed."
+        f"Columns: layers {grid.layers[0]} to {grid.layers[-1]} of `{_code(grid.stack)}` from the left."
+        f" Rows, from the top: {kinds}. In a darker cell, {darker}; the highest is {highest}. In a grey"
+        " cell, nothing changed."
     )
     return "\n\n".join([image, caption, table])
+
+
+def _scores(info: Mapping[str, JSON]) -> str:
+    """Return a table of the scores before and after the training; empty if the info has none."""
+    scores = recorded_scores(info)
+    if scores is None:
+        return ""
+    before = "base" if scores.before_step == 0 else f"step {scores.before_step:,}"
+    rows: list[tuple[str, ...]] = [
+        (f"`{_code(name)}`", f"{old:.4g}", f"{new:.4g}", f"{new - old:+.3g}")
+        for name, old, new in scores.values[:_MAX_ROWS]
+    ]
+    return _table(("score", before, "this model", "difference"), rows)
 
 
 def _kinds(found: Inspection) -> list[tuple[str, ...]]:
@@ -243,8 +273,10 @@ def _info(info: Mapping[str, JSON]) -> list[tuple[str, ...]]:
     if points:
         (first, before), (last, after) = points[0], points[-1]
         rows.append(("`loss`", f"{before:.4g} at step {first}, {after:.4g} at step {last}"))
+    drawn = {"losses"} if points else set()
+    drawn |= {"evaluations"} if recorded_scores(info) else set()
     for name, value in info.items():
-        if name == "losses" and points:
+        if name in drawn:
             continue
         many = numbers(value, _MAX_NUMBERS)
         group = value if isinstance(value, dict) and not many else {"": many or value}
@@ -256,7 +288,11 @@ def _info(info: Mapping[str, JSON]) -> list[tuple[str, ...]]:
 
 
 def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [titles, tuple("---" for _ in titles), *rows]
+    """Return a table. If it has more than two columns, all but the first are numbers."""
+    marks = tuple(
+        "---:" if len(titles) > 2 and number else "---" for number, _ in enumerate(titles)
+    )
+    lines = [titles, marks, *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

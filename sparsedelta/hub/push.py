@@ -29,7 +29,7 @@ from sparsedelta.hub.secrets import check_secrets
 from sparsedelta.ops.inspect import inspect
 from sparsedelta.progress import Progress
 from sparsedelta.redaction import without_password
-from sparsedelta.report.png import changed_grid, render_png
+from sparsedelta.report.png import picture_of, render_png
 
 CONFIG_NAME = "config.json"
 PICTURE_SUFFIX = ".png"
@@ -272,7 +272,7 @@ def _make_files(
     pinned.save(local_files[path])
     found = inspect(local_files[path])
     contents = {record_path(path): render_record(proof.record)}
-    shown = changed_grid(found)
+    shown = picture_of(found)
     picture = path.removesuffix(DELTA_SUFFIX) + PICTURE_SUFFIX
     if shown is not None:
         contents[picture] = render_png(shown)

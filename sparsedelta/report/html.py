@@ -5,52 +5,28 @@ A delta may come from a stranger, so every text from it is escaped.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from sparsedelta.fs import check_no_folder, staged_output
 from sparsedelta.ops.inspect import Inspection
 from sparsedelta.ops.layers import Cell, Grid, by_layer, curve_points
-from sparsedelta.report.text import percent, printable, size
+from sparsedelta.ops.scores import recorded_scores
+from sparsedelta.report.curve import curve
+from sparsedelta.report.heat import change_map, density_map, legend, text
+from sparsedelta.report.scale import Scale
+from sparsedelta.report.text import percent, size
 
 MAX_TENSOR_ROWS = 2000
-_DRAWN = ("losses", "mean_change")  # members of the info that have their own figures
-_NO_CELL = '<td class="none"></td>'
-WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 720, 240, 56, 34, 12
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --line: #d9dee5; --page: #fff;
-  --heat: 21, 101, 192; --curve: #1565c0; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #9aa5b4; --line: #333b46;
-  --page: #14181d; --heat: 88, 166, 255; --curve: #58a6ff; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
-  max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem; margin: 0 0 .2rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-p { margin: .2rem 0 .8rem; color: var(--soft); max-width: 75ch; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; color: var(--soft); }
-th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
-.facts td { text-align: left; }
-.heat { border-spacing: 2px; border-collapse: separate; }
-.heat th, .heat td { border: 0; font-size: .8rem; padding: .25rem .4rem; }
-.heat td { min-width: 2.7rem; text-align: center; border-radius: 3px; outline: 1px solid var(--line); }
-.heat td:first-child { text-align: center; }
-.heat td.dark { color: var(--page); }
-.heat td.none { outline: 0; }
-.heat thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left;
-  font-weight: 400; vertical-align: bottom; max-height: 16rem; }
-svg { max-width: 100%; height: auto; }
-svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
-svg .axis { stroke: var(--line); } svg .curve { stroke: var(--curve); fill: none; stroke-width: 2; }
-code { font-size: .85em; overflow-wrap: anywhere; }
-"""
+MAX_FILE_ROWS = 200
+_DRAWN = ("losses", "mean_change", "evaluations")  # members of the info that have their own figures
+_SHORT_ID = 12
 
 
 def page(found: Inspection, *, title: str) -> str:
@@ -60,29 +36,23 @@ def page(found: Inspection, *, title: str) -> str:
         found: what ``inspect`` returned for the delta.
         title: heading of the page, such as the file's name.
     """
-    grids, single = by_layer(found.tensors, found.mean_changes)
-    cells = _all_cells(grids, single)
-    highest = max((cell.density for cell in cells), default=0.0)
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "style-src 'unsafe-inline'\">",
-        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{_text(title)}</h1>",
-        f"<p>{_sentence(found)}</p>",
-        _facts(found),
+        f"<title>{text(title)}</title><style>{_style()}</style></head><body><main>",
+        f"<h1>{text(title)}</h1>",
+        _cards(found),
+        *_maps(found),
         *_curve_section(found.info),
-        "<h2>Where it changes the model</h2>",
-        "<p>Share of elements that changed, by layer and kind of tensor; the darkest cell is "
-        f"{percent(highest)}. Point at a cell for its counts.</p>",
-        *(_heat(grid, _density_cell, highest) for grid in grids),
-        *_change_section(grids, cells),
-        _singles(single),
+        *_scores_section(found.info),
+        _files(found),
+        _sizes(found),
         _tensor_table(found),
-        _settings(found.info),
-        "</body></html>",
+        _settings(found),
+        "</main></body></html>",
     ]
     return "\n".join(part for part in parts if part) + "\n"
 
@@ -108,177 +78,208 @@ def write_page(found: Inspection, path: Path, *, title: str, overwrite: bool) ->
         os.fsync(file.fileno())
 
 
-def _text(value: object) -> str:
-    """Return a value as escaped text, with unprintable characters as escape sequences."""
-    return escape(printable(str(value)))
+@cache
+def _style() -> str:
+    return files("sparsedelta.report").joinpath("page.css").read_text("utf-8")
 
 
-def _size(n_bytes: int | None) -> str:
-    return "unknown" if n_bytes is None else size(n_bytes)
+# ---- the cards
 
 
-def _sentence(found: Inspection) -> str:
-    n_changed = len(found.tensors) - found.states["unchanged"]
-    delta_size = _size(found.sizes.file_bytes)
-    return (
-        f"Changes {found.nnz:,} of {found.numel:,} elements ({percent(found.density)}) in "
-        f"{n_changed:,} of {len(found.tensors):,} tensors; {delta_size} for a target of "
-        f"{_size(found.target_bytes)}."
+def _cards(found: Inspection) -> str:
+    cards = "".join(
+        f"<div><dt>{label}</dt><dd{look}>{value}</dd><dd>{more}</dd></div>"
+        for label, value, more, look in _facts(found)
     )
+    return f'<dl class="cards">{cards}</dl>'
 
 
-def _facts(found: Inspection) -> str:
-    target = found.target_fingerprint or "unknown"
-    rows = [
-        ("base", _text(found.base_id or "not named")),
-        ("base fingerprint", f"<code>{_text(found.base_fingerprint)}</code>"),
-        ("target fingerprint", f"<code>{_text(target)}</code>"),
-        ("positions", _size(found.sizes.index_bytes)),
-        ("values", _size(found.sizes.value_bytes)),
-        ("files carried", str(sum(file.stored is not None for file in found.side_files))),
+def _facts(found: Inspection) -> Iterator[tuple[str, str, str, str]]:
+    """Yield label, value, explanation and class of each card."""
+    n_bytes = found.sizes.file_bytes
+    of_target = f"{size(found.target_bytes)} of tensors"
+    share = "" if found.share is None else f"{percent(found.share)} of "
+    yield "Size", "unknown" if n_bytes is None else size(n_bytes), f"{share}{of_target}", ""
+    changed = f"{found.nnz:,} of {found.numel:,} elements"
+    yield "Changed", percent(found.density), changed, ""
+    states = [f"{n:,} {state}" for state, n in found.states.items() if n]
+    n_touched = len(found.tensors) - found.states["unchanged"]
+    yield "Tensors", f"{n_touched:,} of {len(found.tensors):,}", ", ".join(states), ""
+    name, _, revision = (found.base_id or "not named").partition("@")
+    at = f"at <code>{text(revision[:_SHORT_ID])}</code>, " if revision else ""
+    fingerprint = f"{at}fingerprint <code>{text(found.base_fingerprint[:_SHORT_ID])}</code>"
+    yield "Base", text(name), fingerprint, ' class="long"'
+    target = found.target_fingerprint
+    what = "every tensor" if target else "every changed value"
+    shown = f"<code>{text(target[:_SHORT_ID])}</code>" if target else "not known"
+    yield "Verified when applied", what, f"target fingerprint {shown}", ' class="long"'
+
+
+# ---- the maps
+
+
+def _maps(found: Inspection) -> list[str]:
+    """Return the sections of the maps; where all densities are nearly equal, |change| comes first."""
+    if not found.nnz:
+        return ["<h2>Where it changes the model</h2>", "<p>No element changed.</p>"]
+    grids, single = by_layer(found.tensors, found.mean_changes)
+    cells = [cell for grid in grids for cell in grid.cells.values()]
+    numbers = count(1)
+    density = Scale(cell.density for cell in cells)
+    change = _change_section(grids, cells, numbers) if density.is_even else []
+    where = [
+        "<section><h2>Where it changes the model</h2>",
+        "<p>Share of the elements that changed, by kind of tensor and layer. Outlined cells are unchanged.</p>",
+        legend(density, percent),
+        *(density_map(grid, density, numbers) for grid in grids),
+        _unchanged_kinds(grids),
+        "</section>",
     ]
-    body = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in rows)
-    return f'<table class="facts">{body}</table>'
+    if not density.high:  # only tensors outside the layers changed
+        where = []
+    later = [] if density.is_even else _change_section(grids, cells, numbers)
+    return [*change, *where, *later, _singles(single)]
 
 
-def _all_cells(grids: Iterable[Grid], single: Iterable[Cell]) -> list[Cell]:
-    return [*(cell for grid in grids for cell in grid.cells.values()), *single]
-
-
-def _change_section(grids: Sequence[Grid], cells: Iterable[Cell]) -> list[str]:
+def _change_section(grids: Sequence[Grid], cells: Iterable[Cell], numbers: count[int]) -> list[str]:
     """Return the section with the mean change of the elements; empty if the info does not record it."""
     recorded = [grid for grid in grids if grid.has_mean_change]
     if not recorded:
         return []
-    highest = max(cell.mean_change or 0.0 for cell in cells)
+    scale = Scale(cell.mean_change or 0.0 for cell in cells)
     return [
-        "<h2>How much it changes the values</h2>",
-        "<p>Mean |change| of the elements that changed, as recorded by the training; the darkest "
-        f"cell is {highest:.3g}.</p>",
-        *(_heat(grid, _change_cell, highest, list_unchanged=False) for grid in recorded),
+        '<section class="change"><h2>How much it changes the values</h2>',
+        "<p>Mean |change| of the elements that changed, as recorded by the training.</p>",
+        legend(scale, lambda value: f"{value:.3g}"),
+        *(change_map(grid, scale, numbers) for grid in recorded),
+        "</section>",
     ]
 
 
-def _heat(
-    grid: Grid,
-    render: Callable[[Cell, float], str],
-    highest: float,
-    *,
-    list_unchanged: bool = True,
-) -> str:
-    kinds = grid.changed_kinds
-    if not kinds:
-        return ""
-    head = "".join(f'<th scope="col">{_text(kind)}</th>' for kind in kinds)
-    rows = []
-    for layer in grid.layers:
-        found = (grid.cells.get((layer, kind)) for kind in kinds)
-        cells = "".join(render(cell, highest) if cell else _NO_CELL for cell in found)
-        rows.append(f'<tr><th scope="row">{layer}</th>{cells}</tr>')
-    return (
-        f'<div class="wide"><table class="heat"><caption>{_text(grid.stack or "layers")}</caption>'
-        f"<thead><tr><td class='none'></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-        f"</table></div>{_unchanged_kinds(grid) if list_unchanged else ''}"
-    )
+def _unchanged_kinds(grids: Iterable[Grid]) -> str:
+    same = [
+        f"{grid.stack}.*.{kind}"
+        for grid in grids
+        for kind in grid.kinds
+        if kind not in grid.changed_kinds
+    ]
+    return f"<p>Unchanged in every layer: {_listed(same, 40)}.</p>" if same else ""
 
 
-def _unchanged_kinds(grid: Grid) -> str:
-    same = [kind for kind in grid.kinds if kind not in grid.changed_kinds]
-    return f"<p>Unchanged in every layer: {_text(', '.join(same))}.</p>" if same else ""
-
-
-def _density_cell(cell: Cell, highest: float) -> str:
-    tooltip = f"{cell.nnz:,} of {cell.numel:,} changed, {percent(cell.density)}"
-    shown = percent(cell.density) if cell.nnz else "–"
-    return _heat_cell(cell, tooltip, shown, _strength(cell.density, highest))
-
-
-def _change_cell(cell: Cell, highest: float) -> str:
-    if not cell.nnz:
-        return _heat_cell(cell, "unchanged", "–", 0.0)
-    if cell.mean_change is None:
-        return _heat_cell(cell, "not recorded", "?", 0.0)
-    tooltip = f"mean |change| {cell.mean_change:.3g} of {cell.nnz:,} changed"
-    return _heat_cell(
-        cell, tooltip, f"{cell.mean_change:.2g}", _strength(cell.mean_change, highest)
-    )
-
-
-def _heat_cell(cell: Cell, tooltip: str, shown: str, strength: float) -> str:
-    names = f"{', '.join(cell.names[:3])}{', …' if len(cell.names) > 3 else ''}"
-    look = ' class="dark"' if strength > 0.62 else ""
-    return (
-        f'<td{look} style="background: rgba(var(--heat), {strength:.3f})" '
-        f'title="{_text(f"{names}: {tooltip}")}">{shown}</td>'
-    )
-
-
-def _strength(value: float, highest: float) -> float:
-    """Return the depth of colour, 0 to 1, on a square-root scale, because values range over decades."""
-    return math.sqrt(value / highest) if highest else 0.0
+def _listed(names: Sequence[str], limit: int) -> str:
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(f"<code>{text(name)}</code>" for name in names[:limit]) + more
 
 
 def _singles(cells: Sequence[Cell]) -> str:
     changed = [cell for cell in cells if cell.nnz]
-    if not changed:
-        return ""
-    rows = "".join(_cell_row(_text(cell.names[0]), cell) for cell in changed)
+    rows = [
+        (
+            text(cell.names[0]),
+            f"{cell.nnz:,}",
+            f"{cell.numel:,}",
+            percent(cell.density),
+            "?" if cell.mean_change is None else f"{cell.mean_change:.2g}",
+        )
+        for cell in changed[:MAX_TENSOR_ROWS]
+    ]
+    head = ("tensor", "changed", "of", "density", "mean |change|")
+    title = "Outside the layers"
+    return f"<h2>{title}</h2>{_table(title, head, rows, len(changed))}" if rows else ""
+
+
+# ---- tables
+
+
+def _table(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], n_all: int, *, look: str = ""
+) -> str:
+    """Return a table that scrolls where it is too wide.
+
+    Args:
+        title: what a screen reader calls the table; of one table of a page only.
+        head: titles of the columns.
+        rows: cells, escaped.
+        n_all: number of rows that there are; those that are missing in ``rows`` are counted below.
+        look: class of the table; "texts" if its second column is text.
+    """
+    titles = "".join(f'<th scope="col">{title}</th>' for title in head)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    more = f"<p>{n_all - len(rows):,} more are not listed.</p>" if n_all > len(rows) else ""
     return (
-        "<h2>Outside the layers</h2><table><thead><tr><th>tensor</th><th>changed</th><th>of</th>"
-        f"<th>density</th><th>mean |change|</th></tr></thead><tbody>{rows}</tbody></table>"
+        f'<div class="wide" role="region" tabindex="0" aria-label="table: {title}">'
+        f'<table class="{look}"><thead><tr>{titles}'
+        f"</tr></thead><tbody>{body}</tbody></table></div>{more}"
     )
 
 
-def _cell_row(name: str, cell: Cell) -> str:
-    return (
-        f"<tr><td>{name}</td><td>{cell.nnz:,}</td><td>{cell.numel:,}</td>"
-        f"<td>{percent(cell.density)}</td>"
-        f"<td>{'?' if cell.mean_change is None else f'{cell.mean_change:.2g}'}</td></tr>"
-    )
+def _fact_table(rows: Iterable[tuple[str, str]]) -> str:
+    body = "".join(f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in rows)
+    return f'<table class="facts">{body}</table>'
+
+
+def _files(found: Inspection) -> str:
+    n_tensors = Counter(tensor.file for tensor in found.tensors)
+    rows = [
+        (text(file.path), f"{n_tensors[file.path]:,} tensors", "")
+        for file in found.weight_files[:MAX_FILE_ROWS]
+    ]
+    rows += [
+        (
+            text(file.path),
+            "in the delta" if file.stored else "taken from the base",
+            size(file.n_bytes),
+        )
+        for file in found.side_files[:MAX_FILE_ROWS]
+    ]
+    rows += [(text(path), "empty folder", "") for path in found.empty_folders[:MAX_FILE_ROWS]]
+    n_all = len(found.weight_files) + len(found.side_files) + len(found.empty_folders)
+    title, head = "Files of the target", ("file", "content", "size")
+    return f"<h2>{title}</h2>{_table(title, head, rows, n_all, look='texts')}"
+
+
+def _sizes(found: Inspection) -> str:
+    sizes = found.sizes
+    parts = [
+        ("positions of changes", sizes.index_bytes),
+        ("values of changes", sizes.value_bytes),
+        ("files", sizes.side_file_bytes),
+        ("headers of weight files", sizes.stored_header_bytes),
+        ("manifest", sizes.manifest_bytes),
+        ("header", sizes.header_bytes),
+        ("whole delta", sizes.file_bytes),
+    ]
+    rows = [
+        (what, size(n), percent(n / sizes.file_bytes) if sizes.file_bytes else "")
+        for what, n in parts
+        if n
+    ]
+    title = "What the bytes are"
+    return f"<h2>{title}</h2>{_table(title, ('part', 'size', 'share'), rows, len(rows))}"
 
 
 def _tensor_table(found: Inspection) -> str:
     touched = [tensor for tensor in found.tensors if tensor.state != "unchanged"]
-    shown = touched[:MAX_TENSOR_ROWS]
-    rows = "".join(
-        f"<tr><td>{_text(t.name)}</td><td>{_text(t.state)}</td><td>{_text(t.dtype)}</td>"
-        f"<td>{' × '.join(map(str, t.shape))}</td><td>{t.nnz:,}</td>"
-        f"<td>{percent(t.density)}</td><td>{_size(t.payload_bytes)}</td></tr>"
-        for t in shown
-    )
-    left = len(touched) - len(shown)
-    more = f"<p>{left:,} more are not listed.</p>" if left else ""
+    rows = [
+        (
+            text(tensor.name),
+            text(tensor.state),
+            text(tensor.dtype),
+            " × ".join(map(str, tensor.shape)),
+            f"{tensor.nnz:,}",
+            percent(tensor.density),
+            size(tensor.payload_bytes),
+        )
+        for tensor in touched[:MAX_TENSOR_ROWS]
+    ]
     head = ("tensor", "state", "dtype", "shape", "changed", "density", "coded")
-    columns = "".join(f"<th>{name}</th>" for name in head)
     return (
         f"<h2>Tensors</h2><details><summary>{len(touched):,} touched</summary>"
-        f'<div class="wide"><table><thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table>'
-        f"</div>{more}</details>"
+        f"{_table('Tensors', head, rows, len(touched), look='texts')}</details>"
     )
 
 
-def _settings(info: Any) -> str:
-    flat = dict(_flatten("", {k: v for k, v in info.items() if k not in _DRAWN}))
-    if not flat:
-        return ""
-    rows = "".join(
-        f"<tr><th>{_text(k)}</th><td>{_text(_short(v))}</td></tr>" for k, v in flat.items()
-    )
-    return f'<h2>How it was made</h2><table class="facts">{rows}</table>'
-
-
-def _short(value: Any) -> str:
-    is_list = isinstance(value, Sequence) and not isinstance(value, str)
-    text = ", ".join(map(str, value)) or "none" if is_list else str(value)
-    return text if len(text) <= 300 else text[:300] + " …"
-
-
-def _flatten(prefix: str, value: Any) -> Iterable[tuple[str, object]]:
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _flatten(f"{prefix}.{key}" if prefix else key, inner)
-    else:
-        yield prefix, value
+# ---- how it was made
 
 
 def _curve_section(info: Any) -> list[str]:
@@ -287,34 +288,42 @@ def _curve_section(info: Any) -> list[str]:
         return []
     first, last = points[0], points[-1]
     caption = f"From {first[1]:.4g} to {last[1]:.4g} in {last[0]:,} steps."
-    return ["<h2>Loss</h2>", f"<p>{caption}</p>", _curve(points)]
+    return ["<h2>Loss</h2>", f"<p>{caption}</p>", curve(points)]
 
 
-def _curve(points: Sequence[tuple[int, float]]) -> str:
-    steps, losses = [step for step, _ in points], [loss for _, loss in points]
-    low, high = min(*losses, 0.0), max(losses)
-    begin, end = min(steps), max(steps)
+def _scores_section(info: Any) -> list[str]:
+    scores = recorded_scores(info)
+    if scores is None:
+        return []
+    before = "base" if scores.before_step == 0 else f"step {scores.before_step:,}"
+    rows = [
+        (text(name), f"{old:.4g}", f"{new:.4g}", f"{new - old:+.3g}")
+        for name, old, new in scores.values
+    ]
+    head = ("score", before, f"step {scores.after_step:,}", "difference")
+    title = "Evaluation"
+    return [f"<h2>{title}</h2>", _table(title, head, rows[:MAX_FILE_ROWS], len(rows))]
 
-    def x(step: float) -> float:
-        return LEFT + (step - begin) / max(end - begin, 1) * (WIDTH - LEFT - MARGIN)
 
-    def y(loss: float) -> float:
-        return MARGIN + (high - loss) / ((high - low) or 1.0) * (HEIGHT - BOTTOM - MARGIN)
+def _settings(found: Inspection) -> str:
+    flat = dict(_flatten("", {k: v for k, v in found.info.items() if k not in _DRAWN}))
+    rows = [(text(name), text(_short(value))) for name, value in flat.items()]
+    rows += [
+        ("base fingerprint", f"<code>{text(found.base_fingerprint)}</code>"),
+        ("target fingerprint", f"<code>{text(found.target_fingerprint or 'not known')}</code>"),
+    ]
+    return f"<h2>How it was made</h2>{_fact_table(rows)}"
 
-    path = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in points)
-    lines = []
-    for number in range(5):
-        value = low + (high - low) * number / 4
-        lines.append(
-            f'<line class="axis" x1="{LEFT}" x2="{WIDTH - MARGIN}" y1="{y(value):.1f}" '
-            f'y2="{y(value):.1f}"/><text x="{LEFT - 8}" y="{y(value) + 4:.1f}" '
-            f'text-anchor="end">{value:.3g}</text>'
-        )
-    below = HEIGHT - BOTTOM + 18
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
-        f'aria-label="loss by step">{"".join(lines)}'
-        f'<text x="{LEFT}" y="{below}">{begin:,}</text>'
-        f'<text x="{WIDTH - MARGIN}" y="{below}" text-anchor="end">step {end:,}</text>'
-        f'<polyline class="curve" points="{path}"/></svg>'
-    )
+
+def _short(value: Any) -> str:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    shown = ", ".join(map(str, value)) or "none" if is_list else str(value)
+    return shown if len(shown) <= 300 else shown[:300] + " …"
+
+
+def _flatten(prefix: str, value: Any) -> Iterable[tuple[str, object]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flatten(f"{prefix}.{key}" if prefix else key, inner)
+    else:
+        yield prefix, value

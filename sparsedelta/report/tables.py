@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sparsedelta.ops.inspect import STATES
-from sparsedelta.report.text import count, line_width, percent, printable, size
+from sparsedelta.report.text import STATE_STYLES, count, line_width, percent, printable, size
 
 if TYPE_CHECKING:
     from sparsedelta.ops.inspect import Inspection, TensorInspection
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _GAP = "  "
 _INDENT = "  "
 _MIN_NAME = 20
+_COLOURS = {"yellow": ";33", "green": ";32", "cyan": ";36", "blue": ";34"}
 
 
 def tensors_text(found: Inspection) -> str:
@@ -56,11 +57,11 @@ def _tensors_table(state: str, tensors: Sequence[TensorInspection], width: int) 
         _line(_folded(name, name_width), name_width, cells)
         for name, *cells in zip(names, *padded, strict=True)
     ]
-    return [_bold(heading), _bold(lines[0]), *lines[1:]]
+    return [_bold(heading, _COLOURS[STATE_STYLES[state]]), _bold(lines[0]), *lines[1:]]
 
 
-def _bold(text: str) -> str:
-    return f"\x1b[1m{text}\x1b[0m"
+def _bold(text: str, colour: str = "") -> str:
+    return f"\x1b[1{colour}m{text}\x1b[0m"
 
 
 def _padded(cells: Sequence[str], *, right: bool) -> list[str]:

@@ -8,6 +8,16 @@ from collections.abc import Sequence
 
 _UNBOUNDED = 1 << 16
 
+# The colour of a tensor's state in the terminal, as a style of rich.
+STATE_STYLES = {
+    "changed": "yellow",
+    "added": "green",
+    "resized": "cyan",
+    "reshaped": "cyan",
+    "renamed": "blue",
+    "unchanged": "dim",
+}
+
 
 def printable(text: str) -> str:
     """Return a text with all unprintable characters escaped, such as terminal control sequences."""

@@ -13,6 +13,7 @@ from helpers import noise, write_file
 
 import sparsedelta
 from sparsedelta.ops.layers import by_layer, curve_points, mean_changes
+from sparsedelta.ops.scores import recorded_scores
 
 EVIL = "<script>alert(1)</script>"
 
@@ -74,14 +75,18 @@ def test_the_cells_hold_the_densities(run: Run, tmp_path: Path) -> None:
     titles = [value for name, value in page.attributes if name == "title"]
     assert titles == [
         "model.layers.0.attn.q.weight: 50 of 200 changed, 25.0 %",
+        "model.layers.1.attn.q.weight: 0 of 200 changed, 0 %",
         "model.layers.0.mlp.experts.0.w, model.layers.0.mlp.experts.1.w, "
         "model.layers.0.mlp.experts.2.w: 0 of 600 changed, 0 %",
-        "model.layers.1.attn.q.weight: 0 of 200 changed, 0 %",
         "model.layers.1.mlp.experts.0.w, model.layers.1.mlp.experts.1.w, "
         "model.layers.1.mlp.experts.2.w: 6 of 600 changed, 1.00 %",
     ]
-    assert {"attn.q.weight", "mlp.experts.*.w", "model.layers", "delta.sd"} <= set(page.text)
-    assert "Unchanged in every layer: norm.weight." in page.text
+    assert {"mlp.", "experts.", "*.", "w", "model.layers: tensors by layer", "delta.sd"} <= set(
+        page.text
+    )
+    assert (
+        "model.layers.*.norm.weight" in page.text[page.text.index("Unchanged in every layer: ") + 1]
+    )
 
 
 def test_the_page_is_self_contained_and_escapes_names(run: Run, tmp_path: Path) -> None:
@@ -110,14 +115,15 @@ def test_a_second_map_shows_how_far_elements_moved(run: Run, tmp_path: Path) -> 
     titles = [value for name, value in page.attributes if name == "title"]
     assert len(titles) == 8
     assert titles[4] == "model.layers.0.attn.q.weight: mean |change| 0.25 of 50 changed"
-    assert str(titles[5]).endswith("experts.2.w: unchanged")
+    assert str(titles[6]).endswith("experts.2.w: unchanged")
     assert str(titles[7]).endswith("experts.2.w: mean |change| 0.0001 of 6 changed")
-    strengths = [
-        float(str(value).split()[-1].rstrip(")"))
-        for name, value in page.attributes
-        if name == "style" and value is not None
-    ]
-    assert strengths[4:] == [1.0, 0.0, 0.0, 0.02]  # the square root of 1e-4 / 0.25
+    strengths = [value for name, value in page.attributes if name == "style"]
+    assert strengths == [
+        "--s:1.000",
+        "--s:0.200",
+        "--s:1.000",
+        "--s:0.020",
+    ]  # square roots of ratios
     assert {"How much it changes the values", "0.25", "0.0001", "0.12"} <= set(page.text)
     assert not [text for text in page.text if text.startswith("mean_change")]
 
@@ -196,3 +202,58 @@ def test_layers_and_single_tensors_are_separated() -> None:
     assert grids[0].cells[2, "a"].density == 0.5
     assert grids[2].cells[0, "(itself)"].density == 0.0
     assert [cell.names for cell in single] == [("head",)]
+
+
+def heading_order(page: str) -> list[str]:
+    return re.findall("<h2>([^<]*)</h2>", page)[:2]
+
+
+@pytest.mark.parametrize("shares", ["even", "uneven"])
+def test_where_the_rate_is_uniform_the_size_of_changes_comes_first(
+    run: Run, tmp_path: Path, shares: str
+) -> None:
+    tensors = {f"h.{layer}.w": noise("F32", 20, 10) for layer in range(40)}
+    steps = [4 + (layer if shares == "uneven" else layer % 2) for layer in range(40)]
+    after = {
+        name: tensor.changed(*range(0, 800, 4 * step))
+        for (name, tensor), step in zip(tensors.items(), steps, strict=True)
+    }
+    write_file(tmp_path / "base.safetensors", tensors)
+    write_file(tmp_path / "target.safetensors", after)
+    info: dict[str, Any] = {"mean_change": dict.fromkeys(tensors, 0.001)}
+    with sparsedelta.diff(
+        tmp_path / "base.safetensors", tmp_path / "target.safetensors", info=info
+    ) as delta:
+        delta.save(tmp_path / "delta.sd")
+    assert run("inspect", tmp_path / "delta.sd", "--html", tmp_path / "page.html").exit_code == 0
+    page = (tmp_path / "page.html").read_text("utf-8")
+    headings = ["Where it changes the model", "How much it changes the values"]
+    assert heading_order(page) == (headings[::-1] if shares == "even" else headings)
+    # The values of the second map are equal: it says so instead of showing one colour at full depth.
+    assert "About the same everywhere: 0.001." in page
+    assert ("About the same everywhere: 20.0 % to 25.0 %." in page) == (shares == "even")
+    assert page.count('value="small" checked') == 2  # 40 layers: an overview first
+
+
+def test_the_scores_before_and_after_are_in_a_table(run: Run, tmp_path: Path) -> None:
+    evaluations = [
+        {"step": 0, "values": {EVIL: 0.25, "only": 1}},
+        {"step": 5, "values": {EVIL: 9.0}},
+        {"step": 10, "values": {EVIL: 0.5}},
+    ]
+    page = Reader(page_of(run, tmp_path, {"evaluations": evaluations}))
+    at = page.text.index("Evaluation")
+    cells = [text for text in page.text[at + 1 :] if text.strip()][:8]
+    assert cells == ["score", "base", "step 10", "difference", EVIL, "0.25", "0.5", "+0.25"]
+    assert "only" not in page.text
+
+
+@pytest.mark.parametrize(
+    "evaluations",
+    [None, {}, "ab", [], [1, 2], [{"step": 1, "values": {"a": 1}}], [{"step": 1}, {"step": 2}],
+     [{"step": "0", "values": {"a": 1}}, {"step": 2, "values": {"a": 1}}],
+     [{"step": 0, "values": {"a": True}}, {"step": 2, "values": {"a": 1}}],
+     [{"step": 2, "values": {"a": 1}}, {"step": 2, "values": {"a": 1}}]],
+)  # fmt: skip
+def test_other_records_of_scores_are_ignored(evaluations: object) -> None:
+    assert recorded_scores({"evaluations": evaluations}) is None

@@ -7,6 +7,7 @@ import hashlib
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from strategies import relaxed
 
 import sparsedelta
 from sparsedelta.errors import Corrupt, UnsupportedFeature
+from sparsedelta.format.records import SideFile
 from sparsedelta.hub.card import CardFacts, updated_card
 from sparsedelta.hub.client import RemoteFile
 from sparsedelta.hub.folders import folder_of, remove_damaged
@@ -30,7 +32,7 @@ from sparsedelta.hub.record import (
     render_record,
 )
 from sparsedelta.hub.references import Reference, is_repo_id, parse_reference
-from sparsedelta.report.png import changed_grid, encode_png, render_png
+from sparsedelta.report.png import encode_png, picture_of, render_png
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -121,6 +123,39 @@ def test_text_from_a_delta_stays_in_its_table_cell(tmp_path: Path) -> None:
     assert updated_card(card, one, alone=True) == card
 
 
+def test_scores_before_and_after(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    one = facts(tmp_path)
+    evil = "x|y`\n# z"
+    evaluations: list[Any] = [
+        {"step": 0, "values": {"mmlu": 0.25, evil: 3}},
+        {"step": 50, "values": {"mmlu": 0.5, evil: 1}},
+    ]
+    found = dataclasses.replace(one.found, info={"evaluations": evaluations, "steps": 50})
+    card = updated_card(None, dataclasses.replace(one, found=found), alone=True)
+    lines = card[card.index("## Before and after") :].splitlines()[2:7]
+    assert lines == [
+        "| score | base | this model | difference |",
+        "| --- | ---: | ---: | ---: |",
+        "| `mmlu` | 0.25 | 0.5 | +0.25 |",
+        "| `x\\|y'?# z` | 3 | 1 | -2 |",
+        "",
+    ]
+    assert "| `evaluations` |" not in card
+    assert "## Before and after" not in updated_card(None, one, alone=True)
+
+
+def test_only_the_card_of_a_model_folder_loads_the_model(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    one = facts(tmp_path)
+    assert "load_model" not in updated_card(None, one, alone=True)
+    config = SideFile("config.json", 2, bytes(32), None)
+    found = dataclasses.replace(one.found, side_files=(config,))
+    changed = dataclasses.replace(one, found=found, path="sql/delta.sd")
+    card = updated_card(None, changed, alone=True)
+    assert '\nmodel = sparsedelta.load_model("hf://me/tuned/sql")' in card
+
+
 def test_updating_a_card(tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
     one = facts(tmp_path)
@@ -138,11 +173,13 @@ def pixels_of(png: bytes) -> np.ndarray:
     width, height = struct.unpack(">II", png[16:24])
     n_bytes = struct.unpack(">I", png[33:37])[0]
     rows = np.frombuffer(zlib.decompress(png[41 : 41 + n_bytes]), np.uint8)
-    return rows.reshape(height, 1 + 3 * width)[:, 1:].reshape(height, width, 3)
+    channels = {2: 3, 6: 4}[png[25]]
+    return rows.reshape(height, 1 + channels * width)[:, 1:].reshape(height, width, channels)
 
 
-def test_png_holds_the_image() -> None:
-    image = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3)
+@pytest.mark.parametrize("channels", [3, 4])
+def test_png_holds_the_image(channels: int) -> None:
+    image = np.arange(5 * 4 * channels, dtype=np.uint8).reshape(5, 4, channels)
     png = encode_png(image)
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     assert png.endswith(b"IEND" + struct.pack(">I", zlib.crc32(b"IEND")))
@@ -160,24 +197,44 @@ def test_picture(tmp_path: Path) -> None:
         write_file(tmp_path / "target", changed),
         tmp_path / "d.sd",
     )
-    grid = changed_grid(sparsedelta.inspect(delta))
-    assert grid is not None
-    image = pixels_of(render_png(grid))
-    assert image.shape == (3 * 16, 2 * 16, 3)
+    picture = picture_of(sparsedelta.inspect(delta))
+    assert picture is not None
+    image = pixels_of(render_png(picture))
+    assert image.shape == (2 * 20, 3 * 24, 4)
     cells = {
-        (row, column): tuple(image[16 * row, 16 * column]) for row in range(3) for column in (0, 1)
+        (row, layer): (*map(int, image[20 * row, 24 * layer]),)
+        for row in (0, 1)
+        for layer in range(3)
     }
-    assert cells[0, 0] == (8, 48, 107)  # all of it changed
-    assert cells[0, 1] == cells[1, 0] == cells[2, 0] == (238, 238, 242)  # nothing did
-    assert cells[2, 1] == (255, 255, 255)  # there is no such tensor
-    assert 8 < cells[1, 1][0] < 198
+    assert cells[0, 0] == (8, 57, 126, 255)  # all of it changed
+    assert cells[1, 0] == cells[0, 1] == cells[0, 2] == (128, 136, 148, 48)  # nothing did
+    assert cells[1, 2] == (0, 0, 0, 0)  # there is no such tensor
+    assert cells[1, 1] == (205, 220, 238, 255)  # one element in a hundred: a tenth of the depth
+
+
+def test_the_picture_of_a_uniform_delta_shows_the_size_of_the_changes(tmp_path: Path) -> None:
+    tensors = {f"l.{layer}.a": noise("F32", 100, seed=layer) for layer in range(4)}
+    changed = {name: tensor.changed(0, 40) for name, tensor in tensors.items()}
+    moved = {name: 0.25 * 4**-layer for layer, name in enumerate(tensors)}
+    base, target = write_file(tmp_path / "base", tensors), write_file(tmp_path / "target", changed)
+    for info, first, last in (
+        ({}, (161, 184, 213, 255), (161, 184, 213, 255)),
+        ({"mean_change": moved}, (107, 29, 4, 255), (235, 214, 194, 255)),
+    ):
+        path = save_delta(base, target, tmp_path / f"{len(info)}.sd", info=info)
+        picture = picture_of(sparsedelta.inspect(path))
+        assert picture is not None
+        assert picture.shows_change == bool(info)
+        image = pixels_of(render_png(picture))
+        assert (*image[0, 0],) == first
+        assert (*image[0, 3 * 24],) == last
 
 
 def test_no_picture_of_a_model_without_layers(tmp_path: Path) -> None:
     tensor = noise("F32", 10)
     base = write_file(tmp_path / "base", {"w": tensor})
     target = write_file(tmp_path / "target", {"w": tensor.changed(1)})
-    assert changed_grid(sparsedelta.inspect(save_delta(base, target, tmp_path / "d.sd"))) is None
+    assert picture_of(sparsedelta.inspect(save_delta(base, target, tmp_path / "d.sd"))) is None
 
 
 RECORD = BaseRecord(

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from train_helpers import make_inputs, make_net, same_bits, snapshot, square_loss
 
 import sparsedelta
-from sift_train import SIFT, Evaluation, FitConfig, StepReport, fit, grouped_parameters
+from sift_train import SIFT, Evaluation, FitConfig, FitResult, StepReport, fit, grouped_parameters
 from sift_train.batches import BatchWindows
+from sparsedelta.ops.scores import recorded_scores
 
 
 class Stop(Exception):
@@ -220,6 +221,32 @@ def test_patience(tmp_path: Path, found: list[float], higher: bool, n_steps: int
     assert (result.stopped, result.n_steps) == ("patience", n_steps)
     assert [e.values["score"] for e in result.evaluations] == found[:n_steps]
     assert tuple(seen) == result.evaluations
+
+
+def test_an_evaluation_before_the_first_step_is_that_of_the_base(tmp_path: Path) -> None:
+    def run(name: str, model: nn.Module, *, before: bool) -> FitResult:
+        return fit(
+            model,
+            make_inputs(4),
+            output=tmp_path / name,
+            loss=square_loss,
+            config=FitConfig(eval_before=before),
+            evaluate=lambda m: {"norm": sum(float(p.square().sum()) for p in m.parameters())},
+        )
+
+    model = make_net()
+    base = sum(float(p.detach().square().sum()) for p in model.parameters())
+    result = run("with.sd", model, before=True)
+    plain = run("without.sd", make_net(), before=False)
+    assert [e.step for e in result.evaluations] == [0, 4]
+    assert result.evaluations[0].first == base != result.evaluations[1].first
+    assert result.evaluations[1:] == plain.evaluations
+    assert result.losses == plain.losses
+    info = sparsedelta.inspect(tmp_path / "with.sd").info
+    scores = recorded_scores(info)
+    assert scores is not None
+    assert (scores.before_step, scores.after_step) == (0, 4)
+    assert scores.values == (("norm", base, result.evaluations[1].first),)
 
 
 def test_evaluation_is_without_gradients_dropout_and_traces(tmp_path: Path) -> None:
