@@ -61,6 +61,11 @@ def write_side_file(delta: Delta, base: Checkpoint, file: SideFile, path: Path) 
         os.fsync(output.fileno())
 
 
+def is_short(file: SideFile) -> bool:
+    """Return whether a side file is so short that several may be in memory at the same time."""
+    return file.n_bytes <= _BLOCK_BYTES
+
+
 def check_base_files(delta: Delta, base: Checkpoint) -> None:
     """Check all side files that the target takes from the base.
 

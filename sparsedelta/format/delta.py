@@ -14,7 +14,7 @@ from sparsedelta._typing import JSON, AnyPath, Model, ModelCheck, Names
 from sparsedelta.errors import LimitExceeded
 from sparsedelta.format.columns import columns_of, total
 from sparsedelta.format.container import FilePayload, container_blocks, write_container
-from sparsedelta.format.digests import base_tensors, fingerprint, target_fingerprint
+from sparsedelta.format.digests import base_fingerprint, base_tensors, target_fingerprint
 from sparsedelta.format.manifest import Manifest
 from sparsedelta.format.records import Base, Payload, Row, Target
 from sparsedelta.fs import check_no_folder
@@ -80,9 +80,14 @@ class Delta:
         return sum(row.target.n_elements for row in self.tensors)
 
     @property
+    def target_bytes(self) -> int:
+        """Size of all tensors of the target in bytes."""
+        return self._output_bytes()[0]
+
+    @property
     def base_fingerprint(self) -> bytes:
         """Fingerprint of the base tensors that the target is rebuilt from, 32 bytes."""
-        return fingerprint((name, spec) for (_, name), spec in base_tensors(self.tensors).items())
+        return base_fingerprint(self.tensors)
 
     @property
     def target_fingerprint(self) -> bytes | None:

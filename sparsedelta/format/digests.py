@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
+import numpy as np
 from blake3 import blake3
 
-from sparsedelta.format.columns import columns_of
+from sparsedelta.format.columns import Column, RowColumns, columns_of
 from sparsedelta.format.records import DIGEST_BYTES, Row, TensorKey, TensorSpec
 
 _DOMAIN = b"sparsedelta fingerprint 2\0"
@@ -33,15 +34,40 @@ def target_fingerprint(rows: Sequence[Row]) -> bytes | None:
         return fingerprint((row.name, row.target) for row in rows)
     if bool((columns.target_at < 0).any()):
         return None
+    return _of_columns(columns, columns.names, columns.layout, columns.target_at)
+
+
+def base_fingerprint(rows: Sequence[Row]) -> bytes:
+    """Return the fingerprint of the base tensors that rows refer to."""
+    columns = columns_of(rows)
+    if columns is None:
+        return fingerprint((name, spec) for (_, name), spec in base_tensors(rows).items())
+    own = np.flatnonzero(columns.base_file >= 0)
+    names = [columns.base_names.get(row, columns.names[row]) for row in own.tolist()]
+    paths = map(columns.base_paths.__getitem__, columns.base_file[own].tolist())
+    keys = zip(paths, names, strict=True)
+    last = dict(
+        zip(keys, own.tolist(), strict=True)
+    )  # a tensor that several rows refer to counts once
+    used = np.array([*last.values()], np.int64)
+    return _of_columns(
+        columns, [name for _, name in last], columns.base_layout[used], columns.base_at[used]
+    )
+
+
+def _of_columns(
+    columns: RowColumns, names: Sequence[str], layout: Column, digest_at: Column
+) -> bytes:
+    """Return the fingerprint of tensors with these names, layouts and digests."""
     layouts = [_coded_layout(spec.dtype.name, spec.shape) for spec in columns.layouts]
-    coded = (name.encode("utf-8") for name in columns.names)
-    places = zip(columns.layout.tolist(), columns.target_at.tolist(), strict=True)
+    coded = (name.encode("utf-8") for name in names)
+    places = zip(layout.tolist(), digest_at.tolist(), strict=True)
     records = [
         len(name).to_bytes(4, "little")
         + name
-        + layouts[layout]
+        + layouts[one]
         + columns.digests[at : at + DIGEST_BYTES]
-        for name, (layout, at) in zip(coded, places, strict=True)
+        for name, (one, at) in zip(coded, places, strict=True)
     ]
     return blake3(_DOMAIN + b"".join(sorted(records))).digest()
 

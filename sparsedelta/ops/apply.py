@@ -19,9 +19,9 @@ from sparsedelta.errors import BaseMismatch
 from sparsedelta.files import junk
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.layout import FileLayout, target_layout
-from sparsedelta.files.side_files import write_side_file
+from sparsedelta.files.side_files import is_short, write_side_file
 from sparsedelta.format.delta import AnyDelta, Delta, opened_all
-from sparsedelta.format.records import BaseTensor
+from sparsedelta.format.records import BaseTensor, SideFile
 from sparsedelta.fs import (
     check_absent,
     check_checkpoint_folder,
@@ -35,6 +35,7 @@ from sparsedelta.ops.lookup import Lookup
 from sparsedelta.ops.rebuilding import rebuild_tensors, write_all
 from sparsedelta.progress import Progress
 from sparsedelta.system import CREATE, allow_open_files, reserve
+from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import Check
 
 
@@ -185,9 +186,12 @@ def write_target(
         found = find_base(delta, base)
         if delta.target.is_folder:
             _make_folders(delta, out)
-        for side_file in delta.target.side_files:
-            if side_file.stored or not junk.matches(side_file.path, exclude):
-                write_side_file(delta, base, side_file, out / side_file.path)
+        side_files = [
+            file
+            for file in delta.target.side_files
+            if file.stored or not junk.matches(file.path, exclude)
+        ]
+        _write_side_files(base, delta, out, side_files)
         allow_open_files(len(files))
         outputs = [
             stack.enter_context(_new_file(out / file.path if delta.target.is_folder else out, file))
@@ -196,6 +200,21 @@ def write_target(
         stack.enter_context(synced(outputs))
         places = [(fd, file.offsets) for fd, file in zip(outputs, files, strict=True)]
         rebuild_tensors(found, delta, places, check=check, progress=progress)
+
+
+def _write_side_files(
+    base: Checkpoint, delta: Delta, out: Path, side_files: Sequence[SideFile]
+) -> None:
+    """Write side files and sync them; the short ones at the same time, because each sync waits for the disk."""
+
+    def write(file: SideFile) -> None:
+        write_side_file(delta, base, file, out / file.path)
+
+    for file in side_files:
+        if not is_short(file):
+            write(file)
+    short = [file for file in side_files if is_short(file)]
+    run_all(write, short, cost=lambda file: file.n_bytes, pace=Pace(), waits=True)
 
 
 def _as_sequence(delta: AnyDelta | Sequence[AnyDelta]) -> Sequence[AnyDelta]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
+from typing import Any
+
+import numpy as np
 
 from sparsedelta._typing import JSON, AnyPath
+from sparsedelta.format.columns import RowColumns, columns_of, starts
 from sparsedelta.format.container import FilePayload
 from sparsedelta.format.delta import AnyDelta, Delta, opened_all
-from sparsedelta.format.records import Row, SideFile, Stored, WeightFile
+from sparsedelta.format.records import Row, SideFile, Stored, TensorSpec, WeightFile
 from sparsedelta.ops.layers import Grid, by_layer, curve_points, mean_changes
 
 STATES = ("changed", "added", "resized", "reshaped", "renamed", "unchanged")
@@ -259,7 +263,8 @@ def inspect(delta: AnyDelta, *, base: AnyPath | None = None) -> Inspection:
         OSError: the file cannot be opened.
     """
     with opened_all([delta], base) as (given,):
-        rows = tuple(map(_tensor, given.tensors))
+        columns = columns_of(given.tensors)
+        rows = tuple(_of_columns(columns) if columns else map(_tensor, given.tensors))
         target, known = given.target, given.target_fingerprint
         return Inspection(
             given.base.id,
@@ -270,7 +275,7 @@ def inspect(delta: AnyDelta, *, base: AnyPath | None = None) -> Inspection:
             target.weight_files,
             target.side_files,
             target.empty_folders,
-            sum(row.target.n_bytes for row in given.tensors),
+            given.target_bytes,
             _sizes(given, rows),
             given.info,
             rows,
@@ -307,7 +312,13 @@ def _tensor(row: Row) -> TensorInspection:
     return TensorInspection(
         row.name,
         row.file,
-        _state(row),
+        _state(
+            row.name,
+            target,
+            base.name if base else None,
+            base.spec if base else None,
+            is_copied=row.is_copied,
+        ),
         target.dtype.name,
         target.shape,
         base.name if base else None,
@@ -322,17 +333,58 @@ def _tensor(row: Row) -> TensorInspection:
     )
 
 
-def _state(row: Row) -> str:
-    base, target = row.base, row.target
-    if base is None or base.spec.dtype != target.dtype:
+def _of_columns(rows: RowColumns) -> Iterator[TensorInspection]:
+    """Yield what ``_tensor`` returns for each row, without making the rows."""
+    chunks, codings = rows.chunks, rows.chunks.codings
+    index_bytes = np.diff(starts(chunks.stored[chunks.first_stored[:-1]])[rows.first_chunk])
+    columns: Any = (
+        rows.file, rows.layout, rows.base_file, rows.base_layout, rows.is_copied, rows.n_elements,
+        np.diff(starts(chunks.nnz)[rows.first_chunk]), index_bytes,
+        chunks.coded_bytes_of(rows.first_chunk) - index_bytes, rows.first_chunk[:-1],
+        rows.first_chunk[1:],
+    )  # fmt: skip
+    coding = chunks.coding.tolist()
+    for number, values in enumerate(zip(*(one.tolist() for one in columns), strict=True)):
+        file, layout, base_file, base_layout, is_copied, n, nnz, index, value, first, last = values
+        name, spec = rows.names[number], rows.layouts[layout]
+        base = rows.layouts[base_layout] if base_file >= 0 else None
+        base_name = rows.base_names.get(number, name) if base else None
+        own = [codings[one] for one in coding[first:last]]
+        yield TensorInspection(
+            name,
+            rows.paths[file],
+            _state(name, spec, base_name, base, is_copied=is_copied),
+            spec.dtype.name,
+            spec.shape,
+            base_name,
+            rows.base_paths[base_file] if base else None,
+            base.shape if base else None,
+            nnz,
+            n,
+            index,
+            value,
+            Counter(one.index for one in own) if own else _NONE,
+            Counter(one.values for one in own) if own else _NONE,
+        )
+
+
+def _state(
+    name: str,
+    target: TensorSpec,
+    base_name: str | None,
+    base: TensorSpec | None,
+    *,
+    is_copied: bool,
+) -> str:
+    if base is None or not base.same_dtype(target):
         return "added"
-    before, after = base.spec.shape, target.shape
+    before, after = base.shape, target.shape
     if before != after:
         same_rows = len(before) == len(after) and before[1:] == after[1:]
         return "resized" if same_rows else "reshaped"
-    if row.chunks or not row.is_copied:
+    if not is_copied:
         return "changed"
-    return "unchanged" if base.name == row.name else "renamed"
+    return "unchanged" if base_name == name else "renamed"
 
 
 def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

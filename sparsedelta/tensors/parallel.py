@@ -45,6 +45,7 @@ class Places:
 # little. Only two workers code such chunks at the same time, or one with 8-byte elements.
 DENSE_ELEMENTS = 1 << 21
 WIDE_BYTES = 8
+_WAITING_WORKERS = 16  # file systems write what several threads sync at the same time in one step
 _SMALL_BYTES = 1 << 18  # items that cost less go to one worker
 dense_places = Places(1, n_places=2)
 wide_places = Places(2, of=dense_places)
@@ -106,6 +107,7 @@ def run_all(
     pace: Pace,
     label: str = "",
     n_bytes: int | None = None,
+    waits: bool = False,
 ) -> list[R]:
     """Return the result of ``work`` for each item, in the order of the items; the items of highest cost start first.
 
@@ -121,10 +123,11 @@ def run_all(
         pace: ``work`` reports its progress to it.
         label: name of the stage for the progress.
         n_bytes: number of bytes that ``work`` reports in all; None for the cost of all items.
+        waits: ``work`` mostly waits, for example for the disk; more workers then do more at the same time.
     """
     costs = [cost(item) for item in items]
     order = sorted(range(len(items)), key=lambda i: -costs[i])
-    small = [i for i in order if costs[i] < _SMALL_BYTES]
+    small = [i for i in order if costs[i] < _SMALL_BYTES and not waits]
     batches = [small] * bool(small) + [[i] for i in order[: len(order) - len(small)]]
     left = iter(batches)  # shared by the workers
     results: dict[int, R] = {}
@@ -155,7 +158,7 @@ def run_all(
     pace.progress.start(label, sum(costs) if n_bytes is None else n_bytes)
     try:
         with uninterrupted():
-            for _ in range(min(n_workers(), len(batches))):
+            for _ in range(min(_WAITING_WORKERS if waits else n_workers(), len(batches))):
                 thread = threading.Thread(target=run)
                 thread.start()
                 threads.append(thread)
