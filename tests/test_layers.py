@@ -60,8 +60,12 @@ LAZY: dict[str, set[str]] = {
     "vllm": {"channel"},
     "sift_train": set(),
 }
-# The types of a model are named where all rooms can see them.
-TYPES_ONLY = {("_typing", "torch")}
+# The types of a model are named where all rooms can see them, and where tensors are passed to engines.
+TYPES_ONLY = {
+    ("_typing", "torch"),
+    ("channel.ranks", "torch"),
+    *((f"channel.receivers.{name}", "torch") for name in ("mirror", "sglang", "trl", "vllm")),
+}
 # What may be imported from outside at all.
 OUTSIDE = {"blake3", "numpy", "zstandard"}
 OUTSIDE_OF_ROOM = {

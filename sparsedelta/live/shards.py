@@ -6,7 +6,7 @@ Elements that have changed go to rank 0, one tensor at a time; in the first call
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +37,7 @@ class _Part:
     shape: tuple[int, ...]
     local: tuple[int, ...]
     offset: tuple[int, ...]
-    is_sent: bool
+    is_sent: bool = True
 
     def sent(self, at: npt.NDArray[np.int64], bits: Bits) -> _Sent | None:
         """Return what is sent of elements at flat indices in the part, ``(n,)``."""
@@ -72,7 +72,7 @@ class Shards:
         self._model = model
         self._rank = dist.get_rank()
         state = self._state()
-        self._parts = {name: _part(name, tensor) for name, tensor in state.items()}
+        self._parts = _sent_once({name: _part(name, tensor) for name, tensor in state.items()})
         self._copies: dict[str, Bits] = {}
         self._given = None if whole is None else dict(whole.state_dict())
         self._places: dict[str, torch.Tensor] = {}
@@ -164,22 +164,36 @@ def shared(value: Any) -> Any:
 
 def _part(name: str, tensor: Any) -> _Part:
     """Return what this rank holds of a tensor."""
-    import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
-        return _Part(shape, shape, (0,) * len(shape), dist.get_rank() == 0)
+        return _Part(shape, shape, (0,) * len(shape))
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = tensor.device_mesh, tensor.placements
-    if not all(one.is_shard() or one.is_replicate() for one in placements):
+    # FSDP2 over tensor parallelism: a shard of the rows that the other direction holds.
+    kinds = Shard, Replicate, _StridedShard
+    if not all(isinstance(one, kinds) for one in placements):
         raise StructureMismatch(
             f"tensor {name!r} is placed as {placements}, expected shards or replicas", tensor=name
         )
     local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
-    is_copy = any(one.is_replicate() and mesh.get_local_rank(i) for i, one in enumerate(placements))
-    return _Part(shape, tuple(local), tuple(offset), not is_copy)
+    return _Part(shape, tuple(local), tuple(offset))
+
+
+def _sent_once(parts: Mapping[str, _Part]) -> dict[str, _Part]:
+    """Return the parts of this rank; of those that several ranks hold, the first rank sends them."""
+    import torch.distributed as dist
+
+    held: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(held, {n: (part.local, part.offset) for n, part in parts.items()})
+    before = held[: dist.get_rank()]
+    return {
+        name: replace(part, is_sent=all(one[name] != (part.local, part.offset) for one in before))
+        for name, part in parts.items()
+    }
 
 
 def _local(tensor: Any) -> torch.Tensor:
