@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from measuring import ROOT, table
+from measuring import table
 
 os.environ |= {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -176,8 +176,8 @@ def make_model(kind: str = "causal") -> Any:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        num_labels=1,
     )
+    config.num_labels = 1
     kinds = {"causal": "LlamaForCausalLM", "reward": "LlamaForSequenceClassification"}
     return getattr(transformers, kinds[kind])(config)
 
@@ -190,7 +190,8 @@ def make_tokenizer() -> Any:
 
     words = Tokenizer(WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
-    found: Any = transformers.PreTrainedTokenizerFast(
+    make: Any = transformers.PreTrainedTokenizerFast
+    found = make(
         tokenizer_object=words,
         pad_token="<pad>",
         bos_token="<s>",
@@ -230,15 +231,14 @@ def of_trainers() -> list[list[str]]:
 
 def one_trainer(cls: str, config: str, module: str, data: str) -> tuple[str, str]:
     """Return the result of a few steps of a trainer of TRL."""
-    from datasets import Dataset
-
+    datasets: Any = import_module("datasets")
     trl = import_module(module)
     options: dict[str, Any] = {"processing_class": make_tokenizer()}
     settings: dict[str, Any] = {"max_steps": 3, "bf16": False}
     if data == "prompt":
         options["reward_funcs"] = lambda completions, **_: [float(len(c)) for c in completions]
         settings |= {"num_generations": 2, "max_completion_length": 4}
-    options["train_dataset"] = Dataset.from_list(rows_of(data))
+    options["train_dataset"] = datasets.Dataset.from_list(rows_of(data))
     with tempfile.TemporaryDirectory() as folder:
         args = getattr(trl, config)(folder, **common(), **settings)
         kind = "reward" if cls == "RewardTrainer" else "causal"
@@ -248,7 +248,7 @@ def one_trainer(cls: str, config: str, module: str, data: str) -> tuple[str, str
 def rows_of(data: str) -> list[dict[str, Any]]:
     """Return rows of text of the kind that a trainer takes."""
     pairs = [(one, TEXTS[(n + 1) % len(TEXTS)]) for n, one in enumerate(TEXTS)] * 2
-    return {
+    rows: dict[str, list[dict[str, Any]]] = {
         "text": [{"text": text} for text, _ in pairs],
         "preference": [{"prompt": "the", "chosen": one, "rejected": other} for one, other in pairs],
         "label": [
@@ -256,7 +256,8 @@ def rows_of(data: str) -> list[dict[str, Any]]:
             for n, (text, _) in enumerate(pairs)
         ],
         "prompt": [{"prompt": text} for text, _ in pairs],
-    }[data]
+    }
+    return rows[data]
 
 
 PARTS: dict[str, tuple[str, Callable[[], list[list[str]]]]] = {
