@@ -134,7 +134,7 @@ def of_names() -> list[list[str]]:
 
     rows = []
     for name in (each.value for each in OptimizerNames):
-        options: dict[str, Any] = {"optim": name, "max_steps": 3}
+        options: dict[str, Any] = {"optim": name, "max_steps": 8}
         if "galore" in name or "apollo" in name:
             options["optim_target_modules"] = ["q_proj"]
         result, remark = attempt(lambda o=options, n=name: one_name(o, n))  # type: ignore[misc]

@@ -11,10 +11,7 @@ import math
 import os
 import struct
 import zipfile
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from sparsedelta.dtypes import DTYPES
@@ -29,6 +26,7 @@ from sparsedelta.interop.inert_pickle import (
     children,
     read_inert,
 )
+from sparsedelta.interop.region import MAX_NAME_BYTES, Region, with_unique_names
 from sparsedelta.system import read_at
 
 ZIP = b"PK\x03\x04"
@@ -39,7 +37,6 @@ _LEAST_BYTES = (
     64  # smaller storages, such as the step of an optimizer, take less space beside the pickle
 )
 _MAX_ARCHIVES = 1 << 16
-_MAX_NAME = 900
 _DTYPES = {
     "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
@@ -50,27 +47,9 @@ _DTYPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """The data of one or more tensors, as it lies in a file.
-
-    Attributes:
-        name: the path of its first tensor in the saved object, or the member of the archive.
-        spec: dtype and shape; one dimension of bytes if they are not known.
-        offset: position of its first byte in the file.
-    """
-
-    name: str
-    spec: TensorSpec
-    offset: int
-
-    @property
-    def end(self) -> int:
-        """Position after its last byte."""
-        return self.offset + self.spec.n_bytes
-
-
-def storages(fd: int, path: str | os.PathLike[str], names: Mapping[int, str]) -> list[Storage]:
+def archive_regions(
+    fd: int, path: str | os.PathLike[str], names: Mapping[int, str]
+) -> list[Region]:
     """Return the storages in a file, in the order of their data.
 
     Args:
@@ -81,20 +60,17 @@ def storages(fd: int, path: str | os.PathLike[str], names: Mapping[int, str]) ->
     Raises:
         CheckpointError: the file does not end with such an archive, or is damaged.
     """
-    found: list[Storage] = []
+    found: list[Region] = []
     begin = -1
     for begin, archive in _archives(fd, path):
         with archive:
             found += _members(fd, archive, names.get(begin, ""))
     found.sort(key=lambda one: one.offset)
-    for one, following in pairwise(found):
-        if one.end > following.offset:
-            raise CheckpointError(f"'{path}' is damaged: two of its members overlap")
     if begin < 0:
         raise CheckpointError(
             f"'{path}' has no end of a zip archive; it was not written by torch.save, or is incomplete"
         )
-    return _with_unique_names(found)
+    return with_unique_names(found)
 
 
 def _archives(fd: int, path: str | os.PathLike[str]) -> Iterator[tuple[int, zipfile.ZipFile]]:
@@ -147,7 +123,7 @@ class _Part(io.RawIOBase):
         return data
 
 
-def _members(fd: int, archive: zipfile.ZipFile, of: str) -> Iterator[Storage]:
+def _members(fd: int, archive: zipfile.ZipFile, of: str) -> Iterator[Region]:
     """Yield the storages of one archive; ``of`` is the name of the saved object."""
     members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
     named = _named(archive, members)
@@ -166,7 +142,7 @@ def _members(fd: int, archive: zipfile.ZipFile, of: str) -> Iterator[Storage]:
         name, spec = named.get(inner.removeprefix("data/"), (inner, None))
         if spec is None or spec.n_bytes != member.file_size:
             spec = TensorSpec(DTYPES["U8"], (member.file_size,))
-        yield Storage(".".join(filter(None, (of, name))) or "tensor", spec, offset)
+        yield Region(".".join(filter(None, (of, name))) or "tensor", spec, offset)
 
 
 def _named(
@@ -208,7 +184,7 @@ def _tensors(root: Any) -> dict[str, tuple[str, TensorSpec]]:
         parts = [
             (f"{path}.{key}" if path and key else path or key, part) for key, part in children(node)
         ]
-        waiting.extend(part for part in reversed(parts) if len(part[0]) <= _MAX_NAME)
+        waiting.extend(part for part in reversed(parts) if len(part[0]) <= MAX_NAME_BYTES)
     return found
 
 
@@ -246,25 +222,3 @@ def _is_shape(size: Any) -> bool:
         and len(size) <= 16
         and all(isinstance(n, int) and 0 <= n < 1 << 48 for n in size)
     )
-
-
-def _with_unique_names(found: list[Storage]) -> list[Storage]:
-    """Give a number to names that occur again, or that no delta can hold."""
-    used: set[str] = set()
-    counts: Counter[str] = Counter()
-    result = []
-    for one in found:
-        name = stem = one.name if _is_short(one.name) else "tensor"
-        while name in used:
-            counts[stem] += 1
-            name = f"{stem}#{counts[stem] + 1}"
-        used.add(name)
-        result.append(Storage(name, one.spec, one.offset))
-    return result
-
-
-def _is_short(name: str) -> bool:
-    try:
-        return len(name.encode("utf-8")) <= _MAX_NAME
-    except UnicodeEncodeError:
-        return False

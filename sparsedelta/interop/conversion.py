@@ -10,34 +10,30 @@ from pathlib import Path
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import BadMagic, BaseNeeded, LossyConversion, TargetMismatch
 from sparsedelta.files.checkpoint import Checkpoint
-from sparsedelta.files.unread import PICKLED_SUFFIXES
 from sparsedelta.format.delta import load
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.fs import check_absent, check_no_folder, staged_output
 from sparsedelta.interop.form import Form, Reading, Setting
-from sparsedelta.interop.gguf import MAGIC, write_gguf
 from sparsedelta.interop.opening import open_checkpoint, record, target_of
+from sparsedelta.interop.regions import SUFFIXES, has_regions, write_regions
 from sparsedelta.interop.registry import (
     CHECKPOINT,
     DELTA,
-    GGUF,
     NAMES,
-    TORCH,
+    ORIGINAL,
     WRITTEN,
     form_named,
     is_delta,
     recognised,
 )
 from sparsedelta.interop.source import Source
-from sparsedelta.interop.torch_files import is_torch_files, write_torch_files
 from sparsedelta.interop.transition import Transition, by_name
 from sparsedelta.ops.apply import apply, check_apart
 from sparsedelta.ops.diff import between
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import digest_tensor
 
-DELTA_SUFFIX, GGUF_SUFFIX = ".sd", ".gguf"
-_WRITE_WHOLE = {GGUF: write_gguf, TORCH: write_torch_files}
+DELTA_SUFFIX = ".sd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +81,9 @@ def convert(
         base: the checkpoint that the delta starts from. All conversions need it.
         target: the checkpoint that the delta should rebuild; it is compared tensor by tensor.
         read_as: the form of ``source``; None to recognise it from the content.
-        write_as: the form of ``out``; None for a delta of this project, if ``out`` ends in ``.sd``, for a GGUF
-            file, if it ends in ``.gguf``, or for a file of ``torch.save``, if it ends in ``.pt``, ``.pth``,
-            ``.bin`` or ``.ckpt``.
+        write_as: the form of ``out``; None for a delta of this project, if ``out`` ends in ``.sd``, or
+            for a file of another format, if it ends in ``.gguf``, ``.onnx``, ``.pt``, ``.pth``, ``.bin`` or
+            ``.ckpt``.
         settings: choices of the written form, such as ``{"encoding": "overwrite"}``.
         lossy: write the output although it cannot hold everything; the report lists what it lacks.
         exclude: globs of files of base and target to leave out, as for ``diff``.
@@ -132,9 +128,9 @@ def convert(
                 apply(base, delta, out, overwrite=overwrite, exclude=exclude)
             n_changed = sum(not row.is_copied for row in delta.tensors)
             return ConvertReport(name, wanted, n_changed, delta.nnz, _size(out), proof, ())
-        if wanted in _WRITE_WHOLE:
+        if wanted == ORIGINAL:
             with staged_output(out, overwrite=overwrite) as staged:
-                _WRITE_WHOLE[wanted](reading.target, staged)
+                write_regions(reading.target, staged)
             with between(old, reading.target, level="fast") as delta:
                 n_changed = sum(not row.is_copied for row in delta.tensors)
                 return ConvertReport(name, wanted, n_changed, delta.nnz, _size(out), proof, ())
@@ -147,10 +143,8 @@ def convert(
 
 def _wanted(out: AnyPath, write_as: str | None) -> str:
     """Return the name of the form to write."""
-    if write_as is None and str(out).endswith(GGUF_SUFFIX):
-        return GGUF
-    if write_as is None and str(out).endswith(PICKLED_SUFFIXES):
-        return TORCH
+    if write_as is None and str(out).endswith(SUFFIXES):
+        return ORIGINAL
     if write_as is None:
         if not str(out).endswith(DELTA_SUFFIX):
             raise ValueError(
@@ -158,7 +152,7 @@ def _wanted(out: AnyPath, write_as: str | None) -> str:
                 f" {', '.join(WRITTEN)} (write_as=, --to)"
             )
         return DELTA
-    if write_as not in (DELTA, CHECKPOINT, *_WRITE_WHOLE):
+    if write_as not in (DELTA, CHECKPOINT, ORIGINAL):
         form_named(write_as)
     return write_as
 
@@ -189,8 +183,7 @@ def _read(
 
 def _is_checkpoint(source: Source) -> bool:
     return (
-        source.start.startswith(MAGIC)
-        or is_torch_files(source)
+        has_regions(source)
         or bool(source.tensors)
         or any(name.endswith(WEIGHT_SUFFIX) for name in source.names)
     )

@@ -258,7 +258,7 @@ def test_arguments(tmp_path: Path) -> None:
         sparsedelta.convert(text, tmp_path / "x.sd", base=given.base)
     with pytest.raises(SparseDeltaError):
         sparsedelta.apply(given.base, text, tmp_path / "y")
-    assert len(NAMES) == len({*NAMES}) == len(FORMS) + 4
+    assert len(NAMES) == len({*NAMES}) == len(FORMS) + 3
 
 
 def test_equal_checkpoints(tmp_path: Path) -> None:

@@ -1,16 +1,15 @@
-"""Files of ``torch.save`` as checkpoints: one ``.pt`` or ``.bin`` file, or a folder of them, the exact files back.
+"""Files of other formats as checkpoints, the exact files back: GGUF, ONNX, and what ``torch.save`` writes.
 
-The folder may be a checkpoint of torch.distributed (``.metadata`` and ``.distcp`` files). Each file becomes a
-weight file with its storages, and a side file with all bytes between them. No pickle is executed.
+One file, or a folder of them, such as a checkpoint of torch.distributed. Each file becomes a weight file with its
+tensors, and a side file (the skeleton) with all bytes between them. No pickle is executed.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
@@ -21,37 +20,56 @@ from sparsedelta.files.unread import PICKLED_SUFFIXES
 from sparsedelta.format.paths import WEIGHT_SUFFIX, path_problem
 from sparsedelta.format.safetensors_header import Header, HeaderEntry, render_header
 from sparsedelta.fs import open_regular
-from sparsedelta.interop.archive import ZIP, Storage, storages
-from sparsedelta.interop.inert_pickle import MAX_BYTES, Made, PickleRefused, children, read_inert
+from sparsedelta.interop.archive import ZIP, archive_regions
+from sparsedelta.interop.distributed import object_names
+from sparsedelta.interop.gguf import GGUF, gguf_regions
+from sparsedelta.interop.onnx import onnx_regions
+from sparsedelta.interop.region import Region
 from sparsedelta.interop.source import Source
 from sparsedelta.interop.view import bits_of
 from sparsedelta.system import allow_open_files, read_at
 
-SUFFIXES = (*PICKLED_SUFFIXES, ".distcp")
+SUFFIXES = (*PICKLED_SUFFIXES, ".gguf", ".onnx")  # of single files
+_OF_ARCHIVES = (*PICKLED_SUFFIXES, ".distcp")
 _METADATA = ".metadata"  # of a checkpoint of torch.distributed
 _SKELETON = ".skeleton"
-_ALONE = "archive"  # the name of a file that is not in a folder
+_ALONE = "file"  # the name of a file that is not in a folder
 _MAX_SKELETON_BYTES = 64 << 20
 _BLOCK_BYTES = 1 << 20
 
 
-def is_torch_files(source: Source) -> bool:
-    """Return whether a file or folder was written by ``torch.save``, and holds no safetensors files."""
+def has_regions(source: Source) -> bool:
+    """Return whether a file, or a file in a folder without safetensors files, has one of these formats."""
     if not source.is_folder:
-        return source.start.startswith(ZIP)
+        return _kind(source.path) is not None
     if any(name.endswith(WEIGHT_SUFFIX) for name in source.names):
         return False
-    return any(name.endswith(SUFFIXES) and _is_zip(source.path / name) for name in source.names)
+    return any(_kind(source.path / name) for name in sorted(source.names))
 
 
-class TorchFiles(Checkpoint):
-    """A file of ``torch.save``, or a folder of them, as a folder of weight files and side files."""
+def _kind(location: Path) -> str | None:
+    """Return the suffix of the format that a file has; None if it has none of these formats."""
+    suffix = location.suffix.lower()
+    if suffix == ".onnx":
+        return suffix
+    fd = open_regular(location)
+    try:
+        start = read_at(fd, len(ZIP), 0)
+    finally:
+        os.close(fd)
+    if start == GGUF:
+        return ".gguf"
+    return ".pt" if start == ZIP and suffix in _OF_ARCHIVES else None
+
+
+class RegionFiles(Checkpoint):
+    """A file of another format, or a folder of them, as a folder of weight files and side files."""
 
     def __init__(self, path: str | os.PathLike[str], *, exclude: Sequence[str] = ()) -> None:
-        """Find the storages in all files.
+        """Find the tensors in all files.
 
         Raises:
-            CheckpointError: a file is damaged, or was not written by ``torch.save``.
+            CheckpointError: a file is damaged.
         """
         self.path = Path(path)
         self.is_folder = True
@@ -75,27 +93,58 @@ class TorchFiles(Checkpoint):
 
     def _open(self, exclude: Sequence[str]) -> None:
         if not self.path.is_dir():
-            if not self._add(_ALONE, self.path, {}):
-                raise CheckpointError(f"'{self.path}' holds no tensors that can be found")
+            self._open_file()
             return
         files, folders, left_out = list_folder(self.path, exclude, (), whole=False)
         self.empty_folders, self.left_out = tuple(folders), tuple(left_out)
-        names = _distributed_names(files[_METADATA]) if _METADATA in files else {}
+        names = object_names(files[_METADATA]) if _METADATA in files else {}
         allow_open_files(len(files))
+        found: dict[str, list[Region]] = {}
         for path, location in files.items():
-            is_archive = path.endswith(SUFFIXES) and _is_zip(location)
-            if not (is_archive and self._add(path, location, names.get(path, {}))):
+            match _kind(location):
+                case ".onnx":
+                    found.setdefault(path, [])
+                    for beside, regions in onnx_regions(self._open_fd(location), location).items():
+                        found[str(PurePosixPath(path).parent / beside) if beside else path] = (
+                            regions
+                        )
+                case ".gguf":
+                    found[path] = gguf_regions(self._open_fd(location), location)
+                case ".pt":
+                    fd = self._open_fd(location)
+                    found[path] = archive_regions(fd, location, names.get(path, {}))
+        for path, location in files.items():
+            if path in found:
+                self._add(path, location, found[path])
+            else:
                 self.side_files[path] = location
 
-    def _add(self, path: str, location: Path, names: Mapping[int, str]) -> bool:
-        """Add a file as a weight file and a side file. Return whether it holds storages; else nothing is added."""
-        fd = open_regular(location)
-        self._fds.append(fd)
-        found = storages(fd, location, names)
-        if not found:
-            return False
-        inner = path + WEIGHT_SUFFIX
-        tensors = tuple(Tensor(inner, one.name, one.spec, fd, one.offset) for one in found)
+    def _open_file(self) -> None:
+        fd, kind = self._open_fd(self.path), _kind(self.path)
+        if kind == ".onnx":
+            by_file = onnx_regions(fd, self.path)
+            regions = by_file.pop("", [])
+            if by_file:
+                raise CheckpointError(
+                    f"'{self.path}' keeps tensors in the file {min(by_file)!r}; give the folder of both"
+                )
+        elif kind == ".gguf":
+            regions = gguf_regions(fd, self.path)
+        else:
+            regions = archive_regions(fd, self.path, {})
+        if not regions:
+            raise CheckpointError(f"'{self.path}' holds no tensors that can be found")
+        self._add(_ALONE, self.path, regions)
+
+    def _open_fd(self, location: Path) -> int:
+        self._fds.append(open_regular(location))
+        return self._fds[-1]
+
+    def _add(self, path: str, location: Path, regions: Sequence[Region]) -> None:
+        """Add a file as a weight file and a side file."""
+        fd, inner = self._open_fd(location), path + WEIGHT_SUFFIX
+        _check_apart(regions, os.fstat(fd).st_size, location)
+        tensors = tuple(Tensor(inner, one.name, one.spec, fd, one.offset) for one in regions)
         entries, end = [], 0
         for tensor in tensors:
             begin, end = end, end + tensor.spec.n_bytes
@@ -106,27 +155,27 @@ class TorchFiles(Checkpoint):
         file = WeightFile(inner, render_header(None, header.entries), header, tensors)
         self.weight_files = (*self.weight_files, file)
         skeleton = Path(self._folder.name) / str(len(self.weight_files))
-        skeleton.write_bytes(_skeleton(fd, location, found))
+        skeleton.write_bytes(_skeleton(fd, location, regions))
         self.side_files[path + _SKELETON] = skeleton
-        return True
 
     def close(self) -> None:
-        """Close the files, and remove the temporary copies of what lies between the storages."""
+        """Close the files, and remove the temporary copies of what lies between the tensors."""
         super().close()
         self._folder.cleanup()
 
 
-def write_torch_files(target: Checkpoint, out: Path) -> None:
+def write_regions(target: Checkpoint, out: Path) -> None:
     """Write the files of a target to a new file or folder, and sync them.
 
     Raises:
         Corrupt: the delta names a file that no delta may write, or states other gaps than there are tensors.
-        ValueError: the target is not that of a delta between files of ``torch.save``.
+        ValueError: the target is not that of a delta between files of these formats.
     """
     weights = {file.path.removesuffix(WEIGHT_SUFFIX): file for file in target.weight_files}
     if not weights or any(path + _SKELETON not in target.side_files for path in weights):
         raise ValueError(
-            "the delta was not made from files of torch.save, so no such file can be written; choose another form"
+            "the delta was not made from files of GGUF, ONNX or torch.save, so no such file can be written; choose another"
+            " form"
         )
     for path in weights:
         if problem := path_problem(path):
@@ -148,16 +197,19 @@ def write_torch_files(target: Checkpoint, out: Path) -> None:
                 _sync(copy)
 
 
-def _is_zip(location: Path) -> bool:
-    fd = open_regular(location)
-    try:
-        return read_at(fd, len(ZIP), 0) == ZIP
-    finally:
-        os.close(fd)
+def _check_apart(regions: Sequence[Region], n_bytes: int, location: Path) -> None:
+    """Check that regions lie in a file in order, without overlap."""
+    end = 0
+    for one in regions:
+        if one.offset < end or one.end > n_bytes:
+            raise CheckpointError(
+                f"'{location}' is damaged: tensor {one.name!r} overlaps another one, or lies outside the file"
+            )
+        end = one.end
 
 
-def _skeleton(fd: int, location: Path, found: Sequence[Storage]) -> bytes:
-    """Return the sizes of the gaps between the storages as a line of text, then the bytes in the gaps."""
+def _skeleton(fd: int, location: Path, found: Sequence[Region]) -> bytes:
+    """Return the sizes of the gaps between the tensors as a line of text, then the bytes in the gaps."""
     edges = [0, *(edge for one in found for edge in (one.offset, one.end)), os.fstat(fd).st_size]
     gaps = list(zip(edges[::2], edges[1::2], strict=True))
     n_bytes = sum(end - begin for begin, end in gaps)
@@ -188,35 +240,3 @@ def _write(file: WeightFile, skeleton: Path, out: Path) -> None:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _distributed_names(location: Path) -> dict[str, dict[int, str]]:
-    """Return the names of objects in a torch.distributed checkpoint by file and position, as far as known."""
-    if location.stat().st_size > MAX_BYTES:
-        return {}
-    try:
-        root = read_inert(location.read_bytes())
-    except PickleRefused:
-        return {}
-    stored = root.get("storage_data") if isinstance(root, Made) else None
-    if not isinstance(stored, Made):
-        return {}
-    found: dict[str, dict[int, str]] = defaultdict(dict)
-    for index, place in stored.pairs or ():
-        if isinstance(index, Made) and isinstance(place, Made):
-            path, begin = place.get("relative_path"), place.get("offset")
-            if isinstance(path, str) and isinstance(begin, int):
-                found[path][begin] = _name_of(index)
-    return found
-
-
-def _name_of(index: Made) -> str:
-    offsets = [str(n) for _, part in children(index.get("offset")) for n in _numbers(part)]
-    suffix = "@" + ",".join(offsets) if any(n != "0" for n in offsets) else ""
-    return f"{index.get('fqn')}{suffix}"
-
-
-def _numbers(part: object) -> list[int]:
-    if isinstance(part, tuple):
-        return [n for one in part for n in _numbers(one)]
-    return [part] if isinstance(part, int) else []

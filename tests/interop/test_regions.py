@@ -20,7 +20,7 @@ from torch.multiprocessing.spawn import spawn
 import sparsedelta
 from sparsedelta.errors import CheckpointError, Corrupt, SparseDeltaError
 from sparsedelta.interop.inert_pickle import Made, PickleRefused, children, read_inert
-from sparsedelta.interop.torch_files import TorchFiles, write_torch_files
+from sparsedelta.interop.regions import RegionFiles, write_regions
 
 
 def training(n_steps: int) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def training(n_steps: int) -> dict[str, Any]:
 
 
 def layout(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    with TorchFiles(path) as opened:
+    with RegionFiles(path) as opened:
         return {t.name: (t.spec.dtype.name, t.spec.shape) for t in opened.tensors.values()}
 
 
@@ -102,7 +102,7 @@ def test_a_folder_of_shards_comes_back(tmp_path: Path) -> None:
         for number, part in enumerate(training(n_steps)["model"].items(), 1):
             torch.save(dict([part]), tmp_path / name / f"pytorch_model-{number:05d}-of-00004.bin")
         (tmp_path / name / "config.json").write_text(f'{{"steps": {n_steps}}}')
-    there_and_back(tmp_path / "base", tmp_path / "target", tmp_path / "out", "torch")
+    there_and_back(tmp_path / "base", tmp_path / "target", tmp_path / "out", "original")
     assert_same_files(tmp_path / "target", tmp_path / "out")
     assert (tmp_path / "out" / "empty").is_dir()
 
@@ -130,7 +130,7 @@ def test_a_distributed_checkpoint_comes_back(tmp_path: Path) -> None:
     found = layout(base)
     assert found["model.weight"] == ("F32", (15, 40))
     assert found["model.weight@15,0"] == ("F32", (15, 40))
-    there_and_back(base, target, tmp_path / "out", "torch")
+    there_and_back(base, target, tmp_path / "out", "original")
     assert_same_files(target, tmp_path / "out")
     rebuilt = {"model": {"weight": torch.empty(30, 40), "bias": torch.empty(30)}}
     load(rebuilt, checkpoint_id=tmp_path / "out", no_dist=True)
@@ -216,11 +216,11 @@ def test_files_that_are_not_archives_are_refused(tmp_path: Path) -> None:
     for end in (4, 100, 2000, len(content) - 1):
         path.write_bytes(content[:end])
         with pytest.raises(CheckpointError):
-            TorchFiles(path)
+            RegionFiles(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data/0", bytes(1000))
     with pytest.raises(CheckpointError, match="holds no tensors"):
-        TorchFiles(path)
+        RegionFiles(path)
 
 
 def test_damaged_files_are_refused_or_copied_exactly(tmp_path: Path) -> None:
@@ -249,18 +249,18 @@ def test_damaged_files_are_refused_or_copied_exactly(tmp_path: Path) -> None:
 def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
     base = tmp_path / "base.pt"
     torch.save({"w": torch.zeros(1000)}, base)
-    with TorchFiles(base) as opened:
+    with RegionFiles(base) as opened:
         (file,) = opened.weight_files
-        skeleton = opened.side_files["archive.skeleton"]
+        skeleton = opened.side_files["file.skeleton"]
         skeleton.write_bytes(b"1 " + skeleton.read_bytes())
         with pytest.raises(Corrupt, match="lies between"):
-            write_torch_files(opened, tmp_path / "out.pt")
+            write_regions(opened, tmp_path / "out.pt")
         opened.weight_files = (
             type(file)(".git.safetensors", file.raw_header, file.header, file.tensors),
         )
         opened.side_files = {".git.skeleton": skeleton}
         with pytest.raises(Corrupt, match=r"'\.git'"):
-            write_torch_files(opened, tmp_path / "out")
+            write_regions(opened, tmp_path / "out")
         opened.side_files = {}
-        with pytest.raises(ValueError, match="was not made from files of"):
-            write_torch_files(opened, tmp_path / "out")
+        with pytest.raises(ValueError, match="was not made from files"):
+            write_regions(opened, tmp_path / "out")
