@@ -55,6 +55,7 @@ LAZY: dict[str, set[str]] = {
     "torch": {"live", "interop"},
     "huggingface_hub": {"hub"},
     "transformers": {"live"},
+    "diffusers": {"live"},
     "fsspec": {"stores"},
     "sift_train": set(),
 }
