@@ -7,8 +7,11 @@ HUB_1X := $(VENV)-hub-1x
 BENCH := $(VENV)-bench
 INTEROP := $(VENV)-interop
 BROWSER := tests/browser/node_modules
+OLDEST := $(VENV)-oldest
+# All but those that need packages of other groups, or take long and depend on no version.
+OLDEST_TESTS ?= tests/codecs tests/format tests/files tests/tensors tests/ops tests/conformance tests/live tests/train tests/report
 
-.PHONY: demo docs dist test browser-test test-hub-1x sanitize lint format bench bench-quick gpu-rehearse interop vectors clean
+.PHONY: demo docs dist test browser-test test-hub-1x test-oldest test-deep compatibility sanitize lint format bench bench-quick gpu-rehearse interop vectors clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -33,6 +36,19 @@ browser-test: $(READY) $(BROWSER)/.ready
 # The Hub's tests with the last huggingface_hub before 2, which transformers still asks for.
 test-hub-1x: $(HUB_1X)/.ready
 	$(HUB_1X)/bin/python -m pytest -n auto tests/hub
+
+# The lowest version of each package that pyproject.toml accepts; docs/compatibility.md says what is tested with what.
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -n auto $(OLDEST_TESTS)
+
+# Property tests with 20 times the examples, other ones in every run; those that fail are kept in .hypothesis.
+test-deep: $(READY)
+	$(BIN)/python -m pytest -n auto --deep tests/property tests/tensors tests/conformance tests/live/test_strides.py \
+		tests/hub/test_parts.py tests/train/test_selection.py
+
+# Which optimizers and trainers SIFT works with; writes the tables of docs/compatibility.md.
+compatibility: $(READY)
+	$(BIN)/python benchmarks/compatibility.py --result docs/compatibility.md
 
 # The compiled kernels with checks of every memory access and of undefined behaviour, on damaged streams; Linux with gcc.
 SANITIZED := build/sanitized
@@ -93,6 +109,13 @@ $(HUB_1X)/.ready: $(INSTALLED)
 	$(HUB_1X)/bin/python -m pip install --quiet -e . "huggingface_hub>=1.30,<2" pytest pytest-xdist hypothesis
 	touch $@
 
+$(OLDEST)/.ready: $(INSTALLED)
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --resolution lowest-direct \
+		-e ".[channel,hub,interop,pictures,train]" "pytest>=8.0" "pytest-xdist>=3.6" "hypothesis>=6.100"
+	touch $@
+
 $(BENCH)/.ready: $(INSTALLED) constraints.txt
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
@@ -106,4 +129,4 @@ $(INTEROP)/.ready: $(INSTALLED) constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(HUB_1X) $(BENCH) $(INTEROP) $(BROWSER) .demo build dist sparsedelta/codecs/kernels/*.so
+	rm -rf $(VENV) $(HUB_1X) $(BENCH) $(INTEROP) $(OLDEST) $(BROWSER) .demo build dist sparsedelta/codecs/kernels/*.so

@@ -213,7 +213,8 @@ def draw(path: Path, pictures: Tensor, before: list[Tensor], after: list[Tensor]
         for place, picture in zip(axes, row, strict=False):
             place.imshow((picture.permute(1, 2, 0).numpy() + 1) / 2)
     figure.tight_layout()
-    FigureCanvasAgg(figure).print_png(str(path))
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.print_png(str(path))
 
 
 if __name__ == "__main__":

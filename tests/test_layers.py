@@ -56,6 +56,7 @@ LAZY: dict[str, set[str]] = {
     "torch": {"live", "interop"},
     "huggingface_hub": {"hub"},
     "transformers": {"live"},
+    "diffusers": {"live"},
     "fsspec": {"stores"},
     "vllm": {"channel"},
     "sift_train": set(),

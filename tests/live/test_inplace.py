@@ -99,15 +99,18 @@ class TestRightModel:
 
     @pytest.mark.parametrize("values", ["ulp", "target"])
     def test_every_dtype(self, disk: Disk, values: str, monkeypatch: pytest.MonkeyPatch) -> None:
-
         small_chunks(monkeypatch, 8, 16)
         dtypes = [
             torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
             torch.uint16, torch.uint32, torch.uint64, torch.float16, torch.bfloat16, torch.float32,
             torch.float64, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2,
             torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
-            torch.float4_e2m1fn_x2,
         ]  # fmt: skip
+        try:
+            torch.zeros(1, dtype=torch.uint8).view(torch.float4_e2m1fn_x2).clone()
+            dtypes.append(torch.float4_e2m1fn_x2)
+        except NotImplementedError:
+            pass  # torch 2.8 does not copy these
         generator = torch.Generator().manual_seed(0)
         base, target = {}, {}
         for dtype in dtypes:

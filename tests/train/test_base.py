@@ -254,6 +254,7 @@ def test_what_is_not_compared_is_reported(
 def test_base_of_a_sentence_transformer_is_compared(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    pytest.importorskip("sentence_transformers")
     import transformers
     from sentence_transformers import SentenceTransformer
 

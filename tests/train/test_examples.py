@@ -61,3 +61,24 @@ def test_an_example_learns_and_writes_a_delta(
     assert after > max(before, 0.7)
     with sparsedelta.load(tmp_path / "delta.sd") as delta:
         assert delta.nnz > 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_dreambooth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("diffusers")
+    delta, picture, base = tmp_path / "d.sd", tmp_path / "p.png", tmp_path / "base"
+    words = ["--output", str(delta), "--picture", str(picture), "--base", str(base)]
+    steps = ["--base-steps", "2", "--steps", "30"]
+    monkeypatch.setattr(sys, "argv", ["dreambooth", *words, *steps])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / "dreambooth.py"), run_name="__main__")
+    assert ended.value.code == 0
+    found = re.findall(r"distance to the thing (?:before|after): ([\d.]+)", capsys.readouterr().out)
+    before, after = map(float, found)
+    assert after < before
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with sparsedelta.load(delta) as opened:
+        changed = {row.file for row in opened.tensors if not row.is_copied}
+        assert changed == {"unet/diffusion_pytorch_model.safetensors"}

@@ -217,7 +217,9 @@ def test_the_mixin_makes_the_optimizer_of_the_arguments(
     model = load(base)
     before = snapshot(model)
     sift = SIFT(model, 0.1, LAYERS)
-    args = arguments(tmp_path / "out", max_steps=2, optim=optim, activation_checkpointing=True)
+    newer = hasattr(TrainingArguments, "activation_checkpointing")
+    checkpointing = "activation_checkpointing" if newer else "gradient_checkpointing"
+    args = arguments(tmp_path / "out", max_steps=2, optim=optim, **{checkpointing: True})
     trainer = SiftTrainer(model, args, train_dataset=Rows(2), sift=sift)
     trainer.train()
     assert optim.removesuffix("_torch") in type(trainer.optimizer.optimizer).__name__.lower()  # type: ignore[union-attr]

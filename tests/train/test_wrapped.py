@@ -93,7 +93,7 @@ def test_export_takes_the_model_that_torch_compile_wraps(tmp_path: Path) -> None
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # used by PEFT
 @pytest.mark.parametrize("way", ["get_peft_model", "inject"])
 def test_model_with_adapters(tmp_path: Path, way: str) -> None:
-    import peft
+    peft: Any = pytest.importorskip("peft")
     import transformers
 
     folder = make_bert(tmp_path / "base", torch.float32)
