@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers import noise, write, write_file
 from hub.hub_helpers import save_delta
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import relaxed
 
@@ -82,9 +82,13 @@ def test_bad_references(text: str) -> None:
 
 
 @relaxed(100)
-@given(st.text())
-def test_the_parser_accepts_or_refuses_every_text(text: str) -> None:
-    parse_reference(text)
+@given(st.text() | st.text().map("hf://{}".format))
+@example("hf://")
+def test_only_texts_with_the_scheme_are_errors(text: str) -> None:
+    try:
+        parse_reference(text)
+    except ValueError:
+        assert text.startswith("hf://")
 
 
 def facts(tmp_path: Path) -> CardFacts:
