@@ -81,7 +81,7 @@ def test_training(base: Path) -> None:
     code = [
         b
         for b in blocks((ROOT / "docs" / "training.md").read_text("utf-8"))
-        if b.language == "python"
+        if b.language == "python" and b.reason is None
     ]
     fit, loop, trainer, trainer_with_config, memory = (block.code for block in code)
     exec(fit, names)

@@ -17,6 +17,7 @@ ELSEWHERE = {
     "README.md": "tests/test_docs.py",
     "algebra.md": "tests/docs/test_guides.py",
     "channel.md": "tests/channel/test_page.py",
+    "engines.md": "tests/channel/test_engines_page.py",
     "hub.md": "tests/hub/test_pages.py",
     "interop.md": "tests/interop/test_page.py",
     "training.md": "tests/docs/test_guides.py",

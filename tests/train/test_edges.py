@@ -201,9 +201,9 @@ def test_masters_without_an_optimizer_are_reported_once(caplog: pytest.LogCaptur
     sift = SIFT(model, 0.2, ["weight"])
     first, *others = sift.parameters_in_optimizer()
     optimizer = torch.optim.AdamW([first], lr=1e-2)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "sift_train.sift"):
         step(model, optimizer)
-        assert not caplog.records
+        caplog.clear()  # that one batch has chosen
         step(model, optimizer)
         step(model, optimizer)
     assert len(caplog.records) == 1
@@ -219,7 +219,7 @@ def test_two_optimizers_over_all_masters_are_fine(caplog: pytest.LogCaptureFixtu
         square_loss(model, make_inputs(1, seed)[0]).backward()
         for optimizer in both:
             optimizer.step()
-    assert not caplog.records
+    assert "no optimizer trains" not in caplog.text
 
 
 def test_no_exception_may_be_none() -> None:

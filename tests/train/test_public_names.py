@@ -68,7 +68,7 @@ def test_names() -> None:
             "FitConfig",
             "* sparse_rate sparse_module exception selection selection_batches budget block optimizer lr "
             "lr_transfer weight_decay decay_to betas eps momentum schedule warmup epochs max_steps accumulation "
-            "max_grad_norm mixed_precision gradient_checkpointing log_every eval_every patience "
+            "max_grad_norm mixed_precision gradient_checkpointing log_every eval_every eval_before patience "
             "higher_is_better save_every publish publish_every trackers reduce_dtype seed",
         ),
     ],

@@ -29,6 +29,10 @@ from quality_tables import (
 )
 from quality_tasks import BATCH, grouped
 
+sys.path.remove(
+    str(Path(__file__).parents[2] / "benchmarks")
+)  # modules there have the names of test folders
+
 FULL, RANDOM = Method("full"), Method("sift", 2, "random")
 SETTING = Setting("tiny", "set")
 
