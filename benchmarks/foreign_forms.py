@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 import sparsedelta
 from sparsedelta.interop.form import Form
 from sparsedelta.interop.registry import FORMS
+from sparsedelta.interop.vllm import from_patches, to_patches
 
 PAGE = Path(__file__).parents[1] / "docs" / "interop.md"
 State = dict[str, torch.Tensor]
@@ -189,6 +190,34 @@ def slime(folder: Path | None, encoding: str, checksum: str) -> Foreign:
     return Foreign("slime", title, {"encoding": encoding, "checksum": checksum}, read, write)
 
 
+def skyrl(folder: Path | None) -> Foreign:
+    """Return the code of SkyRL."""
+    parent = "skyrl.backends.skyrl_train.weight_sync"
+    names = [parent.rsplit(".", n)[0] for n in range(parent.count("."), -1, -1)]
+    for name in (*names, f"{parent}.base"):
+        sys.modules.setdefault(name, types.ModuleType(name))
+    sys.modules[f"{parent}.base"].WeightChunk = object  # type: ignore[attr-defined]
+    sys.modules[f"{parent}.delta_payload"] = source(folder, "skyrl", "delta_payload.py")
+    code = source(folder, "skyrl", "delta_checkpoint.py")
+
+    def read(path: Path, base: Path) -> State:
+        with tempfile.TemporaryDirectory() as temporary:
+            store = code.LocalCheckpointStore(str(base), temporary)
+            store.fetch(1, uri=str(path))
+            return {name: tensor.clone() for name, tensor in state(store.weights_dir).items()}
+
+    def write(base: Path, target: Path, out: Path) -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            sync = Path(temporary) / "sync"
+            publisher = code.DeltaCheckpointPublisher(str(base), str(sync), f"{temporary}/staging")
+            chunk = types.SimpleNamespace(names=[*state(target)], tensors=[*state(target).values()])
+            publisher.publish(publisher.create_delta_files([chunk]))
+            (folder_of_version,) = sync.iterdir()
+            shutil.copytree(folder_of_version, out)
+
+    return Foreign("skyrl", "delta_checkpoint.py of NovaSky-AI/SkyRL at a9564572e", {}, read, write)
+
+
 def grail(folder: Path | None, number: str) -> Foreign:
     """Return grail's code for one version."""
     code = source(folder, "grail", "sparse_codec.py")
@@ -272,6 +301,7 @@ MAKERS: list[tuple[str, Callable[[Path | None], Foreign]]] = [
         for encoding in ("xor", "overwrite")
         for checksum in ("blake3", "xxh3-128", "adler32")
     ),
+    ("skyrl", skyrl),
     *(
         (f"grail {number}", lambda folder, n=number: grail(folder, n))
         for number in ("2", "3", "31")
@@ -364,6 +394,38 @@ def matrix(folder: Path | None) -> Iterator[str]:
             answers = [" ".join(sorted({str(one[part]) for one in found})) for part in (0, 1)]
             shown = " | ".join(f"{one[2]:,}" for one in found)
             yield f"| {name} | {answers[0]} | {answers[1]} | {shown} | {foreign.code} |"
+        try:
+            yield from vllm_patches(folder, places)
+        except Absent as error:
+            yield f"| vLLM's patch objects | not checked | not checked | | | | {error} |"
+
+
+def vllm_patches(folder: Path | None, places: list[tuple[Path, Path]]) -> Iterator[str]:
+    """Yield the line of the table about vLLM, whose patches are objects and not files."""
+    code = source(folder, "vllm", "checkpoint_weight_patch.py")
+    answers = []
+    for base, target in places:
+
+        class Model(torch.nn.Module):
+            held = state(base)
+
+            def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> set[str]:
+                for name, tensor in weights:
+                    self.held[name].copy_(tensor)
+                return {name for name, _ in weights}
+
+        model = Model()
+        with sparsedelta.diff(base, target) as delta:
+            patches = to_patches(delta, base=base)
+        code.load_checkpoint_weight_patches(model, patches)
+        theirs = [code.CheckpointWeightPatch(*patch) for patch in patches]
+        with tempfile.TemporaryDirectory() as out, from_patches(theirs, base=base) as back:
+            sparsedelta.apply(base, back, f"{out}/out")
+            answers.append(
+                (same(model.held, state(target)), same(state(Path(out) / "out"), state(target)))
+            )
+    yes = ["yes" if all(one[part] for one in answers) else "NO" for part in (0, 1)]
+    yield f"| vLLM's patch objects | {yes[0]} | {yes[1]} | | | | checkpoint_weight_patch.py of vLLM 0.33.0 |"
 
 
 def abilities() -> Iterator[str]:
@@ -394,7 +456,7 @@ def _ability(form: Form) -> str:
     )
 
 
-def replaced(text: str, name: str, lines: Iterator[str]) -> str:
+def replaced(text: str, name: str, lines: Iterable[str]) -> str:
     """Return a page with the part between two marks replaced."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
@@ -402,19 +464,20 @@ def replaced(text: str, name: str, lines: Iterator[str]) -> str:
     return pattern.sub(lambda _: new, text)
 
 
-def main() -> None:
-    """Write the tables."""
+def main() -> int:
+    """Write the tables. Return 1 if the code of a project and this package disagree."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sources", type=Path, help="folder of the other projects' source files")
     parser.add_argument("--check", action="store_true", help="print the matrix, and write nothing")
     arguments = parser.parse_args()
+    found = [*matrix(arguments.sources)]
     if arguments.check:
-        print("\n".join(matrix(arguments.sources)))
-        return
-    text = replaced(PAGE.read_text("utf-8"), "abilities", abilities())
-    text = replaced(text, "matrix", matrix(arguments.sources))
-    PAGE.write_text(text, "utf-8")
+        print("\n".join(found))
+    else:
+        text = replaced(PAGE.read_text("utf-8"), "abilities", abilities())
+        PAGE.write_text(replaced(text, "matrix", found), "utf-8")
+    return int(any("| NO |" in line for line in found))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

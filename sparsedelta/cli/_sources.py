@@ -70,7 +70,11 @@ class Sources(ExitStack):
             return Path(text), ()
         import sparsedelta
         from sparsedelta.hub.sources import fetched_base
+        from sparsedelta.interop.registry import is_delta
+        from sparsedelta.interop.source import Source
 
+        if not is_delta(Source(delta)):  # only a delta of this project says which files it needs
+            return self.checkpoint(text)[0], ()
         with _or_path(text):
             base = self.enter_context(
                 fetched_base(reference, self.enter_context(sparsedelta.load(delta)))

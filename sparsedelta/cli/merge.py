@@ -22,8 +22,10 @@ from sparsedelta.cli._sources import Sources
 from sparsedelta.cli._written import show_written
 
 if TYPE_CHECKING:
+    from sparsedelta.interop.mergekit import MergeOptions
     from sparsedelta.ops.merging.recipe import Method
 
+_GIVEN = click.core.ParameterSource.COMMANDLINE
 METHODS = ("linear", "task-arithmetic", "ties", "dare", "dare-ties")
 
 
@@ -41,12 +43,22 @@ def parse_numbers(
         ) from error
 
 
+def _check_alone(base: str | None) -> None:
+    """Raise UsageError if arguments are given that the configuration states."""
+    context = click.get_current_context()
+    names = ("method", "weights", "density", "scale", "normalize")
+    given = [name for name in names if context.get_parameter_source(name) is _GIVEN]
+    if base is not None or given:
+        what = "BASE and DELTA" if base is not None else f"--{given[0]}"
+        raise click.UsageError(f"--config states what {what} would; give one or the other")
+
+
 @click.command(
     "merge",
     epilog=examples("sparsedelta merge base/ sql.sd chat.sd -o both.sd --method ties"),
 )
-@click.argument("base", type=PATH_OR_REPOSITORY)
-@click.argument("deltas", type=PATH_OR_REPOSITORY, nargs=-1, required=True, metavar="DELTA...")
+@click.argument("base", type=PATH_OR_REPOSITORY, required=False)
+@click.argument("deltas", type=PATH_OR_REPOSITORY, nargs=-1, metavar="DELTA...")
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The file to write.")
 @click.option(
     "--method",
@@ -79,6 +91,13 @@ def parse_numbers(
     default=None,
     help="Divide by the sum of weights. [default: yes for linear and ties]",
 )
+@click.option(
+    "--config",
+    "configuration",
+    type=PATH,
+    metavar="FILE",
+    help="A merge configuration of mergekit (YAML), in place of BASE, DELTA and the settings.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed, for dare.")
 @exclude_option("files of BASE")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
@@ -87,9 +106,10 @@ def parse_numbers(
 def command(
     settings: Settings,
     *,
-    base: str,
+    base: str | None,
     deltas: tuple[str, ...],
     output: Path,
+    configuration: Path | None,
     method: Method,
     weights: list[float] | None,
     density: list[float] | None,
@@ -108,19 +128,34 @@ def command(
     sign rule of ties. The result has the files of BASE. BASE and DELTA may be repositories on the
     Hub (org/name@revision).
     """
+    options: MergeOptions = {
+        "method": method,
+        "weights": weights,
+        "density": density,
+        "normalize": normalize,
+        "scale": scale,
+    }
+    plan = None
+    if configuration is not None:
+        _check_alone(base)
+        from sparsedelta.interop.mergekit import read_configuration
+
+        plan = read_configuration(configuration)
+        base, deltas, options = plan.base, plan.deltas, plan.options
+    if base is None or not deltas:
+        raise click.UsageError("give BASE and at least one DELTA, or --config")
     with Sources(settings) as sources, progress_bar(settings) as progress:
         inputs = sources.paths(base, *deltas)
         check_output_file(output, overwrite=overwrite, inputs=inputs)
         paths = [sources.delta(delta) for delta in deltas]
+        base_path = sources.base_with_weights(base, paths[0])
+        if plan is not None:
+            plan.check_dtypes(base_path)
         with sparsedelta.merge(
-            sources.base_with_weights(base, paths[0]),
+            base_path,
             *paths,
-            method=method,
-            weights=weights,
-            density=density,
+            **options,
             seed=seed,
-            normalize=normalize,
-            scale=scale,
             exclude=exclude,
             progress=progress,
             spool_dir=str(output.parent),

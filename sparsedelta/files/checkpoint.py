@@ -406,7 +406,10 @@ def _way_out(fd: int, location: Path) -> str:
     """Return what to do about a file that is not a safetensors file, as a clause."""
     start = read_at(fd, len(_ZIP), 0)
     if start == _ZIP and location.suffix.lower() in PICKLED_SUFFIXES:
-        return f"convert it with: {conversion_of_file(location)}"
+        return (
+            "make a delta between two such files with `sparsedelta convert`, or convert it with:"
+            f" {conversion_of_file(location)}"
+        )
     if location.name.endswith(".json"):
         return "give the folder that it is in, or a .safetensors file"
     return "give a .safetensors file or a folder that holds some"

@@ -14,13 +14,13 @@ from sparsedelta.format.delta import load
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.fs import check_absent, check_no_folder, staged_output
 from sparsedelta.interop.form import Form, Reading, Setting
-from sparsedelta.interop.gguf import MAGIC, write_gguf
 from sparsedelta.interop.opening import open_checkpoint, record, target_of
+from sparsedelta.interop.regions import SUFFIXES, has_regions, write_regions
 from sparsedelta.interop.registry import (
     CHECKPOINT,
     DELTA,
-    GGUF,
     NAMES,
+    ORIGINAL,
     WRITTEN,
     form_named,
     is_delta,
@@ -33,7 +33,7 @@ from sparsedelta.ops.diff import between
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import digest_tensor
 
-DELTA_SUFFIX, GGUF_SUFFIX = ".sd", ".gguf"
+DELTA_SUFFIX = ".sd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,9 @@ def convert(
         base: the checkpoint that the delta starts from. All conversions need it.
         target: the checkpoint that the delta should rebuild; it is compared tensor by tensor.
         read_as: the form of ``source``; None to recognise it from the content.
-        write_as: the form of ``out``; None for a delta of this project, if ``out`` ends in ``.sd``, or for a GGUF
-            file, if it ends in ``.gguf``.
+        write_as: the form of ``out``; None for a delta of this project, if ``out`` ends in ``.sd``, or
+            for a file of another format, if it ends in ``.gguf``, ``.onnx``, ``.pt``, ``.pth``, ``.bin`` or
+            ``.ckpt``.
         settings: choices of the written form, such as ``{"encoding": "overwrite"}``.
         lossy: write the output although it cannot hold everything; the report lists what it lacks.
         exclude: globs of files of base and target to leave out, as for ``diff``.
@@ -127,12 +128,12 @@ def convert(
                 apply(base, delta, out, overwrite=overwrite, exclude=exclude)
             n_changed = sum(not row.is_copied for row in delta.tensors)
             return ConvertReport(name, wanted, n_changed, delta.nnz, _size(out), proof, ())
-        if wanted == GGUF:
+        if wanted == ORIGINAL:
             with staged_output(out, overwrite=overwrite) as staged:
-                write_gguf(reading.target, staged)
+                write_regions(reading.target, staged)
             with between(old, reading.target, level="fast") as delta:
                 n_changed = sum(not row.is_copied for row in delta.tensors)
-                return ConvertReport(name, GGUF, n_changed, delta.nnz, _size(out), proof, ())
+                return ConvertReport(name, wanted, n_changed, delta.nnz, _size(out), proof, ())
         form = form_named(wanted)
         change = Transition(old, reading.target, form.abilities)
         _write(form, change, out, settings or {}, lossy=lossy, overwrite=overwrite)
@@ -142,8 +143,8 @@ def convert(
 
 def _wanted(out: AnyPath, write_as: str | None) -> str:
     """Return the name of the form to write."""
-    if write_as is None and str(out).endswith(GGUF_SUFFIX):
-        return GGUF
+    if write_as is None and str(out).endswith(SUFFIXES):
+        return ORIGINAL
     if write_as is None:
         if not str(out).endswith(DELTA_SUFFIX):
             raise ValueError(
@@ -151,7 +152,7 @@ def _wanted(out: AnyPath, write_as: str | None) -> str:
                 f" {', '.join(WRITTEN)} (write_as=, --to)"
             )
         return DELTA
-    if write_as not in (DELTA, CHECKPOINT, GGUF):
+    if write_as not in (DELTA, CHECKPOINT, ORIGINAL):
         form_named(write_as)
     return write_as
 
@@ -182,7 +183,7 @@ def _read(
 
 def _is_checkpoint(source: Source) -> bool:
     return (
-        source.start.startswith(MAGIC)
+        has_regions(source)
         or bool(source.tensors)
         or any(name.endswith(WEIGHT_SUFFIX) for name in source.names)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +46,14 @@ def new_xxh3_128(data: memoryview | bytes = b"") -> Any:
     return xxhash.xxh3_128(data)
 
 
-DIGESTS: dict[str, Digest] = {"xxh3-128": xxh3_128, "blake3": blake3_hex, "adler32": adler32}
+def sha256(data: memoryview) -> str:
+    """Return the SHA-256 digest, 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+DIGESTS: dict[str, Digest] = {
+    "xxh3-128": xxh3_128, "blake3": blake3_hex, "adler32": adler32, "sha256": sha256,
+}  # fmt: skip
 
 
 def check_digest(name: str, found: str, expected: str) -> None:

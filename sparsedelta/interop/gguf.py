@@ -1,4 +1,4 @@
-"""GGUF files as checkpoints: the metadata as one side file, each tensor as opaque bytes, the exact file back.
+"""Where the tensors of a GGUF file lie; each is opaque bytes.
 
 Only the names and offsets of the tensors are interpreted. A tensor reaches to the begin of the next one, padding
 included, so nothing depends on how a quantized block is coded. Tensors of F32, F16 and BF16 without padding keep
@@ -7,24 +7,15 @@ their dtype.
 
 from __future__ import annotations
 
-import math
 import os
 import struct
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from sparsedelta.dtypes import DTYPES
 from sparsedelta.errors import CheckpointError
-from sparsedelta.files.checkpoint import Checkpoint, Tensor, WeightFile
-from sparsedelta.files.shards import roles
-from sparsedelta.format.records import TensorSpec
-from sparsedelta.format.safetensors_header import Header, HeaderEntry, render_header
-from sparsedelta.fs import open_regular
-from sparsedelta.interop.view import bits_of
+from sparsedelta.interop.region import Region, spec_or_bytes
 from sparsedelta.system import read_at
 
-MAGIC = b"GGUF"
-TENSORS, HEADER = "tensors.safetensors", "gguf-header"
+GGUF = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_HEADER_BYTES = 256 << 20  # vocabularies make a few megabytes
 _MAX_ITEMS, _MAX_DIMENSIONS = 1 << 20, 4
@@ -38,7 +29,7 @@ class _Cursor:
     """Reads the header from its begin. An end that comes too early raises CheckpointError."""
 
     def __init__(self, data: bytes, path: Path) -> None:
-        self.data, self.path, self.at = data, path, len(MAGIC)
+        self.data, self.path, self.at = data, path, len(GGUF)
 
     def error(self, why: str) -> CheckpointError:
         return CheckpointError(f"'{self.path}' is not a GGUF file that can be read: {why}")
@@ -87,54 +78,14 @@ class _Cursor:
             raise self.error(f"its metadata has the unknown type {kind}")
 
 
-class GgufCheckpoint(Checkpoint):
-    """A GGUF file as a folder of one file of tensors and one side file."""
+def gguf_regions(fd: int, path: Path) -> list[Region]:
+    """Return the tensors of a GGUF file, in order. A tensor reaches to the begin of the next one.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open a file. Raises CheckpointError if it is not an intact GGUF file."""
-        self.path = Path(path)
-        self.is_folder = True
-        self.empty_folders = self.left_out = ()
-        fd = open_regular(path)
-        self._fds = [fd]
-        self._folder = TemporaryDirectory(prefix="sparsedelta-")
-        try:
-            self._open(fd)
-        except BaseException:
-            self.close()
-            raise
-
-    def _open(self, fd: int) -> None:
-        n_bytes = os.fstat(fd).st_size
-        cursor = _Cursor(read_at(fd, _MAX_HEADER_BYTES, 0), self.path)
-        found, start = _tensors(cursor, n_bytes)
-        side = Path(self._folder.name) / HEADER
-        side.write_bytes(cursor.data[:start])
-        self.side_files = {HEADER: side}
-        tensors = tuple(Tensor(TENSORS, name, spec, fd, offset) for name, spec, offset in found)
-        entries = tuple(
-            HeaderEntry(
-                t.name,
-                t.spec.dtype.name,
-                t.spec.shape,
-                t.offset - start,
-                t.offset - start + t.spec.n_bytes,
-            )
-            for t in tensors
-        )
-        raw = render_header(None, entries)
-        self.weight_files = (WeightFile(TENSORS, raw, Header(None, entries, True), tensors),)
-        self.tensors = {tensor.key: tensor for tensor in tensors}
-        self.roles = roles([TENSORS], {})
-
-    def close(self) -> None:
-        """Close the file, and remove the temporary copy of its metadata."""
-        super().close()
-        self._folder.cleanup()
-
-
-def _tensors(cursor: _Cursor, n_bytes: int) -> tuple[list[tuple[str, TensorSpec, int]], int]:
-    """Return name, layout and place of each tensor, in the order of the file, and where the first one begins."""
+    Raises:
+        CheckpointError: it is not an intact GGUF file.
+    """
+    n_bytes = os.fstat(fd).st_size
+    cursor = _Cursor(read_at(fd, _MAX_HEADER_BYTES, 0), path)
     version = cursor.number("I")
     if version not in _VERSIONS:
         raise cursor.error(f"it has version {version}, expected one of {_VERSIONS}")
@@ -160,34 +111,12 @@ def _tensors(cursor: _Cursor, n_bytes: int) -> tuple[list[tuple[str, TensorSpec,
     edges = [*(data + info[0] for info in infos), n_bytes]
     if len({info[1] for info in infos}) < len(infos) or edges[0] > len(cursor.data):
         raise cursor.error("a tensor is listed twice, or the first one does not follow the header")
-    found = []
+    found: list[Region] = []
     for (_, name, shape, kind), begin, end in zip(infos, edges, edges[1:], strict=False):
         if end <= begin:
             raise cursor.error(f"tensor {name!r} overlaps another one, or lies outside the file")
-        found.append((name, _spec(shape, kind, end - begin), begin))
-    return found, edges[0]
-
-
-def _spec(shape: tuple[int, ...], kind: int, n_bytes: int) -> TensorSpec:
-    dtype = DTYPES.get(_FLOATS.get(kind, ""))
-    if dtype is not None and math.prod(shape) * dtype.width == n_bytes:
-        return TensorSpec(dtype, shape[::-1])  # GGUF lists the fastest dimension first
-    return TensorSpec(DTYPES["U8"], (n_bytes,))
-
-
-def write_gguf(target: Checkpoint, out: Path) -> None:
-    """Write the GGUF file of a target to a new file.
-
-    Raises:
-        ValueError: the target is not that of a delta between GGUF files.
-    """
-    if target.side_files.keys() != {HEADER} or [f.path for f in target.weight_files] != [TENSORS]:
-        raise ValueError(
-            "the delta was not made from GGUF files, so no GGUF file can be written; choose another form"
-        )
-    with open(out, "xb") as file:
-        file.write(target.side_files[HEADER].read_bytes())
-        for tensor in target.weight_files[0].tensors:
-            file.write(bits_of(tensor).data)
-        file.flush()
-        os.fsync(file.fileno())
+        spec = spec_or_bytes(
+            _FLOATS.get(kind), shape[::-1], end - begin
+        )  # the fastest dimension is first
+        found.append(Region(name, spec, begin))
+    return found

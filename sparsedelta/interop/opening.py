@@ -12,8 +12,8 @@ from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.delta import AnyDelta, Delta, load
 from sparsedelta.fs import temporary_folder
 from sparsedelta.interop.form import Form, Reading
-from sparsedelta.interop.gguf import MAGIC, GgufCheckpoint
 from sparsedelta.interop.rebuilt import RebuiltCheckpoint
+from sparsedelta.interop.regions import RegionFiles, has_regions
 from sparsedelta.interop.registry import is_delta, recognised
 from sparsedelta.interop.source import Source
 from sparsedelta.ops.diff import between
@@ -29,10 +29,9 @@ def form_of(path: AnyPath) -> Form | None:
 
 
 def open_checkpoint(path: AnyPath, *, exclude: Sequence[str] = ()) -> Checkpoint:
-    """Return a checkpoint, opened as ``diff`` opens a base; or a GGUF file as a checkpoint."""
-    source = Source(path)
-    if source.start.startswith(MAGIC):
-        return GgufCheckpoint(path)
+    """Return a checkpoint, opened as ``diff`` opens a base; or files of other formats as checkpoints."""
+    if has_regions(Source(path)):
+        return RegionFiles(path, exclude=exclude)
     return Checkpoint(path, exclude=exclude, include=(), whole=False)
 
 

@@ -11,6 +11,7 @@ from sparsedelta.interop.mask import Mask
 from sparsedelta.interop.pulse import PulsePatch
 from sparsedelta.interop.refused import ComposableSft, Z4Model
 from sparsedelta.interop.shira import Shira
+from sparsedelta.interop.skyrl import SkyRL
 from sparsedelta.interop.slime import Slime
 from sparsedelta.interop.source import Source
 from sparsedelta.interop.task_vector import TaskVector
@@ -18,14 +19,14 @@ from sparsedelta.interop.trl import TrlV1, TrlV2
 
 DELTA = "sd"  # the name of this project's own form
 CHECKPOINT = "checkpoint"  # the name of a whole checkpoint
-GGUF = "gguf"  # the name of a GGUF file, which is a whole checkpoint, too
+ORIGINAL = "original"  # the name of a whole checkpoint in files of GGUF, ONNX or torch.save
 
 _ALL: tuple[Form, ...] = (
-    TrlV1(), TrlV2(), Slime(), Grail(), PulsePatch(), Arc2(), Shira(), Lora(), TaskVector(), Mask(),
+    TrlV1(), TrlV2(), Slime(), SkyRL(), Grail(), PulsePatch(), Arc2(), Shira(), Lora(), TaskVector(), Mask(),
     ComposableSft(), Z4Model(),
 )  # fmt: skip
 FORMS = {form.name: form for form in _ALL}
-NAMES = (DELTA, CHECKPOINT, GGUF, *FORMS)
+NAMES = (DELTA, CHECKPOINT, ORIGINAL, *FORMS)
 WRITTEN = tuple(name for name in NAMES if name not in FORMS or not FORMS[name].not_written)
 
 

@@ -39,6 +39,7 @@ _SHARD = "model-00000-of-00001.safetensors"
 _SHARD_NAME = re.compile(r"[^/\\]+\.safetensors")
 _MAX_BYTES = 1 << 32  # byte positions of the overwrite encoding have 32 bits
 _LEVEL = 3
+_CHECKSUMS = ("blake3", "xxh3-128", "adler32")
 
 
 class Slime(Form):
@@ -53,7 +54,7 @@ class Slime(Form):
     abilities = Abilities(proof="changed tensors")
     settings: ClassVar[Settings] = {
         "encoding": ("xor", "overwrite"),
-        "checksum": ("blake3", "xxh3-128", "adler32"),
+        "checksum": _CHECKSUMS,
         "version": 1, "base_version": 0,
     }  # fmt: skip
 
@@ -69,7 +70,7 @@ class Slime(Form):
         metadata = index["metadata"]
         encoding = _known(metadata, "delta_encoding", ("xor", "overwrite"))
         _known(metadata, "compression_format", ("zstd",))
-        checksum = _known(metadata, "checksum_format", tuple(DIGESTS))
+        checksum = _known(metadata, "checksum_format", _CHECKSUMS)
         patches: dict[str, Bytes] = {}
         for shard in _shards(index):
             _add(source.path / shard, encoding, checksum, patches)

@@ -9,7 +9,7 @@ import ctypes
 import errno
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # safetensors sorts the tensors of a file by dtype, in the reverse of this order.
 _TORCH_NAMES = {
     "BOOL": "bool",
+    "F4": "float4_e2m1fn_x2",
     "U8": "uint8",
     "I8": "int8",
     "F8_E5M2": "float8_e5m2",
@@ -64,7 +65,7 @@ def check_installed(*packages: str) -> None:
 
 
 def torch_dtype(dtype: DType) -> torch.dtype | None:
-    """Return the torch dtype of a wire dtype; None if torch has none that stores one value per element."""
+    """Return the torch dtype of a wire dtype; None if torch has none."""
     import torch
 
     found = getattr(torch, _TORCH_NAMES.get(dtype.name, ""), None)
@@ -75,6 +76,20 @@ def wire_name(dtype: torch.dtype) -> str:
     """Return the wire name of a torch dtype; torch's own name if it has none."""
     name = str(dtype).removeprefix("torch.")
     return next((wire for wire, own in _TORCH_NAMES.items() if own == name), name)
+
+
+def shape_in_file(dtype: torch.dtype, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape that a file states for a tensor; torch counts two 4-bit values as one element."""
+    if wire_name(dtype) == "F4" and shape:
+        return (*shape[:-1], 2 * shape[-1])
+    return tuple(shape)
+
+
+def shape_in_torch(dtype: torch.dtype, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape that torch gives a tensor of a file."""
+    if wire_name(dtype) == "F4" and shape:
+        return (*shape[:-1], shape[-1] // 2)
+    return tuple(shape)
 
 
 @lru_cache

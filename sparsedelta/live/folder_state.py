@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sparsedelta.dtypes import DTYPES
 from sparsedelta.errors import StructureMismatch
 from sparsedelta.format.records import TensorSpec
-from sparsedelta.live.bits import wire_name
+from sparsedelta.live.bits import shape_in_file, wire_name
 from sparsedelta.live.coordinates import Own, Scattered, Shape, find_coordinates
 from sparsedelta.live.held import in_order
 from sparsedelta.live.saved import SAVE_FIRST, check_convertible, memory_of, plain, state_of
@@ -97,4 +97,4 @@ def _used(slot: Own | Scattered) -> Iterator[tuple[str, int]]:
 
 def _spec(slot: Own | Scattered) -> TensorSpec:
     held = slot.tensor()
-    return TensorSpec(DTYPES[wire_name(held.dtype)], tuple(held.shape))
+    return TensorSpec(DTYPES[wire_name(held.dtype)], shape_in_file(held.dtype, held.shape))

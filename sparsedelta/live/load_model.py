@@ -23,7 +23,7 @@ from sparsedelta.format.delta import Delta
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.format.records import Row, SideFile, TensorKey
 from sparsedelta.fs import temporary_folder
-from sparsedelta.live.bits import check_installed, torch_dtype
+from sparsedelta.live.bits import check_installed, shape_in_torch, torch_dtype
 from sparsedelta.live.slots import find_slots
 from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.progress import Silent
@@ -196,7 +196,7 @@ class _Tensors:
         base = self._found.get(row.key)
         with explained(self._delta, self._base):
             rebuild(row, base, self._delta.payload, write, check=self._verify, pace=self._pace)
-        return buffer.view(dtype).view(spec.shape)
+        return buffer.view(dtype).view(shape_in_torch(dtype, spec.shape))
 
 
 class _Lazy:

@@ -16,7 +16,7 @@ from sparsedelta._typing import Model
 from sparsedelta.dtypes import DTYPES
 from sparsedelta.errors import StructureMismatch
 from sparsedelta.format.records import TensorSpec
-from sparsedelta.live.bits import check_installed, wire_name
+from sparsedelta.live.bits import check_installed, shape_in_file, wire_name
 from sparsedelta.live.loading import is_transformers
 from sparsedelta.tensors.parallel import n_workers
 
@@ -202,7 +202,7 @@ def state_of(model: Any) -> State:
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
     """Return the dtype and shape of a tensor."""
-    return TensorSpec(DTYPES[wire_name(tensor.dtype)], tuple(tensor.shape))
+    return TensorSpec(DTYPES[wire_name(tensor.dtype)], shape_in_file(tensor.dtype, tensor.shape))
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from sparsedelta.live.bits import (
     check_installed,
     is_read_only,
     overlaps_itself,
+    shape_in_file,
     torch_dtype,
     wire_name,
 )
@@ -256,7 +257,7 @@ def current_tensor(place: Place, found: dict[str, Held] | None = None) -> Held:
     if traits is None or place.checked != [traits]:
         if not _fits(row, tensor):
             raise StructureMismatch(
-                f"tensor {name!r} is now {wire_name(tensor.dtype)} {list(tensor.shape)},"
+                f"tensor {name!r} is now {wire_name(tensor.dtype)} {list(shape_in_file(tensor.dtype, tensor.shape))},"
                 f" expected {_shown(row.target)}; nothing was written",
                 tensor=row.name,
             )
@@ -422,7 +423,7 @@ def _fits(row: Row, tensor: Held | None) -> bool:
     return (
         tensor is not None
         and tensor.dtype == torch_dtype(target.dtype)
-        and tuple(tensor.shape) == target.shape
+        and shape_in_file(tensor.dtype, tensor.shape) == target.shape
     )
 
 
@@ -461,8 +462,9 @@ def _ambiguous_error(row: Row, other: Row) -> StructureMismatch:
 
 
 def _misfit_error(row: Row, tensor: Held) -> StructureMismatch:
-    expected, found = row.target, f"{wire_name(tensor.dtype)} {list(tensor.shape)}"
-    other_dtype = tuple(tensor.shape) == expected.shape
+    shape = shape_in_file(tensor.dtype, tensor.shape)
+    expected, found = row.target, f"{wire_name(tensor.dtype)} {list(shape)}"
+    other_dtype = shape == expected.shape
     hint = f"; load the model in {expected.dtype.name}" if other_dtype else ""
     if other_dtype and found.startswith("F32"):
         hint += ", or load the target (load_model) if transformers always keeps this tensor in F32"

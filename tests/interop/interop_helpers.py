@@ -20,6 +20,8 @@ EXACT: list[tuple[str, dict[str, str]]] = [
         for encoding in ("xor", "overwrite")
         for checksum in ("blake3", "xxh3-128", "adler32")
     ),
+    ("skyrl", {"checksum": "xxh3-128"}),
+    ("skyrl", {"checksum": "sha256"}),
     *(("grail", {"version": version}) for version in ("2", "3", "31")),
     ("pulsept1", {}),
     ("arc2", {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from interop.interop_helpers import ADDITIVE, EXACT, plain_pair
 import sparsedelta
 from sparsedelta.errors import SparseDeltaError
 
-N_DAMAGED = 60
+N_DAMAGED = int(os.environ.get("SPARSEDELTA_MUTANTS", 60))
 INTERESTING = (0, 1, 0x20, 0x22, 0x2C, 0x30, 0x39, 0x5B, 0x7B, 0x7D, 0x7F, 0x80, 0xFF)
 
 

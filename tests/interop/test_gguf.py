@@ -10,7 +10,7 @@ import pytest
 
 import sparsedelta
 from sparsedelta.errors import CheckpointError, SparseDeltaError
-from sparsedelta.interop.gguf import GgufCheckpoint
+from sparsedelta.interop.regions import RegionFiles
 
 F32, Q8_0 = 0, 8
 
@@ -74,7 +74,7 @@ def test_only_deltas_of_gguf_files_become_gguf(tmp_path: Path) -> None:
     from interop.interop_helpers import plain_pair
 
     given = plain_pair(tmp_path)
-    with pytest.raises(ValueError, match="was not made from GGUF files"):
+    with pytest.raises(ValueError, match="was not made from files of GGUF"):
         sparsedelta.convert(given.delta, tmp_path / "out.gguf", base=given.base)
 
 
@@ -83,12 +83,12 @@ def test_damaged_files_are_refused_or_read_whole(tmp_path: Path) -> None:
     base, _ = pair(tmp_path)
     content = base.read_bytes()
     damaged = tmp_path / "damaged.gguf"
-    with GgufCheckpoint(base) as opened:
-        header_bytes = opened.side_files["gguf-header"].stat().st_size
+    with RegionFiles(base) as opened:
+        header_bytes = next(iter(opened.tensors.values())).offset
     for end in range(4, header_bytes + 1, 3):
         damaged.write_bytes(content[:end])
         with pytest.raises(CheckpointError):
-            GgufCheckpoint(damaged)
+            RegionFiles(damaged)
     for at in range(4, header_bytes, 5):
         damaged.write_bytes(content[:at] + bytes([content[at] ^ 0x81]) + content[at + 1 :])
         try:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from interop.interop_helpers import plain_pair
 
 import sparsedelta
@@ -32,11 +33,14 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sparsedelta.convert(given.delta, "patch.safetensors", base="base", write_as="trl-v1")
     sparsedelta.convert(given.delta, "adapter", base="base", write_as="shira")
     given.delta.unlink()
+    for step, value in ((100, 0.0), (200, 1.0)):
+        Path(f"step-{step}").mkdir()
+        for name in (f"step-{step}.pt", f"step-{step}/model.pt"):
+            torch.save({"w": torch.full((100,), value)}, name)
     commands = re.findall(r"^\$ (sparsedelta .*?)(?: {2,}#.*)?$", PAGE, re.MULTILINE)
-    local = [
-        command for command in commands if "org/model" not in command and ".gguf" not in command
-    ]
-    assert len(local) == 7
+    elsewhere = ("org/model", ".gguf", ".yml")
+    local = [one for one in commands if not any(part in one for part in elsewhere)]
+    assert len(local) == 11
     for command in local:
         words = shlex.split(command)[1:]
         if words[0] == "convert" and Path(words[2]).is_file():
