@@ -87,7 +87,7 @@ def study(peak: int, n_seeds: int, rows: list[Row]) -> list[tuple[int, int]]:
 def test_a_sweep_has_five_rates_and_seeds_follow_the_best() -> None:
     runs = study(place_of(1e-3) + 1, 3, [])
     assert sorted(runs[:5]) == [(-2, 0), (-1, 0), (0, 0), (1, 0), (2, 0)]
-    assert runs[5:] == [(1, 1), (0, 1), (2, 1), (1, 2)]
+    assert runs[5:] == [(1, 1), (1, 2)]
 
 
 def test_a_sweep_is_extended_while_its_end_wins() -> None:
