@@ -44,7 +44,8 @@ process needs beside them."""
 RULE = """## Does the learning rate transfer?
 
 *Share*: what the chosen components hold of Σ|gradient| of all target components, on batches that did not choose. The
-rule is: SIFT's rate = the best rate of full fine-tuning ÷ share. *Best × share ÷ full's* is 1 if it holds."""
+rule is: SIFT's rate = the best rate of full fine-tuning ÷ share. *Best × share ÷ full's* is 1 if it holds. First seed;
+"by the rule": at the rate of the series nearest to the rule's."""
 
 CURVES = """By the equivalent rate of full fine-tuning, rate × share, first seed: test accuracy, % · test loss ·
 training loss:"""
