@@ -94,11 +94,16 @@ def differences(runs: Iterable[Row], reference: Iterable[Row]) -> list[float]:
     return [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
 
 
+def is_end_best(runs: Sequence[Row]) -> bool:
+    """Return whether the best rate is an end of the sweep, which is then not finished."""
+    rates = {run["spec"]["lr"] for run in runs}
+    return best_rate(runs) in (min(rates), max(rates))
+
+
 def swept(runs: Sequence[Row]) -> str:
     """Return the range of the sweep, and whether the best rate is an end of it."""
-    rates = sorted({run["spec"]["lr"] for run in runs})
-    text = f"{rates[0]:g}–{rates[-1]:g}"
-    return text + (", end" if best_rate(runs) in (rates[0], rates[-1]) else "")
+    rates = {run["spec"]["lr"] for run in runs}
+    return f"{min(rates):g}–{max(rates):g}" + (", end" if is_end_best(runs) else "")
 
 
 def quality_table(methods: dict[Method, list[Row]]) -> str:
@@ -148,6 +153,7 @@ def mean_share(runs: Iterable[Row], key: str = "share") -> float | None:
 def means_table(rows: Sequence[Row]) -> str:
     """Return each method's mean difference from full fine-tuning over the sets, per size of a run."""
     groups: dict[tuple[Key, Method], dict[str, list[float]]] = {}
+    unfinished: dict[tuple[Key, Method], list[str]] = {}
     for setting in settings_of(rows):
         methods = by_method(rows, setting)
         full = methods.get(Method("full"))
@@ -158,24 +164,24 @@ def means_table(rows: Sequence[Row]) -> str:
         for method, runs in methods.items():
             change = differences(at_rate(runs, best_rate(runs)), reference)
             if method.name != "full" and change:
-                groups.setdefault(((model, *size), method), {})[data] = change
+                group = (model, *size), method
+                groups.setdefault(group, {})[data] = change
+                ends = [name for name, each in (("full", full), (data, runs)) if is_end_best(each)]
+                unfinished.setdefault(group, []).extend(ends)
     lines = []
-    for ((model, n_train, epochs, _), method), sets in groups.items():
+    for group, sets in groups.items():
+        (model, n_train, epochs, _), method = group
         mean, half = mean_over_sets(list(sets.values()))
         size_text = f"{model}, {n_train} × {epochs}"
         seeds = " + ".join(str(len(values)) for values in sets.values())
         rank = f"{method.rank:g}"
-        lines.append(
-            (size_text, method.label, rank, ", ".join(sets), seeds, shown(mean, half, sign=True))
-        )
+        change_text = shown(mean, half, sign=True)
+        ends = ", ".join(dict.fromkeys(unfinished[group]))
+        lines.append((size_text, method.label, rank, ", ".join(sets), seeds, change_text, ends))
     columns = (
-        "model, examples × passes",
-        "method",
-        "rank or rate",
-        "sets",
-        "seeds",
-        "− full, points",
-    )
+        "model, examples × passes", "method", "rank or rate", "sets", "seeds", "− full, points",
+        "unfinished sweeps",
+    )  # fmt: skip
     return table(columns, lines)
 
 

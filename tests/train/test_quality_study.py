@@ -125,7 +125,10 @@ def test_tables_compare_seed_by_seed_at_the_best_rates() -> None:
     assert first.startswith("| full | 1,000 | 0.0001–0.0001, end | 0.0001 |")
     own = "| SIFT random | 10 | 0.01–0.02, end | 0.01 | 1.0e-04 | 92.0 ± 12.7 | +1.0 ± 0.0 | 2 |"
     assert second.startswith(own)
-    assert "| SIFT random | 2 | set | 2 | +1.0 ± 0.0 |" in means_table(rows)
+    assert "| SIFT random | 2 | set | 2 | +1.0 ± 0.0 | full, set |" in means_table(rows)
+    wider = [*rows, row(RANDOM, 5e-3, 0, 0.5, share=0.01), row(FULL, 5e-5, 0, 0.5)]
+    wider.append(row(FULL, 2e-4, 0, 0.5))
+    assert "| +1.0 ± 0.0 |  |" in means_table(wider)
     rule = rule_table(rows).split("\n")[2]
     assert rule.split(" | ")[2:] == [
         "1.00", "", "0.0001", "1.0e-02", "0.01", "1.00", "91.0", "91.0", "0.090", "0.090 |"
