@@ -36,15 +36,16 @@ HOW = f"""A linear head on the mean of the states is trained with each method, d
 weight decay, batches of {BATCH}, linear schedule with {WARMUP:.0%} warm-up, gradients clipped to {MAX_NORM:g}, fp32, one thread.
 Full fine-tuning trains every parameter; the others train the linear layers of the blocks: adapters with the
 rank that is shown, SIFT with as many components as an adapter of this rank (a rank below 1 is a rate).
-Rates are from the series 1, 2, 5. The best is chosen on {N_DEV} held-out examples with the first seed, then
-among its neighbours with the second, and is run with the others. ``end``: the best rate is an end of the
+Rates are from the series 1, 2, 5. The best is chosen on {N_DEV} held-out examples with the first seed, and is run
+with the others. ``end``: the best rate is an end of the
 sweep, which is then not finished. *CPU s*: a whole training without choosing. *Peak*: weights, and what the
 process needs beside them."""
 
 RULE = """## Does the learning rate transfer?
 
 *Share*: what the chosen components hold of Σ|gradient| of all target components, on batches that did not choose. The
-rule is: SIFT's rate = the best rate of full fine-tuning ÷ share. *Best × share ÷ full's* is 1 if it holds."""
+rule is: SIFT's rate = the best rate of full fine-tuning ÷ share. *Best × share ÷ full's* is 1 if it holds. First seed;
+"by the rule": at the rate of the series nearest to the rule's."""
 
 CURVES = """By the equivalent rate of full fine-tuning, rate × share, first seed: test accuracy, % · test loss ·
 training loss:"""
@@ -82,19 +83,31 @@ class Study:
 
         self._record.get(spec, run)
 
-    def run(self, parts: Sequence[str], n_seeds: int, deadline: float, **size: int) -> None:
+    def run(
+        self,
+        parts: Sequence[str],
+        methods: Sequence[str],
+        n_seeds: int,
+        deadline: float,
+        **size: int,
+    ) -> None:
         """Do all missing runs in the order of the parts, until the deadline.
 
         Args:
             parts: their names.
+            methods: labels of the methods; empty: all.
             n_seeds: seeds of each method's best learning rate.
             deadline: time on the monotonic clock after which no run starts.
             size: fields of ``Setting`` that differ from its defaults.
         """
         (model,) = self._folders
-        stages = [(part, n) for n in sorted({1, 2, n_seeds}) if n <= n_seeds for part in parts]
-        for part, n in sorted(stages, key=lambda stage: (stage[1] > 2, parts.index(stage[0]))):
-            cells = cells_of(part, list(self._paths), model, **size)
+        stages = [(part, n) for n in sorted({1, n_seeds}) for part in parts]
+        for part, n in stages:
+            cells = [
+                cell
+                for cell in cells_of(part, list(self._paths), model, **size)
+                if not methods or cell.method.label in methods
+            ]
             for spec in plan(cells, self._record.rows, n):
                 if time.monotonic() > deadline:
                     return
@@ -123,6 +136,12 @@ def main() -> None:
         default = getattr(Setting, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--parts", nargs="+", choices=[*PARTS, "table"], default=[*PARTS])
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[],
+        help="names of methods, as in the tables; by default all",
+    )
     parser.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(1, len(SEEDS) + 1))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run later")
     parser.add_argument("--threads", type=int, default=1)
@@ -140,7 +159,8 @@ def main() -> None:
     record = Record(options.record)
     study = Study(paths, {name: Path(folder) if folder else None}, record)
     size = {key: getattr(options, key) for key in ("n_train", "epochs", "n_test")}
-    study.run(parts, options.seeds, time.monotonic() + 60 * options.minutes, **size)
+    deadline = time.monotonic() + 60 * options.minutes
+    study.run(parts, options.methods, options.seeds, deadline, **size)
     if record.rows:
         title = "Quality of training methods"
         write_result(options.result, title, sections(record.rows), where=options.record.parent)

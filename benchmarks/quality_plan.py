@@ -1,8 +1,8 @@
 """Which runs quality.py does, and in which order.
 
 A sweep starts with five learning rates around an expected one, from the series 1, 2, 5, 10 … A method's sweep
-is extended while its best rate is an end. The best rate and its neighbours are then run with a second
-seed, and the best of these with further seeds. So the next run depends on the runs before it.
+is extended while its best rate is an end. The best rate of the first seed is then run with further seeds. So
+the next run depends on the runs before it.
 """
 
 from __future__ import annotations
@@ -169,8 +169,7 @@ def plan(cells: Sequence[Cell], rows: list[Row], n_seeds: int) -> Iterator[dict[
     Args:
         cells: what to compare.
         rows: the measured runs; the caller adds the result of each run before it takes the next.
-        n_seeds: 1 sweeps with the first seed only; 2 adds the best rate and its neighbours, more adds
-            the best of these.
+        n_seeds: 1 sweeps with the first seed only; more adds the best rate with further seeds.
     """
     for offset in SWEEP:
         for cell in cells:
@@ -179,16 +178,16 @@ def plan(cells: Sequence[Cell], rows: list[Row], n_seeds: int) -> Iterator[dict[
         yield from _extensions(cell, rows)
     for seed in SEEDS[1:n_seeds]:
         for cell in cells:
-            first = [run for run in runs_of(cell, rows) if run["spec"]["seed"] == SEEDS[0]]
-            two = [run for run in runs_of(cell, rows) if run["spec"]["seed"] in SEEDS[:2]]
-            best = place_of(best_rate(first if seed == SEEDS[1] else two))
-            for offset in (0, -1, 1) if seed == SEEDS[1] else (0,):
-                yield spec_of(cell, best + offset, seed)
+            yield spec_of(cell, place_of(best_rate(_first(cell, rows))), seed)
+
+
+def _first(cell: Cell, rows: list[Row]) -> list[Row]:
+    return [run for run in runs_of(cell, rows) if run["spec"]["seed"] == SEEDS[0]]
 
 
 def _extensions(cell: Cell, rows: list[Row]) -> Iterator[dict[str, Any]]:
     for _ in range(MAX_EXTENSIONS):
-        first = [run for run in runs_of(cell, rows) if run["spec"]["seed"] == SEEDS[0]]
+        first = _first(cell, rows)
         places = [place_of(run["spec"]["lr"]) for run in first]
         best = place_of(best_rate(first))
         if best not in (min(places), max(places)):

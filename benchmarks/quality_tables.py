@@ -13,7 +13,7 @@ from typing import Any
 
 from measuring import table
 from quality_methods import Method
-from quality_plan import Row, best_rate, place_of, rate_at
+from quality_plan import SEEDS, Row, best_rate, place_of, rate_at
 
 # Student's t for 95 %, two-sided, by degrees of freedom from 1 on; scipy is not needed for this.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
@@ -94,11 +94,16 @@ def differences(runs: Iterable[Row], reference: Iterable[Row]) -> list[float]:
     return [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
 
 
+def is_end_best(runs: Sequence[Row]) -> bool:
+    """Return whether the best rate is an end of the sweep, which is then not finished."""
+    rates = {run["spec"]["lr"] for run in runs}
+    return best_rate(runs) in (min(rates), max(rates))
+
+
 def swept(runs: Sequence[Row]) -> str:
     """Return the range of the sweep, and whether the best rate is an end of it."""
-    rates = sorted({run["spec"]["lr"] for run in runs})
-    text = f"{rates[0]:g}–{rates[-1]:g}"
-    return text + (", end" if best_rate(runs) in (rates[0], rates[-1]) else "")
+    rates = {run["spec"]["lr"] for run in runs}
+    return f"{min(rates):g}–{max(rates):g}" + (", end" if is_end_best(runs) else "")
 
 
 def quality_table(methods: dict[Method, list[Row]]) -> str:
@@ -148,6 +153,7 @@ def mean_share(runs: Iterable[Row], key: str = "share") -> float | None:
 def means_table(rows: Sequence[Row]) -> str:
     """Return each method's mean difference from full fine-tuning over the sets, per size of a run."""
     groups: dict[tuple[Key, Method], dict[str, list[float]]] = {}
+    unfinished: dict[tuple[Key, Method], list[str]] = {}
     for setting in settings_of(rows):
         methods = by_method(rows, setting)
         full = methods.get(Method("full"))
@@ -158,40 +164,41 @@ def means_table(rows: Sequence[Row]) -> str:
         for method, runs in methods.items():
             change = differences(at_rate(runs, best_rate(runs)), reference)
             if method.name != "full" and change:
-                groups.setdefault(((model, *size), method), {})[data] = change
+                group = (model, *size), method
+                groups.setdefault(group, {})[data] = change
+                ends = [name for name, each in (("full", full), (data, runs)) if is_end_best(each)]
+                unfinished.setdefault(group, []).extend(ends)
     lines = []
-    for ((model, n_train, epochs, _), method), sets in groups.items():
+    for group, sets in groups.items():
+        (model, n_train, epochs, _), method = group
         mean, half = mean_over_sets(list(sets.values()))
         size_text = f"{model}, {n_train} × {epochs}"
         seeds = " + ".join(str(len(values)) for values in sets.values())
         rank = f"{method.rank:g}"
-        lines.append(
-            (size_text, method.label, rank, ", ".join(sets), seeds, shown(mean, half, sign=True))
-        )
+        change_text = shown(mean, half, sign=True)
+        ends = ", ".join(dict.fromkeys(unfinished[group]))
+        lines.append((size_text, method.label, rank, ", ".join(sets), seeds, change_text, ends))
     columns = (
-        "model, examples × passes",
-        "method",
-        "rank or rate",
-        "sets",
-        "seeds",
-        "− full, points",
-    )
+        "model, examples × passes", "method", "rank or rate", "sets", "seeds", "− full, points",
+        "unfinished sweeps",
+    )  # fmt: skip
     return table(columns, lines)
 
 
 def rule_table(rows: Sequence[Row]) -> str:
-    """Return how well "the rate of full fine-tuning ÷ the share held" predicts SIFT's best rate."""
+    """Return how well "the rate of full fine-tuning ÷ the share held" predicts SIFT's best rate, first seed."""
     lines = []
     for setting in settings_of(rows):
         methods = by_method(rows, setting)
         full = methods.pop(Method("full"), None)
         if full is None:
             continue
-        known = best_rate(full)
+        known = best_rate([run for run in full if run["spec"]["seed"] == SEEDS[0]])
         for method, runs in methods.items():
             share, own_share = mean_share(runs), mean_share(runs, "own_share")
             if share is None:
                 continue
+            runs = [run for run in runs if run["spec"]["seed"] == SEEDS[0]]  # both rates have it
             predicted = rate_at(place_of(known / share))
             best = best_rate(runs)
             there = at_rate(runs, predicted)
@@ -229,7 +236,7 @@ def curves_table(methods: dict[Method, list[Row]]) -> str:
     for method, runs in methods.items():
         for run in runs:
             share = 1.0 if method.name == "full" else run["result"].get("share")
-            if share is None or run["spec"]["seed"] != 0:
+            if share is None or run["spec"]["seed"] != SEEDS[0]:
                 continue
             test, training = run["result"]["test"], run["result"]["train_loss"]
             text = f"{100 * test['accuracy']:.1f} · {test['loss']:.3f} · {training:.3f}"
