@@ -97,8 +97,18 @@ class Versions:
             entry = before
 
     def create(self) -> None:
-        """Make the store a channel, unless it is one; see ``head`` for what it raises."""
+        """Make the store a channel, unless it is one; see ``head`` for what it raises.
+
+        Raises:
+            FileExistsError: the store holds other objects.
+        """
         if not self._exists():
+            others = self.store.list("")
+            if others:
+                raise FileExistsError(
+                    f"'{self.store.name}' is not a channel, but holds other files, such as {others[0]!r}; give an empty"
+                    " or a new place"
+                )
             self.store.create(CHANNEL, CHANNEL_CONTENT)
             self._is_checked = False
             self._exists()

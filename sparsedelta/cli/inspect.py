@@ -50,13 +50,15 @@ def command(
     (org/name@revision). --json always lists every tensor.
     """
     with Sources(settings) as sources:
-        found = sparsedelta.inspect(sources.delta_metadata(delta), base=base)
+        source = sources.delta_metadata(delta)
+        found = sparsedelta.inspect(source, base=base)
     if html is not None:
         from sparsedelta.report.html import write_page
 
+        inputs = tuple(path for path in (source, base) if isinstance(path, Path))
         # The page may be shared, so it does not show the folder of a local file.
         title = Path(delta).name if Path(delta).exists() else delta
-        check_output_file(html, overwrite=overwrite, inputs=())
+        check_output_file(html, overwrite=overwrite, inputs=inputs)
         write_page(found, html, title=title, overwrite=overwrite)
     if as_json:
         print_json({"delta": delta, **found.as_json()})

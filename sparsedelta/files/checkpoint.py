@@ -274,11 +274,11 @@ def list_folder(
 
     Raises:
         CheckpointError: ``whole`` is true, and there is a link to a folder, a pipe or a device.
-        OSError: ``whole`` is true, and a folder cannot be listed.
+        OSError: the folder, or with ``whole`` a folder in it, cannot be listed.
     """
 
     def fail(error: OSError) -> None:
-        if whole:
+        if whole or error.filename == os.fspath(root):
             raise error
 
     files: dict[str, Path] = {}

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _GAP = 2
 _MAX_FILES = 8
 _MAX_GROUPS = 8
-_MAX_SETTINGS = 8
+_MAX_SETTINGS = 5
 _MAX_NUMBERS = 8
 _MAX_LABEL = 30
 _MAX_VALUE = 60
@@ -169,7 +169,8 @@ def _settings(info: Mapping[str, JSON]) -> Iterator[tuple[str, str]]:
         yield "info", _pairs(single)
     for name, group in groups.items():
         shown = numbers(group, _MAX_NUMBERS) or _pairs(group)
-        yield _cut(f"info.{printable(name)}", _MAX_LABEL), shown
+        if shown:
+            yield _cut(f"info.{printable(name)}", _MAX_LABEL), shown
 
 
 def _pairs(settings: Mapping[str, JSON]) -> str:
