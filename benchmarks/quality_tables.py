@@ -176,8 +176,10 @@ def means_table(rows: Sequence[Row]) -> str:
         seeds = " + ".join(str(len(values)) for values in sets.values())
         rank = f"{method.rank:g}"
         change_text = shown(mean, half, sign=True)
-        ends = ", ".join(dict.fromkeys(unfinished[group]))
-        lines.append((size_text, method.label, rank, ", ".join(sets), seeds, change_text, ends))
+        still_open = ", ".join(dict.fromkeys(unfinished[group]))
+        lines.append(
+            (size_text, method.label, rank, ", ".join(sets), seeds, change_text, still_open)
+        )
     columns = (
         "model, examples × passes", "method", "rank or rate", "sets", "seeds", "− full, points",
         "unfinished sweeps",

@@ -2,6 +2,7 @@
 
 Tensors with the same name are compared; a model's prefix may be missing in a name. A tensor that
 only one side has, or that has another shape there, is not an error: the delta records such changes.
+But if most have another shape, the checkpoint is that of another model.
 """
 
 from __future__ import annotations
@@ -75,8 +76,17 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
     def before(name: str) -> Tensor:
         return _first_values(own[name], parts.get(id(own[name])))
 
-    for name, tensor in _tensors(held, own.keys() & held.keys()):
-        _compare(base, name, tensor, before(name))
+    of_other_shape = [
+        name
+        for name, tensor in _tensors(held, own.keys() & held.keys())
+        if not _compare(base, name, tensor, before(name))
+    ]
+    if 2 * len(of_other_shape) > len(own):  # a resized embedding or a new head are few
+        raise ValueError(
+            f"base '{base}' is not the checkpoint of this model: {len(of_other_shape)} of its {len(own)} parameters,"
+            f" such as {min(of_other_shape)!r}, have other shapes there; give the checkpoint that the model was"
+            " loaded from, or leave base out"
+        )
     missing = own.keys() - held.keys()
     if not missing or held.keys() <= own.keys():
         return
@@ -100,9 +110,10 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
         )
 
 
-def _compare(base: Path, name: str, held: Tensor, before: Tensor) -> None:
+def _compare(base: Path, name: str, held: Tensor, before: Tensor) -> bool:
+    """Raise ValueError if two tensors of one shape differ; return whether they have one shape."""
     if held.shape != before.shape:
-        return
+        return False
     n_different = _n_different(held, before)
     if n_different:
         raise ValueError(
@@ -110,6 +121,7 @@ def _compare(base: Path, name: str, held: Tensor, before: Tensor) -> None:
             f"{before.numel():,} components of {name!r} differ; give the checkpoint that the "
             "model was loaded from, or leave base out"
         )
+    return True
 
 
 def _n_different(held: Tensor, before: Tensor) -> int:

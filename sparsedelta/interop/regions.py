@@ -132,8 +132,6 @@ class RegionFiles(Checkpoint):
             regions = gguf_regions(fd, self.path)
         else:
             regions = archive_regions(fd, self.path, {})
-        if not regions:
-            raise CheckpointError(f"'{self.path}' holds no tensors that can be found")
         self._add(_ALONE, self.path, regions)
 
     def _open_fd(self, location: Path) -> int:

@@ -217,10 +217,17 @@ def test_files_that_are_not_archives_are_refused(tmp_path: Path) -> None:
         path.write_bytes(content[:end])
         with pytest.raises(CheckpointError):
             RegionFiles(path)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+
+
+def test_files_without_a_tensor_that_can_be_found_come_back(tmp_path: Path) -> None:
+    base, small, packed = (tmp_path / f"{name}.pt" for name in ("base", "small", "packed"))
+    torch.save({"w": torch.zeros(3)}, base)
+    torch.save({"w": torch.ones(3)}, small)
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data/0", bytes(1000))
-    with pytest.raises(CheckpointError, match="holds no tensors"):
-        RegionFiles(path)
+    for target in (small, packed):
+        there_and_back(base, target, tmp_path / f"out-{target.stem}.pt")
+        assert (tmp_path / f"out-{target.stem}.pt").read_bytes() == target.read_bytes()
 
 
 def test_damaged_files_are_refused_or_copied_exactly(tmp_path: Path) -> None:

@@ -69,6 +69,15 @@ def test_fit_refuses_another_base_before_training(tmp_path: Path) -> None:
     assert "give the checkpoint that the model was loaded from" in str(told.value)
 
 
+def test_the_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    other = {name: torch.zeros(2, 2) for name in make_net().state_dict()}
+    base = tmp_path / "base.safetensors"
+    save_file(other, base)
+    with pytest.raises(ValueError, match="is not the checkpoint of this model") as told:
+        fit(make_net(), make_inputs(1), output=tmp_path / "d.sd", base=base, loss=never)
+    assert "have other shapes there" in str(told.value)
+
+
 @pytest.mark.parametrize("place", ["frozen", "chosen", "not chosen"])
 def test_export_names_the_tensor_that_differs_from_the_base(tmp_path: Path, place: str) -> None:
     first = make_net()
