@@ -60,7 +60,7 @@ sanitize: $(READY)
 	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -DNO_CLONES" \
 		$(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	$(CHECKED) tests/fuzz_kernels.py --streams $(STREAMS)
-	$(CHECKED) -P -m pytest -n0 tests/codecs
+	$(CHECKED) -P -m pytest -n0 tests/codecs tests/tensors/test_small.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check
