@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from shlex import quote
 
@@ -72,9 +72,16 @@ def check_base_files(delta: Delta, base: Checkpoint) -> None:
     Raises:
         BaseMismatch: a file is missing from the base or differs.
     """
+    check_presence(delta, base, delta.target.side_files)
     for file in delta.target.side_files:
         if not file.stored:
             check_base_file(delta, base, file)
+
+
+def check_presence(delta: Delta, base: Checkpoint, side_files: Iterable[SideFile]) -> None:
+    """Raise BaseMismatch if the base lacks one of these side files that the target takes from it."""
+    if any(not file.stored and file.path not in base.side_files for file in side_files):
+        raise _missing(delta, base)
 
 
 def check_base_file(
@@ -86,15 +93,17 @@ def check_base_file(
         BaseMismatch: the file is missing from the base or differs.
     """
     location = base.side_files.get(file.path)
-    named = f", {delta.base.id}," if delta.base.id else ""
-    source = f"the base that the delta was made from{named}"
     if location is None:
-        raise _missing(delta, base, source)
+        raise _missing(delta, base)
     if digest_file(location, copy) != (file.n_bytes, file.digest):
-        raise BaseMismatch(f"file '{location}' differs from that of {source}")
+        raise BaseMismatch(f"file '{location}' differs from that of {_source(delta)}")
 
 
-def _missing(delta: Delta, base: Checkpoint, source: str) -> BaseMismatch:
+def _source(delta: Delta) -> str:
+    return "the base that the delta was made from" + (f", {delta.base.id}," * bool(delta.base.id))
+
+
+def _missing(delta: Delta, base: Checkpoint) -> BaseMismatch:
     """Return the error that names all files that the target takes from the base and that it lacks."""
     files = delta.target.side_files
     missing = [f.path for f in files if not f.stored and f.path not in base.side_files]
@@ -108,6 +117,6 @@ def _missing(delta: Delta, base: Checkpoint, source: str) -> BaseMismatch:
     what, them = ("file", "it") if len(missing) == 1 else ("files", "them")
     where = f" from {delta.base.id}" if delta.base.id else ""
     return BaseMismatch(
-        f"'{base.path}' has no {what} {shown}, which {source} has; get {them}{where}, or rebuild the target"
+        f"'{base.path}' has no {what} {shown}, which {_source(delta)} has; get {them}{where}, or rebuild the target"
         f" without {them} (exclude, {options})"
     )

@@ -81,7 +81,7 @@ def read_columns(
     strings(names, "names")
     layout = column(own, "layouts of tensors", n, below=len(layouts))
     base_file = column(files, "base_files", n, least=-1, below=len(base_paths))
-    column(n_chunks, "n_chunks", n)
+    n_chunks = column(n_chunks, "n_chunks", n, below=MAX_CHUNKS + 1)  # so that sums do not overflow
     if sum(counts) != n:
         raise Corrupt(f"the weight files have {sum(counts)} rows, but there are {n} names")
     _check_names(names, counts)
@@ -107,7 +107,7 @@ def read_columns(
                 f"tensor {names[row]!r} keeps {number} elements, expected fewer than {keep[row]}"
             )
         keep[row] = number
-    first_chunk = starts(np.array(n_chunks, np.int64))
+    first_chunk = starts(n_chunks)
     no_chunks = first_chunk[1:] == first_chunk[:-1]
     same_size = (keep == sizes[base_layout]) & (keep == sizes[layout])
     is_copied = has_base & no_chunks & same_size

@@ -19,7 +19,7 @@ from sparsedelta.errors import BaseMismatch
 from sparsedelta.files import junk
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.layout import FileLayout, target_layout
-from sparsedelta.files.side_files import is_short, write_side_file
+from sparsedelta.files.side_files import check_presence, is_short, write_side_file
 from sparsedelta.format.delta import AnyDelta, Delta, opened_all
 from sparsedelta.format.records import BaseTensor, SideFile
 from sparsedelta.fs import (
@@ -184,13 +184,14 @@ def write_target(
     check_room(out, n_bytes + sum(file.n_bytes for file in delta.target.side_files))
     with explained(delta, base), ExitStack() as stack:
         found = find_base(delta, base)
-        if delta.target.is_folder:
-            _make_folders(delta, out)
         side_files = [
             file
             for file in delta.target.side_files
             if file.stored or not junk.matches(file.path, exclude)
         ]
+        check_presence(delta, base, side_files)
+        if delta.target.is_folder:
+            _make_folders(delta, out)
         _write_side_files(base, delta, out, side_files)
         allow_open_files(len(files))
         outputs = [

@@ -251,4 +251,8 @@ def limits() -> list[Invalid]:
     edit("rows", "2^19 + 1 rows", {"tensors.names": [""] * n}, "corrupt")
     edit("chunks", "2^20 + 1 chunks", {"tensors.n_chunks": [(1 << 20) + 1]}, "corrupt")
     edit("chunks_most", "2^63 - 1 chunks", {"tensors.n_chunks": [(1 << 63) - 1]}, "corrupt")
+    wrapped = {"tensors.n_chunks": [1 << 62, 1 << 62, 1 << 62, (1 << 62) + 3]}
+    add(
+        "chunks_wrapped", "2^64 + 3 chunks, and 3 in the columns", with_manifest(wrapped), "corrupt"
+    )
     return out

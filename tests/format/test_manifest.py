@@ -331,6 +331,7 @@ CORRUPT: dict[str, Alter] = {
     "too few n_chunks": columns(n_chunks=[2, 0, 0]),
     "n_chunks too small": columns(n_chunks=[1, 0, 0, 0]),
     "n_chunks of another row": columns(n_chunks=[0, 2, 0, 0]),
+    "n_chunks right modulo 2^64": columns(n_chunks=[1 << 62, 1 << 62, 1 << 62, (1 << 62) + 2]),
     "coding of three": lambda m: m["codings"][0].pop(),
     "coding with classes of two": lambda m: m["codings"][1].__setitem__(3, 2),
     "coding with classes true": lambda m: m["codings"][1].__setitem__(3, True),
