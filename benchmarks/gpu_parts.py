@@ -181,7 +181,11 @@ def run_waits(bench: Bench) -> None:
 
         model = make_model(shape, bench.device)
         config = FitConfig(
-            max_steps=14, log_every=13, selection="gradient", selection_batches=1, sparse_module=list(PROJECTIONS)
+            max_steps=14,
+            log_every=13,
+            selection="gradient",
+            selection_batches=1,
+            sparse_module=list(PROJECTIONS),
         )
         n_losses = 0
 

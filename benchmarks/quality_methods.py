@@ -126,7 +126,12 @@ def prepare(
         if (method, seed) not in chosen:
             chosen[method, seed] = choose(method, task, seed)
         has_head = any(name.startswith("head") for name, _ in model.named_parameters())
-        sift = SIFT(model, exception=[HEAD] if has_head else (), selection=chosen[method, seed], lr_transfer=False)
+        sift = SIFT(
+            model,
+            exception=[HEAD] if has_head else (),
+            selection=chosen[method, seed],
+            lr_transfer=False,
+        )
         named = list(sift.named_parameters_in_optimizer())
         return Trained(*_split(named), sift)
     else:

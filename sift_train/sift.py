@@ -682,7 +682,8 @@ class SIFT:
                 part.write(self.may_write)
 
     def _refuse_step_without_scale(self) -> None:
-        if self.lr_transfer and self.lr_share != 1 and not self._is_stepped_by_torch:
+        is_scaled = any(not part.trains_all for part in self.sparse_mapping.values())
+        if self.lr_transfer and is_scaled and not self._is_stepped_by_torch:
             raise ValueError(
                 "the masters were changed by something else than the step of a torch optimizer, so lr_transfer"
                 " could not scale its learning rate; give lr_transfer=False and a larger learning rate"
