@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from sparsedelta.format.safetensors_header import Header, HeaderEntry, render_he
 from sparsedelta.live.bits import SAVED_DTYPES, TensorBytes, check_installed
 from sparsedelta.live.folder_state import FolderState
 from sparsedelta.live.loading import is_transformers
+from sparsedelta.live.parts import components_of, folder_of
 from sparsedelta.live.saved import SavedState, unwrapped
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class HeldFolder(Checkpoint):
         """Open the folder and find its tensors in the model.
 
         Args:
-            model: a module or a state dict.
+            model: a module, a state dict, or a pipeline of diffusers.
             folder: a checkpoint of that model.
             exclude: globs of files to leave out; see ``Checkpoint``.
             include: globs of files to keep that are left out by default; see ``Checkpoint``.
@@ -97,29 +98,51 @@ class HeldFolder(Checkpoint):
             CheckpointError: the folder is not a checkpoint.
         """
         super().__init__(folder, exclude=exclude, include=include)
+        self._saved: list[SavedState | FolderState] = []
         try:
-            saved = self._saved = self._state_of(model)
-            self._replace_tensors(saved, strict=strict)
+            check_installed("torch")
+            for part, tensors in self._parts(model):
+                saved = _state_of(part, tensors)
+                self._saved.append(saved)
+                self._replace_tensors(saved, tensors, strict=strict)
         except BaseException:
-            super().close()
+            self.close()
             raise
+        self.weight_files = tuple(
+            replace(file, tensors=tuple(self.tensors[t.key] for t in file.tensors))
+            for file in self.weight_files
+        )
 
     def close(self) -> None:
         """Close all files and release the model's tensors."""
         super().close()
-        if hasattr(self, "_saved"):
-            self._saved.close()
+        while self._saved:
+            self._saved.pop().close()
 
-    def _state_of(self, model: Model) -> SavedState | FolderState:
-        check_installed("torch")
-        inner = unwrapped(model)
-        if not is_transformers(inner):
-            return SavedState(model)
-        return FolderState(inner, {t.name: t.spec.shape for t in self.tensors.values()})
+    def _parts(self, model: Model) -> Iterator[tuple[Model, list[Tensor]]]:
+        """Yield the model with all tensors; or each model of a pipeline with the tensors of its folder."""
+        tensors = list(self.tensors.values())
+        components = components_of(model)
+        if components is None:
+            yield model, tensors
+            return
+        by_folder: dict[str, list[Tensor]] = defaultdict(list)
+        for tensor in tensors:
+            by_folder[folder_of(tensor.file)].append(tensor)
+        for folder, own in by_folder.items():
+            if folder not in components:
+                raise StructureMismatch(
+                    f"'{self.path}' has weights in '{folder}', and the pipeline has no model of that name; leave them out"
+                    f" (exclude={folder + '/*'!r})",
+                    tensor=own[0].name,
+                )
+            yield components[folder], own
 
-    def _replace_tensors(self, saved: SavedState | FolderState, *, strict: bool) -> None:
+    def _replace_tensors(
+        self, saved: SavedState | FolderState, tensors: Sequence[Tensor], *, strict: bool
+    ) -> None:
         by_name: dict[str, list[Tensor]] = defaultdict(list)
-        for tensor in self.tensors.values():
+        for tensor in tensors:
             by_name[tensor.name].append(tensor)
         tied = saved.tied if isinstance(saved, SavedState) else {}
         own = {name: tied.get(name, name) for name in by_name}
@@ -143,10 +166,6 @@ class HeldFolder(Checkpoint):
                 )
             self._check_layout(first, saved.specs[held])
             self.tensors[first.key] = _held(first, saved, held)
-        self.weight_files = tuple(
-            replace(file, tensors=tuple(self.tensors[t.key] for t in file.tensors))
-            for file in self.weight_files
-        )
 
     def _error(
         self, names: Collection[str], has: str, lacks: str, other_way: str = ""
@@ -171,6 +190,13 @@ class HeldFolder(Checkpoint):
             )
 
 
+def _state_of(model: Model, tensors: Sequence[Tensor]) -> SavedState | FolderState:
+    inner = unwrapped(model)
+    if not is_transformers(inner):
+        return SavedState(model)
+    return FolderState(inner, {tensor.name: tensor.spec.shape for tensor in tensors})
+
+
 def held_checkpoint(
     model: Model,
     folder: AnyPath | None = None,
@@ -181,6 +207,11 @@ def held_checkpoint(
 ) -> Checkpoint:
     """Return a model in memory as a checkpoint: one file, or with ``folder`` the files of that folder."""
     if folder is None:
+        if components_of(model) is not None:
+            raise StructureMismatch(
+                f"a {type(model).__name__} consists of several models, which are saved in a folder; give the folder that it was"
+                " loaded from (folder=)"
+            )
         return HeldFile(model)
     return HeldFolder(model, folder, exclude=exclude, include=include, strict=strict)
 

@@ -243,3 +243,43 @@ def test_a_lora_fused_into_the_unet(tmp_path: Path) -> None:
         assert same(pipelines.state(live), fused)
         delta.revert_(live)
         assert same(live.unet.state_dict(), before)
+
+
+def test_a_pipeline_as_a_side_of_diff(case: Case, tmp_path: Path) -> None:
+    """The delta is that of the folders, byte for byte; in memory the files have the base's layout."""
+    pipeline = case.load()
+    with sparsedelta.diff(case.folder, pipeline) as same_delta:
+        assert same_delta.nnz == 0
+    case.delta.apply_(pipeline)
+    with sparsedelta.diff(case.folder, pipeline) as delta:
+        assert delta.nnz == case.delta.nnz
+        assert delta.target_fingerprint == case.delta.target_fingerprint
+        delta.save(tmp_path / "d.sd")
+    sparsedelta.apply(case.folder, tmp_path / "d.sd", tmp_path / "out")
+    for path in sorted(case.target_folder.rglob("*.safetensors")):
+        assert (tmp_path / "out" / path.relative_to(case.target_folder)).read_bytes() == (
+            path.read_bytes()
+        )
+
+
+def test_a_snapshot_of_a_pipeline(case: Case) -> None:
+    pipeline = case.load()
+    snapshot = sparsedelta.Snapshot(pipeline, folder=case.folder)
+    case.delta.apply_(pipeline)
+    with snapshot.diff() as delta:
+        assert delta.target_fingerprint == case.delta.target_fingerprint
+        snapshot.advance(delta)
+    assert snapshot.fingerprint == case.delta.target_fingerprint
+    with pytest.raises(StructureMismatch, match=r"saved in a folder; give the folder"):
+        sparsedelta.Snapshot(pipeline)
+
+
+def test_a_pipeline_without_one_of_its_models_is_no_side(tmp_path: Path) -> None:
+    case = Case("sd", tmp_path)
+    pipeline = case.load()
+    pipeline.vae = None
+    with pytest.raises(StructureMismatch, match=r"has weights in 'vae'.*exclude='vae/\*'"):
+        sparsedelta.diff(case.folder, pipeline)
+    with sparsedelta.diff(case.folder, pipeline, exclude=["vae/*"]) as delta:
+        assert delta.nnz == 0
+    case.delta.close()
