@@ -60,7 +60,8 @@ sanitize: $(READY)
 	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -DNO_CLONES" \
 		$(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	$(CHECKED) tests/fuzz_kernels.py --streams $(STREAMS)
-	$(CHECKED) -P -m pytest -n0 tests/codecs tests/tensors/test_small.py
+	$(CHECKED) -P -m pytest -n0 tests/codecs tests/tensors/test_small.py tests/tensors/test_small_tables.py \
+		tests/format/test_header_columns.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check
