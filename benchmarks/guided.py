@@ -29,6 +29,7 @@ with atheris.instrument_imports(include=INSTRUMENTED):
 # They import the package, which has to be instrumented first.
 import mutants  # noqa: E402
 import mutations  # noqa: E402
+from mutant_inputs import FAMILIES  # noqa: E402
 
 MAX_BYTES = 1 << 15
 
@@ -38,7 +39,7 @@ def main() -> None:
     inputs, work, kept = map(Path, sys.argv[1:4])
     report, seconds, seed = int(sys.argv[4]), float(sys.argv[5]), int(sys.argv[6])
     torch.set_num_threads(1)
-    families = [mutations.Calls(inputs / name, work / name) for name in mutations.FAMILIES]
+    families = [mutations.Calls(inputs / name, work / name) for name in FAMILIES]
     # One family has many tensors, so that its mutants take longer.
     originals = [
         seed for calls in (*families, *families[::2], *families[::2]) for seed in calls.seeds

@@ -99,6 +99,7 @@ class Calls:
         with sparsedelta.load(inputs / "one.sd") as delta:
             self.stated = stated(delta)
             self.marks = [row.base.spec.digest or b"" for row in delta.tensors if row.base]
+            self.merged: Content | None
             try:
                 with sparsedelta.merge(self.base, delta, self.both) as merged:
                     self.merged = self._applied(self.base, merged)

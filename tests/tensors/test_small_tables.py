@@ -101,8 +101,10 @@ def make_case(seed: int) -> Case:
         row["target_digest"] = digest(after.tobytes())
         target += after.tobytes()
         rows.append([row[name] for name in COLUMNS])
-    arrays = [np.frombuffer(bytes(one), np.uint8) for one in (base, payload, digests, target)]
-    return Case(*arrays[:3], np.array(stored, np.int64), np.array(rows, np.int64), arrays[3])
+    parts = (np.frombuffer(bytes(one), np.uint8) for one in (base, payload, digests, target))
+    base_array, payload_array, digest_array, target_array = parts
+    sizes, table = np.array(stored, np.int64), np.array(rows, np.int64)
+    return Case(base_array, payload_array, digest_array, sizes, table, target_array)
 
 
 def run(case: Case, table: Table) -> tuple[Bytes, list[int]]:
