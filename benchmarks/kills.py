@@ -40,6 +40,7 @@ OUTCOMES = (
     "in TMPDIR",
 )
 MAX_KILLS_IN_A_ROW = 5
+COMMANDS = ("push", "fit")
 
 
 def run(work: Callable[[], object], log: Path, seconds: float | None = None) -> bool:
@@ -136,7 +137,9 @@ def kill_fit(folder: Path, n_kills: int, end: float) -> Counter[str]:
     folder.mkdir()
     counts: Counter[str] = Counter()
     delta, runs, log = folder / "place/delta.sd", folder / "run", folder / "log"
-    config = FitConfig(sparse_rate=0.2, epochs=30, save_every=4, lr=1e-2)
+    config = FitConfig(
+        sparse_rate=0.2, epochs=30, save_every=4, lr=1e-2, selection="gradient", lr_transfer=False
+    )
 
     def train() -> None:
         torch.manual_seed(0)
@@ -173,12 +176,16 @@ def main() -> int:
     parser = options_for(__doc__, "kills.md")
     parser.add_argument("--kills", type=int, default=100, help="of each command, at most")
     parser.add_argument("--minutes", type=float, default=60.0, help="in all, at most")
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS)
     options = parser.parse_args()
     random.seed(0)
     with work_folder(options.work_dir, keep=options.keep) as work:
         start, half = time.monotonic(), 30 * options.minutes
-        found = {"push": kill_push(work / "push", options.kills, start + half)}
-        found["fit"] = kill_fit(work / "fit", options.kills, start + 2 * half)
+        found = {}
+        if "push" in options.commands:
+            found["push"] = kill_push(work / "push", options.kills, start + half)
+        if "fit" in options.commands:
+            found["fit"] = kill_fit(work / "fit", options.kills, time.monotonic() + half)
         rows = []
         for name, counts in found.items():
             next_runs = counts["last runs"] or counts["kills"]
