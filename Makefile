@@ -11,7 +11,7 @@ OLDEST := $(VENV)-oldest
 # All but those that need packages of other groups, or take long and depend on no version.
 OLDEST_TESTS ?= tests/codecs tests/format tests/files tests/tensors tests/ops tests/conformance tests/live tests/train tests/report
 
-.PHONY: demo docs dist test browser-test test-hub-1x test-oldest test-deep test-fused compatibility sanitize lint format bench bench-quick gpu-rehearse interop vectors clean
+.PHONY: demo docs dist test browser-test test-hub-1x test-oldest test-deep test-fused compatibility sanitize fuzz lint format bench bench-quick gpu-rehearse interop vectors clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -65,7 +65,16 @@ sanitize: $(READY)
 	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -DNO_CLONES" \
 		$(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	$(CHECKED) tests/fuzz_kernels.py --streams $(STREAMS)
-	$(CHECKED) -P -m pytest -n0 tests/codecs tests/tensors/test_small.py
+	$(CHECKED) -P -m pytest -n0 tests/codecs tests/tensors/test_small.py tests/tensors/test_small_tables.py \
+		tests/format/test_header_columns.py
+
+# Mutated deltas through every operation, guided by coverage, in one process for each core; those that find something are kept
+# in build/mutants. Linux.
+FUZZ_SECONDS ?= 600
+fuzz: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group fuzz
+	$(BIN)/python benchmarks/mutations.py --guided --processes $$(nproc) --seconds $(FUZZ_SECONDS) --seed $$(date +%s) \
+		--kept build/mutants --result build/mutations.md
 
 lint: $(READY)
 	$(BIN)/ruff format --check

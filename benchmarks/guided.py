@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import os
 import pkgutil
 import random
-import resource
 import sys
 from pathlib import Path
 
@@ -20,16 +18,20 @@ import torch
 
 NOT_NEEDED = ("sparsedelta.cli", "sparsedelta.hub", "sparsedelta.channel", "sparsedelta.__main__")
 
-with atheris.instrument_imports(include=["sparsedelta"]):
+INSTRUMENTED = ["sparsedelta." + room for room in ("format", "codecs", "tensors", "ops")]
+with atheris.instrument_imports(include=INSTRUMENTED):
     import sparsedelta
 
     for module in pkgutil.walk_packages(sparsedelta.__path__, "sparsedelta."):
         if not module.name.startswith(NOT_NEEDED):
             importlib.import_module(module.name)
 
-import mutations  # noqa: E402 - imports the package, which has to be instrumented first
+# They import the package, which has to be instrumented first.
+import mutants  # noqa: E402
+import mutations  # noqa: E402
+from mutant_inputs import FAMILIES  # noqa: E402
 
-MAX_BYTES = 1 << 16
+MAX_BYTES = 1 << 15
 
 
 def main() -> None:
@@ -37,37 +39,34 @@ def main() -> None:
     inputs, work, kept = map(Path, sys.argv[1:4])
     report, seconds, seed = int(sys.argv[4]), float(sys.argv[5]), int(sys.argv[6])
     torch.set_num_threads(1)
-    calls = mutations.Calls(inputs, work, "one")
-    corpus, found = work / "corpus", work / "found"
-    for folder in (corpus, found):
-        folder.mkdir()
-    originals = [(inputs / f"{name}.sd").read_bytes() for name in ("one", "set")]
+    families = [mutations.Calls(inputs / name, work / name) for name in FAMILIES]
+    # One family has many tensors, so that its mutants take longer.
+    originals = [
+        seed for calls in (*families, *families[::2], *families[::2]) for seed in calls.seeds
+    ]
+    corpus = work / "corpus"
+    corpus.mkdir()
     for name, original in enumerate(originals):
         (corpus / str(name)).write_bytes(original)
     numbers = itertools.count()
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    mutations.limit_memory()
 
     def run(data: bytes) -> None:
-        nonlocal start
-        calls.mutant.write_bytes(data)
-        mutations.run_all(calls, kept / f"guided-{seed}-{next(numbers)}", report)
-        now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if now - start > mutations.MEMORY_KB:
-            start = now
-            os.write(report, b"load,over 1 GB\n")
+        mutations.run_all(families, data, kept / f"guided-{seed}-{next(numbers)}", report)
 
     def mutate(data: bytes, max_size: int, number: int) -> bytes:
         random.seed(number)
         try:
             # Mutants of mutants are seldom deltas: half of all are made from whole ones.
-            changed = mutations.mutant(random.choice((data, data, *originals)))
+            changed = mutants.mutant(random.choice((data, data, *random.sample(originals, 2))))
         except Exception:  # no longer a delta: its parts cannot be found
             changed = atheris.Mutate(data, max_size)
         return bytes(changed)[:max_size]
 
     options = [
         f"-max_total_time={max(1, round(seconds))}", f"-seed={seed + 1}", f"-max_len={MAX_BYTES}",
-        "-len_control=0", "-rss_limit_mb=0", "-timeout=3600", f"-artifact_prefix={found}/", str(corpus),
+        "-len_control=0", "-rss_limit_mb=0", "-timeout=3600", f"-artifact_prefix={kept}/guided-{seed}-died-",
+        str(corpus),
     ]  # fmt: skip
     atheris.Setup([sys.argv[0], *options], run, custom_mutator=mutate)
     atheris.Fuzz()

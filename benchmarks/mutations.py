@@ -1,16 +1,16 @@
 """Mutates deltas and runs every operation on them; counts escapes, hangs, memory and wrong output.
 
     python benchmarks/mutations.py --seconds 60
-    python benchmarks/mutations.py --seconds 60 --guided
+    python benchmarks/mutations.py --seconds 60 --guided --processes 2
 
-Three of four mutants have valid digests of their manifest, so that they reach the checks behind these. With
-``--guided`` mutants that reach new branches of the package are mutated again; this needs atheris. The exit status is 1 if
-something was found.
+``mutants.py`` makes the mutants. A mutant that ``load`` refuses is given to the other operations one time in 64, because
+they load it first. Work that the package gives to threads runs in the main thread here, because starting a thread takes
+longer than the work. With ``--guided`` mutants that reach new branches of the package are mutated again; this needs
+atheris. The result is written each minute. The exit status is 1 if something was found.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import resource
@@ -18,28 +18,49 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 
-import numpy as np
 import torch
-import zstandard
-from hostile import build
-from measuring import options_for, table, work_folder, write_result
-from safetensors.numpy import load_file, save_file
+from blake3 import blake3
+from measuring import ROOT, options_for, table, work_folder, write_result
+from mutant_inputs import DELTAS, FAMILIES, make_inputs, open_tensors
+from mutants import mutant
+
+sys.path.insert(0, str(ROOT / "spec"))
+import reference_decoder
 
 import sparsedelta
+from sparsedelta import fs
+from sparsedelta.format.delta import opened
+from sparsedelta.tensors import parallel
 
-CPU_SECONDS, MEMORY_KB = 10, 1_000_000
-BATCH = 50  # mutants of one process
+CPU_SECONDS = 10
+MEMORY_BYTES = 1 << 30
+ROOM_BYTES = 3 << 30  # a call that reserves so much raises MemoryError
+BATCH = 200  # mutants of one process
+RUN_ANYWAY = 64  # of so many mutants that load refuses, one is given to the other operations
+REPORT_SECONDS = 60
 REFUSED = (ValueError, OSError, sparsedelta.SparseDeltaError)
 FOUND = ("accepted", "refused", "escapes", "hangs", "over 1 GB", "wrong output")
 Content = dict[str, bytes]
+Counts = Counter[tuple[str, str]]
+
+
+class Inline:
+    """A thread that runs when it is started. One of ``fs.synced`` does not run, because it waits for the main thread."""
+
+    def __init__(self, target: Callable[[], object]) -> None:
+        self.start = (lambda: None) if target.__module__ == fs.__name__ else target
+
+    def join(self) -> None:
+        """Return; the thread has ended."""
 
 
 class Hang(BaseException):
@@ -51,113 +72,63 @@ def content(folder: Path) -> Content:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def make_inputs(folder: Path) -> None:
-    """Write three checkpoints and the deltas between them."""
-    draw = np.random.default_rng(0)
-    kinds = (np.float32, np.float16, np.uint8, np.int64)
-    tensors = {
-        f"layers.{i}.w": draw.integers(0, 99, (40, 30)).astype(k) for i, k in enumerate(kinds)
-    }
-    for step, name in enumerate(("base", "target", "final")):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "config.json").write_text(f'{{"step": {step}}}')
-        save_file(tensors, folder / name / "model.safetensors")
-        for one in list(tensors.values())[: 4 if step == 0 else 2]:  # merge wants equal integers
-            one.reshape(-1)[draw.integers(0, one.size, 40)] += one.dtype.type(1)
-    for name, old, new, values, level in (
-        ("one", "base", "target", "ulp", "default"),
-        ("set", "base", "target", "target", "fast"),
-        ("both", "base", "final", "ulp", "default"),
-        ("two", "target", "final", "ulp", "default"),
-    ):
-        pair = folder / old, folder / new
-        with sparsedelta.diff(*pair, values=values, level=level, standalone=True) as delta:
-            delta.save(folder / f"{name}.sd")
-
-
-def mutated(data: bytes, n: int) -> bytes:
-    """Return bytes with ``n`` random edits."""
-    edited = bytearray(data)
-    for _ in range(n):
-        at = random.randrange(len(edited) + 1)
-        edit = random.randrange(5)
-        if edit == 0:
-            edited[at : at + 1] = random.randbytes(1)
-        elif edit == 1:
-            edited[at : at + random.randrange(1, 9)] = b""
-        elif edit == 2:
-            edited[at:at] = random.randbytes(random.randrange(1, 9))
-        elif edit == 3 and at < len(edited):
-            edited[at] ^= 1 << random.randrange(8)
-        else:
-            start = random.randrange(len(edited) + 1)
-            edited[at : at + 4] = edited[start : start + random.randrange(1, 9)]
-    return bytes(edited)
-
-
-def numbers_changed(text: bytes) -> bytes:
-    """Return JSON with one of its numbers replaced."""
-    places = [at for at, one in enumerate(text) if chr(one).isdigit()]
-    at = random.choice(places)
-    new = random.choice((b"0", b"1", b"9", b"-1", b"255", b"4294967296", b"9223372036854775807"))
-    return text[:at] + new + text[at + 1 :]
-
-
-def mutant(data: bytes) -> bytes:
-    """Return a mutated delta."""
-    kind = random.randrange(4)
-    if kind == 0:
-        return mutated(data, random.randrange(1, 4))[: random.choice((None, None, len(data) - 9))]
-    start = 8 + int.from_bytes(data[:8], "little")
-    sizes = [int.from_bytes(data[at : at + 4], "little") for at in range(start, start + 16, 4)]
-    parts, at = [], start + 16
-    for raw, stored in (sizes[:2], sizes[2:]):
-        part = data[at : at + stored]
-        parts.append(part if raw == stored else zstandard.ZstdDecompressor().decompress(part))
-        at += stored
-    end = start + json.loads(data[8:start])["manifest"]["data_offsets"][1]
-    digests, payload = data[at:end], data[end:]
-    structure, notes = parts
-    if kind == 1:
-        structure = random.choice((numbers_changed, lambda text: mutated(text, 1)))(structure)
-    elif kind == 2:
-        payload = mutated(payload, random.randrange(1, 4))
-    else:
-        digests, notes = random.choice(((mutated(digests, 1), notes), (digests, mutated(notes, 1))))
-    return build(structure, digests, notes, payload)
-
-
-def stated(path: Path) -> object:
+def stated(delta: sparsedelta.Delta) -> object:
     """Return the digests that a delta states about its target and base."""
-    with sparsedelta.load(path) as delta:
-        rows = [(row.file, row.name, row.target, row.base) for row in delta.tensors]
-        return delta.target.weight_files, delta.target.side_files, rows
+    rows = [(row.file, row.name, row.target, row.base) for row in delta.tensors]
+    return delta.target.weight_files, delta.target.side_files, rows
 
 
 class Calls:
-    """The operations on one mutant, each with a check of what it gives."""
+    """The operations on the mutants of a family of deltas, each with a check of what it gives."""
 
-    def __init__(self, inputs: Path, work: Path, seed: str) -> None:
-        self.inputs, self.work = inputs, work
-        self.mutant, self.out, self.made = work / "mutant.sd", work / "out", work / "made.sd"
-        self.seed = inputs / f"{seed}.sd"
-        self.target = inputs / "target"
-        self.expected = content(self.target), content(inputs / "base"), content(inputs / "final")
-        self.stated = stated(self.seed)
-        with sparsedelta.merge(inputs / "base", self.seed, inputs / "both.sd") as merged:
-            merged.save(work / "merged.sd")
-        self.merged = self._applied("base", work / "merged.sd")
+    def __init__(self, inputs: Path, work: Path) -> None:
+        work.mkdir()
+        for module in (fs, parallel):
+            vars(module)["threading"] = SimpleNamespace(Thread=Inline)
+        self.base, self.target = inputs / "base", inputs / "target"
+        self.file, self.out = work / "mutant.sd", work / "out"
+        self.expected = content(self.target), content(self.base), content(inputs / "final")
+        self.right: set[bytes] = (
+            set()
+        )  # digests of deltas that were applied and gave what they should
+        self.verified = False
+        self.both, self.two = (sparsedelta.load(inputs / f"{name}.sd") for name in ("both", "two"))
+        self.before, self.after = open_tensors(self.base), open_tensors(self.target)
+        self.seeds = [(inputs / f"{name}.sd").read_bytes() for name in DELTAS]
+        self.mutant: sparsedelta.Delta | Path = self.file
+        with sparsedelta.load(inputs / "one.sd") as delta:
+            self.stated = stated(delta)
+            self.marks = [row.base.spec.digest or b"" for row in delta.tensors if row.base]
+            self.merged: Content | None
+            try:
+                with sparsedelta.merge(self.base, delta, self.both) as merged:
+                    self.merged = self._applied(self.base, merged)
+            except REFUSED:
+                self.merged = None  # ``merge`` does not accept such deltas
 
-    def _applied(self, base: str, delta: Path) -> Content:
-        sparsedelta.apply(self.inputs / base, delta, self.out, overwrite=True)
+    def is_of(self, data: bytes) -> bool:
+        """Return whether a mutant is of this family."""
+        return any(mark in data for mark in self.marks)
+
+    def _applied(self, base: Path, delta: sparsedelta.Delta | Path) -> Content:
+        sparsedelta.apply(base, delta, self.out, overwrite=True)
         return content(self.out)
 
-    def _is(self, found: Content, expected: Content) -> bool:
-        return found == expected or stated(self.mutant) != self.stated
+    def _gives(self, base: Path, made: sparsedelta.Delta, expected: Content | None) -> bool:
+        """Return whether a delta that was made rebuilds what is expected."""
+        digest = blake3(made.to_bytes()).digest()
+        is_right = digest in self.right or self._applied(base, made) == expected
+        if is_right:
+            self.right.add(digest)
+        return is_right or not self._is_stated()
+
+    def _is_stated(self) -> bool:
+        """Return whether the mutant states what its delta did; one that ``load`` refuses states nothing else."""
+        return not isinstance(self.mutant, sparsedelta.Delta) or stated(self.mutant) == self.stated
 
     def load(self) -> bool:
         """Open the mutant."""
-        sparsedelta.load(self.mutant).close()
+        self.mutant = sparsedelta.load(self.file)
         return True
 
     def inspect(self) -> bool:
@@ -165,51 +136,60 @@ class Calls:
         return bool(sparsedelta.inspect(self.mutant).layers is not None)
 
     def verify(self) -> bool:
-        """Check it with base and target, then apply it."""
-        sparsedelta.verify(self.mutant, base=self.inputs / "base", target=self.target)
-        return self._is(self._applied("base", self.mutant), self.expected[0])
+        """Check it with base and target."""
+        self.verified = False
+        sparsedelta.verify(self.mutant, base=self.base, target=self.target)
+        self.verified = True
+        return True
 
     def apply(self) -> bool:
-        """Rebuild the target."""
-        return self._is(self._applied("base", self.mutant), self.expected[0])
+        """Rebuild the target, which must be possible if ``verify`` found nothing; the decoder of the format's text agrees."""
+        try:
+            found = self._applied(self.base, self.mutant)
+        except REFUSED:
+            if self.verified:
+                raise RuntimeError("verified, and refused") from None
+            raise
+        if found == self.expected[0] or self.verified or self._is_stated():
+            return found == self.expected[0]
+        shutil.rmtree(self.out)
+        reference_decoder.apply(self.base, self.file, self.out)
+        return found == content(self.out)
 
     def invert(self) -> bool:
         """Invert it, and apply the inverse to the target."""
-        with sparsedelta.invert(self.mutant, base=self.inputs / "base") as made:
-            made.save(self.made, overwrite=True)
-        return self._is(self._applied(self.target.name, self.made), self.expected[1])
+        with sparsedelta.invert(self.mutant, base=self.base) as made:
+            return self._gives(self.target, made, self.expected[1])
 
     def stack(self) -> bool:
         """Stack it with the delta that follows, and apply the result."""
-        deltas = self.mutant, self.inputs / "two.sd"
-        with sparsedelta.stack(*deltas, base=self.inputs / "base") as made:
-            made.save(self.made, overwrite=True)
-        return self._is(self._applied("base", self.made), self.expected[2])
+        with sparsedelta.stack(self.mutant, self.two, base=self.base) as made:
+            return self._gives(self.base, made, self.expected[2])
 
     def merge(self) -> bool:
         """Merge it with another delta, and apply the result."""
-        with sparsedelta.merge(self.inputs / "base", self.mutant, self.inputs / "both.sd") as made:
-            made.save(self.made, overwrite=True)
-        return self._is(self._applied("base", self.made), self.merged)
+        with sparsedelta.merge(self.base, self.mutant, self.both) as made:
+            return self._gives(self.base, made, self.merged)
 
     def live(self) -> bool:
         """Apply it to tensors in memory; they must stay as they are if it is refused."""
-        before = load_file(self.inputs / "base/model.safetensors")
-        after = load_file(self.target / "model.safetensors")
-        model = {name: torch.from_numpy(one.copy()) for name, one in before.items()}
+        model = {name: one.clone() for name, one in self.before.items()}
         try:
-            with sparsedelta.load(self.mutant) as delta:
+            with opened(self.mutant) as delta:
                 delta.apply_(model)
         except REFUSED:
-            if not same(model, before):
+            if not same(model, self.before):
                 raise RuntimeError("refused, and the model changed") from None
             raise
-        return same(model, after) or stated(self.mutant) != self.stated
+        return same(model, self.after) or not self._is_stated()
 
 
-def same(model: dict[str, torch.Tensor], tensors: dict[str, np.ndarray]) -> bool:
+def same(model: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> bool:
     """Return whether a state dict has the bytes of these tensors."""
-    return all(model[name].numpy().tobytes() == one.tobytes() for name, one in tensors.items())
+    return all(
+        bytes(model[name].view(torch.uint8).numpy()) == bytes(one.view(torch.uint8).numpy())
+        for name, one in tensors.items()
+    )
 
 
 OPERATIONS = ("load", "inspect", "verify", "apply", "stack", "invert", "merge", "live")
@@ -244,51 +224,59 @@ def outcome(call: Callable[[], bool]) -> str:
         return "escapes"
 
 
+def held_bytes() -> int:
+    """Return the memory of this process."""
+    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes() -> int:
+    """Return the highest ``held_bytes`` of this process."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def limit_memory() -> None:
+    """Let calls fail that reserve ``ROOM_BYTES`` or more."""
+    now = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (now + ROOM_BYTES, now + ROOM_BYTES))
+
+
+def run_all(families: list[Calls], data: bytes, kept: Path, report: int) -> None:
+    """Run all operations on a mutant; keep it under a name that begins with ``kept`` if something was found."""
+    calls = next((one for one in families if one.is_of(data)), families[0])
+    calls.file.write_bytes(data)
+    held, peak, lines = held_bytes(), peak_bytes(), []
+    for name in OPERATIONS:
+        if name == "merge" and calls.merged is None:
+            continue
+        found = outcome(getattr(calls, name))
+        if peak_bytes() > max(peak, held + MEMORY_BYTES):
+            found, peak = "over 1 GB", peak_bytes()
+        lines.append(f"{name},{found}\n")
+        if found not in ("accepted", "refused"):
+            shutil.copyfile(calls.file, f"{kept}-{name}-{found.split()[0]}.sd")
+        if name == "load" and found != "accepted":
+            if random.randrange(RUN_ANYWAY):
+                break
+            calls.mutant = calls.file
+    if isinstance(calls.mutant, sparsedelta.Delta):
+        calls.mutant.close()
+    os.write(report, "".join(lines).encode())
+
+
 def run_batch(inputs: Path, work: Path, kept: Path, seed: int, report: int) -> None:
     """Run all operations on mutants; write their outcomes, one a line, to a descriptor."""
     random.seed(seed)
-    calls = Calls(inputs, work, random.choice(("one", "set")))
-    data = calls.seed.read_bytes()
+    families = [Calls(inputs / name, work / name) for name in FAMILIES]
+    limit_memory()
     for number in range(BATCH):
-        calls.mutant.write_bytes(mutant(data))
-        run_all(calls, kept / f"{calls.seed.stem}-{seed}-{number}", report)
-    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > MEMORY_KB:
-        os.write(report, b"load,over 1 GB\n")
+        data = random.choice(random.choice(families).seeds)
+        run_all(families, mutant(data), kept / f"{seed}-{number}", report)
 
 
-def run_all(calls: Calls, kept: Path, report: int) -> None:
-    """Run all operations on a mutant; keep it under a name that begins with ``kept`` if something was found."""
-    for name in OPERATIONS:
-        found = outcome(getattr(calls, name))
-        if found not in ("accepted", "refused"):
-            shutil.copyfile(calls.mutant, f"{kept}-{name}.sd")
-        os.write(report, f"{name},{found}\n".encode())
-
-
-def guided(
-    inputs: Path, work: Path, kept: Path, seconds: float, seed: int
-) -> tuple[Counter[tuple[str, str]], str]:
-    """Run ``guided.py`` in a process of its own; return how each operation ended, and what it covered."""
-    receive, send = os.pipe()
-    script = Path(__file__).with_name("guided.py")
-    words = [inputs, work, kept, send, seconds, seed]
-    with open(work / "log", "w+") as log, open(receive) as lines:
-        process = subprocess.Popen(
-            [sys.executable, script, *map(str, words)], pass_fds=[send], stderr=log, stdout=log
-        )
-        os.close(send)
-        found = Counter(pair(line) for line in lines)
-        code = process.wait()
-        log.seek(0)
-        shown = log.read()
-    if code:
-        print(shown[-4000:], file=sys.stderr)
-        found["load", "escapes"] += 1  # the process died
-    return found, ([line for line in shown.splitlines() if " cov: " in line] or ["no coverage"])[-1]
-
-
-def batch(inputs: Path, work: Path, kept: Path, seed: int) -> Counter[tuple[str, str]]:
-    """Run a batch in a process of its own; return how often each operation ended how."""
+def batch(
+    inputs: Path, work: Path, kept: Path, seed: int, count: Callable[[Iterable[str]], None]
+) -> None:
+    """Run a batch in a process of its own; count how each operation ended."""
     receive, send = os.pipe()
     pid = os.fork()
     if not pid:
@@ -300,53 +288,113 @@ def batch(inputs: Path, work: Path, kept: Path, seed: int) -> Counter[tuple[str,
         os._exit(1)
     os.close(send)
     with open(receive) as lines:
-        found = Counter(pair(line) for line in lines)
+        count(lines)
     if os.waitpid(pid, 0)[1]:
-        found["load", "escapes"] += 1  # the process died
-    return found
+        count(["load,escapes"])  # the process died
 
 
-def pair(line: str) -> tuple[str, str]:
-    """Return an operation and its outcome."""
-    name, how = line.strip().split(",")
-    return name, how
+def guided(
+    inputs: Path,
+    work: Path,
+    kept: Path,
+    seconds: float,
+    seed: int,
+    count: Callable[[Iterable[str]], None],
+) -> str:
+    """Run ``guided.py`` in a process of its own; count how each operation ended, and return what it covered."""
+    receive, send = os.pipe()
+    script = Path(__file__).with_name("guided.py")
+    words = [inputs, work, kept, send, seconds, seed]
+    with open(work / "log", "w+") as log, open(receive) as lines:
+        process = subprocess.Popen(
+            [sys.executable, script, *map(str, words)], pass_fds=[send], stderr=log, stdout=log
+        )
+        os.close(send)
+        count(lines)
+        code = process.wait()
+        log.seek(0)
+        shown = log.read()
+    if code:
+        print(shown[-4000:], file=sys.stderr)
+        count(["load,escapes"])  # the process died
+    return ([line for line in shown.splitlines() if " cov: " in line] or ["no coverage"])[-1]
+
+
+class Run:
+    """Counts outcomes, in several threads, and writes them as the result."""
+
+    def __init__(self, inputs: Path, work: Path, kept: Path, result: Path) -> None:
+        self.inputs, self.work, self.kept, self.result = inputs, work, kept, result
+        self.counts: Counts = Counter()
+        self.covered: list[str] = []
+        self._start = time.monotonic()
+
+    def count(self, lines: Iterable[str]) -> None:
+        """Count outcomes, one a line."""
+        for line in lines:
+            name, how = line.strip().split(",")
+            self.counts[name, how] += 1
+
+    def mutate(self, number: int, seconds: float, seed: int, *, is_guided: bool) -> None:
+        """Run mutants for some seconds; the next process begins where one died."""
+        end = self._start + seconds
+        while (left := end - time.monotonic()) > 0:
+            place = self.work / f"{number}-{seed}"
+            place.mkdir()
+            if is_guided:
+                self.covered.append(guided(self.inputs, place, self.kept, left, seed, self.count))
+            else:
+                batch(self.inputs, place, self.kept, seed, self.count)
+            shutil.rmtree(place)
+            seed += 1
+
+    def write(self) -> None:
+        """Write the result."""
+        total = self.counts.copy()
+        rows = [[name, *(f"{total[name, how]:,}" for how in FOUND)] for name in OPERATIONS]
+        n_mutants = sum(total["load", how] for how in FOUND)
+        seconds = time.monotonic() - self._start
+        sections = [
+            f"{n_mutants:,} mutants in {seconds:,.0f} seconds.",
+            table(["operation", *FOUND], rows),
+        ]
+        if self.covered:
+            listed = "; ".join(f"`{one.strip()}`" for one in self.covered)
+            sections.append(f"Guided by coverage; at the end of each process: {listed}.")
+        write_result(self.result, "Mutated deltas", sections, where=self.work)
 
 
 def main() -> int:
     """Run the benchmark."""
     parser = options_for(__doc__, "mutations.md")
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0, help="of the first batch")
+    parser.add_argument("--seed", type=int, default=0, help="of the first process")
+    parser.add_argument("--processes", type=int, default=1, help="at the same time")
     parser.add_argument("--guided", action="store_true", help="by coverage; needs atheris")
     parser.add_argument(
         "--kept", type=Path, help="folder for the mutants with which something was found"
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    total: Counter[tuple[str, str]] = Counter()
     with work_folder(options.work_dir, keep=options.keep) as work:
-        inputs, place = work / "inputs", work / "place"
         kept = options.kept or work / "kept"
-        make_inputs(inputs)
+        make_inputs(work / "inputs")
         kept.mkdir(exist_ok=True, parents=True)
-        end, seed = time.monotonic() + options.seconds, options.seed
-        place.mkdir()
-        covered = ""
-        if options.guided:
-            total, covered = guided(inputs, place, kept, options.seconds, options.seed)
-        while not options.guided and time.monotonic() < end:
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir()
-            total += batch(inputs, place, kept, seed)
-            seed += 1
-        rows = [[name, *(f"{total[name, how]:,}" for how in FOUND)] for name in OPERATIONS]
-        n_mutants = sum(total["load", how] for how in FOUND[:4])
-        text = f"{n_mutants:,} mutants in {options.seconds:.0f} seconds."
-        if covered:
-            text += f" Guided by coverage; at the end: `{covered}`."
-        sections = [text, table(["operation", *FOUND], rows)]
-        write_result(options.result, "Mutated deltas", sections, where=work)
-    return int(any(total[name, how] for name in OPERATIONS for how in FOUND[2:]))
+        run = Run(work / "inputs", work, kept, options.result)
+        threads = [
+            threading.Thread(
+                target=run.mutate,
+                args=(number, options.seconds, options.seed + 1_000_000 * number),
+                kwargs={"is_guided": options.guided},
+            )
+            for number in range(options.processes)
+        ]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            threads[0].join(REPORT_SECONDS) if threads[0].is_alive() else time.sleep(1)
+            run.write()
+    return int(any(run.counts[name, how] for name in OPERATIONS for how in FOUND[2:]))
 
 
 if __name__ == "__main__":

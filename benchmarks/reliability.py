@@ -291,26 +291,23 @@ def cells(counts: Counter[str], *names: str) -> list[str]:
     return [str(counts[name]) for name in names]
 
 
+HEADS = (
+    ["command", "signal", "sent", "ended before", "new output", "old or none", "neither", "partial left", "after the next run"],
+    ["command", "input", "right", "refused", "wrong", "partial left"],
+    ["command", "error", "right", "refused", "refused, output whole", "wrong", "left after next run"],
+)  # fmt: skip
+
+
 def measure(
     inputs: Path, cases: list[Case], n_kills: int, n_changes: int, every: int
-) -> tuple[list[str], int]:
-    """Return the tables and the number of wrong outcomes."""
-    kills, failures, changes = [], [], []
-    n_wrong = 0
+) -> Iterator[tuple[int, list[str], int]]:
+    """Yield the number of a table, a row of it, and the number of wrong outcomes in the row."""
     for case in cases:
         for number, n in ((signal.SIGKILL, n_kills), (signal.SIGTERM, max(1, n_kills // 5))):
             counts = kill(case, number, n, inputs)
             named = [case.name, signal.Signals(number).name, str(n)]
-            kills.append(
-                [*named, *cells(counts, "ended before", "new", "old", "broken", "partial", "left")]
-            )
-            n_wrong += counts["broken"] + counts["left"]
-    for case in cases:
-        for error in ERRORS:
-            counts = fail(case, error, every, inputs)
-            names = ("right", "refused", "refused, whole", "wrong", "left")
-            failures.append([case.name, error, *cells(counts, *names)])
-            n_wrong += counts["wrong"] + counts["left"]
+            found = cells(counts, "ended before", "new", "old", "broken", "partial", "left")
+            yield 0, [*named, *found], counts["broken"] + counts["left"]
     shard = inputs / "base/model-0.safetensors"
     delta = inputs / "base-target.sd"
     altered = {
@@ -321,23 +318,13 @@ def measure(
         for path, how in altered.get(case.name, []):
             counts = alter(case, path, how, n_changes, inputs)
             what = f"{'base' if path == shard else 'delta'} {how}"
-            changes.append([case.name, what, *cells(counts, "right", "refused", "wrong", "left")])
-            n_wrong += counts["wrong"] + counts["left"]
-    heads = (
-        ["command", "signal", "sent", "ended before", "new output", "old or none", "neither"],
-        [
-            "command",
-            "error",
-            "right",
-            "refused",
-            "refused, output whole",
-            "wrong",
-            "left after next run",
-        ],
-        ["command", "input", "right", "refused", "wrong", "partial left"],
-    )
-    heads[0].extend(["partial left", "after the next run"])
-    return [table(*pair) for pair in zip(heads, (kills, failures, changes), strict=True)], n_wrong
+            found = cells(counts, "right", "refused", "wrong", "left")
+            yield 1, [case.name, what, *found], counts["wrong"] + counts["left"]
+    for case in cases:
+        for error in ERRORS:
+            counts = fail(case, error, every, inputs)
+            found = cells(counts, "right", "refused", "refused, whole", "wrong", "left")
+            yield 2, [case.name, error, *found], counts["wrong"] + counts["left"]
 
 
 def main() -> int:
@@ -356,8 +343,16 @@ def main() -> int:
         inputs = work / "files/inputs"
         make_inputs(inputs)
         cases = make_cases(inputs, work / "files/place", options.commands)
-        tables, n_wrong = measure(inputs, cases, options.kills, options.changes, options.every)
-        write_result(options.result, "Kills, failures and changed inputs", tables, where=work)
+        rows: tuple[list[list[str]], ...] = ([], [], [])
+        n_wrong = 0
+        for number, row, wrong in measure(
+            inputs, cases, options.kills, options.changes, options.every
+        ):
+            rows[number].append(row)
+            n_wrong += wrong
+            # After each row, so that a run that is stopped leaves what it measured.
+            tables = [table(*pair) for pair in zip(HEADS, rows, strict=True)]
+            write_result(options.result, "Kills, failures and changed inputs", tables, where=work)
     return int(n_wrong > 0)
 
 

@@ -48,7 +48,7 @@ def write(
         torch.save(dict(progress), work / PROGRESS)
         (work / SETTINGS).write_text(json.dumps(settings, indent=1), "utf-8")
         for path in work.iterdir():
-            with open(path, "rb") as file:
+            with open(path, "r+b") as file:  # Windows syncs only what is open for writing
                 os.fsync(file.fileno())
         if final.exists():
             shutil.rmtree(final)

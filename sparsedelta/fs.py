@@ -31,16 +31,25 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     Raises:
         OSError: ``path`` cannot be opened, or is a folder, a pipe or a device. The error names it.
     """
-    fd = os.open(path, system.OPEN)
+    try:
+        fd = os.open(path, system.OPEN)
+    except PermissionError:
+        if os.path.isdir(path):  # Windows does not open folders
+            raise _folder_error(path) from None
+        raise
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
         return fd
     os.close(fd)
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, "This is a folder, expected a file", os.fspath(path))
+        raise _folder_error(path)
     raise OSError(
         errno.EINVAL, "Not a regular file; copy it to a regular file first", os.fspath(path)
     )
+
+
+def _folder_error(path: str | os.PathLike[str]) -> IsADirectoryError:
+    return IsADirectoryError(errno.EISDIR, "This is a folder, expected a file", os.fspath(path))
 
 
 @contextmanager

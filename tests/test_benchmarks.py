@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
+OPERATIONS = "load inspect verify apply stack invert merge live".split()
+OPERATION_ROWS = tuple(f"| {name} |" for name in OPERATIONS)
 SPEED_ROWS = ("| all cores |", "| one core |", "| `cp` |", "| `apply --verify full` |")
 
 
@@ -17,6 +19,7 @@ SPEED_ROWS = ("| all cores |", "| one core |", "| `cp` |", "| `apply --verify fu
     [
         ("speed.py", ["--gb", "0.01", "--rounds", "1", "--no-shm"], SPEED_ROWS),
         ("memory.py", ["--gb", "0.01"], ("| 0.01 | 1% |", "| 0.01 | 100% |")),
+        ("mutations.py", ["--seconds", "3"], OPERATION_ROWS),
     ],
 )
 def test_benchmark_writes_its_tables_and_cleans_up(

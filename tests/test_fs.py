@@ -294,7 +294,7 @@ def test_every_module_and_command_works_without_posix(tmp_path: Path) -> None:
         [sys.executable, program], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    left = ["back", "base", "delta.sd", "nothing.sd", "out", "target", "undo.sd"]
+    left = ".followed.sparsedelta-held.json again.sd back base channel delta.sd followed merged.sd nothing.sd other out page.html target undo.sd".split()
     assert done.stdout.splitlines() == [str(left)]
     assert_same_files(tmp_path / "target", tmp_path / "out")
     assert_same_files(tmp_path / "base", tmp_path / "back")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from io import BufferedWriter
 from pathlib import Path
 from typing import IO
 
@@ -14,6 +15,7 @@ from sparsedelta.channel.entry import Object
 from sparsedelta.channel.layout import Kind, object_name
 from sparsedelta.channel.versions import Versions
 from sparsedelta.errors import BadVersion
+from sparsedelta.fs import temporary_folder
 from sparsedelta.stores.objects import Content
 
 _MEMORY_BYTES = 32 << 20
@@ -68,6 +70,15 @@ def fetch(channel: Versions, kind: Kind, version: int, expected: Object) -> IO[b
     return file
 
 
+def _new_file(context: ExitStack) -> BufferedWriter:
+    """Return a new temporary file, which is removed at the end of the context.
+
+    It is no ``NamedTemporaryFile``, because Windows does not open such a file a second time.
+    """
+    folder = context.enter_context(temporary_folder("object"))
+    return context.enter_context(open(folder / "object.sd", "xb"))
+
+
 @contextmanager
 def _gathered(blocks: Iterable[bytes]) -> Iterator[tuple[Content, Object]]:
     """Yield content, in memory or in a temporary file if there is much of it, with its digest and size."""
@@ -79,11 +90,11 @@ def _gathered(blocks: Iterable[bytes]) -> Iterator[tuple[Content, Object]]:
             n_bytes += len(block)
             held.append(block)
             if n_bytes > _MEMORY_BYTES:
-                file = file or context.enter_context(tempfile.NamedTemporaryFile(suffix=".sd"))
+                file = file or _new_file(context)
                 file.writelines(held)
                 held.clear()
         if file:
             file.writelines(held)
-            file.flush()
+            file.close()
         content: Content = Path(file.name) if file else b"".join(held)
         yield content, Object(hasher.digest(), n_bytes)

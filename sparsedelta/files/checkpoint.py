@@ -308,10 +308,7 @@ def list_folder(
             if (here / name).is_file():
                 files[relative + name] = here / name
             elif whole and (here / name).is_symlink() and not (here / name).exists():
-                raise CheckpointError(
-                    f"'{here / name}' is a link to '{os.readlink(here / name)}', which does not exist;"
-                    " repair the link or leave it out (exclude=, --exclude)"
-                )
+                raise _dangling(here / name, "leave it out (exclude=, --exclude)")
             elif whole:
                 raise CheckpointError(
                     f"'{here / name}' is not a regular file; leave it out (exclude=, --exclude)"
@@ -322,6 +319,25 @@ def list_folder(
         dict(sorted(files.items(), key=lambda item: os.fsencode(item[0]))),
         sorted(empty, key=os.fsencode),
         sorted(left_out, key=os.fsencode),
+    )
+
+
+def check_links(root: Path) -> None:
+    """Check that no weight file below a folder is a link to a file that does not exist.
+
+    The weights of a base may be incomplete, so this is called only when weights are missing.
+
+    Raises:
+        CheckpointError: one is.
+    """
+    for path in sorted(root.rglob("*" + WEIGHT_SUFFIX)) if root.is_dir() else ():
+        if path.is_symlink() and not path.exists():
+            raise _dangling(path, "download it again")
+
+
+def _dangling(path: Path, remedy: str) -> CheckpointError:
+    return CheckpointError(
+        f"'{path}' is a link to '{os.readlink(path)}', which does not exist; repair the link or {remedy}"
     )
 
 
@@ -348,6 +364,7 @@ def read_index(location: Path, path: str, weights: set[str]) -> dict[str, str]:
         plain = isinstance(shard, str) and not path_problem(shard)
         found = shard_path(shard, path) if plain else None
         if found not in weights:
+            check_links(location.parent)
             raise CheckpointError(
                 f"'{location}' places tensor {name!r} in {shard!r}, which is not a safetensors file"
                 " beside it; the checkpoint is incomplete"

@@ -18,7 +18,7 @@ from sparsedelta.errors import (
     StructureMismatch,
 )
 from sparsedelta.files import junk
-from sparsedelta.files.checkpoint import Checkpoint, FileTensors, Tensor
+from sparsedelta.files.checkpoint import Checkpoint, FileTensors, Tensor, check_links
 from sparsedelta.format.columns import Column, RowColumns, base_paths, columns_of
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.header_columns import HeaderColumns
@@ -145,6 +145,8 @@ def find_base(delta: Delta, base: Checkpoint) -> Mapping[TensorKey, Tensor]:
             tensor = lookup.find(row.base)
             if tensor is None:
                 other = lookup.at(row.base.file, row.base.name)
+                if other is None:
+                    check_links(base.path)
                 raise structure_error(delta, base.path, row.base, other.spec if other else None)
             if tensor.spec.dtype != row.base.spec.dtype:  # a file does not state the element type
                 tensor = replace(tensor, spec=row.base.spec.with_digest(None))

@@ -18,7 +18,7 @@ from sparsedelta._typing import JSON, AnyPath, Model
 from sparsedelta.codecs.values import VALUE_ENCODINGS
 from sparsedelta.codecs.zstd import Level
 from sparsedelta.errors import CheckpointError, Corrupt
-from sparsedelta.files.checkpoint import Checkpoint, FileTensors, WeightFile
+from sparsedelta.files.checkpoint import Checkpoint, FileTensors, WeightFile, check_links
 from sparsedelta.files.globs import covering
 from sparsedelta.files.side_files import digest_file
 from sparsedelta.files.unread import UNREAD_WEIGHT_SUFFIXES, conversion
@@ -217,6 +217,7 @@ def _digest_if_there(checkpoint: Checkpoint | None, path: str) -> tuple[int, byt
 
 def _check_has_weights(checkpoint: Checkpoint) -> None:
     if not checkpoint.weight_files:
+        check_links(checkpoint.path)
         files = checkpoint.side_files
         hint = conversion(
             str(checkpoint.path),

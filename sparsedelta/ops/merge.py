@@ -32,7 +32,7 @@ from sparsedelta.ops.stacking.fold import Link
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import Comparison
 from sparsedelta.tensors.parallel import Pace
-from sparsedelta.tensors.rebuild import BaseDiffers
+from sparsedelta.tensors.rebuild import BaseDiffers, check_rebuilt
 from sparsedelta.tensors.small_pairs import Pair, PairComparison, run_pairs
 from sparsedelta.tensors.sources import RebuiltTensor
 
@@ -162,6 +162,8 @@ class _Merge:
             for one in rows:
                 if one and one.base and one.base.spec.digest != found:
                     raise BaseDiffers(one, found)
+        if isinstance(merged, RebuiltTensor):
+            check_rebuilt(next(link.row for link in links if link), row.target.digest or b"")
         return row
 
     def _merged(self, tensor: Tensor, links: Sequence[Link | None]) -> MergedTensor | RebuiltTensor:

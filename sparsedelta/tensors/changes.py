@@ -30,11 +30,14 @@ class Piece:
         values: the value encoding of the codes.
         positions: (nnz,) uint32, counted from the window's first element.
         codes: (nnz,) unsigned integers of the element's width.
+        touched: the touched digests of the chunk; None if the delta lacks them, or if part of the chunk is
+            outside the window.
     """
 
     values: str
     positions: Positions
     codes: Bits
+    touched: tuple[bytes, bytes] | None = None
 
     def apply(self, dtype: DType, bits: Bits) -> None:
         """Apply the changes to the bits of the window, in place."""
@@ -75,16 +78,19 @@ class ChangeReader:
             if chunk.start >= start + n:
                 break
             positions, codes = self._decode(chunk)
+            touched = chunk.touched
             if chunk.start < start or chunk.end > start + n:
                 low, high = np.searchsorted(
                     positions, [max(0, start - chunk.start), start + n - chunk.start]
                 ).tolist()
                 if low == high:
                     continue
+                if high - low < chunk.nnz:
+                    touched = None
                 positions, codes = positions[low:high], codes[low:high]
             if chunk.start != start:
                 positions = (positions + np.int64(chunk.start - start)).astype(np.uint32)
-            found.append(Piece(chunk.coding.values, positions, codes))
+            found.append(Piece(chunk.coding.values, positions, codes, touched))
         return found
 
     def _decode(self, chunk: Chunk) -> tuple[Positions, Bits]:

@@ -47,6 +47,47 @@ def check_base_tensor(row: Row, base: Source, pace: Pace) -> None:
         raise BaseDiffers(row, digest)
 
 
+def check_touched(
+    row: Row,
+    base: Source | None,
+    pace: Pace,
+    expected: tuple[bytes, bytes] | None,
+    found: tuple[bytes, bytes],
+) -> None:
+    """Compare the touched digests of a chunk, before and after; None: the delta lacks them.
+
+    Raises:
+        BaseDiffers: they differ, and the base tensor has another digest than the row expects.
+        Corrupt: they differ, and the base tensor is right.
+    """
+    if expected is None or found == expected:
+        return
+    if base is not None:
+        check_base_tensor(row, base, pace.unreported())
+    raise Corrupt(
+        f"tensor {row.name!r}: its touched values have the digests {found[0].hex()} before and"
+        f" {found[1].hex()} after, expected {expected[0].hex()} and {expected[1].hex()};"
+        " the base is right, so the delta is inconsistent; download it again",
+        tensor=row.name,
+        expected=expected[1].hex(),
+        found=found[1].hex(),
+    )
+
+
+def check_rebuilt(row: Row, digest: bytes) -> None:
+    """Raise Corrupt if a tensor that was rebuilt from the right base has another digest than the row states."""
+    expected = row.target.digest
+    if expected is None or digest == expected:
+        return
+    raise Corrupt(
+        f"tensor {row.name!r} is rebuilt with digest {digest.hex()[:12]}…, expected"
+        f" {expected.hex()[:12]}…; the base is right, so the delta is inconsistent; download it again",
+        tensor=row.name,
+        expected=expected.hex(),
+        found=digest.hex(),
+    )
+
+
 def rebuild(
     row: Row,
     base: Source | None,
@@ -146,7 +187,8 @@ class _Rebuild:
             self.pace.advance(len(raw))
         if hashes and chunk:
             before_digest, after_digest = (h.digest()[:TOUCHED_BYTES] for h in hashes)
-            self._check_touched(chunk, (before_digest, after_digest))
+            found_digests = before_digest, after_digest
+            check_touched(self.row, self.base, self.pace, chunk.touched, found_digests)
 
     def _decode_chunk(self, chunk: Chunk) -> tuple[Positions, Bits]:
         try:
@@ -156,19 +198,6 @@ class _Rebuild:
             if chunk.coding.classes:
                 self._check_base()
             raise
-
-    def _check_touched(self, chunk: Chunk, found: tuple[bytes, bytes]) -> None:
-        if found == chunk.touched or chunk.touched is None:
-            return
-        self._check_base()
-        raise Corrupt(
-            f"tensor {self.row.name!r}: its touched values have the digests {found[0].hex()} before and"
-            f" {found[1].hex()} after, expected {chunk.touched[0].hex()} and {chunk.touched[1].hex()};"
-            " the base is right, so the delta is inconsistent; download it again",
-            tensor=self.row.name,
-            expected=chunk.touched[1].hex(),
-            found=found[1].hex(),
-        )
 
     def check(self) -> None:
         """Compare the digests of the base tensor and of the rebuilt tensor."""
@@ -181,17 +210,10 @@ class _Rebuild:
                 raise BaseDiffers(row, digest)
         if self.target_hash is None:
             return
-        digest, expected = self.target_hash.digest()[:DIGEST_BYTES], row.target.digest
-        if expected is not None and digest != expected:
+        digest = self.target_hash.digest()[:DIGEST_BYTES]
+        if digest != row.target.digest:
             self._check_base()
-            raise Corrupt(
-                f"tensor {row.name!r} is rebuilt with digest {digest.hex()[:12]}…, expected"
-                f" {expected.hex()[:12]}…; the base is right, so the delta is inconsistent; download it"
-                " again",
-                tensor=row.name,
-                expected=expected.hex(),
-                found=digest.hex(),
-            )
+        check_rebuilt(row, digest)
 
     def _check_base(self) -> None:
         """Raise BaseDiffers if the base tensor has another digest than expected."""

@@ -137,5 +137,5 @@ def _linked(source: str, copy: str) -> None:
         os.link(source, copy)
     except OSError:  # a file system without links
         shutil.copy2(source, copy)
-        with open(copy, "rb") as file:
+        with open(copy, "r+b") as file:  # Windows syncs only what is open for writing
             os.fsync(file.fileno())

@@ -23,7 +23,7 @@ enum {
 };
 enum { GAPS, BITMAP, RICE, N_INDICES };
 enum { PLANES, STEPS, N_PACKINGS };
-enum { DIGEST_BYTES = 16, TOUCHED_BYTES = 8, MOST_NUMBER_BYTES = 5 };
+enum { DIGEST_BYTES = 16, TOUCHED_BYTES = 8, MOST_NUMBER_BYTES = 5, MOST_SMALL_BYTES = 1 << 20 };
 
 /* A stream that is read from the beginning. */
 typedef struct {
@@ -178,7 +178,8 @@ static int streams_of(const i64 *row, const Py_buffer *stored, int64_t *n_bytes)
 
 static int is_valid(const i64 *row, const Small *small) {
     int64_t width = row[WIDTH], n_bytes = row[N_BYTES];
-    if (!IS_WIDTH(width) || n_bytes < 0 || n_bytes % width) return 0;
+    if (!IS_WIDTH(width) || n_bytes < 0 || n_bytes > MOST_SMALL_BYTES || n_bytes % width) return 0;
+    if (row[CODED_AT] < -1 || row[BASE_DIGEST] < -1 || row[TARGET_DIGEST] < -1 || row[TOUCHED_DIGEST] < -1) return 0;
     if (row[BASE_AT] != -1 && !within(row[BASE_AT], n_bytes, small->base)) return 0;
     if (row[OUT_AT] != -1 && !within(row[OUT_AT], n_bytes, small->out)) return 0;
     if (row[CODED_AT] == -1) return 1;

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from sparsedelta.codecs.chunk import MAX_SPAN
+from sparsedelta.codecs.chunk import MAX_SPAN, touched_digest
 from sparsedelta.codecs.indices import Positions
 from sparsedelta.codecs.values import VALUE_ENCODINGS, Bits
 from sparsedelta.format.records import TensorSpec
@@ -24,6 +24,7 @@ from sparsedelta.ops.stacking.fold import Link
 from sparsedelta.tensors.changes import ChangeReader
 from sparsedelta.tensors.compare import Source
 from sparsedelta.tensors.parallel import Pace
+from sparsedelta.tensors.rebuild import check_touched
 from sparsedelta.tensors.start import read_start
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -69,6 +70,7 @@ class MergedTensor:
         self.spec: TensorSpec = base.spec
         self._base = base
         self._recipe = recipe
+        self._pace = pace
         self._n_elements = base.spec.n_elements
         self._dtype = base.spec.dtype
         self._n_deltas = len(links)
@@ -147,6 +149,10 @@ class MergedTensor:
             VALUE_ENCODINGS[piece.values].decode(self._dtype, old, piece.codes)
             for piece, old in zip(pieces, before, strict=True)
         ]
+        for piece, *bits_of in zip(pieces, before, after, strict=True):
+            if piece.touched:
+                one, other = map(touched_digest, bits_of)
+                check_touched(changes.row, self._base, self._pace, piece.touched, (one, other))
         with np.errstate(invalid="ignore", over="ignore"):
             new, old = (
                 to_numbers(self._dtype, _joined(after)),

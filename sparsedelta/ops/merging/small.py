@@ -127,7 +127,7 @@ class _Side:
         self._records = delta.tensors
         self._nnz = np.diff(starts(rows.chunks.nnz)[rows.first_chunk])
         self._handled = handled(rows)
-        self._small = SmallRows(rows, delta.payload, places, Checks(nothing, nothing, False))
+        self._small = SmallRows(rows, delta.payload, places, Checks(nothing, nothing, True))
         self._row = numbers
 
     def target(self, start: int, end: int) -> tuple[npt.NDArray[np.uint8], Column, Mask] | None:
