@@ -103,7 +103,11 @@ def test_patches_that_do_not_fit(tmp_path: Path) -> None:
     refused(WeightPatch("w", (6,), torch.bfloat16, one * torch.nan, index), Corrupt, "NaN")
     twice = torch.tensor([2, 2])
     refused(WeightPatch("w", (6,), torch.bfloat16, torch.ones(2), twice), Corrupt, "increasing")
-    refused(WeightPatch("w", (6,), torch.bfloat16, torch.ones(2), index), Corrupt, "2 values, expected 1")
+    refused(
+        WeightPatch("w", (6,), torch.bfloat16, torch.ones(2), index),
+        Corrupt,
+        "2 values, expected 1",
+    )
     refused(WeightPatch("w", (6,), torch.bfloat16, torch.ones(5)), Corrupt, "5 values, expected 6")
     refused(WeightPatch("w", (6,), torch.bfloat16, one, index.float()), Corrupt, "float32")
 
