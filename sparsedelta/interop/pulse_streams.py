@@ -237,4 +237,5 @@ def encode_values(old: Bits, new: Bits) -> bytes:
     difference = (new - old).view(np.int16)
     zigzag = ((difference << 1) ^ (difference >> 15)).view(np.uint16)
     symbols = np.minimum(zigzag, _VALUE_ESCAPE).astype(np.uint8)
-    return symbols.tobytes() + zigzag[symbols == _VALUE_ESCAPE].astype("<u2").tobytes()
+    large: npt.NDArray[np.uint16] = zigzag[symbols == _VALUE_ESCAPE]
+    return symbols.tobytes() + large.astype("<u2").tobytes()

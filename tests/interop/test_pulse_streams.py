@@ -83,22 +83,36 @@ def test_there_and_back(number: int) -> None:
         assert np.array_equal(decode_values(encode_values(old[indices], new), old[indices]), new)
 
 
+def readers(
+    old: np.ndarray, indices: np.ndarray, new: np.ndarray
+) -> list[tuple[bytes, Callable[[bytes], np.ndarray]]]:
+    """Return each stream of a change, and the function that reads it."""
+    n, before = len(indices), old[indices]
+
+    def rice(data: bytes) -> np.ndarray:
+        return decode_rice(data, n, len(old))
+
+    def by_exponent(data: bytes) -> np.ndarray:
+        return decode_by_exponent(data, n, old)
+
+    def values(data: bytes) -> np.ndarray:
+        return decode_values(data, before)
+
+    return [
+        (encode_rice(indices), rice),
+        (encode_by_exponent(indices, old), by_exponent),
+        (encode_values(before, new), values),
+    ]
+
+
 def test_damaged_streams_are_refused_or_give_positions_in_order() -> None:
     draw = random.Random(0)
     n_refused = 0
     for old, indices, new in cases(60):
         if not len(indices):
             continue
-        n, size, before = len(indices), len(old), old[indices]
-        readers: list[tuple[bytes, Callable[[bytes], np.ndarray]]] = [
-            (encode_rice(indices), lambda data, n=n, size=size: decode_rice(data, n, size)),
-            (
-                encode_by_exponent(indices, old),
-                lambda data, n=n, old=old: decode_by_exponent(data, n, old),
-            ),
-            (encode_values(before, new), lambda data, before=before: decode_values(data, before)),
-        ]
-        for number, (stream, read) in enumerate(readers):
+        before = old[indices]
+        for number, (stream, read) in enumerate(readers(old, indices, new)):
             for _ in range(30):
                 data = bytearray(stream)
                 data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
@@ -109,7 +123,7 @@ def test_damaged_streams_are_refused_or_give_positions_in_order() -> None:
                 except Corrupt:
                     n_refused += 1
                     continue
-                assert len(found) == n
+                assert len(found) == len(before)
                 if number < 2:
                     assert found[0] >= 0
                     assert found[-1] < len(old)
