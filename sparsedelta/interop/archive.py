@@ -229,23 +229,53 @@ def _named(
 
 def _tensors(root: Any) -> dict[str, tuple[str, TensorSpec]]:
     found: dict[str, tuple[str, TensorSpec]] = {}
-    waiting: list[tuple[str, Any]] = [("", root)]
+    waiting: list[tuple[_Path, Any]] = [(_Path("", None, 0), root)]
     seen: set[int] = set()
     while waiting:
         path, node = waiting.pop()
-        if id(node) in seen or not isinstance(node, Made | tuple):
+        if id(node) in seen:
             continue
         seen.add(id(node))
         layout = _layout(node)
         if layout is not None:
             key, spec = layout
-            found.setdefault(key, (path, spec))
+            if key not in found:
+                found[key] = path.text(), spec
             continue
         parts = [
-            (f"{path}.{key}" if path and key else path or key, part) for key, part in children(node)
+            (path.inner(key), part)
+            for key, part in children(node)
+            if isinstance(part, Made | tuple)
         ]
-        waiting.extend(part for part in reversed(parts) if len(part[0]) <= MAX_NAME_BYTES)
+        waiting.extend(part for part in reversed(parts) if part[0].length <= MAX_NAME_BYTES)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """The keys that lead to a value. They are joined only for tensors, since every value of a pickle has a path.
+
+    Attributes:
+        key: the last key.
+        before: what leads to the value that has the key; None for the outermost.
+        length: of the text, in characters.
+    """
+
+    key: str
+    before: _Path | None
+    length: int
+
+    def inner(self, key: str) -> _Path:
+        """Return the path of a part. A part without a key of its own has the path of the whole."""
+        return _Path(key, self, self.length + len(key) + 1) if key else self
+
+    def text(self) -> str:
+        """Return the keys, joined by dots."""
+        keys, path = [], self
+        while path.before is not None:
+            keys.append(path.key)
+            path = path.before
+        return ".".join(reversed(keys))
 
 
 def _layout(node: Any) -> tuple[str, TensorSpec] | None:

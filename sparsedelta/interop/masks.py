@@ -53,7 +53,8 @@ def _masks(pairs: list[tuple[Any, Any]], stored: Stored, limit: int) -> dict[str
     storages: dict[str, Flags] = {}
     found: dict[str, Flags] = {}
     for key, value in pairs:
-        mask = found[_name(key, stored.path)] = _mask(key, value, stored, storages)
+        name = _name(key, stored.path)
+        mask = found[name] = _mask(name, value, stored, storages)
         limit -= mask.size
         if limit < 0:
             raise LimitExceeded(
@@ -71,7 +72,7 @@ def _is_dict(node: Any) -> bool:
 def _name(key: Any, path: AnyPath) -> str:
     if not isinstance(key, str):
         raise CheckpointError(
-            f"'{path}' has the key {str(key)[:40]}, expected the name of a parameter"
+            f"'{path}' has a key that is no text, expected the names of parameters"
         )
     return key
 

@@ -100,10 +100,11 @@ class PulsePatch(Form):
         }
 
         def check() -> None:
-            for entry in entries:
-                for tensor in target.tensors.values():
-                    if tensor.name == entry.name:
-                        check_digest(entry.name, _digest(bits_of(tensor)), entry.digest)
+            digests = {entry.name: entry.digest for entry in entries}
+            for tensor in target.tensors.values():
+                if tensor.name in digests:
+                    found = _digest(bits_of(tensor))
+                    check_digest(tensor.name, found, digests[tensor.name])
 
         return Reading(target, "all tensors", says, check)
 
