@@ -251,8 +251,8 @@ def grail(folder: Path | None, number: str) -> Foreign:
     return Foreign("grail", title, {"version": number}, read, write)
 
 
-def pulse(folder: Path | None) -> Foreign:
-    """Return Basilica's code."""
+def pulse(folder: Path | None, number: int) -> Foreign:
+    """Return Basilica's code for one format version."""
     code = package("basilica-sdk", "basilica._pulse.codec")
 
     def read(path: Path, base: Path) -> State:
@@ -263,10 +263,13 @@ def pulse(folder: Path | None) -> Foreign:
     def write(base: Path, target: Path, out: Path) -> None:
         snapshot = code.Snapshot(state(base))
         meta = code.ModelMeta("model", snapshot.digest(), snapshot.param_count())
-        patch, _ = snapshot.encode_step(state(target).items(), step=1, base_step=0, model=meta)
+        patch, _ = snapshot.encode_step(
+            state(target).items(), step=1, base_step=0, model=meta, format_version=number
+        )
         out.write_bytes(patch)
 
-    return Foreign("pulsept1", f"basilica-sdk {version('basilica-sdk')}", {}, read, write)
+    title = f"basilica-sdk {version('basilica-sdk')}"
+    return Foreign("pulsept1", title, {"version": str(number)}, read, write)
 
 
 def arc2(folder: Path | None) -> Foreign:
@@ -306,7 +309,7 @@ MAKERS: list[tuple[str, Callable[[Path | None], Foreign]]] = [
         (f"grail {number}", lambda folder, n=number: grail(folder, n))
         for number in ("2", "3", "31")
     ),
-    ("pulsept1", pulse),
+    *((f"pulsept1 {number}", lambda folder, n=number: pulse(folder, n)) for number in (1, 2, 3)),
     ("arc2", arc2),
 ]
 

@@ -1,7 +1,7 @@
 """Masks: which components of a model are trained, in files, from deltas, united and intersected.
 
 A mask is a mapping of parameter names to bool tensors of the parameters' shapes. Its file has the form that
-``sparsedelta convert --to mask`` writes: a safetensors file of bool tensors. ``.npz`` files are read, too.
+``sparsedelta convert --to mask`` writes: a safetensors file of bool tensors. ``.npz`` files and files of ``torch.save`` are read, too; no pickle is executed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 FORMAT = {"format": "mask"}
 DELTA_SUFFIX = ".sd"
-SUFFIXES = (".safetensors", ".npz", DELTA_SUFFIX)
+PICKLED_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")  # written by torch.save
+SUFFIXES = (".safetensors", ".npz", *PICKLED_SUFFIXES, DELTA_SUFFIX)
 
 Mask = Mapping[str, Any]
 
@@ -57,7 +58,9 @@ def save_mask(sift: SIFT, path: str | PathLike[str]) -> None:
 
 
 def load_mask(path: str | PathLike[str]) -> dict[str, Tensor]:
-    """Return the mask in a ``.safetensors`` or ``.npz`` file.
+    """Return the mask in a ``.safetensors`` or ``.npz`` file, or in one that ``torch.save`` wrote (``.pt``).
+
+    The tensors are on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -68,11 +71,14 @@ def load_mask(path: str | PathLike[str]) -> dict[str, Tensor]:
         if os.fspath(path).endswith(".npz"):
             with np.load(path, allow_pickle=False) as file:
                 found = {name: torch.from_numpy(file[name]) for name in file.files}
+        elif os.fspath(path).endswith(PICKLED_SUFFIXES):
+            masks = sparsedelta.read_mask(path)
+            found = {name: torch.from_numpy(mask) for name, mask in masks.items()}
         else:
             found = load_file(path)
     except (SafetensorError, EOFError, ValueError) as error:
         raise ValueError(
-            f"'{path}' is not a mask: {error}; give a .safetensors or .npz file"
+            f"'{path}' is not a mask: {error}; give a .safetensors, .npz or .pt file"
         ) from error
     for name, mask in found.items():
         if mask.dtype != torch.bool:

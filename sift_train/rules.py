@@ -143,7 +143,7 @@ def find_rule(selection: Selection) -> Rule | None:
         if selection not in RULES:
             raise ValueError(
                 f"selection {selection!r} is not known; choose one of {', '.join(RULES)}, or give a file that ends"
-                " in .safetensors, .npz or .sd"
+                " in .safetensors, .npz, .pt or .sd"
             )
         return RULES[selection]
     if isinstance(selection, Rule):

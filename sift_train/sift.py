@@ -93,7 +93,7 @@ class SIFT:
         selection: the rule that ranks components: a rule's name, a ``Rule``, or a function of
             weight and gradient that returns scores. Or an explicit choice, which replaces ``sparse_module`` and
             ``sparse_rate``: a mapping of parameter names to bool masks, flat indices or coordinates; the path
-            of a mask (``.safetensors``, ``.npz``); or a delta or its path (``.sd``), whose changed components are
+            of a mask (``.safetensors``, ``.npz``, ``.pt``); or a delta or its path (``.sd``), whose changed components are
             trained; the model must hold the delta's base then.
         budget: ``"tensor"``: the rate holds for each tensor; ``"row"``: for each row; ``"global"``: for all tensors
             together, and the largest scores of all are chosen. The number for each tensor is then

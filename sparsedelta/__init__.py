@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sparsedelta.hub.pull import PullReport, pull
     from sparsedelta.hub.push import PushReport, push
     from sparsedelta.interop.conversion import ConvertReport, convert
+    from sparsedelta.interop.masks import read_mask
     from sparsedelta.live.bank import DeltaBank
     from sparsedelta.live.snapshot import Snapshot
     from sparsedelta.ops.apply import apply
@@ -56,6 +57,7 @@ __all__ = [
     "merge",
     "pull",
     "push",
+    "read_mask",
     "stack",
     "verify",
 ]
@@ -85,6 +87,7 @@ _MODULES = {
     "merge": "ops.merge",
     "pull": "hub.pull",
     "push": "hub.push",
+    "read_mask": "interop.masks",
     "stack": "ops.stack",
     "verify": "ops.verify",
 }

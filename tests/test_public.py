@@ -31,6 +31,7 @@ NAMES = {
     "load",
     "load_model",
     "merge",
+    "read_mask",
     "stack",
     "pull",
     "push",

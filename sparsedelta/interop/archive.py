@@ -12,6 +12,8 @@ import os
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from sparsedelta.dtypes import DTYPES
@@ -37,6 +39,10 @@ _LEAST_BYTES = (
     64  # smaller storages, such as the step of an optimizer, take less space beside the pickle
 )
 _MAX_ARCHIVES = 1 << 16
+# What zipfile raises for damaged archives; ValueError includes PickleRefused, and names that are not UTF-8.
+_DAMAGED = (
+    zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError, IndexError, struct.error,
+)  # fmt: skip
 _DTYPES = {
     "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
@@ -73,6 +79,67 @@ def archive_regions(
     return with_unique_names(found)
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A file that ``torch.save`` wrote, open.
+
+    Attributes:
+        path: names it in errors.
+        archive: the zip archive.
+        members: by their path in the archive's folder.
+    """
+
+    path: str | os.PathLike[str]
+    archive: zipfile.ZipFile
+    members: Mapping[str, zipfile.ZipInfo]
+
+    def root(self) -> Any:
+        """Return what the pickle holds, as data.
+
+        Raises:
+            CheckpointError: there is no pickle, or it cannot be read as data.
+        """
+        try:
+            return read_inert(self._read("data.pkl"))
+        except PickleRefused as error:
+            raise CheckpointError(f"the pickle in '{self.path}' is not read: {error}") from error
+
+    def data(self, key: str) -> bytes:
+        """Return the bytes of a storage. Raises CheckpointError if it is missing or damaged."""
+        return self._read(f"data/{key}")
+
+    def _read(self, inner: str) -> bytes:
+        member = self.members.get(inner)
+        if member is None or member.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(
+                f"'{self.path}' has no stored member {inner[:80]!r}; save it again with torch.save"
+            )
+        try:
+            return self.archive.read(member)
+        except _DAMAGED as error:
+            raise CheckpointError(f"'{self.path}' is damaged: {error}") from error
+
+
+@contextmanager
+def open_archive(fd: int, path: str | os.PathLike[str]) -> Iterator[Stored]:
+    """Yield the archive at the end of a file that ``torch.save`` wrote.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for _, archive in _archives(fd, path):
+        with archive:
+            yield Stored(path, archive, _by_inner_path(archive))
+            return
+    raise CheckpointError(
+        f"'{path}' is not a zip archive; files from before torch 1.6 must be saved again"
+    )
+
+
+def _by_inner_path(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    return {member.filename.partition("/")[2]: member for member in archive.infolist()}
+
+
 def _archives(fd: int, path: str | os.PathLike[str]) -> Iterator[tuple[int, zipfile.ZipFile]]:
     """Yield the zip archives that a file consists of, each with its begin, from the last to the first."""
     end = os.fstat(fd).st_size
@@ -82,7 +149,7 @@ def _archives(fd: int, path: str | os.PathLike[str]) -> Iterator[tuple[int, zipf
             return
         try:
             archive = zipfile.ZipFile(_Part(fd, end))
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        except _DAMAGED as error:
             raise CheckpointError(
                 f"'{path}' is not a zip archive that can be read: {error}"
             ) from error
@@ -125,7 +192,7 @@ class _Part(io.RawIOBase):
 
 def _members(fd: int, archive: zipfile.ZipFile, of: str) -> Iterator[Region]:
     """Yield the storages of one archive; ``of`` is the name of the saved object."""
-    members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
+    members = _by_inner_path(archive)
     named = _named(archive, members)
     for inner, member in members.items():
         if not inner.startswith("data/") or member.compress_type != zipfile.ZIP_STORED:
@@ -156,36 +223,59 @@ def _named(
         if order is not None and archive.read(order)[:6] != b"little":
             return {}
         return _tensors(read_inert(archive.read(pickle)))
-    except (
-        PickleRefused,
-        zipfile.BadZipFile,
-        OSError,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-    ):
+    except _DAMAGED:
         return {}
 
 
 def _tensors(root: Any) -> dict[str, tuple[str, TensorSpec]]:
     found: dict[str, tuple[str, TensorSpec]] = {}
-    waiting: list[tuple[str, Any]] = [("", root)]
+    waiting: list[tuple[_Path, Any]] = [(_Path("", None, 0), root)]
     seen: set[int] = set()
     while waiting:
         path, node = waiting.pop()
-        if id(node) in seen or not isinstance(node, Made | tuple):
+        if id(node) in seen:
             continue
         seen.add(id(node))
         layout = _layout(node)
         if layout is not None:
             key, spec = layout
-            found.setdefault(key, (path, spec))
+            if key not in found:
+                found[key] = path.text(), spec
             continue
         parts = [
-            (f"{path}.{key}" if path and key else path or key, part) for key, part in children(node)
+            (path.inner(key), part)
+            for key, part in children(node)
+            if isinstance(part, Made | tuple)
         ]
-        waiting.extend(part for part in reversed(parts) if len(part[0]) <= MAX_NAME_BYTES)
+        waiting.extend(part for part in reversed(parts) if part[0].length <= MAX_NAME_BYTES)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """The keys that lead to a value. They are joined only for tensors, since every value of a pickle has a path.
+
+    Attributes:
+        key: the last key.
+        before: what leads to the value that has the key; None for the outermost.
+        length: of the text, in characters.
+    """
+
+    key: str
+    before: _Path | None
+    length: int
+
+    def inner(self, key: str) -> _Path:
+        """Return the path of a part. A part without a key of its own has the path of the whole."""
+        return _Path(key, self, self.length + len(key) + 1) if key else self
+
+    def text(self) -> str:
+        """Return the keys, joined by dots."""
+        keys, path = [], self
+        while path.before is not None:
+            keys.append(path.key)
+            path = path.before
+        return ".".join(reversed(keys))
 
 
 def _layout(node: Any) -> tuple[str, TensorSpec] | None:

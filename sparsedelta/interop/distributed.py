@@ -6,6 +6,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from sparsedelta.interop.inert_pickle import MAX_BYTES, Made, PickleRefused, children, read_inert
+from sparsedelta.interop.region import MAX_NAME_BYTES
+
+_MAX_DIMENSIONS = 16
 
 
 def object_names(location: Path) -> dict[str, dict[int, str]]:
@@ -29,12 +32,15 @@ def object_names(location: Path) -> dict[str, dict[int, str]]:
 
 
 def _name_of(index: Made) -> str:
-    offsets = [str(n) for _, part in children(index.get("offset")) for n in _numbers(part)]
-    suffix = "@" + ",".join(offsets) if any(n != "0" for n in offsets) else ""
-    return f"{index.get('fqn')}{suffix}"
+    """Return the name of an object, with the offsets of its part; an empty text if it is no short name."""
+    name = index.get("fqn")
+    if not isinstance(name, str) or len(name) > MAX_NAME_BYTES:
+        return ""
+    offsets = [n for _, part in children(index.get("offset")) for n in _numbers(part)]
+    return f"{name}@{','.join(map(str, offsets))}" if any(offsets) else name
 
 
 def _numbers(part: object) -> list[int]:
-    if isinstance(part, tuple):
-        return [n for one in part for n in _numbers(one)]
-    return [part] if isinstance(part, int) else []
+    """Return the sizes in a part of an offset: one, or a tuple of a few."""
+    found = part if isinstance(part, tuple) else (part,)
+    return [n for n in found[:_MAX_DIMENSIONS] if isinstance(n, int) and 0 <= n < 1 << 48]

@@ -85,7 +85,7 @@ def gguf_regions(fd: int, path: Path) -> list[Region]:
         CheckpointError: it is not an intact GGUF file.
     """
     n_bytes = os.fstat(fd).st_size
-    cursor = _Cursor(read_at(fd, _MAX_HEADER_BYTES, 0), path)
+    cursor = _Cursor(read_at(fd, min(n_bytes, _MAX_HEADER_BYTES), 0), path)
     version = cursor.number("I")
     if version not in _VERSIONS:
         raise cursor.error(f"it has version {version}, expected one of {_VERSIONS}")

@@ -12,14 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsedelta._typing import JSON
-from sparsedelta.errors import Corrupt, FormatError, UnsupportedVersion
+from sparsedelta.codecs.values import Bits
+from sparsedelta.errors import Corrupt, FormatError, LimitExceeded, UnsupportedVersion
 from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.format.records import TensorSpec
 from sparsedelta.format.safetensors_header import read_shape
 from sparsedelta.format.strict_json import compact_json, integer, items, parse_json, text
 from sparsedelta.interop.abilities import FLOATS, Abilities
 from sparsedelta.interop.files import packed, unpacked, write_new
 from sparsedelta.interop.form import Form, Reading, Setting, Settings
-from sparsedelta.interop.scatter import Scatter
+from sparsedelta.interop.scatter import Scatter, check_shape
 from sparsedelta.interop.source import Source
 from sparsedelta.interop.transition import Changed, Transition
 from sparsedelta.interop.view import PatchedCheckpoint, check_same_length
@@ -29,7 +31,7 @@ _VERSIONS = {2: "2", 3: "3", 31: "3.1"}
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _INDEX_DTYPES: dict[str, str] = {"uint8": "|u1", "uint16": "<u2", "int32": "<i4"}
-_HEADER_BYTES = 64 << 20
+_HEADER_BYTES = 1 << 20  # beside what the names of the tensors take
 _INT32 = (1 << 31) - 1
 _LEVEL = 1
 
@@ -55,9 +57,16 @@ class Grail(Form):
 
     def read(self, source: Source, base: Checkpoint) -> Reading:
         """Return the delta, opened with its base; see ``Form.read``."""
-        limit = _HEADER_BYTES + 12 * sum(t.spec.n_elements for t in base.tensors.values())
+        specs = [tensor.spec for tensor in base.tensors.values()]
+        most_header = _HEADER_BYTES + sum(1024 + 6 * len(t.name) for t in base.tensors.values())
+        limit = 4 + most_header + 12 * sum(spec.n_elements for spec in specs)
         raw = unpacked(source.read_bytes(limit), limit, f"'{source.path}'")
         n_header = int.from_bytes(raw[:4], "little")
+        if n_header > most_header:
+            raise LimitExceeded(
+                f"the header of '{source.path}' has {n_header} bytes, but that of a delta of this base has at most"
+                f" {most_header}"
+            )
         if len(raw) < 4 + n_header:
             raise Corrupt(f"'{source.path}' ends within its header; the delta is damaged")
         header = parse_json(raw[4 : 4 + n_header], f"the header of '{source.path}'")
@@ -67,9 +76,9 @@ class Grail(Form):
                 f"'{source.path}' has version {str(version)[:20]}, expected 2, 3 or 31"
             )
         data = memoryview(raw)[4 + n_header :]
-        patches: dict[str, Scatter] = {}
+        patches: dict[str, _Change] = {}
         for entry in items(header.get("tensors"), "tensors"):
-            one = _scatter(entry, data, version)
+            one = _Change.of(entry, data, version)
             if one.name in patches:
                 raise Corrupt(f"tensor {one.name!r} is listed twice; the delta is damaged")
             patches[one.name] = one
@@ -169,31 +178,70 @@ def _n_columns(shape: Sequence[int]) -> int:
     return max(1, math.prod(shape[1:])) if len(shape) > 1 else 1
 
 
-def _scatter(entry: Any, data: memoryview, version: int) -> Scatter:
-    if not isinstance(entry, dict):
-        raise Corrupt("an item of tensors is no object; the delta is damaged")
-    name = text(entry.get("name"), "name")
-    shape = read_shape(entry.get("shape"), f"tensor {name!r}")
-    stated = entry.get("value_dtype")
-    if not isinstance(stated, str) or stated not in _DTYPES:
-        raise Corrupt(
-            f"tensor {name!r} has values of dtype {str(stated)[:40]!r}, expected one of {', '.join(_DTYPES)}"
-        )
-    dtype = _DTYPES[stated]
-    width = "<u4" if dtype == "F32" else "<u2"
-    values = _stream(entry, data, "values_offset", entry.get("values_size"), width, name)
-    if version == 2:
-        gaps = _stream(entry, data, "indices_offset", entry.get("indices_size"), "<i4", name)
-        indices = np.cumsum(gaps, dtype=np.int64)
-    else:
-        indices = _from_rows(entry, data, version, shape, name)
-    if integer(entry.get("num_nonzero"), f"tensor {name!r}, num_nonzero") != len(indices):
-        raise Corrupt(f"tensor {name!r} does not hold num_nonzero positions; the delta is damaged")
-    return Scatter(name, dtype, indices, values, shape)
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """An item of ``tensors``, whose positions are decoded when the tensor is read.
+
+    Several items can name the same bytes, so positions of all tensors together could take any amount of memory.
+
+    Attributes:
+        name, shape: of the tensor.
+        entry: the item.
+        data: all streams.
+        version: of the format.
+        dtype: of the values.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    entry: Mapping[str, Any]
+    data: memoryview
+    version: int
+    dtype: str
+
+    @classmethod
+    def of(cls, entry: Any, data: memoryview, version: int) -> _Change:
+        """Return an item, checked as far as it can be without the base."""
+        if not isinstance(entry, dict):
+            raise Corrupt("an item of tensors is no object; the delta is damaged")
+        name = text(entry.get("name"), "name")
+        shape = read_shape(entry.get("shape"), f"tensor {name!r}")
+        stated = entry.get("value_dtype")
+        if not isinstance(stated, str) or stated not in _DTYPES:
+            raise Corrupt(
+                f"tensor {name!r} has values of dtype {str(stated)[:40]!r}, expected one of {', '.join(_DTYPES)}"
+            )
+        return cls(name, shape, entry, data, version, _DTYPES[stated])
+
+    def __call__(self, old: Bits, spec: TensorSpec) -> Bits:
+        """Return the new bits; see ``Patch``."""
+        check_shape(self.shape, spec, self.name)
+        entry, name = self.entry, self.name
+        n = integer(entry.get("num_nonzero"), f"tensor {name!r}, num_nonzero")
+        width = "<u4" if self.dtype == "F32" else "<u2"
+        values = _stream(entry, self.data, "values_offset", entry.get("values_size"), width, name)
+        if n > len(old) or len(values) != n:
+            raise Corrupt(
+                f"tensor {name!r} does not hold num_nonzero positions; the delta is damaged"
+            )
+        if self.version == 2:
+            gaps = _stream(
+                entry, self.data, "indices_offset", entry.get("indices_size"), "<i4", name
+            )
+            check_same_length(len(gaps), n, name)
+            indices = np.cumsum(gaps, dtype=np.int64)
+        else:
+            indices = _from_rows(entry, self.data, self.version, self.shape, name, n)
+        return Scatter(name, self.dtype, indices, values)(old, spec)
 
 
 def _from_rows(
-    entry: Mapping[str, Any], data: memoryview, version: int, shape: Sequence[int], name: str
+    entry: Mapping[str, Any],
+    data: memoryview,
+    version: int,
+    shape: Sequence[int],
+    name: str,
+    n: int,
 ) -> npt.NDArray[np.int64]:
     kinds = []
     for key in ("row_dtype", "col_dtype"):
@@ -206,7 +254,8 @@ def _from_rows(
     col_gaps = _stream(
         entry, data, "indices_offset", entry.get("cols_size"), kinds[1], name, n_rows
     )
-    check_same_length(len(row_gaps), len(col_gaps), name)
+    check_same_length(len(row_gaps), n, name)
+    check_same_length(len(col_gaps), n, name)
     if not len(row_gaps):
         return np.empty(0, np.int64)
     rows = np.cumsum(row_gaps, dtype=np.int64)

@@ -95,9 +95,14 @@ def children(node: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(node, Made):
         yield from (("", value) for value in (node.args if isinstance(node.args, tuple) else ()))
         yield from ((str(number), value) for number, value in enumerate(node.values or ()))
-        yield from ((str(k), v) for k, v in node.pairs or () if isinstance(k, str | int))
+        yield from ((str(k), v) for k, v in node.pairs or () if _is_key(k))
         if node.state is not None:
             yield "", node.state
+
+
+def _is_key(key: Any) -> bool:
+    """Return whether the key of a dict is part of a name: a text, or an integer that is not absurdly long."""
+    return isinstance(key, str) or (isinstance(key, int) and abs(key) < 1 << 64)
 
 
 class _Machine:
@@ -173,7 +178,10 @@ class _Machine:
             case "GLOBAL":
                 push(Global(argument.replace(" ", ".")))
             case "STACK_GLOBAL":
-                push(Global(".".join(map(str, self.several(2)))))
+                module, inner = self.several(2)
+                if not (isinstance(module, str) and isinstance(inner, str)):
+                    raise PickleRefused("a name is no text")
+                push(Global(f"{module}.{inner}"))
             case "REDUCE" | "NEWOBJ":
                 push(Made(*self.several(2)))
             case "NEWOBJ_EX":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from sparsedelta.codecs.values import Bits
-from sparsedelta.errors import Corrupt, UnsupportedFeature
+from sparsedelta.errors import Corrupt, LimitExceeded, UnsupportedFeature
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.records import TensorSpec
 from sparsedelta.interop.abilities import FLOATS, Abilities
@@ -48,6 +48,8 @@ _KNOWN = frozenset({
 })  # fmt: skip
 # Other initial values change the base when the adapter is created.
 _INITIAL = (True, False, None, "gaussian", "orthogonal", "eva")
+_MAX_PATTERNS = 1 << 12
+_LARGEST = 1 << 53  # of a rank or alpha
 _PLAIN_PATTERN = re.compile(r"\^?[\w.]{1,500}")
 
 
@@ -165,21 +167,37 @@ def _product(module: str, part: Mapping[str, Numbers], config: Mapping[str, Any]
     return _Product(tensor_of(module), left, right, scaling, transposed, bool(prefix))
 
 
+def _ends_with(module: str, pattern: str) -> bool:
+    """Return whether a name ends with a pattern of plain characters, at its begin or after a dot."""
+    name = pattern.removeprefix("^")
+    if not module.endswith(name.rpartition(".")[2]):
+        return False
+    end, rest = module[len(module) - len(name) :], module[: len(module) - len(name)]
+    if len(end) != len(name) or any(c not in (".", d) for c, d in zip(name, end, strict=True)):
+        return False
+    return not rest or (rest.endswith(".") and name == pattern)
+
+
 def _of_module(config: Mapping[str, Any], patterns: str, default: str, module: str) -> float:
     """Return the rank or alpha of a module: by the first pattern that matches the end of its name, or the default."""
     found: Any = config.get(default)
     given = config.get(patterns) or {}
     if not isinstance(given, dict):
         raise Corrupt(f"{patterns} is no JSON object; the adapter is damaged")
+    if len(given) > _MAX_PATTERNS:
+        raise LimitExceeded(
+            f"{patterns} has {len(given)} names, the limit is {_MAX_PATTERNS}; merge the adapter with PEFT, and make a"
+            " delta of the result"
+        )
     for pattern, value in given.items():
         if not _PLAIN_PATTERN.fullmatch(pattern):
             raise UnsupportedFeature(
                 f"{patterns} holds the expression {pattern[:60]!r}, expected a name; merge the adapter with PEFT, and make"
                 " a delta of the result"
             )
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _ends_with(module, pattern):
             found = value
             break
-    if isinstance(found, bool) or not isinstance(found, int | float):
+    if isinstance(found, bool) or not isinstance(found, int | float) or abs(found) > _LARGEST:
         raise Corrupt(f"{default} of {module!r} is {str(found)[:40]!r}, expected a number")
     return found

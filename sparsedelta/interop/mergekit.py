@@ -7,7 +7,7 @@ whatever ``dtype`` says, and the result has the dtypes of the base.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -25,8 +25,12 @@ _METHODS: dict[str, Method] = {
 }
 _KEYS = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype"}
 _PARAMETERS = {"weight", "density", "normalize", "lambda", "rescale", "int8_mask"}
+_LARGEST = 1e38  # of a weight, which is a float32 number
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
-_MAX_BYTES = 1 << 20
+_MAX_BYTES, _MAX_DEPTH = (
+    1 << 16,
+    16,
+)  # PyYAML takes seconds for such a file, and far longer for deeper ones
 
 
 class MergeOptions(TypedDict):
@@ -98,12 +102,12 @@ def read_configuration(path: AnyPath) -> MergePlan:
     unknown = config.keys() - _KEYS
     if unknown:
         raise ValueError(
-            f"'{path}' has the key {min(unknown)!r}; only {', '.join(sorted(_KEYS))} are supported"
+            f"'{path}' has the key {_shown(unknown)}; only {', '.join(sorted(_KEYS))} are supported"
         )
     method = _METHODS.get(str(config.get("merge_method")))
     if method is None:
         raise ValueError(
-            f"merge_method is {config.get('merge_method')!r}, expected one of {', '.join(_METHODS)}"
+            f"merge_method is {_shown([config.get('merge_method')])}, expected one of {', '.join(_METHODS)}"
         )
     base, models = config.get("base_model"), config.get("models")
     if not isinstance(base, str):
@@ -113,7 +117,8 @@ def read_configuration(path: AnyPath) -> MergePlan:
     shared = _parameters(config, "parameters")
     deltas = [one for one in models if one.get("model") != base]
     own = [
-        {**shared, **_parameters(one, f"the parameters of {one.get('model')!r}")} for one in deltas
+        {**shared, **_parameters(one, f"the parameters of {_shown([one.get('model')])}")}
+        for one in deltas
     ]
     names = tuple(_name(one) for one in deltas)
     weights = tuple(_number(one, "weight", name) for one, name in zip(own, names, strict=True))
@@ -157,10 +162,11 @@ def _parsed(path: Path) -> dict[str, Any]:
         raise ValueError(f"'{path}' has more than {_MAX_BYTES} bytes; it is no merge configuration")
     try:
         text = path.read_text("utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ValueError(f"'{path}' uses aliases of YAML (*name); write the values out")
+        _check_tokens(yaml.scan(text), path)
         found = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except _Refused:
+        raise
+    except (yaml.YAMLError, ValueError, LookupError, OverflowError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" in line {where.line + 1}" if where else ""
         raise ValueError(f"'{path}' is not YAML: there is an error{line}") from error
@@ -169,10 +175,34 @@ def _parsed(path: Path) -> dict[str, Any]:
     return found
 
 
+class _Refused(ValueError):
+    """The file is YAML, and uses something that no merge configuration needs."""
+
+
+def _check_tokens(tokens: Iterable[Any], path: Path) -> None:
+    """Check that YAML has no aliases, and is not nested deeply; values of such files can take any amount of time."""
+    depth = 0
+    for token in tokens:
+        name = type(token).__name__
+        if name == "AliasToken":
+            raise _Refused(f"'{path}' uses aliases of YAML (*name); write the values out")
+        depth += name.endswith("StartToken") and not name.startswith(("Stream", "Document"))
+        depth -= name in ("BlockEndToken", "FlowSequenceEndToken", "FlowMappingEndToken")
+        if depth > _MAX_DEPTH:
+            raise _Refused(
+                f"'{path}' is nested deeper than {_MAX_DEPTH} levels; it is no merge configuration"
+            )
+
+
+def _shown(values: Iterable[Any]) -> str:
+    """Return the first of some values, as it is shown in a message."""
+    return min(repr(value)[:80] for value in values)
+
+
 def _name(model: Mapping[str, Any]) -> str:
     name = model.get("model")
     if not isinstance(name, str):
-        raise ValueError(f"a model is {name!r}, expected the path or repository of a delta")
+        raise ValueError(f"a model is {_shown([name])}, expected the path or repository of a delta")
     return name
 
 
@@ -182,7 +212,7 @@ def _parameters(holder: Mapping[str, Any], what: str) -> dict[str, Any]:
         raise ValueError(f"{what} are not keys and values")
     unknown = found.keys() - _PARAMETERS
     if unknown:
-        raise ValueError(f"{what} have the key {min(unknown)!r}, which merge does not know")
+        raise ValueError(f"{what} have the key {_shown(unknown)}, which merge does not know")
     return {key: _plain(key, value) for key, value in found.items()}
 
 
@@ -199,15 +229,15 @@ def _plain(key: str, value: Any) -> Any:
 
 def _number(parameters: Mapping[str, Any], key: str, of: str) -> float:
     value = parameters.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{key} of {of!r} is {value!r}, expected a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+        raise ValueError(f"{key} of {of!r} is {_shown([value])}, expected a number")
     return float(value)
 
 
 def _flag(parameters: Mapping[str, Any], key: str) -> bool | None:
     value = parameters.get(key)
     if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{key} is {value!r}, expected true or false")
+        raise ValueError(f"{key} is {_shown([value])}, expected true or false")
     return value
 
 
@@ -228,6 +258,6 @@ def _dtype(config: Mapping[str, Any]) -> str | None:
     wanted = config.get("out_dtype") or config.get("dtype")
     if wanted is None:
         return None
-    if wanted not in _DTYPES:
-        raise ValueError(f"dtype is {wanted!r}, expected one of {', '.join(_DTYPES)}")
+    if not isinstance(wanted, str) or wanted not in _DTYPES:
+        raise ValueError(f"dtype is {_shown([wanted])}, expected one of {', '.join(_DTYPES)}")
     return _DTYPES[wanted]

@@ -7,6 +7,7 @@ the model is not interpreted.
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ _LEAST_BYTES = 64  # smaller tensors take less space beside the graph
 _MAX_FIELDS = 1 << 20
 _MAX_TEXT_BYTES = 1 << 16
 _WINDOW_BYTES = 1 << 16
+_MAX_DIMENSIONS = 1 << 10
+_NUMBER = re.compile("[0-9]{1,18}")
 
 
 def onnx_regions(fd: int, path: Path) -> dict[str, list[Region]]:
@@ -138,7 +141,7 @@ def _tensor(message: _Message, begin: int, end: int) -> tuple[str, Region | None
     place = external.get("location", "")
     if place:
         offset, length = external.get("offset", "0"), external.get("length", "")
-        if not (offset.isascii() and offset.isdigit() and length.isascii() and length.isdigit()):
+        if not (_NUMBER.fullmatch(offset) and _NUMBER.fullmatch(length)):
             return place, None
         raw = int(offset), int(offset) + int(length)
     if raw[0] < 0:
@@ -153,4 +156,6 @@ def _integers(message: _Message, begin: int, end: int) -> list[int]:
     while begin < end:
         value, begin = message.integer(begin)
         found.append(value)
+        if len(found) > _MAX_DIMENSIONS:
+            raise message.error()
     return found

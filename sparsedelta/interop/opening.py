@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from sparsedelta._typing import JSON, AnyPath
-from sparsedelta.errors import BadMagic, BaseNeeded, FormatError
+from sparsedelta.errors import BadMagic, BaseNeeded, FormatError, UnsupportedFeature
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.unread import OLD_PICKLE
 from sparsedelta.format.delta import AnyDelta, Delta, load
@@ -86,6 +86,10 @@ def opened_chain(
             if isinstance(one, Delta) or form is None:
                 delta = one if isinstance(one, Delta) else stack.enter_context(_load(one, any_size))
             else:
+                if form.not_read:
+                    raise UnsupportedFeature(
+                        f"'{one}': {form.title} cannot be read: {form.not_read}"
+                    )
                 if base is None:
                     raise BaseNeeded(
                         f"'{one}' is a delta of the form {form.name} ({form.title}), which can be read only with"

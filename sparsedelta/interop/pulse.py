@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ import zstandard
 from sparsedelta._typing import JSON
 from sparsedelta.codecs.values import Bits
 from sparsedelta.errors import Corrupt, StructureMismatch, UnsupportedVersion
-from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.format.records import TensorSpec
 from sparsedelta.format.safetensors_header import read_shape
 from sparsedelta.format.strict_json import integer, items, parse_json, text
@@ -22,15 +23,27 @@ from sparsedelta.interop.abilities import Abilities
 from sparsedelta.interop.digests import check_digest, new_xxh3_128
 from sparsedelta.interop.files import exactly_unpacked, write_new
 from sparsedelta.interop.form import Form, Reading, Setting, Settings
-from sparsedelta.interop.scatter import Scatter
+from sparsedelta.interop.pulse_streams import (
+    decode_by_exponent,
+    decode_gaps,
+    decode_rice,
+    decode_values,
+    encode_by_exponent,
+    encode_gaps,
+    encode_rice,
+    encode_values,
+)
+from sparsedelta.interop.scatter import check_shape
 from sparsedelta.interop.source import Source
 from sparsedelta.interop.transition import Changed, Transition
-from sparsedelta.interop.view import PatchedCheckpoint, bits_of
+from sparsedelta.interop.view import PatchedCheckpoint, bits_of, check_indices
 
 _MAGIC = b"PULSEPT1"
 _PREFIX = "xxh3_128:"
-_ENCODING = "delta-u16-esc"
-_ESCAPE = 0xFFFF
+_ENCODINGS = {1: "delta-u16-esc", 2: "rice-gap", 3: "exp-class-rice"}  # of positions, by version
+_VALUES = "zz-delta-u8esc"  # of values, except in version 1
+# What the streams of an element, and those of a tensor beside its elements, take at most.
+_ELEMENT_BYTES, _TENSOR_BYTES = 16, 1 << 13
 _HEADER_BYTES = 64 << 20
 _MAX_ELEMENTS = 1 << 32
 _LEVEL = 1
@@ -40,10 +53,10 @@ class PulsePatch(Form):
     """New BF16 values, with a digest of each tensor and one of the whole state."""
 
     name = "pulsept1"
-    title = "PULSEPT1 patch (Basilica), format version 1"
+    title = "PULSEPT1 patch (Basilica), format version 1, 2 or 3"
     source = "basilica-sdk 0.36.8, basilica._pulse.codec"
     abilities = Abilities(dtypes=frozenset({"BF16"}), proof="all tensors")
-    settings: ClassVar[Settings] = {"step": 1, "base_step": 0, "model_id": ""}
+    settings: ClassVar[Settings] = {"version": (1, 2, 3), "step": 1, "base_step": 0, "model_id": ""}
 
     def recognise(self, source: Source) -> bool:
         """Return whether the file begins with the magic."""
@@ -52,19 +65,20 @@ class PulsePatch(Form):
     def read(self, source: Source, base: Checkpoint) -> Reading:
         """Return the delta, opened with its base; see ``Form.read``."""
         n_elements = sum(t.spec.n_elements for t in base.tensors.values())
-        data = source.read_bytes(_HEADER_BYTES + 10 * n_elements)
+        most = _ELEMENT_BYTES * n_elements + _TENSOR_BYTES * len(base.tensors)
+        data = source.read_bytes(_HEADER_BYTES + most)
         begin = len(_MAGIC) + 4
         end = begin + int.from_bytes(data[begin - 4 : begin], "little")
         if len(data) < end:
             raise Corrupt(f"'{source.path}' ends within its header; the delta is damaged")
         header = _object(parse_json(data[begin:end], "the header"), "the header")
         version = header.get("formatVersion")
-        if version != 1:
+        if type(version) is not int or version not in _ENCODINGS:
             raise UnsupportedVersion(
-                f"'{source.path}' has format version {str(version)[:20]}, expected 1; write the patch again with"
-                " format_version=1"
+                f"'{source.path}' has format version {str(version)[:20]}, expected 1, 2 or 3; write the patch again"
+                " with format_version=3"
             )
-        entries = [_Entry(one) for one in items(header.get("tensors"), "tensors")]
+        entries = [_Entry(one, version) for one in items(header.get("tensors"), "tensors")]
         names = [entry.name for entry in entries]
         if names != sorted({*names}):
             raise Corrupt(
@@ -72,29 +86,32 @@ class PulsePatch(Form):
             )
         _check_base(base, names)
         total = sum(entry.idx_bytes + entry.val_bytes for entry in entries)
-        if total > 8 * n_elements:
+        if total > most:
             raise Corrupt(
                 f"the header states {total} bytes of changes, more than the base can have"
             )
         raw = exactly_unpacked(data[end:], total, f"'{source.path}'") if total else b""
-        patches = _patches(entries, memoryview(raw))
-        target = PatchedCheckpoint(base, patches)
+        target = PatchedCheckpoint(base, _changes(entries, version, memoryview(raw)))
         _check_state(entries, header.get("stateDigest"))
         says: dict[str, JSON] = {
-            key: header[key] for key in ("step", "baseStep") if isinstance(header.get(key), int)
+            key: header[key]
+            for key in ("formatVersion", "step", "baseStep")
+            if isinstance(header.get(key), int)
         }
 
         def check() -> None:
-            for entry in entries:
-                for tensor in target.tensors.values():
-                    if tensor.name == entry.name:
-                        check_digest(entry.name, _digest(bits_of(tensor)), entry.digest)
+            digests = {entry.name: entry.digest for entry in entries}
+            for tensor in target.tensors.values():
+                if tensor.name in digests:
+                    found = _digest(bits_of(tensor))
+                    check_digest(tensor.name, found, digests[tensor.name])
 
         return Reading(target, "all tensors", says, check)
 
     def write(self, change: Transition, out: Path, settings: Mapping[str, Setting]) -> None:
         """Write the form; see ``Form.write``."""
-        changed = {one.name: _coded(one) for one in change.changed()}
+        version = int(settings["version"])
+        changed = {one.name: (len(one.indices), *_coded(one, version)) for one in change.changed()}
         if any(tensor.spec.dtype.name != "BF16" for tensor in change.target.tensors.values()):
             change.lose(
                 "the digests of tensors that are not BF16; readers accept only BF16 checkpoints"
@@ -103,18 +120,16 @@ class PulsePatch(Form):
         for tensor in change.all_tensors():
             if tensor.spec.dtype.name != "BF16":
                 continue
-            indices, values = changed.get(tensor.name, (b"", b""))
+            n_changed, indices, values = changed.get(tensor.name, (0, b"", b""))
             blocks += [indices, values]
-            entries.append(
-                _entry(tensor.name, tensor.spec, indices, values, _digest(bits_of(tensor)))
-            )
+            entries.append(_entry(tensor, n_changed, version, len(indices), len(values)))
         old = [
             _digest(bits_of(t))
             for t in sorted(change.base.tensors.values(), key=lambda t: t.name)
             if t.spec.dtype.name == "BF16"
         ]
         header = {
-            "formatVersion": 1,
+            "formatVersion": version,
             "step": settings["step"],
             "baseStep": settings["base_step"],
             "model": {
@@ -134,7 +149,7 @@ class PulsePatch(Form):
 class _Entry:
     """One tensor of a header, checked."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, version: int) -> None:
         entry = _object(value, "an item of tensors")
         self.name = text(entry.get("name"), "name")
         where = f"tensor {self.name!r}"
@@ -144,15 +159,21 @@ class _Entry:
         self.val_bytes = integer(entry.get("valBytes"), f"{where}, valBytes")
         self.digest = text(entry.get("tensorDigest"), f"{where}, tensorDigest")
         numel = integer(entry.get("numel"), f"{where}, numel")
-        if entry.get("dtype") != "bf16" or entry.get("idxEnc") != _ENCODING or "valEnc" in entry:
+        encoding, values = _ENCODINGS[version], None if version == 1 else _VALUES
+        if (entry.get("dtype"), entry.get("idxEnc"), entry.get("valEnc")) != (
+            "bf16",
+            encoding,
+            values,
+        ):
             raise UnsupportedVersion(
-                f"{where} has dtype {str(entry.get('dtype'))[:20]!r} and index encoding"
-                f" {str(entry.get('idxEnc'))[:40]!r}, expected 'bf16' and {_ENCODING!r} without valEnc"
+                f"{where} has dtype {str(entry.get('dtype'))[:20]!r}, index encoding {str(entry.get('idxEnc'))[:40]!r}"
+                f" and value encoding {str(entry.get('valEnc'))[:40]!r}, expected 'bf16', {encoding!r} and {values!r}"
             )
+        least, most = (2, 2) if version == 1 else (1, 3)  # bytes of a value
         if (
             numel != math.prod(self.shape)
-            or self.val_bytes != 2 * self.changed
-            or self.changed > numel
+            or not least * self.changed <= self.val_bytes <= most * self.changed
+            or not self.changed <= numel < _MAX_ELEMENTS
         ):
             raise Corrupt(f"{where}: shape, numel, changed and valBytes do not agree")
 
@@ -174,78 +195,76 @@ def _check_base(base: Checkpoint, names: list[str]) -> None:
         )
 
 
-def _patches(entries: list[_Entry], data: memoryview) -> dict[str, Scatter]:
-    patches, at = {}, 0
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """The streams of one tensor, decoded when the tensor is read."""
+
+    entry: _Entry
+    version: int
+    positions: memoryview
+    values: memoryview
+
+    def __call__(self, old: Bits, spec: TensorSpec) -> Bits:
+        """Return the new bits; see ``Patch``."""
+        entry = self.entry
+        check_shape(entry.shape, spec, entry.name)
+        try:
+            indices = self._indices(old)
+            check_indices(indices, spec, entry.name)
+            if self.version == 1:
+                values: Bits = np.frombuffer(self.values, "<u2")
+            else:
+                values = decode_values(self.values, old[indices])
+        except Corrupt as error:
+            raise Corrupt(f"tensor {entry.name!r}: {error}", tensor=entry.name) from error
+        old[indices] = values
+        return old
+
+    def _indices(self, old: Bits) -> npt.NDArray[np.int64]:
+        if self.version == 3:
+            return decode_by_exponent(self.positions, self.entry.changed, old)
+        decode = decode_gaps if self.version == 1 else decode_rice
+        return decode(self.positions, self.entry.changed, len(old))
+
+
+def _changes(entries: list[_Entry], version: int, data: memoryview) -> dict[str, _Change]:
+    changes, at = {}, 0
     for entry in entries:
         middle = at + entry.idx_bytes
         end = middle + entry.val_bytes
-        indices = _decoded(data[at:middle], entry)
-        values = np.frombuffer(data[middle:end], "<u2")
-        patches[entry.name] = Scatter(entry.name, "BF16", indices, values, entry.shape)
+        changes[entry.name] = _Change(entry, version, data[at:middle], data[middle:end])
         at = end
-    return patches
+    return changes
 
 
-def _decoded(data: memoryview, entry: _Entry) -> npt.NDArray[np.int64]:
-    """Return flat indices: the first as u32, then gaps as u16, or as the escape 0xFFFF and a u32."""
-    damaged = Corrupt(
-        f"tensor {entry.name!r}: the indices are damaged, or are not as many as stated",
-        tensor=entry.name,
-    )
-    if not entry.changed:
-        if len(data):
-            raise damaged
-        return np.empty(0, np.int64)
-    if len(data) < 4 or len(data) % 2:
-        raise damaged
-    cells = np.frombuffer(data[4:], "<u2")
-    parts, at = [np.frombuffer(data[:4], "<u4").astype(np.int64)], 0
-    for mark in np.flatnonzero(cells == _ESCAPE).tolist():
-        if mark < at:  # the half of an escaped gap, not a mark
-            continue
-        if mark + 3 > len(cells):
-            raise damaged
-        wide = int(cells[mark + 1]) | int(cells[mark + 2]) << 16
-        parts += [cells[at:mark].astype(np.int64), np.array([wide], np.int64)]
-        at = mark + 3
-    parts.append(cells[at:].astype(np.int64))
-    indices = np.cumsum(np.concatenate(parts))
-    if len(indices) != entry.changed:
-        raise damaged
-    return indices
-
-
-def _coded(one: Changed) -> tuple[bytes, bytes]:
+def _coded(one: Changed, version: int) -> tuple[bytes, bytes]:
     """Return the streams of indices and values of a changed tensor."""
     if one.spec.n_elements >= _MAX_ELEMENTS:
         raise ValueError(
             f"tensor {one.name!r} has 2^32 elements or more, which PULSEPT1 does not allow"
         )
-    gaps = np.diff(one.indices)
-    wide = gaps >= _ESCAPE
-    cells = np.zeros((len(gaps), 3), "<u2")
-    cells[:, 0] = np.where(wide, _ESCAPE, gaps)
-    cells[:, 1], cells[:, 2] = gaps & 0xFFFF, gaps >> 16
-    used = np.ones((len(gaps), 3), np.bool_)
-    used[~wide, 1:] = False
-    first = one.indices[:1].astype("<u4").tobytes()
-    return first + cells[used].tobytes(), one.values.tobytes()
+    if version == 1:
+        return encode_gaps(one.indices), one.values.tobytes()
+    values = encode_values(one.old[one.indices], one.values)
+    if version == 2:
+        return encode_rice(one.indices), values
+    return encode_by_exponent(one.indices, one.old), values
 
 
 def _entry(
-    name: str, spec: TensorSpec, indices: bytes, values: bytes, digest: str
+    tensor: Tensor, n_changed: int, version: int, idx_bytes: int, val_bytes: int
 ) -> dict[str, Any]:
     return {
-        "name": name,
-        "shape": list(spec.shape),
-        "numel": spec.n_elements,
+        "name": tensor.name,
+        "shape": list(tensor.spec.shape),
+        "numel": tensor.spec.n_elements,
         "dtype": "bf16",
-        "changed": len(values) // 2,
-        "idxEnc": _ENCODING,
-        "idxBytes": len(indices),
-        "valBytes": len(values),
-        "tensorDigest": digest,
-    }
+        "changed": n_changed,
+        "idxEnc": _ENCODINGS[version],
+        "idxBytes": idx_bytes,
+        "valBytes": val_bytes,
+        "tensorDigest": _digest(bits_of(tensor)),
+    } | ({} if version == 1 else {"valEnc": _VALUES})
 
 
 def _sorted_json(value: Any) -> bytes:

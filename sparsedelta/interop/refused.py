@@ -34,8 +34,8 @@ class Z4Model(Form):
     title = "z4ai, model_delta"
     source = "z4ai 0.2.0, z4ai/model_delta.py"
     not_read: ClassVar[str | None] = (
-        "its frames can be decoded only by z4ai, whose memory is not bounded for damaged files; rebuild the target"
-        " with `z4ai`, and make a delta of it (`sparsedelta diff`)"
+        "its frames can be decoded only by z4ai, whose entropy coders have no specification; rebuild the target with"
+        " `z4ai`, and make a delta of it (`sparsedelta diff`)"
     )
     not_written: ClassVar[str | None] = "only z4ai can write its frames"
 

@@ -33,12 +33,8 @@ class Scatter:
 
     def __call__(self, old: Bits, spec: TensorSpec) -> Bits:
         """Return the new bits; see ``Patch``."""
-        if self.shape is not None and self.shape != spec.shape:
-            raise Corrupt(
-                f"tensor {self.name!r} has shape {list(spec.shape)} in the base and {list(self.shape)} in the"
-                " delta; use the base that the delta was made from",
-                tensor=self.name,
-            )
+        if self.shape is not None:
+            check_shape(self.shape, spec, self.name)
         check_same_length(len(self.indices), len(self.values), self.name)
         check_indices(self.indices, spec, self.name)
         old[self.indices] = self._as_base(spec)
@@ -55,4 +51,14 @@ class Scatter:
             f"tensor {self.name!r} is {spec.dtype.name} in the base, but the delta holds {self.dtype} values; use"
             " the base that the delta was made from",
             tensor=self.name,
+        )
+
+
+def check_shape(stated: tuple[int, ...], spec: TensorSpec, name: str) -> None:
+    """Raise Corrupt if the shape that a file states is not that of the base."""
+    if stated != spec.shape:
+        raise Corrupt(
+            f"tensor {name!r} has shape {list(spec.shape)} in the base and {list(stated)} in the"
+            " delta; use the base that the delta was made from",
+            tensor=name,
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from sparsedelta._typing import JSON
 from sparsedelta.errors import Corrupt, UnsupportedFeature
@@ -131,6 +132,7 @@ def _text(record: Mapping[str, Any], key: str) -> str:
 def _add(path: Path, records: list[dict[str, Any]], patches: dict[str, Bytes]) -> None:
     if not path.is_file():
         raise Corrupt(f"{MANIFEST} names the file '{path.name}', which does not exist")
+    frames: dict[str, npt.NDArray[np.uint8]] = {}  # by key: several records may name the same one
     with TensorFile(path) as file:
         for record in records:
             name = _text(record, "name")
@@ -144,6 +146,8 @@ def _add(path: Path, records: list[dict[str, Any]], patches: dict[str, Bytes]) -
                 )
             if name in patches:
                 raise Corrupt(f"{MANIFEST} lists tensor {name[:80]!r} twice")
-            frame = file.bits(_text(record, "payload_key"), "U8")
+            key = _text(record, "payload_key")
+            if key not in frames:
+                frames[key] = file.bits(key, "U8")
             digest = _text(record, "sha256" if old else "checksum")
-            patches[name] = Bytes(name, frame, "xor", checksum, digest)
+            patches[name] = Bytes(name, frames[key], "xor", checksum, digest)

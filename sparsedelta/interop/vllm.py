@@ -6,6 +6,7 @@ the same attributes, so vLLM need not be installed. A NaN means "unchanged" ther
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -89,12 +90,13 @@ def from_patches(patches: Iterable[Any], *, base: AnyPath, level: str = "default
     """Return the delta that applies patches to a base, in order.
 
     Args:
-        patches: objects with the attributes of vLLM's ``CheckpointWeightPatch``.
+        patches: objects with the attributes of vLLM's ``CheckpointWeightPatch``. Dense ones (without indices) and
+            sparse ones can be mixed, also for one tensor; vLLM itself takes only one kind in a call.
         base: the checkpoint whose tensors they change.
         level: as for ``diff``.
 
     Raises:
-        Corrupt: a patch does not fit the tensor, or holds an index twice or a new NaN.
+        Corrupt: a patch does not fit the tensor, or is sparse and holds an index twice or a new NaN.
         StructureMismatch: the base has no tensor of a name.
     """
     by_name: dict[str, list[Patch]] = {}
@@ -119,16 +121,27 @@ class _InOrder:
 
 def _patch(patch: Any) -> Scatter:
     values = patch.values.detach().to(patch.dtype).cpu().contiguous()
+    shape = tuple(patch.shape)
     if patch.indices is None:
-        indices = np.arange(values.numel())
-        order = indices
+        indices = order = np.arange(values.numel())
+        n_expected = math.prod(shape)
     else:
-        if values.isnan().any():
+        if values.float().isnan().any():
             raise Corrupt(
                 f"the patch of {patch.name!r} holds a NaN, which vLLM reads as an unchanged element"
             )
-        found = patch.indices.detach().cpu().long().numpy()
-        order = np.argsort(found, kind="stable")
-        indices = found[order]
+        found = patch.indices.detach().cpu()
+        if found.is_floating_point() or found.ndim != 1:
+            raise Corrupt(
+                f"the indices of the patch of {patch.name!r} are {found.dtype} {list(found.shape)}, expected one"
+                " dimension of int32 or int64"
+            )
+        order = np.argsort(found.long().numpy(), kind="stable")
+        indices = found.long().numpy()[order]
+        n_expected = len(indices)
+    if values.numel() != n_expected:
+        raise Corrupt(
+            f"the patch of {patch.name!r} has {values.numel()} values, expected {n_expected}"
+        )
     bits: Bits = flat_bits(values).numpy()[order].view(f"u{values.element_size()}")
-    return Scatter(patch.name, wire_name(patch.dtype), indices, bits, tuple(patch.shape))
+    return Scatter(patch.name, wire_name(patch.dtype), indices, bits, shape)

@@ -23,7 +23,7 @@ EXACT: list[tuple[str, dict[str, str]]] = [
     ("skyrl", {"checksum": "xxh3-128"}),
     ("skyrl", {"checksum": "sha256"}),
     *(("grail", {"version": version}) for version in ("2", "3", "31")),
-    ("pulsept1", {}),
+    *(("pulsept1", {"version": version}) for version in ("1", "2", "3")),
     ("arc2", {}),
 ]
 # Forms that add numbers.

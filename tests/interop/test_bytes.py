@@ -367,7 +367,8 @@ def test_grail_columns_within_a_row(tmp_path: Path) -> None:
         (grail(2, shape=[3, 1 << 62, 1 << 62]), Corrupt),
         (grail(31, name="z"), StructureMismatch),
         (grail(31)[:-3], BadMagic),
-        (frame(struct.pack("<I", 1 << 31) + b'{"version":2,"tensors":[]}'), Corrupt),
+        (frame(struct.pack("<I", 1 << 31) + b'{"version":2,"tensors":[]}'), LimitExceeded),
+        (frame(struct.pack("<I", 1 << 19) + b'{"version":2,"tensors":[]}'), Corrupt),
         (frame(struct.pack("<I", 26) + b'{"version":2,"tensors":{}}'), Corrupt),
         (frame(struct.pack("<I", 26) + b'{"version":2,"tensors":[' + b"[" * 200_000), Corrupt),
         (frame(struct.pack("<I", 20) + b'{"version":2,' + bytes(200 << 20)), LimitExceeded),
@@ -389,12 +390,16 @@ def xxh(data: bytes) -> str:
 
 
 def pulse(
-    *, payload: bytes | None = None, top: dict[str, Any] | None = None, **changes: Any
+    *,
+    payload: bytes | None = None,
+    top: dict[str, Any] | None = None,
+    first: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> bytes:
     entries: list[dict[str, Any]] = [
         {
             "name": "v", "shape": [2], "numel": 2, "dtype": "bf16", "changed": 0, "idxEnc": "delta-u16-esc",
-            "idxBytes": 0, "valBytes": 0, "tensorDigest": xxh(V.data),
+            "idxBytes": 0, "valBytes": 0, "tensorDigest": xxh(V.data), **(first or {}),
         },
         {
             "name": "w", "shape": [3, 4], "numel": 12, "dtype": "bf16", "changed": 3, "idxEnc": "delta-u16-esc",
@@ -429,6 +434,73 @@ def test_pulse(base: Path, target: Path, tmp_path: Path) -> None:
     assert found["baseStateDigest"] == found["model"]["digest"] == base_state
 
 
+# Gaps less one are 1, 4, 4: quotients 0, 2, 2 as 0 110 110 and a one as padding; remainders 1, 0, 0.
+RICE = b"\x01" + struct.pack("<I", 1) + bytes([0b01101101, 0b10000000])
+# W has the exponent 127 throughout, and 3 of its 12 elements change.
+BY_EXPONENT = struct.pack("<HBBII", 1, 127, 0, 3, len(RICE)) + RICE
+# New less old bits are −11888, 16506, 16438: too large for a byte as zigzag numbers.
+DIFFERENCES = b"\xff\xff\xff" + struct.pack("<HHH", 2 * 11888 - 1, 2 * 16506, 2 * 16438)
+VERSIONS = {2: ("rice-gap", RICE), 3: ("exp-class-rice", BY_EXPONENT)}
+
+
+def pulse_of(version: int, *, payload: bytes | None = None, **changes: Any) -> bytes:
+    """Return a patch of version 2 or 3."""
+    encoding, positions = VERSIONS[version]
+    both = {"idxEnc": encoding, "valEnc": "zz-delta-u8esc"}
+    return pulse(
+        payload=positions + DIFFERENCES if payload is None else payload,
+        top={"formatVersion": version},
+        first=both,
+        **{**both, "idxBytes": len(positions), "valBytes": len(DIFFERENCES), **changes},
+    )
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_pulse_versions_2_and_3(version: int, base: Path, target: Path, tmp_path: Path) -> None:
+    foreign = write(tmp_path / "f", pulse_of(version))
+    assert rebuilt(base, foreign) == target.read_bytes()
+    sparsedelta.convert(
+        target, tmp_path / "ours", base=base, write_as="pulsept1", settings={"version": version}
+    )
+    content = (tmp_path / "ours").read_bytes()
+    end = 12 + int.from_bytes(content[8:12], "little")
+    assert (
+        json.loads(content[12:end])["tensors"]
+        == json.loads(foreign.read_bytes()[12:].split(b"\x28\xb5\x2f\xfd")[0])["tensors"]
+    )
+    assert (
+        zstandard.ZstdDecompressor().decompress(content[end:]) == VERSIONS[version][1] + DIFFERENCES
+    )
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"valEnc": "zz"}, UnsupportedVersion),
+        ({"idxEnc": "delta-u16-esc"}, UnsupportedVersion),
+        ({"valBytes": 10}, Corrupt),
+        ({"changed": 2}, Corrupt),
+        ({"changed": 4}, Corrupt),
+        ({"idxBytes": 1 << 62}, Corrupt),
+        ({"shape": [3, 1 << 62, 4], "numel": 12 << 62}, Corrupt),
+        ({"shape": [1 << 16, 1 << 16], "numel": 1 << 32}, Corrupt),
+        ({"payload": bytes(40)}, SparseDeltaError),
+        ({"payload": bytes(1 << 24)}, LimitExceeded),
+    ],
+)
+def test_pulse_versions_2_and_3_damaged(
+    version: int,
+    changes: dict[str, Any],
+    error: type[SparseDeltaError],
+    base: Path,
+    tmp_path: Path,
+) -> None:
+    foreign = write(tmp_path / "f", pulse_of(version, **changes))
+    with pytest.raises(error):
+        rebuilt(base, foreign)
+
+
 def test_pulse_escaped_gaps(tmp_path: Path) -> None:
     """Gaps of 65,535 and more are escaped, also where half of an escaped gap looks like the escape."""
     w = raw("BF16", np.zeros(300_000, np.uint16))
@@ -448,6 +520,8 @@ def test_pulse_escaped_gaps(tmp_path: Path) -> None:
     ("content", "error"),
     [
         (pulse(top={"formatVersion": 2}), UnsupportedVersion),
+        (pulse(top={"formatVersion": 4}), UnsupportedVersion),
+        (pulse(top={"formatVersion": True}), UnsupportedVersion),
         (pulse(idxEnc="rice-gap"), UnsupportedVersion),
         (pulse(dtype="fp32"), UnsupportedVersion),
         (pulse(valEnc="zz"), UnsupportedVersion),

@@ -131,7 +131,11 @@ def test_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
         ("a: [", "error in line"),
         ("- 1", "holds no keys"),
         ("a: &x [1]\nb: *x", "aliases"),
-        ("[" * 5000, "not YAML"),
+        ("[" * 5000, "deeper than 16"),
+        ("- " * 100, "deeper than 16"),
+        ("dtype: 2001-99-99", "not YAML"),
+        ("1: x\nfoo: y", "has the key '?1"),
+        ("{merge_method: linear, base_model: b, models: [], dtype: [a]}", "dtype is .'a'"),
         ("\x00", "not YAML"),
     ],
 )

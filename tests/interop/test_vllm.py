@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import of_array
 from interop.interop_helpers import floats, pair, with_bits
 from safetensors.torch import load_file
 
@@ -102,6 +103,39 @@ def test_patches_that_do_not_fit(tmp_path: Path) -> None:
     refused(WeightPatch("w", (6,), torch.bfloat16, one * torch.nan, index), Corrupt, "NaN")
     twice = torch.tensor([2, 2])
     refused(WeightPatch("w", (6,), torch.bfloat16, torch.ones(2), twice), Corrupt, "increasing")
+    refused(
+        WeightPatch("w", (6,), torch.bfloat16, torch.ones(2), index),
+        Corrupt,
+        "2 values, expected 1",
+    )
+    refused(WeightPatch("w", (6,), torch.bfloat16, torch.ones(5)), Corrupt, "5 values, expected 6")
+    refused(WeightPatch("w", (6,), torch.bfloat16, one, index.float()), Corrupt, "float32")
+
+
+def test_dense_and_sparse_patches_of_one_tensor(tmp_path: Path) -> None:
+    """In order: a dense patch replaces what earlier ones wrote, NaNs included, and later ones write into it."""
+    old = {"w": floats("BF16", 2, 3), "f": of_array("F8_E4M3", np.arange(4, dtype=np.uint8))}
+    given = pair(tmp_path, old, old | {"w": with_bits(old["w"], {0: 0x4000})})
+    bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
+
+    def sparse(index: int, value: float) -> WeightPatch:
+        return WeightPatch("w", (2, 3), bf16, torch.tensor([value]), torch.tensor([index]))
+
+    dense = torch.tensor([1.0, torch.nan, 3, 4, -0.0, 6])
+    patches = [
+        sparse(0, 7.0),
+        WeightPatch("w", (2, 3), bf16, dense),
+        sparse(5, 8.0),
+        WeightPatch("f", (4,), fp8, torch.tensor([2.0]).to(fp8), torch.tensor([1])),
+    ]
+    with from_patches(patches, base=given.base) as delta:
+        delta.save(tmp_path / "x.sd")
+    sparsedelta.apply(given.base, tmp_path / "x.sd", tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    expected = dense.to(bf16).view(2, 3)
+    expected[1, 2] = 8.0
+    assert torch.equal(found["w"].view(torch.int16), expected.view(torch.int16))
+    assert found["f"].float().tolist()[1] == 2.0
 
 
 def test_random_changes(tmp_path: Path) -> None:

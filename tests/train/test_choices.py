@@ -44,6 +44,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"block": (2, 5), "selection": "proportional"},
     {"selection": "mask.safetensors"},
     {"selection": "mask.npz"},
+    {"selection": "mask.pt"},
     {"selection": "first.sd"},
 ]
 
@@ -60,13 +61,14 @@ def optimizer_of(sift: SIFT) -> torch.optim.Optimizer:
 
 
 def make_files(folder: Path) -> None:
-    """Write a delta of a first training, and its mask in both forms."""
+    """Write a delta of a first training, and its mask in all forms."""
     model = make_net()
     with SIFT(model, 0.1, WEIGHTS) as sift:
         train(sift, optimizer_of(sift), make_inputs(1))
         save_mask(sift, folder / "mask.safetensors")
         arrays: Any = {n: m.numpy() for n, m in load_mask(folder / "mask.safetensors").items()}
         np.savez(folder / "mask.npz", **arrays)
+        torch.save(load_mask(folder / "mask.safetensors"), folder / "mask.pt")
         export_delta(model, folder / "first.sd", sift=sift)
 
 
@@ -74,7 +76,7 @@ def make_files(folder: Path) -> None:
 def test_updates_choice_resume_and_export_are_exact(tmp_path: Path, more: dict[str, Any]) -> None:
     make_files(tmp_path)
     given = dict(more)
-    is_file = str(given.get("selection", "")).endswith((".safetensors", ".npz", ".sd"))
+    is_file = str(given.get("selection", "")).endswith((".safetensors", ".npz", ".pt", ".sd"))
     if is_file:
         given["selection"] = tmp_path / given["selection"]
     else:
@@ -330,9 +332,15 @@ def test_a_wrong_mask_is_one_clear_sentence(tmp_path: Path) -> None:
     np.savez(tmp_path / "empty.npz", **{"first.weight": np.zeros((16, 12), bool)})  # type: ignore[arg-type]
     np.savez(tmp_path / "other.npz", w=np.ones(3, bool))
     (tmp_path / "c.npz").write_bytes(b"")
+    (tmp_path / "c.pt").write_bytes(b"")
+    torch.save({"w": torch.zeros(3, dtype=torch.int64)}, tmp_path / "b.pt")
+    torch.save({"first.weight": torch.zeros(16, 12, dtype=torch.bool)}, tmp_path / "empty.pt")
     cases = {
         "a.safetensors": "is not a mask", "c.npz": "is not a mask", "b.npz": "has dtype torch.int64",
         "empty.npz": "chooses no component", "other.npz": "names 'w', which is no parameter of Net",
+    }  # fmt: skip
+    cases |= {
+        "c.pt": "is not a mask", "b.pt": "'w' .* is not a bool tensor", "empty.pt": "chooses no component",
     }  # fmt: skip
     for name, message in cases.items():
         with pytest.raises(ValueError, match=message):
