@@ -91,6 +91,11 @@ class RegionFiles(Checkpoint):
         )
         self.roles = roles([file.path for file in self.weight_files], {})
 
+    def location(self, file: str) -> Path:
+        """Return the path of the file that a weight file stands for."""
+        path = file.removesuffix(WEIGHT_SUFFIX)
+        return self.path / path if self.path.is_dir() else self.path
+
     def _open(self, exclude: Sequence[str]) -> None:
         if not self.path.is_dir():
             self._open_file()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparsedelta._typing import JSON, AnyPath
-from sparsedelta.codecs.chunk import check_streams
 from sparsedelta.errors import TargetMismatch
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.layout import target_layout
@@ -20,7 +19,7 @@ from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.ops.lookup import Lookup
 from sparsedelta.ops.rebuilding import rebuild_tensors
 from sparsedelta.progress import Progress
-from sparsedelta.tensors.changes import decode_row_chunk, place_for, read_coded
+from sparsedelta.tensors.changes import decode_row
 from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.small import Group, SmallRows, groups, handled, rows_outside
@@ -153,22 +152,12 @@ class _Decoding:
     def run(self, item: int | Group) -> None:
         """Decode a row, or a group of rows."""
         if isinstance(item, int):
-            _decode(self._delta, self._delta.tensors[item], self._pace)
+            decode_row(self._delta.tensors[item], self._delta.payload, self._pace)
         elif self._small:
             _, left = self._small.run(item)
             for number in left:
-                _decode(self._delta, self._delta.tensors[number], self._pace)
+                decode_row(self._delta.tensors[number], self._delta.payload, self._pace)
             self._pace.advance(self.cost(item) - sum(map(self.cost, left)))
-
-
-def _decode(delta: Delta, row: Row, pace: Pace) -> None:
-    for chunk in row.chunks:
-        with place_for(chunk.nnz, row.target.dtype):
-            if chunk.coding.classes and chunk.start < row.keep:
-                check_streams(chunk, row.target.dtype, read_coded(row, chunk, delta.payload))
-            else:
-                decode_row_chunk(row, chunk, delta.payload, None)
-        pace.advance(chunk.stored_bytes)
 
 
 def _check_target(delta: Delta, target: Checkpoint, progress: Progress | None) -> None:
