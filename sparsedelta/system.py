@@ -22,6 +22,7 @@ if sys.platform != "win32":
 _COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 OPEN = os.O_RDONLY | _COMMON | getattr(os, "O_NONBLOCK", 0)
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _COMMON
+EDIT = os.O_WRONLY | _COMMON
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _MANY_FILES = 10_000  # macOS refuses more than its own limit of 10,240

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import get_args
 
-from sparsedelta._typing import AnyPath
+from sparsedelta._typing import AnyPath, Executor
 from sparsedelta.errors import BaseMismatch
 from sparsedelta.files import junk
 from sparsedelta.files.checkpoint import Checkpoint
@@ -29,14 +29,16 @@ from sparsedelta.fs import (
     check_room,
     staged_output,
     synced,
+    write_all,
 )
 from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.ops.lookup import Lookup
-from sparsedelta.ops.rebuilding import rebuild_tensors, write_all
+from sparsedelta.ops.rebuilding import rebuild_on, rebuild_tensors
 from sparsedelta.progress import Progress
 from sparsedelta.system import CREATE, allow_open_files, reserve
 from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import Check
+from sparsedelta.tensors.tasks import check_executor
 
 
 def apply(
@@ -49,6 +51,7 @@ def apply(
     exclude: Sequence[str] = (),
     any_size: bool = False,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> None:
     """Rebuild the target from ``base`` and ``delta``, and write it to ``out``.
 
@@ -64,6 +67,9 @@ def apply(
         exclude: globs of files of ``base`` to leave out, as for ``diff``; the target lacks them, too.
         any_size: accept an output of any size; see ``load``.
         progress: receives the number of bytes written.
+        executor: rebuilds on its workers instead of threads of this process: an executor of
+            ``concurrent.futures`` or anything with its ``submit``. The workers must see the base and the folder of
+            ``out`` by the same paths.
 
     Raises:
         FormatError: a delta cannot be read, or is inconsistent.
@@ -79,6 +85,7 @@ def apply(
     """
     if verify not in get_args(Check):
         raise ValueError(f"verify is {verify!r}, expected one of {', '.join(get_args(Check))}")
+    check_executor(executor)
     check_absent(Path(out), overwrite=overwrite)
     given = _as_sequence(delta)
     check_apart([base, *(one for one in given if not isinstance(one, Delta))], out)
@@ -97,7 +104,13 @@ def apply(
             left_out = exclude if number == 1 else ()
             with open_base(source, one, exclude=left_out) as checkpoint:
                 write_target(
-                    checkpoint, one, result, check=verify, exclude=exclude, progress=progress
+                    checkpoint,
+                    one,
+                    result,
+                    check=verify,
+                    exclude=exclude,
+                    progress=progress,
+                    executor=executor,
                 )
             if number > 1:
                 _remove(source)
@@ -176,6 +189,7 @@ def write_target(
     check: Check,
     exclude: Sequence[str],
     progress: Progress | None,
+    executor: Executor | None = None,
 ) -> None:
     """Write the target to a new file or folder ``out`` and sync its files; see ``apply``."""
     delta.check_output()
@@ -194,12 +208,18 @@ def write_target(
             _make_folders(delta, out)
         _write_side_files(base, delta, out, side_files)
         allow_open_files(len(files))
+        paths = [out / file.path if delta.target.is_folder else out for file in files]
         outputs = [
-            stack.enter_context(_new_file(out / file.path if delta.target.is_folder else out, file))
-            for file in files
+            stack.enter_context(_new_file(path, file))
+            for path, file in zip(paths, files, strict=True)
         ]
         stack.enter_context(synced(outputs))
-        places = [(fd, file.offsets) for fd, file in zip(outputs, files, strict=True)]
+        offsets = [file.offsets for file in files]
+        if executor is not None:
+            named = list(zip(paths, offsets, strict=True))
+            rebuild_on(executor, base, found, delta, named, check=check, progress=progress)
+            return
+        places = list(zip(outputs, offsets, strict=True))
         rebuild_tensors(found, delta, places, check=check, progress=progress)
 
 

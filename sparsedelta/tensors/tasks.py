@@ -23,7 +23,9 @@ from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.parallel import Pace
 
 TASK_BYTES = 1 << 26
-SPLIT_BYTES = 1 << 28  # a larger tensor is divided into ranges; its digest is computed by a task of its own
+SPLIT_BYTES = (
+    1 << 28
+)  # a larger tensor is divided into ranges; its digest is computed by a task of its own
 MOST_WAITING = 128
 
 R_co = TypeVar("R_co", covariant=True)
@@ -32,14 +34,11 @@ T = TypeVar("T")
 
 
 class Task(Protocol[R_co]):
-    """Work that can be pickled.
-
-    Attributes:
-        n_bytes: what the task adds to the progress.
-    """
+    """Work that can be pickled."""
 
     @property
-    def n_bytes(self) -> int: ...
+    def n_bytes(self) -> int:
+        """What the task adds to the progress."""
 
     def run(self) -> R_co:
         """Do the work, in a worker."""
@@ -119,7 +118,7 @@ class FilePlace:
 
     Attributes:
         path: absolute path.
-        n_bytes: its size.
+        n_bytes: its size; -1: it is not compared.
         changed_ns: time of the last change, in nanoseconds.
     """
 
@@ -161,7 +160,9 @@ class Files:
             with suppress(OSError):
                 if os.path.samestat(os.stat(path), found):
                     return FilePlace(path, found.st_size, found.st_mtime_ns)
-        raise CheckpointError(f"the file of tensor {tensor.name!r} was replaced meanwhile; try again")
+        raise CheckpointError(
+            f"the file of tensor {tensor.name!r} was replaced meanwhile; try again"
+        )
 
     def picked(self, tensors: Sequence[Tensor | None]) -> Picked:
         """Return tensors in a form that can be pickled."""
@@ -185,6 +186,12 @@ class Picked:
     places: tuple[FilePlace, ...]
     tensors: tuple[Tensor | None, ...]
 
+    def beside(self, path: str, tensor: Tensor) -> Picked:
+        """Return the tensors and one more, of a file whose size and time are not compared."""
+        place = FilePlace(path, -1, -1)
+        more = replace(tensor, fd=len(self.places))
+        return Picked((*self.places, place), (*self.tensors, more))
+
     @contextmanager
     def opened(self) -> Iterator[list[Tensor | None]]:
         """Yield the tensors of the opened files.
@@ -199,7 +206,10 @@ class Picked:
                 fd = open_regular(place.path)
                 stack.callback(os.close, fd)
                 found = os.fstat(fd)
-                if (found.st_size, found.st_mtime_ns) != (place.n_bytes, place.changed_ns):
+                if place.n_bytes >= 0 and (found.st_size, found.st_mtime_ns) != (
+                    place.n_bytes,
+                    place.changed_ns,
+                ):
                     raise CheckpointError(f"'{place.path}' changed while it was read; try again")
                 fds.append(fd)
             yield [one and replace(one, fd=fds[one.fd]) for one in self.tensors]
@@ -223,6 +233,12 @@ class DigestTask:
         """Read the tensors."""
         with self.picked.opened() as tensors:
             return [digest_tensor(one) for one in tensors if one]
+
+
+def digest_tasks(tensors: Iterable[Tensor], files: Files) -> Iterator[DigestTask]:
+    """Yield tasks that return the digests of all tensors, in order."""
+    for batch in batches(tensors, lambda one: one.spec.n_bytes):
+        yield DigestTask(files.picked(batch), sum(one.spec.n_bytes for one in batch))
 
 
 class BytesPayload:
