@@ -111,8 +111,8 @@ def test_the_same_bytes(executor: Any, pair: tuple[Path, Path], tmp_path: Path) 
     base, target = pair
     for options in ({}, {"values": "target", "level": "fast"}, {"standalone": True}):
         with (
-            sparsedelta.diff(base, target, **options) as one,  # type: ignore[arg-type]
-            sparsedelta.diff(base, target, executor=executor, **options) as other,  # type: ignore[arg-type]
+            sparsedelta.diff(base, target, **options) as one,
+            sparsedelta.diff(base, target, executor=executor, **options) as other,
         ):
             assert other.to_bytes() == one.to_bytes()
     delta, out = tmp_path / "delta.sd", tmp_path / "out"
