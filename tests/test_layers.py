@@ -39,7 +39,8 @@ ROOMS = (
 GROUND = {"errors", "dtypes", "progress", "redaction", "_typing", "fs", "interrupts", "system"}
 TOP = {"__init__", "__main__"}
 
-# What the thin methods of ``Delta``, ``diff`` of a model or a repository, ``open_store`` and ``opened_all`` import when they are called.
+# What the thin methods of ``Delta``, ``diff`` of a model or a repository, ``open_store``, ``opened_all``
+# and checkpoints of torch.distributed import when they are called.
 LATE = {
     ("format.delta", "live.inplace"),
     ("format.delta", "hub.push"),
@@ -47,6 +48,8 @@ LATE = {
     ("ops.diff", "hub.sources"),
     ("stores", "hub.store"),
     ("format.delta", "interop.opening"),
+    ("ops.apply", "interop.opening"),
+    ("ops.base_check", "interop.regions"),
 }
 # The package itself is a table of the public names, for the command line. Its version is for all.
 FACE_ROOMS = {"cli", "top"}

@@ -20,6 +20,7 @@ from sparsedelta.files import junk
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.layout import FileLayout, target_layout
 from sparsedelta.files.side_files import check_presence, is_short, write_side_file
+from sparsedelta.files.unread import is_distributed
 from sparsedelta.format.delta import AnyDelta, Delta, opened_all
 from sparsedelta.format.records import BaseTensor, SideFile
 from sparsedelta.fs import (
@@ -56,7 +57,8 @@ def apply(
     """Rebuild the target from ``base`` and ``delta``, and write it to ``out``.
 
     Args:
-        base: a safetensors file, or a folder of safetensors files (sharded or not) and other files.
+        base: a safetensors file; a folder of safetensors files (sharded or not) and other files; or a checkpoint
+            folder of ``torch.distributed``, of which all digests are compared, in this process.
         delta: an ``.sd`` file, a loaded delta, or a file or folder of another form that ``convert`` reads;
             or a sequence of them, each made from the target of the one before it.
         out: path of the output file or folder.
@@ -86,6 +88,10 @@ def apply(
     if verify not in get_args(Check):
         raise ValueError(f"verify is {verify!r}, expected one of {', '.join(get_args(Check))}")
     check_executor(executor)
+    if executor is not None and is_distributed(base):
+        raise ValueError(
+            f"'{base}' is a checkpoint of torch.distributed, which is rebuilt in this process; leave out executor="
+        )
     check_absent(Path(out), overwrite=overwrite)
     given = _as_sequence(delta)
     check_apart([base, *(one for one in given if not isinstance(one, Delta))], out)
@@ -95,9 +101,13 @@ def apply(
         check_replaceable = (
             check_checkpoint_folder if deltas[-1].target.is_folder else check_no_folder
         )
-        check_replaceable(Path(out))
+        if not is_distributed(out):
+            check_replaceable(Path(out))
         _check_no_slash(out, is_folder=deltas[-1].target.is_folder)
         staged = stack.enter_context(staged_output(out, overwrite=overwrite))
+        if is_distributed(base):
+            _write_distributed(base, deltas, staged, exclude)
+            return
         source = Path(base)
         for number, one in enumerate(deltas, 1):
             result = staged if number == len(deltas) else staged.with_name(f"step-{number}")
@@ -115,6 +125,17 @@ def apply(
             if number > 1:
                 _remove(source)
             source = result
+
+
+def _write_distributed(
+    base: AnyPath, deltas: Sequence[Delta], out: Path, exclude: Sequence[str]
+) -> None:
+    """Rebuild a checkpoint of torch.distributed."""
+    # Imported only for such a checkpoint, because the room of other formats comes after this one.
+    from sparsedelta.interop.opening import rebuild_regions
+
+    with open_base(base, deltas[0], exclude=exclude) as checkpoint:
+        rebuild_regions(checkpoint, deltas, out)
 
 
 def _check_no_slash(out: AnyPath, *, is_folder: bool) -> None:

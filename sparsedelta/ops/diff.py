@@ -30,6 +30,7 @@ from sparsedelta.format.records import WeightFile as DeltaWeightFile
 from sparsedelta.format.safetensors_header import render_header
 from sparsedelta.format.spool import SpoolPayload, new_payload
 from sparsedelta.format.strict_json import compact_json, parse_json
+from sparsedelta.ops.base_check import open_side
 from sparsedelta.ops.counterparts import counterparts
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import Comparison
@@ -66,7 +67,8 @@ def diff(
     must not change during the call.
 
     Args:
-        base: a safetensors file; a folder of safetensors files (sharded or not) and other files; or a
+        base: a safetensors file; a folder of safetensors files (sharded or not) and other files; a checkpoint
+            folder of ``torch.distributed``; or a
             model in memory: a ``torch.nn.Module`` or a state dict, on any device; or, if no such path exists, a
             repository on the Hub: ``org/model``, ``org/model@revision`` or ``hf://org/model@revision``.
         target: the same.
@@ -104,12 +106,12 @@ def diff(
         target, _ = _side(target, context)
         folder = base if _is_path(base) and Path(base).is_dir() else None
         old = context.enter_context(
-            Checkpoint(base, exclude=exclude, include=include, whole=False)
+            open_side(base, exclude=exclude, include=include, whole=False)
             if _is_path(base)
             else _model_side(base)
         )
         new = context.enter_context(
-            Checkpoint(target, exclude=exclude, include=include)
+            open_side(target, exclude=exclude, include=include)
             if _is_path(target)
             else _model_side(target, folder, exclude=exclude, include=include, strict=strict)
         )

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from rank_helpers import RankPool
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -57,7 +58,7 @@ def blank(state: dict[str, Any]) -> dict[str, Any]:
 
 def load(folder: Path, step: int) -> dict[str, Any]:
     found = blank(state_of(step))
-    dcp.load(found, storage_reader=DeltaStorageReader(folder), no_dist=True)
+    load_state(found, storage_reader=DeltaStorageReader(folder), no_dist=True)
     return found
 
 
@@ -75,7 +76,7 @@ def n_bytes(folder: Path) -> int:
 
 def save(writer: DeltaStorageWriter, root: Path, step: int) -> Path:
     folder = root / str(step)
-    dcp.save(state_of(step), storage_writer=writer, checkpoint_id=folder, no_dist=True)
+    save_state(state_of(step), storage_writer=writer, checkpoint_id=folder, no_dist=True)
     return folder
 
 
@@ -90,7 +91,7 @@ def test_one_process(tmp_path: Path, *, keep_copy: bool) -> None:
     sizes = [n_bytes(folder) for folder in folders]
     assert max(sizes[1], sizes[3], sizes[5]) < 0.05 * min(sizes[0], sizes[4])
     plain = blank(state_of(4))
-    dcp.load(plain, checkpoint_id=folders[4], no_dist=True)  # torch reads a full one without us
+    load_state(plain, checkpoint_id=folders[4], no_dist=True)  # torch reads a full one without us
     assert_same(plain, state_of(4))
     moved = tmp_path / "elsewhere" / "run"
     shutil.copytree(tmp_path, moved, ignore=shutil.ignore_patterns("elsewhere"))
@@ -109,7 +110,7 @@ def test_a_resumed_run_continues_the_chain(tmp_path: Path) -> None:
 
 
 def test_a_plain_checkpoint_is_a_base(tmp_path: Path) -> None:
-    dcp.save(state_of(0), checkpoint_id=tmp_path / "0", no_dist=True)
+    save_state(state_of(0), checkpoint_id=tmp_path / "0", no_dist=True)
     folder = save(DeltaStorageWriter(tmp_path / "1", base=tmp_path / "0"), tmp_path, 1)
     assert n_bytes(folder) < 0.05 * n_bytes(tmp_path / "0")
     assert_same(load(folder, 1), state_of(1))
@@ -142,7 +143,7 @@ def test_a_missing_link_is_reported(tmp_path: Path) -> None:
 def test_a_replaced_link_is_reported(tmp_path: Path) -> None:
     folders = three(tmp_path)
     shutil.rmtree(folders[1])
-    dcp.save(state_of(1), checkpoint_id=folders[1], no_dist=True)
+    save_state(state_of(1), checkpoint_id=folders[1], no_dist=True)
     assert "which now holds another checkpoint" in error_of(folders[2], 2)
 
 
@@ -206,13 +207,13 @@ def sharded(step: int) -> dict[str, Any]:
 def save_on(rank: int, root: str, steps: list[int], base: str | None) -> list[int]:
     writer = DeltaStorageWriter(f"{root}/0", base=base)
     for step in steps:
-        dcp.save(sharded(step), storage_writer=writer, checkpoint_id=f"{root}/{step}")
+        save_state(sharded(step), storage_writer=writer, checkpoint_id=f"{root}/{step}")
     return [len(writer._held), sum(t.numel() for t in writer._held.values())]
 
 
 def load_on(rank: int, root: str, step: int) -> list[bool]:
     state = sharded(0)
-    dcp.load(state, storage_reader=DeltaStorageReader(f"{root}/{step}"))
+    load_state(state, storage_reader=DeltaStorageReader(f"{root}/{step}"))
     expected = sharded(step)["model"]
     found = state["model"]
     assert all(isinstance(found[name], DTensor) for name in found)
@@ -232,7 +233,7 @@ def fail_on(rank: int, root: str, steps: list[int]) -> list[str]:
         if step == steps[1] and rank == 1:
             writer._level = "broken"
         try:
-            dcp.save(sharded(step), storage_writer=writer, checkpoint_id=f"{root}/{step}")
+            save_state(sharded(step), storage_writer=writer, checkpoint_id=f"{root}/{step}")
         except CheckpointException as error:
             errors.append(str(sorted(error.failures)))
         writer._level = "fast"
@@ -240,8 +241,8 @@ def fail_on(rank: int, root: str, steps: list[int]) -> list[str]:
 
 
 def assert_whole(folder: Path, step: int) -> None:
-    found = {"model": net(0).state_dict(), "mine": -1}
-    dcp.load(found, storage_reader=DeltaStorageReader(folder), no_dist=True)
+    found: dict[str, Any] = {"model": net(0).state_dict(), "mine": -1}
+    load_state(found, storage_reader=DeltaStorageReader(folder), no_dist=True)
     for name, tensor in net(step).state_dict().items():
         assert torch.equal(found["model"][name].view(torch.int32), tensor.view(torch.int32))
     assert found["mine"] == step
@@ -261,7 +262,7 @@ def test_two_ranks(ranks: RankPool, tmp_path: Path) -> None:
 
 def test_other_numbers_of_ranks(ranks: RankPool, tmp_path: Path) -> None:
     state = {"model": net(0).state_dict(), "mine": 0}
-    dcp.save(
+    save_state(
         state,
         storage_writer=DeltaStorageWriter(tmp_path / "0"),
         checkpoint_id=tmp_path / "0",
@@ -286,10 +287,10 @@ def killed_save(rank: int, root: str) -> None:
     """Save twice; one rank is killed in the second save, after the other has written its part."""
     dist.init_process_group("gloo", f"file://{root}/store", rank=rank, world_size=2)
     writer = DeltaStorageWriter(f"{root}/0")
-    dcp.save(sharded(0), storage_writer=writer, checkpoint_id=f"{root}/0")
+    save_state(sharded(0), storage_writer=writer, checkpoint_id=f"{root}/0")
     if rank == 1:
-        DeltaStorageWriter._keep = lambda *args: os._exit(9)  # type: ignore[method-assign,assignment]
-    dcp.save(sharded(1), storage_writer=writer, checkpoint_id=f"{root}/1")
+        DeltaStorageWriter._keep = lambda *args: os._exit(9)  # type: ignore[method-assign]
+    save_state(sharded(1), storage_writer=writer, checkpoint_id=f"{root}/1")
     sys.exit(0)
 
 
