@@ -61,18 +61,21 @@ LAZY: dict[str, set[str]] = {
     "huggingface_hub": {"hub"},
     "transformers": {"live"},
     "diffusers": {"live"},
+    "triton": {"live"},
     "fsspec": {"stores"},
     "vllm": {"channel"},
     "sift_train": set(),
 }
 # Its classes are subclasses of torch's, and no other room imports it.
-AT_ONCE = {"distributed"}
+ROOMS_AT_ONCE = {"distributed"}
 # The types of a model are named where all rooms can see them, and where tensors are passed to engines.
 TYPES_ONLY = {
     ("_typing", "torch"),
     ("channel.ranks", "torch"),
     *((f"channel.receivers.{name}", "torch") for name in ("mirror", "sglang", "trl", "vllm")),
 }
+# Only imported on a GPU. Kernels must be at the top of a module.
+AT_ONCE = {("live.triton_kernels", "triton")}
 # What may be imported from outside at all.
 OUTSIDE = {"blake3", "numpy", "zstandard"}
 OUTSIDE_OF_ROOM = {
@@ -180,7 +183,7 @@ def _outside_faults(name: str, imported: str, when: str) -> set[str]:
     if top in LAZY:
         if room(name) not in LAZY[top] and not ((name, top) in TYPES_ONLY and when == "types"):
             found.add(f"{name}: imports {top}")
-        elif when == "at once" and room(name) not in AT_ONCE:
+        elif when == "at once" and room(name) not in ROOMS_AT_ONCE and (name, top) not in AT_ONCE:
             found.add(f"{name}: imports {top} at once")
     elif top not in sys.stdlib_module_names | OUTSIDE_OF_ROOM.get(room(name), OUTSIDE):
         found.add(f"{name}: imports {top}")

@@ -33,10 +33,11 @@ from sparsedelta.fs import (
     write_all,
 )
 from sparsedelta.ops.base_check import explained, find_base, open_base
+from sparsedelta.ops.clones import read_from, same_files
 from sparsedelta.ops.lookup import Lookup
-from sparsedelta.ops.rebuilding import rebuild_on, rebuild_tensors
+from sparsedelta.ops.rebuilding import Output, rebuild_on, rebuild_tensors
 from sparsedelta.progress import Progress
-from sparsedelta.system import CREATE, allow_open_files, reserve
+from sparsedelta.system import CREATE, allow_open_files, clone, reserve
 from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import Check
 from sparsedelta.tensors.tasks import check_executor
@@ -230,18 +231,23 @@ def write_target(
         _write_side_files(base, delta, out, side_files)
         allow_open_files(len(files))
         paths = [out / file.path if delta.target.is_folder else out for file in files]
-        outputs = [
-            stack.enter_context(_new_file(path, file))
-            for path, file in zip(paths, files, strict=True)
-        ]
+        sources = same_files(found, delta, files) if executor is None else [None] * len(files)
+        outputs, clones = [], []
+        for path, file, source in zip(paths, files, sources, strict=True):
+            fd, is_clone = stack.enter_context(_new_file(path, file, source))
+            outputs.append(fd)
+            clones.append(fd if is_clone else None)
         stack.enter_context(synced(outputs))
-        offsets = [file.offsets for file in files]
         if executor is not None:
-            named = list(zip(paths, offsets, strict=True))
+            named = [(path, file.offsets) for path, file in zip(paths, files, strict=True)]
             rebuild_on(executor, base, found, delta, named, check=check, progress=progress)
             return
-        places = list(zip(outputs, offsets, strict=True))
-        rebuild_tensors(found, delta, places, check=check, progress=progress)
+        places = [
+            Output(fd if clone is None else -1, file.offsets)
+            for fd, clone, file in zip(outputs, clones, files, strict=True)
+        ]
+        checked = read_from(found, delta, files, clones)
+        rebuild_tensors(checked, delta, places, check=check, progress=progress)
 
 
 def _write_side_files(
@@ -272,14 +278,19 @@ def _make_folders(delta: Delta, out: Path) -> None:
 
 
 @contextmanager
-def _new_file(path: Path, layout: FileLayout) -> Iterator[int]:
-    """Yield the descriptor of a new weight file; its size is set and its header is written."""
+def _new_file(path: Path, layout: FileLayout, source: int | None) -> Iterator[tuple[int, bool]]:
+    """Yield the descriptor of a new weight file, and whether it is a clone of ``source``, which has all of its bytes.
+
+    Otherwise its size is set and its header is written.
+    """
     fd = os.open(path, CREATE, 0o666)
     try:
-        reserve(fd, layout.n_bytes)
-        head = len(layout.header).to_bytes(8, "little") + layout.header
-        write_all(fd, memoryview(head), 0)
-        yield fd
+        is_clone = source is not None and clone(source, fd)
+        if not is_clone:
+            reserve(fd, layout.n_bytes)
+            head = len(layout.header).to_bytes(8, "little") + layout.header
+            write_all(fd, memoryview(head), 0)
+        yield fd, is_clone
     finally:
         os.close(fd)
 
