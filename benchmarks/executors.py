@@ -2,7 +2,7 @@
 
     python benchmarks/executors.py [--gb 1] [--rounds 3]
 
-An executor is started, and has run one small task, before it is timed. Dask and Ray are measured if they are installed.
+All executors are started before the measurement, and take turns. Dask and Ray are measured if they are installed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measuring import (
     Run,
@@ -34,6 +37,9 @@ from synthetic import make_pair
 
 import sparsedelta
 
+# Workers import this file, too. ``distributed.py`` beside it must not hide Dask's package of that name.
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]
 N = os.cpu_count() or 1
 VERBS = ("diff", "apply", "verify")
 
@@ -64,8 +70,7 @@ class RayFuture:
 @contextmanager
 def dask() -> Iterator[Any]:
     """Yield the executor of a local cluster of Dask."""
-    import distributed
-
+    distributed = import_module("distributed")
     with (
         distributed.LocalCluster(
             n_workers=N, threads_per_worker=1, dashboard_address=None
@@ -132,23 +137,23 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     runs: dict[str, dict[str, list[Run]]] = {}
+    expected = b""
     with work_folder(options.work_dir, keep=options.keep) as folder:
         base, target = make_pair(folder, round(options.gb * 1e9))
         warm(base, target)
-        expected = None
-        for name, start in executors().items():
-            runs[name] = {verb: [] for verb in VERBS}
-            with start() as executor:
-                for number in range(options.rounds + 1):
-                    for verb in VERBS:
+        with ExitStack() as stack:
+            started = {name: stack.enter_context(start()) for name, start in executors().items()}
+            for number in range(options.rounds + 1):
+                for verb in VERBS:
+                    for name, executor in started.items():
                         taken = call(verb, folder, executor)
                         if number:  # the first round starts the workers
-                            runs[name][verb].append(taken)
-                made = (folder / "delta.sd").read_bytes()
-                expected = expected or made
-                if made != expected:
-                    raise RuntimeError(f"{name}: the delta has other bytes")
-            print(f"  {name}: {runs[name]}", flush=True)
+                            runs.setdefault(name, {}).setdefault(verb, []).append(taken)
+                        if verb == "diff":
+                            expected = expected or (folder / "delta.sd").read_bytes()
+                            if (folder / "delta.sd").read_bytes() != expected:
+                                raise RuntimeError(f"{name}: the delta has other bytes")
+                print(f"  round {number}/{options.rounds}", flush=True)
         size = tree_bytes(base)
         reference = runs["threads of one process"]
         rows = [
