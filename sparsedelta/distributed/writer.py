@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ class DeltaStorageWriter(FileSystemWriter):
     def _write_delta(self, told: RankPlan, before: Held, now: Held) -> list[WriteResult]:
         if not before:
             return []
-        names = {index: _name(index) for index in before}
+        names = _names(before)
         old = Items({names[index]: tensor for index, tensor in before.items()})
         new = Items({names[index]: tensor for index, tensor in now.items()})
         with between(old, new, base_id=told.previous_id, level=self._level) as delta:
@@ -230,7 +230,15 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape
 
 
-def _name(index: MetadataIndex) -> str:
-    """Return the name of a tensor's row in the delta file."""
-    offsets = ",".join(map(str, index.offset or ()))
-    return f"{index.fqn}@{offsets}" if offsets else index.fqn
+def _names(items: Iterable[MetadataIndex]) -> dict[MetadataIndex, str]:
+    """Return the names of the rows of the delta file: name and offsets, and a number if two are equal."""
+    names: dict[MetadataIndex, str] = {}
+    taken: set[str] = set()
+    for index in items:
+        offsets = ",".join(map(str, index.offset or ()))
+        name = f"{index.fqn}@{offsets}" if offsets else index.fqn
+        while name in taken:
+            name = f"{name}#{len(taken)}"
+        taken.add(name)
+        names[index] = name
+    return names

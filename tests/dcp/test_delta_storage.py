@@ -15,6 +15,7 @@ import torch.distributed as dist
 from rank_helpers import RankPool
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -107,6 +108,32 @@ def test_a_resumed_run_continues_the_chain(tmp_path: Path) -> None:
     assert_same(load(folder, 1), state_of(1))
     shutil.rmtree(tmp_path / "0")  # the next one cannot be a delta
     assert needed(save(writer, tmp_path, 2)) == [tmp_path / "2"]
+
+
+def test_names_that_look_like_offsets(tmp_path: Path) -> None:
+    writer = DeltaStorageWriter(tmp_path / "0")
+    for step in (0, 1):
+        state = {"w": torch.zeros(4) + step, "w@0": torch.tensor(5.0) + step}
+        save_state(state, storage_writer=writer, checkpoint_id=tmp_path / str(step), no_dist=True)
+    found = {"w": torch.empty(4), "w@0": torch.tensor(0.0)}
+    load_state(found, storage_reader=DeltaStorageReader(tmp_path / "1"), no_dist=True)
+    assert (found["w"].tolist(), found["w@0"].item()) == ([1.0] * 4, 6.0)
+
+
+def test_dtypes_that_a_delta_cannot_hold_are_written_in_full(tmp_path: Path) -> None:
+    writer = DeltaStorageWriter(tmp_path / "0")
+    for step in (0, 1):
+        state = {"z": torch.zeros(4, dtype=torch.complex128) + step, "none": torch.empty(0, 3)}
+        save_state(state, storage_writer=writer, checkpoint_id=tmp_path / str(step), no_dist=True)
+    found = {"z": torch.empty(4, dtype=torch.complex128), "none": torch.empty(0, 3)}
+    load_state(found, storage_reader=DeltaStorageReader(tmp_path / "1"), no_dist=True)
+    assert found["z"].tolist() == [1.0] * 4
+
+
+def test_saving_in_the_background(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.results(save_async, str(tmp_path)) == [True, True]
+    assert len(needed(tmp_path / "2")) == 3
+    assert_whole(tmp_path / "2", 2)
 
 
 def test_a_plain_checkpoint_is_a_base(tmp_path: Path) -> None:
@@ -209,6 +236,14 @@ def save_on(rank: int, root: str, steps: list[int], base: str | None) -> list[in
     for step in steps:
         save_state(sharded(step), storage_writer=writer, checkpoint_id=f"{root}/{step}")
     return [len(writer._held), sum(t.numel() for t in writer._held.values())]
+
+
+def save_async(rank: int, root: str) -> bool:
+    writer = DeltaStorageWriter(f"{root}/0")
+    for step in range(3):
+        folder = f"{root}/{step}"
+        async_save(sharded(step), storage_writer=writer, checkpoint_id=folder).result()
+    return True
 
 
 def load_on(rank: int, root: str, step: int) -> list[bool]:
