@@ -1,4 +1,4 @@
-"""Type aliases that several packages share."""
+"""Type aliases and protocols that several packages share."""
 
 from __future__ import annotations
 
@@ -19,6 +19,24 @@ class Pipeline(Protocol):
     @property
     def components(self) -> Mapping[str, Any]:
         """The models and other components by name."""
+
+
+class Future(Protocol):
+    """The result of a submitted call, once it is there."""
+
+    def result(self) -> Any:
+        """Wait for the call; return its result or raise its error."""
+
+
+class Executor(Protocol):
+    """Runs calls elsewhere: an executor of ``concurrent.futures``, or anything with this method.
+
+    Functions, arguments and results are pickled, unless the executor runs threads. The workers must see the same
+    files by the same absolute paths. ``cancel`` of a future is used if it exists.
+    """
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any) -> Future:
+        """Start ``fn(*args)`` and return its future."""
 
 
 Model: TypeAlias = "torch.nn.Module | Mapping[str, torch.Tensor] | Pipeline"  # in memory

@@ -52,6 +52,14 @@ def _folder_error(path: str | os.PathLike[str]) -> IsADirectoryError:
     return IsADirectoryError(errno.EISDIR, "This is a folder, expected a file", os.fspath(path))
 
 
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Write all bytes to a file at ``offset``."""
+    while data:
+        n_written = system.write_at(fd, data, offset)
+        data = data[n_written:]
+        offset += n_written
+
+
 @contextmanager
 def staged_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
     """Yield a temporary path for a new file or folder; rename it to ``path`` at the end.

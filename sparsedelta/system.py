@@ -22,6 +22,7 @@ if sys.platform != "win32":
 _COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 OPEN = os.O_RDONLY | _COMMON | getattr(os, "O_NONBLOCK", 0)
 CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | _COMMON
+EDIT = os.O_WRONLY | _COMMON
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _CLONE = 0x40049409  # FICLONE of ioctl_ficlone(2)

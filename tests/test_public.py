@@ -67,10 +67,10 @@ def test_no_other_name() -> None:
     [
         (
             "diff",
-            "base target * base_id values level standalone exclude include strict info progress spool_dir",
+            "base target * base_id values level standalone exclude include strict info progress spool_dir executor",
         ),
-        ("apply", "base delta out * verify overwrite exclude any_size progress"),
-        ("verify", "delta * base target exclude progress"),
+        ("apply", "base delta out * verify overwrite exclude any_size progress executor"),
+        ("verify", "delta * base target exclude progress executor"),
         ("load", "path * any_size"),
         ("stack", "deltas * base progress spool_dir"),
         ("invert", "delta * base base_id exclude progress spool_dir"),

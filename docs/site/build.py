@@ -76,6 +76,7 @@ def write_generated() -> None:
         "commands": reference.commands_page(),
         "errors": reference.errors_page(),
         "sparsedelta": reference.package_page("sparsedelta"),
+        "distributed": reference.package_page("sparsedelta.distributed"),
         "sift_train": reference.package_page("sift_train"),
     }
     for name, text in pages.items():

@@ -15,6 +15,8 @@ from sparsedelta.errors import by_code
 ROOT = Path(__file__).resolve().parents[2]
 _INTROS = {
     "sparsedelta": "The public names of `sparsedelta`. Paths may be `str` or `Path`. Errors are [here](errors.md).",
+    "sparsedelta.distributed": "Checkpoints of torch.distributed as deltas on the one before; all ranks must call them"
+    " ([how](../docs/distributed.md#save-only-what-changed)).",
     "sift_train": "The public names of `sift_train`. How they belong together: [training](../docs/training.md).",
 }
 
@@ -85,7 +87,7 @@ def errors_page() -> str:
 
 def package_page(package: str) -> str:
     """Return a page with the docstring of each public name of a package."""
-    tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text(encoding="utf-8"))
     places = {
         alias.name: f"{node.module}.{alias.name}"
         for node in ast.walk(tree)

@@ -194,6 +194,10 @@ class Checkpoint:
         """All tensors by file and name, in the order of the files and of the data in them."""
         return {tensor.key: tensor for file in self.weight_files for tensor in file.tensors}
 
+    def location(self, file: str) -> Path:
+        """Return the path of a weight file on disk."""
+        return self.path / file if self.is_folder else self.path
+
     @property
     def tensor_bytes(self) -> int:
         """Size of all tensors in bytes."""

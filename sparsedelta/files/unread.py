@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ UNREAD_WEIGHT_SUFFIXES = (
     ".bin", ".ckpt", ".gguf", ".ggml", ".h5", ".mlmodel", ".msgpack", ".npy", ".npz", ".onnx",
     ".onnx_data", ".ot", ".pb", ".pickle", ".pkl", ".pt", ".pth", ".tflite",
 )  # fmt: skip
+DISTRIBUTED_SUFFIX, _METADATA = ".distcp", ".metadata"  # of torch.distributed.checkpoint
 OLD_PICKLE = b"\x80\x02\x8a\x0a"  # how files begin that torch.save wrote before version 1.6
 PICKLED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")  # written by torch.save
 CONFIG = "config.json"
@@ -31,6 +33,19 @@ _LOAD = (
     "save_file({{name: tensor.contiguous().clone() for name, tensor in state.items() if torch.is_tensor(tensor)}},"
     ' {output}, {{"format": "pt"}})'
 )
+
+
+def is_distributed(path: str | os.PathLike[str]) -> bool:
+    """Return whether a folder holds a checkpoint of torch.distributed, and no safetensors file."""
+    try:
+        names = os.listdir(path)
+    except OSError:
+        return False
+    return (
+        _METADATA in names
+        and any(name.endswith(DISTRIBUTED_SUFFIX) for name in names)
+        and not any(name.endswith(WEIGHT_SUFFIX) for name in names)
+    )
 
 
 def conversion(
@@ -49,6 +64,11 @@ def conversion(
         revision: revision of the repository; None if ``source`` is a folder.
     """
     paths = sorted(paths)
+    if any(path.endswith(DISTRIBUTED_SUFFIX) for path in paths):
+        return (
+            "it is a checkpoint of torch.distributed, which only diff, apply, verify and convert read: load it into the"
+            " model, and save that as safetensors"
+        )
     pickled = [
         p for p in paths if p.endswith(PICKLED_SUFFIXES) and not junk.matches(p, _NOT_WEIGHTS)
     ]

@@ -73,6 +73,13 @@ class SpoolPayload:
             self._file.seek(offset)
             return self._file.read(n_bytes)
 
+    def taken(self) -> bytes:
+        """Return all bytes, and discard them here."""
+        try:
+            return self.read(0, self._end)
+        finally:
+            self.close()
+
     def close(self) -> None:
         """Discard the bytes."""
         self._closing()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import BadMagic, BaseNeeded, FormatError, UnsupportedFeature
@@ -15,7 +16,7 @@ from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.fs import temporary_folder
 from sparsedelta.interop.form import Form, Reading
 from sparsedelta.interop.rebuilt import RebuiltCheckpoint
-from sparsedelta.interop.regions import RegionFiles, has_regions
+from sparsedelta.interop.regions import RegionFiles, has_regions, write_regions
 from sparsedelta.interop.registry import is_delta, recognised
 from sparsedelta.interop.source import Source
 from sparsedelta.ops.diff import between
@@ -138,3 +139,17 @@ def target_of(delta: Delta, base: Checkpoint, stack: ExitStack) -> Checkpoint:
     """Return the target of a delta as a checkpoint, which is closed with the stack."""
     folder = stack.enter_context(temporary_folder("target"))
     return stack.enter_context(RebuiltCheckpoint(base, delta, folder))
+
+
+def rebuild_regions(base: Checkpoint, deltas: Sequence[Delta], out: Path) -> None:
+    """Write the target of a chain of deltas between files of other formats; its files are synced.
+
+    Raises:
+        MismatchError: ``base`` is not the base of the first delta.
+        FormatError: a delta is damaged.
+    """
+    with ExitStack() as stack:
+        view = base
+        for delta in deltas:
+            view = target_of(delta, view, stack)
+        write_regions(view, out)

@@ -65,7 +65,13 @@ def _kind(location: Path) -> str | None:
 class RegionFiles(Checkpoint):
     """A file of another format, or a folder of them, as a folder of weight files and side files."""
 
-    def __init__(self, path: str | os.PathLike[str], *, exclude: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        exclude: Sequence[str] = (),
+        include: Sequence[str] | None = (),
+    ) -> None:
         """Find the tensors in all files.
 
         Raises:
@@ -78,7 +84,7 @@ class RegionFiles(Checkpoint):
         self.weight_files, self.side_files = (), {}
         self.empty_folders = self.left_out = ()
         try:
-            self._open(exclude)
+            self._open(exclude, include)
         except BaseException:
             self.close()
             raise
@@ -91,11 +97,16 @@ class RegionFiles(Checkpoint):
         )
         self.roles = roles([file.path for file in self.weight_files], {})
 
-    def _open(self, exclude: Sequence[str]) -> None:
+    def location(self, file: str) -> Path:
+        """Return the path of the file that a weight file stands for."""
+        path = file.removesuffix(WEIGHT_SUFFIX)
+        return self.path / path if self.path.is_dir() else self.path
+
+    def _open(self, exclude: Sequence[str], include: Sequence[str] | None) -> None:
         if not self.path.is_dir():
             self._open_file()
             return
-        files, folders, left_out = list_folder(self.path, exclude, (), whole=False)
+        files, folders, left_out = list_folder(self.path, exclude, include, whole=False)
         self.empty_folders, self.left_out = tuple(folders), tuple(left_out)
         names = object_names(files[_METADATA]) if _METADATA in files else {}
         allow_open_files(len(files))

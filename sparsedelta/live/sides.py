@@ -57,7 +57,7 @@ class HeldFile(Checkpoint):
         self.path = Path(f"{saved.kind} in memory")
         self.is_folder = False
         self._fds = []
-        file = _weight_file(FILE_NAME, saved.metadata, _laid_out(saved.specs))
+        file = weight_file(FILE_NAME, saved.metadata, laid_out(saved.specs))
         tensors = tuple(_held(tensor, saved, tensor.name) for tensor in file.tensors)
         self.weight_files = (replace(file, tensors=tensors),)
         self.tensors = {tensor.key: tensor for tensor in tensors}
@@ -220,16 +220,16 @@ def _held(tensor: Tensor, saved: SavedState | FolderState, own: str) -> HeldTens
     return HeldTensor(tensor.file, tensor.name, tensor.spec, -1, 0, saved, own)
 
 
-def _laid_out(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+def laid_out(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """Return tensors in the order in which safetensors writes them to a file."""
     order = {name: -number for number, name in enumerate(SAVED_DTYPES)}
     return dict(sorted(specs.items(), key=lambda item: (order[item[1].dtype.name], item[0])))
 
 
-def _weight_file(
+def weight_file(
     path: str, metadata: Mapping[str, str] | None, specs: Mapping[str, TensorSpec]
 ) -> WeightFile:
-    """Return the description of a weight file with these tensors, in order."""
+    """Return the description of a weight file with these tensors, in order; none of them can be read."""
     edges = pairwise(accumulate((spec.n_bytes for spec in specs.values()), initial=0))
     entries = tuple(
         HeaderEntry(name, spec.dtype.name, spec.shape, begin, end)

@@ -14,12 +14,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import get_args
 
-from sparsedelta._typing import AnyPath
+from sparsedelta._typing import AnyPath, Executor
 from sparsedelta.errors import BaseMismatch
 from sparsedelta.files import junk
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.layout import FileLayout, target_layout
 from sparsedelta.files.side_files import check_presence, is_short, write_side_file
+from sparsedelta.files.unread import is_distributed
 from sparsedelta.format.delta import AnyDelta, Delta, opened_all
 from sparsedelta.format.records import BaseTensor, SideFile
 from sparsedelta.fs import (
@@ -29,15 +30,17 @@ from sparsedelta.fs import (
     check_room,
     staged_output,
     synced,
+    write_all,
 )
 from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.ops.clones import read_from, same_files
 from sparsedelta.ops.lookup import Lookup
-from sparsedelta.ops.rebuilding import Output, rebuild_tensors, write_all
+from sparsedelta.ops.rebuilding import Output, rebuild_on, rebuild_tensors
 from sparsedelta.progress import Progress
 from sparsedelta.system import CREATE, allow_open_files, clone, reserve
 from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import Check
+from sparsedelta.tensors.tasks import check_executor
 
 
 def apply(
@@ -50,11 +53,13 @@ def apply(
     exclude: Sequence[str] = (),
     any_size: bool = False,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> None:
     """Rebuild the target from ``base`` and ``delta``, and write it to ``out``.
 
     Args:
-        base: a safetensors file, or a folder of safetensors files (sharded or not) and other files.
+        base: a safetensors file; a folder of safetensors files (sharded or not) and other files; or a checkpoint
+            folder of ``torch.distributed``, of which all digests are compared, in this process.
         delta: an ``.sd`` file, a loaded delta, or a file or folder of another form that ``convert`` reads;
             or a sequence of them, each made from the target of the one before it.
         out: path of the output file or folder.
@@ -65,6 +70,9 @@ def apply(
         exclude: globs of files of ``base`` to leave out, as for ``diff``; the target lacks them, too.
         any_size: accept an output of any size; see ``load``.
         progress: receives the number of bytes written.
+        executor: rebuilds on its workers instead of threads of this process: an executor of
+            ``concurrent.futures`` or anything with its ``submit``. The workers must see the base and the folder of
+            ``out`` by the same paths.
 
     Raises:
         FormatError: a delta cannot be read, or is inconsistent.
@@ -80,6 +88,11 @@ def apply(
     """
     if verify not in get_args(Check):
         raise ValueError(f"verify is {verify!r}, expected one of {', '.join(get_args(Check))}")
+    check_executor(executor)
+    if executor is not None and is_distributed(base):
+        raise ValueError(
+            f"'{base}' is a checkpoint of torch.distributed, which is rebuilt in this process; leave out executor="
+        )
     check_absent(Path(out), overwrite=overwrite)
     given = _as_sequence(delta)
     check_apart([base, *(one for one in given if not isinstance(one, Delta))], out)
@@ -89,20 +102,41 @@ def apply(
         check_replaceable = (
             check_checkpoint_folder if deltas[-1].target.is_folder else check_no_folder
         )
-        check_replaceable(Path(out))
+        if not is_distributed(out):
+            check_replaceable(Path(out))
         _check_no_slash(out, is_folder=deltas[-1].target.is_folder)
         staged = stack.enter_context(staged_output(out, overwrite=overwrite))
+        if is_distributed(base):
+            _write_distributed(base, deltas, staged, exclude)
+            return
         source = Path(base)
         for number, one in enumerate(deltas, 1):
             result = staged if number == len(deltas) else staged.with_name(f"step-{number}")
             left_out = exclude if number == 1 else ()
             with open_base(source, one, exclude=left_out) as checkpoint:
                 write_target(
-                    checkpoint, one, result, check=verify, exclude=exclude, progress=progress
+                    checkpoint,
+                    one,
+                    result,
+                    check=verify,
+                    exclude=exclude,
+                    progress=progress,
+                    executor=executor,
                 )
             if number > 1:
                 _remove(source)
             source = result
+
+
+def _write_distributed(
+    base: AnyPath, deltas: Sequence[Delta], out: Path, exclude: Sequence[str]
+) -> None:
+    """Rebuild a checkpoint of torch.distributed."""
+    # Imported only for such a checkpoint, because the room of other formats comes after this one.
+    from sparsedelta.interop.opening import rebuild_regions
+
+    with open_base(base, deltas[0], exclude=exclude) as checkpoint:
+        rebuild_regions(checkpoint, deltas, out)
 
 
 def _check_no_slash(out: AnyPath, *, is_folder: bool) -> None:
@@ -177,6 +211,7 @@ def write_target(
     check: Check,
     exclude: Sequence[str],
     progress: Progress | None,
+    executor: Executor | None = None,
 ) -> None:
     """Write the target to a new file or folder ``out`` and sync its files; see ``apply``."""
     delta.check_output()
@@ -195,13 +230,18 @@ def write_target(
             _make_folders(delta, out)
         _write_side_files(base, delta, out, side_files)
         allow_open_files(len(files))
+        paths = [out / file.path if delta.target.is_folder else out for file in files]
+        sources = same_files(found, delta, files) if executor is None else [None] * len(files)
         outputs, clones = [], []
-        for file, source in zip(files, same_files(found, delta, files), strict=True):
-            path = out / file.path if delta.target.is_folder else out
+        for path, file, source in zip(paths, files, sources, strict=True):
             fd, is_clone = stack.enter_context(_new_file(path, file, source))
             outputs.append(fd)
             clones.append(fd if is_clone else None)
         stack.enter_context(synced(outputs))
+        if executor is not None:
+            named = [(path, file.offsets) for path, file in zip(paths, files, strict=True)]
+            rebuild_on(executor, base, found, delta, named, check=check, progress=progress)
+            return
         places = [
             Output(fd if clone is None else -1, file.offsets)
             for fd, clone, file in zip(outputs, clones, files, strict=True)

@@ -19,6 +19,7 @@ from sparsedelta.errors import (
 )
 from sparsedelta.files import junk
 from sparsedelta.files.checkpoint import Checkpoint, FileTensors, Tensor, check_links
+from sparsedelta.files.unread import is_distributed
 from sparsedelta.format.columns import Column, RowColumns, base_paths, columns_of
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.header_columns import HeaderColumns
@@ -51,7 +52,24 @@ def open_base(path: AnyPath, delta: Delta, *, exclude: Sequence[str] = ()) -> Ch
 
     Shards that the delta does not need may be missing.
     """
-    return Checkpoint(path, exclude=exclude, include=included(delta), whole=False, complete=False)
+    return open_side(path, exclude=exclude, include=included(delta), whole=False, complete=False)
+
+
+def open_side(
+    path: AnyPath,
+    *,
+    exclude: Sequence[str] = (),
+    include: Sequence[str] | None = None,
+    whole: bool = True,
+    complete: bool = True,
+) -> Checkpoint:
+    """Return an open checkpoint (see ``Checkpoint``), which may be one of torch.distributed."""
+    if is_distributed(path):
+        # Imported only for such a folder, because the room of other formats comes after this one.
+        from sparsedelta.interop.regions import RegionFiles
+
+        return RegionFiles(path, exclude=exclude, include=include)
+    return Checkpoint(path, exclude=exclude, include=include, whole=whole, complete=complete)
 
 
 class PlacedTensors(Mapping[TensorKey, Tensor]):

@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -14,7 +15,7 @@ from typing import Any, TypeGuard
 
 from blake3 import blake3
 
-from sparsedelta._typing import JSON, AnyPath, Model
+from sparsedelta._typing import JSON, AnyPath, Executor, Model
 from sparsedelta.codecs.values import VALUE_ENCODINGS
 from sparsedelta.codecs.zstd import Level
 from sparsedelta.errors import CheckpointError, Corrupt
@@ -29,11 +30,14 @@ from sparsedelta.format.records import WeightFile as DeltaWeightFile
 from sparsedelta.format.safetensors_header import render_header
 from sparsedelta.format.spool import SpoolPayload, new_payload
 from sparsedelta.format.strict_json import compact_json, parse_json
+from sparsedelta.ops.base_check import open_side
 from sparsedelta.ops.counterparts import counterparts
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import Comparison
+from sparsedelta.tensors.compare_tasks import Coder, ComparisonTasks
 from sparsedelta.tensors.parallel import Pace
 from sparsedelta.tensors.small_pairs import Pair, PairComparison, run_pairs
+from sparsedelta.tensors.tasks import Files, check_executor
 
 _log = logging.getLogger(__name__)
 _LEVELS = {level.value: level for level in Level}
@@ -54,6 +58,7 @@ def diff(
     info: Mapping[str, JSON] | None = None,
     progress: Progress | None = None,
     spool_dir: str | None = None,
+    executor: Executor | None = None,
 ) -> Delta:
     """Return the delta from ``base`` to ``target``, from which ``apply`` rebuilds every byte of the target.
 
@@ -62,7 +67,8 @@ def diff(
     must not change during the call.
 
     Args:
-        base: a safetensors file; a folder of safetensors files (sharded or not) and other files; or a
+        base: a safetensors file; a folder of safetensors files (sharded or not) and other files; a checkpoint
+            folder of ``torch.distributed``; or a
             model in memory: a ``torch.nn.Module`` or a state dict, on any device; or, if no such path exists, a
             repository on the Hub: ``org/model``, ``org/model@revision`` or ``hf://org/model@revision``.
         target: the same.
@@ -83,6 +89,9 @@ def diff(
         progress: receives the number of bytes read.
         spool_dir: folder for the temporary file that holds the coded changes if they do not fit in memory;
             None for the system's temporary folder.
+        executor: compares on its workers instead of threads of this process: an executor of
+            ``concurrent.futures`` or anything with its ``submit``. The delta has the same bytes. The workers must see
+            base and target by the same paths; models in memory are refused.
 
     Raises:
         CheckpointError: base or target cannot be read, or the target has a file that no delta can
@@ -97,12 +106,12 @@ def diff(
         target, _ = _side(target, context)
         folder = base if _is_path(base) and Path(base).is_dir() else None
         old = context.enter_context(
-            Checkpoint(base, exclude=exclude, include=include, whole=False)
+            open_side(base, exclude=exclude, include=include, whole=False)
             if _is_path(base)
             else _model_side(base)
         )
         new = context.enter_context(
-            Checkpoint(target, exclude=exclude, include=include)
+            open_side(target, exclude=exclude, include=include)
             if _is_path(target)
             else _model_side(target, folder, exclude=exclude, include=include, strict=strict)
         )
@@ -116,6 +125,7 @@ def diff(
             info=info,
             progress=progress,
             spool_dir=spool_dir,
+            executor=executor,
         )
 
 
@@ -141,20 +151,21 @@ def between(
     info: Mapping[str, JSON] | None = None,
     progress: Progress | None = None,
     spool_dir: str | None = None,
+    executor: Executor | None = None,
 ) -> Delta:
     """Return the delta between two open checkpoints; without a base it holds all of the target. See ``diff``."""
     checked_info = check_json(info or {}, "info")
     check_json({"base_id": base_id}, "base_id")
     with new_payload(spool_dir) as payload:
-        comparison = comparisons(payload, values=values, level=level, standalone=standalone)
+        coder = coder_of(values=values, level=level, standalone=standalone)
+        check_executor(executor)
         for checkpoint in (base, target):
             if checkpoint:
                 _check_has_weights(checkpoint)
         if target.left_out:
             _log.info("left out of '%s': %s", target.path, ", ".join(target.left_out))
         files = describe_files(target, partial(_digest_if_there, base), payload)
-        small = PairComparison(values, payload)
-        rows = _compare_all(base, target, comparison, small, progress)
+        rows = _compare_all(base, target, coder, payload, progress, executor)
         n_left = n_unused(base, rows) if base else 0
         return Delta(Base(base_id, n_left), files, tuple(rows), checked_info, payload)
 
@@ -170,17 +181,25 @@ def _model_side(side: Any, folder: AnyPath | None = None, **options: Any) -> Che
     return held_checkpoint(side, folder, **options)
 
 
-def comparisons(
-    payload: SpoolPayload, *, values: str, level: str, standalone: bool
-) -> Callable[..., Comparison]:
-    """Return a function that creates a ``Comparison`` of two tensors; for the options see ``diff``."""
+def coder_of(*, values: str, level: str, standalone: bool) -> Coder:
+    """Return how changes are coded; for the options see ``diff``.
+
+    Raises:
+        ValueError: an option is wrong.
+    """
     if values not in VALUE_ENCODINGS:
         raise ValueError(f"values is {values!r}, expected one of {', '.join(VALUE_ENCODINGS)}")
     if level not in _LEVELS:
         raise ValueError(f"level is {level!r}, expected one of {', '.join(_LEVELS)}")
-    return partial(
-        Comparison, values=values, payload=payload, level=_LEVELS[level], standalone=standalone
-    )
+    return Coder(values, _LEVELS[level], standalone)
+
+
+def comparisons(
+    payload: SpoolPayload, *, values: str, level: str, standalone: bool
+) -> Callable[..., Comparison]:
+    """Return a function that creates a ``Comparison`` of two tensors; for the options see ``diff``."""
+    coder = coder_of(values=values, level=level, standalone=standalone)
+    return partial(Comparison, payload=payload, **asdict(coder))
 
 
 def describe_files(
@@ -230,16 +249,21 @@ def _check_has_weights(checkpoint: Checkpoint) -> None:
 def _compare_all(
     old: Checkpoint | None,
     new: Checkpoint,
-    comparison: Callable[..., Comparison],
-    small: PairComparison,
+    coder: Coder,
+    payload: SpoolPayload,
     progress: Progress | None,
+    executor: Executor | None,
 ) -> list[Row]:
     pace = Pace(progress)
     matched = counterparts(old, new, pace.unreported()) if old else {}
     pairs: list[Pair] = [(matched.get(tensor.key), tensor) for tensor in new.tensors.values()]
+    if executor is not None:
+        work = ComparisonTasks(executor, pairs, Files(old, new), coder, payload)
+        return work.run(pace, label="comparing")
+    small = PairComparison(coder.values, payload)
 
     def single(number: int) -> Row:
-        return comparison(*pairs[number], pace=pace).run()
+        return coder.comparison(pairs[number], payload, pace=pace).run()
 
     def group(start: int, end: int) -> list[Row | None]:
         return small.run(pairs[start:end])

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from sparsedelta.files.checkpoint import Tensor
+from sparsedelta._typing import Executor
+from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.format.columns import Column, columns_of, starts
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.records import TensorKey
+from sparsedelta.fs import write_all
 from sparsedelta.ops.base_check import PlacedTensors
 from sparsedelta.progress import Progress
-from sparsedelta.system import copy_range, write_at
+from sparsedelta.system import copy_range
 from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import Check, Write, rebuild
+from sparsedelta.tensors.rebuild_tasks import Placed, RebuildTasks
 from sparsedelta.tensors.small import (
     Group,
     SmallRows,
@@ -26,6 +30,7 @@ from sparsedelta.tensors.small import (
     handled,
     rows_outside,
 )
+from sparsedelta.tensors.tasks import Files, no_result, run_tasks
 
 
 class Output(NamedTuple):
@@ -66,6 +71,45 @@ def rebuild_tensors(
     pace = Pace(progress)
     work = _Rebuilding(base, delta, outputs, check, pace, every_base=every_base)
     run_all(work.run, work.items, cost=work.cost, pace=pace, label="applying")
+
+
+def rebuild_on(
+    executor: Executor,
+    base: Checkpoint,
+    found: Mapping[TensorKey, Tensor],
+    delta: Delta,
+    outputs: Sequence[tuple[Path, Column]],
+    *,
+    check: Check,
+    progress: Progress | None,
+    every_base: bool = False,
+) -> None:
+    """Rebuild and check all tensors as ``rebuild_tensors`` does, on the workers of an executor.
+
+    Args:
+        executor: runs the tasks.
+        base: the open base.
+        found: the base tensor of each row that has one (``find_base``).
+        delta: the delta.
+        outputs: the path of each existing output file, and where each of its tensors begins in it; may be empty.
+        check: see ``rebuild``.
+        progress: receives the number of bytes of the target.
+        every_base: see ``rebuild``.
+    """
+    files = [(str(path.absolute()), at) for path, column in outputs for at in column.tolist()]
+    by_row = found if isinstance(found, PlacedTensors) else None
+
+    def placed() -> Iterator[Placed]:
+        for number, row in enumerate(delta.tensors):
+            tensor = by_row.of_row(number) if by_row else found.get(row.key)
+            yield Placed(row, tensor, *(files[number] if files else (None, 0)))
+
+    tasks = RebuildTasks(placed, delta.payload, Files(base), check=check, every_base=every_base)
+    pace = Pace(progress)
+    n_bytes = delta.target_bytes
+    made = tasks.rebuilding()
+    run_tasks(executor, made, no_result, pace=pace, label="applying", n_bytes=n_bytes)
+    run_tasks(executor, tasks.checking(), no_result, pace=pace, label="checking", n_bytes=0)
 
 
 class _Rebuilding:
@@ -151,14 +195,6 @@ class _Rebuilding:
         """Write bytes of the target from byte ``offset`` of a row on."""
         if len(self._at) and self._fds[number] >= 0:
             write_all(int(self._fds[number]), data, int(self._at[number]) + offset)
-
-
-def write_all(fd: int, data: memoryview, offset: int) -> None:
-    """Write all bytes to a file at ``offset``."""
-    while data:
-        n_written = write_at(fd, data, offset)
-        data = data[n_written:]
-        offset += n_written
 
 
 def _copy(data: npt.NDArray[np.uint8], first: int, block: memoryview, offset: int) -> None:

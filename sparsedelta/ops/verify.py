@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsedelta._typing import JSON, AnyPath
-from sparsedelta.codecs.chunk import check_streams
+from sparsedelta._typing import JSON, AnyPath, Executor
 from sparsedelta.errors import TargetMismatch
-from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.layout import target_layout
 from sparsedelta.files.side_files import carried_content, check_base_files, digest_file
 from sparsedelta.format.columns import columns_of, starts
@@ -18,12 +17,14 @@ from sparsedelta.format.delta import AnyDelta, Delta, opened_all
 from sparsedelta.format.records import BaseTensor, Row
 from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.ops.lookup import Lookup
-from sparsedelta.ops.rebuilding import rebuild_tensors
+from sparsedelta.ops.rebuilding import rebuild_on, rebuild_tensors
 from sparsedelta.progress import Progress
-from sparsedelta.tensors.changes import decode_row_chunk, place_for, read_coded
+from sparsedelta.tensors.changes import decode_row
 from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.parallel import Pace, run_all
+from sparsedelta.tensors.rebuild_tasks import decode_tasks
 from sparsedelta.tensors.small import Group, SmallRows, groups, handled, rows_outside
+from sparsedelta.tensors.tasks import Files, check_executor, digest_tasks, no_result, run_tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ def verify(
     target: AnyPath | None = None,
     exclude: Sequence[str] = (),
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> VerifyReport:
     """Check a delta and return a report; a failed check raises an error.
 
@@ -74,14 +76,18 @@ def verify(
         target: the checkpoint that should be the delta's target.
         exclude: globs of files to leave out of both, as for ``diff``.
         progress: receives the number of bytes read.
+        executor: checks on its workers instead of threads of this process: an executor of
+            ``concurrent.futures`` or anything with its ``submit``. The workers must see base and target by the same
+            paths.
 
     Raises:
         FormatError: the delta cannot be read, or is inconsistent.
         MismatchError: ``base`` or ``target`` is not the delta's.
         CheckpointError: ``base`` or ``target`` cannot be read as a checkpoint.
     """
+    check_executor(executor)
     with opened_all([delta], base, exclude=exclude) as (given,):
-        check_delta(given, progress)
+        check_delta(given, progress, executor)
         if base is not None:
             with (
                 open_base(base, given, exclude=exclude) as checkpoint,
@@ -89,10 +95,24 @@ def verify(
             ):
                 found = find_base(given, checkpoint)
                 check_base_files(given, checkpoint)
-                rebuild_tensors(found, given, [], check="full", progress=progress, every_base=True)
+                if executor is None:
+                    rebuild_tensors(
+                        found, given, [], check="full", progress=progress, every_base=True
+                    )
+                else:
+                    rebuild_on(
+                        executor,
+                        checkpoint,
+                        found,
+                        given,
+                        [],
+                        check="full",
+                        progress=progress,
+                        every_base=True,
+                    )
         if target is not None:
             with open_base(target, given, exclude=exclude) as checkpoint:
-                _check_target(given, checkpoint, progress)
+                _check_target(given, checkpoint, progress, executor)
         return VerifyReport(
             n_tensors=len(given.tensors),
             n_changed=given.n_changed,
@@ -118,7 +138,7 @@ def converted_from(delta: Delta) -> Mapping[str, JSON] | None:
     return found if isinstance(found, dict) else None
 
 
-def check_delta(delta: Delta, progress: Progress | None) -> None:
+def check_delta(delta: Delta, progress: Progress | None, executor: Executor | None = None) -> None:
     """Decode everything in a delta that needs no base, and check it against the manifest.
 
     Raises:
@@ -130,6 +150,16 @@ def check_delta(delta: Delta, progress: Progress | None) -> None:
             carried_content(delta, side_file, side_file.stored)
     target_layout(delta)
     pace = Pace(progress)
+    if executor is not None:
+        run_tasks(
+            executor,
+            decode_tasks(delta.tensors, delta.payload),
+            no_result,
+            pace=pace,
+            label="decoding",
+            n_bytes=delta.coded_bytes,
+        )
+        return
     work = _Decoding(delta, pace)
     run_all(work.run, work.items, cost=work.cost, pace=pace, label="decoding")
 
@@ -163,25 +193,17 @@ class _Decoding:
     def run(self, item: int | Group) -> None:
         """Decode a row, or a group of rows."""
         if isinstance(item, int):
-            _decode(self._delta, self._delta.tensors[item], self._pace)
+            decode_row(self._delta.tensors[item], self._delta.payload, self._pace)
         elif self._small:
             _, left = self._small.run(item)
             for number in left:
-                _decode(self._delta, self._delta.tensors[number], self._pace)
+                decode_row(self._delta.tensors[number], self._delta.payload, self._pace)
             self._pace.advance(self.cost(item) - sum(map(self.cost, left)))
 
 
-def _decode(delta: Delta, row: Row, pace: Pace) -> None:
-    for chunk in row.chunks:
-        with place_for(chunk.nnz, row.target.dtype):
-            if chunk.coding.classes and chunk.start < row.keep:
-                check_streams(chunk, row.target.dtype, read_coded(row, chunk, delta.payload))
-            else:
-                decode_row_chunk(row, chunk, delta.payload, None)
-        pace.advance(chunk.stored_bytes)
-
-
-def _check_target(delta: Delta, target: Checkpoint, progress: Progress | None) -> None:
+def _check_target(
+    delta: Delta, target: Checkpoint, progress: Progress | None, executor: Executor | None
+) -> None:
     """Compare every file of a checkpoint with the delta's target; a single file may have any name."""
     if target.is_folder != delta.target.is_folder:
         kinds = {True: "a folder", False: "a file"}
@@ -205,7 +227,7 @@ def _check_target(delta: Delta, target: Checkpoint, progress: Progress | None) -
                 f"the header of '{target.path / found.path if target.is_folder else target.path}'"
                 " differs from that of the delta's target"
             )
-    _check_target_tensors(delta, target, progress)
+    _check_target_tensors(delta, target, progress, executor)
 
 
 def _check_file_names(delta: Delta, target: Checkpoint) -> None:
@@ -222,31 +244,47 @@ def _check_file_names(delta: Delta, target: Checkpoint) -> None:
         raise TargetMismatch(f"{path!r} {problem} '{target.path}'")
 
 
-def _check_target_tensors(delta: Delta, target: Checkpoint, progress: Progress | None) -> None:
+def _check_target_tensors(
+    delta: Delta, target: Checkpoint, progress: Progress | None, executor: Executor | None
+) -> None:
     pace = Pace(progress)
     lookup = Lookup(target.tensors.values(), lambda tensor: None)
 
-    def check(row: Row) -> None:
+    def found(row: Row) -> Tensor:
         tensor = lookup.find(BaseTensor(row.file, row.name, row.target))
         if tensor is None:
             raise TargetMismatch(
                 f"tensor {row.name!r} of the delta's target is missing from '{target.path}'",
                 tensor=row.name,
             )
-        found, expected = digest_tensor(tensor, pace), row.target.digest
-        if expected is not None and found != expected:
+        return tensor
+
+    def check(row: Row, digest: bytes) -> None:
+        expected = row.target.digest
+        if expected is not None and digest != expected:
             raise TargetMismatch(
-                f"tensor {row.name!r} has digest {found.hex()[:12]}… in '{target.path}', expected"
+                f"tensor {row.name!r} has digest {digest.hex()[:12]}… in '{target.path}', expected"
                 f" {expected.hex()[:12]}…; this is not the delta's target",
                 tensor=row.name,
                 expected=expected.hex(),
-                found=found.hex(),
+                found=digest.hex(),
             )
 
-    run_all(
-        check,
-        delta.tensors,
-        cost=lambda row: row.target.n_bytes,
-        pace=pace,
-        label="reading the target",
-    )
+    label = "reading the target"
+    if executor is None:
+        run_all(
+            lambda row: check(row, digest_tensor(found(row), pace)),
+            delta.tensors,
+            cost=lambda row: row.target.n_bytes,
+            pace=pace,
+            label=label,
+        )
+        return
+
+    def take(task: object, digests: list[bytes]) -> None:
+        for digest in digests:
+            check(next(rows), digest)
+
+    rows = iter(delta.tensors)
+    made = digest_tasks(map(found, delta.tensors), Files(target))
+    run_tasks(executor, made, take, pace=pace, label=label, n_bytes=delta.target_bytes)

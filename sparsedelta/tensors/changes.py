@@ -6,10 +6,11 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
-from sparsedelta.codecs.chunk import Chunk, coded_digest, decode_chunk
+from sparsedelta.codecs.chunk import Chunk, check_streams, coded_digest, decode_chunk
 from sparsedelta.codecs.context import StartBits
 from sparsedelta.codecs.indices import Positions
 from sparsedelta.codecs.values import Bits, change
@@ -20,6 +21,7 @@ from sparsedelta.tensors.parallel import DENSE_ELEMENTS, WIDE_BYTES, Pace, dense
 from sparsedelta.tensors.start import Readable, RowStart
 
 _NO_LIMIT = nullcontext()
+Segment: TypeAlias = tuple[int, int, Chunk | None]  # first element, end, and what changes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ def read_coded(row: Row, chunk: Chunk, payload: Payload) -> bytes:
     return coded
 
 
-def segments(row: Row) -> Iterator[tuple[int, int, Chunk | None]]:
+def segments(row: Row) -> Iterator[Segment]:
     """Yield the segments of the target tensor: (begin, end, chunk), with None between chunks."""
     at = 0
     for chunk in row.chunks:
@@ -156,6 +158,21 @@ def segments(row: Row) -> Iterator[tuple[int, int, Chunk | None]]:
         at = chunk.end
     if at < row.target.n_elements:
         yield at, row.target.n_elements, None
+
+
+def decode_row(row: Row, payload: Payload, pace: Pace) -> None:
+    """Decode all chunks of a row as far as that needs no base, and check them.
+
+    Raises:
+        Corrupt: a chunk is damaged.
+    """
+    for chunk in row.chunks:
+        with place_for(chunk.nnz, row.target.dtype):
+            if chunk.coding.classes and chunk.start < row.keep:
+                check_streams(chunk, row.target.dtype, read_coded(row, chunk, payload))
+            else:
+                decode_row_chunk(row, chunk, payload, None)
+        pace.advance(chunk.stored_bytes)
 
 
 def place_for(nnz: int, dtype: DType) -> AbstractContextManager[object]:

@@ -67,6 +67,14 @@ def base_tensor(tensor: Source, digest: bytes) -> BaseTensor:
     return BaseTensor(tensor.file, tensor.name, tensor.spec.with_digest(digest))
 
 
+def kept(base: Source | None, target: Source) -> tuple[Source | None, int]:
+    """Return the base tensor that a target tensor is compared with, and how many of its elements are kept."""
+    keep = default_keep(base.spec if base else None, target.spec)
+    if base is not None and not keep and not base.spec.same_layout(target.spec):
+        base = None  # no element of it can be kept
+    return base, keep
+
+
 class Comparison:
     """The comparison of one target tensor with its base tensor, if there is one."""
 
@@ -81,6 +89,7 @@ class Comparison:
         level: Level = Level.DEFAULT,
         standalone: bool = False,
         base_digest: bytes | None = None,
+        digests: bool = True,
     ) -> None:
         """Prepare the comparison; ``run`` does it.
 
@@ -94,11 +103,10 @@ class Comparison:
             level: how much time is spent to make the delta smaller.
             standalone: code the changes so that they can be decoded without the base.
             base_digest: digest of the base tensor; None: it is computed.
+            digests: compute the digests while reading. Without them only ``chunks`` can be called.
         """
         spec = target.spec
-        keep = default_keep(base.spec if base else None, spec)
-        if base is not None and not keep and not base.spec.same_layout(spec):
-            base = None  # no element of it can be kept
+        base, keep = kept(base, target)
         self._base = base
         self._target = target
         self._dtype = spec.dtype
@@ -110,6 +118,7 @@ class Comparison:
         self._level = level
         self._payload = payload
         self._pace = pace
+        self._digests = digests
         n_block = max(1, min(BLOCK_BYTES // self._dtype.width, self._n_elements))
         self._base_block = np.empty(n_block, self._dtype.view)
         self._target_block = np.empty(n_block, self._dtype.view)
@@ -120,11 +129,8 @@ class Comparison:
 
     def run(self) -> Row:
         """Return the row; its chunks are added to the payload."""
-        base, target, chunks = self._base, self._target, []
-        for start in range(0, self._n_elements, MAX_SPAN):
-            chunk = self._compare_chunk(start, min(MAX_SPAN, self._n_elements - start))
-            if chunk:
-                chunks.append(chunk)
+        base, target = self._base, self._target
+        chunks = self.chunks(0, self._n_elements)
         digest = (self._target_hash or self._base_hash).digest()[:DIGEST_BYTES]
         found = None
         if base is not None:
@@ -136,6 +142,12 @@ class Comparison:
             )
         spec = target.spec.with_digest(digest)
         return Row(target.file, target.name, spec, found, self._keep, tuple(chunks))
+
+    def chunks(self, first: int, end: int) -> list[Chunk]:
+        """Return the chunks from element ``first``, a multiple of ``MAX_SPAN``, to ``end``; they are added to the payload."""
+        starts = range(first, end, MAX_SPAN)
+        found = [self._compare_chunk(start, min(MAX_SPAN, end - start)) for start in starts]
+        return [chunk for chunk in found if chunk]
 
     def run_on_changes(self, positions: npt.NDArray[np.int64], bits: Bits) -> Row:
         """Return the row as ``run`` does, if the changed elements are known; the target is not read.
@@ -267,10 +279,12 @@ class Comparison:
         return base_bits, target_bits
 
     def _hash(self, base_bits: Bits, target_bits: Bits, start: int, n_touched: int) -> None:
-        kept = max(0, min(len(base_bits), self._keep - start))
-        if self._target_hash is None and (n_touched or kept < len(base_bits)):
+        if not self._digests:
+            return
+        n_kept = max(0, min(len(base_bits), self._keep - start))
+        if self._target_hash is None and (n_touched or n_kept < len(base_bits)):
             self._target_hash = self._base_hash.copy()
         if not self._base_digest:
-            self._base_hash.update(base_bits[:kept].view(np.uint8).data)
+            self._base_hash.update(base_bits[:n_kept].view(np.uint8).data)
         if self._target_hash is not None:
             self._target_hash.update(target_bits.view(np.uint8).data)

@@ -5,7 +5,7 @@ Memory is at most one block and the changes of one chunk, for tensors of any siz
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -17,7 +17,7 @@ from sparsedelta.codecs.indices import Positions
 from sparsedelta.codecs.values import Bits, change
 from sparsedelta.errors import Corrupt
 from sparsedelta.format.records import DIGEST_BYTES, Payload, Row
-from sparsedelta.tensors.changes import decode_row_chunk, place_for, segments
+from sparsedelta.tensors.changes import Segment, decode_row_chunk, place_for, segments
 from sparsedelta.tensors.compare import BLOCK_BYTES, Source, digest_tensor
 from sparsedelta.tensors.parallel import Pace
 from sparsedelta.tensors.start import read_start
@@ -35,7 +35,7 @@ class BaseDiffers(Exception):
     """
 
     def __init__(self, row: Row, digest: bytes) -> None:
-        super().__init__(row.name)
+        super().__init__(row, digest)  # as given, so that it can be pickled
         self.row = row
         self.digest = digest
 
@@ -117,27 +117,107 @@ def rebuild(
         Corrupt: a chunk is damaged, or the right base gives a wrong target.
         ValueError: the row has a base tensor, and ``base`` is None.
     """
+    full = effective_check(row, check) == "full"
+    checks_base = full and base is not None and (every_base or not _target_proves_base(row))
+    work = _rebuild(
+        row,
+        base,
+        payload,
+        write,
+        pace,
+        checks_touched=check != "none",
+        target_hash=blake3() if full and row.target.digest is not None else None,
+        base_hash=blake3() if checks_base else None,
+    )
+    work.run(segments(row))
+    work.check()
+
+
+def effective_check(row: Row, check: Check) -> Check:
+    """Return ``check``, or ``"full"`` if it is ``"touched"`` and a chunk has no touched digests to compare."""
+    lacks = check == "touched" and any(chunk.touched is None for chunk in row.chunks)
+    return "full" if lacks else check
+
+
+def rebuild_part(
+    row: Row,
+    base: Source | None,
+    payload: Payload,
+    write: Write,
+    part: Iterable[Segment],
+    *,
+    check: Check,
+    pace: Pace,
+) -> None:
+    """Rebuild some segments of a target tensor; of the digests, only those of touched elements are compared.
+
+    See ``rebuild``. When all parts are written, ``check_written`` compares the other digests.
+    """
+    work = _rebuild(
+        row,
+        base,
+        payload,
+        write,
+        pace,
+        checks_touched=check != "none",
+        target_hash=None,
+        base_hash=None,
+    )
+    work.run(part)
+
+
+def check_written(
+    row: Row, base: Source | None, written: Source, *, check: Check, every_base: bool = False
+) -> None:
+    """Compare the digests of a tensor that ``rebuild_part`` has written, as ``rebuild`` does.
+
+    Args:
+        row: the row.
+        base: the base tensor.
+        written: the tensor in the output.
+        check: see ``rebuild``.
+        every_base: see ``rebuild``.
+
+    Raises:
+        BaseDiffers: the base tensor has another digest than the row expects.
+        Corrupt: the right base gives a wrong target.
+    """
+    if effective_check(row, check) != "full":
+        return
+    if base is not None and (every_base or not _target_proves_base(row)):
+        check_base_tensor(row, base, Pace())
+    digest = digest_tensor(written)
+    if digest != row.target.digest and base is not None:
+        check_base_tensor(row, base, Pace())
+    check_rebuilt(row, digest)
+
+
+def _rebuild(
+    row: Row,
+    base: Source | None,
+    payload: Payload,
+    write: Write,
+    pace: Pace,
+    *,
+    checks_touched: bool,
+    target_hash: blake3 | None,
+    base_hash: blake3 | None,
+) -> _Rebuild:
     if base is None and row.base is not None:
         raise ValueError(f"tensor {row.name!r} needs its base tensor, but base is None")
-    if check == "touched" and any(chunk.touched is None for chunk in row.chunks):
-        check = "full"  # this chunk has no touched digests to compare
-    full, dtype = check == "full", row.target.dtype
-    checks_base = full and base is not None and (every_base or not _target_proves_base(row))
-    work = _Rebuild(
+    dtype = row.target.dtype
+    block = np.empty(max(1, min(BLOCK_BYTES // dtype.width, row.target.n_elements)), dtype.view)
+    return _Rebuild(
         row=row,
         base=base,
         payload=payload,
         write=write,
         pace=pace,
-        checks_touched=check != "none",
-        block=np.empty(max(1, min(BLOCK_BYTES // dtype.width, row.target.n_elements)), dtype.view),
-        target_hash=blake3() if full and row.target.digest is not None else None,
-        base_hash=blake3() if checks_base else None,
+        checks_touched=checks_touched,
+        block=block,
+        target_hash=target_hash,
+        base_hash=base_hash,
     )
-    for start, end, chunk in segments(row):
-        with place_for(chunk.nnz if chunk else 0, dtype):
-            work.rebuild_segment(start, end, chunk)
-    work.check()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +236,12 @@ class _Rebuild:
     block: Bits
     target_hash: blake3 | None
     base_hash: blake3 | None
+
+    def run(self, part: Iterable[Segment]) -> None:
+        """Rebuild and write segments of the tensor."""
+        for start, end, chunk in part:
+            with place_for(chunk.nnz if chunk else 0, self.row.target.dtype):
+                self.rebuild_segment(start, end, chunk)
 
     def rebuild_segment(self, first: int, end: int, chunk: Chunk | None) -> None:
         """Rebuild and write elements ``first`` to ``end``, which ``chunk``, if any, changes."""

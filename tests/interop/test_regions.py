@@ -6,19 +6,21 @@ import os
 import pickle
 import random
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_files
+from helpers import assert_same_files, tree
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
 
 import sparsedelta
-from sparsedelta.errors import CheckpointError, Corrupt, SparseDeltaError
+from sparsedelta.channel.publisher import publish_checkpoint
+from sparsedelta.errors import AlreadyApplied, CheckpointError, Corrupt, SparseDeltaError
 from sparsedelta.interop.inert_pickle import Made, PickleRefused, children, read_inert
 from sparsedelta.interop.regions import RegionFiles, write_regions
 
@@ -137,6 +139,38 @@ def test_a_distributed_checkpoint_comes_back(tmp_path: Path) -> None:
     expected = {"model": {"weight": torch.empty(30, 40), "bias": torch.empty(30)}}
     load(expected, checkpoint_id=target, no_dist=True)
     assert torch.equal(rebuilt["model"]["weight"], expected["model"]["weight"])
+
+
+def plain_save(path: Path, n_steps: int) -> Path:
+    save(training(n_steps), checkpoint_id=path, no_dist=True)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_diff_apply_and_verify_read_distributed_checkpoints(tmp_path: Path) -> None:
+    one, two, three = (plain_save(tmp_path / str(n), n) for n in (1, 2, 3))
+    delta, out = tmp_path / "delta.sd", tmp_path / "out"
+    with ThreadPoolExecutor(2) as pool:
+        sparsedelta.diff(one, two, executor=pool).save(delta)
+        with sparsedelta.diff(one, two) as same:
+            assert same.to_bytes() == delta.read_bytes()
+        assert sparsedelta.verify(delta, base=one, target=two, executor=pool).target_checked
+        with pytest.raises(ValueError, match="rebuilt in this process; leave out executor="):
+            sparsedelta.apply(one, delta, out, executor=pool)
+    sparsedelta.apply(one, delta, out)
+    assert_same_files(two, out)
+    sparsedelta.apply(one, [delta, sparsedelta.diff(two, three)], out, overwrite=True)
+    assert_same_files(three, out)
+    before = tree(tmp_path)
+    with pytest.raises(AlreadyApplied, match="already is this delta's target"):
+        sparsedelta.apply(two, delta, tmp_path / "other")
+    raw = bytearray(delta.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    with pytest.raises(SparseDeltaError):
+        sparsedelta.apply(one, sparsedelta.Delta.from_bytes(bytes(raw)), tmp_path / "other")
+    assert tree(tmp_path) == before
+    with pytest.raises(CheckpointError, match=r"it is a checkpoint of torch\.distributed, which"):
+        publish_checkpoint(sparsedelta.Channel(tmp_path / "channel"), one)
 
 
 class Run:
