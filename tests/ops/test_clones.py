@@ -12,9 +12,9 @@ import pytest
 from helpers import Raw, assert_same_files, noise, tree, write_file, write_sharded
 
 import sparsedelta
+from sparsedelta import system
 from sparsedelta.errors import BaseMismatch
 from sparsedelta.ops import apply as apply_module
-from sparsedelta.ops import rebuilding
 from sparsedelta.system import clone, copy_range, write_at
 
 SHARDS = [
@@ -50,7 +50,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(len(data))
         return write_at(fd, data, offset)
 
-    monkeypatch.setattr(rebuilding, "write_at", write)
+    monkeypatch.setattr(system, "write_at", write)
     return sizes
 
 
