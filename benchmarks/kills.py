@@ -181,7 +181,7 @@ def main() -> int:
     random.seed(0)
     with work_folder(options.work_dir, keep=options.keep) as work:
         start, half = time.monotonic(), 30 * options.minutes
-        found = {}
+        found: dict[str, Counter[str]] = {}
         if "push" in options.commands:
             found["push"] = kill_push(work / "push", options.kills, start + half)
         if "fit" in options.commands:
