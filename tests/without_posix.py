@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import pkgutil
 import shutil
 import signal
 import sys
@@ -133,9 +132,12 @@ def main() -> None:
     refuse_like_windows()
     import sparsedelta
 
-    for module in pkgutil.walk_packages(sparsedelta.__path__, "sparsedelta."):
-        if not module.name.endswith(("__main__", "triton_kernels")):  # the latter needs Triton
-            import_module(module.name)
+    root = Path(sparsedelta.__path__[0])
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        # These need torch and Triton at once.
+        if not {"__main__", "distributed", "triton_kernels"} & {*parts}:
+            import_module(".".join(("sparsedelta", *parts)).removesuffix(".__init__"))
     for more in ((), ("--overwrite",)):
         run("diff", "base", "target", "-o", "delta.sd", *more)
         run("apply", "base", "delta.sd", "out", *more)

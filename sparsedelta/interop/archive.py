@@ -271,7 +271,8 @@ class _Path:
 
     def text(self) -> str:
         """Return the keys, joined by dots."""
-        keys, path = [], self
+        keys: list[str] = []
+        path = self
         while path.before is not None:
             keys.append(path.key)
             path = path.before

@@ -35,7 +35,8 @@ def test_files_of_other_projects_are_checked(
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import fetch_sources
 
-    root, sources = tmp_path / "root", []
+    root = tmp_path / "root"
+    sources: list[fetch_sources.Source] = []
     for number, source in enumerate(fetch_sources.SOURCES):
         path = root / source.repository / source.commit / source.path
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -134,8 +134,8 @@ def test_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
         ("[" * 5000, "deeper than 16"),
         ("- " * 100, "deeper than 16"),
         ("dtype: 2001-99-99", "not YAML"),
-        ("1: x\nfoo: y", "has the key '?1"),
-        ("{merge_method: linear, base_model: b, models: [], dtype: [a]}", "dtype is .'a'"),
+        ("1: x\nfoo: y", "has the key 'foo'"),
+        ("{merge_method: ties, base_model: b, models: [], dtype: [a]}", r"dtype is \['a'\]"),
         ("\x00", "not YAML"),
     ],
 )
