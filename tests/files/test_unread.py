@@ -89,7 +89,7 @@ def test_file_of_torch_save(tmp_path: Path) -> None:
 def test_a_file_of_an_old_torch_save_with_more_than_weights(tmp_path: Path) -> None:
     content = {"step": 3, "model": {"w": torch.arange(4.0), "name": "x"}}
     torch.save(content, tmp_path / "net.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match="an old version of torch.save wrote it") as found:
+    with pytest.raises(CheckpointError, match=r"an old version of torch\.save wrote it") as found:
         Checkpoint(tmp_path / "net.pt")
     run(str(found.value))
     with Checkpoint(tmp_path / "net.safetensors") as checkpoint:
