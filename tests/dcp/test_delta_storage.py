@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,9 @@ def save_async(rank: int, root: str) -> bool:
     writer = DeltaStorageWriter(f"{root}/0")
     for step in range(3):
         folder = f"{root}/{step}"
-        async_save(sharded(step), storage_writer=writer, checkpoint_id=folder).result()
+        begun = async_save(sharded(step), storage_writer=writer, checkpoint_id=folder)
+        assert isinstance(begun, Future)
+        begun.result()
     return True
 
 
