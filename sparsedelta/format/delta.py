@@ -185,8 +185,8 @@ class Delta:
 
         Args:
             model: a ``torch.nn.Module`` or a state dict, on any device; its tensors are changed.
-            verify: ``"touched"`` checks the touched values, ``"full"`` every byte of the base tensors
-                that the model holds, ``"none"`` only dtypes and shapes.
+            verify: ``"touched"`` checks the touched values, ``"full"`` every byte of the tensors that the
+                model holds, and of what they become, ``"none"`` only dtypes and shapes.
             names: maps the name of a tensor in the delta, or a pair of file and name, to its name in the
                 model; the value None leaves the tensor out. Not needed for the prefixes that
                 torch.compile, FSDP, DDP and PEFT add, for one prefix common to all names, nor for

@@ -169,6 +169,26 @@ def whole_digest(held: Held) -> bytes:
     return hasher.digest()[:DIGEST_BYTES]
 
 
+def changed_digest(held: Held, index: torch.Tensor, values: torch.Tensor) -> bytes:
+    """Return the digest that all elements would have with other bits at flat indices; see ``scatter``.
+
+    Args:
+        held: the tensor; it is not changed.
+        index: increasing, (nnz,).
+        values: the bits, (nnz,).
+    """
+    hasher, start = blake3(), 0
+    where, new = bits.on_host(index), bits.on_host(values)
+    for block in bits.blocks_on_host(bits.flat_bits(in_order(held)), _BLOCK_ELEMENTS):
+        low, high = np.searchsorted(where, [start, start + len(block)]).tolist()
+        if low < high:
+            block = block.copy()  # it may be the model's memory
+            block[where[low:high] - start] = new[low:high]
+        hasher.update(block.view(np.uint8).data)
+        start += len(block)
+    return hasher.digest()[:DIGEST_BYTES]
+
+
 def _inside(region: Region, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return which of the indices lie in a region, as positions ``(n,)``, and their indices in the region ``(n,)``."""
     import torch

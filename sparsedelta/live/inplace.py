@@ -16,6 +16,7 @@ from sparsedelta.errors import (
     AlreadyApplied,
     BaseMismatch,
     ConflictError,
+    Corrupt,
     MismatchError,
     PartlyApplied,
     StructureMismatch,
@@ -25,7 +26,7 @@ from sparsedelta.format.records import Row
 from sparsedelta.interrupts import uninterrupted
 from sparsedelta.live.coordinates import quantized_kind
 from sparsedelta.live.decoding import State, decode_place, wanted_and_done
-from sparsedelta.live.held import whole_digest
+from sparsedelta.live.held import changed_digest, whole_digest
 from sparsedelta.live.patch import Patch, Writer
 from sparsedelta.live.slots import AnySlot, Place, Places, find_places
 from sparsedelta.progress import Silent
@@ -110,7 +111,15 @@ def prepare(
         if any(chunk.coding.classes for place in places.changed for chunk in place.row.chunks):
             _check_whole(places, undo=undo)
         raise
-    return [patch for patch, _ in found]
+    patches = [patch for patch, _ in found]
+    if verify == "full":
+        run_all(
+            lambda patch: _check_result(patch, undo=undo),
+            patches,
+            cost=lambda patch: patch.place.row.target.n_bytes,
+            pace=pace,
+        )
+    return patches
 
 
 def _places(delta: Delta, model: Model, names: Names) -> Places:
@@ -158,6 +167,24 @@ def _check_states(states: Sequence[tuple[Place, State]], *, undo: bool) -> None:
     finished = [place for place, state in states if state == done]
     if finished:
         raise _applied_error(finished[0].row.name, len(finished), len(states), wanted, done)
+
+
+def _check_result(patch: Patch, *, undo: bool) -> None:
+    """Check that a tensor will have the digest that the delta states; nothing is written.
+
+    The digests of touched elements do not show that other elements of the same bits are meant.
+    """
+    row, held = patch.place.row, patch.place.slot.tensor()
+    known = row.base.spec.digest if row.base and undo else row.target.digest
+    found = changed_digest(held, patch.index, patch.before if undo else patch.after)
+    if known is not None and found != known:
+        raise Corrupt(
+            f"tensor {row.name!r} would become one with digest {found.hex()[:12]}…, expected {known.hex()[:12]}…; the model is"
+            " right, so the delta is inconsistent; download it again; nothing was written",
+            tensor=row.name,
+            expected=known.hex(),
+            found=found.hex(),
+        )
 
 
 def _applied_error(name: str, n_done: int, n_due: int, wanted: str, done: str) -> MismatchError:

@@ -648,3 +648,26 @@ class TestStructure:
         target = {**net.state_dict(), **change}
         with pytest.raises(StructureMismatch, match=rf"{match}.*load_model"):
             disk.diff(net.state_dict(), target).apply_(net)
+
+
+def test_a_full_check_sees_that_other_elements_of_the_same_bits_are_meant(tmp_path: Path) -> None:
+    """The digests of touched elements are the same: equal bits become equal bits."""
+    base = {"w": torch.zeros(300, dtype=torch.bfloat16)}
+    targets = []
+    for position in (3, 4):
+        target = {"w": base["w"].clone()}
+        target["w"][position] = 1.0
+        targets.append(target)
+    with sparsedelta.diff(base, targets[0]) as right, sparsedelta.diff(base, targets[1]) as other:
+        (row,), (expected,) = other.tensors, right.tensors
+        wrong = dataclasses.replace(other, tensors=[dataclasses.replace(row, target=expected.target)])
+        delta = sparsedelta.Delta.from_bytes(wrong.to_bytes())
+    model = {"w": base["w"].clone()}
+    with pytest.raises(Corrupt, match=r"'w' would become one with digest .*nothing was written"):
+        delta.apply_(model, verify="full")
+    assert torch.equal(model["w"], base["w"])
+    with sparsedelta.diff(base, targets[0]) as right:
+        right.apply_(model, verify="full")
+        assert torch.equal(model["w"], targets[0]["w"])
+        right.revert_(model, verify="full")
+        assert torch.equal(model["w"], base["w"])
