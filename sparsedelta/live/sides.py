@@ -18,6 +18,7 @@ from sparsedelta.format.safetensors_header import Header, HeaderEntry, render_he
 from sparsedelta.live.bits import SAVED_DTYPES, TensorBytes, check_installed
 from sparsedelta.live.folder_state import FolderState
 from sparsedelta.live.loading import is_transformers
+from sparsedelta.live.parts import components_of, folder_of
 from sparsedelta.live.saved import SavedState, unwrapped
 
 if TYPE_CHECKING:
@@ -85,41 +86,60 @@ class HeldFolder(Checkpoint):
         """Open the folder and find its tensors in the model.
 
         Args:
-            model: a module or a state dict.
+            model: a module, a state dict or a pipeline of diffusers.
             folder: a checkpoint of that model.
             exclude: globs of files to leave out; see ``Checkpoint``.
             include: globs of files to keep that are left out by default; see ``Checkpoint``.
             strict: the model must have all tensors of the folder. If false, a tensor that the model lacks is
-                read from the folder.
+                read from the folder, and so are all tensors of a part that a pipeline lacks.
 
         Raises:
             StructureMismatch: the model has other tensors than the folder, or the folder has a name twice.
             CheckpointError: the folder is not a checkpoint.
         """
         super().__init__(folder, exclude=exclude, include=include)
+        self._parts: list[SavedState | FolderState] = []
         try:
-            saved = self._saved = self._state_of(model)
-            self._replace_tensors(saved, strict=strict)
+            for part, tensors in self._divided(model, strict=strict):
+                saved = _state_of(part, tensors)
+                self._parts.append(saved)
+                self._replace_tensors(saved, tensors, strict=strict)
         except BaseException:
-            super().close()
+            self.close()
             raise
+        self.weight_files = tuple(
+            replace(file, tensors=tuple(self.tensors[t.key] for t in file.tensors))
+            for file in self.weight_files
+        )
 
     def close(self) -> None:
         """Close all files and release the model's tensors."""
         super().close()
-        if hasattr(self, "_saved"):
-            self._saved.close()
+        for saved in self._parts:
+            saved.close()
 
-    def _state_of(self, model: Model) -> SavedState | FolderState:
-        check_installed("torch")
-        inner = unwrapped(model)
-        if not is_transformers(inner):
-            return SavedState(model)
-        return FolderState(inner, {t.name: t.spec.shape for t in self.tensors.values()})
-
-    def _replace_tensors(self, saved: SavedState | FolderState, *, strict: bool) -> None:
-        by_name: dict[str, list[Tensor]] = defaultdict(list)
+    def _divided(self, model: Model, *, strict: bool) -> list[tuple[Model, list[Tensor]]]:
+        """Return the models that the folder holds, each with its tensors: several if it is a pipeline's."""
+        components = components_of(model)
+        if components is None:
+            return [(model, [*self.tensors.values()])]
+        by_folder: dict[str, list[Tensor]] = defaultdict(list)
         for tensor in self.tensors.values():
+            by_folder[folder_of(tensor.file)].append(tensor)
+        absent = by_folder.keys() - components.keys()
+        if absent and (strict or absent == by_folder.keys()):
+            raise StructureMismatch(
+                f"'{self.path}' has weights in the folder '{min(absent)}', and the {type(model).__name__} has no"
+                " such part; load the pipeline with it, or let diff take its tensors from the folder"
+                " (strict=False)"
+            )
+        return [(part, by_folder[name]) for name, part in components.items()]
+
+    def _replace_tensors(
+        self, saved: SavedState | FolderState, tensors: Sequence[Tensor], *, strict: bool
+    ) -> None:
+        by_name: dict[str, list[Tensor]] = defaultdict(list)
+        for tensor in tensors:
             by_name[tensor.name].append(tensor)
         tied = saved.tied if isinstance(saved, SavedState) else {}
         own = {name: tied.get(name, name) for name in by_name}
@@ -143,10 +163,6 @@ class HeldFolder(Checkpoint):
                 )
             self._check_layout(first, saved.specs[held])
             self.tensors[first.key] = _held(first, saved, held)
-        self.weight_files = tuple(
-            replace(file, tensors=tuple(self.tensors[t.key] for t in file.tensors))
-            for file in self.weight_files
-        )
 
     def _error(
         self, names: Collection[str], has: str, lacks: str, other_way: str = ""
@@ -179,10 +195,29 @@ def held_checkpoint(
     include: Sequence[str] | None = None,
     strict: bool = True,
 ) -> Checkpoint:
-    """Return a model in memory as a checkpoint: one file, or with ``folder`` the files of that folder."""
-    if folder is None:
-        return HeldFile(model)
-    return HeldFolder(model, folder, exclude=exclude, include=include, strict=strict)
+    """Return a model in memory as a checkpoint: one file, or with ``folder`` the files of that folder.
+
+    Raises:
+        StructureMismatch: no folder is given for a pipeline; or see ``HeldFolder``.
+    """
+    check_installed("torch")
+    if folder is not None:
+        return HeldFolder(model, folder, exclude=exclude, include=include, strict=strict)
+    if components_of(model) is not None:
+        raise StructureMismatch(
+            f"the {type(model).__name__} consists of several models, which are not saved in one file; give a"
+            " folder of this pipeline, as the base of diff or as the folder of Snapshot, or save the pipeline"
+            " and give its path"
+        )
+    return HeldFile(model)
+
+
+def _state_of(model: Model, tensors: Sequence[Tensor]) -> SavedState | FolderState:
+    """Return a model as it is saved; one of transformers under the names of these tensors."""
+    inner = unwrapped(model)
+    if not is_transformers(inner):
+        return SavedState(model)
+    return FolderState(inner, {tensor.name: tensor.spec.shape for tensor in tensors})
 
 
 def _held(tensor: Tensor, saved: SavedState | FolderState, own: str) -> HeldTensor:

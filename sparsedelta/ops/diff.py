@@ -65,7 +65,7 @@ def diff(
         base: a safetensors file; a folder of safetensors files (sharded or not) and other files; or a
             model in memory: a ``torch.nn.Module`` or a state dict, on any device; or, if no such path exists, a
             repository on the Hub: ``org/model``, ``org/model@revision`` or ``hf://org/model@revision``.
-        target: the same.
+        target: the same; or a pipeline of diffusers in memory, if the base is the folder of a pipeline.
         base_id: where the base can be found, such as ``org/model@<commit>``; recorded as a hint. None: the
             repository and its commit if the base is one.
         values: ``"ulp"`` (differences in units in the last place: small) or ``"target"`` (new bits).
