@@ -53,6 +53,7 @@ test-fused: $(READY)
 
 # Which optimizers and trainers SIFT works with; writes the tables of docs/compatibility.md.
 compatibility: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group compatibility
 	$(BIN)/python benchmarks/compatibility.py --result docs/compatibility.md
 
 # The compiled kernels with checks of every memory access and of undefined behaviour, on damaged streams; Linux with gcc.

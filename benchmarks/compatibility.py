@@ -2,6 +2,8 @@
 
     python benchmarks/compatibility.py [--only optimizers names trainers] [--result docs/compatibility.md]
 
+The page gets the table of versions too: what pyproject.toml accepts, and what constraints.txt installs for the tests.
+
 SIFT at rate 1 trains all components. So it must end with the same bits as the plain training, if the optimizer works
 on each element apart. The exit status is 1 if a training ends otherwise, except where the table says why.
 """
@@ -13,8 +15,10 @@ import copy
 import io
 import logging
 import os
+import re
 import sys
 import tempfile
+import tomllib
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -23,7 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from measuring import table
+from measuring import ROOT, table
 
 os.environ |= {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -39,7 +43,7 @@ from sift_train import SiftConfig, SiftTrainerMixin
 
 ALL = SiftConfig(sparse_rate=1.0, sparse_module="re:.")
 SAME, TRAINS, REFUSED, ABSENT, WRONG = "same bits", "trains", "refused", "not installed", "differs"
-START, END = "<!-- tables -->", "<!-- end of tables -->"
+TABLES, VERSIONS = "tables", "versions"  # the marked places of the page
 # They compute a statistic of a whole matrix, which a vector of components has not.
 _BY_ROWS = "scales by the rows and columns of a matrix; a vector of components has none"
 BY_MATRIX = {"adafactor": _BY_ROWS, "Adafactor": _BY_ROWS}
@@ -267,19 +271,40 @@ PARTS: dict[str, tuple[str, Callable[[], list[list[str]]]]] = {
 }
 
 
-def write(page: Path, sections: Sequence[str]) -> None:
-    """Write the tables between the marks of a page."""
+def of_versions() -> str:
+    """Return the table of the packages that the project needs: the accepted versions, and the tested one."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pairs = (line.partition("==") for line in lines)
+    pinned = {_plain(name): found for name, mark, found in pairs if mark}
+    rows = []
+    for extra, needs in {"": project["dependencies"], **project["optional-dependencies"]}.items():
+        for need in needs:
+            name, accepted = re.fullmatch(r"([\w-]+)(.*)", need).groups()  # type: ignore[union-attr]
+            rows.append([f"`{name}`", extra, f"`{accepted}`", pinned.get(_plain(name), "newest")])
+    return table(["package", "extra", "accepted", "installed by `make test`"], rows)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def write(page: Path, place: str, sections: Sequence[str]) -> None:
+    """Write sections between the marks of a place of a page."""
+    start, end = f"<!-- {place} -->", f"<!-- end of {place} -->"
     text = page.read_text("utf-8")
-    head, tail = text.partition(START)[0], text.partition(END)[2]
-    page.write_text("\n\n".join([head + START, *sections, END]) + tail, "utf-8")
+    head, tail = text.partition(start)[0], text.partition(end)[2]
+    page.write_text("\n\n".join([head + start, *sections, end]) + tail, "utf-8")
 
 
 def main() -> int:
     """Try everything; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--result", type=Path, help="a page with marks; default: print the tables")
     options = parser.parse_args()
+    if options.result:
+        write(options.result, VERSIONS, [of_versions()])
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -292,8 +317,8 @@ def main() -> int:
         failed = failed or any(result == WRONG for _, result, _ in rows)
         sections.append(table([title, "result", "remark"], rows))
         print(sections[-1], flush=True)
-    if options.result:
-        write(options.result, sections)
+    if options.result and options.only == list(PARTS):
+        write(options.result, TABLES, sections)
     return int(failed)
 
 

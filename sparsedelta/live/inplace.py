@@ -117,7 +117,7 @@ def prepare(
             lambda patch: _check_result(patch, undo=undo),
             patches,
             cost=lambda patch: patch.place.row.target.n_bytes,
-            pace=pace,
+            pace=Pace(Silent()),
         )
     return patches
 

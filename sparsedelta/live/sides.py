@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -86,24 +86,23 @@ class HeldFolder(Checkpoint):
         """Open the folder and find its tensors in the model.
 
         Args:
-            model: a module, a state dict, or a pipeline of diffusers.
+            model: a module, a state dict or a pipeline of diffusers.
             folder: a checkpoint of that model.
             exclude: globs of files to leave out; see ``Checkpoint``.
             include: globs of files to keep that are left out by default; see ``Checkpoint``.
             strict: the model must have all tensors of the folder. If false, a tensor that the model lacks is
-                read from the folder.
+                read from the folder, and so are all tensors of a part that a pipeline lacks.
 
         Raises:
             StructureMismatch: the model has other tensors than the folder, or the folder has a name twice.
             CheckpointError: the folder is not a checkpoint.
         """
         super().__init__(folder, exclude=exclude, include=include)
-        self._saved: list[SavedState | FolderState] = []
+        self._parts: list[SavedState | FolderState] = []
         try:
-            check_installed("torch")
-            for part, tensors in self._parts(model):
+            for part, tensors in self._divided(model, strict=strict):
                 saved = _state_of(part, tensors)
-                self._saved.append(saved)
+                self._parts.append(saved)
                 self._replace_tensors(saved, tensors, strict=strict)
         except BaseException:
             self.close()
@@ -116,27 +115,25 @@ class HeldFolder(Checkpoint):
     def close(self) -> None:
         """Close all files and release the model's tensors."""
         super().close()
-        while self._saved:
-            self._saved.pop().close()
+        for saved in self._parts:
+            saved.close()
 
-    def _parts(self, model: Model) -> Iterator[tuple[Model, list[Tensor]]]:
-        """Yield the model with all tensors; or each model of a pipeline with the tensors of its folder."""
-        tensors = list(self.tensors.values())
+    def _divided(self, model: Model, *, strict: bool) -> list[tuple[Model, list[Tensor]]]:
+        """Return the models that the folder holds, each with its tensors: several if it is a pipeline's."""
         components = components_of(model)
         if components is None:
-            yield model, tensors
-            return
+            return [(model, [*self.tensors.values()])]
         by_folder: dict[str, list[Tensor]] = defaultdict(list)
-        for tensor in tensors:
+        for tensor in self.tensors.values():
             by_folder[folder_of(tensor.file)].append(tensor)
-        for folder, own in by_folder.items():
-            if folder not in components:
-                raise StructureMismatch(
-                    f"'{self.path}' has weights in '{folder}', and the pipeline has no model of that name; leave them out"
-                    f" (exclude={folder + '/*'!r})",
-                    tensor=own[0].name,
-                )
-            yield components[folder], own
+        absent = by_folder.keys() - components.keys()
+        if absent and (strict or absent == by_folder.keys()):
+            raise StructureMismatch(
+                f"'{self.path}' has weights in the folder '{min(absent)}', and the {type(model).__name__} has no"
+                " such part; load the pipeline with it, or let diff take its tensors from the folder"
+                " (strict=False)"
+            )
+        return [(part, by_folder[name]) for name, part in components.items()]
 
     def _replace_tensors(
         self, saved: SavedState | FolderState, tensors: Sequence[Tensor], *, strict: bool
@@ -190,13 +187,6 @@ class HeldFolder(Checkpoint):
             )
 
 
-def _state_of(model: Model, tensors: Sequence[Tensor]) -> SavedState | FolderState:
-    inner = unwrapped(model)
-    if not is_transformers(inner):
-        return SavedState(model)
-    return FolderState(inner, {tensor.name: tensor.spec.shape for tensor in tensors})
-
-
 def held_checkpoint(
     model: Model,
     folder: AnyPath | None = None,
@@ -205,15 +195,29 @@ def held_checkpoint(
     include: Sequence[str] | None = None,
     strict: bool = True,
 ) -> Checkpoint:
-    """Return a model in memory as a checkpoint: one file, or with ``folder`` the files of that folder."""
-    if folder is None:
-        if components_of(model) is not None:
-            raise StructureMismatch(
-                f"a {type(model).__name__} consists of several models, which are saved in a folder; give the folder that it was"
-                " loaded from (folder=)"
-            )
-        return HeldFile(model)
-    return HeldFolder(model, folder, exclude=exclude, include=include, strict=strict)
+    """Return a model in memory as a checkpoint: one file, or with ``folder`` the files of that folder.
+
+    Raises:
+        StructureMismatch: no folder is given for a pipeline; or see ``HeldFolder``.
+    """
+    check_installed("torch")
+    if folder is not None:
+        return HeldFolder(model, folder, exclude=exclude, include=include, strict=strict)
+    if components_of(model) is not None:
+        raise StructureMismatch(
+            f"the {type(model).__name__} consists of several models, which are not saved in one file; give a"
+            " folder of this pipeline, as the base of diff or as the folder of Snapshot, or save the pipeline"
+            " and give its path"
+        )
+    return HeldFile(model)
+
+
+def _state_of(model: Model, tensors: Sequence[Tensor]) -> SavedState | FolderState:
+    """Return a model as it is saved; one of transformers under the names of these tensors."""
+    inner = unwrapped(model)
+    if not is_transformers(inner):
+        return SavedState(model)
+    return FolderState(inner, {tensor.name: tensor.spec.shape for tensor in tensors})
 
 
 def _held(tensor: Tensor, saved: SavedState | FolderState, own: str) -> HeldTensor:

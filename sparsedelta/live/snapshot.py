@@ -101,8 +101,9 @@ class Snapshot:
         """Copy the tensors of a model and compute their digests.
 
         Args:
-            model: a ``torch.nn.Module`` or a state dict, on any device. The snapshot keeps a reference to it. A
-                state dict must be updated in place, because ``diff`` reads this object.
+            model: a ``torch.nn.Module`` or a state dict, on any device; or, if a folder is given, a pipeline of
+                diffusers. The snapshot keeps a reference to it. A state dict must be updated in place, because
+                ``diff`` reads this object.
             folder: a checkpoint of this model. The deltas are then between folders with its files and layout.
                 None: they are between single files, as the model would be saved.
             keep_on: where the copy is, if the model is on a GPU. The GPU compares in each case.

@@ -71,7 +71,7 @@ def diff(
             folder of ``torch.distributed``; or a
             model in memory: a ``torch.nn.Module`` or a state dict, on any device; or, if no such path exists, a
             repository on the Hub: ``org/model``, ``org/model@revision`` or ``hf://org/model@revision``.
-        target: the same.
+        target: the same; or a pipeline of diffusers in memory, if the base is the folder of a pipeline.
         base_id: where the base can be found, such as ``org/model@<commit>``; recorded as a hint. None: the
             repository and its commit if the base is one.
         values: ``"ulp"`` (differences in units in the last place: small) or ``"target"`` (new bits).

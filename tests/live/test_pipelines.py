@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from live.live_helpers import copied, same, tuned
 from torch import nn
 
 import sparsedelta
-from sparsedelta import Delta, DeltaBank, load_model
+from sparsedelta import Delta, DeltaBank, Snapshot, load_model
 from sparsedelta.errors import AlreadyApplied, BaseMismatch, StructureMismatch
 
 pytest.importorskip("diffusers")
@@ -93,6 +94,74 @@ def test_load_model(case: Case) -> None:
     pipeline = case.load_target()
     assert type(pipeline) is type(case.load())
     assert same(pipelines.state(pipeline), case.target)
+
+
+def data_of(delta: Delta, path: Path) -> bytes:
+    """Return the bytes of a delta's file."""
+    with delta:
+        delta.save(path, overwrite=True)
+    return path.read_bytes()
+
+
+def test_the_target_of_diff(case: Case, tmp_path: Path) -> None:
+    """The delta has the bytes of that between the saved folders."""
+    delta = sparsedelta.diff(case.folder, case.load_target())
+    assert data_of(delta, tmp_path / "d.sd") == (case.path / "d.sd").read_bytes()
+
+
+def test_a_snapshot(case: Case, tmp_path: Path) -> None:
+    """Two deltas in a row have the bytes of those between the saved folders."""
+    pipeline = case.load()
+    snapshot = Snapshot(pipeline, folder=case.folder)
+    case.delta.apply_(pipeline)
+    assert data_of(snapshot.diff(), tmp_path / "1.sd") == (case.path / "d.sd").read_bytes()
+    snapshot.advance(tmp_path / "1.sd")
+    tune(pipeline, "vae")
+    third = shutil.copytree(case.target_folder, tmp_path / "third")
+    pipeline.vae.save_pretrained(tmp_path / "vae")
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    shutil.copy(tmp_path / weights, third / weights)
+    expected = data_of(sparsedelta.diff(case.target_folder, third), tmp_path / "expected.sd")
+    assert data_of(snapshot.diff(), tmp_path / "2.sd") == expected
+
+
+def test_a_pipeline_without_its_folder(tmp_path: Path) -> None:
+    case = Case("sd", tmp_path, "unet")
+    pipeline = case.load()
+    for call in (
+        lambda: sparsedelta.diff(pipeline, case.folder),
+        lambda: sparsedelta.diff(pipeline, pipeline),
+        lambda: Snapshot(pipeline),
+    ):
+        with pytest.raises(StructureMismatch, match=r"several models.* give a folder of this"):
+            call()
+
+
+def test_diff_of_a_pipeline_that_lacks_a_part(tmp_path: Path) -> None:
+    case = Case("sd", tmp_path, "unet")
+    pipeline = case.load(vae=None)
+    case.delta.apply_(pipeline)
+    with pytest.raises(StructureMismatch, match=r"folder 'vae'.* no such part; .*strict=False"):
+        sparsedelta.diff(case.folder, pipeline)
+    delta = sparsedelta.diff(case.folder, pipeline, strict=False)
+    assert data_of(delta, tmp_path / "other.sd") == (tmp_path / "d.sd").read_bytes()
+    with pytest.raises(StructureMismatch, match="no such part"):
+        sparsedelta.diff(case.folder / "vae", pipeline, strict=False)
+
+
+def test_diff_with_two_variants(tmp_path: Path) -> None:
+    """It is not clear which variant the pipeline replaces, until one of them is left out."""
+    half = pipelines.KINDS["sd"]().to(torch.float16)
+    folder = pipelines.saved(half, tmp_path / "base", variant="fp16")
+    pipeline = pipelines.KINDS["sd"]()
+    pipelines.saved(pipeline, folder)
+    one = shutil.copytree(folder, tmp_path / "one", ignore=shutil.ignore_patterns("*.fp16.*"))
+    tune(pipeline, "unet")
+    plain = data_of(sparsedelta.diff(one, pipeline), tmp_path / "d.sd")
+    with pytest.raises(StructureMismatch, match=r"fp16.*exclude"):
+        sparsedelta.diff(folder, pipeline)
+    delta = sparsedelta.diff(folder, pipeline, exclude=["*.fp16.safetensors"])
+    assert data_of(delta, tmp_path / "d.sd") == plain
 
 
 def test_a_bank_on_a_pipeline_and_on_a_model_of_it(tmp_path: Path) -> None:
@@ -243,43 +312,3 @@ def test_a_lora_fused_into_the_unet(tmp_path: Path) -> None:
         assert same(pipelines.state(live), fused)
         delta.revert_(live)
         assert same(live.unet.state_dict(), before)
-
-
-def test_a_pipeline_as_a_side_of_diff(case: Case, tmp_path: Path) -> None:
-    """The delta is that of the folders, byte for byte; in memory the files have the base's layout."""
-    pipeline = case.load()
-    with sparsedelta.diff(case.folder, pipeline) as same_delta:
-        assert same_delta.nnz == 0
-    case.delta.apply_(pipeline)
-    with sparsedelta.diff(case.folder, pipeline) as delta:
-        assert delta.nnz == case.delta.nnz
-        assert delta.target_fingerprint == case.delta.target_fingerprint
-        delta.save(tmp_path / "d.sd")
-    sparsedelta.apply(case.folder, tmp_path / "d.sd", tmp_path / "out")
-    for path in sorted(case.target_folder.rglob("*.safetensors")):
-        assert (tmp_path / "out" / path.relative_to(case.target_folder)).read_bytes() == (
-            path.read_bytes()
-        )
-
-
-def test_a_snapshot_of_a_pipeline(case: Case) -> None:
-    pipeline = case.load()
-    snapshot = sparsedelta.Snapshot(pipeline, folder=case.folder)
-    case.delta.apply_(pipeline)
-    with snapshot.diff() as delta:
-        assert delta.target_fingerprint == case.delta.target_fingerprint
-        snapshot.advance(delta)
-    assert snapshot.fingerprint == case.delta.target_fingerprint
-    with pytest.raises(StructureMismatch, match=r"saved in a folder; give the folder"):
-        sparsedelta.Snapshot(pipeline)
-
-
-def test_a_pipeline_without_one_of_its_models_is_no_side(tmp_path: Path) -> None:
-    case = Case("sd", tmp_path)
-    pipeline = case.load()
-    pipeline.vae = None
-    with pytest.raises(StructureMismatch, match=r"has weights in 'vae'.*exclude='vae/\*'"):
-        sparsedelta.diff(case.folder, pipeline)
-    with sparsedelta.diff(case.folder, pipeline, exclude=["vae/*"]) as delta:
-        assert delta.nnz == 0
-    case.delta.close()
