@@ -286,7 +286,9 @@ def _check_range(
     name: str, value: Any, *, above: float | None = None, up_to: float | None = None
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, SupportsFloat):
-        raise ValueError(f"{name} is {value!r}, a {type(value).__name__}; it must be a number")
+        raise ValueError(
+            f"{name} is {value!r}, of type {type(value).__name__}; it must be a number"
+        )
     number = float(value)
     fits = number > above if above is not None else number >= 0.0
     if not fits or number == float("inf") or (up_to is not None and number > up_to):

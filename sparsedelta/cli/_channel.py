@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -18,9 +19,17 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened(settings: Settings, channel: str) -> Iterator[sparsedelta.Channel]:
-    """Yield the channel that an argument names."""
+    """Yield the existing channel that an argument names.
+
+    Raises:
+        FileNotFoundError: it names a folder that does not exist.
+    """
     if "://" in channel:
         quiet_client(settings)
+    elif not os.path.isdir(channel):
+        raise FileNotFoundError(
+            f"there is no channel at '{channel}': the folder does not exist; check the path"
+        )
     with sparsedelta.Channel(channel) as found:
         yield found
 

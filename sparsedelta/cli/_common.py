@@ -16,11 +16,33 @@ from click.shell_completion import CompletionItem
 if TYPE_CHECKING:
     from sparsedelta._typing import JSON
 
-PATH = click.Path(path_type=Path)
+
+def _checked(text: str) -> str:
+    """Return the text of an argument; a usage error if it is empty or ``-``."""
+    if not text:
+        raise click.UsageError("a path is empty; write . for the current folder")
+    if text == "-":
+        raise click.UsageError("'-' is not supported; give a path (write ./- for a file named -)")
+    return text
+
+
+class _Path(click.Path):
+    """A path that is neither empty nor ``-``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path. Raises UsageError."""
+        return super().convert(_checked(value) if isinstance(value, str) else value, param, ctx)
+
+
+PATH = _Path(path_type=Path)
 
 
 class _PathOrRepository(click.types.StringParamType):
     """A path, a repository on the Hub or another address. A shell completes it as a path."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the text. Raises UsageError if it is empty or ``-``."""
+        return _checked(super().convert(value, param, ctx))
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
 import sparsedelta
 from sparsedelta.cli._common import (
@@ -27,6 +28,24 @@ if TYPE_CHECKING:
     from sparsedelta import ConvertReport
 
 
+class _Form(click.types.StringParamType):
+    """The name of a form. A shell completes it."""
+
+    name = "form"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Return the forms that can be read or written, whichever the option asks for."""
+        from sparsedelta.interop.registry import NAMES, WRITTEN
+
+        names = WRITTEN if param.name == "write_as" else NAMES
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+_FORM = _Form()
+
+
 @click.command(
     "convert",
     cls=Command,
@@ -43,8 +62,8 @@ if TYPE_CHECKING:
 @click.option(
     "--target", type=PATH_OR_REPOSITORY, help="Also check that IN rebuilds this checkpoint."
 )
-@click.option("--from", "read_as", metavar="FORM", help="The form of IN. [default: recognised]")
-@click.option("--to", "write_as", metavar="FORM", help="The form of OUT. [default: sd, for *.sd]")
+@click.option("--from", "read_as", type=_FORM, help="The form of IN. [default: recognised]")
+@click.option("--to", "write_as", type=_FORM, help="The form of OUT. [default: sd, for *.sd]")
 @click.option(
     "--set", "chosen", metavar="KEY=VALUE", multiple=True, help="A setting of the written form."
 )

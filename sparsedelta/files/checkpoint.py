@@ -33,6 +33,7 @@ from sparsedelta.fs import open_regular
 from sparsedelta.system import allow_open_files, read_at, read_into
 
 _ZIP = b"PK\x03\x04"  # what torch.save writes
+_PICKLE = b"\x80\x02"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -461,11 +462,14 @@ def _parse_header(raw: bytes, location: Path) -> Header:
 def _way_out(fd: int, location: Path) -> str:
     """Return what to do about a file that is not a safetensors file, as a clause."""
     start = read_at(fd, len(_ZIP), 0)
-    if start == _ZIP and location.suffix.lower() in PICKLED_SUFFIXES:
-        return (
-            "make a delta between two such files with `sparsedelta convert`, or convert it with:"
-            f" {conversion_of_file(location)}"
-        )
+    if location.suffix.lower() in PICKLED_SUFFIXES:
+        if start == _ZIP:
+            return (
+                "where a delta between two such files is wanted, `sparsedelta convert` writes it; otherwise convert"
+                f" the file first with: {conversion_of_file(location)}"
+            )
+        if start.startswith(_PICKLE):
+            return f"an old torch.save wrote it; convert it with: {conversion_of_file(location)}"
     if location.name.endswith(".json"):
         return "give the folder that it is in, or a .safetensors file"
     return "give a .safetensors file or a folder that holds some"

@@ -24,9 +24,10 @@ _NOT_WEIGHTS = ("training_args.bin", *junk.NOT_PART)
 # have one more part.
 _OF_TRANSFORMERS = ("pytorch_model.bin", "pytorch_model-[0-9]*.bin")
 _LOAD = (
-    "import torch; from safetensors.torch import save_file; "
-    'save_file({{name: tensor.contiguous().clone() for name, tensor in torch.load({source}, "cpu",'
-    ' weights_only=True).items()}}, {output}, {{"format": "pt"}})'
+    'import torch; from safetensors.torch import save_file; d = torch.load({source}, "cpu", weights_only=True); '
+    'd = next((d[key] for key in ("state_dict", "model") if isinstance(d.get(key), dict)), d); '
+    "save_file({{name: tensor.contiguous().clone() for name, tensor in d.items() if torch.is_tensor(tensor)}},"
+    ' {output}, {{"format": "pt"}})'
 )
 
 

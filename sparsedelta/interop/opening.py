@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import BadMagic, BaseNeeded, FormatError
 from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.format.container import kind_of_model
 from sparsedelta.format.delta import AnyDelta, Delta, load
 from sparsedelta.fs import temporary_folder
 from sparsedelta.interop.form import Form, Reading
@@ -107,6 +108,9 @@ def _load(path: AnyPath, any_size: bool) -> Delta:
         if isinstance(error, BadMagic) or (
             error.code == "limit_exceeded" and not is_delta(Source(path))
         ):
+            source = Source(path)
+            if kind_of_model(source.start, source.path.stat().st_size):
+                raise BadMagic(str(error)) from error
             raise BadMagic(
                 f"{error}; it has none of the other forms that `sparsedelta convert` reads either"
             ) from error
