@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from cli.cli_helpers import Run, Workplace
+from helpers import noise, write_file
 
 from sparsedelta.cli.convert import command as convert
 
@@ -15,7 +16,7 @@ from sparsedelta.cli.convert import command as convert
     [
         (b"GGUF", "a GGUF file"),
         (b"PK\x03\x04", "a file of torch.save"),
-        (b"\x80\x02", "a pickle, such as torch.save wrote before release 1.6"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF", "a pickle, such as torch.save wrote before release 1.6"),
     ],
 )
 def test_a_model_is_called_a_model(tmp_path: Path, run: Run, start: bytes, kind: str) -> None:
@@ -66,6 +67,17 @@ def test_forms_are_completed(option: str) -> None:
 
 def test_an_old_torch_save_is_named(tmp_path: Path, workplace: Workplace, run: Run) -> None:
     path = tmp_path / "old.pt"
-    path.write_bytes(b"\x80\x02" + bytes(100))
+    path.write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF" + bytes(100))
     result = run("diff", path, workplace.target, "-o", tmp_path / "x.sd")
     assert "an old torch.save wrote it; convert it with: python -c" in result.stderr
+
+
+def test_verify_says_when_nothing_of_the_base_is_used(workplace: Workplace, run: Run) -> None:
+    other = workplace.path / "other.safetensors"
+    write_file(other, {"elsewhere": noise("F32", 30)})
+    output = workplace.path / "x.sd"
+    assert run("diff", workplace.base, other, "-o", output).exit_code == 0
+    words = run("verify", output, "--base", workplace.base).stdout
+    assert "base: no tensor of it is used, the delta holds the whole target" in words
+    usual = run("verify", workplace.save_delta(), "--base", workplace.base).stdout
+    assert "base: correct, the delta rebuilds the target from it" in usual
