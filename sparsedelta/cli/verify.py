@@ -23,6 +23,8 @@ from sparsedelta.cli._sources import Sources
 from sparsedelta.report.text import count, printable, size
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sparsedelta import VerifyReport
     from sparsedelta._typing import JSON
     from sparsedelta.hub.sources import RemoteBaseReport
