@@ -90,13 +90,13 @@ class FitConfig:
     sparse_rate: float = 0.01
     sparse_module: Names = ALL_LINEAR
     exception: Names = ()
-    selection: Selection = "gradient"
+    selection: Selection = "random"
     selection_batches: int = 4
     budget: str = "tensor"
     block: Block | None = None
     optimizer: str | Callable[[list[dict[str, Any]]], Optimizer] = "adamw"
     lr: float = 2e-4
-    lr_transfer: bool = False
+    lr_transfer: bool = True
     weight_decay: float = 0.0
     decay_to: str = "zero"
     betas: tuple[float, float] = (0.9, 0.999)

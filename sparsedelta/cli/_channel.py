@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sparsedelta
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def opened(settings: Settings, channel: str) -> Iterator[sparsedelta.Channel]:
-    """Yield the existing channel that an argument names.
+def opened(
+    settings: Settings, channel: str, *, must_exist: bool = False
+) -> Iterator[sparsedelta.Channel]:
+    """Yield the channel that an argument names.
 
     Raises:
-        FileNotFoundError: it names a folder that does not exist.
+        FileNotFoundError: ``must_exist``, and it would be in a folder that does not exist.
     """
     if "://" in channel:
         quiet_client(settings)
-    elif not os.path.isdir(channel):
-        raise FileNotFoundError(
-            f"there is no channel at '{channel}': the folder does not exist; check the path"
-        )
+    elif must_exist and not Path(channel).is_dir():
+        raise FileNotFoundError(f"there is no channel at '{channel}': no such folder")
     with sparsedelta.Channel(channel) as found:
         yield found
 

@@ -17,21 +17,19 @@ if TYPE_CHECKING:
     from sparsedelta._typing import JSON
 
 
-def _checked(text: str) -> str:
-    """Return the text of an argument; a usage error if it is empty or ``-``."""
-    if not text:
-        raise click.UsageError("a path is empty; write . for the current folder")
-    if text == "-":
-        raise click.UsageError("'-' is not supported; give a path (write ./- for a file named -)")
-    return text
+def _check_path(param: click.ParamType[Any], value: object, ctx: click.Context | None) -> None:
+    """Fail for what is a path by mistake: nothing, or the sign for standard input and output."""
+    if value == "":
+        param.fail("the path is empty; give the path of a file or folder", ctx=ctx)
+    if value == "-":
+        param.fail("'-' is not supported; give the path of a file", ctx=ctx)
 
 
 class _Path(click.Path):
-    """A path that is neither empty nor ``-``."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path. Raises UsageError."""
-        return super().convert(_checked(value) if isinstance(value, str) else value, param, ctx)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path."""
+        _check_path(self, value, ctx)
+        return Path(os.fsdecode(super().convert(value, param, ctx)))
 
 
 PATH = _Path(path_type=Path)
@@ -40,9 +38,10 @@ PATH = _Path(path_type=Path)
 class _PathOrRepository(click.types.StringParamType):
     """A path, a repository on the Hub or another address. A shell completes it as a path."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the text. Raises UsageError if it is empty or ``-``."""
-        return _checked(super().convert(value, param, ctx))
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the text."""
+        _check_path(self, value, ctx)
+        return str(super().convert(value, param, ctx))
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str

@@ -23,8 +23,6 @@ from sparsedelta.cli._sources import Sources
 from sparsedelta.report.text import count, printable, size
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sparsedelta import VerifyReport
     from sparsedelta._typing import JSON
     from sparsedelta.hub.sources import RemoteBaseReport
@@ -77,27 +75,19 @@ def command(
         remote_base = {} if remote is None else {"remote_base": dataclasses.asdict(remote)}
         print_json({"delta": delta, **dataclasses.asdict(report), **remote_base})
     else:
-        uses_base = base is None or report.converted is not None or _uses_base(path)
-        click.echo(_describe(delta, report, remote, uses_base=uses_base))
+        click.echo(_describe(delta, report, remote))
 
 
-def _uses_base(delta: Path) -> bool:
-    """Return whether a delta takes any tensor from its base."""
-    return any(one.state not in ("added", "removed") for one in sparsedelta.inspect(delta).tensors)
-
-
-def _describe(
-    delta: str, report: VerifyReport, remote: RemoteBaseReport | None, *, uses_base: bool
-) -> str:
+def _describe(delta: str, report: VerifyReport, remote: RemoteBaseReport | None) -> str:
     changes = (
         f"{count(report.nnz, 'changed value')} in {count(report.n_changed)} of"
         f" {count(report.n_tensors, 'tensor')}, {size(report.payload_bytes)} coded"
     )
-    base = (
-        "correct, the delta rebuilds the target from it" if report.base_checked else "not checked"
-    )
-    if not uses_base:
-        base = "no tensor of it is used, the delta holds the whole target"
+    base = "not checked"
+    if report.base_checked and report.n_from_base:
+        base = "correct, the delta rebuilds the target from it"
+    elif report.base_checked:
+        base = "not used, the delta holds all tensors of the target"
     source = report.converted
     from_other = (
         [] if source is None else [f"converted from {source.get('form')}: {_proof(source)}"]

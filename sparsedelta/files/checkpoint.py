@@ -17,7 +17,7 @@ from sparsedelta.dtypes import dtype_of
 from sparsedelta.errors import CheckpointError, FormatError
 from sparsedelta.files import junk
 from sparsedelta.files.shards import INDEX_SUFFIX, SHARD, roles, shard_path
-from sparsedelta.files.unread import PICKLED_SUFFIXES, conversion_of_file
+from sparsedelta.files.unread import OLD_PICKLE, PICKLED_SUFFIXES, conversion_of_file
 from sparsedelta.format.columns import LazySequence
 from sparsedelta.format.header_columns import HeaderColumns, HeaderEntries, read_header_columns
 from sparsedelta.format.paths import WEIGHT_SUFFIX, path_problem
@@ -33,7 +33,6 @@ from sparsedelta.fs import open_regular
 from sparsedelta.system import allow_open_files, read_at, read_into
 
 _ZIP = b"PK\x03\x04"  # what torch.save writes
-_PICKLE = b"\x80\x02"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -462,14 +461,13 @@ def _parse_header(raw: bytes, location: Path) -> Header:
 def _way_out(fd: int, location: Path) -> str:
     """Return what to do about a file that is not a safetensors file, as a clause."""
     start = read_at(fd, len(_ZIP), 0)
-    if location.suffix.lower() in PICKLED_SUFFIXES:
-        if start == _ZIP:
-            return (
-                "where a delta between two such files is wanted, `sparsedelta convert` writes it; otherwise convert"
-                f" the file first with: {conversion_of_file(location)}"
-            )
-        if start.startswith(_PICKLE):
-            return f"an old torch.save wrote it; convert it with: {conversion_of_file(location)}"
+    if start == _ZIP and location.suffix.lower() in PICKLED_SUFFIXES:
+        return (
+            "`sparsedelta convert` makes a delta between two such files, and rebuilds one from it; or convert it with:"
+            f" {conversion_of_file(location)}"
+        )
+    if start == OLD_PICKLE:
+        return f"an old version of torch.save wrote it; convert it with: {conversion_of_file(location)}"
     if location.name.endswith(".json"):
         return "give the folder that it is in, or a .safetensors file"
     return "give a .safetensors file or a folder that holds some"

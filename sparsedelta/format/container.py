@@ -29,12 +29,6 @@ MAX_HEADER_BYTES = 1024
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _BLOCK_BYTES = 1 << 20
-_START_BYTES = 16
-_OTHER_KINDS = {
-    b"GGUF": "a GGUF file",
-    b"PK\x03\x04": "a file of torch.save",
-    b"\x80\x02": "a pickle, such as torch.save wrote before release 1.6",
-}
 _HEADER = (
     '{{"__metadata__":{{"format":"sparsedelta","format_version":"{version}","manifest_digest":'
     '"{digest}"}},"manifest":{{"dtype":"U8","shape":[{m}],"data_offsets":[0,{m}]}},"payload":'
@@ -111,15 +105,14 @@ class FilePayload:
         size = int.from_bytes(self._read_at(0, _LENGTH_BYTES), "little")
         if size > MAX_HEADER_BYTES:
             raise LimitExceeded(
-                self._other_file()
-                or f"'{self.name}' is not a delta: its header would have {size} bytes, the limit is"
+                f"'{self.name}' is not a delta: its header would have {size} bytes, the limit is"
                 f" {MAX_HEADER_BYTES}"
             )
         raw = self._read_at(_LENGTH_BYTES, size)
         self._start = _LENGTH_BYTES + size
         found = _FIELDS.match(raw)
         if found is None:
-            raise BadMagic(self._other_file() or f"'{self.name}' is not a sparsedelta file")
+            raise BadMagic(f"'{self.name}' is not a sparsedelta file")
         version = found["version"].decode("latin-1")
         if version != str(FORMAT_VERSION):
             raise UnsupportedVersion(
@@ -136,16 +129,6 @@ class FilePayload:
                 return digest, m, p
         raise BadMagic(f"'{self.name}' is not a sparsedelta file: its header is not as specified")
 
-    def _other_file(self) -> str | None:
-        """Return the message for a file that is known to be no delta; None for other files."""
-        kind = kind_of_model(self._source.read(0, _START_BYTES), self.file_bytes)
-        if kind is None:
-            return None
-        return (
-            f"'{self.name}' is a model ({kind}), not a delta; give a delta (.sd) here, and a model as base"
-            " (BASE comes before DELTA)"
-        )
-
     def _read_at(self, offset: int, n_bytes: int) -> bytes:
         parts = []
         while n_bytes:
@@ -158,19 +141,6 @@ class FilePayload:
             offset += len(part)
             n_bytes -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def kind_of_model(start: bytes, n_bytes: int) -> str | None:
-    """Return what kind of model file this is, such as ``"a GGUF file"``; None if it is not known.
-
-    Args:
-        start: the first bytes of the file, at least 16 of a longer one.
-        n_bytes: size of the file.
-    """
-    size = int.from_bytes(start[:_LENGTH_BYTES], "little")
-    if start[_LENGTH_BYTES:].startswith(b'{"') and size < n_bytes:
-        return "a safetensors file"
-    return next((kind for magic, kind in _OTHER_KINDS.items() if start.startswith(magic)), None)
 
 
 def write_container(

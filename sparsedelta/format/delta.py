@@ -254,11 +254,6 @@ def load(path: AnyPath | Seekable, *, any_size: bool = False) -> Delta:
         OSError: the file cannot be opened.
     """
     if isinstance(path, str | os.PathLike):
-        if os.path.isdir(path):
-            raise IsADirectoryError(
-                f"'{os.fspath(path)}' is a folder, not a delta; give a delta (.sd) here, and a model folder as base"
-                " (BASE comes before DELTA)"
-            )
         return read_delta(OpenFile(path), any_size=any_size)
     if isinstance(path, bytes | bytearray | memoryview):
         raise TypeError("path is bytes, expected a path or an open file; use Delta.from_bytes")

@@ -182,7 +182,7 @@ def _parts(own: Own, shape: Shape, piece: Piece) -> Iterator[Part]:
     if found != shape:
         problem = f"has become {list(found)}, expected {list(shape)}"
     elif type(tensor.data) is not torch.Tensor or tensor.layout != torch.strided:
-        problem = f"is of type {type(tensor.data).__name__} ({tensor.layout}), not a plain tensor"
+        problem = f"is a {type(tensor.data).__name__} ({tensor.layout}), not a plain tensor"
     if problem:
         raise StructureMismatch(f"tensor {own.name!r} {problem}", tensor=own.name)
     memory = Region(shape, int(tensor.storage_offset()), tuple(tensor.stride()))

@@ -185,13 +185,11 @@ def state_of(model: Any) -> State:
     for name, tensor in state.items():
         problem = None
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            problem = f"is of type {type(tensor).__name__}, expected a tensor under a name"
+            problem = f"is a {type(tensor).__name__}, expected a tensor under a name"
         elif tensor.is_meta:
             problem = "holds no data (it is on the meta device)"
         elif type(tensor.data) is not torch.Tensor or tensor.layout != torch.strided:
-            problem = (
-                f"is of type {type(tensor.data).__name__} ({tensor.layout}), not a plain tensor"
-            )
+            problem = f"is a {type(tensor.data).__name__} ({tensor.layout}), not a plain tensor"
         elif wire_name(tensor.dtype) not in DTYPES:
             problem = f"is {tensor.dtype}, which cannot be saved"
         if problem:

@@ -264,8 +264,3 @@ def test_labelled_files_of_every_form(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message):
             read_labelled(tmp_path / name)
-
-
-def test_a_path_in_place_of_a_model() -> None:
-    with pytest.raises(TypeError, match="model is of type str, expected a torch module; load it"):
-        get_sift_model("org/model")  # type: ignore[type-var]
