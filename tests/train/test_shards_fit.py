@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from train_helpers import make_inputs, same_bits, square_loss
+from train_helpers import make_bert, make_inputs, same_bits, square_loss
 
 import sparsedelta
-from sift_train import FitConfig, FitResult, fit
+from sift_train import SIFT, FitConfig, FitResult, SiftCallback, SiftTrainerMixin, fit
 
 
 class StopHereError(Exception):
@@ -95,8 +96,7 @@ def close(found: State, expected: State) -> None:
 def test_fit_on_shards_is_fit_in_one_process_with_the_same_micro_batches(
     pool: RankPool, folder: Path
 ) -> None:
-    evaluate: Any = {"evaluate": mean_output, "eval_every": None}
-    del evaluate["eval_every"]
+    evaluate: Any = {"evaluate": mean_output}
     (ours, first), (theirs, second) = pool.results(on_shards, 2, folder, config(), evaluate)
     sparsedelta.apply(folder / "base.safetensors", folder / "delta.sd", folder / "out.safetensors")
     rebuilt = load_file(folder / "out.safetensors")
@@ -203,3 +203,28 @@ def test_refusals(pool: RankPool, folder: Path, work: Any, sentence: str) -> Non
         assert isinstance(error, ValueError)
         assert sentence in str(error)
     assert [path.name for path in folder.iterdir()] == ["base.safetensors"]
+
+
+def trainer_with_fsdp(rank: int, folder: Path, *, is_mixin: bool) -> None:
+    from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+    class SiftTrainer(SiftTrainerMixin, Trainer):
+        pass
+
+    make: Any = AutoModelForSequenceClassification
+    arguments: Any = {"output_dir": str(folder / "out"), "use_cpu": True, "report_to": "none"}
+    version: Any = {"version": 2}
+    args = TrainingArguments(fsdp="full_shard", fsdp_config=version, **arguments)
+    model = make.from_pretrained(folder / "base")
+    with SIFT(model, 0.1) as sift:
+        if is_mixin:
+            SiftTrainer(model, args, sift=sift)
+        SiftCallback(sift).on_train_begin(args, None, None, optimizer=None, model=model)
+
+
+@pytest.mark.parametrize("is_mixin", [True, False])
+def test_trainer_refuses_fsdp(pool: RankPool, tmp_path: Path, is_mixin: bool) -> None:
+    make_bert(tmp_path / "base", torch.float32)
+    for error in pool.run(partial(trainer_with_fsdp, is_mixin=is_mixin), tmp_path):
+        assert isinstance(error, ValueError)
+        assert str(error).startswith("FSDP is not supported under a Trainer")
