@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from sift_train import runfolder
 from sift_train.basecheck import check_base
 from sift_train.config import Evaluation, FitConfig, FitResult, StepReport
-from sift_train.export import check_outputs, write_delta
+from sift_train.export import check_outputs, export_delta, write_delta
 from sift_train.groups import lr_info
 from sift_train.listeners import Callbacks, Tracker, progress_bar
 from sift_train.loading import hidden_progress_bars, load_model
 from sift_train.loop import Evaluate, Listener, Loss, Run
 from sift_train.publishing import Publishing
+from sift_train.ranks.fitting import check_sharded_fit, has_shards
 from sift_train.ranks.group import expected_size, launched_processes
 from sift_train.sift import SIFT
 from sift_train.targets import check_saves_weights
@@ -62,7 +63,8 @@ def fit(
 
     Started by ``torchrun`` or ``accelerate launch``, the ranks train together. Every rank is given the
     same data and reads all of it; each trains on its share of the micro-batches of a step. Rank 0
-    evaluates for the decisions and writes all files, and all ranks return the same result.
+    evaluates for the decisions and writes all files, and all ranks return the same result. A model that
+    ``fully_shard`` has divided among all ranks is trained as it is; ``base`` is then needed.
 
     Args:
         model: a folder of a transformers model, or a module. A module is moved to the device that
@@ -107,20 +109,24 @@ def fit(
 
         with nullcontext() if progress else hidden_progress_bars():
             model = load_model(model)
-    check_saves_weights(model)
+    is_sharded = has_shards(model)
+    check_saves_weights(model, may_be_sharded=expected_size() > 1)
     _check_not_compiled(model)
     check_outputs(model, output, base=base, save_target=save_target, overwrite=overwrite)
     folder = _run_folder(config, run_dir, resume=resume)
     checkpoint = runfolder.newest(folder) if resume and folder else None
     n_steps = _count_steps(data, config, expected_size())
-    if base is not None and base != source and checkpoint is None:
+    if base is not None and base != source and checkpoint is None and not is_sharded:
         check_base(model, Path(base))
     start = time.perf_counter()
     with ExitStack() as stack:
         accelerator = stack.enter_context(_accelerator(config, folder))
         set_seed(config.seed)
-        model.to(accelerator.device)
+        if not is_sharded:
+            model.to(accelerator.device)
         sift = stack.enter_context(_sift(model, config))
+        if is_sharded:
+            check_sharded_fit(sift, base, compare=checkpoint is None)
         listeners: list[Listener] = [Callbacks(on_step, on_evaluation)]
         if config.trackers:
             listeners.append(Tracker(accelerator, config.as_json()))
@@ -150,8 +156,9 @@ def fit(
         sift.check_ranks()
         trained_model, from_base = model, base
 
-        def export() -> tuple[int, int]:
-            nnz = write_delta(
+        def export() -> int:
+            write = export_delta if is_sharded else write_delta
+            return write(
                 trained_model,
                 output,
                 sift=sift,
@@ -161,10 +168,11 @@ def fit(
                 save_target=save_target,
                 overwrite=overwrite,
             )
-            return nnz, Path(output).stat().st_size
 
         with nullcontext() if progress else hidden_progress_bars():
-            nnz, delta_bytes = sift.ranks.first_does(export)
+            # All ranks of a sharded model write its delta together.
+            nnz = export() if is_sharded else sift.ranks.first_does(export)
+            delta_bytes = sift.ranks.first_does(lambda: Path(output).stat().st_size)
     return FitResult(
         delta=Path(output),
         delta_bytes=delta_bytes,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -34,6 +34,7 @@ from sift_train.randomness import (
     seeded_random_state,
 )
 from sift_train.ranks.batches import check_same_batches
+from sift_train.ranks.fitting import has_shards, restore_shards, saved_shards, shares
 from sift_train.ranks.sync import CHECK_EVERY
 from sift_train.sift import SIFT
 
@@ -96,6 +97,7 @@ class Run:
         self._config = config
         self._data = data
         self._ranks = sift.ranks
+        self._is_sharded = has_shards(sift.model)
         self._batches = BatchWindows(data, config.accumulation * self._ranks.size)
         self._loss = loss
         self._n_steps = n_steps
@@ -151,13 +153,13 @@ class Run:
             return
         check_same_batches(batches, self._ranks)
         with kept_random_state(), self._sift.selecting():
-            for batch in self._own(batches):
+            for batch, weight in self._own(batches):
                 loss: Any = self._forward(batch)
-                loss.backward()
+                (loss if weight else loss * 0.0).backward()
 
-    def _own(self, batches: list[Any]) -> list[Any]:
-        """Return the micro-batches that this rank trains on."""
-        return batches[self._ranks.rank :: self._ranks.size]
+    def _own(self, batches: list[Any]) -> Iterator[tuple[Any, float]]:
+        """Yield the micro-batches that this rank trains on, and how often their loss counts, 1 or 0 times."""
+        return shares(batches, self._ranks, same_number=self._is_sharded)
 
     @property
     def _must_stop(self) -> bool:
@@ -232,8 +234,8 @@ class Run:
         ranks, n = self._ranks, len(window)
         total = torch.zeros((), device=self._accelerator.device)
         with self._own_randomness():
-            for batch in self._own(window):
-                loss = self._forward(batch)
+            for batch, weight in self._own(window):
+                loss = self._forward(batch) if weight else self._forward(batch) * 0.0
                 # The mean over ranks divides by their number, also if some have no micro-batch.
                 self._accelerator.backward(loss / n * ranks.size if ranks.size > 1 else loss / n)
                 total += loss.detach().float() / n
@@ -278,6 +280,7 @@ class Run:
         try:
             with kept_random_state(), torch.no_grad():
                 found = self._evaluate_model(model)
+            self._sift.reshard()
         finally:
             model.train()
         values = found if isinstance(found, Mapping) else {"value": found}
@@ -322,16 +325,22 @@ class Run:
         self._read_losses()
         self._sift.check_ranks()
         folder = self._folder
-        self._ranks.first_does(lambda: self._write_checkpoint(folder))
+        if not self._is_sharded:
+            self._ranks.first_does(lambda: self._write_checkpoint(folder, None))
+            return
+        with saved_shards(self._sift, self._own_optimizer, folder) as shards:
+            self._ranks.first_does(lambda: self._write_checkpoint(folder, shards))
 
-    def _write_checkpoint(self, folder: Path) -> None:
+    def _write_checkpoint(self, folder: Path, shards: Path | None) -> None:
         scaler = self._accelerator.scaler
+        optimizer = self._own_optimizer.state_dict()
         runfolder.write(
             folder,
             len(self.losses),
-            tensors=self._sift.state_dict(),
+            tensors=self._sift.state_dict() if shards is None else {},
+            shards=shards,
             progress={
-                "optimizer": self._own_optimizer.state_dict(),
+                "optimizer": optimizer if shards is None else {**optimizer, "state": {}},
                 "schedule": self._schedule.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "place": self._batches.place(),
@@ -346,17 +355,29 @@ class Run:
         # These may differ when a run resumes: they do not change the weights.
         free = {"log_every", "eval_every", "eval_before", "save_every", "patience", "trackers"}
         settings = {k: v for k, v in self._config.as_json().items() if k not in free}
-        if self._ranks.size > 1:
+        if (
+            self._is_sharded
+        ):  # another number of ranks may go on, with as many micro-batches in a step
+            settings["accumulation"] = self._config.accumulation * self._ranks.size
+            settings["sharded"] = True
+        elif self._ranks.size > 1:
             settings["n_ranks"] = self._ranks.size
         return {**settings, "n_steps": self._n_steps}
 
     def _load_checkpoint(self, checkpoint: Path) -> dict[str, Any]:
         tensors, progress = runfolder.read(checkpoint, self._settings())
-        self._sift.load_state_dict(tensors)
+        if self._is_sharded:
+            progress["shards"] = checkpoint / runfolder.SHARDS
+        else:
+            self._sift.load_state_dict(tensors)
         return progress
 
     def _restore_progress(self, progress: dict[str, Any]) -> None:
-        self._own_optimizer.load_state_dict(progress["optimizer"])
+        if self._is_sharded:
+            groups = progress["optimizer"]["param_groups"]
+            restore_shards(self._sift, self._own_optimizer, groups, progress["shards"])
+        else:
+            self._own_optimizer.load_state_dict(progress["optimizer"])
         self._schedule.load_state_dict(progress["schedule"])
         if self._accelerator.scaler is not None and progress["scaler"]:
             self._accelerator.scaler.load_state_dict(progress["scaler"])

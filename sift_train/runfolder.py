@@ -22,6 +22,7 @@ from sift_train.saved import read_state, write_state
 _STEP = re.compile(r"step-(\d{8})")
 _PARTIAL = ".checkpoint."  # prefix of unfinished checkpoints, which a killed run leaves
 TENSORS, PROGRESS, SETTINGS = "sift.safetensors", "progress.pt", "settings.json"
+SHARDS = "shards"  # instead of the tensors, if the model is sharded
 
 
 def newest(folder: Path) -> Path | None:
@@ -38,8 +39,12 @@ def write(
     tensors: Mapping[str, Tensor],
     progress: Mapping[str, Any],
     settings: Mapping[str, Any],
+    shards: Path | None = None,
 ) -> Path:
-    """Write a checkpoint, remove all others and unfinished ones, and return its folder."""
+    """Write a checkpoint, remove all others and unfinished ones, and return its folder.
+
+    ``shards``, a folder on the same file system, is moved into the checkpoint.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
     work = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
@@ -47,7 +52,9 @@ def write(
         write_state(tensors, work / TENSORS)
         torch.save(dict(progress), work / PROGRESS)
         (work / SETTINGS).write_text(json.dumps(settings, indent=1), "utf-8")
-        for path in work.iterdir():
+        if shards is not None:
+            shards.rename(work / SHARDS)
+        for path in (path for path in work.rglob("*") if path.is_file()):
             with open(path, "r+b") as file:  # Windows syncs only what is open for writing
                 os.fsync(file.fileno())
         if final.exists():

@@ -26,6 +26,7 @@ from sift_train.sift_config import SiftConfig
 from sift_train.trainer_groups import (
     log_sparse_lr,
     optimizer_groups,
+    refuse_fsdp,
     refuse_matrix_optimizer,
     refuse_other_model,
 )
@@ -73,6 +74,7 @@ class SiftCallback(TrainerCallback):
             ValueError: the optimizer lacks a master, or holds a parameter of the model; or the run resumes
                 from a checkpoint without the state of this SIFT.
         """
+        refuse_fsdp(args, self._sift.model)
         self._sift.attach(given["optimizer"])
         self._sift.check_parameters()
         refuse_other_model(self._sift, given["model"])
@@ -189,6 +191,7 @@ class SiftTrainerMixin(_Trainer):
     def _find_sift(self) -> None:
         """Build the SIFT of the model, unless there is one; ``model_init`` makes a new model in ``train``."""
         trained: Any = self.model
+        refuse_fsdp(self.args, trained)
         if self._sift_config is None:
             refuse_other_model(self.sift, trained)
         elif not hasattr(self, "sift") or self.sift.model is not trained:
@@ -197,6 +200,7 @@ class SiftTrainerMixin(_Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make an accelerator that does not wrap the model in DistributedDataParallel."""
+        refuse_fsdp(self.args, None)
         super().create_accelerator_and_postprocess()
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             accelerator: Any = self.accelerator

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from sift_train.groups import grouped_parameters
+from sift_train.ranks.shard import fsdp_modules
 from sift_train.sift import SIFT
 
 # Their methods need the gradients of whole matrices; a master is a vector.
@@ -37,6 +39,24 @@ def refuse_other_model(sift: SIFT, model: nn.Module) -> None:
         raise ValueError(
             f"the Trainer trains another {type(model).__name__} than the SIFT, as with model_init; give"
             " SiftTrainerMixin a SiftConfig, from which it builds the SIFT of its own model"
+        )
+
+
+def refuse_fsdp(args: Any, model: nn.Module | None) -> None:
+    """Refuse FSDP under a Trainer, which would shard the model after its SIFT was built.
+
+    Args:
+        args: the training arguments.
+        model: the Trainer's model, if it has one yet.
+
+    Raises:
+        ValueError: the arguments or accelerate's configuration ask for FSDP, or the model is sharded.
+    """
+    is_asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    if args.fsdp or is_asked or (model is not None and fsdp_modules(model)):
+        raise ValueError(
+            "FSDP is not supported under a Trainer, which shards the model after its SIFT has taken the parameters;"
+            " call fully_shard on the model and train it with sift_train.fit or in your own loop"
         )
 
 
