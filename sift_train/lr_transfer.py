@@ -8,7 +8,8 @@ this sum that the selection holds, a learning rate of full fine-tuning gives the
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,6 +87,18 @@ class LearningRate:
         if chosen:
             self.share = chosen / total
             self._sums.clear()
+
+    @contextmanager
+    def measured_anew(self) -> Iterator[None]:
+        """Measure the share by the gradients that are added inside; without any, the share stays."""
+        before, self.share = self.share, None
+        self._sums.clear()
+        try:
+            yield
+        finally:
+            if self.share is None:
+                self.share = before
+                self._sums.clear()
 
     def scale(self, optimizer: Optimizer) -> None:
         """Divide the learning rates of sparsely trained parameters by the share, until ``restore``.

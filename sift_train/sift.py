@@ -274,7 +274,8 @@ class SIFT:
     def lr_share(self) -> float | None:
         """Share of the sum of |gradient| over the sparsely trained parameters that the chosen components hold.
 
-        With ``lr_transfer`` it is measured by the gradients that choose. If masks or a rule without gradients
+        With ``lr_transfer`` it is measured by the gradients that choose, or anew by those inside
+        ``measuring_share()``. If masks or a rule without gradients
         choose, by those inside ``selecting()`` or of the first step. With ``"random"`` it is the share of
         components that are chosen. None until then, and without ``lr_transfer``.
         """
@@ -332,6 +333,26 @@ class SIFT:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+
+    @contextmanager
+    def measuring_share(self) -> Iterator[None]:
+        """Measure ``lr_share`` anew by the backward passes inside the block, without training on them.
+
+        Rules that choose by gradients fit the micro-batches that choose, so the share measured there is too
+        large. Give other micro-batches here, after the choice. If the block has no finite gradient, or raises,
+        the share stays. With ``"random"`` and without ``lr_transfer`` nothing is measured. The model's
+        buffers are restored afterwards. All ranks must call it together.
+
+        Raises:
+            RuntimeError: the components are not chosen yet.
+        """
+        if not all(part.is_selected for part in self.sparse_mapping.values()):
+            raise RuntimeError(
+                "the components are not chosen yet, so their share of the gradient cannot be measured; choose"
+                " them before, for example inside sift.selecting()"
+            )
+        with self._learning_rate.measured_anew(), self.selecting():
+            yield
 
     def finish_selection(self) -> None:
         """Choose the components by the gradients seen so far, as the optimizer's first step does.

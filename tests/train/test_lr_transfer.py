@@ -394,3 +394,42 @@ def test_shards_have_the_share_of_the_whole_model(
         optimizer.step()
         expected = pytest.approx(float(sift.lr_share or 0), rel=1e-6)
     assert shares == [(expected, expected)] * 2
+
+
+@pytest.mark.parametrize("rule", ["gradient", "snip", "magnitude"])
+def test_the_share_is_measured_anew_on_batches_that_do_not_choose(rule: str) -> None:
+    batches = make_inputs(4)
+    others = gradients(make_net(), batches[1:])
+    model = make_net()
+    before = snapshot(model)
+    sift = SIFT(model, 0.1, WEIGHTS, "norm", selection=rule, lr_transfer=True)
+    with sift.selecting():
+        square_loss(model, batches[0]).backward()
+    fitted = float(sift.lr_share or 0)
+    with sift.measuring_share():
+        for batch in batches[1:]:
+            square_loss(model, batch).backward()
+    assert sift.lr_share == pytest.approx(share_by_hand(sift, others), rel=1e-6)
+    assert sift.lr_share != pytest.approx(fitted, rel=1e-3)
+    assert all(master.grad is None for master in sift.parameters_in_optimizer())
+    assert all(same_bits(before[name], value) for name, value in snapshot(model).items())
+
+
+def test_without_gradients_the_share_stays() -> None:
+    model = make_net()
+    sift = SIFT(model, 0.1, WEIGHTS, selection="gradient", lr_transfer=True)
+    with pytest.raises(RuntimeError, match="not chosen yet"), sift.measuring_share():
+        pass
+    with sift.selecting():
+        square_loss(model, make_inputs(1)[0]).backward()
+    share = sift.lr_share
+    with sift.measuring_share():
+        pass
+    assert share is not None
+    assert sift.lr_share == share
+    with contextlib.suppress(KeyError), sift.measuring_share():
+        square_loss(model, make_inputs(2)[1]).backward()
+        raise KeyError
+    assert sift.lr_share == share
+    square_loss(model, make_inputs(2)[1]).backward()  # is not added to a measurement
+    assert sift.lr_share == share

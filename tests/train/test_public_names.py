@@ -86,7 +86,7 @@ def test_what_a_sift_offers() -> None:
     offered = {name for name in vars(sift_train.SIFT) if not name.startswith("_")}
     assert offered == {
         "after_closure", "after_step", "attach", "before_step", "before_use", "check_parameters", "check_ranks", "clip_grad_norm_", "close",
-        "finish_selection", "first_config", "get_trainable_num", "grad_acc", "load", "load_state_dict", "lr_share",
+        "finish_selection", "first_config", "get_trainable_num", "grad_acc", "load", "load_state_dict", "lr_share", "measuring_share",
         "memory_report", "n_total", "n_trained", "named_parameters_in_optimizer",
         "named_trainable_parameters", "parameters_in_optimizer", "print_trainable_parameters",
         "of", "ranks", "record", "reshard", "set_trainer", "push_to_hub", "revert", "reverted", "save", "selecting", "sparse_lr", "state_dict", "sync_gradients",
