@@ -129,7 +129,7 @@ class Run:
                 elif self._config.eval_before:
                     self._evaluate()
                 if self._publishing:
-                    self._publishing.start(model, self._n_done)
+                    self._publishing.start(model, self._n_done, self._sift)
                 n_left = 0 if self._must_stop else self._n_steps - self._n_done
                 for window in islice(self._batches.windows(), n_left):
                     self._step(window)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from sift_train.publishing import Publishing
+from sift_train.sift import SIFT
 
 
 class PublishCallback(TrainerCallback):
@@ -22,17 +23,22 @@ class PublishCallback(TrainerCallback):
     Args:
         channel: the path of a folder, or the URL of a store.
         every: optimizer steps between two versions.
+        sift: the SIFT that trains the Trainer's model, if one does. Then no copy of the model is kept: only the trained
+            components are compared and published. They must be chosen when the training begins.
     """
 
-    def __init__(self, channel: str | PathLike[str], *, every: int = 1) -> None:
+    def __init__(
+        self, channel: str | PathLike[str], *, every: int = 1, sift: SIFT | None = None
+    ) -> None:
         if every < 1:
             raise ValueError(f"every is {every}, expected at least 1")
         self._publishing = Publishing(channel, every)
+        self._sift = sift
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Compare the model with the channel's latest version."""
         if state.is_world_process_zero:
-            self._publishing.start(given["model"], state.global_step)
+            self._publishing.start(given["model"], state.global_step, self._sift)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Publish the model, if this step is due."""

@@ -2,18 +2,23 @@
 
 A run that resumes continues the channel if its weights are the channel's latest version. Otherwise its first version is a
 full one, and followers switch to it. If the store fails, the training continues, and the next version has the changes.
+
+With a SIFT, the trained components are compared with their published bits, and no copy of the model is kept.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from typing import Any
 
 from torch import nn
 
+from sift_train.sift import SIFT
 from sparsedelta import Channel, Publisher, SparseDeltaError
+from sparsedelta.errors import BaseMismatch
 
 logger = logging.getLogger(__name__)
 _TRIES = 3
@@ -31,6 +36,7 @@ class Publishing:
         self._channel = Channel(channel)
         self._every = every
         self._publisher: Publisher | None = None
+        self._start: Callable[[], Publisher]
         self._step = 0
         self._published: int | None = None
         self._last: Any = None  # what ``Publisher.publish`` has returned last
@@ -47,14 +53,23 @@ class Publishing:
         finally:
             self._channel.close()
 
-    def start(self, model: nn.Module, step: int) -> None:
+    def start(self, model: nn.Module, step: int, sift: SIFT | None = None) -> None:
         """Compare the model with the channel's latest version.
 
         Args:
             model: what is published.
             step: number of the steps that it was trained.
+            sift: the SIFT that trains the model, its components being chosen. The components that it does not train
+                must not change. None: any may change, and a copy of the model is kept.
         """
-        self._publisher = Publisher(self._channel, model)
+        trained = None
+        if sift is not None:
+            trained = {
+                name: None if part.trains_all else part.flat_index
+                for name, part in sift.sparse_mapping.items()
+            }
+        self._start = partial(Publisher, self._channel, model, trained=trained)
+        self._publisher = self._start()
         self._step = step
         self._published = step if self._publisher.is_at_head else None
 
@@ -89,15 +104,28 @@ class Publishing:
     def _publish(self) -> None:
         if self._publisher:
             self._published = None
-            self._last = self._publisher.publish(self._step)
+            try:
+                self._last = self._publisher.publish(self._step)
+            except BaseMismatch as error:
+                self._restart(error)
             self._published = self._step
+
+    def _restart(self, error: BaseMismatch) -> None:
+        """Publish in full: something else than the training has changed the model."""
+        logger.warning("the next version is a full one: %s", error)
+        self._publisher = self._start()
+        self._last = self._publisher.publish(self._step)
 
     def _finish(self) -> None:
         if self._published != self._step:
             self._publish()
         if self._last:
             self._published = None  # unless it is durable
-            self._last.result()
+            try:
+                self._last.result()
+            except BaseMismatch as error:
+                self._restart(error)
+                self._last.result()
             self._published = self._step
 
 

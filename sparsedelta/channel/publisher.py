@@ -16,6 +16,7 @@ from sparsedelta.channel.versions import Versions
 from sparsedelta.errors import BaseMismatch
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.live.snapshot import Snapshot
+from sparsedelta.live.trained import Trained
 from sparsedelta.ops.diff import check_json
 from sparsedelta.ops.identity import checkpoint_fingerprint
 from sparsedelta.progress import Progress
@@ -40,6 +41,7 @@ class Publisher:
         *,
         folder: AnyPath | None = None,
         keep_on: Literal["cpu", "model", "both"] = "cpu",
+        trained: Trained | None = None,
         anchor_ratio: float | None = 1.0,
         anchor_every: int | None = None,
         anchor_base: AnyPath | None = None,
@@ -56,6 +58,8 @@ class Publisher:
             model: a ``torch.nn.Module`` or a state dict, on any device; see ``Snapshot``.
             folder: a checkpoint of this model; the versions then have its files; see ``Snapshot``.
             keep_on: where the copy of the last published version is; see ``Snapshot``.
+            trained: which elements a training changes; the publisher then keeps these and no copy of the model; see
+                ``Snapshot``.
             anchor_ratio: write an anchor when the deltas since the last anchor have more bytes than this ratio
                 times that anchor; None to ignore their size.
             anchor_every: write an anchor when the last one is this number of versions old; None to ignore its age.
@@ -73,7 +77,9 @@ class Publisher:
             BadVersion: the store holds no channel, or a damaged one.
             ValueError: an argument is wrong.
         """
-        snapshot = Snapshot(model, folder=folder, keep_on=keep_on, progress=progress)
+        snapshot = Snapshot(
+            model, folder=folder, keep_on=keep_on, trained=trained, progress=progress
+        )
         base = None if anchor_base is None else OutsideBase(anchor_base, anchor_base_id)
         source = ModelSource(snapshot, Coding(values, level, standalone), base, progress)
         self._run = Run(channel, source, AnchorRule(anchor_ratio, anchor_every))

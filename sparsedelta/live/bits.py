@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -231,7 +231,7 @@ class Overlay:
     """
 
     def __init__(
-        self, tensor: Readable, index: np.ndarray[tuple[int], np.dtype[np.int64]], bits: Bits
+        self, tensor: Readable, index: np.ndarray[tuple[int], np.dtype[Any]], bits: Bits
     ) -> None:
         self._tensor = tensor
         self._index = index
@@ -242,7 +242,10 @@ class Overlay:
         self._tensor.read_into(buffer, offset)
         bits = np.frombuffer(buffer, self._bits.dtype)
         first = offset // bits.itemsize
-        low, high = np.searchsorted(self._index, [first, first + len(bits)]).tolist()
+        edges = np.array([first, first + len(bits)])
+        if edges[1] <= np.iinfo(self._index.dtype).max:  # else searchsorted copies the index
+            edges = edges.astype(self._index.dtype)
+        low, high = np.searchsorted(self._index, edges).tolist()
         bits[self._index[low:high] - first] = self._bits[low:high]
 
     def at(self, index: np.ndarray[tuple[int], np.dtype[np.int64]], bits: Bits) -> Bits:

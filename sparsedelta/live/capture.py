@@ -58,11 +58,13 @@ class CapturedTensor(Tensor):
         published: the snapshot's copy.
         base: dtype, shape and digest of the copy at the time of the capture.
         changes: the elements in which the tensor differs from the copy; None: in none.
+        is_live: whether the copy has the trained elements only, and the others are read from the model.
     """
 
     published: Source
     base: TensorSpec
     changes: Changes | None
+    is_live: bool = False
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``offset``; both are whole elements."""
@@ -87,10 +89,21 @@ class CapturedTensor(Tensor):
             pace.advance(2 * spec.n_bytes)
             kept = base_tensor(self.published, spec.digest or b"")
             return Row(self.file, self.name, spec, kept, spec.n_elements, ())
-        compare = comparison(self.published, self, pace=pace, base_digest=spec.digest)
+        # A copy has the digest; elements that are read from the model may have been changed meanwhile.
+        compare = comparison(
+            self.published, self, pace=pace, base_digest=None if self.is_live else spec.digest
+        )
         if changes.index is None:
-            return compare.run()
-        return compare.run_on_changes(changes.index.astype(np.int64, copy=False), changes.bits)
+            row = compare.run()
+        else:
+            row = compare.run_on_changes(changes.index.astype(np.int64, copy=False), changes.bits)
+        if row.base is None or row.base.spec.digest != spec.digest:
+            raise BaseMismatch(
+                f"tensor {self.name!r} has changed in elements that are not trained; make a new publisher,"
+                " which publishes the model in full",
+                tensor=self.name,
+            )
+        return row
 
 
 class Capture(Checkpoint):

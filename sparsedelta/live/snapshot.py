@@ -36,6 +36,7 @@ from sparsedelta.live.capture import Capture, CapturedTensor, Changes, changes_i
 from sparsedelta.live.classes import HOST, device_lock
 from sparsedelta.live.fused import changed
 from sparsedelta.live.sides import HeldTensor, held_checkpoint
+from sparsedelta.live.trained import KeptElements, Pending, Trained, TrainedElements
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.changes import decode_row_chunk
 from sparsedelta.tensors.compare import digest_tensor
@@ -47,14 +48,6 @@ if TYPE_CHECKING:
 _BLOCK_ELEMENTS = 1 << 24
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """Changes to be written to a tensor: pairs of flat indices and bits, and the spec of the result."""
-
-    spec: TensorSpec
-    changes: list[tuple[torch.Tensor, torch.Tensor]]
-
-
 @dataclass(slots=True)
 class _Kept:
     """The copy of a published tensor; implements ``tensors.compare.Source``."""
@@ -64,7 +57,7 @@ class _Kept:
     spec: TensorSpec  # with its digest
     tensor: torch.Tensor
     mirror: torch.Tensor | None = None  # a second copy, on the model's device
-    pending: _Pending | None = None  # changes that are not completely written
+    pending: Pending | None = None  # changes that are not completely written
     _bytes: TensorBytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,11 +70,27 @@ class _Kept:
     def write_pending(self) -> None:
         """Write the pending changes. It is safe to call this again after an interrupted call."""
         if self.pending is not None:
-            for index, bits in self.pending.changes:
-                scatter(self.tensor, index, bits)
-                if self.mirror is not None:
-                    scatter(self.mirror, index.to(self.mirror.device), bits.to(self.mirror.device))
+            import torch
+
+            for positions, after in self.pending.changes:
+                index = torch.from_numpy(positions)
+                bits = torch.from_numpy(after.view(f"<i{after.itemsize}"))
+                for copy in (self.tensor, self.mirror):
+                    if copy is not None:
+                        scatter(copy, index.to(copy.device), bits.to(copy.device))
             self.spec, self.pending = self.pending.spec, None
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of one copy in bytes."""
+        return self.spec.n_bytes
+
+    def at(self, positions: npt.NDArray[np.int64]) -> Bits:
+        """Return the published bits of elements."""
+        import torch
+
+        index = torch.from_numpy(positions).to(self.tensor.device)
+        return on_host(gather(self.tensor, index)).view(self.spec.dtype.view)
 
 
 class Snapshot:
@@ -96,6 +105,7 @@ class Snapshot:
         *,
         folder: AnyPath | None = None,
         keep_on: Literal["cpu", "model", "both"] = "cpu",
+        trained: Trained | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Copy the tensors of a model and compute their digests.
@@ -112,12 +122,18 @@ class Snapshot:
                 ``"model"``: on the GPU. Besides, the published bytes of changed tensors are copied to the host,
                 where digests are computed.
                 ``"both"``: one copy in each place. Only positions and values of changed elements cross the bus.
+            trained: flat indices of the elements that a training changes, increasing, (k,), by the names of the
+                module's parameters; None for a parameter in which all elements are trained. The other elements and
+                parameters do not change while the snapshot is used. Then only the bits of these elements are kept and
+                compared, and no copy of the model. Buffers, parameters in which all elements are trained and tensors
+                that are converted from parameters to be saved are still copied.
+                None: all elements may change.
             progress: receives the number of bytes read.
 
         Raises:
             StructureMismatch: the saved form of the model is not known, or it has other tensors than the folder.
             CheckpointError: the folder cannot be read as a checkpoint.
-            ValueError: ``keep_on`` is another value.
+            ValueError: ``keep_on`` is another value, or ``trained`` names no parameter of the module.
         """
         if keep_on not in ("cpu", "model", "both"):
             raise ValueError(f"keep_on is {keep_on!r}, expected 'cpu', 'model' or 'both'")
@@ -127,9 +143,14 @@ class Snapshot:
         self._has_mirror = keep_on == "both"
         self._advancing = False
         pace = Pace(progress)
+        elements = None if trained is None else TrainedElements(model, trained)
 
-        def keep(tensor: Tensor) -> _Kept:
+        def keep(tensor: Tensor) -> _Kept | KeptElements:
             held = _held(tensor)
+            own = elements and elements.kept(tensor.file, tensor.name, tensor.spec, held)
+            if own:
+                own.spec = tensor.spec.with_digest(digest_tensor(own, pace))
+                return own
             copy = _copied(held, "cpu" if self._on_host else held.device)
             mirror = _copied(held, held.device) if self._has_mirror and held.is_cuda else None
             kept = _Kept(tensor.file, tensor.name, tensor.spec, copy, mirror)
@@ -146,12 +167,14 @@ class Snapshot:
                 pace=pace,
                 label="copying",
             )
-        self._kept: Mapping[TensorKey, _Kept] = {(one.file, one.name): one for one in kept}
+        self._kept: Mapping[TensorKey, _Kept | KeptElements] = {
+            (one.file, one.name): one for one in kept
+        }
 
     @property
     def n_bytes(self) -> int:
         """Size of the copy in bytes."""
-        return sum(kept.spec.n_bytes for kept in self._kept.values())
+        return sum(kept.n_bytes for kept in self._kept.values())
 
     @property
     def fingerprint(self) -> bytes:
@@ -277,6 +300,8 @@ class Snapshot:
     def _changes(self, tensor: Tensor, first: int) -> Changes | None:
         """Return what has changed in the block of a tensor that begins with an element; on a device, in all blocks."""
         kept, now = self._kept[tensor.key], _held(tensor)
+        if isinstance(kept, KeptElements):
+            return None if first else kept.changes(now)
         if now.device.type not in HOST:
             on_device = None if first else changes_on_device(kept, now)
             return on_device and Changes(*on_device)
@@ -294,7 +319,15 @@ class Snapshot:
 
         changes = joined(parts, tensor.spec.n_bytes, bits)
         return CapturedTensor(
-            tensor.file, tensor.name, tensor.spec, -1, 0, kept, kept.spec, changes
+            tensor.file,
+            tensor.name,
+            tensor.spec,
+            -1,
+            0,
+            kept,
+            kept.spec,
+            changes,
+            isinstance(kept, KeptElements),
         )
 
     def _check_base(self, delta: Delta, row: Row) -> None:
@@ -313,27 +346,21 @@ class Snapshot:
                 tensor=row.name,
             )
 
-    def _advance(self, delta: Delta, kept: _Kept, row: Row) -> None:
+    def _advance(self, delta: Delta, kept: _Kept | KeptElements, row: Row) -> None:
         kept.write_pending()
         if kept.spec.digest == row.target.digest:
             return
-        import torch
-
         dtype = row.target.dtype
         changes = []
         for chunk in row.chunks:
             positions, codes = decode_row_chunk(row, chunk, delta.payload, kept)
-            index = torch.from_numpy(positions.astype(np.int64) + chunk.start).to(
-                kept.tensor.device
-            )
-            before = on_host(gather(kept.tensor, index)).view(dtype.view)
+            index = positions.astype(np.int64) + chunk.start
+            before = kept.at(index)
             after = VALUE_ENCODINGS[chunk.coding.values].decode(dtype, before, codes)
             if chunk.touched is None or touched_digest(after) != chunk.touched[1]:
                 raise Corrupt(f"tensor {row.name!r}: the delta is inconsistent", tensor=row.name)
-            changes.append(
-                (index, torch.from_numpy(after.view(f"<i{dtype.width}")).to(index.device))
-            )
-        kept.pending = _Pending(row.target, changes)
+            changes.append((index, after))
+        kept.pending = Pending(row.target, changes)
         kept.write_pending()
 
 

@@ -152,15 +152,15 @@ class Comparison:
     def run_on_changes(self, positions: npt.NDArray[np.int64], bits: Bits) -> Row:
         """Return the row as ``run`` does, if the changed elements are known; the target is not read.
 
-        The base must have the target's dtype and shape, and its digest must be given.
+        The base must have the target's dtype and shape. Its digest is computed if it was not given.
 
         Args:
             positions: flat indices of the changed elements, increasing, (nnz,).
             bits: their bits in the target, (nnz,).
         """
         base = self._base
-        if base is None or self._base_digest is None:
-            raise ValueError("the changes are relative to a base whose digest is known")
+        if base is None:
+            raise ValueError("the changes are relative to a base")
         before, hasher = np.empty_like(bits), blake3()
         buffer = np.empty(
             min(_KNOWN_BLOCK_BYTES // self._dtype.width, self._n_elements), bits.dtype
@@ -170,6 +170,8 @@ class Comparison:
             base.read_into(block.view(np.uint8).data, start * self._dtype.width)
             low, high = np.searchsorted(positions, [start, start + len(block)]).tolist()
             inside = positions[low:high] - start
+            if self._base_digest is None:
+                self._base_hash.update(block.view(np.uint8).data)
             before[low:high] = block[inside]
             block[inside] = bits[low:high]
             hasher.update(block.view(np.uint8).data)
@@ -184,7 +186,8 @@ class Comparison:
                 known = before[own], bits[own]
                 chunks.append(self._encode_known(start, span, in_chunk, *known, self._values))
         spec = self._target.spec.with_digest(hasher.digest()[:DIGEST_BYTES])
-        found = base_tensor(base, self._base_digest)
+        digest = self._base_digest or self._base_hash.digest()[:DIGEST_BYTES]
+        found = base_tensor(base, digest)
         return Row(self._target.file, self._target.name, spec, found, self._keep, tuple(chunks))
 
     def _encode_known(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import Trainer
 
 import sparsedelta
 from sift_train import FitConfig, PublishCallback, fit
+from sift_train.publishing import Publishing
 
 LAYERS = ["query", "value", "intermediate"]
 
@@ -111,3 +113,53 @@ def test_the_trainer_of_transformers_publishes(base: Path, tmp_path: Path) -> No
     assert steps(tmp_path / "channel") == [2, 3]
     found = followed(tmp_path / "channel")
     assert all(torch.equal(found[n], t) for n, t in model.state_dict().items() if n in found)
+
+
+def tree(channel: Path) -> dict[str, bytes]:
+    """Return the deltas and anchors of a channel; their names differ by random parts."""
+    found = sorted(path for path in channel.rglob("*.sd"))
+    return {f"{path.parent.name}/{n}": path.read_bytes() for n, path in enumerate(found)}
+
+
+def test_the_versions_have_the_bytes_that_a_copy_of_the_model_gives(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    start = Publishing.start
+
+    def begin(publishing: Any, model: Any, step: int, sift: Any, *, with_sift: bool) -> None:
+        start(publishing, model, step, sift if with_sift else None)
+        kept.append(publishing._publisher._run._source._snapshot.n_bytes)
+
+    for name in ("copy", "elements"):
+        monkeypatch.setattr(Publishing, "start", partialmethod(begin, with_sift=name == "elements"))
+        (tmp_path / name).mkdir()
+        fit(base, bert_batches(3), output=tmp_path / f"{name}.sd", config=settings(tmp_path / name))
+    one, other = (tree(tmp_path / name / "channel") for name in ("copy", "elements"))
+    assert len(one) == 7
+    assert one == other
+    assert kept[1] < kept[0] / 10
+
+
+def test_a_change_that_is_not_of_the_training_is_published_in_full(
+    base: Path, tmp_path: Path
+) -> None:
+    """Nothing is published that followers could not rebuild, and the training continues."""
+
+    def meddle(report: Any) -> None:
+        if report.step in (2, 4):
+            model = report_model[0]
+            name = "query.weight" if report.step == 2 else "word_embeddings.weight"
+            with torch.no_grad():
+                next(p for n, p in model.named_parameters() if n.endswith(name)).add_(1)
+
+    report_model = [load(base)]
+    fit(
+        report_model[0], bert_batches(3), output=tmp_path / "d.sd", config=settings(tmp_path),
+        on_step=meddle,
+    )  # fmt: skip
+    channel = tmp_path / "channel"
+    assert len([e for e in sparsedelta.Channel(channel).log() if e.anchor]) == 3
+    found = followed(channel)
+    state = report_model[0].state_dict()
+    assert all(same_bits(found[n], t) for n, t in state.items() if n in found)
