@@ -660,7 +660,9 @@ def test_a_full_check_sees_that_other_elements_of_the_same_bits_are_meant(tmp_pa
         targets.append(target)
     with sparsedelta.diff(base, targets[0]) as right, sparsedelta.diff(base, targets[1]) as other:
         (row,), (expected,) = other.tensors, right.tensors
-        wrong = dataclasses.replace(other, tensors=[dataclasses.replace(row, target=expected.target)])
+        wrong = dataclasses.replace(
+            other, tensors=[dataclasses.replace(row, target=expected.target)]
+        )
         delta = sparsedelta.Delta.from_bytes(wrong.to_bytes())
     model = {"w": base["w"].clone()}
     with pytest.raises(Corrupt, match=r"'w' would become one with digest .*nothing was written"):
