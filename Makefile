@@ -11,7 +11,7 @@ OLDEST := $(VENV)-oldest
 # All but those that need packages of other groups, or take long and depend on no version.
 OLDEST_TESTS ?= tests/codecs tests/format tests/files tests/tensors tests/ops tests/conformance tests/live tests/train tests/report
 
-.PHONY: demo docs dist test browser-test test-hub-1x test-oldest test-deep compatibility sanitize lint format bench bench-quick gpu-rehearse interop vectors clean
+.PHONY: demo docs dist test browser-test test-hub-1x test-oldest test-deep test-fused compatibility sanitize lint format bench bench-quick gpu-rehearse interop vectors clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -45,6 +45,11 @@ test-oldest: $(OLDEST)/.ready
 test-deep: $(READY)
 	$(BIN)/python -m pytest -n auto --deep tests/property tests/tensors tests/conformance tests/live/test_strides.py \
 		tests/hub/test_parts.py tests/train/test_selection.py
+
+# The kernels for GPUs on a CPU: by Triton's interpreter, and compiled for two generations of GPUs. Triton takes 1 GB.
+test-fused: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group fused
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n0 tests/live/test_fused.py
 
 # Which optimizers and trainers SIFT works with; writes the tables of docs/compatibility.md.
 compatibility: $(READY)

@@ -89,7 +89,9 @@ def train(rank: int, name: str, way: str, rate: float, n_steps: int) -> dict[str
     sift = None
     if way.startswith("SIFT"):
         dtype = torch.bfloat16 if "bf16" in way else None
-        sift = SIFT(model, rate, LINEAR[name], reduce_dtype=dtype)
+        sift = SIFT(
+            model, rate, LINEAR[name], selection="gradient", lr_transfer=False, reduce_dtype=dtype
+        )
         masters, n_trained = sift.parameters_in_optimizer(), sift.n_trained
         called: Any = model
     else:

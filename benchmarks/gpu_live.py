@@ -15,6 +15,7 @@ from torch import Tensor
 
 import sparsedelta
 from sparsedelta.errors import BaseNeeded
+from sparsedelta.live.fused import changed
 
 BLOCK_ELEMENTS = 1 << 24
 STEP_SIZE, CHANGED = 4e-6, 0.01
@@ -153,7 +154,7 @@ def _time_comparison(bench: Bench, name: str, changes: Sequence[Change], bandwid
             for block in zip(
                 change.flat.split(BLOCK_ELEMENTS), copy.split(BLOCK_ELEMENTS), strict=True
             ):
-                torch.nonzero(block[0] != block[1])
+                changed(block[1], block[0])
 
     compare()
     seconds = min(bench.seconds(compare) for _ in range(3))

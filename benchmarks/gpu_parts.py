@@ -88,7 +88,7 @@ def _measure_sift(bench: Bench, name: str, shape: Shape, size: tuple[int, int]) 
     model = make_model(shape, bench.device)
     own = _activation_bytes(bench, shape, size, model, planned.largest_gradient_bytes)
     bench.record(f"{name}: activations, measured without SIFT", own / GIB, "GiB")
-    with SIFT(model, RATE, PROJECTIONS) as sift:
+    with SIFT(model, RATE, PROJECTIONS, selection="gradient", lr_transfer=False) as sift:
         peak = _measure(
             bench,
             f"{name}: SIFT, {_millions(sift.parameters_in_optimizer())}",
@@ -165,7 +165,7 @@ def run_waits(bench: Bench) -> None:
     with bench.attempt("own loop"):
         model = make_model(shape, bench.device)
         data = batches(shape, 13, bench.device, bench.size(64, 8))
-        with SIFT(model, RATE, PROJECTIONS) as sift:
+        with SIFT(model, RATE, PROJECTIONS, selection="gradient", lr_transfer=False) as sift:
             optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-4, fused=True)
             for number, batch in enumerate(data):
                 _forbid_waits(bench, is_forbidden=number >= 3)
@@ -181,7 +181,11 @@ def run_waits(bench: Bench) -> None:
 
         model = make_model(shape, bench.device)
         config = FitConfig(
-            max_steps=14, log_every=13, selection_batches=1, sparse_module=list(PROJECTIONS)
+            max_steps=14,
+            log_every=13,
+            selection="gradient",
+            selection_batches=1,
+            sparse_module=list(PROJECTIONS),
         )
         n_losses = 0
 
@@ -207,7 +211,7 @@ def run_export(bench: Bench) -> None:
     with bench.attempt("export"):
         model = make_model(shape, bench.device)
         save_model(model, str(base))
-        with SIFT(model, RATE, PROJECTIONS) as sift:
+        with SIFT(model, RATE, PROJECTIONS, selection="gradient", lr_transfer=False) as sift:
             optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-3, fused=True)
             for batch in batches(shape, 3, bench.device, bench.size(128, 8)):
                 model(batch).backward()

@@ -136,7 +136,9 @@ def kill_fit(folder: Path, n_kills: int, end: float) -> Counter[str]:
     folder.mkdir()
     counts: Counter[str] = Counter()
     delta, runs, log = folder / "place/delta.sd", folder / "run", folder / "log"
-    config = FitConfig(sparse_rate=0.2, epochs=10, save_every=4, lr=1e-2)
+    config = FitConfig(
+        sparse_rate=0.2, epochs=10, save_every=4, lr=1e-2, selection="gradient", lr_transfer=False
+    )
 
     def train() -> None:
         torch.manual_seed(0)

@@ -126,7 +126,12 @@ def prepare(
         if (method, seed) not in chosen:
             chosen[method, seed] = choose(method, task, seed)
         has_head = any(name.startswith("head") for name, _ in model.named_parameters())
-        sift = SIFT(model, exception=[HEAD] if has_head else (), selection=chosen[method, seed])
+        sift = SIFT(
+            model,
+            exception=[HEAD] if has_head else (),
+            selection=chosen[method, seed],
+            lr_transfer=False,
+        )
         named = list(sift.named_parameters_in_optimizer())
         return Trained(*_split(named), sift)
     else:
@@ -143,7 +148,7 @@ def choose(method: Method, task: Task, seed: int) -> dict[str, Tensor]:
         sums = gradient_sums(task, seed, method.n_batches)
         return draw(sums, rate, torch.Generator().manual_seed(seed))
     weights = [f"re:^{re.escape(name)}\\.weight$" for name in layers]
-    with SIFT(model, rate, weights, selection=method.rule, seed=seed) as sift:
+    with SIFT(model, rate, weights, selection=method.rule, seed=seed, lr_transfer=False) as sift:
         if method.n_batches:
             torch.manual_seed(seed)
             with sift.selecting():

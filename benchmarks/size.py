@@ -73,7 +73,13 @@ def sparse_training(
     model = copy.deepcopy(encoder[0].auto_model)
     base, trained = save_bf16(model, folder / "sift-base"), folder / "sift-trained"
     config = sift_train.FitConfig(
-        sparse_rate=SIFT_RATE, sparse_module=LAYERS, lr=SIFT_LR, max_steps=n_steps, seed=SEED
+        sparse_rate=SIFT_RATE,
+        sparse_module=LAYERS,
+        lr=SIFT_LR,
+        max_steps=n_steps,
+        seed=SEED,
+        selection="gradient",
+        lr_transfer=False,
     )
     result = sift_train.fit(
         model.to(torch.bfloat16),

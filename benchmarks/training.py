@@ -91,7 +91,9 @@ class Method:
         elif name == "sift":
             has_head = any(n.startswith("head") for n, _ in model.named_parameters())
             exception = ["re:^head"] if has_head else ()
-            self.sift = SIFT(model, rate, targets, exception, selection=selection)
+            self.sift = SIFT(
+                model, rate, targets, exception, selection=selection, lr_transfer=False
+            )
             parts = self.sift.sparse_mapping.items()
             self.trained = [part.master for n, part in parts if not n.startswith("head")]
         else:

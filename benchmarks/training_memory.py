@@ -208,7 +208,7 @@ def train_plainly(setting: Setting) -> tuple[int, float]:
 def train_sift(setting: Setting) -> tuple[int, float]:
     """Train by SIFT; return the number of trained components and the seconds per step."""
     model = make_model(setting)
-    with SIFT(model, setting.rate, PROJECTIONS) as sift:
+    with SIFT(model, setting.rate, PROJECTIONS, selection="gradient", lr_transfer=False) as sift:
         optimizer = lean_adamw(sift.parameters_in_optimizer(), setting)
         seconds = run_steps(setting, model, lambda: step(optimizer))
         return sift.n_trained, seconds

@@ -210,7 +210,13 @@ def sparse_training(
     """Train a share of the components, chosen by gradient; return the bf16 checkpoint."""
     trained = base.parent / f"sift-{rate:g}"
     config = sift_train.FitConfig(
-        sparse_rate=rate, sparse_module=layers, lr=SIFT_LR, max_steps=n_steps, seed=SEED
+        sparse_rate=rate,
+        sparse_module=layers,
+        lr=SIFT_LR,
+        max_steps=n_steps,
+        seed=SEED,
+        selection="gradient",
+        lr_transfer=False,
     )
     sift_train.fit(
         copy.deepcopy(model).to(torch.bfloat16),

@@ -217,7 +217,7 @@ def main() -> int:
         save_target=trained,
         on_step=show_step,
         config=sift_train.FitConfig(
-            sparse_rate=0.01, sparse_module=LAYERS, lr=1e-3, max_steps=options.steps, seed=SEED
+            sparse_rate=0.01, sparse_module=LAYERS, lr=1e-4, max_steps=options.steps, seed=SEED
         ),
     )
     after = recall_at_1(encoder, held_out)

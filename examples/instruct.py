@@ -147,6 +147,7 @@ def config_of(options: argparse.Namespace, loaded: Loaded, n_micro: int) -> sift
         selection=options.selection,
         selection_batches=options.selection_batches,
         lr=options.lr,
+        lr_transfer=False,
         weight_decay=options.weight_decay,
         schedule=options.schedule,
         warmup=options.warmup,

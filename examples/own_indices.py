@@ -57,7 +57,7 @@ def main() -> int:
 
     # 3. All by masks: SIFT(model, selection={"encoder.layer.0....weight": mask, ...}).
 
-    optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=2e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=5e-4, weight_decay=0.0)
     print(f"accuracy before: {accuracy(model, test):.3f}")
     model.train()
     for batch in itertools.islice(itertools.cycle(batches), options.steps):

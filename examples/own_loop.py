@@ -35,7 +35,7 @@ def main() -> int:
         {"params": [p for n, p in named if not any(d in n for d in NO_DECAY)], "weight_decay": 0.1},
         {"params": [p for n, p in named if any(d in n for d in NO_DECAY)], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=2e-3)
+    optimizer = torch.optim.AdamW(groups, lr=2e-4)
 
     print(f"accuracy before: {accuracy(model, test):.3f}")
     model.train()

@@ -168,6 +168,7 @@ def _sparse(model: Any, choice: Choice, layers: Mapping[str, nn.Module], grad_ac
         grad_acc=grad_acc,
         selection=choice.selection,
         seed=choice.seed,
+        lr_transfer=False,
     )
     parts = sift.sparse_mapping
     n_dense = sum(part.train_num for part in parts.values() if part.is_dense)

@@ -112,6 +112,7 @@ def make_trainer(
         dense,
         grad_acc=n_micro,
         selection=options.selection,
+        lr_transfer=False,
         seed=options.seed,
     )
     examples = [example for row in loaded.rows for example in row]

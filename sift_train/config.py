@@ -90,13 +90,13 @@ class FitConfig:
     sparse_rate: float = 0.01
     sparse_module: Names = ALL_LINEAR
     exception: Names = ()
-    selection: Selection = "gradient"
+    selection: Selection = "random"
     selection_batches: int = 4
     budget: str = "tensor"
     block: Block | None = None
     optimizer: str | Callable[[list[dict[str, Any]]], Optimizer] = "adamw"
     lr: float = 2e-4
-    lr_transfer: bool = False
+    lr_transfer: bool = True
     weight_decay: float = 0.0
     decay_to: str = "zero"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -286,7 +286,9 @@ def _check_range(
     name: str, value: Any, *, above: float | None = None, up_to: float | None = None
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, SupportsFloat):
-        raise ValueError(f"{name} is {value!r}, a {type(value).__name__}; it must be a number")
+        raise ValueError(
+            f"{name} is {value!r}, of type {type(value).__name__}; it must be a number"
+        )
     number = float(value)
     fits = number > above if above is not None else number >= 0.0
     if not fits or number == float("inf") or (up_to is not None and number > up_to):

@@ -207,7 +207,7 @@ def _check_not_compiled(model: nn.Module) -> None:
 def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(batch, Mapping):
         raise TypeError(
-            f"batch is a {type(batch).__name__}, expected a mapping of the model's arguments; "
+            f"batch is of type {type(batch).__name__}, expected a mapping of the model's arguments; "
             "give fit a loss function for these batches"
         )
     output = model(**batch)
@@ -237,7 +237,7 @@ def _count_steps(data: Iterable[Any], config: FitConfig, n_ranks: int) -> int:
     if config.max_steps is not None:
         return config.max_steps
     if not isinstance(data, Sized):
-        raise TypeError(f"data is a {type(data).__name__} without a length; set max_steps")
+        raise TypeError(f"data is of type {type(data).__name__} without a length; set max_steps")
     if len(data) == 0:
         raise ValueError("the data has no batch; give at least one")
     return config.epochs * math.ceil(len(data) / (config.accumulation * n_ranks))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sift_train.masters import SparseParameter
     from sift_train.sift import SIFT
 
 BASE_DECAY = "base_decay"
@@ -21,8 +20,6 @@ def grouped_parameters(
     sift: SIFT, weight_decay: float, *, decay_to: str = "zero"
 ) -> list[dict[str, Any]]:
     """Return optimizer groups; only parameters of two or more dimensions have weight decay.
-
-    With ``lr_transfer``, parameters trained densely have groups of their own.
 
     Args:
         sift: the SIFT whose masters are grouped.
@@ -35,23 +32,14 @@ def grouped_parameters(
     if decay_to not in DECAYS:
         raise ValueError(f"decay_to is {decay_to!r}; choose one of {', '.join(DECAYS)}")
     to_base = weight_decay if decay_to == "base" else 0.0
-    groups = []
-    for parts in _kinds(sift):
-        matrices = [part.master for part in parts if part.parameter.dim() > 1]
-        vectors = [part.master for part in parts if part.parameter.dim() <= 1]
-        groups += [
-            {"params": matrices, "weight_decay": weight_decay - to_base, BASE_DECAY: to_base},
-            {"params": vectors, "weight_decay": 0.0, BASE_DECAY: 0.0},
-        ]
+    parts = sift.sparse_mapping.values()
+    matrices = [part.master for part in parts if part.parameter.dim() > 1]
+    vectors = [part.master for part in parts if part.parameter.dim() <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": weight_decay - to_base, BASE_DECAY: to_base},
+        {"params": vectors, "weight_decay": 0.0, BASE_DECAY: 0.0},
+    ]
     return [group for group in groups if group["params"]]
-
-
-def _kinds(sift: SIFT) -> list[list[SparseParameter]]:
-    """Return the parts, in two lists if those that are trained densely need another learning rate."""
-    parts = list(sift.sparse_mapping.values())
-    if not sift.lr_transfer:
-        return [parts]
-    return [[p for p in parts if not p.is_dense], [p for p in parts if p.is_dense]]
 
 
 def lr_info(sift: SIFT, lr: float | None = None) -> dict[str, dict[str, float]]:

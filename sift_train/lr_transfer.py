@@ -41,7 +41,10 @@ class LearningRate:
         self._masters = {id(part.master) for part in self._parts.values()}
         self._is_uniform = is_uniform
         self._sums: dict[torch.device, Tensor] = {}
-        self._stated: list[tuple[dict[str, Any], Any]] = []
+        # While an optimizer steps: the groups that are scaled, those that they are parts of, and their rates as stated;
+        # the optimizer and its own groups.
+        self._stated: list[tuple[dict[str, Any], dict[str, Any], Any]] = []
+        self._groups: tuple[Optimizer, list[dict[str, Any]]] | None = None
         self._is_logged = False
 
     def add(self, part: SparseParameter, magnitudes: Tensor, *, n_ranks: int = 1) -> None:
@@ -84,42 +87,36 @@ class LearningRate:
             self.share = chosen / total
             self._sums.clear()
 
-    def check(self, optimizer: Optimizer) -> None:
-        """Check that no parameter group needs two learning rates.
-
-        Raises:
-            ValueError: a group holds masters of sparsely trained parameters and others.
-        """
-        for group in optimizer.param_groups:
-            if 0 < self._n_sparse(group) < len(group["params"]):
-                raise ValueError(
-                    "a parameter group of the optimizer holds sparsely and densely trained parameters, but"
-                    " lr_transfer gives them different learning rates; build the groups with"
-                    " sift_train.grouped_parameters"
-                )
-
     def scale(self, optimizer: Optimizer) -> None:
-        """Divide the learning rates of sparsely trained groups by the share, until ``restore``.
+        """Divide the learning rates of sparsely trained parameters by the share, until ``restore``.
 
-        Raises:
-            ValueError: as ``check``.
+        A parameter group that also holds other parameters is two groups meanwhile.
         """
         self.restore()  # a step that raised an error has not restored them
         if self.share is None:
             return
-        self.check(optimizer)
+        groups = []
         for group in optimizer.param_groups:
-            if self._n_sparse(group):
-                stated = group["lr"]
-                group["lr"] = self.sparse(stated)
-                self._stated.append((group, stated))
+            sparse = [master for master in group["params"] if id(master) in self._masters]
+            rest = [master for master in group["params"] if id(master) not in self._masters]
+            if sparse and rest:
+                groups.append({**group, "params": rest})
+            if sparse:
+                own = {**group, "params": sparse} if rest else group
+                groups.append(own)
+                self._stated.append((own, group, group["lr"]))
+                own["lr"] = self.sparse(group["lr"])
+            else:
+                groups.append(group)
+        self._groups = optimizer, list(optimizer.param_groups)
+        optimizer.param_groups[:] = groups
         if self._stated and not self._is_logged:
             self._is_logged = True
             logger.info(
                 "the trained components hold %.4g of the sum of |gradient|, so lr_transfer raises the"
                 " learning rate of sparsely trained parameters from %.4g to %.4g at this step",
                 self.share,
-                float(self._stated[0][1]),
+                float(self._stated[0][2]),
                 float(self._stated[0][0]["lr"]),
             )
 
@@ -128,13 +125,15 @@ class LearningRate:
         return lr if self.share is None else lr / self.share
 
     def restore(self) -> None:
-        """Set the learning rates as stated, after a step."""
-        for group, stated in self._stated:
-            group["lr"] = stated
+        """Restore the groups and their learning rates, after a step."""
+        for own, group, stated in self._stated:
+            changed = {key: value for key, value in own.items() if key not in ("params", "lr")}
+            group.update(changed, lr=stated)  # some optimizers count their steps in the group
         self._stated.clear()
-
-    def _n_sparse(self, group: Mapping[str, Any]) -> int:
-        return sum(id(master) in self._masters for master in group["params"])
+        if self._groups is not None:
+            optimizer, groups = self._groups
+            optimizer.param_groups[:] = groups
+            self._groups = None
 
 
 def _sum(values: Tensor) -> Tensor:

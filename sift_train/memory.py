@@ -201,7 +201,7 @@ def plan(
         raise ValueError(f"devices is {devices}; it must be at least 1")
     if not (isinstance(model, nn.Module | str | PathLike) or hasattr(model, "architectures")):
         raise TypeError(
-            f"model is a {type(model).__name__}; give a folder, a Hub id, a config of transformers or a"
+            f"model is of type {type(model).__name__}; give a folder, a Hub id, a config of transformers or a"
             " module"
         )
     empty = model if isinstance(model, nn.Module) else model_without_weights(model, dtype)

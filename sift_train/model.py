@@ -25,10 +25,18 @@ def get_sift_model(model: M, config: SiftConfig | None = None, *, grad_acc: int 
         grad_acc: micro-batches per optimizer step.
 
     Raises:
+        TypeError: the model is not a module.
         ValueError: as ``SIFT``, or the model has another attribute ``sift``.
     """
+    from torch import nn
+
     from sift_train.sift import SIFT
 
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is of type {type(model).__name__}, expected a torch.nn.Module; load it first, for example with"
+            " transformers' from_pretrained"
+        )
     if not isinstance(getattr(model, "sift", None), SIFT | None):
         raise ValueError(
             f"{type(model).__name__} has an attribute 'sift' of its own; build SIFT(model, ...) instead"

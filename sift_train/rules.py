@@ -150,7 +150,7 @@ def find_rule(selection: Selection) -> Rule | None:
         return selection
     if not callable(selection):
         raise TypeError(
-            f"selection is a {type(selection).__name__}; give a rule's name, a Rule, a function of "
+            f"selection is of type {type(selection).__name__}; give a rule's name, a Rule, a function of "
             "weight and gradient, a mapping of parameter names to masks, a delta, or a path of a mask or delta"
         )
     score: Any = selection

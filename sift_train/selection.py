@@ -31,7 +31,9 @@ def n_selected(numel: int, rate: float) -> int:
         ValueError: the rate is not between 0 and 1.
     """
     if isinstance(rate, bool) or not isinstance(rate, SupportsFloat):
-        raise ValueError(f"sparse rate is {rate!r}, a {type(rate).__name__}; it must be a number")
+        raise ValueError(
+            f"sparse rate is {rate!r}, of type {type(rate).__name__}; it must be a number"
+        )
     if not 0.0 <= rate <= 1.0:
         raise ValueError(f"sparse rate is {rate}; it must be between 0 and 1")
     return min(int(rate * numel) + 1, numel)

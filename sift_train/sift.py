@@ -109,8 +109,7 @@ class SIFT:
             ``torch.float32``; None: the masters' dtype.
         lr_transfer: the optimizer's learning rate is that of full fine-tuning. Each step divides it by
             ``lr_share`` for sparsely trained parameters; dense ones keep it. For AdamW and other optimizers that
-            move each component by about the learning rate. The groups of the optimizer must not mix
-            both kinds, see ``grouped_parameters``.
+            move each component by about the learning rate. If it is false, the learning rate is used as it is.
 
     Raises:
         ValueError: an argument is out of range, or a parameter cannot be trained in place.
@@ -125,13 +124,13 @@ class SIFT:
         grad_acc: int = 1,
         gradient_checkpointing: bool = False,
         *,
-        selection: Selection = "gradient",
+        selection: Selection = "random",
         budget: str = "tensor",
         block: Block | None = None,
         seed: int = 0,
         process_group: ProcessGroup | None = None,
         reduce_dtype: torch.dtype | None = None,
-        lr_transfer: bool = False,
+        lr_transfer: bool = True,
     ) -> None:
         self.grad_acc = grad_acc
         _refuse_second(model)
@@ -303,8 +302,7 @@ class SIFT:
         """Check that the optimizer holds all masters and no parameter of the model.
 
         Raises:
-            ValueError: the optimizer lacks a master, holds a parameter of the model, or with ``lr_transfer`` has
-                a group of sparsely and densely trained parameters.
+            ValueError: the optimizer lacks a master, or holds a parameter of the model.
         """
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner
@@ -316,8 +314,6 @@ class SIFT:
                     "build it from all of sift.parameters_in_optimizer()"
                 )
         self._refuse_own_parameters(optimizer, set(self._requires_grad))
-        if self.lr_transfer:
-            self._learning_rate.check(optimizer)
 
     @contextmanager
     def selecting(self) -> Iterator[None]:
@@ -686,10 +682,11 @@ class SIFT:
                 part.write(self.may_write)
 
     def _refuse_step_without_scale(self) -> None:
-        if self.lr_transfer and not self._is_stepped_by_torch:
+        is_scaled = any(not part.trains_all for part in self.sparse_mapping.values())
+        if self.lr_transfer and is_scaled and not self._is_stepped_by_torch:
             raise ValueError(
                 "the masters were changed by something else than the step of a torch optimizer, so lr_transfer"
-                " could not scale its learning rate; leave lr_transfer out and give a larger one"
+                " could not scale its learning rate; give lr_transfer=False and a larger learning rate"
             )
 
     @property

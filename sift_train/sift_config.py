@@ -34,13 +34,13 @@ class SiftConfig:
     sparse_rate: float = 0.01
     sparse_module: Names = ALL_LINEAR
     exception: Names = ()
-    selection: Selection = "gradient"
+    selection: Selection = "random"
     selection_batches: int | None = None
     budget: str = "tensor"
     block: Block | None = None
     gradient_checkpointing: bool = False
     seed: int = 0
-    lr_transfer: bool = False
+    lr_transfer: bool = True
 
     def __post_init__(self) -> None:
         n_selected(1, self.sparse_rate)

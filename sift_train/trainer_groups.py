@@ -66,14 +66,6 @@ def optimizer_groups(sift: SIFT, weight_decay: float, kwargs: dict[str, Any]) ->
         }
         for group in prepared
     ]
-    if sift.lr_transfer:
-        dense = {part.master for part in sift.sparse_mapping.values() if part.is_dense}
-        sparse = set(masters.values()) - dense
-        groups = [
-            {**group, "params": [p for p in group["params"] if (p in sparse) is is_sparse]}
-            for is_sparse in (True, False)
-            for group in groups
-        ]
     return [group for group in groups if group["params"]]
 
 

@@ -95,5 +95,5 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(name, each) for each in value]
     raise ValueError(
-        f"{name} is a {type(value).__name__}, which YAML cannot hold; give a name, or the path of a mask"
+        f"{name} is of type {type(value).__name__}, which YAML cannot hold; give a name, or the path of a mask"
     )

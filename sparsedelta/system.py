@@ -21,9 +21,10 @@ if sys.platform != "win32":
 
 _COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 OPEN = os.O_RDONLY | _COMMON | getattr(os, "O_NONBLOCK", 0)
-CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _COMMON
+CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | _COMMON
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+_CLONE = 0x40049409  # FICLONE of ioctl_ficlone(2)
 _MANY_FILES = 10_000  # macOS refuses more than its own limit of 10,240
 _FEW_FILES = 32  # this many more files fit within every usual limit
 _AT_FDCWD = {"linux": -100, "darwin": -2}.get(sys.platform, 0)  # relative to the current folder
@@ -102,6 +103,40 @@ def reserve(fd: int, n_bytes: int) -> None:
         if fallocate(fd, 0, 0, n_bytes) and (number := ctypes.get_errno()) in NO_ROOM:
             raise OSError(number, os.strerror(number))
     os.truncate(fd, n_bytes)
+
+
+def clone(source: int, target: int) -> bool:
+    """Let a new, empty file share all data of another, as on XFS and Btrfs; return False where the system cannot.
+
+    A later change of one file does not change the other.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        fcntl.ioctl(target, _CLONE, source)
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
+        return False
+    return True
+
+
+def copy_range(source: int, start: int, target: int, offset: int, n_bytes: int) -> bool:
+    """Copy bytes from one file to another within the operating system; return False where it cannot copy all of them."""
+    if not hasattr(os, "copy_file_range"):
+        return False
+    done = 0
+    try:
+        while done < n_bytes:
+            n = os.copy_file_range(source, target, n_bytes - done, start + done, offset + done)
+            if not n:
+                return False
+            done += n
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
+        return False
+    return True
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -24,7 +24,7 @@ import zstandard
 MODULES = ("fcntl", "grp", "pwd", "resource", "termios")
 OF_OS = (
     "chown fchmod fchown fork getegid geteuid getgid getuid killpg mkfifo openpty posix_fadvise posix_fallocate"
-    " pread preadv pwrite pwritev sched_getaffinity setsid statvfs sync sysconf uname"
+    " copy_file_range pread preadv pwrite pwritev sched_getaffinity setsid statvfs sync sysconf uname"
     " O_CLOEXEC O_DIRECT O_DIRECTORY O_NOFOLLOW O_NONBLOCK O_PATH O_TMPFILE"
 ).split()
 OF_SIGNAL = "SIGHUP SIGKILL SIGPIPE SIGUSR1 SIGUSR2 SIGALRM alarm pthread_sigmask setitimer".split()
@@ -60,7 +60,7 @@ def main() -> None:
     import sparsedelta
 
     for module in pkgutil.walk_packages(sparsedelta.__path__, "sparsedelta."):
-        if not module.name.endswith("__main__"):
+        if not module.name.endswith(("__main__", "triton_kernels")):  # the latter needs Triton
             import_module(module.name)
     for more in ((), ("--overwrite",)):
         run("diff", "base", "target", "-o", "delta.sd", *more)

@@ -70,7 +70,7 @@ class ModelSource:
     def advance(self, change: Change) -> None:
         """Move the snapshot to the target of a change."""
         if not isinstance(change, Delta):
-            raise TypeError(f"change is a {type(change).__name__}, expected a Delta")
+            raise TypeError(f"change is of type {type(change).__name__}, expected a Delta")
         self._snapshot.advance(change)
 
 

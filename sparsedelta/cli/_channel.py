@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sparsedelta
@@ -17,10 +18,18 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def opened(settings: Settings, channel: str) -> Iterator[sparsedelta.Channel]:
-    """Yield the channel that an argument names."""
+def opened(
+    settings: Settings, channel: str, *, must_exist: bool = False
+) -> Iterator[sparsedelta.Channel]:
+    """Yield the channel that an argument names.
+
+    Raises:
+        FileNotFoundError: ``must_exist``, and it would be in a folder that does not exist.
+    """
     if "://" in channel:
         quiet_client(settings)
+    elif must_exist and not Path(channel).is_dir():
+        raise FileNotFoundError(f"there is no channel at '{channel}': no such folder")
     with sparsedelta.Channel(channel) as found:
         yield found
 

@@ -16,11 +16,32 @@ from click.shell_completion import CompletionItem
 if TYPE_CHECKING:
     from sparsedelta._typing import JSON
 
-PATH = click.Path(path_type=Path)
+
+def _check_path(param: click.ParamType[Any], value: object, ctx: click.Context | None) -> None:
+    """Fail for what is a path by mistake: nothing, or the sign for standard input and output."""
+    if value == "":
+        param.fail("the path is empty; give the path of a file or folder", ctx=ctx)
+    if value == "-":
+        param.fail("'-' is not supported; give the path of a file", ctx=ctx)
+
+
+class _Path(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path."""
+        _check_path(self, value, ctx)
+        return Path(os.fsdecode(super().convert(value, param, ctx)))
+
+
+PATH = _Path(path_type=Path)
 
 
 class _PathOrRepository(click.types.StringParamType):
     """A path, a repository on the Hub or another address. A shell completes it as a path."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the text."""
+        _check_path(self, value, ctx)
+        return str(super().convert(value, param, ctx))
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str

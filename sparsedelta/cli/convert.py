@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
 import sparsedelta
 from sparsedelta.cli._common import (
@@ -21,10 +22,21 @@ from sparsedelta.cli._common import (
 from sparsedelta.cli._help import Command
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
+from sparsedelta.cli.diff import show_warnings
 from sparsedelta.report.text import count, printable, size
 
 if TYPE_CHECKING:
     from sparsedelta import ConvertReport
+
+
+def _forms(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem | str]:
+    """Return the names of forms that begin as given."""
+    from sparsedelta.interop.registry import NAMES, WRITTEN
+
+    names = WRITTEN if param.name == "write_as" else NAMES
+    return [name for name in names if name.startswith(incomplete)]
 
 
 @click.command(
@@ -43,8 +55,20 @@ if TYPE_CHECKING:
 @click.option(
     "--target", type=PATH_OR_REPOSITORY, help="Also check that IN rebuilds this checkpoint."
 )
-@click.option("--from", "read_as", metavar="FORM", help="The form of IN. [default: recognised]")
-@click.option("--to", "write_as", metavar="FORM", help="The form of OUT. [default: sd, for *.sd]")
+@click.option(
+    "--from",
+    "read_as",
+    metavar="FORM",
+    shell_complete=_forms,
+    help="The form of IN. [default: recognised]",
+)
+@click.option(
+    "--to",
+    "write_as",
+    metavar="FORM",
+    shell_complete=_forms,
+    help="The form of OUT. [default: sd, for *.sd]",
+)
 @click.option(
     "--set", "chosen", metavar="KEY=VALUE", multiple=True, help="A setting of the written form."
 )
@@ -76,10 +100,11 @@ def command(
     """
     with Sources(settings) as sources, progress_bar(settings) as progress:
         path = sources.delta(source)
+        base_path = sources.base_with_weights(base, path)
         report = sparsedelta.convert(
             path,
             out,
-            base=sources.base_with_weights(base, path),
+            base=base_path,
             target=None if target is None else sources.checkpoint(target)[0],
             read_as=read_as,
             write_as=write_as,
@@ -93,6 +118,16 @@ def command(
         print_json({"out": str(out), **dataclasses.asdict(report)})
     else:
         click.echo(_described(out, report))
+    if report.written_as == "sd":
+        found = sparsedelta.inspect(out)
+        show_warnings(found, found.target_bytes, lambda: _dtypes(base_path, exclude))
+
+
+def _dtypes(base: Path | str, exclude: tuple[str, ...]) -> dict[str, str]:
+    from sparsedelta.interop.opening import open_checkpoint
+
+    with open_checkpoint(base, exclude=exclude) as opened:
+        return {tensor.name: tensor.spec.dtype.name for tensor in opened.tensors.values()}
 
 
 def _pair(text: str) -> tuple[str, str]:

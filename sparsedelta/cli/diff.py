@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -131,17 +131,29 @@ def _show(output: Path, base: Path, target: Path, globs: Globs, *, as_json: bool
         print_json(written_json(output, found) | more)
     else:
         click.echo(_describe(output, target_bytes, found))
-    for warning in _warnings(base, target, found, target_bytes, globs):
-        click.echo(f"warning: {warning}", err=True)
+    show_warnings(found, target_bytes, lambda: _dtypes(base, globs))
     if left_out := _left_out(target, globs):
         shown = listed(left_out, _MAX_LISTED)
         click.echo(f"left out: {shown} (not part of a checkpoint; --include keeps them)", err=True)
 
 
+def show_warnings(
+    found: Inspection, target_bytes: int, dtypes_of_base: Callable[[], Mapping[str, str]]
+) -> None:
+    """Print warnings on stderr about a delta that is large, with the likely cause.
+
+    Args:
+        found: the delta.
+        target_bytes: size of the target's files.
+        dtypes_of_base: returns the dtype by name of the base's tensors.
+    """
+    for warning in _warnings(found, target_bytes, dtypes_of_base):
+        click.echo(f"warning: {warning}", err=True)
+
+
 def _warnings(
-    base: Path, target: Path, found: Inspection, target_bytes: int, globs: Globs
+    found: Inspection, target_bytes: int, dtypes_of_base: Callable[[], Mapping[str, str]]
 ) -> Iterator[str]:
-    """Yield warnings about a delta that is large, with the likely cause."""
     n_tensors = count(len(found.tensors), "tensor")
     file_bytes = found.sizes.file_bytes or 0
     if file_bytes >= target_bytes:
@@ -163,7 +175,7 @@ def _warnings(
         )
     added = {t.name: t.dtype for t in found.tensors if t.state == "added"}
     if found.n_unused and 2 * len(added) > len(found.tensors):
-        reason = no_counterpart(added, _dtypes(base, globs))
+        reason = no_counterpart(added, dtypes_of_base())
         yield f"{count(len(added))} of {n_tensors} have no counterpart in the base; {reason}"
 
 

@@ -66,9 +66,12 @@ def _fields(error: type[SparseDeltaError]) -> dict[str, JSON]:
 
 def _describe(error: type[SparseDeltaError]) -> str:
     parents = ", ".join(_parents(error))
-    python = f"In Python: sparsedelta.errors.{error.__name__}" + (f", a {parents}" * bool(parents))
+    python = f"In Python: sparsedelta.errors.{error.__name__}" + (
+        f", a kind of {parents}" * bool(parents)
+    )
     parts = (f"{error.code}: {_meaning(error)}", f"What to do: {error.remedy}", python)
-    return "\n\n".join(click.wrap_text(part, 80, "", "  ") for part in parts)
+    shown = (part.replace("`", "'") for part in parts)  # a terminal shows no Markdown
+    return "\n\n".join(click.wrap_text(part, 80, "", "  ") for part in shown)
 
 
 def _meaning(error: type[SparseDeltaError]) -> str:

@@ -21,7 +21,7 @@ def command(settings: Settings, /, *, channel: str, limit: int, as_json: bool) -
 
     Each entry is checked against the one after it.
     """
-    with opened(settings, channel) as found:
+    with opened(settings, channel, must_exist=True) as found:
         entries = found.log(limit=limit)
     if as_json:
         print_json({"versions": [fields(entry) for entry in entries]})

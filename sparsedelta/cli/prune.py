@@ -29,7 +29,7 @@ def command(settings: Settings, /, *, channel: str, keep: int, as_json: bool) ->
     """
     from sparsedelta.channel.leases import LEASE_SECONDS
 
-    with opened(settings, channel) as found:
+    with opened(settings, channel, must_exist=True) as found:
         report = found.prune(keep=keep)
     if as_json:
         print_json(dataclasses.asdict(report))

@@ -83,9 +83,11 @@ def _describe(delta: str, report: VerifyReport, remote: RemoteBaseReport | None)
         f"{count(report.nnz, 'changed value')} in {count(report.n_changed)} of"
         f" {count(report.n_tensors, 'tensor')}, {size(report.payload_bytes)} coded"
     )
-    base = (
-        "correct, the delta rebuilds the target from it" if report.base_checked else "not checked"
-    )
+    base = "not checked"
+    if report.base_checked and report.n_from_base:
+        base = "correct, the delta rebuilds the target from it"
+    elif report.base_checked:
+        base = "not used, the delta holds all tensors of the target"
     source = report.converted
     from_other = (
         [] if source is None else [f"converted from {source.get('form')}: {_proof(source)}"]

@@ -17,7 +17,7 @@ from sparsedelta.dtypes import dtype_of
 from sparsedelta.errors import CheckpointError, FormatError
 from sparsedelta.files import junk
 from sparsedelta.files.shards import INDEX_SUFFIX, SHARD, roles, shard_path
-from sparsedelta.files.unread import PICKLED_SUFFIXES, conversion_of_file
+from sparsedelta.files.unread import OLD_PICKLE, PICKLED_SUFFIXES, conversion_of_file
 from sparsedelta.format.columns import LazySequence
 from sparsedelta.format.header_columns import HeaderColumns, HeaderEntries, read_header_columns
 from sparsedelta.format.paths import WEIGHT_SUFFIX, path_problem
@@ -463,9 +463,11 @@ def _way_out(fd: int, location: Path) -> str:
     start = read_at(fd, len(_ZIP), 0)
     if start == _ZIP and location.suffix.lower() in PICKLED_SUFFIXES:
         return (
-            "make a delta between two such files with `sparsedelta convert`, or convert it with:"
+            "`sparsedelta convert` makes a delta between two such files, and rebuilds one from it; or convert it with:"
             f" {conversion_of_file(location)}"
         )
+    if start == OLD_PICKLE:
+        return f"an old version of torch.save wrote it; convert it with: {conversion_of_file(location)}"
     if location.name.endswith(".json"):
         return "give the folder that it is in, or a .safetensors file"
     return "give a .safetensors file or a folder that holds some"

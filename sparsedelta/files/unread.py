@@ -16,6 +16,7 @@ UNREAD_WEIGHT_SUFFIXES = (
     ".bin", ".ckpt", ".gguf", ".ggml", ".h5", ".mlmodel", ".msgpack", ".npy", ".npz", ".onnx",
     ".onnx_data", ".ot", ".pb", ".pickle", ".pkl", ".pt", ".pth", ".tflite",
 )  # fmt: skip
+OLD_PICKLE = b"\x80\x02\x8a\x0a"  # how files begin that torch.save wrote before version 1.6
 PICKLED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")  # written by torch.save
 CONFIG = "config.json"
 
@@ -25,8 +26,10 @@ _NOT_WEIGHTS = ("training_args.bin", *junk.NOT_PART)
 _OF_TRANSFORMERS = ("pytorch_model.bin", "pytorch_model-[0-9]*.bin")
 _LOAD = (
     "import torch; from safetensors.torch import save_file; "
-    'save_file({{name: tensor.contiguous().clone() for name, tensor in torch.load({source}, "cpu",'
-    ' weights_only=True).items()}}, {output}, {{"format": "pt"}})'
+    'all = torch.load({source}, "cpu", weights_only=True); '
+    "state = next(one for one in (all, *all.values()) if isinstance(one, dict) and any(map(torch.is_tensor, one.values()))); "
+    "save_file({{name: tensor.contiguous().clone() for name, tensor in state.items() if torch.is_tensor(tensor)}},"
+    ' {output}, {{"format": "pt"}})'
 )
 
 

@@ -258,7 +258,9 @@ def load(path: AnyPath | Seekable, *, any_size: bool = False) -> Delta:
     if isinstance(path, bytes | bytearray | memoryview):
         raise TypeError("path is bytes, expected a path or an open file; use Delta.from_bytes")
     if not (hasattr(path, "read") and hasattr(path, "seek")):
-        raise TypeError(f"path is a {type(path).__name__}, expected a path or an open binary file")
+        raise TypeError(
+            f"path is of type {type(path).__name__}, expected a path or an open binary file"
+        )
     return read_delta(Stream(path), any_size=any_size)
 
 

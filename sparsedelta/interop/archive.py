@@ -68,7 +68,7 @@ def archive_regions(
     found.sort(key=lambda one: one.offset)
     if begin < 0:
         raise CheckpointError(
-            f"'{path}' has no end of a zip archive; it was not written by torch.save, or is incomplete"
+            f"'{path}' is no complete zip archive; it was not written by torch.save, or a part is missing"
         )
     return with_unique_names(found)
 

@@ -9,7 +9,9 @@ from contextlib import ExitStack, contextmanager
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import BadMagic, BaseNeeded, FormatError
 from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.files.unread import OLD_PICKLE
 from sparsedelta.format.delta import AnyDelta, Delta, load
+from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.fs import temporary_folder
 from sparsedelta.interop.form import Form, Reading
 from sparsedelta.interop.rebuilt import RebuiltCheckpoint
@@ -101,16 +103,31 @@ def opened_chain(
 
 
 def _load(path: AnyPath, any_size: bool) -> Delta:
+    source = Source(path)
+    if what := _other_than_delta(source):
+        raise BadMagic(
+            f"'{path}' is {what}, not a delta; commands take the base first and then the delta, which is an .sd file or has a form"
+            " that `sparsedelta convert` reads"
+        )
     try:
         return load(path, any_size=any_size)
     except FormatError as error:
-        if isinstance(error, BadMagic) or (
-            error.code == "limit_exceeded" and not is_delta(Source(path))
-        ):
+        if isinstance(error, BadMagic) or (error.code == "limit_exceeded" and not is_delta(source)):
             raise BadMagic(
                 f"{error}; it has none of the other forms that `sparsedelta convert` reads either"
             ) from error
         raise
+
+
+def _other_than_delta(source: Source) -> str | None:
+    """Return what a file or folder is; None if it may be a delta."""
+    if is_delta(source):
+        return None
+    if source.is_folder:
+        has_weights = has_regions(source) or any(n.endswith(WEIGHT_SUFFIX) for n in source.names)
+        return "a folder with a model" if has_weights else "a folder"
+    is_model = source.tensors or has_regions(source) or source.start.startswith(OLD_PICKLE)
+    return "a model" if is_model else None
 
 
 def target_of(delta: Delta, base: Checkpoint, stack: ExitStack) -> Checkpoint:

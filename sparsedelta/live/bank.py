@@ -19,7 +19,7 @@ from sparsedelta.format.digests import base_tensors
 from sparsedelta.format.records import TensorKey, TensorSpec
 from sparsedelta.live.held import Held
 from sparsedelta.live.inplace import prepare
-from sparsedelta.live.patch import Patch, Writer
+from sparsedelta.live.patch import Patch, Plan, Writer
 from sparsedelta.live.rwlock import SharedLock
 
 
@@ -70,6 +70,8 @@ class DeltaBank:
         self._lock = SharedLock()
         self._deltas: OrderedDict[str, _Resident] = OrderedDict()  # the last used one is last
         self._writer = Writer()
+        # By what the model holds before and after; without those of deltas that are freed or removed.
+        self._plans: dict[tuple[str | None, str | None], Plan] = {}
 
     @property
     def active(self) -> str | None:
@@ -128,6 +130,7 @@ class DeltaBank:
             if name == self.active:
                 raise ValueError(f"delta {name!r} is active; activate another one or None first")
             del self._deltas[name]
+            self._forget(name)
 
     def activate(self, name: str | None) -> None:
         """Change the model to the target of a delta; with None, to the base.
@@ -166,9 +169,13 @@ class DeltaBank:
             raise KeyError(f"the bank has no delta {name!r}, only {', '.join(self) or 'none'}")
         if name is not None:
             self._make_resident(name)
-        found: dict[str, Held] = {}
-        steps = _steps(self._patches(self.active, found), self._patches(name, found))
-        self._writer.write(steps, becomes=name, found=found)
+        pair = self.active, name
+        plan = self._plans.get(pair)
+        if plan is None or not plan.is_current():
+            found: dict[str, Held] = {}
+            steps = _steps(self._patches(self.active, found), self._patches(name, found))
+            plan = self._plans[pair] = Plan(steps, found)
+        self._writer.write(plan, becomes=name)
 
     def _patches(self, name: str | None, found: dict[str, Held]) -> list[Patch]:
         """Return the patches of a resident delta, each on the device of its tensor; see ``current_tensor``."""
@@ -215,6 +222,10 @@ class DeltaBank:
                 return
             if name != keep:
                 other.patches = None
+                self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self._plans = {pair: plan for pair, plan in self._plans.items() if name not in pair}
 
     def _check_sibling(self, name: str, resident: _Resident) -> None:
         for other_name, other in self._deltas.items():

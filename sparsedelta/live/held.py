@@ -108,6 +108,15 @@ def parts_of(held: Held) -> list[torch.Tensor]:
     return [part.tensor for part in held.parts] if isinstance(held, Joined) else [held]
 
 
+def memory_in_order(held: Held) -> torch.Tensor | None:
+    """Return the tensor of the model whose memory has the elements in row-major order; None if there is none."""
+    if isinstance(held, Joined):
+        if not held.is_in_order:
+            return None
+        held = held.parts[0].tensor
+    return held if held.is_contiguous() else None
+
+
 def gather(held: Held, index: torch.Tensor) -> torch.Tensor:
     """Return the bits at flat indices as integers of the element size, ``(nnz,)``."""
     return held.gather(index) if isinstance(held, Joined) else bits.gather(held, index)

@@ -6,14 +6,16 @@ broken off and not undone, the record still exists.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sparsedelta.errors import PartlyApplied
 from sparsedelta.interrupts import uninterrupted
-from sparsedelta.live.held import Held, scatter
-from sparsedelta.live.slots import Place, current_tensor
+from sparsedelta.live.fused import Write, Writes, kernels_for
+from sparsedelta.live.held import Held, memory_in_order, scatter
+from sparsedelta.live.slots import Place, Slot, current_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +67,76 @@ class Patch:
         return replace(self, index=index, before=before, after=after)
 
 
+class Plan:
+    """What is written to which tensors, in an order that gives the result of one patch after the other.
+
+    Args:
+        patches: on the devices of the model's tensors; see ``Patch.in_step``.
+        found: the model's tensors by the names of their slots, if they were found just now.
+    """
+
+    def __init__(self, patches: Sequence[Patch], found: Mapping[str, Held] | None = None) -> None:
+        self.patches = patches
+        names = [patch.place.slot.name for patch in patches]
+        held = dict(found or {})
+        for name, patch in zip(names, patches, strict=True):
+            if name not in held:
+                held[name] = patch.place.slot.tensor()
+        self._held = [held[name] for name in names]
+        self._stages = [self._prepared(stage) for stage in _without_repetition(names)]
+        self._traits = self._current_traits()
+
+    def is_current(self) -> bool:
+        """Return whether the model still holds all tensors in the same memory; False if that takes long to find out."""
+        return self._traits is not None and self._traits == self._current_traits()
+
+    def run(self) -> None:
+        """Write all values."""
+        for fused, rest in self._stages:
+            for writes in fused:
+                writes.run()
+            for number, index in _with_wide_index(self.patches, rest):
+                scatter(self._held[number], index, self.patches[number].after)
+
+    def _current_traits(self) -> list[object] | None:
+        import torch
+
+        found: list[object] = [torch.is_inference_mode_enabled()]
+        for held, patch in zip(self._held, self.patches, strict=True):
+            for slot in (patch.place.slot, *patch.place.tied):
+                if not isinstance(slot, Slot) or not isinstance(held, torch.Tensor):
+                    return None
+                tensor = slot.tensor()
+                found.append((id(tensor), tensor.data_ptr(), tensor.shape, tensor.dtype))
+        return found
+
+    def _prepared(self, stage: Sequence[int]) -> tuple[list[Writes], list[int]]:
+        """Return how to write patches of different tensors: in few launches for each GPU, and the patches left."""
+        groups: dict[torch.device, list[Write]] = defaultdict(list)
+        rest = []
+        for number in stage:
+            patch = self.patches[number]
+            device, memory = patch.index.device, None
+            if kernels_for(device):
+                memory = memory_in_order(self._held[number])
+            if memory is None:
+                rest.append(number)
+            else:
+                groups[device].append(Write(memory, patch.index, patch.after))
+        return [Writes(group, kernels_for(device)) for device, group in groups.items()], rest
+
+
+def _without_repetition(names: Sequence[str]) -> Iterator[Sequence[int]]:
+    """Yield the numbers of names, in order, in parts in which each name is there only once."""
+    start, seen = 0, set[str]()
+    for number, name in enumerate(names):
+        if name in seen:
+            yield range(start, number)
+            start, seen = number, set()
+        seen.add(name)
+    yield range(start, len(names))
+
+
 class HalfWritten(PartlyApplied):
     """A write to a model in memory was broken off and could not be undone; the model holds a mixture."""
 
@@ -103,38 +175,29 @@ class Writer:
             raise HalfWritten(len(unfinished), self.restore)
         return name
 
-    def write(
-        self,
-        patches: Sequence[Patch],
-        becomes: str | None = None,
-        *,
-        found: Mapping[str, Held] | None = None,
-    ) -> None:
+    def write(self, what: Plan | Sequence[Patch], becomes: str | None = None) -> None:
         """Write the ``after`` values of all patches, in order.
 
         On an exception or interrupt, the ``before`` values are written back.
 
         Args:
-            patches: on the devices of the model's tensors; see ``Patch.in_step``.
+            what: patches on the devices of the model's tensors (``Patch.in_step``), or their plan.
             becomes: a name for what the model holds afterwards.
-            found: the model's tensors by the names of their slots, if they were found just now.
 
         Raises:
             HalfWritten: this or an earlier write was broken off and could not be undone.
         """
         held = self.holds
+        plan = what if isinstance(what, Plan) else Plan(what)
         with uninterrupted():
-            self._state = held, patches
+            self._state = held, plan.patches
             try:
-                for patch, index in _with_wide_index(patches):
-                    slot = patch.place.slot
-                    tensor = (found or {}).get(slot.name)
-                    scatter(slot.tensor() if tensor is None else tensor, index, patch.after)
+                plan.run()
             except BaseException as error:
                 try:
                     self._undo()
                 except BaseException:
-                    raise HalfWritten(len(patches), self.restore) from error
+                    raise HalfWritten(len(plan.patches), self.restore) from error
                 raise
             self._state = becomes, ()
 
@@ -150,22 +213,27 @@ class Writer:
         self._state = held, ()
 
 
-def _with_wide_index(patches: Sequence[Patch]) -> Iterator[tuple[Patch, torch.Tensor]]:
-    """Yield each patch with its index as int64, which torch needs for writing.
+def _with_wide_index(
+    patches: Sequence[Patch], numbers: Sequence[int]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield numbers of patches, each with the patch's index as int64, which torch needs for writing.
 
     The indices of many small patches are converted together, because each operation on a GPU takes time to start.
     """
     import torch
 
-    group: list[Patch] = []
+    group: list[int] = []
     n_elements = 0
-    for patch in [*patches, None]:
-        fits = patch and n_elements + patch.index.numel() <= _GROUP_ELEMENTS
-        if group and not (fits and patch and patch.index.device == group[0].index.device):
-            sizes = [one.index.numel() for one in group]
-            wide = torch.cat([one.index for one in group]).long().split(sizes)
+    for number in [*numbers, None]:
+        index = None if number is None else patches[number].index
+        fits = index is not None and n_elements + index.numel() <= _GROUP_ELEMENTS
+        if group and not (
+            fits and index is not None and index.device == patches[group[0]].index.device
+        ):
+            held = [patches[one].index for one in group]
+            wide = torch.cat(held).long().split([one.numel() for one in held])
             yield from zip(group, wide, strict=True)
             group, n_elements = [], 0
-        if patch:
-            group.append(patch)
-            n_elements += patch.index.numel()
+        if number is not None and index is not None:
+            group.append(number)
+            n_elements += index.numel()

@@ -411,7 +411,7 @@ def _slots_of(part: Part, whole: Model) -> dict[str, Slot]:
         found = list(part.module)
     else:
         raise TypeError(
-            f"model is a {type(whole).__name__}, expected a module, a state dict or a pipeline"
+            f"model is of type {type(whole).__name__}, expected a module, a state dict or a pipeline"
         )
     start = f"{part.path}." if part.path else ""
     holder = holder_of(whole)
@@ -618,7 +618,7 @@ def _unusable(tensor: torch.Tensor) -> str | None:
             " (load_model)"
         )
     if type(tensor.data) is not torch.Tensor:
-        return f"is a {type(tensor.data).__name__}, not a plain tensor"
+        return f"is of type {type(tensor.data).__name__}, not a plain tensor"
     if tensor.layout != torch.strided or overlaps_itself(tensor):
         return "has elements that share memory, or is not a strided tensor"
     if tensor.is_inference() and not torch.is_inference_mode_enabled():

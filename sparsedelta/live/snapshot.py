@@ -34,6 +34,7 @@ from sparsedelta.live.bits import (
 )
 from sparsedelta.live.capture import Capture, CapturedTensor, Changes, changes_in, joined
 from sparsedelta.live.classes import HOST, device_lock
+from sparsedelta.live.fused import changed
 from sparsedelta.live.sides import HeldTensor, held_checkpoint
 from sparsedelta.live.trained import KeptElements, Pending, Trained, TrainedElements
 from sparsedelta.progress import Progress
@@ -373,8 +374,6 @@ def changes_on_device(kept: _Kept, now: torch.Tensor) -> tuple[npt.NDArray[np.in
         Flat indices of the changed elements, increasing, and their bits now, both ``(nnz,)``, on the host; None
         if nothing has changed.
     """
-    import torch
-
     copy = kept.tensor if kept.mirror is None else kept.mirror
     positions, values = [], []
     with device_lock:
@@ -382,11 +381,10 @@ def changes_on_device(kept: _Kept, now: torch.Tensor) -> tuple[npt.NDArray[np.in
         for number, (block, before) in enumerate(
             zip(blocks, blocks_on_device(flat_bits(copy), _BLOCK_ELEMENTS, now.device), strict=True)
         ):
-            index = torch.nonzero(block != before).view(-1)
+            index, bits = changed(before, block)
             if len(index):
-                found = on_host(index.int()).astype(np.int64)
-                positions.append(found + number * _BLOCK_ELEMENTS)
-                values.append(on_host(block.index_select(0, index)))
+                positions.append(on_host(index).astype(np.int64) + number * _BLOCK_ELEMENTS)
+                values.append(on_host(bits))
     if not positions:
         return None
     view = kept.spec.dtype.view

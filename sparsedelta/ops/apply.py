@@ -31,10 +31,11 @@ from sparsedelta.fs import (
     synced,
 )
 from sparsedelta.ops.base_check import explained, find_base, open_base
+from sparsedelta.ops.clones import read_from, same_files
 from sparsedelta.ops.lookup import Lookup
-from sparsedelta.ops.rebuilding import rebuild_tensors, write_all
+from sparsedelta.ops.rebuilding import Output, rebuild_tensors, write_all
 from sparsedelta.progress import Progress
-from sparsedelta.system import CREATE, allow_open_files, reserve
+from sparsedelta.system import CREATE, allow_open_files, clone, reserve
 from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import Check
 
@@ -194,13 +195,19 @@ def write_target(
             _make_folders(delta, out)
         _write_side_files(base, delta, out, side_files)
         allow_open_files(len(files))
-        outputs = [
-            stack.enter_context(_new_file(out / file.path if delta.target.is_folder else out, file))
-            for file in files
-        ]
+        outputs, clones = [], []
+        for file, source in zip(files, same_files(found, delta, files), strict=True):
+            path = out / file.path if delta.target.is_folder else out
+            fd, is_clone = stack.enter_context(_new_file(path, file, source))
+            outputs.append(fd)
+            clones.append(fd if is_clone else None)
         stack.enter_context(synced(outputs))
-        places = [(fd, file.offsets) for fd, file in zip(outputs, files, strict=True)]
-        rebuild_tensors(found, delta, places, check=check, progress=progress)
+        places = [
+            Output(fd if clone is None else -1, file.offsets)
+            for fd, clone, file in zip(outputs, clones, files, strict=True)
+        ]
+        checked = read_from(found, delta, files, clones)
+        rebuild_tensors(checked, delta, places, check=check, progress=progress)
 
 
 def _write_side_files(
@@ -231,14 +238,19 @@ def _make_folders(delta: Delta, out: Path) -> None:
 
 
 @contextmanager
-def _new_file(path: Path, layout: FileLayout) -> Iterator[int]:
-    """Yield the descriptor of a new weight file; its size is set and its header is written."""
+def _new_file(path: Path, layout: FileLayout, source: int | None) -> Iterator[tuple[int, bool]]:
+    """Yield the descriptor of a new weight file, and whether it is a clone of ``source``, which has all of its bytes.
+
+    Otherwise its size is set and its header is written.
+    """
     fd = os.open(path, CREATE, 0o666)
     try:
-        reserve(fd, layout.n_bytes)
-        head = len(layout.header).to_bytes(8, "little") + layout.header
-        write_all(fd, memoryview(head), 0)
-        yield fd
+        is_clone = source is not None and clone(source, fd)
+        if not is_clone:
+            reserve(fd, layout.n_bytes)
+            head = len(layout.header).to_bytes(8, "little") + layout.header
+            write_all(fd, memoryview(head), 0)
+        yield fd, is_clone
     finally:
         os.close(fd)
 

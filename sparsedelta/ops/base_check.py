@@ -87,7 +87,15 @@ class PlacedTensors(Mapping[TensorKey, Tensor]):
         """Return the base tensor of a row; None if it has none."""
         if self._file[row] < 0:
             return None
-        return self._files[int(self._file[row])][int(self._number[row])]
+        found = self._files[int(self._file[row])][int(self._number[row])]
+        fd = int(self.places.fd[row])
+        return found if fd == found.fd else replace(found, fd=fd)
+
+    def moved(self, places: Places) -> PlacedTensors:
+        """Return the same tensors in other files, which are equal to these byte for byte."""
+        other = PlacedTensors(self._rows, self._files, self._file, self._number)
+        other.places = places
+        return other
 
     def rows_of(self, tensors: Sequence[Tensor]) -> Column:
         """Return the number of the row that each base tensor is the base tensor of; -1 if there is none, (n,)."""

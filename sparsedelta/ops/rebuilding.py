@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from sparsedelta.format.delta import Delta
 from sparsedelta.format.records import TensorKey
 from sparsedelta.ops.base_check import PlacedTensors
 from sparsedelta.progress import Progress
-from sparsedelta.system import write_at
+from sparsedelta.system import copy_range, write_at
 from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import Check, Write, rebuild
 from sparsedelta.tensors.small import (
@@ -26,7 +27,17 @@ from sparsedelta.tensors.small import (
     rows_outside,
 )
 
-Output = tuple[int, Column]  # an open file, and where each of its tensors begins in it
+
+class Output(NamedTuple):
+    """A weight file of the target.
+
+    Attributes:
+        fd: descriptor for writing; -1 if the file has all of its bytes, which are then only checked.
+        offsets: where each of its tensors begins in it, (n,).
+    """
+
+    fd: int
+    offsets: Column
 
 
 def rebuild_tensors(
@@ -79,8 +90,8 @@ class _Rebuilding:
         self._check = check
         self._pace = pace
         self._every_base = every_base
-        self._fds = np.repeat([fd for fd, _ in outputs], [len(at) for _, at in outputs])
-        self._at = np.concatenate([np.empty(0, np.int64), *(at for _, at in outputs)])
+        self._fds = np.repeat([one.fd for one in outputs], [len(one.offsets) for one in outputs])
+        self._at = np.concatenate([np.empty(0, np.int64), *(one.offsets for one in outputs)])
         self._placed = base if isinstance(base, PlacedTensors) else None
         self._small: SmallRows | None = None
         small: list[Group] = []
@@ -115,9 +126,13 @@ class _Rebuilding:
 
     def _rebuild(self, number: int, write: Write) -> None:
         row = self._delta.tensors[number]
+        base = self._placed.of_row(number) if self._placed else self._base.get(row.key)
+        if self._check != "full" and base and row.is_copied and self._copy(number, base):
+            self._pace.advance(row.target.n_bytes)
+            return
         rebuild(
             row,
-            self._placed.of_row(number) if self._placed else self._base.get(row.key),
+            base,
             self._delta.payload,
             write,
             check=self._check,
@@ -125,9 +140,16 @@ class _Rebuilding:
             every_base=self._every_base,
         )
 
+    def _copy(self, number: int, base: Tensor) -> bool:
+        """Copy a tensor that is not read for a digest; return whether that is done."""
+        if not len(self._at) or self._fds[number] < 0:
+            return True
+        fd, at = int(self._fds[number]), int(self._at[number])
+        return base.fd >= 0 and copy_range(base.fd, base.offset, fd, at, base.spec.n_bytes)
+
     def _write(self, number: int, data: memoryview, offset: int) -> None:
         """Write bytes of the target from byte ``offset`` of a row on."""
-        if len(self._at):
+        if len(self._at) and self._fds[number] >= 0:
             write_all(int(self._fds[number]), data, int(self._at[number]) + offset)
 
 

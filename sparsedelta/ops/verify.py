@@ -39,6 +39,7 @@ class VerifyReport:
             the target from it.
         target_checked: whether a target was given and checked. All its files equal those of the
             delta's target.
+        n_from_base: number of tensors of the target that are rebuilt from tensors of the base.
         converted: for a delta that was converted from another form, the name of the form and what its digests
             prove (``sparsedelta.ConvertReport.verified``); None for others.
     """
@@ -49,6 +50,7 @@ class VerifyReport:
     payload_bytes: int
     base_checked: bool
     target_checked: bool
+    n_from_base: int
     converted: Mapping[str, JSON] | None = None
 
 
@@ -98,8 +100,16 @@ def verify(
             payload_bytes=given.coded_bytes,
             base_checked=base is not None,
             target_checked=target is not None,
+            n_from_base=_n_from_base(given),
             converted=converted_from(given),
         )
+
+
+def _n_from_base(delta: Delta) -> int:
+    columns = columns_of(delta.tensors)
+    if columns:
+        return int((columns.base_file >= 0).sum())
+    return sum(1 for row in delta.tensors if row.base)
 
 
 def converted_from(delta: Delta) -> Mapping[str, JSON] | None:

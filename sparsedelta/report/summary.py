@@ -37,6 +37,7 @@ _GAP = 2
 _MAX_FILES = 8
 _MAX_GROUPS = 8
 _MAX_SETTINGS = 5
+_LINE = 62  # what fits beside a label in a line of 80 characters
 _MAX_NUMBERS = 8
 _MAX_LABEL = 30
 _MAX_VALUE = 60
@@ -179,12 +180,17 @@ def _pairs(settings: Mapping[str, JSON]) -> str:
         for name, value in settings.items()
         if value not in (None, [], {})
     ]
-    return listed(pairs, _MAX_SETTINGS)
+    n_shown = min(_MAX_SETTINGS, len(pairs))
+    while n_shown > 1 and len(listed(pairs, n_shown)) > _LINE:
+        n_shown -= 1
+    return listed(pairs, n_shown)
 
 
 def _shown(value: JSON) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, float):
+        return f"{value:.4g}"
     if many := numbers(value, _MAX_NUMBERS):
         return many
     if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):

@@ -138,7 +138,22 @@ def test_damaged_delta(workplace: Workplace, run: Run) -> None:
     assert "ends early" in result.stderr
     assert not workplace.out.exists()
     shutil.copy(workplace.base / "model.safetensors", delta)
-    assert "is not a sparsedelta file" in run("apply", workplace.base, delta, workplace.out).stderr
+    assert "is a model, not a delta" in run("apply", workplace.base, delta, workplace.out).stderr
+
+
+def test_base_and_delta_in_the_wrong_order(workplace: Workplace, run: Run) -> None:
+    delta = workplace.save_delta()
+    result = run("apply", delta, workplace.base, workplace.out)
+    assert result.exit_code == 1
+    assert "is a folder with a model, not a delta; commands take the base first" in result.stderr
+
+
+@pytest.mark.parametrize("path", ["", "-"])
+def test_a_path_that_is_none(path: str, workplace: Workplace, run: Run) -> None:
+    for words in (("apply", path, "d", "o"), ("apply", "b", "d", path), ("inspect", path)):
+        result = run(*words)
+        assert result.exit_code == 2
+        assert ("the path is empty" if not path else "'-' is not supported") in result.stderr
 
 
 def test_one_file_is_not_written_under_the_name_of_a_folder(

@@ -38,6 +38,7 @@ def test_json(workplace: Workplace, run: Run) -> None:
         "nnz": 27,
         "base_checked": True,
         "target_checked": False,
+        "n_from_base": 3,
     }
     assert tree(workplace.path) == before
 

@@ -86,6 +86,16 @@ def test_file_of_torch_save(tmp_path: Path) -> None:
         assert [tensor.name for tensor in checkpoint.tensors.values()] == ["w"]
 
 
+def test_a_file_of_an_old_torch_save_with_more_than_weights(tmp_path: Path) -> None:
+    content = {"step": 3, "model": {"w": torch.arange(4.0), "name": "x"}}
+    torch.save(content, tmp_path / "net.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"an old version of torch\.save wrote it") as found:
+        Checkpoint(tmp_path / "net.pt")
+    run(str(found.value))
+    with Checkpoint(tmp_path / "net.safetensors") as checkpoint:
+        assert [tensor.name for tensor in checkpoint.tensors.values()] == ["w"]
+
+
 def test_no_command_runs_what_a_config_says() -> None:
     config = b'{"architectures": ["Model as M; import os; os.system(\'x\')#"]}'
     files = {"config.json": config, "pytorch_model.bin": b""}

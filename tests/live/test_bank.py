@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -278,6 +280,47 @@ def test_parameters_that_are_replaced(
     net.load_state_dict(copied(net.state_dict()), assign=True)
     bank.activate("b")
     assert same(net.state_dict(), states["b"])
+
+
+@pytest.mark.parametrize("how", ["replaced", "moved", "retyped"])
+def test_a_model_that_changes_between_equal_switches(
+    how: str, net: Net, bank: DeltaBank, states: dict[str | None, State]
+) -> None:
+    """The bank keeps the plan of a switch only as long as the model keeps its tensors."""
+    for name in ("a", "b", "a"):
+        bank.activate(name)
+    if how == "replaced":
+        net.load_state_dict(copied(net.state_dict()), assign=True)
+    elif how == "moved":
+        for parameter in net.parameters():
+            parameter.data = parameter.data.clone()
+    else:
+        net.last.weight.data = net.last.weight.data.double()
+        with pytest.raises(StructureMismatch, match=r"'last.weight' is now"):
+            bank.activate("b")
+        return
+    bank.activate("b")
+    assert same(net.state_dict(), states["b"])
+
+
+def test_plans_do_not_keep_what_the_bank_frees(
+    net: Net, paths: dict[str, Path], deltas: dict[str, Delta], states: dict[str | None, State]
+) -> None:
+    bank = DeltaBank(net, budget_bytes=one_size(net, deltas["a"]))
+    for name in "ab":
+        bank.add(name, paths[name])
+    bank.activate("a")
+    freed = weakref.ref(bank._deltas["a"].patches[0].index)  # type: ignore[index] # it is resident
+    bank.activate("b")
+    gc.collect()
+    assert freed() is None
+    bank.activate("a")
+    assert same(net.state_dict(), states["a"])
+    held = weakref.ref(bank._deltas["a"].patches[0].index)  # type: ignore[index] # it is resident
+    bank.activate(None)
+    bank.remove("a")
+    gc.collect()
+    assert held() is None
 
 
 def test_readers_see_whole_states(

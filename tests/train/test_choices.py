@@ -268,9 +268,9 @@ def test_one_micro_batch_that_chooses_is_warned_of_once(caplog: pytest.LogCaptur
         return [text for text in caplog.messages if "micro-batch" in text]
 
     with caplog.at_level(logging.WARNING, "sift_train"):
-        assert len(messages(0)) == 1
-        assert messages(4) == []
-        assert messages(0, selection="random") == []
+        assert len(messages(0, selection="gradient")) == 1
+        assert messages(4, selection="gradient") == []
+        assert messages(0) == []
 
 
 def test_a_mask_has_the_form_that_convert_writes(tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_a_wrong_mask_is_one_clear_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="leave sparse_module out"):
         SIFT(make_net(), 0.1, WEIGHTS, selection=tmp_path / "mask.npz")
     with pytest.raises(ValueError, match="not selected yet"):
-        save_mask(SIFT(make_net(), 0.1, WEIGHTS), tmp_path / "x.safetensors")
+        save_mask(SIFT(make_net(), 0.1, WEIGHTS, selection="gradient"), tmp_path / "x.safetensors")
 
 
 def test_fit_takes_a_mask_and_records_it(tmp_path: Path) -> None:

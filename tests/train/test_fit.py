@@ -475,7 +475,10 @@ def test_between_readings_no_step_waits(tmp_path: Path) -> None:
         return square_loss(model, batch)
 
     config = FitConfig(
-        max_steps=13, log_every=6, optimizer=lambda groups: torch.optim.AdamW(groups, fused=True)
+        max_steps=13,
+        log_every=6,
+        selection="gradient",
+        optimizer=lambda groups: torch.optim.AdamW(groups, fused=True),
     )
     with Counted() as counted:
         fit(make_net(), make_inputs(13), output=tmp_path / "d.sd", loss=loss, config=config)

@@ -275,7 +275,7 @@ def test_decay_toward_the_base_forgets_the_training(rate: float) -> None:
     """With lr x decay of 1 the step leaves original + AdamW's own move."""
     model, plain = make_net(), make_net()
     batch = make_inputs(1)[0]
-    with SIFT(model, rate, "first.weight") as sift:
+    with SIFT(model, rate, "first.weight", lr_transfer=False) as sift:
         optimizer = torch.optim.AdamW(grouped_parameters(sift, 1.0, decay_to="base"), lr=1e-2)
         for _ in range(2):
             optimizer.zero_grad()

@@ -170,20 +170,49 @@ def test_decay_toward_the_base_uses_the_divided_rate_too() -> None:
     assert torch.allclose(master.detach(), original + 1.0 - lr * 0.5 - lr)
 
 
-def test_a_group_of_both_kinds_is_refused_and_grouped_parameters_divides_it() -> None:
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_a_group_of_both_kinds_is_trained_with_both_rates(name: str) -> None:
+    def trained(*, in_one: bool) -> dict[str, Tensor]:
+        model = make_net()
+        sift = SIFT(model, 0.1, WEIGHTS, "norm")
+        parts = sift.sparse_mapping.values()
+        apart = [
+            {"params": [part.master for part in parts if part.is_dense is dense]}
+            for dense in (False, True)
+        ]
+        groups: Any = sift.parameters_in_optimizer() if in_one else apart
+        optimizer = getattr(torch.optim, name)(groups, lr=1e-2, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        for batch in make_inputs(3):
+            square_loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        assert len(optimizer.param_groups) == (1 if in_one else 2)
+        assert {group["lr"] for group in optimizer.param_groups} == {1e-2 / 8}
+        return snapshot(model)
+
+    one, two = trained(in_one=True), trained(in_one=False)
+    assert all(same_bits(one[key], two[key]) for key in one)
+
+
+def test_what_an_optimizer_keeps_in_a_group_stays() -> None:
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                group["n"] = group.get("n", 0) + 1
+            return super().step(closure)
+
     model = make_net()
-    sift = SIFT(model, 0.1, WEIGHTS, "norm", lr_transfer=True)
-    mixed = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
-    with pytest.raises(ValueError, match="holds sparsely and densely trained parameters"):
-        sift.attach(mixed)
-    square_loss(model, make_inputs(1)[0]).backward()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="holds sparsely and densely trained parameters"):
-        mixed.step()
-    assert all(same_bits(value, model.state_dict()[key]) for key, value in before.items())
-    groups = grouped_parameters(sift, 0.1)
-    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(2, 0.1), (2, 0.0)]
-    sift.attach(torch.optim.AdamW(groups, lr=1e-2))
+    sift = SIFT(model, 0.1, WEIGHTS, "norm")
+    optimizer = Counting(sift.parameters_in_optimizer(), lr=1e-2)
+    for batch in make_inputs(3):
+        square_loss(model, batch).backward()
+        optimizer.step()
+    (group,) = optimizer.param_groups
+    assert group["n"] == 3
+    assert group["lr"] == 1e-2
+    assert len(group["params"]) == len(sift.parameters_in_optimizer())
 
 
 def test_an_optimizer_that_is_not_torch_s_is_refused() -> None:

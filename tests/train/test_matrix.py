@@ -138,7 +138,9 @@ def test_below_rate_one_an_sgd_step_is_a_subset_of_the_full_step(
             assert r.grad is not None
             p.sub_(r.grad.float(), alpha=0.1)  # in fp32, rounded once
     before = snapshot(ours)
-    with SIFT(ours, 0.2, "re:weight|up|down", "bias") as sift:
+    with SIFT(
+        ours, 0.2, "re:weight|up|down", "bias", selection="gradient", lr_transfer=False
+    ) as sift:
         optimizer = torch.optim.SGD(sift.parameters_in_optimizer(), lr=0.1)
         square_loss(ours, batch).backward()
         optimizer.step()

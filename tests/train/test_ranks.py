@@ -349,12 +349,17 @@ def test_what_would_make_ranks_differ_is_refused(pool: RankPool, work: Any, sent
 def test_processes_that_nothing_connects_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    model = make_net()
-    with (
-        SIFT(model, 0.2),
-        pytest.raises(ValueError, match="2 processes were started together"),
-    ):
-        square_loss(model, make_inputs(1)[0]).backward()
+    for rule in ("random", "gradient"):
+        model = make_net()
+        with SIFT(model, 0.2, selection=rule) as sift:
+            optimizer = torch.optim.SGD(sift.parameters_in_optimizer(), lr=0.1)
+
+            def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+                square_loss(model, make_inputs(1)[0]).backward()
+                optimizer.step()
+
+            with pytest.raises(ValueError, match="2 processes were started together"):
+                step(model, optimizer)
 
 
 def survivor(rank: int, folder: str) -> None:

@@ -147,7 +147,7 @@ def test_3_weights_are_new_as_soon_as_the_step_is_done_the_last_one_too() -> Non
 
 def test_4_weight_decay_decays() -> None:
     model = make_net()
-    sift = SIFT(model, 0.1, ["first.weight"])
+    sift = SIFT(model, 0.1, ["first.weight"], selection="gradient", lr_transfer=False)
     optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=0.1, weight_decay=1.0)
     square_loss(model, make_inputs(1)[0]).backward()
     part = sift.sparse_mapping["first.weight"]
@@ -160,7 +160,9 @@ def test_4_weight_decay_decays() -> None:
 @pytest.mark.parametrize("grad_acc", [1, 3])
 def test_5_the_first_batch_is_trained_on(grad_acc: int) -> None:
     model, plain = make_net(), make_net()
-    sift = SIFT(model, 0.1, ["first.weight"], grad_acc=grad_acc)
+    sift = SIFT(
+        model, 0.1, ["first.weight"], grad_acc=grad_acc, selection="gradient", lr_transfer=False
+    )
     optimizer = torch.optim.SGD(sift.parameters_in_optimizer(), lr=1.0)
     for batch in make_inputs(grad_acc):
         square_loss(model, batch).backward()
@@ -282,7 +284,7 @@ def test_11_bad_gradients_neither_choose_nor_enter_clipping() -> None:
         return torch.where(bad.view(16, 12), torch.nan, gradient)
 
     handle = model.first.weight.register_hook(poison)
-    sift = SIFT(model, 0.2, ["first.weight"])
+    sift = SIFT(model, 0.2, ["first.weight"], selection="gradient", lr_transfer=False)
     square_loss(model, torch.arange(9)).backward()
     handle.remove()
     part = sift.sparse_mapping["first.weight"]

@@ -116,7 +116,7 @@ def test_selection_ranks_by_the_mean_of_absolute_gradients() -> None:
     for batch in inputs:
         (gradient,) = torch.autograd.grad(square_loss(probe, batch), probe.first.weight)
         total += gradient.abs().flatten()
-    with SIFT(model, 0.1, "first.weight") as sift:
+    with SIFT(model, 0.1, "first.weight", selection="gradient") as sift:
         with sift.selecting():
             for batch in inputs:
                 square_loss(model, batch).backward()
@@ -154,7 +154,7 @@ def test_a_tensor_waits_for_its_first_usable_gradient() -> None:
     factor = torch.tensor(0.0)
     model.first.weight.register_hook(lambda gradient: gradient * factor)
     before = model.first.weight.detach().clone()
-    with SIFT(model, 0.1, ["first.weight", "last.weight"]) as sift:
+    with SIFT(model, 0.1, ["first.weight", "last.weight"], selection="gradient") as sift:
         optimizer = sgd(sift)
         part = sift.sparse_mapping["first.weight"]
         step(model, optimizer, make_inputs(1)[0])
@@ -309,7 +309,7 @@ def test_any_shape_is_trained(rate: float) -> None:
     batch = make_inputs(1)[0]
     step(plain, torch.optim.SGD(plain.parameters(), lr=0.1), batch)
     before = snapshot(ours)
-    with SIFT(ours, rate, ["conv", "experts", "vector", "scalar"]) as sift:
+    with SIFT(ours, rate, ["conv", "experts", "vector", "scalar"], lr_transfer=False) as sift:
         step(ours, sgd(sift), batch)
         for name, part in sift.sparse_mapping.items():
             mask = torch.zeros(before[name].numel(), dtype=torch.bool)
@@ -382,7 +382,7 @@ def test_all_linear_leaves_the_rest_frozen() -> None:
 
 
 def test_a_choice_of_ones_own_is_checked() -> None:
-    with SIFT(make_net(), 0.01, "first.weight") as sift:
+    with SIFT(make_net(), 0.01, "first.weight", selection="gradient") as sift:
         part = sift.sparse_mapping["first.weight"]
         with pytest.raises(ValueError, match="not selected yet"):
             _ = part.flat_index
@@ -474,7 +474,7 @@ def test_a_step_that_a_gradient_scaler_skips_changes_nothing() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
     poison = torch.tensor(torch.inf)
     model.first.weight.register_hook(lambda gradient: gradient * poison)
-    with SIFT(model, 0.1, "first.weight") as sift:
+    with SIFT(model, 0.1, "first.weight", selection="gradient") as sift:
         optimizer = sgd(sift)
         part = sift.sparse_mapping["first.weight"]
         for _ in range(2):
@@ -526,7 +526,7 @@ def test_a_second_sift_over_the_same_weights_is_refused() -> None:
 
 def test_a_sift_tells_what_it_is() -> None:
     model = make_net()
-    sift = SIFT(model, 0.1, ["first.weight", "last"], "last.bias")
+    sift = SIFT(model, 0.1, ["first.weight", "last"], "last.bias", selection="gradient")
     assert repr(sift) == (
         "SIFT(Net: 31 of 308 components trained, 10.06 %; 1 of 3 parameters chosen)"
     )
