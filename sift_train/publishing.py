@@ -18,7 +18,6 @@ from torch import nn
 
 from sift_train.sift import SIFT
 from sparsedelta import Channel, Publisher, SparseDeltaError
-from sparsedelta.errors import BaseMismatch
 
 logger = logging.getLogger(__name__)
 _TRIES = 3
@@ -106,11 +105,13 @@ class Publishing:
             self._published = None
             try:
                 self._last = self._publisher.publish(self._step)
-            except BaseMismatch as error:
+            except SparseDeltaError as error:
+                if error.code != "base_mismatch":
+                    raise
                 self._restart(error)
             self._published = self._step
 
-    def _restart(self, error: BaseMismatch) -> None:
+    def _restart(self, error: SparseDeltaError) -> None:
         """Publish in full: something else than the training has changed the model."""
         logger.warning("the next version is a full one: %s", error)
         self._publisher = self._start()
@@ -123,7 +124,9 @@ class Publishing:
             self._published = None  # unless it is durable
             try:
                 self._last.result()
-            except BaseMismatch as error:
+            except SparseDeltaError as error:
+                if error.code != "base_mismatch":
+                    raise
                 self._restart(error)
                 self._last.result()
             self._published = self._step

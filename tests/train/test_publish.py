@@ -136,13 +136,13 @@ def test_the_versions_have_the_bytes_that_a_copy_of_the_model_gives(
         (tmp_path / name).mkdir()
         fit(base, bert_batches(3), output=tmp_path / f"{name}.sd", config=settings(tmp_path / name))
     one, other = (tree(tmp_path / name / "channel") for name in ("copy", "elements"))
-    assert len(one) == 7
+    assert len(one) == 6
     assert one == other
     assert kept[1] < kept[0] / 10
 
 
 def test_a_change_that_is_not_of_the_training_is_published_in_full(
-    base: Path, tmp_path: Path
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing is published that followers could not rebuild, and the training continues."""
 
@@ -159,7 +159,9 @@ def test_a_change_that_is_not_of_the_training_is_published_in_full(
         on_step=meddle,
     )  # fmt: skip
     channel = tmp_path / "channel"
-    assert len([e for e in sparsedelta.Channel(channel).log() if e.anchor]) == 3
+    # A version on its way may be the one that notices, also the first one.
+    assert sum("not trained" in record.message for record in caplog.records) == 2
+    assert len([e for e in sparsedelta.Channel(channel).log() if e.anchor]) >= 2
     found = followed(channel)
     state = report_model[0].state_dict()
     assert all(same_bits(found[n], t) for n, t in state.items() if n in found)
