@@ -261,7 +261,7 @@ class TestWrongModel:
             delta.apply_(net, verify="some")  # type: ignore[arg-type]
 
     def test_not_a_model(self, delta: Delta) -> None:
-        with pytest.raises(TypeError, match="model is a list"):
+        with pytest.raises(TypeError, match="model is of type list"):
             delta.apply_([])  # type: ignore[arg-type]
 
 

@@ -318,7 +318,7 @@ def test_json_names_every_figure(tmp_path: Path) -> None:
 
 def test_not_a_delta(tmp_path: Path) -> None:
     path = write_file(tmp_path / "x.safetensors", {"a": noise("F32", 4)})
-    with pytest.raises(sparsedelta.SparseDeltaError, match="is not a sparsedelta file"):
+    with pytest.raises(sparsedelta.SparseDeltaError, match="is a model, not a delta"):
         sparsedelta.inspect(path)
     with pytest.raises(FileNotFoundError):
         sparsedelta.inspect(tmp_path / "none.sd")

@@ -49,11 +49,11 @@ def test_as_json_is_plain() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"lr": "1e-3"}, "lr is '1e-3', a str; it must be a number"),
-        ({"weight_decay": None}, "weight_decay is None, a NoneType; it must be a number"),
-        ({"sparse_rate": "0.1"}, "sparse rate is '0.1', a str; it must be a number"),
+        ({"lr": "1e-3"}, "lr is '1e-3', of type str; it must be a number"),
+        ({"weight_decay": None}, "weight_decay is None, of type NoneType; it must be a number"),
+        ({"sparse_rate": "0.1"}, "sparse rate is '0.1', of type str; it must be a number"),
         ({"betas": 0.9}, "betas is 0.9; it must be two numbers"),
-        ({"betas": (0.9, "0.99")}, "betas is '0.99', a str; it must be a number"),
+        ({"betas": (0.9, "0.99")}, "betas is '0.99', of type str; it must be a number"),
     ],
 )
 def test_a_value_that_is_not_a_number_is_one_clear_sentence(

@@ -205,5 +205,5 @@ def test_a_plan_counts_experts_and_says_what_is_left_out() -> None:
 
 @pytest.mark.parametrize("source", [{"a": 1}, 3, None])
 def test_a_plan_of_something_else_is_refused(source: Any) -> None:
-    with pytest.raises(TypeError, match=r"^model is a \w+; give a folder"):
+    with pytest.raises(TypeError, match=r"^model is of type \w+; give a folder"):
         plan(source, 0.1)

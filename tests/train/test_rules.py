@@ -115,7 +115,7 @@ def test_a_wrong_choice_is_refused() -> None:
         SIFT(make_net(), selection={"first": [1]})
     with pytest.raises(ValueError, match="leave sparse_module out"):
         SIFT(make_net(), 0.1, "last", selection={"first.weight": [1]})
-    with pytest.raises(TypeError, match="selection is a int"):
+    with pytest.raises(TypeError, match="selection is of type int"):
         SIFT(make_net(), 0.1, selection=3)  # type: ignore[arg-type]
 
 
