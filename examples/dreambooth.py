@@ -108,9 +108,15 @@ def train_thing(unet: Any, schedule: Any, pictures: Tensor, n_steps: int) -> sif
         n_steps: optimizer steps.
     """
     own_discs = sample(unet, schedule, DISC, n=64, seed=1)
-    sift = sift_train.SIFT(unet, sparse_rate=0.05, sparse_module=["all-linear", "all-conv"])
+    sift = sift_train.SIFT(
+        unet,
+        sparse_rate=0.05,
+        sparse_module=["all-linear", "all-conv"],
+        selection="gradient",
+        lr_transfer=False,
+    )
     sift.print_trainable_parameters()
-    optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=2e-4)
+    optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=3e-3)
     for step in range(1, n_steps + 1):
         chosen = own_discs[torch.randint(len(own_discs), (16,))]
         both = torch.cat([pictures[torch.randint(len(pictures), (16,))], chosen])
