@@ -180,10 +180,10 @@ def _warnings(
 
 
 def _dtypes(base: Path, globs: Globs) -> dict[str, str]:
-    from sparsedelta.files.checkpoint import Checkpoint
+    from sparsedelta.ops.base_check import open_side
 
     include = globs["include"]
-    with Checkpoint(base, exclude=globs["exclude"], include=include, whole=False) as opened:
+    with open_side(base, exclude=globs["exclude"], include=include, whole=False) as opened:
         return {tensor.name: tensor.spec.dtype.name for tensor in opened.tensors.values()}
 
 
@@ -222,8 +222,12 @@ def _left_out(target: Path, globs: Globs) -> list[str]:
 
 def _target_bytes(target: Path, found: Inspection) -> int:
     """Return the size on disk of the files of the target that the delta describes."""
+    from sparsedelta.files.unread import is_distributed
+
     if not target.is_dir():
         return target.stat().st_size
+    if is_distributed(target):  # the delta names parts of its files
+        return sum(path.stat().st_size for path in target.iterdir() if path.is_file())
     paths = [file.path for file in found.weight_files] + [file.path for file in found.side_files]
     return sum((target / path).stat().st_size for path in paths)
 
