@@ -355,9 +355,8 @@ class Run:
         # These may differ when a run resumes: they do not change the weights.
         free = {"log_every", "eval_every", "eval_before", "save_every", "patience", "trackers"}
         settings = {k: v for k, v in self._config.as_json().items() if k not in free}
-        if (
-            self._is_sharded
-        ):  # another number of ranks may go on, with as many micro-batches in a step
+        if self._is_sharded:
+            # Another number of ranks may go on, with as many micro-batches in a step.
             settings["accumulation"] = self._config.accumulation * self._ranks.size
             settings["sharded"] = True
         elif self._ranks.size > 1:

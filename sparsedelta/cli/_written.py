@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from sparsedelta.report.text import count, percent, printable, size
 if TYPE_CHECKING:
     from sparsedelta import Inspection
     from sparsedelta._typing import JSON
+
+_SMALL_BYTES = 1 << 20  # for smaller targets, no warning that the delta is large
 
 
 def written_json(output: Path, found: Inspection) -> dict[str, JSON]:
@@ -50,3 +53,71 @@ def show_written(output: Path, *, as_json: bool) -> None:
         click.echo(
             "the delta has digests of the touched values only; with --base it has those of the whole target"
         )
+
+
+def show_warnings(
+    found: Inspection, target_bytes: int, dtypes_of_base: Callable[[], Mapping[str, str]]
+) -> None:
+    """Print warnings on stderr about a delta that is large, with the likely cause.
+
+    Args:
+        found: the delta.
+        target_bytes: size of the target's files.
+        dtypes_of_base: returns the dtype by name of the base's tensors.
+    """
+    for warning in _warnings(found, target_bytes, dtypes_of_base):
+        click.echo(f"warning: {warning}", err=True)
+
+
+def _warnings(
+    found: Inspection, target_bytes: int, dtypes_of_base: Callable[[], Mapping[str, str]]
+) -> Iterator[str]:
+    n_tensors = count(len(found.tensors), "tensor")
+    file_bytes = found.sizes.file_bytes or 0
+    if file_bytes >= target_bytes:
+        yield (
+            f"the delta ({size(file_bytes)}) is not smaller than the target"
+            f" ({size(target_bytes)}); storing the target itself takes less space"
+        )
+    elif 3 * file_bytes > target_bytes > _SMALL_BYTES:
+        yield (
+            f"the delta is {percent(file_bytes / target_bytes)} of the target; deltas are small when few"
+            " values change, as in sparse training or after a few steps"
+        )
+    renamed = [t for t in found.tensors if t.base_name not in (None, t.name)]
+    if 2 * len(renamed) > len(found.tensors):
+        yield (
+            f"{count(len(renamed))} of {n_tensors} have another name than in the base, such as"
+            f" {printable(renamed[0].name)} for {printable(renamed[0].base_name or '')}; to keep"
+            " the base's names, save the model without its wrapper (torch.compile, DataParallel)"
+        )
+    added = {t.name: t.dtype for t in found.tensors if t.state == "added"}
+    if found.n_unused and 2 * len(added) > len(found.tensors):
+        reason = no_counterpart(added, dtypes_of_base())
+        yield f"{count(len(added))} of {n_tensors} have no counterpart in the base; {reason}"
+
+
+def no_counterpart(added: Mapping[str, str], base: Mapping[str, str]) -> str:
+    """Return why tensors of the target have no counterpart in the base, and what to do, as a clause.
+
+    Args:
+        added: dtype by name of these tensors; at least one.
+        base: dtype by name of the base's tensors.
+    """
+    if any(map(_is_adapter, added)):
+        return "the target is a PEFT adapter: merge it into the base and save that model"
+    if any(map(_is_adapter, base)):
+        return "the base is a PEFT adapter: give the model that it was trained on"
+    pairs = {(base[name], dtype) for name, dtype in added.items() if name in base}
+    if pairs:
+        before, after = min(pairs)
+        return (
+            f"the base has them in another dtype or shape ({before} instead of {after}): convert one"
+            " of the checkpoints and run diff again for a small delta"
+        )
+    return "none of their names is in the base: is this the right base?"
+
+
+def _is_adapter(name: str) -> bool:
+    """Return whether PEFT gives such a name to a tensor of an adapter."""
+    return name.startswith("base_model.model.") or "lora_" in name

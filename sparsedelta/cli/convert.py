@@ -22,7 +22,7 @@ from sparsedelta.cli._common import (
 from sparsedelta.cli._help import Command
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
-from sparsedelta.cli.diff import show_warnings
+from sparsedelta.cli._written import show_warnings
 from sparsedelta.report.text import count, printable, size
 
 if TYPE_CHECKING:

@@ -27,10 +27,8 @@ _KEYS = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dty
 _PARAMETERS = {"weight", "density", "normalize", "lambda", "rescale", "int8_mask"}
 _LARGEST = 1e38  # of a weight, which is a float32 number
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
-_MAX_BYTES, _MAX_DEPTH = (
-    1 << 16,
-    16,
-)  # PyYAML takes seconds for such a file, and far longer for deeper ones
+# PyYAML takes seconds for such a file, and far longer for deeper ones.
+_MAX_BYTES, _MAX_DEPTH = 1 << 16, 16
 
 
 class MergeOptions(TypedDict):

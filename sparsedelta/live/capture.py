@@ -98,12 +98,17 @@ class CapturedTensor(Tensor):
         else:
             row = compare.run_on_changes(changes.index.astype(np.int64, copy=False), changes.bits)
         if row.base is None or row.base.spec.digest != spec.digest:
-            raise BaseMismatch(
-                f"tensor {self.name!r} has changed in elements that are not trained; make a new publisher,"
-                " which publishes the model in full",
-                tensor=self.name,
-            )
+            raise changed_elsewhere(self.name)
         return row
+
+
+def changed_elsewhere(name: str) -> BaseMismatch:
+    """Return the error for a tensor with changed elements that are not trained."""
+    return BaseMismatch(
+        f"tensor {name!r} has changed in elements that are not trained; make a new publisher,"
+        " which publishes the model in full",
+        tensor=name,
+    )
 
 
 class Capture(Checkpoint):

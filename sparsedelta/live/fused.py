@@ -6,6 +6,7 @@ and write to all tensors of a model in one launch. Without Triton, operations of
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections import defaultdict
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+_logger = logging.getLogger(__name__)
 _BLOCK = 1 << 11  # elements that a group of threads handles
 
 
@@ -57,9 +59,18 @@ def _working_kernels(device: torch.device) -> Any:
         index, values = _changed_fused(triton_kernels, before, now)
         Writes([Write(before, index, values)], triton_kernels).run()
         works = torch.equal(index.long(), expected) and torch.equal(before, now)
-    except Exception:  # no Triton, no compiler for the device, another version of either
+    except ImportError as error:
+        _logger.debug("no kernels for %s, torch does their work: %s", device, error)
         return None
-    return triton_kernels if works else None
+    except (
+        Exception
+    ) as error:  # no compiler for the device, another version of Triton or of the driver
+        _logger.warning("the kernels do not run on %s, torch does their work: %s", device, error)
+        return None
+    if not works:
+        _logger.warning("the kernels give wrong results on %s, torch does their work", device)
+        return None
+    return triton_kernels
 
 
 def changed(before: torch.Tensor, now: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

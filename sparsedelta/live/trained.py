@@ -15,10 +15,9 @@ import numpy.typing as npt
 
 from sparsedelta._typing import Model
 from sparsedelta.codecs.context import Bits
-from sparsedelta.errors import BaseMismatch
 from sparsedelta.format.records import TensorSpec
 from sparsedelta.live.bits import Overlay, TensorBytes, gather, on_host
-from sparsedelta.live.capture import Changes
+from sparsedelta.live.capture import Changes, changed_elsewhere
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +89,7 @@ class KeptElements:
             BaseMismatch: something has written to a parameter that is not trained.
         """
         if self.version is not None and self.parameter._version != self.version:
-            raise self.mismatch()
+            raise changed_elsewhere(self.name)
         self.tensor, self.index = now, self.index.to(now.device)
         bits = on_host(gather(now, self.index)).view(self.bits.dtype)
         changed = bits != self.bits
@@ -98,19 +97,11 @@ class KeptElements:
             return None
         return Changes(self._on_host[changed], bits[changed])
 
-    def mismatch(self) -> BaseMismatch:
-        """Return the error for elements that have changed and are not trained."""
-        return BaseMismatch(
-            f"tensor {self.name!r} has changed in elements that are not trained; make a new publisher,"
-            " which publishes the model in full",
-            tensor=self.name,
-        )
-
     def _places(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
         index = self._on_host
         places = np.searchsorted(index, positions.astype(index.dtype, copy=False))
         if not np.array_equal(index[np.minimum(places, len(index) - 1)], positions):
-            raise self.mismatch()
+            raise changed_elsewhere(self.name)
         return places
 
 
@@ -134,9 +125,8 @@ class TrainedElements:
         if unknown:
             raise ValueError(f"trained names {min(unknown)!r}, which is no parameter of the model")
         self._starts = {
-            one[0].data_ptr(): one
+            parameter.data_ptr(): (parameter, name in trained, trained.get(name))
             for name, parameter in parameters.items()
-            for one in [(parameter, name in trained, trained.get(name))]
             if parameter.is_contiguous() and not parameter.is_inference() and parameter.numel()
         }
         self._sorted = np.array(sorted(self._starts), np.uint64)

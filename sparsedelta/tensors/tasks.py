@@ -23,9 +23,8 @@ from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.parallel import Pace
 
 TASK_BYTES = 1 << 26
-SPLIT_BYTES = (
-    1 << 28
-)  # a larger tensor is divided into ranges; its digest is computed by a task of its own
+# A larger tensor is divided into ranges; its digest is computed by a task of its own.
+SPLIT_BYTES = 1 << 28
 MOST_WAITING = 128
 
 R_co = TypeVar("R_co", covariant=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsedelta.cli.diff import no_counterpart
+from sparsedelta.cli._written import no_counterpart
 
 ADAPTER = "base_model.model.layers.0.w.lora_A.weight"
 BASE = {f"layers.{i}.w": "BF16" for i in range(4)}

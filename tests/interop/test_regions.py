@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers import assert_same_files, tree
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -20,6 +22,7 @@ from torch.multiprocessing.spawn import spawn
 
 import sparsedelta
 from sparsedelta.channel.publisher import publish_checkpoint
+from sparsedelta.cli import main
 from sparsedelta.errors import AlreadyApplied, CheckpointError, Corrupt, SparseDeltaError
 from sparsedelta.interop.inert_pickle import Made, PickleRefused, children, read_inert
 from sparsedelta.interop.regions import RegionFiles, write_regions
@@ -171,6 +174,17 @@ def test_diff_apply_and_verify_read_distributed_checkpoints(tmp_path: Path) -> N
     assert tree(tmp_path) == before
     with pytest.raises(CheckpointError, match=r"it is a checkpoint of torch\.distributed, which"):
         publish_checkpoint(sparsedelta.Channel(tmp_path / "channel"), one)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_command_diff_reports_on_distributed_checkpoints(tmp_path: Path) -> None:
+    base, target = (plain_save(tmp_path / str(n), n) for n in (1, 2))
+    delta = tmp_path / "delta.sd"
+    result = CliRunner().invoke(main, ["diff", *map(str, (base, target, "-o", delta, "--json"))])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["target_bytes"] == sum(path.stat().st_size for path in target.iterdir())
+    assert found["file_bytes"] == delta.stat().st_size
 
 
 class Run:

@@ -52,8 +52,20 @@ def numbers(n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return torch.randint(-100, 100, (n,), generator=draw).to(dtype)
 
 
-def test_the_kernels_are_in_use(device: str) -> None:
-    assert fused.kernels_for(torch.device(device)) is not None
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_kernels_are_in_use() -> None:
+    assert fused.kernels_for(torch.device("cuda")) is not None
+
+
+def test_missing_kernels_are_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "sparsedelta.live.triton_kernels", None)
+    monkeypatch.delattr("sparsedelta.live.triton_kernels", raising=False)
+    with caplog.at_level("DEBUG", "sparsedelta"):
+        assert fused._working_kernels.__wrapped__(torch.device("cpu")) is None
+    assert "no kernels for cpu, torch does their work" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
