@@ -1,8 +1,9 @@
-"""Applies a delta to a small model of every architecture that transformers can build, and writes a page of results.
+"""Applies deltas to a small model of every architecture of transformers, and trains one; writes a page of results.
 
     python benchmarks/every_architecture.py [--only mixtral vit] [--result docs/architectures.md]
 
-The exit status is 1 if a model ends in another state than the model loaded from the target, or if a delta is refused.
+The exit status is 1 if a model ends in another state than it should, if a delta is refused, and if training reaches
+less than half of the weights of a model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.auto import modeling_auto
 
 import sparsedelta
+from sift_train import SIFT, export_delta
 
 FILE = "model.safetensors"
 SECONDS = 60
@@ -44,12 +48,20 @@ TASKS = {
     "speech": "SPEECH_SEQ_2_SEQ",
 }
 SAME, RENAMED, CONVERTED = "the module's own", "renamed", "converted"
-EXACT, REFUSED, WRONG, SKIPPED = "exact", "refused", "wrong", "not built"
+EXACT, REFUSED, WRONG = "exact", "refused", "wrong"
+MAX_ELEMENTS = 60_000_000
+SHARE_OF_STEP = 0.05  # of the components that SIFT trains
 TEXT = """# Architectures
 
-For each architecture of transformers {version} that can be built small with random weights, a delta between two of its
-checkpoints was applied to the model loaded from the base. *Exact*: all bits were those of the model loaded from the
-target, and `revert_` restored those of the base. `python benchmarks/every_architecture.py` writes this page.
+Small models with random weights, of each class that transformers {version} names for {tasks}.
+`python benchmarks/every_architecture.py` writes this page.
+
+- *In memory*: a delta between two checkpoints was applied to the model loaded from the base. *Exact*: all bits were those
+  of the model loaded from the target, and `revert_` restored those of the base.
+- *Trained*: SIFT trained the model for two steps, and its delta was applied to the base's folder. *Exact*: all bits of the
+  model loaded from the result were those of the trained model.
+- *Reach*: the share of the matrices, without tables of embeddings and convolutions, of which `sparse_module="all-linear"`
+  trains components.
 
 {counts}
 
@@ -58,8 +70,42 @@ transposed or permuted when transformers loads them.
 
 {results}
 
-Not built, since transformers cannot build, save or load a small model with the sizes of the script: {skipped}.
+## Not tried
+
+transformers does not build, save and load such a small model: {unbuilt}.
+
+transformers loads other weights than it has saved: {unread}.
 """
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found for a class of models.
+
+    Attributes:
+        in_memory: ``EXACT``, ``WRONG``, or ``REFUSED`` with the error.
+        trained: the same, of training.
+        reach: share of the matrices with trained components.
+        kind: how the tensors of the checkpoint differ from the module's.
+    """
+
+    in_memory: str
+    trained: str
+    reach: float
+    kind: str
+
+    @property
+    def is_right(self) -> bool:
+        """Whether all is as the page promises."""
+        return self.in_memory == self.trained == EXACT and self.reach >= 0.5
+
+
+class NotTried(Exception):
+    """Raised when transformers cannot do its part."""
+
+
+class NotReadBack(Exception):
+    """Raised when transformers loads other weights than it has saved."""
 
 
 class TooLong(Exception):
@@ -114,38 +160,120 @@ def same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) ->
     return all(torch.equal(left[n].nan_to_num(7), right[n].nan_to_num(7)) for n in left)
 
 
-def check(cls: Any, base: Path, target: Path, delta_path: Path) -> tuple[str, str]:
-    """Return the result for two checkpoints of a class, and how their tensors differ from the module's."""
+def outcome(is_right: Callable[[], bool]) -> str:
+    """Return the result of a check."""
+    try:
+        return EXACT if is_right() else WRONG
+    except sparsedelta.SparseDeltaError as error:
+        return f"{REFUSED}: {error}"
+
+
+def is_right_in_memory(cls: Any, base: Path, delta_path: Path) -> bool:
+    """Return whether a delta and its inverse are right for a model in memory."""
+    target = base.with_name("target")
+    shutil.copytree(base, target)
+    change_file(target / FILE)
     live, wanted = (cls.from_pretrained(folder) for folder in (base, target))
     before = {name: tensor.clone() for name, tensor in live.state_dict().items()}
-    kind = kind_of(base / FILE, before)
     with sparsedelta.diff(base, target) as delta:
         delta.save(delta_path)
-    try:
-        with sparsedelta.load(delta_path) as delta:
-            delta.apply_(live)
-            is_right = same(live.state_dict(), wanted.state_dict())
-            delta.revert_(live)
-    except sparsedelta.SparseDeltaError as error:
-        return f"{REFUSED}: {error}", kind
-    return EXACT if is_right and same(live.state_dict(), before) else WRONG, kind
+    with sparsedelta.load(delta_path) as delta:
+        delta.apply_(live)
+        is_right = same(live.state_dict(), wanted.state_dict())
+        delta.revert_(live)
+    return is_right and same(live.state_dict(), before)
 
 
-def result_of(name: str) -> tuple[str, str]:
-    """Return the result for a class, and how the tensors of its checkpoints differ from the module's."""
-    folder = Path(tempfile.mkdtemp(prefix="architectures-"))
-    signal.alarm(SECONDS)
+def train(model: Any) -> tuple[SIFT, float]:
+    """Train a model for two steps, without inputs; return its SIFT and the share of the weights that it reaches."""
+    sift = SIFT(model, SHARE_OF_STEP)
+    optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        products = (
+            (p * torch.randn(p.shape, generator=generator)).sum()
+            for p in sift.trainable_parameters()
+        )
+        sum(products, torch.zeros(())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return sift, reached_share(model, sift)
+
+
+def reached_share(model: torch.nn.Module, sift: SIFT) -> float:
+    """Return the share of the matrices that are trained, without tables of embeddings and convolutions."""
+    apart = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, torch.nn.modules.conv._ConvNd) or "Embedding" in type(module).__name__
+        for parameter in module.parameters(recurse=False)
+    }
+    matrices = {p for p in model.parameters() if p.dim() > 1 and p not in apart}
+    trained = matrices & set(sift.trainable_parameters())
+    return sum(p.numel() for p in trained) / max(1, sum(p.numel() for p in matrices))
+
+
+def is_right_trained(model: Any, sift: SIFT, base: Path, delta_path: Path) -> bool:
+    """Return whether the delta of a training gives the trained model."""
+    export_delta(model, delta_path, sift=sift, base=base)
+    out = base.with_name("out")
+    sparsedelta.apply(base, delta_path, out)
+    return same(model.state_dict(), type(model).from_pretrained(out).state_dict())
+
+
+def small_model(name: str, folder: Path) -> Any:
+    """Return a small model of a class, loaded from a folder that it was saved in.
+
+    Raises:
+        NotTried: transformers cannot build, save or load it.
+    """
     try:
         model = make_small(name).float()
-        if sum(p.numel() for p in model.parameters()) > 6e7:
-            return SKIPPED, ""
-        model.save_pretrained(folder / "base", max_shard_size="1TB")
-        shutil.copytree(folder / "base", folder / "target")
-        change_file(folder / "target" / FILE)
-        return check(type(model), folder / "base", folder / "target", folder / "delta.sd")
-    except Exception as error:  # of transformers: sizes that do not go together
-        print(f"  {type(error).__name__}: {' '.join(str(error).split())[:150]}", file=sys.stderr)
-        return SKIPPED, ""
+        if sum(p.numel() for p in model.parameters()) > MAX_ELEMENTS:
+            raise NotTried("too large")
+        model.save_pretrained(folder, max_shard_size="1TB")
+        return type(model).from_pretrained(folder)
+    except TooLong:
+        raise
+    except Exception as error:  # sizes that do not go together
+        raise NotTried(f"{type(error).__name__}: {' '.join(str(error).split())[:150]}") from error
+
+
+def check_saving(model: Any, folder: Path) -> None:
+    """Check that transformers loads what it saves.
+
+    Raises:
+        NotReadBack: it does not.
+    """
+    model.save_pretrained(folder, max_shard_size="1TB")
+    try:
+        again = type(model).from_pretrained(folder).state_dict()
+    except ValueError as error:
+        raise NotReadBack(str(error)) from error
+    if not same(model.state_dict(), again):
+        raise NotReadBack("other values")
+
+
+def result_of(name: str) -> Result:
+    """Return what is found for a class.
+
+    Raises:
+        NotTried: transformers cannot build, save or load a small model.
+        NotReadBack: transformers loads other weights than it has saved.
+        TooLong: it took more than ``SECONDS``.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="architectures-"))
+    base, delta_path = folder / "base", folder / "delta.sd"
+    signal.alarm(SECONDS)
+    try:
+        model = small_model(name, base)
+        kind = kind_of(base / FILE, model.state_dict())
+        in_memory = outcome(partial(is_right_in_memory, type(model), base, delta_path))
+        delta_path.unlink(missing_ok=True)
+        sift, reach = train(model)
+        check_saving(model, folder / "plain")
+        trained = outcome(partial(is_right_trained, model, sift, base, delta_path))
+        return Result(in_memory, trained, reach, kind)
     finally:
         signal.alarm(0)
         shutil.rmtree(folder)
@@ -165,30 +293,53 @@ def main() -> int:
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     signal.signal(signal.SIGALRM, stop)
-    found = []
+    found: list[tuple[str, str, str, Result]] = []
+    unbuilt, unread = [], []
     for task, model_type, cls in classes():
-        if not options.only or {model_type, cls} & set(options.only):
-            result, kind = result_of(cls)
-            print(f"{model_type:<24} {cls:<48} {result} {kind}", flush=True)
-            found.append((task, model_type, cls, result, kind))
-    tried = [one for one in found if one[3] != SKIPPED]
-    rows = Counter((kind, result.split(":")[0]) for *_, result, kind in tried)
-    counts = [
-        [kind, *(str(rows[kind, result]) for result in (EXACT, REFUSED, WRONG))]
-        for kind in (SAME, RENAMED, CONVERTED)
+        if options.only and not {model_type, cls} & set(options.only):
+            continue
+        try:
+            result = result_of(cls)
+        except NotReadBack as error:
+            print(f"{model_type:<24} {cls:<48} not read back: {error}", flush=True)
+            unread.append(cls)
+        except (NotTried, TooLong) as error:
+            print(f"{model_type:<24} {cls:<48} not tried: {error}", flush=True)
+            unbuilt.append(cls)
+        else:
+            print(f"{model_type:<24} {cls:<48} {result}", flush=True)
+            found.append((task, model_type, cls, result))
+    options.result.write_text(page(found, unbuilt, unread), "utf-8")
+    wrong = [cls for _, _, cls, result in found if not result.is_right]
+    print(f"\n{len(found)} tried, not right: {', '.join(wrong) or 'none'}; see {options.result}")
+    return int(bool(wrong))
+
+
+def page(
+    found: Sequence[tuple[str, str, str, Result]], unbuilt: Sequence[str], unread: Sequence[str]
+) -> str:
+    """Return the page of results, in Markdown."""
+    counts = []
+    for kind in (SAME, RENAMED, CONVERTED):
+        results = [result for *_, result in found if result.kind == kind]
+        exact = (sum(getattr(r, way) == EXACT for r in results) for way in ("in_memory", "trained"))
+        counts.append([kind, str(len(results)), *map(str, exact)])
+    rows = [
+        [f"`{a}`", f"`{c}`", task, r.kind, r.in_memory, r.trained, f"{r.reach:.0%}"]
+        for task, a, c, r in found
     ]
-    text = TEXT.format(
+    head = ["architecture", "class", "task", "checkpoint", "in memory", "trained", "reach"]
+    return TEXT.format(
         version=version("transformers"),
-        counts=table(["names and shapes in the checkpoint", EXACT, REFUSED, WRONG], counts),
-        results=table(
-            ["architecture", "class", "task", "checkpoint", "result"],
-            [[f"`{a}`", f"`{c}`", task, kind, result] for task, a, c, result, kind in tried],
+        tasks=", ".join(TASKS),
+        counts=table(
+            ["names and shapes in the checkpoint", "models", "in memory exact", "trained exact"],
+            counts,
         ),
-        skipped=", ".join(f"`{cls}`" for _, _, cls, result, _ in found if result == SKIPPED),
+        results=table(head, rows),
+        unbuilt=", ".join(f"`{cls}`" for cls in unbuilt) or "none",
+        unread=", ".join(f"`{cls}`" for cls in unread) or "none",
     )
-    options.result.write_text(text, "utf-8")
-    print(f"\n{table(['checkpoint', EXACT, REFUSED, WRONG], counts)}\nwritten to {options.result}")
-    return int(any(result != EXACT for *_, result, _ in tried))
 
 
 if __name__ == "__main__":

@@ -172,8 +172,7 @@ class Checkpoint:
             if self.is_folder:
                 self._open_folder(exclude, include, whole=whole, complete=complete)
             else:
-                self._add_weight_file(self.path.name, self.path)
-                self.roles = roles([self.path.name], {})
+                self._open_file()
         except BaseException:
             self.close()
             raise
@@ -202,6 +201,14 @@ class Checkpoint:
     def tensor_bytes(self) -> int:
         """Size of all tensors in bytes."""
         return sum(tensor.spec.n_bytes for tensor in self.tensors.values())
+
+    def _open_file(self) -> None:
+        self._add_weight_file(self.path.name, self.path)
+        self.roles = roles([self.path.name], {})
+        if (self.weight_files[0].header.metadata or {}).get("format") == "sparsedelta":
+            raise CheckpointError(
+                f"'{self.path}' is a delta, not a checkpoint; commands take checkpoints first and then deltas"
+            )
 
     def _open_folder(
         self,

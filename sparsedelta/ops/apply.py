@@ -34,7 +34,7 @@ from sparsedelta.fs import (
 )
 from sparsedelta.ops.base_check import explained, find_base, open_base
 from sparsedelta.ops.clones import read_from, same_files
-from sparsedelta.ops.lookup import Lookup
+from sparsedelta.ops.lookup import Lookup, base_conflict
 from sparsedelta.ops.rebuilding import Output, rebuild_on, rebuild_tensors
 from sparsedelta.progress import Progress
 from sparsedelta.system import CREATE, allow_open_files, clone, reserve
@@ -161,9 +161,16 @@ def check_chain(deltas: Sequence[Delta]) -> None:
         if missing is not None:
             raise BaseMismatch(
                 f"tensor {missing.name!r}: delta {number} was not made from the target of the delta before"
-                " it; give the deltas in the order in which they were made",
+                f" it; {_way_out(one, following)}",
                 tensor=missing.name,
             )
+
+
+def _way_out(one: Delta, following: Delta) -> str:
+    """Return what to do with two deltas that are no chain, as a clause."""
+    if first_gap(following, one) is not None and base_conflict(one, following) is None:
+        return "both were made from the same base: combine them with stack or merge, and apply the result"
+    return "give the deltas in the order in which they were made"
 
 
 def first_gap(one: Delta, following: Delta) -> BaseTensor | None:

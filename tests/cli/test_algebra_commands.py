@@ -175,3 +175,33 @@ def test_an_option_that_is_not_a_number(
     result = run("merge", *variants, "-o", tmp_path / "m.sd", "--weights", weights)
     assert result.exit_code == 2
     assert "is not a number" in result.stderr
+
+
+def test_a_delta_in_place_of_a_checkpoint(workplace: Workplace, run: Run) -> None:
+    delta, output = workplace.save_delta(), workplace.path / "output.sd"
+    for words in (
+        ("diff", delta, workplace.target, "-o", output),
+        ("diff", workplace.base, delta, "-o", output),
+        ("invert", delta, "--base", delta, "-o", output),
+        ("verify", delta, "--base", delta),
+    ):
+        result = run(*words)
+        assert result.exit_code == 1
+        assert f"'{delta}' is a delta, not a checkpoint" in result.stderr
+        assert not output.exists()
+
+
+def test_siblings_are_not_applied_one_after_the_other(tmp_path: Path, run: Run) -> None:
+    tensor = noise("F32", 300)
+    base = write_file(tmp_path / "base.safetensors", {"w": tensor})
+    deltas = []
+    for number in (0, 4):
+        target = write_file(tmp_path / f"{number}.safetensors", {"w": tensor.changed(number)})
+        deltas.append(tmp_path / f"{number}.sd")
+        sparsedelta.diff(base, target).save(deltas[-1])
+    result = run("apply", base, *deltas, tmp_path / "out.safetensors")
+    assert result.exit_code == 1
+    assert "both were made from the same base: combine them with stack or merge" in result.stderr
+    both = tmp_path / "both.sd"
+    assert run("stack", *deltas, "--base", base, "-o", both).exit_code == 0
+    assert run("apply", base, both, tmp_path / "out.safetensors").exit_code == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,18 +28,28 @@ FAMILIES = {
     "ShieldGemma2ForImageClassification": "prefixes of a model inside another",
 }
 
-SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "embed_dim": 32, "depth": 2,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 8, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "max_position_embeddings": 32, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8, "v_head_dim": 8, "image_size": 28, "patch_size": 14,
-    "projection_dim": 16, "out_hidden_size": 32, "n_group": 1, "topk_group": 1,
-    "first_k_dense_replace": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "image_token_id": 5,
-    "image_token_index": 5, "video_token_id": 6,
+SIZES: dict[str, int | tuple[int, ...]] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size"), 32),
+    **dict.fromkeys(("encoder_hidden_size", "word_embed_proj_dim", "out_hidden_size"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff"), 48),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 48),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth"), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    "num_key_value_heads": 2, "head_dim": 8, "d_kv": 8, "projection_dim": 16, "vocab_size": 160,
+    "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    "num_experts_per_tok": 2, "moe_k": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "max_position_embeddings": 64, "n_positions": 64, "q_lora_rank": 8, "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "image_size": 28, "patch_size": 14,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "state_size": 8, "mamba_d_state": 8, "mamba_expand": 2,
+    "num_nextn_predict_layers": 0, "num_feat_extract_layers": 2, "conv_dim": (32, 32),
+    "conv_kernel": (3, 3), "conv_stride": (2, 2), "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "image_token_id": 5, "image_token_index": 5, "video_token_id": 6, "video_token_index": 6,
+    "audio_token_id": 7,
 }  # fmt: skip
 
 
@@ -48,21 +60,22 @@ def make_small(name: str, **sizes: int) -> Any:
     model = cls(_shrink(cls.config_class(), SIZES | sizes)).to(torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
-            if (
-                not parameter.float().std() > 0
-            ):  # norms and biases, or memory that was never written
+            # Norms and biases, or memory that was never written.
+            if not parameter.float().std() > 0:
                 parameter.copy_(torch.rand(parameter.shape) + 0.5)
     return model
 
 
-def _shrink(config: Any, sizes: dict[str, int]) -> Any:
+def _shrink(config: Any, sizes: Mapping[str, int | tuple[int, ...]]) -> Any:
     for key, size in sizes.items():
-        if isinstance(getattr(config, key, None), int):
-            setattr(config, key, size)
+        if isinstance(getattr(config, key, None), int | tuple | list):
+            with suppress(Exception):  # a size that is computed from others
+                setattr(config, key, size)
     for key in ("layer_types", "mlp_layer_types"):
         kinds = getattr(config, key, None)
         if isinstance(kinds, list):
-            setattr(config, key, [*dict.fromkeys(kinds), kinds[0]][:2])
+            with suppress(Exception):
+                setattr(config, key, [*dict.fromkeys(kinds), kinds[0]][:2])
     for inner in vars(config).values():
         if isinstance(inner, transformers.PretrainedConfig):
             _shrink(inner, sizes)
