@@ -216,16 +216,30 @@ def _mean_loss(model: nn.Module, batches: Steps) -> float:
 
 
 def _load(make: Any, base: Path, **more: Any) -> tuple[nn.Module, Any, list[str]]:
-    """Return a model, its tokenizer, and patterns of the parameters that its files do not hold."""
+    """Return a model, its tokenizer, and patterns of the parameters that its files do not hold.
+
+    Raises:
+        FileNotFoundError: the folder has no tokenizer that transformers can load.
+    """
     import transformers
 
+    auto: Any = transformers.AutoTokenizer
+    try:
+        tokenizer = auto.from_pretrained(base)
+        # Without files, some classes give a tokenizer that knows no words.
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise OSError("its vocabulary is empty")
+    except (OSError, ValueError, ImportError) as error:
+        raise FileNotFoundError(
+            f"model '{base}' has no tokenizer that transformers can load"
+            f" ({str(error).partition(chr(10))[0].strip()}); put the tokenizer's files into its folder"
+        ) from error
     model, found = make.from_pretrained(
         base, dtype=checkpoint_dtype(base) or "auto", output_loading_info=True, **more
     )
     own = {name for name, _ in model.named_parameters()}
     missing = sorted(own & set(found["missing_keys"]))
-    auto: Any = transformers.AutoTokenizer
-    return model, auto.from_pretrained(base), [f"re:^{re.escape(name)}$" for name in missing]
+    return model, tokenizer, [f"re:^{re.escape(name)}$" for name in missing]
 
 
 def _find_base(model: str) -> tuple[Path, str | None]:

@@ -242,6 +242,21 @@ def test_a_wrong_file_is_one_clear_sentence(
         main(["--config", write_run(tmp_path, **kept), "--debug"])
 
 
+def test_a_model_without_a_tokenizer(
+    tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in bert.glob("*"):
+        if "token" in file.name or file.name == "vocab.txt":
+            file.unlink()
+    (tmp_path / "train.txt").write_text("\n".join(f"{label} {text}" for text, label in TEXTS))
+    given = {"task": "text-classification", "model": str(bert), "output": str(tmp_path / "d.sd")}
+    path = write_run(tmp_path, data=str(tmp_path / "train.txt"), **given)
+    assert main(["--config", path]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: model '{bert}' has no tokenizer that transformers can load")
+    assert error.count("\n") == 1
+
+
 def test_labelled_files_of_every_form(tmp_path: Path) -> None:
     expected = [("a film, good", "pos"), ("bad", "1")]
     forms = {
