@@ -19,7 +19,7 @@ from sparsedelta.channel.layout import HEAD, entry_name, head_content
 from sparsedelta.channel.lock import writing
 from sparsedelta.channel.objects import put
 from sparsedelta.channel.versions import STORE_FAILURES, Versions
-from sparsedelta.errors import Behind, HeadMoved, SparseDeltaError
+from sparsedelta.errors import BaseMismatch, Behind, HeadMoved
 
 _log = logging.getLogger(__name__)
 _TRIES, _PAUSE_SECONDS = 4, 0.2  # of creating an entry while the store fails
@@ -226,8 +226,9 @@ class Run:
         anchor, made, base = weights.anchor()
         try:
             if made != target:
-                raise SparseDeltaError(
-                    "the weights changed while they were published; publish while they rest"
+                raise BaseMismatch(
+                    "the weights have changed since they were captured: a folder that was written meanwhile,"
+                    " or elements of a model that are not trained; make a new publisher while the weights rest"
                 )
             found = put(self._channel, "anchors", version, anchor.blocks())
         finally:

@@ -17,6 +17,7 @@ from transformers import Trainer
 import sparsedelta
 from sift_train import FitConfig, PublishCallback, fit
 from sift_train.publishing import Publishing
+from sparsedelta.channel.sources import CapturedModel
 
 LAYERS = ["query", "value", "intermediate"]
 
@@ -164,4 +165,26 @@ def test_a_change_that_is_not_of_the_training_is_published_in_full(
     assert len([e for e in sparsedelta.Channel(channel).log() if e.anchor]) >= 2
     found = followed(channel)
     state = report_model[0].state_dict()
+    assert all(same_bits(found[n], t) for n, t in state.items() if n in found)
+
+
+def test_a_change_between_the_fingerprint_and_the_anchor_is_published_in_full(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(base)
+    anchor = CapturedModel.anchor
+    meddled: list[int] = []
+
+    def meddles(captured: CapturedModel) -> Any:
+        if not meddled:
+            meddled.append(1)
+            with torch.no_grad():
+                model.get_input_embeddings().weight.add_(1)
+        return anchor(captured)
+
+    monkeypatch.setattr(CapturedModel, "anchor", meddles)
+    fit(model, bert_batches(3), output=tmp_path / "d.sd", config=settings(tmp_path))
+    assert sum("not trained" in record.message for record in caplog.records) == 1
+    found = followed(tmp_path / "channel")
+    state = model.state_dict()
     assert all(same_bits(found[n], t) for n, t in state.items() if n in found)
