@@ -15,6 +15,7 @@ from causal_helpers import RECIPES, make_causal, make_tokenizer, run_script
 
 import sparsedelta
 
+pytest.importorskip("lm_eval", reason="needs the group recipes")
 sys.path.append(str(RECIPES))
 
 import mmlu_csv

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets  # type: ignore[import-untyped]
 import pytest
 import torch
 import transformers
@@ -23,8 +22,10 @@ from train_helpers import same_bits, snapshot
 
 import sparsedelta
 
+pytest.importorskip("datasets", reason="needs the group recipes")
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "recipes"))
 
+import datasets  # type: ignore[import-untyped]
 from glue_files import MAX_HELD_OUT, load_files, regression_hint
 from glue_tasks import SCORES, TASKS, load_task, narrowed
 from recipe_common import Choice, KeepBest, adapt, by_method, equalized, export

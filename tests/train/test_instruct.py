@@ -17,6 +17,7 @@ from train_helpers import same_bits, snapshot
 
 import sparsedelta
 
+pytest.importorskip("trl", reason="needs the group recipes")
 sys.path.append(str(RECIPES))
 
 import causal_loss
