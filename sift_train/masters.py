@@ -1,19 +1,22 @@
 """``SparseParameter``: one parameter and the fp32 master of its selected components.
 
 The optimizer sees only the master. After a write-back the parameter holds the master, rounded to
-the parameter's dtype, at the selected positions, and its original bits everywhere else. Indices are
+the parameter's dtype, at the selected positions, and its original bits everywhere else, apart from
+components that were dropped and keep their trained value. Indices are
 relative to the parameter; if it is a shard, the caller adds the shard's offset for global indices.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sift_train.bits import bits_of
+from sift_train.kept import Kept, find
 from sift_train.ranks.shard import local_part, shard_of
 from sift_train.selection import index_dtype
 
@@ -27,6 +30,7 @@ class SparseParameter:
         master: the tensor that the optimizer trains, shape (k,), fp32 (fp64 for an fp64 parameter).
         original: values of the selected components before training, shape (k,), in the parameter's
             dtype. On the CPU, unless weight decay goes toward the base. None before the selection.
+        kept: components that were trained before, are dropped and keep their trained value; None if there are none.
         is_dense: whether every component is trained; a selection must then contain all of them.
         shard: where this rank's part of the parameter lies; None if the parameter is not sharded. Masters
             and indices are then those of this part.
@@ -54,6 +58,7 @@ class SparseParameter:
         n = train_num if self.shard is None else train_num * own // max(self.shard.numel, 1)
         self.master = nn.Parameter(self.local.new_zeros(n, dtype=dtype))
         self.original: Tensor | None = None
+        self.kept: Kept | None = None
         self._index: Tensor | None = (
             None  # (k,) flat; None before the selection, or if all are trained
         )
@@ -192,6 +197,58 @@ class SparseParameter:
         self._written_version = self.master._version
         self._seen_version = self.local._version
 
+    def move(self, index: Tensor, *, keeps: bool) -> Callable[[Tensor], Tensor] | None:
+        """Train other components from now on; the masters of those that stay are not changed.
+
+        The parameter must hold the masters, as after a step. The gradient of the masters is dropped.
+
+        Args:
+            index: flat, strictly increasing, on the CPU.
+            keeps: dropped components keep their trained value; otherwise they get their original one.
+
+        Returns:
+            A function that carries a tensor of a value for each component, shape (k,), over to the new ones; those
+            that were not trained before get 0. None if the components are the same.
+
+        Raises:
+            ValueError: the components are not selected yet.
+        """
+        before = self.flat_index.cpu()
+        if torch.equal(before, index) or self.original is None:
+            return None
+        at, stays = find(before, index)
+        is_dropped = torch.ones(len(before), dtype=torch.bool)
+        is_dropped[at[stays]] = False
+        self._drop(before[is_dropped], self.original.cpu()[is_dropped], keeps=keeps)
+
+        def carry(old: Tensor) -> Tensor:
+            if not len(old):
+                return old.new_zeros(len(index))
+            return torch.where(stays.to(old.device), old[at.to(old.device)], 0)
+
+        master, original = self.master.detach().clone(), self.original.cpu()
+        self.take_up(index)
+        held: Tensor = self.original
+        if self.kept is not None:
+            held, self.kept = self.kept.taken(index, held)
+        with torch.no_grad():
+            own = stays.to(master.device)
+            self.master.copy_(torch.where(own, carry(master), self.master))
+        self.original = torch.where(stays, original[at], held) if len(original) else held
+        self.master.grad = None
+        self._written_version = self.master._version
+        return carry
+
+    def _drop(self, index: Tensor, original: Tensor, *, keeps: bool) -> None:
+        """Give components their originals back, or note those that keep another value."""
+        values = _take(self.parameter, index.to(self.local.device))
+        if not keeps:
+            self._put(index.to(self.local.device), original.to(self.local.device))
+            return
+        is_changed = ~_equal_bits(values.cpu(), original)
+        kept = self.kept or Kept(index[:0], original[:0])
+        self.kept = kept.with_more(index[is_changed], original[is_changed])
+
     @property
     def numel(self) -> int:
         """Number of components of the parameter, over all shards."""
@@ -301,7 +358,48 @@ class SparseParameter:
         """Mean |change| of the components whose bits changed; None if none or not finite."""
         if self.original is None:
             return None
-        return mean_change(self.original.cpu(), self._gather(self.parameter).cpu())
+        index, original = self._touched
+        return mean_change(original.cpu(), _take(self.parameter, index).cpu())
+
+    @property
+    def change(self) -> Tensor:
+        """|master - original| of each component, shape (k,), in the master's dtype, on its device.
+
+        Raises:
+            ValueError: the components are not selected yet.
+        """
+        if self.original is None:
+            raise ValueError(f"the components of {self.name!r} are not selected yet")
+        return (self.master.detach() - self.original.to(self.master)).abs()
+
+    @property
+    def kept_state(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Flat indices, originals and values of the dropped components that are kept, shape (m,); None if none are."""
+        if self.kept is None:
+            return None
+        values = _take(self.parameter, self.kept.index.to(self.local.device))
+        return self.kept.index, self.kept.original, values
+
+    @property
+    def before_training(self) -> Tensor:
+        """The parameter with its values from before training: a copy, or the data itself if nothing is selected."""
+        now = self.local
+        if self.original is None:
+            return now
+        flat = now.reshape(-1).clone()
+        index, original = self._touched
+        flat[slice(None) if index is None else index.long()] = original.to(flat.device)
+        return flat.view(now.shape)
+
+    @property
+    def _touched(self) -> tuple[Tensor | None, Tensor]:
+        """Flat indices of all components that may differ from the base, and their originals; None: all of them."""
+        if self.original is None:
+            raise ValueError(f"the components of {self.name!r} are not selected yet")
+        if self.kept is None or self._index is None:
+            return self._index, self.original
+        index = torch.cat([self._index, self.kept.index.to(self._index.device)])
+        return index, torch.cat([self.original, self.kept.original.to(self.original.device)])
 
     def decay_to_original(self, share: float) -> None:
         """Move the master toward the original by a share of their difference.
@@ -320,16 +418,24 @@ class SparseParameter:
     def revert(self) -> None:
         """Restore the original bits of the selected components, also in the master."""
         if self.original is not None:
-            self._scatter(self.original.to(self.parameter.device))
+            self.swap_original()
             self.master.data.copy_(self.original)
+            self.kept = None
 
-    def restore(self, index: Tensor | None, original: Tensor, master: Tensor) -> None:
+    def restore(
+        self,
+        index: Tensor | None,
+        original: Tensor,
+        master: Tensor,
+        kept: tuple[Kept, Tensor] | None = None,
+    ) -> None:
         """Restore a saved index, originals and masters, and write the masters to the parameter.
 
         Args:
             index: as for ``choose``; None if all components are trained.
             original: values of the components before training, shape (k,).
             master: values of the master, shape (k,).
+            kept: the components that are dropped and keep another value, and these values, shape (m,).
 
         Raises:
             ValueError: the parameter holds neither the originals nor the masters at these
@@ -339,8 +445,21 @@ class SparseParameter:
         self.original = None
         numel = self.local.numel()
         self.choose(torch.arange(numel, dtype=index_dtype(numel)) if index is None else index)
-        found = self._gather(self.parameter.detach()).cpu()
-        rounded = master.cpu().to(found.dtype)
+        self._check_holds(self._index, original, master)
+        if kept is not None:
+            self.kept, values = kept
+            at = self.kept.index.to(self.local.device)
+            self._check_holds(at, self.kept.original, values)
+            self._put(at, values.to(self.local.device))
+        self.original = original.cpu().clone()
+        with torch.no_grad():
+            self.master.copy_(master)
+        self.write()
+
+    def _check_holds(self, index: Tensor | None, original: Tensor, trained: Tensor) -> None:
+        """Check that the parameter holds each component's original or trained value."""
+        found = _take(self.parameter, index).cpu()
+        rounded = trained.cpu().to(found.dtype)
         if original.shape != found.shape or original.dtype != found.dtype:
             raise ValueError(
                 f"the saved {self.name!r} has {original.numel()} components of {original.dtype}, "
@@ -351,34 +470,37 @@ class SparseParameter:
                 f"{self.name!r} does not hold the weights with which the saved run began; "
                 "load the same base"
             )
-        self.original = original.cpu().clone()
-        with torch.no_grad():
-            self.master.copy_(master)
-        self.write()
 
     def swap_original(self, values: Tensor | None = None) -> Tensor:
-        """Write values (default: the originals) to the selected positions; return the old values.
+        """Write values (default: the originals) to all positions that may differ; return the old values.
 
         Raises:
             ValueError: the components are not selected yet.
         """
-        if self.original is None:
-            raise ValueError(f"the components of {self.name!r} are not selected yet")
-        before = self._gather(self.parameter.detach()).clone()
-        self._scatter((self.original if values is None else values).to(self.parameter.device))
+        index, original = self._touched
+        before = _take(self.parameter, index).clone()
+        self._put(index, (original if values is None else values).to(self.parameter.device))
         return before
 
     def _gather(self, tensor: Tensor) -> Tensor:
-        flat = local_part(tensor).reshape(-1)
-        return flat if self._index is None else flat.index_select(0, self._index)
+        return _take(tensor, self._index)
 
     def _scatter(self, values: Tensor) -> None:
+        self._put(self._index, values)
+
+    def _put(self, index: Tensor | None, values: Tensor) -> None:
         flat = self.local.view(-1)
-        if self._index is None:
+        if index is None:
             flat.copy_(values)
         else:
-            flat.index_copy_(0, self._index.long(), values.to(flat.dtype))
+            flat.index_copy_(0, index.long(), values.to(flat.dtype))
         self._seen_version = self.local._version
+
+
+def _take(tensor: Tensor, index: Tensor | None) -> Tensor:
+    """Return the elements at flat indices; None: all, not copied."""
+    flat = local_part(tensor).reshape(-1)
+    return flat if index is None else flat.index_select(0, index)
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:

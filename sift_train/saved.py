@@ -15,12 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sift_train.kept import Kept
+
 if TYPE_CHECKING:
     from sift_train.sift import SIFT
 
 FORMAT = {"format": "sift-state", "format_version": "1"}
 INDEX, ORIGINAL, MASTER, BUFFER = "index:", "original:", "master:", "buffer:"
-LR_SHARE = "lr_share"
+KEPT = ("kept_index:", "kept_original:", "kept_value:")
+LR_SHARE, N_RESELECTIONS = "lr_share", "n_reselections"
 
 
 def state_of(sift: SIFT) -> dict[str, Tensor]:
@@ -37,10 +40,14 @@ def state_of(sift: SIFT) -> dict[str, Tensor]:
             state[INDEX + name] = part.flat_index
         state[ORIGINAL + name] = part.original
         state[MASTER + name] = part.master.detach()
+        if part.kept_state is not None:
+            state.update(zip((key + name for key in KEPT), part.kept_state, strict=True))
     for name, buffer in sift.model.named_buffers():
         state[BUFFER + name] = buffer
     if sift.lr_share is not None:
         state[LR_SHARE] = torch.tensor(sift.lr_share, dtype=torch.float64)
+    if sift.n_reselections:
+        state[N_RESELECTIONS] = torch.tensor(sift.n_reselections)
     return {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
 
 
@@ -61,12 +68,15 @@ def restore(sift: SIFT, state: Mapping[str, Tensor]) -> None:
     for name, part in sift.sparse_mapping.items():
         if name in saved:
             index = state.get(INDEX + name)
-            part.restore(index, state[ORIGINAL + name], state[MASTER + name])
+            held = [state[key + name] for key in KEPT if key + name in state]
+            kept = (Kept(held[0], held[1]), held[2]) if held else None
+            part.restore(index, state[ORIGINAL + name], state[MASTER + name], kept)
         elif part.is_selected:
             raise ValueError(
                 f"the saved state lacks {name!r}, which is trained here; "
                 "use the sparse_module and exception it was made with"
             )
+    sift.n_reselections = int(state.get(N_RESELECTIONS, 0))
     sift.lr_share = float(state[LR_SHARE]) if LR_SHARE in state else None
     with torch.no_grad():
         for name, buffer in sift.model.named_buffers():

@@ -34,10 +34,13 @@ from sift_train.lr_transfer import LearningRate
 from sift_train.masks import find_masks
 from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, memory_of
+from sift_train.optimizer_states import unwrapped
 from sift_train.ranks.group import Ranks
 from sift_train.ranks.norm import clip_shards
 from sift_train.ranks.shard import local_gradient, reshard
 from sift_train.ranks.sync import Synchronizer
+from sift_train.reselection import check_move
+from sift_train.reselector import Reselector
 from sift_train.rules import RULES, Selection, find_rule
 from sift_train.steps import add_listener, current_listeners, remove_listener
 from sift_train.structure import Block, check_block
@@ -138,6 +141,7 @@ class SIFT:
         self.model = model
         self.may_write: Tensor | None = None
         self._only_scoring = False
+        self._reselector: Reselector | None = None  # inside ``reselecting``
         self._is_reverted = False  # inside ``reverted``
         self._is_stepped_by_torch = False
         self._handles: list[RemovableHandle] = []
@@ -169,6 +173,7 @@ class SIFT:
         self._by_master = {id(part.master): part for part in parts}
         rule = find_rule(selection) or RULES["gradient"]
         self.lr_transfer = lr_transfer
+        self._n_reselections = 0
         self._learning_rate = LearningRate(
             self.sparse_mapping, is_uniform=rule.is_uniform and not masks
         )
@@ -285,6 +290,16 @@ class SIFT:
     def lr_share(self, share: float | None) -> None:
         self._learning_rate.share = share
 
+    @property
+    def n_reselections(self) -> int:
+        """Number of times that ``reselecting`` has moved the choice."""
+        return self._n_reselections
+
+    @n_reselections.setter
+    def n_reselections(self, number: int) -> None:
+        self._n_reselections = number
+        self._learning_rate.has_moved = number > 0
+
     def sparse_lr(self, lr: float) -> float:
         """Return the learning rate of sparsely trained parameters for a stated one."""
         return float(self._learning_rate.sparse(lr))
@@ -305,8 +320,7 @@ class SIFT:
         Raises:
             ValueError: the optimizer lacks a master, or holds a parameter of the model.
         """
-        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = inner
+        optimizer = unwrapped(optimizer)
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for name, part in self.sparse_mapping.items():
             if part.master not in held:
@@ -333,6 +347,69 @@ class SIFT:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+
+    @contextmanager
+    def reselecting(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        share: float = 0.2,
+        drop: str = "change",
+        grow: Selection = "accumulated",
+        dropped: str = "revert",
+    ) -> Iterator[None]:
+        """Drop trained components and grow as many others, by the backward passes inside the block.
+
+        The block is not trained on, and may be empty if ``grow`` ranks without gradients. The choice moves at its
+        end. Call it between two steps, with no gradients waiting. Masters and optimizer states of the components that
+        stay are not changed; the states of grown ones are 0. With ``lr_transfer`` the share is measured anew, by
+        ``measuring_share()`` afterwards or by the next step's gradients. The model's buffers are restored. All ranks
+        must call it together.
+
+        Args:
+            optimizer: the one that holds all masters.
+            share: share of the trained components that may be replaced, 0 to 1; at least one if it is above 0.
+            drop: which are dropped: smallest ``"change"``, smallest first ``"moment"``, ``"random"``, or smallest
+                ``"score"``, as for ``Reselection``.
+            grow: the rule that ranks the components that are not trained.
+            dropped: ``"revert"``: dropped components get their original value; ``"keep"``: they keep the trained one.
+
+        Raises:
+            RuntimeError: the components are not chosen yet, or gradients wait for a step.
+            ValueError: a setting is out of range; the optimizer lacks a master; its states cannot move, such as 8-bit
+                ones; blocks are trained, or parameters are sharded.
+        """
+        rule = check_move(share=share, drop=drop, grow=grow, dropped=dropped)
+        optimizer = unwrapped(optimizer)
+        self.attach(optimizer)
+        parts = self.sparse_mapping.values()
+        if not all(part.is_selected for part in parts):
+            raise RuntimeError(
+                "the components are not chosen yet, so the choice cannot move; choose them before, for example inside"
+                " sift.selecting()"
+            )
+        if any(part.pending_gradient is not None for part in parts):
+            raise RuntimeError(
+                "gradients wait for a step, and would belong to other components afterwards; call reselecting() after"
+                " optimizer.step() or zero_grad()"
+            )
+        self.before_use()
+        self._reselector = self._chooser.reselector(
+            optimizer,
+            rule,
+            share=share,
+            drop=drop,
+            keeps=dropped == "keep",
+            number=self.n_reselections,
+        )
+        try:
+            with self.selecting():
+                yield
+            if self._reselector.finish(self._sync.ranks):
+                self.n_reselections += 1
+                self._learning_rate.forget()
+        finally:
+            self._reselector = None
 
     @contextmanager
     def measuring_share(self) -> Iterator[None]:
@@ -634,7 +711,9 @@ class SIFT:
                 part, gradient, at_once=at_once, is_trained_on=not self._only_scoring
             )
         else:
-            if self.lr_transfer:
+            if self._reselector is not None:
+                self._reselector.score(part, gradient)
+            elif self.lr_transfer:
                 self._learning_rate.add(part, gradient)
             if not self._only_scoring:
                 part.collect(gradient)

@@ -11,7 +11,7 @@ import pytest
 import sift_train
 
 NAMES = (
-    "RULES SIFT Evaluation FitConfig FitResult MemoryReport Plan PublishCallback Rule SiftCallback "
+    "RULES SIFT Evaluation FitConfig FitResult MemoryReport Plan PublishCallback Reselection Rule SiftCallback "
     "SiftConfig SiftTrainerMixin SparseParameter StepReport export_delta fit from_pretrained "
     "get_sift_model grouped_parameters intersect load_mask load_sharded mask_of_delta plan principal save_mask save_sharded unite"
 ).split()
@@ -54,7 +54,7 @@ def test_names() -> None:
         ("load_sharded", "sift folder optimizer"),
         (
             "SiftConfig",
-            "* sparse_rate sparse_module exception selection selection_batches budget block "
+            "* sparse_rate sparse_module exception selection selection_batches budget block reselection "
             "gradient_checkpointing seed lr_transfer",
         ),
         ("grouped_parameters", "sift weight_decay * decay_to"),
@@ -66,7 +66,7 @@ def test_names() -> None:
         ("mask_of_delta", "delta model"),
         (
             "FitConfig",
-            "* sparse_rate sparse_module exception selection selection_batches budget block optimizer lr "
+            "* sparse_rate sparse_module exception selection selection_batches budget block reselection optimizer lr "
             "lr_transfer weight_decay decay_to betas eps momentum schedule warmup epochs max_steps accumulation "
             "max_grad_norm mixed_precision gradient_checkpointing log_every eval_every eval_before patience "
             "higher_is_better save_every publish publish_every trackers reduce_dtype seed",
@@ -87,9 +87,9 @@ def test_what_a_sift_offers() -> None:
     assert offered == {
         "after_closure", "after_step", "attach", "before_step", "before_use", "check_parameters", "check_ranks", "clip_grad_norm_", "close",
         "finish_selection", "first_config", "get_trainable_num", "grad_acc", "load", "load_state_dict", "lr_share", "measuring_share",
-        "memory_report", "n_total", "n_trained", "named_parameters_in_optimizer",
+        "memory_report", "n_reselections", "n_total", "n_trained", "named_parameters_in_optimizer",
         "named_trainable_parameters", "parameters_in_optimizer", "print_trainable_parameters",
-        "of", "ranks", "record", "reshard", "set_trainer", "push_to_hub", "revert", "reverted", "save", "selecting", "sparse_lr", "state_dict", "sync_gradients",
+        "of", "ranks", "record", "reshard", "set_trainer", "push_to_hub", "reselecting", "revert", "reverted", "save", "selecting", "sparse_lr", "state_dict", "sync_gradients",
         "trainable_parameters",
         "write_back", "zero_grad",
     }  # fmt: skip
