@@ -70,10 +70,15 @@ def make_small(name: str, **sizes: int) -> Any:
 
 
 def _shrink(config: Any, sizes: Mapping[str, int | tuple[int, ...]]) -> Any:
+    vars(config).pop("_heterogeneity_spec", None)  # sizes of layers that are not there
+    for key in {"_out_features", "_out_indices"} & vars(config).keys():  # likewise
+        setattr(config, key, None)
     for key, size in sizes.items():
         with suppress(Exception):  # a size that is computed from others, or differs between layers
             given = getattr(config, key)
-            if isinstance(given, int | tuple | list) or (given is None and key in _ALSO_IF_NONE):
+            if isinstance(given, tuple | list) and isinstance(size, int):
+                setattr(config, key, [size] * len(given))
+            elif isinstance(given, int | tuple | list) or (given is None and key in _ALSO_IF_NONE):
                 setattr(config, key, size)
     for key in ("layer_types", "mlp_layer_types"):
         kinds = getattr(config, key, None)
