@@ -8,6 +8,7 @@ relative to the parameter; if it is a shard, the caller adds the shard's offset 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -303,6 +304,28 @@ class SparseParameter:
             return None
         return mean_change(self.original.cpu(), self._gather(self.parameter).cpu())
 
+    def changes(self, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the originals and the current values of ``n`` components at a time, on the CPU."""
+        if self.original is None:
+            return
+        flat = self.local.reshape(-1)
+        for start in range(0, self.train_num, n):
+            own = slice(start, start + n)
+            now = flat[own] if self._index is None else flat.index_select(0, self._index[own])
+            yield self.original[own].cpu(), now.cpu()
+
+    def first_values(self, start: int, end: int) -> Tensor:
+        """Return a copy on the CPU of elements of ``local``, flat, as they were before training, shape (end - start,)."""
+        values = self.local.reshape(-1)[start:end].to("cpu", copy=True)
+        if self.original is None:
+            return values
+        if self._index is None:
+            return self.original[start:end].to("cpu", copy=True)
+        edges = torch.tensor([start, end], dtype=self._index.dtype, device=self._index.device)
+        low, high = torch.searchsorted(self._index, edges).tolist()
+        values[self._index[low:high].cpu().long() - start] = self.original[low:high].cpu()
+        return values
+
     def decay_to_original(self, share: float) -> None:
         """Move the master toward the original by a share of their difference.
 
@@ -398,7 +421,12 @@ def mean_change(before: Tensor, after: Tensor) -> float | None:
     is_comparable = before.dtype == after.dtype and before.shape == after.shape
     if not is_comparable or not before.is_floating_point() or before.itemsize < 2:
         return None
-    changed = ~_equal_bits(before, after)
-    moved = (after[changed].double() - before[changed].double()).abs()
-    mean = float(moved.mean()) if len(moved) else math.nan
+    distances = moved(before, after)
+    mean = float(distances.mean()) if len(distances) else math.nan
     return mean if math.isfinite(mean) else None
+
+
+def moved(before: Tensor, after: Tensor) -> Tensor:
+    """Return |change| in fp64 of the elements whose bits changed; both tensors have one float dtype and shape."""
+    changed = ~_equal_bits(before, after)
+    return (after[changed].double() - before[changed].double()).abs()
