@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_PLACE = re.compile(r"^\[[^]]*\] ")  # in the source of a backend
 
 
 class Ranks:
@@ -134,14 +136,44 @@ def launched_processes() -> int:
     return int(size) if "RANK" in os.environ and size.isdigit() else 1
 
 
+class RankLost(RuntimeError):
+    """Another rank has ended, or does not answer within the time limit of the process group."""
+
+
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Explain an error of the network, which a backend raises if another process has died."""
+    """Explain an error of the network, which a backend raises if another process has died.
+
+    Raises:
+        RankLost: the block raised a RuntimeError.
+    """
     try:
         yield
     except RuntimeError as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RuntimeError(
-            f"another rank of this run stopped or cannot be reached ({reason}); start the run again, with"
-            " resume if it has checkpoints"
-        ) from error
+        raise _lost(error) from error
+
+
+@contextmanager
+def network_errors_explained() -> Iterator[None]:
+    """Explain an error of the network that something else raises, such as the forward pass of FSDP2.
+
+    Raises:
+        RankLost: the block raised an error of a backend.
+    """
+    try:
+        yield
+    except RankLost:
+        raise
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            raise _lost(error) from error
+        raise
+
+
+def _lost(error: RuntimeError) -> RankLost:
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    reason = _PLACE.sub("", first).partition(". This is typically")[0]  # advice of gloo
+    return RankLost(
+        f"another rank of this run stopped or cannot be reached ({reason}); start the run again, with"
+        " resume if it has checkpoints"
+    )

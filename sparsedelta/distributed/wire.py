@@ -83,7 +83,6 @@ def _one_sentence() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # of the backend, if another process has ended
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise SparseDeltaError(
-            f"another rank stopped or cannot be reached ({reason}); start all ranks again"
+            "another rank stopped or cannot be reached; start all ranks again"
         ) from error
