@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
@@ -43,9 +44,30 @@ def decode_place(
     """Return the decoded changes of a tensor, and which state of it the model holds.
 
     Positions that depend on the base's elements are found where these are. Of each touched element, the device
-    receives a position or a rank, and the new value; the host receives the old value. Of a tensor that is divided among
-    ranks, all ranks check all touched elements, and the changes are those of the elements that this rank holds.
+    receives a position or a rank, and the new value; the host receives the old value.
+
+    Of a tensor that is divided among ranks, all ranks check all touched elements, one chunk after the other. The changes
+    are those of the elements that this rank holds.
     """
+    import torch
+
+    if not isinstance(place.slot.tensor(), Divided):
+        return _decode(delta, place, verify=verify, undo=undo, pace=pace)
+    patches, states = [], set[State]()
+    for chunk in place.row.chunks:
+        one = replace(place, row=place.row.with_chunks((chunk,)))
+        patch, state = _decode(delta, one, verify=verify, undo=undo, pace=pace)
+        patches.append(patch)
+        states.add(state)
+    columns = zip(*((p.index, p.before, p.after) for p in patches), strict=True)
+    index, before, after = map(torch.cat, columns)
+    digest = blake3(b"".join(patch.index_digest for patch in patches)).digest()
+    return Patch(place, index, digest, before, after), states.pop() if len(states) == 1 else "other"
+
+
+def _decode(
+    delta: Delta, place: Place, *, verify: ModelCheck, undo: bool, pace: Pace
+) -> tuple[Patch, State]:
     import torch
 
     row, tensor = place.row, place.slot.tensor()

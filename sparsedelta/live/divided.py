@@ -6,6 +6,7 @@ holds. Nothing is gathered in whole.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -165,8 +166,6 @@ def box_of(name: str, tensor: Any) -> Region:
 
 
 def _dtensor(tensor: torch.Tensor) -> Any:
-    import sys
-
     module = sys.modules.get("torch.distributed.tensor")
     return tensor if module is not None and isinstance(tensor, module.DTensor) else None
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import small_chunks
 from live.live_helpers import State, same
 from live.model_helpers import change, make, saved
 from rank_helpers import RankPool
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sparsedelta
@@ -110,7 +111,8 @@ class Case:
         self.delta = sparsedelta.load(f"{folder}/delta.sd")
 
     def is_at(self, state: State) -> bool:
-        return same(whole(self.model), state)
+        found: bool = same(whole(self.model), state)
+        return found
 
 
 def save_delta(folder: Path, what: str = "net", **options: Any) -> None:
@@ -145,9 +147,8 @@ def there_and_back(rank: int, folder: str, what: str, kind: str) -> bool:
         with delta.applied(model, verify=verify):
             assert case.is_at(case.target)
         assert case.is_at(case.base)
-    n_held = (
-        sum(local(tensor).numel() for tensor in model.parameters()) if kind != "state dict" else 0
-    )
+    tensors = model.values() if isinstance(model, dict) else model.parameters()
+    n_held: int = sum(local(tensor).numel() for tensor in tensors)
     return n_held < sum(tensor.numel() for tensor in case.base.values())
 
 
@@ -155,6 +156,47 @@ def there_and_back(rank: int, folder: str, what: str, kind: str) -> bool:
 def test_there_and_back(ranks: RankPool, tmp_path: Path, kind: str) -> None:
     save_delta(tmp_path)
     assert ranks.results(there_and_back, str(tmp_path), "net", kind) == [True] * N_RANKS
+
+
+def weights(n_steps: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    master = torch.randn(127, 256, generator=generator) * 0.02
+    for _ in range(n_steps):
+        master += torch.randn(127, 256, generator=generator) * 3e-6
+    return master.to(torch.bfloat16)
+
+
+def coded_by_base(rank: int, folder: str) -> bool:
+    model = torch.nn.Linear(256, 127, bias=False, dtype=torch.bfloat16)
+    model.weight.data = weights(0)
+    fully_shard(model)
+    delta = sparsedelta.load(f"{folder}/delta.sd")
+    delta.apply_(model, verify="full")
+    assert same(whole(model), {"weight": weights(1)})
+    with pytest.raises(AlreadyApplied):
+        delta.apply_(model)
+    model.load_state_dict({"weight": distribute(model, weights(2))})
+    with pytest.raises(BaseMismatch):
+        delta.apply_(model)
+    return same(whole(model), {"weight": weights(2)})
+
+
+def distribute(model: Any, tensor: torch.Tensor) -> Any:
+    return distribute_tensor(tensor, model.weight.device_mesh, model.weight.placements)
+
+
+@pytest.mark.parametrize("span", [1 << 24, 1 << 12])
+def test_coded_by_base(
+    ranks: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span: int
+) -> None:
+    """One chunk or several, whose positions are found by the base's exponents on all ranks."""
+    small_chunks(monkeypatch, span, 1 << 19)
+    with sparsedelta.diff({"weight": weights(0)}, {"weight": weights(1)}) as delta:
+        delta.save(tmp_path / "delta.sd")
+        chunks = delta.tensors[0].chunks
+    assert (len(chunks) > 1) == (span < 1 << 24)
+    assert span < 1 << 24 or any(chunk.coding.classes for chunk in chunks)
+    assert all(ranks.results(coded_by_base, str(tmp_path)))
 
 
 @pytest.mark.parametrize("what", ["tied llama", "mixtral", "tied qwen2-moe"])
@@ -189,7 +231,8 @@ def after_a_forward_pass(rank: int, folder: str) -> bool:
         found = case.model(tokens)
     expected = Net()
     expected.load_state_dict(case.target)
-    return torch.equal(found, expected(tokens)) and case.is_at(case.target)
+    assert case.is_at(case.target)
+    return torch.equal(found, expected(tokens))
 
 
 def test_after_a_forward_pass(ranks: RankPool, tmp_path: Path) -> None:
@@ -221,14 +264,14 @@ def broken(rank: int, folder: str, what: str) -> tuple[str, str, str, bool]:
         elif what == "a buffer is the target's":
             tensors["seen"].copy_(case.target["seen"])
     before = [local(tensor).clone() for tensor in tensors.values()]
-    found = [outcome(lambda: delta.apply_(case.model, verify="touched"))]
-    found.append(outcome(lambda: delta.apply_(case.model, verify="full")))
-    found.append(outcome(lambda: delta.applied(case.model).__enter__()))
+    touched = outcome(lambda: delta.apply_(case.model))
+    full = outcome(lambda: delta.apply_(case.model, verify="full"))
+    context = outcome(lambda: delta.applied(case.model).__enter__())
     unchanged = all(
         torch.equal(one.view(torch.uint8), local(tensor).view(torch.uint8))
         for one, tensor in zip(before, tensors.values(), strict=True)
     )
-    return *found, unchanged
+    return touched, full, context, unchanged
 
 
 @pytest.mark.parametrize(
@@ -263,7 +306,7 @@ def failing(rank: int, folder: str, when: str, what: str) -> tuple[list[str], bo
     """Let something fail on rank 1 while the delta is read or written; then try again."""
     case = Case(folder, "net", "fsdp2")
     module, name = (patch, "scatter") if when == "writing" else (decoding, "touched_digest")
-    real, calls = getattr(module, name), []
+    real, calls = getattr(module, name), list[None]()
 
     def faulty(*args: Any) -> Any:
         calls.append(None)
@@ -306,12 +349,8 @@ def test_all_or_none(ranks: RankPool, tmp_path: Path, when: str, what: str) -> N
 def refused(rank: int, folder: str) -> list[str]:
     case = Case(folder, "net", "fsdp2")
     channel = sparsedelta.Channel(f"{folder}/channel")
-    partial = fully_shard(torch.nn.Linear(4, 4))
-    partial.weight = torch.nn.Parameter(
-        DTensor.from_local(
-            torch.ones(4, 4), partial.weight.device_mesh, [Partial()], run_check=False
-        )
-    )
+    mesh = init_device_mesh("cpu", (N_RANKS,))
+    partial = {"weight": DTensor.from_local(torch.ones(4, 4), mesh, [Partial()], run_check=False)}
     with sparsedelta.diff({"weight": torch.zeros(4, 4)}, {"weight": torch.ones(4, 4)}) as delta:
         return [
             outcome(lambda: DeltaBank(case.model)),
@@ -341,7 +380,7 @@ def killed(rank: int, folder: str) -> tuple[str, bool]:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if rank == 1:
-        patch.scatter = die  # type: ignore[assignment]
+        setattr(patch, "scatter", die)  # noqa: B010 - it is not exported
     error = outcome(lambda: case.delta.apply_(case.model))
     after = [local(tensor) for tensor in case.model.parameters()]
     Path(folder, "found").write_text(
