@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from sift_train.chooser import BUDGETS
 from sift_train.groups import DECAYS
+from sift_train.lean import check_masters
 from sift_train.reselection import Reselection, find_reselection
 from sift_train.rules import Selection, find_rule
 from sift_train.selection import n_selected
@@ -56,6 +57,7 @@ class FitConfig:
         lr: peak learning rate.
         lr_transfer: ``lr`` is a learning rate of full fine-tuning. For parameters trained sparsely it is divided by
             the share of the sum of |gradient| that the chosen components hold, as ``SIFT`` does.
+        masters: ``"fp32"``, or masters that need less memory, ``"stochastic"`` or ``"kahan"``, as for ``SIFT``.
         weight_decay: applied to trained components of matrices, not to 1-D parameters.
         decay_to: weight decay moves weights toward ``"zero"``, or toward the ``"base"`` weights.
         betas, eps: settings of AdamW.
@@ -102,6 +104,7 @@ class FitConfig:
     optimizer: str | Callable[[list[dict[str, Any]]], Optimizer] = "adamw"
     lr: float = 2e-4
     lr_transfer: bool = True
+    masters: str = "fp32"
     weight_decay: float = 0.0
     decay_to: str = "zero"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -130,6 +133,7 @@ class FitConfig:
     def __post_init__(self) -> None:
         n_selected(1, self.sparse_rate)
         find_rule(self.selection)
+        check_masters(self.masters)
         object.__setattr__(self, "reselection", find_reselection(self.reselection))
         if isinstance(self.optimizer, str):
             _check_choice("optimizer", self.optimizer, OPTIMIZERS)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sift_train.bits import bits_of
 from sift_train.kept import Kept, find
+from sift_train.lean import Lean
 from sift_train.ranks.shard import local_part, shard_of
 from sift_train.selection import index_dtype
 
@@ -30,6 +31,7 @@ class SparseParameter:
         master: the tensor that the optimizer trains, shape (k,), fp32 (fp64 for an fp64 parameter).
         original: values of the selected components before training, shape (k,), in the parameter's
             dtype. On the CPU, unless weight decay goes toward the base. None before the selection.
+        lean: what is kept in place of the masters, which have no values between the steps then; None: they have.
         kept: components that were trained before, are dropped and keep their trained value; None if there are none.
         is_dense: whether every component is trained; a selection must then contain all of them.
         shard: where this rank's part of the parameter lies; None if the parameter is not sharded. Masters
@@ -46,6 +48,7 @@ class SparseParameter:
         *,
         is_dense: bool = False,
         n_matrices: int = 1,
+        lean: Lean | None = None,
     ) -> None:
         self.name = name
         self.parameter = parameter
@@ -56,7 +59,8 @@ class SparseParameter:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         own = self.local.numel()
         n = train_num if self.shard is None else train_num * own // max(self.shard.numel, 1)
-        self.master = nn.Parameter(self.local.new_zeros(n, dtype=dtype))
+        self.lean = lean
+        self.master = nn.Parameter(self._new_master(n, dtype))
         self.original: Tensor | None = None
         self.kept: Kept | None = None
         self._index: Tensor | None = (
@@ -94,7 +98,7 @@ class SparseParameter:
         if self.original is None:
             return False
         before = self.original.to(self.master.device, self.master.dtype)
-        return not torch.equal(before.nan_to_num(), self.master.detach().nan_to_num())
+        return not torch.equal(before.nan_to_num(), self.data.nan_to_num())
 
     @property
     def flat_index(self) -> Tensor:
@@ -144,8 +148,36 @@ class SparseParameter:
 
     @property
     def data(self) -> Tensor:
-        """The data of the master, not a copy."""
-        return self.master.data
+        """The data of the master, not a copy; with ``lean``, between the steps, what it will be in the next one."""
+        if self.lean is None or self.lean.is_loaded or not self.is_selected:
+            return self.master.data
+        return self.lean.masters_of(self._gather(self.parameter), self.master.dtype)
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether something else has given a lean master values between the steps."""
+        is_empty = self.lean is not None and not self.lean.is_loaded
+        return is_empty and self.train_num > 0 and self.master.stride() != (0,)
+
+    def load(self) -> None:
+        """Give a lean master its values for a step."""
+        if self.lean is not None and self.is_selected and not self.lean.is_loaded:
+            self.master.data = self.data
+            self.lean.is_loaded = True
+            self._written_version = self.master._version
+
+    def release(self) -> None:
+        """Free the values of a lean master after a step, once they are written."""
+        if self.lean is not None:
+            self.lean.is_loaded = False
+            self.master.data = self._new_master(self.train_num, self.master.dtype)
+            self._written_version = self.master._version
+
+    def _new_master(self, n: int, dtype: torch.dtype) -> Tensor:
+        """Return zeros, shape (n,); with ``lean`` NaNs in the memory of one, which cannot be written to."""
+        if self.lean is None:
+            return self.local.new_zeros(n, dtype=dtype)
+        return self.local.new_full((), math.nan, dtype=dtype).expand(n)
 
     def choose(self, index: Tensor) -> None:
         """Set the trained components, and copy their current values to the master.
@@ -185,7 +217,7 @@ class SparseParameter:
     def take_up(self, index: Tensor) -> None:
         """Set the trained components as ``choose`` does, without checking the index."""
         if len(index) != self.train_num:
-            self.master.data = self.master.new_zeros(len(index))
+            self.master.data = self._new_master(len(index), self.master.dtype)
             self.master.grad = None
         self._index = None
         if not self.trains_all:
@@ -193,7 +225,10 @@ class SparseParameter:
         with torch.no_grad():
             selected = self._gather(self.parameter)
             self.original = selected.to("cpu", copy=True)
-            self.master.copy_(selected)
+            if self.lean is None:
+                self.master.copy_(selected)
+            else:
+                self.lean.begin(selected)
         self._written_version = self.master._version
         self._seen_version = self.local._version
 
@@ -226,18 +261,24 @@ class SparseParameter:
                 return old.new_zeros(len(index))
             return torch.where(stays.to(old.device), old[at.to(old.device)], 0)
 
-        master, original = self.master.detach().clone(), self.original.cpu()
+        masters, original = self.data.clone(), self.original.cpu()
         self.take_up(index)
         held: Tensor = self.original
         if self.kept is not None:
             held, self.kept = self.kept.taken(index, held)
-        with torch.no_grad():
-            own = stays.to(master.device)
-            self.master.copy_(torch.where(own, carry(master), self.master))
+        self._set_masters(torch.where(stays.to(masters.device), carry(masters), self.data))
         self.original = torch.where(stays, original[at], held) if len(original) else held
         self.master.grad = None
-        self._written_version = self.master._version
         return carry
+
+    def _set_masters(self, masters: Tensor) -> None:
+        """Set the masters, shape (k,), to values of which the parameter holds the rounded ones."""
+        with torch.no_grad():
+            if self.lean is None:
+                self.master.copy_(masters)
+            else:
+                self.lean.keep_error(masters, self._gather(self.parameter))
+        self._written_version = self.master._version
 
     def _drop(self, index: Tensor, original: Tensor, *, keeps: bool) -> None:
         """Give components their originals back, or note those that keep another value."""
@@ -295,7 +336,11 @@ class SparseParameter:
                 keeps its values. The host does not read it. None means True.
         """
         values = self.master.detach()
-        if may_write is not None:
+        if self.lean is not None:
+            if not self.lean.is_loaded:
+                return  # the parameter holds all there is
+            values = self.lean.rounded(values, self._gather(self.parameter), may_write)
+        elif may_write is not None:
             held = self._gather(self.parameter)
             values = torch.where(may_write, values.to(held.dtype), held)
         self._scatter(values)
@@ -318,13 +363,18 @@ class SparseParameter:
         return self.is_selected and self._seen_version != self.local._version
 
     def adopt(self) -> None:
-        """Copy the selected components of the parameter to the master where they differ in bits."""
+        """Copy the selected components of the parameter to the master where they differ in bits.
+
+        With ``lean`` they are the masters from then on.
+        """
         held = self._gather(self.parameter)
         with torch.no_grad():
-            rounded = self.master.detach().to(held.dtype)
-            self.master.copy_(
-                torch.where(_equal_bits(held, rounded), self.master, held.to(self.master.dtype))
-            )
+            if self.lean is not None:
+                self.lean.begin(held)
+                self.release()
+            else:
+                same = _equal_bits(held, self.master.detach().to(held.dtype))
+                self.master.copy_(torch.where(same, self.master, held.to(self.master.dtype)))
         self._written_version = self.master._version
         self._seen_version = self.local._version
 
@@ -335,7 +385,13 @@ class SparseParameter:
             return
         was_behind, gradient = self.is_behind, self.master.grad
         self.master.grad = None
-        self.master.data = self.master.data.to(device)
+        if self.lean is not None:
+            self.lean.follow(device)
+        self.master.data = (
+            self.master.data.to(device)
+            if self.lean is None or self.lean.is_loaded
+            else self._new_master(self.train_num, self.master.dtype)
+        )
         self.master.grad = None if gradient is None else gradient.to(device)
         if self._index is not None:
             self._index = self._index.to(device)
@@ -350,6 +406,8 @@ class SparseParameter:
     @property
     def differs(self) -> bool:
         """Whether the selected weights differ in bits from the master rounded to their dtype."""
+        if self.lean is not None and not self.lean.is_loaded:
+            return False
         held = self._gather(self.parameter)
         return not _same_bits(held, self.master.detach().to(held.dtype))
 
@@ -370,7 +428,12 @@ class SparseParameter:
         """
         if self.original is None:
             raise ValueError(f"the components of {self.name!r} are not selected yet")
-        return (self.master.detach() - self.original.to(self.master)).abs()
+        return (self.data - self.original.to(self.master)).abs()
+
+    @property
+    def saved_masters(self) -> Tensor:
+        """The masters, shape (k,); with ``lean`` the weights, of which the rounding errors are apart."""
+        return self.master.detach() if self.lean is None else self._gather(self.parameter)
 
     @property
     def kept_state(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -444,8 +507,8 @@ class SparseParameter:
         """Restore the original bits of the selected components, also in the master."""
         if self.original is not None:
             self.swap_original()
-            self.master.data.copy_(self.original)
             self.kept = None
+            self._set_masters(self.original.to(self.master))
 
     def restore(
         self,
@@ -453,6 +516,7 @@ class SparseParameter:
         original: Tensor,
         master: Tensor,
         kept: tuple[Kept, Tensor] | None = None,
+        compensation: Tensor | None = None,
     ) -> None:
         """Restore a saved index, originals and masters, and write the masters to the parameter.
 
@@ -461,6 +525,7 @@ class SparseParameter:
             original: values of the components before training, shape (k,).
             master: values of the master, shape (k,).
             kept: the components that are dropped and keep another value, and these values, shape (m,).
+            compensation: what rounding has cut off the masters, shape (k,).
 
         Raises:
             ValueError: the parameter holds neither the originals nor the masters at these
@@ -477,9 +542,11 @@ class SparseParameter:
             self._check_holds(at, self.kept.original, values)
             self._put(at, values.to(self.local.device))
         self.original = original.cpu().clone()
-        with torch.no_grad():
-            self.master.copy_(master)
-        self.write()
+        own = master.to(self.master)
+        self._scatter(own)
+        if compensation is not None:
+            own = own + compensation.to(own)
+        self._set_masters(own)
 
     def _check_holds(self, index: Tensor | None, original: Tensor, trained: Tensor) -> None:
         """Check that the parameter holds each component's original or trained value."""

@@ -30,6 +30,7 @@ from sift_train.chooser import Chooser, choose_by_hand
 from sift_train.groups import BASE_DECAY
 from sift_train.hooks import BeforeUse
 from sift_train.identity import Identity
+from sift_train.lean import Lean, Rounding, check_masters
 from sift_train.lr_transfer import LearningRate
 from sift_train.masks import find_masks
 from sift_train.masters import SparseParameter
@@ -37,7 +38,7 @@ from sift_train.memory import MemoryReport, memory_of
 from sift_train.optimizer_states import unwrapped
 from sift_train.ranks.group import Ranks
 from sift_train.ranks.norm import clip_shards
-from sift_train.ranks.shard import local_gradient, reshard
+from sift_train.ranks.shard import is_sharded, local_gradient, reshard
 from sift_train.ranks.sync import Synchronizer
 from sift_train.reselection import check_move
 from sift_train.reselector import Reselector
@@ -77,6 +78,7 @@ class SIFT:
         model: the model that is trained.
         sparse_mapping: the trained components of each parameter, by the parameter's name.
         lr_transfer: whether each step divides the learning rate of sparse parameters by ``lr_share``.
+        rounding: the random numbers of ``masters="stochastic"``.
         may_write: a bool tensor on the device, or None, which means True. If it is False, weights
             are not overwritten. The host does not read it, so a loop need not wait for a loss to
             know whether it is finite.
@@ -113,6 +115,10 @@ class SIFT:
         lr_transfer: the optimizer's learning rate is that of full fine-tuning. Each step divides it by
             ``lr_share`` for sparsely trained parameters; dense ones keep it. For AdamW and other optimizers that
             move each component by about the learning rate. If it is false, the learning rate is used as it is.
+        masters: ``"fp32"``: an fp32 master of each component is kept. Otherwise masters exist during a step only, which
+            saves their memory; fp32 weights then train with the same bits. bf16 weights are rounded after each step:
+            ``"stochastic"``: up or down at random, seeded, and nothing is kept; ``"kahan"``: to nearest, and the
+            rounding error is kept in 16 bits. Only with steps of torch optimizers, and without shards.
 
     Raises:
         ValueError: an argument is out of range, or a parameter cannot be trained in place.
@@ -134,6 +140,7 @@ class SIFT:
         process_group: ProcessGroup | None = None,
         reduce_dtype: torch.dtype | None = None,
         lr_transfer: bool = True,
+        masters: str = "fp32",
     ) -> None:
         self.grad_acc = grad_acc
         _refuse_second(model)
@@ -151,6 +158,8 @@ class SIFT:
             if sparse_module != ALL_LINEAR:
                 raise ValueError("selection is a mask of named parameters; leave sparse_module out")
             sparse_module = [re.compile(f"^{re.escape(name)}$") for name in masks]
+        check_masters(masters)
+        self.rounding = Rounding(seed)
         parts = []
         for target in find_targets(model, sparse_module, exception or ()):
             parts.append(
@@ -160,6 +169,7 @@ class SIFT:
                     target.n_trained(sparse_rate, budget, block),
                     is_dense=target.dense,
                     n_matrices=target.n_matrices,
+                    lean=self._lean(masters, target.name, target.parameter),
                 )
             )
         self.sparse_mapping: Mapping[str, SparseParameter] = MappingProxyType(
@@ -599,6 +609,8 @@ class SIFT:
         for part in parts:
             if part.is_overwritten:
                 part.adopt()
+        if self._is_lean:
+            self.rounding.n_steps += 1
         self.after_closure(optimizer)
         for group in optimizer.param_groups:
             for master in group["params"]:
@@ -612,6 +624,7 @@ class SIFT:
         if parts:
             self.sync_gradients()
         for part in parts:
+            part.load()
             if not part.is_selected:
                 part.master.grad = None
         if parts and self.lr_transfer:
@@ -627,6 +640,7 @@ class SIFT:
             part.spend()
             if part.is_selected:
                 part.write(self.may_write)
+            part.release()
         if parts:
             self.reshard()
             self._sync.after_step()
@@ -764,12 +778,17 @@ class SIFT:
         """Make masters and weights equal; called before a forward pass and by ``state_dict``.
 
         Raises:
-            ValueError: a trained parameter was replaced, converted or renamed.
+            ValueError: a trained parameter was replaced, converted or renamed; or a master without values was replaced.
         """
         self._sync.before_forward()
         self._check_identity()
         for part in self.sparse_mapping.values():
             part.follow()
+            if part.is_replaced:
+                raise ValueError(
+                    f"the master of {part.name!r} was replaced between two steps, where it has no values; with"
+                    " masters='stochastic' and 'kahan' only the steps of torch optimizers can train it"
+                )
             if part.is_overwritten and not self._is_reverted:
                 part.adopt()
             # Write only if needed: a write between two forward passes of one loss breaks backward.
@@ -788,6 +807,19 @@ class SIFT:
                 "the masters were changed by something else than the step of a torch optimizer, so lr_transfer"
                 " could not scale its learning rate; give lr_transfer=False and a larger learning rate"
             )
+
+    def _lean(self, masters: str, name: str, parameter: nn.Parameter) -> Lean | None:
+        if masters == "fp32":
+            return None
+        if is_sharded(parameter):
+            raise ValueError(
+                f"masters is {masters!r}, but parameter {name!r} is sharded; use 'fp32' with shards"
+            )
+        return Lean(masters, name, parameter, self.rounding)
+
+    @property
+    def _is_lean(self) -> bool:
+        return any(part.lean is not None for part in self.sparse_mapping.values())
 
     @property
     def _has_shards(self) -> bool:

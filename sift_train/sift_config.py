@@ -10,6 +10,7 @@ from typing import Any, Self
 from torch import nn
 
 from sift_train.chooser import BUDGETS
+from sift_train.lean import check_masters
 from sift_train.reselection import Reselection, find_reselection
 from sift_train.rules import Selection, find_rule
 from sift_train.selection import n_selected
@@ -24,7 +25,7 @@ class SiftConfig:
     """The settings of a ``SIFT``; ``SiftTrainerMixin`` builds the SIFT from them.
 
     Attributes:
-        sparse_rate, sparse_module, exception, selection, budget, block, seed, lr_transfer: as for ``SIFT``.
+        sparse_rate, sparse_module, exception, selection, budget, block, seed, lr_transfer, masters: as for ``SIFT``.
         selection_batches: number of micro-batches of the train loader whose gradients choose the
             components before the first step. None: those of the first step choose.
         reselection: when and how the choice moves, as for ``FitConfig``. ``SiftTrainerMixin`` does it, by
@@ -46,10 +47,12 @@ class SiftConfig:
     gradient_checkpointing: bool = False
     seed: int = 0
     lr_transfer: bool = True
+    masters: str = "fp32"
 
     def __post_init__(self) -> None:
         n_selected(1, self.sparse_rate)
         find_rule(self.selection)
+        check_masters(self.masters)
         object.__setattr__(self, "reselection", find_reselection(self.reselection))
         if self.budget not in BUDGETS:
             raise ValueError(f"budget is {self.budget!r}; choose one of {', '.join(BUDGETS)}")
@@ -97,4 +100,5 @@ class SiftConfig:
             block=self.block,
             seed=self.seed,
             lr_transfer=self.lr_transfer,
+            masters=self.masters,
         )

@@ -41,7 +41,7 @@ def test_names() -> None:
         (
             "SIFT",
             "model sparse_rate sparse_module exception grad_acc gradient_checkpointing "
-            "* selection budget block seed process_group reduce_dtype lr_transfer",
+            "* selection budget block seed process_group reduce_dtype lr_transfer masters",
         ),
         (
             "fit",
@@ -49,13 +49,13 @@ def test_names() -> None:
             "on_evaluation progress run_dir resume",
         ),
         ("export_delta", "model output * sift base base_id info save_target overwrite"),
-        ("plan", "model rate * sparse_module exception dtype optimizer devices sharded"),
+        ("plan", "model rate * sparse_module exception dtype optimizer devices sharded masters"),
         ("save_sharded", "sift folder optimizer"),
         ("load_sharded", "sift folder optimizer"),
         (
             "SiftConfig",
             "* sparse_rate sparse_module exception selection selection_batches budget block reselection "
-            "gradient_checkpointing seed lr_transfer",
+            "gradient_checkpointing seed lr_transfer masters",
         ),
         ("grouped_parameters", "sift weight_decay * decay_to"),
         ("principal", "rank"),
@@ -67,7 +67,7 @@ def test_names() -> None:
         (
             "FitConfig",
             "* sparse_rate sparse_module exception selection selection_batches budget block reselection optimizer lr "
-            "lr_transfer weight_decay decay_to betas eps momentum schedule warmup epochs max_steps accumulation "
+            "lr_transfer masters weight_decay decay_to betas eps momentum schedule warmup epochs max_steps accumulation "
             "max_grad_norm mixed_precision gradient_checkpointing log_every eval_every eval_before patience "
             "higher_is_better save_every publish publish_every trackers reduce_dtype seed",
         ),
