@@ -175,9 +175,13 @@ INLINE void pack_numbers(const void *numbers, size n, int k, u8 *out, int W) {
     int n_bits = 0;
     for (size i = 0; i < n; i++) {
         word |= (get(numbers, i, W) & (((uint64_t)1 << k) - 1)) << n_bits;
-        for (n_bits += k; n_bits >= 8; n_bits -= 8, word >>= 8) *out++ = (u8)word;
+        n_bits += k;
+        if (n_bits >= 32) { /* n_bits < 64: k ≤ 31 */
+            *(u32 *)out = (uint32_t)word;
+            out += 4, word >>= 32, n_bits -= 32;
+        }
     }
-    if (n_bits) *out = (u8)word;
+    for (; n_bits > 0; n_bits -= 8, word >>= 8) *out++ = (u8)word;
 }
 
 static PyObject *pack(PyObject *module, PyObject *args) {
@@ -419,12 +423,13 @@ static PyObject *others(PyObject *module, PyObject *args) {
     u32 *out = b[1].buf;
     size n = n_items(&b[0]), n_out = n_items(&b[1]), found = 0, i = 0;
     Py_BEGIN_ALLOW_THREADS
-    for (uint32_t next = 0; found < n_out; next++) {
-        if (i < n && number[i] == next)
-            i++;
-        else
-            out[found++] = next;
+    uint32_t next = 0;
+    for (; found < n_out && i < n; next++) { /* no branch, because it could not be predicted */
+        int is_given = number[i] == next;
+        out[found] = next;
+        found += !is_given, i += is_given;
     }
+    for (; found < n_out; next++) out[found++] = next;
     Py_END_ALLOW_THREADS
     return release(b, 2, none());
 }
@@ -562,7 +567,7 @@ static PyObject *keys_of(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
-enum { PORTABLE, AVX2, AVX512 }; /* the instructions that the search in classes uses */
+enum { PORTABLE, AVX2, AVX512 }; /* the instructions that the search in classes and `compare` use */
 static int instructions = PORTABLE;
 
 /* Elements whose classes are found at once. */
@@ -650,7 +655,7 @@ static int best_instructions(void) {
     return PORTABLE;
 }
 
-/* Limits the instructions that the search in classes uses, for tests. Returns those in use. */
+/* Limits the instructions that the search in classes and `compare` use, for tests. Returns those in use. */
 static PyObject *use_instructions(PyObject *module, PyObject *args) {
     int most, best = best_instructions();
     if (!PyArg_ParseTuple(args, "i", &most)) return NULL;
@@ -880,8 +885,14 @@ static PyObject *count_keys(PyObject *module, PyObject *args) {
     if (n_items(&b[1]) != 256) return release(b, 2, wrong_sizes());
     const u8 *key = b[0].buf;
     i64 *counts = b[1].buf;
+    uint32_t found[4][256]; /* several, because equal keys are close to each other, and each would wait for the one before */
     Py_BEGIN_ALLOW_THREADS
-    for (size i = 0; i < b[0].len; i++) counts[key[i]]++;
+    for (size i = 0; i < b[0].len;) {
+        size end = b[0].len - i < UINT32_MAX ? b[0].len : i + UINT32_MAX;
+        memset(found, 0, sizeof found);
+        for (; i < end; i++) found[i & 3][key[i]]++;
+        for (int k = 0; k < 256; k++) counts[k] += (int64_t)found[0][k] + found[1][k] + found[2][k] + found[3][k];
+    }
     Py_END_ALLOW_THREADS
     return release(b, 2, none());
 }
@@ -893,13 +904,16 @@ static PyObject *step_statistics(PyObject *module, PyObject *args) {
     if (n_items(&b[0]) != b[1].len || n_items(&b[2]) != 3 * 256) return release(b, 3, wrong_sizes());
     const u8 *key = b[1].buf;
     u64 *sums = b[2].buf; /* unsigned, because codes of 8 bytes may overflow */
+    uint64_t found[2][256][3] = {{{0}}}; /* two, because equal keys are close to each other, and each would wait for the one before */
     Py_BEGIN_ALLOW_THREADS
     FOR_WIDTH(b[0].itemsize, for (size i = 0; i < b[1].len; i++) {
         uint64_t beyond = get(b[0].buf, i, W) >> 1;
-        sums[key[i]]++;
-        sums[256 + key[i]] += beyond > 0;
-        sums[512 + key[i]] += beyond ? beyond - 1 : 0;
+        uint64_t *one = found[i & 1][key[i]];
+        one[0]++;
+        one[1] += beyond > 0;
+        one[2] += beyond - (beyond > 0);
     })
+    for (int k = 0; k < 3 * 256; k++) sums[k] += found[0][k & 255][k >> 8] + found[1][k & 255][k >> 8];
     Py_END_ALLOW_THREADS
     return release(b, 3, none());
 }
@@ -1082,6 +1096,29 @@ INLINE size compare_in(const void *old, const void *new, size n, size start, u32
     return found;
 }
 
+#ifdef __x86_64__
+/* As compare_in for elements of 2 bytes. Stores whole vectors: they fit, because at most as many elements were found as
+ * compared. */
+WIDE static size compare_avx512(const u16 *old, const u16 *new, size n, size start, u32 *positions, u16 *before, u16 *after) {
+    static const u8 counting[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                    16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+    __m512i numbers = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)counting));
+    size found = 0, first = 0;
+    for (; first + 32 <= n; first += 32) {
+        __m512i one = _mm512_loadu_si512(old + first), other = _mm512_loadu_si512(new + first);
+        uint32_t differ = _mm512_cmpneq_epi16_mask(one, other);
+        __m512i places = _mm512_maskz_compress_epi16(differ, numbers), origin = _mm512_set1_epi32((int)(uint32_t)(start + first));
+        _mm512_storeu_si512(before + found, _mm512_maskz_compress_epi16(differ, one));
+        _mm512_storeu_si512(after + found, _mm512_maskz_compress_epi16(differ, other));
+        _mm512_storeu_si512(positions + found, _mm512_add_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(places)), origin));
+        if (__builtin_popcount(differ) > 16)
+            _mm512_storeu_si512(positions + found + 16, _mm512_add_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(places, 1)), origin));
+        found += __builtin_popcount(differ);
+    }
+    return found + compare_in(old + first, new + first, n - first, start + first, positions + found, before + found, after + found, 2);
+}
+#endif
+
 CLONED static size compare_any(const void *old, const void *new, int width, size n, size start, u32 *positions, void *before, void *after) {
     size found = 0;
     FOR_WIDTH(width, found = compare_in(old, new, n, start, positions, before, after, W))
@@ -1099,22 +1136,34 @@ static PyObject *compare(PyObject *module, PyObject *args) {
         if (i != 2) fits = fits && b[i].itemsize == width && n_items(&b[i]) >= n;
     if (!fits) return release(b, 5, wrong_sizes());
     Py_BEGIN_ALLOW_THREADS
-    found = compare_any(b[0].buf, b[1].buf, (int)width, n, start, b[2].buf, b[3].buf, b[4].buf);
+#ifdef __x86_64__
+    if (width == 2 && instructions == AVX512)
+        found = compare_avx512(b[0].buf, b[1].buf, n, start, b[2].buf, b[3].buf, b[4].buf);
+    else
+#endif
+        found = compare_any(b[0].buf, b[1].buf, (int)width, n, start, b[2].buf, b[3].buf, b[4].buf);
     Py_END_ALLOW_THREADS
     return release(b, 5, PyLong_FromSsize_t(found));
 }
 
-/* Changes a block at positions. The first element is number `start`. Writes the bits before and after the change. */
+/* Changes a block at positions. The first element is number `start`. Writes the bits before and after the change. The
+ * loop in the middle is the one that the compiler turns into vector instructions. */
 INLINE int change_in(void *bits, size n, size start, const u32 *positions, size nnz, const void *codes, int kind, void *before, void *after, int W) {
     for (size i = 0; i < nnz; i++) {
         int64_t at = (int64_t)positions[i] - start;
         if (at < 0 || at >= n) return 0;
-        uint64_t old = get(bits, at, W), new = value_of(old, get(codes, i, W), kind, W);
-        put(before, i, old, W);
-        put(after, i, new, W);
-        put(bits, at, new, W);
+        put(before, i, get(bits, at, W), W);
     }
+    decode_all(before, codes, kind, nnz, after, W);
+    for (size i = 0; i < nnz; i++) put(bits, (int64_t)positions[i] - start, get(after, i, W), W);
     return 1;
+}
+
+CLONED static int change_any(void *bits, size n, size start, const u32 *positions, size nnz, const void *codes, int kind, void *before, void *after, int width) {
+    int fits = 0;
+    if (kind == ULP_OF_FLOATS) { FOR_WIDTH(width, fits = change_in(bits, n, start, positions, nnz, codes, ULP_OF_FLOATS, before, after, W)) }
+    else { FOR_WIDTH(width, fits = change_in(bits, n, start, positions, nnz, codes, kind, before, after, W)) }
+    return fits;
 }
 
 static PyObject *change(PyObject *module, PyObject *args) {
@@ -1128,8 +1177,7 @@ static PyObject *change(PyObject *module, PyObject *args) {
     for (int i = 2; i < 5; i++) fits = fits && b[i].itemsize == width && n_items(&b[i]) == nnz;
     if (!fits) return release(b, 5, wrong_sizes());
     Py_BEGIN_ALLOW_THREADS
-    if (kind == ULP_OF_FLOATS) { FOR_WIDTH(width, fits = change_in(b[0].buf, n, start, b[1].buf, nnz, b[2].buf, ULP_OF_FLOATS, b[3].buf, b[4].buf, W)) }
-    else { FOR_WIDTH(width, fits = change_in(b[0].buf, n, start, b[1].buf, nnz, b[2].buf, kind, b[3].buf, b[4].buf, W)) }
+    fits = change_any(b[0].buf, n, start, b[1].buf, nnz, b[2].buf, kind, b[3].buf, b[4].buf, (int)width);
     Py_END_ALLOW_THREADS
     return release(b, 5, fits ? none() : wrong_sizes());
 }
