@@ -187,14 +187,14 @@ def _sample(changes: _Changes) -> _Changes | None:
     positions, codes, n, context = changes
     size = max(n * _SAMPLED // len(positions), 1)
     size = min(size, n // _MOST_SHARE) // _WINDOWS
-    starts = np.linspace(0, n - size, _WINDOWS).astype(np.int64)
-    edges = np.searchsorted(positions, np.stack([starts, starts + size]))
+    starts = np.linspace(0, n - size, _WINDOWS).astype(np.uint32)
+    edges = np.searchsorted(positions, np.stack([starts, starts + np.uint32(size)]))
     counts = edges[1] - edges[0]
     if counts.std() >= _MOST_UNEVEN * counts.mean():  # also if there are none
         return None
     where = [slice(*edge) for edge in edges.T.tolist()]
-    moved = (np.arange(_WINDOWS) * size - starts).repeat(counts)
-    own = (np.concatenate([positions[part] for part in where]) + moved).astype(np.uint32)
+    own = np.concatenate([positions[part] for part in where])
+    own += (np.arange(_WINDOWS, dtype=np.uint32) * size - starts).repeat(counts)  # modulo 2^32
     keys = context.keys
     if context.before and keys is not None:
         bits = np.concatenate([context.before(start, size).copy() for start in starts.tolist()])

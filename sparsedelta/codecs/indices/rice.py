@@ -16,9 +16,9 @@ from sparsedelta.codecs import kernels
 from sparsedelta.codecs.bitpack import decode_rice, encode_rice
 from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Sizes, StartBits, Stream
 from sparsedelta.codecs.exponent_classes import (
-    N_KEYS,
     Choice,
     choice_bits,
+    key_counts,
     keys_at,
     merge_keys,
     ranks_by_class,
@@ -112,7 +112,7 @@ class _Rice(IndexEncoding):
 
 def _choose_classes(before: StartBits, keys: npt.NDArray[np.uint8], span: int) -> list[int]:
     """Return thresholds between classes of different density; none if classes would save too little."""
-    touched = np.bincount(keys, minlength=N_KEYS)
+    touched = key_counts(keys)
     untouched = np.maximum(sample_keys(before, span), touched) - touched
     most = _WORTH * choice_bits(int(untouched.sum()), len(keys))
     if total_choice_bits(untouched, touched) > most:

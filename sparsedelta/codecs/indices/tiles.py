@@ -45,7 +45,7 @@ _BAND_BITS = (
 _WORTH = 0.97
 # Lines whose numbers of touched cells vary less than this (variance, relative to the squared mean) save less than that.
 _LEAST_VARIANCE = 0.1
-_LINE_SAMPLE = 16  # touched cells for each line in a sample
+_LINE_SAMPLE, _FEWEST_SAMPLED = 4, 1 << 14  # touched cells of a sample: for each line; at least
 
 Labels = npt.NDArray[np.uint32]  # the band of each row or column
 
@@ -217,7 +217,7 @@ def may_be_smaller(positions: Positions, span: int, context: ChunkContext) -> bo
     if not 2 <= columns <= span:
         return False
     n_rows = _n_rows(columns, first, span)
-    step = max(1, len(positions) // (_LINE_SAMPLE * (n_rows + columns)))
+    step = max(1, len(positions) // max(_LINE_SAMPLE * (n_rows + columns), _FEWEST_SAMPLED))
     row, column = np.divmod(positions[::step] + np.uint32(first), np.uint32(columns))
     for line, n_lines in ((row, n_rows), (column, columns)):
         counts = np.bincount(line, minlength=n_lines)
