@@ -25,7 +25,7 @@ CLASSES_SAVE, CLASSES_SAVE_BYTES = 0.1, 256
 _UNSURE = 0.07, 0.13
 _CLOSE = 1.015  # a way is tried if it takes at most this many times the bytes of the smallest in a sample
 _LARGE = 1 << 16  # touched positions; in a smaller chunk every way is tried
-_WINDOWS, _SAMPLED, _MOST_SHARE = 64, 1 << 14, 16  # touched positions of a sample; at most 1 in 16
+_WINDOWS, _SAMPLED, _MOST_SHARE = 64, 1 << 14, 32  # touched positions of a sample; at most 1 in 32
 _MOST_UNEVEN = (
     0.5  # standard deviation of the touched positions in a window, relative to their mean
 )
