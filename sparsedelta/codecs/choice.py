@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparsedelta.codecs.context import Bits, ChunkContext, Positions
+from sparsedelta.codecs.context import Bits, ChunkContext, Positions, Stream
 from sparsedelta.codecs.indices import INDEX_ENCODINGS
 from sparsedelta.codecs.indices.tiles import may_be_smaller
 from sparsedelta.codecs.packings import VALUE_PACKINGS
@@ -26,11 +26,20 @@ _UNSURE = 0.07, 0.13
 _CLOSE = 1.015  # a way is tried if it takes at most this many times the bytes of the smallest in a sample
 _LARGE = 1 << 16  # touched positions; in a smaller chunk every way is tried
 _WINDOWS, _SAMPLED, _MOST_SHARE = 64, 1 << 14, 32  # touched positions of a sample; at most 1 in 32
+_FEWEST_FOR_CLASSES = (
+    1 << 13
+)  # touched positions of a sample; in a smaller one, classes are chosen only to compare them
 _MOST_UNEVEN = (
     0.5  # standard deviation of the touched positions in a window, relative to their mean
 )
 
-Way = tuple[str, bool]  # an index encoding or a value packing, and whether with classes
+
+class Way(NamedTuple):
+    """An index encoding or a value packing; whether with classes, and their thresholds if these are already chosen."""
+
+    name: str
+    classes: bool
+    thresholds: Sequence[int] | None = None
 
 
 class Candidate(NamedTuple):
@@ -80,7 +89,8 @@ def smallest(
     if level is Level.DEFAULT and len(positions) >= _LARGE:
         likely = _likely(changes, ways)
     candidates = [
-        encode(changes, some, level) or encode(changes, [way for way in every if not way[1]], level)
+        encode(changes, some, level)
+        or encode(changes, [way for way in every if not way.classes], level)
         for encode, some, every in zip((_indices, _packings), likely, ways, strict=True)
     ]
     return _best(*candidates)
@@ -89,7 +99,7 @@ def smallest(
 def _index_ways(changes: _Changes, level: Level) -> list[Way]:
     size = len(changes.positions), changes.n
     return [
-        (name, classes)
+        Way(name, classes)
         for name, encoding in INDEX_ENCODINGS.items()
         if encoding.worth_trying(*size) and (level is not Level.FAST or encoding.is_quick(*size))
         for classes in _with_classes(changes, encoding.has_classes)
@@ -98,7 +108,7 @@ def _index_ways(changes: _Changes, level: Level) -> list[Way]:
 
 def _packing_ways(changes: _Changes, level: Level) -> list[Way]:
     return [
-        (name, classes)
+        Way(name, classes)
         for name, packing in VALUE_PACKINGS.items()
         if level is not Level.FAST or packing.is_quick
         for classes in _with_classes(changes, packing.has_classes)
@@ -114,12 +124,12 @@ def _indices(changes: _Changes, ways: Sequence[Way], level: Level) -> list[Candi
     positions, _, n, context = changes
     candidates = []
     for way in ways:
-        encoding = INDEX_ENCODINGS[way[0]]
-        stream = encoding.encode(positions, n, context.sorted(way[1]))
+        encoding = INDEX_ENCODINGS[way.name]
+        stream = encoding.encode(positions, n, context.sorted(way.classes, way.thresholds))
         if stream is not None:
             raw = () if encoding.implied_bytes(n) is not None else (len(stream),)
             stored = compress_stream(stream.data, level)
-            candidates.append(Candidate(way, raw, [stored], len(stored)))
+            candidates.append(Candidate(_chosen(way, stream), raw, [stored], len(stored)))
     return candidates
 
 
@@ -127,19 +137,26 @@ def _packings(changes: _Changes, ways: Sequence[Way], level: Level) -> list[Cand
     """Return the codes, packed in those of the ways that can store them."""
     candidates = []
     for way in ways:
-        packing = VALUE_PACKINGS[way[0]]
-        streams = packing.encode(changes.codes, changes.context.keys if way[1] else None)
+        packing = VALUE_PACKINGS[way.name]
+        keys = changes.context.keys if way.classes else None
+        streams = packing.encode(changes.codes, keys, way.thresholds)
         if streams is not None:
             raw = (len(streams[-1]),) if packing.states_size else ()
             stored = [compress_stream(s.data, level) for s in streams]
-            candidates.append(Candidate(way, raw, stored, sum(map(len, stored))))
+            n_bytes = sum(map(len, stored))
+            candidates.append(Candidate(_chosen(way, streams[0]), raw, stored, n_bytes))
     return candidates
+
+
+def _chosen(way: Way, stream: Stream) -> Way:
+    """Return the way with the thresholds that a stream with classes begins with (FORMAT §6.2)."""
+    return way._replace(thresholds=stream[1 : 1 + stream[0]].tolist()) if way.classes else way
 
 
 def _best(indices: Sequence[Candidate], packings: Sequence[Candidate]) -> _Parts:
     """Return the smallest candidates; classes are used only where they save enough, or were tried alone."""
     found = _least(indices, packings)
-    plain = [[one for one in part if not one.way[1]] for part in (indices, packings)]
+    plain = [[one for one in part if not one.way.classes] for part in (indices, packings)]
     if not all(plain):
         return found
     without = _least(*plain)
@@ -158,28 +175,32 @@ def _least(indices: Sequence[Candidate], packings: Sequence[Candidate]) -> _Part
 def _likely(changes: _Changes, ways: tuple[list[Way], list[Way]]) -> tuple[list[Way], list[Way]]:
     """Return those ways to encode a large chunk that may be the smallest, as far as a sample shows."""
     positions, _, n, context = changes
-    tiles = ("tiles", False)
+    tiles = Way("tiles", False)
     tiled = tiles in ways[0] and may_be_smaller(positions, n, context)
     sample = _sample(changes)
     if sample is None:
         return [way for way in ways[0] if way != tiles or tiled], ways[1]
     tried = [way for way in ways[0] if way != tiles]
     parts = _indices(sample, tried, Level.DEFAULT), _packings(sample, ways[1], Level.DEFAULT)
-    plain = [[one for one in part if not one.way[1]] for part in parts]
+    plain = [[one for one in part if not one.way.classes] for part in parts]
     without = _least(*plain)
     saved = 1 - _least(*parts).n_bytes / without.n_bytes
     likely = []
-    for among, every, some in zip(ways, parts, plain, strict=True):
-        close = _close(every) if saved >= _UNSURE[0] else set()
+    for every, some in zip(parts, plain, strict=True):
+        close = _close(every) if saved >= _UNSURE[0] else []
         if tiled or saved < _UNSURE[1]:
-            close |= _close(some)
-        likely.append([way for way in among if way in close or (tiled and way == tiles)])
+            close += [way for way in _close(some) if way not in close]
+        likely.append(close)
+    if tiled:
+        likely[0].append(tiles)
+    if len(sample.positions) < _FEWEST_FOR_CLASSES:
+        likely = [[way._replace(thresholds=None) for way in ways] for ways in likely]
     return likely[0], likely[1]
 
 
-def _close(candidates: Sequence[Candidate]) -> set[Way]:
+def _close(candidates: Sequence[Candidate]) -> list[Way]:
     most = _CLOSE * min(map(_n_bytes, candidates))
-    return {one.way for one in candidates if one.n_bytes <= most}
+    return [one.way for one in candidates if one.n_bytes <= most]
 
 
 def _sample(changes: _Changes) -> _Changes | None:

@@ -159,7 +159,7 @@ def encode_chunk(
         span.start,
         span.n,
         len(positions),
-        _coding(values, index.way[0], packing.way[0], index.way[1] or packing.way[1]),
+        _coding(values, index.way.name, packing.way.name, index.way.classes or packing.way.classes),
         index.raw + packing.raw,
         tuple(map(len, streams)),
         coded_digest(b"".join(streams)),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import assert_bit_equal
-from kernel_cases import Bits, Draw, encoded, reader
+from kernel_cases import Bits, Draw, both, encoded, reader
 
 from sparsedelta.codecs import choice
 from sparsedelta.codecs.chunk import Span, decode_chunk
@@ -79,3 +79,6 @@ def test_choice_by_a_sample_is_close_to_the_smallest(
     found, numbers = decode_chunk(chunk, BF16, coded, before=reader(before))
     assert_bit_equal(found, positions)
     assert_bit_equal(numbers, codes)
+    monkeypatch.undo()
+    compiled, reference = both(encoded, place, positions, codes, Level.DEFAULT)
+    assert compiled == reference
