@@ -390,8 +390,8 @@ class SIFT:
                 ones; blocks are trained, or parameters are sharded.
         """
         rule = check_move(share=share, drop=drop, grow=grow, dropped=dropped)
+        self.check_reselecting(optimizer)
         optimizer = unwrapped(optimizer)
-        self.attach(optimizer)
         parts = self.sparse_mapping.values()
         if not all(part.is_selected for part in parts):
             raise RuntimeError(
@@ -420,6 +420,15 @@ class SIFT:
                 self._learning_rate.forget()
         finally:
             self._reselector = None
+
+    def check_reselecting(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check that ``reselecting`` can move the choice and the states that the optimizer has so far.
+
+        Raises:
+            ValueError: as ``reselecting``.
+        """
+        self.attach(optimizer)
+        self._chooser.check_movable(unwrapped(optimizer))
 
     @contextmanager
     def measuring_share(self) -> Iterator[None]:

@@ -32,6 +32,7 @@ from sift_train import (
     fit,
     save_mask,
 )
+from sift_train.publishing import Publishing
 from sift_train.reselection import PRESETS
 
 WEIGHTS = ["first.weight", "last.weight"]
@@ -487,6 +488,32 @@ def test_what_cannot_move_is_refused() -> None:
     rows = SIFT(make_net(), RATE, WEIGHTS, block="row")
     with pytest.raises(ValueError, match="block is 'row', but re-selection moves single"):
         move(rows, adam(rows), [])
+
+
+def test_a_run_that_could_not_move_is_refused_before_it_trains(tmp_path: Path) -> None:
+    seen: list[StepReport] = []
+    config = FitConfig(reselection="spiel", block="row")
+    with pytest.raises(ValueError, match="block is 'row', but re-selection moves single"):
+        fit(
+            make_net(), make_inputs(3), output=tmp_path / "d.sd", loss=square_loss, config=config, on_step=seen.append
+        )  # fmt: skip
+    assert not seen
+
+
+@pytest.mark.parametrize("dropped", ["revert", "keep"])
+def test_a_channel_follows_a_reselection(tmp_path: Path, dropped: str) -> None:
+    sift, optimizer = trained()
+    with Publishing(tmp_path / "channel", 1) as publishing:
+        publishing.start(sift.model, 0, sift)
+        for number, batch in enumerate(make_inputs(4)):
+            if number == 2:
+                move(sift, optimizer, [batch], share=0.5, dropped=dropped)
+            step(sift, optimizer, batch)
+            publishing.after(number + 1)
+    held = followed(tmp_path / "channel")
+    assert all(same_bits(value, held[name]) for name, value in snapshot(sift.model).items())
+    entries = sparsedelta.Channel(tmp_path / "channel").log()
+    assert sum(entry.delta is None for entry in entries) == 2  # the first one, and one after it moved
 
 
 def test_an_error_inside_the_block_moves_nothing() -> None:
