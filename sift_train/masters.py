@@ -9,7 +9,7 @@ relative to the parameter; if it is a shard, the caller adds the shard's offset 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -456,13 +456,38 @@ class SparseParameter:
 
     @property
     def _touched(self) -> tuple[Tensor | None, Tensor]:
-        """Flat indices of all components that may differ from the base, and their originals; None: all of them."""
+        """Flat indices, increasing, of all components that may differ from the base, and their originals; None: all of them."""
         if self.original is None:
             raise ValueError(f"the components of {self.name!r} are not selected yet")
         if self.kept is None or self._index is None:
             return self._index, self.original
-        index = torch.cat([self._index, self.kept.index.to(self._index.device)])
-        return index, torch.cat([self.original, self.kept.original.to(self.original.device)])
+        index, order = torch.cat([self._index, self.kept.index.to(self._index.device)]).sort()
+        original = torch.cat([self.original, self.kept.original.to(self.original.device)])
+        return index, original[order.to(original.device)]
+
+    def changes(self, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the originals and the current values of ``n`` components at a time, on the CPU."""
+        if self.original is None:
+            return
+        flat = self.local.reshape(-1)
+        index, original = self._touched
+        for start in range(0, len(original), n):
+            own = slice(start, start + n)
+            now = flat[own] if index is None else flat.index_select(0, index[own])
+            yield original[own].cpu(), now.cpu()
+
+    def first_values(self, start: int, end: int) -> Tensor:
+        """Return a copy on the CPU of elements of ``local``, flat, as they were before training, shape (end - start,)."""
+        values = self.local.reshape(-1)[start:end].to("cpu", copy=True)
+        if self.original is None:
+            return values
+        index, original = self._touched
+        if index is None:
+            return original[start:end].to("cpu", copy=True)
+        edges = torch.tensor([start, end], dtype=index.dtype, device=index.device)
+        low, high = torch.searchsorted(index, edges).tolist()
+        values[index[low:high].cpu().long() - start] = original[low:high].cpu()
+        return values
 
     def decay_to_original(self, share: float) -> None:
         """Move the master toward the original by a share of their difference.
@@ -587,7 +612,12 @@ def mean_change(before: Tensor, after: Tensor) -> float | None:
     is_comparable = before.dtype == after.dtype and before.shape == after.shape
     if not is_comparable or not before.is_floating_point() or before.itemsize < 2:
         return None
-    changed = ~_equal_bits(before, after)
-    moved = (after[changed].double() - before[changed].double()).abs()
-    mean = float(moved.mean()) if len(moved) else math.nan
+    distances = moved(before, after)
+    mean = float(distances.mean()) if len(distances) else math.nan
     return mean if math.isfinite(mean) else None
+
+
+def moved(before: Tensor, after: Tensor) -> Tensor:
+    """Return |change| in fp64 of the elements whose bits changed; both tensors have one float dtype and shape."""
+    changed = ~_equal_bits(before, after)
+    return (after[changed].double() - before[changed].double()).abs()

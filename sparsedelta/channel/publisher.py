@@ -8,6 +8,7 @@ from functools import partial
 from typing import Literal
 
 from sparsedelta._typing import JSON, AnyPath, Model
+from sparsedelta.channel.channel import open_channel
 from sparsedelta.channel.entry import Entry
 from sparsedelta.channel.publication import Publication
 from sparsedelta.channel.publishing import AnchorRule, Run
@@ -36,7 +37,7 @@ class Publisher:
 
     def __init__(
         self,
-        channel: Versions,
+        channel: Versions | AnyPath,
         model: Model,
         *,
         folder: AnyPath | None = None,
@@ -54,7 +55,8 @@ class Publisher:
         """Copy the model, and compare it with the head of the channel.
 
         Args:
-            channel: the channel to add versions to; its store must be writable.
+            channel: the channel to add versions to; its store must be writable. A path or URL is opened as by
+                ``Channel``, and closed with the publisher.
             model: a ``torch.nn.Module`` or a state dict, on any device; see ``Snapshot``.
             folder: a checkpoint of this model; the versions then have its files; see ``Snapshot``.
             keep_on: where the copy of the last published version is; see ``Snapshot``.
@@ -76,13 +78,17 @@ class Publisher:
             StructureMismatch: see ``Snapshot``.
             BadVersion: the store holds no channel, or a damaged one.
             ValueError: an argument is wrong.
+            TypeError: ``channel`` is neither a channel nor a path or URL.
         """
-        snapshot = Snapshot(
-            model, folder=folder, keep_on=keep_on, trained=trained, progress=progress
-        )
-        base = None if anchor_base is None else OutsideBase(anchor_base, anchor_base_id)
-        source = ModelSource(snapshot, Coding(values, level, standalone), base, progress)
-        self._run = Run(channel, source, AnchorRule(anchor_ratio, anchor_every))
+        with ExitStack() as context:
+            opened = open_channel(channel, context)
+            snapshot = Snapshot(
+                model, folder=folder, keep_on=keep_on, trained=trained, progress=progress
+            )
+            base = None if anchor_base is None else OutsideBase(anchor_base, anchor_base_id)
+            source = ModelSource(snapshot, Coding(values, level, standalone), base, progress)
+            self._run = Run(opened, source, AnchorRule(anchor_ratio, anchor_every))
+            self._context = context.pop_all()
         self._last: Publication | None = None
         self._is_closed = False
 
@@ -141,8 +147,9 @@ class Publisher:
             HeadMoved, OSError, RemoteError: the last version has failed, and ``result`` has not raised the error.
         """
         self._is_closed = True
-        if self._last:
-            self._last.raise_unreported()
+        with self._context:
+            if self._last:
+                self._last.raise_unreported()
 
 
 def publish_checkpoint(

@@ -29,7 +29,7 @@ class RankPublisher:
 
     def __init__(
         self,
-        channel: Versions,
+        channel: Versions | AnyPath,
         model: torch.nn.Module,
         *,
         whole: torch.nn.Module | None = None,

@@ -24,6 +24,7 @@ from sparsedelta.format.strict_json import compact_json, hex_bytes, integer, ite
 from sparsedelta.fs import check_checkpoint_folder, check_no_folder, staged_output, temporary_folder
 from sparsedelta.live.chain import find_unwritten, prepare_chain
 from sparsedelta.live.patch import Patch, Writer
+from sparsedelta.live.ranks import check_undivided
 from sparsedelta.live.rwlock import SharedLock
 from sparsedelta.live.sides import held_checkpoint
 from sparsedelta.live.slots import find_places
@@ -48,6 +49,9 @@ class ModelReplica:
     """
 
     def __init__(self, model: Model, *, base: AnyPath | None = None, names: Names = None) -> None:
+        check_undivided(
+            model, "a follower", "follow to a folder, or load versions and apply them on all ranks"
+        )
         self.lock = SharedLock()
         self._model = model
         self._base = base

@@ -5,9 +5,10 @@ Elements that have changed go to rank 0, one tensor at a time; in the first call
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +20,14 @@ from sparsedelta.live.bits import flat_bits, integer_view, on_host
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
+Name = TypeVar("Name", bound=Hashable)
 _Sent = tuple[npt.NDArray[np.int64], Bits]  # flat indices in the whole tensor, and bits
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class HeldPart:
     """What a rank holds of a tensor.
 
     Attributes:
@@ -41,13 +44,35 @@ class _Part:
 
     def sent(self, at: npt.NDArray[np.int64], bits: Bits) -> _Sent | None:
         """Return what is sent of elements at flat indices in the part, ``(n,)``."""
-        if not self.is_sent:
-            return None
+        return (self.in_whole(at), bits) if self.is_sent else None
+
+    @property
+    def n_sent(self) -> int:
+        """How many elements this rank sends."""
+        return math.prod(self.local) if self.is_sent else 0
+
+    def in_whole(self, at: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the flat indices in the whole tensor, ``(n,)``, of flat indices in the part; the order is the same."""
         if not len(at) or not self.shape:
-            return at, bits
+            return at
         places = np.unravel_index(at, self.local)
         whole = [place + start for place, start in zip(places, self.offset, strict=True)]
-        return np.ravel_multi_index(whole, self.shape).astype(np.int64), bits
+        return np.ravel_multi_index(whole, self.shape).astype(np.int64)
+
+    def n_before(self, end: int) -> int:
+        """Return how many elements of the part have a flat index below ``end`` in the whole tensor."""
+        n_inner, n_held = math.prod(self.shape), math.prod(self.local)
+        found = 0
+        if end >= n_inner:
+            return n_held
+        for size, own, offset in zip(self.shape, self.local, self.offset, strict=True):
+            n_inner, n_held = n_inner // size, n_held // own if own else 0
+            place, end = divmod(end, n_inner)
+            place -= offset
+            if not 0 <= place < own:
+                return found + (n_held * own if place >= own else 0)
+            found += place * n_held
+        return found
 
 
 class Shards:
@@ -72,13 +97,13 @@ class Shards:
         self._model = model
         self._rank = dist.get_rank()
         state = self._state()
-        self._parts = _sent_once({name: _part(name, tensor) for name, tensor in state.items()})
+        self._parts = parts_of_ranks(state)[self._rank]
         self._copies: dict[str, Bits] = {}
         self._given = None if whole is None else dict(whole.state_dict())
         self._places: dict[str, torch.Tensor] = {}
         problem = None
         for name, tensor in state.items():
-            copy = self._copies[name] = _bits(_local(tensor)).copy()
+            copy = self._copies[name] = _bits(local_of(tensor)).copy()
             parts = self._gather(self._parts[name].sent(np.arange(len(copy)), copy))
             if self._rank == 0:
                 problem = problem or self._place(name, tensor, parts)
@@ -90,7 +115,7 @@ class Shards:
     def update(self) -> None:
         """Send the elements that have changed since the last call to rank 0, and write them to the whole model."""
         for name, tensor in self._state().items():
-            copy, now = self._copies[name], _bits(_local(tensor))
+            copy, now = self._copies[name], _bits(local_of(tensor))
             if len(now) != len(copy):
                 raise StructureMismatch(
                     f"tensor {name!r} has {len(now)} elements on this rank, expected {len(copy)}; make a new"
@@ -162,14 +187,41 @@ def shared(value: Any) -> Any:
     return values[0]
 
 
-def _part(name: str, tensor: Any) -> _Part:
+def parts_of_ranks(
+    tensors: Mapping[Name, torch.Tensor], group: dist.ProcessGroup | None = None
+) -> list[dict[Name, HeldPart]]:
+    """Return what each rank holds of each tensor. Of parts that several ranks hold, the first rank sends them.
+
+    Args:
+        tensors: plain tensors and DTensors.
+        group: the ranks; None: all.
+
+    Raises:
+        StructureMismatch: a tensor has another placement than shards and replicas.
+    """
+    import torch.distributed as dist
+
+    own = {name: _part(name, tensor) for name, tensor in tensors.items()}
+    held: list[Any] = [own]
+    if dist.is_initialized():
+        held = [None] * dist.get_world_size(group)
+        dist.all_gather_object(held, own, group=group)
+    seen: set[tuple[Name, HeldPart]] = set()
+    found = []
+    for parts in held:
+        found.append({n: replace(part, is_sent=(n, part) not in seen) for n, part in parts.items()})
+        seen |= {*parts.items()}
+    return found
+
+
+def _part(name: object, tensor: Any) -> HeldPart:
     """Return what this rank holds of a tensor."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
-        return _Part(shape, shape, (0,) * len(shape))
+        return HeldPart(shape, shape, (0,) * len(shape))
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = tensor.device_mesh, tensor.placements
@@ -177,26 +229,15 @@ def _part(name: str, tensor: Any) -> _Part:
     kinds = Shard, Replicate, _StridedShard
     if not all(isinstance(one, kinds) for one in placements):
         raise StructureMismatch(
-            f"tensor {name!r} is placed as {placements}, expected shards or replicas", tensor=name
+            f"tensor {name!r} is placed as {placements}, expected shards or replicas",
+            tensor=str(name),
         )
     local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
-    return _Part(shape, tuple(local), tuple(offset))
+    return HeldPart(shape, tuple(local), tuple(offset))
 
 
-def _sent_once(parts: Mapping[str, _Part]) -> dict[str, _Part]:
-    """Return the parts of this rank; of those that several ranks hold, the first rank sends them."""
-    import torch.distributed as dist
-
-    held: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(held, {n: (part.local, part.offset) for n, part in parts.items()})
-    before = held[: dist.get_rank()]
-    return {
-        name: replace(part, is_sent=all(one[name] != (part.local, part.offset) for one in before))
-        for name, part in parts.items()
-    }
-
-
-def _local(tensor: Any) -> torch.Tensor:
+def local_of(tensor: Any) -> torch.Tensor:
+    """Return the part of a tensor that this rank holds, in the same memory; a plain tensor itself."""
     to_local = getattr(tensor, "to_local", None)
     found: torch.Tensor = to_local() if to_local else tensor
     return found
