@@ -31,6 +31,7 @@ MASTERS = ("fp32", "kahan", "stochastic")
 MOVES: Mapping[str, Reselection | None] = {
     "none": None,
     "every 20, revert": Reselection(every=20),
+    "every 20, grow random": Reselection(every=20, grow="random"),
     "every 20, keep": Reselection(every=20, dropped="keep"),
     "lift, every 20": Reselection(**{**vars(PRESETS["lift"]), "every": 20}),
     "spiel": PRESETS["spiel"],
@@ -129,7 +130,7 @@ def specs(options: Any) -> Iterator[dict[str, Any]]:
         for masters in MASTERS:
             yield {**common, "masters": masters, "moves": "none", "dtype": "bfloat16", "beta2": 0.999, "seed": seed}  # fmt: skip
         for beta2 in (0.999, 0.95):
-            for moves in MOVES if beta2 == 0.999 else list(MOVES)[:2]:
+            for moves in MOVES if beta2 == 0.999 else list(MOVES)[:3]:
                 yield {**common, "masters": "fp32", "moves": moves, "dtype": "float32", "beta2": beta2, "seed": seed}  # fmt: skip
 
 

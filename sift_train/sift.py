@@ -365,12 +365,12 @@ class SIFT:
         *,
         share: float = 0.2,
         drop: str = "change",
-        grow: Selection = "accumulated",
+        grow: Selection = "random",
         dropped: str = "revert",
     ) -> Iterator[None]:
         """Drop trained components and grow as many others, by the backward passes inside the block.
 
-        The block is not trained on, and may be empty if ``grow`` ranks without gradients. The choice moves at its
+        The block is not trained on, and is empty if ``grow`` ranks without gradients. The choice moves at its
         end. Call it between two steps, with no gradients waiting. Masters and optimizer states of the components that
         stay are not changed; the states of grown ones are 0. With ``lr_transfer`` the share is measured anew, by
         ``measuring_share()`` afterwards or by the next step's gradients. The model's buffers are restored. All ranks
