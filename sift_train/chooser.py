@@ -26,7 +26,7 @@ from sift_train.ranks.scores import (
 )
 from sift_train.ranks.shard import Shard, whole_or_self
 from sift_train.ranks.threshold import top_k_of_shards
-from sift_train.reselector import Reselector
+from sift_train.reselector import Reselector, check_movable
 from sift_train.rules import Rule
 from sift_train.scores import GradientScores
 from sift_train.selection import (
@@ -161,10 +161,17 @@ class Chooser:
             drop=drop,
             keeps=keeps,
             budget=self._budget,
-            block=self._block,
             seed=self._seed,
             number=number,
         )
+
+    def check_movable(self, optimizer: Optimizer) -> None:
+        """Check that this choice can move.
+
+        Raises:
+            ValueError: it cannot, see ``reselector.check_movable``.
+        """
+        check_movable(self._parts, self._block, optimizer)
 
     def clear(self) -> None:
         """Drop the scores and gradients added so far."""

@@ -198,6 +198,8 @@ class Run:
     def _set_up(self) -> None:
         self._own_optimizer = build_optimizer(self._sift, self._config)
         self._sift.attach(self._own_optimizer)
+        if self._reselection is not None:
+            self._sift.check_reselecting(self._own_optimizer)
         # First the schedule: it wraps the optimizer's step, which accelerate then keeps.
         self._schedule = build_schedule(self._own_optimizer, self._config, self._n_steps)
         self._optimizer = self._accelerator.prepare_optimizer(self._own_optimizer)

@@ -83,7 +83,7 @@ class Reselection:
     decrease: str = "linear"
     until: float = 0.75
     drop: str = "change"
-    grow: Selection = "accumulated"
+    grow: Selection = "random"
     dropped: str = "revert"
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ PRESETS: Mapping[str, Reselection] = MappingProxyType(
             dropped="keep",
         ),
         # SpIEL (arXiv 2401.16405), with accumulated gradients.
-        "spiel": Reselection(every=20, share=0.2, until=1.0, drop="change", grow="accumulated"),
+        "spiel": Reselection(every=20, share=0.2, until=1.0, grow="accumulated"),
     }
 )
 

@@ -31,6 +31,25 @@ _LOWEST = torch.finfo(torch.float32).min
 _CPU = torch.device("cpu")
 
 
+def check_movable(
+    parts: Mapping[str, SparseParameter], block: Block | None, optimizer: Optimizer
+) -> None:
+    """Check that a choice can move.
+
+    Raises:
+        ValueError: a parameter is sharded, blocks are trained, or the states of the optimizer cannot move.
+    """
+    if block is not None:
+        raise ValueError(f"block is {block!r}, but re-selection moves single components")
+    for part in parts.values():
+        if part.shard is not None:
+            raise ValueError(
+                f"parameter {part.name!r} is sharded, and re-selection needs whole parameters; train it without"
+                " re-selection, or without shards"
+            )
+    check_states(optimizer, (part.master for part in parts.values()))
+
+
 class Reselector:
     """One re-selection: collects the scores of all components, then moves the choice.
 
@@ -42,12 +61,8 @@ class Reselector:
         drop: which ones are dropped, as in ``Reselection``.
         keeps: whether dropped components keep their trained value.
         budget: as for ``Chooser``.
-        block: as for ``Chooser``; it must be None.
         seed: seeds all random choices, together with the number.
         number: of this re-selection.
-
-    Raises:
-        ValueError: a parameter is sharded, blocks are trained, or the states of the optimizer cannot move.
     """
 
     def __init__(
@@ -60,19 +75,9 @@ class Reselector:
         drop: str,
         keeps: bool,
         budget: str,
-        block: Block | None,
         seed: int,
         number: int,
     ) -> None:
-        if block is not None:
-            raise ValueError(f"block is {block!r}, but re-selection moves single components")
-        for part in parts.values():
-            if part.shard is not None:
-                raise ValueError(
-                    f"parameter {part.name!r} is sharded, and re-selection needs whole parameters; train it without"
-                    " re-selection, or without shards"
-                )
-        check_states(optimizer, (part.master for part in parts.values()))
         sparse = {name: part for name, part in parts.items() if not part.is_dense}
         can_move = not all(part.trains_all for part in sparse.values())
         self._parts = sparse if can_move else {}

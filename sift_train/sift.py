@@ -365,12 +365,12 @@ class SIFT:
         *,
         share: float = 0.2,
         drop: str = "change",
-        grow: Selection = "accumulated",
+        grow: Selection = "random",
         dropped: str = "revert",
     ) -> Iterator[None]:
         """Drop trained components and grow as many others, by the backward passes inside the block.
 
-        The block is not trained on, and may be empty if ``grow`` ranks without gradients. The choice moves at its
+        The block is not trained on, and is empty if ``grow`` ranks without gradients. The choice moves at its
         end. Call it between two steps, with no gradients waiting. Masters and optimizer states of the components that
         stay are not changed; the states of grown ones are 0. With ``lr_transfer`` the share is measured anew, by
         ``measuring_share()`` afterwards or by the next step's gradients. The model's buffers are restored. All ranks
@@ -390,8 +390,8 @@ class SIFT:
                 ones; blocks are trained, or parameters are sharded.
         """
         rule = check_move(share=share, drop=drop, grow=grow, dropped=dropped)
+        self.check_reselecting(optimizer)
         optimizer = unwrapped(optimizer)
-        self.attach(optimizer)
         parts = self.sparse_mapping.values()
         if not all(part.is_selected for part in parts):
             raise RuntimeError(
@@ -420,6 +420,15 @@ class SIFT:
                 self._learning_rate.forget()
         finally:
             self._reselector = None
+
+    def check_reselecting(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check that ``reselecting`` can move the choice and the states that the optimizer has so far.
+
+        Raises:
+            ValueError: as ``reselecting``.
+        """
+        self.attach(optimizer)
+        self._chooser.check_movable(unwrapped(optimizer))
 
     @contextmanager
     def measuring_share(self) -> Iterator[None]:

@@ -92,6 +92,8 @@ class SiftCallback(TrainerCallback):
         """
         refuse_fsdp(args, self._sift.model)
         self._sift.attach(given["optimizer"])
+        if self._reselection is not None:
+            self._sift.check_reselecting(given["optimizer"])
         self._sift.check_parameters()
         refuse_other_model(self._sift, given["model"])
         self._sift.grad_acc = args.gradient_accumulation_steps
@@ -246,6 +248,8 @@ class SiftTrainerMixin(_Trainer):
             self.optimizer = make(groups, **kwargs)
         self.sift.check_parameters()
         self.sift.attach(self.optimizer)
+        if self._sift_config is not None and self._sift_config.reselection is not None:
+            self.sift.check_reselecting(self.optimizer)
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:

@@ -85,7 +85,7 @@ def test_parameters(name: str, parameters: str) -> None:
 def test_what_a_sift_offers() -> None:
     offered = {name for name in vars(sift_train.SIFT) if not name.startswith("_")}
     assert offered == {
-        "after_closure", "after_step", "attach", "before_step", "before_use", "check_parameters", "check_ranks", "clip_grad_norm_", "close",
+        "after_closure", "after_step", "attach", "before_step", "before_use", "check_parameters", "check_ranks", "check_reselecting", "clip_grad_norm_", "close",
         "finish_selection", "first_config", "get_trainable_num", "grad_acc", "load", "load_state_dict", "lr_share", "measuring_share",
         "memory_report", "n_reselections", "n_total", "n_trained", "named_parameters_in_optimizer",
         "named_trainable_parameters", "parameters_in_optimizer", "print_trainable_parameters",

@@ -15,6 +15,7 @@ from test_loop import Stop, loader, make_noisy, typed_loss
 from test_lr_transfer import gradients, share_by_hand
 from test_matrix import OPTIMIZERS
 from test_publish import followed
+from test_shards import sharded_odd
 from test_trainer import LAYERS, Rows, SiftTrainer, arguments, load
 from torch import Tensor, nn
 from train_helpers import make_bert, make_inputs, make_net, same_bits, snapshot, square_loss
@@ -32,6 +33,7 @@ from sift_train import (
     fit,
     save_mask,
 )
+from sift_train.publishing import Publishing
 from sift_train.reselection import PRESETS
 
 WEIGHTS = ["first.weight", "last.weight"]
@@ -286,7 +288,7 @@ def test_the_share_is_measured_anew() -> None:
         (part.train_num, part.numel) for part in sift.sparse_mapping.values() if not part.is_dense
     ]
     assert sift.lr_share == pytest.approx(sum(k for k, _ in counts) / sum(n for _, n in counts))
-    move(sift, optimizer, batches[1:4])
+    move(sift, optimizer, batches[1:4], grow="accumulated")
     assert sift.lr_share is None
     expected = share_by_hand(sift, gradients(copy.deepcopy(sift.model), batches[4:7]))
     state = sift.state_dict()
@@ -339,7 +341,7 @@ def test_a_state_can_be_loaded_into_the_base_and_across_a_reselection(dropped: s
 
 
 SETTINGS: dict[str, Any] = {
-    "accumulated": {"every": 2, "share": 0.4, "until": 1.0},
+    "accumulated": {"every": 2, "share": 0.4, "until": 1.0, "grow": "accumulated"},
     "kept": {"every": 1, "share": 0.4, "until": 1.0, "dropped": "keep", "grow": "proportional"},
     "moment": {"every": 2, "share": 0.4, "until": 1.0, "drop": "moment", "grow": "random"},
     "lift": {**vars(PRESETS["lift"]), "every": 2},
@@ -489,16 +491,64 @@ def test_what_cannot_move_is_refused() -> None:
         move(rows, adam(rows), [])
 
 
+def try_with_shards(rank: int) -> list[str]:
+    messages = []
+    model = sharded_odd("layers")
+    with pytest.raises(ValueError, match="masters is 'kahan'") as error:
+        SIFT(model, 0.1, masters="kahan")
+    messages.append(str(error.value))
+    sift = SIFT(model, 0.1)
+    with pytest.raises(ValueError, match="is sharded, and re-selection") as error:
+        sift.check_reselecting(adam(sift))
+    sift.close()
+    return [*messages, str(error.value)]
+
+
+def test_shards_are_refused(pool: RankPool) -> None:
+    first, second = pool.results(try_with_shards)
+    assert first == second
+    assert first[0].endswith("is sharded; use 'fp32' with shards")
+
+
+def test_a_run_that_could_not_move_is_refused_before_it_trains(tmp_path: Path) -> None:
+    seen: list[StepReport] = []
+    config = FitConfig(reselection="spiel", block="row")
+    with pytest.raises(ValueError, match="block is 'row', but re-selection moves single"):
+        fit(
+            make_net(), make_inputs(3), output=tmp_path / "d.sd", loss=square_loss, config=config, on_step=seen.append
+        )  # fmt: skip
+    assert not seen
+
+
+@pytest.mark.parametrize("dropped", ["revert", "keep"])
+def test_a_channel_follows_a_reselection(tmp_path: Path, dropped: str) -> None:
+    sift, optimizer = trained()
+    with Publishing(tmp_path / "channel", 1) as publishing:
+        publishing.start(sift.model, 0, sift)
+        for number, batch in enumerate(make_inputs(4)):
+            if number == 2:
+                move(sift, optimizer, [batch], share=0.5, dropped=dropped)
+            step(sift, optimizer, batch)
+            publishing.after(number + 1)
+    held = followed(tmp_path / "channel")
+    assert all(same_bits(value, held[name]) for name, value in snapshot(sift.model).items())
+    entries = sparsedelta.Channel(tmp_path / "channel").log()
+    assert (
+        sum(entry.delta is None for entry in entries) == 2
+    )  # the first one, and one after it moved
+
+
 def test_an_error_inside_the_block_moves_nothing() -> None:
     sift, optimizer = trained()
     before, weights = held(sift), snapshot(sift.model)
-    broken = [make_inputs(1)[0], torch.zeros(1, 1)]
+    uneven = [make_inputs(1)[0], torch.zeros(1, 1)]
     with pytest.raises(RuntimeError, match="shapes"):
-        move(sift, optimizer, broken)
+        move(sift, optimizer, uneven)
     assert held(sift) == before
     assert all(same_bits(v, weights[n]) for n, v in snapshot(sift.model).items())
     step(sift, optimizer, make_inputs(1)[0])
-    move(sift, optimizer, [make_inputs(1)[0] * torch.nan])  # no finite gradient ranks
+    broken = [make_inputs(1)[0] * torch.nan]
+    move(sift, optimizer, broken, grow="accumulated")  # no finite gradient ranks
     assert held(sift) == before
 
 
