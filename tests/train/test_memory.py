@@ -68,7 +68,7 @@ def test_the_report_counts_what_publishing_keeps(dtype: torch.dtype, tmp_path: P
         with sparsedelta.Publisher(tmp_path / "channel", model, trained=trained) as publisher:
             with torch.no_grad():
                 for master in sift.parameters_in_optimizer():
-                    master += 1
+                    master.add_(1)
             source: Any = publisher._run._source
             kept = source._snapshot.n_bytes
             changed = source._snapshot.capture().n_bytes
