@@ -48,6 +48,10 @@ class MemoryReport:
             the weights' dtype, and their indices in int64, which torch's kernels require. With other masters than
             ``"fp32"`` also all masters. With several devices at least one bucket of gradients to send.
         host_bytes: originals of the trained components; they are on the CPU.
+        publish_bytes: what publishing to a channel adds on the CPU: the published bits of the trained components and their
+            indices (which a model on the CPU shares), copies of buffers and of parameters that are trained in full, and the changes of the version
+            that is on its way if all trained components change. Tensors that are converted to be saved, such as fused
+            experts, are copied whole, which is not counted.
     """
 
     n_trained: int
@@ -61,6 +65,7 @@ class MemoryReport:
     selection_bytes: int
     write_bytes: int
     host_bytes: int
+    publish_bytes: int
 
     @property
     def trained_bytes(self) -> int:
@@ -88,6 +93,7 @@ class MemoryReport:
             ("writing back", self.write_bytes),
             ("peak without activations", self.peak_bytes),
             ("on the host: originals", self.host_bytes),
+            ("on the host to publish", self.publish_bytes),
         ]
         share = 100 * self.n_trained / self.n_total
         lines = [f"trained: {self.n_trained:,} of {self.n_total:,} components, {share:.2f} %"]
@@ -284,7 +290,28 @@ def _count(
         ),
         "write_bytes": writing,
         "host_bytes": sum(k * p.element_size() for p, k, _, _ in rows),
+        "publish_bytes": _buffer_bytes(model) + sum(_publish_bytes(p, k) for p, k, _, _ in rows),
     }
+
+
+def _publish_bytes(parameter: nn.Parameter, k: int) -> int:
+    """Return the bytes that publishing keeps of a parameter with k trained components."""
+    n, width = parameter.numel(), parameter.element_size()
+    whole = n * width
+    index = 0 if k == n else k * index_dtype(n).itemsize
+    on_its_way = min(k * (width + (4 if n <= 1 << 32 else 8)), whole)
+    return k * width + index + on_its_way
+
+
+def _buffer_bytes(model: nn.Module) -> int:
+    """Return the size of the buffers that are saved."""
+    saved = {
+        buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+    return sum(buffer.numel() * buffer.element_size() for buffer in saved)
 
 
 def _main_dtype(model: nn.Module) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 from sparsedelta._typing import JSON, AnyPath, Model
 from sparsedelta.channel.channel import open_channel
@@ -23,7 +23,81 @@ from sparsedelta.ops.identity import checkpoint_fingerprint
 from sparsedelta.progress import Progress
 
 
-class Publisher:
+class Background:
+    """Adds the versions of a run in the background; see ``Publisher``.
+
+    Args:
+        run: the run.
+        context: closed at the end.
+    """
+
+    def __init__(self, run: Run, context: ExitStack) -> None:
+        self._run = run
+        self._context = context
+        self._last: Publication | None = None
+        self._is_closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def run(self) -> str:
+        """The id of this publisher; it is recorded in its entries."""
+        return self._run.id
+
+    @property
+    def is_at_head(self) -> bool:
+        """Whether the last durable version is the head; if not, the next version is written in full."""
+        return self._run.is_at_head
+
+    def publish(
+        self, step: int | None = None, info: Mapping[str, JSON] | None = None
+    ) -> Publication:
+        """Copy what has changed in the model, and begin to add it as a version; ``.result()`` waits until it is durable.
+
+        The call takes about as long as a copy of the weights, if the version before is durable already; otherwise it
+        waits for that first. The copy has the changed elements only: of each tensor at most as many bytes as the
+        tensor has. An error of the version before is raised here, unless its ``result`` has raised it; nothing is
+        copied then.
+
+        After an error of the store, call again: the version that failed is completed if its entry was written.
+        Otherwise the new version has its changes too.
+
+        Args:
+            step: number of the training step.
+            info: any JSON object, recorded in the entry.
+
+        Raises:
+            HeadMoved: another publisher has added a version since this one was created; only one can continue.
+            StructureMismatch: the model has other tensors than before; make a new publisher.
+            OSError, RemoteError: the store failed.
+            ValueError: the publisher is closed, or ``info`` is not JSON.
+        """
+        if self._is_closed:
+            raise ValueError("the publisher is closed; make a new one")
+        checked = check_json(info or {}, "info")
+        if self._last:
+            self._last.raise_unreported()
+        captured = self._run.capture(step=step, info=checked)
+        self._last = Publication(partial(self._run.add, captured))
+        return self._last
+
+    def close(self) -> None:
+        """Wait until the last version is durable; ``publish`` cannot be called afterwards.
+
+        Raises:
+            HeadMoved, OSError, RemoteError: the last version has failed, and ``result`` has not raised the error.
+        """
+        self._is_closed = True
+        with self._context:
+            if self._last:
+                self._last.raise_unreported()
+
+
+class Publisher(Background):
     """Adds versions of a model to a channel.
 
     If the model equals the head of the channel, as it may after a restart, the next version is a delta on the head.
@@ -87,69 +161,8 @@ class Publisher:
             )
             base = None if anchor_base is None else OutsideBase(anchor_base, anchor_base_id)
             source = ModelSource(snapshot, Coding(values, level, standalone), base, progress)
-            self._run = Run(opened, source, AnchorRule(anchor_ratio, anchor_every))
-            self._context = context.pop_all()
-        self._last: Publication | None = None
-        self._is_closed = False
-
-    def __enter__(self) -> Publisher:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    @property
-    def run(self) -> str:
-        """The id of this publisher; it is recorded in its entries."""
-        return self._run.id
-
-    @property
-    def is_at_head(self) -> bool:
-        """Whether the last durable version is the head; if not, the next version is written in full."""
-        return self._run.is_at_head
-
-    def publish(
-        self, step: int | None = None, info: Mapping[str, JSON] | None = None
-    ) -> Publication:
-        """Copy what has changed in the model, and begin to add it as a version; ``.result()`` waits until it is durable.
-
-        The call takes about as long as a copy of the weights, if the version before is durable already; otherwise it
-        waits for that first. The copy has the changed elements only: of each tensor at most as many bytes as the
-        tensor has. An error of the version before is raised here, unless its ``result`` has raised it; nothing is
-        copied then.
-
-        After an error of the store, call again: the version that failed is completed if its entry was written.
-        Otherwise the new version has its changes too.
-
-        Args:
-            step: number of the training step.
-            info: any JSON object, recorded in the entry.
-
-        Raises:
-            HeadMoved: another publisher has added a version since this one was created; only one can continue.
-            StructureMismatch: the model has other tensors than before; make a new publisher.
-            OSError, RemoteError: the store failed.
-            ValueError: the publisher is closed, or ``info`` is not JSON.
-        """
-        if self._is_closed:
-            raise ValueError("the publisher is closed; make a new one")
-        checked = check_json(info or {}, "info")
-        if self._last:
-            self._last.raise_unreported()
-        captured = self._run.capture(step=step, info=checked)
-        self._last = Publication(partial(self._run.add, captured))
-        return self._last
-
-    def close(self) -> None:
-        """Wait until the last version is durable; ``publish`` cannot be called afterwards.
-
-        Raises:
-            HeadMoved, OSError, RemoteError: the last version has failed, and ``result`` has not raised the error.
-        """
-        self._is_closed = True
-        with self._context:
-            if self._last:
-                self._last.raise_unreported()
+            run = Run(opened, source, AnchorRule(anchor_ratio, anchor_every))
+            super().__init__(run, context.pop_all())
 
 
 def publish_checkpoint(

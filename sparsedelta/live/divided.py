@@ -133,18 +133,18 @@ def divided(name: str, tensor: torch.Tensor) -> Divided | None:
     Raises:
         StructureMismatch: the tensor is placed otherwise than in shards and replicas.
     """
-    found = _dtensor(tensor)
+    found = dtensor(tensor)
     if found is None:
         return None
     local = found._local_tensor.detach()
-    box = box_of(name, found)
+    box = _box(name, found)
     parts = [Part(box, local)] if box.numel else []
     owner = _owner(tensor, local)
     return Divided(name, tuple(found.shape), parts, local.dtype, local.device, owner)
 
 
-def box_of(name: str, tensor: Any) -> Region:
-    """Return the flat indices in a DTensor of the elements that this rank holds, in order.
+def placed(name: str, tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shape of the part of a DTensor that this rank holds, and where it begins in each direction.
 
     Raises:
         StructureMismatch: see ``divided``.
@@ -153,19 +153,26 @@ def box_of(name: str, tensor: Any) -> Region:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    shape, mesh, placements = tuple(tensor.shape), tensor.device_mesh, tensor.placements
+    mesh, placements = tensor.device_mesh, tensor.placements
     # FSDP2 over tensor parallelism: a shard of the rows that the other direction holds.
     if not all(isinstance(one, Shard | Replicate | _StridedShard) for one in placements):
         raise StructureMismatch(
             f"tensor {name!r} is placed as {placements}, expected shards or replicas", tensor=name
         )
-    local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
-    strides = whole(shape).strides
+    local, offset = compute_local_shape_and_global_offset(tuple(tensor.shape), mesh, placements)
+    return tuple(local), tuple(offset)
+
+
+def _box(name: str, tensor: Any) -> Region:
+    """Return the flat indices in a DTensor of the elements that this rank holds, in order."""
+    local, offset = placed(name, tensor)
+    strides = whole(tuple(tensor.shape)).strides
     first = sum(start * step for start, step in zip(offset, strides, strict=True))
-    return Region(tuple(local), int(first), strides)
+    return Region(local, int(first), strides)
 
 
-def _dtensor(tensor: torch.Tensor) -> Any:
+def dtensor(tensor: torch.Tensor) -> Any:
+    """Return a tensor if it is a DTensor, else None."""
     module = sys.modules.get("torch.distributed.tensor")
     return tensor if module is not None and isinstance(tensor, module.DTensor) else None
 

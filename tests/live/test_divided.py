@@ -148,7 +148,7 @@ def there_and_back(rank: int, folder: str, what: str, kind: str) -> bool:
             assert case.is_at(case.target)
         assert case.is_at(case.base)
     tensors = model.values() if isinstance(model, dict) else model.parameters()
-    n_held: int = sum(local(tensor).numel() for tensor in tensors)
+    n_held = sum(local(tensor).numel() for tensor in tensors)
     return bool(n_held < sum(tensor.numel() for tensor in case.base.values()))
 
 
