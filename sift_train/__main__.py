@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(arguments)
     from sift_train.run_file import run_file  # takes seconds
+    from sparsedelta import SparseDeltaError
 
     try:
         result = run_file(
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overwrite=given.overwrite,
             progress=sys.stderr.isatty(),
         )
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError, SparseDeltaError) as error:
         if given.debug:
             raise
         print(f"error: {error}", file=sys.stderr)  # noqa: T201

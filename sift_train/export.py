@@ -31,7 +31,7 @@ from sift_train.basecheck import (
 from sift_train.changes import mean_changes
 from sift_train.groups import lr_info
 from sift_train.pipelines import copy_rest, keep_config
-from sift_train.ranks.export import check_shards, copy_base, write_components
+from sift_train.ranks.export import check_shards, mean_changes_of_shards
 from sift_train.ranks.shard import is_sharded
 from sift_train.readback import check_reads_back
 from sift_train.sift import SIFT
@@ -63,9 +63,9 @@ def export_delta(
     file. Tensors
     are saved under the names that ``base`` uses, with or without the model's prefix.
 
-    If the model is sharded by FSDP2, all ranks must call this and see the base, and ``sift`` and ``base``
-    are needed. No rank gathers the model: the trained components of one tensor at a time are sent to rank 0,
-    which writes them into a copy of the base and compares. Buffers and other files are those of the base.
+    If ranks divide the model (FSDP2, tensor parallelism), all ranks must call this and see the base, and ``sift`` and ``base``
+    are needed. No rank gathers a tensor: each rank codes the changes of its own rows, and rank 0 writes the file
+    (``sparsedelta.distributed.diff_shards``). Buffers and other files are those of the base.
 
     Args:
         model: the trained model.
@@ -134,29 +134,31 @@ def _export_shards(
     if base is None:
         raise ValueError("the model is sharded, so no rank can save it as the base; give base")
     base_path = Path(os.path.abspath(base))
+    from sparsedelta.distributed import diff_shards  # imports torch.distributed.checkpoint
+
     sift.reshard()
-    own_folder = model_folder(sift.model, base_path, sift)
-    check_shards(sift, own_folder)
+    own_base = model_folder(sift.model, base_path, sift)
+    places = check_shards(sift, own_base)
+    top = base_path if base_path.is_dir() else base_path.parent
+    delta = diff_shards(
+        base_path,
+        {(p.relative_to(top).as_posix(), name): tensor for (p, name), tensor in places.items()},
+        base_id=base_id,
+        info=_with_mean_change(_with_lr(info, sift), mean_changes_of_shards(sift, own_base)),
+        strict=False,
+        group=sift.ranks.group,
+    )
     final = Path(os.path.abspath(output))
-    with ExitStack() as stack:
 
-        def copy() -> Path:
-            return copy_base(base_path, stack.enter_context(_work_folder(final, "target")))
-
-        target = sift.ranks.first_does(copy)
-        own_target = target / own_folder.relative_to(base_path) if base_path.is_dir() else target
-        write_components(sift, own_folder, own_target)
-
-        def compare() -> int:
-            noted = _with_lr(info, sift)
-            with sparsedelta.diff(base_path, target, base_id=base_id, info=noted) as delta:
-                delta.save(final, overwrite=overwrite)
-                nnz = delta.nnz
+    def save(delta: sparsedelta.Delta) -> int:
+        with delta, _work_folder(final, "target") as work:
+            delta.save(final, overwrite=overwrite)
             if save_target is not None:
-                _move(target, Path(os.path.abspath(save_target)))
-            return nnz
+                sparsedelta.apply(base_path, delta, work / base_path.name)
+                _move(work / base_path.name, Path(os.path.abspath(save_target)))
+            return delta.nnz
 
-        return sift.ranks.first_does(compare)
+    return sift.ranks.first_does(lambda: save(delta) if delta else 0)
 
 
 def write_delta(

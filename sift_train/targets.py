@@ -31,6 +31,11 @@ Names = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPILED = "_orig_mod."
 _SHARDED = "is sharded over several devices; train an unsharded model"
+_QUANTIZERS = ("bitsandbytes", "torchao", "optimum", "quanto", "hqq")  # packages
+_NOT_EXACT = (
+    "a packed weight holds rounded numbers, so a delta cannot state a trained component exactly; load the model"
+    " unquantized, or train parameters that are not quantized, such as norms (sparse_module)"
+)
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
@@ -95,6 +100,11 @@ def find_targets(
         for parameter, own in names.items()
         if (parameter in dense or parameter in sparse) and parameter.numel()
     ]
+    if not targets and (kind := _quantizer_of(model)):
+        raise ValueError(
+            f"{type(model).__name__}: no parameter is selected for training; its weights are quantized ({kind}),"
+            f" and {_NOT_EXACT}"
+        )
     if not targets:
         raise ValueError(
             f"{type(model).__name__}: no parameter is selected for training; "
@@ -220,6 +230,12 @@ def check_unsharded(model: nn.Module) -> None:
             raise ValueError(f"parameter {name!r} {_SHARDED}")
 
 
+def _quantizer_of(model: nn.Module) -> str | None:
+    """Return the class name of the quantizer with which transformers has loaded a model, None if there is none."""
+    found = (getattr(module, "hf_quantizer", None) for module in model.modules())
+    return next((type(one).__name__ for one in found if one is not None), None)
+
+
 def _is_adapter(module: nn.Module) -> bool:
     return any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
 
@@ -256,10 +272,13 @@ def _problem(
         if not all(each.is_shard() or each.is_replicate() for each in sharded.placements):
             return f"has the placements {sharded.placements}, expected shards or replicas"
     held = local_part(parameter)
+    for kind in (type(parameter), type(held)):
+        if kind.__module__.partition(".")[0] in _QUANTIZERS:
+            return f"is quantized ({kind.__name__}), and {_NOT_EXACT}"
     if type(held) is not Tensor:
         return (
             f"holds a {type(held).__name__}, expected a plain tensor; "
-            "load the model unquantized and with its weights, or leave this parameter out"
+            "load the model with plain weights, or leave this parameter out"
         )
     if held.is_meta and needs_values:
         return "is on the meta device and has no values; load the model's weights first"

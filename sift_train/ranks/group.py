@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_PLACE = re.compile(r"^\[[^]]*\] ")  # in the source of a backend
 
 
 class Ranks:
@@ -20,6 +22,7 @@ class Ranks:
     All ranks must call the same methods in the same order. In a single process the methods change nothing.
 
     Attributes:
+        group: the process group; None: this process alone.
         size: number of ranks.
         rank: number of this process, from 0.
 
@@ -28,7 +31,7 @@ class Ranks:
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
+        self.group = group
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
 
@@ -53,22 +56,11 @@ class Ranks:
             return value
         held = [value]
         with one_sentence():
-            dist.broadcast_object_list(held, self._global_rank(0), group=self._group)
+            dist.broadcast_object_list(held, self._global_rank(0), group=self.group)
         return held[0]
 
-    def send(self, tensor: Tensor, *, source: int) -> None:
-        """Send a tensor on the CPU from a rank to rank 0, which fills its own tensor; only these two call this."""
-        moved = tensor if self._takes(tensor.device) else tensor.cuda()
-        with one_sentence():
-            if self.rank == source:
-                dist.send(moved, self._global_rank(0), group=self._group)
-            else:
-                dist.recv(moved, self._global_rank(source), group=self._group)
-        if moved is not tensor and self.rank != source:
-            tensor.copy_(moved)
-
     def _global_rank(self, rank: int) -> int:
-        return rank if self._group is None else dist.get_global_rank(self._group, rank)
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
     def first_does(self, work: Callable[[], T]) -> T:
         """Return the result of ``work``, which only rank 0 does.
@@ -98,14 +90,14 @@ class Ranks:
         if not self._takes(sent.device):
             sent = sent.to("cuda")
         with one_sentence():
-            dist.all_reduce(sent, operation, group=self._group)
+            dist.all_reduce(sent, operation, group=self.group)
         return tensor if sent is tensor else tensor.copy_(sent)
 
     def _takes(self, device: torch.device) -> bool:
         """Return whether the group has a backend for a device; NCCL has none for the CPU."""
         if device.type != "cpu":
             return True
-        backends = str(dist.get_backend_config(self._group))
+        backends = str(dist.get_backend_config(self.group))
         return "cpu:" in backends and "cpu:nccl" not in backends
 
 
@@ -144,14 +136,44 @@ def launched_processes() -> int:
     return int(size) if "RANK" in os.environ and size.isdigit() else 1
 
 
+class RankLost(RuntimeError):
+    """Another rank has ended, or does not answer within the time limit of the process group."""
+
+
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Explain an error of the network, which a backend raises if another process has died."""
+    """Explain an error of the network, which a backend raises if another process has died.
+
+    Raises:
+        RankLost: the block raised a RuntimeError.
+    """
     try:
         yield
     except RuntimeError as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RuntimeError(
-            f"another rank of this run stopped or cannot be reached ({reason}); start the run again, with"
-            " resume if it has checkpoints"
-        ) from error
+        raise _lost(error) from error
+
+
+@contextmanager
+def network_errors_explained() -> Iterator[None]:
+    """Explain an error of the network that something else raises, such as the forward pass of FSDP2.
+
+    Raises:
+        RankLost: the block raised an error of a backend.
+    """
+    try:
+        yield
+    except RankLost:
+        raise
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            raise _lost(error) from error
+        raise
+
+
+def _lost(error: RuntimeError) -> RankLost:
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    reason = _PLACE.sub("", first).partition(". This is typically")[0]  # advice of gloo
+    return RankLost(
+        f"another rank of this run stopped or cannot be reached ({reason}); start the run again, with"
+        " resume if it has checkpoints"
+    )

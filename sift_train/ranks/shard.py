@@ -72,6 +72,7 @@ class Shard:
         number: of this part, counted from 0 in the order of the mesh.
         n_parts: number of parts that make the whole tensor.
         n_ranks: number of ranks that hold a part; more than ``n_parts`` if parts are replicated.
+        offset: where the part begins in each dimension.
         is_first_copy: whether this rank is the one that writes the part.
 
     Args:
@@ -91,7 +92,8 @@ class Shard:
         self.numel: int = math.prod(self.shape)
         self.n_ranks: int = mesh.size()
         local, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-        self._local_shape, self._offset = tuple(local), tuple(offset)
+        self._local_shape = tuple(local)
+        self.offset: tuple[int, ...] = tuple(offset)
         self.groups: tuple[dist.ProcessGroup, ...] = ()
         self.number, self.n_parts, self.is_first_copy = 0, 1, True
         for axis, placement in enumerate(placements):
@@ -120,7 +122,7 @@ class Shard:
     @property
     def spans(self) -> tuple[slice, ...]:
         """The slices of the whole tensor that make this part."""
-        pairs = zip(self._offset, self._local_shape, strict=True)
+        pairs = zip(self.offset, self._local_shape, strict=True)
         return tuple(slice(start, start + size) for start, size in pairs)
 
     def to_whole(self, index: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ class Shard:
             return index.long()
         places = torch.unravel_index(index.long(), self._local_shape)
         whole = torch.zeros_like(index, dtype=torch.int64)
-        for place, start, size in zip(places, self._offset, self.shape, strict=True):
+        for place, start, size in zip(places, self.offset, self.shape, strict=True):
             whole = whole * size + place + start
         return whole
 
@@ -140,7 +142,7 @@ class Shard:
         is_inside = torch.ones_like(index, dtype=torch.bool)
         part = torch.zeros_like(index, dtype=torch.int64)
         places = torch.unravel_index(index.long(), self.shape)
-        for place, start, size in zip(places, self._offset, self._local_shape, strict=True):
+        for place, start, size in zip(places, self.offset, self._local_shape, strict=True):
             is_inside &= (place >= start) & (place < start + size)
             part = part * size + place - start
         return is_inside, part[is_inside]

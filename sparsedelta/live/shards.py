@@ -7,9 +7,9 @@ call these are all. Nothing is gathered on a device.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +23,13 @@ from sparsedelta.live.ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class HeldPart:
     """What a rank holds of a tensor.
 
     Attributes:
@@ -41,13 +44,33 @@ class _Part:
     offset: tuple[int, ...]
     is_sent: bool = True
 
+    @property
+    def n_sent(self) -> int:
+        """How many elements this rank sends."""
+        return math.prod(self.local) if self.is_sent else 0
+
     def in_whole(self, at: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the flat indices in the whole tensor of elements at flat indices in the part, ``(n,)``."""
+        """Return the flat indices in the whole tensor, ``(n,)``, of flat indices in the part; the order is the same."""
         if not len(at) or not self.shape:
             return at
         places = np.unravel_index(at, self.local)
         whole = [place + start for place, start in zip(places, self.offset, strict=True)]
         return np.ravel_multi_index(whole, self.shape).astype(np.int64)
+
+    def n_before(self, end: int) -> int:
+        """Return how many elements of the part have a flat index below ``end`` in the whole tensor."""
+        n_inner, n_held = math.prod(self.shape), math.prod(self.local)
+        found = 0
+        if end >= n_inner:
+            return n_held
+        for size, own, offset in zip(self.shape, self.local, self.offset, strict=True):
+            n_inner, n_held = n_inner // size, n_held // own if own else 0
+            place, end = divmod(end, n_inner)
+            place -= offset
+            if not 0 <= place < own:
+                return found + (n_held * own if place >= own else 0)
+            found += place * n_held
+        return found
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -87,7 +110,7 @@ class Shards:
         self.held: dict[str, torch.Tensor] = {}
         tell(self._make_places(state, whole))
         for name, tensor in state.items():
-            copy = self._copies[name] = _bits(_local(tensor)).copy()
+            copy = self._copies[name] = _bits(local_of(tensor)).copy()
             for rank, bits in self._send(name, copy):
                 part = all_parts[rank][name]
                 place = _bits(self.held[name]).reshape(part.shape)
@@ -108,7 +131,7 @@ class Shards:
         group = Ranks(Delay({}))
         group.together(lambda: self._check(state))
         for name, tensor in state.items():
-            copy, now = self._copies[name], _bits(_local(tensor))
+            copy, now = self._copies[name], _bits(local_of(tensor))
             at = np.flatnonzero(now != copy)
             copy[at] = now[at]
             for _, (index, bits) in self._send(name, (self._parts[name].in_whole(at), now[at])):
@@ -120,29 +143,19 @@ class Shards:
 
     def _check(self, state: Mapping[str, torch.Tensor]) -> None:
         for name, copy in self._copies.items():
-            found = _local(state[name]).numel() if name in state else 0
+            found = local_of(state[name]).numel() if name in state else 0
             if found != len(copy):
                 raise StructureMismatch(
                     f"tensor {name!r} has {found} elements on this rank, expected {len(copy)}; make a new publisher",
                     tensor=name,
                 )
 
-    def _all_parts(self, state: Mapping[str, torch.Tensor]) -> list[dict[str, _Part]]:
-        """Return the parts of all ranks; of those that several ranks hold, the first rank sends them."""
-        import torch.distributed as dist
-
-        found: list[Any] = [None] * dist.get_world_size()
-        group = Ranks(Delay({}))
-        own = group.together(lambda: {name: _part(name, tensor) for name, tensor in state.items()})
-        dist.all_gather_object(found, own)
-        seen = set[tuple[str, _Part]]()
-        for parts in found:
-            for name, part in parts.items():
-                parts[name] = replace(part, is_sent=(name, part) not in seen)
-                seen.add((name, part))
-        for name, part in own.items():
-            n_sent = sum(math.prod(one[name].local) for one in found if one[name].is_sent)
-            if n_sent != math.prod(part.shape):
+    def _all_parts(self, state: Mapping[str, torch.Tensor]) -> list[dict[str, HeldPart]]:
+        """Return the parts of all ranks."""
+        Ranks(Delay({})).together(lambda: [_part(name, tensor) for name, tensor in state.items()])
+        found = parts_of_ranks(state)
+        for name, part in found[self._rank].items():
+            if sum(one[name].n_sent for one in found) != math.prod(part.shape):
                 raise StructureMismatch(
                     f"the ranks do not hold each element of tensor {name!r} once", tensor=name
                 )
@@ -210,15 +223,43 @@ def shared(value: Any) -> Any:
     return values[0]
 
 
-def _part(name: str, tensor: torch.Tensor) -> _Part:
+def parts_of_ranks(
+    tensors: Mapping[Name, torch.Tensor], group: dist.ProcessGroup | None = None
+) -> list[dict[Name, HeldPart]]:
+    """Return what each rank holds of each tensor. Of parts that several ranks hold, the first rank sends them.
+
+    Args:
+        tensors: plain tensors and DTensors.
+        group: the ranks; None: all.
+
+    Raises:
+        StructureMismatch: a tensor has another placement than shards and replicas.
+    """
+    import torch.distributed as dist
+
+    own = {name: _part(name, tensor) for name, tensor in tensors.items()}
+    held: list[Any] = [own]
+    if dist.is_initialized():
+        held = [None] * dist.get_world_size(group)
+        dist.all_gather_object(held, own, group=group)
+    seen: set[tuple[Name, HeldPart]] = set()
+    found = []
+    for parts in held:
+        found.append({n: replace(part, is_sent=(n, part) not in seen) for n, part in parts.items()})
+        seen |= {*parts.items()}
+    return found
+
+
+def _part(name: object, tensor: torch.Tensor) -> HeldPart:
     """Return what this rank holds of a tensor."""
     shape = tuple(tensor.shape)
     if dtensor(tensor) is None:
-        return _Part(shape, shape, (0,) * len(shape))
-    return _Part(shape, *placed(name, tensor))
+        return HeldPart(shape, shape, (0,) * len(shape))
+    return HeldPart(shape, *placed(str(name), tensor))
 
 
-def _local(tensor: Any) -> torch.Tensor:
+def local_of(tensor: Any) -> torch.Tensor:
+    """Return the part of a tensor that this rank holds, in the same memory; a plain tensor itself."""
     to_local = getattr(tensor, "to_local", None)
     found: torch.Tensor = to_local() if to_local else tensor
     return found

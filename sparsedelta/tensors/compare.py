@@ -31,7 +31,7 @@ from sparsedelta.tensors.changes import place_for
 from sparsedelta.tensors.parallel import DENSE_ELEMENTS, Pace
 from sparsedelta.tensors.start import Readable, RowStart, read_start
 
-BLOCK_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 20
 _KNOWN_BLOCK_BYTES = 1 << 22
 
 
@@ -184,21 +184,31 @@ class Comparison:
                 own = slice(low, high)
                 in_chunk = (positions[own] - start).astype(np.uint32)
                 known = before[own], bits[own]
-                chunks.append(self._encode_known(start, span, in_chunk, *known, self._values))
+                chunks.append(self.encode_known(start, span, in_chunk, *known))
         spec = self._target.spec.with_digest(hasher.digest()[:DIGEST_BYTES])
         digest = self._base_digest or self._base_hash.digest()[:DIGEST_BYTES]
         found = base_tensor(base, digest)
         return Row(self._target.file, self._target.name, spec, found, self._keep, tuple(chunks))
 
-    def _encode_known(
-        self, first: int, span: int, positions: Positions, before: Bits, after: Bits, values: str
+    def encode_known(
+        self, first: int, span: int, positions: Positions, before: Bits, after: Bits
     ) -> Chunk:
+        """Return the chunk of ``span`` elements from ``first``, if its changed elements are known; it is added to the payload.
+
+        Args:
+            first: flat index of its first element, a multiple of ``MAX_SPAN``.
+            span: number of its elements.
+            positions: which of them change, increasing, (nnz,).
+            before: their bits before the change, (nnz,).
+            after: their bits in the target, (nnz,).
+        """
+        values = self._values if first < self._keep else "target"
         with place_for(len(positions), self._dtype):
             codes = VALUE_ENCODINGS[values].encode(self._dtype, before, after)
             digests = touched_digest(before), touched_digest(after)
             return self._encode(first, span, positions, codes, keys_of(before), digests)
 
-    def _compare_block(self, first: int, span: int, values: str) -> Chunk | None:
+    def _compare_block(self, first: int, span: int) -> Chunk | None:
         """Compare a chunk that fits in one block."""
         base_bits, target_bits = self._read(first, span)
         positions = np.empty(span, np.uint32)
@@ -206,13 +216,13 @@ class Comparison:
         self._hash(base_bits, target_bits, first, len(before))
         if not len(before):
             return None
-        return self._encode_known(first, span, positions[: len(before)], before, after, values)
+        return self.encode_known(first, span, positions[: len(before)], before, after)
 
     def _compare_chunk(self, first: int, span: int) -> Chunk | None:
         dtype = self._dtype
-        values = self._values if first < self._keep else "target"
         if span <= len(self._base_block):
-            return self._compare_block(first, span, values)
+            return self._compare_block(first, span)
+        values = self._values if first < self._keep else "target"
         # np.empty takes no memory until a page is written, so a sparse chunk takes little.
         positions = np.empty(span, np.uint32)
         codes = np.empty(span, dtype.view)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference_decoder
 import torch
 import torch.distributed as dist
 import transformers
 from rank_helpers import RankPool
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -400,6 +401,82 @@ def test_a_sharded_model_is_exported_as_one_delta(
     assert all(same_bits(rebuilt[name], weights[name]) for name in weights)
     before = load_file(tmp_path / "base" / "model.safetensors")
     assert nnz == sum(int((before[name] != rebuilt[name]).sum()) for name in before)
+    delta_bytes = (tmp_path / "delta.sd").read_bytes()
+    with sparsedelta.load(tmp_path / "delta.sd") as delta:
+        assert delta.info["mean_change"]
+        alone = sparsedelta.diff(tmp_path / "base", tmp_path / "out", info=delta.info)
+    assert alone.to_bytes() == delta_bytes
+    alone.close()
+
+
+def bert_of(folder: Path, n_ranks: int) -> Any:
+    make: Any = transformers.AutoModelForSequenceClassification
+    model = make.from_pretrained(folder / "base", dtype=torch.float64)
+    if n_ranks > 1:
+        for layer in model.bert.encoder.layer:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (n_ranks,)))
+        fully_shard(model, mesh=init_device_mesh("cpu", (n_ranks,)))
+    return model
+
+
+def exported_alike(rank: int, folder: Path, n_ranks: int, name: str) -> int:
+    """Train with the same batches on all ranks, so that the mean gradient has the bits of one process."""
+    model = bert_of(folder, n_ranks)
+    given: dict[str, Any] = {"exception": ["LayerNorm"], "selection": "random"}
+    with SIFT(model, 0.1, ["query", "intermediate", "word_embeddings"], **given) as sift:
+        optimizer = torch.optim.SGD(sift.parameters_in_optimizer(), lr=0.1)
+        for batch in bert_batches(3):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        more: Any = {
+            "base_id": "org/model",
+            "info": {"a": 1},
+            "save_target": folder / f"{name}-out",
+        }
+        return export_delta(model, folder / f"{name}.sd", sift=sift, base=folder / "base", **more)
+
+
+def test_ranks_export_the_bytes_of_one_process(
+    pool: RankPool, pool_of_four: RankPool, tmp_path: Path
+) -> None:
+    make_bert(tmp_path / "base", torch.float64)
+    model = bert_of(tmp_path, 1)
+    model.config.problem_type = "single_label_classification"  # else its forward pass sets it
+    model.save_pretrained(tmp_path / "base")
+    nnz = exported_alike(0, tmp_path, 1, "one")
+    assert pool.results(exported_alike, tmp_path, 2, "two") == [nnz] * 2
+    assert pool_of_four.results(exported_alike, tmp_path, 4, "four") == [nnz] * 4
+    reference_decoder.apply(tmp_path / "base", tmp_path / "four.sd", tmp_path / "reference")
+    expected = (tmp_path / "one.sd").read_bytes()
+    for name in ("two", "four"):
+        assert (tmp_path / f"{name}.sd").read_bytes() == expected
+        for out in (f"{name}-out", "reference"):
+            found = (tmp_path / out / "model.safetensors").read_bytes()
+            assert found == (tmp_path / "one-out" / "model.safetensors").read_bytes()
+
+
+def exported_in_parallel(rank: int, folder: Path) -> int:
+    model = make_pair()
+    plan: Any = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    with SIFT(model, 0.2, exception="head.bias") as sift:
+        optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
+        steps(sift, optimizer, make_inputs(3))
+        output, base = folder / "delta.sd", folder / "model.safetensors"
+        nnz = export_delta(model, output, sift=sift, base=base, save_target=folder / "out")
+        held = whole(model)
+        if not rank:
+            save_file(held, folder / "target.safetensors", {"format": "pt"})
+        return nnz
+
+
+def test_tensor_parallel_ranks_export_one_delta(pool: RankPool, tmp_path: Path) -> None:
+    save_file(make_pair().state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    nnz, _ = pool.results(exported_in_parallel, tmp_path)
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "target.safetensors").read_bytes()
+    with sparsedelta.load(tmp_path / "delta.sd") as delta:
+        assert delta.nnz == nnz > 0
 
 
 def test_export_refuses_a_base_that_differs_from_one_rank(pool: RankPool, tmp_path: Path) -> None:
