@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from torch.distributed.tensor.parallel import (
 import sparsedelta
 from sparsedelta.channel.ranks import RankPublisher
 from sparsedelta.errors import HeadMoved, SparseDeltaError, StructureMismatch
+from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.live.homes import Homes
 
 
@@ -206,6 +208,44 @@ def test_a_folder(ranks: RankPool, tmp_path: Path) -> None:
     sparsedelta.Follower(tmp_path / "channel", tmp_path / "out").sync()
     assert is_equal(load_file(tmp_path / "out" / "model.safetensors"), expected(2))
     assert (tmp_path / "out" / "config.json").read_text() == "{}"
+
+
+def with_a_full_disk(rank: int, root: str) -> list[str]:
+    """Let rank 0 fail while it receives the second version; then publish again."""
+    model = divided("fsdp2")
+    real, found = SpoolPayload.add_streams, []
+
+    def full(self: SpoolPayload, coded: bytes) -> int:
+        if coded:
+            raise OSError(errno.ENOSPC, "no space left")
+        return real(self, coded)
+
+    with RankPublisher(f"{root}/channel", model) as publisher:
+        first = publisher.publish(0)
+        if first:
+            first.result()
+        for step in (1, 2):
+            change(model, step)
+            if step == 1:
+                SpoolPayload.add_streams = full  # type: ignore[method-assign]
+            try:
+                publication = publisher.publish(step)
+                if publication:
+                    publication.result()
+            except (OSError, SparseDeltaError) as error:
+                found.append(type(error).__name__)
+            finally:
+                torch.distributed.barrier()
+                SpoolPayload.add_streams = real  # type: ignore[method-assign]
+    return found
+
+
+def test_a_full_disk_of_rank_0(ranks: RankPool, tmp_path: Path) -> None:
+    """The other ranks are not left waiting, and the next version has the changes too."""
+    first, second = ranks.results(with_a_full_disk, str(tmp_path))
+    assert (first, second) == (["OSError"], [])
+    sparsedelta.Follower(tmp_path / "channel", tmp_path / "out").sync()
+    assert is_equal(load_file(tmp_path / "out"), expected(3))
 
 
 def killed(rank: int, root: str, who: int, at: str) -> None:
