@@ -8,7 +8,7 @@ BENCH := $(VENV)-bench
 INTEROP := $(VENV)-interop
 BROWSER := tests/browser/node_modules
 OLDEST := $(VENV)-oldest
-# All but those that need packages of other groups, or take long and depend on no version.
+# All but those that need packages of other groups, or take long and depend on no version. Old packages warn of newer ones.
 OLDEST_TESTS ?= tests/codecs tests/format tests/files tests/tensors tests/ops tests/conformance tests/live tests/train tests/report
 
 .PHONY: demo docs dist test browser-test test-hub-1x test-oldest test-deep test-fused compatibility sanitize fuzz lint format bench bench-quick gpu-rehearse interop vectors clean
@@ -39,7 +39,7 @@ test-hub-1x: $(HUB_1X)/.ready
 
 # The lowest version of each package that pyproject.toml accepts; docs/compatibility.md says what is tested with what.
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest -n auto $(OLDEST_TESTS)
+	$(OLDEST)/bin/python -m pytest -n auto -W default --ignore tests/train/test_gpu_benchmark.py $(OLDEST_TESTS)
 
 # Property tests with 20 times the examples, other ones in every run; those that fail are kept in .hypothesis.
 test-deep: $(READY)

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from synthetic import ULP_SUCCESS
 
 import sparsedelta
+from sparsedelta.codecs import choice as choosing
 from sparsedelta.codecs import chunk as coding
 from sparsedelta.codecs.context import ChunkContext, Stream
 from sparsedelta.codecs.indices import INDEX_ENCODINGS
@@ -36,6 +37,7 @@ from sparsedelta.tensors import compare
 
 NAMES = (*INDEX_ENCODINGS, *VALUE_PACKINGS)
 SHAPE, N = (2048, 1024), 1 << 21
+MOST_LOST = 1.01  # the encoder chooses by a sample of a large chunk
 N_TINY = 150  # number of tensors in a checkpoint of tiny tensors
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
 _encode = coding.encode_chunk
@@ -86,8 +88,8 @@ def note(found: list[Parts], span: coding.Span, at: Any, codes: Any, **rest: Any
             if streams is not None:
                 parts[1].append(candidate(name, classes, is_tried, streams))
     made, coded = _encode(span, at, codes, **rest)
-    if sum(c.n_bytes for c in choice(parts)) != made.stored_bytes:
-        raise AssertionError("this script and the encoder make different choices")
+    if made.stored_bytes > MOST_LOST * sum(c.n_bytes for c in choice(parts)):
+        raise AssertionError("the encoder's choice is not the smallest")
     found.append(parts)
     return made, coded
 
@@ -103,7 +105,7 @@ def choice(parts: Parts, without: str = "") -> list[Candidate]:
                 min((c for c in usable if with_classes or not c.classes), key=lambda c: c.n_bytes)
             )
     apart, smallest = sum(c.n_bytes for c in kept[:2]), sum(c.n_bytes for c in kept[2:])
-    enough = max(coding._CLASSES_SAVE_BYTES, coding._CLASSES_SAVE * apart)
+    enough = max(choosing.CLASSES_SAVE_BYTES, choosing.CLASSES_SAVE * apart)
     return kept[2:] if apart - smallest >= enough else kept[:2]
 
 

@@ -49,7 +49,7 @@ TASKS = {
 }
 SAME, RENAMED, CONVERTED = "the module's own", "renamed", "converted"
 EXACT, REFUSED, WRONG = "exact", "refused", "wrong"
-MAX_ELEMENTS = 60_000_000
+MAX_ELEMENTS = 110_000_000
 SHARE_OF_STEP = 0.05  # of the components that SIFT trains
 TEXT = """# Architectures
 

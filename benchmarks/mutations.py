@@ -24,6 +24,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 
@@ -375,6 +376,8 @@ def main() -> int:
         "--kept", type=Path, help="folder for the mutants with which something was found"
     )
     options = parser.parse_args()
+    if options.guided and find_spec("atheris") is None:
+        parser.error("--guided needs atheris, which `make fuzz` installs")
     torch.set_num_threads(1)
     with work_folder(options.work_dir, keep=options.keep) as work:
         kept = options.kept or work / "kept"

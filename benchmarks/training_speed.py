@@ -1,6 +1,6 @@
 """Measures each option that saves time or memory in instruction tuning, one at a time.
 
-Runs ``examples/instruct.py`` on a Llama of random weights and on synthetic instructions, whose
+Runs ``examples/recipes/instruct.py`` on a Llama of random weights and on synthetic instructions, whose
 lengths are distributed as Alpaca's. Each option runs in its own process.
 
     OMP_NUM_THREADS=1 python benchmarks/training_speed.py
@@ -20,7 +20,7 @@ import torch
 import transformers
 from measuring import ROOT, options_for, table, work_folder, write_result
 
-SCRIPT = ROOT / "examples" / "instruct.py"
+SCRIPT = ROOT / "examples" / "recipes" / "instruct.py"
 N_WORDS = 32_000  # the vocabulary of LLaMA
 N_EXAMPLES = 256
 MAX_TOKENS = 512

@@ -21,6 +21,7 @@ from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, Plan, plan
 from sift_train.model import from_pretrained, get_sift_model
 from sift_train.ranks.checkpoint import load_sharded, save_sharded
+from sift_train.reselection import Reselection
 from sift_train.rules import RULES, Rule, principal
 from sift_train.sift import SIFT
 from sift_train.sift_config import SiftConfig
@@ -38,6 +39,7 @@ __all__ = [
     "MemoryReport",
     "Plan",
     "PublishCallback",
+    "Reselection",
     "Rule",
     "SiftCallback",
     "SiftConfig",

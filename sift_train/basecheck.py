@@ -215,12 +215,7 @@ def model_folder(model: nn.Module, base: Path, sift: SIFT | None = None) -> Path
 
 def _first_values(parameter: Tensor, part: SparseParameter | None) -> Tensor:
     """Return a parameter's values from before training, on its device."""
-    now = parameter.detach()
-    if part is None or part.original is None:
-        return now
-    flat = now.reshape(-1).clone()
-    flat[part.flat_index.long()] = part.original.to(flat.device)
-    return flat.view(now.shape)
+    return parameter.detach() if part is None else part.before_training
 
 
 def _tensors(places: Mapping[str, Path], wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sift_train.lr_transfer import LearningRate
 from sift_train.masters import SparseParameter
@@ -25,6 +26,7 @@ from sift_train.ranks.scores import (
 )
 from sift_train.ranks.shard import Shard, whole_or_self
 from sift_train.ranks.threshold import top_k_of_shards
+from sift_train.reselector import Reselector, check_movable
 from sift_train.rules import Rule
 from sift_train.scores import GradientScores
 from sift_train.selection import (
@@ -79,6 +81,7 @@ class Chooser:
         self._parts = parts
         self._rate = rate
         self._block = block
+        self._budget = budget
         self._is_by_rows = budget == "row"
         self._rule = rule
         self._seed = seed
@@ -146,6 +149,30 @@ class Chooser:
         for name in list(self._scores):
             self._choose(self._parts[name], self._scores.pop(name))
 
+    def reselector(
+        self, optimizer: Optimizer, rule: Rule, *, share: float, drop: str, keeps: bool, number: int
+    ) -> Reselector:
+        """Return what moves this choice once; the arguments are those of ``Reselector``."""
+        return Reselector(
+            self._parts,
+            optimizer,
+            rule,
+            share=share,
+            drop=drop,
+            keeps=keeps,
+            budget=self._budget,
+            seed=self._seed,
+            number=number,
+        )
+
+    def check_movable(self, optimizer: Optimizer) -> None:
+        """Check that this choice can move.
+
+        Raises:
+            ValueError: it cannot, see ``reselector.check_movable``.
+        """
+        check_movable(self._parts, self._block, optimizer)
+
     def clear(self) -> None:
         """Drop the scores and gradients added so far."""
         self._scores.clear()
@@ -204,7 +231,7 @@ class Chooser:
             self._use(part, scores)
         elif has_scores([part], [scores]):
             generator = seeded_generator(self._seed, part.name)
-            part.take_up(self._best(part, scores.total, generator))
+            part.take_up(self._best(part, scores.ranking, generator))
             self._use(part, scores)
         else:
             _mark_overflow(part, scores)
@@ -221,7 +248,7 @@ class Chooser:
                 _mark_overflow(self._parts[name], score)
             return
         self._choose_together(
-            {name: self._drawn(parts[name], score.total) for name, score in scores.items()}
+            {name: self._drawn(parts[name], score.ranking) for name, score in scores.items()}
         )
         for name, score in scores.items():
             self._use(self._parts[name], score)

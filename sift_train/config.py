@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from sift_train.chooser import BUDGETS
 from sift_train.groups import DECAYS
+from sift_train.lean import check_masters
+from sift_train.reselection import Reselection, find_reselection
 from sift_train.rules import Selection, find_rule
 from sift_train.selection import n_selected
 from sift_train.structure import Block, check_block
@@ -26,7 +28,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
 REDUCE_DTYPES = ("fp32", "bf16")
 
-PlainJSON = bool | int | float | str | list[float] | list[str] | None
+PlainJSON = bool | int | float | str | list[float] | list[str] | dict[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +49,15 @@ class FitConfig:
         budget: ``"tensor"``: the rate holds for each tensor; ``"row"``: for each row; ``"global"``: for all
             tensors together.
         block: choose whole ``"row"``s, ``"column"``s or blocks of (height, width), as ``SIFT`` does.
+        reselection: when and how the choice moves during the training: a ``Reselection``, a mapping of its settings, or
+            a preset's name, ``"lift"`` or ``"spiel"``; None: never. ``selection_batches`` micro-batches, fewer at the
+            end of a pass, rank by gradients, and as many further ones measure the share of ``lr_transfer`` anew.
         optimizer: ``"adamw"``, ``"sgd"``, ``"adafactor"``, or a function that takes parameter
             groups and returns an optimizer.
         lr: peak learning rate.
         lr_transfer: ``lr`` is a learning rate of full fine-tuning. For parameters trained sparsely it is divided by
             the share of the sum of |gradient| that the chosen components hold, as ``SIFT`` does.
+        masters: ``"fp32"``, or masters that need less memory, ``"stochastic"`` or ``"kahan"``, as for ``SIFT``.
         weight_decay: applied to trained components of matrices, not to 1-D parameters.
         decay_to: weight decay moves weights toward ``"zero"``, or toward the ``"base"`` weights.
         betas, eps: settings of AdamW.
@@ -94,9 +100,11 @@ class FitConfig:
     selection_batches: int = 4
     budget: str = "tensor"
     block: Block | None = None
+    reselection: Reselection | Mapping[str, Any] | str | None = None
     optimizer: str | Callable[[list[dict[str, Any]]], Optimizer] = "adamw"
     lr: float = 2e-4
     lr_transfer: bool = True
+    masters: str = "fp32"
     weight_decay: float = 0.0
     decay_to: str = "zero"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -125,6 +133,8 @@ class FitConfig:
     def __post_init__(self) -> None:
         n_selected(1, self.sparse_rate)
         find_rule(self.selection)
+        check_masters(self.masters)
+        object.__setattr__(self, "reselection", find_reselection(self.reselection))
         if isinstance(self.optimizer, str):
             _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("budget", self.budget, BUDGETS)
@@ -259,6 +269,8 @@ class FitResult:
 def _plain(value: Any) -> PlainJSON:
     if isinstance(value, re.Pattern):
         return f"{REGEX}{value.pattern}"
+    if isinstance(value, Reselection):
+        return {name: _plain(each) for name, each in vars(value).items()}
     if isinstance(value, Mapping | Delta):
         return "mask"
     if isinstance(value, PathLike):

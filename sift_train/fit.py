@@ -201,6 +201,7 @@ def _sift(model: nn.Module, config: FitConfig) -> SIFT:
         seed=config.seed,
         reduce_dtype=torch.bfloat16 if config.reduce_dtype == "bf16" else None,
         lr_transfer=config.lr_transfer,
+        masters=config.masters,
     )
 
 

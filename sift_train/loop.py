@@ -37,6 +37,7 @@ from sift_train.ranks.batches import check_same_batches
 from sift_train.ranks.fitting import has_shards, restore_shards, saved_shards, shares
 from sift_train.ranks.group import network_errors_explained
 from sift_train.ranks.sync import CHECK_EVERY
+from sift_train.reselection import find_reselection, needs_gradients
 from sift_train.sift import SIFT
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class Run:
         self._accelerator = accelerator
         self._sift = sift
         self._config = config
+        self._reselection = find_reselection(config.reselection)
         self._data = data
         self._ranks = sift.ranks
         self._is_sharded = has_shards(sift.model)
@@ -130,9 +132,12 @@ class Run:
                 elif self._config.eval_before:
                     self._evaluate()
                 if self._publishing:
-                    self._publishing.start(model, self._n_done, self._sift)
+                    # A choice that moves says nothing about what changes.
+                    fixed = self._sift if self._reselection is None else None
+                    self._publishing.start(model, self._n_done, fixed)
                 n_left = 0 if self._must_stop else self._n_steps - self._n_done
                 for window in islice(self._batches.windows(), n_left):
+                    self._reselect_if_due(window)
                     self._step(window)
                     self._evaluate_if_due()
                     self._save_if_due(is_last=self._must_stop)
@@ -152,11 +157,34 @@ class Run:
         """Choose the components with these micro-batches, then restore random state and buffers."""
         if all(part.is_selected for part in self._sift.sparse_mapping.values()):
             return
+        self._score(batches, self._sift.selecting())
+
+    def _score(self, batches: list[Any], collecting: AbstractContextManager[None]) -> None:
+        """Run backward passes that are not trained on; restore random state."""
         check_same_batches(batches, self._ranks)
-        with kept_random_state(), self._sift.selecting():
+        with kept_random_state(), collecting:
             for batch, weight in self._own(batches):
                 loss: Any = self._forward(batch)
                 (loss if weight else loss * 0.0).backward()
+
+    def _reselect_if_due(self, window: list[Any]) -> None:
+        """Move the choice before a step, by the step's micro-batches and those that follow in the pass."""
+        settings = self._reselection
+        share = 0.0 if settings is None else settings.share_after(self._n_done, self._n_steps)
+        parts = self._sift.sparse_mapping.values()
+        if settings is None or not share or all(part.trains_all for part in parts):
+            return
+        self._read_losses()  # weights of a bad loss are not reverted
+        n = self._config.selection_batches
+        n_ranking = n if needs_gradients(settings.grow) else 0
+        n_measuring = n if self._config.lr_transfer else 0
+        ahead = self._batches.peek(max(n_ranking + n_measuring - len(window), 0))
+        batches = [*window, *ahead]
+        moving = settings.applied(self._sift, self._own_optimizer, share)
+        self._score(batches[:n_ranking], moving)
+        further = batches[n_ranking:][:n_measuring]
+        if further:
+            self._score(further, self._sift.measuring_share())
 
     def _own(self, batches: list[Any]) -> Iterator[tuple[Any, float]]:
         """Yield the micro-batches that this rank trains on, and how often their loss counts, 1 or 0 times."""
@@ -170,6 +198,8 @@ class Run:
     def _set_up(self) -> None:
         self._own_optimizer = build_optimizer(self._sift, self._config)
         self._sift.attach(self._own_optimizer)
+        if self._reselection is not None:
+            self._sift.check_reselecting(self._own_optimizer)
         # First the schedule: it wraps the optimizer's step, which accelerate then keeps.
         self._schedule = build_schedule(self._own_optimizer, self._config, self._n_steps)
         self._optimizer = self._accelerator.prepare_optimizer(self._own_optimizer)

@@ -29,6 +29,7 @@ class LearningRate:
     Attributes:
         share: share of the sum of |gradient| over the sparsely trained parameters that their chosen
             components hold, above 0 to 1; None until it is measured.
+        has_moved: whether a re-selection has moved the choice, which is not uniform then.
 
     Args:
         parts: the trained parameters by name; dense ones keep the learning rate as stated.
@@ -38,15 +39,20 @@ class LearningRate:
 
     def __init__(self, parts: Mapping[str, SparseParameter], *, is_uniform: bool) -> None:
         self.share: float | None = None
+        self.has_moved = False
         self._parts = {name: part for name, part in parts.items() if not part.is_dense}
         self._masters = {id(part.master) for part in self._parts.values()}
-        self._is_uniform = is_uniform
+        self._starts_uniform = is_uniform
         self._sums: dict[torch.device, Tensor] = {}
         # While an optimizer steps: the groups that are scaled, those that they are parts of, and their rates as stated;
         # the optimizer and its own groups.
         self._stated: list[tuple[dict[str, Any], dict[str, Any], Any]] = []
         self._groups: tuple[Optimizer, list[dict[str, Any]]] | None = None
         self._is_logged = False
+
+    @property
+    def _is_uniform(self) -> bool:
+        return self._starts_uniform and not self.has_moved
 
     def add(self, part: SparseParameter, magnitudes: Tensor, *, n_ranks: int = 1) -> None:
         """Add gradients of a parameter whose components are chosen; no effect once the share is known.
@@ -99,6 +105,12 @@ class LearningRate:
             if self.share is None:
                 self.share = before
                 self._sums.clear()
+
+    def forget(self) -> None:
+        """Measure the share anew by the gradients that are added from now on; the choice has moved."""
+        self.share = None
+        self.has_moved = True
+        self._sums.clear()
 
     def scale(self, optimizer: Optimizer) -> None:
         """Divide the learning rates of sparsely trained parameters by the share, until ``restore``.

@@ -1,20 +1,23 @@
 """``SparseParameter``: one parameter and the fp32 master of its selected components.
 
 The optimizer sees only the master. After a write-back the parameter holds the master, rounded to
-the parameter's dtype, at the selected positions, and its original bits everywhere else. Indices are
+the parameter's dtype, at the selected positions, and its original bits everywhere else, apart from
+components that were dropped and keep their trained value. Indices are
 relative to the parameter; if it is a shard, the caller adds the shard's offset for global indices.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sift_train.bits import bits_of
+from sift_train.kept import Kept, find
+from sift_train.lean import Lean
 from sift_train.ranks.shard import local_part, shard_of
 from sift_train.selection import index_dtype
 
@@ -28,6 +31,8 @@ class SparseParameter:
         master: the tensor that the optimizer trains, shape (k,), fp32 (fp64 for an fp64 parameter).
         original: values of the selected components before training, shape (k,), in the parameter's
             dtype. On the CPU, unless weight decay goes toward the base. None before the selection.
+        lean: what is kept in place of the masters, which have no values between the steps then; None: they have.
+        kept: components that were trained before, are dropped and keep their trained value; None if there are none.
         is_dense: whether every component is trained; a selection must then contain all of them.
         shard: where this rank's part of the parameter lies; None if the parameter is not sharded. Masters
             and indices are then those of this part.
@@ -43,6 +48,7 @@ class SparseParameter:
         *,
         is_dense: bool = False,
         n_matrices: int = 1,
+        lean: Lean | None = None,
     ) -> None:
         self.name = name
         self.parameter = parameter
@@ -53,8 +59,10 @@ class SparseParameter:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         own = self.local.numel()
         n = train_num if self.shard is None else train_num * own // max(self.shard.numel, 1)
-        self.master = nn.Parameter(self.local.new_zeros(n, dtype=dtype))
+        self.lean = lean
+        self.master = nn.Parameter(self._new_master(n, dtype))
         self.original: Tensor | None = None
+        self.kept: Kept | None = None
         self._index: Tensor | None = (
             None  # (k,) flat; None before the selection, or if all are trained
         )
@@ -90,7 +98,7 @@ class SparseParameter:
         if self.original is None:
             return False
         before = self.original.to(self.master.device, self.master.dtype)
-        return not torch.equal(before.nan_to_num(), self.master.detach().nan_to_num())
+        return not torch.equal(before.nan_to_num(), self.data.nan_to_num())
 
     @property
     def flat_index(self) -> Tensor:
@@ -140,8 +148,36 @@ class SparseParameter:
 
     @property
     def data(self) -> Tensor:
-        """The data of the master, not a copy."""
-        return self.master.data
+        """The data of the master, not a copy; with ``lean``, between the steps, what it will be in the next one."""
+        if self.lean is None or self.lean.is_loaded or not self.is_selected:
+            return self.master.data
+        return self.lean.masters_of(self._gather(self.parameter), self.master.dtype)
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether something else has given a lean master values between the steps."""
+        is_empty = self.lean is not None and not self.lean.is_loaded
+        return is_empty and self.train_num > 0 and self.master.stride() != (0,)
+
+    def load(self) -> None:
+        """Give a lean master its values for a step."""
+        if self.lean is not None and self.is_selected and not self.lean.is_loaded:
+            self.master.data = self.data
+            self.lean.is_loaded = True
+            self._written_version = self.master._version
+
+    def release(self) -> None:
+        """Free the values of a lean master after a step, once they are written."""
+        if self.lean is not None:
+            self.lean.is_loaded = False
+            self.master.data = self._new_master(self.train_num, self.master.dtype)
+            self._written_version = self.master._version
+
+    def _new_master(self, n: int, dtype: torch.dtype) -> Tensor:
+        """Return zeros, shape (n,); with ``lean`` NaNs in the memory of one, which cannot be written to."""
+        if self.lean is None:
+            return self.local.new_zeros(n, dtype=dtype)
+        return self.local.new_full((), math.nan, dtype=dtype).expand(n)
 
     def choose(self, index: Tensor) -> None:
         """Set the trained components, and copy their current values to the master.
@@ -181,7 +217,7 @@ class SparseParameter:
     def take_up(self, index: Tensor) -> None:
         """Set the trained components as ``choose`` does, without checking the index."""
         if len(index) != self.train_num:
-            self.master.data = self.master.new_zeros(len(index))
+            self.master.data = self._new_master(len(index), self.master.dtype)
             self.master.grad = None
         self._index = None
         if not self.trains_all:
@@ -189,9 +225,70 @@ class SparseParameter:
         with torch.no_grad():
             selected = self._gather(self.parameter)
             self.original = selected.to("cpu", copy=True)
-            self.master.copy_(selected)
+            if self.lean is None:
+                self.master.copy_(selected)
+            else:
+                self.lean.begin(selected)
         self._written_version = self.master._version
         self._seen_version = self.local._version
+
+    def move(self, index: Tensor, *, keeps: bool) -> Callable[[Tensor], Tensor] | None:
+        """Train other components from now on; the masters of those that stay are not changed.
+
+        The parameter must hold the masters, as after a step. The gradient of the masters is dropped.
+
+        Args:
+            index: flat, strictly increasing, on the CPU.
+            keeps: dropped components keep their trained value; otherwise they get their original one.
+
+        Returns:
+            A function that carries a tensor of a value for each component, shape (k,), over to the new ones; those
+            that were not trained before get 0. None if the components are the same.
+
+        Raises:
+            ValueError: the components are not selected yet.
+        """
+        before = self.flat_index.cpu()
+        if torch.equal(before, index) or self.original is None:
+            return None
+        at, stays = find(before, index)
+        is_dropped = torch.ones(len(before), dtype=torch.bool)
+        is_dropped[at[stays]] = False
+        self._drop(before[is_dropped], self.original.cpu()[is_dropped], keeps=keeps)
+
+        def carry(old: Tensor) -> Tensor:
+            if not len(old):
+                return old.new_zeros(len(index))
+            return torch.where(stays.to(old.device), old[at.to(old.device)], 0)
+
+        masters, original = self.data.clone(), self.original.cpu()
+        self.take_up(index)
+        held: Tensor = self.original
+        if self.kept is not None:
+            held, self.kept = self.kept.taken(index, held)
+        self._set_masters(torch.where(stays.to(masters.device), carry(masters), self.data))
+        self.original = torch.where(stays, original[at], held) if len(original) else held
+        self.master.grad = None
+        return carry
+
+    def _set_masters(self, masters: Tensor) -> None:
+        """Set the masters, shape (k,), to values of which the parameter holds the rounded ones."""
+        with torch.no_grad():
+            if self.lean is None:
+                self.master.copy_(masters)
+            else:
+                self.lean.keep_error(masters, self._gather(self.parameter))
+        self._written_version = self.master._version
+
+    def _drop(self, index: Tensor, original: Tensor, *, keeps: bool) -> None:
+        """Give components their originals back, or note those that keep another value."""
+        values = _take(self.parameter, index.to(self.local.device))
+        if not keeps:
+            self._put(index.to(self.local.device), original.to(self.local.device))
+            return
+        is_changed = ~_equal_bits(values.cpu(), original)
+        kept = self.kept or Kept(index[:0], original[:0])
+        self.kept = kept.with_more(index[is_changed], original[is_changed])
 
     @property
     def numel(self) -> int:
@@ -239,7 +336,11 @@ class SparseParameter:
                 keeps its values. The host does not read it. None means True.
         """
         values = self.master.detach()
-        if may_write is not None:
+        if self.lean is not None:
+            if not self.lean.is_loaded:
+                return  # the parameter holds all there is
+            values = self.lean.rounded(values, self._gather(self.parameter), may_write)
+        elif may_write is not None:
             held = self._gather(self.parameter)
             values = torch.where(may_write, values.to(held.dtype), held)
         self._scatter(values)
@@ -262,13 +363,18 @@ class SparseParameter:
         return self.is_selected and self._seen_version != self.local._version
 
     def adopt(self) -> None:
-        """Copy the selected components of the parameter to the master where they differ in bits."""
+        """Copy the selected components of the parameter to the master where they differ in bits.
+
+        With ``lean`` they are the masters from then on.
+        """
         held = self._gather(self.parameter)
         with torch.no_grad():
-            rounded = self.master.detach().to(held.dtype)
-            self.master.copy_(
-                torch.where(_equal_bits(held, rounded), self.master, held.to(self.master.dtype))
-            )
+            if self.lean is not None:
+                self.lean.begin(held)
+                self.release()
+            else:
+                same = _equal_bits(held, self.master.detach().to(held.dtype))
+                self.master.copy_(torch.where(same, self.master, held.to(self.master.dtype)))
         self._written_version = self.master._version
         self._seen_version = self.local._version
 
@@ -279,7 +385,13 @@ class SparseParameter:
             return
         was_behind, gradient = self.is_behind, self.master.grad
         self.master.grad = None
-        self.master.data = self.master.data.to(device)
+        if self.lean is not None:
+            self.lean.follow(device)
+        self.master.data = (
+            self.master.data.to(device)
+            if self.lean is None or self.lean.is_loaded
+            else self._new_master(self.train_num, self.master.dtype)
+        )
         self.master.grad = None if gradient is None else gradient.to(device)
         if self._index is not None:
             self._index = self._index.to(device)
@@ -294,6 +406,8 @@ class SparseParameter:
     @property
     def differs(self) -> bool:
         """Whether the selected weights differ in bits from the master rounded to their dtype."""
+        if self.lean is not None and not self.lean.is_loaded:
+            return False
         held = self._gather(self.parameter)
         return not _same_bits(held, self.master.detach().to(held.dtype))
 
@@ -302,28 +416,77 @@ class SparseParameter:
         """Mean |change| of the components whose bits changed; None if none or not finite."""
         if self.original is None:
             return None
-        return mean_change(self.original.cpu(), self._gather(self.parameter).cpu())
+        index, original = self._touched
+        return mean_change(original.cpu(), _take(self.parameter, index).cpu())
+
+    @property
+    def change(self) -> Tensor:
+        """|master - original| of each component, shape (k,), in the master's dtype, on its device.
+
+        Raises:
+            ValueError: the components are not selected yet.
+        """
+        if self.original is None:
+            raise ValueError(f"the components of {self.name!r} are not selected yet")
+        return (self.data - self.original.to(self.master)).abs()
+
+    @property
+    def saved_masters(self) -> Tensor:
+        """The masters, shape (k,); with ``lean`` the weights, of which the rounding errors are apart."""
+        return self.master.detach() if self.lean is None else self._gather(self.parameter)
+
+    @property
+    def kept_state(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Flat indices, originals and values of the dropped components that are kept, shape (m,); None if none are."""
+        if self.kept is None:
+            return None
+        values = _take(self.parameter, self.kept.index.to(self.local.device))
+        return self.kept.index, self.kept.original, values
+
+    @property
+    def before_training(self) -> Tensor:
+        """The parameter with its values from before training: a copy, or the data itself if nothing is selected."""
+        now = self.local
+        if self.original is None:
+            return now
+        flat = now.reshape(-1).clone()
+        index, original = self._touched
+        flat[slice(None) if index is None else index.long()] = original.to(flat.device)
+        return flat.view(now.shape)
+
+    @property
+    def _touched(self) -> tuple[Tensor | None, Tensor]:
+        """Flat indices, increasing, of all components that may differ from the base, and their originals; None: all of them."""
+        if self.original is None:
+            raise ValueError(f"the components of {self.name!r} are not selected yet")
+        if self.kept is None or self._index is None:
+            return self._index, self.original
+        index, order = torch.cat([self._index, self.kept.index.to(self._index.device)]).sort()
+        original = torch.cat([self.original, self.kept.original.to(self.original.device)])
+        return index, original[order.to(original.device)]
 
     def changes(self, n: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the originals and the current values of ``n`` components at a time, on the CPU."""
         if self.original is None:
             return
         flat = self.local.reshape(-1)
-        for start in range(0, self.train_num, n):
+        index, original = self._touched
+        for start in range(0, len(original), n):
             own = slice(start, start + n)
-            now = flat[own] if self._index is None else flat.index_select(0, self._index[own])
-            yield self.original[own].cpu(), now.cpu()
+            now = flat[own] if index is None else flat.index_select(0, index[own])
+            yield original[own].cpu(), now.cpu()
 
     def first_values(self, start: int, end: int) -> Tensor:
         """Return a copy on the CPU of elements of ``local``, flat, as they were before training, shape (end - start,)."""
         values = self.local.reshape(-1)[start:end].to("cpu", copy=True)
         if self.original is None:
             return values
-        if self._index is None:
-            return self.original[start:end].to("cpu", copy=True)
-        edges = torch.tensor([start, end], dtype=self._index.dtype, device=self._index.device)
-        low, high = torch.searchsorted(self._index, edges).tolist()
-        values[self._index[low:high].cpu().long() - start] = self.original[low:high].cpu()
+        index, original = self._touched
+        if index is None:
+            return original[start:end].to("cpu", copy=True)
+        edges = torch.tensor([start, end], dtype=index.dtype, device=index.device)
+        low, high = torch.searchsorted(index, edges).tolist()
+        values[index[low:high].cpu().long() - start] = original[low:high].cpu()
         return values
 
     def decay_to_original(self, share: float) -> None:
@@ -343,16 +506,26 @@ class SparseParameter:
     def revert(self) -> None:
         """Restore the original bits of the selected components, also in the master."""
         if self.original is not None:
-            self._scatter(self.original.to(self.parameter.device))
-            self.master.data.copy_(self.original)
+            self.swap_original()
+            self.kept = None
+            self._set_masters(self.original.to(self.master))
 
-    def restore(self, index: Tensor | None, original: Tensor, master: Tensor) -> None:
+    def restore(
+        self,
+        index: Tensor | None,
+        original: Tensor,
+        master: Tensor,
+        kept: tuple[Kept, Tensor] | None = None,
+        compensation: Tensor | None = None,
+    ) -> None:
         """Restore a saved index, originals and masters, and write the masters to the parameter.
 
         Args:
             index: as for ``choose``; None if all components are trained.
             original: values of the components before training, shape (k,).
             master: values of the master, shape (k,).
+            kept: the components that are dropped and keep another value, and these values, shape (m,).
+            compensation: what rounding has cut off the masters, shape (k,).
 
         Raises:
             ValueError: the parameter holds neither the originals nor the masters at these
@@ -362,8 +535,23 @@ class SparseParameter:
         self.original = None
         numel = self.local.numel()
         self.choose(torch.arange(numel, dtype=index_dtype(numel)) if index is None else index)
-        found = self._gather(self.parameter.detach()).cpu()
-        rounded = master.cpu().to(found.dtype)
+        self._check_holds(self._index, original, master)
+        if kept is not None:
+            self.kept, values = kept
+            at = self.kept.index.to(self.local.device)
+            self._check_holds(at, self.kept.original, values)
+            self._put(at, values.to(self.local.device))
+        self.original = original.cpu().clone()
+        own = master.to(self.master)
+        self._scatter(own)
+        if compensation is not None:
+            own = own + compensation.to(own)
+        self._set_masters(own)
+
+    def _check_holds(self, index: Tensor | None, original: Tensor, trained: Tensor) -> None:
+        """Check that the parameter holds each component's original or trained value."""
+        found = _take(self.parameter, index).cpu()
+        rounded = trained.cpu().to(found.dtype)
         if original.shape != found.shape or original.dtype != found.dtype:
             raise ValueError(
                 f"the saved {self.name!r} has {original.numel()} components of {original.dtype}, "
@@ -374,34 +562,37 @@ class SparseParameter:
                 f"{self.name!r} does not hold the weights with which the saved run began; "
                 "load the same base"
             )
-        self.original = original.cpu().clone()
-        with torch.no_grad():
-            self.master.copy_(master)
-        self.write()
 
     def swap_original(self, values: Tensor | None = None) -> Tensor:
-        """Write values (default: the originals) to the selected positions; return the old values.
+        """Write values (default: the originals) to all positions that may differ; return the old values.
 
         Raises:
             ValueError: the components are not selected yet.
         """
-        if self.original is None:
-            raise ValueError(f"the components of {self.name!r} are not selected yet")
-        before = self._gather(self.parameter.detach()).clone()
-        self._scatter((self.original if values is None else values).to(self.parameter.device))
+        index, original = self._touched
+        before = _take(self.parameter, index).clone()
+        self._put(index, (original if values is None else values).to(self.parameter.device))
         return before
 
     def _gather(self, tensor: Tensor) -> Tensor:
-        flat = local_part(tensor).reshape(-1)
-        return flat if self._index is None else flat.index_select(0, self._index)
+        return _take(tensor, self._index)
 
     def _scatter(self, values: Tensor) -> None:
+        self._put(self._index, values)
+
+    def _put(self, index: Tensor | None, values: Tensor) -> None:
         flat = self.local.view(-1)
-        if self._index is None:
+        if index is None:
             flat.copy_(values)
         else:
-            flat.index_copy_(0, self._index.long(), values.to(flat.dtype))
+            flat.index_copy_(0, index.long(), values.to(flat.dtype))
         self._seen_version = self.local._version
+
+
+def _take(tensor: Tensor, index: Tensor | None) -> Tensor:
+    """Return the elements at flat indices; None: all, not copied."""
+    flat = local_part(tensor).reshape(-1)
+    return flat if index is None else flat.index_select(0, index)
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sift_train.lean import check_masters
 from sift_train.masters import SparseParameter
 from sift_train.ranks.buckets import BUCKET
 from sift_train.ranks.traffic import Traffic, traffic_of, unit_bytes
@@ -36,7 +37,7 @@ class MemoryReport:
         n_trained: number of trained components.
         n_total: number of components of the model, tied ones counted once.
         weight_bytes: parameters and buffers of the model.
-        master_bytes: masters of the trained components.
+        master_bytes: masters of the trained components; with ``masters="kahan"`` the rounding errors of 16-bit weights.
         gradient_bytes: gradients of the masters.
         optimizer_bytes: optimizer state of the masters.
         index_bytes: flat indices of the trained components; 0 for densely trained parameters.
@@ -44,9 +45,13 @@ class MemoryReport:
         selection_bytes: temporary memory, beside the gradient, for choosing the components of the
             largest tensor by one micro-batch on a GPU: the scores and the search for the largest.
         write_bytes: temporary memory for writing the largest tensor's masters back: the masters in
-            the weights' dtype, and their indices in int64, which torch's kernels require. With several devices
-            at least one bucket of gradients to send.
+            the weights' dtype, and their indices in int64, which torch's kernels require. With other masters than
+            ``"fp32"`` also all masters. With several devices at least one bucket of gradients to send.
         host_bytes: originals of the trained components; they are on the CPU.
+        publish_bytes: what publishing to a channel adds on the CPU: the published bits of the trained components and their
+            indices (which a model on the CPU shares), copies of buffers and of parameters that are trained in full, and the changes of the version
+            that is on its way if all trained components change. Tensors that are converted to be saved, such as fused
+            experts, are copied whole, which is not counted.
     """
 
     n_trained: int
@@ -60,6 +65,7 @@ class MemoryReport:
     selection_bytes: int
     write_bytes: int
     host_bytes: int
+    publish_bytes: int
 
     @property
     def trained_bytes(self) -> int:
@@ -87,6 +93,7 @@ class MemoryReport:
             ("writing back", self.write_bytes),
             ("peak without activations", self.peak_bytes),
             ("on the host: originals", self.host_bytes),
+            ("on the host to publish", self.publish_bytes),
         ]
         share = 100 * self.n_trained / self.n_total
         lines = [f"trained: {self.n_trained:,} of {self.n_total:,} components, {share:.2f} %"]
@@ -159,11 +166,11 @@ def memory_of(
     Raises:
         ValueError: the optimizer is not one of ``OPTIMIZER_STATE_BYTES``.
     """
-    rows = [
-        (part.parameter, part.train_num, part.trains_all, part.master.element_size())
-        for part in parts
-    ]
-    return MemoryReport(**_count(model, rows, optimizer))
+    rows, masters = [], "fp32"
+    for part in parts:
+        rows.append((part.parameter, part.train_num, part.trains_all, part.master.element_size()))
+        masters = masters if part.lean is None else part.lean.masters
+    return MemoryReport(**_count(model, rows, optimizer, masters))
 
 
 def plan(
@@ -176,6 +183,7 @@ def plan(
     optimizer: str = "adamw",
     devices: int = 1,
     sharded: bool = False,
+    masters: str = "fp32",
 ) -> Plan:
     """Return the memory that training would need; no weights are loaded.
 
@@ -191,6 +199,7 @@ def plan(
         optimizer: one of ``OPTIMIZER_STATE_BYTES``.
         devices: number of ranks; the plan is for each of them.
         sharded: whether FSDP2 shards the weights over them, layer by layer.
+        masters: as for ``SIFT``.
 
     Raises:
         OSError: the folder or the model does not exist.
@@ -211,19 +220,19 @@ def plan(
         k = target.n_trained(rate)
         width = torch.promote_types(target.parameter.dtype, torch.float32).itemsize
         rows.append((target.parameter, k, k == target.parameter.numel(), width))
-    counted = _count(empty, rows, optimizer)
+    counted = _count(empty, rows, optimizer, masters)
     traffic = None
     if devices != 1 or sharded:
         traffic = traffic_of(
             empty,
             [parameter for parameter, *_ in rows],
-            master_bytes=counted["master_bytes"],
+            master_bytes=counted["gradient_bytes"],
             n_trained=counted["n_trained"],
             n_devices=devices,
             sharded=sharded,
         )
     if devices > 1 and not sharded:  # one bucket of gradients is copied to be sent
-        bucket = min(counted["master_bytes"], 4 * BUCKET)
+        bucket = min(counted["gradient_bytes"], 4 * BUCKET)
         counted["write_bytes"] = max(counted["write_bytes"], bucket)
     if sharded:
         counted = _per_shard(counted, devices, unit_bytes(empty))
@@ -247,21 +256,29 @@ def _per_shard(counted: dict[str, int], n: int, unit: int) -> dict[str, int]:
 
 
 def _count(
-    model: nn.Module, rows: list[tuple[nn.Parameter, int, bool, int]], optimizer: str
+    model: nn.Module, rows: list[tuple[nn.Parameter, int, bool, int]], optimizer: str, masters: str
 ) -> dict[str, int]:
     if optimizer not in OPTIMIZER_STATE_BYTES:
         known = ", ".join(OPTIMIZER_STATE_BYTES)
         raise ValueError(f"optimizer is {optimizer!r}; choose one of {known}")
+    check_masters(masters)
     n_trained = sum(k for _, k, _, _ in rows)
-    master_bytes = sum(k * width for _, k, _, width in rows)
+    gradient_bytes = sum(k * width for _, k, _, width in rows)
+    narrow = sum(k * p.element_size() for p, k, _, width in rows if p.element_size() < width)
+    lasting = {"fp32": gradient_bytes, "stochastic": 0, "kahan": narrow}[masters]
+    writing = max(
+        (k * (8 + p.element_size()) for p, k, trains_all, _ in rows if not trains_all), default=0
+    )
+    if masters != "fp32":  # the masters exist during the step
+        writing += gradient_bytes + max(4 * k for _, k, _, _ in rows)
     chosen = [(p, k) for p, k, trains_all, _ in rows if not trains_all]
     tensors = {*model.parameters(), *model.buffers()}
     return {
         "n_trained": n_trained,
         "n_total": sum(p.numel() for p in model.parameters()),
         "weight_bytes": sum(t.numel() * t.element_size() for t in tensors),
-        "master_bytes": master_bytes,
-        "gradient_bytes": master_bytes,
+        "master_bytes": lasting,
+        "gradient_bytes": gradient_bytes,
         "optimizer_bytes": n_trained * OPTIMIZER_STATE_BYTES[optimizer],
         "index_bytes": sum(
             0 if trains_all else k * index_dtype(p.numel()).itemsize for p, k, trains_all, _ in rows
@@ -271,9 +288,30 @@ def _count(
             (p.numel() * p.element_size() + search_bytes(p.numel(), k) for p, k in chosen),
             default=0,
         ),
-        "write_bytes": max((k * (8 + p.element_size()) for p, k in chosen), default=0),
+        "write_bytes": writing,
         "host_bytes": sum(k * p.element_size() for p, k, _, _ in rows),
+        "publish_bytes": _buffer_bytes(model) + sum(_publish_bytes(p, k) for p, k, _, _ in rows),
     }
+
+
+def _publish_bytes(parameter: nn.Parameter, k: int) -> int:
+    """Return the bytes that publishing keeps of a parameter with k trained components."""
+    n, width = parameter.numel(), parameter.element_size()
+    whole = n * width
+    index = 0 if k == n else k * index_dtype(n).itemsize
+    on_its_way = min(k * (width + (4 if n <= 1 << 32 else 8)), whole)
+    return k * width + index + on_its_way
+
+
+def _buffer_bytes(model: nn.Module) -> int:
+    """Return the size of the buffers that are saved."""
+    saved = {
+        buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+    return sum(buffer.numel() * buffer.element_size() for buffer in saved)
 
 
 def _main_dtype(model: nn.Module) -> str:

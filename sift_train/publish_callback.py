@@ -24,7 +24,8 @@ class PublishCallback(TrainerCallback):
         channel: the path of a folder, or the URL of a store.
         every: optimizer steps between two versions.
         sift: the SIFT that trains the Trainer's model, if one does. Then no copy of the model is kept: only the trained
-            components are compared and published. They must be chosen when the training begins.
+            components are compared and published. They must be chosen when the training begins. After a re-selection the
+            next version is a full one.
     """
 
     def __init__(

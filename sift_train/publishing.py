@@ -59,15 +59,9 @@ class Publishing:
             model: what is published.
             step: number of the steps that it was trained.
             sift: the SIFT that trains the model, its components being chosen. The components that it does not train
-                must not change. None: any may change, and a copy of the model is kept.
+                must not change: after a re-selection the next version is a full one. None: any may change, and a copy of the model is kept.
         """
-        trained = None
-        if sift is not None:
-            trained = {
-                name: None if part.trains_all else part.flat_index
-                for name, part in sift.sparse_mapping.items()
-            }
-        self._start = partial(Publisher, self._channel, model, trained=trained)
+        self._start = partial(_publisher, self._channel, model, sift)
         self._publisher = self._start()
         self._step = step
         self._published = step if self._publisher.is_at_head else None
@@ -130,6 +124,17 @@ class Publishing:
                 self._restart(error)
                 self._last.result()
             self._published = self._step
+
+
+def _publisher(channel: Channel, model: nn.Module, sift: SIFT | None) -> Publisher:
+    """Return a publisher; that of a SIFT compares the components that are trained now."""
+    trained = None
+    if sift is not None:
+        trained = {
+            name: None if part.trains_all else part.flat_index
+            for name, part in sift.sparse_mapping.items()
+        }
+    return Publisher(channel, model, trained=trained)
 
 
 def _tried(work: Callable[[], None]) -> None:

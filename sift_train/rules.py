@@ -33,12 +33,14 @@ class Rule:
             0 or more; otherwise the largest scores are chosen.
         is_uniform: every component is chosen with the same probability, so the share of the gradient
             that the choice holds is the rate; ``lr_transfer`` does not measure it then.
+        is_signed: the scores of a micro-batch have signs, and the absolute value of their sum ranks.
     """
 
     from_gradient: Callable[[Tensor, Tensor], Tensor] | None = None
     from_weight: Callable[[Tensor, torch.Generator], Tensor] | None = None
     is_drawn: bool = False
     is_uniform: bool = False
+    is_signed: bool = False
 
     def __post_init__(self) -> None:
         if (self.from_gradient is None) == (self.from_weight is None):
@@ -103,6 +105,10 @@ def _snip(weight: Tensor, gradient: Tensor) -> Tensor:
     return (weight.detach().to(wide) * gradient).abs()
 
 
+def _accumulated(weight: Tensor, gradient: Tensor) -> Tensor:
+    return gradient
+
+
 def _gallop(weight: Tensor, gradient: Tensor) -> Tensor:
     wide = torch.promote_types(gradient.dtype, torch.float32)
     return gradient.to(wide).abs() / (weight.detach().to(wide).abs() + _SMALL)
@@ -119,6 +125,7 @@ def _random(weight: Tensor, generator: torch.Generator) -> Tensor:
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         "gradient": Rule(from_gradient=_gradient),
+        "accumulated": Rule(from_gradient=_accumulated, is_signed=True),
         "fisher": Rule(from_gradient=_fisher),
         "snip": Rule(from_gradient=_snip),
         "gallop": Rule(from_gradient=_gallop),

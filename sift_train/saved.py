@@ -15,12 +15,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sift_train.kept import Kept
+
 if TYPE_CHECKING:
     from sift_train.sift import SIFT
 
 FORMAT = {"format": "sift-state", "format_version": "1"}
 INDEX, ORIGINAL, MASTER, BUFFER = "index:", "original:", "master:", "buffer:"
-LR_SHARE = "lr_share"
+KEPT = ("kept_index:", "kept_original:", "kept_value:")
+COMPENSATION = "compensation:"
+LR_SHARE, N_RESELECTIONS, N_ROUNDINGS = "lr_share", "n_reselections", "n_roundings"
 
 
 def state_of(sift: SIFT) -> dict[str, Tensor]:
@@ -36,11 +40,19 @@ def state_of(sift: SIFT) -> dict[str, Tensor]:
         if not part.trains_all:
             state[INDEX + name] = part.flat_index
         state[ORIGINAL + name] = part.original
-        state[MASTER + name] = part.master.detach()
+        state[MASTER + name] = part.saved_masters
+        if part.lean is not None and part.lean.compensation is not None:
+            state[COMPENSATION + name] = part.lean.compensation
+        if part.kept_state is not None:
+            state.update(zip((key + name for key in KEPT), part.kept_state, strict=True))
     for name, buffer in sift.model.named_buffers():
         state[BUFFER + name] = buffer
     if sift.lr_share is not None:
         state[LR_SHARE] = torch.tensor(sift.lr_share, dtype=torch.float64)
+    if sift.n_reselections:
+        state[N_RESELECTIONS] = torch.tensor(sift.n_reselections)
+    if sift.rounding.n_steps:
+        state[N_ROUNDINGS] = torch.tensor(sift.rounding.n_steps)
     return {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
 
 
@@ -61,12 +73,22 @@ def restore(sift: SIFT, state: Mapping[str, Tensor]) -> None:
     for name, part in sift.sparse_mapping.items():
         if name in saved:
             index = state.get(INDEX + name)
-            part.restore(index, state[ORIGINAL + name], state[MASTER + name])
+            held = [state[key + name] for key in KEPT if key + name in state]
+            kept = (Kept(held[0], held[1]), held[2]) if held else None
+            part.restore(
+                index,
+                state[ORIGINAL + name],
+                state[MASTER + name],
+                kept,
+                state.get(COMPENSATION + name),
+            )
         elif part.is_selected:
             raise ValueError(
                 f"the saved state lacks {name!r}, which is trained here; "
                 "use the sparse_module and exception it was made with"
             )
+    sift.rounding.n_steps = int(state.get(N_ROUNDINGS, 0))
+    sift.n_reselections = int(state.get(N_RESELECTIONS, 0))
     sift.lr_share = float(state[LR_SHARE]) if LR_SHARE in state else None
     with torch.no_grad():
         for name, buffer in sift.model.named_buffers():

@@ -54,6 +54,11 @@ class GradientScores:
             return self.total
         return self._magnitudes
 
+    @property
+    def ranking(self) -> Tensor:
+        """The scores that rank the components: ``total``, or its absolute value if the rule's scores have signs."""
+        return self.total.abs() if self._rule.is_signed else self.total
+
     def fill_with_zeros(self, weight: Tensor) -> None:
         """Set the scores to 0 for all components of a weight, as if it had a gradient of zeros."""
         self.total = torch.zeros(

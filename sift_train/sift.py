@@ -30,14 +30,18 @@ from sift_train.chooser import Chooser, choose_by_hand
 from sift_train.groups import BASE_DECAY
 from sift_train.hooks import BeforeUse
 from sift_train.identity import Identity
+from sift_train.lean import Lean, Rounding, check_masters
 from sift_train.lr_transfer import LearningRate
 from sift_train.masks import find_masks
 from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, memory_of
+from sift_train.optimizer_states import unwrapped
 from sift_train.ranks.group import Ranks
 from sift_train.ranks.norm import clip_shards
-from sift_train.ranks.shard import local_gradient, reshard
+from sift_train.ranks.shard import is_sharded, local_gradient, reshard
 from sift_train.ranks.sync import Synchronizer
+from sift_train.reselection import check_move
+from sift_train.reselector import Reselector
 from sift_train.rules import RULES, Selection, find_rule
 from sift_train.steps import add_listener, current_listeners, remove_listener
 from sift_train.structure import Block, check_block
@@ -74,6 +78,7 @@ class SIFT:
         model: the model that is trained.
         sparse_mapping: the trained components of each parameter, by the parameter's name.
         lr_transfer: whether each step divides the learning rate of sparse parameters by ``lr_share``.
+        rounding: the random numbers of ``masters="stochastic"``.
         may_write: a bool tensor on the device, or None, which means True. If it is False, weights
             are not overwritten. The host does not read it, so a loop need not wait for a loss to
             know whether it is finite.
@@ -110,6 +115,10 @@ class SIFT:
         lr_transfer: the optimizer's learning rate is that of full fine-tuning. Each step divides it by
             ``lr_share`` for sparsely trained parameters; dense ones keep it. For AdamW and other optimizers that
             move each component by about the learning rate. If it is false, the learning rate is used as it is.
+        masters: ``"fp32"``: an fp32 master of each component is kept. Otherwise masters exist during a step only, which
+            saves their memory; fp32 weights then train with the same bits. bf16 weights are rounded after each step:
+            ``"stochastic"``: up or down at random, seeded, and nothing is kept; ``"kahan"``: to nearest, and the
+            rounding error is kept in 16 bits. Only with steps of torch optimizers, and without shards.
 
     Raises:
         ValueError: an argument is out of range, or a parameter cannot be trained in place.
@@ -131,6 +140,7 @@ class SIFT:
         process_group: ProcessGroup | None = None,
         reduce_dtype: torch.dtype | None = None,
         lr_transfer: bool = True,
+        masters: str = "fp32",
     ) -> None:
         self.grad_acc = grad_acc
         _refuse_second(model)
@@ -138,6 +148,7 @@ class SIFT:
         self.model = model
         self.may_write: Tensor | None = None
         self._only_scoring = False
+        self._reselector: Reselector | None = None  # inside ``reselecting``
         self._is_reverted = False  # inside ``reverted``
         self._is_stepped_by_torch = False
         self._handles: list[RemovableHandle] = []
@@ -147,6 +158,8 @@ class SIFT:
             if sparse_module != ALL_LINEAR:
                 raise ValueError("selection is a mask of named parameters; leave sparse_module out")
             sparse_module = [re.compile(f"^{re.escape(name)}$") for name in masks]
+        check_masters(masters)
+        self.rounding = Rounding(seed)
         parts = []
         for target in find_targets(model, sparse_module, exception or ()):
             parts.append(
@@ -156,6 +169,7 @@ class SIFT:
                     target.n_trained(sparse_rate, budget, block),
                     is_dense=target.dense,
                     n_matrices=target.n_matrices,
+                    lean=self._lean(masters, target.name, target.parameter),
                 )
             )
         self.sparse_mapping: Mapping[str, SparseParameter] = MappingProxyType(
@@ -169,6 +183,7 @@ class SIFT:
         self._by_master = {id(part.master): part for part in parts}
         rule = find_rule(selection) or RULES["gradient"]
         self.lr_transfer = lr_transfer
+        self._n_reselections = 0
         self._learning_rate = LearningRate(
             self.sparse_mapping, is_uniform=rule.is_uniform and not masks
         )
@@ -285,6 +300,16 @@ class SIFT:
     def lr_share(self, share: float | None) -> None:
         self._learning_rate.share = share
 
+    @property
+    def n_reselections(self) -> int:
+        """Number of times that ``reselecting`` has moved the choice."""
+        return self._n_reselections
+
+    @n_reselections.setter
+    def n_reselections(self, number: int) -> None:
+        self._n_reselections = number
+        self._learning_rate.has_moved = number > 0
+
     def sparse_lr(self, lr: float) -> float:
         """Return the learning rate of sparsely trained parameters for a stated one."""
         return float(self._learning_rate.sparse(lr))
@@ -305,8 +330,7 @@ class SIFT:
         Raises:
             ValueError: the optimizer lacks a master, or holds a parameter of the model.
         """
-        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = inner
+        optimizer = unwrapped(optimizer)
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for name, part in self.sparse_mapping.items():
             if part.master not in held:
@@ -333,6 +357,78 @@ class SIFT:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+
+    @contextmanager
+    def reselecting(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        share: float = 0.2,
+        drop: str = "change",
+        grow: Selection = "random",
+        dropped: str = "revert",
+    ) -> Iterator[None]:
+        """Drop trained components and grow as many others, by the backward passes inside the block.
+
+        The block is not trained on, and is empty if ``grow`` ranks without gradients. The choice moves at its
+        end. Call it between two steps, with no gradients waiting. Masters and optimizer states of the components that
+        stay are not changed; the states of grown ones are 0. With ``lr_transfer`` the share is measured anew, by
+        ``measuring_share()`` afterwards or by the next step's gradients. The model's buffers are restored. All ranks
+        must call it together.
+
+        Args:
+            optimizer: the one that holds all masters.
+            share: share of the trained components that may be replaced, 0 to 1; at least one if it is above 0.
+            drop: which are dropped: smallest ``"change"``, smallest first ``"moment"``, ``"random"``, or smallest
+                ``"score"``, as for ``Reselection``.
+            grow: the rule that ranks the components that are not trained.
+            dropped: ``"revert"``: dropped components get their original value; ``"keep"``: they keep the trained one.
+
+        Raises:
+            RuntimeError: the components are not chosen yet, or gradients wait for a step.
+            ValueError: a setting is out of range; the optimizer lacks a master; its states cannot move, such as 8-bit
+                ones; blocks are trained, or parameters are sharded.
+        """
+        rule = check_move(share=share, drop=drop, grow=grow, dropped=dropped)
+        self.check_reselecting(optimizer)
+        optimizer = unwrapped(optimizer)
+        parts = self.sparse_mapping.values()
+        if not all(part.is_selected for part in parts):
+            raise RuntimeError(
+                "the components are not chosen yet, so the choice cannot move; choose them before, for example inside"
+                " sift.selecting()"
+            )
+        if any(part.pending_gradient is not None for part in parts):
+            raise RuntimeError(
+                "gradients wait for a step, and would belong to other components afterwards; call reselecting() after"
+                " optimizer.step() or zero_grad()"
+            )
+        self.before_use()
+        self._reselector = self._chooser.reselector(
+            optimizer,
+            rule,
+            share=share,
+            drop=drop,
+            keeps=dropped == "keep",
+            number=self.n_reselections,
+        )
+        try:
+            with self.selecting():
+                yield
+            if self._reselector.finish(self._sync.ranks):
+                self.n_reselections += 1
+                self._learning_rate.forget()
+        finally:
+            self._reselector = None
+
+    def check_reselecting(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check that ``reselecting`` can move the choice and the states that the optimizer has so far.
+
+        Raises:
+            ValueError: as ``reselecting``.
+        """
+        self.attach(optimizer)
+        self._chooser.check_movable(unwrapped(optimizer))
 
     @contextmanager
     def measuring_share(self) -> Iterator[None]:
@@ -522,6 +618,8 @@ class SIFT:
         for part in parts:
             if part.is_overwritten:
                 part.adopt()
+        if self._is_lean:
+            self.rounding.n_steps += 1
         self.after_closure(optimizer)
         for group in optimizer.param_groups:
             for master in group["params"]:
@@ -535,6 +633,7 @@ class SIFT:
         if parts:
             self.sync_gradients()
         for part in parts:
+            part.load()
             if not part.is_selected:
                 part.master.grad = None
         if parts and self.lr_transfer:
@@ -550,6 +649,7 @@ class SIFT:
             part.spend()
             if part.is_selected:
                 part.write(self.may_write)
+            part.release()
         if parts:
             self.reshard()
             self._sync.after_step()
@@ -634,7 +734,9 @@ class SIFT:
                 part, gradient, at_once=at_once, is_trained_on=not self._only_scoring
             )
         else:
-            if self.lr_transfer:
+            if self._reselector is not None:
+                self._reselector.score(part, gradient)
+            elif self.lr_transfer:
                 self._learning_rate.add(part, gradient)
             if not self._only_scoring:
                 part.collect(gradient)
@@ -685,12 +787,17 @@ class SIFT:
         """Make masters and weights equal; called before a forward pass and by ``state_dict``.
 
         Raises:
-            ValueError: a trained parameter was replaced, converted or renamed.
+            ValueError: a trained parameter was replaced, converted or renamed; or a master without values was replaced.
         """
         self._sync.before_forward()
         self._check_identity()
         for part in self.sparse_mapping.values():
             part.follow()
+            if part.is_replaced:
+                raise ValueError(
+                    f"the master of {part.name!r} was replaced between two steps, where it has no values; with"
+                    " masters='stochastic' and 'kahan' only the steps of torch optimizers can train it"
+                )
             if part.is_overwritten and not self._is_reverted:
                 part.adopt()
             # Write only if needed: a write between two forward passes of one loss breaks backward.
@@ -709,6 +816,19 @@ class SIFT:
                 "the masters were changed by something else than the step of a torch optimizer, so lr_transfer"
                 " could not scale its learning rate; give lr_transfer=False and a larger learning rate"
             )
+
+    def _lean(self, masters: str, name: str, parameter: nn.Parameter) -> Lean | None:
+        if masters == "fp32":
+            return None
+        if is_sharded(parameter):
+            raise ValueError(
+                f"masters is {masters!r}, but parameter {name!r} is sharded; use 'fp32' with shards"
+            )
+        return Lean(masters, name, parameter, self.rounding)
+
+    @property
+    def _is_lean(self) -> bool:
+        return any(part.lean is not None for part in self.sparse_mapping.values())
 
     @property
     def _has_shards(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Self
@@ -9,6 +10,8 @@ from typing import Any, Self
 from torch import nn
 
 from sift_train.chooser import BUDGETS
+from sift_train.lean import check_masters
+from sift_train.reselection import Reselection, find_reselection
 from sift_train.rules import Selection, find_rule
 from sift_train.selection import n_selected
 from sift_train.sift import SIFT
@@ -22,9 +25,11 @@ class SiftConfig:
     """The settings of a ``SIFT``; ``SiftTrainerMixin`` builds the SIFT from them.
 
     Attributes:
-        sparse_rate, sparse_module, exception, selection, budget, block, seed, lr_transfer: as for ``SIFT``.
+        sparse_rate, sparse_module, exception, selection, budget, block, seed, lr_transfer, masters: as for ``SIFT``.
         selection_batches: number of micro-batches of the train loader whose gradients choose the
             components before the first step. None: those of the first step choose.
+        reselection: when and how the choice moves, as for ``FitConfig``. ``SiftTrainerMixin`` does it, by
+            ``selection_batches`` micro-batches (4 if that is None). In a loop of your own, call ``SIFT.reselecting``.
         gradient_checkpointing: as for ``SIFT``. The training arguments of a Trainer have their own.
 
     Raises:
@@ -38,13 +43,17 @@ class SiftConfig:
     selection_batches: int | None = None
     budget: str = "tensor"
     block: Block | None = None
+    reselection: Reselection | Mapping[str, Any] | str | None = None
     gradient_checkpointing: bool = False
     seed: int = 0
     lr_transfer: bool = True
+    masters: str = "fp32"
 
     def __post_init__(self) -> None:
         n_selected(1, self.sparse_rate)
         find_rule(self.selection)
+        check_masters(self.masters)
+        object.__setattr__(self, "reselection", find_reselection(self.reselection))
         if self.budget not in BUDGETS:
             raise ValueError(f"budget is {self.budget!r}; choose one of {', '.join(BUDGETS)}")
         check_block(self.block)
@@ -91,4 +100,5 @@ class SiftConfig:
             block=self.block,
             seed=self.seed,
             lr_transfer=self.lr_transfer,
+            masters=self.masters,
         )

@@ -43,6 +43,11 @@ def check_block(block: Any) -> None:
     )
 
 
+def n_rows(shape: torch.Size, n_matrices: int) -> int:
+    """Return the number of rows of all matrices of a tensor."""
+    return n_matrices * _matrix(shape, n_matrices)[0]
+
+
 def n_of_rows(shape: torch.Size, n_matrices: int, rate: float) -> int:
     """Return the number of components if the rate holds for each row."""
     rows, columns = _matrix(shape, n_matrices)

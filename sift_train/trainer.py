@@ -7,6 +7,7 @@ built; Trainer then saves the full model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from itertools import islice
 from os import PathLike
@@ -18,9 +19,11 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sift_train.basecheck import check_base, check_weights
+from sift_train.config import FitConfig
 from sift_train.export import write_delta
 from sift_train.groups import lr_info
-from sift_train.randomness import kept_random_state
+from sift_train.randomness import kept_random_state, seeded_random_state
+from sift_train.reselection import Reselection, find_reselection, needs_gradients
 from sift_train.sift import SIFT
 from sift_train.sift_config import SiftConfig
 from sift_train.trainer_groups import (
@@ -61,10 +64,23 @@ class SiftCallback(TrainerCallback):
 
     Args:
         sift: the SIFT of the Trainer's model.
+        reselection: when and how the choice moves, as for ``FitConfig``; its ``grow`` must rank without gradients,
+            since a callback sees no micro-batches. With ``lr_transfer`` the next step measures the share anew.
+
+    Raises:
+        ValueError: the re-selection ranks by gradients, or a setting of it is out of range.
     """
 
-    def __init__(self, sift: SIFT) -> None:
+    def __init__(
+        self, sift: SIFT, *, reselection: Reselection | Mapping[str, Any] | str | None = None
+    ) -> None:
         self._sift = sift
+        self._reselection = find_reselection(reselection)
+        if self._reselection is not None and needs_gradients(self._reselection.grow):
+            raise ValueError(
+                f"grow is {self._reselection.grow!r}, which ranks by gradients, and a callback sees no micro-batches; use"
+                " SiftTrainerMixin with a SiftConfig, or grow 'principal', 'magnitude' or 'random'"
+            )
         self._norm: Tensor | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -76,6 +92,8 @@ class SiftCallback(TrainerCallback):
         """
         refuse_fsdp(args, self._sift.model)
         self._sift.attach(given["optimizer"])
+        if self._reselection is not None:
+            self._sift.check_reselecting(given["optimizer"])
         self._sift.check_parameters()
         refuse_other_model(self._sift, given["model"])
         self._sift.grad_acc = args.gradient_accumulation_steps
@@ -109,6 +127,14 @@ class SiftCallback(TrainerCallback):
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best and (Path(best) / STATE).is_file():
             self._sift.load(Path(best) / STATE)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Move the choice, if it is due before this step."""
+        if self._reselection is not None:
+            share = self._reselection.share_after(state.global_step, state.max_steps)
+            if share:
+                with self._reselection.applied(self._sift, given["optimizer"], share):
+                    pass
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Clip the gradient of the trained components to ``max_grad_norm``."""
@@ -173,6 +199,7 @@ class SiftTrainerMixin(_Trainer):
                     f"the Trainer of this version of transformers has no method {name}; SiftTrainerMixin"
                     " replaces it, so install a version that sparsedelta supports"
                 )
+        self._step_of_reselection = -1
         self._sift_config = sift if isinstance(sift, SiftConfig) else None
         self._base = base
         self._base_id = base_id
@@ -221,11 +248,14 @@ class SiftTrainerMixin(_Trainer):
             self.optimizer = make(groups, **kwargs)
         self.sift.check_parameters()
         self.sift.attach(self.optimizer)
+        if self._sift_config is not None and self._sift_config.reselection is not None:
+            self.sift.check_reselecting(self.optimizer)
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Train on a micro-batch; before the first one, choose the components if that is configured."""
+        """Train on a micro-batch; before it, choose the components or move the choice, if that is due."""
         self._select(model)
+        self._reselect(model)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
@@ -236,6 +266,29 @@ class SiftTrainerMixin(_Trainer):
         with kept_random_state(), self.sift.selecting():
             for inputs in islice(self.get_train_dataloader(), n):
                 super().training_step(model, inputs)
+
+    def _reselect(self, model: Any) -> None:
+        """Move the choice before the first micro-batch of a step, by micro-batches of a loader of their own."""
+        config, step = self._sift_config, self.state.global_step
+        settings = None if config is None else find_reselection(config.reselection)
+        if config is None or settings is None or step == self._step_of_reselection:
+            return
+        self._step_of_reselection = step
+        share = settings.share_after(step, self.state.max_steps)
+        if not share or all(part.trains_all for part in self.sift.sparse_mapping.values()):
+            return
+        n = config.selection_batches or FitConfig.selection_batches
+        # A state of its own: the batches do not depend on what a resumed run has read before.
+        with seeded_random_state(self.args.seed, step):
+            batches = iter(self.get_train_dataloader())
+            optimizer: Any = self.optimizer
+            with settings.applied(self.sift, optimizer, share):
+                for inputs in islice(batches, n if needs_gradients(settings.grow) else 0):
+                    super().training_step(model, inputs)
+            if config.lr_transfer:
+                with self.sift.measuring_share():
+                    for inputs in islice(batches, n):
+                        super().training_step(model, inputs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self._norm_of_masters(self.args.max_grad_norm)

@@ -88,6 +88,8 @@ def write_yaml(settings: Any, path: str | PathLike[str]) -> None:
 def _plain(name: str, value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if dataclasses.is_dataclass(value) and name == "reselection":
+        return {each: _plain(each, held) for each, held in vars(value).items()}
     if isinstance(value, re.Pattern):
         return f"re:{value.pattern}"
     if isinstance(value, PathLike):

@@ -4,46 +4,68 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Delay the first signal of ``SIGNALS`` until the context ends. Later signals are handled immediately.
+class Delay:
+    """The handler of signals while they are delayed.
 
-    Only signals with a handler in Python are delayed. Python runs handlers in the main thread only, so in
-    another thread this does nothing. If the context ends with an exception, the delayed signal is dropped.
+    Args:
+        handlers: the handlers that it stands for, by signal.
     """
-    in_main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in SIGNALS if in_main}
-    held: list[tuple[int, FrameType | None]] = []
-    ended = False
 
-    def hold(number: int, frame: FrameType | None) -> None:
-        if not ended:
-            held.append((number, frame))
-        if ended or len(held) > 1:
-            handle(number, frame)
+    def __init__(self, handlers: Mapping[int, Any]) -> None:
+        self._handlers = handlers
+        self._held: list[tuple[int, FrameType | None]] = []
+        self.has_ended = False
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        handler = handlers[signal.Signals(number)]
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Delay the first signal; handle later ones."""
+        if not self.has_ended:
+            self._held.append((number, frame))
+        if self.has_ended or len(self._held) > 1:
+            self._handle(number, frame)
+
+    def handle_now(self) -> None:
+        """Handle the delayed signal, if there is one; this usually raises ``KeyboardInterrupt``."""
+        if self._held:
+            self._handle(*self._held.pop(0))
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        handler = self._handlers[number]
         if callable(handler):
             handler(number, frame)
 
-    replaced = [number for number, handler in handlers.items() if callable(handler)]
+
+@contextmanager
+def uninterrupted() -> Iterator[Delay]:
+    """Delay the first signal of ``SIGNALS`` until the context ends. Later signals are handled immediately.
+
+    Only signals with a handler in Python are delayed. Python runs handlers in the main thread only, so in
+    another thread this does nothing, nor inside another such context. If the context ends with an exception, the
+    delayed signal is dropped.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    handlers = {int(number): signal.getsignal(number) for number in SIGNALS if in_main}
+    delay = Delay(handlers)
+    replaced = [number for number, old in handlers.items() if callable(old) and not _delays(old)]
     try:
         for number in replaced:
-            signal.signal(number, hold)
-        yield
+            signal.signal(number, delay)
+        yield delay
     finally:
-        ended = True  # a signal during the next lines may leave ``hold`` installed
+        delay.has_ended = True  # a signal during the next lines may leave the delay installed
         for number in replaced:
             signal.signal(number, handlers[number])
-    if held:
-        handle(*held[0])
+    delay.handle_now()
+
+
+def _delays(handler: Any) -> bool:
+    return isinstance(handler, Delay) and not handler.has_ended

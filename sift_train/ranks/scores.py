@@ -31,8 +31,27 @@ def share_scores(
     waiting = [part for part in parts if not part.is_selected or part.name in scores]
     chosen = {part.name: scores[part.name] for part in waiting if part.is_selected}
     waiting = [part for part in waiting if not part.is_selected]
+    return {**chosen, **sum_scores(scores, waiting, ranks, new_scores)}
+
+
+def sum_scores(
+    scores: Mapping[str, GradientScores],
+    waiting: Iterable[SparseParameter],
+    ranks: Ranks,
+    new_scores: Callable[[], GradientScores],
+) -> dict[str, GradientScores]:
+    """Return the scores of those parts that have any on some rank, summed over all ranks.
+
+    Args:
+        scores: as for ``share_scores``.
+        waiting: the parts, the same in the same order on all ranks.
+        ranks: the ranks.
+        new_scores: as for ``share_scores``.
+    """
+    waiting = list(waiting)
+    summed: dict[str, GradientScores] = {}
     if not waiting:
-        return chosen
+        return summed
     counts = torch.tensor([float(part.name in scores) for part in waiting])
     for part, count in zip(waiting, ranks.sum_(counts).tolist(), strict=True):
         if not count:
@@ -41,13 +60,13 @@ def share_scores(
         if own is None:
             own = new_scores()
             own.fill_with_zeros(part.local)
-        chosen[part.name] = own
+        summed[part.name] = own
         if part.shard is not None:
             continue  # its gradients have been summed over the ranks already
         for piece in own.total.view(-1).split(DEVICE_SLICE):
             ranks.sum_(piece)
         own.n_ranks = ranks.size
-    return chosen
+    return summed
 
 
 def has_scores(parts: Sequence[SparseParameter], scores: Sequence[GradientScores]) -> bool:

@@ -111,7 +111,7 @@ class Synchronizer:
                 continue  # each rank has another part
             if part.is_selected and not part.trains_all:
                 held[f"the choice of {name!r}"] = part.flat_index
-            held[f"the master of {name!r}"] = part.master
+            held[f"the master of {name!r}"] = part.data
         found = first_difference(held, self.ranks)
         if found is not None:
             raise RuntimeError(

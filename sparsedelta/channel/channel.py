@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 
+from sparsedelta._typing import AnyPath
 from sparsedelta.channel.entry import Entry
 from sparsedelta.channel.pruning import PruneReport, prune
 from sparsedelta.channel.versions import Versions
@@ -67,6 +69,21 @@ class Channel(Versions):
             PermissionError: the store cannot be written.
         """
         return prune(self, keep=keep)
+
+
+def open_channel(channel: Versions | AnyPath, context: ExitStack) -> Versions:
+    """Return a channel; one that is given by its path or URL is closed with the context.
+
+    Raises:
+        TypeError: neither a channel nor a path or URL is given.
+    """
+    if isinstance(channel, str | os.PathLike):
+        return context.enter_context(Channel(channel))
+    if not isinstance(channel, Versions):
+        raise TypeError(
+            f"channel is of type {type(channel).__name__}, expected a Channel, or the path or URL of one"
+        )
+    return channel
 
 
 def _opened(store: str | os.PathLike[str]) -> ObjectStore:

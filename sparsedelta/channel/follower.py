@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 from sparsedelta._typing import AnyPath, Model, Names
+from sparsedelta.channel.channel import open_channel
 from sparsedelta.channel.following import Pursuit, SyncReport
 from sparsedelta.channel.replicas import DiskReplica, ModelReplica
 from sparsedelta.channel.versions import Versions
@@ -17,11 +18,12 @@ class Follower:
 
     A version is read and checked completely before anything changes. A model is written while no thread is inside
     ``reading``. A checkpoint on disk is replaced in one step. Except for ``reading``, call the methods from one thread.
+    It can be used as a context, which closes it.
     """
 
     def __init__(
         self,
-        channel: Versions,
+        channel: Versions | AnyPath,
         model_or_path: Model | AnyPath,
         *,
         base: AnyPath | None = None,
@@ -33,7 +35,7 @@ class Follower:
 
         Args:
             channel: the channel to follow. If its store is writable, the follower takes leases, so that nothing is
-                pruned while it is read.
+                pruned while it is read. A path or URL is opened as by ``Channel``, and closed with the follower.
             model_or_path: a ``torch.nn.Module`` or a state dict, whose tensors are changed in place; or the path of a
                 folder or file, which is created and replaced.
             base: the checkpoint that the anchors are deltas on, if the publisher uses one. It is not needed if the
@@ -41,15 +43,33 @@ class Follower:
             names: maps names of tensors to names in the model; see ``Delta.apply_``.
             overwrite: replace the folder or file even if it is not a version of the channel.
             progress: receives the number of bytes written to disk.
+
+        Raises:
+            StructureMismatch: the model is divided among ranks.
+            TypeError: ``channel`` is neither a channel nor a path or URL.
         """
         self._lock = None
-        if isinstance(model_or_path, str | os.PathLike):
-            disk = DiskReplica(model_or_path, base=base, overwrite=overwrite, progress=progress)
-            self._pursuit = Pursuit(channel, disk)
-        else:
-            model = ModelReplica(model_or_path, base=base, names=names)
-            self._lock = model.lock
-            self._pursuit = Pursuit(channel, model)
+        with ExitStack() as context:
+            replica: DiskReplica | ModelReplica
+            if isinstance(model_or_path, str | os.PathLike):
+                replica = DiskReplica(
+                    model_or_path, base=base, overwrite=overwrite, progress=progress
+                )
+            else:
+                replica = ModelReplica(model_or_path, base=base, names=names)
+                self._lock = replica.lock
+            self._pursuit = Pursuit(open_channel(channel, context), replica)
+            self._context = context.pop_all()
+
+    def __enter__(self) -> Follower:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the channel, if its path or URL was given."""
+        self._context.close()
 
     @property
     def version(self) -> int | None:

@@ -41,6 +41,10 @@ class Replica(Protocol):
     def hints(self) -> Sequence[tuple[int, bytes]]:
         """Return versions that are probably there, by number and digest of the entry, the likeliest first."""
 
+    @property
+    def last(self) -> int:
+        """The latest version that was there; 0 if that is unknown or does not matter."""
+
     def has_base(self, base: AnchorBase) -> bool:
         """Return whether a checkpoint outside the channel that an anchor is applied to is available."""
 
@@ -133,6 +137,8 @@ class Pursuit:
                 there = f"its head is version {head.version}" if head else "it has no version"
                 wanted = "" if version is None else f"version {version} is not published: "
                 raise Behind(f"{wanted}channel '{channel.store.name}': {there}")
+            if version is None:
+                self._check_not_back(head)
             target = head if version is None else channel.entry(version)
             self._identify(head)
             if self.held and self.held.digest == target.digest:
@@ -144,6 +150,16 @@ class Pursuit:
             f"version {target.version} of channel '{channel.store.name}' was pruned, or is pruned faster than"
             " it can be read; follow a later one, or keep more (prune --keep)"
         )
+
+    def _check_not_back(self, head: Entry) -> None:
+        """Check that the channel's head is not before what was held last."""
+        last = max(self.held.version if self.held else 0, self._replica.last)
+        if head.version < last:
+            raise Behind(
+                f"the head of channel '{self._channel.store.name}' is version {head.version}, and version {last} was"
+                " held before: an older copy of the channel was read or restored; what is held is unchanged; give"
+                f" the version to go back to it, {head.version}, or a new place"
+            )
 
     def _identify(self, head: Entry) -> None:
         """Find out by digests which version is held, if that is not known."""

@@ -18,6 +18,7 @@ _FORMAT_VERSION = 1
 CHANNEL_CONTENT = compact_json({"format": "sparsedelta-channel", "format_version": _FORMAT_VERSION})
 _OBJECT = re.compile(r"(deltas|anchors)/([0-9]{10})-[0-9a-f]{16}\.sd")
 _SLOT = re.compile(r"leases/([0-9]{10})/([0-9]{10})\.json")
+MAX_VERSION = 10**10 - 1  # names have ten digits
 
 
 def entry_name(version: int) -> str:

@@ -47,7 +47,7 @@ def fetch(channel: Versions, kind: Kind, version: int, expected: Object) -> IO[b
     file = tempfile.SpooledTemporaryFile(max_size=_MEMORY_BYTES)  # noqa: SIM115 - the caller's
     try:
         hasher, left = blake3(), expected.n_bytes if source.n_bytes == expected.n_bytes else 0
-        while left:
+        while left > 0:
             block = source.read(expected.n_bytes - left, min(_BLOCK_BYTES, left))
             if not block:
                 break

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 from sparsedelta._typing import JSON, AnyPath, Model
+from sparsedelta.channel.channel import open_channel
 from sparsedelta.channel.entry import Entry
 from sparsedelta.channel.publication import Publication
 from sparsedelta.channel.publishing import AnchorRule, Run
@@ -22,71 +23,21 @@ from sparsedelta.ops.identity import checkpoint_fingerprint
 from sparsedelta.progress import Progress
 
 
-class Publisher:
-    """Adds versions of a model to a channel.
+class Background:
+    """Adds the versions of a run in the background; see ``Publisher``.
 
-    If the model equals the head of the channel, as it may after a restart, the next version is a delta on the head.
-    Otherwise the next version is written in full, and followers switch to it without further action.
-
-    ``publish`` copies what has changed and returns; a thread encodes and stores it. At most one version is on its
-    way: the next call waits for it. Use the publisher as a context, or call ``close`` at the end.
-
-    Not safe for use from several threads. The model must not change while a method runs.
+    Args:
+        run: the run.
+        context: closed at the end.
     """
 
-    def __init__(
-        self,
-        channel: Versions,
-        model: Model,
-        *,
-        folder: AnyPath | None = None,
-        keep_on: Literal["cpu", "model", "both"] = "cpu",
-        trained: Trained | None = None,
-        anchor_ratio: float | None = 1.0,
-        anchor_every: int | None = None,
-        anchor_base: AnyPath | None = None,
-        anchor_base_id: str | None = None,
-        values: str = "ulp",
-        level: str = "default",
-        standalone: bool = False,
-        progress: Progress | None = None,
-    ) -> None:
-        """Copy the model, and compare it with the head of the channel.
-
-        Args:
-            channel: the channel to add versions to; its store must be writable.
-            model: a ``torch.nn.Module`` or a state dict, on any device; see ``Snapshot``.
-            folder: a checkpoint of this model; the versions then have its files; see ``Snapshot``.
-            keep_on: where the copy of the last published version is; see ``Snapshot``.
-            trained: which elements a training changes; the publisher then keeps these and no copy of the model; see
-                ``Snapshot``.
-            anchor_ratio: write an anchor when the deltas since the last anchor have more bytes than this ratio
-                times that anchor; None to ignore their size.
-            anchor_every: write an anchor when the last one is this number of versions old; None to ignore its age.
-            anchor_base: a checkpoint that all followers have, such as the one with which the training began.
-                Anchors are then deltas on it. None: anchors hold all tensors.
-            anchor_base_id: where followers may find it, such as ``org/model@<commit>``.
-            values: how deltas are coded; see ``sparsedelta.diff``.
-            level: the same. Anchors that hold all tensors are always written at level ``"fast"``, which takes a
-                fraction of the time and makes them no larger.
-            standalone: the same.
-            progress: receives the number of bytes read, also from the thread that encodes.
-
-        Raises:
-            StructureMismatch: see ``Snapshot``.
-            BadVersion: the store holds no channel, or a damaged one.
-            ValueError: an argument is wrong.
-        """
-        snapshot = Snapshot(
-            model, folder=folder, keep_on=keep_on, trained=trained, progress=progress
-        )
-        base = None if anchor_base is None else OutsideBase(anchor_base, anchor_base_id)
-        source = ModelSource(snapshot, Coding(values, level, standalone), base, progress)
-        self._run = Run(channel, source, AnchorRule(anchor_ratio, anchor_every))
+    def __init__(self, run: Run, context: ExitStack) -> None:
+        self._run = run
+        self._context = context
         self._last: Publication | None = None
         self._is_closed = False
 
-    def __enter__(self) -> Publisher:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -141,8 +92,77 @@ class Publisher:
             HeadMoved, OSError, RemoteError: the last version has failed, and ``result`` has not raised the error.
         """
         self._is_closed = True
-        if self._last:
-            self._last.raise_unreported()
+        with self._context:
+            if self._last:
+                self._last.raise_unreported()
+
+
+class Publisher(Background):
+    """Adds versions of a model to a channel.
+
+    If the model equals the head of the channel, as it may after a restart, the next version is a delta on the head.
+    Otherwise the next version is written in full, and followers switch to it without further action.
+
+    ``publish`` copies what has changed and returns; a thread encodes and stores it. At most one version is on its
+    way: the next call waits for it. Use the publisher as a context, or call ``close`` at the end.
+
+    Not safe for use from several threads. The model must not change while a method runs.
+    """
+
+    def __init__(
+        self,
+        channel: Versions | AnyPath,
+        model: Model,
+        *,
+        folder: AnyPath | None = None,
+        keep_on: Literal["cpu", "model", "both"] = "cpu",
+        trained: Trained | None = None,
+        anchor_ratio: float | None = 1.0,
+        anchor_every: int | None = None,
+        anchor_base: AnyPath | None = None,
+        anchor_base_id: str | None = None,
+        values: str = "ulp",
+        level: str = "default",
+        standalone: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Copy the model, and compare it with the head of the channel.
+
+        Args:
+            channel: the channel to add versions to; its store must be writable. A path or URL is opened as by
+                ``Channel``, and closed with the publisher.
+            model: a ``torch.nn.Module`` or a state dict, on any device; see ``Snapshot``.
+            folder: a checkpoint of this model; the versions then have its files; see ``Snapshot``.
+            keep_on: where the copy of the last published version is; see ``Snapshot``.
+            trained: which elements a training changes; the publisher then keeps these and no copy of the model; see
+                ``Snapshot``.
+            anchor_ratio: write an anchor when the deltas since the last anchor have more bytes than this ratio
+                times that anchor; None to ignore their size.
+            anchor_every: write an anchor when the last one is this number of versions old; None to ignore its age.
+            anchor_base: a checkpoint that all followers have, such as the one with which the training began.
+                Anchors are then deltas on it. None: anchors hold all tensors.
+            anchor_base_id: where followers may find it, such as ``org/model@<commit>``.
+            values: how deltas are coded; see ``sparsedelta.diff``.
+            level: the same. Anchors that hold all tensors are always written at level ``"fast"``, which takes a
+                fraction of the time and makes them no larger.
+            standalone: the same.
+            progress: receives the number of bytes read, also from the thread that encodes.
+
+        Raises:
+            StructureMismatch: see ``Snapshot``.
+            BadVersion: the store holds no channel, or a damaged one.
+            ValueError: an argument is wrong.
+            TypeError: ``channel`` is neither a channel nor a path or URL.
+        """
+        with ExitStack() as context:
+            opened = open_channel(channel, context)
+            snapshot = Snapshot(
+                model, folder=folder, keep_on=keep_on, trained=trained, progress=progress
+            )
+            base = None if anchor_base is None else OutsideBase(anchor_base, anchor_base_id)
+            source = ModelSource(snapshot, Coding(values, level, standalone), base, progress)
+            run = Run(opened, source, AnchorRule(anchor_ratio, anchor_every))
+            super().__init__(run, context.pop_all())
 
 
 def publish_checkpoint(

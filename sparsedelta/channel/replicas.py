@@ -13,6 +13,7 @@ from sparsedelta.channel.entry import AnchorBase, Entry
 from sparsedelta.channel.following import Onto
 from sparsedelta.errors import (
     CheckpointError,
+    Corrupt,
     FormatError,
     PartlyApplied,
     StructureMismatch,
@@ -24,6 +25,7 @@ from sparsedelta.format.strict_json import compact_json, hex_bytes, integer, ite
 from sparsedelta.fs import check_checkpoint_folder, check_no_folder, staged_output, temporary_folder
 from sparsedelta.live.chain import find_unwritten, prepare_chain
 from sparsedelta.live.patch import Patch, Writer
+from sparsedelta.live.ranks import check_undivided
 from sparsedelta.live.rwlock import SharedLock
 from sparsedelta.live.sides import held_checkpoint
 from sparsedelta.live.slots import find_places
@@ -48,6 +50,9 @@ class ModelReplica:
     """
 
     def __init__(self, model: Model, *, base: AnyPath | None = None, names: Names = None) -> None:
+        check_undivided(
+            model, "a follower", "follow to a folder, or load versions and apply them on all ranks"
+        )
         self.lock = SharedLock()
         self._model = model
         self._base = base
@@ -71,6 +76,11 @@ class ModelReplica:
         """Return nothing: a model does not outlive its process."""
         return ()
 
+    @property
+    def last(self) -> int:
+        """0: a model does not outlive its process."""
+        return 0
+
     def has_base(self, base: AnchorBase) -> bool:
         """Return whether the model is the base, or the base was given."""
         return self._base is not None or self._is_base(base)
@@ -86,7 +96,7 @@ class ModelReplica:
     ) -> None:
         """Change the model to a version: by one write of all changed elements, or of all tensors."""
         with ExitStack() as context:
-            deltas = [context.enter_context(load(file)) for file in files]
+            deltas = _loaded(context, files, _start(onto, base, held), to)
             if onto == "held" or (base and self._is_base(base)):
                 patches = prepare_chain(deltas, self._model, names=self._names)
                 self._write(patches, to, becomes)
@@ -184,6 +194,11 @@ class DiskReplica:
         except (FileNotFoundError, FormatError):
             return ()
 
+    @property
+    def last(self) -> int:
+        """The latest version in the file beside the checkpoint; 0 if anything may be replaced."""
+        return 0 if self._overwrite else max((version for version, _ in self.hints()), default=0)
+
     def has_base(self, base: AnchorBase) -> bool:
         """Return whether the base was given."""
         return self._base is not None
@@ -200,7 +215,7 @@ class DiskReplica:
         """Become a version: it is written beside what is there, and takes its place."""
         is_ours = held is not None or bool(self.hints()) or self._overwrite
         with ExitStack() as context:
-            deltas = [context.enter_context(load(file)) for file in files]
+            deltas = _loaded(context, files, _start(onto, base, held), to)
             place = self._out
             if onto == "anchor":
                 place = context.enter_context(_base_place(base, self._base))
@@ -239,6 +254,47 @@ def _base_place(base: AnchorBase | None, given: AnyPath | None) -> Iterator[Path
         return
     with temporary_folder("empty") as folder:
         yield folder
+
+
+def _loaded(
+    context: ExitStack, files: Sequence[IO[bytes]], start: bytes | None, to: Entry
+) -> list[Delta]:
+    """Return the deltas in files, which are closed with the context.
+
+    Args:
+        context: of the deltas.
+        files: of deltas, each on the target of the one before it.
+        start: fingerprint of what the first is on; None: of nothing.
+        to: the version that the last makes.
+
+    Raises:
+        Corrupt: a delta is on something else, or the last makes something else.
+    """
+    deltas = [context.enter_context(load(file)) for file in files]
+    there = start
+    for delta in deltas:
+        # A delta whose target has no counterpart of some tensors does not know the others of its base.
+        if there is not None and not delta.base.n_unused and delta.base_fingerprint != there:
+            raise _other_error("a delta is on a base", there, delta.base_fingerprint)
+        there = delta.target_fingerprint
+    if there is not None and there != to.target:
+        raise _other_error("the last delta has a target", to.target, there)
+    return deltas
+
+
+def _start(onto: Onto, base: AnchorBase | None, held: Entry | None) -> bytes | None:
+    """Return the fingerprint of what the first delta is on, None for an anchor on nothing."""
+    if onto == "held":
+        return held.target if held else None
+    return base.fingerprint if base else None
+
+
+def _other_error(what: str, expected: bytes, found: bytes) -> Corrupt:
+    return Corrupt(
+        f"{what} with fingerprint {found.hex()[:12]}…, expected {expected.hex()[:12]}…; nothing was changed",
+        expected=expected.hex(),
+        found=found.hex(),
+    )
 
 
 def _stack(context: ExitStack, deltas: Sequence[Delta], base: Path) -> Delta:

@@ -86,7 +86,7 @@ class CapturedModel:
     def change(self) -> tuple[Delta, bytes]:
         """Return the delta from the snapshot to the model, and the fingerprint of the model."""
         coding = self.coding
-        return _with_target(
+        return with_target(
             self.capture.diff(
                 values=coding.values,
                 level=coding.level,
@@ -131,7 +131,7 @@ class CheckpointSource:
         if self._previous is None:
             return _Nothing(), checkpoint_fingerprint(self._checkpoint, progress=self._progress)
         coding = self._coding
-        return _with_target(
+        return with_target(
             between(
                 self._previous,
                 self._checkpoint,
@@ -166,7 +166,7 @@ def anchor_of(
 ) -> tuple[Delta, bytes, AnchorBase | None]:
     """Return an anchor of a checkpoint, the checkpoint's fingerprint, and what the anchor is applied to."""
     with _opened(base) as old:
-        delta, target = _with_target(
+        delta, target = with_target(
             between(
                 old,
                 now,
@@ -189,7 +189,8 @@ def _opened(base: OutsideBase | None) -> Iterator[Checkpoint | None]:
         )
 
 
-def _with_target(delta: Delta) -> tuple[Delta, bytes]:
+def with_target(delta: Delta) -> tuple[Delta, bytes]:
+    """Return a delta, and the fingerprint of its target."""
     target = delta.target_fingerprint
     if target is None:
         raise SparseDeltaError("the delta does not know its target")

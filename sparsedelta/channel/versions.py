@@ -11,11 +11,12 @@ from sparsedelta.channel.layout import (
     CHANNEL_CONTENT,
     HEAD,
     MAX_JSON_BYTES,
+    MAX_VERSION,
     check_channel,
     entry_name,
     parse_head,
 )
-from sparsedelta.errors import BadVersion, Behind, RemoteError
+from sparsedelta.errors import BadVersion, Behind, LimitExceeded, RemoteError
 from sparsedelta.stores.objects import ObjectStore
 
 STORE_FAILURES = (OSError, RemoteError)  # a call of a store may have taken effect all the same
@@ -52,10 +53,15 @@ class Versions:
             self._known = self._hinted()
         low = self._known
         found = self.find(low) if low else None
+        low = low if found else 0  # a channel that has lost versions is searched from the start
         step = 1
         missing: int | None = None
         while missing is None or missing - low > 1:  # low exists, or is 0; missing does not
             middle = low + step if missing is None else (low + missing) // 2
+            if middle > MAX_VERSION:
+                raise BadVersion(
+                    f"channel '{self.store.name}' seems to have a version for every number; its store is broken"
+                )
             entry = self.find(middle)
             if entry is None:
                 missing = middle
@@ -115,7 +121,7 @@ class Versions:
 
     def _exists(self) -> bool:
         if not self._is_checked:
-            raw = self.store.read(CHANNEL, MAX_JSON_BYTES)
+            raw = self._read(CHANNEL, MAX_JSON_BYTES)
             if raw is None:
                 return False
             check_channel(raw, self.store.name)
@@ -123,7 +129,7 @@ class Versions:
         return True
 
     def _hinted(self) -> int:
-        raw = self.store.read(HEAD, MAX_JSON_BYTES)
+        raw = self._read(HEAD, MAX_JSON_BYTES)
         hint = parse_head(raw) if raw else 0
         return hint if hint and self.find(hint) else 0
 
@@ -133,5 +139,11 @@ class Versions:
         Raises:
             BadVersion: it breaks a rule.
         """
-        raw = self.store.read(entry_name(version), MAX_ENTRY_BYTES)
+        raw = self._read(entry_name(version), MAX_ENTRY_BYTES)
         return None if raw is None else parse_entry(raw, version)
+
+    def _read(self, name: str, max_bytes: int) -> bytes | None:
+        try:
+            return self.store.read(name, max_bytes)
+        except LimitExceeded as error:
+            raise BadVersion(f"{error}; the channel is damaged") from error

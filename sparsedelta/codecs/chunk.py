@@ -6,21 +6,21 @@ be read a second time; ``Level.FAST`` does not use them.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from sparsedelta.codecs.choice import smallest
 from sparsedelta.codecs.context import Bits, ChunkContext, Positions, StartBits
 from sparsedelta.codecs.exponent_classes import Choice, Keys, keys_at
 from sparsedelta.codecs.indices import INDEX_ENCODINGS
 from sparsedelta.codecs.packings import VALUE_PACKINGS
-from sparsedelta.codecs.zstd import Level, compress_stream, decompress
+from sparsedelta.codecs.zstd import Level, decompress
 from sparsedelta.dtypes import DType
 from sparsedelta.errors import BaseNeeded, Corrupt
 
@@ -28,10 +28,6 @@ MAX_SPAN = 1 << 24
 CODED_DIGEST_BYTES = 16
 TOUCHED_BYTES = 8
 
-
-# Classes must save this share and this many bytes, because deltas with classes can be stacked and inverted only with
-# the base.
-_CLASSES_SAVE, _CLASSES_SAVE_BYTES = 0.1, 256
 _FEW = 8  # touched positions; for so few, the choice of a coding saves only a few bytes
 
 
@@ -157,21 +153,13 @@ def encode_chunk(
     elif keys is None:
         keys = keys_at(before, positions, span.n)
     context = ChunkContext(before, span.columns, first, keys)
-    indices = _position_candidates(positions, span.n, context, level)
-    packings = _code_candidates(codes, context, level)
-    index, packing = _smallest(indices, classes=False), _smallest(packings, classes=False)
-    if before is not None:
-        others = _smallest(indices, classes=True), _smallest(packings, classes=True)
-        n_bytes = index.n_bytes + packing.n_bytes
-        saved = n_bytes - sum(one.n_bytes for one in others)
-        if saved >= _CLASSES_SAVE_BYTES and saved >= _CLASSES_SAVE * n_bytes:
-            index, packing = others
+    index, packing = smallest(positions, codes, span.n, context, level)
     streams = [*index.streams, *packing.streams]
     chunk = Chunk(
         span.start,
         span.n,
         len(positions),
-        _coding(values, index.name, packing.name, index.classes or packing.classes),
+        _coding(values, index.way.name, packing.way.name, index.way.classes or packing.way.classes),
         index.raw + packing.raw,
         tuple(map(len, streams)),
         coded_digest(b"".join(streams)),
@@ -184,56 +172,6 @@ def encode_chunk(
 def _coding(values: str, index: str, packing: str, classes: bool) -> Coding:
     """Return a coding; chunks share it."""
     return Coding(values, index, packing, classes)
-
-
-class _Candidate(NamedTuple):
-    name: str
-    classes: bool
-    raw: tuple[int, ...]  # the sizes that the record states
-    streams: list[bytes]
-    n_bytes: int  # of the streams
-
-
-_n_bytes = operator.attrgetter("n_bytes")
-
-
-def _smallest(candidates: Sequence[_Candidate], *, classes: bool) -> _Candidate:
-    if not classes:
-        candidates = [one for one in candidates if not one.classes]
-    return min(candidates, key=_n_bytes) if len(candidates) > 1 else candidates[0]
-
-
-def _position_candidates(
-    positions: Positions, n: int, context: ChunkContext, level: Level
-) -> list[_Candidate]:
-    candidates = []
-    for name, encoding in INDEX_ENCODINGS.items():
-        size = len(positions), n
-        if not encoding.worth_trying(*size) or (
-            level is Level.FAST and not encoding.is_quick(*size)
-        ):
-            continue
-        for classes in (False, True) if encoding.has_classes and context.before else (False,):
-            stream = encoding.encode(positions, n, context.sorted(classes))
-            if stream is not None:
-                raw = () if encoding.implied_bytes(n) is not None else (len(stream),)
-                stored = compress_stream(stream.data, level)
-                candidates.append(_Candidate(name, classes, raw, [stored], len(stored)))
-    return candidates
-
-
-def _code_candidates(codes: Bits, context: ChunkContext, level: Level) -> list[_Candidate]:
-    candidates = []
-    for name, packing in VALUE_PACKINGS.items():
-        if level is Level.FAST and not packing.is_quick:
-            continue
-        for classes in (False, True) if packing.has_classes and context.before else (False,):
-            streams = packing.encode(codes, context.keys if classes else None)
-            if streams is not None:
-                raw = (len(streams[-1]),) if packing.states_size else ()
-                stored = [compress_stream(s.data, level) for s in streams]
-                candidates.append(_Candidate(name, classes, raw, stored, sum(map(len, stored))))
-    return candidates
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -32,6 +32,7 @@ class ChunkContext:
         first: column of the chunk's first element, for encoders.
         keys: keys of the elements at the positions (FORMAT §6.2), for encoders; None: not known.
         classes: use classes of elements.
+        thresholds: the lowest keys of all classes but the first, for encoders; None: the encoder chooses them.
     """
 
     before: StartBits | None = None
@@ -39,12 +40,13 @@ class ChunkContext:
     first: int = 0
     keys: npt.NDArray[np.uint8] | None = None
     classes: bool = False
+    thresholds: Sequence[int] | None = None
 
-    def sorted(self, classes: bool) -> ChunkContext:
+    def sorted(self, classes: bool, thresholds: Sequence[int] | None = None) -> ChunkContext:
         """Return the same context, with classes or without."""
-        if classes == self.classes:
+        if classes == self.classes and thresholds == self.thresholds:
             return self
-        return ChunkContext(self.before, self.columns, self.first, self.keys, classes)
+        return ChunkContext(self.before, self.columns, self.first, self.keys, classes, thresholds)
 
 
 NO_CONTEXT = ChunkContext()

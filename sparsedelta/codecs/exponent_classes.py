@@ -227,21 +227,27 @@ def class_state(counts: Sequence[int]) -> npt.NDArray[np.int64]:
     return state
 
 
-def class_counts(keys: Keys, thresholds: Sequence[int]) -> list[int]:
-    """Return the number of elements in each class, from their keys."""
-    of_key = np.zeros(N_KEYS, np.int64)
+def key_counts(keys: Keys) -> npt.NDArray[np.int64]:
+    """Return the number of elements with each key, (256,)."""
+    counts = np.zeros(N_KEYS, np.int64)
     if kernels.native:
-        kernels.native.count_keys(keys, of_key)
+        kernels.native.count_keys(keys, counts)
     else:
         for block in blocks(len(keys)):
-            of_key += np.bincount(keys[block], minlength=N_KEYS)
-    counts: list[int] = np.add.reduceat(of_key, [0, *thresholds]).tolist()
+            counts += np.bincount(keys[block], minlength=N_KEYS)
+    return counts
+
+
+def class_counts(keys: Keys, thresholds: Sequence[int]) -> list[int]:
+    """Return the number of elements in each class, from their keys."""
+    counts: list[int] = np.add.reduceat(key_counts(keys), [0, *thresholds]).tolist()
     return counts
 
 
 def _edges(positions: Positions, span: int) -> Iterator[tuple[int, int, int]]:
     starts = range(0, span, _BLOCK_ELEMENTS)
-    edges = np.searchsorted(positions, [*starts, span]).tolist()
+    # uint32, because otherwise searchsorted copies the positions
+    edges = np.searchsorted(positions, np.array([*starts, span], np.uint32)).tolist()
     return zip(starts, edges, edges[1:], strict=False)
 
 
@@ -255,7 +261,7 @@ def sample_keys(before: StartBits, span: int) -> npt.NDArray[np.int64]:
     )
     counts, n_seen = np.zeros(N_KEYS, np.int64), 0
     for start in np.linspace(0, span - size, n_pieces).astype(np.int64).tolist():
-        counts += np.bincount(keys_of(before(start, size)), minlength=N_KEYS)
+        counts += key_counts(keys_of(before(start, size)))
         n_seen += size
     return counts * span // n_seen
 
@@ -281,18 +287,20 @@ def merge_keys(
     costs = [cost(*one) + overhead for one in classes]
     merged = [_joined(a, b) for a, b in itertools.pairwise(classes)]
     merged_costs = [cost(*one) + overhead for one in merged]
+    gains = [a + b - c for a, b, c in zip(costs, costs[1:], merged_costs, strict=False)]
     first = live.tolist()
-    while merged:
-        gains = [a + b - c for a, b, c in zip(costs, costs[1:], merged_costs, strict=False)]
-        i = max(range(len(gains)), key=gains.__getitem__)
-        if gains[i] < 0 and len(first) <= most:
+    while gains:
+        gain = max(gains)
+        if gain < 0 and len(first) <= most:
             break
+        i = gains.index(gain)
         classes[i : i + 2], costs[i : i + 2] = [merged[i]], [merged_costs[i]]
-        del first[i + 1], merged[i], merged_costs[i]
+        del first[i + 1], merged[i], merged_costs[i], gains[i]
         for j in (i - 1, i):
             if 0 <= j < len(merged):
                 merged[j] = _joined(classes[j], classes[j + 1])
                 merged_costs[j] = cost(*merged[j]) + overhead
+                gains[j] = costs[j] + costs[j + 1] - merged_costs[j]
     return first[1:]
 
 

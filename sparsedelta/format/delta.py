@@ -183,6 +183,9 @@ class Delta:
 
         All tensors are checked before the first one is written. On any error the model is unchanged.
 
+        If FSDP2 or tensor parallelism divides the model among ranks (DTensor), all ranks of torch.distributed call this
+        with the same delta. Each writes what it holds. An error of one rank is raised on all, and no rank is changed.
+
         Args:
             model: a ``torch.nn.Module`` or a state dict, on any device; its tensors are changed.
             verify: ``"touched"`` checks the touched values, ``"full"`` every byte of the tensors that the
@@ -198,8 +201,10 @@ class Delta:
             PartlyApplied: some tensors are the base's, others the target's.
             StructureMismatch: a changed tensor is missing, has another dtype or shape, or could belong
                 to several files; or the delta adds, renames or reshapes tensors.
+            ConflictError: ranks have different deltas.
             FormatError: the delta is damaged or inconsistent.
             ValueError: the delta lacks the digests that ``verify`` needs.
+            SparseDeltaError: the connection to another rank was lost.
         """
         from sparsedelta.live.inplace import apply_
 

@@ -20,6 +20,7 @@ from sparsedelta.format.records import TensorKey, TensorSpec
 from sparsedelta.live.held import Held
 from sparsedelta.live.inplace import prepare
 from sparsedelta.live.patch import Patch, Plan, Writer
+from sparsedelta.live.ranks import check_undivided
 from sparsedelta.live.rwlock import SharedLock
 
 
@@ -53,6 +54,9 @@ class DeltaBank:
         verify: how each delta is checked against the model when it is decoded; see
             ``Delta.apply_``.
         names: see ``Delta.apply_``.
+
+    Raises:
+        StructureMismatch: the model is divided among ranks.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class DeltaBank:
         verify: ModelCheck = "touched",
         names: Names = None,
     ) -> None:
+        check_undivided(model, "a bank", "use apply_, revert_ and applied on all ranks")
         self._model = model
         self._budget_bytes = budget_bytes
         self._verify: ModelCheck = verify

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparsedelta.errors import StructureMismatch
+from sparsedelta.live.divided import Divided
 from sparsedelta.live.held import Held, Joined, Part
 from sparsedelta.live.loading import Moved, Renamed, Unknown, find_loaded, is_transformers
 from sparsedelta.live.strides import NotStrided, Piece, Region, compose, whole
@@ -29,7 +30,7 @@ class Own(Protocol):
     def name(self) -> str:
         """The tensor's name in the model."""
 
-    def tensor(self) -> torch.Tensor:
+    def tensor(self) -> torch.Tensor | Divided:
         """Return the tensor that the model has under this name now."""
 
 
@@ -54,7 +55,20 @@ class Scattered:
             StructureMismatch: a tensor of the model was removed, has got another shape, or is not a plain
                 tensor.
         """
-        held = Joined(self.shape, [part for piece in self.pieces for part in _parts(*piece)])
+        found = [own.tensor() for own, _, _ in self.pieces]
+        parts = [
+            part
+            for tensor, (own, shape, piece) in zip(found, self.pieces, strict=True)
+            for part in _parts(own.name, tensor, shape, piece)
+        ]
+        divided = [tensor for tensor in found if isinstance(tensor, Divided)]
+        if divided:
+            owner = tuple(
+                (tensor.owner if isinstance(tensor, Divided) else id(tensor), piece.target)
+                for tensor, (_, _, piece) in zip(found, self.pieces, strict=True)
+            )
+            return Divided(self.name, self.shape, parts, divided[0].dtype, divided[0].device, owner)
+        held = Joined(self.shape, parts)
         if held.is_in_order:
             try:
                 return held.parts[0].tensor.view(self.shape)
@@ -172,28 +186,32 @@ def _passing_buffers(module: torch.nn.Module) -> Iterator[str]:
             yield f"{prefix}.{name}" if prefix else name
 
 
-def _parts(own: Own, shape: Shape, piece: Piece) -> Iterator[Part]:
+def _parts(name: str, tensor: torch.Tensor | Divided, shape: Shape, piece: Piece) -> Iterator[Part]:
     """Yield views of a tensor of the model, each with its flat indices in the checkpoint's tensor."""
     import torch
 
-    tensor = own.tensor()
     found = tuple(tensor.shape)
+    held = tensor.parts if isinstance(tensor, Divided) else [Part(whole(shape), tensor)]
     problem = None
     if found != shape:
         problem = f"has become {list(found)}, expected {list(shape)}"
+    elif isinstance(tensor, Divided):
+        pass
     elif type(tensor.data) is not torch.Tensor or tensor.layout != torch.strided:
         problem = f"is a {type(tensor.data).__name__} ({tensor.layout}), not a plain tensor"
     if problem:
-        raise StructureMismatch(f"tensor {own.name!r} {problem}", tensor=own.name)
-    memory = Region(shape, int(tensor.storage_offset()), tuple(tensor.stride()))
-    try:
-        pieces = compose(piece, Piece(whole(shape), memory))
-    except NotStrided as error:
-        raise StructureMismatch(
-            f"tensor {own.name!r} has strides that do not divide each other; make it contiguous",
-            tensor=own.name,
-        ) from error
-    for one in pieces:
-        target = one.target
-        view = torch.as_strided(tensor.detach(), target.shape, target.strides, target.offset)
-        yield Part(one.source, view)
+        raise StructureMismatch(f"tensor {name!r} {problem}", tensor=name)
+    for part in held:
+        memory = part.tensor.detach()
+        there = Region(tuple(memory.shape), int(memory.storage_offset()), memory.stride())
+        try:
+            pieces = compose(piece, Piece(part.region, there))
+        except NotStrided as error:
+            raise StructureMismatch(
+                f"tensor {name!r} has strides that do not divide each other; make it contiguous",
+                tensor=name,
+            ) from error
+        for one in pieces:
+            target = one.target
+            view = torch.as_strided(memory, target.shape, target.strides, target.offset)
+            yield Part(one.source, view)

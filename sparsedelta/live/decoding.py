@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
@@ -22,7 +23,8 @@ from sparsedelta.format.delta import Delta
 from sparsedelta.format.records import Row
 from sparsedelta.live.bits import flat_bits, on_host
 from sparsedelta.live.classes import HOST, find_on_device
-from sparsedelta.live.held import gather, in_order, whole_digest
+from sparsedelta.live.divided import Divided
+from sparsedelta.live.held import Held, gather, in_order, whole_digest
 from sparsedelta.live.patch import Patch
 from sparsedelta.live.slots import Place
 from sparsedelta.tensors.changes import naming, read_coded
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 State: TypeAlias = Literal["base", "target", "other"]
+_Read: TypeAlias = "Callable[[int, int], torch.Tensor]"
 _INT32_ELEMENTS = 1 << 31
 
 
@@ -42,7 +45,29 @@ def decode_place(
 
     Positions that depend on the base's elements are found where these are. Of each touched element, the device
     receives a position or a rank, and the new value; the host receives the old value.
+
+    Of a tensor that is divided among ranks, all ranks check all touched elements, one chunk after the other. The changes
+    are those of the elements that this rank holds.
     """
+    import torch
+
+    if not isinstance(place.slot.tensor(), Divided):
+        return _decode(delta, place, verify=verify, undo=undo, pace=pace)
+    patches, states = [], set[State]()
+    for chunk in place.row.chunks:
+        one = replace(place, row=place.row.with_chunks((chunk,)))
+        patch, state = _decode(delta, one, verify=verify, undo=undo, pace=pace)
+        patches.append(patch)
+        states.add(state)
+    columns = zip(*((p.index, p.before, p.after) for p in patches), strict=True)
+    index, before, after = map(torch.cat, columns)
+    digest = blake3(b"".join(patch.index_digest for patch in patches)).digest()
+    return Patch(place, index, digest, before, after), states.pop() if len(states) == 1 else "other"
+
+
+def _decode(
+    delta: Delta, place: Place, *, verify: ModelCheck, undo: bool, pace: Pace
+) -> tuple[Patch, State]:
     import torch
 
     row, tensor = place.row, place.slot.tensor()
@@ -53,7 +78,7 @@ def decode_place(
     where = torch.empty(
         row.nnz, dtype=torch.int32 if is_small else torch.int64, device=tensor.device
     )
-    base = functools.cache(lambda: flat_bits(in_order(tensor)))
+    base = _reader(tensor)
     index_digest, opened = blake3(), []
     for chunk, part in parts:
         with _of_base(place, chunk):
@@ -72,10 +97,21 @@ def decode_place(
         if verify == "touched":
             possible &= _possible_states(row, chunk, held[part], other[part], undo=undo)
     then = torch.from_numpy(other.view(f"<i{dtype.width}")).to(tensor.device)
+    if isinstance(tensor, Divided):
+        mask = tensor.here(where)
+        where, now, then = where[mask], now[mask], then[mask]
     before, after = (then, now) if undo else (now, then)
     wanted, done = wanted_and_done(undo=undo)
     state = wanted if wanted in possible else done if done in possible else "other"
     return Patch(place, where, index_digest.digest(), before, after), state
+
+
+def _reader(tensor: Held) -> _Read:
+    """Return a function that reads the bits of a range of elements."""
+    if isinstance(tensor, Divided):
+        return tensor.read
+    base = functools.cache(lambda: flat_bits(in_order(tensor)))
+    return lambda start, end: base()[start:end]
 
 
 def _open(delta: Delta, row: Row, chunk: Chunk) -> OpenChunk:
@@ -85,14 +121,14 @@ def _open(delta: Delta, row: Row, chunk: Chunk) -> OpenChunk:
 
 
 def _positions(
-    found: Positions | Choice, chunk: Chunk, base: Callable[[], torch.Tensor], digest: blake3
+    found: Positions | Choice, chunk: Chunk, base: _Read, digest: blake3
 ) -> torch.Tensor:
     """Return the positions of a chunk's elements, and update the digest with what states them.
 
     Args:
         found: the positions, or how to find them.
         chunk: the chunk.
-        base: returns the bits of all elements of the tensor in the base.
+        base: returns the bits of a range of elements of the tensor in the base.
         digest: equal digests of two chunks of one base mean equal positions.
     """
     import torch
@@ -105,7 +141,7 @@ def _positions(
     for ranks, of_rest in found.listed:
         digest.update(f" {len(ranks)} {of_rest}".encode())
         digest.update(ranks.view(np.uint8).data)
-    part = base()[chunk.start : chunk.end]
+    part = base(chunk.start, chunk.end)
     if part.device.type not in HOST:
         return find_on_device(found, part)
     bits = part.numpy().view(f"<u{part.element_size()}")

@@ -6,13 +6,14 @@ Writes go to the model's memory. The functions also accept a plain tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from blake3 import blake3
 
+from sparsedelta.codecs.context import Bits
 from sparsedelta.format.records import DIGEST_BYTES
 from sparsedelta.live import bits
 from sparsedelta.live.strides import Region, whole
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 
+Edit: TypeAlias = Callable[[Bits, int], Bits]
 _BLOCK_ELEMENTS = 1 << 22
 
 
@@ -66,7 +68,7 @@ class Joined:
         width = self.parts[0].tensor.element_size()
         found = torch.empty(len(index), dtype=bits.integer_dtype(width), device=index.device)
         for part in self.parts:
-            at, inner = _inside(part.region, index)
+            at, inner = inside(part.region, index)
             there = bits.gather(part.tensor, inner.to(part.tensor.device))
             found[at] = there.to(found.device)
         return found
@@ -77,7 +79,7 @@ class Joined:
             bits.scatter(self.parts[0].tensor, index, values)
             return
         for part in self.parts:
-            at, inner = _inside(part.region, index)
+            at, inner = inside(part.region, index)
             device = part.tensor.device
             bits.scatter(part.tensor, inner.to(device), values[at].to(device))
 
@@ -92,6 +94,15 @@ class Joined:
             place = torch.as_strided(memory, region.shape, region.strides, region.offset)
             place.copy_(bits.integer_view(part.tensor))
         return copy
+
+    def blocks(self, n_elements: int, edit: Edit) -> Iterator[Bits]:
+        """Yield the bits in host memory, in blocks, each valid until the next one is requested.
+
+        Args:
+            n_elements: in a block.
+            edit: returns what takes the place of a block, from it and the flat index of its first element.
+        """
+        yield from _edited(bits.flat_bits(self.copied()), n_elements, edit)
 
     @property
     def is_in_order(self) -> bool:
@@ -163,10 +174,7 @@ def in_order(held: Held) -> torch.Tensor:
 
 def whole_digest(held: Held) -> bytes:
     """Return the digest of all elements. From a GPU, every byte is copied to the host once."""
-    hasher = blake3()
-    for block in bits.blocks_on_host(bits.flat_bits(in_order(held)), _BLOCK_ELEMENTS):
-        hasher.update(block.view(np.uint8).data)
-    return hasher.digest()[:DIGEST_BYTES]
+    return _digest(held, lambda block, start: block)
 
 
 def changed_digest(held: Held, index: torch.Tensor, values: torch.Tensor) -> bytes:
@@ -177,23 +185,45 @@ def changed_digest(held: Held, index: torch.Tensor, values: torch.Tensor) -> byt
         index: increasing, (nnz,).
         values: the bits, (nnz,).
     """
-    hasher, start = blake3(), 0
     where, new = bits.on_host(index), bits.on_host(values)
-    for block in bits.blocks_on_host(bits.flat_bits(in_order(held)), _BLOCK_ELEMENTS):
+
+    def edit(block: Bits, start: int) -> Bits:
         low, high = np.searchsorted(where, [start, start + len(block)]).tolist()
         if low < high:
             block = block.copy()  # it may be the model's memory
             block[where[low:high] - start] = new[low:high]
+        return block
+
+    return _digest(held, edit)
+
+
+def _digest(held: Held, edit: Edit) -> bytes:
+    hasher = blake3()
+    blocks = (
+        held.blocks(_BLOCK_ELEMENTS, edit)
+        if isinstance(held, Joined)
+        else _edited(bits.flat_bits(in_order(held)), _BLOCK_ELEMENTS, edit)
+    )
+    for block in blocks:
         hasher.update(block.view(np.uint8).data)
-        start += len(block)
     return hasher.digest()[:DIGEST_BYTES]
 
 
-def _inside(region: Region, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _edited(flat: torch.Tensor, n_elements: int, edit: Edit) -> Iterator[Bits]:
+    start = 0
+    for block in bits.blocks_on_host(flat, n_elements):
+        yield edit(block, start)
+        start += len(block)
+
+
+def inside(region: Region, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return which of the indices lie in a region, as positions ``(n,)``, and their indices in the region ``(n,)``."""
     import torch
 
     rest = index.long() - region.offset
+    if region.strides == whole(region.shape).strides:  # the elements are a range
+        at = ((rest >= 0) & (rest < region.numel)).nonzero().view(-1)
+        return at, rest[at]
     inner = torch.zeros_like(rest)
     is_in = rest >= 0
     for size, step in zip(region.shape, region.strides, strict=True):

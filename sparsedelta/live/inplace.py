@@ -28,26 +28,29 @@ from sparsedelta.live.coordinates import quantized_kind
 from sparsedelta.live.decoding import State, decode_place, wanted_and_done
 from sparsedelta.live.held import changed_digest, whole_digest
 from sparsedelta.live.patch import Patch, Writer
-from sparsedelta.live.slots import AnySlot, Place, Places, find_places
+from sparsedelta.live.ranks import Alone, Group, group_of
+from sparsedelta.live.slots import Place, Places, find_places
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.changes import naming
-from sparsedelta.tensors.parallel import Pace, run_all
+from sparsedelta.tensors.parallel import Pace
 
 
 def apply_(
     delta: Delta, model: Model, *, verify: ModelCheck = "touched", names: Names = None
 ) -> None:
     """Change a model in memory from the base to the target; see ``Delta.apply_``."""
-    patches = prepare(delta, model, verify=verify, names=names, undo=False)
-    Writer().write(patches)
+    with group_of(model) as group:
+        patches = prepare(delta, model, verify=verify, names=names, undo=False, group=group)
+        Writer(group=group).write(patches)
 
 
 def revert_(
     delta: Delta, model: Model, *, verify: ModelCheck = "touched", names: Names = None
 ) -> None:
     """Change a model in memory from the target back to the base; see ``Delta.revert_``."""
-    patches = prepare(delta, model, verify=verify, names=names, undo=True)
-    Writer().write([patch.reversed() for patch in patches])
+    with group_of(model) as group:
+        patches = prepare(delta, model, verify=verify, names=names, undo=True, group=group)
+        Writer(group=group).write([patch.reversed() for patch in patches])
 
 
 @contextmanager
@@ -55,9 +58,11 @@ def applied(
     delta: Delta, model: Model, *, verify: ModelCheck = "touched", names: Names = None
 ) -> Iterator[None]:
     """Apply a delta until the context ends; see ``Delta.applied``."""
-    patches = prepare(delta, model, verify=verify, names=names, undo=False)
+    patches: list[Patch] = []
     try:
-        Writer().write(patches)
+        with group_of(model) as group:
+            patches = prepare(delta, model, verify=verify, names=names, undo=False, group=group)
+            Writer(group=group).write(patches)
         yield
     finally:
         try:
@@ -73,7 +78,13 @@ def _put_back(patches: Sequence[Patch]) -> None:
 
 
 def prepare(
-    delta: Delta, model: Model, *, verify: ModelCheck, names: Names, undo: bool
+    delta: Delta,
+    model: Model,
+    *,
+    verify: ModelCheck,
+    names: Names,
+    undo: bool,
+    group: Group | None = None,
 ) -> list[Patch]:
     """Check a model, and return the decoded changes of a delta; nothing is written.
 
@@ -83,6 +94,7 @@ def prepare(
         verify: what to check; see ``Delta.apply_``.
         names: see ``find_places``.
         undo: the model holds the target.
+        group: the processes that hold the model together; all of them call this. None: this process alone.
 
     Raises:
         MismatchError: the model is not the base, or with ``undo`` the target.
@@ -92,34 +104,67 @@ def prepare(
     """
     if verify not in get_args(ModelCheck):
         raise ValueError(f"verify is {verify!r}, expected one of {', '.join(get_args(ModelCheck))}")
-    places = _places(delta, model, names)
-    for place in places.changed:
-        _check_possible(place.row, verify, undo=undo)
+    group = group or Alone()
+    places = group.together(lambda: _possible_places(delta, model, verify, names, undo=undo))
+    group.together(lambda: _check_same(delta, places, group))
     if verify == "full":
-        _check_whole(places, undo=undo)
+        group.together(lambda: _check_whole(places, group, undo=undo))
     pace = Pace(Silent())
-    try:
-        found = run_all(
+
+    def decoded() -> list[Patch]:
+        found = group.each(
             lambda place: decode_place(delta, place, verify=verify, undo=undo, pace=pace),
             places.changed,
             cost=lambda place: place.row.coded_bytes,
             pace=pace,
         )
-        _check_states([(patch.place, state) for patch, state in found], undo=undo)
+        _check_states([(patch.place, state) for patch, state in found], group, undo=undo)
+        return [patch for patch, _ in found]
+
+    try:
+        patches = group.together(decoded)
     except BaseMismatch:
         # A target is not recognised by touched values if classes of the base say where these are.
         if any(chunk.coding.classes for place in places.changed for chunk in place.row.chunks):
-            _check_whole(places, undo=undo)
+            group.together(lambda: _check_whole(places, group, undo=undo))
         raise
-    patches = [patch for patch, _ in found]
     if verify == "full":
-        run_all(
-            lambda patch: _check_result(patch, undo=undo),
-            patches,
-            cost=lambda patch: patch.place.row.target.n_bytes,
-            pace=Pace(Silent()),
+        group.together(
+            lambda: group.each(
+                lambda patch: _check_result(patch, undo=undo),
+                patches,
+                cost=lambda patch: patch.place.row.target.n_bytes,
+                pace=Pace(Silent()),
+            )
         )
     return patches
+
+
+def _possible_places(
+    delta: Delta, model: Model, verify: ModelCheck, names: Names, *, undo: bool
+) -> Places:
+    places = _places(delta, model, names)
+    for place in places.changed:
+        _check_possible(place.row, verify, undo=undo)
+    return places
+
+
+def _check_same(delta: Delta, places: Places, group: Group) -> None:
+    """Check that all processes change the same tensors by the same delta.
+
+    Raises:
+        ConflictError: they do not.
+    """
+    slots = [place.slot.name for place in places.changed]
+    rest = [slot.name for _, slot in places.unchanged]
+    found = group.gathered(
+        (delta.base_fingerprint, delta.target_fingerprint, delta.nnz, slots, rest)
+    )
+    if found.count(found[0]) < len(found):
+        raise ConflictError(
+            "the ranks have different deltas, or models with other tensors; give all of them the same;"
+            " nothing was written"
+        )
 
 
 def _places(delta: Delta, model: Model, names: Names) -> Places:
@@ -153,9 +198,15 @@ def _check_possible(row: Row, verify: ModelCheck, *, undo: bool) -> None:
         )
 
 
-def _check_states(states: Sequence[tuple[Place, State]], *, undo: bool) -> None:
-    """Check the states that were found: each tensor must be the base's, or with ``undo`` the target's."""
+def _check_states(states: Sequence[tuple[Place, State]], group: Group, *, undo: bool) -> None:
+    """Check the states that were found: each tensor must be the base's, or with ``undo`` the target's, in all processes."""
     wanted, done = wanted_and_done(undo=undo)
+    found = [*zip(*group.gathered([state for _, state in states]), strict=True)]
+    states = [
+        (place, state)
+        for (place, _), kinds in zip(states, found, strict=True)
+        for state in dict.fromkeys(kinds)
+    ]
     wrong = [place for place, state in states if state == "other"]
     if wrong:
         raise BaseMismatch(
@@ -199,11 +250,19 @@ def _applied_error(name: str, n_done: int, n_due: int, wanted: str, done: str) -
     )
 
 
-def _check_whole(places: Places, *, undo: bool) -> None:
+def _check_whole(places: Places, group: Group, *, undo: bool) -> None:
     """Compare the digests of all tensors in the model with those of the base or the target."""
     wanted, done = wanted_and_done(undo=undo)
     slots = [*(place.slot for place in places.changed), *(slot for _, slot in places.unchanged)]
-    digests = iter(_whole_digests(slots))
+    tensors = [slot.tensor() for slot in slots]
+    digests = iter(
+        group.each(
+            whole_digest,
+            tensors,
+            cost=lambda t: t.numel() * t.dtype.itemsize,
+            pace=Pace(Silent()),
+        )
+    )
     states: list[tuple[Place, State]] = []
     for place, found in zip(places.changed, digests, strict=False):
         row = place.row
@@ -226,11 +285,4 @@ def _check_whole(places: Places, *, undo: bool) -> None:
                 expected=expected[0].hex(),
                 found=found.hex(),
             )
-    _check_states(states, undo=undo)
-
-
-def _whole_digests(slots: Sequence[AnySlot]) -> list[bytes]:
-    tensors = [slot.tensor() for slot in slots]
-    return run_all(
-        whole_digest, tensors, cost=lambda t: t.numel() * t.dtype.itemsize, pace=Pace(Silent())
-    )
+    _check_states(states, group, undo=undo)

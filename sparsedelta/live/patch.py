@@ -15,6 +15,7 @@ from sparsedelta.errors import PartlyApplied
 from sparsedelta.interrupts import uninterrupted
 from sparsedelta.live.fused import Write, Writes, kernels_for
 from sparsedelta.live.held import Held, memory_in_order, scatter
+from sparsedelta.live.ranks import Alone, Group
 from sparsedelta.live.slots import Place, Slot, current_tensor
 
 if TYPE_CHECKING:
@@ -102,11 +103,11 @@ class Plan:
         import torch
 
         found: list[object] = [torch.is_inference_mode_enabled()]
-        for held, patch in zip(self._held, self.patches, strict=True):
+        for patch in self.patches:
             for slot in (patch.place.slot, *patch.place.tied):
-                if not isinstance(slot, Slot) or not isinstance(held, torch.Tensor):
-                    return None
                 tensor = slot.tensor()
+                if not isinstance(slot, Slot) or not isinstance(tensor, torch.Tensor):
+                    return None
                 found.append((id(tensor), tensor.data_ptr(), tensor.shape, tensor.dtype))
         return found
 
@@ -157,9 +158,11 @@ class Writer:
 
     Args:
         holds: a name for what the model holds now.
+        group: the processes that write to the model together; all of them write, or none.
     """
 
-    def __init__(self, holds: str | None = None) -> None:
+    def __init__(self, holds: str | None = None, group: Group | None = None) -> None:
+        self._group = group or Alone()
         # (what the model held, patches being written), one attribute so that both change in one assignment.
         self._state: tuple[str | None, Sequence[Patch]] = (holds, ())
 
@@ -192,7 +195,7 @@ class Writer:
         with uninterrupted():
             self._state = held, plan.patches
             try:
-                plan.run()
+                self._group.together(plan.run)
             except BaseException as error:
                 try:
                     self._undo()

@@ -1,6 +1,7 @@
-"""A model that is divided among the ranks of ``torch.distributed`` (FSDP2, tensor parallelism), whole on rank 0 in host memory.
+"""A model that is divided among the ranks of ``torch.distributed`` (FSDP2, tensor parallelism), as whole tensors in host memory.
 
-Elements that have changed go to rank 0, one tensor at a time; in the first call these are all. Nothing is gathered on a device.
+Each tensor has a home, a rank that holds it whole. Elements that have changed go there, one tensor at a time; in the first
+call these are all. Nothing is gathered on a device.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from sparsedelta._typing import Model
 from sparsedelta.codecs.context import Bits
 from sparsedelta.errors import StructureMismatch
+from sparsedelta.interrupts import Delay
 from sparsedelta.live.bits import flat_bits, integer_view, on_host
+from sparsedelta.live.divided import dtensor, placed
+from sparsedelta.live.ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
 Name = TypeVar("Name", bound=Hashable)
-_Sent = tuple[npt.NDArray[np.int64], Bits]  # flat indices in the whole tensor, and bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +43,6 @@ class HeldPart:
     local: tuple[int, ...]
     offset: tuple[int, ...]
     is_sent: bool = True
-
-    def sent(self, at: npt.NDArray[np.int64], bits: Bits) -> _Sent | None:
-        """Return what is sent of elements at flat indices in the part, ``(n,)``."""
-        return (self.in_whole(at), bits) if self.is_sent else None
 
     @property
     def n_sent(self) -> int:
@@ -74,20 +72,26 @@ class HeldPart:
             found += place * n_held
         return found
 
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The part in the whole tensor."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.local, strict=True))
+
 
 class Shards:
-    """The part of a model that this rank holds, and on rank 0 the whole model. All methods are called on all ranks.
+    """The part of a model that this rank holds, and the whole tensors that it is the home of. All methods are called on all ranks.
 
     Attributes:
-        whole: on rank 0 the whole model in host memory: the module that was given, or a state dict; else None.
+        held: the whole tensors, by name, in host memory.
     """
 
     def __init__(self, model: torch.nn.Module, *, whole: torch.nn.Module | None = None) -> None:
-        """Send all elements to rank 0.
+        """Send all elements to the homes of their tensors.
 
         Args:
             model: a module whose parameters may be DTensors. The names and parts must not change later.
-            whole: on rank 0 a module in host memory with the same names, such as the model before it was divided.
+            whole: on rank 0 a module in host memory with the same names, such as the model before it was divided. It
+                receives all tensors. None: the tensors are divided among the ranks by their size.
 
         Raises:
             StructureMismatch: a tensor has another placement than shards and replicas, or ``whole`` has other tensors.
@@ -97,74 +101,106 @@ class Shards:
         self._model = model
         self._rank = dist.get_rank()
         state = self._state()
-        self._parts = parts_of_ranks(state)[self._rank]
+        all_parts = self._all_parts(state)
+        self._parts = all_parts[self._rank]
+        sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
+        has_whole = shared(whole is not None)
+        self._homes = dict.fromkeys(sizes, 0) if has_whole else _homes(sizes, len(all_parts))
         self._copies: dict[str, Bits] = {}
-        self._given = None if whole is None else dict(whole.state_dict())
-        self._places: dict[str, torch.Tensor] = {}
-        problem = None
+        self.held: dict[str, torch.Tensor] = {}
+        tell(self._make_places(state, whole))
         for name, tensor in state.items():
             copy = self._copies[name] = _bits(local_of(tensor)).copy()
-            parts = self._gather(self._parts[name].sent(np.arange(len(copy)), copy))
-            if self._rank == 0:
-                problem = problem or self._place(name, tensor, parts)
-        self.whole: Model | None = None
-        if self._rank == 0:
-            self.whole = self._places if whole is None else whole
-        tell(problem)
+            for rank, bits in self._send(name, copy):
+                part = all_parts[rank][name]
+                place = _bits(self.held[name]).reshape(part.shape)
+                place[part.slices] = bits.reshape(part.local)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0."""
+        return self._rank == 0
 
     def update(self) -> None:
-        """Send the elements that have changed since the last call to rank 0, and write them to the whole model."""
-        for name, tensor in self._state().items():
+        """Send the elements that have changed since the last call to the homes of their tensors, and write them there.
+
+        Raises:
+            StructureMismatch: a rank holds other elements than before.
+        """
+        state = self._state()
+        group = Ranks(Delay({}))
+        group.together(lambda: self._check(state))
+        for name, tensor in state.items():
             copy, now = self._copies[name], _bits(local_of(tensor))
-            if len(now) != len(copy):
-                raise StructureMismatch(
-                    f"tensor {name!r} has {len(now)} elements on this rank, expected {len(copy)}; make a new"
-                    " publisher",
-                    tensor=name,
-                )
             at = np.flatnonzero(now != copy)
             copy[at] = now[at]
-            for sent in self._gather(self._parts[name].sent(at, copy[at])):
-                self._write(name, sent)
+            for _, (index, bits) in self._send(name, (self._parts[name].in_whole(at), now[at])):
+                _bits(self.held[name])[index] = bits
+        group.together(lambda: None)  # all homes have written what they received
 
     def _state(self) -> Mapping[str, torch.Tensor]:
         return {name: tensor.detach() for name, tensor in self._model.state_dict().items()}
 
-    def _gather(self, sent: _Sent | None) -> list[_Sent]:
-        """Return on rank 0 what all ranks send; nothing on the others."""
+    def _check(self, state: Mapping[str, torch.Tensor]) -> None:
+        for name, copy in self._copies.items():
+            found = local_of(state[name]).numel() if name in state else 0
+            if found != len(copy):
+                raise StructureMismatch(
+                    f"tensor {name!r} has {found} elements on this rank, expected {len(copy)}; make a new publisher",
+                    tensor=name,
+                )
+
+    def _all_parts(self, state: Mapping[str, torch.Tensor]) -> list[dict[str, HeldPart]]:
+        """Return the parts of all ranks."""
+        Ranks(Delay({})).together(lambda: [_part(name, tensor) for name, tensor in state.items()])
+        found = parts_of_ranks(state)
+        for name, part in found[self._rank].items():
+            if sum(one[name].n_sent for one in found) != math.prod(part.shape):
+                raise StructureMismatch(
+                    f"the ranks do not hold each element of tensor {name!r} once", tensor=name
+                )
+        return found
+
+    def _send(self, name: str, value: Any) -> list[tuple[int, Any]]:
+        """Send something of a tensor to its home; return there what each rank sends, with its number."""
         import torch.distributed as dist
 
-        found: list[Any] | None = [None] * dist.get_world_size() if self._rank == 0 else None
-        dist.gather_object(sent, found, dst=0)
-        return [one for one in found or () if one is not None]
+        home = self._homes[name]
+        found: list[Any] | None = [None] * dist.get_world_size() if self._rank == home else None
+        dist.gather_object(value if self._parts[name].is_sent else None, found, dst=home)
+        return [(rank, one) for rank, one in enumerate(found or ()) if one is not None]
 
-    def _place(self, name: str, tensor: torch.Tensor, parts: list[_Sent]) -> str | None:
-        """Write a whole tensor for the first time; return what is wrong, if anything."""
+    def _make_places(
+        self, state: Mapping[str, torch.Tensor], whole: torch.nn.Module | None
+    ) -> str | None:
+        """Make the tensors that this rank is the home of; return what is wrong with ``whole``, if anything."""
         import torch
 
-        counts = np.zeros(tensor.numel(), np.uint8)
-        for index, _ in parts:
-            counts[index] += 1
-        if not (counts == 1).all():
-            return f"the ranks do not hold each element of tensor {name!r} once"
-        place = torch.empty(tuple(tensor.shape), dtype=tensor.dtype)
-        if self._given is not None:
-            given = self._given.get(name)
-            if given is None or (given.shape, given.dtype) != (place.shape, place.dtype):
-                return (
-                    f"the whole model has no tensor {name!r} of {place.dtype} {list(place.shape)}"
-                )
-            if given.device.type != "cpu" or not given.is_contiguous():
+        given = None if whole is None else dict(whole.state_dict())
+        for name, tensor in state.items():
+            if self._homes[name] != self._rank:
+                continue
+            shape = tuple(tensor.shape)
+            if given is None:
+                self.held[name] = torch.empty(shape, dtype=tensor.dtype)
+                continue
+            place = given.get(name)
+            if place is None or (tuple(place.shape), place.dtype) != (shape, tensor.dtype):
+                return f"the whole model has no tensor {name!r} of {tensor.dtype} {list(shape)}"
+            if place.device.type != "cpu" or not place.is_contiguous():
                 return f"tensor {name!r} of the whole model is not contiguous in host memory"
-            place = given
-        self._places[name] = place
-        for part in parts:
-            self._write(name, part)
+            self.held[name] = place
         return None
 
-    def _write(self, name: str, sent: _Sent) -> None:
-        index, bits = sent
-        _bits(self._places[name])[index] = bits
+
+def _homes(sizes: Mapping[str, int], n_ranks: int) -> dict[str, int]:
+    """Return the home of each tensor, such that the ranks hold about as many bytes."""
+    loads = [0] * n_ranks
+    homes = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        homes[name] = loads.index(min(loads))
+        loads[homes[name]] += sizes[name]
+    return homes
 
 
 def tell(problem: str | None) -> None:
@@ -214,26 +250,12 @@ def parts_of_ranks(
     return found
 
 
-def _part(name: object, tensor: Any) -> HeldPart:
+def _part(name: object, tensor: torch.Tensor) -> HeldPart:
     """Return what this rank holds of a tensor."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-    from torch.distributed.tensor.placement_types import _StridedShard
-
     shape = tuple(tensor.shape)
-    if not isinstance(tensor, DTensor):
+    if dtensor(tensor) is None:
         return HeldPart(shape, shape, (0,) * len(shape))
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    mesh, placements = tensor.device_mesh, tensor.placements
-    # FSDP2 over tensor parallelism: a shard of the rows that the other direction holds.
-    kinds = Shard, Replicate, _StridedShard
-    if not all(isinstance(one, kinds) for one in placements):
-        raise StructureMismatch(
-            f"tensor {name!r} is placed as {placements}, expected shards or replicas",
-            tensor=str(name),
-        )
-    local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
-    return HeldPart(shape, tuple(local), tuple(offset))
+    return HeldPart(shape, *placed(str(name), tensor))
 
 
 def local_of(tensor: Any) -> torch.Tensor:

@@ -24,6 +24,7 @@ from sparsedelta.live.bits import (
     wire_name,
 )
 from sparsedelta.live.coordinates import Own, Scattered, find_coordinates
+from sparsedelta.live.divided import Divided, divided
 from sparsedelta.live.held import Held, parts_of, whole_digest
 from sparsedelta.live.parts import (
     Part,
@@ -55,8 +56,8 @@ class Slot:
     name: str
     model: Any
 
-    def tensor(self) -> torch.Tensor:
-        """Return the tensor that the model has under this name now.
+    def tensor(self) -> torch.Tensor | Divided:
+        """Return the tensor that the model has under this name now, or what this rank holds of it.
 
         Raises:
             StructureMismatch: there is no such tensor any longer.
@@ -79,7 +80,7 @@ class Slot:
             raise StructureMismatch(
                 f"tensor {self.name!r} is no longer in the model", tensor=self.name
             )
-        return found
+        return divided(self.name, found) or found
 
 
 @lru_cache(1 << 16)
@@ -628,6 +629,8 @@ def _unusable(tensor: torch.Tensor) -> str | None:
 
 def memory_of(held: Held) -> object:
     """Return an object that is equal for two tensors if they are the same elements in memory."""
+    if isinstance(held, Divided):
+        return held.owner
     return tuple(map(_part_memory, parts_of(held)))
 
 

@@ -177,6 +177,11 @@ class Snapshot:
         return sum(kept.n_bytes for kept in self._kept.values())
 
     @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Dtype, shape and digest of what was published last, by name."""
+        return {kept.name: kept.spec for kept in self._kept.values()}
+
+    @property
     def fingerprint(self) -> bytes:
         """Fingerprint of what was published last."""
         return fingerprint((kept.name, kept.spec) for kept in self._kept.values())

@@ -82,9 +82,10 @@ class ChangeReader:
             positions, codes = self._decode(chunk)
             touched = chunk.touched
             if chunk.start < start or chunk.end > start + n:
-                low, high = np.searchsorted(
-                    positions, [max(0, start - chunk.start), start + n - chunk.start]
-                ).tolist()
+                window = max(start, chunk.start), min(start + n, chunk.end)
+                # uint32, because otherwise searchsorted copies the positions
+                edges = np.array([edge - chunk.start for edge in window], np.uint32)
+                low, high = np.searchsorted(positions, edges).tolist()
                 if low == high:
                     continue
                 if high - low < chunk.nnz:

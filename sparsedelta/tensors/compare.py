@@ -31,7 +31,7 @@ from sparsedelta.tensors.changes import place_for
 from sparsedelta.tensors.parallel import DENSE_ELEMENTS, Pace
 from sparsedelta.tensors.start import Readable, RowStart, read_start
 
-BLOCK_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 20
 _KNOWN_BLOCK_BYTES = 1 << 22
 
 

@@ -252,9 +252,10 @@ class _Rebuild:
         if chunk:
             positions, codes = self._decode_chunk(chunk)
         starts = range(first, end, n_block)
-        edges = [0, len(positions)]
-        if len(starts) > 1:
-            edges = np.searchsorted(positions, [*(s - first for s in starts), end - first]).tolist()
+        edges = [0] * (len(starts) + 1)
+        if chunk:  # uint32, because otherwise searchsorted copies the positions
+            bounds = np.array([*(s - first for s in starts), end - first], np.uint32)
+            edges = np.searchsorted(positions, bounds).tolist()
         for start, low, high in zip(starts, edges, edges[1:], strict=False):
             bits = self.block[: min(n_block, end - start)]
             read_start(self.base, row.keep, start, bits)

@@ -92,6 +92,10 @@ class WordReplica:
     def hints(self) -> Sequence[tuple[int, bytes]]:
         return [*self.disk.get("hints", ())]
 
+    @property
+    def last(self) -> int:
+        return 0
+
     def has_base(self, base: AnchorBase) -> bool:
         return False
 

@@ -19,6 +19,7 @@ from sparsedelta.errors import BadVersion, BaseMismatch, Behind, HeadMoved, Unce
 from sparsedelta.live import chain
 from sparsedelta.live import held as held_tensors
 from sparsedelta.live.rwlock import SharedLock
+from sparsedelta.stores.folder import FolderStore
 
 
 class FailingStore(MemoryStore):
@@ -417,3 +418,27 @@ def test_a_lease_keeps_a_segment_until_it_ends() -> None:
     channel._clock = lambda: until + 61
     assert channel.prune(keep=1).first == 4
     assert take_lease(channel, 2, "late") is None
+
+
+def test_a_path_in_place_of_a_channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(FolderStore, "close", lambda self: closed.append(self.name))
+    state = {"a": torch.zeros(9)}
+    with sparsedelta.Publisher(tmp_path / "channel", state) as publisher:
+        publisher.publish(1).result()
+        assert not closed
+    with sparsedelta.Follower(f"{tmp_path}/channel", tmp_path / "out") as follower:
+        assert follower.sync().version == 1
+    assert len(closed) == 2
+    with pytest.raises(sparsedelta.SparseDeltaError):
+        sparsedelta.Publisher(tmp_path / "channel", {"a": torch.zeros(9, device="meta")})
+    assert len(closed) == 3
+
+
+@pytest.mark.parametrize("wrong", [None, 3, {}, torch.nn.Linear(1, 1)])
+def test_anything_else_is_a_type_error(tmp_path: Path, wrong: Any) -> None:
+    expected = "expected a Channel, or the path or URL of one"
+    with pytest.raises(TypeError, match=expected):
+        sparsedelta.Publisher(wrong, {"a": torch.zeros(9)})
+    with pytest.raises(TypeError, match=expected):
+        sparsedelta.Follower(wrong, tmp_path / "out")

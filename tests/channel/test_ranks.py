@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 from channel.weights import State
 from rank_helpers import RankPool
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -23,6 +25,7 @@ from torch.distributed.tensor.parallel import (
 import sparsedelta
 from sparsedelta.channel.ranks import RankPublisher
 from sparsedelta.errors import HeadMoved, SparseDeltaError, StructureMismatch
+from sparsedelta.live.homes import Homes
 
 
 class Net(torch.nn.Module):
@@ -63,7 +66,7 @@ def divided(kind: str) -> Any:
 
 
 def run(rank: int, kind: str, root: str, n: int, *, gives_whole: bool) -> list[Any]:
-    """Publish n versions; return the numbers of elements that this rank holds."""
+    """Publish n versions; return the number of parameters that this rank holds, and the bytes of its whole tensors."""
     model = divided(kind)
     channel = sparsedelta.Channel(f"{root}/channel")
     whole = Net() if gives_whole and rank == 0 else None
@@ -75,8 +78,9 @@ def run(rank: int, kind: str, root: str, n: int, *, gives_whole: bool) -> list[A
             assert (publication is None) == (rank != 0)
             if publication:
                 publication.result()
+        homed = sum(tensor.nbytes for tensor in publisher._shards.held.values())
     held = [t.to_local() if isinstance(t, DTensor) else t for t in model.parameters()]
-    return [one.numel() for one in held]
+    return [sum(one.numel() for one in held), homed]
 
 
 def resumed(rank: int, root: str) -> list[int]:
@@ -141,7 +145,13 @@ def test_ranks_publish_what_they_hold(
 ) -> None:
     held = ranks.results(run_one, kind, str(tmp_path), 3, gives_whole)
     total = sum(p.numel() for p in Net().parameters())
-    assert all(sum(one) < total for one in held)  # no rank holds all
+    n_bytes = sum(tensor.nbytes for tensor in Net().state_dict().values())
+    assert all(one[0] < total for one in held)  # no rank holds all
+    if gives_whole:
+        assert [one[1] for one in held] == [n_bytes, 0]
+    else:
+        assert sum(one[1] for one in held) == n_bytes
+        assert max(one[1] for one in held) < 0.6 * n_bytes
     channel = sparsedelta.Channel(tmp_path / "channel")
     follower = sparsedelta.Follower(channel, tmp_path / "out")
     for version in (1, 3, 2):
@@ -151,6 +161,103 @@ def test_ranks_publish_what_they_hold(
     sparsedelta.Follower(channel, model).sync()
     assert is_equal(dict(model.state_dict()), expected(3))
     assert [bool(entry.delta) for entry in channel.log()] == [True, True, False]
+
+
+def test_the_objects_are_those_of_one_process(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.results(run_one, "fsdp2", str(tmp_path), 3, False)
+    state = expected(1)
+    with sparsedelta.Publisher(tmp_path / "other", state) as publisher:
+        for step in range(3):
+            for name, tensor in expected(step + 1).items():
+                state[name].copy_(tensor)
+            publisher.publish(step)
+    one, other = (sparsedelta.Channel(tmp_path / name).log() for name in ("channel", "other"))
+    assert [(e.target, e.delta, e.anchor) for e in one] == [
+        (e.target, e.delta, e.anchor) for e in other
+    ]
+
+
+def in_a_folder(rank: int, root: str) -> list[str]:
+    """Publish two versions of a folder that only rank 0 reads; return the error for another folder."""
+    model = divided("fsdp2")
+    folder = f"{root}/folder" if rank == 0 else "nowhere"
+    with RankPublisher(f"{root}/channel", model, folder=folder) as publisher:
+        publisher.publish(0)
+        change(model, 1)
+        publisher.publish(1)
+    found = []
+    for other in (f"{root}/other", f"{root}/missing"):
+        try:
+            RankPublisher(f"{root}/channel", model, folder=other)
+        except (SparseDeltaError, OSError) as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def test_a_folder(ranks: RankPool, tmp_path: Path) -> None:
+    for name, state in (("folder", expected(1)), ("other", {"scale": torch.ones(1)})):
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text("{}")
+    first, second = ranks.results(in_a_folder, str(tmp_path))
+    assert first == second
+    assert "may not be" in first[0] or "is not the same in" in first[0]
+    assert len(first) == 2
+    sparsedelta.Follower(tmp_path / "channel", tmp_path / "out").sync()
+    assert is_equal(load_file(tmp_path / "out" / "model.safetensors"), expected(2))
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
+
+
+def killed(rank: int, root: str, who: int, at: str) -> None:
+    """Publish while a rank kills itself in the background; the other one writes down its error."""
+    model = divided("fsdp2")
+    publisher = RankPublisher(f"{root}/channel", model)
+    publisher.publish(0)
+    real = Homes._do
+
+    def faulty(self: Homes, command: Any, options: Any) -> Any:
+        if rank == who and command == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, command, options)
+
+    try:
+        change(model, 1)
+        publisher._shards.update()  # the version before is durable now
+        publisher.close()
+        publisher = RankPublisher(f"{root}/channel", model)
+        Homes._do = faulty  # type: ignore[method-assign]
+        change(model, 2)
+        found = publisher.publish(2)
+        if found:
+            found.result()
+        publisher.close()
+    except (SparseDeltaError, RuntimeError) as error:
+        Path(root, "error").write_text(str(error), encoding="utf-8")
+    os._exit(0)
+
+
+@pytest.mark.parametrize(
+    ("who", "at"), [(1, "capture"), (1, "change"), (1, "anchor"), (1, "advance"), (0, "change")]
+)
+def test_a_killed_rank(tmp_path: Path, who: int, at: str) -> None:
+    """The others get an error; ranks that start again continue the channel, and followers end with the right bits."""
+    pool = RankPool(2)
+    try:
+        with pytest.raises((EOFError, ConnectionResetError)):
+            pool.results(killed, str(tmp_path), who, at)
+    finally:
+        pool.close()
+    assert (tmp_path / "error").read_text(encoding="utf-8")
+    n = len(sparsedelta.Channel(tmp_path / "channel").log())
+    assert n == (2 if at == "advance" else 1)
+    pool = RankPool(3 if who == 0 else 2)
+    try:
+        pool.results(resumed, str(tmp_path))
+    finally:
+        pool.close()
+    sparsedelta.Follower(tmp_path / "channel", tmp_path / "out").sync()
+    assert is_equal(load_file(tmp_path / "out"), expected(4))
+    assert len(sparsedelta.Channel(tmp_path / "channel").log()) == n + 1
 
 
 def run_one(rank: int, kind: str, root: str, n: int, gives_whole: bool) -> list[Any]:

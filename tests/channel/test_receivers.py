@@ -24,6 +24,7 @@ from sparsedelta.channel.receivers import sglang
 from sparsedelta.channel.receivers import vllm as vllm_receiver
 from sparsedelta.channel.receivers.mirror import Changed, Mirror
 from sparsedelta.errors import BadVersion, Behind, StructureMismatch, Uncertain
+from sparsedelta.live.readback import find_unloaded
 
 
 class Trainer:
@@ -352,6 +353,38 @@ def test_vllm_gets_only_what_has_changed(workers: list[Worker], tmp_path: Path) 
     assert torch.equal(norm[touched], checkpoint(2)["norm"][touched])
 
 
+def spoil(model: FusedModel, part: str) -> None:
+    """Let the loader of a part of the model write wrong values, as a faulty memory or kernel would."""
+    param: Any = model.get_parameter("rest.norm") if part == "norm" else model.qkv.weight
+    real = getattr(param, "weight_loader", lambda param, loaded: param.data.copy_(loaded))
+
+    def faulty(param: Any, loaded: torch.Tensor, *place: str) -> None:
+        before = param.detach().clone()
+        real(param, loaded, *place)
+        wrong = (param.view(torch.int16) != before.view(torch.int16)).nonzero()
+        if len(wrong) and (not place or place[0] == part):
+            param.data[tuple(wrong[0])] += 1
+
+    param.__dict__["weight_loader"] = faulty
+
+
+@pytest.mark.parametrize("part", ["norm", "v"])
+def test_vllm_reads_back(
+    workers: list[Worker], tmp_path: Path, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    """Values that do not arrive are noticed, and all tensors are loaded."""
+    trainer = Trainer(tmp_path / "channel")
+    worker = workers[1]
+    worker.init({"channel": str(tmp_path / "channel")})
+    worker.update({"version": 1})
+    trainer.publish(2)
+    spoil(worker.model, part)
+    worker.update({"version": 2})
+    name = "norm" if part == "norm" else "v.weight"
+    assert f"it holds other values of tensor '{name}' than it has loaded" in caplog.text
+    assert worker.model.loaded[-1] == set(checkpoint(1))
+
+
 def test_vllm_errors(workers: list[Worker], tmp_path: Path) -> None:
     worker = workers[0]
     with pytest.raises(RuntimeError, match="not initialized"):
@@ -431,7 +464,8 @@ def test_sglang_workers_follow(update: Any, tmp_path: Path, *, whole: bool) -> N
             update(model, [(name, torch.tensor(value))])
             assert model.is_at(version), version
     for model in models:
-        sizes = [5, 5, 5, 5] if whole else [5, 4, 4, 5]
+        # Changed tensors are loaded, and then compared by the same loader.
+        sizes = [5, 5, 5, 5] if whole else [5, 4, 4, 4, 4, 5]
         assert [len(loaded) for loaded in model.loaded] == sizes
 
 
@@ -445,3 +479,44 @@ def test_sglang_requests_are_checked(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="request"):
             sglang.load(model, wrong)
     assert model.loaded == []
+
+
+@pytest.mark.parametrize("part", ["norm", "v"])
+def test_sglang_reads_back(
+    update: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    channel, folder = str(tmp_path / "channel"), save(tmp_path / "base", 1)
+    trainer, model = Trainer(channel), FusedModel(1)
+    trainer.publish(2)
+    for version in (1, 2, 3):
+        if version == 2:
+            spoil(model, part)
+        name, value = sglang.request(channel, version, checkpoint=folder)
+        update(model, [(name, torch.tensor(value))])
+    name = "norm" if part == "norm" else "v.weight"
+    assert f"it holds other values of tensor '{name}' than it has loaded" in caplog.text
+
+
+def test_reading_back_writes_nothing() -> None:
+    model = FusedModel()
+    model.load_weights(checkpoint(1).items())
+    found = find_unloaded(model, model.load_weights, checkpoint(1).items(), nan=False)
+    assert found is None
+    assert find_unloaded(model, model.load_weights, checkpoint(2).items(), nan=False) == "q.weight"
+    assert model.is_at(1)
+    model.get_parameter("rest.scale").data[2] = -0.0
+    last = [("scale", torch.arange(4.0).index_fill(0, torch.tensor(2), 0.0))]
+    assert find_unloaded(model, model.load_weights, last, nan=False) == "scale"  # bits, not values
+
+
+def test_a_loader_that_cannot_be_read_back(caplog: pytest.LogCaptureFixture) -> None:
+    model = FusedModel()
+
+    def load(weights: Any) -> None:
+        for _, tensor in weights:
+            model.get_parameter("rest.scale").data.index_copy_(0, torch.arange(4), tensor)
+
+    assert find_unloaded(model, load, [("scale", torch.ones(4))], nan=False) is None
+    assert "cannot be read back" in caplog.text
+    assert "index_copy_" in caplog.text
+    assert not model.get_parameter("rest.scale").any()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml  # type: ignore[import-untyped]
 from docs.pages import ROOT, blocks, run_page
 
 import sift_train
@@ -78,17 +79,18 @@ def test_training(base: Path) -> None:
             report_to="none", max_steps=1, disable_tqdm=True, dataloader_pin_memory=False
         ),
     }
-    code = [
-        b
-        for b in blocks((ROOT / "docs" / "training.md").read_text("utf-8"))
-        if b.language == "python" and b.reason is None
-    ]
-    fit, loop, trainer, trainer_with_config, memory = (block.code for block in code)
+    page = blocks((ROOT / "docs" / "training.md").read_text("utf-8"))
+    code = [b for b in page if b.language == "python" and b.reason is None]
+    fit, loop, trainer, trainer_with_config, moving, memory = (block.code for block in code)
     exec(fit, names)
     assert Path("delta.sd").stat().st_size > 0
     names["model"] = load(base)
     exec(loop, names)
     assert Path("own.sd").stat().st_size > 0
+    exec(moving, names)
+    assert names["sift"].n_reselections == 1
+    (settings,) = (b.code for b in page if b.language == "yaml" and "reselection" in b.code)
+    assert sift_train.FitConfig(**yaml.safe_load(settings)["train"]).reselection is not None
     exec(memory, names)
     names["sift"].close()
     for block in (trainer, trainer_with_config):

@@ -29,28 +29,31 @@ FAMILIES = {
 }
 
 SIZES: dict[str, int | tuple[int, ...]] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size"), 32),
-    **dict.fromkeys(("encoder_hidden_size", "word_embed_proj_dim", "out_hidden_size"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff"), 48),
-    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 48),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size"), 64),
+    **dict.fromkeys(("encoder_hidden_size", "word_embed_proj_dim", "out_hidden_size"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff"), 96),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 96),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth"), 2),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
-    "num_key_value_heads": 2, "head_dim": 8, "d_kv": 8, "projection_dim": 16, "vocab_size": 160,
-    "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
+    "num_key_value_heads": 2, "head_dim": 16, "d_kv": 16, "projection_dim": 32, "vocab_size": 160,
+    "moe_intermediate_size": 48, "shared_expert_intermediate_size": 48,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     "num_experts_per_tok": 2, "moe_k": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-    "max_position_embeddings": 64, "n_positions": 64, "q_lora_rank": 8, "kv_lora_rank": 8,
-    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "image_size": 28, "patch_size": 14,
+    "max_position_embeddings": 64, "n_positions": 64, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "image_size": 28, "patch_size": 14,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
     "linear_value_head_dim": 8, "state_size": 8, "mamba_d_state": 8, "mamba_expand": 2,
     "num_nextn_predict_layers": 0, "num_feat_extract_layers": 2, "conv_dim": (32, 32),
     "conv_kernel": (3, 3), "conv_stride": (2, 2), "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "image_token_id": 5, "image_token_index": 5, "video_token_id": 6, "video_token_index": 6,
-    "audio_token_id": 7,
+    "audio_token_id": 7, "vocab_size_per_layer_input": 160, "hidden_size_per_layer_input": 16,
 }  # fmt: skip
+
+
+_ALSO_IF_NONE = ("vocab_size", "head_dim", "num_key_value_heads")
 
 
 def make_small(name: str, **sizes: int) -> Any:
@@ -67,9 +70,15 @@ def make_small(name: str, **sizes: int) -> Any:
 
 
 def _shrink(config: Any, sizes: Mapping[str, int | tuple[int, ...]]) -> Any:
+    vars(config).pop("_heterogeneity_spec", None)  # sizes of layers that are not there
+    for key in {"_out_features", "_out_indices"} & vars(config).keys():  # likewise
+        setattr(config, key, None)
     for key, size in sizes.items():
-        if isinstance(getattr(config, key, None), int | tuple | list):
-            with suppress(Exception):  # a size that is computed from others
+        with suppress(Exception):  # a size that is computed from others, or differs between layers
+            given = getattr(config, key)
+            if isinstance(given, tuple | list) and isinstance(size, int):
+                setattr(config, key, [size] * len(given))
+            elif isinstance(given, int | tuple | list) or (given is None and key in _ALSO_IF_NONE):
                 setattr(config, key, size)
     for key in ("layer_types", "mlp_layer_types"):
         kinds = getattr(config, key, None)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
@@ -70,7 +70,7 @@ def run_script(
 ) -> int | str | None:
     """Run a script of ``examples/`` with these arguments; return its exit code or message."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(RECIPES))
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
     return ended.value.code

@@ -13,18 +13,24 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import get_context
 
+_SECONDS = 300  # for one call, on a busy machine
+
 
 class RankPool:
     """Runs functions in several processes at the same time; each process is one rank."""
 
     def __init__(self, n: int) -> None:
+        self._n = n
+        self._start()
+
+    def _start(self) -> None:
         context = get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes = []
-        for rank in range(n):
+        for rank in range(self._n):
             here, there = context.Pipe()
-            given = (rank, n, f"{self._folder.name}/store", there)
+            given = (rank, self._n, f"{self._folder.name}/store", there)
             process = context.Process(target=_serve, args=given, daemon=True)
             process.start()
             self._pipes.append(here)
@@ -36,7 +42,9 @@ class RankPool:
             pipe.send((work, args))
         results = []
         for pipe in self._pipes:
-            if not pipe.poll(120):
+            if not pipe.poll(_SECONDS):
+                self.close(0)
+                self._start()  # answers that come later are not those of the next call
                 raise TimeoutError("a rank did not answer")
             results.append(pipe.recv())
         return results
@@ -49,11 +57,11 @@ class RankPool:
                 raise result
         return results
 
-    def close(self) -> None:
+    def close(self, seconds: float = 10) -> None:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.join(10)
+            process.join(seconds)
             process.kill()
         self._folder.cleanup()
 
@@ -80,7 +88,7 @@ def _serve(rank: int, n: int, store: str, pipe: Connection) -> None:
     dist.destroy_process_group()
 
 
-def wait_for(path: Path, seconds: float = 60.0) -> None:
+def wait_for(path: Path, seconds: float = _SECONDS) -> None:
     """Wait until another process has created a file."""
     import time
 

@@ -1,4 +1,4 @@
-"""``examples/evaluate.py`` gives the scores that the tuned checkpoints have."""
+"""``examples/recipes/evaluate.py`` gives the scores that the tuned checkpoints have."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from causal_helpers import EXAMPLES, make_causal, make_tokenizer, run_script
+from causal_helpers import RECIPES, make_causal, make_tokenizer, run_script
 
 import sparsedelta
 
-sys.path.append(str(EXAMPLES))
+pytest.importorskip("lm_eval", reason="needs the group recipes")
+sys.path.append(str(RECIPES))
 
 import mmlu_csv
 

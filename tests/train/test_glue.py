@@ -1,4 +1,4 @@
-"""``examples/glue.py``: the real script and libraries with tiny models and local data."""
+"""``examples/recipes/glue.py``: the real script and libraries with tiny models and local data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets  # type: ignore[import-untyped]
 import pytest
 import torch
 import transformers
@@ -23,13 +22,15 @@ from train_helpers import same_bits, snapshot
 
 import sparsedelta
 
-sys.path.append(str(Path(__file__).parents[2] / "examples"))
+pytest.importorskip("datasets", reason="needs the group recipes")
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "recipes"))
 
+import datasets  # type: ignore[import-untyped]
 from glue_files import MAX_HELD_OUT, load_files, regression_hint
 from glue_tasks import SCORES, TASKS, load_task, narrowed
 from recipe_common import Choice, KeepBest, adapt, by_method, equalized, export
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 WORDS = [["sun", "warm", "light"], ["rain", "cold", "dark"]]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LAYERS = ["query", "key", "value", "attention.output.dense"]
@@ -64,9 +65,9 @@ def recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
     def run(*words: object, fails: bool = False) -> str:
         monkeypatch.setattr(sys, "argv", ["glue.py", *map(str, words)])
-        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.syspath_prepend(str(RECIPES))
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(EXAMPLES / "glue.py"), run_name="__main__")
+            runpy.run_path(str(RECIPES / "glue.py"), run_name="__main__")
         printed = capsys.readouterr().out
         if fails:
             assert isinstance(ended.value.code, str)
@@ -370,9 +371,9 @@ def test_quantities_as_classes_are_noted_before_training(
     (tmp_path / "data.txt").write_text("\n".join(f"{n / 4} sun" for n in range(20)) + "\n0.0 sun")
     words = ["--data", tmp_path / "data.txt", "--model", bases["bert"], "--max-steps", 1]
     monkeypatch.setattr(sys, "argv", ["glue.py", *map(str, words)])
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(RECIPES))
     with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(str(EXAMPLES / "glue.py"), run_name="__main__")
+        runpy.run_path(str(RECIPES / "glue.py"), run_name="__main__")
     assert "note: the 20 labels are all numbers; set --regression" in capsys.readouterr().err
 
 
@@ -479,7 +480,7 @@ def test_numbers_out_of_range_are_usage_errors(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["glue.py", *words])
     with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(str(EXAMPLES / "glue.py"), run_name="__main__")
+        runpy.run_path(str(RECIPES / "glue.py"), run_name="__main__")
     assert f"{words[0]}: {words[1]!r} is not a" in capsys.readouterr().err
 
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from causal_helpers import CHAT, EXAMPLES, make_causal, make_tokenizer, run_script
+from causal_helpers import CHAT, RECIPES, make_causal, make_tokenizer, run_script
 from train_helpers import same_bits, snapshot
 
 import sparsedelta
 
-sys.path.append(str(EXAMPLES))
+pytest.importorskip("trl", reason="needs the group recipes")
+sys.path.append(str(RECIPES))
 
 import causal_loss
 

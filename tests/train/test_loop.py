@@ -311,6 +311,7 @@ def test_decay_toward_the_base_is_adamw_with_the_base_added_back() -> None:
 
 
 def test_the_trackers_get_the_reports(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
         EventAccumulator,
     )

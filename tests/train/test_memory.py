@@ -15,6 +15,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from train_helpers import make_bert, make_inputs, make_net, square_loss
 
+import sparsedelta
 from sift_train import SIFT, plan, selection
 
 
@@ -51,6 +52,30 @@ def test_the_report_counts_every_tensor(dtype: torch.dtype) -> None:
             moments
         )
         assert "trained: 31 of 308 components, 10.06 %" in str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_report_counts_what_publishing_keeps(dtype: torch.dtype, tmp_path: Path) -> None:
+    """All trained components change between two versions: the most that is ever kept."""
+    model = make_net().to(dtype)
+    model.register_buffer("seen", torch.zeros(7))
+    model.register_buffer("passing", torch.zeros(1000), persistent=False)
+    with SIFT(model, 0.1, ["first.weight", "last"], "last.bias", lr_transfer=False) as sift:
+        trained = {
+            name: None if part.trains_all else part.flat_index
+            for name, part in sift.sparse_mapping.items()
+        }
+        with sparsedelta.Publisher(tmp_path / "channel", model, trained=trained) as publisher:
+            with torch.no_grad():
+                for master in sift.parameters_in_optimizer():
+                    master.add_(1)
+            source: Any = publisher._run._source
+            kept = source._snapshot.n_bytes
+            changed = source._snapshot.capture().n_bytes
+        index = sum(
+            part.flat_index.nbytes for part in sift.sparse_mapping.values() if not part.trains_all
+        )
+        assert sift.memory_report().publish_bytes == kept + index + changed
 
 
 def test_a_plan_is_the_report_of_the_live_run(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import sift_train
 
 NAMES = (
-    "RULES SIFT Evaluation FitConfig FitResult MemoryReport Plan PublishCallback Rule SiftCallback "
+    "RULES SIFT Evaluation FitConfig FitResult MemoryReport Plan PublishCallback Reselection Rule SiftCallback "
     "SiftConfig SiftTrainerMixin SparseParameter StepReport export_delta fit from_pretrained "
     "get_sift_model grouped_parameters intersect load_mask load_sharded mask_of_delta plan principal save_mask save_sharded unite"
 ).split()
@@ -41,7 +41,7 @@ def test_names() -> None:
         (
             "SIFT",
             "model sparse_rate sparse_module exception grad_acc gradient_checkpointing "
-            "* selection budget block seed process_group reduce_dtype lr_transfer",
+            "* selection budget block seed process_group reduce_dtype lr_transfer masters",
         ),
         (
             "fit",
@@ -49,13 +49,13 @@ def test_names() -> None:
             "on_evaluation progress run_dir resume",
         ),
         ("export_delta", "model output * sift base base_id info save_target overwrite"),
-        ("plan", "model rate * sparse_module exception dtype optimizer devices sharded"),
+        ("plan", "model rate * sparse_module exception dtype optimizer devices sharded masters"),
         ("save_sharded", "sift folder optimizer"),
         ("load_sharded", "sift folder optimizer"),
         (
             "SiftConfig",
-            "* sparse_rate sparse_module exception selection selection_batches budget block "
-            "gradient_checkpointing seed lr_transfer",
+            "* sparse_rate sparse_module exception selection selection_batches budget block reselection "
+            "gradient_checkpointing seed lr_transfer masters",
         ),
         ("grouped_parameters", "sift weight_decay * decay_to"),
         ("principal", "rank"),
@@ -66,8 +66,8 @@ def test_names() -> None:
         ("mask_of_delta", "delta model"),
         (
             "FitConfig",
-            "* sparse_rate sparse_module exception selection selection_batches budget block optimizer lr "
-            "lr_transfer weight_decay decay_to betas eps momentum schedule warmup epochs max_steps accumulation "
+            "* sparse_rate sparse_module exception selection selection_batches budget block reselection optimizer lr "
+            "lr_transfer masters weight_decay decay_to betas eps momentum schedule warmup epochs max_steps accumulation "
             "max_grad_norm mixed_precision gradient_checkpointing log_every eval_every eval_before patience "
             "higher_is_better save_every publish publish_every trackers reduce_dtype seed",
         ),
@@ -85,11 +85,11 @@ def test_parameters(name: str, parameters: str) -> None:
 def test_what_a_sift_offers() -> None:
     offered = {name for name in vars(sift_train.SIFT) if not name.startswith("_")}
     assert offered == {
-        "after_closure", "after_step", "attach", "before_step", "before_use", "check_parameters", "check_ranks", "clip_grad_norm_", "close",
+        "after_closure", "after_step", "attach", "before_step", "before_use", "check_parameters", "check_ranks", "check_reselecting", "clip_grad_norm_", "close",
         "finish_selection", "first_config", "get_trainable_num", "grad_acc", "load", "load_state_dict", "lr_share", "measuring_share",
-        "memory_report", "n_total", "n_trained", "named_parameters_in_optimizer",
+        "memory_report", "n_reselections", "n_total", "n_trained", "named_parameters_in_optimizer",
         "named_trainable_parameters", "parameters_in_optimizer", "print_trainable_parameters",
-        "of", "ranks", "record", "reshard", "set_trainer", "push_to_hub", "revert", "reverted", "save", "selecting", "sparse_lr", "state_dict", "sync_gradients",
+        "of", "ranks", "record", "reshard", "set_trainer", "push_to_hub", "reselecting", "revert", "reverted", "save", "selecting", "sparse_lr", "state_dict", "sync_gradients",
         "trainable_parameters",
         "write_back", "zero_grad",
     }  # fmt: skip

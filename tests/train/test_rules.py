@@ -223,6 +223,7 @@ def test_no_device_holds_more_than_one_tensor_s_scores() -> None:
 def test_rules_are_named() -> None:
     assert list(RULES) == [
         "gradient",
+        "accumulated",
         "fisher",
         "snip",
         "gallop",

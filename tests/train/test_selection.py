@@ -160,7 +160,7 @@ def test_generators_depend_on_seed_and_name_only() -> None:
 
 
 def test_unknown_rule_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="gradient, fisher, snip"):
+    with pytest.raises(ValueError, match="gradient, accumulated, fisher, snip"):
         find_rule("gradients")
 
 

@@ -252,6 +252,7 @@ def test_the_mixin_with_the_trainer_of_sentence_transformers(
     tmp_path: Path, base: Path, mapping: dict[str, float]
 ) -> None:
     """Its groups are kept: a rate for each pattern, and the parameters of the loss."""
+    pytest.importorskip("sentence_transformers")
     import sentence_transformers as st
 
     datasets: Any = import_module("datasets")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sparsedelta._typing import AnyPath
 from sparsedelta.channel.entry import Entry
@@ -19,6 +19,7 @@ from sparsedelta.channel.versions import Versions
 from sparsedelta.errors import Uncertain
 from sparsedelta.live.host import host_state
 from sparsedelta.live.patch import Patch
+from sparsedelta.live.readback import find_unloaded, only_changed
 
 if TYPE_CHECKING:
     import torch
@@ -47,9 +48,16 @@ class Changed:
         """Whether a new value is NaN."""
         return self.values.dtype.is_floating_point and bool(self.values.float().isnan().any())
 
+    @property
+    def can_be_masked(self) -> bool:
+        """Whether NaN can stand for the elements that have not changed."""
+        dtype = self.values.dtype
+        return dtype.is_floating_point and dtype.itemsize > 1 and not self.has_nan
+
 
 LoadWhole: TypeAlias = "Callable[[Mapping[str, torch.Tensor]], None]"
 LoadChanged: TypeAlias = Callable[[Sequence[Changed]], None]
+Check: TypeAlias = Callable[[Sequence[Changed]], str | None]
 
 
 class Mirror:
@@ -84,18 +92,26 @@ class Mirror:
         return self._loaded
 
     def deliver(
-        self, version: int | None, *, whole: LoadWhole, changed: LoadChanged | None = None
+        self,
+        version: int | None,
+        *,
+        whole: LoadWhole,
+        changed: LoadChanged | None = None,
+        check: Check | None = None,
     ) -> SyncReport:
         """Move the engine to a version; return a report. After any error it is safe to call again.
 
         The loaders are called only after the version was read and verified. The first time all tensors are loaded.
-        A version that the engine has already is not loaded again. If ``changed`` fails, all tensors are loaded.
+        A version that the engine has already is not loaded again. If ``changed`` fails, or the engine then holds other
+        values, all tensors are loaded.
 
         Args:
             version: its number; None for the latest.
             whole: loads all tensors, by name, into the engine.
             changed: loads changed elements into the engine, which has the version before; None: all tensors are
                 always loaded.
+            check: returns the name of a tensor of which the engine holds other values than ``changed`` has loaded, or
+                None; see ``find_wrong``. None: the values are not read back.
 
         Raises:
             Behind: the channel does not have the version yet, or no longer. The engine was not changed.
@@ -112,7 +128,9 @@ class Mirror:
         written = self._replica.written
         is_next = self._loaded is not None and self._loaded == report.before
         self._loaded = None  # until a loader has returned
-        if not (is_next and written is not None and changed and self._load(changed, written)):
+        if not (
+            is_next and written is not None and changed and self._load(changed, check, written)
+        ):
             try:
                 whole(self._tensors)
             except Exception as error:
@@ -123,9 +141,13 @@ class Mirror:
         self._loaded = report.version
         return report
 
-    def _load(self, changed: LoadChanged, patches: Sequence[Patch]) -> bool:
+    def _load(self, changed: LoadChanged, check: Check | None, patches: Sequence[Patch]) -> bool:
         try:
-            changed([self._changed(patch) for patch in patches])
+            elements = [self._changed(patch) for patch in patches]
+            changed(elements)
+            wrong = check(elements) if check else None
+            if wrong:
+                raise RuntimeError(f"it holds other values of tensor {wrong!r} than it has loaded")
         except Exception as error:
             _log.warning(
                 "the engine cannot load changed elements, so all tensors follow: %s", error
@@ -137,6 +159,24 @@ class Mirror:
         name = patch.place.row.name
         tensor = self._tensors[name]
         return Changed(name, tensor, patch.index, patch.after.view(tensor.dtype))
+
+
+def find_wrong(
+    model: torch.nn.Module, changed: Sequence[Changed], device: torch.device
+) -> str | None:
+    """Return the name of a tensor of which an engine's model holds other values than were loaded; None if there is none.
+
+    Args:
+        model: has a method ``load_weights``; see ``find_unloaded``.
+        changed: what was loaded. Only these elements are compared, if their dtype has NaN.
+        device: where the model's tensors are.
+    """
+    load: Any = model.load_weights
+    masked = [one for one in changed if one.can_be_masked]
+    parts = ((one.name, only_changed(one.tensor, one.index, one.values, device)) for one in masked)
+    wrong = find_unloaded(model, load, parts, nan=True) if masked else None
+    rest = [(one.name, one.tensor) for one in changed if not one.can_be_masked]
+    return wrong or (find_unloaded(model, load, rest, nan=False) if rest else None)
 
 
 class _Recorder(ModelReplica):

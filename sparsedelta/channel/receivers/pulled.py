@@ -10,12 +10,14 @@ import logging
 import os
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 from sparsedelta._typing import AnyPath
-from sparsedelta.channel.channel import Channel
+from sparsedelta.channel.channel import open_channel
 from sparsedelta.channel.follower import Follower
 from sparsedelta.channel.objects import Pruned, fetch
+from sparsedelta.channel.versions import Versions
 from sparsedelta.errors import BadVersion, Behind, LossyConversion, StructureMismatch
 from sparsedelta.fs import staged_output, temporary_folder
 from sparsedelta.interop.conversion import convert
@@ -30,7 +32,7 @@ class PulledFolder:
 
     def __init__(
         self,
-        channel: Channel,
+        channel: Versions | AnyPath,
         source_dir: AnyPath,
         *,
         encoding: str = "xor",
@@ -47,7 +49,7 @@ class PulledFolder:
             checksum: ``"blake3"``, ``"xxh3-128"`` or ``"adler32"``.
             base: the checkpoint that the anchors are deltas on, if the publisher uses one.
         """
-        self._channel = channel
+        self._channel = channel = open_channel(channel, ExitStack())
         self._root = Path(source_dir)
         self._settings = {"encoding": encoding, "checksum": checksum}
         self._follower = Follower(channel, self._root / _CHECKPOINT, base=base)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsedelta._typing import AnyPath
 from sparsedelta.channel.channel import Channel
-from sparsedelta.channel.receivers.mirror import Changed, Mirror
+from sparsedelta.channel.receivers.mirror import Changed, Mirror, find_wrong
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,10 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
         target.load_weights([(one.name, one.tensor) for one in changed])
 
     state.mirror.deliver(
-        int(version), whole=load_whole, changed=None if members["whole"] else load_changed
+        int(version),
+        whole=load_whole,
+        changed=None if members["whole"] else load_changed,
+        check=lambda changed: find_wrong(model, changed, next(model.parameters()).device),
     )
 
 

@@ -24,7 +24,7 @@ class ChannelTransfer:
 
     def __init__(
         self,
-        channel: Versions,
+        channel: Versions | AnyPath,
         *,
         model: Model | None = None,
         notify: Callable[[Entry], object] | None = None,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsedelta.channel.channel import Channel
-from sparsedelta.channel.receivers.mirror import Changed, Mirror
+from sparsedelta.channel.receivers.mirror import Changed, Mirror, find_wrong
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +132,12 @@ class ChannelEngine:
         """
         if self._mirror is None:
             raise RuntimeError("the weight transfer is not initialized; call init_transfer_engine")
-        self._mirror.deliver(update_info.version, whole=self._load_whole, changed=self._load)
+        self._mirror.deliver(
+            update_info.version,
+            whole=self._load_whole,
+            changed=self._load,
+            check=lambda changed: find_wrong(self.model, changed, self.device),
+        )
 
     def finish_weight_update(self) -> None:
         """Do nothing; see ``start_weight_update``."""

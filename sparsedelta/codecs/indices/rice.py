@@ -7,7 +7,7 @@ for decoding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,9 @@ from sparsedelta.codecs import kernels
 from sparsedelta.codecs.bitpack import decode_rice, encode_rice
 from sparsedelta.codecs.context import NO_CONTEXT, ChunkContext, Positions, Sizes, StartBits, Stream
 from sparsedelta.codecs.exponent_classes import (
-    N_KEYS,
     Choice,
     choice_bits,
+    key_counts,
     keys_at,
     merge_keys,
     ranks_by_class,
@@ -58,7 +58,7 @@ class _Rice(IndexEncoding):
         if kernels.native and not context.classes and 2 * len(positions) <= span:
             whole = np.empty(_HEAD_BYTES + _MOST_GAP_BYTES * len(positions), np.uint8)
             return whole[: kernels.native.put_rice(positions, whole)]
-        thresholds: list[int] = []
+        thresholds: Sequence[int] = []
         parts: Iterator[tuple[Positions, int]] = iter([(positions, span)])
         if context.classes:
             if context.before is None or len(positions) < _FEWEST:
@@ -66,7 +66,7 @@ class _Rice(IndexEncoding):
             keys = (
                 keys_at(context.before, positions, span) if context.keys is None else context.keys
             )
-            thresholds = _choose_classes(context.before, keys, span)
+            thresholds = context.thresholds or _choose_classes(context.before, keys, span)
             if not thresholds:
                 return None
             parts = ranks_by_class(context.before, positions, keys, span, thresholds)
@@ -112,7 +112,7 @@ class _Rice(IndexEncoding):
 
 def _choose_classes(before: StartBits, keys: npt.NDArray[np.uint8], span: int) -> list[int]:
     """Return thresholds between classes of different density; none if classes would save too little."""
-    touched = np.bincount(keys, minlength=N_KEYS)
+    touched = key_counts(keys)
     untouched = np.maximum(sample_keys(before, span), touched) - touched
     most = _WORTH * choice_bits(int(untouched.sum()), len(keys))
     if total_choice_bits(untouched, touched) > most:

@@ -43,6 +43,9 @@ _BAND_BITS = (
 )  # one more band adds as many tiles as there are bands in the other direction
 # Tiles are used if they shrink the stream at least to this ratio. Otherwise they are not worth the time.
 _WORTH = 0.97
+# Lines whose numbers of touched cells vary less than this (variance, relative to the squared mean) save less than that.
+_LEAST_VARIANCE = 0.1
+_LINE_SAMPLE, _FEWEST_SAMPLED = 4, 1 << 14  # touched cells of a sample: for each line; at least
 
 Labels = npt.NDArray[np.uint32]  # the band of each row or column
 
@@ -206,6 +209,23 @@ class _Grid:
         order = self._orders[axis]
         ranks[order] = np.arange(len(order)) - self._starts[axis][self.labels[axis][order]]
         return ranks
+
+
+def may_be_smaller(positions: Positions, span: int, context: ChunkContext) -> bool:
+    """Return whether ``tiles`` may be smaller than encodings without bands, as far as a sample of the positions shows."""
+    columns, first = context.columns, context.first
+    if not 2 <= columns <= span:
+        return False
+    n_rows = _n_rows(columns, first, span)
+    step = max(1, len(positions) // max(_LINE_SAMPLE * (n_rows + columns), _FEWEST_SAMPLED))
+    row, column = np.divmod(positions[::step] + np.uint32(first), np.uint32(columns))
+    for line, n_lines in ((row, n_rows), (column, columns)):
+        counts = np.bincount(line, minlength=n_lines)
+        mean = float(counts.mean())
+        # Chance alone gives a variance of the mean.
+        if float(counts.var()) - mean > _LEAST_VARIANCE * mean * mean:
+            return True
+    return False
 
 
 def _sorted(places: Numbers, n_cells: int) -> Numbers:

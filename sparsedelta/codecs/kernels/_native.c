@@ -175,9 +175,13 @@ INLINE void pack_numbers(const void *numbers, size n, int k, u8 *out, int W) {
     int n_bits = 0;
     for (size i = 0; i < n; i++) {
         word |= (get(numbers, i, W) & (((uint64_t)1 << k) - 1)) << n_bits;
-        for (n_bits += k; n_bits >= 8; n_bits -= 8, word >>= 8) *out++ = (u8)word;
+        n_bits += k;
+        if (n_bits >= 32) { /* n_bits < 64: k ≤ 31 */
+            *(u32 *)out = (uint32_t)word;
+            out += 4, word >>= 32, n_bits -= 32;
+        }
     }
-    if (n_bits) *out = (u8)word;
+    for (; n_bits > 0; n_bits -= 8, word >>= 8) *out++ = (u8)word;
 }
 
 static PyObject *pack(PyObject *module, PyObject *args) {
@@ -419,12 +423,13 @@ static PyObject *others(PyObject *module, PyObject *args) {
     u32 *out = b[1].buf;
     size n = n_items(&b[0]), n_out = n_items(&b[1]), found = 0, i = 0;
     Py_BEGIN_ALLOW_THREADS
-    for (uint32_t next = 0; found < n_out; next++) {
-        if (i < n && number[i] == next)
-            i++;
-        else
-            out[found++] = next;
+    uint32_t next = 0;
+    for (; found < n_out && i < n; next++) { /* no branch, because it could not be predicted */
+        int is_given = number[i] == next;
+        out[found] = next;
+        found += !is_given, i += is_given;
     }
+    for (; found < n_out; next++) out[found++] = next;
     Py_END_ALLOW_THREADS
     return release(b, 2, none());
 }
@@ -562,7 +567,7 @@ static PyObject *keys_of(PyObject *module, PyObject *args) {
     return release(b, 2, none());
 }
 
-enum { PORTABLE, AVX2, AVX512 }; /* the instructions that `members_of` uses */
+enum { PORTABLE, AVX2, AVX512 }; /* the instructions that the search in classes and `compare` use */
 static int instructions = PORTABLE;
 
 /* Elements whose classes are found at once. */
@@ -601,7 +606,10 @@ __attribute__((target("avx2"))) static void members_avx2(const u8 *key, int n_gr
     }
 }
 
-__attribute__((target("avx512f,avx512bw"))) static void members_avx512(const u8 *key, int n_groups, const u8 *threshold, int n_classes, uint64_t *members) {
+/* The processors since Ice Lake and Zen 4 have all of these. */
+#define WIDE __attribute__((target("avx512f,avx512bw,avx512vbmi2,bmi,bmi2,popcnt")))
+
+WIDE static void members_avx512(const u8 *key, int n_groups, const u8 *threshold, int n_classes, uint64_t *members) {
     for (int g = 0; g < n_groups; g++, key += GROUP) {
         __m512i keys = _mm512_loadu_si512(key);
         uint64_t before = 0;
@@ -615,13 +623,18 @@ __attribute__((target("avx512f,avx512bw"))) static void members_avx512(const u8 
 }
 #endif
 
-/* Writes the keys of at most BATCH elements from `first`, and the members of each class among them; bits after the last
- * element are zero. Returns the number of groups. */
-INLINE int members_of(const void *bits, size first, size n, const u8 *threshold, int n_classes, u8 *key, uint64_t *members, int W) {
-    size here = n - first < BATCH ? n - first : BATCH;
-    int n_groups = (int)((here + GROUP - 1) / GROUP), over = (int)(n_groups * GROUP - here);
-    for (size i = 0; i < here; i++) key[i] = key_of(get(bits, first + i, W), W);
-    memset(key + here, 0, over);
+/* Writes the keys of at most BATCH elements from `first`, and zeros to the end of the last group. Returns how many elements. */
+INLINE int batch_keys(const void *bits, size first, size n, u8 *key, int W) {
+    int here = (int)(n - first < BATCH ? n - first : BATCH);
+    for (int i = 0; i < here; i++) key[i] = key_of(get(bits, first + i, W), W);
+    memset(key + here, 0, -here & (GROUP - 1));
+    return here;
+}
+
+/* Writes the members of each class among the elements of a batch; bits after the last element are zero. Returns the
+ * number of groups. */
+static int members_of(const u8 *key, int here, const u8 *threshold, int n_classes, uint64_t *members) {
+    int n_groups = (here + GROUP - 1) / GROUP, over = n_groups * GROUP - here;
 #ifdef __x86_64__
     if (instructions == AVX512)
         members_avx512(key, n_groups, threshold, n_classes, members);
@@ -636,13 +649,13 @@ INLINE int members_of(const void *bits, size first, size n, const u8 *threshold,
 
 static int best_instructions(void) {
 #ifdef __x86_64__
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return AVX512;
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2")) return AVX512;
     if (__builtin_cpu_supports("avx2")) return AVX2;
 #endif
     return PORTABLE;
 }
 
-/* Limits the instructions that `members_of` uses, for tests. Returns those in use. */
+/* Limits the instructions that the search in classes and `compare` use, for tests. Returns those in use. */
 static PyObject *use_instructions(PyObject *module, PyObject *args) {
     int most, best = best_instructions();
     if (!PyArg_ParseTuple(args, "i", &most)) return NULL;
@@ -690,21 +703,81 @@ INLINE void add_chosen(Class *one, const u8 *bitmaps, const uint64_t *members, i
     one->rank = rank;
 }
 
+/* Writes positions and keys of the chosen elements of a group. */
+INLINE size put_chosen(uint64_t touched, const u8 *key, size start, u32 *positions, u8 *keys, size found) {
+    for (; touched; touched &= touched - 1) {
+        int i = __builtin_ctzll(touched);
+        positions[found] = (uint32_t)(start + i);
+        keys[found++] = key[i];
+    }
+    return found;
+}
+
+INLINE size find_batch(const u8 *key, int here, size start, const u8 *threshold, int n_classes, Class *classes, const u8 *chosen, u32 *positions, u8 *keys, size found, size room) {
+    uint64_t members[GROUPS * MAX_CLASSES], touched[GROUPS] = {0};
+    int n_groups = members_of(key, here, threshold, n_classes, members);
+    for (int c = 0; c < n_classes; c++) add_chosen(&classes[c], chosen, members + c * GROUPS, n_groups, touched);
+    for (int g = 0; g < n_groups; g++) {
+        if (__builtin_popcountll(touched[g]) > room - found) return -1;
+        found = put_chosen(touched[g], key + GROUP * g, start + GROUP * g, positions, keys, found);
+    }
+    return found;
+}
+
+#ifdef __x86_64__
+/* As find_batch, without a branch that depends on the elements. */
+WIDE static size find_batch_avx512(const u8 *key, int here, size start, const u8 *threshold, int n_classes, Class *classes, const u8 *chosen, u32 *positions, u8 *keys, size found, size room) {
+    static const u8 counting[GROUP] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                       22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
+                                       44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+    __m512i numbers = _mm512_loadu_si512(counting), limits[MAX_CLASSES];
+    const u8 *bitmaps[MAX_CLASSES];
+    int64_t ranks[MAX_CLASSES], last[MAX_CLASSES]; /* last: from this byte on, 9 bytes are zero and within the slack */
+    uint64_t rests[MAX_CLASSES];
+    for (int c = 0; c < n_classes; c++) {
+        limits[c] = _mm512_set1_epi8((char)(c < n_classes - 1 ? threshold[c] : 0));
+        bitmaps[c] = chosen + classes[c].next, ranks[c] = classes[c].rank;
+        last[c] = classes[c].end / 8 + SLACK - 9, rests[c] = -(uint64_t)classes[c].rest;
+    }
+    for (int first = 0; first < here; first += GROUP) {
+        uint64_t inside = here - first < GROUP ? ~(uint64_t)0 >> (GROUP - (here - first)) : ~(uint64_t)0, earlier = 0, touched = 0;
+        __m512i group = _mm512_loadu_si512(key + first);
+        for (int c = 0; c < n_classes; c++) {
+            uint64_t below = c < n_classes - 1 ? _mm512_cmplt_epu8_mask(group, limits[c]) & inside : inside;
+            uint64_t members = below & ~earlier;
+            int64_t n_members = __builtin_popcountll(members), rank = ranks[c], byte = rank >> 3;
+            const u8 *at = bitmaps[c] + (byte < last[c] ? byte : last[c]);
+            uint64_t bits = *(const u64 *)at >> (rank & 7);
+            if (__builtin_expect(n_members > 57, 0)) bits |= (uint64_t)at[8] << 1 << (63 - (rank & 7));
+            touched |= _pdep_u64(bits ^ rests[c], members);
+            ranks[c] = rank + n_members, earlier = below;
+        }
+        size n_touched = __builtin_popcountll(touched), left = room - found;
+        if (n_touched > left) return -1;
+        if (left >= GROUP) { /* stores of whole vectors fit */
+            __m512i places = _mm512_maskz_compress_epi8(touched, numbers), origin = _mm512_set1_epi32((int)(uint32_t)(start + first));
+            _mm512_storeu_si512(keys + found, _mm512_maskz_compress_epi8(touched, group));
+            for (size i = 0; i < n_touched; i += 16, places = _mm512_shuffle_i64x2(places, places, 0x39))
+                _mm512_storeu_si512(positions + found + i, _mm512_add_epi32(_mm512_cvtepu8_epi32(_mm512_castsi512_si128(places)), origin));
+        } else
+            put_chosen(touched, key + first, start + first, positions, keys, found);
+        found += n_touched;
+    }
+    for (int c = 0; c < n_classes; c++) classes[c].rank = ranks[c];
+    return found;
+}
+#endif
+
 INLINE size find_in(const void *bits, size n, size start, const u8 *threshold, int n_classes, Class *classes, const u8 *chosen, u32 *positions, u8 *keys, size found, size room, int W) {
     u8 key[BATCH];
-    uint64_t members[GROUPS * MAX_CLASSES];
-    for (size first = 0; first < n; first += BATCH) {
-        int n_groups = members_of(bits, first, n, threshold, n_classes, key, members, W);
-        uint64_t touched[GROUPS] = {0};
-        for (int c = 0; c < n_classes; c++) add_chosen(&classes[c], chosen, members + c * GROUPS, n_groups, touched);
-        for (int g = 0; g < n_groups; g++) {
-            if (__builtin_popcountll(touched[g]) > room - found) return -1;
-            for (uint64_t left = touched[g]; left; left &= left - 1) {
-                int i = GROUP * g + __builtin_ctzll(left);
-                positions[found] = (uint32_t)(start + first + i);
-                keys[found++] = key[i];
-            }
-        }
+    for (size first = 0; first < n && found >= 0; first += BATCH) {
+        int here = batch_keys(bits, first, n, key, W);
+#ifdef __x86_64__
+        if (instructions == AVX512)
+            found = find_batch_avx512(key, here, start + first, threshold, n_classes, classes, chosen, positions, keys, found, room);
+        else
+#endif
+            found = find_batch(key, here, start + first, threshold, n_classes, classes, chosen, positions, keys, found, room);
     }
     return found;
 }
@@ -757,21 +830,23 @@ static PyObject *find_chosen(PyObject *module, PyObject *args) {
 INLINE int rank_in(const void *bits, size n, size start, const u8 *threshold, int n_classes, Class *classes, const u32 *positions, size n_positions, u32 *ranks, int W) {
     u8 key[BATCH], class_of[256];
     uint64_t members[GROUPS * MAX_CLASSES];
+    uint32_t before[GROUPS * MAX_CLASSES]; /* elements of the class before the group */
     size at = 0;
     for (int i = 0, c = 0; i < 256; i++) class_of[i] = (u8)(c += c < n_classes - 1 && i == threshold[c]);
     for (size first = 0; first < n; first += BATCH) {
-        int n_groups = members_of(bits, first, n, threshold, n_classes, key, members, W);
-        for (int g = 0; g < n_groups; g++) {
-            size begin = first + g * GROUP, here = n - begin < GROUP ? n - begin : GROUP;
-            for (; at < n_positions && positions[at] < start + begin + GROUP; at++) {
-                int64_t i = positions[at] - (start + begin);
-                if (i < 0 || i >= here) return 0;
-                int c = class_of[key[GROUP * g + i]];
-                uint64_t earlier = members[c * GROUPS + g] & (((uint64_t)1 << i) - 1);
-                if (classes[c].next >= classes[c].end) return 0;
-                ranks[classes[c].next++] = (uint32_t)(classes[c].rank + __builtin_popcountll(earlier));
+        int here = batch_keys(bits, first, n, key, W), n_groups = members_of(key, here, threshold, n_classes, members);
+        for (int c = 0; c < n_classes; c++)
+            for (int g = 0; g < n_groups; g++) {
+                before[c * GROUPS + g] = (uint32_t)classes[c].rank;
+                classes[c].rank += __builtin_popcountll(members[c * GROUPS + g]);
             }
-            for (int c = 0; c < n_classes; c++) classes[c].rank += __builtin_popcountll(members[c * GROUPS + g]);
+        for (; at < n_positions && positions[at] < start + first + here; at++) {
+            int64_t i = positions[at] - (start + first);
+            if (i < 0) return 0;
+            int c = class_of[key[i]], cell = c * GROUPS + (int)(i >> 6);
+            uint64_t earlier = members[cell] & (((uint64_t)1 << (i & 63)) - 1);
+            if (classes[c].next >= classes[c].end) return 0;
+            ranks[classes[c].next++] = before[cell] + (uint32_t)__builtin_popcountll(earlier);
         }
     }
     return at == n_positions;
@@ -810,8 +885,14 @@ static PyObject *count_keys(PyObject *module, PyObject *args) {
     if (n_items(&b[1]) != 256) return release(b, 2, wrong_sizes());
     const u8 *key = b[0].buf;
     i64 *counts = b[1].buf;
+    uint32_t found[4][256]; /* several, because equal keys are close to each other, and each would wait for the one before */
     Py_BEGIN_ALLOW_THREADS
-    for (size i = 0; i < b[0].len; i++) counts[key[i]]++;
+    for (size i = 0; i < b[0].len;) {
+        size end = b[0].len - i < UINT32_MAX ? b[0].len : i + UINT32_MAX;
+        memset(found, 0, sizeof found);
+        for (; i < end; i++) found[i & 3][key[i]]++;
+        for (int k = 0; k < 256; k++) counts[k] += (int64_t)found[0][k] + found[1][k] + found[2][k] + found[3][k];
+    }
     Py_END_ALLOW_THREADS
     return release(b, 2, none());
 }
@@ -823,13 +904,16 @@ static PyObject *step_statistics(PyObject *module, PyObject *args) {
     if (n_items(&b[0]) != b[1].len || n_items(&b[2]) != 3 * 256) return release(b, 3, wrong_sizes());
     const u8 *key = b[1].buf;
     u64 *sums = b[2].buf; /* unsigned, because codes of 8 bytes may overflow */
+    uint64_t found[2][256][3] = {{{0}}}; /* two, because equal keys are close to each other, and each would wait for the one before */
     Py_BEGIN_ALLOW_THREADS
     FOR_WIDTH(b[0].itemsize, for (size i = 0; i < b[1].len; i++) {
         uint64_t beyond = get(b[0].buf, i, W) >> 1;
-        sums[key[i]]++;
-        sums[256 + key[i]] += beyond > 0;
-        sums[512 + key[i]] += beyond ? beyond - 1 : 0;
+        uint64_t *one = found[i & 1][key[i]];
+        one[0]++;
+        one[1] += beyond > 0;
+        one[2] += beyond - (beyond > 0);
     })
+    for (int k = 0; k < 3 * 256; k++) sums[k] += found[0][k & 255][k >> 8] + found[1][k & 255][k >> 8];
     Py_END_ALLOW_THREADS
     return release(b, 3, none());
 }
@@ -1012,6 +1096,29 @@ INLINE size compare_in(const void *old, const void *new, size n, size start, u32
     return found;
 }
 
+#ifdef __x86_64__
+/* As compare_in for elements of 2 bytes. Stores whole vectors: they fit, because at most as many elements were found as
+ * compared. */
+WIDE static size compare_avx512(const u16 *old, const u16 *new, size n, size start, u32 *positions, u16 *before, u16 *after) {
+    static const u8 counting[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                    16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+    __m512i numbers = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)counting));
+    size found = 0, first = 0;
+    for (; first + 32 <= n; first += 32) {
+        __m512i one = _mm512_loadu_si512(old + first), other = _mm512_loadu_si512(new + first);
+        uint32_t differ = _mm512_cmpneq_epi16_mask(one, other);
+        __m512i places = _mm512_maskz_compress_epi16(differ, numbers), origin = _mm512_set1_epi32((int)(uint32_t)(start + first));
+        _mm512_storeu_si512(before + found, _mm512_maskz_compress_epi16(differ, one));
+        _mm512_storeu_si512(after + found, _mm512_maskz_compress_epi16(differ, other));
+        _mm512_storeu_si512(positions + found, _mm512_add_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(places)), origin));
+        if (__builtin_popcount(differ) > 16)
+            _mm512_storeu_si512(positions + found + 16, _mm512_add_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(places, 1)), origin));
+        found += __builtin_popcount(differ);
+    }
+    return found + compare_in(old + first, new + first, n - first, start + first, positions + found, before + found, after + found, 2);
+}
+#endif
+
 CLONED static size compare_any(const void *old, const void *new, int width, size n, size start, u32 *positions, void *before, void *after) {
     size found = 0;
     FOR_WIDTH(width, found = compare_in(old, new, n, start, positions, before, after, W))
@@ -1029,22 +1136,34 @@ static PyObject *compare(PyObject *module, PyObject *args) {
         if (i != 2) fits = fits && b[i].itemsize == width && n_items(&b[i]) >= n;
     if (!fits) return release(b, 5, wrong_sizes());
     Py_BEGIN_ALLOW_THREADS
-    found = compare_any(b[0].buf, b[1].buf, (int)width, n, start, b[2].buf, b[3].buf, b[4].buf);
+#ifdef __x86_64__
+    if (width == 2 && instructions == AVX512)
+        found = compare_avx512(b[0].buf, b[1].buf, n, start, b[2].buf, b[3].buf, b[4].buf);
+    else
+#endif
+        found = compare_any(b[0].buf, b[1].buf, (int)width, n, start, b[2].buf, b[3].buf, b[4].buf);
     Py_END_ALLOW_THREADS
     return release(b, 5, PyLong_FromSsize_t(found));
 }
 
-/* Changes a block at positions. The first element is number `start`. Writes the bits before and after the change. */
+/* Changes a block at positions. The first element is number `start`. Writes the bits before and after the change. The
+ * loop in the middle is the one that the compiler turns into vector instructions. */
 INLINE int change_in(void *bits, size n, size start, const u32 *positions, size nnz, const void *codes, int kind, void *before, void *after, int W) {
     for (size i = 0; i < nnz; i++) {
         int64_t at = (int64_t)positions[i] - start;
         if (at < 0 || at >= n) return 0;
-        uint64_t old = get(bits, at, W), new = value_of(old, get(codes, i, W), kind, W);
-        put(before, i, old, W);
-        put(after, i, new, W);
-        put(bits, at, new, W);
+        put(before, i, get(bits, at, W), W);
     }
+    decode_all(before, codes, kind, nnz, after, W);
+    for (size i = 0; i < nnz; i++) put(bits, (int64_t)positions[i] - start, get(after, i, W), W);
     return 1;
+}
+
+CLONED static int change_any(void *bits, size n, size start, const u32 *positions, size nnz, const void *codes, int kind, void *before, void *after, int width) {
+    int fits = 0;
+    if (kind == ULP_OF_FLOATS) { FOR_WIDTH(width, fits = change_in(bits, n, start, positions, nnz, codes, ULP_OF_FLOATS, before, after, W)) }
+    else { FOR_WIDTH(width, fits = change_in(bits, n, start, positions, nnz, codes, kind, before, after, W)) }
+    return fits;
 }
 
 static PyObject *change(PyObject *module, PyObject *args) {
@@ -1058,8 +1177,7 @@ static PyObject *change(PyObject *module, PyObject *args) {
     for (int i = 2; i < 5; i++) fits = fits && b[i].itemsize == width && n_items(&b[i]) == nnz;
     if (!fits) return release(b, 5, wrong_sizes());
     Py_BEGIN_ALLOW_THREADS
-    if (kind == ULP_OF_FLOATS) { FOR_WIDTH(width, fits = change_in(b[0].buf, n, start, b[1].buf, nnz, b[2].buf, ULP_OF_FLOATS, b[3].buf, b[4].buf, W)) }
-    else { FOR_WIDTH(width, fits = change_in(b[0].buf, n, start, b[1].buf, nnz, b[2].buf, kind, b[3].buf, b[4].buf, W)) }
+    fits = change_any(b[0].buf, n, start, b[1].buf, nnz, b[2].buf, kind, b[3].buf, b[4].buf, (int)width);
     Py_END_ALLOW_THREADS
     return release(b, 5, fits ? none() : wrong_sizes());
 }

@@ -25,10 +25,13 @@ class ValuePacking(Protocol):
             n_bytes: the raw size of the last stream, if the manifest states it; else 0.
         """
 
-    def encode(self, codes: Bits, keys: Keys | None) -> Sequence[Stream] | None:
+    def encode(
+        self, codes: Bits, keys: Keys | None, thresholds: Sequence[int] | None = None
+    ) -> Sequence[Stream] | None:
         """Return the streams of ``codes``; an empty stream means zeros.
 
         ``keys`` are the keys of the elements before the change (FORMAT §6.2); None: do not use classes.
+        ``thresholds`` are the lowest keys of all classes but the first; None: the encoder chooses them.
         Returns None if another packing is smaller, or if this one cannot store these codes.
         """
 

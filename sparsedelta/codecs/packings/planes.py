@@ -22,7 +22,9 @@ class _Planes(ValuePacking):
     def stream_sizes(self, n_bytes: Sizes, nnz: Sizes, width: int) -> Sequence[Sizes]:
         return [nnz] * width
 
-    def encode(self, codes: Bits, keys: Keys | None) -> Sequence[Stream]:
+    def encode(
+        self, codes: Bits, keys: Keys | None, thresholds: Sequence[int] | None = None
+    ) -> Sequence[Stream]:
         raw = codes.view(np.uint8)
         used = int(np.bitwise_or.reduce(codes)).to_bytes(codes.itemsize, "little")
         return [raw[j :: len(used)].copy() if bits else _NOTHING for j, bits in enumerate(used)]

@@ -25,7 +25,9 @@ class _Scaled(ValuePacking):
     def stream_sizes(self, n_bytes: Sizes, nnz: Sizes, width: int) -> Sequence[Sizes]:
         return [nnz, n_bytes]
 
-    def encode(self, codes: Bits, keys: Keys | None) -> Sequence[Stream] | None:
+    def encode(
+        self, codes: Bits, keys: Keys | None, thresholds: Sequence[int] | None = None
+    ) -> Sequence[Stream] | None:
         if int(codes.max()) >> 32 or 2 * np.count_nonzero(codes <= _SHORT) > len(codes):
             return None
         numbers = codes.astype(np.uint32)

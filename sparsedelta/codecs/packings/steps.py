@@ -58,7 +58,9 @@ class _Steps(ValuePacking):
     def stream_sizes(self, n_bytes: Sizes, nnz: Sizes, width: int) -> Sequence[Sizes]:
         return [n_bytes]
 
-    def encode(self, codes: Bits, keys: Keys | None) -> Sequence[Stream] | None:
+    def encode(
+        self, codes: Bits, keys: Keys | None, thresholds: Sequence[int] | None = None
+    ) -> Sequence[Stream] | None:
         if keys is not None and len(codes) < _FEWEST:
             return None
         if not codes.all() or int(codes.max()) >> 32:
@@ -68,15 +70,15 @@ class _Steps(ValuePacking):
         width = codes.itemsize
         codes = codes.astype(f"<u{min(width, 4)}")  # a copy
         codes -= 1
-        thresholds: list[int] = []
+        classes: Sequence[int] = []
         counts = [len(codes)]
         if keys is not None:
-            thresholds = _choose_classes(keys, codes)
-            if not thresholds:
+            classes = thresholds or _choose_classes(keys, codes)
+            if not classes:
                 return None
-            counts = class_counts(keys, thresholds)
-            codes = _sorted(codes, keys, thresholds, counts)
-        head = bytearray([len(thresholds), *thresholds])
+            counts = class_counts(keys, classes)
+            codes = _sorted(codes, keys, classes, counts)
+        head = bytearray([len(classes), *classes])
         sequences: list[tuple[Numbers, int]] = []
         for start, end in itertools.pairwise(itertools.accumulate(counts, initial=0)):
             long, excess = _long(codes[start:end])

@@ -1,7 +1,7 @@
 """Scores a base and its deltas on tasks of the lm-evaluation-harness, side by side.
 
-    python examples/evaluate.py --base org/model --delta tuned.sd --tasks mmlu --shots 5
-    python examples/evaluate.py --base base/ --delta tuned.sd --mmlu-csv folder/ --shots 5
+    python examples/recipes/evaluate.py --base org/model --delta tuned.sd --tasks mmlu --shots 5
+    python examples/recipes/evaluate.py --base base/ --delta tuned.sd --mmlu-csv folder/ --shots 5
 
 The deltas are applied to one model in memory and reverted, one after the other. No tuned model is written.
 """

@@ -1,7 +1,7 @@
 """Trains sequence classification and regression on GLUE's tasks, or on your own texts.
 
-    python examples/glue.py --task rte --output delta.sd
-    python examples/glue.py --data train.csv --test test.csv --model base/ --method full lora shira sift
+    python examples/recipes/glue.py --task rte --output delta.sd
+    python examples/recipes/glue.py --data train.csv --test test.csv --model base/ --method full lora shira sift
 
 By default a GLUE task is trained with the settings of the paper's authors (RoBERTa-large, SIFT at
 rate 0.008). Several methods train equal numbers of components, without the head, and are compared in one

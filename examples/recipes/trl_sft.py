@@ -1,6 +1,6 @@
 """Instruction tuning as in ``instruct.py`` with TRL's SFTTrainer, which saves deltas.
 
-    python examples/trl_sft.py --model org/model --data alpaca_data.json --packing --output delta.sd
+    python examples/recipes/trl_sft.py --model org/model --data alpaca_data.json --packing --output delta.sd
 
 The trainer gets tokens and labels, so it trains on the same tokens as ``instruct.py``.
 """

@@ -1,6 +1,6 @@
 """Tunes any causal language model on instructions, and writes the delta.
 
-    python examples/instruct.py --preset 7b --model huggyllama/llama-7b --data alpaca_data.json \
+    python examples/recipes/instruct.py --preset 7b --model huggyllama/llama-7b --data alpaca_data.json \
         --gradient-checkpointing --packing --fast --output delta.sd
 
 Only answers are learnt. ``--help`` with ``--model`` shows the memory for that model.

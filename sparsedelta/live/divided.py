@@ -1,0 +1,186 @@
+"""``Divided``: a checkpoint's tensor of which this rank holds some elements, and other ranks the others.
+
+Reading is done by all ranks together, at most one chunk or block of elements at a time. Each rank writes the elements that it
+holds. Nothing is gathered in whole.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sparsedelta.codecs.context import Bits
+from sparsedelta.errors import BaseMismatch, StructureMismatch
+from sparsedelta.live import bits
+from sparsedelta.live.held import Edit, Joined, Part, inside
+from sparsedelta.live.ranks import merge
+from sparsedelta.live.strides import Region, whole
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Divided(Joined):
+    """A tensor of which this rank holds parts.
+
+    All ranks call ``gather``, ``read`` and ``blocks``, in the same order and inside ``Ranks.together``.
+
+    Args:
+        name: for messages.
+        shape: shape of the whole tensor.
+        parts: those that this rank holds; there may be none.
+        dtype: of the tensor.
+        device: where this rank has its parts.
+        owner: an object that is the same for two tensors if they are the same memory, on all ranks or on none.
+    """
+
+    is_in_order = False
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        parts: Sequence[Part],
+        dtype: torch.dtype,
+        device: torch.device,
+        owner: object,
+    ) -> None:
+        self.name = name
+        self.shape = shape
+        self.parts = parts
+        self.dtype = dtype
+        self.device = device
+        self.owner = owner
+
+    def here(self, index: torch.Tensor) -> torch.Tensor:
+        """Return which of the flat indices this rank holds, as a mask, ``(nnz,)``."""
+        import torch
+
+        found = torch.zeros(len(index), dtype=torch.bool, device=index.device)
+        for part in self.parts:
+            found[inside(part.region, index)[0]] = True
+        return found
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        """Return the bits at flat indices, which are the same on all ranks, as integers of the element size.
+
+        Raises:
+            BaseMismatch: ranks that hold the same elements have different values.
+        """
+        own = self._own(index)
+        merged = merge(own)
+        self._check(own, merged, index)
+        return merged
+
+    def read(self, start: int, end: int) -> torch.Tensor:
+        """Return the bits of a range of elements; see ``gather``."""
+        import torch
+
+        return self.gather(torch.arange(start, end, device=self.device))
+
+    def copied(self) -> torch.Tensor:
+        """Raise an error: a rank does not hold the whole tensor.
+
+        Raises:
+            StructureMismatch: always.
+        """
+        raise StructureMismatch(
+            f"tensor {self.name!r} is divided among ranks (DTensor), which this operation does not take; save"
+            " the model and give the path of the saved checkpoint",
+            tensor=self.name,
+        )
+
+    def blocks(self, n_elements: int, edit: Edit) -> Iterator[Bits]:
+        """Yield the bits in host memory, in blocks; each rank edits the elements that it holds."""
+        import torch
+
+        for start in range(0, self.numel(), n_elements):
+            index = torch.arange(start, min(start + n_elements, self.numel()), device=self.device)
+            own = self._own(index)
+            edited = torch.from_numpy(edit(bits.on_host(own), start))
+            merged = merge(edited)
+            self._check(edited, merged, index.to(edited.device))
+            yield merged.numpy()
+
+    def _own(self, index: torch.Tensor) -> torch.Tensor:
+        """Return the bits at flat indices, zero for elements that this rank does not hold."""
+        import torch
+
+        found = torch.zeros(
+            len(index), dtype=bits.integer_dtype(self.dtype.itemsize), device=index.device
+        )
+        for part in self.parts:
+            at, inner = inside(part.region, index)
+            found[at] = bits.gather(part.tensor, inner.to(part.tensor.device)).to(found.device)
+        return found
+
+    def _check(self, own: torch.Tensor, merged: torch.Tensor, index: torch.Tensor) -> None:
+        import torch
+
+        mask = self.here(index)
+        if not torch.equal(own[mask], merged[mask]):
+            raise BaseMismatch(
+                f"ranks that hold the same elements of tensor {self.name!r} have different values; load the"
+                " model again; nothing was written",
+                tensor=self.name,
+            )
+
+
+def divided(name: str, tensor: torch.Tensor) -> Divided | None:
+    """Return what this rank holds of a tensor of a model; None if the tensor is not divided.
+
+    Raises:
+        StructureMismatch: the tensor is placed otherwise than in shards and replicas.
+    """
+    found = dtensor(tensor)
+    if found is None:
+        return None
+    local = found._local_tensor.detach()
+    box = _box(name, found)
+    parts = [Part(box, local)] if box.numel else []
+    owner = _owner(tensor, local)
+    return Divided(name, tuple(found.shape), parts, local.dtype, local.device, owner)
+
+
+def placed(name: str, tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shape of the part of a DTensor that this rank holds, and where it begins in each direction.
+
+    Raises:
+        StructureMismatch: see ``divided``.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    mesh, placements = tensor.device_mesh, tensor.placements
+    # FSDP2 over tensor parallelism: a shard of the rows that the other direction holds.
+    if not all(isinstance(one, Shard | Replicate | _StridedShard) for one in placements):
+        raise StructureMismatch(
+            f"tensor {name!r} is placed as {placements}, expected shards or replicas", tensor=name
+        )
+    local, offset = compute_local_shape_and_global_offset(tuple(tensor.shape), mesh, placements)
+    return tuple(local), tuple(offset)
+
+
+def _box(name: str, tensor: Any) -> Region:
+    """Return the flat indices in a DTensor of the elements that this rank holds, in order."""
+    local, offset = placed(name, tensor)
+    strides = whole(tuple(tensor.shape)).strides
+    first = sum(start * step for start, step in zip(offset, strides, strict=True))
+    return Region(local, int(first), strides)
+
+
+def dtensor(tensor: torch.Tensor) -> Any:
+    """Return a tensor if it is a DTensor, else None."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return tensor if module is not None and isinstance(tensor, module.DTensor) else None
+
+
+def _owner(tensor: torch.Tensor, local: torch.Tensor) -> object:
+    """Return a parameter itself: an empty part has no memory to tell it by."""
+    import torch
+
+    if isinstance(tensor, torch.nn.Parameter) or not local.numel():
+        return id(tensor)
+    return local.device, local.data_ptr(), tuple(local.shape), local.stride()

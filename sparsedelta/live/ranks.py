@@ -1,0 +1,263 @@
+"""The ranks of ``torch.distributed`` that hold one model together: they exchange values, and all fail if one does.
+
+All ranks call the same functions in the same order. Before each exchange they find out whether one of them has failed; then
+all raise its error, and none waits for another.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from sparsedelta.errors import SparseDeltaError, StructureMismatch
+from sparsedelta.interrupts import Delay, uninterrupted
+from sparsedelta.tensors.parallel import Pace, run_all
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Group(Protocol):
+    """The processes that change a model together."""
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Return the result of work that all processes do; if it fails in one of them, raise its error in all."""
+
+    def gathered(self, value: T) -> list[T]:
+        """Return the values of all processes."""
+
+    def each(
+        self, work: Callable[[T], R], items: Sequence[T], *, cost: Callable[[T], int], pace: Pace
+    ) -> list[R]:
+        """Return the result of work for each item; see ``run_all``."""
+
+
+class Alone:
+    """This process alone."""
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Return the result of the work."""
+        return work()
+
+    def gathered(self, value: T) -> list[T]:
+        """Return the value."""
+        return [value]
+
+    def each(
+        self, work: Callable[[T], R], items: Sequence[T], *, cost: Callable[[T], int], pace: Pace
+    ) -> list[R]:
+        """Return the result of work for each item, which several threads do."""
+        return run_all(work, items, cost=cost, pace=pace)
+
+
+class _FailedElsewhere(BaseException):
+    """The ranks know of a failure, and leave the work in which it happened."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class Ranks:
+    """All ranks of ``torch.distributed``.
+
+    Args:
+        delay: delays signals. They are handled at a moment when the other ranks can be told.
+    """
+
+    def __init__(self, delay: Delay) -> None:
+        self._delay = delay
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Return the result of work that all ranks do; if it fails on one of them, raise its error on all.
+
+        The work may call ``merge``.
+
+        Raises:
+            SparseDeltaError: the connection to a rank was lost.
+        """
+        failure: BaseException | None = None
+        try:
+            try:
+                result = work()
+                self._delay.handle_now()
+            except _FailedElsewhere:
+                raise
+            except BaseException as error:
+                failure = error
+            _agree(failure, 0)
+        except _FailedElsewhere as error:
+            failure = error.error
+        if failure is not None:
+            raise failure
+        return result
+
+    def gathered(self, value: T) -> list[T]:
+        """Return the values of all ranks, in order; they must be picklable. Called inside ``together``."""
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * dist.get_world_size()
+        _agree(None, -1)
+        with _connected():
+            dist.all_gather_object(found, value)
+        return found
+
+    def each(
+        self, work: Callable[[T], R], items: Sequence[T], *, cost: Callable[[T], int], pace: Pace
+    ) -> list[R]:
+        """Return the result of work for each item, in this order: the work may exchange something."""
+        results = []
+        for item in items:
+            self._delay.handle_now()
+            results.append(work(item))
+        return results
+
+
+def merge(part: torch.Tensor) -> torch.Tensor:
+    """Return integers of which each rank has some. All ranks call this, inside ``Ranks.together``.
+
+    Args:
+        part: the integers of this rank, (n,), and zeros in place of those that it does not have. Integers that
+            several ranks have must be equal; otherwise the result is none of them.
+    """
+    import torch
+    import torch.distributed as dist
+
+    merged = part.to(_device(part.device), copy=True)
+    _agree(None, merged.nbytes)
+    if merged.numel():
+        with _connected():
+            # Of the bytes at one place, those of other ranks are zero or the same.
+            dist.all_reduce(merged.view(torch.uint8), dist.ReduceOp.MAX)
+    return merged.to(part.device)
+
+
+@contextmanager
+def group_of(model: Any) -> Iterator[Group]:
+    """Yield the processes that change a model together: all ranks if it has a tensor that is divided among ranks."""
+    if not is_divided(model):
+        yield Alone()
+        return
+    with uninterrupted() as delay:
+        yield Ranks(delay)
+
+
+def is_divided(model: Any) -> bool:
+    """Return whether a model has tensors that are divided among ranks. The shards of FSDP2 take the place of full tensors.
+
+    Outside forward and backward passes the module may have full tensors, which FSDP2 frees without reading them.
+    """
+    dtensors = sys.modules.get("torch.distributed.tensor")
+    if dtensors is None:
+        return False
+    from sparsedelta.live.parts import components_of
+
+    parts = components_of(model)
+    return any(_has(part, dtensors.DTensor) for part in (parts.values() if parts else [model]))
+
+
+def check_undivided(model: Any, what: str, remedy: str) -> None:
+    """Check that a model is not divided among ranks.
+
+    Raises:
+        StructureMismatch: it is.
+    """
+    if is_divided(model):
+        raise StructureMismatch(
+            f"{what} does not take a model that is divided among ranks (DTensor); {remedy}"
+        )
+
+
+def _has(model: Any, kind: type) -> bool:
+    if isinstance(model, Mapping):
+        return any(isinstance(tensor, kind) for tensor in model.values())
+    if not hasattr(model, "modules"):
+        return False
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules():
+        if fsdp and isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+    tensors = (tensor for find in (model.parameters, model.buffers) for tensor in find())
+    return any(isinstance(tensor, kind) for tensor in tensors)
+
+
+def _agree(failure: BaseException | None, n_bytes: int) -> None:
+    """Find out whether all ranks are well and about to exchange the same number of bytes.
+
+    Raises:
+        _FailedElsewhere: with the error of the first rank that has failed.
+    """
+    import torch
+    import torch.distributed as dist
+
+    now = torch.tensor([failure is not None, n_bytes, -n_bytes], device=_device())
+    with _connected():
+        dist.all_reduce(now, dist.ReduceOp.MAX)
+    failed, most, least = now.tolist()
+    if failed:
+        raise _FailedElsewhere(_first_failure(failure))
+    if most != -least:
+        raise _FailedElsewhere(
+            SparseDeltaError(
+                "the ranks do not do the same: give all of them the same delta, model and arguments;"
+                " nothing was written"
+            )
+        )
+
+
+def _first_failure(failure: BaseException | None) -> BaseException:
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * dist.get_world_size()
+    with _connected():
+        dist.all_gather_object(found, None if failure is None else _sent(failure))
+    rank, first = next((rank, one) for rank, one in enumerate(found) if one is not None)
+    return failure if failure is not None and rank == dist.get_rank() else pickle.loads(first)
+
+
+def _sent(failure: BaseException) -> bytes:
+    """Return an error as it is sent to the other ranks; one that cannot be sent, as its message."""
+    import torch.distributed as dist
+
+    failure.add_note(f"on rank {dist.get_rank()}")
+    try:
+        sent = pickle.dumps(failure)
+        pickle.loads(sent)
+    except Exception:
+        kind = type(failure).__name__
+        return pickle.dumps(
+            SparseDeltaError(f"rank {dist.get_rank()} has failed: {kind}: {failure}")
+        )
+    return sent
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Report an error of a connection, after which nothing can be exchanged any longer."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _FailedElsewhere(
+            SparseDeltaError(
+                f"the connection to another rank was lost ({error}); this rank writes nothing, or undoes what"
+                " it has written"
+            )
+        ) from error
+
+
+def _device(near: torch.device | None = None) -> torch.device:
+    """Return a device on which the ranks can exchange tensors, ``near`` if they can there."""
+    import torch
+    import torch.distributed as dist
+
+    backends = str(dist.get_backend_config())
+    if near is not None and near.type != "cpu" and f"{near.type}:" in backends:
+        return near
+    has_cpu = "cpu:" in backends and "cpu:nccl" not in backends  # NCCL has none for the CPU
+    return torch.device("cpu" if has_cpu else "cuda")
