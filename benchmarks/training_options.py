@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/training_options.py --data trec.train.txt
 
 The set is a file with one example per line: a label, a space, a text. Each run is appended to a file of
-JSON lines and is not repeated if it is already there.
+JSON lines and is not repeated if it is already there; ``--table`` only writes the tables.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ CHOOSE = 4  # micro-batches that rank, and others that measure the share
 MASTERS = ("fp32", "kahan", "stochastic")
 MOVES: Mapping[str, Reselection | None] = {
     "none": None,
-    "every 20, revert": Reselection(every=20),
-    "every 20, grow random": Reselection(every=20, grow="random"),
-    "every 20, keep": Reselection(every=20, dropped="keep"),
+    "random, revert": Reselection(every=20),
+    "accumulated, revert": Reselection(every=20, grow="accumulated"),
+    "accumulated, keep": Reselection(every=20, grow="accumulated", dropped="keep"),
     "lift, every 20": Reselection(**{**vars(PRESETS["lift"]), "every": 20}),
     "spiel": PRESETS["spiel"],
 }
@@ -148,6 +148,7 @@ def rows_of(found: list[tuple[dict[str, Any], dict[str, Any]]], dtype: str) -> l
         rows.append(
             [
                 *key,
+                str(len(results)),
                 f"{statistics.mean(each['bytes'] for each in results):.1f}",
                 f"{statistics.mean(accuracy):.1f}",
                 f"{min(accuracy):.1f} to {max(accuracy):.1f}",
@@ -166,14 +167,17 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-4, help="that of full fine-tuning")
     parser.add_argument("--n-train", type=int, default=640)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="only write the tables")
     options = parser.parse_args()
     task = Sentences(options.data, options.n_train, options.epochs, N_TEST)
     record = Record(RESULTS / "training_options.jsonl")
-    found = []
-    for spec in specs(options):
-        found.append((spec, record.get(spec, partial(measure, task, spec))))
+    wanted = list(specs(options))
+    for spec in [] if options.table else wanted:
+        record.get(spec, partial(measure, task, spec))
+    found = [(row["spec"], row["result"]) for row in record.rows if row["spec"] in wanted]
     columns = [
+        "seeds",
         "bytes",
         "test accuracy, %",
         "range",
@@ -184,7 +188,7 @@ def main() -> None:
     text = (
         f"MiniLM on {options.data.stem}, {options.n_train} examples, {task.n_steps} steps of {BATCH}, rate {RATE:g}, lr"
         f" {options.lr:g} of full fine-tuning with lr_transfer, AdamW, clipped to {MAX_NORM:g}; {N_TEST} test examples, apart"
-        f" from {N_DEV} not used here; means over {options.seeds} seeds. *Bytes*: per sparsely trained component, of index,"
+        f" from {N_DEV} not used here; means over the seeds. *Bytes*: per sparsely trained component, of index,"
         " master, gradient, moments and rounding error, after a backward pass."
     )
     sections = [

@@ -28,10 +28,10 @@ class Delay:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Delay the first signal; handle later ones."""
-        if not self.has_ended:
-            self._held.append((number, frame))
-        if self.has_ended or len(self._held) > 1:
+        if self.has_ended or self._held:
             self._handle(number, frame)
+        else:
+            self._held.append((number, frame))
 
     def handle_now(self) -> None:
         """Handle the delayed signal, if there is one; this usually raises ``KeyboardInterrupt``."""

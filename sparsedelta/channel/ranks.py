@@ -118,7 +118,12 @@ class RankPublisher:
                     run = Run(opened, _RankSource(self._homes), rule)
                     self._publisher = Background(run, context.pop_all())
 
-        _together(create)
+        try:
+            _together(create)
+        except BaseException:
+            if self._homes:
+                self._homes.close()
+            raise
 
     def __enter__(self) -> RankPublisher:
         return self

@@ -26,12 +26,9 @@ _UNSURE = 0.07, 0.13
 _CLOSE = 1.015  # a way is tried if it takes at most this many times the bytes of the smallest in a sample
 _LARGE = 1 << 16  # touched positions; in a smaller chunk every way is tried
 _WINDOWS, _SAMPLED, _MOST_SHARE = 64, 1 << 14, 32  # touched positions of a sample; at most 1 in 32
-_FEWEST_FOR_CLASSES = (
-    1 << 13
-)  # touched positions of a sample; in a smaller one, classes are chosen only to compare them
-_MOST_UNEVEN = (
-    0.5  # standard deviation of the touched positions in a window, relative to their mean
-)
+# If a sample has fewer touched positions, the classes that are chosen in it are not good enough for the whole chunk.
+_FEWEST_FOR_CLASSES = 1 << 13
+_MOST_UNEVEN = 0.5  # standard deviation of the positions in a window, relative to their mean
 
 
 class Way(NamedTuple):
@@ -199,6 +196,7 @@ def _likely(changes: _Changes, ways: tuple[list[Way], list[Way]]) -> tuple[list[
 
 
 def _close(candidates: Sequence[Candidate]) -> list[Way]:
+    """Return the ways of the candidates that are nearly as small as the smallest."""
     most = _CLOSE * min(map(_n_bytes, candidates))
     return [one.way for one in candidates if one.n_bytes <= most]
 
@@ -206,8 +204,7 @@ def _close(candidates: Sequence[Candidate]) -> list[Way]:
 def _sample(changes: _Changes) -> _Changes | None:
     """Return the changes in windows of a chunk, end to end; None if they are spread too unevenly for a sample."""
     positions, codes, n, context = changes
-    size = max(n * _SAMPLED // len(positions), 1)
-    size = min(size, n // _MOST_SHARE) // _WINDOWS
+    size = min(n * _SAMPLED // len(positions), n // _MOST_SHARE) // _WINDOWS
     starts = np.linspace(0, n - size, _WINDOWS).astype(np.uint32)
     edges = np.searchsorted(positions, np.stack([starts, starts + np.uint32(size)]))
     counts = edges[1] - edges[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sparsedelta.codecs.context import Bits
 from sparsedelta.errors import BaseMismatch, StructureMismatch
@@ -19,6 +19,8 @@ from sparsedelta.live.strides import Region, whole
 
 if TYPE_CHECKING:
     import torch
+
+_Found: TypeAlias = "tuple[slice | torch.Tensor, torch.Tensor]"
 
 
 class Divided(Joined):
@@ -68,16 +70,11 @@ class Divided(Joined):
         Raises:
             BaseMismatch: ranks that hold the same elements have different values.
         """
-        own = self._own(index)
-        merged = merge(own)
-        self._check(own, merged, index)
-        return merged
+        return self._merged(len(index), [_at(part, index) for part in self.parts])
 
     def read(self, start: int, end: int) -> torch.Tensor:
         """Return the bits of a range of elements; see ``gather``."""
-        import torch
-
-        return self.gather(torch.arange(start, end, device=self.device))
+        return self._merged(end - start, [self._in_range(part, start, end) for part in self.parts])
 
     def copied(self) -> torch.Tensor:
         """Raise an error: a rank does not hold the whole tensor.
@@ -96,35 +93,59 @@ class Divided(Joined):
         import torch
 
         for start in range(0, self.numel(), n_elements):
-            index = torch.arange(start, min(start + n_elements, self.numel()), device=self.device)
-            own = self._own(index)
-            edited = torch.from_numpy(edit(bits.on_host(own), start))
-            merged = merge(edited)
-            self._check(edited, merged, index.to(edited.device))
-            yield merged.numpy()
+            end = min(start + n_elements, self.numel())
+            held = [self._in_range(part, start, end) for part in self.parts]
+            own = bits.on_host(self._own(end - start, held))
+            yield self._checked(torch.from_numpy(edit(own, start)), held).numpy()
 
-    def _own(self, index: torch.Tensor) -> torch.Tensor:
-        """Return the bits at flat indices, zero for elements that this rank does not hold."""
+    def _in_range(self, part: Part, start: int, end: int) -> _Found:
+        """Return the elements of a part in a range: their places in the range, and their bits."""
         import torch
 
-        found = torch.zeros(
-            len(index), dtype=bits.integer_dtype(self.dtype.itemsize), device=index.device
-        )
-        for part in self.parts:
-            at, inner = inside(part.region, index)
-            found[at] = bits.gather(part.tensor, inner.to(part.tensor.device)).to(found.device)
+        region = part.region
+        if region.strides != whole(region.shape).strides or not part.tensor.is_contiguous():
+            return _at(part, torch.arange(start, end, device=self.device))
+        first = region.offset
+        low, high = max(start, first), min(end, first + region.numel)
+        if low >= high:
+            low = high = first = start
+        return slice(low - start, high - start), bits.flat_bits(part.tensor)[
+            low - first : high - first
+        ]
+
+    def _merged(self, n: int, held: Sequence[_Found]) -> torch.Tensor:
+        return self._checked(self._own(n, held), held)
+
+    def _own(self, n: int, held: Sequence[_Found]) -> torch.Tensor:
+        """Return n bits: those that this rank holds, and zeros."""
+        import torch
+
+        dtype = bits.integer_dtype(self.dtype.itemsize)
+        found = torch.zeros(n, dtype=dtype, device=self.device)
+        for at, values in held:
+            found[at] = values.to(found.device)
         return found
 
-    def _check(self, own: torch.Tensor, merged: torch.Tensor, index: torch.Tensor) -> None:
+    def _checked(self, own: torch.Tensor, held: Sequence[_Found]) -> torch.Tensor:
+        """Return the bits of all ranks, after a check that those that this rank holds are the same on others."""
         import torch
 
-        mask = self.here(index)
-        if not torch.equal(own[mask], merged[mask]):
-            raise BaseMismatch(
-                f"ranks that hold the same elements of tensor {self.name!r} have different values; load the"
-                " model again; nothing was written",
-                tensor=self.name,
-            )
+        merged = merge(own)
+        for at, _ in held:
+            at = at if isinstance(at, slice) else at.to(own.device)
+            if not torch.equal(own[at], merged[at]):
+                raise BaseMismatch(
+                    f"ranks that hold the same elements of tensor {self.name!r} have different values; load the"
+                    " model again; nothing was written",
+                    tensor=self.name,
+                )
+        return merged
+
+
+def _at(part: Part, index: torch.Tensor) -> _Found:
+    """Return the elements of a part at flat indices: which of these they are, and their bits."""
+    at, inner = inside(part.region, index)
+    return at, bits.gather(part.tensor, inner.to(part.tensor.device))
 
 
 def divided(name: str, tensor: torch.Tensor) -> Divided | None:

@@ -242,8 +242,15 @@ class Homes:
             for rank, part in enumerate(parts):
                 for row in _moved(part, payload.add_streams(b"")):
                     rows[row.name] = row
-                for block in self._received(rank):
-                    payload.add_streams(block)
+                failure: OSError | None = None
+                for block in self._received(rank):  # all of them, also after a failure
+                    try:
+                        if failure is None:
+                            payload.add_streams(block)
+                    except OSError as error:
+                        failure = error
+                if failure:
+                    raise failure
             ordered = [_in_file(rows[name], file) for file, name in layout.tensors]
             return Delta(Base(None), files, tuple(ordered), {}, payload)
 

@@ -17,6 +17,7 @@ from sparsedelta.dtypes import DTYPES
 from sparsedelta.errors import StructureMismatch
 from sparsedelta.format.records import TensorSpec
 from sparsedelta.live.bits import check_installed, shape_in_file, wire_name
+from sparsedelta.live.divided import dtensor
 from sparsedelta.live.loading import is_transformers
 from sparsedelta.tensors.parallel import n_workers
 
@@ -188,6 +189,11 @@ def state_of(model: Any) -> State:
             problem = f"is a {type(tensor).__name__}, expected a tensor under a name"
         elif tensor.is_meta:
             problem = "holds no data (it is on the meta device)"
+        elif dtensor(tensor) is not None:
+            problem = (
+                "is divided among ranks (DTensor); publish it with RankPublisher, or save the model and give the"
+                " path of the saved checkpoint"
+            )
         elif type(tensor.data) is not torch.Tensor or tensor.layout != torch.strided:
             problem = f"is a {type(tensor.data).__name__} ({tensor.layout}), not a plain tensor"
         elif wire_name(tensor.dtype) not in DTYPES:

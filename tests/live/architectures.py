@@ -53,6 +53,26 @@ SIZES: dict[str, int | tuple[int, ...]] = {
 }  # fmt: skip
 
 
+# Sizes that depend on others in a way of the architecture's own.
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "BambaForCausalLM": {"mamba_n_heads": 8, "mamba_d_head": 16},
+    "GraniteMoeHybridForCausalLM": {"mamba_n_heads": 8, "mamba_d_head": 16},
+    "EsmcForMaskedLM": {"num_key_value_heads": 4},
+    "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "LagunaForCausalLM": {"num_attention_heads_per_layer": [4, 4]},
+    "Mamba2ForCausalLM": {"num_heads": 8},
+    "XLNetLMHeadModel": {"d_head": 16},
+    "ZayaForCausalLM": {"num_experts_per_tok": 1},
+}  # fmt: skip
+# Whole configurations, of architectures whose layers differ.
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "Gemma4ForCausalLM": {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32, "vocab_size": 160,
+        "vocab_size_per_layer_input": 160, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}  # fmt: skip
 _ALSO_IF_NONE = ("vocab_size", "head_dim", "num_key_value_heads")
 
 
@@ -60,7 +80,11 @@ def make_small(name: str, **sizes: int) -> Any:
     """Return a model of a class of transformers in bfloat16, with random weights and few of them."""
     torch.manual_seed(0)
     cls = getattr(transformers, name)
-    model = cls(_shrink(cls.config_class(), SIZES | sizes)).to(torch.bfloat16)
+    if given := CONFIGURATIONS.get(name):
+        config = cls.config_class(**given, **sizes)
+    else:
+        config = _shrink(cls.config_class(), SIZES | OWN_SIZES.get(name, {}) | sizes)
+    model = cls(config).to(torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
             # Norms and biases, or memory that was never written.
@@ -69,7 +93,7 @@ def make_small(name: str, **sizes: int) -> Any:
     return model
 
 
-def _shrink(config: Any, sizes: Mapping[str, int | tuple[int, ...]]) -> Any:
+def _shrink(config: Any, sizes: Mapping[str, Any]) -> Any:
     vars(config).pop("_heterogeneity_spec", None)  # sizes of layers that are not there
     for key in {"_out_features", "_out_indices"} & vars(config).keys():  # likewise
         setattr(config, key, None)

@@ -274,6 +274,20 @@ class TestInterrupts:
             signal.signal(signal.SIGINT, previous)
         assert len(calls) == 1
 
+    def test_inside_another(self) -> None:
+        """The outer context delays; a signal can be handled in it earlier."""
+        with uninterrupted() as delay:
+            with uninterrupted():
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                delay.handle_now()
+            delay.handle_now()
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                delay.handle_now()
+
     def test_another_thread(self, states: Any, deltas: Any, model: State) -> None:
         thread = threading.Thread(target=lambda: deltas["a"].apply_(model))
         thread.start()

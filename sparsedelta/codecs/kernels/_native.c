@@ -609,6 +609,10 @@ __attribute__((target("avx2"))) static void members_avx2(const u8 *key, int n_gr
 /* The processors since Ice Lake and Zen 4 have all of these. */
 #define WIDE __attribute__((target("avx512f,avx512bw,avx512vbmi2,bmi,bmi2,popcnt")))
 
+static const u8 counting[GROUP] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                   22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
+                                   44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+
 WIDE static void members_avx512(const u8 *key, int n_groups, const u8 *threshold, int n_classes, uint64_t *members) {
     for (int g = 0; g < n_groups; g++, key += GROUP) {
         __m512i keys = _mm512_loadu_si512(key);
@@ -727,9 +731,6 @@ INLINE size find_batch(const u8 *key, int here, size start, const u8 *threshold,
 #ifdef __x86_64__
 /* As find_batch, without a branch that depends on the elements. */
 WIDE static size find_batch_avx512(const u8 *key, int here, size start, const u8 *threshold, int n_classes, Class *classes, const u8 *chosen, u32 *positions, u8 *keys, size found, size room) {
-    static const u8 counting[GROUP] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
-                                       22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
-                                       44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
     __m512i numbers = _mm512_loadu_si512(counting), limits[MAX_CLASSES];
     const u8 *bitmaps[MAX_CLASSES];
     int64_t ranks[MAX_CLASSES], last[MAX_CLASSES]; /* last: from this byte on, 9 bytes are zero and within the slack */
@@ -1100,20 +1101,24 @@ INLINE size compare_in(const void *old, const void *new, size n, size start, u32
 /* As compare_in for elements of 2 bytes. Stores whole vectors: they fit, because at most as many elements were found as
  * compared. */
 WIDE static size compare_avx512(const u16 *old, const u16 *new, size n, size start, u32 *positions, u16 *before, u16 *after) {
-    static const u8 counting[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
-                                    16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
-    __m512i numbers = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)counting));
+    __m512i numbers = _mm512_loadu_si512(counting);
     size found = 0, first = 0;
-    for (; first + 32 <= n; first += 32) {
-        __m512i one = _mm512_loadu_si512(old + first), other = _mm512_loadu_si512(new + first);
-        uint32_t differ = _mm512_cmpneq_epi16_mask(one, other);
-        __m512i places = _mm512_maskz_compress_epi16(differ, numbers), origin = _mm512_set1_epi32((int)(uint32_t)(start + first));
-        _mm512_storeu_si512(before + found, _mm512_maskz_compress_epi16(differ, one));
-        _mm512_storeu_si512(after + found, _mm512_maskz_compress_epi16(differ, other));
-        _mm512_storeu_si512(positions + found, _mm512_add_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(places)), origin));
-        if (__builtin_popcount(differ) > 16)
-            _mm512_storeu_si512(positions + found + 16, _mm512_add_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(places, 1)), origin));
-        found += __builtin_popcount(differ);
+    for (; first + GROUP <= n; first += GROUP) {
+        __m512i low = _mm512_loadu_si512(old + first), high = _mm512_loadu_si512(old + first + 32);
+        __m512i new_low = _mm512_loadu_si512(new + first), new_high = _mm512_loadu_si512(new + first + 32);
+        uint64_t differ = _mm512_cmpneq_epi16_mask(low, new_low) | (uint64_t)_mm512_cmpneq_epi16_mask(high, new_high) << 32;
+        if (!differ) continue;
+        __m512i places = _mm512_maskz_compress_epi8(differ, numbers), origin = _mm512_set1_epi32((int)(uint32_t)(start + first));
+        for (int left = __builtin_popcountll(differ); left > 0; left -= 32) {
+            __m256i half = _mm512_castsi512_si256(places);
+            __m512i chosen = _mm512_cvtepu8_epi16(half);
+            _mm512_storeu_si512(before + found, _mm512_permutex2var_epi16(low, chosen, high));
+            _mm512_storeu_si512(after + found, _mm512_permutex2var_epi16(new_low, chosen, new_high));
+            _mm512_storeu_si512(positions + found, _mm512_add_epi32(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(half)), origin));
+            if (left > 16) _mm512_storeu_si512(positions + found + 16, _mm512_add_epi32(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(half, 1)), origin));
+            places = _mm512_shuffle_i64x2(places, places, 0x4e); /* the other half */
+            found += left < 32 ? left : 32;
+        }
     }
     return found + compare_in(old + first, new + first, n - first, start + first, positions + found, before + found, after + found, 2);
 }
