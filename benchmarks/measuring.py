@@ -85,7 +85,7 @@ def run(*commands: Command, sample_memory: bool = False) -> Run:
         arguments = [str(part) for part in command]
         with tempfile.TemporaryFile() as messages:
             process = subprocess.Popen(arguments, cwd=ROOT, stdout=messages, stderr=messages)
-            with _memory_sampler(process.pid, enabled=sample_memory) as peaks:
+            with memory_sampler(process.pid, enabled=sample_memory) as peaks:
                 _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             if process.returncode:
@@ -248,7 +248,7 @@ def _run_fresh(contender: Contender) -> Run:
 
 
 @contextmanager
-def _memory_sampler(pid: int, *, enabled: bool) -> Iterator[list[int]]:
+def memory_sampler(pid: int, *, enabled: bool) -> Iterator[list[int]]:
     """Yield a list to which a process tree's anonymous bytes are appended periodically."""
     samples: list[int] = []
     done = threading.Event()

@@ -21,7 +21,7 @@ from sift_train.weightfiles import dtype_of
 if TYPE_CHECKING:
     from sift_train.sift import SIFT
 
-_SLICE = 1 << 20  # components that are compared at a time, or one row of the shard
+_SLICE = 1 << 18  # components that are compared at a time, or one row of the shard
 
 
 def check_shards(sift: SIFT, base: Path) -> dict[tuple[Path, str], Tensor]:

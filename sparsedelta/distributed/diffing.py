@@ -45,9 +45,9 @@ def diff_shards(
 
     All ranks call this at the same time, with the same arguments, and see the base. The target is the base with the
     model's tensors in place of its own. The delta has the bytes that ``sparsedelta.diff`` makes of it in one process. No
-    rank gathers a tensor: a rank needs memory for the changed elements of one chunk (16,777,216 elements) twice, and for
-    blocks of 512 KiB. The coded chunks are in temporary files if they do not fit in 32 MiB. The model must not change
-    during the call.
+    rank gathers a tensor: a rank needs memory for the changed elements of one chunk (16,777,216 elements) twice, and to
+    code them. The coded chunks are in temporary files if they do not fit in 32 MiB. The model must not change during the
+    call.
 
     Args:
         base: a safetensors file or a folder, in the same state on all ranks.

@@ -204,14 +204,18 @@ class ShardRows:
                 continue
             after = np.empty(high - low, dtype)
             held.read_into(after.view(np.uint8).data, low * dtype.itemsize)
-            places = part.in_whole(np.arange(low, high))
-            before = np.empty(int(places[-1] - places[0]) + 1, dtype)
-            tensor.read_into(before.view(np.uint8).data, int(places[0]) * dtype.itemsize)
-            if len(before) > len(after):
-                before = before[places - places[0]]
-            at = np.flatnonzero(before != after)
-            positions = (places[at] - item.first).astype(np.uint32)
-            nnz = found.put(nnz, _Changes(positions, before[at], after[at]))
+            first, last = part.in_whole(np.array([low, high - 1])).tolist()
+            before = np.empty(last + 1 - first, dtype)
+            tensor.read_into(before.view(np.uint8).data, first * dtype.itemsize)
+            if len(before) == len(after):
+                at = np.flatnonzero(before != after)
+                places = at + (first - item.first)
+            else:  # other ranks hold elements between these
+                inside = part.in_whole(np.arange(low, high)) - first
+                before = before[inside]
+                at = np.flatnonzero(before != after)
+                places = inside[at] + (first - item.first)
+            nnz = found.put(nnz, _Changes(places.astype(np.uint32), before[at], after[at]))
         return found.part(0, nnz)
 
     def _collected(
