@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sparsedelta.errors import SparseDeltaError, StructureMismatch
 from sparsedelta.interrupts import Delay, uninterrupted
+from sparsedelta.live.bits import check_installed
 from sparsedelta.tensors.parallel import Pace, run_all
 
 if TYPE_CHECKING:
@@ -140,7 +141,12 @@ def merge(part: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def group_of(model: Any) -> Iterator[Group]:
-    """Yield the processes that change a model together: all ranks if it has a tensor that is divided among ranks."""
+    """Yield the processes that change a model together: all ranks if it has a tensor that is divided among ranks.
+
+    Raises:
+        ModuleNotFoundError: torch is not installed.
+    """
+    check_installed("torch")
     if not is_divided(model):
         yield Alone()
         return

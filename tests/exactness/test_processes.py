@@ -17,6 +17,7 @@ from helpers import Raw, assert_same_files, noise, state, tree, write, write_sha
 
 import sparsedelta
 from sparsedelta.system import is_local
+from sparsedelta.tensors.compare import BLOCK_BYTES
 
 MIB = 1 << 20
 
@@ -244,24 +245,24 @@ def test_kills_failing_calls_and_changed_inputs(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_from_outside_in_the_middle(tmp_path: Path) -> None:
     base, target, delta = make(tmp_path, 64 * MIB, 24)
-    n_reports = 0
+    n_blocks, n_reports = 64 * MIB // BLOCK_BYTES, 0
     for share in (0.2, 0.7, 2):
         out = tmp_path / f"out{share}"
         command = [sys.executable, "-c", TELLING, str(base), str(delta), str(out)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             if share < 1:
-                process.stdout.read(int(share * 64 * MIB / (1 << 19)))
+                process.stdout.read(int(share * n_blocks))
                 process.kill()
             else:  # once all is reported: while it syncs and renames
-                n_reports = len(process.stdout.read(64 * MIB // (1 << 19)))
+                n_reports = len(process.stdout.read(n_blocks))
                 time.sleep(0.01)
                 process.kill()
         if out.exists():
             assert_same_files(target, out)
         else:
             assert process.returncode == -signal.SIGKILL
-    assert n_reports == 64 * MIB // (1 << 19)
+    assert n_reports == n_blocks
 
 
 def test_base_and_target_are_only_read(tmp_path: Path) -> None:
