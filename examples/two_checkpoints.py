@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def tune(weights: Weights, rng: np.random.Generator) -> Weights:
 
 
 def save(folder: Path, weights: Weights) -> None:
-    """Write a checkpoint folder: model.safetensors and config.json."""
+    """Write a checkpoint folder: model.safetensors and config.json. A model of somebody else is not overwritten."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, bits in weights.items():
@@ -70,9 +71,12 @@ def save(folder: Path, weights: Weights) -> None:
         header[name] = {"dtype": "BF16", "shape": bits.shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    folder.mkdir(parents=True, exist_ok=True)
     parts = [len(text).to_bytes(8, "little"), text, *(bits.tobytes() for bits in weights.values())]
-    (folder / "model.safetensors").write_bytes(b"".join(parts))
+    content, path = b"".join(parts), folder / "model.safetensors"
+    if path.exists() and path.read_bytes() != content:
+        sys.exit(f"error: '{path}' is not what this script writes; choose another --folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import click
@@ -40,17 +41,19 @@ def command(*, code: str | None, as_json: bool) -> None:
     else:
         width = max(map(len, by_code()))
         for one in chosen:
-            click.echo(f"{one.code:{width}}  {inspect.getdoc(one)}".partition("\n")[0])
+            click.echo(f"{one.code:{width}}  {_meaning(one).replace('`', '')}")
 
 
 def _found(text: str) -> type[SparseDeltaError]:
     """Return the error of a code or of the name of a class."""
     classes = by_code()
     names = {error.__name__.lower(): error for error in classes.values()}
-    found = classes.get(text) or names.get(text.lower())
+    code = text.strip().lower().replace("-", "_")
+    found = classes.get(code) or names.get(code)
     if found is None:
-        known = ", ".join(classes)
-        raise click.UsageError(f"no error has the code {text!r}; the codes are {known}")
+        near = get_close_matches(code, classes, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the codes are {', '.join(classes)}"
+        raise click.UsageError(f"no error has the code {text!r}; {hint}")
     return found
 
 

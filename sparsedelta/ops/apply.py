@@ -168,6 +168,8 @@ def check_chain(deltas: Sequence[Delta]) -> None:
 
 def _way_out(one: Delta, following: Delta) -> str:
     """Return what to do with two deltas that are no chain, as a clause."""
+    if one.target_fingerprint and one.target_fingerprint == following.target_fingerprint:
+        return "both lead to the same target: give one of them"
     if first_gap(following, one) is not None and base_conflict(one, following) is None:
         return "both were made from the same base: combine them with stack or merge, and apply the result"
     return "give the deltas in the order in which they were made"

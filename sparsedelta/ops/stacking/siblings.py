@@ -75,6 +75,9 @@ class Siblings(Stacking):
         )
         n_positions, n_tensors = sum(counts), sum(count > 0 for count in counts)
         if n_positions:
+            targets = [delta.target_fingerprint for delta in self.deltas]
+            if any(one and targets.count(one) > 1 for one in targets):
+                raise ConflictError("two of the deltas lead to the same target: give one of them")
             found = zip(shared, counts, strict=True)
             name = next(links[0].row.name for links, count in found if count)
             raise ConflictError(
