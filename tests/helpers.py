@@ -238,7 +238,8 @@ def small_chunks(monkeypatch: Any, n_elements: int, block_bytes: int) -> None:
     Chunks of any size can still be read.
     """
     sparsedelta.apply, sparsedelta.diff, sparsedelta.verify  # noqa: B018 - imports their modules
-    sizes = {"MAX_SPAN": n_elements, "BLOCK_BYTES": block_bytes}
+    # A tensor that is processed in a group has one chunk.
+    sizes = {"MAX_SPAN": n_elements, "BLOCK_BYTES": block_bytes, "SMALL_BYTES": n_elements}
     for name, module in list(sys.modules.items()):
         if name.startswith("sparsedelta.") and name != "sparsedelta.codecs.chunk":
             for constant, value in sizes.items():
