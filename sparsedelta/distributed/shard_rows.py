@@ -24,7 +24,7 @@ from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.format.records import DIGEST_BYTES, Row, default_keep
 from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.live.bits import TensorBytes
-from sparsedelta.live.shards import local_of, parts_of_ranks
+from sparsedelta.live.shards import homes_of, local_of, parts_of_ranks
 from sparsedelta.tensors.compare import BLOCK_BYTES, base_tensor, digest_tensor
 from sparsedelta.tensors.compare_tasks import Coder
 from sparsedelta.tensors.parallel import Pace
@@ -264,12 +264,9 @@ class ShardRows:
 
     def _shared(self) -> list[list[int]]:
         """Return the numbers of the tensors whose digests each rank computes, about as many bytes for each."""
-        sizes = [tensor.spec.n_bytes for tensor in self._tensors]
-        totals = [0] * self._wire.size
-        found: list[list[int]] = [[] for _ in totals]
-        for number in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
-            rank = totals.index(min(totals))
-            totals[rank] += sizes[number]
+        sizes = {number: tensor.spec.n_bytes for number, tensor in enumerate(self._tensors)}
+        found: list[list[int]] = [[] for _ in range(self._wire.size)]
+        for number, rank in homes_of(sizes, self._wire.size).items():
             found[rank].append(number)
         return found
 

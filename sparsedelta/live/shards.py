@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 Name = TypeVar("Name", bound=Hashable)
+Ordered = TypeVar("Ordered", str, int)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ class Shards:
         self._parts = all_parts[self._rank]
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
         has_whole = shared(whole is not None)
-        self._homes = dict.fromkeys(sizes, 0) if has_whole else _homes(sizes, len(all_parts))
+        self._homes = dict.fromkeys(sizes, 0) if has_whole else homes_of(sizes, len(all_parts))
         self._copies: dict[str, Bits] = {}
         self.held: dict[str, torch.Tensor] = {}
         tell(self._make_places(state, whole))
@@ -193,8 +194,8 @@ class Shards:
         return None
 
 
-def _homes(sizes: Mapping[str, int], n_ranks: int) -> dict[str, int]:
-    """Return the home of each tensor, such that the ranks hold about as many bytes."""
+def homes_of(sizes: Mapping[Ordered, int], n_ranks: int) -> dict[Ordered, int]:
+    """Return the home of each tensor, such that the ranks hold about as many bytes; the largest tensors come first."""
     loads = [0] * n_ranks
     homes = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):

@@ -276,7 +276,10 @@ def killed(rank: int, root: str, who: int, at: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize(("who", "at"), [(1, "change"), (1, "advance"), (0, "change")])
+@pytest.mark.parametrize(
+    ("who", "at"),
+    [(1, "capture"), (1, "change"), (1, "anchor"), (1, "advance"), (0, "change")],
+)
 def test_a_killed_rank(ranks: RankPool, tmp_path: Path, who: int, at: str) -> None:
     """The others get an error; ranks that start again continue the channel, and followers end with the right bits."""
     pool = RankPool(2)

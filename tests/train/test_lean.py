@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from rank_helpers import RankPool
-from test_loop import Stop, loader, make_noisy, typed_loss
+from test_loop import check_resumed
 from test_matrix import OPTIMIZERS, make, train
 from test_trainer import LAYERS, Rows, SiftTrainer, arguments, load
 from torch import Tensor, nn
 from train_helpers import make_bert, make_inputs, make_net, same_bits, snapshot, square_loss
 
-from sift_train import SIFT, FitConfig, SiftConfig, StepReport, fit, plan
+from sift_train import SIFT, FitConfig, SiftConfig, plan
 from sift_train.lean import stochastic_bfloat16
 
 LEAN = ["stochastic", "kahan"]
@@ -155,24 +155,7 @@ def test_a_resumed_fit_ends_in_the_same_bits(
         decay_to="base", epochs=2, save_every=1, masters=masters, reselection=reselection,
     )  # fmt: skip
 
-    def run(output: str, model: nn.Module, **more: Any) -> Any:
-        data = loader(own_generator=False)
-        return fit(model, data, output=tmp_path / output, loss=typed_loss, config=config, **more)
-
-    def fail(report: StepReport) -> None:
-        if report.step == stop_at + 1:
-            raise Stop
-
-    whole = make_noisy(torch.bfloat16)
-    expected = run("whole.sd", whole, run_dir=tmp_path / "other")
-    with pytest.raises(Stop):
-        run("cut.sd", make_noisy(torch.bfloat16), run_dir=tmp_path / "run", on_step=fail)
-    torch.manual_seed(99)
-    resumed = make_noisy(torch.bfloat16)
-    result = run("resumed.sd", resumed, run_dir=tmp_path / "run", resume=True)
-    assert result.losses == expected.losses
-    assert all(same_bits(v, resumed.state_dict()[n]) for n, v in snapshot(whole).items())
-    assert (tmp_path / "resumed.sd").read_bytes() == (tmp_path / "whole.sd").read_bytes()
+    result = check_resumed(tmp_path, config, stop_at, own_generator=False)
     assert 0 < result.nnz <= result.n_trained
 
 

@@ -58,6 +58,35 @@ def make_noisy(dtype: torch.dtype) -> nn.Module:
     return DropoutNet().to(dtype)
 
 
+def check_resumed(
+    folder: Path, config: FitConfig, stop_at: int, *, own_generator: bool,
+    dtype: torch.dtype = torch.bfloat16, evaluate: Callable[[nn.Module], float] | None = None,
+) -> FitResult:  # fmt: skip
+    """Check that a training that was cut after a step and resumed ends in the bits of a whole one; return its result."""
+
+    def run(output: str, model: nn.Module, **more: Any) -> FitResult:
+        data = loader(own_generator=own_generator)
+        return fit(
+            model, data, output=folder / output, loss=typed_loss, config=config, evaluate=evaluate, **more
+        )  # fmt: skip
+
+    def fail(report: StepReport) -> None:
+        if report.step == stop_at + 1:
+            raise Stop
+
+    whole = make_noisy(dtype)
+    expected = run("whole.sd", whole, run_dir=folder / "other")
+    with pytest.raises(Stop):
+        run("cut.sd", make_noisy(dtype), run_dir=folder / "run", on_step=fail)
+    torch.manual_seed(99)
+    resumed = make_noisy(dtype)
+    result = run("resumed.sd", resumed, run_dir=folder / "run", resume=True)
+    assert result.losses == expected.losses
+    assert all(same_bits(v, resumed.state_dict()[n]) for n, v in snapshot(whole).items())
+    assert (folder / "resumed.sd").read_bytes() == (folder / "whole.sd").read_bytes()
+    return result
+
+
 def loader(*, own_generator: bool) -> DataLoader[Tensor]:
     generator = torch.Generator().manual_seed(5) if own_generator else None
     return DataLoader(Noisy(), batch_size=4, shuffle=True, generator=generator)
@@ -86,34 +115,11 @@ def test_a_resumed_run_ends_in_the_same_bits(
         save_every=1,
         eval_every=2,
     )
-
-    def run(name: str, model: nn.Module, **more: Any) -> Any:
-        return fit(
-            model,
-            loader(own_generator=stop_at % 2 == 0),
-            output=tmp_path / name,
-            loss=typed_loss,
-            config=config,
-            evaluate=lambda m: float(torch.randn(())),
-            **more,
-        )
-
-    def fail(report: StepReport) -> None:
-        if report.step == stop_at + 1:
-            raise Stop
-
-    whole = make_noisy(dtype)
-    expected = run("whole.sd", whole, run_dir=tmp_path / "other")
-    with pytest.raises(Stop):
-        run("cut.sd", make_noisy(dtype), run_dir=tmp_path / "run", on_step=fail)
-    torch.manual_seed(99)
-    resumed = make_noisy(dtype)
-    result = run("resumed.sd", resumed, run_dir=tmp_path / "run", resume=True)
-    assert result.losses == expected.losses
+    result = check_resumed(
+        tmp_path, config, stop_at, own_generator=stop_at % 2 == 0, dtype=dtype,
+        evaluate=lambda model: float(torch.randn(())),
+    )  # fmt: skip
     assert [e.step for e in result.evaluations] == [2, 4, 6]
-    for name, value in snapshot(whole).items():
-        assert same_bits(value, resumed.state_dict()[name]), name
-    assert (tmp_path / "resumed.sd").read_bytes() == (tmp_path / "whole.sd").read_bytes()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000006"]
 
 

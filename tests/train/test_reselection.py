@@ -11,7 +11,7 @@ import pytest
 import torch
 from rank_helpers import RankPool
 from safetensors.torch import load_file, save_file
-from test_loop import Stop, loader, make_noisy, typed_loss
+from test_loop import check_resumed, loader, make_noisy, typed_loss
 from test_lr_transfer import gradients, share_by_hand
 from test_matrix import OPTIMIZERS
 from test_publish import followed
@@ -356,24 +356,7 @@ def test_a_resumed_fit_ends_in_the_same_bits(tmp_path: Path, name: str, stop_at:
         decay_to="base", epochs=2, save_every=1, reselection=SETTINGS[name], selection_batches=2,
     )  # fmt: skip
 
-    def run(output: str, model: nn.Module, **more: Any) -> Any:
-        data = loader(own_generator=stop_at % 2 == 0)
-        return fit(model, data, output=tmp_path / output, loss=typed_loss, config=config, **more)
-
-    def fail(report: StepReport) -> None:
-        if report.step == stop_at + 1:
-            raise Stop
-
-    whole = make_noisy(torch.bfloat16)
-    expected = run("whole.sd", whole, run_dir=tmp_path / "other")
-    with pytest.raises(Stop):
-        run("cut.sd", make_noisy(torch.bfloat16), run_dir=tmp_path / "run", on_step=fail)
-    torch.manual_seed(99)
-    resumed = make_noisy(torch.bfloat16)
-    result = run("resumed.sd", resumed, run_dir=tmp_path / "run", resume=True)
-    assert result.losses == expected.losses
-    assert all(same_bits(v, resumed.state_dict()[n]) for n, v in snapshot(whole).items())
-    assert (tmp_path / "resumed.sd").read_bytes() == (tmp_path / "whole.sd").read_bytes()
+    check_resumed(tmp_path, config, stop_at, own_generator=stop_at % 2 == 0)
 
 
 @pytest.mark.parametrize(
