@@ -83,7 +83,7 @@ def test_parameters(name: str, parameters: str) -> None:
 
 
 def test_what_a_sift_offers() -> None:
-    offered = {name for name in vars(sift_train.SIFT) if not name.startswith("_")}
+    offered = {name for name in dir(sift_train.SIFT) if not name.startswith("_")}
     assert offered == {
         "after_closure", "after_step", "attach", "before_step", "before_use", "check_parameters", "check_ranks", "check_reselecting", "clip_grad_norm_", "close",
         "finish_selection", "first_config", "get_trainable_num", "grad_acc", "load", "load_state_dict", "lr_share", "measuring_share",
