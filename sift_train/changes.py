@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from sift_train.basecheck import Reader, names_in_base, tensor_places
-from sift_train.masters import mean_change
+from sift_train.bits import mean_change
 from sift_train.sift import SIFT
 from sift_train.weightfiles import dtype_of
 

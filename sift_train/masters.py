@@ -1,43 +1,35 @@
 """``SparseParameter``: one parameter and the fp32 master of its selected components.
 
 The optimizer sees only the master. After a write-back the parameter holds the master, rounded to
-the parameter's dtype, at the selected positions, and its original bits everywhere else, apart from
-components that were dropped and keep their trained value. Indices are
-relative to the parameter; if it is a shard, the caller adds the shard's offset for global indices.
+the parameter's dtype, at the selected positions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sift_train.bits import bits_of
+from sift_train.bits import equal_bits, same_bits
+from sift_train.components import Components
 from sift_train.kept import Kept, find
 from sift_train.lean import Lean
-from sift_train.ranks.shard import local_part, shard_of
 from sift_train.selection import index_dtype
 
 
-class SparseParameter:
-    """The trained components of one parameter.
+class SparseParameter(Components):
+    """The trained components of one parameter, and their master.
 
     Attributes:
-        name: the parameter's name in the model.
-        parameter: the model's parameter; it is edited in place.
         master: the tensor that the optimizer trains, shape (k,), fp32 (fp64 for an fp64 parameter).
-        original: values of the selected components before training, shape (k,), in the parameter's
-            dtype. On the CPU, unless weight decay goes toward the base. None before the selection.
         lean: what is kept in place of the masters, which have no values between the steps then; None: they have.
-        kept: components that were trained before, are dropped and keep their trained value; None if there are none.
-        is_dense: whether every component is trained; a selection must then contain all of them.
-        shard: where this rank's part of the parameter lies; None if the parameter is not sharded. Masters
-            and indices are then those of this part.
-        n_wanted: number of components to select, over all shards.
-        n_matrices: number of matrices in the parameter; each gets the same number of components.
+
+    Args:
+        name, parameter, train_num, is_dense, n_matrices: as for ``Components``.
+        lean: what is kept in place of the masters.
     """
 
     def __init__(
@@ -50,47 +42,12 @@ class SparseParameter:
         n_matrices: int = 1,
         lean: Lean | None = None,
     ) -> None:
-        self.name = name
-        self.parameter = parameter
-        self.is_dense = is_dense
-        self.shard = shard_of(parameter)
-        self.n_wanted = train_num
-        self.n_matrices = n_matrices
+        super().__init__(name, parameter, train_num, is_dense=is_dense, n_matrices=n_matrices)
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        own = self.local.numel()
-        n = train_num if self.shard is None else train_num * own // max(self.shard.numel, 1)
         self.lean = lean
-        self.master = nn.Parameter(self._new_master(n, dtype))
-        self.original: Tensor | None = None
-        self.kept: Kept | None = None
-        self._index: Tensor | None = (
-            None  # (k,) flat; None before the selection, or if all are trained
-        )
+        self.master = nn.Parameter(self._new_master(self.train_num, dtype))
         self._gradient_is_used = False
         self._written_version = -1
-        self._seen_version = -1  # of the parameter, at the last read or write here
-
-    @property
-    def train_num(self) -> int:
-        """Number of trained components, k."""
-        return self.master.numel()
-
-    @property
-    def is_selected(self) -> bool:
-        """Whether the components have been chosen."""
-        return self.original is not None
-
-    @property
-    def local(self) -> Tensor:
-        """The parameter's data; if the parameter is a DTensor, this rank's part of it."""
-        return local_part(self.parameter)
-
-    @property
-    def trains_all(self) -> bool:
-        """Whether every component is trained; no index is kept then."""
-        if self.shard is not None and not self.is_selected:
-            return self.n_wanted == self.shard.numel
-        return self.train_num == self.local.numel()
 
     @property
     def is_trained(self) -> bool:
@@ -99,22 +56,6 @@ class SparseParameter:
             return False
         before = self.original.to(self.master.device, self.master.dtype)
         return not torch.equal(before.nan_to_num(), self.data.nan_to_num())
-
-    @property
-    def flat_index(self) -> Tensor:
-        """Flat indices of the trained components, shape (k,), strictly increasing.
-
-        Raises:
-            ValueError: the components are not selected yet.
-        """
-        if not self.is_selected:
-            raise ValueError(
-                f"the components of {self.name!r} are not selected yet; run one backward pass first"
-            )
-        if self._index is not None:
-            return self._index
-        numel = self.local.numel()
-        return torch.arange(numel, dtype=index_dtype(numel), device=self.local.device)
 
     @property
     def idx(self) -> Tensor:
@@ -133,18 +74,7 @@ class SparseParameter:
 
     @idx.setter
     def idx(self, index: Any) -> None:
-        given = torch.as_tensor(index)
-        shape = self.local.shape
-        if given.dim() == 2 and given.shape[0] == len(shape) and not given.is_floating_point():
-            for axis, size in zip(given, shape, strict=True):
-                if len(axis) and not (int(axis.min()) >= 0 and int(axis.max()) < size):
-                    raise ValueError(
-                        f"idx of {self.name!r} has a coordinate outside the parameter's shape "
-                        f"{tuple(shape)}"
-                    )
-            strides = torch.tensor([1, *reversed(shape[1:])]).cumprod(0).flip(0)
-            given = (given.long().cpu() * strides[:, None]).sum(0)
-        self.choose(given.sort().values if given.dim() == 1 else given)
+        self.choose(self._flat(index))
 
     @property
     def data(self) -> Tensor:
@@ -192,25 +122,10 @@ class SparseParameter:
             ValueError: the components chosen before have been trained; the index has no integer
                 dtype or is not strictly increasing; or a position is outside the parameter.
         """
-        numel = self.local.numel()
-        if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
-            raise ValueError(
-                f"index of {self.name!r} has dtype {index.dtype} and shape {tuple(index.shape)}, "
-                "expected one dimension of integers, the flat indices"
-            )
-        inside = not len(index) or (int(index[0]) >= 0 and int(index[-1]) < numel)
-        if not inside or bool((index[1:] <= index[:-1]).any()):
-            raise ValueError(
-                f"index of {self.name!r} is not strictly increasing within 0 to {numel - 1}; "
-                "sort it and remove duplicates"
-            )
+        self.check_index(index)
         if self.is_trained:
             raise ValueError(
                 f"the components of {self.name!r} have been trained; choose before the first step"
-            )
-        if self.is_dense and len(index) != numel:
-            raise ValueError(
-                f"{self.name!r} is trained densely; its index must contain every position"
             )
         self.take_up(index)
 
@@ -219,9 +134,7 @@ class SparseParameter:
         if len(index) != self.train_num:
             self.master.data = self._new_master(len(index), self.master.dtype)
             self.master.grad = None
-        self._index = None
-        if not self.trains_all:
-            self._index = index.to(self.local.device, index_dtype(self.local.numel()))
+        self._set_index(index)
         with torch.no_grad():
             selected = self._gather(self.parameter)
             self.original = selected.to("cpu", copy=True)
@@ -279,26 +192,6 @@ class SparseParameter:
             else:
                 self.lean.keep_error(masters, self._gather(self.parameter))
         self._written_version = self.master._version
-
-    def _drop(self, index: Tensor, original: Tensor, *, keeps: bool) -> None:
-        """Give components their originals back, or note those that keep another value."""
-        values = _take(self.parameter, index.to(self.local.device))
-        if not keeps:
-            self._put(index.to(self.local.device), original.to(self.local.device))
-            return
-        is_changed = ~_equal_bits(values.cpu(), original)
-        kept = self.kept or Kept(index[:0], original[:0])
-        self.kept = kept.with_more(index[is_changed], original[is_changed])
-
-    @property
-    def numel(self) -> int:
-        """Number of components of the parameter, over all shards."""
-        return self.parameter.numel()
-
-    @property
-    def n_trained(self) -> int:
-        """Number of trained components over all shards."""
-        return self.train_num if self.shard is None else self.n_wanted
 
     def collect(self, gradient: Tensor) -> None:
         """Add the selected components of a dense gradient to the master's gradient.
@@ -373,7 +266,7 @@ class SparseParameter:
                 self.lean.begin(held)
                 self.release()
             else:
-                same = _equal_bits(held, self.master.detach().to(held.dtype))
+                same = equal_bits(held, self.master.detach().to(held.dtype))
                 self.master.copy_(torch.where(same, self.master, held.to(self.master.dtype)))
         self._written_version = self.master._version
         self._seen_version = self.local._version
@@ -409,15 +302,7 @@ class SparseParameter:
         if self.lean is not None and not self.lean.is_loaded:
             return False
         held = self._gather(self.parameter)
-        return not _same_bits(held, self.master.detach().to(held.dtype))
-
-    @property
-    def mean_change(self) -> float | None:
-        """Mean |change| of the components whose bits changed; None if none or not finite."""
-        if self.original is None:
-            return None
-        index, original = self._touched
-        return mean_change(original.cpu(), _take(self.parameter, index).cpu())
+        return not same_bits(held, self.master.detach().to(held.dtype))
 
     @property
     def change(self) -> Tensor:
@@ -434,60 +319,6 @@ class SparseParameter:
     def saved_masters(self) -> Tensor:
         """The masters, shape (k,); with ``lean`` the weights, of which the rounding errors are apart."""
         return self.master.detach() if self.lean is None else self._gather(self.parameter)
-
-    @property
-    def kept_state(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Flat indices, originals and values of the dropped components that are kept, shape (m,); None if none are."""
-        if self.kept is None:
-            return None
-        values = _take(self.parameter, self.kept.index.to(self.local.device))
-        return self.kept.index, self.kept.original, values
-
-    @property
-    def before_training(self) -> Tensor:
-        """The parameter with its values from before training: a copy, or the data itself if nothing is selected."""
-        now = self.local
-        if self.original is None:
-            return now
-        flat = now.reshape(-1).clone()
-        index, original = self._touched
-        flat[slice(None) if index is None else index.long()] = original.to(flat.device)
-        return flat.view(now.shape)
-
-    @property
-    def _touched(self) -> tuple[Tensor | None, Tensor]:
-        """Flat indices, increasing, of all components that may differ from the base, and their originals; None: all of them."""
-        if self.original is None:
-            raise ValueError(f"the components of {self.name!r} are not selected yet")
-        if self.kept is None or self._index is None:
-            return self._index, self.original
-        index, order = torch.cat([self._index, self.kept.index.to(self._index.device)]).sort()
-        original = torch.cat([self.original, self.kept.original.to(self.original.device)])
-        return index, original[order.to(original.device)]
-
-    def changes(self, n: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the originals and the current values of ``n`` components at a time, on the CPU."""
-        if self.original is None:
-            return
-        flat = self.local.reshape(-1)
-        index, original = self._touched
-        for start in range(0, len(original), n):
-            own = slice(start, start + n)
-            now = flat[own] if index is None else flat.index_select(0, index[own])
-            yield original[own].cpu(), now.cpu()
-
-    def first_values(self, start: int, end: int) -> Tensor:
-        """Return a copy on the CPU of elements of ``local``, flat, as they were before training, shape (end - start,)."""
-        values = self.local.reshape(-1)[start:end].to("cpu", copy=True)
-        if self.original is None:
-            return values
-        index, original = self._touched
-        if index is None:
-            return original[start:end].to("cpu", copy=True)
-        edges = torch.tensor([start, end], dtype=index.dtype, device=index.device)
-        low, high = torch.searchsorted(index, edges).tolist()
-        values[index[low:high].cpu().long() - start] = original[low:high].cpu()
-        return values
 
     def decay_to_original(self, share: float) -> None:
         """Move the master toward the original by a share of their difference.
@@ -547,77 +378,3 @@ class SparseParameter:
         if compensation is not None:
             own = own + compensation.to(own)
         self._set_masters(own)
-
-    def _check_holds(self, index: Tensor | None, original: Tensor, trained: Tensor) -> None:
-        """Check that the parameter holds each component's original or trained value."""
-        found = _take(self.parameter, index).cpu()
-        rounded = trained.cpu().to(found.dtype)
-        if original.shape != found.shape or original.dtype != found.dtype:
-            raise ValueError(
-                f"the saved {self.name!r} has {original.numel()} components of {original.dtype}, "
-                f"expected {found.numel()} of {found.dtype}"
-            )
-        if not bool((_equal_bits(found, original.cpu()) | _equal_bits(found, rounded)).all()):
-            raise ValueError(
-                f"{self.name!r} does not hold the weights with which the saved run began; "
-                "load the same base"
-            )
-
-    def swap_original(self, values: Tensor | None = None) -> Tensor:
-        """Write values (default: the originals) to all positions that may differ; return the old values.
-
-        Raises:
-            ValueError: the components are not selected yet.
-        """
-        index, original = self._touched
-        before = _take(self.parameter, index).clone()
-        self._put(index, (original if values is None else values).to(self.parameter.device))
-        return before
-
-    def _gather(self, tensor: Tensor) -> Tensor:
-        return _take(tensor, self._index)
-
-    def _scatter(self, values: Tensor) -> None:
-        self._put(self._index, values)
-
-    def _put(self, index: Tensor | None, values: Tensor) -> None:
-        flat = self.local.view(-1)
-        if index is None:
-            flat.copy_(values)
-        else:
-            flat.index_copy_(0, index.long(), values.to(flat.dtype))
-        self._seen_version = self.local._version
-
-
-def _take(tensor: Tensor, index: Tensor | None) -> Tensor:
-    """Return the elements at flat indices; None: all, not copied."""
-    flat = local_part(tensor).reshape(-1)
-    return flat if index is None else flat.index_select(0, index)
-
-
-def _same_bits(left: Tensor, right: Tensor) -> bool:
-    return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
-
-
-def _equal_bits(left: Tensor, right: Tensor) -> Tensor:
-    return bits_of(left) == bits_of(right)
-
-
-def mean_change(before: Tensor, after: Tensor) -> float | None:
-    """Return the mean |change| of the elements whose bits changed.
-
-    None if there is none, the mean is not finite, or the tensors have other shapes or dtypes than each
-    other, or an integer dtype.
-    """
-    is_comparable = before.dtype == after.dtype and before.shape == after.shape
-    if not is_comparable or not before.is_floating_point() or before.itemsize < 2:
-        return None
-    distances = moved(before, after)
-    mean = float(distances.mean()) if len(distances) else math.nan
-    return mean if math.isfinite(mean) else None
-
-
-def moved(before: Tensor, after: Tensor) -> Tensor:
-    """Return |change| in fp64 of the elements whose bits changed; both tensors have one float dtype and shape."""
-    changed = ~_equal_bits(before, after)
-    return (after[changed].double() - before[changed].double()).abs()

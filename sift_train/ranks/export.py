@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sift_train.basecheck import names_in_base, tensor_places
-from sift_train.bits import bits_of
-from sift_train.masters import SparseParameter, moved
+from sift_train.bits import bits_of, moved
+from sift_train.masters import SparseParameter
 from sift_train.ranks.shard import local_part, shard_of
 from sift_train.targets import names_of_parameters
 from sift_train.weightfiles import dtype_of
