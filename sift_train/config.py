@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from sift_train.chooser import BUDGETS
 from sift_train.groups import DECAYS
+from sift_train.host import refuse_scaler
 from sift_train.lean import check_masters
 from sift_train.reselection import Reselection, find_reselection
 from sift_train.rules import Selection, find_rule
@@ -58,6 +59,7 @@ class FitConfig:
         lr_transfer: ``lr`` is a learning rate of full fine-tuning. For parameters trained sparsely it is divided by
             the share of the sum of |gradient| that the chosen components hold, as ``SIFT`` does.
         masters: ``"fp32"``, or masters that need less memory, ``"stochastic"`` or ``"kahan"``, as for ``SIFT``.
+        masters_device: ``"model"``, or ``"cpu"``: masters and optimizer states are in the memory of the host, as for ``SIFT``.
         weight_decay: applied to trained components of matrices, not to 1-D parameters.
         decay_to: weight decay moves weights toward ``"zero"``, or toward the ``"base"`` weights.
         betas, eps: settings of AdamW.
@@ -105,6 +107,7 @@ class FitConfig:
     lr: float = 2e-4
     lr_transfer: bool = True
     masters: str = "fp32"
+    masters_device: str = "model"
     weight_decay: float = 0.0
     decay_to: str = "zero"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -133,7 +136,7 @@ class FitConfig:
     def __post_init__(self) -> None:
         n_selected(1, self.sparse_rate)
         find_rule(self.selection)
-        check_masters(self.masters)
+        check_masters(self.masters, self.masters_device)
         object.__setattr__(self, "reselection", find_reselection(self.reselection))
         if isinstance(self.optimizer, str):
             _check_choice("optimizer", self.optimizer, OPTIMIZERS)
@@ -143,6 +146,8 @@ class FitConfig:
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
         _check_choice("reduce_dtype", self.reduce_dtype, REDUCE_DTYPES)
+        if self.mixed_precision == "fp16":
+            refuse_scaler(self.masters_device)
         for name in ("selection_batches", "epochs", "accumulation", "log_every", "publish_every"):
             _check_at_least_one(name, getattr(self, name))
         for name in ("max_steps", "eval_every", "patience", "save_every"):

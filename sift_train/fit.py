@@ -202,6 +202,7 @@ def _sift(model: nn.Module, config: FitConfig) -> SIFT:
         reduce_dtype=torch.bfloat16 if config.reduce_dtype == "bf16" else None,
         lr_transfer=config.lr_transfer,
         masters=config.masters,
+        masters_device=config.masters_device,
     )
 
 

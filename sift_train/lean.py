@@ -10,19 +10,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sift_train.host import MASTERS_DEVICES
 from sift_train.selection import seeded_generator
 
 MASTERS = ("fp32", "stochastic", "kahan")
 
 
-def check_masters(masters: str) -> None:
-    """Check a setting ``masters``.
+def check_masters(masters: str, device: str = "model") -> None:
+    """Check the settings ``masters`` and ``masters_device``.
 
     Raises:
-        ValueError: it is unknown.
+        ValueError: one is unknown, or they exclude each other.
     """
     if masters not in MASTERS:
         raise ValueError(f"masters is {masters!r}; choose one of {', '.join(MASTERS)}")
+    if device not in MASTERS_DEVICES:
+        raise ValueError(
+            f"masters_device is {device!r}; choose one of {', '.join(MASTERS_DEVICES)}"
+        )
+    if device == "cpu" and masters != "fp32":
+        raise ValueError(
+            f"masters_device is 'cpu' and masters is {masters!r}, which keeps no masters between the steps; use masters"
+            " 'fp32' with it"
+        )
 
 
 class Rounding:

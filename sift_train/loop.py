@@ -238,7 +238,7 @@ class Run:
         steps, self._unread = self._unread, []
         if not steps:
             return
-        norms = [step.norm for step in steps if step.norm is not None]
+        norms = [step.norm.to(step.loss.device) for step in steps if step.norm is not None]
         flags = [step.interrupted for step in steps]
         values = torch.stack([*(step.loss for step in steps), *flags, *norms]).tolist()
         self._is_interrupted |= any(values[len(steps) : 2 * len(steps)])
@@ -384,7 +384,9 @@ class Run:
 
     def _settings(self) -> dict[str, Any]:
         # These may differ when a run resumes: they do not change the weights.
-        free = {"log_every", "eval_every", "eval_before", "save_every", "patience", "trackers"}
+        free = {
+            "log_every", "eval_every", "eval_before", "save_every", "patience", "trackers", "masters_device",
+        }  # fmt: skip
         settings = {k: v for k, v in self._config.as_json().items() if k not in free}
         if self._is_sharded:
             # Another number of ranks may go on, with as many micro-batches in a step.

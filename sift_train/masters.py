@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from sift_train.bits import equal_bits, same_bits
 from sift_train.components import Components
+from sift_train.gradients import MasterGradient
+from sift_train.host import sent
 from sift_train.kept import Kept, find
 from sift_train.lean import Lean
 from sift_train.selection import index_dtype
@@ -26,10 +28,12 @@ class SparseParameter(Components):
     Attributes:
         master: the tensor that the optimizer trains, shape (k,), fp32 (fp64 for an fp64 parameter).
         lean: what is kept in place of the masters, which have no values between the steps then; None: they have.
+        is_on_host: whether the master is on the CPU, wherever the parameter is.
 
     Args:
         name, parameter, train_num, is_dense, n_matrices: as for ``Components``.
         lean: what is kept in place of the masters.
+        is_on_host: whether the master is kept on the CPU.
     """
 
     def __init__(
@@ -41,12 +45,14 @@ class SparseParameter(Components):
         is_dense: bool = False,
         n_matrices: int = 1,
         lean: Lean | None = None,
+        is_on_host: bool = False,
     ) -> None:
         super().__init__(name, parameter, train_num, is_dense=is_dense, n_matrices=n_matrices)
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         self.lean = lean
+        self.is_on_host = is_on_host
         self.master = nn.Parameter(self._new_master(self.train_num, dtype))
-        self._gradient_is_used = False
+        self._gradient = MasterGradient(self.master)
         self._written_version = -1
 
     @property
@@ -103,10 +109,15 @@ class SparseParameter(Components):
             self.master.data = self._new_master(self.train_num, self.master.dtype)
             self._written_version = self.master._version
 
+    @property
+    def _home(self) -> torch.device:
+        """The device of the master."""
+        return torch.device("cpu") if self.is_on_host else self.parameter.device
+
     def _new_master(self, n: int, dtype: torch.dtype) -> Tensor:
         """Return zeros, shape (n,); with ``lean`` NaNs in the memory of one, which cannot be written to."""
         if self.lean is None:
-            return self.local.new_zeros(n, dtype=dtype)
+            return self.local.new_zeros(n, dtype=dtype, device=self._home)
         return self.local.new_full((), math.nan, dtype=dtype).expand(n)
 
     def choose(self, index: Tensor) -> None:
@@ -198,28 +209,35 @@ class SparseParameter(Components):
 
         The first gradient after an optimizer step starts a new sum, even if the old gradient was
         not dropped. The sum has the master's dtype. If all components are trained and the dtypes
-        are equal, the master's gradient may be the dense gradient itself.
+        are equal, the master's gradient may be the dense gradient itself. With ``is_on_host`` the master has it after
+        ``arrive``.
         """
-        part = self._gather(gradient).to(self.master.dtype)
-        if self.master.grad is None or self._gradient_is_used:
-            self.master.grad = part
+        if self.is_on_host:
+            self._gradient.add_from_device(self._gather(gradient))
         else:
-            self.master.grad.add_(part)
-        self._gradient_is_used = False
+            self._gradient.add(self._gather(gradient))
+
+    def arrive(self) -> None:
+        """Wait for a gradient on its way to the host, before anything reads the master's gradient."""
+        self._gradient.arrive()
+
+    @property
+    def is_arriving(self) -> bool:
+        """Whether a gradient is on its way to the host."""
+        return self._gradient.is_arriving
 
     @property
     def pending_gradient(self) -> Tensor | None:
         """The master's gradient; None if there is none that a step has not used yet."""
-        return None if self._gradient_is_used else self.master.grad
+        return self._gradient.pending
 
     def set_gradient(self, gradient: Tensor) -> None:
         """Replace the master's gradient, shape (k,), by one that no step has used yet."""
-        self.master.grad = gradient
-        self._gradient_is_used = False
+        self._gradient.set(gradient)
 
     def spend(self) -> None:
         """Record that an optimizer step has used the master's gradient."""
-        self._gradient_is_used = True
+        self._gradient.spend()
 
     def write(self, may_write: Tensor | None = None) -> None:
         """Overwrite the selected components of the parameter with the master's values.
@@ -233,7 +251,9 @@ class SparseParameter(Components):
             if not self.lean.is_loaded:
                 return  # the parameter holds all there is
             values = self.lean.rounded(values, self._gather(self.parameter), may_write)
-        elif may_write is not None:
+        elif self.is_on_host:
+            values = sent(values, self.local.device, self.parameter.dtype)
+        if self.lean is None and may_write is not None:
             held = self._gather(self.parameter)
             values = torch.where(may_write, values.to(held.dtype), held)
         self._scatter(values)
@@ -260,7 +280,7 @@ class SparseParameter(Components):
 
         With ``lean`` they are the masters from then on.
         """
-        held = self._gather(self.parameter)
+        held = self._gather(self.parameter).to(self.master.device)
         with torch.no_grad():
             if self.lean is not None:
                 self.lean.begin(held)
@@ -272,8 +292,10 @@ class SparseParameter(Components):
         self._seen_version = self.local._version
 
     def follow(self) -> None:
-        """Move the master, its gradient and the index to the parameter's device."""
-        device = self.parameter.device
+        """Move the index to the parameter's device, and the master and its gradient, unless they are kept on the host."""
+        if self._index is not None and self._index.device != self.parameter.device:
+            self._index = self._index.to(self.parameter.device)
+        device = self._home
         if self.master.device == device:
             return
         was_behind, gradient = self.is_behind, self.master.grad
@@ -286,8 +308,6 @@ class SparseParameter(Components):
             else self._new_master(self.train_num, self.master.dtype)
         )
         self.master.grad = None if gradient is None else gradient.to(device)
-        if self._index is not None:
-            self._index = self._index.to(device)
         if not was_behind:
             self._written_version = self.master._version
 
@@ -301,7 +321,7 @@ class SparseParameter(Components):
         """Whether the selected weights differ in bits from the master rounded to their dtype."""
         if self.lean is not None and not self.lean.is_loaded:
             return False
-        held = self._gather(self.parameter)
+        held = self._gather(self.parameter).to(self.master.device)
         return not same_bits(held, self.master.detach().to(held.dtype))
 
     @property
@@ -374,7 +394,7 @@ class SparseParameter(Components):
             self._put(at, values.to(self.local.device))
         self.original = original.cpu().clone()
         own = master.to(self.master)
-        self._scatter(own)
+        self._scatter(own.to(self.local.device))
         if compensation is not None:
             own = own + compensation.to(own)
         self._set_masters(own)

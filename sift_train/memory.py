@@ -37,9 +37,11 @@ class MemoryReport:
         n_trained: number of trained components.
         n_total: number of components of the model, tied ones counted once.
         weight_bytes: parameters and buffers of the model.
-        master_bytes: masters of the trained components; with ``masters="kahan"`` the rounding errors of 16-bit weights.
-        gradient_bytes: gradients of the masters.
-        optimizer_bytes: optimizer state of the masters.
+        master_bytes: masters of the trained components; with ``masters="kahan"`` the rounding errors of 16-bit weights;
+            0 if the masters are on the CPU.
+        gradient_bytes: gradients of the masters. If these are on the CPU, gradients in the weights' dtype on their way there, at
+            most those of all masters at once.
+        optimizer_bytes: optimizer state of the masters; 0 if these are on the CPU.
         index_bytes: flat indices of the trained components; 0 for densely trained parameters.
         largest_gradient_bytes: the largest dense gradient; only one exists at a time.
         selection_bytes: temporary memory, beside the gradient, for choosing the components of the
@@ -47,7 +49,8 @@ class MemoryReport:
         write_bytes: temporary memory for writing the largest tensor's masters back: the masters in
             the weights' dtype, and their indices in int64, which torch's kernels require. With other masters than
             ``"fp32"`` also all masters. With several devices at least one bucket of gradients to send.
-        host_bytes: originals of the trained components; they are on the CPU.
+        host_bytes: originals of the trained components; they are on the CPU. With ``masters_device="cpu"`` also masters, their
+            gradients, those that arrive, and the optimizer state.
         publish_bytes: what publishing to a channel adds on the CPU: the published bits of the trained components and their
             indices (which a model on the CPU shares), copies of buffers and of parameters that are trained in full, and the changes of the version
             that is on its way if all trained components change. Tensors that are converted to be saved, such as fused
@@ -92,7 +95,7 @@ class MemoryReport:
             ("choosing, at first", self.selection_bytes),
             ("writing back", self.write_bytes),
             ("peak without activations", self.peak_bytes),
-            ("on the host: originals", self.host_bytes),
+            ("on the host", self.host_bytes),
             ("on the host to publish", self.publish_bytes),
         ]
         share = 100 * self.n_trained / self.n_total
@@ -166,11 +169,12 @@ def memory_of(
     Raises:
         ValueError: the optimizer is not one of ``OPTIMIZER_STATE_BYTES``.
     """
-    rows, masters = [], "fp32"
+    rows, masters, masters_device = [], "fp32", "model"
     for part in parts:
         rows.append((part.parameter, part.train_num, part.trains_all, part.master.element_size()))
         masters = masters if part.lean is None else part.lean.masters
-    return MemoryReport(**_count(model, rows, optimizer, masters))
+        masters_device = "cpu" if part.is_on_host else masters_device
+    return MemoryReport(**_count(model, rows, optimizer, masters, masters_device))
 
 
 def plan(
@@ -184,6 +188,7 @@ def plan(
     devices: int = 1,
     sharded: bool = False,
     masters: str = "fp32",
+    masters_device: str = "model",
 ) -> Plan:
     """Return the memory that training would need; no weights are loaded.
 
@@ -200,6 +205,7 @@ def plan(
         devices: number of ranks; the plan is for each of them.
         sharded: whether FSDP2 shards the weights over them, layer by layer.
         masters: as for ``SIFT``.
+        masters_device: as for ``SIFT``.
 
     Raises:
         OSError: the folder or the model does not exist.
@@ -220,19 +226,24 @@ def plan(
         k = target.n_trained(rate)
         width = torch.promote_types(target.parameter.dtype, torch.float32).itemsize
         rows.append((target.parameter, k, k == target.parameter.numel(), width))
-    counted = _count(empty, rows, optimizer, masters)
+    if sharded and masters_device != "model":
+        raise ValueError(
+            f"masters_device is {masters_device!r}, but sharded weights need 'model'; leave one of them out"
+        )
+    counted = _count(empty, rows, optimizer, masters, masters_device)
+    sent_bytes = sum(k * width for _, k, _, width in rows)
     traffic = None
     if devices != 1 or sharded:
         traffic = traffic_of(
             empty,
             [parameter for parameter, *_ in rows],
-            master_bytes=counted["gradient_bytes"],
+            master_bytes=sent_bytes,
             n_trained=counted["n_trained"],
             n_devices=devices,
             sharded=sharded,
         )
     if devices > 1 and not sharded:  # one bucket of gradients is copied to be sent
-        bucket = min(counted["gradient_bytes"], 4 * BUCKET)
+        bucket = min(sent_bytes, 4 * BUCKET)
         counted["write_bytes"] = max(counted["write_bytes"], bucket)
     if sharded:
         counted = _per_shard(counted, devices, unit_bytes(empty))
@@ -256,12 +267,16 @@ def _per_shard(counted: dict[str, int], n: int, unit: int) -> dict[str, int]:
 
 
 def _count(
-    model: nn.Module, rows: list[tuple[nn.Parameter, int, bool, int]], optimizer: str, masters: str
+    model: nn.Module,
+    rows: list[tuple[nn.Parameter, int, bool, int]],
+    optimizer: str,
+    masters: str,
+    masters_device: str,
 ) -> dict[str, int]:
     if optimizer not in OPTIMIZER_STATE_BYTES:
         known = ", ".join(OPTIMIZER_STATE_BYTES)
         raise ValueError(f"optimizer is {optimizer!r}; choose one of {known}")
-    check_masters(masters)
+    check_masters(masters, masters_device)
     n_trained = sum(k for _, k, _, _ in rows)
     gradient_bytes = sum(k * width for _, k, _, width in rows)
     narrow = sum(k * p.element_size() for p, k, _, width in rows if p.element_size() < width)
@@ -271,6 +286,12 @@ def _count(
     )
     if masters != "fp32":  # the masters exist during the step
         writing += gradient_bytes + max(4 * k for _, k, _, _ in rows)
+    optimizer_bytes = n_trained * OPTIMIZER_STATE_BYTES[optimizer]
+    weights_dtype_bytes = sum(k * p.element_size() for p, k, _, _ in rows)
+    host_bytes = weights_dtype_bytes
+    if masters_device == "cpu":
+        host_bytes += lasting + gradient_bytes + weights_dtype_bytes + optimizer_bytes
+        lasting, gradient_bytes, optimizer_bytes = 0, weights_dtype_bytes, 0
     chosen = [(p, k) for p, k, trains_all, _ in rows if not trains_all]
     tensors = {*model.parameters(), *model.buffers()}
     return {
@@ -279,7 +300,7 @@ def _count(
         "weight_bytes": sum(t.numel() * t.element_size() for t in tensors),
         "master_bytes": lasting,
         "gradient_bytes": gradient_bytes,
-        "optimizer_bytes": n_trained * OPTIMIZER_STATE_BYTES[optimizer],
+        "optimizer_bytes": optimizer_bytes,
         "index_bytes": sum(
             0 if trains_all else k * index_dtype(p.numel()).itemsize for p, k, trains_all, _ in rows
         ),
@@ -289,7 +310,7 @@ def _count(
             default=0,
         ),
         "write_bytes": writing,
-        "host_bytes": sum(k * p.element_size() for p, k, _, _ in rows),
+        "host_bytes": host_bytes,
         "publish_bytes": _buffer_bytes(model) + sum(_publish_bytes(p, k) for p, k, _, _ in rows),
     }
 

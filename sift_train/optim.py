@@ -27,12 +27,12 @@ def build_optimizer(sift: SIFT, config: FitConfig) -> Optimizer:
 
 
 def _adamw_kernel(sift: SIFT, config: FitConfig) -> dict[str, bool]:
-    """Return an AdamW option that avoids temporary copies of all masters, as torch makes on CUDA.
+    """Return an AdamW option that avoids temporary copies of all masters, as torch makes for models on CUDA.
 
     With fp16 the option is a loop over the tensors, since a gradient scaler cannot report whether a
-    fused step was skipped. Otherwise it is the fused kernel.
+    fused step was skipped. Otherwise it is the fused kernel, which torch also has for masters on the CPU.
     """
-    if not all(master.is_cuda for master in sift.parameters_in_optimizer()):
+    if not all(parameter.is_cuda for parameter in sift.trainable_parameters()):
         return {}
     return {"foreach": False} if config.mixed_precision == "fp16" else {"fused": True}
 

@@ -25,7 +25,8 @@ class SiftConfig:
     """The settings of a ``SIFT``; ``SiftTrainerMixin`` builds the SIFT from them.
 
     Attributes:
-        sparse_rate, sparse_module, exception, selection, budget, block, seed, lr_transfer, masters: as for ``SIFT``.
+        sparse_rate, sparse_module, exception, selection, budget, block, seed, lr_transfer, masters,
+            masters_device: as for ``SIFT``.
         selection_batches: number of micro-batches of the train loader whose gradients choose the
             components before the first step. None: those of the first step choose.
         reselection: when and how the choice moves, as for ``FitConfig``. ``SiftTrainerMixin`` does it, by
@@ -48,11 +49,12 @@ class SiftConfig:
     seed: int = 0
     lr_transfer: bool = True
     masters: str = "fp32"
+    masters_device: str = "model"
 
     def __post_init__(self) -> None:
         n_selected(1, self.sparse_rate)
         find_rule(self.selection)
-        check_masters(self.masters)
+        check_masters(self.masters, self.masters_device)
         object.__setattr__(self, "reselection", find_reselection(self.reselection))
         if self.budget not in BUDGETS:
             raise ValueError(f"budget is {self.budget!r}; choose one of {', '.join(BUDGETS)}")
@@ -101,4 +103,5 @@ class SiftConfig:
             seed=self.seed,
             lr_transfer=self.lr_transfer,
             masters=self.masters,
+            masters_device=self.masters_device,
         )

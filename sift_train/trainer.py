@@ -22,6 +22,7 @@ from sift_train.basecheck import check_base, check_weights
 from sift_train.config import FitConfig
 from sift_train.export import write_delta
 from sift_train.groups import lr_info
+from sift_train.host import refuse_scaler
 from sift_train.randomness import kept_random_state, seeded_random_state
 from sift_train.reselection import Reselection, find_reselection, needs_gradients
 from sift_train.sift import SIFT
@@ -91,6 +92,8 @@ class SiftCallback(TrainerCallback):
                 from a checkpoint without the state of this SIFT.
         """
         refuse_fsdp(args, self._sift.model)
+        if args.fp16:
+            refuse_scaler(self._sift.masters_device)
         self._sift.attach(given["optimizer"])
         if self._reselection is not None:
             self._sift.check_reselecting(given["optimizer"])
@@ -237,6 +240,8 @@ class SiftTrainerMixin(_Trainer):
     def create_optimizer(self, model: Any = None) -> optim.Optimizer:
         """Return the optimizer that the training arguments name, built from the masters."""
         self._find_sift()
+        if self.args.fp16:
+            refuse_scaler(self.sift.masters_device)
         if self.optimizer is None:
             refuse_matrix_optimizer(str(getattr(self.args.optim, "value", self.args.optim)))
             trained: Any = self.model

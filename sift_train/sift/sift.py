@@ -24,17 +24,17 @@ from sift_train import saved
 from sift_train.checkpointing import disable_checkpointing, enable_checkpointing
 from sift_train.chooser import Chooser, choose_by_hand
 from sift_train.hooks import BeforeUse
-from sift_train.lean import Lean, Rounding, check_masters
+from sift_train.lean import Rounding
 from sift_train.lr_transfer import LearningRate
 from sift_train.masks import find_masks
-from sift_train.masters import SparseParameter
-from sift_train.ranks.shard import is_sharded, local_gradient
+from sift_train.ranks.shard import local_gradient
 from sift_train.ranks.sync import Synchronizer
 from sift_train.rules import RULES, Selection, find_rule
+from sift_train.sift.parts import trained_parts
 from sift_train.sift.stepping import Stepping
 from sift_train.steps import add_listener, current_listeners, remove_listener
 from sift_train.structure import Block, check_block
-from sift_train.targets import ALL_LINEAR, Names, find_targets, warn_of_adapters
+from sift_train.targets import ALL_LINEAR, Names, warn_of_adapters
 from sift_train.zeroing import extend_zero_grad, restore_zero_grad
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class SIFT(Stepping):
     The step of every ``torch.optim.Optimizer`` built from the masters writes them back to the
     model. After a step of another optimizer, they are written back before the next forward pass,
     when the state dict is taken, and by ``write_back`` and ``close``. If the model is moved to
-    another device before its first step, the next forward pass moves the masters there.
+    another device before its first step, the next forward pass moves the masters there, unless they are kept on the CPU.
 
     Attributes:
         model: the model that is trained.
@@ -106,6 +106,8 @@ class SIFT(Stepping):
             saves their memory; fp32 weights then train with the same bits. bf16 weights are rounded after each step:
             ``"stochastic"``: up or down at random, seeded, and nothing is kept; ``"kahan"``: to nearest, and the
             rounding error is kept in 16 bits. Only with steps of torch optimizers, and without shards.
+        masters_device: ``"model"``: masters and optimizer states are on the model's device; ``"cpu"``: they are in the
+            memory of the host, where the optimizer steps. Only with fp32 masters, and without shards and gradient scalers.
 
     Raises:
         ValueError: an argument is out of range, or a parameter cannot be trained in place.
@@ -128,6 +130,7 @@ class SIFT(Stepping):
         reduce_dtype: torch.dtype | None = None,
         lr_transfer: bool = True,
         masters: str = "fp32",
+        masters_device: str = "model",
     ) -> None:
         self.grad_acc = grad_acc
         _refuse_second(model)
@@ -138,20 +141,18 @@ class SIFT(Stepping):
             if sparse_module != ALL_LINEAR:
                 raise ValueError("selection is a mask of named parameters; leave sparse_module out")
             sparse_module = [re.compile(f"^{re.escape(name)}$") for name in masks]
-        check_masters(masters)
         rounding = Rounding(seed)
-        parts = []
-        for target in find_targets(model, sparse_module, exception or ()):
-            parts.append(
-                SparseParameter(
-                    target.name,
-                    target.parameter,
-                    target.n_trained(sparse_rate, budget, block),
-                    is_dense=target.dense,
-                    n_matrices=target.n_matrices,
-                    lean=_lean(masters, target.name, target.parameter, rounding),
-                )
-            )
+        parts = trained_parts(
+            model,
+            sparse_rate,
+            sparse_module,
+            exception or (),
+            budget=budget,
+            block=block,
+            masters=masters,
+            masters_device=masters_device,
+            rounding=rounding,
+        )
         by_name = {part.name: part for part in parts}
         rule = find_rule(selection) or RULES["gradient"]
         learning_rate = LearningRate(by_name, is_uniform=rule.is_uniform and not masks)
@@ -372,13 +373,3 @@ def _on_gradient(me: weakref.ref[SIFT], name: str, parameter: Tensor) -> None:
     sift = me()
     if sift is not None:
         sift._on_gradient(name, parameter)
-
-
-def _lean(masters: str, name: str, parameter: nn.Parameter, rounding: Rounding) -> Lean | None:
-    if masters == "fp32":
-        return None
-    if is_sharded(parameter):
-        raise ValueError(
-            f"masters is {masters!r}, but parameter {name!r} is sharded; use 'fp32' with shards"
-        )
-    return Lean(masters, name, parameter, rounding)

@@ -59,10 +59,11 @@ class Stepping(Choosing):
         self._by_master = {id(part.master): part for part in parts}
 
     def sync_gradients(self, weight: float | None = None) -> None:
-        """Average the masters' gradients over the ranks; no effect in a single process.
+        """Complete the masters' gradients: wait for those on their way to the CPU, and average them over the ranks.
 
-        ``clip_grad_norm_`` and the step of a torch optimizer call it. Call it yourself to give a weight,
-        before a gradient scaler's ``unscale_`` or ``step``, and before the step of another optimizer.
+        Without ``masters_device="cpu"`` it has no effect in a single process. ``clip_grad_norm_`` and the step of a torch
+        optimizer call it. Call it yourself to give a weight, before something else reads the gradients, such as a gradient
+        scaler's ``unscale_`` or ``step``, and before the step of another optimizer.
 
         Args:
             weight: share of this rank in the mean, such as its number of examples or tokens; 0 if it
@@ -74,6 +75,8 @@ class Stepping(Choosing):
             RuntimeError: another rank has stopped.
         """
         self.finish_selection()
+        for part in self.sparse_mapping.values():
+            part.arrive()
         self._sync.average(weight)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:

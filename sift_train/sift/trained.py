@@ -75,6 +75,12 @@ class Trained:
         return {name: part.mean_change for name, part in self.sparse_mapping.items()}
 
     @property
+    def masters_device(self) -> str:
+        """``"cpu"`` if the masters are kept in the memory of the host, otherwise ``"model"``."""
+        is_on_host = any(part.is_on_host for part in self.sparse_mapping.values())
+        return "cpu" if is_on_host else "model"
+
+    @property
     def n_trained(self) -> int:
         """Number of trained components."""
         return sum(part.n_trained for part in self.sparse_mapping.values())

@@ -138,6 +138,12 @@ class WrittenBack(Trained):
             if part.is_selected and may_differ and not self._is_reverted and part.differs:
                 self._sync.refuse_step_without_average()
                 self._refuse_step_without_scale()
+                if part.is_arriving:
+                    raise ValueError(
+                        f"the master of {part.name!r} was changed before its gradient had arrived on the CPU; with"
+                        " masters_device='cpu', call sift.sync_gradients() before the step of an optimizer that is not"
+                        " torch's"
+                    )
                 self.reshard()
                 part.write(self.may_write)
 

@@ -61,10 +61,11 @@ def make_noisy(dtype: torch.dtype) -> nn.Module:
 def check_resumed(
     folder: Path, config: FitConfig, stop_at: int, *, own_generator: bool,
     dtype: torch.dtype = torch.bfloat16, evaluate: Callable[[nn.Module], float] | None = None,
+    resumed_config: FitConfig | None = None,
 ) -> FitResult:  # fmt: skip
     """Check that a training that was cut after a step and resumed ends in the bits of a whole one; return its result."""
 
-    def run(output: str, model: nn.Module, **more: Any) -> FitResult:
+    def run(output: str, model: nn.Module, config: FitConfig = config, **more: Any) -> FitResult:
         data = loader(own_generator=own_generator)
         return fit(
             model, data, output=folder / output, loss=typed_loss, config=config, evaluate=evaluate, **more
@@ -80,10 +81,12 @@ def check_resumed(
         run("cut.sd", make_noisy(dtype), run_dir=folder / "run", on_step=fail)
     torch.manual_seed(99)
     resumed = make_noisy(dtype)
-    result = run("resumed.sd", resumed, run_dir=folder / "run", resume=True)
+    own = resumed_config or config
+    result = run("resumed.sd", resumed, own, run_dir=folder / "run", resume=True)
     assert result.losses == expected.losses
     assert all(same_bits(v, resumed.state_dict()[n]) for n, v in snapshot(whole).items())
-    assert (folder / "resumed.sd").read_bytes() == (folder / "whole.sd").read_bytes()
+    if resumed_config is None:  # a delta names the settings of its run
+        assert (folder / "resumed.sd").read_bytes() == (folder / "whole.sd").read_bytes()
     return result
 
 

@@ -41,7 +41,7 @@ def test_names() -> None:
         (
             "SIFT",
             "model sparse_rate sparse_module exception grad_acc gradient_checkpointing "
-            "* selection budget block seed process_group reduce_dtype lr_transfer masters",
+            "* selection budget block seed process_group reduce_dtype lr_transfer masters masters_device",
         ),
         (
             "fit",
@@ -49,13 +49,16 @@ def test_names() -> None:
             "on_evaluation progress run_dir resume",
         ),
         ("export_delta", "model output * sift base base_id info save_target overwrite"),
-        ("plan", "model rate * sparse_module exception dtype optimizer devices sharded masters"),
+        (
+            "plan",
+            "model rate * sparse_module exception dtype optimizer devices sharded masters masters_device",
+        ),
         ("save_sharded", "sift folder optimizer"),
         ("load_sharded", "sift folder optimizer"),
         (
             "SiftConfig",
             "* sparse_rate sparse_module exception selection selection_batches budget block reselection "
-            "gradient_checkpointing seed lr_transfer masters",
+            "gradient_checkpointing seed lr_transfer masters masters_device",
         ),
         ("grouped_parameters", "sift weight_decay * decay_to"),
         ("principal", "rank"),
@@ -67,7 +70,7 @@ def test_names() -> None:
         (
             "FitConfig",
             "* sparse_rate sparse_module exception selection selection_batches budget block reselection optimizer lr "
-            "lr_transfer masters weight_decay decay_to betas eps momentum schedule warmup epochs max_steps accumulation "
+            "lr_transfer masters masters_device weight_decay decay_to betas eps momentum schedule warmup epochs max_steps accumulation "
             "max_grad_norm mixed_precision gradient_checkpointing log_every eval_every eval_before patience "
             "higher_is_better save_every publish publish_every trackers reduce_dtype seed",
         ),
@@ -86,7 +89,7 @@ def test_what_a_sift_offers() -> None:
     offered = {name for name in dir(sift_train.SIFT) if not name.startswith("_")}
     assert offered == {
         "after_closure", "after_step", "attach", "before_step", "before_use", "check_parameters", "check_ranks", "check_reselecting", "clip_grad_norm_", "close",
-        "finish_selection", "first_config", "get_trainable_num", "grad_acc", "load", "load_state_dict", "lr_share", "measuring_share",
+        "finish_selection", "first_config", "get_trainable_num", "grad_acc", "load", "load_state_dict", "lr_share", "masters_device", "measuring_share",
         "memory_report", "n_reselections", "n_total", "n_trained", "named_parameters_in_optimizer",
         "named_trainable_parameters", "parameters_in_optimizer", "print_trainable_parameters",
         "of", "ranks", "record", "reshard", "set_trainer", "push_to_hub", "reselecting", "revert", "reverted", "save", "selecting", "sparse_lr", "state_dict", "sync_gradients",
