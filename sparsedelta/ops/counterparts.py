@@ -30,6 +30,8 @@ def counterparts(base: Checkpoint, target: Checkpoint, pace: Pace) -> dict[Tenso
         target: the target.
         pace: can stop the comparison of contents. It must not report progress.
     """
+    if target.tensors.keys() <= base.tensors.keys():
+        return {key: base.tensors[key] for key in target.tensors}
     by_name: dict[str, list[Tensor]] = defaultdict(list)
     for tensor in base.tensors.values():
         by_name[tensor.name].append(tensor)

@@ -260,7 +260,7 @@ def _compare_all(
     if executor is not None:
         work = ComparisonTasks(executor, pairs, Files(old, new), coder, payload)
         return work.run(pace, label="comparing")
-    small = PairComparison(coder.values, payload)
+    small = PairComparison(coder.values, payload, coder.level)
 
     def single(number: int) -> Row:
         return coder.comparison(pairs[number], payload, pace=pace).run()

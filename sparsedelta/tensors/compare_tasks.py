@@ -81,7 +81,7 @@ class PairTask:
     def run(self) -> Compared:
         """Return the row of each pair."""
         payload = SpoolPayload()
-        small = PairComparison(self.coder.values, payload)
+        small = PairComparison(self.coder.values, payload, self.coder.level)
         rows: list[Row] = []
         with self.picked.opened() as tensors:
             pairs = _pairs(tensors)

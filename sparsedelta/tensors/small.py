@@ -23,7 +23,7 @@ from sparsedelta.format.records import Payload
 
 # As numbered in kernels/_small.h, where the columns of the table are listed in the same order.
 INDICES = {"gaps": 0, "bitmap": 1, "rice": 2}
-_PACKINGS = {"planes": 0, "steps": 1}
+PACKINGS = {"planes": 0, "steps": 1}
 _N_COLUMNS = 16
 
 SMALL_BYTES = 1 << 15  # of a tensor; for larger ones, the call for each tensor costs little
@@ -76,7 +76,7 @@ def _can_decode(rows: RowColumns) -> Mask:
     if not len(result):
         return result
     for number, coding in enumerate(chunks.codings):
-        if coding.classes or coding.index not in INDICES or coding.packing not in _PACKINGS:
+        if coding.classes or coding.index not in INDICES or coding.packing not in PACKINGS:
             continue
         own = np.flatnonzero(chunks.coding == number)
         index, packing = INDEX_ENCODINGS[coding.index], VALUE_PACKINGS[coding.packing]
@@ -188,7 +188,7 @@ class SmallRows:
                 (
                     KINDS[one.values],
                     INDICES.get(one.index, -1),
-                    _PACKINGS.get(one.packing, -1),
+                    PACKINGS.get(one.packing, -1),
                 )
                 for one in codings
             ]

@@ -11,6 +11,7 @@ from sparsedelta.codecs import kernels
 from sparsedelta.codecs.chunk import CODED_DIGEST_BYTES, TOUCHED_BYTES, Chunk, Coding
 from sparsedelta.codecs.indices import INDEX_ENCODINGS
 from sparsedelta.codecs.values import KINDS
+from sparsedelta.codecs.zstd import Level
 from sparsedelta.files.checkpoint import Tensor, read_exactly
 from sparsedelta.format.columns import starts
 from sparsedelta.format.records import DIGEST_BYTES, BaseTensor, Row
@@ -21,6 +22,7 @@ from sparsedelta.tensors.small import (
     GROUP_BYTES,
     INDICES,
     MOST_GAP_BYTES,
+    PACKINGS,
     ROW_BYTES,
     SMALL_BYTES,
     Group,
@@ -29,7 +31,8 @@ from sparsedelta.tensors.small import (
 
 Pair = tuple[Tensor | None, Tensor]  # of base and target
 Bytes = npt.NDArray[np.uint8]
-_MOST_STREAM_BYTES = 73  # of one chunk, as in kernels/_small.h
+_MOST_STREAM_BYTES = 127  # of one chunk, as in kernels/_small.h
+_LEVELS = {Level.FAST: 0, Level.DEFAULT: 1, Level.MAX: 2}  # as in kernels/_small.h
 # The digests of a pair, as in kernels/_small.h: of base, target, streams, touched elements before and after.
 _CODED_AT = 2 * DIGEST_BYTES
 _BEFORE_AT = _CODED_AT + CODED_DIGEST_BYTES
@@ -96,12 +99,16 @@ class PairComparison:
     Args:
         values: the value encoding.
         payload: receives the coded chunks.
+        level: how much time is spent to make the delta smaller.
     """
 
-    def __init__(self, values: str, payload: SpoolPayload) -> None:
+    def __init__(self, values: str, payload: SpoolPayload, level: Level = Level.DEFAULT) -> None:
         self._values = values
         self._payload = payload
-        self._codings = [Coding(values, index, "planes", False) for index in INDICES]
+        self._level = _LEVELS[level]
+        self._codings = [
+            [Coding(values, index, packing, False) for packing in PACKINGS] for index in INDICES
+        ]
         self._is_stated = [INDEX_ENCODINGS[index].implied_bytes(0) is None for index in INDICES]
 
     def run(self, pairs: Sequence[Pair]) -> list[Row | None]:
@@ -135,11 +142,11 @@ class PairComparison:
         given[:, 2] = [tensor.spec.n_bytes for tensor in targets]
         given[:, 3] = dtype.width
         given[:, 4] = KINDS[self._values] + (self._values == "ulp" and dtype.is_float)
-        found = np.empty((n, 5), np.int64)
+        found = np.empty((n, 6), np.int64)
         digests = np.empty(n * _DIGESTS_BYTES, np.uint8)
         streams = np.empty(n * _MOST_STREAM_BYTES, np.uint8)
         n_bytes = kernels.native.compare_small(  # type: ignore[union-attr]
-            base, target, given, found, digests, streams
+            base, target, given, found, digests, streams, self._level
         )
         offset = self._payload.add_streams(streams[:n_bytes].tobytes()) if n_bytes else 0
         return [*self._rows(bases, targets, found.tolist(), digests.tobytes(), offset)]
@@ -154,7 +161,7 @@ class PairComparison:
     ) -> Iterator[Row | None]:
         """Yield the row of each pair from the numbers and digests that the kernel found."""
         at, first = 0, 0  # of the digests and of the streams
-        for base, target, (nnz, index, n_index, n_coded, planes) in zip(
+        for base, target, (nnz, index, n_index, n_coded, packing, planes) in zip(
             bases, targets, found, strict=True
         ):
             own = digests[at : at + _DIGESTS_BYTES]
@@ -167,14 +174,19 @@ class PairComparison:
             chunks: tuple[Chunk, ...] = ()
             if nnz:
                 after = spec.with_digest(own[DIGEST_BYTES : 2 * DIGEST_BYTES])
-                stored = tuple(nnz * (planes >> j & 1) for j in range(spec.dtype.width))
+                raw: tuple[int, ...] = (n_index,) if self._is_stated[index] else ()
+                if packing:
+                    stored: tuple[int, ...] = (n_coded - n_index,)
+                    raw += stored
+                else:
+                    stored = tuple([nnz * (planes >> j & 1) for j in range(spec.dtype.width)])
                 chunks = (
                     Chunk(
                         0,
                         spec.n_elements,
                         nnz,
-                        self._codings[index],
-                        (n_index,) if self._is_stated[index] else (),
+                        self._codings[index][packing],
+                        raw,
                         (n_index, *stored),
                         own[_CODED_AT:_BEFORE_AT],
                         (own[_BEFORE_AT:_AFTER_AT], own[_AFTER_AT:]),

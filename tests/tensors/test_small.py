@@ -128,6 +128,39 @@ def test_another_base_is_refused_with_the_same_words(tmp_path: Path) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("level", ["fast", "default", "max"])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_few_changes_are_coded_as_one_by_one(tmp_path: Path, level: str, seed: int) -> None:
+    """The kernel codes up to 32 changes, repeated ones too; the delta is the one of single tensors."""
+    draw = np.random.default_rng(seed)
+    base: dict[str, Raw] = {}
+    target: dict[str, Raw] = {}
+    for number in range(300):
+        dtype = DTYPES[NAMES[number // 20 % len(NAMES)]]
+        n = int(draw.choice([9, 33, 64, 200, 513, 3000]))
+        before = draw.integers(0, 256, n * dtype.width).astype(np.uint8).view(dtype.view)
+        k = min(n, int(draw.integers(36)))
+        evenly = (draw.integers(n) + np.arange(k) * draw.integers(1, 5)) % n
+        where = evenly if number % 2 else draw.choice(n, k, replace=False)
+        steps = (
+            draw.geometric(0.7, k) * draw.choice([-1, 1], k), np.tile(draw.integers(1, 20, 8), 5)[:k],
+            draw.integers(1, 100, k), np.full(k, draw.integers(1, 4)),
+        )[number % 4]  # fmt: skip
+        after = before.copy()
+        after[where] += steps.astype(dtype.view)
+        for tensors, bits in ((base, before), (target, after)):
+            tensors[f"layers.{number}"] = Raw(dtype.name, (n,), bits.tobytes())
+    write_file(tmp_path / "base", base)
+    write_file(tmp_path / "target", target)
+    for name, most in (("grouped", 4), ("one by one", 1 << 20)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sparsedelta.tensors.small_pairs.FEWEST", most)
+            with sparsedelta.diff(tmp_path / "base", tmp_path / "target", level=level) as delta:
+                delta.save(tmp_path / name)
+    assert (tmp_path / "grouped").read_bytes() == (tmp_path / "one by one").read_bytes()
+
+
+@needs_kernels
 def test_digests_of_many_messages() -> None:
     draw = random.Random(1)
     edges = (0, 1, 63, 64, 65, 1023, 1024, 1025, 2048, 2049, 5000, 7168)

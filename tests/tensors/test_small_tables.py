@@ -17,7 +17,7 @@ from sparsedelta.codecs.chunk import Span, touched_digest
 from sparsedelta.codecs.values import change
 from sparsedelta.codecs.zstd import Level
 from sparsedelta.dtypes import DTYPES
-from sparsedelta.tensors.small import _PACKINGS, INDICES
+from sparsedelta.tensors.small import INDICES, PACKINGS
 
 pytestmark = pytest.mark.skipif(native is None, reason="the compiled kernels are not built")
 
@@ -88,11 +88,11 @@ def make_case(seed: int) -> Case:
         if draw.random() < 0.8:
             chunk, streams = encoded(Span(0, len(before)), positions, codes, Level.FAST)
             coding = chunk.coding
-            if coding.index in INDICES and coding.packing in _PACKINGS and len(chunk.stored) <= 9:
+            if coding.index in INDICES and coding.packing in PACKINGS and len(chunk.stored) <= 9:
                 old, new = change(dtype, after, 0, positions, "ulp", codes)
                 row |= {"coded_at": len(payload), "start": 0, "span": len(before), "nnz": chunk.nnz}
                 row |= {"kind": 1 + dtype.is_float, "index": INDICES[coding.index]}
-                row |= {"packing": _PACKINGS[coding.packing], "first_stored": len(stored)}
+                row |= {"packing": PACKINGS[coding.packing], "first_stored": len(stored)}
                 row["coded_digest"] = digest(streams)
                 digests.extend(touched_digest(old) + touched_digest(new))
                 row["touched_digest"] = len(digests) - 16
@@ -243,10 +243,10 @@ def test_pairs_are_compared_or_refused(seed: int) -> None:
 def compare(base: Bytes, target: Bytes, given: Table) -> tuple[Table, Bytes, Bytes]:
     """Return what was found, the digests, and the streams."""
     n = len(given)
-    found, digests = np.empty((n, 5), np.int64), np.zeros((n, 64), np.uint8)
-    streams = np.full(73 * n, FILL, np.uint8)
-    n_bytes = native.compare_small(base, target, given, found, digests.reshape(-1), streams)  # type: ignore[union-attr]
-    assert bool((streams[n_bytes + 7 :] == FILL).all())
+    found, digests = np.empty((n, 6), np.int64), np.zeros((n, 64), np.uint8)
+    streams = np.full(127 * n, FILL, np.uint8)
+    n_bytes = native.compare_small(base, target, given, found, digests.reshape(-1), streams, 1)  # type: ignore[union-attr]
+    assert bool((streams[n_bytes:] == FILL).all())
     return found, digests, streams[:n_bytes]
 
 
@@ -254,20 +254,20 @@ def assert_compared(base: Bytes, target: Bytes, given: Table) -> None:
     """Check what the kernel finds with what numpy finds."""
     found, digests, streams = compare(base, target, given)
     at = 0
-    for (b, t, size, width, _), (nnz, _, n_index, n_coded, planes), own in zip(
+    for (b, t, size, width, _), (nnz, _, n_index, n_coded, packing, planes), own in zip(
         given.tolist(), found.tolist(), digests, strict=True
     ):
         old, new = (data[i : i + size].reshape(-1, width) for data, i in ((base, b), (target, t)))
         differ = (old != new).any(axis=1)
         assert nnz in (int(differ.sum()), -1)
-        assert differ.sum() <= 8 or nnz == -1
+        assert differ.sum() <= 32 or nnz == -1
         if nnz < 0:
             continue
         assert own[:16].tobytes() == blake3(old.tobytes()).digest()[:16]
         if nnz:
             assert own[16:32].tobytes() == blake3(new.tobytes()).digest()[:16]
             coded = streams[at : at + n_coded].tobytes()
-            assert n_coded == n_index + nnz * bin(planes).count("1")
+            assert packing or n_coded == n_index + nnz * bin(planes).count("1")
             assert own[32:48].tobytes() == blake3(coded).digest()[:16]
             assert own[48:56].tobytes() == blake3(old[differ].tobytes()).digest()[:8]
             assert own[56:].tobytes() == blake3(new[differ].tobytes()).digest()[:8]

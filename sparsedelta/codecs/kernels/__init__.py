@@ -15,7 +15,7 @@ from importlib import import_module
 from types import ModuleType
 
 _VARIABLE = "SPARSEDELTA_KERNELS"
-_VERSION = 4  # version of the functions' arguments; it must equal that of the compiled module
+_VERSION = 5  # version of the functions' arguments; it must equal that of the compiled module
 
 
 def _load() -> ModuleType | None:

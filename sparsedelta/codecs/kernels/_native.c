@@ -1220,7 +1220,7 @@ PyMODINIT_FUNC PyInit__native(void) {
 #endif
     instructions = best_instructions();
     PyObject *module = Corrupt ? PyModule_Create(&definition) : NULL;
-    if (module && PyModule_AddIntConstant(module, "VERSION", 4)) {
+    if (module && PyModule_AddIntConstant(module, "VERSION", 5)) {
         Py_DECREF(module);
         return NULL;
     }

@@ -307,13 +307,34 @@ static PyObject *digests_of(PyObject *module, PyObject *args) {
 /* Columns that describe two tensors of the same dtype and shape, and what was found. */
 enum { PAIR_BASE, PAIR_TARGET, PAIR_BYTES, PAIR_WIDTH, PAIR_KIND, N_GIVEN };
 /* FOUND_NNZ: -1 if the caller has to compare the pair. FOUND_PLANES: one bit for each plane that is stored. */
-enum { FOUND_NNZ, FOUND_INDEX, FOUND_INDEX_BYTES, FOUND_CODED_BYTES, FOUND_PLANES, N_FOUND };
-enum { FEW = 8, SHORT = 9, MOST_STREAMS = SHORT + 8 * FEW, PAIR_DIGESTS = 3 * DIGEST_BYTES + 2 * TOUCHED_BYTES };
+enum { FOUND_NNZ, FOUND_INDEX, FOUND_INDEX_BYTES, FOUND_CODED_BYTES, FOUND_PACKING, FOUND_PLANES, N_FOUND };
+enum { LEVEL_FAST, LEVEL_DEFAULT, LEVEL_MAX };
+/* Up to FEWEST changes are coded as at the fast level, as in `encode_chunk`. */
+enum { FEWEST = 8, FEW = 32, PAIR_DIGESTS = 3 * DIGEST_BYTES + 2 * TOUCHED_BYTES };
+/* Longer streams are left to the caller, because zstd may make them smaller. Room for a stream has some bytes more. */
+enum { SHORT = 63, STREAM_ROOM = SHORT + HEAD_BYTES, STEPS_ROOM = 128, MOST_STREAMS = SHORT + 8 * FEWEST };
+enum { LEAST_FRAME = 9 }; /* every zstd frame with content is larger */
 
-/* The positions of a few changes in the smallest encoding, as `encode_chunk` chooses it. Streams above SHORT bytes are not considered:
- * they may be compressed, but never to SHORT bytes. Returns the number of bytes; 0 if all streams are longer. */
-static size encode_few(const u32 *positions, size nnz, size span, int64_t *index, u8 *out) {
+/* Returns whether zstd may make a short stream smaller, as `compress_stream` uses it at the levels fast and default. Literals of up
+ * to 63 bytes are never compressed. A frame with matches takes at least 15 bytes more than the literals: 9 of heads, 1 for literals, 5
+ * for sequences. So it can be smaller only if matches cover 16 bytes. Matches have 4 bytes or more. */
+static int may_shrink(const u8 *data, size n) {
+    size n_covered = 0, end = 0; /* end of the covered bytes */
+    for (size i = 1; i + 4 <= n; i++) {
+        int found = 0;
+        for (size j = 0; j < i && !found; j++) found = *(const u32 *)(data + i) == *(const u32 *)(data + j);
+        if (!found) continue;
+        n_covered += i + 4 - (end > i ? end : i);
+        end = i + 4;
+    }
+    return n_covered >= 16;
+}
+
+/* The positions of a few changes in the smallest encoding, as `encode_chunk` chooses it. Returns the number of bytes; 0 if the
+ * caller has to choose. */
+static size encode_few(const u32 *positions, size nnz, size span, int is_quick, int64_t *index, u8 *out) {
     size best = SHORT + 1;
+    int is_known = 1;
     if (nnz * 2000 >= span) {
         u8 tokens[SHORT];
         uint32_t next = 0;
@@ -326,22 +347,83 @@ static size encode_few(const u32 *positions, size nnz, size span, int64_t *index
             if (n < SHORT) tokens[n] = (u8)gap;
             n++;
         }
-        if (n < best) best = n, *index = GAPS, memcpy(out, tokens, n);
+        if (n > SHORT || may_shrink(tokens, n)) is_known = 0;
+        else best = n, *index = GAPS, memcpy(out, tokens, n);
     }
-    if (nnz * 16 >= span && (span + 7) / 8 < best) {
-        best = (span + 7) / 8, *index = BITMAP;
-        memset(out, 0, best);
-        for (size i = 0; i < nnz; i++) out[positions[i] >> 3] |= (u8)(1 << (positions[i] & 7));
+    if (nnz * 16 >= span) {
+        size n = (span + 7) / 8;
+        u8 bits[FEW * 2] = {0}; /* span ≤ 16 * FEW */
+        for (size i = 0; i < nnz; i++) bits[positions[i] >> 3] |= (u8)(1 << (positions[i] & 7));
+        if (n > SHORT || may_shrink(bits, n)) is_known = 0;
+        else if (n < best) best = n, *index = BITMAP, memcpy(out, bits, n);
     }
-    if (nnz == span && 2 < best) {
-        best = 2, *index = RICE;
-        out[0] = 0, out[1] = 1; /* no thresholds; all but no items */
-    } else if (nnz * 100 <= span) {
-        u8 stream[HEAD_BYTES + 5 * FEW + 8];
+    if (nnz == span) {
+        if (2 < best) best = 2, *index = RICE, out[0] = 0, out[1] = 1; /* no thresholds; all but no items */
+    } else if (!is_quick || nnz * 100 <= span) {
+        u8 stream[STREAM_ROOM];
+        if (2 * nnz > span) return 0; /* the stream would list the other elements */
         size n = write_rice(positions, nnz, stream, sizeof stream);
-        if (n && n < best) best = n, *index = RICE, memcpy(out, stream, n);
+        if (!n || n > SHORT || may_shrink(stream, n)) is_known = 0;
+        else if (n < best) best = n, *index = RICE, memcpy(out, stream, n);
     }
-    return best <= SHORT ? best : 0;
+    return is_known ? best : best <= LEAST_FRAME ? best : 0;
+}
+
+/* Returns the parameter that codes numbers in the fewest bits, as `best_low_bits` does. */
+static int best_low_bits(const u32 *number, size n) {
+    uint64_t sum = 0, least = UINT64_MAX;
+    int guess = 0, best = 0;
+    for (size i = 0; i < n; i++) sum += number[i];
+    int64_t part = n ? (int64_t)((double)sum / (double)n * 0.7) : 0;
+    while (part >> 1) part >>= 1, guess++;
+    for (int k = guess ? guess - 1 : 0; n && k <= guess + 1 && k <= 31; k++) {
+        uint64_t bits = (uint64_t)n * k;
+        for (size i = 0; i < n; i++) bits += number[i] >> k;
+        if (bits < least) least = bits, best = k;
+    }
+    return best;
+}
+
+/* Writes numbers without their low k bits in unary from bit number `at`; the bits must be zero. Returns the number of the next bit. */
+static size put_rests(const u32 *number, size n, int k, u8 *out, size at) {
+    for (size i = 0; i < n; i++, at++) {
+        at += number[i] >> k;
+        out[at >> 3] |= (u8)(1 << (at & 7));
+    }
+    return at;
+}
+
+/* Writes up to FEW codes, which are below 256 and not 0, in the packing `steps` without classes. Returns the number of bytes. Each
+ * number is below 128, so a stream has at most 8 bytes of heads and signs, 48 of low bits and, with the best parameters, 54 of rests. */
+static size encode_steps(const u8 *codes, size nnz, u8 *out) {
+    u8 *start = out, steps[FEW];
+    u32 gaps[FEW], excess[FEW];
+    size n_long = 0, n_gaps = 0, last = -1;
+    for (size i = 0; i < nnz; i++) {
+        steps[i] = (u8)(codes[i] - 1);
+        if (steps[i] >> 1) excess[n_long++] = (uint32_t)(steps[i] >> 1) - 1;
+    }
+    int of_rest = 2 * n_long > nnz;
+    for (size i = 0; i < nnz; i++)
+        if ((steps[i] >> 1 == 0) == of_rest) gaps[n_gaps++] = (uint32_t)(i - last - 1), last = i;
+    int k_gaps = best_low_bits(gaps, n_gaps), k = best_low_bits(excess, n_long);
+    *out++ = 0;
+    *out++ = (u8)(2 * n_gaps + of_rest);
+    if (n_gaps) *out++ = (u8)k_gaps;
+    *out++ = (u8)k;
+    pack_numbers(steps, nnz, 1, out, 1);
+    out += (nnz + 7) / 8;
+    if (k_gaps) pack_numbers(gaps, n_gaps, k_gaps, out, 4);
+    out += (n_gaps * k_gaps + 7) / 8;
+    if (k) pack_numbers(excess, n_long, k, out, 4);
+    out += (n_long * k + 7) / 8;
+    size n_rests = 0;
+    u8 *rests = out;
+    for (size i = 0; i < n_gaps; i++) n_rests += (gaps[i] >> k_gaps) + 1;
+    for (size i = 0; i < n_long; i++) n_rests += (excess[i] >> k) + 1;
+    memset(rests, 0, (n_rests + 7) / 8);
+    put_rests(excess, n_long, k, rests, put_rests(gaps, n_gaps, k_gaps, rests, 0));
+    return rests + (n_rests + 7) / 8 - start;
 }
 
 typedef struct {
@@ -358,31 +440,54 @@ static void digest(Pairs *pairs, const void *data, size n_bytes, size row) {
     pairs->n_parts += n_nodes(n_bytes);
 }
 
-static void compare_one(Pairs *pairs, const u8 *base, const u8 *target, const i64 *given, i64 *found, size row) {
+/* Writes the codes of a few changes in the smallest packing, as `encode_chunk` chooses it. Returns the number of bytes; -1 if that is
+ * not known without zstd. */
+static size pack_few(const u8 *codes, size nnz, int width, int is_quick, i64 *found, u8 *out) {
+    u8 used[8] = {0}, steps[STEPS_ROOM], *start = out;
+    for (size i = 0; i < nnz * width; i++) used[i % width] |= codes[i];
+    for (int j = 0; j < width; j++) {
+        if (!used[j]) continue;
+        if (j && nnz > FEWEST) return -1;
+        found[FOUND_PLANES] |= 1 << j;
+        for (size i = 0; i < nnz; i++) *out++ = codes[i * width + j];
+    }
+    size best = out - start, n_zero = 0, n_high = 0, n_long = 0;
+    if (nnz > FEWEST && may_shrink(start, best)) return -1;
+    if (is_quick || !best) return best;
+    for (size i = 0; i < nnz; i++) n_zero += start[i] == 0, n_high += start[i] > 2, n_long += start[i] > 16;
+    if (nnz > 16 && 2 * n_high >= nnz) return -1; /* `scaled` may be smaller, if its symbols repeat */
+    if (n_zero || 2 * n_long > nnz) return best;
+    size n = encode_steps(start, nnz, steps);
+    if (n > SHORT || may_shrink(steps, n)) return -1;
+    if (n >= best) return best;
+    found[FOUND_PACKING] = STEPS, found[FOUND_PLANES] = 0;
+    memcpy(start, steps, n);
+    return n;
+}
+
+static void compare_one(Pairs *pairs, const u8 *base, const u8 *target, const i64 *given, i64 *found, size row, int level) {
     size n_bytes = given[PAIR_BYTES];
     int width = (int)given[PAIR_WIDTH];
     for (int i = 0; i < N_FOUND; i++) found[i] = 0;
     size nnz = compare_any(base, target, width, n_bytes / width, 0, pairs->positions, pairs->before, pairs->after);
-    found[FOUND_NNZ] = nnz <= FEW ? nnz : -1;
-    if (nnz > FEW) return;
+    found[FOUND_NNZ] = nnz <= (level == LEVEL_MAX ? FEWEST : FEW) ? nnz : -1;
+    if (found[FOUND_NNZ] < 0) return;
     if (nnz) {
-        u8 *out = pairs->streams, codes[8 * FEW];
-        size n = encode_few(pairs->positions, nnz, n_bytes / width, (int64_t *)&found[FOUND_INDEX], out);
-        if (!n) {
+        u8 codes[8 * FEW], streams[MOST_STREAMS];
+        int is_quick = nnz <= FEWEST || level == LEVEL_FAST;
+        size n = encode_few(pairs->positions, nnz, n_bytes / width, is_quick, (int64_t *)&found[FOUND_INDEX], streams);
+        size n_packed = -1;
+        if (n) {
+            code_any(pairs->before, pairs->after, (int)given[PAIR_KIND], width, nnz, codes);
+            n_packed = pack_few(codes, nnz, width, is_quick, found, streams + n);
+        }
+        if (n_packed < 0) {
             found[FOUND_NNZ] = -1;
             return;
         }
+        memcpy(pairs->streams, streams, n + n_packed);
         found[FOUND_INDEX_BYTES] = n;
-        code_any(pairs->before, pairs->after, (int)given[PAIR_KIND], width, nnz, codes);
-        u8 used[8] = {0};
-        for (size i = 0; i < nnz * width; i++) used[i % width] |= codes[i];
-        out += n;
-        for (int j = 0; j < width; j++) {
-            if (!used[j]) continue;
-            found[FOUND_PLANES] |= 1 << j;
-            for (size i = 0; i < nnz; i++) *out++ = codes[i * width + j];
-        }
-        found[FOUND_CODED_BYTES] = out - pairs->streams;
+        found[FOUND_CODED_BYTES] = n + n_packed;
         memcpy(pairs->touched, pairs->before, nnz * width);
         memcpy(pairs->touched + nnz * width, pairs->after, nnz * width);
     }
@@ -400,22 +505,24 @@ static void compare_one(Pairs *pairs, const u8 *base, const u8 *target, const i6
  * target, streams and touched elements; and the streams of all, end to end. Returns the size of all streams. */
 static PyObject *compare_small(PyObject *module, PyObject *args) {
     Py_buffer b[6];
-    if (!PyArg_ParseTuple(args, "O&O&O&O&O&O&", in_u8, &b[0], in_u8, &b[1], in_i64, &b[2], out_i64, &b[3], out_u8, &b[4], out_u8, &b[5]))
+    int level;
+    if (!PyArg_ParseTuple(args, "O&O&O&O&O&O&i", in_u8, &b[0], in_u8, &b[1], in_i64, &b[2], out_i64, &b[3], out_u8, &b[4], out_u8, &b[5], &level))
         return NULL;
-    size n = n_items(&b[2]) / N_GIVEN, longest = 0;
+    size n = n_items(&b[2]) / N_GIVEN, longest = 0, n_touched = 0;
     const i64 *given = b[2].buf;
     i64 *found = b[3].buf;
-    int fits = n_items(&b[2]) == n * N_GIVEN && n_items(&b[3]) == n * N_FOUND && b[4].len == n * PAIR_DIGESTS && b[5].len == n * MOST_STREAMS;
+    int fits = level >= LEVEL_FAST && level <= LEVEL_MAX && n_items(&b[2]) == n * N_GIVEN && n_items(&b[3]) == n * N_FOUND && b[4].len == n * PAIR_DIGESTS && b[5].len == n * MOST_STREAMS;
     for (size i = 0; fits && i < n; i++) {
         const i64 *one = given + i * N_GIVEN;
         fits = IS_WIDTH(one[PAIR_WIDTH]) && one[PAIR_BYTES] >= one[PAIR_WIDTH] && one[PAIR_BYTES] % one[PAIR_WIDTH] == 0 &&
                one[PAIR_BYTES] <= INT32_MAX && within(one[PAIR_BASE], one[PAIR_BYTES], &b[0]) &&
                within(one[PAIR_TARGET], one[PAIR_BYTES], &b[1]) && one[PAIR_KIND] >= 0 && one[PAIR_KIND] < N_KINDS;
         if (fits && one[PAIR_BYTES] > longest) longest = one[PAIR_BYTES];
+        if (fits) n_touched += 2 * (one[PAIR_BYTES] < 8 * FEW ? one[PAIR_BYTES] : 8 * FEW);
     }
     if (!fits) return release(b, 6, wrong_sizes());
     u32 *positions = allocate(4 * longest);
-    u8 *values = allocate(2 * longest), *touched = allocate(n * 2 * 8 * FEW), *nodes = NULL;
+    u8 *values = allocate(2 * longest), *touched = allocate(n_touched), *nodes = NULL;
     Message *messages = allocate(5 * n * (size)sizeof(Message));
     int has_memory = positions && values && touched && messages;
     size n_streams = 0;
@@ -424,7 +531,7 @@ static PyObject *compare_small(PyObject *module, PyObject *args) {
         Py_BEGIN_ALLOW_THREADS
         for (size i = 0; i < n; i++) {
             const i64 *one = given + i * N_GIVEN;
-            compare_one(&pairs, (const u8 *)b[0].buf + one[PAIR_BASE], (const u8 *)b[1].buf + one[PAIR_TARGET], one, found + i * N_FOUND, i);
+            compare_one(&pairs, (const u8 *)b[0].buf + one[PAIR_BASE], (const u8 *)b[1].buf + one[PAIR_TARGET], one, found + i * N_FOUND, i, level);
         }
         n_streams = pairs.streams - (u8 *)b[5].buf;
         nodes = allocate(NODE * pairs.n_parts);
