@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from sparsedelta._typing import Model, ModelCheck, Names
@@ -20,21 +20,25 @@ from sparsedelta.format.records import TensorKey, TensorSpec
 from sparsedelta.live.held import Held
 from sparsedelta.live.inplace import prepare
 from sparsedelta.live.patch import Patch, Plan, Writer
-from sparsedelta.live.ranks import check_undivided
+from sparsedelta.live.ranks import check_same_call, group_of
 from sparsedelta.live.rwlock import SharedLock
 
 
 @dataclass(slots=True)
 class _Resident:
-    """One delta of the bank. If ``patches`` is None, it is decoded again when it is activated."""
+    """One delta of the bank. If ``patches`` is None, it is decoded again when it is activated.
+
+    Attributes:
+        source: where the delta is.
+        base: the tensors that it was made from.
+        patches: the decoded delta, or None.
+        n_bytes: memory of the decoded delta; on ranks that divide the model, the largest one, the same on all.
+    """
 
     source: str | os.PathLike[str] | Delta
     base: Mapping[TensorKey, TensorSpec]
     patches: list[Patch] | None = None
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(patch.n_bytes for patch in self.patches or ())
+    n_bytes: int = 0
 
 
 class DeltaBank:
@@ -46,17 +50,20 @@ class DeltaBank:
     A switch that fails or is interrupted is undone. If undoing it fails too, for example after more interrupts, every
     method that uses the model raises ``HalfWritten``, a ``PartlyApplied``, until ``restore`` has succeeded.
 
+    If the model is divided among ranks (FSDP2, tensor parallelism), all ranks make a bank and call its methods in the same
+    order, with the same arguments. Each writes what it holds; all switch, or none.
+
     Args:
         model: a ``torch.nn.Module`` or a state dict that holds the base.
         budget_bytes: limit for the memory of decoded deltas. Each touched element takes 4 bytes and two
             values. The deltas that were not used for the longest time are freed; they are decoded again when
-            they are activated. None: no limit.
+            they are activated. None: no limit. Of a divided model: of the rank that needs the most.
         verify: how each delta is checked against the model when it is decoded; see
             ``Delta.apply_``.
         names: see ``Delta.apply_``.
 
     Raises:
-        StructureMismatch: the model is divided among ranks.
+        ConflictError: the ranks give different arguments.
     """
 
     def __init__(
@@ -67,14 +74,16 @@ class DeltaBank:
         verify: ModelCheck = "touched",
         names: Names = None,
     ) -> None:
-        check_undivided(model, "a bank", "use apply_, revert_ and applied on all ranks")
+        self._group = group_of(model)
+        with self._group.entered():
+            check_same_call(self._group, "DeltaBank", budget_bytes, verify)
         self._model = model
         self._budget_bytes = budget_bytes
         self._verify: ModelCheck = verify
         self._names = names
         self._lock = SharedLock()
         self._deltas: OrderedDict[str, _Resident] = OrderedDict()  # the last used one is last
-        self._writer = Writer()
+        self._writer = Writer(group=self._group)
         # By what the model holds before and after; without those of deltas that are freed or removed.
         self._plans: dict[tuple[str | None, str | None], Plan] = {}
 
@@ -85,8 +94,9 @@ class DeltaBank:
 
     @property
     def resident_bytes(self) -> int:
-        """Memory that the decoded deltas take, in bytes."""
-        return sum(resident.n_bytes for resident in self._deltas.values())
+        """Memory that the decoded deltas take, in bytes; of a divided model, on this rank."""
+        patches = (patch for one in self._deltas.values() for patch in one.patches or ())
+        return sum(patch.n_bytes for patch in patches)
 
     def __contains__(self, name: object) -> bool:
         return name in self._deltas
@@ -106,16 +116,17 @@ class DeltaBank:
                 delta, which must stay open.
 
         Raises:
-            ConflictError: the delta was made from another base than the deltas in the bank.
+            ConflictError: the delta was made from another base than the deltas in the bank; or the ranks do not make
+                the same call, as for all methods.
             ValueError: the name is taken, or the delta alone exceeds the budget.
             MismatchError, FormatError: see ``Delta.apply_``.
         """
-        with self._lock.writing():
+        with self._lock.writing(), self._group.entered():
+            check_same_call(self._group, "add", name)
             if name in self._deltas:
                 raise ValueError(f"the bank has a delta {name!r} already; remove it first")
-            with _opened(delta) as opened:
-                resident = _Resident(delta, base_tensors(opened.tensors))
-                self._check_sibling(name, resident)
+            with ExitStack() as context:
+                opened, resident = self._group.together(lambda: self._found(name, delta, context))
                 active = self.active
                 try:
                     self._switch(None)
@@ -131,7 +142,8 @@ class DeltaBank:
             KeyError: the bank has no delta with this name.
             ValueError: the delta is active.
         """
-        with self._lock.writing():
+        with self._lock.writing(), self._group.entered():
+            check_same_call(self._group, "remove", name)
             if name == self.active:
                 raise ValueError(f"delta {name!r} is active; activate another one or None first")
             del self._deltas[name]
@@ -145,11 +157,12 @@ class DeltaBank:
             StructureMismatch: tensors of the model were replaced after the deltas were decoded.
         """
         with self._lock.writing():
-            self._switch(name)
+            self._activate(name)
 
     def restore(self) -> None:
         """Undo a switch that was interrupted. Then the model is again what ``active`` states."""
-        with self._lock.writing():
+        with self._lock.writing(), self._group.entered():
+            check_same_call(self._group, "restore")
             self._writer.restore()
 
     def reading(self) -> AbstractContextManager[str | None]:
@@ -165,7 +178,12 @@ class DeltaBank:
         Entering it raises:
             KeyError: the bank has no delta with this name.
         """
-        return self._lock.writing(lambda: self._switch(name))
+        return self._lock.writing(lambda: self._activate(name))
+
+    def _activate(self, name: str | None) -> None:
+        with self._group.entered():
+            check_same_call(self._group, "activate", name)
+            self._switch(name)
 
     def _switch(self, name: str | None) -> None:
         if name == self.active:
@@ -175,12 +193,17 @@ class DeltaBank:
         if name is not None:
             self._make_resident(name)
         pair = self.active, name
-        plan = self._plans.get(pair)
+        plan = self._group.together(lambda: self._plan(*pair))
+        self._writer.write(plan, becomes=name)
+
+    def _plan(self, active: str | None, name: str | None) -> Plan:
+        """Return how to switch from a resident delta to another one."""
+        plan = self._plans.get((active, name))
         if plan is None or not plan.is_current():
             found: dict[str, Held] = {}
-            steps = _steps(self._patches(self.active, found), self._patches(name, found))
-            plan = self._plans[pair] = Plan(steps, found)
-        self._writer.write(plan, becomes=name)
+            steps = _steps(self._patches(active, found), self._patches(name, found))
+            plan = self._plans[active, name] = Plan(steps, found)
+        return plan
 
     def _patches(self, name: str | None, found: dict[str, Held]) -> list[Patch]:
         """Return the patches of a resident delta, each on the device of its tensor; see ``current_tensor``."""
@@ -197,19 +220,34 @@ class DeltaBank:
             active = self.active
             try:
                 self._switch(None)
-                with _opened(resident.source) as opened:
+                with ExitStack() as context:
+                    source = _opened(resident.source)
+                    opened = self._group.together(lambda: context.enter_context(source))
                     self._decode(resident, opened, keep=None)
             except BaseException:
                 self._switch(active)
                 raise
+
+    def _found(
+        self, name: str, source: str | os.PathLike[str] | Delta, context: ExitStack
+    ) -> tuple[Delta, _Resident]:
+        """Return an opened delta, which is closed with the context, and its place in the bank."""
+        opened = context.enter_context(_opened(source))
+        resident = _Resident(source, base_tensors(opened.tensors))
+        self._check_sibling(name, resident)
+        return opened, resident
 
     def _decode(self, resident: _Resident, delta: Delta, *, keep: str | None) -> None:
         """Decode a delta while the model is the base. Free other deltas if the budget requires it.
 
         The delta named ``keep`` is not freed. If both together exceed the budget, the new one stays undecoded.
         """
-        patches = prepare(delta, self._model, verify=self._verify, names=self._names, undo=False)
-        n_bytes = sum(patch.n_bytes for patch in patches)
+        group = self._group
+        patches = prepare(
+            delta, self._model, verify=self._verify, names=self._names, undo=False, group=group
+        )
+        own = sum(patch.n_bytes for patch in patches)
+        n_bytes = max(group.together(lambda: group.gathered(own)))
         if self._budget_bytes is not None:
             if n_bytes > self._budget_bytes:
                 raise ValueError(
@@ -219,14 +257,14 @@ class DeltaBank:
             if n_bytes + (self._deltas[keep].n_bytes if keep else 0) > self._budget_bytes:
                 return
             self._make_room(self._budget_bytes - n_bytes, keep)
-        resident.patches = patches
+        resident.patches, resident.n_bytes = patches, n_bytes
 
     def _make_room(self, n_left: int, keep: str | None) -> None:
         for name, other in self._deltas.items():
-            if self.resident_bytes <= n_left:
+            if sum(one.n_bytes for one in self._deltas.values()) <= n_left:
                 return
             if name != keep:
-                other.patches = None
+                other.patches, other.n_bytes = None, 0
                 self._forget(name)
 
     def _forget(self, name: str) -> None:

@@ -25,7 +25,7 @@ from sparsedelta.live.bits import flat_bits, on_host
 from sparsedelta.live.classes import HOST, find_on_device
 from sparsedelta.live.divided import Divided
 from sparsedelta.live.held import Held, gather, in_order, whole_digest
-from sparsedelta.live.patch import Patch
+from sparsedelta.live.patch import Patch, regions_of
 from sparsedelta.live.slots import Place
 from sparsedelta.tensors.changes import naming, read_coded
 from sparsedelta.tensors.parallel import Pace
@@ -62,7 +62,8 @@ def decode_place(
     columns = zip(*((p.index, p.before, p.after) for p in patches), strict=True)
     index, before, after = map(torch.cat, columns)
     digest = blake3(b"".join(patch.index_digest for patch in patches)).digest()
-    return Patch(place, index, digest, before, after), states.pop() if len(states) == 1 else "other"
+    patch = Patch(place, index, digest, before, after, patches[0].regions)
+    return patch, states.pop() if len(states) == 1 else "other"
 
 
 def _decode(
@@ -103,7 +104,8 @@ def _decode(
     before, after = (then, now) if undo else (now, then)
     wanted, done = wanted_and_done(undo=undo)
     state = wanted if wanted in possible else done if done in possible else "other"
-    return Patch(place, where, index_digest.digest(), before, after), state
+    digest, regions = index_digest.digest(), regions_of(tensor)
+    return Patch(place, where, digest, before, after, regions), state
 
 
 def _reader(tensor: Held) -> _Read:

@@ -55,6 +55,11 @@ class Divided(Joined):
         self.device = device
         self.owner = owner
 
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The flat indices of the elements that this rank holds."""
+        return tuple(part.region for part in self.parts)
+
     def here(self, index: torch.Tensor) -> torch.Tensor:
         """Return which of the flat indices this rank holds, as a mask, ``(nnz,)``."""
         import torch

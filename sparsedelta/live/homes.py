@@ -22,7 +22,6 @@ from sparsedelta.format.delta import Delta
 from sparsedelta.format.digests import fingerprint
 from sparsedelta.format.records import Base, Row, TensorSpec
 from sparsedelta.format.spool import new_payload
-from sparsedelta.interrupts import Delay
 from sparsedelta.live.capture import Capture
 from sparsedelta.live.ranks import Ranks
 from sparsedelta.live.sides import FILE_NAME, laid_out, weight_file
@@ -95,7 +94,7 @@ class Homes:
         """
         import torch.distributed as dist
 
-        group = Ranks(Delay({}))
+        group = Ranks()
         self._snapshot = group.together(lambda: Snapshot(tensors))
         self._capture: Capture | None = None
         self._made: Delta | None = None

@@ -39,7 +39,8 @@ def apply_(
     delta: Delta, model: Model, *, verify: ModelCheck = "touched", names: Names = None
 ) -> None:
     """Change a model in memory from the base to the target; see ``Delta.apply_``."""
-    with group_of(model) as group:
+    group = group_of(model)
+    with group.entered():
         patches = prepare(delta, model, verify=verify, names=names, undo=False, group=group)
         Writer(group=group).write(patches)
 
@@ -48,7 +49,8 @@ def revert_(
     delta: Delta, model: Model, *, verify: ModelCheck = "touched", names: Names = None
 ) -> None:
     """Change a model in memory from the target back to the base; see ``Delta.revert_``."""
-    with group_of(model) as group:
+    group = group_of(model)
+    with group.entered():
         patches = prepare(delta, model, verify=verify, names=names, undo=True, group=group)
         Writer(group=group).write([patch.reversed() for patch in patches])
 
@@ -60,7 +62,8 @@ def applied(
     """Apply a delta until the context ends; see ``Delta.applied``."""
     patches: list[Patch] = []
     try:
-        with group_of(model) as group:
+        group = group_of(model)
+        with group.entered():
             patches = prepare(delta, model, verify=verify, names=names, undo=False, group=group)
             Writer(group=group).write(patches)
         yield

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from sparsedelta.errors import PartlyApplied
+from sparsedelta.errors import PartlyApplied, StructureMismatch
 from sparsedelta.interrupts import uninterrupted
+from sparsedelta.live.divided import Divided
 from sparsedelta.live.fused import Write, Writes, kernels_for
 from sparsedelta.live.held import Held, memory_in_order, scatter
-from sparsedelta.live.ranks import Alone, Group
+from sparsedelta.live.ranks import Alone, Group, RankLost
 from sparsedelta.live.slots import Place, Slot, current_tensor
+from sparsedelta.live.strides import Region
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +37,8 @@ class Patch:
         index_digest: digest of the indices, computed on the host; comparing digests needs no device work.
         before: bits of the elements in the base, (nnz,) integers of the element size.
         after: bits of the elements in the target, same shape and dtype.
+        regions: if the tensor is divided among ranks, the elements that this rank held when the patch was made. The
+            patch has the touched ones of these.
     """
 
     place: Place
@@ -42,6 +46,7 @@ class Patch:
     index_digest: bytes
     before: torch.Tensor
     after: torch.Tensor
+    regions: tuple[Region, ...] | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -50,7 +55,7 @@ class Patch:
 
     def reversed(self) -> Patch:
         """Return the patch that undoes this one."""
-        return Patch(self.place, self.index, self.index_digest, self.after, self.before)
+        return replace(self, before=self.after, after=self.before)
 
     def in_step(self, found: dict[str, Held] | None = None) -> Patch:
         """Return the patch, moved to the current device of the model's tensor.
@@ -61,11 +66,23 @@ class Patch:
         Raises:
             StructureMismatch: the model's tensor has changed; see ``current_tensor``.
         """
-        device = current_tensor(self.place, found).device
+        tensor = current_tensor(self.place, found)
+        if regions_of(tensor) != self.regions:
+            raise StructureMismatch(
+                f"tensor {self.place.slot.name!r} is divided otherwise among the ranks than when the delta was"
+                " decoded; nothing was written",
+                tensor=self.place.row.name,
+            )
+        device = tensor.device
         if device == self.index.device:
             return self
         index, before, after = (t.to(device) for t in (self.index, self.before, self.after))
         return replace(self, index=index, before=before, after=after)
+
+
+def regions_of(tensor: Held) -> tuple[Region, ...] | None:
+    """Return the flat indices of the elements that this rank holds of a tensor; None if no other rank holds any."""
+    return tensor.regions if isinstance(tensor, Divided) else None
 
 
 class Plan:
@@ -191,28 +208,40 @@ class Writer:
             HalfWritten: this or an earlier write was broken off and could not be undone.
         """
         held = self.holds
-        plan = what if isinstance(what, Plan) else Plan(what)
-        with uninterrupted():
+        with self._group.entered(), uninterrupted():
+            plan = what if isinstance(what, Plan) else self._group.together(lambda: Plan(what))
             self._state = held, plan.patches
             try:
                 self._group.together(plan.run)
             except BaseException as error:
                 try:
-                    self._undo()
+                    # Of a lost rank nothing can be learnt; asking again may wait for the time limit again.
+                    self._undo(Alone() if isinstance(error, RankLost) else self._group)
                 except BaseException:
                     raise HalfWritten(len(plan.patches), self.restore) from error
                 raise
             self._state = becomes, ()
 
     def restore(self) -> None:
-        """Undo a write that was broken off; do nothing if there is none."""
-        with uninterrupted():
-            self._undo()
+        """Undo a write that was broken off; do nothing if there is none. All processes of the group call this."""
+        with self._group.entered(), uninterrupted():
+            self._undo(self._group)
 
-    def _undo(self) -> None:
+    def _undo(self, group: Group) -> None:
         held, unfinished = self._state
-        for patch in [patch.in_step() for patch in reversed(unfinished)]:
-            scatter(patch.place.slot.tensor(), patch.index, patch.before)
+        done = []
+
+        def work() -> None:
+            for patch in [patch.in_step() for patch in reversed(unfinished)]:
+                scatter(patch.place.slot.tensor(), patch.index, patch.before)
+            done.append(True)
+
+        try:
+            if unfinished:
+                group.together(work, interruptible=False)
+        except RankLost:
+            if not done:
+                raise
         self._state = held, ()
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from sparsedelta.errors import SparseDeltaError, StructureMismatch
+from sparsedelta.errors import ConflictError, SparseDeltaError, StructureMismatch
 from sparsedelta.interrupts import Delay, uninterrupted
 from sparsedelta.live.bits import check_installed
 from sparsedelta.tensors.parallel import Pace, run_all
@@ -27,8 +27,16 @@ R = TypeVar("R")
 class Group(Protocol):
     """The processes that change a model together."""
 
-    def together(self, work: Callable[[], T]) -> T:
-        """Return the result of work that all processes do; if it fails in one of them, raise its error in all."""
+    def entered(self) -> AbstractContextManager[None]:
+        """Return a context in which they exchange values. It may be entered again inside itself."""
+
+    def together(self, work: Callable[[], T], *, interruptible: bool = True) -> T:
+        """Return the result of work that all processes do; if it fails in one of them, raise its error in all.
+
+        Args:
+            work: what each process does.
+            interruptible: a signal that is delayed is handled after the work, as a failure of it.
+        """
 
     def gathered(self, value: T) -> list[T]:
         """Return the values of all processes."""
@@ -42,7 +50,11 @@ class Group(Protocol):
 class Alone:
     """This process alone."""
 
-    def together(self, work: Callable[[], T]) -> T:
+    def entered(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing."""
+        return nullcontext()
+
+    def together(self, work: Callable[[], T], *, interruptible: bool = True) -> T:
         """Return the result of the work."""
         return work()
 
@@ -65,29 +77,49 @@ class _FailedElsewhere(BaseException):
         self.error = error
 
 
+class RankLost(SparseDeltaError):
+    """Another rank has ended, or does not answer within the time limit of the process group."""
+
+
 class Ranks:
     """All ranks of ``torch.distributed``.
 
     Args:
-        delay: delays signals. They are handled at a moment when the other ranks can be told.
+        model: what they hold together; None: nothing that FSDP2 may hold in full.
     """
 
-    def __init__(self, delay: Delay) -> None:
-        self._delay = delay
+    def __init__(self, model: Any = None) -> None:
+        self._model = model
+        self._delay: Delay | None = None
 
-    def together(self, work: Callable[[], T]) -> T:
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Free full tensors, and delay signals: they are handled at a moment when the other ranks can be told."""
+        if self._delay is not None:
+            yield
+            return
+        is_divided(self._model)
+        with uninterrupted() as delay:
+            self._delay = delay
+            try:
+                yield
+            finally:
+                self._delay = None
+
+    def together(self, work: Callable[[], T], *, interruptible: bool = True) -> T:
         """Return the result of work that all ranks do; if it fails on one of them, raise its error on all.
 
         The work may call ``merge``.
 
         Raises:
-            SparseDeltaError: the connection to a rank was lost.
+            RankLost: the connection to a rank was lost.
         """
         failure: BaseException | None = None
         try:
             try:
                 result = work()
-                self._delay.handle_now()
+                if interruptible:
+                    self._handle_signals()
             except _FailedElsewhere:
                 raise
             except BaseException as error:
@@ -115,9 +147,13 @@ class Ranks:
         """Return the result of work for each item, in this order: the work may exchange something."""
         results = []
         for item in items:
-            self._delay.handle_now()
+            self._handle_signals()
             results.append(work(item))
         return results
+
+    def _handle_signals(self) -> None:
+        if self._delay is not None:
+            self._delay.handle_now()
 
 
 def merge(part: torch.Tensor) -> torch.Tensor:
@@ -139,19 +175,37 @@ def merge(part: torch.Tensor) -> torch.Tensor:
     return merged.to(part.device)
 
 
-@contextmanager
-def group_of(model: Any) -> Iterator[Group]:
-    """Yield the processes that change a model together: all ranks if it has a tensor that is divided among ranks.
+def group_of(model: Any) -> Group:
+    """Return the processes that change a model together: all ranks if it has a tensor that is divided among ranks.
 
     Raises:
         ModuleNotFoundError: torch is not installed.
     """
     check_installed("torch")
-    if not is_divided(model):
-        yield Alone()
-        return
-    with uninterrupted() as delay:
-        yield Ranks(delay)
+    return Ranks(model) if is_divided(model) else Alone()
+
+
+def check_same_call(group: Group, *call: object) -> None:
+    """Check that all processes make the same call.
+
+    Args:
+        group: the processes.
+        call: name of the method, and its arguments.
+
+    Raises:
+        ConflictError: they do not.
+    """
+    calls = group.together(lambda: group.gathered(call))
+    other = next((one for one in calls if one != calls[0]), None)
+    if other is not None:
+        raise ConflictError(
+            f"the ranks make different calls: {_shown(calls[0])} and {_shown(other)}; call the same methods in the same"
+            " order on all ranks; nothing was written"
+        )
+
+
+def _shown(call: Sequence[object]) -> str:
+    return f"{call[0]}({', '.join(map(repr, call[1:]))})"
 
 
 def is_divided(model: Any) -> bool:
@@ -159,13 +213,11 @@ def is_divided(model: Any) -> bool:
 
     Outside forward and backward passes the module may have full tensors, which FSDP2 frees without reading them.
     """
-    dtensors = sys.modules.get("torch.distributed.tensor")
-    if dtensors is None:
-        return False
     from sparsedelta.live.parts import components_of
 
     parts = components_of(model)
-    return any(_has(part, dtensors.DTensor) for part in (parts.values() if parts else [model]))
+    found = [_has_dtensor(part) for part in (parts.values() if parts else [model])]
+    return any(found)
 
 
 def check_undivided(model: Any, what: str, remedy: str) -> None:
@@ -180,9 +232,12 @@ def check_undivided(model: Any, what: str, remedy: str) -> None:
         )
 
 
-def _has(model: Any, kind: type) -> bool:
+def _has_dtensor(model: Any) -> bool:
+    dtensors = sys.modules.get("torch.distributed.tensor")
+    if dtensors is None:
+        return False
     if isinstance(model, Mapping):
-        return any(isinstance(tensor, kind) for tensor in model.values())
+        return any(isinstance(tensor, dtensors.DTensor) for tensor in model.values())
     if not hasattr(model, "modules"):
         return False
     fsdp = sys.modules.get("torch.distributed.fsdp")
@@ -190,7 +245,7 @@ def _has(model: Any, kind: type) -> bool:
         if fsdp and isinstance(module, fsdp.FSDPModule):
             module.reshard()
     tensors = (tensor for find in (model.parameters, model.buffers) for tensor in find())
-    return any(isinstance(tensor, kind) for tensor in tensors)
+    return any(isinstance(tensor, dtensors.DTensor) for tensor in tensors)
 
 
 def _agree(failure: BaseException | None, n_bytes: int) -> None:
@@ -250,7 +305,7 @@ def _connected() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise _FailedElsewhere(
-            SparseDeltaError(
+            RankLost(
                 f"the connection to another rank was lost ({error}); this rank writes nothing, or undoes what"
                 " it has written"
             )

@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from sparsedelta.codecs.context import Bits
 from sparsedelta.errors import StructureMismatch
-from sparsedelta.interrupts import Delay
 from sparsedelta.live.bits import flat_bits, integer_view, on_host
 from sparsedelta.live.divided import dtensor, placed
 from sparsedelta.live.ranks import Ranks
@@ -129,7 +128,7 @@ class Shards:
             StructureMismatch: a rank holds other elements than before.
         """
         state = self._state()
-        group = Ranks(Delay({}))
+        group = Ranks()
         group.together(lambda: self._check(state))
         for name, tensor in state.items():
             copy, now = self._copies[name], _bits(local_of(tensor))
@@ -153,7 +152,7 @@ class Shards:
 
     def _all_parts(self, state: Mapping[str, torch.Tensor]) -> list[dict[str, HeldPart]]:
         """Return the parts of all ranks."""
-        Ranks(Delay({})).together(lambda: [_part(name, tensor) for name, tensor in state.items()])
+        Ranks().together(lambda: [_part(name, tensor) for name, tensor in state.items()])
         found = parts_of_ranks(state)
         for name, part in found[self._rank].items():
             if sum(one[name].n_sent for one in found) != math.prod(part.shape):

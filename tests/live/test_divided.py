@@ -11,118 +11,31 @@ from typing import Any
 import pytest
 import torch
 from helpers import small_chunks
-from live.live_helpers import State, same
-from live.model_helpers import change, make, saved
+from live.divided_helpers import (
+    N_RANKS,
+    Case,
+    Net,
+    local,
+    make_model,
+    outcome,
+    save_delta,
+    whole,
+)
+from live.live_helpers import same
+from live.model_helpers import change
 from rank_helpers import RankPool
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sparsedelta
-from sparsedelta import DeltaBank
 from sparsedelta.errors import (
     AlreadyApplied,
     BaseMismatch,
     ConflictError,
     PartlyApplied,
-    SparseDeltaError,
 )
 from sparsedelta.live import decoding, patch
-
-N_RANKS = 2
-
-
-class Net(torch.nn.Module):
-    """Sizes that ranks cannot divide evenly, a tied head, a buffer, and a parameter of one element."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = torch.nn.Embedding(11, 6)
-        self.up = torch.nn.Linear(6, 10)
-        self.down = torch.nn.Linear(10, 6)
-        self.head = torch.nn.Linear(6, 11, bias=False)
-        self.to(torch.bfloat16)
-        self.head.weight = self.embed.weight
-        self.scale = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-        self.register_buffer("seen", torch.arange(50))
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.head(self.down(self.up(self.embed(tokens))))
-        return found
-
-
-def changed(model: torch.nn.Module) -> None:
-    change(model, every=3)
-    with torch.no_grad():
-        for buffer in model.buffers():
-            if not buffer.is_floating_point():
-                buffer.view(-1)[::7] += 1
-
-
-def divided(model: Any, kind: str) -> Any:
-    if kind == "state dict":
-        return fully_shard(model).state_dict()
-    if kind == "fsdp2":
-        parts = [model.up, model.down] if isinstance(model, Net) else model.model.layers
-        for module in parts:  # tied tensors must be in one group of FSDP2
-            fully_shard(module)
-        return fully_shard(model)
-    names = {
-        "tensor": ("tensor",),
-        "both": ("shards", "tensor"),
-        "replicas": ("replicas", "shards"),
-    }
-    sizes = {"tensor": (N_RANKS,), "both": (2, 2), "replicas": (2, 1)}
-    mesh = init_device_mesh("cpu", sizes[kind], mesh_dim_names=names[kind])
-    if kind == "replicas":
-        return fully_shard(model, mesh=mesh)
-    plan = {"embed": RowwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
-    parallelize_module(model, mesh["tensor"], plan)
-    return model if kind == "tensor" else fully_shard(model, mesh=mesh["shards"])
-
-
-def whole(model: Any) -> State:
-    state = model if isinstance(model, dict) else model.state_dict()
-    return {
-        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        for name, tensor in state.items()
-    }
-
-
-def local(tensor: Any) -> torch.Tensor:
-    found: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return found.detach()
-
-
-def make_model(what: str) -> Any:
-    return Net() if what == "net" else make(what)
-
-
-class Case:
-    """A divided model that holds a base, on one rank, and the states that it may have."""
-
-    def __init__(self, folder: str, what: str, kind: str) -> None:
-        base, target = make_model(what), make_model(what)
-        changed(target)
-        self.base, self.target = base.state_dict(), target.state_dict()
-        self.model = divided(make_model(what), kind)
-        self.delta = sparsedelta.load(f"{folder}/delta.sd")
-
-    def is_at(self, state: State) -> bool:
-        found: bool = same(whole(self.model), state)
-        return found
-
-
-def save_delta(folder: Path, what: str = "net", **options: Any) -> None:
-    """Write ``delta.sd``, with the names of the model's checkpoint."""
-    base, target = make_model(what), make_model(what)
-    changed(target)
-    if what != "net":
-        base, target = saved(base, folder / "base"), saved(target, folder / "target")
-    with sparsedelta.diff(base, target, **options) as delta:
-        delta.save(folder / "delta.sd")
 
 
 @pytest.fixture(scope="module")
@@ -240,15 +153,6 @@ def test_after_a_forward_pass(ranks: RankPool, tmp_path: Path) -> None:
     assert all(ranks.results(after_a_forward_pass, str(tmp_path)))
 
 
-def outcome(work: Any) -> str:
-    """Return the error that work raises, as text."""
-    try:
-        work()
-    except (SparseDeltaError, OSError, ValueError, KeyboardInterrupt) as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
-
-
 def broken(rank: int, folder: str, what: str) -> tuple[str, str, str, bool]:
     """Break something on rank 1; return the errors of applying in three ways, and whether nothing was changed."""
     case = Case(folder, "net", "replicas" if what == "a replica" else "fsdp2")
@@ -353,7 +257,6 @@ def refused(rank: int, folder: str) -> list[str]:
     partial = {"weight": DTensor.from_local(torch.ones(4, 4), mesh, [Partial()], run_check=False)}
     with sparsedelta.diff({"weight": torch.zeros(4, 4)}, {"weight": torch.ones(4, 4)}) as delta:
         return [
-            outcome(lambda: DeltaBank(case.model)),
             outcome(lambda: sparsedelta.Follower(channel, case.model)),
             outcome(lambda: sparsedelta.Snapshot(case.model)),
             outcome(lambda: delta.apply_(partial)),
@@ -364,8 +267,7 @@ def test_refused(ranks: RankPool, tmp_path: Path) -> None:
     save_delta(tmp_path)
     first, second = ranks.results(refused, str(tmp_path))
     assert first == second
-    bank, follower, snapshot, partial = first
-    assert bank.startswith("StructureMismatch: a bank does not take a model that is divided")
+    follower, snapshot, partial = first
     assert follower.startswith("StructureMismatch: a follower does not take a model that is")
     assert "is divided among ranks (DTensor); publish it with RankPublisher" in snapshot
     assert partial.startswith("StructureMismatch: tensor 'weight' is placed as")
@@ -399,5 +301,5 @@ def test_a_killed_rank(tmp_path: Path) -> None:
     finally:
         pool.close()
     error, unchanged = (tmp_path / "found").read_text(encoding="utf-8").split("\n")
-    assert error.startswith("SparseDeltaError: the connection to another rank was lost")
+    assert error.startswith("RankLost: the connection to another rank was lost")
     assert unchanged == "True"
