@@ -39,6 +39,7 @@ N_HELD_OUT = 500
 PAIRS_PER_STEP = 48
 MAX_TOKENS = {"doc": 24, "source": 32}
 SCALE = 20.0  # scale of cosine similarities, as in the training of the base
+N_PARTS = 5  # of the demo
 LAYERS = ["attention.self", "attention.output.dense", "intermediate.dense", "output.dense"]
 
 Pair = tuple[str, str]
@@ -172,10 +173,28 @@ def folder_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def show_step(report: sift_train.StepReport) -> None:
-    """Print every tenth step."""
-    if report.step % 10 == 0 or report.step == report.n_steps:
-        print(f"  step {report.step:3}/{report.n_steps}  loss {report.loss:.3f}", flush=True)
+class Steps:
+    """Prints the steps of the demo, and every tenth step of the training with the time that is left for it."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._start = 0.0
+
+    def __call__(self, title: str) -> None:
+        """Print the title of the next step."""
+        self._number += 1
+        self._start = time.perf_counter()
+        print(f"\n[{self._number}/{N_PARTS}] {title}", flush=True)
+
+    def of_training(self, report: sift_train.StepReport) -> None:
+        """Print a step of the training."""
+        if report.step % 10 == 0 or report.step == report.n_steps:
+            seconds = (time.perf_counter() - self._start) / report.step
+            left = seconds * (report.n_steps - report.step)
+            print(
+                f"  step {report.step:3}/{report.n_steps}  loss {report.loss:.3f}  {left:.0f} s left",
+                flush=True,
+            )
 
 
 def main() -> int:
@@ -184,6 +203,9 @@ def main() -> int:
     parser.add_argument("--work-dir", type=Path, default=ROOT / ".demo", help="made afresh")
     parser.add_argument("--steps", type=int, default=70)
     options = parser.parse_args()
+    print("This takes about three minutes on two cores, most of it for the training.", flush=True)
+    begin = Steps()
+    begin("loading torch, the model and the pairs")
     import transformers  # after the options, so that --help is fast
 
     import sift_train
@@ -205,8 +227,10 @@ def main() -> int:
     print(f"{len(training)} pairs to train on, {len(held_out)} held out")
     encoder = load_encoder(base)
     transformer: Any = encoder[0]
+    begin(f"measuring the base on the {len(held_out)} held-out pairs")
     before = recall_at_1(encoder, held_out)
-    print(f"recall@1 of the base on the held-out pairs: {before:.3f}\n\ntraining", flush=True)
+    print(f"recall@1: {before:.3f}", flush=True)
+    begin(f"training {options.steps} steps")
     result = sift_train.fit(
         transformer.auto_model,
         make_batches(encoder, training),
@@ -215,13 +239,14 @@ def main() -> int:
         base=base,
         base_id=BASE_ID,
         save_target=trained,
-        on_step=show_step,
+        on_step=begin.of_training,
         config=sift_train.FitConfig(
             sparse_rate=0.01, sparse_module=LAYERS, lr=1e-4, max_steps=options.steps, seed=SEED
         ),
     )
     after = recall_at_1(encoder, held_out)
 
+    begin("applying the delta with the command line")
     run_command("inspect", delta)
     apply_seconds = run_command("apply", base, delta, out)
     differing = differing_files(trained, out)
@@ -231,6 +256,7 @@ def main() -> int:
         if differing
         else f"\n{out.name}/ equals {trained.name}/ byte for byte, all {n_files} files"
     )
+    begin("measuring the rebuilt model")
     rebuilt = recall_at_1(load_encoder(out), held_out)
     if rebuilt != after:
         print(f"recall@1 from {out.name}/ is {rebuilt:.4f}, of the trained model {after:.4f}")

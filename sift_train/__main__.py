@@ -21,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(arguments)
+    is_shown = sys.stderr.isatty()
+    if is_shown:
+        print("loading torch and transformers …", file=sys.stderr, flush=True)  # noqa: T201
     from sift_train.run_file import run_file  # takes seconds
     from sparsedelta import SparseDeltaError
 
@@ -29,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given.config,
             resume=given.resume,
             overwrite=given.overwrite,
-            progress=sys.stderr.isatty(),
+            progress=is_shown,
         )
     except (OSError, RuntimeError, TypeError, ValueError, SparseDeltaError) as error:
         if given.debug:

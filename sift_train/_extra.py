@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-for _package in ("torch", "transformers", "accelerate", "safetensors"):
-    if find_spec(_package) is None:
-        raise ModuleNotFoundError(
-            f"sift_train needs {_package}, which is not installed; install it with:"
-            " pip install 'sparsedelta[train]'",
-            name=_package,
-        )
+_missing = [
+    package
+    for package in ("torch", "transformers", "accelerate", "safetensors")
+    if find_spec(package) is None
+]
+if _missing:
+    _are, _them = ("is", "it") if len(_missing) == 1 else ("are", "them")
+    raise ModuleNotFoundError(
+        f"sift_train needs {', '.join(_missing)}, which {_are} not installed; install {_them} with:"
+        " pip install 'sparsedelta[train]'",
+        name=_missing[0],
+    )

@@ -236,11 +236,14 @@ def check_outputs(
     for given in (output, save_target):
         if given is None:
             continue
-        path = Path(os.path.abspath(given))
-        if os.path.lexists(path) and not overwrite:
-            raise FileExistsError(f"'{path}' exists; choose another name, or set overwrite")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"folder '{path.parent}' does not exist; create it first")
+        if os.path.lexists(given) and not overwrite:
+            raise FileExistsError(
+                f"output '{given}' exists; choose another name, or overwrite it (overwrite=True, --overwrite)"
+            )
+        if not Path(os.path.abspath(given)).parent.is_dir():
+            raise FileNotFoundError(
+                f"the folder of output '{given}' does not exist; create it first"
+            )
     if base is None:
         return
     base_path = Path(base)

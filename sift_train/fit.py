@@ -7,6 +7,7 @@ weights that the model has after the last step.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -25,7 +26,7 @@ from sift_train.basecheck import check_base
 from sift_train.config import Evaluation, FitConfig, FitResult, StepReport
 from sift_train.export import check_outputs, export_delta, write_delta
 from sift_train.groups import lr_info
-from sift_train.listeners import Callbacks, Tracker, progress_bar
+from sift_train.listeners import Callbacks, Report, Tracker, progress_bar
 from sift_train.loading import hidden_progress_bars, load_model
 from sift_train.loop import Evaluate, Listener, Loss, Run
 from sift_train.publishing import Publishing
@@ -86,7 +87,7 @@ def fit(
         on_step: called with the report of every optimizer step; on a GPU ``log_every`` reports
             come together.
         on_evaluation: called with the result of every evaluation.
-        progress: show a progress bar on standard error.
+        progress: show on standard error what is being done, and a progress bar of the steps.
         run_dir: folder for checkpoints and trackers' logs; created if missing.
         resume: resume from the newest checkpoint in ``run_dir``, if there is one. The result has
             the same bits as that of an uninterrupted run, if every ``iter(data)`` gives the same
@@ -103,8 +104,10 @@ def fit(
     """
     config = config or FitConfig()
     source = None if isinstance(model, nn.Module) else model
+    report = Report(shown=progress)
     if not isinstance(model, nn.Module):
         base = model if base is None else base
+        report(f"loading '{model}'")
         import transformers  # noqa: F401 - takes seconds; hidden_progress_bars needs it loaded
 
         with nullcontext() if progress else hidden_progress_bars():
@@ -112,11 +115,18 @@ def fit(
     is_sharded = has_shards(model)
     check_saves_weights(model, may_be_sharded=expected_size() > 1)
     _check_not_compiled(model)
-    check_outputs(model, output, base=base, save_target=save_target, overwrite=overwrite)
     folder = _run_folder(config, run_dir, resume=resume)
     checkpoint = runfolder.newest(folder) if resume and folder else None
+    if checkpoint is not None and os.path.lexists(output) and not overwrite:
+        raise FileExistsError(
+            f"output '{output}' exists, so the run in '{run_dir}' seems to be finished; to write the output again from"
+            " its last checkpoint, overwrite it (overwrite=True, --overwrite); for a new run, choose another run_dir"
+            " and another output"
+        )
+    check_outputs(model, output, base=base, save_target=save_target, overwrite=overwrite)
     n_steps = _count_steps(data, config, expected_size())
     if base is not None and base != source and checkpoint is None and not is_sharded:
+        report(f"comparing the model with '{base}'")
         check_base(model, Path(base))
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -124,6 +134,7 @@ def fit(
         set_seed(config.seed)
         if not is_sharded:
             model.to(accelerator.device)
+        report("choosing the components")
         sift = stack.enter_context(_sift(model, config))
         if is_sharded:
             check_sharded_fit(sift, base, compare=checkpoint is None)
@@ -131,7 +142,12 @@ def fit(
         if config.trackers:
             listeners.append(Tracker(accelerator, config.as_json()))
         if progress and sift.ranks.is_first:
-            listeners.append(stack.enter_context(progress_bar(n_steps)))
+            n_done = 0
+            if checkpoint is not None:
+                report(f"resuming from '{checkpoint}'")
+                n_done = runfolder.step_of(checkpoint)
+            bar = progress_bar(n_steps, n_done=n_done, console=report.console)
+            listeners.append(stack.enter_context(bar))
         publishing = None
         if config.publish is not None:
             if sift.ranks.size > 1:
@@ -169,6 +185,7 @@ def fit(
                 overwrite=overwrite,
             )
 
+        report(f"writing '{output}'")
         with nullcontext() if progress else hidden_progress_bars():
             # All ranks of a sharded model write its delta together.
             nnz = export() if is_sharded else sift.ranks.first_does(export)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -64,9 +65,11 @@ class Tracker:
 class Bar:
     """A progress bar on standard error."""
 
-    def __init__(self, progress: Progress, n_steps: int) -> None:
+    def __init__(self, progress: Progress, n_steps: int, n_done: int) -> None:
         self._progress = progress
-        self._task = progress.add_task("training", total=n_steps, loss="", value="")
+        self._task = progress.add_task(
+            "training", total=n_steps, completed=n_done, loss="", value=""
+        )
 
     def on_step(self, report: StepReport) -> None:
         """Show the step and its loss."""
@@ -78,9 +81,26 @@ class Bar:
         self._progress.update(self._task, value=shown)
 
 
+class Report:
+    """Says on standard error what is being done, in the first process only.
+
+    Attributes:
+        console: where it is printed; a progress bar on it stays below the text.
+    """
+
+    def __init__(self, *, shown: bool) -> None:
+        self.console = Console(
+            stderr=True, quiet=not shown or os.environ.get("RANK", "0") != "0", highlight=False
+        )
+
+    def __call__(self, text: str) -> None:
+        """Print what begins now."""
+        self.console.print(f"{text} …", markup=False, soft_wrap=True)
+
+
 @contextmanager
-def progress_bar(n_steps: int) -> Iterator[Bar]:
-    """Show a progress bar inside the block."""
+def progress_bar(n_steps: int, *, n_done: int, console: Console) -> Iterator[Bar]:
+    """Show a progress bar inside the block; ``n_done`` steps were done by the run that is resumed."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -89,5 +109,5 @@ def progress_bar(n_steps: int) -> Iterator[Bar]:
         TextColumn("{task.fields[loss]}"),
         TextColumn("{task.fields[value]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield Bar(progress, n_steps)
+    with Progress(*columns, console=console) as progress:
+        yield Bar(progress, n_steps, n_done)

@@ -17,6 +17,7 @@ from sift_train.config import FitConfig, FitResult
 from sift_train.fit import fit
 from sift_train.instructions import Steps, encode, plain_loss, read_conversations
 from sift_train.labelled import LabelledBatches, accuracy, read_labelled
+from sift_train.listeners import Report
 from sift_train.loading import checkpoint_dtype, hidden_progress_bars
 from sift_train.yaml_files import read_yaml, settings_of
 
@@ -96,7 +97,7 @@ def run_file(
         path: the file; see ``RunFile``.
         resume: resume from the newest checkpoint in ``run_dir``.
         overwrite: replace existing outputs.
-        progress: show a progress bar on standard error.
+        progress: as for ``fit``.
 
     Raises:
         FileNotFoundError: a file or folder does not exist.
@@ -105,6 +106,7 @@ def run_file(
     import transformers  # noqa: F401 - takes seconds; hidden_progress_bars needs it loaded
 
     run = settings_of(RunFile, read_yaml(path), f"'{path}'")
+    Report(shown=progress)(f"loading '{run.model}' and '{run.data}'")
     with nullcontext() if progress else hidden_progress_bars():
         made = _classification(run) if run.task == TASKS[0] else _causal(run)
     given = {"exception": made.new_names, **made.settings, **run.train}

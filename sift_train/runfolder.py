@@ -32,6 +32,11 @@ def newest(folder: Path) -> Path | None:
     return max((path for path in folder.iterdir() if _STEP.fullmatch(path.name)), default=None)
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the number of steps that a checkpoint has behind it."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def write(
     folder: Path,
     step: int,

@@ -30,7 +30,7 @@ from sparsedelta.codecs.kernels import in_use
 __all__ = ["COMMANDS", "main"]
 
 _DEBUG_HELP = "Show the traceback of an error."
-_QUIET_HELP = "Do not show progress or notes."
+_QUIET_HELP = "Show only results, warnings and errors."
 
 
 def _shared_options() -> list[click.Option]:

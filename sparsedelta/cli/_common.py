@@ -128,12 +128,12 @@ def check_output_file(output: Path, *, overwrite: bool, inputs: tuple[Path, ...]
 
     if output.is_dir():
         raise IsADirectoryError(f"output '{output}' is a folder; give the name of a file")
-    check_absent(output, overwrite=overwrite)
-    if not Path(os.path.abspath(output)).parent.is_dir():
-        raise FileNotFoundError(f"the folder of output '{output}' does not exist; create it first")
     resolved = Path(os.path.realpath(output))
     for path in inputs:
         if resolved.is_relative_to(os.path.realpath(path)):
             raise FileExistsError(
                 f"output '{output}' is or lies in the input '{path}'; choose another path"
             )
+    check_absent(output, overwrite=overwrite)
+    if not Path(os.path.abspath(output)).parent.is_dir():
+        raise FileNotFoundError(f"the folder of output '{output}' does not exist; create it first")

@@ -43,8 +43,30 @@ def option_groups(params: Iterable[click.Parameter]) -> dict[str, list[click.Opt
     return {title: inside for title, inside in found.items() if inside}
 
 
+_FOR_PATHS = ("base", "target", "output")
+
+
 class Command(click.Command):
-    """A command whose help page lists options in groups."""
+    """A command whose help page lists options in groups, and which says where a surplus path belongs."""
+
+    allow_extra_args = True  # parse_args refuses them with its own message
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments. The error of a surplus one names the options that take a path."""
+        surplus = super().parse_args(ctx, args)
+        if surplus and not ctx.resilient_parsing:
+            taken = [p.make_metavar(ctx) for p in self.params if isinstance(p, click.Argument)]
+            options = [
+                f"{p.opts[-1]} {p.make_metavar(ctx)}"
+                for p in self.params
+                if p.name in _FOR_PATHS
+                if isinstance(p, click.Option)
+            ]
+            more = f", and as options {' and '.join(options)}" if options else ""
+            ctx.fail(
+                f"unexpected argument {surplus[0]!r}: this command takes {' '.join(taken) or 'no argument'}{more}"
+            )
+        return surplus
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options of each group."""

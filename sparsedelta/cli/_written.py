@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from sparsedelta._typing import JSON
 
 _SMALL_BYTES = 1 << 20  # for smaller targets, no warning that the delta is large
+# Unrelated models of one shape: at least 99.8 % of the values differ, and the delta is 73 % (bf16) to 92 % (f16) of the
+# target. Full fine-tuning in fp32 may change as many values, but to near ones: a third to two thirds.
+_UNRELATED_DENSITY, _UNRELATED_SHARE = 0.99, 0.7
 
 
 def written_json(output: Path, found: Inspection) -> dict[str, JSON]:
@@ -79,10 +82,15 @@ def _warnings(
             f"the delta ({size(file_bytes)}) is not smaller than the target"
             f" ({size(target_bytes)}); storing the target itself takes less space"
         )
-    elif 3 * file_bytes > target_bytes > _SMALL_BYTES:
+    elif 3 * file_bytes > target_bytes > _SMALL_BYTES and not _is_unrelated(found, target_bytes):
         yield (
             f"the delta is {percent(file_bytes / target_bytes)} of the target; deltas are small when few"
             " values change, as in sparse training or after a few steps"
+        )
+    if _is_unrelated(found, target_bytes):
+        yield (
+            f"{percent(found.density)} of the values differ, and the delta is {percent(file_bytes / target_bytes)} of"
+            " the target: these look like two unrelated models; is this the right base?"
         )
     renamed = [t for t in found.tensors if t.base_name not in (None, t.name)]
     if 2 * len(renamed) > len(found.tensors):
@@ -95,6 +103,17 @@ def _warnings(
     if found.n_unused and 2 * len(added) > len(found.tensors):
         reason = no_counterpart(added, dtypes_of_base())
         yield f"{count(len(added))} of {n_tensors} have no counterpart in the base; {reason}"
+
+
+def _is_unrelated(found: Inspection, target_bytes: int) -> bool:
+    """Return whether most tensors have a counterpart, but nearly all of their values are far from it."""
+    file_bytes = found.sizes.file_bytes or 0
+    return (
+        target_bytes > _SMALL_BYTES
+        and 2 * found.states["added"] < len(found.tensors)
+        and found.density > _UNRELATED_DENSITY
+        and file_bytes > _UNRELATED_SHARE * target_bytes
+    )
 
 
 def no_counterpart(added: Mapping[str, str], base: Mapping[str, str]) -> str:

@@ -24,14 +24,14 @@ _BEFORE = {"zsh": "(( $+functions[compdef] )) || { autoload -Uz compinit && comp
 
 
 @click.command("completion", cls=Command, epilog=examples("sparsedelta completion bash"))
-@click.argument("shell", type=click.Choice([*_SHELLS]), required=False)
+@click.argument("shell", type=click.Choice([*_SHELLS]), metavar="[SHELL]", required=False)
 @click.option("--install", is_flag=True, help="Write the script, and load it in new shells.")
 @click.pass_context
 def command(ctx: click.Context, *, shell: str | None, install: bool) -> None:
     """Print or install completion for bash, zsh or fish.
 
-    SHELL is yours unless it is given. --install writes the script into your home folder and adds
-    one line to ~/.bashrc or ~/.zshrc; fish needs no line.
+    SHELL is bash, zsh or fish; without it, the shell that you use. --install writes the script
+    into your home folder and adds one line to ~/.bashrc or ~/.zshrc; fish needs no line.
     """
     chosen = shell or Path(os.environ.get("SHELL", "")).name
     if chosen not in _SHELLS:

@@ -50,10 +50,17 @@ def _forms(
 @click.argument("source", type=PATH_OR_REPOSITORY, metavar="IN")
 @click.argument("out", type=PATH)
 @click.option(
-    "--base", type=PATH_OR_REPOSITORY, required=True, help="The checkpoint that IN starts from."
+    "--base",
+    type=PATH_OR_REPOSITORY,
+    metavar="BASE",
+    required=True,
+    help="The checkpoint that IN starts from.",
 )
 @click.option(
-    "--target", type=PATH_OR_REPOSITORY, help="Also check that IN rebuilds this checkpoint."
+    "--target",
+    type=PATH_OR_REPOSITORY,
+    metavar="TARGET",
+    help="Also check that IN rebuilds this checkpoint.",
 )
 @click.option(
     "--from",

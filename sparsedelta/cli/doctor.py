@@ -51,6 +51,7 @@ def _findings() -> dict[str, JSON]:
     gpus = accelerators()
     return {
         "sparsedelta": sparsedelta.__version__,
+        "location": str(Path(sparsedelta.__file__).parent),
         "kernels": in_use(),
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": platform.platform(),

@@ -43,7 +43,12 @@ if TYPE_CHECKING:
     metavar="COMMAND",
     help="Run this in a shell after each move, with SPARSEDELTA_VERSION and SPARSEDELTA_OUT set.",
 )
-@click.option("--base", type=PATH, help="The checkpoint that full versions are deltas on, if any.")
+@click.option(
+    "--base",
+    type=PATH,
+    metavar="BASE",
+    help="The checkpoint that full versions are deltas on, if any.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT even if it is no version of CHANNEL.")
 @json_option
 @click.pass_obj

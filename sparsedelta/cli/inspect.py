@@ -23,7 +23,10 @@ from sparsedelta.cli._sources import Sources
 @click.command("inspect", cls=Command, epilog=examples("sparsedelta inspect delta.sd --tensors"))
 @click.argument("delta", type=PATH_OR_REPOSITORY)
 @click.option(
-    "--base", type=PATH, help="The base of DELTA; needed for the forms of other projects."
+    "--base",
+    type=PATH,
+    metavar="BASE",
+    help="The base of DELTA; needed for the forms of other projects.",
 )
 @click.option("--tensors", is_flag=True, help="Also list the changed tensors.")
 @click.option(

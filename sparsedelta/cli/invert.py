@@ -28,7 +28,10 @@ from sparsedelta.cli._written import show_written
 @click.argument("delta", type=PATH_OR_REPOSITORY)
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The file to write.")
 @click.option(
-    "--base", type=PATH_OR_REPOSITORY, help="The base of DELTA; required for some deltas."
+    "--base",
+    type=PATH_OR_REPOSITORY,
+    metavar="BASE",
+    help="The base of DELTA; required for some deltas.",
 )
 @click.option("--base-id", metavar="ID", help="Record where others can find the target of DELTA.")
 @exclude_option("files of the base")

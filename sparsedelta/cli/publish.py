@@ -23,7 +23,10 @@ from sparsedelta.cli._progress import progress_bar
 @click.argument("channel", type=PATH_OR_REPOSITORY)
 @click.argument("checkpoint", type=PATH)
 @click.option(
-    "--base", type=PATH, help="The checkpoint that was published last; without it, publish in full."
+    "--base",
+    type=PATH,
+    metavar="BASE",
+    help="The checkpoint that was published last; without it, publish in full.",
 )
 @click.option("--step", type=click.IntRange(0), metavar="N", help="Step of the training.")
 @click.option(

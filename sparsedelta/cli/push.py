@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     metavar="ORG/MODEL[@REV]",
     help="Repository of the base. [default: the one that DELTA names]",
 )
-@click.option("--base", type=PATH, help="A local copy of the base; it saves a download.")
+@click.option(
+    "--base", type=PATH, metavar="BASE", help="A local copy of the base; it saves a download."
+)
 @click.option(
     "--subfolder", metavar="NAME", help="Folder for the delta, if the repository holds several."
 )

@@ -27,7 +27,10 @@ from sparsedelta.cli._written import show_written
 @click.argument("deltas", type=PATH_OR_REPOSITORY, nargs=-1, required=True, metavar="DELTA...")
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The file to write.")
 @click.option(
-    "--base", type=PATH_OR_REPOSITORY, help="The base of the first delta; some deltas require it."
+    "--base",
+    type=PATH_OR_REPOSITORY,
+    metavar="BASE",
+    help="The base of the first delta; some deltas require it.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @json_option

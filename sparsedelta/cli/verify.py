@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @click.option(
     "--base",
     type=PATH_OR_REPOSITORY,
+    metavar="BASE",
     help="Check that this is the base and that the delta rebuilds the target from it.",
 )
 @click.option(

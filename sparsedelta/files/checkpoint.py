@@ -207,7 +207,7 @@ class Checkpoint:
         self.roles = roles([self.path.name], {})
         if (self.weight_files[0].header.metadata or {}).get("format") == "sparsedelta":
             raise CheckpointError(
-                f"'{self.path}' is a delta, not a checkpoint; commands take checkpoints first and then deltas"
+                f"'{self.path}' is a delta, not a checkpoint; give the folder of a model, or its safetensors file"
             )
 
     def _open_folder(

@@ -107,6 +107,11 @@ def _missing(delta: Delta, base: Checkpoint) -> BaseMismatch:
     """Return the error that names all files that the target takes from the base and that it lacks."""
     files = delta.target.side_files
     missing = [f.path for f in files if not f.stored and f.path not in base.side_files]
+    if not base.is_folder:
+        return BaseMismatch(
+            f"'{base.path}' is one file, but the target also needs other files of its base, such as {missing[0]!r};"
+            f" give the folder of the base, such as '{base.path.parent}'"
+        )
     others = {f.path for f in files} | {f.path for f in delta.target.weight_files}
     options = " ".join(
         f"--exclude {quote(glob)}" for glob in covering(missing, others - {*missing})

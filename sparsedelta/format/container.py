@@ -26,6 +26,7 @@ from sparsedelta.stores.base import ByteSource
 
 FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 1024
+START_BYTES = 64  # of a file, in which its format is named
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _BLOCK_BYTES = 1 << 20
@@ -40,6 +41,19 @@ _FIELDS = re.compile(
     rb'\[(?P<m>[0-9]{1,18})\].*"payload":\{"dtype":"U8","shape":\[(?P<p>[0-9]{1,18})\].*)?',
     re.DOTALL,
 )
+
+
+def begins_as_delta(start: bytes) -> bool:
+    """Return whether the first ``START_BYTES`` bytes of a file look like those of a delta."""
+    return b'"format":"sparsedelta"' in start
+
+
+def is_delta_file(path: AnyPath) -> bool:
+    """Return whether there is a regular file at ``path`` that begins as a delta does."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return begins_as_delta(file.read(START_BYTES))
 
 
 class FilePayload:

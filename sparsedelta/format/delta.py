@@ -255,11 +255,12 @@ def load(path: AnyPath | Seekable, *, any_size: bool = False) -> Delta:
             ``Delta.check_output``.
 
     Raises:
-        FormatError: the file is not a delta that this release can read.
+        FormatError: this is not a delta that this release can read; ``BadMagic`` if it is a model or a folder.
         OSError: the file cannot be opened.
     """
     if isinstance(path, str | os.PathLike):
-        return read_delta(OpenFile(path), any_size=any_size)
+        with _explained(path):
+            return _load_file(path, any_size=any_size)
     if isinstance(path, bytes | bytearray | memoryview):
         raise TypeError("path is bytes, expected a path or an open file; use Delta.from_bytes")
     if not (hasattr(path, "read") and hasattr(path, "seek")):
@@ -267,6 +268,24 @@ def load(path: AnyPath | Seekable, *, any_size: bool = False) -> Delta:
             f"path is of type {type(path).__name__}, expected a path or an open binary file"
         )
     return read_delta(Stream(path), any_size=any_size)
+
+
+def _load_file(path: AnyPath, *, any_size: bool) -> Delta:
+    return read_delta(OpenFile(path), any_size=any_size)
+
+
+@contextmanager
+def _explained(path: AnyPath) -> Iterator[None]:
+    """Return a context that says what is at ``path``, if that is no delta of this project."""
+    try:
+        yield
+    except (FormatError, IsADirectoryError) as error:
+        from sparsedelta.interop.opening import other_than_delta  # takes a tenth of a second
+
+        other = other_than_delta(path)
+        if other is None:
+            raise
+        raise other from error
 
 
 AnyDelta: TypeAlias = AnyPath | Delta
@@ -277,7 +296,16 @@ def opened(delta: AnyDelta, *, any_size: bool = False) -> AbstractContextManager
 
     At its end the context closes a delta that it loaded, but not a delta that the caller passed in.
     """
+    _check_type(delta)
     return nullcontext(delta) if isinstance(delta, Delta) else load(delta, any_size=any_size)
+
+
+def _check_type(delta: object) -> None:
+    if not isinstance(delta, str | os.PathLike | Delta):
+        raise TypeError(
+            f"a delta is of type {type(delta).__name__}, expected a path or a loaded delta; give each as an argument"
+            " of its own"
+        )
 
 
 @contextmanager
@@ -300,9 +328,16 @@ def opened_all(
         BaseNeeded: a delta has another form, and ``base`` is None.
         FormatError: a delta has no known form, or is damaged.
     """
+    for one in deltas:
+        _check_type(one)
     with ExitStack() as stack:
         try:
-            found = [stack.enter_context(opened(one, any_size=any_size)) for one in deltas]
+            found = [
+                one
+                if isinstance(one, Delta)
+                else stack.enter_context(_load_file(one, any_size=any_size))
+                for one in deltas
+            ]
         except (FormatError, IsADirectoryError):
             from sparsedelta.interop.opening import opened_chain  # takes a tenth of a second
 

@@ -126,8 +126,7 @@ def check_remote_structure(base: Repository, delta: Delta) -> None:
     lookup = Lookup(tensors, lambda tensor: None)
     for expected in (row.base for row in delta.tensors if row.base):
         if lookup.find(expected) is None:
-            found = lookup.at(expected.file, expected.name)
-            raise structure_error(delta, base.name, expected, found.spec if found else None)
+            raise structure_error(delta, base.name, expected, lookup)
 
 
 def _check_has_weights(base: Repository) -> None:

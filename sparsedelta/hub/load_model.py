@@ -87,7 +87,9 @@ def _file(delta: AnyDelta) -> AnyDelta:
     if isinstance(delta, Delta) or not Path(delta).is_dir():
         return delta
     found = sorted(Path(delta).glob("*.sd"))
-    if len(found) != 1:
+    if not found:
+        return delta  # what is there instead, the error of ``opened`` says
+    if len(found) > 1:
         raise ValueError(
             f"folder '{delta}' holds {len(found)} .sd files, expected one; name the file"
         )

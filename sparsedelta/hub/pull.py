@@ -104,6 +104,9 @@ def pull(
         )
     target = Path(out)
     kept_delta = Path(f"{os.path.abspath(out)}{DELTA_SUFFIX}") if keep_delta else None
+    local = _local_base(base)
+    if local is not None:
+        check_apart([local], out)
     for path in filter(None, (target, kept_delta)):
         check_absent(path, overwrite=overwrite)
     hub = Hub(token)
@@ -113,7 +116,6 @@ def pull(
         if COUNTED_NAME in link.repository.files:
             link.repository.download_one(COUNTED_NAME)
         work = _Pull(hub, link, target, verify, overwrite, progress, stack)
-        local = _local_base(base)
         if local is not None:
             applied = work.apply_to_local(local)
             base_name = str(local)
@@ -141,7 +143,6 @@ class _Pull:
 
     def apply_to_local(self, base: Path) -> list[Link]:
         """Apply the delta to a base on disk, or all deltas of the chain above it; return those applied."""
-        check_apart([base], self.out)
         try:
             self._apply(base, [self.link.delta])
             return [self.link]

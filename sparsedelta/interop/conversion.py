@@ -100,12 +100,12 @@ def convert(
         FileExistsError: ``out`` exists and ``overwrite`` is false.
         ValueError: an argument is wrong.
     """
+    check_apart([one for one in (source, base, target) if one is not None], out)
     check_absent(Path(out), overwrite=overwrite)
     wanted = _wanted(out, write_as)
     opened = Source(source)
     if base is None:
         raise BaseNeeded("a conversion needs the base of the delta; give it (base=, --base)")
-    check_apart([source, base, *([target] if target is not None else [])], out)
     with ExitStack() as stack:
         old = stack.enter_context(open_checkpoint(base, exclude=exclude))
         name, reading, info = _read(opened, old, read_as, exclude, stack)

@@ -153,7 +153,8 @@ def _parsed(path: Path) -> dict[str, Any]:
         import yaml  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "merge configurations need PyYAML, which is not installed; install it with: pip install pyyaml",
+            "merge configurations need PyYAML, which is not installed; install it with:"
+            " pip install 'sparsedelta[interop]'",
             name="yaml",
         ) from error
     if path.stat().st_size > _MAX_BYTES:

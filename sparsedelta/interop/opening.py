@@ -17,7 +17,7 @@ from sparsedelta.fs import temporary_folder
 from sparsedelta.interop.form import Form, Reading
 from sparsedelta.interop.rebuilt import RebuiltCheckpoint
 from sparsedelta.interop.regions import RegionFiles, has_regions, write_regions
-from sparsedelta.interop.registry import is_delta, recognised
+from sparsedelta.interop.registry import DELTA, is_delta, recognised
 from sparsedelta.interop.source import Source
 from sparsedelta.ops.diff import between
 
@@ -109,25 +109,44 @@ def opened_chain(
 
 def _load(path: AnyPath, any_size: bool) -> Delta:
     source = Source(path)
-    if what := _other_than_delta(source):
-        raise BadMagic(
-            f"'{path}' is {what}, not a delta; commands take the base first and then the delta, which is an .sd file or has a form"
-            " that `sparsedelta convert` reads"
-        )
     try:
         return load(path, any_size=any_size)
     except FormatError as error:
-        if isinstance(error, BadMagic) or (error.code == "limit_exceeded" and not is_delta(source)):
+        is_unknown = isinstance(error, BadMagic) or error.code == "limit_exceeded"
+        if is_unknown and not is_delta(source) and not _what(source):
             raise BadMagic(
                 f"{error}; it has none of the other forms that `sparsedelta convert` reads either"
             ) from error
         raise
 
 
-def _other_than_delta(source: Source) -> str | None:
-    """Return what a file or folder is; None if it may be a delta."""
+def other_than_delta(path: AnyPath) -> BadMagic | None:
+    """Return the error that says what is at ``path``; None if that may be a damaged delta of this project."""
+    source = Source(path)
     if is_delta(source):
         return None
+    form = recognised(source)
+    if form is not None and not form.not_read:
+        return BadMagic(
+            f"'{path}' is a delta of the form {form.name} ({form.title}); convert it to an .sd file first, with"
+            " `sparsedelta convert`"
+        )
+    inside = sorted(name for name in source.names if name.endswith(f".{DELTA}"))
+    if inside:
+        return BadMagic(
+            f"'{path}' is a folder; give the delta in it, such as '{source.path / inside[0]}'"
+        )
+    what = _what(source)
+    if what is None:
+        return None
+    return BadMagic(
+        f"'{path}' is {what}, not a delta, which is an .sd file or has a form that `sparsedelta convert` reads; a base is"
+        " given before the delta, or as base (--base, base=)"
+    )
+
+
+def _what(source: Source) -> str | None:
+    """Return what a file or folder without a delta is; None if that is not known."""
     if source.is_folder:
         has_weights = has_regions(source) or any(n.endswith(WEIGHT_SUFFIX) for n in source.names)
         return "a folder with a model" if has_weights else "a folder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparsedelta.errors import BadMagic
+from sparsedelta.format.container import begins_as_delta
 from sparsedelta.interop.arc2 import Arc2
 from sparsedelta.interop.form import Form
 from sparsedelta.interop.grail import Grail
@@ -52,4 +53,4 @@ def recognised(source: Source) -> Form | None:
 
 def is_delta(source: Source) -> bool:
     """Return whether a file looks like a delta of this project."""
-    return b'"format":"sparsedelta"' in source.start
+    return begins_as_delta(source.start)

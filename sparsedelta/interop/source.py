@@ -9,12 +9,12 @@ from typing import Any
 
 from sparsedelta.errors import CheckpointError, Corrupt, FormatError, LimitExceeded
 from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.format.container import START_BYTES
 from sparsedelta.format.safetensors_header import MAX_HEADER_BYTES
 from sparsedelta.format.strict_json import parse_json
 from sparsedelta.fs import open_regular
 from sparsedelta.system import read_at
 
-_START_BYTES = 64
 _MAX_JSON_BYTES = MAX_HEADER_BYTES
 
 
@@ -40,7 +40,7 @@ class Source:
             return b""
         fd = open_regular(self.path)
         try:
-            return read_at(fd, _START_BYTES, 0)
+            return read_at(fd, START_BYTES, 0)
         finally:
             os.close(fd)
 

@@ -53,15 +53,18 @@ def check_installed(*packages: str) -> None:
     """Check that packages are installed.
 
     Raises:
-        ModuleNotFoundError: a package is not installed.
+        ModuleNotFoundError: some are not; the message names all of them.
     """
-    for package in packages:
-        if find_spec(package) is None:
-            raise ModuleNotFoundError(
-                f"models in memory need {package}, which is not installed; install it with:"
-                f" pip install {package}",
-                name=package,
-            )
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        others = [package for package in missing if package not in ("torch", "transformers")]
+        wanted = ["'sparsedelta[train]'"] if missing != others else []
+        are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        raise ModuleNotFoundError(
+            f"models in memory need {' and '.join(missing)}, which {are} not installed; install {them} with:"
+            f" pip install {' '.join([*wanted, *others])}",
+            name=missing[0],
+        )
 
 
 def torch_dtype(dtype: DType) -> torch.dtype | None:

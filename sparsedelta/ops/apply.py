@@ -21,6 +21,7 @@ from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.layout import FileLayout, target_layout
 from sparsedelta.files.side_files import check_presence, is_short, write_side_file
 from sparsedelta.files.unread import is_distributed
+from sparsedelta.format.container import is_delta_file
 from sparsedelta.format.delta import AnyDelta, Delta, opened_all
 from sparsedelta.format.records import BaseTensor, SideFile
 from sparsedelta.fs import (
@@ -93,9 +94,10 @@ def apply(
         raise ValueError(
             f"'{base}' is a checkpoint of torch.distributed, which is rebuilt in this process; leave out executor="
         )
-    check_absent(Path(out), overwrite=overwrite)
     given = _as_sequence(delta)
     check_apart([base, *(one for one in given if not isinstance(one, Delta))], out)
+    check_no_delta(out)
+    check_absent(Path(out), overwrite=overwrite)
     with ExitStack() as stack:
         deltas = stack.enter_context(opened_all(given, base, exclude=exclude, any_size=any_size))
         check_chain(deltas)
@@ -197,7 +199,10 @@ def target_lookup(delta: Delta) -> Lookup[BaseTensor]:
 
 
 def check_apart(inputs: Iterable[AnyPath], out: AnyPath) -> None:
-    """Raise ValueError if ``out`` is, contains or lies in an input, or contains the current folder."""
+    """Raise ValueError if ``out`` is, contains or lies in an input, or contains the current folder.
+
+    ``overwrite`` does not permit it: no input is ever changed.
+    """
     output = Path(os.path.realpath(out))
     if output == Path.cwd() or output in Path.cwd().parents:
         raise ValueError(
@@ -205,11 +210,26 @@ def check_apart(inputs: Iterable[AnyPath], out: AnyPath) -> None:
         )
     for path in inputs:
         source = Path(os.path.realpath(path))
-        if output == source or output in source.parents or source in output.parents:
+        if output == source:
             raise ValueError(
-                f"output '{out}' and input '{path}' are the same, or one contains the other; choose"
-                " another output"
+                f"output '{out}' is also an input, and inputs are not changed; choose another output"
             )
+        if output in source.parents or source in output.parents:
+            raise ValueError(
+                f"output '{out}' and input '{path}': one contains the other, and inputs are not changed;"
+                " choose another output"
+            )
+
+
+def check_no_delta(out: AnyPath) -> None:
+    """Raise ValueError if ``out`` is a delta: a rebuilt model must not replace one, also not with ``overwrite``.
+
+    Most likely the output is missing, or not the last argument.
+    """
+    if is_delta_file(out):
+        raise ValueError(
+            f"'{out}' is a delta, but it is given as the output; the order is base, delta, output"
+        )
 
 
 def write_target(

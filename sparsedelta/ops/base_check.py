@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -162,10 +163,9 @@ def find_base(delta: Delta, base: Checkpoint) -> Mapping[TensorKey, Tensor]:
         if row.base:
             tensor = lookup.find(row.base)
             if tensor is None:
-                other = lookup.at(row.base.file, row.base.name)
-                if other is None:
+                if lookup.at(row.base.file, row.base.name) is None:
                     check_links(base.path)
-                raise structure_error(delta, base.path, row.base, other.spec if other else None)
+                raise structure_error(delta, base.path, row.base, lookup)
             if tensor.spec.dtype != row.base.spec.dtype:  # a file does not state the element type
                 tensor = replace(tensor, spec=row.base.spec.with_digest(None))
             found[row.key] = tensor
@@ -248,7 +248,8 @@ def _applied(delta: Delta, base: Checkpoint) -> MismatchError | None:
     name = done[0].name
     if len(done) == len(changed):
         return AlreadyApplied(
-            f"'{base.path}' already is this delta's target; there is nothing to do", tensor=name
+            f"'{base.path}' already is this delta's target, not its base; there is nothing to apply",
+            tensor=name,
         )
     return PartlyApplied(
         f"'{base.path}' has {len(done)} of {len(changed)} changed tensors of this delta's target, such as"
@@ -287,7 +288,7 @@ def _mismatch(delta: Delta, row: Row, digest: bytes) -> BaseMismatch:
 
 
 def structure_error(
-    delta: Delta, where: AnyPath, expected: BaseTensor, found: TensorSpec | None
+    delta: Delta, where: AnyPath, expected: BaseTensor, lookup: Lookup[Any]
 ) -> StructureMismatch:
     """Return the error for a base at ``where`` in which a tensor is missing or has another layout.
 
@@ -295,14 +296,21 @@ def structure_error(
         delta: the delta.
         where: path of the checkpoint, for the message.
         expected: the base tensor that the delta needs.
-        found: the tensor of that name; None if there is none.
+        lookup: the tensors of the checkpoint.
     """
+    other = lookup.at(expected.file, expected.name)
+    found = _shown(other.spec if other else None)
+    needed = [row.base for row in delta.tensors if row.base]
+    n_unfit = sum(lookup.lacks(one) for one in needed)
+    wanted = f"the base that the delta was made from{_made_from(delta)}"
+    reason = f"tensor {expected.name!r} in '{where}' is {found}, expected {_shown(expected.spec)}; this is not {wanted}"
+    if 2 * n_unfit > len(needed) > 1:
+        reason = (
+            f"'{where}' is another model than {wanted}: {n_unfit:,} of {len(needed):,} tensors are absent or have"
+            f" another dtype or shape, such as {expected.name!r}, which is {found}, expected {_shown(expected.spec)}"
+        )
     return StructureMismatch(
-        f"tensor {expected.name!r} in '{where}' is {_shown(found)}, expected {_shown(expected.spec)};"
-        f" this is not the base that the delta was made from{_made_from(delta)}",
-        tensor=expected.name,
-        expected=_shown(expected.spec),
-        found=_shown(found),
+        reason, tensor=expected.name, expected=_shown(expected.spec), found=found
     )
 
 

@@ -78,8 +78,8 @@ def invert(
             Checkpoint(base, exclude=exclude, include=included(given), whole=False)
         )
         context.enter_context(explained(given, checkpoint))
-        check_base_files(given, checkpoint)
         rows = _rows_by_base(given, checkpoint)
+        check_base_files(given, checkpoint)
         return _WithBase(given, rows, checkpoint, payload, Pace(progress)).run(base_id)
 
 

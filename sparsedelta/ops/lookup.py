@@ -49,6 +49,10 @@ class Lookup(Generic[T]):
             return others[0] if others else None
         return next((t for t in others if self._digest(t) == wanted.spec.digest), others[0])
 
+    def lacks(self, wanted: Named) -> bool:
+        """Return whether ``find`` returns None, at any number of tensors without reading one."""
+        return _layout(wanted) not in self._by_name
+
     def at(self, file: str, name: str) -> T | None:
         """Return the tensor of a file and name, or else any tensor of that name; None if there is none."""
         exact = self._by_key.get((file, name))

@@ -101,9 +101,9 @@ def merge(
             Checkpoint(base, exclude=exclude, include=(), whole=False)
         )
         context.enter_context(explained(given[0], checkpoint))
+        found = [find_base(delta, checkpoint) for delta in given]
         for one in given:
             check_base_files(one, checkpoint)
-        found = [find_base(delta, checkpoint) for delta in given]
         payload = context.enter_context(new_payload(spool_dir))
         paces = Pace(progress), Pace()
         return _Merge(given, found, checkpoint, recipe, payload, *paces).run()

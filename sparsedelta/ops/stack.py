@@ -58,8 +58,8 @@ def stack(
         if base is not None:
             checkpoint = context.enter_context(open_base(base, given[0]))
             context.enter_context(explained(given[0], checkpoint))
-            check_base_files(given[0], checkpoint)
             found = [find_base(one, checkpoint) for one in (given if siblings else given[:1])]
+            check_base_files(given[0], checkpoint)
         payload = context.enter_context(new_payload(spool_dir))
         stacking = Siblings if siblings else Chain
         return stacking(given, checkpoint, found, payload, progress).run()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from sparsedelta._typing import JSON, AnyPath, Executor
-from sparsedelta.errors import TargetMismatch
+from sparsedelta.errors import AlreadyApplied, TargetMismatch
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.layout import target_layout
 from sparsedelta.files.side_files import carried_content, check_base_files, digest_file
@@ -91,6 +92,7 @@ def verify(
         if base is not None:
             with (
                 open_base(base, given, exclude=exclude) as checkpoint,
+                _not_the_target(base),
                 explained(given, checkpoint),
             ):
                 found = find_base(given, checkpoint)
@@ -123,6 +125,18 @@ def verify(
             n_from_base=_n_from_base(given),
             converted=converted_from(given),
         )
+
+
+@contextmanager
+def _not_the_target(base: AnyPath) -> Iterator[None]:
+    """Return a context that says how the target is checked, if it was given as the base."""
+    try:
+        yield
+    except AlreadyApplied as error:
+        raise AlreadyApplied(
+            f"'{base}' already is this delta's target, not its base; check it as the target (target=, --target)",
+            tensor=error.tensor,
+        ) from error
 
 
 def _n_from_base(delta: Delta) -> int:
@@ -209,7 +223,7 @@ def _check_target(
         kinds = {True: "a folder", False: "a file"}
         raise TargetMismatch(
             f"'{target.path}' is {kinds[target.is_folder]}, but the delta's target is"
-            f" {kinds[delta.target.is_folder]}"
+            f" {kinds[delta.target.is_folder]}; give that"
         )
     if target.is_folder:
         _check_file_names(delta, target)

@@ -27,6 +27,9 @@ from sparsedelta.stores.ranges import Ranges
 CREATE_SCHEMES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
 # Objects appear complete. "hf" is a bucket of the Hub here; ``hub.store`` handles repositories.
 WHOLE_SCHEMES = CREATE_SCHEMES | {"hf"}
+_PACKAGES = {
+    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs",
+}  # fmt: skip
 
 _TAKEN = ("PreconditionFailed", "412")
 _BUSY = ("ConditionalRequestConflict", "OperationAborted", "409")
@@ -57,7 +60,7 @@ class RemoteStore:
         self._lock: AbstractContextManager[object] = _memory_lock if in_memory else nullcontext()
 
     def _connect(self, url: str) -> tuple[Any, str]:
-        connect = _import_fsspec().core.url_to_fs
+        connect = _import_fsspec(self._scheme).core.url_to_fs
         try:
             # A cached listing would hide changes by other writers.
             options = {"use_listings_cache": False} if self._scheme in CREATE_SCHEMES else {}
@@ -239,13 +242,14 @@ def _server_code(error: RemoteError) -> str | None:
     return None
 
 
-def _import_fsspec() -> ModuleType:
+def _import_fsspec(scheme: str) -> ModuleType:
     try:
         import fsspec.core
     except ImportError as error:
+        package = _PACKAGES.get(scheme)
         raise RemoteError(
-            "this kind of store needs the package fsspec; install it with:"
-            " pip install 'sparsedelta[channel]'"
+            f"{scheme}:// needs fsspec{f' and {package}' if package else ''}; install with:"
+            f" pip install 'sparsedelta[channel]'{f' {package}' if package else ''}"
         ) from error
     module: ModuleType = fsspec
     return module

@@ -123,7 +123,10 @@ def test_does_not_overwrite_a_delta_or_other_folders(workplace: Workplace, run: 
     second.write_bytes(delta.read_bytes())
     write(workplace.out / "thesis.txt", "mine")
     before = tree(workplace.path)
-    for out, reason in ((second, "is a file"), (workplace.out, "so it is not replaced")):
+    for out, reason in (
+        (second, "is a delta, but it is given as the output; the order is base, delta, output"),
+        (workplace.out, "so it is not replaced"),
+    ):
         result = run("apply", workplace.base, delta, out, "--overwrite")
         assert result.exit_code == 1
         assert reason in result.stderr
@@ -145,7 +148,43 @@ def test_base_and_delta_in_the_wrong_order(workplace: Workplace, run: Run) -> No
     delta = workplace.save_delta()
     result = run("apply", delta, workplace.base, workplace.out)
     assert result.exit_code == 1
-    assert "is a folder with a model, not a delta; commands take the base first" in result.stderr
+    assert "is a folder with a model, not a delta, which is an .sd file" in result.stderr
+    assert "a base is given before the delta" in result.stderr
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_an_input_in_place_of_the_output(
+    workplace: Workplace, run: Run, overwrite: tuple[str, ...]
+) -> None:
+    """The advice to overwrite would be wrong: it would lose an input."""
+    delta = workplace.save_delta()
+    before = tree(workplace.path)
+    for words, reason in (
+        ((workplace.base, workplace.out, delta), "the order is base, delta, output"),
+        ((workplace.base, workplace.target, delta), "the order is base, delta, output"),
+        ((workplace.base, delta, workplace.base), "is also an input"),
+        ((workplace.base, delta, delta), "is also an input"),
+        ((workplace.base, delta, workplace.base / "model.safetensors"), "one contains the other"),
+    ):
+        result = run("apply", *words, *overwrite)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert reason in result.stderr
+        assert "--overwrite" not in result.stderr
+        assert tree(workplace.path) == before
+
+
+def test_a_file_of_the_base_in_place_of_its_folder(workplace: Workplace, run: Run) -> None:
+    delta, file = workplace.save_delta(), workplace.base / "model.safetensors"
+    reason = f"'{file}' is one file, but the target also needs other files of its base"
+    for words in (
+        ("apply", file, delta, workplace.out),
+        ("verify", delta, "--base", file),
+        ("invert", delta, "--base", file, "-o", workplace.path / "undo.sd"),
+    ):
+        result = run(*words)
+        assert result.exit_code == 1
+        assert reason in result.stderr
+        assert f"such as '{workplace.base}'" in result.stderr
 
 
 @pytest.mark.parametrize("path", ["", "-"])

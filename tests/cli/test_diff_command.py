@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cli.cli_helpers import Process, Run, Workplace
 from helpers import Raw, assert_same_files, noise, state, tree, write, write_file
@@ -122,6 +124,7 @@ def test_replaces_a_file_only_with_overwrite(
         ("out", "is a folder"),
         ("nowhere/delta.sd", "does not exist"),
         ("base/config.json", "is or lies in the input"),
+        ("base", "is a folder"),
         ("target/model.safetensors", "is or lies in the input"),
         ("base/new.sd", "is or lies in the input"),
     ],
@@ -174,6 +177,20 @@ def test_base_id_that_is_not_valid_text(workplace: Workplace, process: Process) 
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
     assert not workplace.delta.exists()
+
+
+def test_unrelated_models_of_one_shape(tmp_path: Path, run: Run) -> None:
+    values = np.random.default_rng(0).normal(0, 0.02, (2, 600, 1000)).astype("<f4")
+    files = [
+        write_file(tmp_path / str(number), {"w": Raw("F32", one.shape, one.tobytes())})
+        for number, one in enumerate(values)
+    ]
+    result = run("diff", *files, "-o", tmp_path / "d.sd")
+    assert re.fullmatch(
+        r"warning: 100 % of the values differ, and the delta is 8\d\.\d % of the target: these look like two unrelated"
+        r" models; is this the right base\?\n",
+        result.stderr,
+    )
 
 
 def test_note_about_files_left_out(workplace: Workplace, run: Run) -> None:

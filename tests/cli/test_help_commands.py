@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from cli.cli_helpers import Process, Run, Workplace
@@ -59,6 +60,7 @@ def test_doctor(process: Process) -> None:
     text = process("doctor", HF_TOKEN="hf_" + "x" * 30).stdout
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert lines["sparsedelta"] == sparsedelta.__version__
+    assert lines["location"] == str(Path(sparsedelta.__file__).parent)
     assert "hub login               environment" in text
     assert "xxxx" not in text
     found = json.loads(process("doctor", "--json", HF_TOKEN=" ").stdout)

@@ -51,6 +51,24 @@ def test_wrong_checkpoint(workplace: Workplace, run: Run, option: str, other: st
     assert result.stderr.startswith("error: ")
 
 
+def test_a_surplus_path_is_answered_with_the_options(workplace: Workplace, run: Run) -> None:
+    delta = workplace.save_delta()
+    for words in ((delta, workplace.base), (workplace.base, delta)):
+        result = run("verify", *words)
+        assert result.exit_code == 2
+        assert (
+            f"unexpected argument '{words[1]}': this command takes DELTA, and as options --base BASE and --target OUT"
+            in result.stderr
+        )
+    assert "takes no argument\n" in run("doctor", "x").stderr
+
+
+def test_the_target_as_the_base(workplace: Workplace, run: Run) -> None:
+    result = run("verify", workplace.save_delta(), "--base", workplace.target)
+    assert result.exit_code == 1
+    assert "already is this delta's target, not its base; check it as the target" in result.stderr
+
+
 def test_damaged_payload(workplace: Workplace, run: Run) -> None:
     delta = workplace.save_delta()
     content = bytearray(delta.read_bytes())

@@ -129,6 +129,21 @@ def test_what_the_base_lacks_is_named(change: str, case: Case, tmp_path: Path) -
     assert error.tensor == name
 
 
+def test_another_model_is_called_so_before_its_side_files(case: Case, tmp_path: Path) -> None:
+    other = {name: Raw(raw.dtype, (*raw.shape, 1), raw.data) for name, raw in BASE.items()}
+    wrong = folder(tmp_path / "wrong", other, config="3", same="other")
+    reason = r"is another model than the base .*org/model@4f1e: 3 of 3 tensors .*\[400, 3, 1\], expected BF16 \[400, 3\]"
+    case.refused(StructureMismatch, reason, wrong)
+    with pytest.raises(StructureMismatch, match=reason):
+        sparsedelta.verify(case.delta, base=wrong)
+    with pytest.raises(StructureMismatch, match=reason):
+        sparsedelta.invert(case.delta, base=wrong)
+    with pytest.raises(StructureMismatch, match=reason):
+        sparsedelta.stack(case.delta, base=wrong)
+    with pytest.raises(StructureMismatch, match=reason):
+        sparsedelta.merge(wrong, case.delta)
+
+
 def test_what_the_target_is_not_made_from_may_be_anything(case: Case, tmp_path: Path) -> None:
     other = folder(tmp_path / "other", BASE, config="3", same="same")
     write_file(other / "more.safetensors", {"w": V, "more": U})
@@ -228,7 +243,7 @@ def test_existing_or_overlapping_output(kind: str, case: Case) -> None:
     with pytest.raises((FileExistsError, ValueError), match="choose another"):
         sparsedelta.apply(case.base, case.delta, out)
     if "base" in kind:
-        with pytest.raises(ValueError, match="or one contains the other"):
+        with pytest.raises(ValueError, match=r"is also an input|one contains the other"):
             sparsedelta.apply(case.base, case.delta, out, overwrite=True)
     assert (state(case.place), state(case.base)) == before
 
@@ -304,7 +319,7 @@ def test_verify_tells_base_and_target(case: Case, tmp_path: Path) -> None:
     assert (report.base_checked, report.target_checked) == (False, False)
     report = sparsedelta.verify(case.delta, base=case.base, target=case.target)
     assert (report.base_checked, report.target_checked) == (True, True)
-    with pytest.raises(AlreadyApplied):
+    with pytest.raises(AlreadyApplied, match=r"not its base; check it as the target \(target="):
         sparsedelta.verify(case.delta, base=case.target)
     with pytest.raises(TargetMismatch):
         sparsedelta.verify(case.delta, target=case.base)
@@ -511,7 +526,7 @@ def test_an_output_that_holds_the_delta_is_refused(case: Case) -> None:
     case.out.mkdir()
     inside = case.out / "delta.sd"
     shutil.copyfile(case.delta, inside)
-    with pytest.raises(ValueError, match="or one contains the other"):
+    with pytest.raises(ValueError, match="one contains the other"):
         sparsedelta.apply(case.base, inside, case.out, overwrite=True)
     assert inside.read_bytes() == case.delta.read_bytes()
 

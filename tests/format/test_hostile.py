@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import noise, write_file
@@ -15,7 +17,7 @@ from vector_source.checkpoints import Checkpoint, WeightFile, tensor
 from vector_source.writer import Draft, assemble, draft
 
 import sparsedelta
-from sparsedelta.errors import FormatError, SparseDeltaError
+from sparsedelta.errors import BadMagic, FormatError, SparseDeltaError
 from sparsedelta.format import strict_json
 from sparsedelta.format.strict_json import parse_json
 
@@ -160,8 +162,44 @@ def test_pipes_and_folders_are_not_waited_for(tmp_path: Path) -> None:
         sparsedelta.load(pipe)
     with pytest.raises(OSError, match=r"Not a regular file.*pipe"):
         sparsedelta.diff(pipe, file)
-    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+    with pytest.raises(BadMagic, match=f"'{tmp_path}' is a folder with a model, not a delta"):
         sparsedelta.load(tmp_path)
+
+
+def test_a_model_or_a_folder_in_place_of_a_delta(tmp_path: Path) -> None:
+    file = write_file(tmp_path / "model" / "w.safetensors", {"w": noise("F32", 400)})
+    model = file.parent
+    (tmp_path / "empty").mkdir()
+    deltas = tmp_path / "deltas"
+    deltas.mkdir()
+    with sparsedelta.diff(file, file) as delta:
+        delta.save(deltas / "d.sd")
+    for path, reason in (
+        (model, "is a folder with a model, not a delta"),
+        (file, "is a model, not a delta"),
+        (tmp_path / "empty", "is a folder, not a delta"),
+        (deltas, f"is a folder; give the delta in it, such as '{deltas}/d.sd'"),
+    ):
+        for use in (
+            sparsedelta.load,
+            sparsedelta.invert,
+            sparsedelta.inspect,
+            lambda path: sparsedelta.merge(model, path),
+            lambda path: sparsedelta.push(path, "me/model"),
+        ):
+            with pytest.raises(BadMagic, match=re.escape(f"'{path}' {reason}")):
+                use(path)
+    for path in (model, file):
+        with pytest.raises(BadMagic, match="a base is given before the delta"):
+            sparsedelta.load_model(path, base=deltas / "d.sd")
+    assert len(list(deltas.iterdir())) == 1
+
+
+def test_a_list_of_deltas_is_refused_with_its_type(tmp_path: Path) -> None:
+    stack: Any = sparsedelta.stack
+    for use in (stack, lambda given: sparsedelta.merge(tmp_path, given)):
+        with pytest.raises(TypeError, match=r"a delta is of type list.*each as an argument"):
+            use([tmp_path / "a.sd", tmp_path / "b.sd"])
 
 
 def test_closed_deltas_say_so(tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_an_existing_output_stops_before_training(tmp_path: Path) -> None:
     (tmp_path / "d.sd").write_text("mine")
     model = make_net()
     before = snapshot(model)
-    with pytest.raises(FileExistsError, match="exists; choose another name"):
+    with pytest.raises(FileExistsError, match=r"output '.*d.sd' exists; choose another name"):
         fit(model, make_inputs(1), output=tmp_path / "d.sd", loss=square_loss)
     assert (tmp_path / "d.sd").read_text() == "mine"
     assert all(same_bits(value, model.state_dict()[name]) for name, value in before.items())
@@ -529,6 +529,7 @@ def test_bars_of_transformers_show_only_with_progress(
     shown = capfd.readouterr()
     assert shown.out == ""
     assert ("Loading weights" in shown.err) == progress
+    assert shown.err.startswith(f"loading '{bert_folder}' …\n") == progress
     if not progress:
         assert shown.err == ""
 
@@ -576,3 +577,27 @@ def test_a_finished_run_that_resumes_without_a_base_writes_the_same_delta(tmp_pa
     nnz, delta = run()
     assert nnz
     assert run() == (nnz, delta)
+
+
+def test_a_finished_run_that_is_started_again_is_called_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = FitConfig(sparse_rate=0.2, max_steps=4, save_every=2)
+
+    def run(output: str, *, progress: bool = False) -> None:
+        fit(
+            make_net(), make_inputs(6), output=output, config=config, loss=square_loss, run_dir="run/", resume=True,
+            progress=progress,
+        )  # fmt: skip
+
+    run("d.sd")
+    with pytest.raises(FileExistsError, match=r"output 'd.sd' exists, so the run in 'run/' seems"):
+        run("d.sd")
+    run("again.sd", progress=True)
+    assert Path("again.sd").read_bytes() == Path("d.sd").read_bytes()
+    assert capfd.readouterr().err.splitlines()[:3] == [
+        "choosing the components …",
+        "resuming from 'run/step-00000004' …",
+        "writing 'again.sd' …",
+    ]

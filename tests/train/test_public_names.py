@@ -27,6 +27,23 @@ def test_a_missing_package_is_named_with_the_extra(package: str) -> None:
     )
 
 
+def test_all_missing_packages_are_named_at_once() -> None:
+    hide = "import sys; sys.modules |= dict.fromkeys(('torch', 'accelerate')); "
+    for code, message in (
+        ("import sift_train", "sift_train needs torch, accelerate, which are not installed; install them with:"),
+        (
+            "from sparsedelta.live.bits import check_installed; check_installed('torch', 'nothing')",
+            "models in memory need torch and nothing, which are not installed; install them with:",
+        ),
+    ):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", hide + code], capture_output=True, text=True, check=False
+        )
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith(f"ModuleNotFoundError: {message} pip install 'sparsedelta[train]'")
+    assert last.endswith(" nothing")
+
+
 def test_names() -> None:
     assert sorted(sift_train.__all__) == sorted(NAMES)
     for name in NAMES:
