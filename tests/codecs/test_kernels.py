@@ -80,6 +80,23 @@ def test_every_set_of_instructions_gives_the_same_classes(instructions: None) ->
     assert n_streams > 5
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_every_set_of_instructions_gives_the_same_steps(width: int, instructions: None) -> None:
+    steps, draw = VALUE_PACKINGS["steps"], np.random.default_rng(8)
+    n_refused = 0
+    for seed in range(30):
+        positions, codes, before = drawn(seed, width, (700, 5000, 40_000))
+        for keys in (None, keys_of(before[positions])):
+            compiled, reference = both(steps.encode, codes, keys)
+            assert compiled == reference
+            for number in range(6) if (made := steps.encode(codes, keys)) else ():
+                raw = damaged(made[0].tobytes(), draw) if number else made[0].tobytes()
+                compiled, reference = both(steps.decode, [raw], len(codes), width, keys)
+                assert compiled == reference, (seed, number)
+                n_refused += compiled == "refused"
+    assert n_refused > 20
+
+
 @pytest.mark.parametrize("name", INDEX_ENCODINGS)
 def test_index_decoders_agree_on_any_stream(name: str) -> None:
     encoding, draw = INDEX_ENCODINGS[name], np.random.default_rng(5)

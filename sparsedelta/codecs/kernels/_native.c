@@ -150,6 +150,17 @@ INLINE uint32_t low_bits(const u8 *data, size n_bytes, size bit, int k) {
     return (uint32_t)(word >> (bit & 7) & (((uint64_t)1 << k) - 1));
 }
 
+/* Returns the 64 bits that begin at bit number `bit` of `data`; bits after its end are zero. */
+INLINE uint64_t bits_from(const u8 *data, size n_bytes, size bit) {
+    size at = bit >> 3;
+    u8 last[9] = {0};
+    if (at + 9 > n_bytes) {
+        if (at < n_bytes) memcpy(last, data + at, n_bytes - at);
+        data = last, at = 0;
+    }
+    return *(const u64 *)(data + at) >> (bit & 7) | (uint64_t)data[at + 8] << 1 << (63 - (bit & 7));
+}
+
 /* Returns whether the unused bits of the last byte are zero, after n packed numbers of k bits. */
 static int is_padded(const u8 *data, size n, int k) {
     int used = (int)(n * k & 7);
@@ -184,6 +195,22 @@ INLINE void pack_numbers(const void *numbers, size n, int k, u8 *out, int W) {
     for (; n_bits > 0; n_bits -= 8, word >>= 8) *out++ = (u8)word;
 }
 
+/* As pack_numbers with k = 1. */
+INLINE void pack_bits(const void *numbers, size n, u8 *out, int W) {
+    size i = 0;
+    for (; i + GROUP <= n; i += GROUP, out += GROUP / 8) {
+        u8 flags[GROUP];
+        for (int j = 0; j < GROUP; j++) flags[j] = get(numbers, i + j, W) & 1 ? 255 : 0;
+        *(u64 *)out = bits_of(flags);
+    }
+    pack_numbers((const u8 *)numbers + i * W, n - i, 1, out, W);
+}
+
+CLONED static void pack_any(const void *numbers, size n, int k, u8 *out, int width) {
+    if (k == 1) { FOR_WIDTH(width, pack_bits(numbers, n, out, W)) }
+    else if (k) { FOR_WIDTH(width, pack_numbers(numbers, n, k, out, W)) }
+}
+
 static PyObject *pack(PyObject *module, PyObject *args) {
     Py_buffer b[2];
     int k;
@@ -191,7 +218,7 @@ static PyObject *pack(PyObject *module, PyObject *args) {
     size n = n_items(&b[0]);
     if (k < 0 || k > 31 || b[1].len != (n * k + 7) / 8) return release(b, 2, wrong_sizes());
     Py_BEGIN_ALLOW_THREADS
-    if (k) { FOR_WIDTH(b[0].itemsize, pack_numbers(b[0].buf, n, k, b[1].buf, W)) }
+    pack_any(b[0].buf, n, k, b[1].buf, (int)b[0].itemsize);
     Py_END_ALLOW_THREADS
     return release(b, 2, none());
 }
@@ -607,7 +634,7 @@ __attribute__((target("avx2"))) static void members_avx2(const u8 *key, int n_gr
 }
 
 /* The processors since Ice Lake and Zen 4 have all of these. */
-#define WIDE __attribute__((target("avx512f,avx512bw,avx512vbmi2,bmi,bmi2,popcnt")))
+#define WIDE __attribute__((target("avx512f,avx512bw,avx512vbmi2,avx512vpopcntdq,bmi,bmi2,popcnt")))
 
 static const u8 counting[GROUP] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
                                    22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
@@ -627,9 +654,22 @@ WIDE static void members_avx512(const u8 *key, int n_groups, const u8 *threshold
 }
 #endif
 
+#ifdef __x86_64__
+WIDE static void batch_keys_avx512(const u16 *bits, u8 *key) {
+    for (int i = 0; i < BATCH; i += 32)
+        _mm256_storeu_si256((__m256i *)(key + i), _mm512_cvtepi16_epi8(_mm512_srli_epi16(_mm512_loadu_si512(bits + i), 7)));
+}
+#endif
+
 /* Writes the keys of at most BATCH elements from `first`, and zeros to the end of the last group. Returns how many elements. */
 INLINE int batch_keys(const void *bits, size first, size n, u8 *key, int W) {
     int here = (int)(n - first < BATCH ? n - first : BATCH);
+#ifdef __x86_64__
+    if (W == 2 && here == BATCH && instructions == AVX512) {
+        batch_keys_avx512((const u16 *)bits + first, key);
+        return here;
+    }
+#endif
     for (int i = 0; i < here; i++) key[i] = key_of(get(bits, first + i, W), W);
     memset(key + here, 0, -here & (GROUP - 1));
     return here;
@@ -653,7 +693,8 @@ static int members_of(const u8 *key, int here, const u8 *threshold, int n_classe
 
 static int best_instructions(void) {
 #ifdef __x86_64__
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2")) return AVX512;
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("bmi2"))
+        return AVX512;
     if (__builtin_cpu_supports("avx2")) return AVX2;
 #endif
     return PORTABLE;
@@ -729,42 +770,63 @@ INLINE size find_batch(const u8 *key, int here, size start, const u8 *threshold,
 }
 
 #ifdef __x86_64__
-/* As find_batch, without a branch that depends on the elements. */
-WIDE static size find_batch_avx512(const u8 *key, int here, size start, const u8 *threshold, int n_classes, Class *classes, const u8 *chosen, u32 *positions, u8 *keys, size found, size room) {
+/* Runs `call` with N, the number of classes, as a constant, so that loops over the classes are unrolled. */
+#define FOR_CLASSES(n, call)                     \
+    switch (n) {                                 \
+        case 2: { enum { N = 2 }; call; break; } \
+        case 3: { enum { N = 3 }; call; break; } \
+        case 4: { enum { N = 4 }; call; break; } \
+        case 5: { enum { N = 5 }; call; break; } \
+        case 6: { enum { N = 6 }; call; break; } \
+        case 7: { enum { N = 7 }; call; break; } \
+        case 8: { enum { N = 8 }; call; break; } \
+        default: { const int N = n; call; }      \
+    }
+
+/* As find_batch, without a branch that depends on the elements. N: the number of classes, a constant. */
+WIDE INLINE size find_batch_wide(const u8 *key, int here, size start, const u8 *threshold, Class *classes, const u8 *chosen, u32 *positions, u8 *keys, size found, size room, const int N) {
     __m512i numbers = _mm512_loadu_si512(counting), limits[MAX_CLASSES];
-    const u8 *bitmaps[MAX_CLASSES];
-    int64_t ranks[MAX_CLASSES], last[MAX_CLASSES]; /* last: from this byte on, 9 bytes are zero and within the slack */
+    /* places: the number of the next bit in `chosen`; last: from this byte on, 9 bytes are zero and within the slack */
+    int64_t places[MAX_CLASSES], last[MAX_CLASSES];
     uint64_t rests[MAX_CLASSES];
-    for (int c = 0; c < n_classes; c++) {
-        limits[c] = _mm512_set1_epi8((char)(c < n_classes - 1 ? threshold[c] : 0));
-        bitmaps[c] = chosen + classes[c].next, ranks[c] = classes[c].rank;
-        last[c] = classes[c].end / 8 + SLACK - 9, rests[c] = -(uint64_t)classes[c].rest;
+    for (int c = 0; c < N; c++) {
+        limits[c] = _mm512_set1_epi8((char)(c < N - 1 ? threshold[c] : 0));
+        places[c] = 8 * classes[c].next + classes[c].rank;
+        last[c] = classes[c].next + classes[c].end / 8 + SLACK - 9, rests[c] = -(uint64_t)classes[c].rest;
     }
     for (int first = 0; first < here; first += GROUP) {
         uint64_t inside = here - first < GROUP ? ~(uint64_t)0 >> (GROUP - (here - first)) : ~(uint64_t)0, earlier = 0, touched = 0;
         __m512i group = _mm512_loadu_si512(key + first);
-        for (int c = 0; c < n_classes; c++) {
-            uint64_t below = c < n_classes - 1 ? _mm512_cmplt_epu8_mask(group, limits[c]) & inside : inside;
+        for (int c = 0; c < N; c++) {
+            uint64_t below = c < N - 1 ? _mm512_cmplt_epu8_mask(group, limits[c]) & inside : inside;
             uint64_t members = below & ~earlier;
-            int64_t n_members = __builtin_popcountll(members), rank = ranks[c], byte = rank >> 3;
-            const u8 *at = bitmaps[c] + (byte < last[c] ? byte : last[c]);
-            uint64_t bits = *(const u64 *)at >> (rank & 7);
-            if (__builtin_expect(n_members > 57, 0)) bits |= (uint64_t)at[8] << 1 << (63 - (rank & 7));
+            int64_t n_members = __builtin_popcountll(members), place = places[c], byte = place >> 3;
+            const u8 *at = chosen + (byte < last[c] ? byte : last[c]);
+            uint64_t bits = *(const u64 *)at >> (place & 7);
+            if (__builtin_expect(n_members > 57, 0)) bits |= (uint64_t)at[8] << 1 << (63 - (place & 7));
             touched |= _pdep_u64(bits ^ rests[c], members);
-            ranks[c] = rank + n_members, earlier = below;
+            places[c] = place + n_members, earlier = below;
         }
         size n_touched = __builtin_popcountll(touched), left = room - found;
         if (n_touched > left) return -1;
         if (left >= GROUP) { /* stores of whole vectors fit */
-            __m512i places = _mm512_maskz_compress_epi8(touched, numbers), origin = _mm512_set1_epi32((int)(uint32_t)(start + first));
+            __m512i where = _mm512_maskz_compress_epi8(touched, numbers), origin = _mm512_set1_epi32((int)(uint32_t)(start + first));
             _mm512_storeu_si512(keys + found, _mm512_maskz_compress_epi8(touched, group));
-            for (size i = 0; i < n_touched; i += 16, places = _mm512_shuffle_i64x2(places, places, 0x39))
-                _mm512_storeu_si512(positions + found + i, _mm512_add_epi32(_mm512_cvtepu8_epi32(_mm512_castsi512_si128(places)), origin));
+            size i = 0;
+            do { /* once for up to 16 */
+                _mm512_storeu_si512(positions + found + i, _mm512_add_epi32(_mm512_cvtepu8_epi32(_mm512_castsi512_si128(where)), origin));
+                where = _mm512_shuffle_i64x2(where, where, 0x39), i += 16;
+            } while (i < n_touched);
         } else
             put_chosen(touched, key + first, start + first, positions, keys, found);
         found += n_touched;
     }
-    for (int c = 0; c < n_classes; c++) classes[c].rank = ranks[c];
+    for (int c = 0; c < N; c++) classes[c].rank = places[c] - 8 * classes[c].next;
+    return found;
+}
+
+WIDE static size find_batch_avx512(const u8 *key, int here, size start, const u8 *threshold, int n_classes, Class *classes, const u8 *chosen, u32 *positions, u8 *keys, size found, size room) {
+    FOR_CLASSES(n_classes, found = find_batch_wide(key, here, start, threshold, classes, chosen, positions, keys, found, room, N))
     return found;
 }
 #endif
@@ -828,6 +890,58 @@ static PyObject *find_chosen(PyObject *module, PyObject *args) {
     return release(b, 6, found < 0 ? NULL : PyLong_FromSsize_t(found));
 }
 
+#ifdef __x86_64__
+WIDE INLINE void count_members_of(const u8 *key, int here, const u8 *threshold, const int N, uint64_t *members, uint64_t *before, uint64_t *n_before) {
+    __m512i limits[8];
+    for (int c = 0; c < N - 1; c++) limits[c] = _mm512_set1_epi8((char)threshold[c]);
+    for (int first = 0; first < here; first += GROUP) {
+        uint64_t *own = members + first / GROUP * 8;
+        uint64_t inside = here - first < GROUP ? ~(uint64_t)0 >> (GROUP - (here - first)) : ~(uint64_t)0, earlier = 0;
+        __m512i group = _mm512_loadu_si512(key + first);
+        for (int c = 0; c < N; c++) {
+            uint64_t below = c < N - 1 ? _mm512_cmplt_epu8_mask(group, limits[c]) & inside : inside;
+            own[c] = below & ~earlier;
+            earlier = below;
+        }
+    }
+    __m512i counts = _mm512_loadu_si512(n_before);
+    for (int first = 0; first < here; first += GROUP, members += 8, before += 8) {
+        _mm512_storeu_si512(before, counts);
+        counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(_mm512_loadu_si512(members)));
+    }
+    _mm512_storeu_si512(n_before, counts);
+}
+
+/* Writes for each group of a batch, and for each of 8 classes, the members and how many there are before the group. Adds to `n_before`. */
+WIDE static void count_members_avx512(const u8 *key, int here, const u8 *threshold, int n_classes, uint64_t *members, uint64_t *before, uint64_t *n_before) {
+    FOR_CLASSES(n_classes, count_members_of(key, here, threshold, N, members, before, n_before))
+}
+
+/* As rank_in for at most 8 classes. */
+INLINE int rank_wide(const void *bits, size n, size start, const u8 *threshold, int n_classes, Class *classes, const u32 *positions, size n_positions, u32 *ranks, int W) {
+    u8 key[BATCH], class_of[256];
+    uint64_t members[GROUPS * 8] = {0}, before[GROUPS * 8], n_before[8] = {0};
+    size at = 0;
+    for (int i = 0, c = 0; i < 256; i++) class_of[i] = (u8)(c += c < n_classes - 1 && i == threshold[c]);
+    int64_t next[8], end[8];
+    for (int c = 0; c < n_classes; c++) n_before[c] = (uint64_t)classes[c].rank, next[c] = classes[c].next, end[c] = classes[c].end;
+    for (size first = 0; first < n; first += BATCH) {
+        int here = batch_keys(bits, first, n, key, W);
+        count_members_avx512(key, here, threshold, n_classes, members, before, n_before);
+        for (; at < n_positions && positions[at] < start + first + here; at++) {
+            int64_t i = positions[at] - (start + first);
+            if (i < 0) return 0;
+            int c = class_of[key[i]], cell = 8 * (int)(i >> 6) + c;
+            uint64_t earlier = members[cell] & (((uint64_t)1 << (i & 63)) - 1);
+            if (next[c] >= end[c]) return 0;
+            ranks[next[c]++] = (uint32_t)before[cell] + (uint32_t)__builtin_popcountll(earlier);
+        }
+    }
+    for (int c = 0; c < n_classes; c++) classes[c].rank = (int64_t)n_before[c], classes[c].next = next[c];
+    return at == n_positions;
+}
+#endif
+
 INLINE int rank_in(const void *bits, size n, size start, const u8 *threshold, int n_classes, Class *classes, const u32 *positions, size n_positions, u32 *ranks, int W) {
     u8 key[BATCH], class_of[256];
     uint64_t members[GROUPS * MAX_CLASSES];
@@ -855,6 +969,12 @@ INLINE int rank_in(const void *bits, size n, size start, const u8 *threshold, in
 
 CLONED static int rank_any(const void *bits, size n, size start, int width, const u8 *threshold, int n_classes, Class *classes, const u32 *positions, size n_positions, u32 *ranks) {
     int fits = 0;
+#ifdef __x86_64__
+    if (instructions == AVX512 && n_classes <= 8) {
+        FOR_WIDTH(width, fits = rank_wide(bits, n, start, threshold, n_classes, classes, positions, n_positions, ranks, W))
+        return fits;
+    }
+#endif
     FOR_WIDTH(width, fits = rank_in(bits, n, start, threshold, n_classes, classes, positions, n_positions, ranks, W))
     return fits;
 }
@@ -919,6 +1039,55 @@ static PyObject *step_statistics(PyObject *module, PyObject *args) {
     return release(b, 3, none());
 }
 
+#ifdef __x86_64__
+/* Writes the thresholds of a table of classes. Returns the number of classes; 0 if they do not ascend with the keys, or are too many. */
+static int thresholds_of(const u8 *table, u8 *threshold) {
+    int n = 0;
+    for (int key = 1; key < 256 && !table[0]; key++) {
+        if (table[key] == table[key - 1]) continue;
+        if (table[key] != table[key - 1] + 1 || n == MAX_CLASSES - 1) return 0;
+        threshold[n++] = (u8)key;
+    }
+    return table[0] ? 0 : n + 1;
+}
+
+/* Sorts whole groups of 64 codes of 2 bytes, as sort_codes does. Returns how many; -1 if a code has no place. */
+WIDE static size sort_avx512(const u16 *code, const u8 *key, size n, const u8 *threshold, int n_classes, i64 *places, u16 *out) {
+    size first = 0;
+    for (; first + GROUP <= n; first += GROUP) {
+        __m512i group = _mm512_loadu_si512(key + first), halves[2] = {_mm512_loadu_si512(code + first), _mm512_loadu_si512(code + first + 32)};
+        uint64_t earlier = 0;
+        for (int c = 0; c < n_classes; c++) {
+            uint64_t below = c < n_classes - 1 ? _mm512_cmplt_epu8_mask(group, _mm512_set1_epi8((char)threshold[c])) : ~(uint64_t)0, members = below & ~earlier;
+            int64_t at = places[c], n_members = __builtin_popcountll(members);
+            earlier = below;
+            if (at < 0 || n_members > n - at) return -1;
+            for (int half = 0; half < 2; half++) {
+                uint32_t own = (uint32_t)(members >> 32 * half), n_own = (uint32_t)__builtin_popcount(own);
+                _mm512_mask_storeu_epi16(out + at, (__mmask32)(((uint64_t)1 << n_own) - 1), _mm512_maskz_compress_epi16(own, halves[half]));
+                at += n_own;
+            }
+            places[c] = at;
+        }
+    }
+    return first;
+}
+
+/* As the loop of long_steps, for whole groups of 16 codes of 2 bytes. */
+WIDE static size long_avx512(const u16 *code, size n, u32 *where, u32 *excess, size *found) {
+    size first = 0;
+    __m512i number = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)counting));
+    for (; first + 16 <= n; first += 16, number = _mm512_add_epi32(number, _mm512_set1_epi32(16))) {
+        __m512i beyond = _mm512_srli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(code + first))), 1);
+        __mmask16 is_long = _mm512_test_epi32_mask(beyond, beyond);
+        _mm512_storeu_si512(where + *found, _mm512_maskz_compress_epi32(is_long, number)); /* found ≤ first */
+        _mm512_storeu_si512(excess + *found, _mm512_maskz_compress_epi32(is_long, _mm512_sub_epi32(beyond, _mm512_set1_epi32(1))));
+        *found += __builtin_popcount(is_long);
+    }
+    return first;
+}
+#endif
+
 /* Writes codes class by class. `table` holds the class of each key. `places` holds where the next code of each class
  * is written. */
 static PyObject *sort_codes(PyObject *module, PyObject *args) {
@@ -930,7 +1099,14 @@ static PyObject *sort_codes(PyObject *module, PyObject *args) {
     const u8 *key = b[1].buf, *table = b[2].buf;
     i64 *places = b[3].buf;
     Py_BEGIN_ALLOW_THREADS
-    FOR_WIDTH(b[0].itemsize, for (size i = 0; fits && i < n; i++) {
+    size first = 0;
+#ifdef __x86_64__
+    u8 threshold[MAX_CLASSES];
+    if (instructions == AVX512 && b[0].itemsize == 2 && thresholds_of(table, threshold) == n_classes)
+        first = sort_avx512(b[0].buf, key, n, threshold, (int)n_classes, places, b[4].buf);
+    fits = first >= 0;
+#endif
+    FOR_WIDTH(b[0].itemsize, for (size i = first; fits && i < n; i++) {
         int c = table[key[i]];
         fits = c < n_classes && places[c] >= 0 && places[c] < n;
         if (fits) put(b[4].buf, places[c]++, get(b[0].buf, i, W), W);
@@ -947,7 +1123,11 @@ static PyObject *long_steps(PyObject *module, PyObject *args) {
     if (n_items(&b[1]) < n || n_items(&b[2]) < n) return release(b, 3, wrong_sizes());
     u32 *where = b[1].buf, *excess = b[2].buf;
     Py_BEGIN_ALLOW_THREADS
-    FOR_WIDTH(b[0].itemsize, for (size i = 0; i < n; i++) {
+    size first = 0;
+#ifdef __x86_64__
+    if (instructions == AVX512 && b[0].itemsize == 2) first = long_avx512(b[0].buf, n, where, excess, &found);
+#endif
+    FOR_WIDTH(b[0].itemsize, for (size i = first; i < n; i++) {
         uint64_t beyond = get(b[0].buf, i, W) >> 1;
         where[found] = (uint32_t)i; /* found ≤ i */
         excess[found] = (uint32_t)(beyond - 1);
@@ -962,11 +1142,9 @@ static PyObject *long_steps(PyObject *module, PyObject *args) {
  * of the class. Without keys there is one class. */
 #define NOWHERE UINT32_MAX
 
-INLINE int join_in(const u8 *signs, size n, const u8 *key, const u8 *table, Class *classes, const u32 *where, const u32 *excess, void *codes, int W) {
+INLINE int join_in(const u8 *signs, size first, size n, const u8 *key, const u8 *table, Class *classes, const int64_t *starts, const u32 *where, const u32 *excess, void *codes, int W) {
     uint64_t most = W < 4 ? ((uint64_t)1 << 8 * W) - 1 : UINT32_MAX;
-    int64_t starts[MAX_CLASSES];
-    for (int c = 0; c < MAX_CLASSES; c++) starts[c] = classes[c].rank;
-    for (size i = 0; i < n; i++) {
+    for (size i = first; i < n; i++) {
         int c = key ? table[key[i]] : 0;
         int64_t at = classes[c].rank++, next = classes[c].next;
         if (at >= n) return 0;
@@ -978,6 +1156,56 @@ INLINE int join_in(const u8 *signs, size n, const u8 *key, const u8 *table, Clas
     }
     return 1;
 }
+
+#ifdef __x86_64__
+/* As join_in, for whole groups of 64 codes of one or two bytes. Returns how many codes it wrote; -1 if join_in would refuse. The classes
+ * must ascend with the keys; `threshold` holds the lowest keys of all but the first. */
+WIDE INLINE size join_wide(const u8 *signs, size n, const u8 *key, const u8 *threshold, int n_classes, Class *classes, const int64_t *starts, const u32 *where, const u32 *excess, void *codes, int W) {
+    uint64_t most = ((uint64_t)1 << 8 * W) - 1;
+    __m512i limits[MAX_CLASSES];
+    size first = 0, n_bytes = (n + 7) / 8;
+    for (int c = 0; c < n_classes - 1; c++) limits[c] = _mm512_set1_epi8((char)threshold[c]);
+    for (; first + GROUP <= n; first += GROUP) {
+        __m512i group = key ? _mm512_loadu_si512(key + first) : _mm512_setzero_si512();
+        uint64_t earlier = 0, sign = 0;
+        u8 place[GROUP];  /* of the long steps of the group */
+        uint32_t more[GROUP];
+        int n_long = 0;
+        for (int c = 0; c < n_classes; c++) {
+            Class *one = &classes[c];
+            uint64_t below = c < n_classes - 1 ? _mm512_cmplt_epu8_mask(group, limits[c]) : ~(uint64_t)0, members = below & ~earlier;
+            earlier = below;
+            int64_t n_members = __builtin_popcountll(members), at = one->rank;
+            if (n_members > n - at) return -1;
+            sign |= _pdep_u64(bits_from(signs, n_bytes, at), members);
+            one->rank = at + n_members;
+            for (int64_t from = at - starts[c], end = from + n_members, i; (i = where[one->next]) >= from && i < end; from = i + 1) {
+                place[n_long] = (u8)__builtin_ctzll(_pdep_u64((uint64_t)1 << (i - (end - n_members)), members));
+                more[n_long++] = excess[one->next++];
+            }
+        }
+        if (W == 1)
+            _mm512_storeu_si512((u8 *)codes + first, _mm512_mask_blend_epi8(sign, _mm512_set1_epi8(1), _mm512_set1_epi8(2)));
+        else
+            for (int half = 0; half < 2; half++)
+                _mm512_storeu_si512((u16 *)codes + first + 32 * half, _mm512_mask_blend_epi16((__mmask32)(sign >> 32 * half), _mm512_set1_epi16(1), _mm512_set1_epi16(2)));
+        for (int i = 0; i < n_long; i++) {
+            size at = first + place[i];
+            uint64_t code = get(codes, at, W) + 2 * ((uint64_t)more[i] + 1);
+            if (code > most) return -1;
+            put(codes, at, code, W);
+        }
+    }
+    return first;
+}
+
+WIDE static size join_avx512(const u8 *signs, size n, const u8 *key, const u8 *table, int n_classes, Class *classes, const int64_t *starts, const u32 *where, const u32 *excess, void *codes, int width) {
+    u8 threshold[MAX_CLASSES];
+    if ((key ? thresholds_of(table, threshold) : 1) != n_classes) return 0;
+    if (width == 1) return join_wide(signs, n, key, threshold, n_classes, classes, starts, where, excess, codes, 1);
+    return join_wide(signs, n, key, threshold, n_classes, classes, starts, where, excess, codes, 2);
+}
+#endif
 
 static PyObject *join_steps(PyObject *module, PyObject *args) {
     Py_buffer b[7];
@@ -1003,7 +1231,14 @@ static PyObject *join_steps(PyObject *module, PyObject *args) {
     }
     int good = 0;
     Py_BEGIN_ALLOW_THREADS
-    FOR_WIDTH(width, good = join_in(b[0].buf, n, has_keys ? b[1].buf : NULL, table, classes, b[4].buf, b[5].buf, b[6].buf, W))
+    const u8 *key = has_keys ? b[1].buf : NULL;
+    int64_t starts[MAX_CLASSES];
+    size first = 0;
+    for (int c = 0; c < MAX_CLASSES; c++) starts[c] = classes[c].rank;
+#ifdef __x86_64__
+    if (width <= 2 && instructions == AVX512) first = join_avx512(b[0].buf, n, key, table, (int)n_classes, classes, starts, b[4].buf, b[5].buf, b[6].buf, (int)width);
+#endif
+    if (first >= 0) { FOR_WIDTH(width, good = join_in(b[0].buf, first, n, key, table, classes, starts, b[4].buf, b[5].buf, b[6].buf, W)) }
     Py_END_ALLOW_THREADS
     if (!good) PyErr_Format(Corrupt, "value stream holds a code of more than %d bits", width < 4 ? 8 * (int)width : 32);
     return release(b, 7, good ? none() : NULL);
