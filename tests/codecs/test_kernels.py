@@ -89,7 +89,8 @@ def test_every_set_of_instructions_gives_the_same_steps(width: int, instructions
         for keys in (None, keys_of(before[positions])):
             compiled, reference = both(steps.encode, codes, keys)
             assert compiled == reference
-            for number in range(6) if (made := steps.encode(codes, keys)) else ():
+            made = steps.encode(codes, keys) or ()
+            for number in range(6 * len(made)):
                 raw = damaged(made[0].tobytes(), draw) if number else made[0].tobytes()
                 compiled, reference = both(steps.decode, [raw], len(codes), width, keys)
                 assert compiled == reference, (seed, number)
