@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -360,6 +361,27 @@ def test_files_are_synced_while_they_are_filled(tmp_path: Path) -> None:
         file.write(b"x")
         file.flush()
     assert (tmp_path / "a").read_bytes() == b"x"
+
+
+def test_every_one_of_many_files_is_synced_and_may_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as stack:
+        fds = [stack.enter_context(open(tmp_path / f"{n}", "wb")).fileno() for n in range(40)]
+        done: list[int] = []
+        monkeypatch.setattr(os, "fsync", done.append)
+        with synced(fds):
+            pass
+        assert {*done} == {*fds}
+
+        def fail_for_the_last(fd: int) -> None:
+            done.append(fd)
+            if fd == fds[-1]:
+                raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(os, "fsync", fail_for_the_last)
+        with pytest.raises(OSError, match="Input/output error"), synced(fds):
+            pass
 
 
 def test_failure_to_reach_the_disk_is_raised(
