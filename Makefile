@@ -110,6 +110,7 @@ vectors: $(READY)
 INSTALLED := pyproject.toml setup.py $(wildcard sparsedelta/codecs/kernels/*.[ch])
 
 $(READY): $(INSTALLED) constraints.txt
+	@echo "Installing torch and everything else that make needs into $(VENV); this takes a few minutes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[channel,hub,train]" --group demo --group recipes --group dev

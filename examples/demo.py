@@ -174,7 +174,7 @@ def folder_bytes(path: Path) -> int:
 
 
 class Steps:
-    """Prints the steps of the demo, and every tenth step of the training with the time that is left for it."""
+    """Prints the steps of the demo, and every fifth step of the training with the time that is left for it."""
 
     def __init__(self) -> None:
         self._number = 0
@@ -188,7 +188,7 @@ class Steps:
 
     def of_training(self, report: sift_train.StepReport) -> None:
         """Print a step of the training."""
-        if report.step % 10 == 0 or report.step == report.n_steps:
+        if report.step % 5 == 0 or report.step == report.n_steps:
             seconds = (time.perf_counter() - self._start) / report.step
             left = seconds * (report.n_steps - report.step)
             print(
@@ -203,7 +203,9 @@ def main() -> int:
     parser.add_argument("--work-dir", type=Path, default=ROOT / ".demo", help="made afresh")
     parser.add_argument("--steps", type=int, default=70)
     options = parser.parse_args()
-    print("This takes about three minutes on two cores, most of it for the training.", flush=True)
+    print(
+        "This takes about three minutes on two free cores, most of it for the training.", flush=True
+    )
     begin = Steps()
     begin("loading torch, the model and the pairs")
     import transformers  # after the options, so that --help is fast

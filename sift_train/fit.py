@@ -240,9 +240,11 @@ def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
     output = model(**batch)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
+        way_out = "put labels in the batch"
+        if "labels" in batch:
+            way_out = "give a model with a head that computes one, such as an AutoModelFor… of transformers"
         raise TypeError(
-            f"the output of {type(model).__name__} has no loss; "
-            "put labels in the batch, or give fit a loss function"
+            f"the output of {type(model).__name__} has no loss; {way_out}, or give fit a loss function"
         )
     return loss
 

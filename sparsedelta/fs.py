@@ -73,9 +73,11 @@ def staged_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
         FileNotFoundError: the parent folder of ``path`` does not exist.
     """
     final = Path(os.path.abspath(path))
-    check_absent(final, overwrite=overwrite)
+    check_absent(Path(path), overwrite=overwrite)
     if not final.parent.is_dir():
-        raise FileNotFoundError(f"folder '{final.parent}' does not exist; create it first")
+        raise FileNotFoundError(
+            f"the folder of output '{os.fspath(path)}' does not exist; create it first"
+        )
     remove_abandoned(final.parent)
     with work_folder(final) as work:
         result = work / "new"
@@ -83,7 +85,7 @@ def staged_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
             yield result
             for folder, _, _ in os.walk(result):
                 system.sync_folder(Path(folder))
-            check_absent(final, overwrite=overwrite)
+            check_absent(Path(path), overwrite=overwrite)
             _rename(result, final)
             system.sync_folder(final.parent)
         except BaseException as error:

@@ -307,6 +307,17 @@ def test_folder_for_the_output_must_exist(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_errors_name_the_output_as_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(Path("out"), b"x", folder=False)
+    with pytest.raises(FileExistsError, match=r"^output 'out' exists"):
+        make(Path("out"), b"y", folder=False)
+    with pytest.raises(FileNotFoundError, match=r"^the folder of output 'none/out' does not"):
+        make(Path("none/out"), b"y", folder=False)
+
+
 @pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "🙂" * 63, "out"])
 def test_long_names(name: str, tmp_path: Path) -> None:
     make(tmp_path / name, b"x", folder=False)

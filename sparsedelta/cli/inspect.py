@@ -32,7 +32,9 @@ from sparsedelta.cli._sources import Sources
 @click.option(
     "--info", is_flag=True, help="Also print all information recorded about how DELTA was made."
 )
-@click.option("--html", type=PATH, help="Also write an HTML page with figures to this file.")
+@click.option(
+    "--html", type=PATH, metavar="FILE", help="Also write an HTML page with figures to this file."
+)
 @click.option("--overwrite", is_flag=True, help="Replace the HTML page if it exists.")
 @json_option
 @click.pass_obj
@@ -63,6 +65,7 @@ def command(
         title = Path(delta).name if Path(delta).exists() else delta
         check_output_file(html, overwrite=overwrite, inputs=inputs)
         write_page(found, html, title=title, overwrite=overwrite)
+        settings.note(f"wrote {html}")
     if as_json:
         print_json({"delta": delta, **found.as_json()})
         return

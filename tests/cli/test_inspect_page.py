@@ -177,7 +177,8 @@ def test_a_page_replaces_a_file_only_with_overwrite(run: Run, workplace: Workpla
     result = run("inspect", workplace.save_delta(), "--html", html)
     assert result.exit_code == 1
     assert html.read_text() == "mine"
-    assert run("inspect", workplace.delta, "--html", html, "--overwrite").exit_code == 0
+    result = run("inspect", workplace.delta, "--html", html, "--overwrite")
+    assert (result.exit_code, result.stderr) == (0, f"wrote {html}\n")
     assert html.read_text().startswith("<!doctype html>")
 
 

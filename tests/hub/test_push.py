@@ -188,7 +188,7 @@ def test_base_of_another_structure_is_not_downloaded(
     files = files_of(me.folder / "large")
     hub.state.add_repo("org/other", {**files, "tokenizer.json": b"[]"})
     error = me.bad("push", delta, TUNED, "--base-id", "org/other")
-    assert "is not the base that the delta was made from" in error
+    assert "is another model than the base that the delta was made from" in error
     assert 0 < hub.sent("/cdn/") < 150_000
     assert writes(hub) == []
 

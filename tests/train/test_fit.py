@@ -543,6 +543,13 @@ def test_a_model_without_loss_is_refused(tmp_path: Path, bert_folder: Path) -> N
     batches = [{"input_ids": batch["input_ids"]} for batch in bert_batches(1)]
     with pytest.raises(TypeError, match="has no loss; put labels in the batch"):
         fit(bert_folder, batches, output=tmp_path / "d.sd")
+    labelled = [{**batch, "labels": batch["input_ids"]} for batch in batches]
+    from transformers import AutoModel
+
+    auto: Any = AutoModel
+    encoder = auto.from_pretrained(bert_folder)
+    with pytest.raises(TypeError, match="BertModel has no loss; give a model with a head"):
+        fit(encoder, labelled, output=tmp_path / "d.sd")
 
 
 def test_export_needs_to_know_the_base(tmp_path: Path) -> None:
