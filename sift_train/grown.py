@@ -7,6 +7,7 @@ masters, after which grown components are where their own counts of steps lead. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,9 @@ def correct_grown(optimizer: Optimizer, group: dict[str, Any], master: nn.Parame
     grown_at = state.get(GROWN_AT)
     if grown_at is None or master.grad is None:  # without a gradient the master was not stepped
         return
-    step = state["step"].to(master.device)
+    step = state[
+        "step"
+    ]  # a tensor of one number, often on the CPU; copying it to a GPU would wait for the GPU
     correction = group["lr"] * (
         _update(state, group, step) - _update(state, group, step - grown_at)
     )
@@ -71,5 +74,5 @@ def _update(state: dict[str, Any], group: dict[str, Any], n_steps: Tensor) -> Te
 
 
 def _bias(beta: float | Tensor, n_steps: Tensor) -> Tensor:
-    """Return 1 - beta^n, exactly also for large n and a beta near 1."""
-    return -torch.expm1(n_steps * torch.as_tensor(beta, dtype=torch.float64).log().to(n_steps))
+    """Return 1 - beta^n, exactly also for a small n and a beta near 1."""
+    return -torch.expm1(n_steps * (math.log(beta) if beta else -math.inf))
