@@ -68,6 +68,9 @@ def run_memory(bench: Bench) -> None:
         n_trained = round(RATE * sum(p.numel() for p in _projections(make_model(shape, "meta"))))
         with bench.attempt(f"{label}: SIFT"):
             _measure_sift(bench, label, shape, size)
+        if n_rows == 1:
+            with bench.attempt(f"{label}, masters on the CPU: SIFT"):
+                _measure_sift(bench, f"{label}, masters on the CPU", shape, size, "cpu")
         with bench.attempt(f"{label}: LoRA"):
             model = make_model(shape, bench.device)
             trained = add_lora(model, n_trained)
@@ -82,13 +85,24 @@ def run_memory(bench: Bench) -> None:
                 del model, trained
 
 
-def _measure_sift(bench: Bench, name: str, shape: Shape, size: tuple[int, int]) -> None:
-    planned = plan(make_model(shape, "meta"), RATE, sparse_module=PROJECTIONS)
+def _measure_sift(
+    bench: Bench, name: str, shape: Shape, size: tuple[int, int], masters_device: str = "model"
+) -> None:
+    planned = plan(
+        make_model(shape, "meta"), RATE, sparse_module=PROJECTIONS, masters_device=masters_device
+    )
     bench.record(f"{name}: planned, without activations", planned.peak_bytes / GIB, "GiB")
     model = make_model(shape, bench.device)
     own = _activation_bytes(bench, shape, size, model, planned.largest_gradient_bytes)
     bench.record(f"{name}: activations, measured without SIFT", own / GIB, "GiB")
-    with SIFT(model, RATE, PROJECTIONS, selection="gradient", lr_transfer=False) as sift:
+    with SIFT(
+        model,
+        RATE,
+        PROJECTIONS,
+        selection="gradient",
+        lr_transfer=False,
+        masters_device=masters_device,
+    ) as sift:
         peak = _measure(
             bench,
             f"{name}: SIFT, {_millions(sift.parameters_in_optimizer())}",

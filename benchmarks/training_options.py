@@ -131,7 +131,9 @@ def specs(options: Any) -> Iterator[dict[str, Any]]:
             yield {**common, "masters": masters, "moves": "none", "dtype": "bfloat16", "beta2": 0.999, "seed": seed}  # fmt: skip
         for beta2 in (0.999, 0.95):
             for moves in MOVES if beta2 == 0.999 else list(MOVES)[:3]:
-                yield {**common, "masters": "fp32", "moves": moves, "dtype": "float32", "beta2": beta2, "seed": seed}  # fmt: skip
+                # Rows without this key are from before grown components had their own counts of steps.
+                grown = {} if moves == "none" else {"grown": "own steps"}
+                yield {**common, "masters": "fp32", "moves": moves, "dtype": "float32", "beta2": beta2, "seed": seed, **grown}  # fmt: skip
 
 
 def rows_of(found: list[tuple[dict[str, Any], dict[str, Any]]], dtype: str) -> list[list[str]]:

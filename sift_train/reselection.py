@@ -59,7 +59,8 @@ class Reselection:
     """Settings of the re-selections of a training.
 
     At each one, some trained components are dropped, and as many others are grown, which means that they are trained
-    from then on. Optimizer states stay with the components that stay, and are zero for grown ones.
+    from then on. Optimizer states stay with the components that stay, and are zero for grown ones, of which torch's Adam and
+    AdamW count the steps from then on.
 
     Attributes:
         every: optimizer steps between two re-selections.

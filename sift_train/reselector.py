@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sift_train.grown import note_growth
 from sift_train.masters import SparseParameter
 from sift_train.optimizer_states import check_states, first_moment, move_states
 from sift_train.ranks.group import Ranks
@@ -215,4 +216,5 @@ class Reselector:
         if carry is None:
             return False
         move_states(self._optimizer, part.master, n_before, carry)
+        note_growth(self._optimizer, part.master, n_before, carry)
         return True

@@ -113,9 +113,9 @@ class Choosing(WrittenBack):
 
         The block is not trained on, and is empty if ``grow`` ranks without gradients. The choice moves at its
         end. Call it between two steps, with no gradients waiting. Masters and optimizer states of the components that
-        stay are not changed; the states of grown ones are 0. With ``lr_transfer`` the share is measured anew, by
-        ``measuring_share()`` afterwards or by the next step's gradients. The model's buffers are restored. All ranks
-        must call it together.
+        stay are not changed; the states of grown ones are 0, and torch's Adam and AdamW count their steps from then on.
+        With ``lr_transfer`` the share is measured anew, by ``measuring_share()`` afterwards or by the next step's
+        gradients. The model's buffers are restored. All ranks must call it together.
 
         Args:
             optimizer: the one that holds all masters.

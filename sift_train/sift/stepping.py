@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sift_train.chooser import Chooser
 from sift_train.groups import BASE_DECAY
+from sift_train.grown import correct_grown
 from sift_train.lean import Rounding
 from sift_train.lr_transfer import LearningRate
 from sift_train.masters import SparseParameter
@@ -132,6 +133,7 @@ class Stepping(Choosing):
         """Write the masters of an optimizer back after its step; every torch optimizer calls it."""
         parts = self._parts_of(optimizer)
         if parts:
+            self._correct_grown(optimizer)
             self._learning_rate.restore()
         for part in parts:
             self._is_stepped_by_torch = self._is_stepped = True
@@ -142,6 +144,14 @@ class Stepping(Choosing):
         if parts:
             self.reshard()
             self._sync.after_step()
+
+    def _correct_grown(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self.n_reselections:
+            return
+        for group in optimizer.param_groups:
+            for master in group["params"]:
+                if id(master) in self._by_master:
+                    correct_grown(optimizer, group, master)
 
     def _warn_without_optimizer(
         self, optimizer: torch.optim.Optimizer, parts: list[SparseParameter]
