@@ -8,8 +8,11 @@ from contextlib import AbstractContextManager, ExitStack
 from sparsedelta._typing import AnyPath, Model, Names
 from sparsedelta.channel.channel import open_channel
 from sparsedelta.channel.following import Pursuit, SyncReport
-from sparsedelta.channel.replicas import DiskReplica, ModelReplica
+from sparsedelta.channel.following_ranks import RankPursuit, RankReplica
+from sparsedelta.channel.model_replica import ModelReplica
+from sparsedelta.channel.replicas import DiskReplica
 from sparsedelta.channel.versions import Versions
+from sparsedelta.live.ranks import Ranks, group_of
 from sparsedelta.progress import Progress
 
 
@@ -19,6 +22,9 @@ class Follower:
     A version is read and checked completely before anything changes. A model is written while no thread is inside
     ``reading``. A checkpoint on disk is replaced in one step. Except for ``reading``, call the methods from one thread.
     It can be used as a context, which closes it.
+
+    If the model is divided among ranks (FSDP2, tensor parallelism), all ranks make a follower and call ``sync`` at the same
+    time. Rank 0 uses the channel. All ranks become the version that it finds, or none does, and all raise the same error.
     """
 
     def __init__(
@@ -34,31 +40,35 @@ class Follower:
         """Store the arguments; nothing is read yet.
 
         Args:
-            channel: the channel to follow. If its store is writable, the follower takes leases, so that nothing is
+            channel: the channel to follow; of a divided model, only rank 0 uses it. If its store is writable, the follower takes leases, so that nothing is
                 pruned while it is read. A path or URL is opened as by ``Channel``, and closed with the follower.
             model_or_path: a ``torch.nn.Module`` or a state dict, whose tensors are changed in place; or the path of a
                 folder or file, which is created and replaced.
             base: the checkpoint that the anchors are deltas on, if the publisher uses one. It is not needed if the
-                model holds this checkpoint.
+                model holds this checkpoint. Of a divided model, only rank 0 reads it.
             names: maps names of tensors to names in the model; see ``Delta.apply_``.
             overwrite: replace the folder or file even if it is not a version of the channel.
             progress: receives the number of bytes written to disk.
 
         Raises:
-            StructureMismatch: the model is divided among ranks.
             TypeError: ``channel`` is neither a channel nor a path or URL.
         """
-        self._lock = None
+        replica: DiskReplica | ModelReplica
         with ExitStack() as context:
-            replica: DiskReplica | ModelReplica
             if isinstance(model_or_path, str | os.PathLike):
                 replica = DiskReplica(
                     model_or_path, base=base, overwrite=overwrite, progress=progress
                 )
+            elif isinstance(ranks := group_of(model_or_path), Ranks):
+                replica = RankReplica(model_or_path, ranks, base=base, names=names)
             else:
                 replica = ModelReplica(model_or_path, base=base, names=names)
-                self._lock = replica.lock
-            self._pursuit = Pursuit(open_channel(channel, context), replica)
+            self._lock = None if isinstance(replica, DiskReplica) else replica.lock
+            self._pursuit: Pursuit | RankPursuit
+            if isinstance(replica, RankReplica):
+                self._pursuit = RankPursuit(lambda: open_channel(channel, context), replica)
+            else:
+                self._pursuit = Pursuit(open_channel(channel, context), replica)
             self._context = context.pop_all()
 
     def __enter__(self) -> Follower:
@@ -93,6 +103,8 @@ class Follower:
             StructureMismatch: the model lacks a tensor of the version, or has it with another dtype or shape.
             FileExistsError: the path holds something that is not a version of the channel, and ``overwrite`` is false.
             OSError, RemoteError: the store failed, or the disk is full.
+            ConflictError: the ranks that divide a model give different versions.
+            SparseDeltaError: the connection to a rank was lost.
         """
         return self._pursuit.sync(version)
 

@@ -151,6 +151,10 @@ class Pursuit:
             " it can be read; follow a later one, or keep more (prune --keep)"
         )
 
+    def forget(self) -> None:
+        """Find out again in the next call which version is held."""
+        self.held, self._is_known = None, False
+
     def _check_not_back(self, head: Entry) -> None:
         """Check that the channel's head is not before what was held last."""
         last = max(self.held.version if self.held else 0, self._replica.last)

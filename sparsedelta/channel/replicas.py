@@ -1,4 +1,4 @@
-"""What a follower updates: a model in memory or a checkpoint on disk (``channel.following.Replica``)."""
+"""A checkpoint on disk that a follower updates (``channel.following.Replica``), and what is common to all that it updates."""
 
 from __future__ import annotations
 
@@ -8,28 +8,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
-from sparsedelta._typing import AnyPath, Model, Names
+from sparsedelta._typing import AnyPath
 from sparsedelta.channel.entry import AnchorBase, Entry
 from sparsedelta.channel.following import Onto
 from sparsedelta.errors import (
     CheckpointError,
     Corrupt,
     FormatError,
-    PartlyApplied,
-    StructureMismatch,
-    Uncertain,
 )
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.format.strict_json import compact_json, hex_bytes, integer, items, parse_json
 from sparsedelta.fs import check_checkpoint_folder, check_no_folder, staged_output, temporary_folder
-from sparsedelta.live.chain import find_unwritten, prepare_chain
-from sparsedelta.live.patch import Patch, Writer
-from sparsedelta.live.ranks import check_undivided
-from sparsedelta.live.rwlock import SharedLock
-from sparsedelta.live.sides import held_checkpoint
-from sparsedelta.live.slots import find_places
-from sparsedelta.live.whole import write_whole
 from sparsedelta.ops.apply import write_target
 from sparsedelta.ops.base_check import open_base
 from sparsedelta.ops.identity import checkpoint_fingerprint
@@ -38,118 +28,6 @@ from sparsedelta.progress import Progress
 
 _HELD_SUFFIX = ".sparsedelta-held.json"
 _MAX_HELD_BYTES = 1 << 16
-
-
-class ModelReplica:
-    """A model in memory, changed in place while no thread reads it.
-
-    Args:
-        model: a module or a state dict.
-        base: the checkpoint that anchors are applied to, if they are applied to one.
-        names: see ``Delta.apply_``.
-    """
-
-    def __init__(self, model: Model, *, base: AnyPath | None = None, names: Names = None) -> None:
-        check_undivided(
-            model, "a follower", "follow to a folder, or load versions and apply them on all ranks"
-        )
-        self.lock = SharedLock()
-        self._model = model
-        self._base = base
-        self._names = names
-        self._writer = Writer()
-        self._fingerprint: bytes | None = None  # of what is held that is no version
-
-    def fingerprint(self) -> bytes | None:
-        """Return the fingerprint of the model; None if the way it is saved is unknown."""
-        with self.lock.writing():
-            self._writer.restore()
-        with self.lock.reading():
-            try:
-                with held_checkpoint(self._model) as now:
-                    self._fingerprint = checkpoint_fingerprint(now)
-            except StructureMismatch:
-                self._fingerprint = None
-        return self._fingerprint
-
-    def hints(self) -> Sequence[tuple[int, bytes]]:
-        """Return nothing: a model does not outlive its process."""
-        return ()
-
-    @property
-    def last(self) -> int:
-        """0: a model does not outlive its process."""
-        return 0
-
-    def has_base(self, base: AnchorBase) -> bool:
-        """Return whether the model is the base, or the base was given."""
-        return self._base is not None or self._is_base(base)
-
-    def move(
-        self,
-        files: Sequence[IO[bytes]],
-        onto: Onto,
-        base: AnchorBase | None,
-        held: Entry | None,
-        to: Entry,
-        becomes: Callable[[Entry | None], None],
-    ) -> None:
-        """Change the model to a version: by one write of all changed elements, or of all tensors."""
-        with ExitStack() as context:
-            deltas = _loaded(context, files, _start(onto, base, held), to)
-            if onto == "held" or (base and self._is_base(base)):
-                patches = prepare_chain(deltas, self._model, names=self._names)
-                self._write(patches, to, becomes)
-            else:
-                place = context.enter_context(_base_place(base, self._base))
-                one, *later = (
-                    deltas if self._in_place(deltas[1:]) else [_stack(context, deltas, place)]
-                )
-                checkpoint = context.enter_context(open_base(place, one))
-                with self.lock.writing():
-                    becomes(None)  # a model that was written in part is no version
-                    write_whole(one, checkpoint, self._model, names=self._names)
-                    if later:
-                        self._writer.write(prepare_chain(later, self._model, names=self._names))
-                    becomes(to)
-        self._fingerprint = None
-
-    def _in_place(self, deltas: Sequence[Delta]) -> bool:
-        """Return whether deltas change elements only, so that they need not be stacked on an anchor, which is slow."""
-        try:
-            for delta in deltas:
-                find_places(delta, self._model, self._names)
-        except StructureMismatch:
-            return False
-        return True
-
-    def _is_base(self, base: AnchorBase) -> bool:
-        return self._fingerprint == base.fingerprint
-
-    def _write(
-        self, patches: Sequence[Patch], to: Entry, becomes: Callable[[Entry | None], None]
-    ) -> None:
-        """Write patches, and read the values back while others may read too."""
-        try:
-            with self.lock.writing():
-                becomes(None)  # a model that was written in part is no version
-                self._writer.write(patches)
-                becomes(to)
-            with self.lock.reading():
-                unwritten = find_unwritten(patches)
-                if unwritten:
-                    becomes(None)
-            if unwritten:
-                with self.lock.writing():
-                    self._writer.write([patch.reversed() for patch in patches])
-        except PartlyApplied as error:
-            raise Uncertain(f"{error}; sync again does so") from error
-        if unwritten:
-            raise Uncertain(
-                f"tensor {unwritten.place.row.name!r} of the model does not hold the values that were written"
-                " to it, so the memory is faulty or something else writes there; the old values were written"
-                " back, and the version that the model holds is unknown; sync again to find out or rebuild it"
-            )
 
 
 class DiskReplica:
@@ -215,10 +93,10 @@ class DiskReplica:
         """Become a version: it is written beside what is there, and takes its place."""
         is_ours = held is not None or bool(self.hints()) or self._overwrite
         with ExitStack() as context:
-            deltas = _loaded(context, files, _start(onto, base, held), to)
+            deltas = loaded_deltas(context, files, start_of(onto, base, held), to)
             place = self._out
             if onto == "anchor":
-                place = context.enter_context(_base_place(base, self._base))
+                place = context.enter_context(base_place(base, self._base))
             check = check_checkpoint_folder if deltas[-1].target.is_folder else check_no_folder
             check(self._out)
             staged = context.enter_context(staged_output(self._out, overwrite=is_ours))
@@ -227,7 +105,7 @@ class DiskReplica:
                 anchor, *deltas = deltas
                 self._write(anchor, place, staged.with_name("anchor"))
                 place = staged.with_name("anchor")
-            self._write(_stack(context, deltas, place), place, staged)
+            self._write(stacked(context, deltas, place), place, staged)
             self._note([to, held] if held else [to])
 
     def _write(self, delta: Delta, base: Path, out: Path) -> None:
@@ -247,7 +125,7 @@ class DiskReplica:
 
 
 @contextmanager
-def _base_place(base: AnchorBase | None, given: AnyPath | None) -> Iterator[Path]:
+def base_place(base: AnchorBase | None, given: AnyPath | None) -> Iterator[Path]:
     """Yield where the base of an anchor is: an empty folder for none."""
     if base is not None and given is not None:
         yield Path(given)
@@ -256,7 +134,7 @@ def _base_place(base: AnchorBase | None, given: AnyPath | None) -> Iterator[Path
         yield folder
 
 
-def _loaded(
+def loaded_deltas(
     context: ExitStack, files: Sequence[IO[bytes]], start: bytes | None, to: Entry
 ) -> list[Delta]:
     """Return the deltas in files, which are closed with the context.
@@ -282,7 +160,7 @@ def _loaded(
     return deltas
 
 
-def _start(onto: Onto, base: AnchorBase | None, held: Entry | None) -> bytes | None:
+def start_of(onto: Onto, base: AnchorBase | None, held: Entry | None) -> bytes | None:
     """Return the fingerprint of what the first delta is on, None for an anchor on nothing."""
     if onto == "held":
         return held.target if held else None
@@ -297,7 +175,7 @@ def _other_error(what: str, expected: bytes, found: bytes) -> Corrupt:
     )
 
 
-def _stack(context: ExitStack, deltas: Sequence[Delta], base: Path) -> Delta:
+def stacked(context: ExitStack, deltas: Sequence[Delta], base: Path) -> Delta:
     """Return deltas on one another as one, which is closed with the context."""
     return deltas[0] if len(deltas) == 1 else context.enter_context(stack(*deltas, base=base))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +23,15 @@ from sparsedelta.dtypes import DType
 from sparsedelta.errors import BaseMismatch, Corrupt
 from sparsedelta.format.delta import Delta
 from sparsedelta.live.bits import Overlay, TensorBytes, on_host
+from sparsedelta.live.divided import Divided
 from sparsedelta.live.held import Held, gather, in_order
-from sparsedelta.live.inplace import prepare
+from sparsedelta.live.inplace import check_same, prepare
 from sparsedelta.live.patch import Patch
+from sparsedelta.live.ranks import Alone, Group
 from sparsedelta.live.slots import Place, find_places, memory_of
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.changes import decode_row_chunk
-from sparsedelta.tensors.parallel import Pace, run_all
-
-if TYPE_CHECKING:
-    pass
+from sparsedelta.tensors.parallel import Pace
 
 _Index = npt.NDArray[np.int64]
 
@@ -45,13 +44,16 @@ class _Link:
     place: Place
 
 
-def prepare_chain(deltas: Sequence[Delta], model: Model, *, names: Names = None) -> list[Patch]:
+def prepare_chain(
+    deltas: Sequence[Delta], model: Model, *, names: Names = None, group: Group | None = None
+) -> list[Patch]:
     """Return the decoded changes of deltas as one change of each tensor; nothing is written.
 
     Args:
         deltas: each made from the target of the one before it, all of them in place.
         model: a module or a state dict that holds the base of the first.
         names: see ``Delta.apply_``.
+        group: the processes that hold the model together; all of them call this. None: this process alone.
 
     Raises:
         MismatchError: the model is not the base, or a delta is not on the target of the one before it.
@@ -59,27 +61,34 @@ def prepare_chain(deltas: Sequence[Delta], model: Model, *, names: Names = None)
         ValueError: a delta has no touched digests.
     """
     if len(deltas) == 1:
-        return prepare(deltas[0], model, verify="touched", names=names, undo=False)
+        return prepare(deltas[0], model, verify="touched", names=names, undo=False, group=group)
+    group = group or Alone()
+    places = group.together(lambda: [find_places(delta, model, names) for delta in deltas])
     links: dict[object, list[_Link]] = defaultdict(list)
-    for delta in deltas:
-        for place in find_places(delta, model, names).changed:
+    for delta, found in zip(deltas, places, strict=True):
+        check_same(delta, found, group)
+        for place in found.changed:
             links[memory_of(place.slot.tensor())].append(_Link(delta, place))
     pace = Pace(Silent())
-    return run_all(
-        lambda chain: _folded(chain, pace),
-        [*links.values()],
-        cost=lambda chain: sum(link.place.row.coded_bytes for link in chain),
-        pace=pace,
+    return group.together(
+        lambda: group.each(
+            lambda chain: _folded(chain, pace),
+            [*links.values()],
+            cost=lambda chain: sum(link.place.row.coded_bytes for link in chain),
+            pace=pace,
+        )
     )
 
 
-def find_unwritten(patches: Sequence[Patch]) -> Patch | None:
-    """Return a patch whose values the model does not hold after they were written; None if it holds all."""
+def find_unwritten(patches: Sequence[Patch]) -> str | None:
+    """Return the name of a tensor that does not hold the values that patches wrote; None if all hold them."""
     import torch
 
     for patch in patches:
-        if not torch.equal(gather(patch.place.slot.tensor(), patch.index), patch.after):
-            return patch
+        tensor = patch.place.slot.tensor()
+        found = tensor.own if isinstance(tensor, Divided) else partial(gather, tensor)
+        if not torch.equal(found(patch.index), patch.after):
+            return patch.place.row.name
     return None
 
 
@@ -89,7 +98,7 @@ def _folded(links: Sequence[_Link], pace: Pace) -> Patch:
     place = links[-1].place
     tensor, dtype = place.slot.tensor(), place.row.target.dtype
     index, bits = np.empty(0, np.int64), np.empty(0, dtype.view)
-    held = TensorBytes(in_order(tensor))
+    held = tensor if isinstance(tensor, Divided) else TensorBytes(in_order(tensor))
     for link in links:
         start = Overlay(held, index, bits)
         steps = [_step(link, chunk, tensor, start) for chunk in link.place.row.chunks]
@@ -99,7 +108,11 @@ def _folded(links: Sequence[_Link], pace: Pace) -> Patch:
     where = torch.from_numpy(index).to(tensor.device)
     after = torch.from_numpy(bits.view(f"<i{dtype.width}")).to(tensor.device)
     digest = blake3(index.view(np.uint8).data).digest()
-    return Patch(place, where, digest, gather(tensor, where), after)
+    if not isinstance(tensor, Divided):
+        return Patch(place, where, digest, gather(tensor, where), after)
+    mask = tensor.here(where)
+    where, after = where[mask], after[mask]
+    return Patch(place, where, digest, tensor.own(where), after, tensor.regions)
 
 
 def _step(link: _Link, chunk: Chunk, tensor: Held, start: Overlay) -> tuple[_Index, Bits]:

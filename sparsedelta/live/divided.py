@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+
 from sparsedelta.codecs.context import Bits
 from sparsedelta.errors import BaseMismatch, StructureMismatch
 from sparsedelta.live import bits
@@ -76,6 +78,16 @@ class Divided(Joined):
             BaseMismatch: ranks that hold the same elements have different values.
         """
         return self._merged(len(index), [_at(part, index) for part in self.parts])
+
+    def own(self, index: torch.Tensor) -> torch.Tensor:
+        """Return the bits at flat indices of elements that this rank holds; other ranks do nothing."""
+        return self._own(len(index), [_at(part, index) for part in self.parts])
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with the tensor's bytes from ``offset``, both whole elements; see ``gather``."""
+        first, n = (one // self.dtype.itemsize for one in (offset, len(buffer)))
+        held = bits.on_host(self.read(first, first + n))
+        np.frombuffer(buffer, np.uint8)[:] = held.view(np.uint8)
 
     def read(self, start: int, end: int) -> torch.Tensor:
         """Return the bits of a range of elements; see ``gather``."""

@@ -109,7 +109,7 @@ def prepare(
         raise ValueError(f"verify is {verify!r}, expected one of {', '.join(get_args(ModelCheck))}")
     group = group or Alone()
     places = group.together(lambda: _possible_places(delta, model, verify, names, undo=undo))
-    group.together(lambda: _check_same(delta, places, group))
+    check_same(delta, places, group)
     if verify == "full":
         group.together(lambda: _check_whole(places, group, undo=undo))
     pace = Pace(Silent())
@@ -152,7 +152,7 @@ def _possible_places(
     return places
 
 
-def _check_same(delta: Delta, places: Places, group: Group) -> None:
+def check_same(delta: Delta, places: Places, group: Group) -> None:
     """Check that all processes change the same tensors by the same delta.
 
     Raises:
@@ -160,9 +160,8 @@ def _check_same(delta: Delta, places: Places, group: Group) -> None:
     """
     slots = [place.slot.name for place in places.changed]
     rest = [slot.name for _, slot in places.unchanged]
-    found = group.gathered(
-        (delta.base_fingerprint, delta.target_fingerprint, delta.nnz, slots, rest)
-    )
+    own = delta.base_fingerprint, delta.target_fingerprint, delta.nnz, slots, rest
+    found = group.together(lambda: group.gathered(own))
     if found.count(found[0]) < len(found):
         raise ConflictError(
             "the ranks have different deltas, or models with other tensors; give all of them the same;"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from sparsedelta.errors import ConflictError, SparseDeltaError, StructureMismatch
+from sparsedelta.errors import ConflictError, SparseDeltaError
 from sparsedelta.interrupts import Delay, uninterrupted
 from sparsedelta.live.bits import check_installed
 from sparsedelta.tensors.parallel import Pace, run_all
@@ -141,6 +141,23 @@ class Ranks:
             dist.all_gather_object(found, value)
         return found
 
+    def shared(self, value: T) -> T:
+        """Return the value of rank 0; it must be picklable. Called inside ``together``."""
+        import torch.distributed as dist
+
+        found = [value]
+        _agree(None, -2)
+        with _connected():
+            dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0."""
+        import torch.distributed as dist
+
+        return dist.get_rank() == 0
+
     def each(
         self, work: Callable[[T], R], items: Sequence[T], *, cost: Callable[[T], int], pace: Pace
     ) -> list[R]:
@@ -185,6 +202,23 @@ def group_of(model: Any) -> Group:
     return Ranks(model) if is_divided(model) else Alone()
 
 
+def send(integers: torch.Tensor) -> torch.Tensor:
+    """Return the integers that rank 0 has. All ranks call this, inside ``Ranks.together``.
+
+    Args:
+        integers: those to send, (n,), on rank 0; on other ranks any of the same shape and dtype.
+    """
+    import torch
+    import torch.distributed as dist
+
+    sent = integers.to(_device(integers.device))
+    _agree(None, sent.nbytes)
+    if sent.numel():
+        with _connected():
+            dist.broadcast(sent.view(torch.uint8), src=0)
+    return sent
+
+
 def check_same_call(group: Group, *call: object) -> None:
     """Check that all processes make the same call.
 
@@ -218,18 +252,6 @@ def is_divided(model: Any) -> bool:
     parts = components_of(model)
     found = [_has_dtensor(part) for part in (parts.values() if parts else [model])]
     return any(found)
-
-
-def check_undivided(model: Any, what: str, remedy: str) -> None:
-    """Check that a model is not divided among ranks.
-
-    Raises:
-        StructureMismatch: it is.
-    """
-    if is_divided(model):
-        raise StructureMismatch(
-            f"{what} does not take a model that is divided among ranks (DTensor); {remedy}"
-        )
 
 
 def _has_dtensor(model: Any) -> bool:
@@ -277,12 +299,12 @@ def _first_failure(failure: BaseException | None) -> BaseException:
 
     found: list[Any] = [None] * dist.get_world_size()
     with _connected():
-        dist.all_gather_object(found, None if failure is None else _sent(failure))
+        dist.all_gather_object(found, None if failure is None else pickled(failure))
     rank, first = next((rank, one) for rank, one in enumerate(found) if one is not None)
     return failure if failure is not None and rank == dist.get_rank() else pickle.loads(first)
 
 
-def _sent(failure: BaseException) -> bytes:
+def pickled(failure: BaseException) -> bytes:
     """Return an error as it is sent to the other ranks; one that cannot be sent, as its message."""
     import torch.distributed as dist
 

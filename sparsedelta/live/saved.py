@@ -45,12 +45,19 @@ class SavedState:
         StructureMismatch: a tensor is not a plain tensor, or the saved form of the model is not known.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, is_divided: bool = False) -> None:
+        """Find out what would be saved.
+
+        Args:
+            model: a module or a state dict.
+            is_divided: its tensors may be divided among ranks. This is rank 0, which holds some elements of each, and no
+                tensor is read.
+        """
         check_installed("torch")
         model = unwrapped(model)
         self.kind = type(model).__name__
         self.metadata: dict[str, str] | None = None
-        self._state = state_of(model)
+        self._state = state_of(model, is_divided=is_divided)
         self._model: Any = None
         # Not converted: from the saved name to the model's name.
         self._renamed = {name: name for name in self._state}
@@ -174,8 +181,8 @@ def unwrapped(model: Any) -> Any:
     )
 
 
-def state_of(model: Any) -> State:
-    """Return the tensors that would be saved of a module or state dict, detached.
+def state_of(model: Any, *, is_divided: bool = False) -> State:
+    """Return the tensors that would be saved of a module or state dict, detached; see ``SavedState``.
 
     Raises:
         StructureMismatch: a tensor is not a plain tensor.
@@ -183,8 +190,12 @@ def state_of(model: Any) -> State:
     import torch
 
     state = dict(model if isinstance(model, Mapping) else model.state_dict())
+    described: dict[object, torch.Tensor] = {}
     for name, tensor in state.items():
         problem = None
+        if is_divided and isinstance(tensor, torch.Tensor) and dtensor(tensor) is not None:
+            memory = memory_of(dtensor(tensor)._local_tensor)
+            tensor = described.setdefault(memory, _described(tensor))
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             problem = f"is a {type(tensor).__name__}, expected a tensor under a name"
         elif tensor.is_meta:
@@ -204,6 +215,13 @@ def state_of(model: Any) -> State:
     for device in {tensor.device for tensor in state.values() if tensor.is_cuda}:
         torch.cuda.synchronize(device)  # the tensors are read on other streams
     return state
+
+
+def _described(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a plain tensor of the same shape and dtype, with memory for one element: no operation asks other ranks."""
+    import torch
+
+    return torch.empty(1, dtype=tensor.dtype).expand(tensor.shape)
 
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:

@@ -182,19 +182,9 @@ def find_all(delta: Delta, model: Model, names: Names) -> list[Place]:
         StructureMismatch: a tensor is not in the model, its place is not known, it has another dtype or shape, is
             not a plain tensor, or is tied to one that differs from it in the target.
     """
-    named = [(row, _renamed(row.key, names)) for row in delta.tensors]
-    wanted = [(row, name) for row, name in named if name is not None]
-    search = _Search(delta, model, wanted, lambda row: True)
     found: dict[object, Place] = {}
-    for row, name in search.wanted:
-        slot = search.find(row.file, name)
-        if slot is None:
-            raise StructureMismatch(
-                f"tensor {row.name!r} of the target is not in the model", tensor=row.name
-            )
+    for row, slot in find_each(delta, model, names):
         held = slot.tensor()
-        if not _fits(row, held):
-            raise _misfit_error(row, held)
         _check_usable(row, held)
         _check_writable(row, held)
         place = found.setdefault(memory_of(held), Place(row, slot))
@@ -205,6 +195,27 @@ def find_all(delta: Delta, model: Model, names: Names) -> list[Place]:
                 tensor=row.name,
             )
     return [*found.values()]
+
+
+def find_each(delta: Delta, model: Model, names: Names) -> Iterator[tuple[Row, AnySlot]]:
+    """Yield all tensors of a delta's target, each with its place in a model; see ``find_all``.
+
+    Raises:
+        StructureMismatch: a tensor is not in the model, its place is not known, or it has another dtype or shape.
+    """
+    named = [(row, _renamed(row.key, names)) for row in delta.tensors]
+    wanted = [(row, name) for row, name in named if name is not None]
+    search = _Search(delta, model, wanted, lambda row: True)
+    for row, name in search.wanted:
+        slot = search.find(row.file, name)
+        if slot is None:
+            raise StructureMismatch(
+                f"tensor {row.name!r} of the target is not in the model", tensor=row.name
+            )
+        held = slot.tensor()
+        if not _fits(row, held):
+            raise _misfit_error(row, held)
+        yield row, slot
 
 
 class _Search:

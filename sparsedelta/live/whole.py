@@ -5,11 +5,14 @@ The model is not taken back if this is broken off: it is then partly the one and
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from sparsedelta._typing import Model, Names
-from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.format.delta import Delta
+from sparsedelta.format.records import Payload, Row
 from sparsedelta.live.bits import integer_dtype
 from sparsedelta.live.held import assign
 from sparsedelta.live.slots import Place, find_all
@@ -17,6 +20,9 @@ from sparsedelta.ops.base_check import explained, find_base
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.parallel import Pace, run_all
 from sparsedelta.tensors.rebuild import rebuild
+
+if TYPE_CHECKING:
+    import torch
 
 
 def write_whole(delta: Delta, base: Checkpoint, model: Model, *, names: Names = None) -> None:
@@ -41,18 +47,22 @@ def write_whole(delta: Delta, base: Checkpoint, model: Model, *, names: Names = 
     pace = Pace(Silent())
 
     def work(place: Place) -> None:
-        row = place.row
-        made = np.empty(row.target.n_bytes, np.uint8)
-
-        def keep(data: memoryview, offset: int) -> None:
-            made[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
-
-        rebuild(row, found.get(row.key), delta.payload, keep, check="full", pace=pace)
+        made = rebuilt(place.row, found.get(place.row.key), delta.payload, pace)
         with torch.no_grad():
-            assign(
-                place.slot.tensor(),
-                torch.from_numpy(made).view(integer_dtype(row.target.dtype.width)),
-            )
+            assign(place.slot.tensor(), made)
 
     with explained(delta, base):
         run_all(work, places, cost=lambda place: place.row.target.n_bytes, pace=pace)
+
+
+def rebuilt(row: Row, base: Tensor | None, payload: Payload, pace: Pace) -> torch.Tensor:
+    """Return a tensor of the target in host memory, checked, as integers of the element size, ``(numel,)``."""
+    import torch
+
+    made = np.empty(row.target.n_bytes, np.uint8)
+
+    def keep(data: memoryview, offset: int) -> None:
+        made[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+
+    rebuild(row, base, payload, keep, check="full", pace=pace)
+    return torch.from_numpy(made).view(integer_dtype(row.target.dtype.width))

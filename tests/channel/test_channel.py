@@ -307,7 +307,7 @@ def at_read_back(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> 
         act()
         return check(patches)
 
-    monkeypatch.setattr("sparsedelta.channel.replicas.find_unwritten", acted)
+    monkeypatch.setattr("sparsedelta.channel.model_replica.find_unwritten", acted)
 
 
 def test_readers_use_the_new_version_while_it_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:

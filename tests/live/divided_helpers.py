@@ -112,10 +112,18 @@ def save_delta(folder: Path, what: str = "net", **options: Any) -> None:
         delta.save(folder / "delta.sd")
 
 
+def weights(n_steps: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    master = torch.randn(127, 256, generator=generator) * 0.02
+    for _ in range(n_steps):
+        master += torch.randn(127, 256, generator=generator) * 3e-6
+    return master.to(torch.bfloat16)
+
+
 def outcome(work: Callable[[], object]) -> str:
     """Return the error that work raises, as text."""
     try:
         work()
-    except (SparseDeltaError, OSError, ValueError, KeyError, KeyboardInterrupt) as error:
+    except (SparseDeltaError, OSError, TypeError, ValueError, KeyError, KeyboardInterrupt) as error:
         return f"{type(error).__name__}: {error}"
     return "none"

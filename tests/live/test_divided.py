@@ -19,6 +19,7 @@ from live.divided_helpers import (
     make_model,
     outcome,
     save_delta,
+    weights,
     whole,
 )
 from live.live_helpers import same
@@ -69,14 +70,6 @@ def there_and_back(rank: int, folder: str, what: str, kind: str) -> bool:
 def test_there_and_back(ranks: RankPool, tmp_path: Path, kind: str) -> None:
     save_delta(tmp_path)
     assert ranks.results(there_and_back, str(tmp_path), "net", kind) == [True] * N_RANKS
-
-
-def weights(n_steps: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    master = torch.randn(127, 256, generator=generator) * 0.02
-    for _ in range(n_steps):
-        master += torch.randn(127, 256, generator=generator) * 3e-6
-    return master.to(torch.bfloat16)
 
 
 def coded_by_base(rank: int, folder: str) -> bool:
@@ -252,12 +245,10 @@ def test_all_or_none(ranks: RankPool, tmp_path: Path, when: str, what: str) -> N
 
 def refused(rank: int, folder: str) -> list[str]:
     case = Case(folder, "net", "fsdp2")
-    channel = sparsedelta.Channel(f"{folder}/channel")
     mesh = init_device_mesh("cpu", (N_RANKS,))
     partial = {"weight": DTensor.from_local(torch.ones(4, 4), mesh, [Partial()], run_check=False)}
     with sparsedelta.diff({"weight": torch.zeros(4, 4)}, {"weight": torch.ones(4, 4)}) as delta:
         return [
-            outcome(lambda: sparsedelta.Follower(channel, case.model)),
             outcome(lambda: sparsedelta.Snapshot(case.model)),
             outcome(lambda: delta.apply_(partial)),
         ]
@@ -267,8 +258,7 @@ def test_refused(ranks: RankPool, tmp_path: Path) -> None:
     save_delta(tmp_path)
     first, second = ranks.results(refused, str(tmp_path))
     assert first == second
-    follower, snapshot, partial = first
-    assert follower.startswith("StructureMismatch: a follower does not take a model that is")
+    snapshot, partial = first
     assert "is divided among ranks (DTensor); publish it with RankPublisher" in snapshot
     assert partial.startswith("StructureMismatch: tensor 'weight' is placed as")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from sparsedelta._typing import AnyPath
 from sparsedelta.channel.entry import Entry
 from sparsedelta.channel.following import Pursuit, SyncReport
-from sparsedelta.channel.replicas import ModelReplica
+from sparsedelta.channel.model_replica import ModelReplica
 from sparsedelta.channel.versions import Versions
 from sparsedelta.errors import Uncertain
 from sparsedelta.live.host import host_state
