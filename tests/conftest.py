@@ -19,6 +19,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# Tests run at the same time, one process for each core: threads of OpenMP, which spin while they wait, would compete with
+# those of the other tests. Child processes inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # These tests write hundreds of outputs and need no protection from a power failure.
 UNSYNCED = {Path(__file__).parent / name for name in ("exactness", "property")}
 
