@@ -159,10 +159,15 @@ def test_other_files_are_no_deltas(content: bytes, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_no_delta(tmp_path: Path) -> None:
-    for metadata in ({"format": "pt"}, None):
-        refused(write_file(tmp_path / "f", {"w": W}, metadata), BadMagic, "not a sparsedelta file")
     names = {f"layers.{n}.weight": W for n in range(20)}
-    refused(write_file(tmp_path / "f", names), LimitExceeded, "is not a delta")
+    for tensors in ({"w": W}, names):
+        for metadata in ({"format": "pt"}, None):
+            path = write_file(tmp_path / "f", tensors, metadata)
+            refused(path, BadMagic, "is a model, not a delta")
+    with pytest.raises(BadMagic, match="not a sparsedelta file"):
+        sparsedelta.Delta.from_bytes(write_file(tmp_path / "f", {"w": W}).read_bytes())
+    with pytest.raises(LimitExceeded, match="is not a delta"):
+        sparsedelta.Delta.from_bytes(write_file(tmp_path / "f", names).read_bytes())
 
 
 @pytest.mark.parametrize("version", ["0", "2", "10", "01", "1.0", "", "x" * 90])
