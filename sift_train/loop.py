@@ -35,7 +35,6 @@ from sift_train.randomness import (
 )
 from sift_train.ranks.batches import check_same_batches
 from sift_train.ranks.fitting import has_shards, restore_shards, saved_shards, shares
-from sift_train.ranks.group import network_errors_explained
 from sift_train.ranks.sync import CHECK_EVERY
 from sift_train.reselection import find_reselection, needs_gradients
 from sift_train.sift import SIFT
@@ -122,7 +121,7 @@ class Run:
         was_training = model.training
         model.train()
         try:
-            with network_errors_explained(), deferred_interrupts() as self._interrupts:
+            with self._ranks.explained(), deferred_interrupts() as self._interrupts:
                 saved = None if checkpoint is None else self._load_checkpoint(checkpoint)
                 if saved is None:
                     self._select(self._batches.peek(self._config.selection_batches))

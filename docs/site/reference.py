@@ -15,8 +15,8 @@ from sparsedelta.errors import by_code
 ROOT = Path(__file__).resolve().parents[2]
 _INTROS = {
     "sparsedelta": "The public names of `sparsedelta`. Paths may be `str` or `Path`. Errors are [here](errors.md).",
-    "sparsedelta.distributed": "Checkpoints of torch.distributed as deltas on the one before; all ranks must call them"
-    " ([how](../docs/distributed.md#save-only-what-changed)).",
+    "sparsedelta.distributed": "Deltas that all ranks make together, and checkpoints of torch.distributed as deltas on the one before;"
+    " all ranks must call them ([how](../docs/distributed.md#a-delta-of-any-sharded-model)).",
     "sift_train": "The public names of `sift_train`. How they belong together: [training](../docs/training.md).",
 }
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sift_train.ranks.group import one_sentence
+from sift_train.ranks.group import Ranks
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -107,12 +107,8 @@ class Shard:
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over the parts of the whole tensor, and return it."""
-        with one_sentence():
-            for group in self.groups:
-                held = tensor.cuda() if dist.get_backend(group) == "nccl" else tensor
-                dist.all_reduce(held, group=group)
-                if held is not tensor:
-                    tensor.copy_(held)
+        for group in self.groups:
+            Ranks(group).sum_(tensor)
         return tensor
 
     def cut(self, whole: Tensor) -> Tensor:

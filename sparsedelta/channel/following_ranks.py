@@ -20,7 +20,8 @@ from sparsedelta.channel.model_replica import ModelReplica, Source
 from sparsedelta.channel.versions import Versions
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.live.divided_state import divided_fingerprint, write_divided
-from sparsedelta.live.ranks import RankLost, Ranks, check_same_call, pickled
+from sparsedelta.live.ranks import Ranks, check_same_call, pickled
+from sparsedelta.live.wire import RankLost
 
 _MEMORY_BYTES = 32 << 20
 Command: TypeAlias = Literal["fingerprint", "patch", "rewrite", "end"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.channel.channel import open_channel
@@ -15,15 +15,13 @@ from sparsedelta.channel.publisher import Background, Publisher
 from sparsedelta.channel.publishing import AnchorRule, Change, Run
 from sparsedelta.channel.sources import with_target
 from sparsedelta.channel.versions import Versions
-from sparsedelta.errors import SparseDeltaError
 from sparsedelta.format.delta import Delta
 from sparsedelta.live.homes import Homes
-from sparsedelta.live.shards import Shards, shared
+from sparsedelta.live.shards import Shards
+from sparsedelta.live.wire import Wire
 
 if TYPE_CHECKING:
     import torch
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +91,11 @@ class RankPublisher:
             StructureMismatch: a tensor is placed otherwise than in shards and replicas, or ``whole`` has others.
             SparseDeltaError: rank 0 has failed; on rank 0 its own error.
         """
+        self._wire = Wire()
         self._shards = Shards(model, whole=whole)
         self._publisher: Background | None = None
         self._homes: Homes | None = None
-        is_whole = shared(whole is not None)
+        is_whole = self._wire.from_first(whole is not None)
         if not is_whole:
             self._homes = Homes(self._shards.held, folder=folder)
 
@@ -119,7 +118,7 @@ class RankPublisher:
                     self._publisher = Background(run, context.pop_all())
 
         try:
-            _together(create)
+            self._wire.together(create)
         except BaseException:
             if self._homes:
                 self._homes.close()
@@ -148,7 +147,7 @@ class RankPublisher:
         """
         self._shards.update()
         publisher = self._publisher
-        return _together(lambda: publisher.publish(step, info) if publisher else None)
+        return self._wire.together(lambda: publisher.publish(step, info) if publisher else None)
 
     def close(self) -> None:
         """Wait until the last version is durable.
@@ -158,23 +157,7 @@ class RankPublisher:
         """
         publisher = self._publisher
         try:
-            _together(lambda: publisher.close() if publisher else None)
+            self._wire.together(lambda: publisher.close() if publisher else None)
         finally:
             if self._homes:
                 self._homes.close()
-
-
-def _together(work: Callable[[], _Result]) -> _Result | None:
-    """Do work that only rank 0 has, and return its result; if it fails there, raise on all ranks."""
-    result: _Result | None = None
-    failure: Exception | None = None
-    try:
-        result = work()
-    except Exception as error:
-        failure = error
-    told = shared(None if failure is None else f"rank 0 has failed: {failure}")
-    if failure is not None:
-        raise failure
-    if told:
-        raise SparseDeltaError(told)
-    return result

@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.distributed.shard_rows import ShardRows
-from sparsedelta.distributed.wire import Wire
 from sparsedelta.errors import StructureMismatch
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.side_files import digest_file
@@ -24,6 +23,7 @@ from sparsedelta.format.delta import Delta
 from sparsedelta.format.records import Base, Target, TensorKey
 from sparsedelta.format.spool import new_payload
 from sparsedelta.live.bits import shape_in_file, wire_name
+from sparsedelta.live.wire import Wire
 from sparsedelta.ops.diff import check_json, coder_of, describe_files
 from sparsedelta.tensors.compare_tasks import Coder
 

@@ -18,13 +18,13 @@ from blake3 import blake3
 
 from sparsedelta.codecs.chunk import MAX_SPAN, Chunk
 from sparsedelta.codecs.context import Bits, Positions
-from sparsedelta.distributed.wire import Wire
 from sparsedelta.errors import CheckpointError, StructureMismatch
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.format.records import DIGEST_BYTES, Row, default_keep
 from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.live.bits import TensorBytes
 from sparsedelta.live.shards import homes_of, local_of, parts_of_ranks
+from sparsedelta.live.wire import Wire
 from sparsedelta.tensors.compare import BLOCK_BYTES, base_tensor, digest_tensor
 from sparsedelta.tensors.compare_tasks import Coder
 from sparsedelta.tensors.parallel import Pace

@@ -18,6 +18,7 @@ from sparsedelta._typing import AnyPath
 from sparsedelta.errors import SparseDeltaError, StructureMismatch
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.shards import roles
+from sparsedelta.files.side_files import digest_file
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.digests import fingerprint
 from sparsedelta.format.records import Base, Row, TensorSpec
@@ -26,6 +27,7 @@ from sparsedelta.live.capture import Capture
 from sparsedelta.live.ranks import Ranks
 from sparsedelta.live.sides import FILE_NAME, laid_out, weight_file
 from sparsedelta.live.snapshot import Snapshot
+from sparsedelta.live.wire import RankFailed, RankLost, Wire
 from sparsedelta.ops.diff import between, describe_files
 
 if TYPE_CHECKING:
@@ -80,7 +82,11 @@ class Homes:
     """
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], *, folder: AnyPath | None = None
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        folder: AnyPath | None = None,
+        carries_side_files: bool = True,
     ) -> None:
         """Copy the tensors and compute their digests.
 
@@ -88,6 +94,7 @@ class Homes:
             tensors: those that this rank is the home of, in host memory; they are updated in place.
             folder: a checkpoint with the names, dtypes and shapes of all tensors, which rank 0 reads; versions then have
                 its files.
+            carries_side_files: the first delta carries the other files of the folder. If false, it is on these files.
 
         Raises:
             StructureMismatch: the folder has other tensors.
@@ -100,13 +107,21 @@ class Homes:
         self._made: Delta | None = None
         self._change: Delta | None = None
         self._side_files: dict[str, tuple[int, bytes]] = {}
-        self._rank, self._n_ranks = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo", timeout=_IDLE)
-        found: list[Any] = [None] * self._n_ranks
-        dist.all_gather_object(found, self._snapshot.specs, group=self._group)
+        self._wire = Wire(dist.new_group(backend="gloo", timeout=_IDLE))
+        self._rank = self._wire.rank
+        found = self._wire.gathered(self._snapshot.specs)
         specs = {name: spec for one in found for name, spec in one.items()}
         self.fingerprint = fingerprint(specs.items())
-        self._layout = group.together(lambda: None if self._rank else _Layout(specs, folder))
+
+        def described() -> _Layout | None:
+            if self._rank:
+                return None
+            layout = _Layout(specs, folder)
+            if not carries_side_files:
+                self._side_files = {at: digest_file(f) for at, f in layout.side_files.items()}
+            return layout
+
+        self._layout = group.together(described)
         self._thread: threading.Thread | None = None
         if self._rank:
             self._thread = threading.Thread(
@@ -142,21 +157,18 @@ class Homes:
 
     def _serve(self) -> None:
         """Do what rank 0 says until it ends."""
-        import torch.distributed as dist
-
-        command: Command | None = None
+        command: Command = "send"
+        options: Mapping[str, Any] = {}
         try:
             while command != "end":
-                found: list[Any] = [None]
-                dist.broadcast_object_list(found, src=0, group=self._group)
-                command, options = found[0]
+                command, options = self._wire.from_first((command, options))
                 if command == "send":
                     if options["rank"] == self._rank:
                         for block in self._sent():
-                            dist.send_object_list([block], dst=0, group=self._group)
+                            self._wire.send(block, 0)
                     continue
-                dist.gather_object(self._answer(command, options), dst=0, group=self._group)
-        except RuntimeError as error:
+                self._wire.gathered_on(0, self._answer(command, options))
+        except RankLost as error:
             _log.info("rank 0 is gone: %s", error)
 
     def _answer(self, command: Command, options: Mapping[str, Any]) -> Any:
@@ -164,7 +176,7 @@ class Homes:
         try:
             return self._do(command, options)
         except Exception as error:
-            return SparseDeltaError(f"rank {self._rank} has failed: {error}")
+            return RankFailed(f"rank {self._rank} has failed: {error}")
 
     def _do(self, command: Command, options: Mapping[str, Any]) -> Sequence[Row] | None:
         if command == "capture":
@@ -189,7 +201,7 @@ class Homes:
             yield from self._blocks()
             yield None
         except OSError as error:
-            yield SparseDeltaError(f"rank {self._rank} has failed: {error}")
+            yield RankFailed(f"rank {self._rank} has failed: {error}")
 
     def _blocks(self) -> Iterator[bytes]:
         """Yield the coded bytes of the delta that was made last, in the order of its rows."""
@@ -210,15 +222,8 @@ class Homes:
         Raises:
             SparseDeltaError: a rank has failed, or the connection to it was lost.
         """
-        import torch.distributed as dist
-
-        answers: list[Any] = [None] * self._n_ranks
-        try:
-            dist.broadcast_object_list([(command, options or {})], src=0, group=self._group)
-            own = self._answer(command, options or {})
-            dist.gather_object(own, answers, dst=0, group=self._group)
-        except RuntimeError as error:
-            raise _lost(error) from error
+        self._wire.from_first((command, options or {}))
+        answers = self._wire.gathered_on(0, self._answer(command, options or {}))
         for answer in answers:
             if isinstance(answer, SparseDeltaError):
                 raise answer
@@ -254,29 +259,15 @@ class Homes:
             return Delta(Base(None), files, tuple(ordered), {}, payload)
 
     def _received(self, rank: int) -> Iterator[bytes]:
-        import torch.distributed as dist
-
         if rank == 0:
             yield from self._blocks()
             return
-        try:
-            found: list[Any] = [("send", {"rank": rank})]
-            dist.broadcast_object_list(found, src=0, group=self._group)
-            while True:
-                dist.recv_object_list(found, src=rank, group=self._group)
-                if found[0] is None:
-                    return
-                if isinstance(found[0], SparseDeltaError):
-                    raise found[0]
-                yield found[0]
-        except RuntimeError as error:
-            raise _lost(error) from error
-
-
-def _lost(error: RuntimeError) -> SparseDeltaError:
-    return SparseDeltaError(
-        f"the connection to another rank was lost ({error}); start the ranks again"
-    )
+        command: Command = "send"
+        self._wire.from_first((command, {"rank": rank}))
+        while (block := self._wire.receive(rank)) is not None:
+            if isinstance(block, SparseDeltaError):
+                raise block
+            yield block
 
 
 def _moved(rows: Sequence[Row], offset: int) -> Iterator[Row]:

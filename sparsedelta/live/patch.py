@@ -16,9 +16,10 @@ from sparsedelta.interrupts import uninterrupted
 from sparsedelta.live.divided import Divided
 from sparsedelta.live.fused import Write, Writes, kernels_for
 from sparsedelta.live.held import Held, memory_in_order, scatter
-from sparsedelta.live.ranks import Alone, Group, RankLost
+from sparsedelta.live.ranks import Alone, Group
 from sparsedelta.live.slots import Place, Slot, current_tensor
 from sparsedelta.live.strides import Region
+from sparsedelta.live.wire import RankLost
 
 if TYPE_CHECKING:
     import torch

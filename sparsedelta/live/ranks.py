@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from sparsedelta.errors import ConflictError, SparseDeltaError
 from sparsedelta.interrupts import Delay, uninterrupted
 from sparsedelta.live.bits import check_installed
+from sparsedelta.live.wire import RankFailed, RankLost, Wire
 from sparsedelta.tensors.parallel import Pace, run_all
 
 if TYPE_CHECKING:
@@ -77,10 +78,6 @@ class _FailedElsewhere(BaseException):
         self.error = error
 
 
-class RankLost(SparseDeltaError):
-    """Another rank has ended, or does not answer within the time limit of the process group."""
-
-
 class Ranks:
     """All ranks of ``torch.distributed``.
 
@@ -120,7 +117,7 @@ class Ranks:
                 result = work()
                 if interruptible:
                     self._handle_signals()
-            except _FailedElsewhere:
+            except (_FailedElsewhere, RankLost):
                 raise
             except BaseException as error:
                 failure = error
@@ -133,30 +130,18 @@ class Ranks:
 
     def gathered(self, value: T) -> list[T]:
         """Return the values of all ranks, in order; they must be picklable. Called inside ``together``."""
-        import torch.distributed as dist
-
-        found: list[Any] = [None] * dist.get_world_size()
         _agree(None, -1)
-        with _connected():
-            dist.all_gather_object(found, value)
-        return found
+        return _wire().gathered(value)
 
     def shared(self, value: T) -> T:
         """Return the value of rank 0; it must be picklable. Called inside ``together``."""
-        import torch.distributed as dist
-
-        found = [value]
         _agree(None, -2)
-        with _connected():
-            dist.broadcast_object_list(found, src=0)
-        return found[0]
+        return _wire().from_first(value)
 
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0."""
-        import torch.distributed as dist
-
-        return dist.get_rank() == 0
+        return _wire().is_first
 
     def each(
         self, work: Callable[[T], R], items: Sequence[T], *, cost: Callable[[T], int], pace: Pace
@@ -183,13 +168,12 @@ def merge(part: torch.Tensor) -> torch.Tensor:
     import torch
     import torch.distributed as dist
 
-    merged = part.to(_device(part.device), copy=True)
+    merged = part.clone()
     _agree(None, merged.nbytes)
     if merged.numel():
-        with _connected():
-            # Of the bytes at one place, those of other ranks are zero or the same.
-            dist.all_reduce(merged.view(torch.uint8), dist.ReduceOp.MAX)
-    return merged.to(part.device)
+        # Of the bytes at one place, those of other ranks are zero or the same.
+        _wire().reduce_(merged.view(torch.uint8), dist.ReduceOp.MAX)
+    return merged
 
 
 def group_of(model: Any) -> Group:
@@ -206,17 +190,14 @@ def send(integers: torch.Tensor) -> torch.Tensor:
     """Return the integers that rank 0 has. All ranks call this, inside ``Ranks.together``.
 
     Args:
-        integers: those to send, (n,), on rank 0; on other ranks any of the same shape and dtype.
+        integers: those to send, (n,), on rank 0; on other ranks any of the same shape and dtype, which they replace.
     """
     import torch
-    import torch.distributed as dist
 
-    sent = integers.to(_device(integers.device))
-    _agree(None, sent.nbytes)
-    if sent.numel():
-        with _connected():
-            dist.broadcast(sent.view(torch.uint8), src=0)
-    return sent
+    _agree(None, integers.nbytes)
+    if integers.numel():
+        _wire().broadcast_(integers.view(torch.uint8))
+    return integers
 
 
 def check_same_call(group: Group, *call: object) -> None:
@@ -275,13 +256,13 @@ def _agree(failure: BaseException | None, n_bytes: int) -> None:
 
     Raises:
         _FailedElsewhere: with the error of the first rank that has failed.
+        RankLost: the connection to a rank was lost.
     """
     import torch
     import torch.distributed as dist
 
-    now = torch.tensor([failure is not None, n_bytes, -n_bytes], device=_device())
-    with _connected():
-        dist.all_reduce(now, dist.ReduceOp.MAX)
+    now = torch.tensor([failure is not None, n_bytes, -n_bytes])
+    _wire().reduce_(now, dist.ReduceOp.MAX)
     failed, most, least = now.tolist()
     if failed:
         raise _FailedElsewhere(_first_failure(failure))
@@ -295,52 +276,27 @@ def _agree(failure: BaseException | None, n_bytes: int) -> None:
 
 
 def _first_failure(failure: BaseException | None) -> BaseException:
-    import torch.distributed as dist
-
-    found: list[Any] = [None] * dist.get_world_size()
-    with _connected():
-        dist.all_gather_object(found, None if failure is None else pickled(failure))
+    wire = _wire()
+    found = wire.gathered(None if failure is None else pickled(failure))
     rank, first = next((rank, one) for rank, one in enumerate(found) if one is not None)
-    return failure if failure is not None and rank == dist.get_rank() else pickle.loads(first)
+    if failure is not None and rank == wire.rank:
+        return failure
+    error: BaseException = pickle.loads(first)
+    return error
 
 
 def pickled(failure: BaseException) -> bytes:
     """Return an error as it is sent to the other ranks; one that cannot be sent, as its message."""
-    import torch.distributed as dist
-
-    failure.add_note(f"on rank {dist.get_rank()}")
+    rank = _wire().rank
+    failure.add_note(f"on rank {rank}")
     try:
         sent = pickle.dumps(failure)
         pickle.loads(sent)
     except Exception:
         kind = type(failure).__name__
-        return pickle.dumps(
-            SparseDeltaError(f"rank {dist.get_rank()} has failed: {kind}: {failure}")
-        )
+        return pickle.dumps(RankFailed(f"rank {rank} has failed: {kind}: {failure}"))
     return sent
 
 
-@contextmanager
-def _connected() -> Iterator[None]:
-    """Report an error of a connection, after which nothing can be exchanged any longer."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise _FailedElsewhere(
-            RankLost(
-                f"the connection to another rank was lost ({error}); this rank writes nothing, or undoes what"
-                " it has written"
-            )
-        ) from error
-
-
-def _device(near: torch.device | None = None) -> torch.device:
-    """Return a device on which the ranks can exchange tensors, ``near`` if they can there."""
-    import torch
-    import torch.distributed as dist
-
-    backends = str(dist.get_backend_config())
-    if near is not None and near.type != "cpu" and f"{near.type}:" in backends:
-        return near
-    has_cpu = "cpu:" in backends and "cpu:nccl" not in backends  # NCCL has none for the CPU
-    return torch.device("cpu" if has_cpu else "cuda")
+def _wire() -> Wire:
+    return Wire(advice="this rank writes nothing, or undoes what it has written")

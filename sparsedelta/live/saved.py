@@ -202,8 +202,8 @@ def state_of(model: Any, *, is_divided: bool = False) -> State:
             problem = "holds no data (it is on the meta device)"
         elif dtensor(tensor) is not None:
             problem = (
-                "is divided among ranks (DTensor); publish it with RankPublisher, or save the model and give the"
-                " path of the saved checkpoint"
+                "is divided among ranks (DTensor), and all ranks have to make its delta together; call"
+                " sparsedelta.distributed.diff_shards or ShardSnapshot on all ranks, or publish it (RankPublisher)"
             )
         elif type(tensor.data) is not torch.Tensor or tensor.layout != torch.strided:
             problem = f"is a {type(tensor.data).__name__} ({tensor.layout}), not a plain tensor"

@@ -19,6 +19,7 @@ from sparsedelta.errors import StructureMismatch
 from sparsedelta.live.bits import flat_bits, integer_view, on_host
 from sparsedelta.live.divided import dtensor, placed
 from sparsedelta.live.ranks import Ranks
+from sparsedelta.live.wire import Wire
 
 if TYPE_CHECKING:
     import torch
@@ -96,15 +97,14 @@ class Shards:
         Raises:
             StructureMismatch: a tensor has another placement than shards and replicas, or ``whole`` has other tensors.
         """
-        import torch.distributed as dist
-
         self._model = model
-        self._rank = dist.get_rank()
+        self._wire = Wire()
+        self._rank = self._wire.rank
         state = self._state()
         all_parts = self._all_parts(state)
         self._parts = all_parts[self._rank]
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
-        has_whole = shared(whole is not None)
+        has_whole = self._wire.from_first(whole is not None)
         self._homes = dict.fromkeys(sizes, 0) if has_whole else homes_of(sizes, len(all_parts))
         self._copies: dict[str, Bits] = {}
         self.held: dict[str, torch.Tensor] = {}
@@ -163,12 +163,9 @@ class Shards:
 
     def _send(self, name: str, value: Any) -> list[tuple[int, Any]]:
         """Send something of a tensor to its home; return there what each rank sends, with its number."""
-        import torch.distributed as dist
-
-        home = self._homes[name]
-        found: list[Any] | None = [None] * dist.get_world_size() if self._rank == home else None
-        dist.gather_object(value if self._parts[name].is_sent else None, found, dst=home)
-        return [(rank, one) for rank, one in enumerate(found or ()) if one is not None]
+        sent = value if self._parts[name].is_sent else None
+        found = self._wire.gathered_on(self._homes[name], sent)
+        return [(rank, one) for rank, one in enumerate(found) if one is not None]
 
     def _make_places(
         self, state: Mapping[str, torch.Tensor], whole: torch.nn.Module | None
@@ -209,18 +206,9 @@ def tell(problem: str | None) -> None:
     Raises:
         StructureMismatch: it does.
     """
-    told = shared(problem)
+    told = Wire().from_first(problem)
     if told:
         raise StructureMismatch(told)
-
-
-def shared(value: Any) -> Any:
-    """Return the value of rank 0 on all ranks."""
-    import torch.distributed as dist
-
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 def parts_of_ranks(
@@ -235,13 +223,8 @@ def parts_of_ranks(
     Raises:
         StructureMismatch: a tensor has another placement than shards and replicas.
     """
-    import torch.distributed as dist
-
     own = {name: _part(name, tensor) for name, tensor in tensors.items()}
-    held: list[Any] = [own]
-    if dist.is_initialized():
-        held = [None] * dist.get_world_size(group)
-        dist.all_gather_object(held, own, group=group)
+    held = Wire(group).gathered(own)
     seen: set[tuple[Name, HeldPart]] = set()
     found = []
     for parts in held:

@@ -331,7 +331,7 @@ def test_a_run_that_resumes_continues_with_deltas(ranks: RankPool, tmp_path: Pat
 def test_an_error_of_rank_0_is_raised_on_all(ranks: RankPool, tmp_path: Path) -> None:
     first, second = ranks.results(overtaken, str(tmp_path))
     assert first.startswith(f"{HeadMoved.__name__}: version 1")
-    assert second.startswith("SparseDeltaError: rank 0 has failed: version 1")
+    assert second.startswith("RankFailed: rank 0 has failed: version 1")
     found = ranks.results(mismatched, str(tmp_path))
     assert found[0] == found[1]
     assert "the whole model has no tensor 'scale'" in found[0]

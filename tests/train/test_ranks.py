@@ -396,5 +396,5 @@ def test_a_killed_rank_ends_the_others_with_one_sentence(tmp_path: Path) -> None
     assert processes[1].exitcode == -signal.SIGKILL
     assert processes[0].exitcode == 0
     said = (tmp_path / "said").read_text()
-    assert said.startswith("another rank of this run stopped or cannot be reached")
+    assert said.startswith("another rank stopped or cannot be reached")
     assert "\n" not in said

@@ -155,7 +155,7 @@ def test_an_error_of_rank_0_at_the_end_ends_all_ranks(pool: RankPool, tmp_path: 
     first, second = pool.run(fit_without_a_folder, tmp_path)
     tmp_path.chmod(0o700)
     assert isinstance(first, OSError)
-    assert str(second).startswith("rank 0 stopped: ")
+    assert str(second).startswith("rank 0 has failed: ")
 
 
 SCRIPT = """
