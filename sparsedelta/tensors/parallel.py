@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import TypeVar
 
+import numpy as np
+
 from sparsedelta.interrupts import uninterrupted
 from sparsedelta.progress import Progress, Silent
 
@@ -47,6 +49,7 @@ DENSE_ELEMENTS = 1 << 21
 WIDE_BYTES = 8
 _WAITING_WORKERS = 16  # file systems write what several threads sync at the same time in one step
 _SMALL_BYTES = 1 << 18  # items that cost less go to one worker
+_KEPT_BYTES = 1 << 22  # of freed memory, twice as much in each worker
 dense_places = Places(1, n_places=2)
 wide_places = Places(2, of=dense_places)
 
@@ -99,6 +102,15 @@ def n_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _keep_freed_memory() -> None:
+    """Make glibc keep memory that a worker frees, so that the next chunk does not wait for new pages.
+
+    When a block of this size is freed, glibc raises two limits (mallopt(3), ``M_MMAP_THRESHOLD``): smaller blocks come from
+    a heap, and a heap returns memory only beyond twice this size. The block is never written to, so it takes no memory.
+    """
+    np.empty(_KEPT_BYTES, np.uint8)
+
+
 def run_all(
     work: Callable[[T], R],
     items: Sequence[T],
@@ -125,6 +137,7 @@ def run_all(
         n_bytes: number of bytes that ``work`` reports in all; None for the cost of all items.
         waits: ``work`` mostly waits, for example for the disk; more workers then do more at the same time.
     """
+    _keep_freed_memory()
     costs = [cost(item) for item in items]
     order = sorted(range(len(items)), key=lambda i: -costs[i])
     small = [i for i in order if costs[i] < _SMALL_BYTES and not waits]
