@@ -133,8 +133,10 @@ class Pursuit:
         channel = self._channel
         for _ in range(_TRIES):
             head = channel.head()
+            if head is None:
+                channel.check_place()
             if head is None or (version is not None and version > head.version):
-                there = f"its head is version {head.version}" if head else "it has no version"
+                there = f"its latest version is {head.version}" if head else "it has no version yet"
                 wanted = "" if version is None else f"version {version} is not published: "
                 raise Behind(f"{wanted}channel '{channel.store.name}': {there}")
             if version is None:

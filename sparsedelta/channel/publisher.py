@@ -74,7 +74,8 @@ class Background:
             HeadMoved: another publisher has added a version since this one was created; only one can continue.
             StructureMismatch: the model has other tensors than before; make a new publisher.
             OSError, RemoteError: the store failed.
-            ValueError: the publisher is closed, or ``info`` is not JSON.
+            ValueError: the publisher is closed, ``step`` is not an integer from 0 to 2^63 - 1, or ``info``
+                is not JSON.
         """
         if self._is_closed:
             raise ValueError("the publisher is closed; make a new one")

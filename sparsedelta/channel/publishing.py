@@ -7,19 +7,27 @@ been created, since the store failed, is finished before another is begun.
 from __future__ import annotations
 
 import logging
+import operator
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Protocol
+from typing import Protocol, SupportsIndex
 
 from sparsedelta._typing import JSON
-from sparsedelta.channel.entry import MAX_ENTRY_BYTES, Anchor, AnchorBase, Entry, Object
+from sparsedelta.channel.entry import (
+    MAX_ENTRY_BYTES,
+    Anchor,
+    AnchorBase,
+    Entry,
+    Object,
+    parse_entry,
+)
 from sparsedelta.channel.layout import HEAD, entry_name, head_content
 from sparsedelta.channel.lock import writing
 from sparsedelta.channel.objects import put
 from sparsedelta.channel.versions import STORE_FAILURES, Versions
-from sparsedelta.errors import BaseMismatch, Behind, HeadMoved
+from sparsedelta.errors import BadVersion, BaseMismatch, Behind, HeadMoved
 
 _log = logging.getLogger(__name__)
 _TRIES, _PAUSE_SECONDS = 4, 0.2  # of creating an entry while the store fails
@@ -128,6 +136,7 @@ class Run:
         self._channel = channel
         self._source = source
         self._rule = rule
+        channel.check_place()
         self._head = channel.head()
         self._is_at_head = self._head is not None and source.is_at(self._head.target)
         self._pending: _Pending | None = None
@@ -153,7 +162,11 @@ class Run:
         """Return what the weights are now, for ``add``; a version that the store failed at is finished first.
 
         The copy of what was published must not move between this call and ``add``. See ``publish`` for what it raises.
+
+        Raises:
+            ValueError: ``step`` is not an integer from 0 to 2^63 - 1.
         """
+        step = None if step is None else _checked_step(step)
         finished = None
         if self._pending:
             with writing(self._channel, self.id):
@@ -213,6 +226,10 @@ class Run:
             raise ValueError(
                 f"info makes an entry of {len(entry.raw)} bytes, the limit is {MAX_ENTRY_BYTES}"
             )
+        try:
+            parse_entry(entry.raw, version)
+        except BadVersion as error:  # nobody could read it, and no version could follow it
+            raise ValueError(f"version {version} was not published: {error}") from error
         return entry
 
     def _anchor(
@@ -284,6 +301,16 @@ class Run:
                 raise failure
             channel.pause(_PAUSE_SECONDS * 2**number)
         raise AssertionError
+
+
+def _checked_step(step: SupportsIndex) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if isinstance(step, bool) or not 0 <= number < 1 << 63:
+        raise ValueError(f"step is {step!r}, expected an integer from 0 to 2^63 - 1")
+    return number
 
 
 def _since(before: tuple[Entry, int] | None, entry: Entry) -> tuple[Entry, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,14 +12,10 @@ from typing import IO
 from sparsedelta._typing import AnyPath
 from sparsedelta.channel.entry import AnchorBase, Entry
 from sparsedelta.channel.following import Onto
-from sparsedelta.errors import (
-    CheckpointError,
-    Corrupt,
-    FormatError,
-)
+from sparsedelta.channel.placed import Placed, parse_placed, placed, placed_json
+from sparsedelta.errors import CheckpointError, Corrupt, FormatError
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.delta import Delta, load
-from sparsedelta.format.strict_json import compact_json, hex_bytes, integer, items, parse_json
 from sparsedelta.fs import check_checkpoint_folder, check_no_folder, staged_output, temporary_folder
 from sparsedelta.ops.apply import write_target
 from sparsedelta.ops.base_check import open_base
@@ -26,14 +23,17 @@ from sparsedelta.ops.identity import checkpoint_fingerprint
 from sparsedelta.ops.stack import stack
 from sparsedelta.progress import Progress
 
+_log = logging.getLogger(__name__)
 _HELD_SUFFIX = ".sparsedelta-held.json"
-_MAX_HELD_BYTES = 1 << 16
+_MAX_HELD_BYTES = 1 << 22
 
 
 class DiskReplica:
     """A checkpoint on disk, replaced in one step.
 
-    A file beside it lists the versions that it may be. The list is only a hint: the digests of the tensors decide.
+    A file beside it lists the versions that it may be, and their files. Which version it is, the digests of the tensors
+    decide; whether the follower has written it and may replace it if it is damaged, and whether its other files are
+    whole, the list.
 
     Args:
         out: the folder or file.
@@ -57,7 +57,11 @@ class DiskReplica:
         self._progress = progress
 
     def fingerprint(self) -> bytes | None:
-        """Return the fingerprint of the checkpoint on disk; None if there is none."""
+        """Return the fingerprint of the checkpoint on disk; None if there is none, or a file of it is damaged."""
+        here = self._ours()
+        if here and (name := here.damage(self._out)):
+            _log.warning("%r in '%s' is missing or changed; it is written again", name, self._out)
+            return None
         try:
             with Checkpoint(self._out, whole=False, complete=False) as checkpoint:
                 return checkpoint_fingerprint(checkpoint) if checkpoint.weight_files else None
@@ -66,11 +70,7 @@ class DiskReplica:
 
     def hints(self) -> Sequence[tuple[int, bytes]]:
         """Return the versions in the file beside the checkpoint."""
-        try:
-            with open(self._hints_path, "rb") as file:
-                return _parse_hints(file.read(_MAX_HELD_BYTES))
-        except (FileNotFoundError, FormatError):
-            return ()
+        return [(one.version, one.digest) for one in self._listed()]
 
     @property
     def last(self) -> int:
@@ -91,35 +91,48 @@ class DiskReplica:
         becomes: Callable[[Entry | None], None],
     ) -> None:
         """Become a version: it is written beside what is there, and takes its place."""
-        is_ours = held is not None or bool(self.hints()) or self._overwrite
+        is_ours = self._ours() is not None
         with ExitStack() as context:
             deltas = loaded_deltas(context, files, start_of(onto, base, held), to)
             place = self._out
             if onto == "anchor":
                 place = context.enter_context(base_place(base, self._base))
             check = check_checkpoint_folder if deltas[-1].target.is_folder else check_no_folder
-            check(self._out)
-            staged = context.enter_context(staged_output(self._out, overwrite=is_ours))
+            if not is_ours:
+                check(self._out)
+            may_replace = is_ours or held is not None or self._overwrite
+            staged = context.enter_context(staged_output(self._out, overwrite=may_replace))
             if onto == "anchor" and len(deltas) > 1:
                 # To stack on an anchor is to encode all tensors again, which takes longer than to write them.
                 anchor, *deltas = deltas
                 self._write(anchor, place, staged.with_name("anchor"))
                 place = staged.with_name("anchor")
             self._write(stacked(context, deltas, place), place, staged)
-            self._note([to, held] if held else [to])
+            before = [one for one in self._listed() if one.is_in(self._out)]
+            self._note([placed(to, staged), *before])
 
     def _write(self, delta: Delta, base: Path, out: Path) -> None:
         with open_base(base, delta) as checkpoint:
             write_target(checkpoint, delta, out, check="full", exclude=(), progress=self._progress)
 
-    def _note(self, entries: Sequence[Entry]) -> None:
+    def _listed(self) -> list[Placed]:
+        try:
+            with open(self._hints_path, "rb") as file:
+                return parse_placed(file.read(_MAX_HELD_BYTES))
+        except (FileNotFoundError, FormatError):
+            return []
+
+    def _ours(self) -> Placed | None:
+        """Return what the follower has written and is there, perhaps damaged."""
+        return next((one for one in self._listed() if one.is_in(self._out)), None)
+
+    def _note(self, versions: Sequence[Placed]) -> None:
         """Write down what may be there from now on."""
-        content = compact_json([[entry.version, entry.digest.hex()] for entry in entries])
         with (
             staged_output(self._hints_path, overwrite=True) as staged,
             open(staged, "xb") as file,
         ):
-            file.write(content)
+            file.write(placed_json(versions))
             file.flush()
             os.fsync(file.fileno())
 
@@ -178,12 +191,3 @@ def _other_error(what: str, expected: bytes, found: bytes) -> Corrupt:
 def stacked(context: ExitStack, deltas: Sequence[Delta], base: Path) -> Delta:
     """Return deltas on one another as one, which is closed with the context."""
     return deltas[0] if len(deltas) == 1 else context.enter_context(stack(*deltas, base=base))
-
-
-def _parse_hints(raw: bytes) -> list[tuple[int, bytes]]:
-    what = "the file of what is held"
-    found = []
-    for item in items(parse_json(raw, what), what, 2):
-        version, digest = items(item, what, 2)
-        found.append((integer(version, what), hex_bytes(digest, what, 32)))
-    return found

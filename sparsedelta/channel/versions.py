@@ -102,19 +102,23 @@ class Versions:
             check_follows(entry, before)
             entry = before
 
-    def create(self) -> None:
-        """Make the store a channel, unless it is one; see ``head`` for what it raises.
+    def check_place(self) -> None:
+        """Check that the store is a channel or can become one; see ``head`` for what else it raises.
 
         Raises:
             FileExistsError: the store holds other objects.
         """
+        others = [] if self._exists() else self.store.list("")
+        if others:
+            raise FileExistsError(
+                f"'{self.store.name}' is not a channel, but holds other files, such as {others[0]!r}; give a channel,"
+                " or an empty or new place"
+            )
+
+    def create(self) -> None:
+        """Make the store a channel, unless it is one; see ``check_place`` for what it raises."""
         if not self._exists():
-            others = self.store.list("")
-            if others:
-                raise FileExistsError(
-                    f"'{self.store.name}' is not a channel, but holds other files, such as {others[0]!r}; give an empty"
-                    " or a new place"
-                )
+            self.check_place()
             self.store.create(CHANNEL, CHANNEL_CONTENT)
             self._is_checked = False
             self._exists()

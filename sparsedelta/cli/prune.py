@@ -39,5 +39,6 @@ def command(settings: Settings, /, *, channel: str, keep: int, as_json: bool) ->
     if report.leased:
         minutes = LEASE_SECONDS // 60
         settings.note(
-            f"a follower reads version {report.leased}; run this again in {minutes} minutes"
+            f"version {report.leased} was read by a follower in the last {minutes} minutes, which may still need it;"
+            f" run this again in {minutes} minutes"
         )
