@@ -25,10 +25,11 @@ class Delay:
         self._handlers = handlers
         self._held: list[tuple[int, FrameType | None]] = []
         self.has_ended = False
+        self.is_lifted = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Delay the first signal; handle later ones."""
-        if self.has_ended or self._held:
+        if self.has_ended or self.is_lifted or self._held:
             self._handle(number, frame)
         else:
             self._held.append((number, frame))
@@ -37,6 +38,16 @@ class Delay:
         """Handle the delayed signal, if there is one; this usually raises ``KeyboardInterrupt``."""
         if self._held:
             self._handle(*self._held.pop(0))
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Handle signals immediately until the context ends, the delayed one first. They can be delayed again inside it."""
+        self.is_lifted = True
+        try:
+            self.handle_now()
+            yield
+        finally:
+            self.is_lifted = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         handler = self._handlers[number]
@@ -68,4 +79,4 @@ def uninterrupted() -> Iterator[Delay]:
 
 
 def _delays(handler: Any) -> bool:
-    return isinstance(handler, Delay) and not handler.has_ended
+    return isinstance(handler, Delay) and not handler.has_ended and not handler.is_lifted

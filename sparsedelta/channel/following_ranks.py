@@ -89,27 +89,24 @@ class RankReplica(ModelReplica):
             super().rewrite(source, later, to, becomes)
 
     def serve(self, becomes: Callable[[Entry | None], None]) -> _Outcome:
-        """Do what rank 0 tells until its call of ``sync`` ends; return how.
+        """Do what rank 0 tells until its call of ``sync`` ends; return how. Called inside ``ranks.entered``.
 
         Raises:
             RankLost: the connection to a rank was lost.
         """
-        with self.ranks.entered():
-            while True:
-                try:
-                    command, value = self.ranks.together(
-                        lambda: self.ranks.shared(_NOTHING), interruptible=False
-                    )
-                    if command == "end":
-                        outcome: _Outcome = value
-                        return outcome
-                    self._do(command, value, becomes)
-                except RankLost:
-                    raise
-                except (
-                    BaseException
-                ):  # rank 0 has the same error, and says at the end what it means
-                    continue
+        while True:
+            try:
+                command, value = self.ranks.together(
+                    lambda: self.ranks.shared(_NOTHING), interruptible=False
+                )
+                if command == "end":
+                    outcome: _Outcome = value
+                    return outcome
+                self._do(command, value, becomes)
+            except RankLost:
+                raise
+            except BaseException:  # rank 0 has the same error, and says at the end what it means
+                continue
 
     def _do(self, command: Command, to: Any, becomes: Callable[[Entry | None], None]) -> None:
         if command == "fingerprint":
@@ -187,20 +184,21 @@ class RankPursuit:
         """
         with self._ranks.entered():
             check_same_call(self._ranks, "sync", version)
-        return self._follow() if self._pursuit is None else self._lead(self._pursuit, version)
+            return self._follow() if self._pursuit is None else self._lead(self._pursuit, version)
 
     def _lead(self, pursuit: Pursuit, version: int | None) -> SyncReport:
         report = failure = None
         try:
             try:
-                report = pursuit.sync(version)
+                # Reading may take long. An interrupt ends it, and is then told to the others.
+                with self._ranks.left():
+                    report = pursuit.sync(version)
             except RankLost:
                 raise
             except BaseException as error:
                 failure = error
-            with self._ranks.entered():
-                error_bytes = None if failure is None else pickled(failure)
-                self._replica.tell("end", _Outcome(report, error_bytes, pursuit.held))
+            error_bytes = None if failure is None else pickled(failure)
+            self._replica.tell("end", _Outcome(report, error_bytes, pursuit.held))
         except RankLost:
             pursuit.forget()
             raise

@@ -95,13 +95,23 @@ class Ranks:
         if self._delay is not None:
             yield
             return
-        is_divided(self._model)
         with uninterrupted() as delay:
             self._delay = delay
             try:
+                is_divided(self._model)
                 yield
             finally:
                 self._delay = None
+
+    @contextmanager
+    def left(self) -> Iterator[None]:
+        """Leave ``entered`` until the context ends: signals are handled at once."""
+        delay, self._delay = self._delay, None
+        try:
+            with delay.lifted() if delay else nullcontext():
+                yield
+        finally:
+            self._delay = delay
 
     def together(self, work: Callable[[], T], *, interruptible: bool = True) -> T:
         """Return the result of work that all ranks do; if it fails on one of them, raise its error on all.

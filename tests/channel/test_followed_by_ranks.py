@@ -17,7 +17,7 @@ from rank_helpers import RankPool
 from torch.distributed.fsdp import fully_shard
 
 import sparsedelta
-from sparsedelta.channel import model_replica
+from sparsedelta.channel import following, model_replica
 from sparsedelta.channel.following import SyncReport
 from sparsedelta.channel.layout import object_name
 from sparsedelta.channel.publisher import publish_checkpoint
@@ -63,7 +63,7 @@ class Case:
         return found and self.follower.version == version
 
 
-def following(rank: int, place: str, kind: str) -> list[SyncReport]:
+def follow_all(rank: int, place: str, kind: str) -> list[SyncReport]:
     case = Case(rank, place, kind=kind)
     reports = []
     for version in (1, 2, None, 3):
@@ -81,7 +81,7 @@ def following(rank: int, place: str, kind: str) -> list[SyncReport]:
 @pytest.mark.parametrize("kind", ["fsdp2", "tensor", "state dict"])
 def test_following(pool: RankPool, place: str, kind: str) -> None:
     """The first version is found by its digests; two deltas are one change; an older version takes an anchor."""
-    first, second = pool.results(following, place, kind)
+    first, second = pool.results(follow_all, place, kind)
     assert first == second
     assert [(one.version, one.n_versions, one.anchor) for one in first] == [
         (1, 0, False), (2, 1, False), (4, 2, False), (3, 3, True), (4, 4, True)
@@ -157,13 +157,15 @@ def fault(what: str, rank: int) -> Callable[..., None]:
 
 
 def failing(rank: int, place: str, what: str) -> tuple[str, int | None, bool, tuple[int, bool]]:
-    """Let something fail on rank 1; return the error, the version after it, and how all get to the last one."""
+    """Let something fail on one rank; return the error, the version after it, and how all get to the last one."""
     case = Case(rank, place)
     follower = case.follower
     follower.sync(2)
     with pytest.MonkeyPatch.context() as faults:
         if what in ("error", "Ctrl-C"):
             faults.setattr(patch, "scatter", fault(what, rank))
+        elif what == "Ctrl-C while reading" and rank == 0:
+            faults.setattr(following, "fetch", lambda *args: signal.raise_signal(signal.SIGINT))
         elif what == "memory" and rank == 1:
             faults.setattr(model_replica, "find_unwritten", lambda patches: "up.weight")
         elif what == "another model" and rank == 1:
@@ -181,6 +183,7 @@ def failing(rank: int, place: str, what: str) -> tuple[str, int | None, bool, tu
     [
         ("error", "OSError: the device fails", None, True, (2, False)),
         ("Ctrl-C", "KeyboardInterrupt: ", None, True, (2, False)),
+        ("Ctrl-C while reading", "KeyboardInterrupt: ", 2, True, (2, False)),
         ("memory", "Uncertain: tensor 'up.weight' of the model does not", None, True, (2, False)),
         ("another model", "Uncertain: what is held is not version 2", None, False, (4, True)),
         ("another version", "ConflictError: the ranks make different", 2, True, (2, False)),

@@ -288,6 +288,20 @@ class TestInterrupts:
             with pytest.raises(KeyboardInterrupt):
                 delay.handle_now()
 
+    def test_lifted(self) -> None:
+        """While the delay is lifted, signals are handled at once, and another context can delay them."""
+        with uninterrupted() as delay:
+            with delay.lifted():
+                with pytest.raises(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+                with uninterrupted() as inner:
+                    signal.raise_signal(signal.SIGINT)
+                    with pytest.raises(KeyboardInterrupt):
+                        inner.handle_now()
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt), delay.lifted():
+                raise AssertionError
+
     def test_another_thread(self, states: Any, deltas: Any, model: State) -> None:
         thread = threading.Thread(target=lambda: deltas["a"].apply_(model))
         thread.start()
