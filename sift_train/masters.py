@@ -31,7 +31,11 @@ class SparseParameter(Components):
         is_on_host: whether the master is on the CPU, wherever the parameter is.
 
     Args:
-        name, parameter, train_num, is_dense, n_matrices: as for ``Components``.
+        name: as for ``Components``.
+        parameter: the same.
+        train_num: the same.
+        is_dense: the same.
+        n_matrices: the same.
         lean: what is kept in place of the masters.
         is_on_host: whether the master is kept on the CPU.
     """

@@ -442,3 +442,45 @@ def test_anything_else_is_a_type_error(tmp_path: Path, wrong: Any) -> None:
         sparsedelta.Publisher(wrong, {"a": torch.zeros(9)})
     with pytest.raises(TypeError, match=expected):
         sparsedelta.Follower(wrong, tmp_path / "out")
+
+
+@pytest.mark.parametrize("step", [2.0, 2.5, "2", -1, True, 1 << 63])
+def test_a_step_that_no_entry_can_hold_is_refused_before_anything_is_written(step: Any) -> None:
+    channel, store = published(1)
+    state = weights(1)
+    publisher = sparsedelta.Publisher(channel, state)
+    before = dict(store.objects)
+    advance(state, 2)
+    with pytest.raises(ValueError, match="step is"):
+        publisher.publish(step)
+    assert store.objects == before
+    publisher.publish(2).result()
+    held = weights(0)
+    assert sparsedelta.Follower(channel, held).sync().version == 2
+    assert is_at(held, 2)
+
+
+def test_a_step_may_be_an_integer_of_another_library() -> None:
+    channel, _ = published(1)
+    publisher = sparsedelta.Publisher(channel, weights(1))
+    assert publisher.publish(torch.tensor(7)).result().step == 7  # type: ignore[arg-type]
+
+
+def test_an_entry_that_nobody_could_read_is_not_created() -> None:
+    channel, store = published(1)
+    state = weights(1)
+    publisher = sparsedelta.Publisher(channel, state, anchor_every=1, anchor_base_id=5)  # type: ignore[arg-type]
+    before = set(store.list("versions/"))
+    publisher._run.id = 5  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="was not published"):
+        publisher.publish(2).result()
+    assert set(store.list("versions/")) == before
+
+
+def test_what_is_no_channel_is_refused_at_once() -> None:
+    store = MemoryStore({"config.json": b"{}"})
+    channel = channel_on(store)
+    with pytest.raises(FileExistsError, match="not a channel"):
+        sparsedelta.Publisher(channel, weights(1))
+    with pytest.raises(FileExistsError, match="not a channel"):
+        sparsedelta.Follower(channel, weights(1)).sync()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,44 @@ def test_follow_goes_to_a_version_and_runs_a_command(run: Run, tmp_path: Path) -
     assert "exit code 3" in run("follow", "c", "out", "--once", "--run", "exit 3", code=1).stderr
 
 
+def test_follow_does_not_replace_what_took_the_place_of_its_folder(
+    run: Run, tmp_path: Path
+) -> None:
+    run("publish", "c", "1")
+    run("follow", "c", "out", "--once")
+    shutil.rmtree(tmp_path / "out")
+    shutil.copytree(tmp_path / "2", tmp_path / "out")
+    run("publish", "c", "3")
+    assert "exists" in run("follow", "c", "out", "--once", code=1).stderr
+    assert is_at(tmp_path / "out", 2)
+    run("follow", "c", "out", "--once", "--overwrite")
+    assert is_at(tmp_path / "out", 3)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("is_missing", [False, True])
+def test_follow_mends_its_folder(name: str, is_missing: bool, run: Run, tmp_path: Path) -> None:
+    """A file is missing or has other bytes, although nothing new was published."""
+    for number in (1, 2):
+        (tmp_path / str(number) / "config.json").write_text(json.dumps({"step": number}))
+    run("publish", "c", "1")
+    run("publish", "c", "2", "--base", "1")
+    run("follow", "c", "out", "--once")
+    before = (tmp_path / "out" / name).read_bytes()
+    (tmp_path / "out" / name).unlink()
+    if not is_missing:
+        (tmp_path / "out" / name).write_bytes(before[:-1] + b"x")
+    assert "read" in run("follow", "c", "out", "--once").stdout
+    assert (tmp_path / "out" / name).read_bytes() == before
+    assert "there already" in run("follow", "c", "out", "--once").stdout
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (("follow", "c", "out", "--once"), "no version"),
+        (("follow", "1", "out"), "not a channel"),
+        (("publish", "1", "2"), "not a channel"),
         (("publish", "c", "2", "--base", "1"), "not the head"),
         (("prune", "c",), "--keep"),
         (("publish", "https://127.0.0.1:1/c", "1"), "127.0.0.1"),
