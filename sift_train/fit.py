@@ -154,7 +154,7 @@ def fit(
                 raise ValueError(
                     f"publish works with one process, and there are {sift.ranks.size}; publish the delta afterwards"
                 )
-            publishing = stack.enter_context(Publishing(config.publish, config.publish_every))
+            publishing = stack.enter_context(Publishing(config.publish, config.publish_every, base))
         run = Run(
             accelerator,
             sift,

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -29,11 +30,19 @@ class Publishing:
     Args:
         channel: the path of a folder, or the URL of a store.
         every: steps between two versions.
+        folder: a checkpoint of the model, whose other files the versions have. None, a file, or a checkpoint with other tensors:
+            versions are single files.
     """
 
-    def __init__(self, channel: str | PathLike[str], every: int) -> None:
+    def __init__(
+        self,
+        channel: str | PathLike[str],
+        every: int,
+        folder: str | PathLike[str] | None = None,
+    ) -> None:
         self._channel = Channel(channel)
         self._every = every
+        self._folder = folder if folder is not None and Path(folder).is_dir() else None
         self._publisher: Publisher | None = None
         self._start: Callable[[], Publisher]
         self._step = 0
@@ -61,7 +70,7 @@ class Publishing:
             sift: the SIFT that trains the model, its components being chosen. The components that it does not train
                 must not change: after a re-selection the next version is a full one. None: any may change, and a copy of the model is kept.
         """
-        self._start = partial(_publisher, self._channel, model, sift)
+        self._start = partial(_publisher, self._channel, model, sift, self._folder)
         self._publisher = self._start()
         self._step = step
         self._published = step if self._publisher.is_at_head else None
@@ -126,7 +135,9 @@ class Publishing:
             self._published = self._step
 
 
-def _publisher(channel: Channel, model: nn.Module, sift: SIFT | None) -> Publisher:
+def _publisher(
+    channel: Channel, model: nn.Module, sift: SIFT | None, folder: str | PathLike[str] | None
+) -> Publisher:
     """Return a publisher; that of a SIFT compares the components that are trained now."""
     trained = None
     if sift is not None:
@@ -134,6 +145,13 @@ def _publisher(channel: Channel, model: nn.Module, sift: SIFT | None) -> Publish
             name: None if part.trains_all else part.flat_index
             for name, part in sift.sparse_mapping.items()
         }
+    if folder is not None:
+        try:
+            return Publisher(channel, model, folder=folder, trained=trained)
+        except SparseDeltaError as error:
+            if error.code != "structure_mismatch":  # such as a new head
+                raise
+            logger.info("versions are single files: %s", error)
     return Publisher(channel, model, trained=trained)
 
 

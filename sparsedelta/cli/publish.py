@@ -28,7 +28,9 @@ from sparsedelta.cli._progress import progress_bar
     metavar="BASE",
     help="The checkpoint that was published last; without it, publish in full.",
 )
-@click.option("--step", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Step of the training.")
+@click.option(
+    "--step", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Step of the training."
+)
 @click.option(
     "--anchor-ratio",
     type=float,

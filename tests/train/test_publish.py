@@ -55,6 +55,9 @@ def test_fit_publishes_some_steps_and_the_last(base: Path, tmp_path: Path) -> No
     assert steps(tmp_path / "channel") == [4, 6]
     trained = load_file(tmp_path / "trained" / "model.safetensors")
     assert are_same(followed(tmp_path / "channel"), trained)
+    # Versions are folders that an engine can load.
+    config_path = tmp_path / "followed" / "config.json"
+    assert config_path.read_bytes() == (base / "config.json").read_bytes()
     with sparsedelta.load(tmp_path / "d.sd") as delta:
         assert "publish" not in str(delta.info)
 
