@@ -11,7 +11,6 @@ from click.shell_completion import CompletionItem
 
 import sparsedelta
 from sparsedelta.cli._common import (
-    PATH,
     PATH_OR_REPOSITORY,
     Settings,
     examples,
@@ -48,7 +47,7 @@ def _forms(
     ),
 )
 @click.argument("source", type=PATH_OR_REPOSITORY, metavar="IN")
-@click.argument("out", type=PATH)
+@click.argument("out", type=PATH_OR_REPOSITORY)
 @click.option(
     "--base",
     type=PATH_OR_REPOSITORY,
@@ -88,7 +87,7 @@ def command(
     settings: Settings,
     *,
     source: str,
-    out: Path,
+    out: str,
     base: str,
     target: str | None,
     read_as: str | None,
@@ -122,7 +121,7 @@ def command(
             progress=progress,
         )
     if as_json:
-        print_json({"out": str(out), **dataclasses.asdict(report)})
+        print_json({"out": out, **dataclasses.asdict(report)})
     else:
         click.echo(_described(out, report))
     if report.written_as == "sd":
@@ -144,7 +143,7 @@ def _pair(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _described(out: Path, report: ConvertReport) -> str:
+def _described(out: str, report: ConvertReport) -> str:
     verified = {
         "none": "the input has no digests: not verified; --target checks it against a checkpoint",
         "changed tensors": "verified by the digests of the changed tensors in the input",
@@ -152,7 +151,7 @@ def _described(out: Path, report: ConvertReport) -> str:
         "target": "verified: it rebuilds the given target",
     }[report.verified]
     lines = [
-        f"{printable(str(out))}: {size(report.n_bytes)}, {report.read_as} to {report.written_as},"
+        f"{printable(out)}: {size(report.n_bytes)}, {report.read_as} to {report.written_as},"
         f" {count(report.nnz)} changed in {count(report.n_changed, 'tensor')}",
         verified,
     ]
