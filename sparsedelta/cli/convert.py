@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,9 +125,23 @@ def command(
         print_json({"out": out, **dataclasses.asdict(report)})
     else:
         click.echo(_described(out, report))
+        if (report.read_as, report.written_as) == ("checkpoint", "sd") and _has_files(path):
+            back = shlex.join(["sparsedelta", "convert", out, "OUT", "--base", base])
+            click.echo(
+                "apply writes the tensors as .safetensors files and the rest as .skeleton files; to rebuild"
+                f" the original files: {printable(back)} --to original"
+            )
     if report.written_as == "sd":
         found = sparsedelta.inspect(out)
         show_warnings(found, found.target_bytes, lambda: _dtypes(base_path, exclude))
+
+
+def _has_files(path: Path) -> bool:
+    """Return whether a checkpoint consists of files of GGUF, ONNX or torch.save."""
+    from sparsedelta.interop.regions import has_regions
+    from sparsedelta.interop.source import Source
+
+    return has_regions(Source(path))
 
 
 def _dtypes(base: Path | str, exclude: tuple[str, ...]) -> dict[str, str]:

@@ -10,12 +10,13 @@ from pathlib import Path
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import BadMagic, BaseNeeded, LossyConversion, TargetMismatch
 from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.files.unread import CONVERTED_SUFFIXES
 from sparsedelta.format.delta import load
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.fs import check_absent, check_no_folder, check_no_slash, staged_output
 from sparsedelta.interop.form import Form, Reading, Setting
 from sparsedelta.interop.opening import open_checkpoint, record, target_of
-from sparsedelta.interop.regions import SUFFIXES, has_regions, write_regions
+from sparsedelta.interop.regions import has_regions, write_regions
 from sparsedelta.interop.registry import (
     CHECKPOINT,
     DELTA,
@@ -147,7 +148,7 @@ def convert(
 
 def _wanted(out: AnyPath, write_as: str | None) -> str:
     """Return the name of the form to write."""
-    if write_as is None and str(out).endswith(SUFFIXES):
+    if write_as is None and str(out).endswith(CONVERTED_SUFFIXES):
         return ORIGINAL
     if write_as is None:
         if not str(out).endswith(DELTA_SUFFIX):
