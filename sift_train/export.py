@@ -231,8 +231,14 @@ def check_outputs(
     Raises:
         FileExistsError: ``output`` or ``save_target`` exists and ``overwrite`` is not set.
         FileNotFoundError: the base, or the folder of an output, does not exist.
+        IsADirectoryError: ``output`` ends in a slash.
         ValueError: the base is of the wrong kind, or has no safetensors file.
     """
+    if os.fspath(output).endswith(("/", os.sep)):
+        raise IsADirectoryError(
+            f"output '{output}' is written like a folder, but the output is one file; give the name of a"
+            f" file, such as '{output}delta.sd'"
+        )
     for given in (output, save_target):
         if given is None:
             continue

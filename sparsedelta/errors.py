@@ -208,8 +208,8 @@ class CheckpointError(SparseDeltaError, ValueError):
     code = "checkpoint"
     remedy = (
         "Give a .safetensors file or a folder that holds some, with the index that belongs "
-        "to them. Convert .bin, .pt and other files to safetensors first. Leave out a file "
-        "that is not part of the model with --exclude."
+        "to them. Convert .bin, .pt and other files to safetensors first, or make the delta with "
+        "`sparsedelta convert`. Leave out a file that is not part of the model with --exclude."
     )
 
 

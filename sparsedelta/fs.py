@@ -175,13 +175,28 @@ def check_absent(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def check_no_folder(path: Path) -> None:
+def check_no_slash(path: str | os.PathLike[str], example: str = "delta.sd") -> None:
+    """Raise IsADirectoryError if the name of an output that is one file ends like that of a folder.
+
+    Args:
+        path: the output as the user wrote it; a ``Path`` has no slash at its end.
+        example: name of a file in the folder; used in the error.
+    """
+    text = os.fspath(path)
+    if text.endswith(("/", os.sep)):
+        raise IsADirectoryError(
+            f"output '{text}' is written like a folder, but the output is one file; give the name of a"
+            f" file, such as '{text}{example}'"
+        )
+
+
+def check_no_folder(path: str | os.PathLike[str]) -> None:
     """Raise IsADirectoryError if ``path`` is a folder: a file must not replace a folder."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise IsADirectoryError(
             errno.EISDIR,
             "This is a folder, but the output is one file; give the name of a file",
-            str(path),
+            os.fspath(path),
         )
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from sparsedelta.fs import check_absent, check_no_slash
+
 if TYPE_CHECKING:
     from sparsedelta._typing import JSON
 
@@ -32,7 +34,21 @@ class _Path(click.Path):
         return Path(os.fsdecode(super().convert(value, param, ctx)))
 
 
+class _OutputFile(_Path):
+    """An output that is one file, such as the one named by ``example``."""
+
+    def __init__(self, example: str) -> None:
+        super().__init__(path_type=Path)
+        self._example = example
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path."""
+        check_no_slash(os.fsdecode(value), self._example)  # the path has no slash at its end
+        return super().convert(value, param, ctx)
+
+
 PATH = _Path(path_type=Path)
+DELTA_FILE, PAGE_FILE = _OutputFile("delta.sd"), _OutputFile("delta.html")
 
 
 class _PathOrRepository(click.types.StringParamType):
@@ -124,8 +140,6 @@ def check_output_file(output: Path, *, overwrite: bool, inputs: tuple[Path, ...]
         FileNotFoundError: the folder of the output does not exist.
         IsADirectoryError: the output is a folder.
     """
-    from sparsedelta.fs import check_absent
-
     if output.is_dir():
         raise IsADirectoryError(f"output '{output}' is a folder; give the name of a file")
     resolved = Path(os.path.realpath(output))

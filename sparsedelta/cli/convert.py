@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,6 @@ from click.shell_completion import CompletionItem
 
 import sparsedelta
 from sparsedelta.cli._common import (
-    PATH,
     PATH_OR_REPOSITORY,
     Settings,
     examples,
@@ -48,7 +48,7 @@ def _forms(
     ),
 )
 @click.argument("source", type=PATH_OR_REPOSITORY, metavar="IN")
-@click.argument("out", type=PATH)
+@click.argument("out", type=PATH_OR_REPOSITORY)
 @click.option(
     "--base",
     type=PATH_OR_REPOSITORY,
@@ -88,7 +88,7 @@ def command(
     settings: Settings,
     *,
     source: str,
-    out: Path,
+    out: str,
     base: str,
     target: str | None,
     read_as: str | None,
@@ -122,12 +122,26 @@ def command(
             progress=progress,
         )
     if as_json:
-        print_json({"out": str(out), **dataclasses.asdict(report)})
+        print_json({"out": out, **dataclasses.asdict(report)})
     else:
         click.echo(_described(out, report))
+        if (report.read_as, report.written_as) == ("checkpoint", "sd") and _has_files(path):
+            back = shlex.join(["sparsedelta", "convert", out, "OUT", "--base", base])
+            click.echo(
+                "apply writes the tensors as .safetensors files and the rest as .skeleton files; to rebuild"
+                f" the original files: {printable(back)} --to original"
+            )
     if report.written_as == "sd":
         found = sparsedelta.inspect(out)
         show_warnings(found, found.target_bytes, lambda: _dtypes(base_path, exclude))
+
+
+def _has_files(path: Path) -> bool:
+    """Return whether a checkpoint consists of files of GGUF, ONNX or torch.save."""
+    from sparsedelta.interop.regions import has_regions
+    from sparsedelta.interop.source import Source
+
+    return has_regions(Source(path))
 
 
 def _dtypes(base: Path | str, exclude: tuple[str, ...]) -> dict[str, str]:
@@ -144,7 +158,7 @@ def _pair(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _described(out: Path, report: ConvertReport) -> str:
+def _described(out: str, report: ConvertReport) -> str:
     verified = {
         "none": "the input has no digests: not verified; --target checks it against a checkpoint",
         "changed tensors": "verified by the digests of the changed tensors in the input",
@@ -152,7 +166,7 @@ def _described(out: Path, report: ConvertReport) -> str:
         "target": "verified: it rebuilds the given target",
     }[report.verified]
     lines = [
-        f"{printable(str(out))}: {size(report.n_bytes)}, {report.read_as} to {report.written_as},"
+        f"{printable(out)}: {size(report.n_bytes)}, {report.read_as} to {report.written_as},"
         f" {count(report.nnz)} changed in {count(report.n_changed, 'tensor')}",
         verified,
     ]

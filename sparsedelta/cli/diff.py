@@ -10,7 +10,7 @@ import click
 
 import sparsedelta
 from sparsedelta.cli._common import (
-    PATH,
+    DELTA_FILE,
     PATH_OR_REPOSITORY,
     Settings,
     check_output_file,
@@ -40,7 +40,7 @@ _MAX_LISTED = 5
 @click.argument("base", type=PATH_OR_REPOSITORY)
 @click.argument("target", type=PATH_OR_REPOSITORY)
 @click.option(
-    "-o", "--output", type=PATH, required=True, metavar="DELTA", help="The file to write."
+    "-o", "--output", type=DELTA_FILE, required=True, metavar="DELTA", help="The file to write."
 )
 @click.option(
     "--base-id", metavar="ID", help="Record which repository holds the base: org/model@<commit>."

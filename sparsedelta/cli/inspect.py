@@ -8,6 +8,7 @@ import click
 
 import sparsedelta
 from sparsedelta.cli._common import (
+    PAGE_FILE,
     PATH,
     PATH_OR_REPOSITORY,
     Settings,
@@ -33,7 +34,10 @@ from sparsedelta.cli._sources import Sources
     "--info", is_flag=True, help="Also print all information recorded about how DELTA was made."
 )
 @click.option(
-    "--html", type=PATH, metavar="FILE", help="Also write an HTML page with figures to this file."
+    "--html",
+    type=PAGE_FILE,
+    metavar="FILE",
+    help="Also write an HTML page with figures to this file.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the HTML page if it exists.")
 @json_option

@@ -8,7 +8,7 @@ import click
 
 import sparsedelta
 from sparsedelta.cli._common import (
-    PATH,
+    DELTA_FILE,
     PATH_OR_REPOSITORY,
     Settings,
     check_output_file,
@@ -26,7 +26,9 @@ from sparsedelta.cli._written import show_written
     "invert", cls=Command, epilog=examples("sparsedelta invert delta.sd --base base/ -o undo.sd")
 )
 @click.argument("delta", type=PATH_OR_REPOSITORY)
-@click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The file to write.")
+@click.option(
+    "-o", "--output", type=DELTA_FILE, required=True, metavar="OUT", help="The file to write."
+)
 @click.option(
     "--base",
     type=PATH_OR_REPOSITORY,

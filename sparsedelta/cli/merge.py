@@ -9,6 +9,7 @@ import click
 
 import sparsedelta
 from sparsedelta.cli._common import (
+    DELTA_FILE,
     PATH,
     PATH_OR_REPOSITORY,
     Settings,
@@ -61,7 +62,9 @@ def _check_alone(base: str | None) -> None:
 )
 @click.argument("base", type=PATH_OR_REPOSITORY, required=False)
 @click.argument("deltas", type=PATH_OR_REPOSITORY, nargs=-1, metavar="DELTA...")
-@click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The file to write.")
+@click.option(
+    "-o", "--output", type=DELTA_FILE, required=True, metavar="OUT", help="The file to write."
+)
 @click.option(
     "--method",
     type=click.Choice(METHODS),

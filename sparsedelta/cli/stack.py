@@ -8,7 +8,7 @@ import click
 
 import sparsedelta
 from sparsedelta.cli._common import (
-    PATH,
+    DELTA_FILE,
     PATH_OR_REPOSITORY,
     Settings,
     check_output_file,
@@ -25,7 +25,9 @@ from sparsedelta.cli._written import show_written
     "stack", cls=Command, epilog=examples("sparsedelta stack monday.sd tuesday.sd -o both.sd")
 )
 @click.argument("deltas", type=PATH_OR_REPOSITORY, nargs=-1, required=True, metavar="DELTA...")
-@click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The file to write.")
+@click.option(
+    "-o", "--output", type=DELTA_FILE, required=True, metavar="OUT", help="The file to write."
+)
 @click.option(
     "--base",
     type=PATH_OR_REPOSITORY,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from sparsedelta.errors import FormatError
@@ -20,12 +20,14 @@ UNREAD_WEIGHT_SUFFIXES = (
 DISTRIBUTED_SUFFIX, _METADATA = ".distcp", ".metadata"  # of torch.distributed.checkpoint
 OLD_PICKLE = b"\x80\x02\x8a\x0a"  # how files begin that torch.save wrote before version 1.6
 PICKLED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")  # written by torch.save
+CONVERTED_SUFFIXES = (*PICKLED_SUFFIXES, ".gguf", ".onnx")  # ``convert`` makes deltas of such files
 CONFIG = "config.json"
 
 _NOT_WEIGHTS = ("training_args.bin", *junk.NOT_PART)
 # Names of the weights that transformers and sentence-transformers load from the root of a folder. Names of variants
 # have one more part.
 _OF_TRANSFORMERS = ("pytorch_model.bin", "pytorch_model-[0-9]*.bin")
+_OTHER_WAY = "`sparsedelta convert` makes a delta of such files, and rebuilds them from it"
 _LOAD = (
     "import torch; from safetensors.torch import save_file; "
     'all = torch.load({source}, "cpu", weights_only=True); '
@@ -57,21 +59,31 @@ def conversion(
 ) -> str:
     """Return a clause that says how to convert weights to safetensors, with the command where it is known.
 
+    If there are no weights, the clause says so.
+
     Args:
         source: a folder, or a repository on the Hub.
         paths: paths of its files.
         read: returns the content of a file; None if it does not exist.
         revision: revision of the repository; None if ``source`` is a folder.
     """
-    paths = sorted(paths)
+    paths = sorted(path for path in paths if not junk.matches(path, _NOT_WEIGHTS))
     if any(path.endswith(DISTRIBUTED_SUFFIX) for path in paths):
         return (
             "it is a checkpoint of torch.distributed, which only diff, apply, verify and convert read: load it into the"
             " model, and save that as safetensors"
         )
-    pickled = [
-        p for p in paths if p.endswith(PICKLED_SUFFIXES) and not junk.matches(p, _NOT_WEIGHTS)
-    ]
+    if not any(path.lower().endswith(UNREAD_WEIGHT_SUFFIXES) for path in paths):
+        return "it holds no weights of other formats either; give another path"
+    is_converted = revision is None and any(path.endswith(CONVERTED_SUFFIXES) for path in paths)
+    other_way = f"{_OTHER_WAY}; or " if is_converted else ""
+    return other_way + _to_safetensors(source, paths, read, revision)
+
+
+def _to_safetensors(
+    source: str, paths: Sequence[str], read: Callable[[str], bytes | None], revision: str | None
+) -> str:
+    pickled = [path for path in paths if path.endswith(PICKLED_SUFFIXES)]
     if not pickled:
         return "convert its weights to safetensors first"
     if any(junk.matches(path, _OF_TRANSFORMERS) and "/" not in path for path in pickled):

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from sparsedelta._typing import JSON, AnyPath, Model, ModelCheck, Names
@@ -17,7 +16,7 @@ from sparsedelta.format.container import FilePayload, container_blocks, write_co
 from sparsedelta.format.digests import base_fingerprint, base_tensors, target_fingerprint
 from sparsedelta.format.manifest import Manifest
 from sparsedelta.format.records import Base, Payload, Row, Target
-from sparsedelta.fs import check_no_folder
+from sparsedelta.fs import check_no_folder, check_no_slash
 from sparsedelta.stores.base import ByteSource
 from sparsedelta.stores.local import OpenFile
 from sparsedelta.stores.stream import Seekable, Stream
@@ -140,10 +139,11 @@ class Delta:
 
         Raises:
             FileExistsError: ``path`` exists and ``overwrite`` is false.
-            IsADirectoryError: ``path`` is a folder.
+            IsADirectoryError: ``path`` is a folder, or ends in a slash.
             LimitExceeded: the delta exceeds a limit of the format (FORMAT §11).
         """
-        check_no_folder(Path(path))
+        check_no_folder(path)
+        check_no_slash(path)
         write_container(self._manifest(), self.payload, path, overwrite=overwrite)
 
     def to_bytes(self) -> bytes:

@@ -10,12 +10,13 @@ from pathlib import Path
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import BadMagic, BaseNeeded, LossyConversion, TargetMismatch
 from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.files.unread import CONVERTED_SUFFIXES
 from sparsedelta.format.delta import load
 from sparsedelta.format.paths import WEIGHT_SUFFIX
-from sparsedelta.fs import check_absent, check_no_folder, staged_output
+from sparsedelta.fs import check_absent, check_no_folder, check_no_slash, staged_output
 from sparsedelta.interop.form import Form, Reading, Setting
 from sparsedelta.interop.opening import open_checkpoint, record, target_of
-from sparsedelta.interop.regions import SUFFIXES, has_regions, write_regions
+from sparsedelta.interop.regions import has_regions, write_regions
 from sparsedelta.interop.registry import (
     CHECKPOINT,
     DELTA,
@@ -103,6 +104,8 @@ def convert(
     check_apart([one for one in (source, base, target) if one is not None], out)
     check_absent(Path(out), overwrite=overwrite)
     wanted = _wanted(out, write_as)
+    if _is_one_file(wanted):
+        check_no_slash(out)
     opened = Source(source)
     if base is None:
         raise BaseNeeded("a conversion needs the base of the delta; give it (base=, --base)")
@@ -130,6 +133,8 @@ def convert(
         if wanted == ORIGINAL:
             with staged_output(out, overwrite=overwrite) as staged:
                 write_regions(reading.target, staged)
+                if staged.is_file():
+                    check_no_slash(out, "model.bin")
             with between(old, reading.target, level="fast") as delta:
                 return ConvertReport(
                     name, wanted, delta.n_changed, delta.nnz, _size(out), proof, ()
@@ -143,7 +148,7 @@ def convert(
 
 def _wanted(out: AnyPath, write_as: str | None) -> str:
     """Return the name of the form to write."""
-    if write_as is None and str(out).endswith(SUFFIXES):
+    if write_as is None and str(out).endswith(CONVERTED_SUFFIXES):
         return ORIGINAL
     if write_as is None:
         if not str(out).endswith(DELTA_SUFFIX):
@@ -155,6 +160,13 @@ def _wanted(out: AnyPath, write_as: str | None) -> str:
     if write_as not in (DELTA, CHECKPOINT, ORIGINAL):
         form_named(write_as)
     return write_as
+
+
+def _is_one_file(wanted: str) -> bool:
+    """Return whether a form is always written as one file."""
+    return wanted == DELTA or (
+        wanted not in (CHECKPOINT, ORIGINAL) and not form_named(wanted).is_folder
+    )
 
 
 def _read(
@@ -225,7 +237,7 @@ def _write(
     """Write a foreign form. If nothing is lost, it is read again and compared before it gets its name."""
     chosen = form.chosen(settings)
     if not form.is_folder:
-        check_no_folder(Path(out))
+        check_no_folder(out)
     with staged_output(out, overwrite=overwrite) as staged:
         form.write(change, staged, chosen)
         if change.losses and not lossy:

@@ -29,7 +29,6 @@ from sparsedelta.interop.source import Source
 from sparsedelta.interop.view import bits_of
 from sparsedelta.system import allow_open_files, read_at
 
-SUFFIXES = (*PICKLED_SUFFIXES, ".gguf", ".onnx")  # of single files
 _OF_ARCHIVES = (*PICKLED_SUFFIXES, ".distcp")
 _METADATA = ".metadata"  # of a checkpoint of torch.distributed
 _SKELETON = ".skeleton"

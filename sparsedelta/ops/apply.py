@@ -28,6 +28,7 @@ from sparsedelta.fs import (
     check_absent,
     check_checkpoint_folder,
     check_no_folder,
+    check_no_slash,
     check_room,
     staged_output,
     synced,
@@ -106,7 +107,8 @@ def apply(
         )
         if not is_distributed(out):
             check_replaceable(Path(out))
-        _check_no_slash(out, is_folder=deltas[-1].target.is_folder)
+        if not deltas[-1].target.is_folder:
+            check_no_slash(out, "model.safetensors")
         staged = stack.enter_context(staged_output(out, overwrite=overwrite))
         if is_distributed(base):
             _write_distributed(base, deltas, staged, exclude)
@@ -139,14 +141,6 @@ def _write_distributed(
 
     with open_base(base, deltas[0], exclude=exclude) as checkpoint:
         rebuild_regions(checkpoint, deltas, out)
-
-
-def _check_no_slash(out: AnyPath, *, is_folder: bool) -> None:
-    """Raise IsADirectoryError if the name of an output that is one file ends like that of a folder."""
-    if not is_folder and os.fspath(out).endswith(("/", os.sep)):
-        raise IsADirectoryError(
-            f"output '{out}' is written like a folder, and the target is one file; give the name of a file"
-        )
 
 
 def check_chain(deltas: Sequence[Delta]) -> None:

@@ -243,7 +243,9 @@ def _check_has_weights(checkpoint: Checkpoint) -> None:
             files,
             lambda path: files[path].read_bytes() if path in files else None,
         )
-        raise CheckpointError(f"'{checkpoint.path}' holds no {WEIGHT_SUFFIX} file; {hint}")
+        left_out = ", ".join(checkpoint.left_out[:3])
+        more = f"; left out: {left_out} (--include and include= keep files)" if left_out else ""
+        raise CheckpointError(f"'{checkpoint.path}' holds no {WEIGHT_SUFFIX} file; {hint}{more}")
 
 
 def _compare_all(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cli.cli_helpers import Run, Workplace
-from helpers import assert_same_files, noise, small_chunks, state, write_file
+from helpers import assert_same_files, noise, small_chunks, state, tree, write_file
 
 import sparsedelta
 
@@ -205,3 +205,29 @@ def test_siblings_are_not_applied_one_after_the_other(tmp_path: Path, run: Run) 
     both = tmp_path / "both.sd"
     assert run("stack", *deltas, "--base", base, "-o", both).exit_code == 0
     assert run("apply", base, both, tmp_path / "out.safetensors").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "diff base target -o new/",
+        "stack delta.sd -o new/",
+        "invert delta.sd --base base -o new/",
+        "merge base delta.sd -o new/",
+        "convert target new/ --base base --to sd",
+        "convert delta.sd new/ --base base --to mask --lossy",
+    ],
+)
+def test_no_delta_is_written_under_the_name_of_a_folder(
+    workplace: Workplace, run: Run, monkeypatch: pytest.MonkeyPatch, arguments: str
+) -> None:
+    workplace.save_delta()
+    monkeypatch.chdir(workplace.path)
+    before = tree(workplace.path)
+    result = run(*arguments.split())
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        "error: output 'new/' is written like a folder, but the output is one file; give the name of a"
+        " file, such as 'new/delta.sd'\n"
+    )
+    assert tree(workplace.path) == before

@@ -204,7 +204,8 @@ def test_one_file_is_not_written_under_the_name_of_a_folder(
     result = process("apply", weights[0], "one.sd", "out/")
     assert (result.returncode, result.stderr) == (
         1,
-        "error: output 'out/' is written like a folder, and the target is one file; give the name of a file\n",
+        "error: output 'out/' is written like a folder, but the output is one file; give the name of a file,"
+        " such as 'out/model.safetensors'\n",
     )
     assert tree(workplace.path) == before
     assert process("apply", weights[0], "one.sd", "out").returncode == 0

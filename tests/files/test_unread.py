@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import noise, write_file
 
 import sparsedelta
 from sparsedelta.errors import CheckpointError
@@ -67,7 +68,9 @@ def test_folder_of_something_else(tmp_path: Path, config: str | None) -> None:
     torch.save({"a": net.weight, "tied": net.weight, "turned": net.weight.T}, folder / "net.pt")
     if config is not None:
         (folder / "config.json").write_text(config)
-    run(refused(folder, folder))
+    message = refused(folder, folder)
+    assert "`sparsedelta convert` makes a delta of such files" in message
+    run(message)
     with Checkpoint(folder, exclude=["*.pt"]) as checkpoint:
         assert {file.path for file in checkpoint.weight_files} == {"net.safetensors"}
         found = {tensor.name: tensor for tensor in checkpoint.tensors.values()}
@@ -105,7 +108,20 @@ def test_no_command_runs_what_a_config_says() -> None:
 
 
 def test_other_formats_have_no_command() -> None:
-    for path in ("model.gguf", "tf_model.h5", "optimizer.pt", "training_args.bin", "README.md"):
-        assert (
-            conversion("x", [path], lambda path: None) == "convert its weights to safetensors first"
-        )
+    to_safetensors = "convert its weights to safetensors first"
+    both = "`sparsedelta convert` makes a delta of such files, and rebuilds them from it; or "
+    for path, expected in (("model.gguf", both + to_safetensors), ("model.h5", to_safetensors)):
+        assert conversion("x", [path], lambda path: None) == expected
+
+
+@pytest.mark.parametrize("files", [[], ["optimizer.pt", "training_args.bin", "README.md"]])
+def test_a_folder_without_weights(tmp_path: Path, files: list[str]) -> None:
+    base = write_file(tmp_path / "base" / "model.safetensors", {"w": noise("F32", 4)}).parent
+    (tmp_path / "other").mkdir()
+    for name in files:
+        (tmp_path / "other" / name).write_bytes(b"x")
+    left_out = "; left out: optimizer.pt (--include and include= keep files)" if files else ""
+    assert refused(base, tmp_path / "other") == (
+        f"'{tmp_path / 'other'}' holds no .safetensors file; it holds no weights of other formats either; give"
+        f" another path{left_out}"
+    )

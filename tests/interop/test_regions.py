@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import shlex
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -185,6 +186,19 @@ def test_the_command_diff_reports_on_distributed_checkpoints(tmp_path: Path) -> 
     found = json.loads(result.stdout)
     assert found["target_bytes"] == sum(path.stat().st_size for path in target.iterdir())
     assert found["file_bytes"] == delta.stat().st_size
+
+
+def test_the_command_says_how_the_original_file_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(training(1), "base 1.pt")
+    torch.save(training(2), "target.pt")
+    made = CliRunner().invoke(main, ["convert", "target.pt", "d.sd", "--base", "base 1.pt"])
+    back = made.stdout.partition("original files: sparsedelta ")[2]
+    assert back == "convert d.sd OUT --base 'base 1.pt' --to original\n"
+    assert CliRunner().invoke(main, shlex.split(back)).exit_code == 0
+    assert_same_files(Path("target.pt"), Path("OUT"))
 
 
 class Run:

@@ -333,6 +333,15 @@ def test_an_existing_output_stops_before_training(tmp_path: Path) -> None:
     assert (tmp_path / "d.sd").read_bytes() != b"mine"
 
 
+def test_an_output_written_like_a_folder_stops_before_training(tmp_path: Path) -> None:
+    model = make_net()
+    before = snapshot(model)
+    with pytest.raises(IsADirectoryError, match=r"such as '.*/new/delta.sd'"):
+        fit(model, make_inputs(1), output=f"{tmp_path}/new/", loss=square_loss)
+    assert not list(tmp_path.iterdir())
+    assert all(same_bits(value, model.state_dict()[name]) for name, value in before.items())
+
+
 def test_save_target_replaces_only_with_overwrite(tmp_path: Path, bert_folder: Path) -> None:
     (tmp_path / "trained").mkdir()
     (tmp_path / "trained" / "mine").write_text("mine")
