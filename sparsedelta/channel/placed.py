@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from sparsedelta.format.strict_json import (
 
 _WHAT = "the file of what is held"
 _DIGEST_BYTES = 32
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,5 +149,8 @@ def _marks(path: Path) -> tuple[int, int]:
 
 
 def _digest(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, blake3).digest()
+    hasher = blake3()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            hasher.update(block)
+    return hasher.digest()
