@@ -71,7 +71,8 @@ def export_delta(
         model: the trained model.
         output: path of the delta to write; its folder must exist.
         sift: the SIFT that trained the model. If ``base`` is not given, the base is the model with
-            its first weights, which ``sift`` has kept. If it is given, it is compared with the
+            its first weights, which ``sift`` has kept; the delta then fits only a checkpoint with the same
+            bits. If it is given, it is compared with the
             model's first weights. Leave ``sift`` out to write a delta between any base and model.
         base: the checkpoint with which the training began: a folder for a model of transformers or
             diffusers, a safetensors file for any other module. If it is the folder of a pipeline of diffusers,

@@ -6,6 +6,7 @@ weights that the model has after the last step.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -35,6 +36,7 @@ from sift_train.ranks.group import expected_size, launched_processes
 from sift_train.sift import SIFT
 from sift_train.targets import check_saves_weights
 
+logger = logging.getLogger(__name__)
 CURVE_POINTS = 500
 
 
@@ -78,7 +80,8 @@ def fit(
             model's output must have a ``loss``.
         base: the checkpoint from which the module was loaded; its weights are compared with the
             module's. By default the folder given as ``model``. If the model is a module, the
-            default base is the module as it would have been saved before the training.
+            default base is the module as it would have been saved before the training: the delta then
+            fits no checkpoint on disk that has other bits, and a warning is logged.
         base_id: where others find the base, such as ``org/model@<commit>``; recorded as a hint.
         save_target: path at which the trained checkpoint is kept; by default it is not kept.
         overwrite: replace existing files or folders at ``output`` and ``save_target``.
@@ -138,6 +141,12 @@ def fit(
         sift = stack.enter_context(_sift(model, config))
         if is_sharded:
             check_sharded_fit(sift, base, compare=checkpoint is None)
+        if base is None and sift.ranks.is_first:
+            logger.warning(
+                "no base is given: the delta starts from the weights that the model has now, and can be applied only to"
+                " a checkpoint with the same bits; give the checkpoint that the model was loaded from (base=), or save"
+                " the model before the training"
+            )
         listeners: list[Listener] = [Callbacks(on_step, on_evaluation)]
         if config.trackers:
             listeners.append(Tracker(accelerator, config.as_json()))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _SMALL_BYTES = 1 << 20  # for smaller targets, no warning that the delta is large
 # Unrelated models of one shape: at least 99.8 % of the values differ, and the delta is 73 % (bf16) to 92 % (f16) of the
-# target. Full fine-tuning in fp32 may change as many values, but to near ones: a third to two thirds.
+# target. Full fine-tuning in fp32 may change as many values, but to near ones: 30 % to 70 %.
 _UNRELATED_DENSITY, _UNRELATED_SHARE = 0.99, 0.7
 
 

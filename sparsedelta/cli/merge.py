@@ -55,6 +55,19 @@ def _check_alone(base: str | None) -> None:
         raise click.UsageError(f"--config states what {what} would; give one or the other")
 
 
+def _check_no_number(inputs: tuple[str, ...]) -> None:
+    """Raise UsageError if an argument is a number instead of a path, as after `--weights 0.7 0.3`."""
+    for text in inputs:
+        try:
+            float(text)
+        except ValueError:
+            continue
+        if not Path(text).exists():
+            raise click.UsageError(
+                f"'{text}' is not the path of a delta; separate numbers by commas, as in --weights 0.7,0.3"
+            )
+
+
 @click.command(
     "merge",
     cls=Command,
@@ -82,7 +95,7 @@ def _check_alone(base: str | None) -> None:
     "--density",
     callback=parse_numbers,
     metavar="D[,D...]",
-    help="Share of elements to keep, for ties and dare.",
+    help="For ties, the share of a tensor's elements to keep; for dare, the share of the changes. [default: 1]",
 )
 @click.option(
     "--scale",
@@ -149,6 +162,7 @@ def command(
         base, deltas, options = plan.base, plan.deltas, plan.options
     if base is None or not deltas:
         raise click.UsageError("give BASE and at least one DELTA, or --config")
+    _check_no_number((base, *deltas))
     with Sources(settings) as sources, progress_bar(settings) as progress:
         inputs = sources.paths(base, *deltas)
         check_output_file(output, overwrite=overwrite, inputs=inputs)

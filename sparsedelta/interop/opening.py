@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from shlex import quote
 
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import BadMagic, BaseNeeded, FormatError, UnsupportedFeature
@@ -113,7 +114,7 @@ def _load(path: AnyPath, any_size: bool) -> Delta:
         return load(path, any_size=any_size)
     except FormatError as error:
         is_unknown = isinstance(error, BadMagic) or error.code == "limit_exceeded"
-        if is_unknown and not is_delta(source) and not _what(source):
+        if is_unknown and not is_delta(source) and other_than_delta(path) is None:
             raise BadMagic(
                 f"{error}; it has none of the other forms that `sparsedelta convert` reads either"
             ) from error
@@ -136,22 +137,26 @@ def other_than_delta(path: AnyPath) -> BadMagic | None:
         return BadMagic(
             f"'{path}' is a folder; give the delta in it, such as '{source.path / inside[0]}'"
         )
-    what = _what(source)
-    if what is None:
+    if has_regions(source):
+        made = f"convert {quote(str(path))} delta.sd --base BASE"
+    elif (
+        any(name.endswith(WEIGHT_SUFFIX) for name in source.names)
+        or source.tensors
+        or source.start.startswith(OLD_PICKLE)
+    ):
+        made = f"diff BASE {quote(str(path))} -o delta.sd"
+    elif source.is_folder:
+        return BadMagic(
+            f"'{path}' is a folder, not a delta; give an .sd file, or convert another form of delta with"
+            " `sparsedelta convert`"
+        )
+    else:
         return None
+    what = "a folder with a model" if source.is_folder else "a model"
     return BadMagic(
-        f"'{path}' is {what}, not a delta, which is an .sd file or has a form that `sparsedelta convert` reads; a base is"
-        " given before the delta, or as base (--base, base=)"
+        f"'{path}' is {what}, not a delta; make its delta with `sparsedelta {made}`, or, if this is the base, give"
+        " it before the delta or as the base (--base, base=)"
     )
-
-
-def _what(source: Source) -> str | None:
-    """Return what a file or folder without a delta is; None if that is not known."""
-    if source.is_folder:
-        has_weights = has_regions(source) or any(n.endswith(WEIGHT_SUFFIX) for n in source.names)
-        return "a folder with a model" if has_weights else "a folder"
-    is_model = source.tensors or has_regions(source) or source.start.startswith(OLD_PICKLE)
-    return "a model" if is_model else None
 
 
 def target_of(delta: Delta, base: Checkpoint, stack: ExitStack) -> Checkpoint:

@@ -6,6 +6,7 @@ never in memory.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ from sparsedelta.tensors.rebuild import BaseDiffers, check_rebuilt
 from sparsedelta.tensors.small_pairs import Pair, PairComparison, run_pairs
 from sparsedelta.tensors.sources import RebuiltTensor
 
+_log = logging.getLogger(__name__)
+
 
 def merge(
     base: AnyPath,
@@ -56,7 +59,7 @@ def merge(
 
     - ``linear``: Σ w_i d_i / Σ w_i, the weighted average of the targets;
     - ``task-arithmetic``: Σ w_i d_i (Ilharco et al., 2023);
-    - ``ties``: each d_i keeps only its largest elements, a share of ``density``. For each element, the
+    - ``ties``: each d_i keeps only its ``density`` · numel largest elements. For each element, the
       sign with the larger sum of w_i d_i is elected, and the w_i d_i of that sign are averaged
       (Yadav et al., 2023);
     - ``dare``: each element of d_i is kept with probability ``density``, and the kept elements are
@@ -71,8 +74,10 @@ def merge(
         deltas: ``.sd`` files or loaded deltas; at least one.
         method: one of the methods above.
         weights: one weight for each delta; None: 1 for each.
-        density: share of elements kept by ``ties``, ``dare`` and ``dare-ties``, above 0 and at most 1:
-            one number for all deltas, or one for each.
+        density: above 0 and at most 1; one number for all deltas, or one for each. None: 1, which keeps all changes.
+            ``ties`` keeps this share of all elements of a tensor, whether changed or not, so a density above the
+            delta's own cuts nothing; then a warning is logged. ``dare`` and ``dare-ties`` keep each change with
+            this probability.
         seed: seed of the random choice; the same seed gives the same delta on any machine.
         normalize: whether to divide by the sum of the weights; with elected signs, by the weights of
             the deltas that have the elected sign. None: only for ``linear`` and ``ties``.
@@ -97,6 +102,7 @@ def merge(
     with ExitStack() as context:
         given = [context.enter_context(opened(one)) for one in deltas]
         _check_siblings(given)
+        _warn_of_density(given, recipe)
         checkpoint = context.enter_context(
             Checkpoint(base, exclude=exclude, include=(), whole=False)
         )
@@ -197,6 +203,25 @@ class _Merge:
         if recipe.drops_at_random:
             merged["seed"] = recipe.seed
         return {"merged": merged}
+
+
+def _warn_of_density(deltas: Sequence[Delta], recipe: Recipe) -> None:
+    """Log a warning if TIES has a density below 1 and yet keeps all changes of all deltas."""
+    if recipe.method != "ties" or min(recipe.densities) == 1:
+        return
+    largest = 0.0
+    for number, delta in enumerate(deltas):
+        for row in delta.tensors:
+            if row.nnz > recipe.n_kept(number, row.target.n_elements):
+                return
+            largest = max(largest, row.nnz / max(1, row.target.n_elements))
+    if largest:
+        _log.warning(
+            "density %g cuts nothing: ties keeps this share of all elements of a tensor, and no delta changes more"
+            " than %.3g of one; give a smaller density, or leave it out",
+            min(recipe.densities),
+            largest,
+        )
 
 
 def _check_siblings(deltas: Sequence[Delta]) -> None:

@@ -231,3 +231,15 @@ def test_no_delta_is_written_under_the_name_of_a_folder(
         " file, such as 'new/delta.sd'\n"
     )
     assert tree(workplace.path) == before
+
+
+def test_numbers_that_are_not_separated_by_commas(
+    workplace: Workplace, run: Run, tmp_path: Path
+) -> None:
+    delta = workplace.save_delta()
+    result = run("merge", workplace.base, delta, delta, "--weights", "0.7", "0.3", "-o", "m.sd")
+    assert result.exit_code == 2
+    assert (
+        "'0.3' is not the path of a delta; separate numbers by commas, as in --weights 0.7,0.3"
+        in " ".join(result.stderr.split())
+    )

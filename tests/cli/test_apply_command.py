@@ -148,8 +148,11 @@ def test_base_and_delta_in_the_wrong_order(workplace: Workplace, run: Run) -> No
     delta = workplace.save_delta()
     result = run("apply", delta, workplace.base, workplace.out)
     assert result.exit_code == 1
-    assert "is a folder with a model, not a delta, which is an .sd file" in result.stderr
-    assert "a base is given before the delta" in result.stderr
+    assert (
+        f"is a folder with a model, not a delta; make its delta with `sparsedelta diff BASE {workplace.base} -o delta.sd`"
+        in result.stderr
+    )
+    assert "if this is the base, give it before the delta or as the base (--base" in result.stderr
 
 
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])

@@ -60,7 +60,9 @@ def test_algebra(base: Path) -> None:
     text = (ROOT / "docs" / "algebra.md").read_text("utf-8")
     text = text.replace("-o both.sd --method", "-o merged.sd --method")  # both.sd is the stack's
     run_page(text, base.parent, names)
-    assert sparsedelta.inspect("both.sd").nnz == sparsedelta.inspect("merged.sd").nnz + 256
+    assert sparsedelta.inspect("both.sd").nnz == 9 * 256
+    n_kept = int(0.005 * 768 * 256)  # of each delta, which changes 5 or 4 rows of 256
+    assert n_kept <= sparsedelta.inspect("merged.sd").nnz <= 2 * n_kept < 8 * 256
     assert isinstance(names["model"], transformers.LlamaForCausalLM)
 
 

@@ -190,7 +190,7 @@ def test_a_model_or_a_folder_in_place_of_a_delta(tmp_path: Path) -> None:
             with pytest.raises(BadMagic, match=re.escape(f"'{path}' {reason}")):
                 use(path)
     for path in (model, file):
-        with pytest.raises(BadMagic, match="a base is given before the delta"):
+        with pytest.raises(BadMagic, match="if this is the base, give it before the delta"):
             sparsedelta.load_model(path, base=deltas / "d.sd")
     assert len(list(deltas.iterdir())) == 1
 

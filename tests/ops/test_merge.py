@@ -168,6 +168,19 @@ class TestFormulas:
         assert_one_rounding(found, wanted)
 
 
+@pytest.mark.parametrize(("density", "n_kept"), [(0.5, None), (0.25, None), (0.125, 1)])
+def test_a_density_that_cuts_nothing_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, density: float, n_kept: int | None
+) -> None:
+    base = noise("F32", 8)  # of which a quarter is changed
+    bench = Bench(tmp_path, base, [base.changed(0, 4)])
+    bench.merge(method="ties", density=density)
+    assert sparsedelta.inspect(tmp_path / "merged.sd").nnz == (n_kept or 2)
+    expected = f"density {density} cuts nothing: ties keeps this share of all elements of a tensor, and no delta"
+    assert [m.startswith(expected) for m in caplog.messages] == [True] * (n_kept is None)
+    assert n_kept or "more than 0.25 of one" in caplog.text
+
+
 @pytest.mark.parametrize("method", ["dare", "dare-ties"])
 class TestDare:
     def test_every_element_is_dropped_or_scaled(self, tmp_path: Path, method: str) -> None:
@@ -258,7 +271,7 @@ class TestRefused:
         ("options", "match"),
         [
             ({"method": "slerp"}, "method is 'slerp', expected one of linear"),
-            ({"weights": [1.0]}, "1 weights are given for 2 deltas"),
+            ({"weights": [1.0]}, "1 weight is given for 2 deltas"),
             ({"weights": [1.0, float("nan")]}, "finite"),
             ({"density": 0.5}, "keeps all changes; leave it out"),
             ({"method": "ties", "density": 0.0}, "above 0 and at most 1"),

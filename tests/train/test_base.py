@@ -38,6 +38,19 @@ def trained(rate: float = 0.1) -> tuple[nn.Module, SIFT]:
     return model, sift
 
 
+def test_a_module_without_a_base_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = saved(make_net(), tmp_path / "base.safetensors")
+    for given in (base, None):
+        caplog.clear()
+        output = tmp_path / f"{given is None}.sd"
+        fit(make_net(), make_inputs(2), output=output, loss=square_loss, base=given)
+        warned = [message.startswith("no base is given: the delta") for message in caplog.messages]
+        assert warned == [True] * (given is None)
+    sparsedelta.verify(output, base=base)  # the module had the same bits
+
+
 def test_a_folder_without_safetensors_is_refused_before_training(tmp_path: Path) -> None:
     import transformers
 

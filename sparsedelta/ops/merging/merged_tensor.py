@@ -167,7 +167,7 @@ class MergedTensor:
         if density == 1:
             return thinned
         if not self._recipe.drops_at_random:
-            n_kept = max(1, int(density * self._n_elements))
+            n_kept = self._recipe.n_kept(number, self._n_elements)
             if n_kept < changes.row.nnz:
                 magnitudes = np.concatenate([np.abs(v) for _, v in self._all(changes)])
                 thinned.least, thinned.n_least = kept_largest(magnitudes, n_kept)

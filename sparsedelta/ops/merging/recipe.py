@@ -50,6 +50,10 @@ class Recipe:
         """Whether elements are dropped at random and the kept ones scaled up (DARE)."""
         return self.method in ("dare", "dare-ties")
 
+    def n_kept(self, number: int, n_elements: int) -> int:
+        """Return how many elements of a tensor TIES keeps of delta ``number``, at most."""
+        return max(1, int(self.densities[number] * n_elements))
+
     def merge(self, differences: Numbers) -> Numbers:
         """Return the merged difference of every element, (n_elements,).
 
@@ -101,10 +105,11 @@ def make_recipe(
         raise ValueError(f"density is given, but method {method!r} keeps all changes; leave it out")
     densities = [density] if isinstance(density, float | int) else [*(density or [1.0])]
     densities = densities * n_deltas if len(densities) == 1 else densities
-    for what, values in (("weights", weights), ("densities", densities)):
+    for one, more, values in (("weight", "weights", weights), ("density", "densities", densities)):
         if len(values) != n_deltas:
+            given = f"1 {one} is" if len(values) == 1 else f"{len(values)} {more} are"
             raise ValueError(
-                f"{len(values)} {what} are given for {n_deltas} deltas; give one for each delta"
+                f"{given} given for {n_deltas} delta{'s' * (n_deltas != 1)}; give one for each delta"
             )
     if not all(np.isfinite([*weights, scale])):
         raise ValueError(f"weights are {weights} and scale is {scale}; give finite numbers")
