@@ -28,7 +28,7 @@ from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import Comparison, Source, base_tensor
 from sparsedelta.tensors.parallel import Pace, run_all
 
-_BLOCK_ELEMENTS = 1 << 18
+_BLOCK_ELEMENTS = 1 << 20
 _Index = npt.NDArray[np.int64]
 
 
