@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,9 +15,13 @@ import click
 from click.shell_completion import CompletionItem
 
 from sparsedelta.fs import check_absent, check_no_slash
+from sparsedelta.hub.references import parse_reference
+from sparsedelta.report.text import printable
 
 if TYPE_CHECKING:
     from sparsedelta._typing import JSON
+
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")  # git accepts the first digits
 
 
 def _check_path(param: click.ParamType[Any], value: object, ctx: click.Context | None) -> None:
@@ -81,6 +86,27 @@ verify_option = click.option(
     show_default=True,
     help="Which digests to check: of all tensors, of the touched values only, or none.",
 )
+
+
+def check_base_id(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Return the name of a base; print a warning if it may name another base later.
+
+    Raises:
+        ValueError: it is not the name of a repository.
+    """
+    if value is None:
+        return None
+    found = parse_reference(value)
+    if found is None:
+        raise ValueError(
+            f"{param.opts[0]} {value!r} is not a repository on the Hub; write org/model@<commit>"
+        )
+    if not _COMMIT.fullmatch(found.revision or ""):
+        click.echo(
+            f"warning: '{printable(value)}' may name other weights later; org/model@<commit> never does",
+            err=True,
+        )
+    return value
 
 
 def exclude_option(files: str) -> Callable[[Any], Any]:

@@ -19,8 +19,10 @@ from sparsedelta.cli._help import Command
 from sparsedelta.cli._progress import progress_bar
 from sparsedelta.cli._sources import Sources
 from sparsedelta.fs import check_absent
+from sparsedelta.report.text import printable
 
 if TYPE_CHECKING:
+    from sparsedelta.interop.form import Form
     from sparsedelta.tensors.rebuild import Check
 
 
@@ -50,7 +52,8 @@ def command(
 
     Several deltas are applied in order; each must start from the target of the one before it.
     OUT appears only when it is complete and checked. BASE is not changed. BASE and DELTA may be
-    repositories on the Hub (org/name@revision).
+    repositories on the Hub (org/name@revision). DELTA may also be an adapter of PEFT (LoRA,
+    SHiRA), which is merged into BASE, or a delta of another project (docs/interop.md).
     """
     if len(deltas_and_out) < 2:
         raise click.UsageError("give BASE, at least one DELTA, and OUT, in this order")
@@ -75,3 +78,18 @@ def command(
             progress=progress,
         )
     settings.note(f"wrote {out}")
+    for given, path in zip(deltas, paths, strict=True):
+        if form := _without_digests(path):
+            done = "merged into" if form.abilities.additive else "read with"
+            settings.note(
+                f"{printable(given)} ({form.title}) was {done} the base; it holds no digests of the target, so the"
+                " result is not verified"
+            )
+
+
+def _without_digests(delta: Path) -> Form | None:
+    """Return the form of another project that a delta has, if its files never have digests of the target."""
+    from sparsedelta.interop.opening import form_of
+
+    form = form_of(delta)
+    return form if form is not None and form.abilities.proof == "none" else None

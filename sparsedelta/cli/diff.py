@@ -13,6 +13,7 @@ from sparsedelta.cli._common import (
     DELTA_FILE,
     PATH_OR_REPOSITORY,
     Settings,
+    check_base_id,
     check_output_file,
     examples,
     exclude_option,
@@ -43,7 +44,10 @@ _MAX_LISTED = 5
     "-o", "--output", type=DELTA_FILE, required=True, metavar="DELTA", help="The file to write."
 )
 @click.option(
-    "--base-id", metavar="ID", help="Record which repository holds the base: org/model@<commit>."
+    "--base-id",
+    metavar="ID",
+    callback=check_base_id,
+    help="Record which repository holds the base: org/model@<commit>.",
 )
 @click.option(
     "--values",

@@ -11,6 +11,7 @@ from sparsedelta.cli._common import (
     DELTA_FILE,
     PATH_OR_REPOSITORY,
     Settings,
+    check_base_id,
     check_output_file,
     examples,
     exclude_option,
@@ -35,7 +36,12 @@ from sparsedelta.cli._written import show_written
     metavar="BASE",
     help="The base of DELTA; required for some deltas.",
 )
-@click.option("--base-id", metavar="ID", help="Record where others can find the target of DELTA.")
+@click.option(
+    "--base-id",
+    metavar="ID",
+    callback=check_base_id,
+    help="Record which repository holds the target of DELTA: org/model@<commit>.",
+)
 @exclude_option("files of the base")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @json_option

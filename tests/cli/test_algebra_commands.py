@@ -17,7 +17,14 @@ def undo(workplace: Workplace, run: Run) -> Path:
     workplace.save_delta()
     output = workplace.path / "undo.sd"
     result = run(
-        "invert", workplace.delta, "--base", workplace.base, "-o", output, "--base-id", "x"
+        "invert",
+        workplace.delta,
+        "--base",
+        workplace.base,
+        "-o",
+        output,
+        "--base-id",
+        "org/x@4f1e2d9",
     )
     assert (result.exit_code, result.stderr) == (0, "")
     assert "27 of" not in result.stdout  # elements that only the target has are not counted
@@ -28,7 +35,7 @@ def test_the_inverse_gives_the_base_back(workplace: Workplace, undo: Path) -> No
     sparsedelta.apply(workplace.target, undo, workplace.out)
     assert_same_files(workplace.base, workplace.out)
     with sparsedelta.load(undo) as inverse:
-        assert inverse.base.id == "x"
+        assert inverse.base.id == "org/x@4f1e2d9"
 
 
 def test_a_delta_stacked_with_its_inverse_changes_nothing(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 from cli.cli_helpers import Process, Run, Workplace
-from helpers import assert_same_files, noise, state, tree, write, write_file
+from helpers import Raw, assert_same_files, noise, state, tree, write, write_file
 
 import sparsedelta
 
@@ -236,3 +239,29 @@ def test_a_folder_that_cannot_be_written_is_an_error_about_the_output(
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: '/proc/out': ")
     assert "partial" not in result.stderr
+
+
+def test_a_merged_adapter_is_reported(tmp_path: Path, run: Run) -> None:
+    base = write_file(
+        tmp_path / "base" / "model.safetensors",
+        {"lin.weight": Raw("F32", (4, 2), np.zeros(8, "<f4").tobytes())},
+    ).parent
+    adapter, out = tmp_path / "peft", tmp_path / "out"
+    one = np.ones(1, "<f4").tobytes()
+    write_file(
+        adapter / "adapter_model.safetensors",
+        {
+            "base_model.model.lin.lora_A.weight": Raw("F32", (1, 2), 2 * one),
+            "base_model.model.lin.lora_B.weight": Raw("F32", (4, 1), 4 * one),
+        },
+    )
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 3, "target_modules": ["lin"]}
+    write(adapter / "adapter_config.json", json.dumps(config))
+    result = run("apply", base, adapter, out)
+    assert (result.exit_code, result.stderr) == (
+        0,
+        f"wrote {out}\n{adapter} (PEFT, LoRA adapter) was merged into the base; it holds no digests of the target,"
+        " so the result is not verified\n",
+    )
+    assert (out / "model.safetensors").read_bytes()[-32:] == np.full(8, 3, "<f4").tobytes()
+    assert run("--quiet", "apply", base, adapter, out, "--overwrite").stderr == ""

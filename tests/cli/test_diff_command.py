@@ -179,6 +179,23 @@ def test_base_id_that_is_not_valid_text(workplace: Workplace, process: Process) 
     assert not workplace.delta.exists()
 
 
+@pytest.mark.parametrize("command", ["diff base target", "invert delta.sd --base base"])
+def test_base_id_that_is_no_commit(
+    workplace: Workplace, run: Run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    workplace.save_delta()
+    monkeypatch.chdir(workplace.path)
+    result = run(*command.split(), "-o", "new.sd", "--base-id", "wrong")
+    assert (result.exit_code, result.stdout) == (1, "")
+    expected = "error: --base-id 'wrong' is not a repository on the Hub; write org/model@<commit>\n"
+    assert result.stderr == expected
+    for name in ("org/model", "org/model@main", "org/model@4f1e2d9", f"org/model@{'a' * 40}"):
+        result = run(*command.split(), "-o", "new.sd", "--base-id", name, "--overwrite")
+        warning = f"warning: '{name}' may name other weights later; org/model@<commit> never does\n"
+        assert result.stderr == (warning if len(name) < 15 else "")
+        assert sparsedelta.inspect("new.sd").base_id == name
+
+
 def test_unrelated_models_of_one_shape(tmp_path: Path, run: Run) -> None:
     values = np.random.default_rng(0).normal(0, 0.02, (2, 600, 1000)).astype("<f4")
     files = [
