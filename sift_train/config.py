@@ -77,7 +77,8 @@ class FitConfig:
         gradient_checkpointing: recompute activations in the backward pass.
         log_every: on a GPU, losses and gradient norms are read once in this many steps, because
             each read waits for the device. On a CPU they are read and reported at every step.
-        eval_every: steps between evaluations; None: no evaluation except the one after the last
+        eval_every: steps between evaluations, which need ``evaluate`` of ``fit``, as do ``eval_before`` and
+            ``patience``; None: no evaluation except the one after the last
             step.
         eval_before: also evaluate before the first step, so that the delta records the scores of the base.
         patience: stop after this many evaluations without a better first value; None: never.
@@ -85,14 +86,14 @@ class FitConfig:
         save_every: steps between checkpoints; needs ``run_dir`` of ``fit``.
         publish: path of a folder or URL of a store: a channel to which the weights are published during the
             training, see ``sparsedelta.Channel``; None: no channel. Only with one process.
-        publish_every: steps between two versions; the last step is always published.
+        publish_every: steps between two versions; the last step is always published. It needs ``publish``.
         trackers: names of trackers of accelerate, such as ``"tensorboard"``.
         reduce_dtype: with several ranks, the dtype in which the gradients of the trained components
             are sent and summed, ``"fp32"`` or ``"bf16"``. The masters of an fp64 model are sent as fp64.
         seed: seeds all randomness: data order, dropout, choice among equal scores.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: a setting is out of range, or has no effect without another one.
     """
 
     sparse_rate: float = 0.01
@@ -150,6 +151,10 @@ class FitConfig:
             refuse_scaler(self.masters_device)
         for name in ("selection_batches", "epochs", "accumulation", "log_every", "publish_every"):
             _check_at_least_one(name, getattr(self, name))
+        if self.publish is None and self.publish_every != 1:
+            raise ValueError(
+                f"publish_every is {self.publish_every!r}, but publish names no channel; give both, or neither"
+            )
         for name in ("max_steps", "eval_every", "patience", "save_every"):
             if getattr(self, name) is not None:
                 _check_at_least_one(name, getattr(self, name))

@@ -106,6 +106,7 @@ def fit(
             the loss is infinite or NaN; or the checkpoint belongs to a run with other settings.
     """
     config = config or FitConfig()
+    _check_evaluates(config, evaluate)
     source = None if isinstance(model, nn.Module) else model
     report = Report(shown=progress)
     if not isinstance(model, nn.Module):
@@ -237,6 +238,16 @@ def _check_not_compiled(model: nn.Module) -> None:
         raise ValueError(
             "model is wrapped by torch.compile, so its parameters have other names than in the base;"
             " give the model itself and call model.compile(), which compiles it in place"
+        )
+
+
+def _check_evaluates(config: FitConfig, evaluate: Evaluate | None) -> None:
+    """Raise ValueError if settings are about evaluations, and there is no function that evaluates."""
+    given = [name for name in ("eval_every", "eval_before", "patience") if getattr(config, name)]
+    if given and evaluate is None:
+        raise ValueError(
+            f"{given[0]} is {getattr(config, given[0])!r}, but there is no evaluate (in a YAML file: evaluation); give"
+            " both, or neither"
         )
 
 

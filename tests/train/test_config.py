@@ -31,6 +31,7 @@ from sift_train import FitConfig, Rule
         {"warmup": 1.5},
         {"betas": (0.9, 1.5)},
         {"max_grad_norm": 0.0},
+        {"publish_every": 2},
     ],
 )
 def test_out_of_range(setting: dict[str, Any]) -> None:

@@ -333,6 +333,13 @@ def test_an_existing_output_stops_before_training(tmp_path: Path) -> None:
     assert (tmp_path / "d.sd").read_bytes() != b"mine"
 
 
+@pytest.mark.parametrize("setting", [{"eval_every": 2}, {"eval_before": True}, {"patience": 3}])
+def test_settings_of_evaluations_need_evaluate(tmp_path: Path, setting: dict[str, Any]) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}, but there is no evaluate"):
+        fit(make_net(), make_inputs(1), output=tmp_path / "d.sd", config=FitConfig(**setting))
+
+
 def test_an_output_written_like_a_folder_stops_before_training(tmp_path: Path) -> None:
     model = make_net()
     before = snapshot(model)
