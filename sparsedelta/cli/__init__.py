@@ -25,7 +25,6 @@ from sparsedelta.cli._failures import (
     report_interrupt,
 )
 from sparsedelta.cli._help import COMMANDS, format_commands
-from sparsedelta.codecs.kernels import in_use
 
 __all__ = ["COMMANDS", "main"]
 
@@ -53,6 +52,15 @@ def _shared_options() -> list[click.Option]:
             (["-q", "--quiet"], quiet, _QUIET_HELP),
         )
     ]
+
+
+def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        # It fails if the environment names unknown kernels, so it is not imported with this module.
+        from sparsedelta.codecs.kernels import in_use
+
+        click.echo(f"sparsedelta {sparsedelta.__version__} ({in_use()} kernels)")
+        ctx.exit()
 
 
 class Commands(click.Group):
@@ -96,7 +104,7 @@ class Commands(click.Group):
         guard_streams()
         try:
             return super().main(*args, **kwargs)
-        except OSError as error:  # a help page that cannot be written
+        except (OSError, ValueError) as error:  # a help page that cannot be written, or no kernels
             report_failure(error, with_traceback=False)
             sys.exit(1)
 
@@ -134,10 +142,13 @@ def _open_standard_streams() -> None:
         "sparsedelta apply base/ delta.sd out/",
     ),
 )
-@click.version_option(
-    sparsedelta.__version__,
-    prog_name="sparsedelta",
-    message=f"%(prog)s %(version)s ({in_use()} kernels)",
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_show_version,
+    help="Show the version and exit.",
 )
 @click.option("--debug", is_flag=True, help=_DEBUG_HELP)
 @click.option("-q", "--quiet", is_flag=True, help=_QUIET_HELP)

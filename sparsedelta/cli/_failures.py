@@ -14,7 +14,6 @@ from typing import Any
 
 import click
 
-from sparsedelta.codecs.kernels import in_use
 from sparsedelta.errors import SparseDeltaError
 from sparsedelta.interrupts import SIGNALS
 from sparsedelta.report.text import printable
@@ -37,11 +36,12 @@ def describe(error: BaseException) -> str:
 
 def report_failure(error: BaseException, *, with_traceback: bool) -> None:
     """Print an error on stderr, with its traceback if wanted, and without credentials."""
-    from sparsedelta.hub.secrets import credentials
     from sparsedelta.redaction import redacted
 
-    known = credentials(error)
+    known = _credentials(error)
     if with_traceback:
+        from sparsedelta.codecs.kernels import in_use
+
         lines = "".join(traceback.format_exception(error))
         click.echo(redacted(lines, known), err=True, nl=False)
         click.echo(f"kernels: {in_use()}", err=True)
@@ -49,6 +49,15 @@ def report_failure(error: BaseException, *, with_traceback: bool) -> None:
         f" (sparsedelta explain {error.code})" if isinstance(error, SparseDeltaError) else ""
     )
     click.echo(f"error: {redacted(describe(error), known)}{explained}", err=True)
+
+
+def _credentials(error: BaseException) -> set[str]:
+    """Return the credentials that an error may show."""
+    try:
+        from sparsedelta.hub.secrets import credentials
+    except ValueError:  # the environment names unknown kernels, which is the error to report
+        return set()
+    return credentials(error)
 
 
 def report_interrupt(number: int) -> None:

@@ -119,8 +119,7 @@ class FilePayload:
         size = int.from_bytes(self._read_at(0, _LENGTH_BYTES), "little")
         if size > MAX_HEADER_BYTES:
             raise LimitExceeded(
-                f"'{self.name}' is not a delta: its header would have {size} bytes, the limit is"
-                f" {MAX_HEADER_BYTES}"
+                f"'{self.name}' is not a delta: it does not begin as an .sd file does"
             )
         raw = self._read_at(_LENGTH_BYTES, size)
         self._start = _LENGTH_BYTES + size
@@ -148,9 +147,8 @@ class FilePayload:
         while n_bytes:
             part = self._source.read(offset, n_bytes)
             if not part:
-                raise Truncated(
-                    f"'{self.name}' ends early, at byte {offset}; copy or download it again"
-                )
+                ends = f"ends early, at byte {offset}" if offset else "is empty"
+                raise Truncated(f"'{self.name}' {ends}; copy or download it again")
             parts.append(part)
             offset += len(part)
             n_bytes -= len(part)

@@ -87,6 +87,9 @@ class DeltaBank:
         # By what the model holds before and after; without those of deltas that are freed or removed.
         self._plans: dict[tuple[str | None, str | None], Plan] = {}
 
+    def __repr__(self) -> str:
+        return f"<DeltaBank of {type(self._model).__name__}: {sorted(self._deltas)}, active: {self.active!r}>"
+
     @property
     def active(self) -> str | None:
         """The name of the active delta; None if the model is the base."""

@@ -171,6 +171,9 @@ class Snapshot:
             (one.file, one.name): one for one in kept
         }
 
+    def __repr__(self) -> str:
+        return f"<Snapshot of {type(self._model).__name__}: {len(self._kept)} tensors>"
+
     @property
     def n_bytes(self) -> int:
         """Size of the copy in bytes."""

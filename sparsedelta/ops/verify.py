@@ -252,10 +252,13 @@ def _check_file_names(delta: Delta, target: Checkpoint) -> None:
     found = {file.path for file in target.weight_files} | target.side_files.keys()
     found |= {f"{folder}/" for folder in target.empty_folders}
     for path in sorted(expected ^ found):
-        problem = (
-            "is missing from" if path in expected else "is not part of the delta's target, but in"
+        if path in expected:
+            raise TargetMismatch(
+                f"'{target.path}' lacks {path!r}, which is part of the delta's target"
+            )
+        raise TargetMismatch(
+            f"'{target.path}' has {path!r}, which is not part of the delta's target"
         )
-        raise TargetMismatch(f"{path!r} {problem} '{target.path}'")
 
 
 def _check_target_tensors(

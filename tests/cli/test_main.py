@@ -119,6 +119,23 @@ def test_version(process: Process) -> None:
     )
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["doctor"], ["inspect", "d.sd"]])
+def test_unknown_kernels(workplace: Workplace, arguments: list[str]) -> None:
+    result = subprocess.run(
+        command(*arguments),
+        env=environment(SPARSEDELTA_KERNELS="foo"),
+        cwd=workplace.path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (
+        1,
+        "",
+        "error: SPARSEDELTA_KERNELS is 'foo'; set it to compiled or numpy, or unset it\n",
+    )
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["nonsense"], ["diff"], ["diff", "a", "b"], ["inspect", "--nonsense", "d"]]
 )

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from cli.cli_helpers import Run, Workplace
-from helpers import tree
+from helpers import tree, write
 
 
 def test_the_report_names_what_was_checked(workplace: Workplace, run: Run) -> None:
@@ -77,3 +77,15 @@ def test_damaged_payload(workplace: Workplace, run: Run) -> None:
     result = run("verify", delta)
     assert (result.exit_code, result.stdout) == (1, "")
     assert "damaged" in result.stderr
+
+
+def test_a_target_with_other_files(workplace: Workplace, run: Run) -> None:
+    delta = workplace.save_delta()
+    target = ("--base", workplace.base, "--target", workplace.target)
+    write(workplace.target / "more.txt", "x")
+    expected = f"'{workplace.target}' has 'more.txt', which is not part of the delta's target"
+    assert expected in run("verify", delta, *target).stderr
+    (workplace.target / "more.txt").unlink()
+    (workplace.target / "tokenizer.json").unlink()
+    expected = f"'{workplace.target}' lacks 'tokenizer.json', which is part of the delta's target"
+    assert expected in run("verify", delta, *target).stderr

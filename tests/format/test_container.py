@@ -293,6 +293,13 @@ def test_one_byte_more_or_less(path: Path) -> None:
     refused(path, Truncated, "ends early")
 
 
+def test_files_that_never_were_deltas(path: Path) -> None:
+    write(path, b"")
+    refused(path, Truncated, "' is empty; copy or download it again")
+    write(path, b"<!DOCTYPE html><html></html>")
+    refused(path, LimitExceeded, "is not a delta: it does not begin as an .sd file does")
+
+
 def test_payload_is_checked_where_it_is_read(path: Path, tmp_path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1  # of the last chunk, that of "x"

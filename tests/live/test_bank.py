@@ -74,6 +74,10 @@ def test_switching(net: Net, bank: DeltaBank, states: dict[str | None, State]) -
         assert same(net.state_dict(), states[name])
 
 
+def test_repr(bank: DeltaBank) -> None:
+    assert repr(bank) == f"<DeltaBank of Net: {sorted(NAMES)}, active: None>"
+
+
 def test_the_same_positions(disk: Disk, net: Net, states: dict[str | None, State]) -> None:
     other = copied(states[None])
     for name, tensor in other.items():

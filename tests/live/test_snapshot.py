@@ -76,6 +76,11 @@ def test_deltas_between_folders(kind: str, tmp_path: Path) -> None:
         held = out
 
 
+def test_repr() -> None:
+    snapshot = Snapshot(torch.nn.Linear(2, 3))
+    assert repr(snapshot) == "<Snapshot of Linear: 2 tensors>"
+
+
 def test_another_copy_of_the_model_applies_the_deltas(tmp_path: Path) -> None:
     model = make("tied llama")
     follower, snapshot = copy.deepcopy(model), Snapshot(model)

@@ -21,16 +21,18 @@ _VERSION = 5  # version of the functions' arguments; it must equal that of the c
 def _load() -> ModuleType | None:
     wanted = os.environ.get(_VARIABLE, "")
     if wanted not in ("", "compiled", "numpy"):
-        raise ImportError(f"{_VARIABLE} is {wanted!r}; set it to compiled or numpy, or unset it")
+        raise ValueError(f"{_VARIABLE} is {wanted!r}; set it to compiled or numpy, or unset it")
     if wanted == "numpy":
         return None
     try:
         module = import_module(f"{__name__}._native")
         if module.VERSION != _VERSION:
             raise ImportError(f"{module.__file__} was built from other source; build it again")
-    except ImportError:
+    except ImportError as error:
         if wanted:
-            raise
+            raise ValueError(
+                f"{_VARIABLE} is {wanted!r}, but the compiled kernels cannot be loaded: {error}"
+            ) from error
         return None
     return module
 
