@@ -39,6 +39,7 @@ class Memory(Protocol):
 class Times:
     """Seconds of each version, in order."""
 
+    copied: list[float] = field(default_factory=list)
     blocked: list[float] = field(default_factory=list)
     visible: list[float] = field(default_factory=list)
     synced: list[float] = field(default_factory=list)
@@ -91,7 +92,7 @@ def run(
         ValueError: a follower does not hold the publisher's bits.
     """
     total = sum(tensor.nbytes for tensor in state.values())
-    copy = _copies(state, record, wait)
+    spare = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     channel = Channel(place)
     # The files of one version, as many anchors as are needed for the first.
     with Publisher(channel, state, keep_on=keep_on, anchor_ratio=None) as publisher:
@@ -104,8 +105,9 @@ def run(
         times = Times()
         for step in range(1, n_versions + 1):
             train(state, step)
-            _version(publisher, follower, state, engine, step, place, times, wait)
-        _versions(record, times, copy, total)
+            _version(publisher, follower, state, engine, spare, step, place, times, wait)
+        _record_copies(state, times, record, wait)
+        _versions(record, times, total)
         for step in range(n_versions + 1, n_versions + n_behind + 1):
             train(state, step)
             publisher.publish(step).result()
@@ -123,27 +125,23 @@ def run(
     record("bits of the followers", "equal", note="to the publisher's, after every version")
 
 
-def _copies(state: State, record: Record, wait: Callable[[], None]) -> float:
-    """Record how long copies of the weights take; return the seconds of one on the device."""
-    on_device = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+def _record_copies(state: State, times: Times, record: Record, wait: Callable[[], None]) -> None:
+    """Record how long copies of the weights take."""
     device = next(iter(state.values())).device
-    seconds = _copied(state, on_device, wait)
-    record("a copy of the weights", seconds, "s", f"on {device.type}, median of {N_COPIES}")
+    middle = statistics.median(times.copied)
+    record("a copy of the weights", middle, "s", f"on {device.type}, before each version")
     if device.type == "cuda":
         on_host = {
             n: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for n, t in state.items()
         }
-        record("a copy to the host", _copied(state, on_host, wait), "s", "pinned")
-    return seconds
+        _copy(state, on_host)
+        seconds = [_timed(lambda: _copy(state, on_host), wait)[0] for _ in range(N_COPIES)]
+        record("a copy to the host", statistics.median(seconds), "s", "pinned")
 
 
-def _copied(state: State, to: State, wait: Callable[[], None]) -> float:
-    def copy() -> None:
-        for name, tensor in state.items():
-            to[name].copy_(tensor, non_blocking=True)
-
-    copy()
-    return statistics.median(_timed(copy, wait)[0] for _ in range(N_COPIES))
+def _copy(state: State, to: State) -> None:
+    for name, tensor in state.items():
+        to[name].copy_(tensor, non_blocking=True)
 
 
 def _version(
@@ -151,6 +149,7 @@ def _version(
     follower: Follower,
     state: State,
     engine: State,
+    spare: State,
     step: int,
     place: Path,
     times: Times,
@@ -164,6 +163,7 @@ def _version(
         written, n_bytes = _timed(lambda: _write(delta.blocks(), place.with_name("floor")), wait)
     times.floor.append(floor + made + written)
     times.n_bytes.append(n_bytes)
+    times.copied.append(_timed(lambda: _copy(state, spare), wait)[0])
     started = time.perf_counter()
     publication = publisher.publish(step)
     times.blocked.append(time.perf_counter() - started)
@@ -185,12 +185,13 @@ def _version(
     times.scattered.append(_timed(lambda: [f.index_copy_(0, i, v) for f, i, v in pairs], wait)[0])
 
 
-def _versions(record: Record, times: Times, copy: float, total: int) -> None:
+def _versions(record: Record, times: Times, total: int) -> None:
     middle = statistics.median
     n, n_bytes = len(times.blocked), middle(times.n_bytes)
     against = _ratio(times.visible, times.floor), _ratio(times.paused, times.scattered)
+    blocked = _ratio(times.blocked, times.copied)
     record("trainer blocked, per version", middle(times.blocked), "s", f"median of {n}")
-    record("trainer blocked / a copy", middle(times.blocked) / copy, "", "must be 1.3 at most")
+    record("trainer blocked / a copy", blocked, "", "must be 1.3 at most")
     record("durable after", middle(times.visible), "s", "from the call of publish")
     record("the same work alone", middle(times.floor), "s", "compare, encode, write, fsync")
     record("durable after / alone", against[0], "", "must be 2 at most")
