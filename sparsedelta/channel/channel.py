@@ -50,8 +50,11 @@ class Channel(Versions):
 
         Raises:
             BadVersion: see ``back``.
+            FileExistsError: the store holds something else than a channel.
         """
         head = self.head()
+        if head is None:
+            self.check_place()
         found: list[Entry] = []
         for entry in self.back(head) if head and limit != 0 else ():
             found.append(entry)
@@ -66,6 +69,7 @@ class Channel(Versions):
 
         Raises:
             ValueError: ``keep`` is below 1.
+            FileExistsError: the store holds something else than a channel.
             PermissionError: the store cannot be written.
         """
         return prune(self, keep=keep)

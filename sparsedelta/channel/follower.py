@@ -47,7 +47,7 @@ class Follower:
             base: the checkpoint that the anchors are deltas on, if the publisher uses one. It is not needed if the
                 model holds this checkpoint. Of a divided model, only rank 0 reads it.
             names: maps names of tensors to names in the model; see ``Delta.apply_``.
-            overwrite: replace the folder or file even if it is not a version of the channel.
+            overwrite: replace the folder or file even if no follower has written it.
             progress: receives the number of bytes written to disk.
 
         Raises:
@@ -101,7 +101,7 @@ class Follower:
             Uncertain: the model or checkpoint was changed by something else, or a write could neither be completed
                 nor undone. The next call rebuilds it from an anchor.
             StructureMismatch: the model lacks a tensor of the version, or has it with another dtype or shape.
-            FileExistsError: the path holds something that is not a version of the channel, and ``overwrite`` is false.
+            FileExistsError: the path holds something that no follower has written, and ``overwrite`` is false.
             OSError, RemoteError: the store failed, or the disk is full.
             ConflictError: the ranks that divide a model give different versions.
             SparseDeltaError: the connection to a rank was lost.

@@ -38,6 +38,9 @@ class Replica(Protocol):
     def fingerprint(self) -> bytes | None:
         """Return the fingerprint of the tensors that are there; None: there are none that can be read."""
 
+    def is_present(self) -> bool:
+        """Return whether there is anything."""
+
     def hints(self) -> Sequence[tuple[int, bytes]]:
         """Return versions that are probably there, by number and digest of the entry, the likeliest first."""
 
@@ -142,6 +145,8 @@ class Pursuit:
             if version is None:
                 self._check_not_back(head)
             target = head if version is None else channel.entry(version)
+            if self._is_known and not self._replica.is_present():
+                self.forget()  # the folder was deleted
             self._identify(head)
             if self.held and self.held.digest == target.digest:
                 return SyncReport(target.version, target.step, target.version, 0, 0, False)

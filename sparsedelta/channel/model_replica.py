@@ -67,6 +67,10 @@ class ModelReplica:
         except StructureMismatch:
             return None
 
+    def is_present(self) -> bool:
+        """Return True: a model cannot be deleted."""
+        return True
+
     def hints(self) -> Sequence[tuple[int, bytes]]:
         """Return nothing: a model does not outlive its process."""
         return ()

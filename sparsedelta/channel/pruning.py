@@ -37,6 +37,7 @@ def prune(channel: Versions, *, keep: int) -> PruneReport:
     """Delete all objects that are not needed to reach the latest versions; see ``Channel.prune``."""
     if keep < 1:
         raise ValueError(f"keep is {keep}, expected at least 1 version")
+    channel.check_place()
     with writing(channel, "prune"):
         head = channel.head()
         if head is None:

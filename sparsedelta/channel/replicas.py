@@ -38,7 +38,7 @@ class DiskReplica:
     Args:
         out: the folder or file.
         base: the checkpoint that anchors are applied to, if they are applied to one.
-        overwrite: replace ``out`` even if it is not a version of the channel.
+        overwrite: replace ``out`` even if no follower has written it.
         progress: receives the number of bytes written.
     """
 
@@ -67,6 +67,10 @@ class DiskReplica:
                 return checkpoint_fingerprint(checkpoint) if checkpoint.weight_files else None
         except (CheckpointError, FileNotFoundError):
             return None
+
+    def is_present(self) -> bool:
+        """Return whether there is a file or folder."""
+        return self._out.exists()
 
     def hints(self) -> Sequence[tuple[int, bytes]]:
         """Return the versions in the file beside the checkpoint."""
@@ -100,7 +104,9 @@ class DiskReplica:
             check = check_checkpoint_folder if deltas[-1].target.is_folder else check_no_folder
             if not is_ours:
                 check(self._out)
-            may_replace = is_ours or held is not None or self._overwrite
+            # Another follower of this place may have been quicker, and this one may have overwritten its list.
+            is_followed = held is not None and bool(self._listed())
+            may_replace = is_ours or is_followed or self._overwrite
             staged = context.enter_context(staged_output(self._out, overwrite=may_replace))
             if onto == "anchor" and len(deltas) > 1:
                 # To stack on an anchor is to encode all tensors again, which takes longer than to write them.

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     metavar="BASE",
     help="The checkpoint that full versions are deltas on, if any.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace OUT even if it is no version of CHANNEL.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT even if no follower has written it.")
 @json_option
 @click.pass_obj
 def command(

@@ -97,8 +97,8 @@ class HeldFolder(Checkpoint):
             StructureMismatch: the model has other tensors than the folder, or the folder has a name twice.
             CheckpointError: the folder is not a checkpoint.
         """
-        super().__init__(folder, exclude=exclude, include=include)
         self._parts: list[SavedState | FolderState] = []
+        super().__init__(folder, exclude=exclude, include=include)
         try:
             for part, tensors in self._divided(model, strict=strict):
                 saved = _state_of(part, tensors)

@@ -13,6 +13,7 @@ import pytest
 from channel.weights import is_at, save
 from click.testing import CliRunner, Result
 
+import sparsedelta
 from sparsedelta.cli import main
 
 Run = Callable[..., Result]
@@ -85,6 +86,29 @@ def test_follow_does_not_replace_what_took_the_place_of_its_folder(
     assert is_at(tmp_path / "out", 3)
 
 
+def test_follow_does_not_replace_a_copy_of_a_version_that_it_has_not_written(
+    run: Run, tmp_path: Path
+) -> None:
+    run("publish", "c", "1")
+    shutil.copytree(tmp_path / "1", tmp_path / "own")
+    (tmp_path / "own" / "notes.txt").write_text("mine")
+    run("publish", "c", "2", "--base", "1")
+    assert "exists" in run("follow", "c", "own", "--once", code=1).stderr
+    assert (tmp_path / "own" / "notes.txt").exists()
+    run("follow", "c", "own", "--once", "--overwrite")
+    assert is_at(tmp_path / "own", 2)
+
+
+def test_a_folder_that_was_deleted_meanwhile_is_written_again(run: Run, tmp_path: Path) -> None:
+    run("publish", "c", "1")
+    follower = sparsedelta.Follower(tmp_path / "c", tmp_path / "out")
+    follower.sync()
+    shutil.rmtree(tmp_path / "out")
+    assert follower.sync().n_bytes > 0
+    assert is_at(tmp_path / "out", 1)
+    follower.close()
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("is_missing", [False, True])
 def test_follow_mends_its_folder(name: str, is_missing: bool, run: Run, tmp_path: Path) -> None:
@@ -109,13 +133,15 @@ def test_follow_mends_its_folder(name: str, is_missing: bool, run: Run, tmp_path
         (("follow", "c", "out", "--once"), "no version"),
         (("follow", "1", "out"), "not a channel"),
         (("publish", "1", "2"), "not a channel"),
+        (("log", "1"), "not a channel"),
+        (("prune", "1", "--keep", "1"), "not a channel"),
         (("publish", "c", "2", "--base", "1"), "not the head"),
         (("prune", "c",), "--keep"),
         (("publish", "https://127.0.0.1:1/c", "1"), "127.0.0.1"),
     ],
 )  # fmt: skip
 def test_errors_are_one_sentence(run: Run, words: tuple[str, ...], says: str) -> None:
-    found = run(*words, code=2 if words[0] == "prune" else 1)
+    found = run(*words, code=2 if says == "--keep" else 1)
     assert says in found.stderr
     assert "Traceback" not in found.stderr
 

@@ -360,3 +360,8 @@ class TestRefused:
         monkeypatch.setattr(saved_module, "_revert", revert)
         with pytest.raises(StructureMismatch, match="for saving needs its data"):
             sparsedelta.diff(make("llama"), make("llama"))
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        sparsedelta.Snapshot({"w": torch.zeros(2)}, folder=tmp_path / "nowhere")
