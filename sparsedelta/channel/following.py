@@ -139,7 +139,11 @@ class Pursuit:
             if head is None:
                 channel.check_place()
             if head is None or (version is not None and version > head.version):
-                there = f"its latest version is {head.version}" if head else "it has no version yet"
+                there = (
+                    f"its latest version is {head.version}"
+                    if head
+                    else "it has no version yet, or does not exist"
+                )
                 wanted = "" if version is None else f"version {version} is not published: "
                 raise Behind(f"{wanted}channel '{channel.store.name}': {there}")
             if version is None:
@@ -284,7 +288,7 @@ class Pursuit:
             raise Behind(
                 f"version {target.version} of channel '{self._channel.store.name}' has an anchor on"
                 f" {base.id if base and base.id else 'a checkpoint outside the channel'}, which is not here;"
-                " give it (base)"
+                " give it (base=, --base)"
             )
         return sorted(found, key=lambda route: route.n_bytes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -153,8 +154,13 @@ class Publisher(Background):
             StructureMismatch: see ``Snapshot``.
             BadVersion: the store holds no channel, or a damaged one.
             ValueError: an argument is wrong.
-            TypeError: ``channel`` is neither a channel nor a path or URL.
+            TypeError: ``channel`` is neither a channel nor a path or URL, or ``model`` is a path.
         """
+        if isinstance(model, str | os.PathLike):
+            raise TypeError(
+                f"model is the path '{os.fspath(model)}', expected a torch.nn.Module or a state dict; the command `sparsedelta"
+                " publish` publishes a checkpoint on disk"
+            )
         with ExitStack() as context:
             opened = open_channel(channel, context)
             snapshot = Snapshot(

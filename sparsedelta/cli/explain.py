@@ -78,7 +78,7 @@ def _describe(error: type[SparseDeltaError]) -> str:
 
 
 def _meaning(error: type[SparseDeltaError]) -> str:
-    return (inspect.getdoc(error) or "").partition("\n")[0]
+    return (inspect.getdoc(error) or "").partition("\n")[0].replace("``", "`")
 
 
 def _parents(error: type[SparseDeltaError]) -> list[str]:

@@ -355,5 +355,8 @@ def check_json(members: Mapping[str, JSON], what: str) -> Mapping[str, JSON]:
     try:
         checked: dict[str, JSON] = parse_json(compact_json({what: dict(members)}), what)[what]
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{what} cannot be recorded as JSON: {error}") from error
+        raise ValueError(
+            f"{what} cannot be recorded as JSON: {error}; give a dict of strings, finite numbers (float(x), int(x)),"
+            " lists and dicts"
+        ) from error
     return checked

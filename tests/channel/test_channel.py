@@ -484,3 +484,14 @@ def test_what_is_no_channel_is_refused_at_once() -> None:
         sparsedelta.Publisher(channel, weights(1))
     with pytest.raises(FileExistsError, match="not a channel"):
         sparsedelta.Follower(channel, weights(1)).sync()
+
+
+def test_a_publisher_of_a_path_is_refused_with_the_command(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="sparsedelta publish"):
+        sparsedelta.Publisher(tmp_path / "c", tmp_path)  # type: ignore[arg-type]
+
+
+def test_info_that_json_lacks_is_refused_with_what_it_may_be() -> None:
+    publisher = sparsedelta.Publisher(channel_on(MemoryStore()), weights(1))
+    with pytest.raises(ValueError, match=r"float\(x\)"):
+        publisher.publish(1, {"loss": torch.tensor(1.5)})  # type: ignore[dict-item]
