@@ -89,6 +89,9 @@ class WordReplica:
         word = self.disk.get("word")
         return mark(word) if word is not None else None
 
+    def is_present(self) -> bool:
+        return True
+
     def hints(self) -> Sequence[tuple[int, bytes]]:
         return [*self.disk.get("hints", ())]
 
