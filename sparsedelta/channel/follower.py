@@ -40,8 +40,9 @@ class Follower:
         """Store the arguments; nothing is read yet.
 
         Args:
-            channel: the channel to follow; of a divided model, only rank 0 uses it. If its store is writable, the follower takes leases, so that nothing is
-                pruned while it is read. A path or URL is opened as by ``Channel``, and closed with the follower.
+            channel: the channel to follow; of a divided model, only rank 0 uses it. If its store is writable, the
+                follower takes leases, so that nothing is pruned while it is read. A path or URL is opened as by
+                ``Channel``, and closed with the follower.
             model_or_path: a ``torch.nn.Module`` or a state dict, whose tensors are changed in place; or the path of a
                 folder or file, which is created and replaced.
             base: the checkpoint that the anchors are deltas on, if the publisher uses one. It is not needed if the

@@ -468,8 +468,7 @@ def test_a_step_may_be_an_integer_of_another_library() -> None:
 
 def test_an_entry_that_nobody_could_read_is_not_created() -> None:
     channel, store = published(1)
-    state = weights(1)
-    publisher = sparsedelta.Publisher(channel, state, anchor_every=1, anchor_base_id=5)  # type: ignore[arg-type]
+    publisher = sparsedelta.Publisher(channel, weights(1))
     before = set(store.list("versions/"))
     publisher._run.id = 5  # type: ignore[assignment]
     with pytest.raises(ValueError, match="was not published"):
