@@ -57,13 +57,13 @@ def command(
     """
     if len(deltas_and_out) < 2:
         raise click.UsageError("give BASE, at least one DELTA, and OUT, in this order")
-    from sparsedelta.ops.apply import check_apart, check_no_delta  # with numpy
+    from sparsedelta.ops.apply import check_apart, check_order  # with numpy
 
     *deltas, last = deltas_and_out
     out = Path(last)
     with Sources(settings) as sources, progress_bar(settings) as progress:
         check_apart(sources.paths(base, *deltas), out)
-        check_no_delta(out)
+        check_order(base, out)
         check_absent(out, overwrite=overwrite)  # before a download
         paths = [sources.delta(delta) for delta in deltas]
         base_path, before = sources.base(base, paths[0])

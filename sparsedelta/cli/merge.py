@@ -68,6 +68,16 @@ def _check_no_number(inputs: tuple[str, ...]) -> None:
             )
 
 
+def _check_not_delta(base: str) -> None:
+    """Raise UsageError if the base is a delta: most likely BASE was forgotten."""
+    from sparsedelta.format.container import is_delta_file  # with numpy
+
+    if is_delta_file(base):
+        raise click.UsageError(
+            f"'{base}' is a delta, but the first argument is the base of the deltas: sparsedelta merge BASE DELTA... -o OUT"
+        )
+
+
 @click.command(
     "merge",
     cls=Command,
@@ -163,6 +173,7 @@ def command(
     if base is None or not deltas:
         raise click.UsageError("give BASE and at least one DELTA, or --config")
     _check_no_number((base, *deltas))
+    _check_not_delta(base)
     with Sources(settings) as sources, progress_bar(settings) as progress:
         inputs = sources.paths(base, *deltas)
         check_output_file(output, overwrite=overwrite, inputs=inputs)

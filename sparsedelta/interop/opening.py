@@ -130,7 +130,7 @@ def other_than_delta(path: AnyPath) -> BadMagic | None:
     if form is not None and not form.not_read:
         return BadMagic(
             f"'{path}' is a delta of the form {form.name} ({form.title}); convert it to an .sd file first, with"
-            " `sparsedelta convert`"
+            f" `sparsedelta convert {quote(str(path))} delta.sd --base BASE`"
         )
     inside = sorted(name for name in source.names if name.endswith(f".{DELTA}"))
     if inside:

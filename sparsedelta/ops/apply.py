@@ -97,7 +97,7 @@ def apply(
         )
     given = _as_sequence(delta)
     check_apart([base, *(one for one in given if not isinstance(one, Delta))], out)
-    check_no_delta(out)
+    check_order(base, out)
     check_absent(Path(out), overwrite=overwrite)
     with ExitStack() as stack:
         deltas = stack.enter_context(opened_all(given, base, exclude=exclude, any_size=any_size))
@@ -215,15 +215,17 @@ def check_apart(inputs: Iterable[AnyPath], out: AnyPath) -> None:
             )
 
 
-def check_no_delta(out: AnyPath) -> None:
-    """Raise ValueError if ``out`` is a delta: a rebuilt model must not replace one, also not with ``overwrite``.
+def check_order(base: AnyPath, out: AnyPath) -> None:
+    """Raise ValueError if the base or the output is a delta.
 
-    Most likely the output is missing, or not the last argument.
+    A rebuilt model must not replace a delta, also not with ``overwrite``. Most likely an argument is missing, or they are
+    in another order.
     """
-    if is_delta_file(out):
-        raise ValueError(
-            f"'{out}' is a delta, but it is given as the output; the order is base, delta, output"
-        )
+    for path, place in ((base, "base"), (out, "output")):
+        if is_delta_file(path):
+            raise ValueError(
+                f"'{path}' is a delta, but it is given as the {place}; the order is base, delta, output"
+            )
 
 
 def write_target(

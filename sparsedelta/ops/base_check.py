@@ -14,21 +14,25 @@ from sparsedelta._typing import AnyPath
 from sparsedelta.errors import (
     AlreadyApplied,
     BaseMismatch,
+    CheckpointError,
     MismatchError,
     PartlyApplied,
     StructureMismatch,
 )
 from sparsedelta.files import junk
 from sparsedelta.files.checkpoint import Checkpoint, FileTensors, Tensor, check_links
-from sparsedelta.files.unread import is_distributed
+from sparsedelta.files.unread import conversion, is_distributed
 from sparsedelta.format.columns import Column, RowColumns, base_paths, columns_of
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.header_columns import HeaderColumns
+from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.format.records import BaseTensor, Row, TensorKey, TensorSpec
 from sparsedelta.ops.lookup import Lookup
 from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.rebuild import BaseDiffers
 from sparsedelta.tensors.small import Places
+
+_COMPARED_BYTES = 1 << 28  # to say how many tensors of a wrong base differ
 
 
 def included(delta: Delta) -> Sequence[str] | None:
@@ -71,6 +75,26 @@ def open_side(
 
         return RegionFiles(path, exclude=exclude, include=include)
     return Checkpoint(path, exclude=exclude, include=include, whole=whole, complete=complete)
+
+
+def check_has_weights(checkpoint: Checkpoint) -> None:
+    """Check that a checkpoint has a weight file.
+
+    Raises:
+        CheckpointError: it has none; the message says how to convert what it has.
+    """
+    if checkpoint.weight_files:
+        return
+    check_links(checkpoint.path)
+    files = checkpoint.side_files
+    hint = conversion(
+        str(checkpoint.path),
+        files,
+        lambda path: files[path].read_bytes() if path in files else None,
+    )
+    left_out = ", ".join(checkpoint.left_out[:3])
+    more = f"; left out: {left_out} (--include and include= keep files)" if left_out else ""
+    raise CheckpointError(f"'{checkpoint.path}' holds no {WEIGHT_SUFFIX} file; {hint}{more}")
 
 
 class PlacedTensors(Mapping[TensorKey, Tensor]):
@@ -163,6 +187,7 @@ def find_base(delta: Delta, base: Checkpoint) -> Mapping[TensorKey, Tensor]:
         if row.base:
             tensor = lookup.find(row.base)
             if tensor is None:
+                check_has_weights(base)
                 if lookup.at(row.base.file, row.base.name) is None:
                     check_links(base.path)
                 raise structure_error(delta, base.path, row.base, lookup)
@@ -225,7 +250,7 @@ def explained(delta: Delta, base: Checkpoint) -> Iterator[None]:
     try:
         yield
     except BaseDiffers as error:
-        raise (_applied(delta, base) or _mismatch(delta, error.row, error.digest)) from None
+        raise (_applied(delta, base) or _mismatch(delta, base, error)) from None
     except (StructureMismatch, BaseMismatch) as error:
         applied = _applied(delta, base)
         if applied is None:
@@ -258,6 +283,16 @@ def _applied(delta: Delta, base: Checkpoint) -> MismatchError | None:
     )
 
 
+def is_base(delta: Delta, checkpoint: Checkpoint) -> bool:
+    """Return whether a checkpoint has all tensors of a delta's base, and at least one of them is another in the target."""
+    rows = [row for row in delta.tensors if row.base]
+    if all(row.is_copied for row in rows):
+        return False
+    lookup = Lookup(checkpoint.tensors.values(), digest_tensor)
+    rows.sort(key=lambda row: row.is_copied)  # a changed tensor tells the target at once
+    return all(row.base and _has(lookup, row.base) for row in rows)
+
+
 def _is_applied(base: Checkpoint, row: Row) -> bool:
     """Return whether a checkpoint already holds a row's target tensor, in the row's file and by its name."""
     file = row.file if base.is_folder else base.weight_files[0].path
@@ -275,16 +310,40 @@ def _has(lookup: Lookup[Tensor], wanted: BaseTensor) -> bool:
     )
 
 
-def _mismatch(delta: Delta, row: Row, digest: bytes) -> BaseMismatch:
+def _mismatch(delta: Delta, base: Checkpoint, error: BaseDiffers) -> BaseMismatch:
+    row, digest = error.row, error.digest
     expected = row.base.spec.digest if row.base else None
     shown = expected.hex() if expected else "none"
     return BaseMismatch(
         f"tensor {row.name!r} has digest {digest.hex()[:12]}… in the base, expected {shown[:12]}…;"
-        f" this is not the base that the delta was made from{_made_from(delta)}",
+        f" this is not the base that the delta was made from{_made_from(delta)}{_extent(delta, base)}",
         tensor=row.name,
         expected=shown,
         found=digest.hex(),
     )
+
+
+def _extent(delta: Delta, base: Checkpoint) -> str:
+    """Return how many tensors of a wrong base differ and the likely cause, as a clause; "" if that says nothing.
+
+    At most ``_COMPARED_BYTES`` are read: of a large base, only some tensors from all over it are compared.
+    """
+    needed = [row.base for row in delta.tensors if row.base and row.base.spec.digest]
+    step = 1 + sum(one.spec.n_bytes for one in needed) // _COMPARED_BYTES
+    lookup, left, is_right = Lookup(base.tensors.values(), digest_tensor), _COMPARED_BYTES, []
+    for one in needed[::step]:
+        if one.spec.n_bytes <= left:
+            left -= one.spec.n_bytes
+            is_right.append(_has(lookup, one))
+    n_wrong, is_whole = is_right.count(False), len(is_right) == len(needed)
+    compared = (
+        f"{n_wrong:,} of {len(is_right):,} tensors{'' if is_whole else ' that were compared'}"
+    )
+    if n_wrong > 1:
+        return f": {compared} differ, as in another revision or fine-tune"
+    if n_wrong == 1 and is_whole and len(needed) > 1:
+        return f": {compared} differs, perhaps in a damaged copy"
+    return ""
 
 
 def structure_error(

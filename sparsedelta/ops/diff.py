@@ -19,18 +19,18 @@ from sparsedelta._typing import JSON, AnyPath, Executor, Model
 from sparsedelta.codecs.values import VALUE_ENCODINGS
 from sparsedelta.codecs.zstd import Level
 from sparsedelta.errors import CheckpointError, Corrupt
-from sparsedelta.files.checkpoint import Checkpoint, FileTensors, WeightFile, check_links
+from sparsedelta.files.checkpoint import Checkpoint, FileTensors, WeightFile
 from sparsedelta.files.globs import covering
 from sparsedelta.files.side_files import digest_file
-from sparsedelta.files.unread import UNREAD_WEIGHT_SUFFIXES, conversion
+from sparsedelta.files.unread import UNREAD_WEIGHT_SUFFIXES
 from sparsedelta.format.delta import Delta
-from sparsedelta.format.paths import WEIGHT_SUFFIX, check_paths
+from sparsedelta.format.paths import check_paths
 from sparsedelta.format.records import DIGEST_BYTES, Base, Row, SideFile, Stored, Target
 from sparsedelta.format.records import WeightFile as DeltaWeightFile
 from sparsedelta.format.safetensors_header import render_header
 from sparsedelta.format.spool import SpoolPayload, new_payload
 from sparsedelta.format.strict_json import compact_json, parse_json
-from sparsedelta.ops.base_check import open_side
+from sparsedelta.ops.base_check import check_has_weights, open_side
 from sparsedelta.ops.counterparts import counterparts
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import Comparison
@@ -161,7 +161,7 @@ def between(
         check_executor(executor)
         for checkpoint in (base, target):
             if checkpoint:
-                _check_has_weights(checkpoint)
+                check_has_weights(checkpoint)
         if target.left_out:
             _log.info("left out of '%s': %s", target.path, ", ".join(target.left_out))
         files = describe_files(target, partial(_digest_if_there, base), payload)
@@ -232,20 +232,6 @@ def describe_files(
 def _digest_if_there(checkpoint: Checkpoint | None, path: str) -> tuple[int, bytes] | None:
     location = checkpoint.side_files.get(path) if checkpoint else None
     return None if location is None else digest_file(location)
-
-
-def _check_has_weights(checkpoint: Checkpoint) -> None:
-    if not checkpoint.weight_files:
-        check_links(checkpoint.path)
-        files = checkpoint.side_files
-        hint = conversion(
-            str(checkpoint.path),
-            files,
-            lambda path: files[path].read_bytes() if path in files else None,
-        )
-        left_out = ", ".join(checkpoint.left_out[:3])
-        more = f"; left out: {left_out} (--include and include= keep files)" if left_out else ""
-        raise CheckpointError(f"'{checkpoint.path}' holds no {WEIGHT_SUFFIX} file; {hint}{more}")
 
 
 def _compare_all(

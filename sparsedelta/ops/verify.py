@@ -16,7 +16,7 @@ from sparsedelta.files.side_files import carried_content, check_base_files, dige
 from sparsedelta.format.columns import columns_of, starts
 from sparsedelta.format.delta import AnyDelta, Delta, opened_all
 from sparsedelta.format.records import BaseTensor, Row
-from sparsedelta.ops.base_check import explained, find_base, open_base
+from sparsedelta.ops.base_check import explained, find_base, is_base, open_base
 from sparsedelta.ops.lookup import Lookup
 from sparsedelta.ops.rebuilding import rebuild_on, rebuild_tensors
 from sparsedelta.progress import Progress
@@ -113,7 +113,10 @@ def verify(
                         every_base=True,
                     )
         if target is not None:
-            with open_base(target, given, exclude=exclude) as checkpoint:
+            with (
+                open_base(target, given, exclude=exclude) as checkpoint,
+                _not_the_base(given, checkpoint),
+            ):
                 _check_target(given, checkpoint, progress, executor)
         return VerifyReport(
             n_tensors=len(given.tensors),
@@ -135,6 +138,21 @@ def _not_the_target(base: AnyPath) -> Iterator[None]:
     except AlreadyApplied as error:
         raise AlreadyApplied(
             f"'{base}' already is this delta's target, not its base; check it as the target (target=, --target)",
+            tensor=error.tensor,
+        ) from error
+
+
+@contextmanager
+def _not_the_base(delta: Delta, target: Checkpoint) -> Iterator[None]:
+    """Return a context that says how the base is checked, if it was given as the target."""
+    try:
+        yield
+    except TargetMismatch as error:
+        if not is_base(delta, target):
+            raise
+        raise TargetMismatch(
+            f"'{target.path}' has the tensors of this delta's base, not of its target; did you mean to check it as the"
+            " base (base=, --base)?",
             tensor=error.tensor,
         ) from error
 

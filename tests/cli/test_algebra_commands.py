@@ -198,6 +198,16 @@ def test_a_delta_in_place_of_a_checkpoint(workplace: Workplace, run: Run) -> Non
         assert not output.exists()
 
 
+def test_a_merge_without_its_base(workplace: Workplace, run: Run) -> None:
+    delta = workplace.save_delta()
+    result = run("merge", delta, delta, "-o", workplace.path / "output.sd")
+    assert result.exit_code == 2
+    assert (
+        "is a delta, but the first argument is the base of the deltas: sparsedelta merge BASE DELTA... -o OUT"
+        in " ".join(result.stderr.split())
+    )
+
+
 def test_siblings_are_not_applied_one_after_the_other(tmp_path: Path, run: Run) -> None:
     tensor = noise("F32", 300)
     base = write_file(tmp_path / "base.safetensors", {"w": tensor})

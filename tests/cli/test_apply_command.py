@@ -151,6 +151,9 @@ def test_base_and_delta_in_the_wrong_order(workplace: Workplace, run: Run) -> No
     delta = workplace.save_delta()
     result = run("apply", delta, workplace.base, workplace.out)
     assert result.exit_code == 1
+    assert f"'{delta}' is a delta, but it is given as the base; the order is" in result.stderr
+    result = run("apply", workplace.target, workplace.base, workplace.out)
+    assert result.exit_code == 1
     assert (
         f"is a folder with a model, not a delta; make its delta with `sparsedelta diff BASE {workplace.base} -o delta.sd`"
         in result.stderr
@@ -265,3 +268,5 @@ def test_a_merged_adapter_is_reported(tmp_path: Path, run: Run) -> None:
     )
     assert (out / "model.safetensors").read_bytes()[-32:] == np.full(8, 3, "<f4").tobytes()
     assert run("--quiet", "apply", base, adapter, out, "--overwrite").stderr == ""
+    refused = run("merge", base, adapter, "-o", tmp_path / "merged.sd")
+    assert f"first, with `sparsedelta convert {adapter} delta.sd --base BASE`" in refused.stderr

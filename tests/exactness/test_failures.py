@@ -35,7 +35,7 @@ from sparsedelta.errors import (
     StructureMismatch,
     TargetMismatch,
 )
-from sparsedelta.ops import diff
+from sparsedelta.ops import base_check, diff
 
 W = noise("BF16", 400, 3)
 V = noise("F32", 70)
@@ -104,6 +104,23 @@ def test_wrong_base(name: str, position: int, case: Case, tmp_path: Path) -> Non
     assert error.tensor is not None
     assert re.fullmatch(name, error.tensor)
     assert error.expected != error.found
+
+
+def test_how_much_of_a_wrong_base_differs(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = folder(tmp_path / "damaged", BASE | {"v": V.changed(9)}, config="1", same="same")
+    case.refused(BaseMismatch, "4f1e: 1 of 3 tensors differs, perhaps in a damaged copy", damaged)
+    both = {"u": U.changed(9), "w": W.changed(9)}
+    other = folder(tmp_path / "other", BASE | both, config="1", same="same")
+    case.refused(
+        BaseMismatch, "4f1e: 2 of 3 tensors differ, as in another revision or fine-tune", other
+    )
+    limit = len(W.data) + len(U.data)  # every second tensor: w and u
+    monkeypatch.setattr(base_check, "_COMPARED_BYTES", limit)
+    case.refused(BaseMismatch, "4f1e: 2 of 2 tensors that were compared differ, as in", other)
+    monkeypatch.setattr(base_check, "_COMPARED_BYTES", 1)
+    case.refused(BaseMismatch, "made from, org/model@4f1e$", other)
 
 
 def test_wrong_base_touched_values(case: Case, tmp_path: Path) -> None:
@@ -321,8 +338,12 @@ def test_verify_tells_base_and_target(case: Case, tmp_path: Path) -> None:
     assert (report.base_checked, report.target_checked) == (True, True)
     with pytest.raises(AlreadyApplied, match=r"not its base; check it as the target \(target="):
         sparsedelta.verify(case.delta, base=case.target)
-    with pytest.raises(TargetMismatch):
-        sparsedelta.verify(case.delta, target=case.base)
+    for base in (case.base, folder(tmp_path / "one", BASE)):  # its other files do not matter
+        with pytest.raises(TargetMismatch, match=r"base, not of its target; .* \(base=, --base\)"):
+            sparsedelta.verify(case.delta, target=base)
+    other = folder(tmp_path / "other", BASE | {"v": V.changed(9)}, config="2", same="same")
+    with pytest.raises(TargetMismatch, match="is not the delta's target"):
+        sparsedelta.verify(case.delta, target=other)
     assert (state(case.base), state(case.target)) == before
 
 
@@ -484,6 +505,11 @@ def test_excluding_files_of_the_base_too(tmp_path: Path) -> None:
     (target / "consolidated.safetensors").unlink()
     (target / "old.bin").unlink()
     assert_same_files(target, tmp_path / "out")
+
+
+def test_a_base_without_safetensors_is_not_called_another_model(case: Case, tmp_path: Path) -> None:
+    write(tmp_path / "bin/pytorch_model.bin", "x")
+    case.refused(CheckpointError, r"holds no \.safetensors file; .*torch\.load", tmp_path / "bin")
 
 
 def test_no_weights_stop_diff(tmp_path: Path) -> None:

@@ -274,7 +274,10 @@ class TestRefused:
             ({"weights": [1.0]}, "1 weight is given for 2 deltas"),
             ({"weights": [1.0, float("nan")]}, "finite"),
             ({"density": 0.5}, "keeps all changes; leave it out"),
-            ({"method": "ties", "density": 0.0}, "above 0 and at most 1"),
+            ({"method": "ties", "density": 0.0}, "density is 0, but .* above 0 and at most 1"),
+            ({"weights": [0.0, -0.0], "method": "ties"}, "merged model would be the base"),
+            ({"weights": [1.0, -1.0]}, "weights are 1,-1 and sum to 0, .* --no-normalize"),
+            ({"weights": [0.3, -0.3000000001], "method": "dare", "normalize": True}, "sum to 0"),
             ({"method": "ties", "density": [0.5, 1.5]}, "above 0 and at most 1"),
             ({"method": "ties", "density": [0.5, 0.5, 0.5]}, "3 densities are given"),
         ],
@@ -452,3 +455,9 @@ def test_recipe_defaults() -> None:
     assert made(2, "ties", None, None, **options).normalize
     assert not made(2, "dare-ties", None, 0.5, **options).normalize
     assert made(2, "dare", None, 0.5, **options).densities == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("method", ["ties", "task-arithmetic"])
+def test_weights_may_sum_to_0_where_their_sum_is_no_divisor(method: str) -> None:
+    recipe = make_recipe(2, method, [1, -1], None, normalize=None, scale=1, seed=0)
+    assert recipe.weights == (1, -1)

@@ -17,7 +17,9 @@ from sparsedelta.ops.merging.floats import Numbers
 
 Method: TypeAlias = Literal["linear", "task-arithmetic", "ties", "dare", "dare-ties"]
 
-_SMALLEST_SUM = 1e-8  # a sum of weights below this is not used as a divisor
+_SMALLEST_SUM = (
+    1e-6  # of the largest weight; a sum of weights below this is rounding, and no divisor
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,6 @@ class Recipe:
         else:
             merged = differences.sum(axis=0, dtype=work)
             divisor = weights.sum(axis=0)
-            divisor[np.abs(divisor) < _SMALLEST_SUM] = 1
         if self.normalize:
             merged /= divisor
         if self.scale != 1:
@@ -113,13 +114,33 @@ def make_recipe(
             )
     if not all(np.isfinite([*weights, scale])):
         raise ValueError(f"weights are {weights} and scale is {scale}; give finite numbers")
-    if not all(0 < value <= 1 for value in densities):
-        raise ValueError(f"density is {densities}, expected numbers above 0 and at most 1")
+    wrong = next((value for value in densities if not 0 < value <= 1), None)
+    if wrong is not None:
+        raise ValueError(
+            f"density is {wrong:g}, but it is the share that is kept: give a number above 0 and at most 1"
+        )
     if normalize is None:
         normalize = chosen in ("linear", "ties")
-    return Recipe(
+    recipe = Recipe(
         chosen, tuple(weights), tuple(map(float, densities)), normalize, float(scale), seed
     )
+    _check_weights(recipe)
+    return recipe
+
+
+def _check_weights(recipe: Recipe) -> None:
+    """Raise ValueError if the weights leave nothing to merge, or their sum is a divisor and is 0."""
+    weights = ",".join(f"{weight:g}" for weight in recipe.weights)
+    if recipe.weights and not any(recipe.weights):
+        raise ValueError(
+            f"weights are {weights}, so the merged model would be the base; give one that is not 0"
+        )
+    smallest = _SMALLEST_SUM * max(map(abs, recipe.weights), default=0.0)
+    if recipe.normalize and not recipe.elects_signs and abs(sum(recipe.weights)) < smallest:
+        raise ValueError(
+            f"weights are {weights} and sum to 0, so the sum of the changes cannot be divided by it; give other weights,"
+            " or do not divide (normalize=False, --no-normalize)"
+        )
 
 
 def kept_largest(magnitudes: Numbers, n_kept: int) -> tuple[np.floating[Any], int]:
