@@ -238,6 +238,9 @@ def operations(folder: Path) -> dict[str, Work]:
     return {
         "diff": diff,
         "apply --verify full": lambda: sparsedelta.apply(base, delta, out, overwrite=True),
+        "apply --no-durable": lambda: sparsedelta.apply(
+            base, delta, out, overwrite=True, durable=False
+        ),
         "verify": lambda: sparsedelta.verify(delta, base=base),
         "merge": lambda: sparsedelta.merge(base, delta, delta).close(),
     }
@@ -261,6 +264,7 @@ def commands(work: Path, gigabytes: float, n_rounds: int) -> Iterator[list[str]]
             "diff": 2 * stages[READ] + 2 * stages[DIGEST] + stages[COMPARE],
             "apply --verify full": stages[READ] + stages[DIGEST] + stages[WRITE],
         }
+        floors["apply --no-durable"] = floors["apply --verify full"]
         verbs = operations(folder)
         for name, floor in floors.items():
             took = both(verbs[name], n_rounds)

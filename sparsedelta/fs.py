@@ -62,11 +62,13 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
 
 
 @contextmanager
-def staged_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
+def staged_output(
+    path: str | os.PathLike[str], *, overwrite: bool, durable: bool = True
+) -> Iterator[Path]:
     """Yield a temporary path for a new file or folder; rename it to ``path`` at the end.
 
-    The caller must sync the files it writes; the folders are synced here. On any exception the new
-    file or folder is removed, and ``path`` stays as it was.
+    The caller must sync the files it writes; the folders are synced here, if ``durable``. On any
+    exception the new file or folder is removed, and ``path`` stays as it was.
 
     Raises:
         FileExistsError: ``path`` exists and ``overwrite`` is false.
@@ -83,11 +85,12 @@ def staged_output(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
         result = work / "new"
         try:
             yield result
-            for folder, _, _ in os.walk(result):
+            for folder, _, _ in os.walk(result) if durable else ():
                 system.sync_folder(Path(folder))
             check_absent(Path(path), overwrite=overwrite)
             _rename(result, final)
-            system.sync_folder(final.parent)
+            if durable:
+                system.sync_folder(final.parent)
         except BaseException as error:
             name_full_disk(error, final)
             raise

@@ -365,6 +365,28 @@ def test_everything_is_on_disk_before_it_has_its_name(
     wanted = {made, *(f"{made}/{path}" for path in tree(tmp_path / "out"))}
     assert wanted <= set(events[:at])
     assert str(tmp_path) in events[at:]
+    events.clear()
+    sparsedelta.apply(tmp_path / "base", tmp_path / "delta.sd", tmp_path / "soon", durable=False)
+    assert [event.partition(" ")[0] for event in events] == ["rename"]
+    assert tree(tmp_path / "soon") == tree(tmp_path / "out")
+
+
+def test_between_deltas_nothing_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = noise("U8", 50)
+    two, three = one.changed(3), one.changed(4)
+    for name, tensor in (("1", one), ("2", two), ("3", three)):
+        write_sharded(tmp_path / name, [{"w": tensor}])
+    for name in ("1", "2"):
+        with sparsedelta.diff(tmp_path / name, tmp_path / str(int(name) + 1)) as delta:
+            delta.save(tmp_path / f"{name}.sd")
+    synced_files: list[str] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: synced_files.append(os.readlink(f"/proc/self/fd/{fd}"))
+    )
+    sparsedelta.apply(tmp_path / "1", [tmp_path / "1.sd", tmp_path / "2.sd"], tmp_path / "out")
+    assert_same_files(tmp_path / "out", tmp_path / "3")
+    assert synced_files
+    assert not [file for file in synced_files if "/step-" in file]
 
 
 def test_files_are_synced_while_they_are_filled(tmp_path: Path) -> None:

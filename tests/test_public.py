@@ -69,7 +69,7 @@ def test_no_other_name() -> None:
             "diff",
             "base target * base_id values level standalone exclude include strict info progress spool_dir executor",
         ),
-        ("apply", "base delta out * verify overwrite exclude any_size progress executor"),
+        ("apply", "base delta out * verify overwrite exclude any_size durable progress executor"),
         ("verify", "delta * base target exclude progress executor"),
         ("load", "path * any_size"),
         ("stack", "deltas * base progress spool_dir"),

@@ -87,6 +87,13 @@ verify_option = click.option(
     help="Which digests to check: of all tensors, of the touched values only, or none.",
 )
 
+durable_option = click.option(
+    "--durable/--no-durable",
+    default=True,
+    show_default=True,
+    help="Sync OUT to disk before it gets its name, so that it survives a power failure.",
+)
+
 
 def check_base_id(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Return the name of a base; print a warning if it may name another base later.

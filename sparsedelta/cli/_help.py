@@ -24,7 +24,7 @@ _OPTION_GROUPS: Mapping[str, Sequence[str]] = {
     "The Hub": (
         "subfolder", "private", "revision", "create_pr", "commit_message", "commit_description", "tag", "token",
     ),
-    "Checks": ("verify", "any_size", "lossy", "dry_run", "allow_secrets"),
+    "Checks": ("verify", "durable", "any_size", "lossy", "dry_run", "allow_secrets"),
     "General": ("debug", "quiet"),
 }  # fmt: skip
 _FIRST = "Options"

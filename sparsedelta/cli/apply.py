@@ -11,6 +11,7 @@ import sparsedelta
 from sparsedelta.cli._common import (
     PATH_OR_REPOSITORY,
     Settings,
+    durable_option,
     examples,
     exclude_option,
     verify_option,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @click.argument("base", type=PATH_OR_REPOSITORY)
 @click.argument("deltas_and_out", type=PATH_OR_REPOSITORY, nargs=-1, metavar="DELTA... OUT")
 @verify_option
+@durable_option
 @exclude_option("files of BASE")
 @click.option(
     "--any-size",
@@ -44,6 +46,7 @@ def command(
     base: str,
     deltas_and_out: tuple[str, ...],
     verify: Check,
+    durable: bool,
     exclude: tuple[str, ...],
     any_size: bool,
     overwrite: bool,
@@ -72,6 +75,7 @@ def command(
             [*before, *paths],
             last,
             verify=verify,
+            durable=durable,
             overwrite=overwrite,
             exclude=exclude,
             any_size=any_size,

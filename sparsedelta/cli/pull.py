@@ -13,6 +13,7 @@ from sparsedelta.cli._common import (
     PATH,
     PATH_OR_REPOSITORY,
     Settings,
+    durable_option,
     examples,
     json_option,
     print_json,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 )
 @click.option("--keep-delta", is_flag=True, help="Also keep the delta, as OUT.sd.")
 @verify_option
+@durable_option
 @click.option("--overwrite", is_flag=True, help="Replace OUT and everything in it.")
 @token_option
 @json_option
@@ -63,6 +65,7 @@ def command(
     base_revision: str | None,
     keep_delta: bool,
     verify: Check,
+    durable: bool,
     overwrite: bool,
     token: str | None,
     as_json: bool,
@@ -83,6 +86,7 @@ def command(
             base_revision=base_revision,
             keep_delta=keep_delta,
             verify=verify,
+            durable=durable,
             overwrite=overwrite,
             token=token,
             progress=progress,

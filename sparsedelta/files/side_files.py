@@ -45,8 +45,10 @@ def carried_content(delta: Delta, file: SideFile, stored: Stored) -> bytes:
     return raw
 
 
-def write_side_file(delta: Delta, base: Checkpoint, file: SideFile, path: Path) -> None:
-    """Write a side file of the target to ``path`` and sync it.
+def write_side_file(
+    delta: Delta, base: Checkpoint, file: SideFile, path: Path, *, durable: bool = True
+) -> None:
+    """Write a side file of the target to ``path`` and, if ``durable``, sync it.
 
     Raises:
         BaseMismatch: the file comes from the base, but is missing there or differs.
@@ -57,8 +59,9 @@ def write_side_file(delta: Delta, base: Checkpoint, file: SideFile, path: Path) 
             output.write(carried_content(delta, file, file.stored))
         else:
             check_base_file(delta, base, file, output.write)
-        output.flush()
-        os.fsync(output.fileno())
+        if durable:
+            output.flush()
+            os.fsync(output.fileno())
 
 
 def is_short(file: SideFile) -> bool:

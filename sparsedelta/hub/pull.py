@@ -67,6 +67,7 @@ def pull(
     base_revision: str | None = None,
     keep_delta: bool = False,
     verify: Check = "full",
+    durable: bool = True,
     overwrite: bool = False,
     token: Token = None,
     progress: Progress | None = None,
@@ -86,6 +87,7 @@ def pull(
         base_revision: revision of the base, used instead of the commit that the delta names.
         keep_delta: also keep the delta, as the file ``out`` + ``.sd``.
         verify: as for ``apply``.
+        durable: as for ``apply``.
         overwrite: replace ``out`` if it exists.
         token: access token for the Hub; None: that of `hf auth login`.
         progress: receives the number of bytes written.
@@ -115,7 +117,7 @@ def pull(
         stack.enter_context(link.delta)
         if COUNTED_NAME in link.repository.files:
             link.repository.download_one(COUNTED_NAME)
-        work = _Pull(hub, link, target, verify, overwrite, progress, stack)
+        work = _Pull(hub, link, target, verify, durable, overwrite, progress, stack)
         if local is not None:
             applied = work.apply_to_local(local)
             base_name = str(local)
@@ -137,6 +139,7 @@ class _Pull:
     link: Link
     out: Path
     verify: Check
+    durable: bool
     overwrite: bool
     progress: Progress | None
     stack: ExitStack
@@ -187,6 +190,7 @@ class _Pull:
             deltas,
             self.out,
             verify=self.verify,
+            durable=self.durable,
             overwrite=self.overwrite,
             progress=self.progress,
         )

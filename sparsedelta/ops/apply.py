@@ -54,6 +54,7 @@ def apply(
     overwrite: bool = False,
     exclude: Sequence[str] = (),
     any_size: bool = False,
+    durable: bool = True,
     progress: Progress | None = None,
     executor: Executor | None = None,
 ) -> None:
@@ -71,6 +72,9 @@ def apply(
         overwrite: replace an existing ``out``.
         exclude: globs of files of ``base`` to leave out, as for ``diff``; the target lacks them, too.
         any_size: accept an output of any size; see ``load``.
+        durable: sync the output to disk before it gets its name. Without this a crash of the system or a power failure soon
+            after can leave an output that is incomplete or empty; a killed process cannot. The workers of an
+            executor, and outputs of ``torch.distributed``, are always synced.
         progress: receives the number of bytes written.
         executor: rebuilds on its workers instead of threads of this process: an executor of
             ``concurrent.futures`` or anything with its ``submit``. The workers must see the base and the folder of
@@ -109,14 +113,14 @@ def apply(
             check_replaceable(Path(out))
         if not deltas[-1].target.is_folder:
             check_no_slash(out, "model.safetensors")
-        staged = stack.enter_context(staged_output(out, overwrite=overwrite))
+        staged = stack.enter_context(staged_output(out, overwrite=overwrite, durable=durable))
         if is_distributed(base):
             _write_distributed(base, deltas, staged, exclude)
             return
         source = Path(base)
         for number, one in enumerate(deltas, 1):
-            result = staged if number == len(deltas) else staged.with_name(f"step-{number}")
-            left_out = exclude if number == 1 else ()
+            is_last, left_out = number == len(deltas), exclude if number == 1 else ()
+            result = staged if is_last else staged.with_name(f"step-{number}")
             with open_base(source, one, exclude=left_out) as checkpoint:
                 write_target(
                     checkpoint,
@@ -124,6 +128,7 @@ def apply(
                     result,
                     check=verify,
                     exclude=exclude,
+                    durable=durable and is_last,
                     progress=progress,
                     executor=executor,
                 )
@@ -236,9 +241,10 @@ def write_target(
     check: Check,
     exclude: Sequence[str],
     progress: Progress | None,
+    durable: bool = True,
     executor: Executor | None = None,
 ) -> None:
-    """Write the target to a new file or folder ``out`` and sync its files; see ``apply``."""
+    """Write the target to a new file or folder ``out`` and, if ``durable``, sync its files; see ``apply``."""
     delta.check_output()
     files = target_layout(delta)
     n_bytes = sum(file.n_bytes for file in files)
@@ -253,7 +259,7 @@ def write_target(
         check_presence(delta, base, side_files)
         if delta.target.is_folder:
             _make_folders(delta, out)
-        _write_side_files(base, delta, out, side_files)
+        _write_side_files(base, delta, out, side_files, durable=durable)
         allow_open_files(len(files))
         paths = [out / file.path if delta.target.is_folder else out for file in files]
         sources = same_files(found, delta, files) if executor is None else [None] * len(files)
@@ -262,7 +268,8 @@ def write_target(
             fd, is_clone = stack.enter_context(_new_file(path, file, source))
             outputs.append(fd)
             clones.append(fd if is_clone else None)
-        stack.enter_context(synced(outputs))
+        if durable:
+            stack.enter_context(synced(outputs))
         if executor is not None:
             named = [(path, file.offsets) for path, file in zip(paths, files, strict=True)]
             rebuild_on(executor, base, found, delta, named, check=check, progress=progress)
@@ -276,12 +283,12 @@ def write_target(
 
 
 def _write_side_files(
-    base: Checkpoint, delta: Delta, out: Path, side_files: Sequence[SideFile]
+    base: Checkpoint, delta: Delta, out: Path, side_files: Sequence[SideFile], *, durable: bool
 ) -> None:
-    """Write side files and sync them; the short ones at the same time, because each sync waits for the disk."""
+    """Write side files; the short ones at the same time, because each sync waits for the disk."""
 
     def write(file: SideFile) -> None:
-        write_side_file(delta, base, file, out / file.path)
+        write_side_file(delta, base, file, out / file.path, durable=durable)
 
     for file in side_files:
         if not is_short(file):
