@@ -91,22 +91,32 @@ def fit(
             come together.
         on_evaluation: called with the result of every evaluation.
         progress: show on standard error what is being done, and a progress bar of the steps.
-        run_dir: folder for checkpoints and trackers' logs; created if missing.
+        run_dir: folder for checkpoints and trackers' logs; created if missing. Without ``resume`` it must hold no
+            checkpoint.
         resume: resume from the newest checkpoint in ``run_dir``, if there is one. The result has
             the same bits as that of an uninterrupted run, if every ``iter(data)`` gives the same
             order under the same random state.
 
     Raises:
-        FileExistsError: ``output`` or ``save_target`` exists and ``overwrite`` is not set.
+        FileExistsError: ``output`` or ``save_target`` exists and ``overwrite`` is not set; or ``run_dir`` holds a
+            checkpoint and ``resume`` is not set.
         FileNotFoundError: the base, or the folder of an output, does not exist.
         TypeError: the model's output has no loss, or the data has no length and ``max_steps`` is
             not set.
         ValueError: an argument is out of range; a parameter cannot be trained in place; the base
             differs from the model's first weights or has no safetensors file; the data is empty;
             the loss is infinite or NaN; or the checkpoint belongs to a run with other settings.
+        OSError, SparseDeltaError: the last step could not be published; the delta is written.
     """
     config = config or FitConfig()
     _check_evaluates(config, evaluate)
+    folder = _run_folder(config, run_dir, resume=resume)
+    checkpoint = runfolder.newest(folder) if folder else None
+    if checkpoint is not None and not resume:
+        raise FileExistsError(
+            f"run_dir '{run_dir}' holds a checkpoint of an earlier run, after step {runfolder.step_of(checkpoint)}; resume"
+            " that run (resume=True, --resume), choose another run_dir, or delete this one"
+        )
     source = None if isinstance(model, nn.Module) else model
     report = Report(shown=progress)
     if not isinstance(model, nn.Module):
@@ -119,8 +129,6 @@ def fit(
     is_sharded = has_shards(model)
     check_saves_weights(model, may_be_sharded=expected_size() > 1)
     _check_not_compiled(model)
-    folder = _run_folder(config, run_dir, resume=resume)
-    checkpoint = runfolder.newest(folder) if resume and folder else None
     if checkpoint is not None and os.path.lexists(output) and not overwrite:
         raise FileExistsError(
             f"output '{output}' exists, so the run in '{run_dir}' seems to be finished; to write the output again from"
@@ -200,6 +208,8 @@ def fit(
             # All ranks of a sharded model write its delta together.
             nnz = export() if is_sharded else sift.ranks.first_does(export)
             delta_bytes = sift.ranks.first_does(lambda: Path(output).stat().st_size)
+        if publishing:
+            publishing.finish(_remedy(output, save_target))
     return FitResult(
         delta=Path(output),
         delta_bytes=delta_bytes,
@@ -213,6 +223,14 @@ def fit(
         evaluations=tuple(run.evaluations),
         stopped=run.stopped,
     )
+
+
+def _remedy(output: str | PathLike[str], save_target: str | PathLike[str] | None) -> str:
+    """Return how to publish the result of a training by hand, as a clause."""
+    kept = f"the delta is '{output}'"
+    if save_target is None:
+        return f"{kept}: apply it to the base, and give the result to `sparsedelta publish`"
+    return f"{kept}; give the trained checkpoint, '{save_target}', to `sparsedelta publish`"
 
 
 def _sift(model: nn.Module, config: FitConfig) -> SIFT:

@@ -1,7 +1,8 @@
 """Publishes the weights to a channel during a training, every so many steps and after the last one.
 
 A run that resumes continues the channel if its weights are the channel's latest version. Otherwise its first version is a
-full one, and followers switch to it. If the store fails, the training continues, and the next version has the changes.
+full one, and followers switch to it. If the store fails, the training continues, and the next version has the changes. If
+the last step cannot be published, an error is raised after the training.
 
 With a SIFT, the trained components are compared with their published bits, and no copy of the model is kept.
 """
@@ -22,6 +23,7 @@ from sparsedelta import Channel, Publisher, SparseDeltaError
 
 logger = logging.getLogger(__name__)
 _TRIES = 3
+_FAILURES = (OSError, SparseDeltaError)
 
 
 class Publishing:
@@ -48,6 +50,8 @@ class Publishing:
         self._step = 0
         self._published: int | None = None
         self._last: Any = None  # what ``Publisher.publish`` has returned last
+        self._failed_at: int | None = None  # first step that could not be published; None after a success
+        self._ended_by: Exception | None = None  # a failure that no further call can mend
 
     def __enter__(self) -> Publishing:
         return self
@@ -76,31 +80,54 @@ class Publishing:
         self._published = step if self._publisher.is_at_head else None
 
     def after(self, step: int) -> None:
-        """Publish the model after a step, if it is due.
-
-        Raises:
-            HeadMoved: another publisher has added a version.
-        """
+        """Publish the model after a step, if it is due. A failure is logged, and the training continues."""
         self._step = step
-        if step % self._every == 0:
-            _tried(self._publish)
+        if step % self._every or self._ended_by:
+            return
+        try:
+            _tried(self._publish, _TRIES if self._failed_at is None else 1)
+            self._failed_at = None
+        except _FAILURES as error:
+            if self._failed_at is None:
+                self._failed_at = step
+                logger.warning(
+                    "publishing to '%s' failed at step %d, and the training continues: %s",
+                    self._channel.store.name, step, error,
+                )  # fmt: skip
+            if not _is_of_store(error):
+                self._ended_by = error
 
-    def finish(self) -> None:
+    def finish(self, remedy: str = "the model in memory has the trained weights: save it") -> None:
         """Publish the last step, if it is not published, and wait until it is durable.
 
+        Args:
+            remedy: where the trained weights are and how to publish them, a clause of the error.
+
         Raises:
-            OSError, RemoteError: the store has failed several times.
+            OSError, SparseDeltaError: the last step could not be published: the store has failed several times, another
+                publisher has added a version (HeadMoved), or the channel was deleted (BadVersion).
         """
-        if self._publisher:
-            _tried(self._finish)
+        if self._publisher is None:
+            return
+        try:
+            if self._ended_by:
+                raise self._ended_by
+            _tried(self._finish, _TRIES)
             self._publisher.close()
+        except _FAILURES as error:
+            step = self._step if self._failed_at is None else self._failed_at
+            raise _same_kind(
+                error,
+                f"the training is complete, but publishing to '{self._channel.store.name}' failed at step {step}:"
+                f" {error}; {remedy}",
+            ) from error
 
     @staticmethod
     def _wait(publisher: Publisher) -> None:
         """Wait for the version that is on its way, after the training has failed."""
         try:
             publisher.close()
-        except (OSError, SparseDeltaError) as error:
+        except _FAILURES as error:
             logger.warning("the last version was not published: %s", error)
 
     def _publish(self) -> None:
@@ -155,14 +182,26 @@ def _publisher(
     return Publisher(channel, model, trained=trained)
 
 
-def _tried(work: Callable[[], None]) -> None:
+def _tried(work: Callable[[], None], n_tries: int) -> None:
     """Do work again if the store fails; an error may be of the version before."""
-    for number in range(1, _TRIES + 1):
+    for number in range(1, n_tries + 1):
         try:
             work()
             return
-        except (OSError, SparseDeltaError) as error:
-            is_failure = isinstance(error, OSError) or error.code == "remote"
-            if not is_failure or number == _TRIES:
+        except _FAILURES as error:
+            if not _is_of_store(error) or number == n_tries:
                 raise
             logger.warning("publish failed and is tried again: %s", error)
+
+
+def _is_of_store(error: OSError | SparseDeltaError) -> bool:
+    """Return whether a later call may succeed: of the errors of sparsedelta only those of stores are no ValueError."""
+    return isinstance(error, OSError) or not isinstance(error, ValueError)
+
+
+def _same_kind(error: OSError | SparseDeltaError, message: str) -> OSError | SparseDeltaError:
+    """Return an error of the same class with another message; of a store's own OSError, an OSError."""
+    kind = type(error)
+    if isinstance(error, OSError) and kind.__module__ != "builtins":
+        return OSError(message)
+    return kind(message)

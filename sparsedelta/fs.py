@@ -146,7 +146,9 @@ def work_folder(final: Path) -> Iterator[Path]:
 def _name_output(error: OSError, work: Path, final: Path) -> None:
     """Replace the name of a hidden folder in an error by that of the output, which the user knows."""
     if str(error.filename).startswith(str(work)):
-        error.filename, error.filename2 = str(final), None
+        error.filename = str(final)
+        if error.filename2 is not None:
+            del error.filename2  # None would be shown as the name of a file
 
 
 @contextmanager

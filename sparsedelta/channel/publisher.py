@@ -73,6 +73,7 @@ class Background:
 
         Raises:
             HeadMoved: another publisher has added a version since this one was created; only one can continue.
+            BadVersion: the channel no longer has the version that was published last, or is damaged.
             StructureMismatch: the model has other tensors than before; make a new publisher.
             OSError, RemoteError: the store failed.
             ValueError: the publisher is closed, ``step`` is not an integer from 0 to 2^63 - 1, or ``info``

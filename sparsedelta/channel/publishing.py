@@ -193,9 +193,14 @@ class Run:
             return entry
 
     def _check_head(self) -> None:
-        """Check that nobody else has added a version."""
-        head = self._channel.head()
-        if head and head.digest != (self._head and self._head.digest):
+        """Check that nobody else has added a version, and that what was published is still there."""
+        head, last = self._channel.head(), self._head
+        if last and (head is None or head.version < last.version):
+            raise BadVersion(
+                f"version {last.version} of channel '{self._channel.store.name}' was published and is no longer there: the"
+                " channel was deleted, or an older copy was restored; a new Publisher starts from what is there"
+            )
+        if head and head.digest != (last and last.digest):
             raise self._moved(head)
 
     def _moved(self, head: Entry) -> HeadMoved:

@@ -53,6 +53,10 @@ class Versions:
             self._known = self._hinted()
         low = self._known
         found = self.find(low) if low else None
+        if low and found is None:
+            self._is_checked = False  # the whole channel may be gone
+            if not self._exists():
+                return None
         low = low if found else 0  # a channel that has lost versions is searched from the start
         step = 1
         missing: int | None = None

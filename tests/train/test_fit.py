@@ -608,15 +608,17 @@ def test_a_finished_run_that_is_started_again_is_called_finished(
     monkeypatch.chdir(tmp_path)
     config = FitConfig(sparse_rate=0.2, max_steps=4, save_every=2)
 
-    def run(output: str, *, progress: bool = False) -> None:
+    def run(output: str, *, resume: bool = True, progress: bool = False) -> None:
         fit(
-            make_net(), make_inputs(6), output=output, config=config, loss=square_loss, run_dir="run/", resume=True,
+            make_net(), make_inputs(6), output=output, config=config, loss=square_loss, run_dir="run/", resume=resume,
             progress=progress,
         )  # fmt: skip
 
     run("d.sd")
     with pytest.raises(FileExistsError, match=r"output 'd.sd' exists, so the run in 'run/' seems"):
         run("d.sd")
+    with pytest.raises(FileExistsError, match=r"run_dir 'run/' holds a checkpoint .* after step 4; resume that run"):
+        run("new.sd", resume=False)
     run("again.sd", progress=True)
     assert Path("again.sd").read_bytes() == Path("d.sd").read_bytes()
     assert capfd.readouterr().err.splitlines()[:3] == [

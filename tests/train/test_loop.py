@@ -127,7 +127,7 @@ def test_a_resumed_run_ends_in_the_same_bits(
 
 
 def test_a_checkpoint_of_other_settings_or_another_base_is_refused(tmp_path: Path) -> None:
-    def run(model: nn.Module, lr: float, *, resume: bool) -> None:
+    def run(model: nn.Module, lr: float) -> None:
         config = FitConfig(lr=lr, save_every=2)
         places: dict[str, Any] = {"output": tmp_path / "d.sd", "run_dir": tmp_path / "run"}
         fit(
@@ -135,19 +135,18 @@ def test_a_checkpoint_of_other_settings_or_another_base_is_refused(tmp_path: Pat
             make_inputs(2),
             loss=square_loss,
             config=config,
-            resume=resume,
+            resume=True,
             overwrite=True,
             **places,
         )
 
-    run(make_net(), 1e-2, resume=True)  # no checkpoint yet: starts from the beginning
+    run(make_net(), 1e-2)  # no checkpoint yet: starts from the beginning
     with pytest.raises(ValueError, match=r"has lr 0\.01, this one 0\.02"):
-        run(make_net(), 2e-2, resume=True)
+        run(make_net(), 2e-2)
     with pytest.raises(
         ValueError, match="does not hold the weights with which the saved run began"
     ):
-        run(make_net(seed=1), 1e-2, resume=True)
-    run(make_net(seed=1), 2e-2, resume=False)
+        run(make_net(seed=1), 1e-2)
 
 
 def test_resume_and_save_every_need_a_folder(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 from test_trainer import Rows, arguments, load
 from torch import Tensor
-from train_helpers import bert_batches, make_bert, same_bits
+from train_helpers import bert_batches, make_bert, make_inputs, make_net, same_bits, square_loss
 from transformers import Trainer
 
 import sparsedelta
 from sift_train import FitConfig, PublishCallback, fit
 from sift_train.publishing import Publishing
 from sparsedelta.channel.sources import CapturedModel
+from sparsedelta.errors import BadVersion
 
 LAYERS = ["query", "value", "intermediate"]
 
@@ -105,6 +107,42 @@ def test_a_store_that_fails_does_not_end_the_training(
     monkeypatch.setattr(sparsedelta.Publisher, "publish", fails)
     fit(base, bert_batches(3), output=tmp_path / "d.sd", config=settings(tmp_path))
     assert steps(tmp_path / "channel") == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("at", "is_lost", "kind", "words"),
+    [
+        (3, False, OSError, "failed at step 3: the store is down; the delta is 'd.sd': apply it"),
+        (4, True, BadVersion, "failed at step 4: version 3 of channel .* the channel was deleted"),
+    ],
+)
+def test_a_training_whose_channel_is_lost_keeps_its_delta(
+    at: int, is_lost: bool, kind: type[Exception], words: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    publish = sparsedelta.Publisher.publish
+
+    def lose(publisher: Any, step: int) -> Any:
+        if step >= at and not is_lost:
+            raise ConnectionResetError("the store is down")
+        if step == at:
+            shutil.rmtree("channel", ignore_errors=True)
+        publication = publish(publisher, step)
+        publication.result()
+        return publication
+
+    monkeypatch.setattr(sparsedelta.Publisher, "publish", lose)
+    with pytest.raises(kind, match=words) as failed:
+        fit(
+            make_net(), make_inputs(6), output="d.sd", loss=square_loss,
+            config=FitConfig(sparse_rate=0.2, max_steps=6, publish="channel"),
+        )  # fmt: skip
+    assert is_lost or type(failed.value) is ConnectionResetError
+    with sparsedelta.load("d.sd") as delta:
+        assert delta.info["steps"] == 6
+    assert sum("the training continues" in record.message for record in caplog.records) == 1
+    assert not (tmp_path / "channel" / "versions" / "0000000004.json").exists()
 
 
 def test_the_trainer_of_transformers_publishes(base: Path, tmp_path: Path) -> None:
