@@ -45,12 +45,17 @@ def load_model(path: str | PathLike[str]) -> nn.Module:
     """Return the model of a checkpoint folder.
 
     Raises:
+        FileNotFoundError: there is no such folder.
         ValueError: the folder has no ``config.json`` or no safetensors file, or its config names
             an architecture that transformers does not have.
     """
     import transformers  # takes seconds
 
     folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"model '{folder}' is no folder; give the folder of a model, or a loaded model"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"'{folder}' has no config.json, so it is not a model folder; "

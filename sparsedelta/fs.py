@@ -209,10 +209,14 @@ def check_checkpoint_folder(path: Path) -> None:
     """Check that the folder of a checkpoint may be written at ``path``, or replace what is there.
 
     Raises:
-        NotADirectoryError: ``path`` is a file. Most likely the user forgot to name the output.
+        NotADirectoryError: ``path`` is a file, or named like a weight file. Most likely the user forgot to name the output.
         FileExistsError: ``path`` is a folder that is not empty and holds no safetensors file.
     """
     if not os.path.lexists(path):
+        if path.suffix == ".safetensors":
+            raise NotADirectoryError(
+                f"output '{path}' is named like a weight file, but the output is a folder; give the name of a folder"
+            )
         return
     if path.is_symlink() or not path.is_dir():
         raise NotADirectoryError(

@@ -68,7 +68,7 @@ class Channel(Versions):
         Segments that a follower leases stay, and those after them. Entries stay for ever.
 
         Raises:
-            ValueError: ``keep`` is below 1.
+            ValueError: ``keep`` is no integer above 0.
             FileExistsError: the store holds something else than a channel.
             PermissionError: the store cannot be written.
         """

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, SupportsIndex
 
 from blake3 import blake3
 
@@ -28,6 +29,26 @@ _MEMBERS = (
 )  # fmt: skip
 
 
+def checked_number(name: str, value: SupportsIndex, least: int = 0) -> int:
+    """Return a number that an entry can hold.
+
+    Args:
+        name: of the argument, for the error.
+        value: the number.
+        least: the lowest that is allowed.
+
+    Raises:
+        ValueError: it is no integer from ``least`` to 2^63 - 1.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if isinstance(value, bool) or not least <= number < 1 << 63:
+        raise ValueError(f"{name} is {value!r}, expected an integer from {least} to 2^63 - 1")
+    return number
+
+
 @dataclass(frozen=True, slots=True)
 class Object:
     """A delta or an anchor in the store.
@@ -37,7 +58,7 @@ class Object:
         n_bytes: its size.
     """
 
-    digest: bytes
+    digest: bytes = field(repr=False)
     n_bytes: int
 
 
@@ -51,7 +72,7 @@ class AnchorBase:
     """
 
     id: str | None
-    fingerprint: bytes
+    fingerprint: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +100,11 @@ class Entry:
     """
 
     version: int
-    previous: bytes | None
+    previous: bytes | None = field(repr=False)
     run: str
     time: int
     step: int | None
-    target: bytes
+    target: bytes = field(repr=False)
     segment: int
     delta: Object | None
     anchor: Anchor | None

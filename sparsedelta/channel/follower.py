@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack
 
 from sparsedelta._typing import AnyPath, Model, Names
 from sparsedelta.channel.channel import open_channel
+from sparsedelta.channel.entry import checked_number
 from sparsedelta.channel.following import Pursuit, SyncReport
 from sparsedelta.channel.following_ranks import RankPursuit, RankReplica
 from sparsedelta.channel.model_replica import ModelReplica
@@ -72,6 +73,9 @@ class Follower:
                 self._pursuit = Pursuit(open_channel(channel, context), replica)
             self._context = context.pop_all()
 
+    def __repr__(self) -> str:
+        return f"<Follower at {'no known version' if self.version is None else f'version {self.version}'}>"
+
     def __enter__(self) -> Follower:
         return self
 
@@ -106,8 +110,11 @@ class Follower:
             OSError, RemoteError: the store failed, or the disk is full.
             ConflictError: the ranks that divide a model give different versions.
             SparseDeltaError: the connection to a rank was lost.
+            ValueError: ``version`` is no integer above 0.
         """
-        return self._pursuit.sync(version)
+        return self._pursuit.sync(
+            None if version is None else checked_number("version", version, 1)
+        )
 
     def reading(self) -> AbstractContextManager[int | None]:
         """Return a context in which ``sync`` does not write to the model; it gives the current version.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from sparsedelta.channel.entry import Entry
+from sparsedelta.channel.entry import Entry, checked_number
 from sparsedelta.channel.layout import KINDS, LEASES, Kind, object_name, object_version, slot_of
 from sparsedelta.channel.leases import close, is_closed
 from sparsedelta.channel.lock import writing
@@ -35,8 +35,7 @@ class PruneReport:
 
 def prune(channel: Versions, *, keep: int) -> PruneReport:
     """Delete all objects that are not needed to reach the latest versions; see ``Channel.prune``."""
-    if keep < 1:
-        raise ValueError(f"keep is {keep}, expected at least 1 version")
+    keep = checked_number("keep", keep, 1)
     channel.check_place()
     with writing(channel, "prune"):
         head = channel.head()

@@ -38,6 +38,9 @@ class Background:
         self._last: Publication | None = None
         self._is_closed = False
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of run {self.run}>"
+
     def __enter__(self) -> Self:
         return self
 

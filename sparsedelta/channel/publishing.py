@@ -7,12 +7,11 @@ been created, since the store failed, is finished before another is begun.
 from __future__ import annotations
 
 import logging
-import operator
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Protocol, SupportsIndex
+from typing import Protocol
 
 from sparsedelta._typing import JSON
 from sparsedelta.channel.entry import (
@@ -21,6 +20,7 @@ from sparsedelta.channel.entry import (
     AnchorBase,
     Entry,
     Object,
+    checked_number,
     parse_entry,
 )
 from sparsedelta.channel.layout import HEAD, entry_name, head_content
@@ -166,7 +166,7 @@ class Run:
         Raises:
             ValueError: ``step`` is not an integer from 0 to 2^63 - 1.
         """
-        step = None if step is None else _checked_step(step)
+        step = None if step is None else checked_number("step", step)
         finished = None
         if self._pending:
             with writing(self._channel, self.id):
@@ -306,16 +306,6 @@ class Run:
                 raise failure
             channel.pause(_PAUSE_SECONDS * 2**number)
         raise AssertionError
-
-
-def _checked_step(step: SupportsIndex) -> int:
-    try:
-        number = operator.index(step)
-    except TypeError:
-        number = -1
-    if isinstance(step, bool) or not 0 <= number < 1 << 63:
-        raise ValueError(f"step is {step!r}, expected an integer from 0 to 2^63 - 1")
-    return number
 
 
 def _since(before: tuple[Entry, int] | None, entry: Entry) -> tuple[Entry, int] | None:

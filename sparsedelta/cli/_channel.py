@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import sparsedelta
@@ -24,10 +25,19 @@ def opened(
     """Yield the channel that an argument names.
 
     Raises:
+        NotADirectoryError: it is a delta.
         FileNotFoundError: ``must_exist``, and it would be in a folder that does not exist.
     """
+    from sparsedelta.format.container import is_delta_file  # with numpy
+
     if "://" in channel:
         quiet_client(settings)
+    elif is_delta_file(channel):
+        path = quote(channel)
+        raise NotADirectoryError(
+            f"'{channel}' is a delta, expected a channel; `sparsedelta apply BASE {path} OUT` applies it, `sparsedelta inspect"
+            f" {path}` describes it"
+        )
     elif must_exist and not Path(channel).is_dir():
         raise FileNotFoundError(f"there is no channel at '{channel}': no such folder")
     with sparsedelta.Channel(channel) as found:

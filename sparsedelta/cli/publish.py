@@ -17,6 +17,7 @@ from sparsedelta.cli._common import (
 )
 from sparsedelta.cli._help import Command
 from sparsedelta.cli._progress import progress_bar
+from sparsedelta.report.text import printable
 
 
 @click.command("publish", cls=Command, epilog=examples("sparsedelta publish channel/ target/"))
@@ -82,8 +83,17 @@ def command(
             progress=progress,
         )
         head = entry or found.head()
+        before = found.find(entry.version - 1) if entry and entry.version > 1 else None
+    if (checkpoint / "adapter_config.json").is_file():
+        click.echo(
+            f"warning: '{printable(str(checkpoint))}' is a PEFT adapter, and followers get the adapter; to publish a model,"
+            " merge it into the base and save that model",
+            err=True,
+        )
     if entry is None:
         settings.note("this is what the channel's latest version holds; nothing was published")
+    elif before and before.target == entry.target:
+        settings.note(f"version {entry.version} has the same weights as version {before.version}")
     if head and as_json:
         print_json(fields(head))
     elif head:

@@ -146,7 +146,9 @@ class HeldFolder(Checkpoint):
         own = {name: held for name, held in own.items() if held in saved.specs}
         missing = by_name.keys() - own.keys()
         if missing and (strict or not own):
-            other_way = ", or use the tensors of the folder (strict=False)" if own else ""
+            other_way = (
+                ", or let diff take its tensors from the folder (strict=False)" if own else ""
+            )
             raise self._error(missing, f"'{self.path}' has", f"the {saved.kind} lacks", other_way)
         extra = saved.specs.keys() - own.values()
         if isinstance(saved, SavedState):

@@ -383,17 +383,23 @@ def test_a_version_that_is_not_there_is_behind() -> None:
     follower = sparsedelta.Follower(channel, weights(0))
     with pytest.raises(Behind, match="version 3 is not published"):
         follower.sync(3)
+    for version in ("a", 0, 1.5):
+        with pytest.raises(ValueError, match=f"version is {version!r}, expected an integer from 1"):
+            follower.sync(version)  # type: ignore[arg-type]
     channel.prune(keep=1)
     with pytest.raises(Behind, match="pruned"):
         follower.sync(1)
+    assert repr(follower) == "<Follower at no known version>"
     assert follower.sync().version == 2
+    assert repr(follower) == "<Follower at version 2>"
 
 
 def test_pruning_leaves_what_the_last_versions_need() -> None:
     channel, store = published(7, anchor_ratio=None, anchor_every=3)  # segments at 1, 4 and 7
     store.write("deltas/0000000005-0123456789abcdef.sd", b"left by a crash")
-    with pytest.raises(ValueError, match="keep"):
-        channel.prune(keep=0)
+    for keep in (0, 1.5):
+        with pytest.raises(ValueError, match=f"keep is {keep}, expected an integer from 1 to"):
+            channel.prune(keep=keep)  # type: ignore[arg-type]
     report = channel.prune(keep=2)
     assert (report.first, report.n_closed, report.leased) == (4, 1, None)
     held = weights(0)

@@ -60,6 +60,21 @@ def test_publish_of_the_same_is_a_note(run: Run) -> None:
     run("publish", "c", "1")
     assert "nothing was published" in run("publish", "c", "1").stderr
     assert len(answer(run("log", "c", "--json"))["versions"]) == 1
+    assert (
+        "version 2 has the same weights as version 1"
+        in run("publish", "c", "1", "--base", "1").stderr
+    )
+    assert "same" not in run("publish", "c", "2", "--base", "1").stderr
+
+
+def test_publish_of_an_adapter_and_what_is_a_delta_are_told(run: Run, tmp_path: Path) -> None:
+    run("diff", "1", "2", "-o", "d.sd")
+    for words in (("log",), ("follow", "out"), ("prune", "--keep", "1"), ("publish", "1")):
+        error = run(words[0], "d.sd", *words[1:], code=1).stderr
+        assert "is a delta, expected a channel" in error
+        assert "`sparsedelta inspect d.sd`" in error
+    (tmp_path / "1" / "adapter_config.json").write_text("{}")
+    assert "warning: '1' is a PEFT adapter" in run("publish", "c", "1").stderr
 
 
 def test_follow_goes_to_a_version_and_runs_a_command(run: Run, tmp_path: Path) -> None:
@@ -132,6 +147,7 @@ def test_follow_mends_its_folder(name: str, is_missing: bool, run: Run, tmp_path
     [
         (("follow", "c", "out", "--once"), "no version"),
         (("follow", "1", "out"), "not a channel"),
+        (("apply", "1", "d.sd", "o.safetensors"), "is named like a weight file"),
         (("publish", "1", "2"), "not a channel"),
         (("log", "1"), "not a channel"),
         (("prune", "1", "--keep", "1"), "not a channel"),
@@ -141,6 +157,7 @@ def test_follow_mends_its_folder(name: str, is_missing: bool, run: Run, tmp_path
     ],
 )  # fmt: skip
 def test_errors_are_one_sentence(run: Run, words: tuple[str, ...], says: str) -> None:
+    run("diff", "1", "2", "-o", "d.sd")
     found = run(*words, code=2 if says == "--keep" else 1)
     assert says in found.stderr
     assert "Traceback" not in found.stderr

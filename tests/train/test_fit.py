@@ -617,7 +617,9 @@ def test_a_finished_run_that_is_started_again_is_called_finished(
     run("d.sd")
     with pytest.raises(FileExistsError, match=r"output 'd.sd' exists, so the run in 'run/' seems"):
         run("d.sd")
-    with pytest.raises(FileExistsError, match=r"run_dir 'run/' holds a checkpoint .* after step 4; resume that run"):
+    with pytest.raises(
+        FileExistsError, match=r"run_dir 'run/' holds a checkpoint .* after step 4; resume that run"
+    ):
         run("new.sd", resume=False)
     run("again.sd", progress=True)
     assert Path("again.sd").read_bytes() == Path("d.sd").read_bytes()
