@@ -35,6 +35,7 @@ import mutations  # noqa: E402
 from mutant_inputs import FAMILIES  # noqa: E402
 
 MAX_BYTES = 1 << 15
+MUTANTS = 100_000  # of one process, because the memory of libFuzzer grows by 8 kB with each
 
 
 def main() -> None:
@@ -68,7 +69,7 @@ def main() -> None:
 
     options = [
         f"-max_total_time={max(1, round(seconds))}", f"-seed={seed + 1}", f"-max_len={MAX_BYTES}",
-        "-len_control=0", "-rss_limit_mb=0", "-timeout=3600", f"-artifact_prefix={kept}/guided-{seed}-died-",
+        "-len_control=0", f"-runs={MUTANTS}", "-rss_limit_mb=0", "-timeout=3600", f"-artifact_prefix={kept}/guided-{seed}-died-",
         str(corpus),
     ]  # fmt: skip
     atheris.Setup([sys.argv[0], *options], run, custom_mutator=mutate)
