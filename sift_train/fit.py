@@ -14,12 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import ExitStack, contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
-from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
-from accelerate.utils import set_seed  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from sift_train import runfolder
@@ -35,6 +32,9 @@ from sift_train.ranks.fitting import check_sharded_fit, has_shards
 from sift_train.ranks.group import expected_size, launched_processes
 from sift_train.sift import SIFT
 from sift_train.targets import check_saves_weights
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # type: ignore[import-untyped]
 
 logger = logging.getLogger(__name__)
 CURVE_POINTS = 500
@@ -143,7 +143,6 @@ def fit(
     start = time.perf_counter()
     with ExitStack() as stack:
         accelerator = stack.enter_context(_accelerator(config, folder))
-        set_seed(config.seed)
         if not is_sharded:
             model.to(accelerator.device)
         report("choosing the components")
@@ -334,11 +333,15 @@ def _loss_curve(losses: Sequence[float]) -> list[list[float]]:
 
 @contextmanager
 def _accelerator(config: FitConfig, folder: Path | None) -> Iterator[Accelerator]:
-    """Yield an accelerator, and restore accelerate's process-wide state afterwards.
+    """Seed all random generators and yield an accelerator; restore accelerate's process-wide state afterwards.
 
     The state is cleared first: an earlier Trainer leaves its settings there, and a new accelerator
     could not use others.
     """
+    from accelerate import Accelerator  # takes half a second
+    from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
+    from accelerate.utils import set_seed  # type: ignore[import-untyped]
+
     shared: dict[str, Any] = AcceleratorState._shared_state
     before = dict(shared)
     shared.clear()
@@ -349,6 +352,7 @@ def _accelerator(config: FitConfig, folder: Path | None) -> Iterator[Accelerator
             log_with=list(config.trackers) or None,
             project_dir=None if folder is None else str(folder),
         )
+        set_seed(config.seed)
         yield accelerator
         if config.trackers:
             accelerator.end_training()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from sift_train.sift import SIFT
 
@@ -16,11 +18,12 @@ class BeforeUse:
     """
 
     def __init__(self, sift: SIFT) -> None:
-        self._sift = sift
+        # Not a decorator: it imports the compiler, which takes seconds and which only a training needs.
+        self._before_use: Any = torch.compiler.disable(sift.before_use)
 
     def __call__(self, *_: Any) -> None:
         """Call ``SIFT.before_use``; torch gives arguments that are not needed."""
-        self._sift.before_use()
+        self._before_use()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_hook, ()

@@ -52,9 +52,9 @@ def load_model(path: str | PathLike[str]) -> nn.Module:
     import transformers  # takes seconds
 
     folder = Path(path)
-    if not folder.is_dir():
+    if not folder.exists():
         raise FileNotFoundError(
-            f"model '{folder}' is no folder; give the folder of a model, or a loaded model"
+            f"the model folder '{folder}' does not exist; give the folder of a model, or a loaded model"
         )
     if not (folder / "config.json").is_file():
         raise ValueError(

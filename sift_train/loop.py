@@ -13,11 +13,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
-from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from sift_train import runfolder
@@ -38,6 +36,9 @@ from sift_train.ranks.fitting import has_shards, restore_shards, saved_shards, s
 from sift_train.ranks.sync import CHECK_EVERY
 from sift_train.reselection import find_reselection, needs_gradients
 from sift_train.sift import SIFT
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # type: ignore[import-untyped]
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,9 @@ class Run:
         listeners: Iterable[Listener],
         publishing: Publishing | None = None,
     ) -> None:
+        from accelerate.utils import send_to_device  # type: ignore[import-untyped]
+
+        self._send_to_device = send_to_device
         self._accelerator = accelerator
         self._sift = sift
         self._config = config
@@ -124,7 +128,7 @@ class Run:
             with self._ranks.explained(), deferred_interrupts() as self._interrupts:
                 saved = None if checkpoint is None else self._load_checkpoint(checkpoint)
                 if saved is None:
-                    self._select(self._batches.peek(self._config.selection_batches))
+                    self._select()
                 self._set_up()
                 if saved is not None:
                     self._restore_progress(saved)
@@ -152,11 +156,11 @@ class Run:
         finally:
             model.train(was_training)
 
-    def _select(self, batches: list[Any]) -> None:
-        """Choose the components with these micro-batches, then restore random state and buffers."""
-        if all(part.is_selected for part in self._sift.sparse_mapping.values()):
-            return
-        self._score(batches, self._sift.selecting())
+    def _select(self) -> None:
+        """Choose the components with the first micro-batches, unless they are chosen without gradients."""
+        if not all(part.is_selected for part in self._sift.sparse_mapping.values()):
+            batches = self._batches.peek(self._config.selection_batches)
+            self._score(batches, self._sift.selecting())
 
     def _score(self, batches: list[Any], collecting: AbstractContextManager[None]) -> None:
         """Run backward passes that are not trained on; restore random state."""
@@ -253,7 +257,7 @@ class Run:
     def _forward(self, batch: Any) -> Tensor:
         with self._accelerator.autocast():
             device = self._accelerator.device
-            own = send_to_device(batch, device, non_blocking=device.type == "cuda")
+            own = self._send_to_device(batch, device, non_blocking=device.type == "cuda")
             loss: Any = self._loss(self._sift.model, own)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError("the loss is not a tensor of one element; return the mean as a scalar")

@@ -50,9 +50,7 @@ class Publishing:
         self._step = 0
         self._published: int | None = None
         self._last: Any = None  # what ``Publisher.publish`` has returned last
-        self._failed_at: int | None = (
-            None  # first step that could not be published; None after a success
-        )
+        self._failed_at: int | None = None  # first step that could not be published since a success
         self._ended_by: Exception | None = None  # a failure that no further call can mend
 
     def __enter__(self) -> Publishing:

@@ -292,6 +292,12 @@ def loaded_by(script: str, *arguments: object) -> set[str]:
     return set(json.loads(done.stdout))
 
 
+def test_importing_the_training_loads_no_library_that_takes_seconds() -> None:
+    loaded = loaded_by("import sift_train")
+    assert "torch" in loaded
+    assert not loaded & {"torch._dynamo", "accelerate", "transformers", "huggingface_hub"}
+
+
 def test_importing_loads_nothing() -> None:
     loaded = loaded_by("import sparsedelta; dir(sparsedelta); sparsedelta.__version__")
     assert {name for name in loaded if name.startswith("sparsedelta.")} == set()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from sift_train.identity import Identity
@@ -76,7 +75,6 @@ class WrittenBack(Trained):
         """
         self._sync.check()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def write_back(self) -> None:
         """Overwrite the selected weights with their masters; idempotent.
 
@@ -114,7 +112,6 @@ class WrittenBack(Trained):
         if self._has_shards:
             reshard(self.model)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before_use(self) -> None:
         """Make masters and weights equal; called before a forward pass and by ``state_dict``.
 

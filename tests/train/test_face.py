@@ -173,7 +173,7 @@ def test_a_file_trains_a_classifier(
     assert config["id2label"] == {"0": "neg", "1": "pos"}
     first = (tmp_path / "d.sd").read_bytes()
     assert main(["--config", path]) == 1
-    assert "exists; choose another name" in capsys.readouterr().err
+    assert "holds a checkpoint of an earlier run" in capsys.readouterr().err
     assert main(["--config", path, "--overwrite", "--resume"]) == 0
     assert (tmp_path / "d.sd").read_bytes() == first
 

@@ -6,7 +6,7 @@ import math
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,26 @@ def test_a_checkpoint_of_other_settings_or_another_base_is_refused(tmp_path: Pat
         ValueError, match="does not hold the weights with which the saved run began"
     ):
         run(make_net(seed=1), 1e-2)
+
+
+@pytest.mark.parametrize(("selection", "n_read"), [("random", [1, 2, 3]), ("gradient", [2, 2, 3])])
+def test_only_a_choice_by_gradients_reads_ahead(
+    tmp_path: Path, selection: str, n_read: list[int]
+) -> None:
+    given: list[Tensor] = []
+
+    class Counted(list[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            for batch in super().__iter__():
+                given.append(batch)
+                yield batch
+
+    seen: list[int] = []
+    fit(
+        make_net(), Counted(make_inputs(3)), output=tmp_path / "d.sd", loss=square_loss,
+        config=FitConfig(selection=selection, selection_batches=2), on_step=lambda _: seen.append(len(given)),
+    )  # fmt: skip
+    assert seen == n_read
 
 
 def test_resume_and_save_every_need_a_folder(tmp_path: Path) -> None:
