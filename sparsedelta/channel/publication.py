@@ -29,6 +29,12 @@ class Publication:
         )  # after an interrupted Thread.join a thread seems to have ended
         threading.Thread(target=self._run, name="sparsedelta publisher").start()
 
+    def __repr__(self) -> str:
+        if not self.done():
+            return "<Publication on its way>"
+        entry = self._entry
+        return f"<Publication of version {entry.version}>" if entry else "<Publication that failed>"
+
     def done(self) -> bool:
         """Return whether the version is durable, or has failed."""
         return self._ended.is_set()

@@ -210,7 +210,8 @@ def publish_checkpoint(
         progress: receives the number of bytes read.
 
     Returns:
-        None if no base is given and the head has the same tensors already.
+        None if nothing was added: no base is given and the head has the same tensors already; or ``checkpoint`` equals
+        ``base``, other files included, and neither ``step`` nor ``info`` is given.
 
     Raises:
         BaseMismatch: ``base`` is not the head of the channel.
@@ -225,6 +226,7 @@ def publish_checkpoint(
             old = context.enter_context(Checkpoint(base, include=(), whole=False))
         outside = None if anchor_base is None else OutsideBase(anchor_base, anchor_base_id)
         source = CheckpointSource(new, old, Coding(values, level, standalone), outside, progress)
+        context.callback(source.close)
         head = channel.head()
         if head and old is None and checkpoint_fingerprint(new, progress=progress) == head.target:
             return None
@@ -235,4 +237,6 @@ def publish_checkpoint(
                 f"base '{base}' is not the head of channel '{channel.store.name}', which is {found};"
                 " give the checkpoint that was published last, or no base to publish in full"
             )
+        if head and step is None and not info and source.is_unchanged(head.target):
+            return None
         return run.publish(step=step, info=check_json(info or {}, "info"))

@@ -23,7 +23,7 @@ from sparsedelta.channel.entry import (
     checked_number,
     parse_entry,
 )
-from sparsedelta.channel.layout import HEAD, entry_name, head_content
+from sparsedelta.channel.layout import HEAD, Kind, entry_name, head_content
 from sparsedelta.channel.lock import writing
 from sparsedelta.channel.objects import put
 from sparsedelta.channel.versions import STORE_FAILURES, Versions
@@ -176,7 +176,6 @@ class Run:
     def add(self, captured: Captured) -> Entry:
         """Add a version that was captured; return its entry when it is durable; see ``publish``."""
         with writing(self._channel, self.id):
-            self._channel.create()
             self._check_head()
             change, target = captured.weights.change()
             finished = captured.finished
@@ -213,7 +212,7 @@ class Run:
         """Write the objects of a new version; return its entry."""
         channel, head = self._channel, self._head
         version = head.version + 1 if head else 1
-        delta = put(channel, "deltas", version, change.blocks()) if self._is_at_head else None
+        delta = self._put("deltas", version, change) if self._is_at_head else None
         anchor = self._anchor(captured.weights, version, delta, target)
         entry = Entry(
             version=version,
@@ -252,10 +251,15 @@ class Run:
                     "the weights have changed since they were captured: a folder that was written meanwhile,"
                     " or elements of a model that are not trained; make a new publisher while the weights rest"
                 )
-            found = put(self._channel, "anchors", version, anchor.blocks())
+            found = self._put("anchors", version, anchor)
         finally:
             anchor.close()
         return Anchor(found.digest, found.n_bytes, base)
+
+    def _put(self, kind: Kind, version: int, change: Change) -> Object:
+        """Write a delta or an anchor; the store becomes a channel now, so that a change that fails leaves nothing."""
+        self._channel.create()
+        return put(self._channel, kind, version, change.blocks())
 
     def _since_anchor(self, head: Entry) -> tuple[Entry, int]:
         """Return the entry with the last anchor, and the bytes of the deltas after it."""

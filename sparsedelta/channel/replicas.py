@@ -16,7 +16,13 @@ from sparsedelta.channel.placed import Placed, parse_placed, placed, placed_json
 from sparsedelta.errors import CheckpointError, Corrupt, FormatError
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.delta import Delta, load
-from sparsedelta.fs import check_checkpoint_folder, check_no_folder, staged_output, temporary_folder
+from sparsedelta.fs import (
+    check_checkpoint_folder,
+    check_no_folder,
+    check_no_slash,
+    staged_output,
+    temporary_folder,
+)
 from sparsedelta.ops.apply import write_target
 from sparsedelta.ops.base_check import open_base
 from sparsedelta.ops.identity import checkpoint_fingerprint
@@ -50,17 +56,19 @@ class DiskReplica:
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> None:
+        self._given = out
         self._out = Path(os.path.abspath(out))
         self._hints_path = self._out.with_name(f".{self._out.name[:200]}{_HELD_SUFFIX}")
         self._base = base
         self._overwrite = overwrite
         self._progress = progress
+        self._damaged: str | None = None  # a file that is not of weights
 
     def fingerprint(self) -> bytes | None:
         """Return the fingerprint of the checkpoint on disk; None if there is none, or a file of it is damaged."""
         here = self._ours()
-        if here and (name := here.damage(self._out)):
-            _log.warning("%r in '%s' is missing or changed; it is written again", name, self._out)
+        self._damaged = here.damage(self._out) if here else None
+        if self._damaged:
             return None
         try:
             with Checkpoint(self._out, whole=False, complete=False) as checkpoint:
@@ -104,6 +112,13 @@ class DiskReplica:
             check = check_checkpoint_folder if deltas[-1].target.is_folder else check_no_folder
             if not is_ours:
                 check(self._out)
+            if not deltas[-1].target.is_folder:
+                check_no_slash(self._given, "model.safetensors")
+            if is_ours and held is None:
+                _log.warning(
+                    "%s in '%s' is missing or changed, or of another channel; all files are written again",
+                    repr(self._damaged) if self._damaged else "a weight file", self._out,
+                )  # fmt: skip
             # Another follower of this place may have been quicker, and this one may have overwritten its list.
             is_followed = held is not None and bool(self._listed())
             may_replace = is_ours or is_followed or self._overwrite

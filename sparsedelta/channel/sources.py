@@ -11,6 +11,7 @@ from sparsedelta.channel.entry import AnchorBase
 from sparsedelta.channel.publishing import Change
 from sparsedelta.errors import SparseDeltaError
 from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.files.side_files import digest_file
 from sparsedelta.format.delta import Delta
 from sparsedelta.live.capture import Capture
 from sparsedelta.live.snapshot import Snapshot
@@ -116,6 +117,7 @@ class CheckpointSource:
         self._coding = coding
         self._base = base
         self._progress = progress
+        self._change: tuple[Change, bytes] | None = None
 
     def is_at(self, target: bytes) -> bool:
         """Return whether the checkpoint that was published last has this fingerprint."""
@@ -128,6 +130,23 @@ class CheckpointSource:
 
     def change(self) -> tuple[Change, bytes]:
         """Return the delta from one checkpoint to the other, and the fingerprint of the latter."""
+        if self._change is None:
+            self._change = self._compared()
+        return self._change
+
+    def is_unchanged(self, target: bytes) -> bool:
+        """Return whether the checkpoint equals the one that was published last, which has this fingerprint, in all files."""
+        old = self._previous
+        if old is None or not _have_same_files(old, self._checkpoint):
+            return False
+        return self.change()[1] == target
+
+    def close(self) -> None:
+        """Close the delta."""
+        if self._change:
+            self._change[0].close()
+
+    def _compared(self) -> tuple[Change, bytes]:
         if self._previous is None:
             return _Nothing(), checkpoint_fingerprint(self._checkpoint, progress=self._progress)
         coding = self._coding
@@ -159,6 +178,23 @@ class _Nothing:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+def _have_same_files(old: Checkpoint, new: Checkpoint) -> bool:
+    """Return whether two checkpoints differ at most in the values of tensors."""
+    one, other = (
+        (
+            checkpoint.is_folder,
+            [
+                (file.path if checkpoint.is_folder else "", file.raw_header)
+                for file in checkpoint.weight_files
+            ],
+            {path: digest_file(location) for path, location in checkpoint.side_files.items()},
+            checkpoint.empty_folders,
+        )
+        for checkpoint in (old, new)
+    )
+    return one == other
 
 
 def anchor_of(

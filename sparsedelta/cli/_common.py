@@ -52,6 +52,12 @@ class _OutputFile(_Path):
         return super().convert(value, param, ctx)
 
 
+class Integer(click.IntRange):
+    """An integer in a range. Errors call it an integer, where click writes "integer range"."""
+
+    name = "integer"
+
+
 PATH = _Path(path_type=Path)
 DELTA_FILE, PAGE_FILE = _OutputFile("delta.sd"), _OutputFile("delta.html")
 

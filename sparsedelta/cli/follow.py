@@ -14,7 +14,14 @@ import click
 
 import sparsedelta
 from sparsedelta.cli._channel import opened
-from sparsedelta.cli._common import PATH, PATH_OR_REPOSITORY, Settings, examples, json_option
+from sparsedelta.cli._common import (
+    PATH,
+    PATH_OR_REPOSITORY,
+    Integer,
+    Settings,
+    examples,
+    json_option,
+)
 from sparsedelta.cli._failures import describe
 from sparsedelta.cli._help import Command
 from sparsedelta.cli._progress import progress_bar
@@ -27,9 +34,9 @@ if TYPE_CHECKING:
 
 @click.command("follow", cls=Command, epilog=examples("sparsedelta follow channel/ out/ --once"))
 @click.argument("channel", type=PATH_OR_REPOSITORY)
-@click.argument("out", type=PATH)
+@click.argument("out", type=PATH_OR_REPOSITORY)  # as text: a Path has no slash at its end
 @click.option("--once", is_flag=True, help="Move to the latest version and end.")
-@click.option("--version", type=click.IntRange(1), metavar="N", help="Move to version N and end.")
+@click.option("--version", type=Integer(1), metavar="N", help="Move to version N and end.")
 @click.option(
     "--interval",
     type=click.FloatRange(0.01),
@@ -57,7 +64,7 @@ def command(
     /,
     *,
     channel: str,
-    out: Path,
+    out: str,
     once: bool,
     version: int | None,
     interval: float,
@@ -68,8 +75,8 @@ def command(
 ) -> None:
     """Keep OUT at the latest version of CHANNEL.
 
-    OUT is replaced in one step, by a version that is complete and checked. A hidden file beside it says which version
-    it is. If this is killed, at whatever moment, run it again.
+    OUT is a folder, or one file if that is what was published. It is replaced in one step, by a version that is complete
+    and checked. A hidden file beside it says which version it is. If this is killed, at whatever moment, run it again.
     """
     with opened(settings, channel) as found, progress_bar(settings) as progress:
         follower = sparsedelta.Follower(
@@ -79,6 +86,7 @@ def command(
             report = _sync(settings, follower, version, patient=not (once or version))
             if report:
                 _tell(report, as_json=as_json)
+                _note_kind(settings, report, out)
                 _run(run, report, out)
             if once or version:
                 return
@@ -109,7 +117,15 @@ def _tell(report: SyncReport, *, as_json: bool) -> None:
     click.echo(f"version {report.version}{step}: {how}")
 
 
-def _run(command: str | None, report: SyncReport, out: Path) -> None:
+def _note_kind(settings: Settings, report: SyncReport, out: str) -> None:
+    """Say that what was written first is one file, if its name does not."""
+    if report.before is None and not out.endswith(".safetensors") and Path(out).is_file():
+        settings.note(
+            f"the versions are single files, so '{out}' is a safetensors file, not a folder"
+        )
+
+
+def _run(command: str | None, report: SyncReport, out: str) -> None:
     """Run a person's command in a shell.
 
     Raises:

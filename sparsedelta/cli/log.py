@@ -5,14 +5,21 @@ from __future__ import annotations
 import click
 
 from sparsedelta.cli._channel import describe, fields, opened
-from sparsedelta.cli._common import PATH_OR_REPOSITORY, Settings, examples, json_option, print_json
+from sparsedelta.cli._common import (
+    PATH_OR_REPOSITORY,
+    Integer,
+    Settings,
+    examples,
+    json_option,
+    print_json,
+)
 from sparsedelta.cli._help import Command
 
 
 @click.command("log", cls=Command, epilog=examples("sparsedelta log channel/"))
 @click.argument("channel", type=PATH_OR_REPOSITORY)
 @click.option(
-    "-n", "--limit", type=click.IntRange(1), default=20, show_default=True, help="Versions shown."
+    "-n", "--limit", type=Integer(1), default=20, show_default=True, help="Versions shown."
 )
 @json_option
 @click.pass_obj

@@ -7,7 +7,14 @@ import dataclasses
 import click
 
 from sparsedelta.cli._channel import opened
-from sparsedelta.cli._common import PATH_OR_REPOSITORY, Settings, examples, json_option, print_json
+from sparsedelta.cli._common import (
+    PATH_OR_REPOSITORY,
+    Integer,
+    Settings,
+    examples,
+    json_option,
+    print_json,
+)
 from sparsedelta.cli._help import Command
 
 
@@ -15,7 +22,7 @@ from sparsedelta.cli._help import Command
 @click.argument("channel", type=PATH_OR_REPOSITORY)
 @click.option(
     "--keep",
-    type=click.IntRange(1),
+    type=Integer(1),
     required=True,
     metavar="N",
     help="Keep what followers need to reach the latest N versions.",

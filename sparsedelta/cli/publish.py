@@ -10,6 +10,7 @@ from sparsedelta.cli._channel import describe, fields, opened
 from sparsedelta.cli._common import (
     PATH,
     PATH_OR_REPOSITORY,
+    Integer,
     Settings,
     examples,
     json_option,
@@ -29,9 +30,7 @@ from sparsedelta.report.text import printable
     metavar="BASE",
     help="The checkpoint that was published last; without it, publish in full.",
 )
-@click.option(
-    "--step", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Step of the training."
-)
+@click.option("--step", type=Integer(0, 2**63 - 1), metavar="N", help="Step of the training.")
 @click.option(
     "--anchor-ratio",
     type=float,
@@ -41,7 +40,7 @@ from sparsedelta.report.text import printable
 )
 @click.option(
     "--anchor-every",
-    type=click.IntRange(1),
+    type=Integer(1),
     metavar="N",
     help="Write in full too every N versions.",
 )
@@ -66,7 +65,8 @@ def command(
     """Add CHECKPOINT to CHANNEL as its next version.
 
     CHANNEL is a folder, or the address of a bucket or a repository. The first version is written in full; so is every
-    version without --base. With --base it is a delta on the checkpoint that was published last.
+    version without --base. With --base it is a delta on the checkpoint that was published last. If nothing has changed
+    since then, no version is added, unless --step is given.
     """
     from sparsedelta.channel.publisher import publish_checkpoint
 

@@ -42,12 +42,16 @@ def test_the_model_changes_while_a_version_is_stored(anchor_every: int | None) -
         assert store.waits.wait(60)
         advance(state, 3)
         assert not second.done()
+        assert repr(second) == "<Publication on its way>"
         head = channel.head()
         assert head
         assert head.version == 1  # it cannot be seen yet
         store.gate.set()
         publisher.publish(3)
         assert second.done()  # one version after the other
+        assert repr(second) == "<Publication of version 2>"
+        assert repr(publisher) == f"<Publisher of run {publisher.run}>"
+        assert "digest" not in repr(second.result())
     assert [entry.step for entry in channel.log()] == [3, 2, 1]  # close has waited
     held = weights(0)
     for version in (1, 2, 3):

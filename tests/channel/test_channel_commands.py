@@ -56,15 +56,36 @@ def test_publish_follow_log_and_prune(run: Run, tmp_path: Path) -> None:
     assert "deleted 0 objects" in run("prune", "c", "--keep", "3").stdout
 
 
-def test_publish_of_the_same_is_a_note(run: Run) -> None:
+def test_publish_of_the_same_is_a_note(run: Run, tmp_path: Path) -> None:
     run("publish", "c", "1")
     assert "nothing was published" in run("publish", "c", "1").stderr
     assert len(answer(run("log", "c", "--json"))["versions"]) == 1
-    assert (
-        "version 2 has the same weights as version 1"
-        in run("publish", "c", "1", "--base", "1").stderr
-    )
+    assert "nothing was published" in run("publish", "c", "1", "--base", "1").stderr
+    same = run("publish", "c", "1", "--base", "1", "--step", "5")
+    assert "version 2 has the same weights as version 1" in same.stderr
     assert "same" not in run("publish", "c", "2", "--base", "1").stderr
+    shutil.copytree("2", "of the same weights")
+    (tmp_path / "of the same weights" / "config.json").write_text("{}")
+    run("publish", "c", "of the same weights", "--base", "2")
+    assert len(answer(run("log", "c", "--json"))["versions"]) == 4
+
+
+def test_a_first_publish_that_fails_leaves_no_channel(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "1" / "other.bin").write_bytes(b"weights")
+    assert "other.bin" in run("publish", "c", "1", code=1).stderr
+    assert not [*(tmp_path / "c").iterdir()]
+    run("publish", "c", "2")
+
+
+def test_the_name_of_out_fits_what_was_published(run: Run, tmp_path: Path) -> None:
+    run("publish", "c", "1/model.safetensors")
+    error = run("follow", "c", "out/", "--once", code=1).stderr
+    assert "output 'out/' is written like a folder, but the output is one file" in error
+    assert "'out' is a safetensors file, not a folder" in run("follow", "c", "out", "--once").stderr
+    assert not run("follow", "c", "out", "--once").stderr
+    run("publish", "d", "1")
+    error = run("follow", "d", "o.safetensors", "--once", code=1).stderr
+    assert "is named like a weight file, but the output is a folder" in error
 
 
 def test_publish_of_an_adapter_and_what_is_a_delta_are_told(run: Run, tmp_path: Path) -> None:
@@ -124,9 +145,14 @@ def test_a_folder_that_was_deleted_meanwhile_is_written_again(run: Run, tmp_path
     follower.close()
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("name", "what"), [("config.json", "'config.json'"), ("model.safetensors", "a weight file")]
+)
 @pytest.mark.parametrize("is_missing", [False, True])
-def test_follow_mends_its_folder(name: str, is_missing: bool, run: Run, tmp_path: Path) -> None:
+def test_follow_mends_its_folder(
+    name: str, what: str, is_missing: bool, run: Run, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     """A file is missing or has other bytes, although nothing new was published."""
     for number in (1, 2):
         (tmp_path / str(number) / "config.json").write_text(json.dumps({"step": number}))
@@ -138,6 +164,7 @@ def test_follow_mends_its_folder(name: str, is_missing: bool, run: Run, tmp_path
     if not is_missing:
         (tmp_path / "out" / name).write_bytes(before[:-1] + b"x")
     assert "read" in run("follow", "c", "out", "--once").stdout
+    assert f"{what} in '{tmp_path / 'out'}' is missing or changed" in caplog.text
     assert (tmp_path / "out" / name).read_bytes() == before
     assert "there already" in run("follow", "c", "out", "--once").stdout
 
@@ -153,12 +180,13 @@ def test_follow_mends_its_folder(name: str, is_missing: bool, run: Run, tmp_path
         (("prune", "1", "--keep", "1"), "not a channel"),
         (("publish", "c", "2", "--base", "1"), "not the head"),
         (("prune", "c",), "--keep"),
+        (("prune", "c", "--keep", "1.5"), "'1.5' is not a valid integer."),
         (("publish", "https://127.0.0.1:1/c", "1"), "127.0.0.1"),
     ],
 )  # fmt: skip
 def test_errors_are_one_sentence(run: Run, words: tuple[str, ...], says: str) -> None:
     run("diff", "1", "2", "-o", "d.sd")
-    found = run(*words, code=2 if says == "--keep" else 1)
+    found = run(*words, code=2 if "prune" in words and "c" in words else 1)
     assert says in found.stderr
     assert "Traceback" not in found.stderr
 
