@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sift_train.bits import bits_of
+from sift_train.bits import SLICE, bits_of
 from sift_train.conversion import as_saved, groups_of
 from sift_train.masters import SparseParameter
 from sift_train.pipelines import is_pipeline, part_of
@@ -79,7 +79,7 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
     of_other_shape = [
         name
         for name, tensor in _tensors(held, own.keys() & held.keys())
-        if not _compare(base, name, tensor, before(name))
+        if not _compare(base, name, tensor, own[name], parts.get(id(own[name])))
     ]
     if 2 * len(of_other_shape) > len(own):  # a resized embedding or a new head are few
         raise ValueError(
@@ -110,23 +110,33 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
         )
 
 
-def _compare(base: Path, name: str, held: Tensor, before: Tensor) -> bool:
-    """Raise ValueError if two tensors of one shape differ; return whether they have one shape."""
-    if held.shape != before.shape:
+def _compare(
+    base: Path, name: str, held: Tensor, own: Tensor, part: SparseParameter | None = None
+) -> bool:
+    """Raise ValueError if a tensor of the base differs from one of the model before training; return whether they have one shape."""
+    if held.shape != own.shape:
         return False
-    n_different = _n_different(held, before)
+    n_different = _n_different(held, own, part)
     if n_different:
         raise ValueError(
             f"base '{base}' differs from the model before training: {n_different:,} of "
-            f"{before.numel():,} components of {name!r} differ; give the checkpoint that the "
+            f"{own.numel():,} components of {name!r} differ; give the checkpoint that the "
             "model was loaded from, or leave base out"
         )
     return True
 
 
-def _n_different(held: Tensor, before: Tensor) -> int:
-    moved = held.to(before.device, before.dtype)
-    return int((bits_of(moved) != bits_of(before)).sum())
+def _n_different(held: Tensor, own: Tensor, part: SparseParameter | None) -> int:
+    """Return how many elements differ from those before training; ``part`` knows the first values of the trained ones."""
+    n_different, flat = 0, own.detach().reshape(-1)
+    first_values = part.first_values() if part else None
+    for start, found in zip(
+        range(0, own.numel(), SLICE), held.reshape(-1).split(SLICE), strict=False
+    ):
+        end = start + len(found)
+        before = first_values(start, end) if first_values else flat[start:end].cpu()
+        n_different += int((bits_of(found.to(before.dtype)) != bits_of(before)).sum())
+    return n_different
 
 
 def _parts(sift: SIFT | None) -> dict[int, SparseParameter]:
@@ -205,7 +215,7 @@ def model_folder(model: nn.Module, base: Path, sift: SIFT | None = None) -> Path
         held = tensor_places(folder, dtype_of(model))
         own = dict(model.named_parameters())
         return sum(
-            _n_different(tensor, _first_values(own[name], parts.get(id(own[name])))) == 0
+            _n_different(tensor, own[name], parts.get(id(own[name]))) == 0
             for name, tensor in _tensors(held, own.keys() & held.keys())
             if tensor.shape == own[name].shape
         )

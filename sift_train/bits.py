@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+SLICE = 1 << 20  # elements that are compared at a time, so that temporary tensors stay small
 _DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -34,12 +36,26 @@ def mean_change(before: Tensor, after: Tensor) -> float | None:
     is_comparable = before.dtype == after.dtype and before.shape == after.shape
     if not is_comparable or not before.is_floating_point() or before.itemsize < 2:
         return None
-    distances = moved(before, after)
-    mean = float(distances.mean()) if len(distances) else math.nan
+    flat = before.reshape(-1), after.reshape(-1)
+    parts = zip(*(one.split(SLICE) for one in flat), strict=True)
+    return mean_of(sums_of_changes(parts))
+
+
+def sums_of_changes(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the sum of |change| of the elements whose bits changed, and their number, as fp64 of shape (2,).
+
+    Args:
+        parts: values before and after; both of a pair have one float dtype and shape.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    for before, after in parts:
+        changed = ~equal_bits(before, after)
+        distances = (after[changed].double() - before[changed].double()).abs()
+        sums += torch.tensor([float(distances.sum()), len(distances)])
+    return sums
+
+
+def mean_of(sums: Tensor) -> float | None:
+    """Return the mean of what ``sums_of_changes`` has added; None if it is not finite, or nothing changed."""
+    mean = float(sums[0] / sums[1])
     return mean if math.isfinite(mean) else None
-
-
-def moved(before: Tensor, after: Tensor) -> Tensor:
-    """Return |change| in fp64 of the elements whose bits changed; both tensors have one float dtype and shape."""
-    changed = ~equal_bits(before, after)
-    return (after[changed].double() - before[changed].double()).abs()

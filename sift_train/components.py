@@ -6,13 +6,13 @@ value. Indices are relative to the parameter; if it is a shard, the caller adds 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sift_train.bits import equal_bits, mean_change
+from sift_train.bits import SLICE, equal_bits, mean_of, sums_of_changes
 from sift_train.kept import Kept
 from sift_train.ranks.shard import local_part, shard_of
 from sift_train.selection import index_dtype
@@ -172,10 +172,7 @@ class Components:
     @property
     def mean_change(self) -> float | None:
         """Mean |change| of the components whose bits changed; None if none or not finite."""
-        if self.original is None:
-            return None
-        index, original = self._touched
-        return mean_change(original.cpu(), take(self.parameter, index).cpu())
+        return mean_of(sums_of_changes(self.changes(SLICE)))
 
     @property
     def kept_state(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -191,9 +188,12 @@ class Components:
         now = self.local
         if self.original is None:
             return now
-        flat = now.reshape(-1).clone()
         index, original = self._touched
-        flat[slice(None) if index is None else index.long()] = original.to(flat.device)
+        if index is None:
+            return original.to(now.device, copy=True).view(now.shape)
+        flat = now.reshape(-1).clone()
+        for part, values in zip(index.split(SLICE), original.split(SLICE), strict=True):
+            flat[part.long()] = values.to(flat.device)
         return flat.view(now.shape)
 
     @property
@@ -218,18 +218,25 @@ class Components:
             now = flat[own] if index is None else flat.index_select(0, index[own])
             yield original[own].cpu(), now.cpu()
 
-    def first_values(self, start: int, end: int) -> Tensor:
-        """Return a copy on the CPU of elements of ``local``, flat, as they were before training, shape (end - start,)."""
-        values = self.local.reshape(-1)[start:end].to("cpu", copy=True)
-        if self.original is None:
+    def first_values(self) -> Callable[[int, int], Tensor]:
+        """Return a function that reads elements ``start`` to ``end`` of ``local``, flat, as they were before training.
+
+        It returns a copy on the CPU, shape (end - start,). Its result is right until the next step or selection.
+        """
+        flat = self.local.reshape(-1)
+        index, original = (None, None) if self.original is None else self._touched
+
+        def read(start: int, end: int) -> Tensor:
+            if original is not None and index is None:
+                return original[start:end].to("cpu", copy=True)
+            values = flat[start:end].to("cpu", copy=True)
+            if index is not None and original is not None:
+                edges = torch.tensor([start, end], dtype=index.dtype, device=index.device)
+                low, high = torch.searchsorted(index, edges).tolist()
+                values[index[low:high].cpu().long() - start] = original[low:high].cpu()
             return values
-        index, original = self._touched
-        if index is None:
-            return original[start:end].to("cpu", copy=True)
-        edges = torch.tensor([start, end], dtype=index.dtype, device=index.device)
-        low, high = torch.searchsorted(index, edges).tolist()
-        values[index[low:high].cpu().long() - start] = original[low:high].cpu()
-        return values
+
+        return read
 
     def _check_holds(self, index: Tensor | None, original: Tensor, trained: Tensor) -> None:
         """Check that the parameter holds each component's original or trained value."""

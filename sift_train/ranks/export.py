@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sift_train.basecheck import names_in_base, tensor_places
-from sift_train.bits import bits_of, moved
+from sift_train.bits import bits_of, mean_of, sums_of_changes
 from sift_train.masters import SparseParameter
 from sift_train.ranks.shard import local_part, shard_of
 from sift_train.targets import names_of_parameters
@@ -62,14 +62,11 @@ def mean_changes_of_shards(sift: SIFT, base: Path) -> dict[str, float]:
     renamed = names_in_base(sift.model, list(sift.sparse_mapping), base)
     found = {}
     for name, part in sift.sparse_mapping.items():
-        sums = torch.zeros(2, dtype=torch.float64)
-        for before, after in part.changes(_SLICE):
-            distances = moved(before, after)
-            sums += torch.tensor([float(distances.sum()), len(distances)])
+        sums = sums_of_changes(part.changes(_SLICE))
         if part.shard is not None:
             part.shard.sum_(sums)
-        mean = float(sums[0] / sums[1])
-        if math.isfinite(mean):
+        mean = mean_of(sums)
+        if mean is not None:
             found[renamed.get(name, name)] = mean
     return found
 
@@ -85,11 +82,12 @@ def _problem(
             return f"{name!r} has shape {held.get_shape()}, the model's has {list(parameter.shape)}"
         shard = shard_of(parameter)
         own = local_part(parameter)
+        first_values = part.first_values() if part else None
         for spans, start, end in _spans(
             own.shape, (0,) * own.dim() if shard is None else shard.offset
         ):
             found = held[spans].reshape(-1)
-            before = part.first_values(start, end) if part else own.reshape(-1)[start:end].cpu()
+            before = first_values(start, end) if first_values else own.reshape(-1)[start:end].cpu()
             if found.dtype != before.dtype:
                 return f"{name!r} has dtype {found.dtype}, the model's has {before.dtype}"
             if not torch.equal(bits_of(found), bits_of(before)):

@@ -7,7 +7,7 @@ of the cells in a band of rows and a band of columns. Each tile is coded by its 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ _WORTH = 0.97
 # Lines whose numbers of touched cells vary less than this (variance, relative to the squared mean) save less than that.
 _LEAST_VARIANCE = 0.1
 _LINE_SAMPLE, _FEWEST_SAMPLED = 4, 1 << 14  # touched cells of a sample: for each line; at least
+_CELLS = 1 << 20  # touched cells whose rows and columns are in memory at the same time
 
 Labels = npt.NDArray[np.uint32]  # the band of each row or column
 
@@ -66,17 +67,20 @@ class _Tiles(IndexEncoding):
         if not 2 <= columns <= span:
             return None
         n_rows = _n_rows(columns, first, span)
-        cells = positions + np.uint32(first)
-        row = cells // np.uint32(columns)  # np.divmod takes four times as long
-        column = cells - row * np.uint32(columns)
-        rows = _choose_bands(np.bincount(row, minlength=n_rows), columns)
-        lines = _choose_bands(np.bincount(column, minlength=columns), n_rows)
+        in_rows, in_columns = np.zeros(n_rows, np.int64), np.zeros(columns, np.int64)
+        for _, row, column in _cells(positions, columns, first):
+            top, bottom = int(row[0]), int(row[-1])
+            in_rows[top : bottom + 1] += np.bincount(row - row[0])
+            in_columns += np.bincount(column, minlength=columns)
+        rows, lines = _choose_bands(in_rows, columns), _choose_bands(in_columns, n_rows)
         if not (rows.any() or lines.any()):
             return None
-        grid = _Grid(rows, lines)
-        places = grid.places(row, column)
+        grid, places = _Grid(rows, lines), np.empty(len(positions), np.uint32)
+        for some, row, column in _cells(positions, columns, first):
+            places[some] = grid.places(row, column)
         places = _sorted(places, int(grid.edges[-1]))
-        counts = np.diff(np.searchsorted(places, grid.edges))
+        edges = grid.edges.astype(np.uint32)  # because otherwise searchsorted copies the places
+        counts = np.diff(np.searchsorted(places, edges))
         if not _is_worth_it(grid, counts):
             return None
         head = bytearray(write_number(columns) + write_number(first))
@@ -182,14 +186,13 @@ class _Grid:
         self.areas = np.outer(*self._counts).ravel()  # of the tiles
         self.edges = np.concatenate([[0], np.cumsum(self.areas)])  # of the tiles, in their order
 
-    def places(self, row: Numbers, column: Numbers) -> Numbers:
+    def places(self, row: Numbers, column: Numbers) -> npt.NDArray[np.int64]:
         """Return the places of cells in the order of tiles."""
         band, other = self.labels[0][row], self.labels[1][column]
-        places = self.edges[band * np.uint32(self.shape[1]) + other]
+        places: npt.NDArray[np.int64] = self.edges[band * np.uint32(self.shape[1]) + other]
         places += self._ranks(0)[row] * self._counts[1][other]
         places += self._ranks(1)[column]
-        result: Numbers = places.astype(np.uint32)
-        return result
+        return places
 
     def cells(self, number: int, places: Numbers) -> tuple[npt.NDArray[np.int64], ...]:
         """Return rows and columns of places within a tile."""
@@ -226,6 +229,18 @@ def may_be_smaller(positions: Positions, span: int, context: ChunkContext) -> bo
         if float(counts.var()) - mean > _LEAST_VARIANCE * mean * mean:
             return True
     return False
+
+
+def _cells(
+    positions: Positions, columns: int, first: int
+) -> Iterator[tuple[slice, Numbers, Numbers]]:
+    """Yield some of the positions at a time, with their rows and columns, so that temporary arrays stay small."""
+    size = max(_CELLS, columns)
+    for start in range(0, len(positions), size):
+        part = slice(start, start + size)
+        cells = positions[part] + np.uint32(first)
+        row = cells // np.uint32(columns)  # np.divmod takes four times as long
+        yield part, row, cells - row * np.uint32(columns)
 
 
 def _sorted(places: Numbers, n_cells: int) -> Numbers:
