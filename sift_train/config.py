@@ -81,7 +81,8 @@ class FitConfig:
             ``patience``; None: no evaluation except the one after the last
             step.
         eval_before: also evaluate before the first step, so that the delta records the scores of the base.
-        patience: stop after this many evaluations without a better first value; None: never.
+        patience: stop after this many evaluations without a better first value; None: never. The delta has the weights of
+            the last step, not those of the best evaluation.
         higher_is_better: whether a higher first value of an evaluation is better.
         save_every: steps between checkpoints; needs ``run_dir`` of ``fit``.
         publish: path of a folder or URL of a store: a channel to which the weights are published during the

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+import sparsedelta
 from sift_train import runfolder
 from sift_train.basecheck import check_base
 from sift_train.config import Evaluation, FitConfig, FitResult, StepReport
@@ -93,7 +94,8 @@ def fit(
         progress: show on standard error what is being done, and a progress bar of the steps.
         run_dir: folder for checkpoints and trackers' logs; created if missing. Without ``resume`` it must hold no
             checkpoint.
-        resume: resume from the newest checkpoint in ``run_dir``, if there is one. The result has
+        resume: resume from the newest checkpoint in ``run_dir``, if there is one. The delta that was written when
+            the run was interrupted is replaced. The result has
             the same bits as that of an uninterrupted run, if every ``iter(data)`` gives the same
             order under the same random state.
 
@@ -129,6 +131,8 @@ def fit(
     is_sharded = has_shards(model)
     check_saves_weights(model, may_be_sharded=expected_size() > 1)
     _check_not_compiled(model)
+    if checkpoint is not None and os.path.lexists(output) and not overwrite:
+        overwrite = _is_of_interrupted_run(output, runfolder.step_of(checkpoint))
     if checkpoint is not None and os.path.lexists(output) and not overwrite:
         raise FileExistsError(
             f"output '{output}' exists, so the run in '{run_dir}' seems to be finished; to write the output again from"
@@ -222,6 +226,15 @@ def fit(
         evaluations=tuple(run.evaluations),
         stopped=run.stopped,
     )
+
+
+def _is_of_interrupted_run(output: str | PathLike[str], step: int) -> bool:
+    """Return whether an output is the delta that a run wrote when it was interrupted after a step."""
+    try:
+        with sparsedelta.load(output) as delta:
+            return (delta.info.get("stopped"), delta.info.get("steps")) == ("interrupted", step)
+    except (OSError, ValueError, sparsedelta.SparseDeltaError):
+        return False
 
 
 def _remedy(output: str | PathLike[str], save_target: str | PathLike[str] | None) -> str:

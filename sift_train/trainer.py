@@ -7,6 +7,7 @@ built; Trainer then saves the full model.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 from itertools import islice
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
+logger = logging.getLogger(__name__)
 DELTA, STATE = "delta.sd", "sift.safetensors"
 _REPLACED = (
     "create_optimizer", "training_step", "_clip_grad_norm", "_get_grad_norm", "_save",
@@ -342,7 +344,14 @@ class SiftTrainerMixin(_Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._find_sift()
+        expected = self.sift.n_trained
         self.sift.load(Path(resume_from_checkpoint) / STATE)
+        if self.sift.n_trained != expected:
+            logger.warning(
+                "the checkpoint '%s' trains %d components, the settings of this run ask for %d; those of the checkpoint are"
+                " trained",
+                resume_from_checkpoint, self.sift.n_trained, expected,
+            )  # fmt: skip
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint

@@ -15,7 +15,7 @@ NOT_PART = (
     ".DS_Store", "._*", "Thumbs.db", "desktop.ini", ".idea", ".vscode", "*.swp", "*~",
     # created by transformers' Trainer and accelerate
     "checkpoint-[0-9]*", "runs", "wandb", "optimizer.pt", "optimizer.bin", "scheduler.pt",
-    "scheduler.bin", "scaler.pt", "rng_state*.pth", "random_states_*.pkl",
+    "scheduler.bin", "scaler.pt", "rng_state*.pth", "random_states_*.pkl", "training_args.bin",
 )  # fmt: skip
 
 

@@ -23,7 +23,6 @@ PICKLED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")  # written by torch.save
 CONVERTED_SUFFIXES = (*PICKLED_SUFFIXES, ".gguf", ".onnx")  # ``convert`` makes deltas of such files
 CONFIG = "config.json"
 
-_NOT_WEIGHTS = ("training_args.bin", *junk.NOT_PART)
 # Names of the weights that transformers and sentence-transformers load from the root of a folder. Names of variants
 # have one more part.
 _OF_TRANSFORMERS = ("pytorch_model.bin", "pytorch_model-[0-9]*.bin")
@@ -67,7 +66,7 @@ def conversion(
         read: returns the content of a file; None if it does not exist.
         revision: revision of the repository; None if ``source`` is a folder.
     """
-    paths = sorted(path for path in paths if not junk.matches(path, _NOT_WEIGHTS))
+    paths = sorted(path for path in paths if not junk.matches(path, junk.NOT_PART))
     if any(path.endswith(DISTRIBUTED_SUFFIX) for path in paths):
         return (
             "it is a checkpoint of torch.distributed, which only diff, apply, verify and convert read: load it into the"

@@ -120,7 +120,11 @@ def test_a_folder_without_weights(tmp_path: Path, files: list[str]) -> None:
     (tmp_path / "other").mkdir()
     for name in files:
         (tmp_path / "other" / name).write_bytes(b"x")
-    left_out = "; left out: optimizer.pt (--include and include= keep files)" if files else ""
+    left_out = (
+        "; left out: optimizer.pt, training_args.bin (--include and include= keep files)"
+        if files
+        else ""
+    )
     assert refused(base, tmp_path / "other") == (
         f"'{tmp_path / 'other'}' holds no .safetensors file; it holds no weights of other formats either; give"
         f" another path{left_out}"

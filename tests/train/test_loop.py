@@ -204,7 +204,7 @@ def test_ctrl_c_ends_after_the_step_and_saves(tmp_path: Path) -> None:
     fit(
         continued,
         make_inputs(8),
-        output=tmp_path / "e.sd",
+        output=tmp_path / "d.sd",  # which the interrupted run has written
         run_dir=tmp_path / "run",
         resume=True,
         **arguments,

@@ -307,3 +307,20 @@ def make_sentence_transformer(folder: Path, bert: Path) -> Path:
     model = st.SentenceTransformer(str(folder.parent / "encoder"), device="cpu")
     model.save_pretrained(str(folder))
     return folder
+
+
+def test_the_mixin_says_if_a_checkpoint_trains_another_number_of_components(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(rate: float, **given: Any) -> None:
+        model = load(base)
+        args = arguments(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=1)
+        sift = SIFT(model, rate, LAYERS, "classifier")
+        SiftTrainer(model, args, train_dataset=Rows(8), sift=sift).train(**given)
+
+    train(0.1)
+    resumed = {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-1")}
+    train(0.1, **resumed)
+    assert "the settings of this run" not in caplog.text
+    train(0.2, **resumed)
+    assert "the settings of this run ask for" in caplog.text
