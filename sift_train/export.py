@@ -44,6 +44,11 @@ WEIGHT_SUFFIXES = (
 )  # fmt: skip
 
 PLAIN_NAME = "model.safetensors"
+NO_BASE = (
+    "no base is given: the delta starts from the weights that the model has now, and can be applied only to a checkpoint with"
+    " the same bits and files; give the checkpoint that the model was loaded from (base=), or save the model before the"
+    " training"
+)
 
 
 def export_delta(

@@ -23,7 +23,7 @@ import sparsedelta
 from sift_train import runfolder
 from sift_train.basecheck import check_base
 from sift_train.config import Evaluation, FitConfig, FitResult, StepReport
-from sift_train.export import check_outputs, export_delta, write_delta
+from sift_train.export import NO_BASE, check_outputs, export_delta, write_delta
 from sift_train.groups import lr_info
 from sift_train.listeners import Callbacks, Report, Tracker, progress_bar
 from sift_train.loading import hidden_progress_bars, load_model
@@ -154,11 +154,7 @@ def fit(
         if is_sharded:
             check_sharded_fit(sift, base, compare=checkpoint is None)
         if base is None and sift.ranks.is_first:
-            logger.warning(
-                "no base is given: the delta starts from the weights that the model has now, and can be applied only to"
-                " a checkpoint with the same bits; give the checkpoint that the model was loaded from (base=), or save"
-                " the model before the training"
-            )
+            logger.warning(NO_BASE)
         listeners: list[Listener] = [Callbacks(on_step, on_evaluation)]
         if config.trackers:
             listeners.append(Tracker(accelerator, config.as_json()))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
-    work = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
+    work = folder / f"{_PARTIAL}{secrets.token_hex(8)}"  # mkdtemp would let only its owner read it
+    work.mkdir()
     try:
         write_state(tensors, work / TENSORS)
         torch.save(dict(progress), work / PROGRESS)
@@ -62,6 +63,9 @@ def write(
         for path in (path for path in work.rglob("*") if path.is_file()):
             with open(path, "r+b") as file:  # Windows syncs only what is open for writing
                 os.fsync(file.fileno())
+            path.chmod(
+                work.stat().st_mode & 0o666
+            )  # as the umask says; safetensors lets only the owner read
         if final.exists():
             shutil.rmtree(final)
         work.rename(final)

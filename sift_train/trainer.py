@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sift_train.basecheck import check_base, check_weights
 from sift_train.config import FitConfig
-from sift_train.export import write_delta
+from sift_train.export import NO_BASE, write_delta
 from sift_train.groups import lr_info
 from sift_train.host import refuse_scaler
 from sift_train.randomness import kept_random_state, seeded_random_state
@@ -208,7 +208,9 @@ class SiftTrainerMixin(_Trainer):
         self._sift_config = sift if isinstance(sift, SiftConfig) else None
         self._base = base
         self._base_id = base_id
-        if base is not None:
+        if base is None:
+            logger.warning(NO_BASE)
+        else:
             check_weights(Path(base))
         if isinstance(sift, SIFT):
             self._take_sift(sift)

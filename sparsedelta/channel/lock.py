@@ -23,7 +23,8 @@ def writing(channel: Versions, holder: str) -> Iterator[None]:
     store = channel.store
     if not store.writable:
         raise PermissionError(
-            f"channel '{store.name}' can only be read; give a store that can be written"
+            f"channel '{store.name}' cannot be written: its store can only be read, or the folder that it would be in does not"
+            " exist; give a store that can be written"
         )
     if store.has_create:
         yield

@@ -76,7 +76,8 @@ def command(
     """Keep OUT at the latest version of CHANNEL.
 
     OUT is a folder, or one file if that is what was published. It is replaced in one step, by a version that is complete
-    and checked. A hidden file beside it says which version it is. If this is killed, at whatever moment, run it again.
+    and checked; files that were added to it are not kept. A hidden file beside it says which version it is. If this is
+    killed, at whatever moment, run it again.
     """
     with opened(settings, channel) as found, progress_bar(settings) as progress:
         follower = sparsedelta.Follower(

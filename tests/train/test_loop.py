@@ -124,6 +124,10 @@ def test_a_resumed_run_ends_in_the_same_bits(
     )  # fmt: skip
     assert [e.step for e in result.evaluations] == [2, 4, 6]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000006"]
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (tmp_path / "run").rglob("*"):  # others can resume where the umask lets them read
+        assert path.stat().st_mode & 0o444 == 0o444 & ~mask, path
 
 
 def test_a_checkpoint_of_other_settings_or_another_base_is_refused(tmp_path: Path) -> None:

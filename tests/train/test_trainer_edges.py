@@ -324,3 +324,4 @@ def test_the_mixin_says_if_a_checkpoint_trains_another_number_of_components(
     assert "the settings of this run" not in caplog.text
     train(0.2, **resumed)
     assert "the settings of this run ask for" in caplog.text
+    assert "no base is given: the delta starts from" in caplog.text
