@@ -103,14 +103,18 @@ def fit(
         FileExistsError: ``output`` or ``save_target`` exists and ``overwrite`` is not set; or ``run_dir`` holds a
             checkpoint and ``resume`` is not set.
         FileNotFoundError: the base, or the folder of an output, does not exist.
-        TypeError: the model's output has no loss, or the data has no length and ``max_steps`` is
+        TypeError: ``config`` is no FitConfig, the model's output has no loss, or the data has no length and ``max_steps`` is
             not set.
         ValueError: an argument is out of range; a parameter cannot be trained in place; the base
             differs from the model's first weights or has no safetensors file; the data is empty;
             the loss is infinite or NaN; or the checkpoint belongs to a run with other settings.
         OSError, SparseDeltaError: the last step could not be published; the delta is written.
     """
-    config = config or FitConfig()
+    config = FitConfig() if config is None else config
+    if not isinstance(config, FitConfig):
+        raise TypeError(
+            f"config is of type {type(config).__name__}, expected FitConfig; a dict of settings is FitConfig(**settings)"
+        )
     _check_evaluates(config, evaluate)
     folder = _run_folder(config, run_dir, resume=resume)
     checkpoint = runfolder.newest(folder) if folder else None

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from sift_train.masters import SparseParameter
 from sift_train.ranks.group import Ranks
@@ -144,6 +144,11 @@ class LearningRate:
                 float(self._stated[0][2]),
                 float(self._stated[0][0]["lr"]),
             )
+            if isinstance(optimizer, SGD) and self.share < 1:
+                logger.warning(
+                    "lr_transfer raises the learning rate by the share of the gradient, which suits AdamW and its relatives;"
+                    " with SGD give lr_transfer=False and SGD's own learning rate"
+                )
 
     def sparse(self, lr: Any) -> Any:
         """Return the learning rate of sparsely trained parameters for a stated one."""

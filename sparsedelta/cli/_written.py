@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ _SMALL_BYTES = 1 << 20  # for smaller targets, no warning that the delta is larg
 # Unrelated models of one shape: at least 99.8 % of the values differ, and the delta is 73 % (bf16) to 92 % (f16) of the
 # target. Full fine-tuning in fp32 may change as many values, but to near ones: 30 % to 70 %.
 _UNRELATED_DENSITY, _UNRELATED_SHARE = 0.99, 0.7
+_SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.safetensors")
 
 
 def written_json(output: Path, found: Inspection) -> dict[str, JSON]:
@@ -91,6 +93,14 @@ def _warnings(
         yield (
             f"{percent(found.density)} of the values differ, and the delta is {percent(file_bytes / target_bytes)} of"
             " the target: these look like two unrelated models; is this the right base?"
+        )
+    files = {t.file for t in found.tensors}
+    doubled = sorted(f"{one[1]}.safetensors" for one in map(_SHARD.fullmatch, files) if one)
+    both = next((file for file in doubled if file in files), None)
+    if both:
+        yield (
+            f"the target holds '{printable(both)}' and shards of that name, so perhaps the model twice: remove the files of"
+            " the older save"
         )
     renamed = [t for t in found.tensors if t.base_name not in (None, t.name)]
     if 2 * len(renamed) > len(found.tensors):

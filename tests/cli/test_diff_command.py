@@ -210,6 +210,20 @@ def test_unrelated_models_of_one_shape(tmp_path: Path, run: Run) -> None:
     )
 
 
+def test_shards_beside_a_whole_model_of_the_same_name(tmp_path: Path, run: Run) -> None:
+    tensor = noise("F32", 9)
+    for folder in (tmp_path / "base", tmp_path / "target"):
+        write_file(folder / "model-00001-of-00001.safetensors", {"w": tensor})
+    for wanted in (False, True):
+        result = run(
+            "diff", tmp_path / "base", tmp_path / "target", "-o", tmp_path / f"{wanted}.sd"
+        )
+        assert (
+            "warning: the target holds 'model.safetensors' and shards" in result.stderr
+        ) == wanted
+        write_file(tmp_path / "target" / "model.safetensors", {"w": tensor})
+
+
 def test_note_about_files_left_out(workplace: Workplace, run: Run) -> None:
     write(workplace.target / ".env", "TOKEN=hf_secret")
     result = run("diff", workplace.base, workplace.target, "-o", workplace.delta)

@@ -550,6 +550,12 @@ def test_bars_of_transformers_show_only_with_progress(
         assert shown.err == ""
 
 
+def test_settings_in_place_of_a_config_are_refused(tmp_path: Path) -> None:
+    settings: Any = {"lr": 1e-3}
+    with pytest.raises(TypeError, match=r"config is of type dict, expected FitConfig; a dict of"):
+        fit(make_net(), make_inputs(1), output=tmp_path / "d.sd", config=settings)
+
+
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="the model folder 'bsae' does not exist; give the"):
         fit("bsae/", make_inputs(1), output=tmp_path / "d.sd")

@@ -108,7 +108,9 @@ def test_non_finite_gradients_do_not_count() -> None:
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
-def test_a_step_is_that_of_the_divided_learning_rate(name: str) -> None:
+def test_a_step_is_that_of_the_divided_learning_rate(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Sparse groups step as if lr were divided by the share, dense ones as stated, in a schedule."""
     make: Any = getattr(torch.optim, name)
 
@@ -133,6 +135,7 @@ def test_a_step_is_that_of_the_divided_learning_rate(name: str) -> None:
         return snapshot(model), float(sift.lr_share or 0), seen
 
     ours, share, seen = run(by_hand=None)
+    assert ("with SGD give lr_transfer=False" in caplog.text) == (name == "SGD")
     theirs, *_ = run(by_hand=share)
     assert seen == [1e-2, 5e-3, 2.5e-3, 1.25e-3]  # what is seen outside a step is as stated
     # 1e-2 / share * 0.5 and 1e-2 * 0.5 / share are equal, because 0.5 is a power of two.
