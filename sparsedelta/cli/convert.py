@@ -163,7 +163,7 @@ def _described(out: str, report: ConvertReport) -> str:
         "none": "the input has no digests: not verified; --target checks it against a checkpoint",
         "changed tensors": "verified by the digests of the changed tensors in the input",
         "all tensors": "verified by digests of all tensors",
-        "target": "verified: it rebuilds the given target",
+        "target": "verified: all tensors are those of the given target; other files are not compared",
     }[report.verified]
     lines = [
         f"{printable(out)}: {size(report.n_bytes)}, {report.read_as} to {report.written_as},"
