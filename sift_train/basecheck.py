@@ -130,9 +130,8 @@ def _n_different(held: Tensor, own: Tensor, part: SparseParameter | None) -> int
     """Return how many elements differ from those before training; ``part`` knows the first values of the trained ones."""
     n_different, flat = 0, own.detach().reshape(-1)
     first_values = part.first_values() if part else None
-    for start, found in zip(
-        range(0, own.numel(), SLICE), held.reshape(-1).split(SLICE), strict=False
-    ):
+    for number, found in enumerate(held.reshape(-1).split(SLICE)):
+        start = number * SLICE
         end = start + len(found)
         before = first_values(start, end) if first_values else flat[start:end].cpu()
         n_different += int((bits_of(found.to(before.dtype)) != bits_of(before)).sum())

@@ -51,7 +51,7 @@ def sums_of_changes(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     for before, after in parts:
         changed = ~equal_bits(before, after)
         distances = (after[changed].double() - before[changed].double()).abs()
-        sums += torch.tensor([float(distances.sum()), len(distances)])
+        sums += torch.tensor([float(distances.sum()), len(distances)], dtype=sums.dtype)
     return sums
 
 

@@ -63,9 +63,8 @@ def write(
         for path in (path for path in work.rglob("*") if path.is_file()):
             with open(path, "r+b") as file:  # Windows syncs only what is open for writing
                 os.fsync(file.fileno())
-            path.chmod(
-                work.stat().st_mode & 0o666
-            )  # as the umask says; safetensors lets only the owner read
+            # As the umask says; safetensors lets only the owner read.
+            path.chmod(work.stat().st_mode & 0o666)
         if final.exists():
             shutil.rmtree(final)
         work.rename(final)

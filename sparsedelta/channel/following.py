@@ -172,8 +172,8 @@ class Pursuit:
         if head.version < last:
             raise Behind(
                 f"the head of channel '{self._channel.store.name}' is version {head.version}, and version {last} was"
-                " held before: an older copy of the channel was read or restored, or this is another channel; what is held is unchanged; give"
-                f" the version to go back to it, {head.version}, or a new place"
+                " held before: an older copy of the channel was read or restored, or this is another channel; what is"
+                f" held is unchanged; give the version to go back to it, {head.version}, or a new place"
             )
 
     def _identify(self, head: Entry) -> None:

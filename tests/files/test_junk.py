@@ -27,6 +27,7 @@ JUNK = {
     "config.json~": "{}",
     "runs/events.out": "x",
     "optimizer.pt": "x",
+    "training_args.bin": "x",
     "rng_state_0.pth": "x",
     "checkpoint-10/config.json": "{}",
 }

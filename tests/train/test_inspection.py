@@ -14,6 +14,7 @@ from train_helpers import bert_batches
 
 import sparsedelta
 from sift_train import FitConfig, fit
+from sift_train.bits import SLICE, mean_change
 from sparsedelta.cli import main
 from sparsedelta.hub.card import CardFacts, updated_card
 from sparsedelta.hub.references import Reference
@@ -92,3 +93,10 @@ def test_card_gives_one_row_to_the_changes_of_all_tensors(delta: Path) -> None:
     card = updated_card(None, facts, alone=True)
     (row,) = (line for line in card.splitlines() if "mean_change" in line)
     assert " numbers, " in row
+
+
+def test_the_mean_change_is_added_in_fp64() -> None:
+    before = torch.zeros(SLICE + 3)  # more than are added at a time
+    after = torch.linspace(1, 3, len(before))
+    expected = float(after.double().mean())
+    assert mean_change(before, after) == pytest.approx(expected, rel=1e-12, abs=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -190,8 +191,8 @@ class _Grid:
         """Return the places of cells in the order of tiles."""
         band, other = self.labels[0][row], self.labels[1][column]
         places: npt.NDArray[np.int64] = self.edges[band * np.uint32(self.shape[1]) + other]
-        places += self._ranks(0)[row] * self._counts[1][other]
-        places += self._ranks(1)[column]
+        places += self._ranks[0][row] * self._counts[1][other]
+        places += self._ranks[1][column]
         return places
 
     def cells(self, number: int, places: Numbers) -> tuple[npt.NDArray[np.int64], ...]:
@@ -206,12 +207,15 @@ class _Grid:
         parts = zip(bands, self._orders, self._starts, self._counts, strict=True)
         return [order[starts[i] : starts[i] + counts[i]] for i, order, starts, counts in parts]
 
-    def _ranks(self, axis: int) -> npt.NDArray[np.int64]:
-        """Return for each line the number of earlier lines in the same band."""
-        ranks = np.empty(len(self.labels[axis]), np.int64)
-        order = self._orders[axis]
-        ranks[order] = np.arange(len(order)) - self._starts[axis][self.labels[axis][order]]
-        return ranks
+    @cached_property
+    def _ranks(self) -> list[npt.NDArray[np.int64]]:
+        """For rows and columns: the number of earlier lines in the same band."""
+        found = []
+        for labels, order, starts in zip(self.labels, self._orders, self._starts, strict=True):
+            ranks = np.empty(len(labels), np.int64)
+            ranks[order] = np.arange(len(order)) - starts[labels[order]]
+            found.append(ranks)
+        return found
 
 
 def may_be_smaller(positions: Positions, span: int, context: ChunkContext) -> bool:

@@ -17,9 +17,8 @@ from sparsedelta.ops.merging.floats import Numbers
 
 Method: TypeAlias = Literal["linear", "task-arithmetic", "ties", "dare", "dare-ties"]
 
-_SMALLEST_SUM = (
-    1e-6  # of the largest weight; a sum of weights below this is rounding, and no divisor
-)
+# Of the largest weight; a sum of weights below this is rounding, and no divisor.
+_SMALLEST_SUM = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
