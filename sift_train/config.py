@@ -251,7 +251,7 @@ class FitResult:
         export_seconds: time spent on saving the model, comparing it and writing the delta.
         evaluations: all evaluations, in order.
         stopped: why the run ended: ``"done"``: all steps are done; ``"patience"``: no better value;
-            ``"interrupted"``: Ctrl-C; ``"data"``: the data ended before ``max_steps``.
+            ``"interrupted"``: Ctrl-C or SIGTERM; ``"data"``: the data ended before ``max_steps``.
     """
 
     delta: Path

@@ -62,8 +62,9 @@ def fit(
     """Train a sparse set of the model's components, write the delta, and return the result.
 
     A model given as a module is trained in place and keeps the trained weights. Random number
-    generators are seeded. Ctrl-C ends the training after the current step, and the delta is still
-    written. A second Ctrl-C raises ``KeyboardInterrupt`` at once.
+    generators are seeded. Ctrl-C or SIGTERM, which job schedulers send, ends the training after the current
+    step, and the delta is still written. A further Ctrl-C raises ``KeyboardInterrupt`` at once. A handler of
+    SIGTERM that the program has installed is left alone.
 
     Started by ``torchrun`` or ``accelerate launch``, the ranks train together. Every rank is given the
     same data and reads all of it; each trains on its share of the micro-batches of a step. Rank 0

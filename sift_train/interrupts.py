@@ -1,4 +1,4 @@
-"""Ctrl-C as a request to stop after the current step, so that every step is done completely."""
+"""Ctrl-C and SIGTERM as a request to stop after the current step, so that every step is done completely."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Interrupts:
-    """A signal handler: records the first Ctrl-C and raises ``KeyboardInterrupt`` at the second."""
+    """A signal handler: records the first signal, and raises ``KeyboardInterrupt`` at a later Ctrl-C."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -19,22 +19,29 @@ class Interrupts:
         """Record a signal.
 
         Raises:
-            KeyboardInterrupt: a signal was recorded before.
+            KeyboardInterrupt: a signal was recorded before. A second SIGTERM is ignored, because schedulers and
+                launchers may both send one.
         """
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
 
 
 @contextmanager
 def deferred_interrupts() -> Iterator[Interrupts]:
-    """Record Ctrl-C inside the block; only in the main thread, since others get no signals."""
+    """Record Ctrl-C and SIGTERM inside the block; only in the main thread, since others get no signals.
+
+    A handler of SIGTERM that somebody else has installed stays.
+    """
     interrupts = Interrupts()
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
-    before = signal.signal(signal.SIGINT, interrupts)
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, interrupts)}
     try:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            before[signal.SIGTERM] = signal.signal(signal.SIGTERM, interrupts)
         yield interrupts
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -181,14 +181,19 @@ def test_resume_and_save_every_need_a_folder(tmp_path: Path) -> None:
             fit(make_net(), make_inputs(1), config=config, **arguments)
 
 
-def test_ctrl_c_ends_after_the_step_and_saves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_after_the_step_and_save(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     model = make_net()
 
     def interrupt(report: StepReport) -> None:
         if report.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
+            if number == signal.SIGTERM:
+                os.kill(os.getpid(), number)  # a second one has no effect
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     result = fit(
         model,
         make_inputs(8),
@@ -198,7 +203,7 @@ def test_ctrl_c_ends_after_the_step_and_saves(tmp_path: Path) -> None:
         run_dir=tmp_path / "run",
         on_step=interrupt,
     )
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert (result.stopped, result.n_steps) == ("interrupted", 3)
     assert 0 < result.nnz <= result.n_trained
     with sparsedelta.load(result.delta) as delta:
@@ -217,6 +222,19 @@ def test_ctrl_c_ends_after_the_step_and_saves(tmp_path: Path) -> None:
     assert all(
         same_bits(p, q) for p, q in zip(continued.parameters(), whole.parameters(), strict=True)
     )
+
+
+def test_a_handler_of_sigterm_stays(tmp_path: Path) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        result = fit(
+            make_net(), make_inputs(2), output=tmp_path / "d.sd", loss=square_loss,
+            on_step=lambda report: os.kill(os.getpid(), signal.SIGTERM),
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (result.stopped, seen) == ("done", [signal.SIGTERM] * 2)
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
