@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Literal, Self
@@ -187,6 +187,7 @@ def publish_checkpoint(
     anchor_every: int | None = None,
     anchor_base: AnyPath | None = None,
     anchor_base_id: str | None = None,
+    exclude: Sequence[str] = (),
     values: str = "ulp",
     level: str = "default",
     standalone: bool = False,
@@ -204,6 +205,7 @@ def publish_checkpoint(
         anchor_every: the same.
         anchor_base: the same.
         anchor_base_id: the same.
+        exclude: globs of files of ``checkpoint`` and ``base`` to leave out, as for ``sparsedelta.diff``.
         values: see ``sparsedelta.diff``.
         level: the same.
         standalone: the same.
@@ -220,10 +222,10 @@ def publish_checkpoint(
         OSError, RemoteError: the store failed.
     """
     with ExitStack() as context:
-        new = context.enter_context(Checkpoint(checkpoint, include=()))
+        new = context.enter_context(Checkpoint(checkpoint, exclude=exclude, include=()))
         old = None
         if base is not None:
-            old = context.enter_context(Checkpoint(base, include=(), whole=False))
+            old = context.enter_context(Checkpoint(base, exclude=exclude, include=(), whole=False))
         outside = None if anchor_base is None else OutsideBase(anchor_base, anchor_base_id)
         source = CheckpointSource(new, old, Coding(values, level, standalone), outside, progress)
         context.callback(source.close)

@@ -37,7 +37,7 @@ from sparsedelta.cli._sources import Sources
     "--html",
     type=PAGE_FILE,
     metavar="FILE",
-    help="Also write an HTML page with figures to this file.",
+    help="Write an HTML page with figures to this file instead of the text.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the HTML page if it exists.")
 @json_option
@@ -56,7 +56,8 @@ def command(
     """Show what DELTA changes and how large each part is.
 
     Only the beginning of the file is read. DELTA may be a repository on the Hub
-    (org/name@revision). --json always lists every tensor.
+    (org/name@revision). --json always lists every tensor. With --html, the text is
+    printed only if --tensors or --info is given, too.
     """
     with Sources(settings) as sources:
         source = sources.delta_metadata(delta)
@@ -72,6 +73,8 @@ def command(
         settings.note(f"wrote {html}")
     if as_json:
         print_json({"delta": delta, **found.as_json()})
+        return
+    if html is not None and not (tensors or info):
         return
     from sparsedelta.report.summary import info_text, new_console, summary_text
     from sparsedelta.report.tables import tensors_text

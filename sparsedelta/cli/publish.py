@@ -13,6 +13,7 @@ from sparsedelta.cli._common import (
     Integer,
     Settings,
     examples,
+    exclude_option,
     json_option,
     print_json,
 )
@@ -46,6 +47,7 @@ from sparsedelta.report.text import printable
 )
 @click.option("--anchor-base", type=PATH, help="Write full versions as deltas on this checkpoint.")
 @click.option("--anchor-base-id", metavar="ORG/MODEL@REV", help="Where followers find that one.")
+@exclude_option("files of CHECKPOINT and BASE")
 @json_option
 @click.pass_obj
 def command(
@@ -60,6 +62,7 @@ def command(
     anchor_every: int | None,
     anchor_base: Path | None,
     anchor_base_id: str | None,
+    exclude: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Add CHECKPOINT to CHANNEL as its next version.
@@ -80,6 +83,7 @@ def command(
             anchor_every=anchor_every,
             anchor_base=anchor_base,
             anchor_base_id=anchor_base_id,
+            exclude=exclude,
             progress=progress,
         )
         head = entry or found.head()

@@ -102,6 +102,7 @@ def merge(
     with ExitStack() as context:
         given = [context.enter_context(opened(one)) for one in deltas]
         _check_siblings(given)
+        _warn_of_repetition(given)
         _warn_of_density(given, recipe)
         checkpoint = context.enter_context(
             Checkpoint(base, exclude=exclude, include=(), whole=False)
@@ -222,6 +223,20 @@ def _warn_of_density(deltas: Sequence[Delta], recipe: Recipe) -> None:
             min(recipe.densities),
             largest,
         )
+
+
+def _warn_of_repetition(deltas: Sequence[Delta]) -> None:
+    """Log a warning if deltas have the same target, as when one is given twice."""
+    first: dict[bytes, int] = {}
+    for number, delta in enumerate(deltas, 1):
+        target = delta.target_fingerprint
+        if target is not None and first.setdefault(target, number) != number:
+            _log.warning(
+                "deltas %d and %d have the same target, which counts twice; give each delta once, and weights to"
+                " make one count more",
+                first[target],
+                number,
+            )
 
 
 def _check_siblings(deltas: Sequence[Delta]) -> None:

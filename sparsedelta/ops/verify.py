@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from shlex import quote
 
 import numpy as np
 
 from sparsedelta._typing import JSON, AnyPath, Executor
 from sparsedelta.errors import AlreadyApplied, TargetMismatch
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
+from sparsedelta.files.globs import covering
 from sparsedelta.files.layout import target_layout
 from sparsedelta.files.side_files import carried_content, check_base_files, digest_file
 from sparsedelta.format.columns import columns_of, starts
@@ -269,14 +271,23 @@ def _check_file_names(delta: Delta, target: Checkpoint) -> None:
     expected |= {f"{folder}/" for folder in described.empty_folders}
     found = {file.path for file in target.weight_files} | target.side_files.keys()
     found |= {f"{folder}/" for folder in target.empty_folders}
-    for path in sorted(expected ^ found):
-        if path in expected:
-            raise TargetMismatch(
-                f"'{target.path}' lacks {path!r}, which is part of the delta's target"
-            )
+    missing, surplus = sorted(expected - found), sorted(found - expected)
+    if missing:
+        raise TargetMismatch(f"'{target.path}' lacks {_named(missing)}part of the delta's target")
+    if surplus:
+        globs = covering((path.rstrip("/") for path in surplus), expected)
+        options = " ".join(f"--exclude {quote(glob)}" for glob in globs)
         raise TargetMismatch(
-            f"'{target.path}' has {path!r}, which is not part of the delta's target"
+            f"'{target.path}' has {_named(surplus, 'not ')}part of the delta's target; to leave"
+            f" {'it' if len(surplus) == 1 else 'them'} out of the check: {options} (exclude=)"
         )
+
+
+def _named(paths: Sequence[str], negation: str = "") -> str:
+    """Return the first path and the number of others, and the beginning of a clause about them."""
+    if len(paths) == 1:
+        return f"{paths[0]!r}, which is {negation}"
+    return f"{paths[0]!r} and {len(paths) - 1} more, which are {negation}"
 
 
 def _check_target_tensors(

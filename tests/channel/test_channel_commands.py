@@ -14,6 +14,7 @@ from channel.weights import is_at, save
 from click.testing import CliRunner, Result
 
 import sparsedelta
+from sparsedelta.channel.publisher import publish_checkpoint
 from sparsedelta.cli import main
 
 Run = Callable[..., Result]
@@ -54,6 +55,30 @@ def test_publish_follow_log_and_prune(run: Run, tmp_path: Path) -> None:
     assert len(run("log", "c", "-n", "2").stdout.splitlines()) == 2
     assert answer(run("prune", "c", "--keep", "1", "--json"))["leased"] == 1  # follow took a lease
     assert "deleted 0 objects" in run("prune", "c", "--keep", "3").stdout
+
+
+def test_log_shows_the_info_of_a_version(run: Run, tmp_path: Path) -> None:
+    info: dict[str, Any] = {
+        "loss": 0.123456789,
+        "n": 3,
+        "note": "a\x1b[31m" + 60 * "b",
+        "all": {"x": 1},
+    }
+    publish_checkpoint(sparsedelta.Channel(tmp_path / "c"), tmp_path / "1", step=4, info=info)
+    line = run("log", "c").stdout
+    assert f"  step 4  loss 0.123457  n 3  note a\\x1b[31m{34 * 'b'}  run " in line
+
+
+def test_publish_leaves_files_out(run: Run, tmp_path: Path) -> None:
+    for step in (1, 2):
+        (tmp_path / str(step) / "pytorch_model.bin").write_bytes(b"of step %d" % step)
+    refused = run("publish", "c", "1", code=1).stderr
+    assert "leave it out (exclude=): --exclude pytorch_model.bin" in refused
+    run("publish", "c", "1", "--exclude", "pytorch_model.bin")
+    run("publish", "c", "2", "--base", "1", "--exclude", "pytorch_model.bin")
+    run("follow", "c", "out", "--once")
+    assert is_at(tmp_path / "out", 2)
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
 
 
 def test_publish_of_the_same_is_a_note(run: Run, tmp_path: Path) -> None:
@@ -177,6 +202,8 @@ def test_follow_mends_its_folder(
         (("apply", "1", "d.sd", "o.safetensors"), "is named like a weight file"),
         (("publish", "1", "2"), "not a channel"),
         (("log", "1"), "not a channel"),
+        (("log", "1/model.safetensors"), "is a file, expected a channel"),
+        (("publish", "1/model.safetensors", "2"), "is a file, expected a channel"),
         (("prune", "1", "--keep", "1"), "not a channel"),
         (("publish", "c", "2", "--base", "1"), "not the head"),
         (("prune", "c",), "--keep"),

@@ -178,7 +178,11 @@ def test_a_page_replaces_a_file_only_with_overwrite(run: Run, workplace: Workpla
     assert result.exit_code == 1
     assert html.read_text() == "mine"
     result = run("inspect", workplace.delta, "--html", html, "--overwrite")
-    assert (result.exit_code, result.stderr) == (0, f"wrote {html}\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", f"wrote {html}\n")
+    both = run("inspect", workplace.delta, "--html", html, "--overwrite", "--tensors")
+    assert both.stdout == run("inspect", workplace.delta, "--tensors").stdout != ""
+    both = run("inspect", workplace.delta, "--html", html, "--overwrite", "--json")
+    assert both.stdout == run("inspect", workplace.delta, "--json").stdout
     assert html.read_text().startswith("<!doctype html>")
 
 

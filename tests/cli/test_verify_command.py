@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 from cli.cli_helpers import Run, Workplace
@@ -85,6 +86,17 @@ def test_a_target_with_other_files(workplace: Workplace, run: Run) -> None:
     write(workplace.target / "more.txt", "x")
     expected = f"'{workplace.target}' has 'more.txt', which is not part of the delta's target"
     assert expected in run("verify", delta, *target).stderr
+    assert run("verify", delta, *target, "--exclude", "more.txt").exit_code == 0
+    write(workplace.target / "a.txt", "x")
+    (workplace.target / "empty folder").mkdir()
+    expected = "has 'a.txt' and 2 more, which are not part of the delta's target; to leave them out of the check: "
+    found = run("verify", delta, *target).stderr
+    assert expected in found
+    options = shlex.split(found.split(expected)[1].split(" (")[0])
+    assert options == ["--exclude", "*.txt", "--exclude", "empty folder"]
+    assert run("verify", delta, *target, *options).exit_code == 0
+    (workplace.target / "empty folder").rmdir()
+    (workplace.target / "a.txt").unlink()
     (workplace.target / "more.txt").unlink()
     (workplace.target / "tokenizer.json").unlink()
     expected = f"'{workplace.target}' lacks 'tokenizer.json', which is part of the delta's target"

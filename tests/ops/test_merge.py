@@ -339,6 +339,16 @@ class TestRefused:
         ):
             sparsedelta.merge(bench.base, bench.deltas[0], delta)
 
+    def test_a_delta_that_is_given_twice_is_said(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        base = noise("F32", 5)
+        bench = Bench(tmp_path, base, [base.changed(0), base.changed(8)])
+        bench.merge()
+        assert not caplog.messages
+        with sparsedelta.merge(bench.base, *bench.deltas, bench.deltas[1]):
+            assert "deltas 2 and 3 have the same target, which counts twice" in caplog.text
+
     def test_integers_only_if_all_agree(self, tmp_path: Path) -> None:
         base = noise("I64", 5)
         same, other = base.changed(0), base.changed(8)
