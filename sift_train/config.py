@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -16,20 +15,18 @@ from sift_train.chooser import BUDGETS
 from sift_train.groups import DECAYS
 from sift_train.host import refuse_scaler
 from sift_train.lean import check_masters
+from sift_train.plain import PlainJSON, plain
 from sift_train.reselection import Reselection, find_reselection
 from sift_train.rules import Selection, find_rule
 from sift_train.selection import n_selected
 from sift_train.structure import Block, check_block
-from sift_train.targets import ALL_LINEAR, REGEX, Names
-from sift_train.yaml_files import read_yaml, settings_of, write_yaml
-from sparsedelta import Delta
+from sift_train.targets import ALL_LINEAR, Names
+from sift_train.yaml_files import lists_to_tuples, read_yaml, settings_of, write_yaml
 
 OPTIMIZERS = ("adamw", "sgd", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
 REDUCE_DTYPES = ("fp32", "bf16")
-
-PlainJSON = bool | int | float | str | list[float] | list[str] | dict[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +34,7 @@ class FitConfig:
     """Settings of ``fit``.
 
     Attributes:
-        sparse_rate: share of each tensor's components to train, 0 to 1.
+        sparse_rate: share of each tensor's components to train, above 0 to 1.
         sparse_module: name fragments or regular expressions of the parameters to train sparsely,
             or ``"all-linear"``.
         exception: name fragments or regular expressions of the parameters to train densely.
@@ -136,6 +133,7 @@ class FitConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        lists_to_tuples(self)
         n_selected(1, self.sparse_rate)
         find_rule(self.selection)
         check_masters(self.masters, self.masters_device)
@@ -192,7 +190,7 @@ class FitConfig:
         """Return the settings as plain JSON, without those of the channel; a ``Rule`` or a function becomes ``"custom"``."""
         names = [field.name for field in dataclasses.fields(self)]
         return {
-            name: _plain(getattr(self, name)) for name in names if not name.startswith("publish")
+            name: plain(getattr(self, name)) for name in names if not name.startswith("publish")
         }
 
 
@@ -275,24 +273,6 @@ class FitResult:
     def trained_share(self) -> float:
         """Share of the model's components that are trained."""
         return self.n_trained / self.n_total
-
-
-def _plain(value: Any) -> PlainJSON:
-    if isinstance(value, re.Pattern):
-        return f"{REGEX}{value.pattern}"
-    if isinstance(value, Reselection):
-        return {name: _plain(each) for name, each in vars(value).items()}
-    if isinstance(value, Mapping | Delta):
-        return "mask"
-    if isinstance(value, PathLike):
-        return str(Path(value))
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, tuple) and all(isinstance(n, int) for n in value):
-        return list(value)
-    if isinstance(value, Sequence):
-        return [REGEX + v.pattern if isinstance(v, re.Pattern) else v for v in value]
-    return "custom"
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

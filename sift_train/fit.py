@@ -285,10 +285,20 @@ def _check_evaluates(config: FitConfig, evaluate: Evaluate | None) -> None:
 def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(batch, Mapping):
         raise TypeError(
-            f"batch is of type {type(batch).__name__}, expected a mapping of the model's arguments; "
-            "give fit a loss function for these batches"
+            f"batch is of type {type(batch).__name__}, expected a mapping of the model's arguments to tensors, such as"
+            " {'input_ids': …, 'labels': …}; make such batches, as a DataLoader with a collator does, or give fit a"
+            " loss function (loss=) for these"
         )
-    output = model(**batch)
+    try:
+        output = model(**batch)
+    except (AttributeError, TypeError) as error:
+        name = next((name for name, held in batch.items() if isinstance(held, list)), None)
+        if name is None:
+            raise
+        raise TypeError(
+            f"batch has a list as {name!r}, and {type(model).__name__} cannot use it ({error}); give tensors, as a"
+            " DataLoader with a collator does"
+        ) from error
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         way_out = "put labels in the batch"

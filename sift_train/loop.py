@@ -203,6 +203,7 @@ class Run:
         self._sift.attach(self._own_optimizer)
         if self._reselection is not None:
             self._sift.check_reselecting(self._own_optimizer)
+            self._reselection.warn_if_never(self._n_steps)
         # First the schedule: it wraps the optimizer's step, which accelerate then keeps.
         self._schedule = build_schedule(self._own_optimizer, self._config, self._n_steps)
         self._optimizer = self._accelerator.prepare_optimizer(self._own_optimizer)

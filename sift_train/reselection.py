@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from sift_train.rules import Rule, Selection, find_rule
 
 if TYPE_CHECKING:
     from sift_train.sift import SIFT
+
+logger = logging.getLogger(__name__)
 
 DROPS = ("change", "moment", "random", "score")
 DROPPED = ("revert", "keep")
@@ -102,6 +105,21 @@ class Reselection:
         if step == 0 or step % self.every or step >= n_steps or step > end:
             return 0.0
         return self.share * (1 - step / end if self.decrease == "linear" else 1)
+
+    def warn_if_never(self, n_steps: int) -> None:
+        """Log a warning if a run of this many steps has no re-selection."""
+        if self.share and not self.share_after(self.every, n_steps):
+            until = (
+                ""
+                if self.until == 1
+                else f", and until {self.until:g} ends them at step {self.until * n_steps:g}"
+            )
+            logger.warning(
+                "the choice will never move: reselection has every %d, and the run has %d steps%s; lower every",
+                self.every,
+                n_steps,
+                until,
+            )
 
     def applied(
         self, sift: SIFT, optimizer: Optimizer, share: float

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sift_train.saved import read_state, write_state
+from sift_train.saved import read_state, refuse_other_settings, write_state
 
 _STEP = re.compile(r"step-(\d{8})")
 _PARTIAL = ".checkpoint."  # prefix of unfinished checkpoints, which a killed run leaves
@@ -84,11 +84,6 @@ def read(checkpoint: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tenso
         ValueError: the checkpoint was written by a run with other settings.
     """
     saved = json.loads((checkpoint / SETTINGS).read_text("utf-8"))
-    for key in sorted({*saved, *settings}):
-        if saved.get(key) != settings.get(key):
-            raise ValueError(
-                f"the run saved in '{checkpoint}' has {key} {saved.get(key)!r}, "
-                f"this one {settings.get(key)!r}; resume with the same settings, or start a new run"
-            )
+    refuse_other_settings(saved, settings, checkpoint)
     progress: dict[str, Any] = torch.load(checkpoint / PROGRESS, weights_only=True)
     return read_state(checkpoint / TENSORS), progress

@@ -6,9 +6,11 @@ base, and ``restore`` checks its selected weights.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from os import PathLike
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from sift_train.sift import SIFT
 
 FORMAT = {"format": "sift-state", "format_version": "1"}
+SETTINGS = "settings"
 INDEX, ORIGINAL, MASTER, BUFFER = "index:", "original:", "master:", "buffer:"
 KEPT = ("kept_index:", "kept_original:", "kept_value:")
 COMPENSATION = "compensation:"
@@ -104,10 +107,44 @@ def _refuse_shards(sift: SIFT) -> None:
         )
 
 
-def write_state(state: Mapping[str, Tensor], path: str | PathLike[str]) -> None:
-    """Write a state as a safetensors file."""
+def write_state(
+    state: Mapping[str, Tensor],
+    path: str | PathLike[str],
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a state as a safetensors file, with the settings of its training as plain JSON."""
     contiguous = {key: value.contiguous() for key, value in state.items()}
-    save_file(contiguous, path, metadata=FORMAT)
+    more = {} if settings is None else {SETTINGS: json.dumps(settings)}
+    save_file(contiguous, path, metadata={**FORMAT, **more})
+
+
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Check that the training whose state was written to a file has these settings, if the file records them.
+
+    Raises:
+        ValueError: a setting differs.
+    """
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            recorded = (file.metadata() or {}).get(SETTINGS)
+        if recorded is not None:
+            refuse_other_settings(json.loads(recorded), settings, path.parent)
+
+
+def refuse_other_settings(
+    saved: Mapping[str, Any], settings: Mapping[str, Any], checkpoint: Path
+) -> None:
+    """Refuse to resume a run from a checkpoint of a run with other settings.
+
+    Raises:
+        ValueError: a setting differs.
+    """
+    for key in sorted({*saved, *settings}):
+        if saved.get(key) != settings.get(key):
+            raise ValueError(
+                f"the run saved in '{checkpoint}' has {key} {saved.get(key)!r}, "
+                f"this one {settings.get(key)!r}; resume with the same settings, or start a new run"
+            )
 
 
 def read_state(path: str | PathLike[str]) -> dict[str, Tensor]:

@@ -28,14 +28,18 @@ def n_selected(numel: int, rate: float) -> int:
     """Return the number of components that a rate selects: min(int(rate * numel) + 1, numel).
 
     Raises:
-        ValueError: the rate is not between 0 and 1.
+        ValueError: the rate is not above 0 and at most 1.
     """
     if isinstance(rate, bool) or not isinstance(rate, SupportsFloat):
         raise ValueError(
             f"sparse rate is {rate!r}, of type {type(rate).__name__}; it must be a number"
         )
-    if not 0.0 <= rate <= 1.0:
-        raise ValueError(f"sparse rate is {rate}; it must be between 0 and 1")
+    if rate == 0:
+        raise ValueError(
+            "sparse rate is 0, so nothing would be trained; it must be above 0 and at most 1"
+        )
+    if not 0.0 < rate <= 1.0:
+        raise ValueError(f"sparse rate is {rate}; it must be above 0 and at most 1")
     return min(int(rate * numel) + 1, numel)
 
 

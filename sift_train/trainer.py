@@ -24,8 +24,10 @@ from sift_train.config import FitConfig
 from sift_train.export import NO_BASE, write_delta
 from sift_train.groups import lr_info
 from sift_train.host import refuse_scaler
+from sift_train.plain import plain
 from sift_train.randomness import kept_random_state, seeded_random_state
 from sift_train.reselection import Reselection, find_reselection, needs_gradients
+from sift_train.saved import check_settings, write_state
 from sift_train.sift import SIFT
 from sift_train.sift_config import SiftConfig
 from sift_train.trainer_groups import (
@@ -91,7 +93,7 @@ class SiftCallback(TrainerCallback):
 
         Raises:
             ValueError: the optimizer lacks a master, or holds a parameter of the model; or the run resumes
-                from a checkpoint without the state of this SIFT.
+                from a checkpoint without the state of this SIFT, or of a run with other settings.
         """
         refuse_fsdp(args, self._sift.model)
         if args.fp16:
@@ -99,6 +101,7 @@ class SiftCallback(TrainerCallback):
         self._sift.attach(given["optimizer"])
         if self._reselection is not None:
             self._sift.check_reselecting(given["optimizer"])
+            self._reselection.warn_if_never(state.max_steps)
         self._sift.check_parameters()
         refuse_other_model(self._sift, given["model"])
         self._sift.grad_acc = args.gradient_accumulation_steps
@@ -112,6 +115,7 @@ class SiftCallback(TrainerCallback):
         folders = [Path(given)] if isinstance(given, str) else []
         for folder in (*folders, Path(args.output_dir) / name):
             if folder.name == name and (folder / STATE).is_file():
+                check_settings(folder / STATE, self._settings())
                 self._sift.load(folder / STATE)
                 return
         parts = self._sift.sparse_mapping.values()
@@ -125,7 +129,10 @@ class SiftCallback(TrainerCallback):
         """Write the state of the SIFT into the checkpoint that Trainer has written."""
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if folder.is_dir() and state.is_world_process_zero:
-            self._sift.save(folder / STATE)
+            write_state(self._sift.state_dict(), folder / STATE, self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {**self._sift.settings, "reselection": plain(self._reselection)}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Load the state of the best checkpoint, if Trainer has loaded its model."""
@@ -170,7 +177,7 @@ class SiftTrainerMixin(_Trainer):
     The optimizer is the one that the training arguments name, built from the masters, with weight
     decay on matrices only. Each save writes ``delta.sd`` and ``sift.safetensors`` instead of the
     model's weights. With these and Trainer's other files, a run resumes bit for bit on a model
-    loaded from the base.
+    loaded from the base; other settings of the SIFT are refused then.
 
     With a ``SiftConfig`` nothing else need be built:
 
@@ -282,6 +289,8 @@ class SiftTrainerMixin(_Trainer):
         settings = None if config is None else find_reselection(config.reselection)
         if config is None or settings is None or step == self._step_of_reselection:
             return
+        if self._step_of_reselection < 0:
+            settings.warn_if_never(self.state.max_steps)
         self._step_of_reselection = step
         share = settings.share_after(step, self.state.max_steps)
         if not share or all(part.trains_all for part in self.sift.sparse_mapping.values()):
@@ -330,7 +339,7 @@ class SiftTrainerMixin(_Trainer):
             },
             overwrite=True,
         )
-        self.sift.save(folder / STATE)
+        write_state(self.sift.state_dict(), folder / STATE, self._settings())
         processing_class: Any = self.processing_class
         if processing_class is not None:
             processing_class.save_pretrained(folder)
@@ -347,6 +356,7 @@ class SiftTrainerMixin(_Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._find_sift()
         expected = self.sift.n_trained
+        check_settings(Path(resume_from_checkpoint) / STATE, self._settings())
         self.sift.load(Path(resume_from_checkpoint) / STATE)
         if self.sift.n_trained != expected:
             logger.warning(
@@ -354,6 +364,12 @@ class SiftTrainerMixin(_Trainer):
                 " trained",
                 resume_from_checkpoint, self.sift.n_trained, expected,
             )  # fmt: skip
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what must be the same when a run resumes, as for ``fit``."""
+        config = self._sift_config
+        names = () if config is None else ("selection_batches", "reselection")
+        return {**self.sift.settings, **{name: plain(getattr(config, name)) for name in names}}
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint

@@ -13,8 +13,6 @@ import yaml  # type: ignore[import-untyped]
 
 T = TypeVar("T")
 
-_TUPLES = ("block", "betas")  # settings that are tuples; YAML has lists
-
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Reads ``2e-4`` as a number, which YAML 1.1 reads as text."""
@@ -63,14 +61,18 @@ def settings_of(kind: type[T], given: Mapping[str, Any], where: str) -> T:
     for name, field in fields.items():
         if name not in given and field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where} lacks the setting {name!r}")
-    values = {
-        name: tuple(value) if name in _TUPLES and isinstance(value, list) else value
-        for name, value in given.items()
-    }
     try:
-        return kind(**values)
+        return kind(**given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def lists_to_tuples(settings: Any) -> None:
+    """Turn the lists in a new frozen dataclass into tuples, so that one from a file, which has lists, is equal."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, list):
+            object.__setattr__(settings, field.name, tuple(value))
 
 
 def write_yaml(settings: Any, path: str | PathLike[str]) -> None:

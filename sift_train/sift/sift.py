@@ -7,6 +7,7 @@ always those after the last optimizer step.
 
 from __future__ import annotations
 
+import logging
 import re
 import weakref
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from sift_train.hooks import BeforeUse
 from sift_train.lean import Rounding
 from sift_train.lr_transfer import LearningRate
 from sift_train.masks import find_masks
+from sift_train.plain import plain
 from sift_train.ranks.shard import local_gradient
 from sift_train.ranks.sync import Synchronizer
 from sift_train.rules import RULES, Selection, find_rule
@@ -40,6 +42,9 @@ from sift_train.zeroing import extend_zero_grad, restore_zero_grad
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from transformers import Trainer
+
+
+logger = logging.getLogger(__name__)
 
 
 class SIFT(Stepping):
@@ -66,13 +71,14 @@ class SIFT(Stepping):
         sparse_mapping: the trained components of each parameter, by the parameter's name.
         lr_transfer: whether each step divides the learning rate of sparse parameters by ``lr_share``.
         rounding: the random numbers of ``masters="stochastic"``.
+        settings: the arguments that decide what is trained and how, as plain JSON.
         may_write: a bool tensor on the device, or None, which means True. If it is False, weights
             are not overwritten. The host does not read it, so a loop need not wait for a loss to
             know whether it is finite.
 
     Args:
         model: a module without wrappers for several devices.
-        sparse_rate: share of each tensor's components to train, 0 to 1; in a 3-D tensor of experts, of
+        sparse_rate: share of each tensor's components to train, above 0 to 1; in a 3-D tensor of experts, of
             each expert's.
         sparse_module: name fragments or regular expressions (compiled, or written ``"re:..."``) of
             the parameters to train sparsely; ``"all-linear"``: the weights of linear layers and experts;
@@ -136,7 +142,11 @@ class SIFT(Stepping):
         _refuse_second(model)
         warn_of_adapters(model)
         check_block(block)
-        masks = find_masks(selection, model)
+        masks, names = find_masks(selection, model), sparse_module
+        if sparse_rate == 1 and not masks:
+            logger.warning(
+                "sparse_rate is 1, so all components of the chosen parameters are trained; 1 % is sparse_rate=0.01"
+            )
         if masks:
             if sparse_module != ALL_LINEAR:
                 raise ValueError("selection is a mask of named parameters; leave sparse_module out")
@@ -173,6 +183,19 @@ class SIFT(Stepping):
             rounding,
             lr_transfer=lr_transfer,
         )
+        given = {
+            "sparse_rate": sparse_rate,
+            "sparse_module": names,
+            "exception": exception or (),
+            "selection": selection,
+            "budget": budget,
+            "block": block,
+            "seed": seed,
+            "reduce_dtype": None if reduce_dtype is None else str(reduce_dtype),
+            "lr_transfer": lr_transfer,
+            "masters": masters,
+        }
+        self.settings = {name: plain(value) for name, value in given.items()}
         self._handles: list[RemovableHandle] = []
         choose_by_hand(model, parts, masks)
         self._checkpointing = gradient_checkpointing and enable_checkpointing(model)

@@ -321,6 +321,32 @@ def test_on_a_gpu_every_precision_trains(tmp_path: Path, precision: str) -> None
     assert not same_bits(before["first.weight"], model.first.weight.cpu())
 
 
+def test_batches_of_lists_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    lists: Any = [[[1.0] * 12]]
+    with pytest.raises(
+        TypeError,
+        match=r"batch is of type list, expected a mapping .*; make such batches, as a DataLoader",
+    ):
+        fit(make_net(), lists, output=tmp_path / "d.sd")
+    with pytest.raises(
+        TypeError, match=r"batch has a list as 'x', and Net cannot use it .*; give tensors"
+    ):
+        fit(make_net(), [{"x": [[1.0] * 12]}], output=tmp_path / "d.sd")
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'y'$"):
+        fit(make_net(), [{"y": torch.ones(2, 12)}], output=tmp_path / "d.sd")
+
+
+def test_a_rate_of_1_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with SIFT(make_net(), 1):
+        assert (
+            "sparse_rate is 1, so all components of the chosen parameters are trained; 1 % is"
+            in caplog.text
+        )
+    caplog.clear()
+    with SIFT(make_net(), selection={"first.weight": torch.arange(3)}, sparse_rate=1):
+        assert not caplog.messages
+
+
 def test_an_existing_output_stops_before_training(tmp_path: Path) -> None:
     (tmp_path / "d.sd").write_text("mine")
     model = make_net()

@@ -567,6 +567,52 @@ def test_when_a_reselection_is_due() -> None:
     assert [constant.share_after(step, 30) for step in (10, 20, 30)] == [0.4, 0.4, 0.0]
 
 
+def test_a_run_in_which_the_choice_never_moves_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    message = "the choice will never move: reselection has every"
+    for given, says in (
+        ({"every": 4, "until": 1.0}, f"{message} 4, and the run has 4 steps; lower every"),
+        (
+            {"every": 3, "until": 0.5},
+            f"{message} 3, and the run has 4 steps, and until 0.5 ends them at step 2",
+        ),
+        ({"every": 3, "until": 1.0}, ""),
+    ):
+        caplog.clear()
+        config = FitConfig(sparse_rate=RATE, reselection={**given, "grow": "random"})
+        fit(
+            make_net(),
+            make_inputs(4),
+            output=tmp_path / "d.sd",
+            loss=square_loss,
+            config=config,
+            overwrite=True,
+        )
+        assert says in caplog.text
+        assert (message in caplog.text) == bool(says)
+
+
+def test_a_trainer_says_that_the_choice_never_moves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_bert(tmp_path / "base", torch.float32)
+    moves = Reselection(every=5, grow="random")
+    args = arguments(tmp_path / "out", max_steps=2)
+    config = SiftConfig(sparse_rate=0.1, sparse_module=LAYERS, reselection=moves)
+    SiftTrainer(load(model), args, train_dataset=Rows(8), sift=config).train()
+    assert caplog.text.count("the choice will never move: reselection has every 5") == 1
+    caplog.clear()
+    trained = load(model)
+    sift = SIFT(trained, 0.1, LAYERS)
+    optimizer = torch.optim.AdamW(sift.parameters_in_optimizer())
+    calls: Any = [SiftCallback(sift, reselection=moves)]
+    Trainer(
+        trained, args, train_dataset=Rows(8), optimizers=(optimizer, None), callbacks=calls
+    ).train()
+    assert caplog.text.count("the choice will never move: reselection has every 5") == 1
+
+
 @pytest.mark.parametrize("name", ["accumulated", "kept", "lift"])
 def test_the_mixin_moves_and_resumes_bit_for_bit(tmp_path: Path, name: str) -> None:
     base = make_bert(tmp_path / "base", torch.float32)

@@ -28,15 +28,15 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @pytest.mark.parametrize(
-    ("numel", "rate", "k"), [(100, 0.0, 1), (100, 0.01, 2), (100, 1.0, 100), (1, 0.5, 1)]
+    ("numel", "rate", "k"), [(100, 1e-9, 1), (100, 0.01, 2), (100, 1.0, 100), (1, 0.5, 1)]
 )
 def test_n_selected(numel: int, rate: float, k: int) -> None:
     assert n_selected(numel, rate) == k
 
 
-@pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("rate", [-0.1, 0, 0.0, 1.1, float("nan")])
 def test_rate_out_of_range(rate: float) -> None:
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match="above 0 and at most 1"):
         n_selected(10, rate)
 
 

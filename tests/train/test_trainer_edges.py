@@ -312,16 +312,47 @@ def make_sentence_transformer(folder: Path, bert: Path) -> Path:
 def test_the_mixin_says_if_a_checkpoint_trains_another_number_of_components(
     tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def train(rate: float, **given: Any) -> None:
+    def train(n: int, **given: Any) -> None:
         model = load(base)
         args = arguments(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=1)
-        sift = SIFT(model, rate, LAYERS, "classifier")
+        sift = SIFT(model, selection={"classifier.bias": torch.arange(n)})
         SiftTrainer(model, args, train_dataset=Rows(8), sift=sift).train(**given)
 
-    train(0.1)
+    train(1)
     resumed = {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-1")}
-    train(0.1, **resumed)
+    train(1, **resumed)
     assert "the settings of this run" not in caplog.text
-    train(0.2, **resumed)
+    train(2, **resumed)
     assert "the settings of this run ask for" in caplog.text
     assert "no base is given: the delta starts from" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["SIFT", "SiftConfig", "callback"])
+def test_a_run_resumes_only_with_its_own_settings(tmp_path: Path, base: Path, kind: str) -> None:
+    def train(given: dict[str, Any], **resumed: Any) -> None:
+        model = load(base)
+        settings: dict[str, Any] = {"sparse_rate": 0.1, "sparse_module": LAYERS, **given}
+        if kind == "callback":
+            sift = SIFT(model, **settings)
+            trainer: Any = with_callback(model, sift, tmp_path / "out", max_steps=2, save_steps=1)
+        else:
+            args = arguments(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=1)
+            made = SIFT(model, **settings) if kind == "SIFT" else SiftConfig(**settings)
+            trainer = SiftTrainer(model, args, train_dataset=Rows(8), sift=made, base=base)
+        trainer.train(**resumed)
+
+    train({})
+    resumed = {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-1")}
+    differing: list[tuple[dict[str, Any], str]] = [
+        ({"seed": 5}, "has seed 0, this one 5; resume with the same settings"),
+    ]
+    if kind == "SIFT":
+        differing.append(
+            ({"selection": "magnitude"}, "has selection 'random', this one 'magnitude'")
+        )
+    if kind == "SiftConfig":
+        differing.append(({"selection_batches": 3}, "has selection_batches None, this one 3"))
+    for given, message in differing:
+        with pytest.raises(ValueError, match=message):
+            train(given, **resumed)
+    train({"masters_device": "cpu"}, **resumed)
