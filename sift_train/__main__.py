@@ -42,9 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for evaluation in result.evaluations:
         values = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.values.items())
         print(f"step {evaluation.step}: {values}")  # noqa: T201
+    is_last = result.kept_step == result.n_steps
+    kept = "" if is_last else f"; it has the weights after step {result.kept_step}, the best"
     print(  # noqa: T201
         f"{result.delta}: {result.delta_bytes:,} bytes, {result.n_trained:,} of {result.n_total:,} components"
-        f" trained in {result.n_steps} steps ({result.stopped})"
+        f" trained in {result.n_steps} steps ({result.stopped}){kept}"
     )
     return 0
 

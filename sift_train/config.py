@@ -78,13 +78,16 @@ class FitConfig:
             ``patience``; None: no evaluation except the one after the last
             step.
         eval_before: also evaluate before the first step, so that the delta records the scores of the base.
-        patience: stop after this many evaluations without a better first value; None: never. The delta has the weights of
-            the last step, not those of the best evaluation.
+        patience: stop after this many evaluations without a better first value; None: never. With it, the model and the
+            delta get the weights of the best evaluation at the end, also if all steps are done; a copy of the trained
+            components is kept on the CPU. Not if the run was interrupted, and not for a sharded model: they
+            have the weights of the last step.
         higher_is_better: whether a higher first value of an evaluation is better.
         save_every: steps between checkpoints; needs ``run_dir`` of ``fit``.
         publish: path of a folder or URL of a store: a channel to which the weights are published during the
             training, see ``sparsedelta.Channel``; None: no channel. Only with one process.
-        publish_every: steps between two versions; the last step is always published. It needs ``publish``.
+        publish_every: steps between two versions; the last step is always published, and then the weights of the best
+            evaluation, if ``patience`` goes back to them. It needs ``publish``.
         trackers: names of trackers of accelerate, such as ``"tensorboard"``.
         reduce_dtype: with several ranks, the dtype in which the gradients of the trained components
             are sent and summed, ``"fp32"`` or ``"bf16"``. The masters of an fp64 model are sent as fp64.
@@ -247,6 +250,8 @@ class FitResult:
         losses: one per optimizer step, including the steps before a resume.
         train_seconds: time that this call spent on selection and training.
         export_seconds: time spent on saving the model, comparing it and writing the delta.
+        kept_step: the step after which the model had the weights of the delta: that of the best evaluation with ``patience``,
+            otherwise the last.
         evaluations: all evaluations, in order.
         stopped: why the run ended: ``"done"``: all steps are done; ``"patience"``: no better value;
             ``"interrupted"``: Ctrl-C or SIGTERM; ``"data"``: the data ended before ``max_steps``.
@@ -261,6 +266,7 @@ class FitResult:
     losses: tuple[float, ...]
     train_seconds: float
     export_seconds: float
+    kept_step: int
     evaluations: tuple[Evaluation, ...] = ()
     stopped: str = "done"
 

@@ -1,7 +1,7 @@
 """``fit``: trains a sparse set of components with accelerate and writes the delta.
 
 Arguments are checked before training where that is possible. The target of the delta has the
-weights that the model has after the last step.
+weights that the model has after the last step, or with ``patience`` after the best evaluation.
 """
 
 from __future__ import annotations
@@ -191,6 +191,8 @@ def fit(
         )
         run.train(checkpoint=checkpoint)
         trained = time.perf_counter()
+        if run.kept_step != len(run.losses):
+            report(f"keeping the weights after step {run.kept_step}, of the best evaluation")
         sift.check_ranks()
         trained_model, from_base = model, base
 
@@ -224,6 +226,7 @@ def fit(
         losses=tuple(run.losses),
         train_seconds=trained - start,
         export_seconds=time.perf_counter() - trained,
+        kept_step=run.kept_step,
         evaluations=tuple(run.evaluations),
         stopped=run.stopped,
     )
@@ -338,12 +341,21 @@ def _info(config: FitConfig, sift: SIFT, run: Run) -> dict[str, Any]:
         "method": "sift",
         "settings": config.as_json(),
         "steps": len(run.losses),
+        **({} if run.kept_step == len(run.losses) else {"kept_step": run.kept_step}),
         "stopped": run.stopped,
         "n_trained": sift.n_trained,
         "n_total": sift.n_total,
         **lr_info(sift, config.lr),
         "losses": _loss_curve(run.losses),
-        "evaluations": [{"step": e.step, "values": dict(e.values)} for e in run.evaluations],
+        # Without those of later weights: the last one is that of the delta.
+        "evaluations": [
+            {
+                "step": e.step,
+                "values": {n: v if math.isfinite(v) else None for n, v in e.values.items()},
+            }
+            for e in run.evaluations
+            if e.step <= run.kept_step
+        ],
     }
 
 

@@ -23,6 +23,7 @@ from sift_train.batches import BatchWindows
 from sift_train.config import Evaluation, FitConfig, StepReport
 from sift_train.interrupts import Interrupts, deferred_interrupts
 from sift_train.optim import build_optimizer, build_schedule
+from sift_train.patience import Patience
 from sift_train.publishing import Publishing
 from sift_train.randomness import (
     capture_random_state,
@@ -77,7 +78,7 @@ class Run:
     Attributes:
         losses: one per optimizer step whose loss has been read from the device.
         evaluations: all evaluations, in order.
-        stopped: why the run ended, as in ``FitResult``.
+        stopped, kept_step: as in ``FitResult``.
     """
 
     def __init__(
@@ -118,6 +119,8 @@ class Run:
         self.losses: list[float] = []
         self.evaluations: list[Evaluation] = []
         self.stopped = "done"
+        self.kept_step = 0
+        self._patience = Patience(sift, config)
 
     def train(self, *, checkpoint: Path | None) -> None:
         """Do all steps, or the remaining ones after a checkpoint."""
@@ -146,15 +149,24 @@ class Run:
                     self._save_if_due(is_last=self._must_stop)
                     if self._publishing:
                         self._publishing.after(self._n_done)
-                    if self._must_stop or self._has_lost_patience():
+                    if self._must_stop or self._patience.is_lost(self.evaluations):
                         break
                 self._read_losses()
                 self._sift.may_write = None
                 self.stopped = self._why_stopped(was_interrupted=self._must_stop)
                 if self.stopped == "data":
                     self._end_early()
+                self._keep_best()
         finally:
             model.train(was_training)
+
+    def _keep_best(self) -> None:
+        """Go back to the weights of the best evaluation, unless the run was interrupted and can resume."""
+        self.kept_step = len(self.losses)
+        if self.stopped != "interrupted":
+            self.kept_step = self._patience.restore_best(self.evaluations, self.kept_step)
+        if self._publishing and self.kept_step != len(self.losses):
+            self._publishing.went_back(self.kept_step)
 
     def _select(self) -> None:
         """Choose the components with the first micro-batches, unless they are chosen without gradients."""
@@ -322,23 +334,16 @@ class Run:
         plain = {name: float(value) for name, value in values.items()}
         evaluation = Evaluation(len(self.losses), self._ranks.from_first(plain))
         self.evaluations.append(evaluation)
+        self._patience.note(self.evaluations)
         for listener in self._listeners:
             listener.on_evaluation(evaluation)
-
-    def _has_lost_patience(self) -> bool:
-        patience = self._config.patience
-        if patience is None or len(self.evaluations) <= patience:
-            return False
-        sign = 1.0 if self._config.higher_is_better else -1.0
-        values = [sign * evaluation.first for evaluation in self.evaluations]
-        return max(values[-patience:]) <= max(values[:-patience])
 
     def _why_stopped(self, *, was_interrupted: bool) -> str:
         if len(self.losses) >= self._n_steps:
             return "done"
         if was_interrupted:
             return "interrupted"
-        return "patience" if self._has_lost_patience() else "data"
+        return "patience" if self._patience.is_lost(self.evaluations) else "data"
 
     def _end_early(self) -> None:
         """Warn, evaluate and save, after the data ended before the last step."""
@@ -382,12 +387,13 @@ class Run:
                 "random": capture_random_state(generators_of(self._data)),
                 "losses": self.losses,
                 "evaluations": [[e.step, dict(e.values)] for e in self.evaluations],
+                "best": self._patience.for_checkpoint(),
             },
             settings=self._settings(),
         )
 
     def _settings(self) -> dict[str, Any]:
-        # These may differ when a run resumes: they do not change the weights.
+        # These may differ when a run resumes: they do not change how it trains.
         free = {
             "log_every", "eval_every", "eval_before", "save_every", "patience", "trackers", "masters_device",
         }  # fmt: skip
@@ -419,5 +425,6 @@ class Run:
             self._accelerator.scaler.load_state_dict(progress["scaler"])
         self.losses = list(progress["losses"])
         self.evaluations = [Evaluation(step, values) for step, values in progress["evaluations"]]
+        self._patience.load(progress["best"])
         self._batches.go_to(progress["place"])
         restore_random_state(progress["random"], generators_of(self._data))

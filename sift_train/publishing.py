@@ -97,6 +97,10 @@ class Publishing:
             if not _is_of_store(error):
                 self._ended_by = error
 
+    def went_back(self, step: int) -> None:
+        """Note that the model has the weights of an earlier step again, which ``finish`` publishes."""
+        self._step, self._published = step, None
+
     def finish(self, remedy: str = "the model in memory has the trained weights: save it") -> None:
         """Publish the last step, if it is not published, and wait until it is durable.
 

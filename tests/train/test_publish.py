@@ -64,6 +64,18 @@ def test_fit_publishes_some_steps_and_the_last(base: Path, tmp_path: Path) -> No
         assert "publish" not in str(delta.info)
 
 
+def test_the_weights_of_the_best_evaluation_are_published_last(base: Path, tmp_path: Path) -> None:
+    scores = iter([2.0, 3.0, 1.0])
+    result = fit(
+        base, bert_batches(3), output=tmp_path / "d.sd", config=settings(tmp_path, eval_every=2, patience=9),
+        save_target=tmp_path / "trained", evaluate=lambda model: next(scores),
+    )  # fmt: skip
+    assert result.kept_step == 4
+    assert steps(tmp_path / "channel") == [1, 2, 3, 4, 5, 6, 4]
+    trained = load_file(tmp_path / "trained" / "model.safetensors")
+    assert are_same(followed(tmp_path / "channel"), trained)
+
+
 class Killed(Exception):
     pass
 

@@ -60,11 +60,14 @@ def test_fit_on_two_ranks_is_fit_with_twice_the_accumulation(
 def test_accumulation_and_evaluation_are_common_to_all_ranks(
     pool: RankPool, tmp_path: Path
 ) -> None:
-    settings = config(accumulation=2, eval_every=1, mixed_precision="bf16", reduce_dtype="bf16")
+    settings = config(
+        accumulation=2, eval_every=1, patience=9, mixed_precision="bf16", reduce_dtype="bf16"
+    )
     (ours, first), (theirs, second) = pool.results(fit_evaluated, tmp_path, settings)
     assert not differing(first, second)
     assert ours.evaluations == theirs.evaluations
     assert [e.first for e in ours.evaluations] == [0.0] * 4
+    assert ours.kept_step == theirs.kept_step == 1  # the first of equal ones
 
 
 def fit_evaluated(rank: int, folder: Path, settings: FitConfig) -> Any:
