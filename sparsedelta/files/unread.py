@@ -17,6 +17,7 @@ UNREAD_WEIGHT_SUFFIXES = (
     ".bin", ".ckpt", ".gguf", ".ggml", ".h5", ".mlmodel", ".msgpack", ".npy", ".npz", ".onnx",
     ".onnx_data", ".ot", ".pb", ".pickle", ".pkl", ".pt", ".pth", ".tflite",
 )  # fmt: skip
+UNREAD_WEIGHTS = tuple(f"*{suffix}" for suffix in UNREAD_WEIGHT_SUFFIXES)  # globs
 DISTRIBUTED_SUFFIX, _METADATA = ".distcp", ".metadata"  # of torch.distributed.checkpoint
 OLD_PICKLE = b"\x80\x02\x8a\x0a"  # how files begin that torch.save wrote before version 1.6
 PICKLED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")  # written by torch.save

@@ -19,6 +19,7 @@ from sparsedelta.errors import SparseDeltaError, StructureMismatch
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.shards import roles
 from sparsedelta.files.side_files import digest_file
+from sparsedelta.files.unread import UNREAD_WEIGHTS
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.digests import fingerprint
 from sparsedelta.format.records import Base, Row, TensorSpec
@@ -49,7 +50,7 @@ class _Layout(Checkpoint):
             StructureMismatch: the folder has other tensors.
         """
         if folder is not None:
-            super().__init__(folder, include=())
+            super().__init__(folder, exclude=UNREAD_WEIGHTS, include=())
             found = {tensor.name: tensor.spec for tensor in self.tensors.values()}
             for name in found.keys() | specs.keys():
                 one, other = found.get(name), specs.get(name)

@@ -20,6 +20,7 @@ from sparsedelta.codecs.values import VALUE_ENCODINGS
 from sparsedelta.errors import BaseMismatch, Corrupt, PartlyApplied, StructureMismatch
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.side_files import digest_file
+from sparsedelta.files.unread import UNREAD_WEIGHTS
 from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.format.digests import fingerprint
 from sparsedelta.format.records import Row, TensorKey, TensorSpec
@@ -114,7 +115,8 @@ class Snapshot:
             model: a ``torch.nn.Module`` or a state dict, on any device; or, if a folder is given, a pipeline of
                 diffusers. The snapshot keeps a reference to it. A state dict must be updated in place, because
                 ``diff`` reads this object.
-            folder: a checkpoint of this model. The deltas are then between folders with its files and layout.
+            folder: a checkpoint of this model. The deltas are then between folders with its files and layout, but
+                without its weight files of other formats, such as ``.bin``, which do not hold the model's weights.
                 None: they are between single files, as the model would be saved.
             keep_on: where the copy is, if the model is on a GPU. The GPU compares in each case.
                 ``"cpu"``: in pinned host memory. To compare, the copy is sent to the GPU in blocks. Positions and
@@ -289,7 +291,7 @@ class Snapshot:
             self._advancing = False
 
     def _checkpoint(self) -> Checkpoint:
-        return held_checkpoint(self._model, self._folder, include=())
+        return held_checkpoint(self._model, self._folder, exclude=UNREAD_WEIGHTS, include=())
 
     def _check_structure(self, now: Checkpoint) -> None:
         found = _layout(now)

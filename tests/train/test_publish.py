@@ -50,6 +50,7 @@ def steps(channel: Path) -> list[int | None]:
 
 def test_fit_publishes_some_steps_and_the_last(base: Path, tmp_path: Path) -> None:
     config = settings(tmp_path, publish_every=4)
+    (base / "pytorch_model.bin").write_bytes(b"the base's weights in another format")
     fit(
         base, bert_batches(3), output=tmp_path / "d.sd", config=config,
         save_target=tmp_path / "trained",
@@ -60,6 +61,7 @@ def test_fit_publishes_some_steps_and_the_last(base: Path, tmp_path: Path) -> No
     # Versions are folders that an engine can load.
     config_path = tmp_path / "followed" / "config.json"
     assert config_path.read_bytes() == (base / "config.json").read_bytes()
+    assert not config_path.with_name("pytorch_model.bin").exists()
     with sparsedelta.load(tmp_path / "d.sd") as delta:
         assert "publish" not in str(delta.info)
 
