@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+_INTERRUPTED = 130  # the exit code that shells use after Ctrl-C
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{result.delta}: {result.delta_bytes:,} bytes, {result.n_trained:,} of {result.n_total:,} components"
         f" trained in {result.n_steps} steps ({result.stopped}){kept}"
     )
-    return 0
+    return _INTERRUPTED if result.stopped == "interrupted" else 0
 
 
 if __name__ == "__main__":

@@ -121,14 +121,18 @@ def write_state(
 def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Check that the training whose state was written to a file has these settings, if the file records them.
 
+    A file that is missing or damaged is left to ``read_state``.
+
     Raises:
         ValueError: a setting differs.
     """
-    if path.is_file():
+    try:
         with safe_open(path, framework="pt") as file:
             recorded = (file.metadata() or {}).get(SETTINGS)
-        if recorded is not None:
-            refuse_other_settings(json.loads(recorded), settings, path.parent)
+    except (FileNotFoundError, SafetensorError):
+        return
+    if recorded is not None:
+        refuse_other_settings(json.loads(recorded), settings, path.parent)
 
 
 def refuse_other_settings(

@@ -17,7 +17,7 @@ from torch import nn
 from train_helpers import make_bert, make_inputs, make_net, square_loss
 
 import sparsedelta
-from sift_train import SIFT, FitConfig, Rule, SiftConfig, get_sift_model
+from sift_train import SIFT, FitConfig, FitResult, Rule, SiftConfig, get_sift_model
 from sift_train.__main__ import main
 from sift_train.labelled import read_labelled
 
@@ -83,6 +83,20 @@ def test_a_compiled_expression_and_a_path_become_text(tmp_path: Path) -> None:
     found = SiftConfig.from_yaml(tmp_path / "c.yaml")
     assert found.sparse_module == "re:q$"
     assert found.selection == str(tmp_path / "m.npz")
+
+
+def test_an_interrupted_run_is_no_success(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stopped, code in (("interrupted", 130), ("patience", 0)):
+        result = FitResult(
+            delta=Path("d.sd"), delta_bytes=9, target=None, n_trained=1, n_total=2, nnz=1, losses=(0.5,) * 3,
+            train_seconds=1.0, export_seconds=1.0, kept_step=2, stopped=stopped,
+        )  # fmt: skip
+        monkeypatch.setattr("sift_train.run_file.run_file", lambda *_, made=result, **__: made)
+        assert main(["--config", "run.yaml"]) == code
+        says = f"d.sd: 9 bytes, 1 of 2 components trained in 3 steps ({stopped}); it has the weights after step 2, the best"
+        assert capsys.readouterr().out == f"{says}\n"
 
 
 @pytest.mark.parametrize(

@@ -356,3 +356,6 @@ def test_a_run_resumes_only_with_its_own_settings(tmp_path: Path, base: Path, ki
         with pytest.raises(ValueError, match=message):
             train(given, **resumed)
     train({"masters_device": "cpu"}, **resumed)
+    (tmp_path / "out" / "checkpoint-1" / "sift.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"sift\.safetensors' is not a safetensors file"):
+        train({}, **resumed)
