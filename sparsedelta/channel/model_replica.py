@@ -15,10 +15,10 @@ from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.delta import Delta
 from sparsedelta.live.chain import find_unwritten, prepare_chain
 from sparsedelta.live.patch import Patch, Writer
+from sparsedelta.live.places import find_places
 from sparsedelta.live.ranks import Alone, Group
 from sparsedelta.live.rwlock import SharedLock
 from sparsedelta.live.sides import held_checkpoint
-from sparsedelta.live.slots import find_places
 from sparsedelta.live.whole import write_whole
 from sparsedelta.ops.base_check import open_base
 from sparsedelta.ops.identity import checkpoint_fingerprint

@@ -27,8 +27,9 @@ from sparsedelta.live.divided import Divided
 from sparsedelta.live.held import Held, gather, in_order
 from sparsedelta.live.inplace import check_same, prepare
 from sparsedelta.live.patch import Patch
+from sparsedelta.live.places import Place, find_places
 from sparsedelta.live.ranks import Alone, Group
-from sparsedelta.live.slots import Place, find_places, memory_of
+from sparsedelta.live.slots import memory_of
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.changes import decode_row_chunk
 from sparsedelta.tensors.parallel import Pace

@@ -26,7 +26,7 @@ from sparsedelta.live.classes import HOST, find_on_device
 from sparsedelta.live.divided import Divided
 from sparsedelta.live.held import Held, gather, in_order, whole_digest
 from sparsedelta.live.patch import Patch, regions_of
-from sparsedelta.live.slots import Place
+from sparsedelta.live.places import Place
 from sparsedelta.tensors.changes import naming, read_coded
 from sparsedelta.tensors.parallel import Pace
 

@@ -15,9 +15,10 @@ from sparsedelta.format.spool import new_payload
 from sparsedelta.live.bits import integer_dtype
 from sparsedelta.live.held import scatter, whole_digest
 from sparsedelta.live.parts import components_of
+from sparsedelta.live.places import Place, find_all, find_each
 from sparsedelta.live.ranks import Ranks, send
 from sparsedelta.live.saved import SavedState
-from sparsedelta.live.slots import Place, find_all, find_each, memory_of
+from sparsedelta.live.slots import memory_of
 from sparsedelta.live.whole import rebuilt
 from sparsedelta.ops.base_check import explained, find_base
 from sparsedelta.progress import Silent

@@ -28,8 +28,8 @@ from sparsedelta.live.coordinates import quantized_kind
 from sparsedelta.live.decoding import State, decode_place, wanted_and_done
 from sparsedelta.live.held import changed_digest, whole_digest
 from sparsedelta.live.patch import Patch, Writer
+from sparsedelta.live.places import Place, Places, find_places
 from sparsedelta.live.ranks import Alone, Group, group_of
-from sparsedelta.live.slots import Place, Places, find_places
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.changes import naming
 from sparsedelta.tensors.parallel import Pace

@@ -16,8 +16,9 @@ from sparsedelta.interrupts import uninterrupted
 from sparsedelta.live.divided import Divided
 from sparsedelta.live.fused import Write, Writes, kernels_for
 from sparsedelta.live.held import Held, memory_in_order, scatter
+from sparsedelta.live.places import Place, current_tensor
 from sparsedelta.live.ranks import Alone, Group
-from sparsedelta.live.slots import Place, Slot, current_tensor
+from sparsedelta.live.slots import Slot
 from sparsedelta.live.strides import Region
 from sparsedelta.live.wire import RankLost
 

@@ -15,7 +15,7 @@ from sparsedelta.format.delta import Delta
 from sparsedelta.format.records import Payload, Row
 from sparsedelta.live.bits import integer_dtype
 from sparsedelta.live.held import assign
-from sparsedelta.live.slots import Place, find_all
+from sparsedelta.live.places import Place, find_all
 from sparsedelta.ops.base_check import explained, find_base
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.parallel import Pace, run_all
