@@ -54,6 +54,11 @@ class LearningRate:
     def _is_uniform(self) -> bool:
         return self._starts_uniform and not self.has_moved
 
+    @property
+    def is_measuring(self) -> bool:
+        """Whether gradients of all components are needed to measure the share."""
+        return self.share is None and not self._is_uniform
+
     def add(self, part: SparseParameter, magnitudes: Tensor, *, n_ranks: int = 1) -> None:
         """Add gradients of a parameter whose components are chosen; no effect once the share is known.
 
@@ -62,7 +67,7 @@ class LearningRate:
             magnitudes: a gradient, or a sum of |gradient|, of the shape of the parameter's part here.
             n_ranks: number of ranks over which ``magnitudes`` is a sum already.
         """
-        if self.share is not None or self._is_uniform or part.name not in self._parts:
+        if not self.is_measuring or part.name not in self._parts:
             return
         total = chosen = _sum(magnitudes)
         if not part.trains_all:

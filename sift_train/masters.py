@@ -209,17 +209,27 @@ class SparseParameter(Components):
         self._written_version = self.master._version
 
     def collect(self, gradient: Tensor) -> None:
-        """Add the selected components of a dense gradient to the master's gradient.
+        """Add the selected components of a gradient to the master's gradient.
+
+        The gradient is dense, or sparse with values for the selected components only.
 
         The first gradient after an optimizer step starts a new sum, even if the old gradient was
         not dropped. The sum has the master's dtype. If all components are trained and the dtypes
         are equal, the master's gradient may be the dense gradient itself. With ``is_on_host`` the master has it after
         ``arrive``.
         """
+        values = self._gather(gradient)
         if self.is_on_host:
-            self._gradient.add_from_device(self._gather(gradient))
+            self._gradient.add_from_device(values)
         else:
-            self._gradient.add(self._gather(gradient))
+            self._gradient.add(values)
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        if tensor.is_sparse:
+            # Each value is of one component, in their order, unless the layer was used several times.
+            is_once = tensor._nnz() == self.train_num
+            return tensor._values() if is_once else tensor.coalesce().values()
+        return super()._gather(tensor)
 
     def arrive(self) -> None:
         """Wait for a gradient on its way to the host, before anything reads the master's gradient."""

@@ -26,6 +26,7 @@ from sift_train.checkpointing import disable_checkpointing, enable_checkpointing
 from sift_train.chooser import Chooser, choose_by_hand
 from sift_train.hooks import BeforeUse
 from sift_train.lean import Rounding
+from sift_train.linear import LayerHandle, layers_of
 from sift_train.lr_transfer import LearningRate
 from sift_train.masks import find_masks
 from sift_train.plain import plain
@@ -196,7 +197,7 @@ class SIFT(Stepping):
             "masters": masters,
         }
         self.settings = {name: plain(value) for name, value in given.items()}
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | LayerHandle] = []
         choose_by_hand(model, parts, masks)
         self._checkpointing = gradient_checkpointing and enable_checkpointing(model)
         self._chooser.choose_without_gradients()
@@ -352,6 +353,8 @@ class SIFT(Stepping):
             hooked: Any = part.parameter  # the method is untyped
             hook = partial(_on_gradient, me, name)
             self._handles.append(hooked.register_post_accumulate_grad_hook(hook))
+        for layer, part in layers_of(self.model, self.sparse_mapping.values()):
+            self._handles.append(LayerHandle(layer, part, partial(_wanted, me, part.name)))
         model: Any = self.model
         before_use = BeforeUse(self)
         # Before the hook of fully_shard, which copies the shards.
@@ -359,6 +362,15 @@ class SIFT(Stepping):
         self._handles.append(model.register_state_dict_pre_hook(before_use))
         add_listener(self)
         extend_zero_grad(self.model, self.zero_grad)
+
+    def _wanted(self, name: str) -> Tensor | None:
+        """Return the components of a parameter whose gradients suffice now, flat; None if all gradients are needed."""
+        part = self.sparse_mapping[name]
+        if self._reselector is not None:
+            ranks_all = self._reselector.needs_gradients
+        else:
+            ranks_all = self.lr_transfer and self._learning_rate.is_measuring
+        return part.flat_index if part.is_selected and not (ranks_all or part.trains_all) else None
 
     def _on_gradient(self, name: str, parameter: Tensor) -> None:
         part = self.sparse_mapping[name]
@@ -376,7 +388,9 @@ class SIFT(Stepping):
                 part, gradient, at_once=at_once, is_trained_on=not self._only_scoring
             )
         else:
-            if self._reselector is not None:
+            if gradient.is_sparse:
+                pass  # nothing needs the other components
+            elif self._reselector is not None:
                 self._reselector.score(part, gradient)
             elif self.lr_transfer:
                 self._learning_rate.add(part, gradient)
@@ -390,6 +404,11 @@ def _refuse_second(model: nn.Module) -> None:
             f"the {type(model).__name__} is trained by another SIFT, whose hooks take its "
             "gradients; call SIFT.of(model).close() first, the model keeps the trained weights"
         )
+
+
+def _wanted(me: weakref.ref[SIFT], name: str) -> Tensor | None:
+    sift = me()
+    return None if sift is None else sift._wanted(name)
 
 
 def _on_gradient(me: weakref.ref[SIFT], name: str, parameter: Tensor) -> None:

@@ -265,6 +265,7 @@ def test_both_kinds_of_checkpointing(reentrant: bool, grad_acc: int) -> None:
         assert sift.sparse_mapping["layer.weight"].is_trained
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler hides its own warning
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_layers_compiled_one_by_one(backend: str) -> None:
     plain, ours = make("net"), make("net")

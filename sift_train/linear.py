@@ -1,0 +1,150 @@
+"""Linear layers whose backward pass computes the gradients of the trained components only.
+
+A weight's gradient is a matrix product over the tokens, and a component of it is one dot product. On a CPU, an eighth of
+the components takes less time as dot products than all of them as a matrix product. On other devices, and while
+something ranks all components, the whole gradient is computed as in any linear layer.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sift_train.masters import SparseParameter
+
+_MOST = 1 / 8  # share of trained components; above it, the whole gradient takes less time
+_FEWEST_TOKENS = 32  # for fewer, the indices take longer than the matrix product
+_BLOCK = 256  # tokens; what the dot products read of so many stays in the processor's cache
+_DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
+_LINK = "_trained_part"  # the attribute of a layer that holds its part, and ``Wanted`` for it
+
+Wanted = Callable[[], Tensor | None]  # returns flat indices, (k,); None: the whole gradient
+
+
+class SparseLinear(nn.Linear):
+    """A linear layer of which some weights are trained. Its copies, also pickled ones, are ``nn.Linear``."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name is part of ``nn.Linear``
+        """Return the outputs of the layer, as ``nn.Linear`` does."""
+        if not _is_plain(input) or input.dtype != self.weight.dtype:
+            return super().forward(input)
+        part, wanted = vars(self)[_LINK]
+        if part() is None or part().parameter is not self.weight:  # it was replaced
+            return super().forward(input)
+        function: Any = _Linear  # untyped
+        outputs: Tensor = function.apply(input, self.weight, self.bias, wanted)
+        return outputs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {key: value for key, value in vars(self).items() if key != _LINK}
+        return object.__new__, (nn.Linear,), state
+
+
+def _is_plain(inputs: Tensor) -> bool:
+    """Return whether a forward pass is on a CPU and will be differentiated, and nothing traces or converts it."""
+    return (
+        not torch.compiler.is_compiling()  # first: the compiler cannot read all of the rest
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.is_grad_enabled()
+        and type(inputs) is Tensor
+        and inputs.device.type == "cpu"
+        and inputs.dtype in _DTYPES
+    )
+
+
+class _Linear(torch.autograd.Function):
+    """``linear``; the gradient of the weight is a sparse COO tensor of the wanted components, or dense."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted
+    ) -> Tensor:
+        ctx.wanted = wanted
+        ctx.save_for_backward(inputs, weight)
+        return nn.functional.linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        of_inputs, of_weight, of_bias, _ = ctx.needs_input_grad
+        tokens = gradient.reshape(-1, gradient.shape[-1])
+        return (
+            gradient @ weight if of_inputs else None,
+            _of_weight(tokens, inputs.reshape(-1, inputs.shape[-1]), weight, ctx.wanted())
+            if of_weight
+            else None,
+            tokens.sum(0) if of_bias else None,
+            None,
+        )
+
+
+def _of_weight(gradient: Tensor, inputs: Tensor, weight: Tensor, index: Tensor | None) -> Tensor:
+    """Return the gradient of a weight (m, n) from that of the outputs (tokens, m) and the inputs (tokens, n)."""
+    if (
+        index is None
+        or len(index) > _MOST * weight.numel()
+        or len(inputs) < _FEWEST_TOKENS
+        or torch.is_grad_enabled()  # with ``create_graph`` it is differentiated in turn
+    ):
+        return gradient.mT @ inputs
+    n_rows, n_columns = weight.shape
+    rows = index.long().div(n_columns, rounding_mode="floor")
+    columns = index.long() - n_columns * rows
+    starts = torch.searchsorted(rows, torch.arange(n_rows + 1))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    zeros = gradient.new_zeros(len(index), dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        sums = torch.sparse_csr_tensor(starts, columns, zeros, weight.shape, check_invariants=False)
+    for some, own in zip(gradient.split(_BLOCK), inputs.split(_BLOCK), strict=True):
+        sums = torch.sparse.sampled_addmm(sums, some.mT.to(dtype), own.to(dtype))
+    return torch.sparse_coo_tensor(
+        torch.stack([rows, columns]), sums.values().to(weight.dtype), weight.shape,
+        check_invariants=False, is_coalesced=True,
+    )  # fmt: skip
+
+
+class LayerHandle:
+    """Makes a linear layer a ``SparseLinear``, until ``remove``.
+
+    Args:
+        layer: a ``nn.Linear``.
+        part: the trained components of its weight.
+        wanted: returns in each backward pass the components whose gradients suffice, flat and increasing, (k,); None if
+            all gradients are needed.
+    """
+
+    def __init__(self, layer: nn.Module, part: SparseParameter, wanted: Wanted) -> None:
+        vars(layer)[_LINK] = weakref.ref(part), wanted
+        layer.__class__ = SparseLinear
+        self._layer = weakref.ref(layer)
+
+    def remove(self) -> None:
+        """Make the layer a ``nn.Linear`` again, unless something else has changed its class."""
+        layer: Any = self._layer()
+        is_own = type(layer) is SparseLinear
+        if is_own:
+            del vars(layer)[_LINK]
+            layer.__class__ = nn.Linear
+
+
+def layers_of(
+    model: nn.Module, parts: Iterable[SparseParameter]
+) -> Iterator[tuple[nn.Module, SparseParameter]]:
+    """Yield the linear layers whose weights are trained in part, and these parts.
+
+    Layers of a subclass and those whose forward pass something has replaced are left out.
+    """
+    sparse: dict[Tensor, SparseParameter] = {
+        p.parameter: p for p in parts if not p.is_dense and p.shard is None
+    }
+    for layer in model.modules():
+        if type(layer) is nn.Linear and layer.weight in sparse and "forward" not in vars(layer):
+            yield layer, sparse[layer.weight]
