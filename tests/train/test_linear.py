@@ -66,7 +66,7 @@ def test_gradient_is_that_of_the_dense_layer(dtype: torch.dtype, shape: tuple[in
     plain = copy.deepcopy(layer)
     loss_of(plain(inputs)).backward()
     of_inputs, inputs.grad = inputs.grad, None
-    with SIFT(layer, 0.1, "weight", "bias") as sift, layouts(layer.weight) as are_sparse:
+    with SIFT(layer, 0.04, "weight", "bias") as sift, layouts(layer.weight) as are_sparse:
         loss_of(layer(inputs)).backward()
         assert are_sparse == [True]
         check_gradient(sift, "weight", wanted["weight"], dtype)
@@ -77,18 +77,25 @@ def test_gradient_is_that_of_the_dense_layer(dtype: torch.dtype, shape: tuple[in
 
 
 @pytest.mark.parametrize(
-    ("rate", "n_tokens", "rule"),
-    [(0.2, N_TOKENS, "random"), (0.1, 8, "random"), (0.1, N_TOKENS, "gradient")],
-    ids=["many components", "few tokens", "not chosen yet"],
+    ("rate", "n_tokens", "rule", "dtype"),
+    [
+        (0.2, N_TOKENS, "random", torch.float64),
+        (0.1, N_TOKENS, "random", torch.bfloat16),
+        (0.1, 8, "random", torch.float64),
+        (0.1, N_TOKENS, "gradient", torch.float64),
+    ],
+    ids=["many components", "many of 16 bits", "few tokens", "not chosen yet"],
 )
-def test_where_the_whole_gradient_is_computed(rate: float, n_tokens: int, rule: str) -> None:
-    layer, inputs = make_layer(), make_inputs(n_tokens, 24)
-    wanted = dense_gradients(layer, lambda each: each(inputs))
+def test_where_the_whole_gradient_is_computed(
+    rate: float, n_tokens: int, rule: str, dtype: torch.dtype
+) -> None:
+    layer, inputs = make_layer(dtype), make_inputs(n_tokens, 24, dtype=dtype)
+    wanted = dense_gradients(layer, lambda each: each(inputs.double()))
     with SIFT(layer, rate, "weight", selection=rule) as sift, layouts(layer.weight) as are_sparse:
         loss_of(layer(inputs)).backward()
         sift.finish_selection()
         assert are_sparse == [False]
-        check_gradient(sift, "weight", wanted["weight"], torch.float64)
+        check_gradient(sift, "weight", wanted["weight"], dtype)
 
 
 def test_share_of_the_learning_rate_is_measured_by_whole_gradients() -> None:
