@@ -62,6 +62,9 @@ class SIFT(Stepping):
     gets its gradient in several parts, as a module used twice under reentrant checkpointing does,
     each part is scored separately.
 
+    On a CPU, the gradient of the weight of an ``nn.Linear`` is a sparse tensor of the chosen components, once these suffice.
+    ``linear`` says when.
+
     The step of every ``torch.optim.Optimizer`` built from the masters writes them back to the
     model. After a step of another optimizer, they are written back before the next forward pass,
     when the state dict is taken, and by ``write_back`` and ``close``. If the model is moved to
