@@ -42,4 +42,4 @@ def test_a_model_of_the_hub_is_trained_pushed_and_loaded(me: Person, hub: Loopba
     assert done.returncode == 0, done.stderr
     base, refusal = done.stdout.splitlines()
     assert base == f"org/bert@{commit}"
-    assert refusal.startswith("it is not known from where Linear was loaded; give base")
+    assert refusal.startswith("it is not known from where SparseLinear was loaded; give base")
