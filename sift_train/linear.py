@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -101,15 +102,21 @@ def _of_weight(gradient: Tensor, inputs: Tensor, weight: Tensor, index: Tensor |
     starts = torch.searchsorted(rows, torch.arange(n_rows + 1))
     dtype = torch.promote_types(weight.dtype, torch.float32)
     zeros = gradient.new_zeros(len(index), dtype=dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        sums = torch.sparse_csr_tensor(starts, columns, zeros, weight.shape, check_invariants=False)
+    sums = torch.sparse_csr_tensor(starts, columns, zeros, weight.shape, check_invariants=False)
     for some, own in zip(gradient.split(_BLOCK), inputs.split(_BLOCK), strict=True):
         sums = torch.sparse.sampled_addmm(sums, some.mT.to(dtype), own.to(dtype))
     return torch.sparse_coo_tensor(
         torch.stack([rows, columns]), sums.values().to(weight.dtype), weight.shape,
         check_invariants=False, is_coalesced=True,
     )  # fmt: skip
+
+
+@lru_cache
+def _hide_beta_warning() -> None:
+    """Let torch give its warning of CSR tensors, which it gives once, where nobody sees it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
 
 
 class LayerHandle:
@@ -123,6 +130,7 @@ class LayerHandle:
     """
 
     def __init__(self, layer: nn.Module, part: SparseParameter, wanted: Wanted) -> None:
+        _hide_beta_warning()
         vars(layer)[_LINK] = weakref.ref(part), wanted
         layer.__class__ = SparseLinear
         self._layer = weakref.ref(layer)
