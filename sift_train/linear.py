@@ -32,14 +32,15 @@ class SparseLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name is part of ``nn.Linear``
         """Return the outputs of the layer, as ``nn.Linear`` does."""
-        if not _is_plain(input) or input.dtype != self.weight.dtype:
-            return super().forward(input)
-        part, wanted = vars(self)[_LINK]
-        if part() is None or part().parameter is not self.weight:  # it was replaced
-            return super().forward(input)
-        function: Any = _Linear  # untyped
-        outputs: Tensor = function.apply(input, self.weight, self.bias, wanted)
-        return outputs
+        if _is_plain(input) and input.dtype == self.weight.dtype and _LINK in vars(self):
+            part, wanted = vars(self)[_LINK]
+            trained = part()
+            if trained is not None and trained.parameter is self.weight:  # it was not replaced
+                function: Any = _Linear  # untyped
+                outputs: Tensor = function.apply(input, self.weight, self.bias, wanted)
+                return outputs
+        # Not super(): something that has kept this method may call it after ``LayerHandle.remove``.
+        return nn.Linear.forward(self, input)
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {key: value for key, value in vars(self).items() if key != _LINK}
@@ -69,7 +70,9 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.wanted = wanted
         ctx.save_for_backward(inputs, weight)
-        return nn.functional.linear(inputs, weight, bias)
+        outputs = nn.functional.linear(inputs, weight, bias)
+        # Of other than contiguous 2-D and 3-D inputs it is a view, which nothing could change in place.
+        return outputs.clone() if outputs._is_view() else outputs
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

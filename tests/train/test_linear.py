@@ -140,6 +140,28 @@ def test_checkpointing(reentrant: bool) -> None:
         check_gradient(sift, "weight", wanted["weight"], torch.float64)
 
 
+@pytest.mark.parametrize("shape", [(24,), (2, 50, 24), (50, 2, 24)])
+def test_outputs_can_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    layer, inputs = make_layer(), make_inputs(*shape)
+    if shape[0] == 50:
+        inputs = inputs.transpose(0, 1)  # not contiguous
+    wanted = dense_gradients(layer, lambda each: each(inputs).relu_())
+    with SIFT(layer, 0.1, "weight") as sift:
+        loss_of(layer(inputs).relu_()).backward()
+        check_gradient(sift, "weight", wanted["weight"], torch.float64)
+
+
+def test_a_forward_pass_that_something_has_kept_goes_on_after_close() -> None:
+    layer, inputs = make_layer(), make_inputs(N_TOKENS, 24)
+    wanted = layer(inputs)
+    with SIFT(layer, 0.1, "weight"):
+        kept = layer.forward
+        holder: Any = layer
+        holder.forward = lambda each: kept(each)  # as the hooks of accelerate do
+        assert torch.equal(layer(inputs), wanted)
+    assert torch.equal(layer(inputs), wanted)
+
+
 def test_gradient_of_a_gradient() -> None:
     layer, inputs = make_layer(), make_inputs(N_TOKENS, 24).requires_grad_()
 
