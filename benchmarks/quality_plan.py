@@ -20,11 +20,8 @@ SWEEP = (0, -1, 1, -2, 2)
 MAX_EXTENSIONS = 4
 SEEDS = (0, 1, 2, 3, 4)
 
-SMALL, LARGE, TINY = (
-    2,
-    13,
-    0.001,
-)  # ranks of equal trained counts: 0.78 % and 5.1 % of MiniLM; a share
+# Ranks of equal trained counts: 0.78 % and 5.1 % of MiniLM's targets, 1.6 % and 5.0 % (MIDDLE) of the decoder's. TINY is a share.
+SMALL, MIDDLE, LARGE, TINY = 2, 6, 13, 0.001
 
 MINILM = "minilm"
 
@@ -93,6 +90,12 @@ PARTS: dict[str, list[tuple[Method, float]]] = {
         (_sift("gradient", 8, LARGE), 5e-4),
         (_sift("snip", 8, LARGE), 1e-3),
         (Method("lora", LARGE), 2e-3),
+    ],
+    "middle": [
+        (_sift("random", 0, MIDDLE), 2e-2),
+        (_sift("gradient", 8, MIDDLE), 5e-3),
+        (_sift("snip", 8, MIDDLE), 5e-3),
+        (Method("lora", MIDDLE), 5e-3),
     ],
     "adapters": [
         (Method("shira", SMALL), 1e-2),

@@ -21,7 +21,13 @@ from sift_train.rules import Selection, find_rule
 from sift_train.selection import n_selected
 from sift_train.structure import Block, check_block
 from sift_train.targets import ALL_LINEAR, Names
-from sift_train.yaml_files import lists_to_tuples, read_yaml, settings_of, write_yaml
+from sift_train.yaml_files import (
+    check_switches,
+    lists_to_tuples,
+    read_yaml,
+    settings_of,
+    write_yaml,
+)
 
 OPTIMIZERS = ("adamw", "sgd", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -137,6 +143,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         lists_to_tuples(self)
+        check_switches(self)
         n_selected(1, self.sparse_rate)
         find_rule(self.selection)
         check_masters(self.masters, self.masters_device)

@@ -53,6 +53,7 @@ def _is_plain(inputs: Tensor) -> bool:
         not torch.compiler.is_compiling()  # first: the compiler cannot read all of the rest
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")
         and torch.is_grad_enabled()
         and type(inputs) is Tensor
@@ -68,48 +69,51 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted
     ) -> Tensor:
+        of_inputs, of_weight, *_ = ctx.needs_input_grad
         ctx.wanted = wanted
-        ctx.save_for_backward(inputs, weight)
+        ctx.save_for_backward(inputs if of_weight else None, weight if of_inputs else None)
         outputs = nn.functional.linear(inputs, weight, bias)
-        # Of other than contiguous 2-D and 3-D inputs it is a view, which nothing could change in place.
+        # Of other than contiguous 2-D inputs it may be a view, which nothing could change in place.
         return outputs.clone() if outputs._is_view() else outputs
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
-        of_inputs, of_weight, of_bias, _ = ctx.needs_input_grad
         tokens = gradient.reshape(-1, gradient.shape[-1])
+        of_weight = None
+        if inputs is not None:
+            of_weight = _of_weight(tokens, inputs.reshape(-1, inputs.shape[-1]), ctx.wanted())
         return (
-            gradient @ weight if of_inputs else None,
-            _of_weight(tokens, inputs.reshape(-1, inputs.shape[-1]), weight, ctx.wanted())
-            if of_weight
-            else None,
-            tokens.sum(0) if of_bias else None,
+            None if weight is None else gradient @ weight,
+            of_weight,
+            tokens.sum(0) if ctx.needs_input_grad[2] else None,
             None,
         )
 
 
-def _of_weight(gradient: Tensor, inputs: Tensor, weight: Tensor, index: Tensor | None) -> Tensor:
+def _of_weight(gradient: Tensor, inputs: Tensor, index: Tensor | None) -> Tensor:
     """Return the gradient of a weight (m, n) from that of the outputs (tokens, m) and the inputs (tokens, n)."""
-    most = _MOST if weight.itemsize > 2 else _MOST_OF_16_BITS
+    n_rows, n_columns = gradient.shape[1], inputs.shape[1]
+    most = _MOST if inputs.itemsize > 2 else _MOST_OF_16_BITS
     if (
         index is None
-        or len(index) > most * weight.numel()
+        or len(index) > most * n_rows * n_columns
         or len(inputs) < _FEWEST_TOKENS
         or torch.is_grad_enabled()  # with ``create_graph`` it is differentiated in turn
+        or torch._C._functorch.is_legacy_batchedtensor(gradient)
+        or torch._C._functorch.is_batchedtensor(gradient)
     ):
         return gradient.mT @ inputs
-    n_rows, n_columns = weight.shape
     rows = index.long().div(n_columns, rounding_mode="floor")
     columns = index.long() - n_columns * rows
     starts = torch.searchsorted(rows, torch.arange(n_rows + 1))
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    zeros = gradient.new_zeros(len(index), dtype=dtype)
-    sums = torch.sparse_csr_tensor(starts, columns, zeros, weight.shape, check_invariants=False)
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    zeros, shape = inputs.new_zeros(len(index), dtype=dtype), (n_rows, n_columns)
+    sums = torch.sparse_csr_tensor(starts, columns, zeros, shape, check_invariants=False)
     for some, own in zip(gradient.split(_BLOCK), inputs.split(_BLOCK), strict=True):
         sums = torch.sparse.sampled_addmm(sums, some.mT.to(dtype), own.to(dtype))
     return torch.sparse_coo_tensor(
-        torch.stack([rows, columns]), sums.values().to(weight.dtype), weight.shape,
+        torch.stack([rows, columns]), sums.values().to(inputs.dtype), shape,
         check_invariants=False, is_coalesced=True,
     )  # fmt: skip
 

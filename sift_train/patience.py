@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from sift_train.saved import MASTER
 from sift_train.sift import SIFT
 
 logger = logging.getLogger(__name__)
+
+_LOSS = re.compile("loss|error|perplexity|ppl", re.IGNORECASE)
 
 
 class Patience:
@@ -34,6 +37,8 @@ class Patience:
 
     def note(self, evaluations: Sequence[Evaluation]) -> None:
         """Copy the weights if the last evaluation is the best one."""
+        if len(evaluations) == 1:
+            self._warn_of_losses(evaluations[0])
         is_kept = self._limit is not None and not self._is_sharded
         if is_kept and self._best(evaluations) is evaluations[-1]:
             self._step, self._state = evaluations[-1].step, self._sift.state_dict()
@@ -86,6 +91,14 @@ class Patience:
             return -math.inf if math.isnan(value) else value
 
         return max(evaluations, key=rank)
+
+    def _warn_of_losses(self, evaluation: Evaluation) -> None:
+        name = next(iter(evaluation.values))
+        if self._limit is not None and self._sign > 0 and _LOSS.search(name):
+            logger.warning(
+                "patience waits for a higher %r, because higher_is_better is True; for a loss, set it to False",
+                name,
+            )
 
     def _restore(self) -> None:
         """Restore the state. Components that were chosen later get their original values."""

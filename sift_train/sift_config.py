@@ -17,7 +17,13 @@ from sift_train.selection import n_selected
 from sift_train.sift import SIFT
 from sift_train.structure import Block, check_block
 from sift_train.targets import ALL_LINEAR, Names
-from sift_train.yaml_files import lists_to_tuples, read_yaml, settings_of, write_yaml
+from sift_train.yaml_files import (
+    check_switches,
+    lists_to_tuples,
+    read_yaml,
+    settings_of,
+    write_yaml,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,7 @@ class SiftConfig:
 
     def __post_init__(self) -> None:
         lists_to_tuples(self)
+        check_switches(self)
         n_selected(1, self.sparse_rate)
         find_rule(self.selection)
         check_masters(self.masters, self.masters_device)

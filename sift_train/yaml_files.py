@@ -67,6 +67,18 @@ def settings_of(kind: type[T], given: Mapping[str, Any], where: str) -> T:
         raise ValueError(f"{where}: {error}") from error
 
 
+def check_switches(settings: Any) -> None:
+    """Check that the settings of a new dataclass that are true or false by default are true or false.
+
+    Raises:
+        ValueError: one is something else, such as the text "no".
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(field.default, bool) and not isinstance(value, bool):
+            raise ValueError(f"{field.name} is {value!r}; it must be true or false, without quotes")
+
+
 def lists_to_tuples(settings: Any) -> None:
     """Turn the lists in a new frozen dataclass into tuples, so that one from a file, which has lists, is equal."""
     for field in dataclasses.fields(settings):

@@ -369,6 +369,9 @@ class SIFT(Stepping):
     def _wanted(self, name: str) -> Tensor | None:
         """Return the components of a parameter whose gradients suffice now, flat; None if all gradients are needed."""
         part = self.sparse_mapping[name]
+        hooked: Any = part.parameter
+        if hooked._backward_hooks or len(hooked._post_accumulate_grad_hooks or ()) > 1:
+            return None  # hooks of others expect a dense gradient
         if self._reselector is not None:
             ranks_all = self._reselector.needs_gradients
         else:

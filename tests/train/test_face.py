@@ -128,6 +128,13 @@ def test_a_file_is_read_or_refused_in_one_sentence(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", [FitConfig, SiftConfig])
+def test_a_switch_in_quotes_is_refused(tmp_path: Path, kind: Any) -> None:
+    (tmp_path / "c.yaml").write_text('lr_transfer: "no"\n')
+    with pytest.raises(ValueError, match="lr_transfer is 'no'; it must be true or false"):
+        kind.from_yaml(tmp_path / "c.yaml")
+
+
 def test_what_a_file_cannot_hold_is_refused(tmp_path: Path) -> None:
     rule = Rule(from_gradient=lambda w, g: g.abs())
     for config in (SiftConfig(selection=rule), SiftConfig(selection={"w": [1]})):

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sift_train import SIFT
 from sift_train.linear import SparseLinear
+from sift_train.ranks.shard import local_gradient
 
 N_TOKENS = 300  # more than one block of tokens
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -38,9 +40,14 @@ def loss_of(outputs: Tensor) -> Tensor:
 def layouts(parameter: Tensor) -> Iterator[list[bool]]:
     """Give a list of whether each gradient of a parameter is sparse."""
     found: list[bool] = []
-    handle = parameter.register_hook(lambda gradient: found.append(gradient.is_sparse))
-    yield found
-    handle.remove()
+
+    def note(given: Tensor) -> Tensor | None:
+        if given is parameter and given.grad is not None:
+            found.append(given.grad.is_sparse)
+        return local_gradient(given)
+
+    with mock.patch("sift_train.sift.sift.local_gradient", note):
+        yield found
 
 
 def dense_gradients(layer: nn.Linear, run: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
@@ -160,6 +167,48 @@ def test_a_forward_pass_that_something_has_kept_goes_on_after_close() -> None:
         holder.forward = lambda each: kept(each)  # as the hooks of accelerate do
         assert torch.equal(layer(inputs), wanted)
     assert torch.equal(layer(inputs), wanted)
+
+
+def test_hooks_of_others_get_the_dense_gradient() -> None:
+    layer, inputs = make_layer(), make_inputs(N_TOKENS, 24)
+    wanted = dense_gradients(layer, lambda each: each(inputs))["weight"]
+    with SIFT(layer, 0.1, "weight") as sift:
+        layer.weight.register_hook(lambda gradient: gradient / gradient.norm())
+        loss_of(layer(inputs)).backward()
+        check_gradient(sift, "weight", wanted / wanted.norm(), torch.float64)
+
+
+def test_a_step_between_two_forward_passes_and_their_backward_passes() -> None:
+    """The gradient of a first layer does not depend on its weight, which may change meanwhile."""
+    layer, inputs = make_layer(), make_inputs(N_TOKENS, 24)
+    with SIFT(layer, 0.1, "weight") as sift:
+        optimizer = torch.optim.SGD(sift.parameters_in_optimizer(), lr=1e-3)
+        first, second = loss_of(layer(inputs)), loss_of(layer(2 * inputs))
+        first.backward()
+        optimizer.step()
+        second.backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # by torch itself
+def test_batched_and_forward_mode_gradients() -> None:
+    layer, inputs = make_layer(), make_inputs(N_TOKENS, 24).requires_grad_()
+    plain = copy.deepcopy(layer)
+    with SIFT(layer, 0.1, "weight"):
+        for each in (inputs, layer.weight):
+            own = plain.weight if each is layer.weight else each
+            found, wanted = (
+                torch.autograd.grad(
+                    one(inputs)[:4].sum(1), at, torch.eye(4).double(), is_grads_batched=True
+                )[0]
+                for one, at in ((layer, each), (plain, own))
+            )
+            assert torch.allclose(found, wanted)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(inputs, torch.ones_like(inputs))
+            found, wanted = (
+                torch.autograd.forward_ad.unpack_dual(one(dual)).tangent for one in (layer, plain)
+            )
+            assert torch.equal(found, wanted)
 
 
 def test_gradient_of_a_gradient() -> None:

@@ -248,6 +248,22 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert not output.exists()
 
 
+@pytest.mark.parametrize(("name", "higher"), [("loss", True), ("loss", False), ("accuracy", True)])
+def test_patience_warns_of_a_loss_that_should_rise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, higher: bool
+) -> None:
+    fit(
+        make_net(),
+        make_inputs(2),
+        output=tmp_path / "d.sd",
+        loss=square_loss,
+        config=FitConfig(eval_every=1, patience=2, higher_is_better=higher),
+        evaluate=lambda model: {name: 1.0},
+    )
+    warned = [each for each in caplog.messages if "higher_is_better" in each]
+    assert len(warned) == (name == "loss" and higher)
+
+
 @pytest.mark.parametrize(
     ("found", "higher", "n_steps"),
     [
