@@ -26,6 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_shown = sys.stderr.isatty()
     if is_shown:
         print("loading torch and transformers …", file=sys.stderr, flush=True)  # noqa: T201
+    try:
+        return _run(given, progress=is_shown)
+    except KeyboardInterrupt:  # before the first step, or the second one
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        return _INTERRUPTED
+
+
+def _run(given: argparse.Namespace, *, progress: bool) -> int:
     from sift_train.run_file import run_file  # takes seconds
     from sparsedelta import SparseDeltaError
 
@@ -34,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given.config,
             resume=given.resume,
             overwrite=given.overwrite,
-            progress=is_shown,
+            progress=progress,
         )
     except (OSError, RuntimeError, TypeError, ValueError, SparseDeltaError) as error:
         if given.debug:

@@ -104,7 +104,7 @@ def fit(
         FileExistsError: ``output`` or ``save_target`` exists and ``overwrite`` is not set; or ``run_dir`` holds a
             checkpoint and ``resume`` is not set.
         FileNotFoundError: the base, or the folder of an output, does not exist.
-        TypeError: ``config`` is no FitConfig, the model's output has no loss, or the data has no length and ``max_steps`` is
+        TypeError: ``config`` is no FitConfig, ``model`` no model, ``evaluate`` returns no numbers, the model's output has no loss, or the data has no length and ``max_steps`` is
             not set.
         ValueError: an argument is out of range; a parameter cannot be trained in place; the base
             differs from the model's first weights or has no safetensors file; the data is empty;
@@ -123,6 +123,10 @@ def fit(
         raise FileExistsError(
             f"run_dir '{run_dir}' holds a checkpoint of an earlier run, after step {runfolder.step_of(checkpoint)}; resume"
             " that run (resume=True, --resume), choose another run_dir, or delete this one"
+        )
+    if not isinstance(model, nn.Module | str | PathLike):
+        raise TypeError(
+            f"model is of type {type(model).__name__}, expected a module or the folder of one; the order is fit(model, data)"
         )
     source = None if isinstance(model, nn.Module) else model
     report = Report(shown=progress)
@@ -282,6 +286,10 @@ def _check_evaluates(config: FitConfig, evaluate: Evaluate | None) -> None:
         raise ValueError(
             f"{given[0]} is {getattr(config, given[0])!r}, but there is no evaluate (in a YAML file: evaluation); give"
             " both, or neither"
+        )
+    if config.patience is not None and config.eval_every is None:
+        raise ValueError(
+            f"patience is {config.patience}, but without eval_every there is one evaluation, after the last step; give both"
         )
 
 

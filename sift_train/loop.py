@@ -331,7 +331,12 @@ class Run:
         finally:
             model.train()
         values = found if isinstance(found, Mapping) else {"value": found}
-        plain = {name: float(value) for name, value in values.items()}
+        try:
+            plain = {name: float(value) for name, value in values.items()}
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"evaluate returned {found!r}, expected a number or a mapping of names to numbers"
+            ) from error
         evaluation = Evaluation(len(self.losses), self._ranks.from_first(plain))
         self.evaluations.append(evaluation)
         self._patience.note(self.evaluations)

@@ -193,7 +193,7 @@ class SiftTrainerMixin(_Trainer):
         base_id: where others find the base, such as ``org/model@<commit>``.
 
     Raises:
-        TypeError: transformers has changed the methods of Trainer that the mixin replaces.
+        TypeError: ``sift`` is neither; or transformers has changed the methods of Trainer that the mixin replaces.
         ValueError: the base differs from the model's first weights, or has no safetensors file.
     """
 
@@ -211,6 +211,10 @@ class SiftTrainerMixin(_Trainer):
                     f"the Trainer of this version of transformers has no method {name}; SiftTrainerMixin"
                     " replaces it, so install a version that sparsedelta supports"
                 )
+        if not isinstance(sift, SIFT | SiftConfig):
+            raise TypeError(
+                f"sift is of type {type(sift).__name__}, expected a SIFT or a SiftConfig, which has no settings of the Trainer"
+            )
         self._step_of_reselection = -1
         self._sift_config = sift if isinstance(sift, SiftConfig) else None
         self._base = base

@@ -120,6 +120,7 @@ class SIFT(Stepping):
             memory of the host, where the optimizer steps. Only with fp32 masters, and without shards and gradient scalers.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: an argument is out of range, or a parameter cannot be trained in place.
     """
 
@@ -143,6 +144,7 @@ class SIFT(Stepping):
         masters_device: str = "model",
     ) -> None:
         self.grad_acc = grad_acc
+        _check_model(model)
         _refuse_second(model)
         warn_of_adapters(model)
         check_block(block)
@@ -402,6 +404,13 @@ class SIFT(Stepping):
                 self._learning_rate.add(part, gradient)
             if not self._only_scoring:
                 part.collect(gradient)
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is of type {type(model).__name__}, expected a module; load the model first, as with from_pretrained"
+        )
 
 
 def _refuse_second(model: nn.Module) -> None:

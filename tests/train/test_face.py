@@ -99,6 +99,17 @@ def test_an_interrupted_run_is_no_success(
         assert capsys.readouterr().out == f"{says}\n"
 
 
+def test_ctrl_c_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> FitResult:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sift_train.run_file.run_file", interrupted)
+    assert main(["--config", "run.yaml"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -574,6 +575,30 @@ def test_bars_of_transformers_show_only_with_progress(
     assert shown.err.startswith(f"loading '{bert_folder}' …\n") == progress
     if not progress:
         assert shown.err == ""
+
+
+def test_wrong_models_and_evaluations_are_said(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"output": tmp_path / "d.sd", "loss": square_loss}
+    wrong: Any = make_inputs(2)
+    with pytest.raises(
+        TypeError, match=r"model is of type list, .*; the order is fit\(model, data\)"
+    ):
+        fit(wrong, wrong, **given)
+    with pytest.raises(TypeError, match="model is of type str, expected a module; load the model"):
+        SIFT("base/")  # type: ignore[arg-type]
+    results: list[Any] = [None, "good", {"score": None}]
+    for found in results:
+        given |= {
+            "config": FitConfig(eval_every=1),
+            "evaluate": partial(lambda each, _: each, found),
+        }
+        with pytest.raises(
+            TypeError, match=r"evaluate returned .*, expected a number or a mapping"
+        ):
+            fit(make_net(), make_inputs(2), **given)
+    given["config"] = FitConfig(patience=2)
+    with pytest.raises(ValueError, match="patience is 2, but without eval_every there is one"):
+        fit(make_net(), make_inputs(2), **given)
 
 
 def test_settings_in_place_of_a_config_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from train_helpers import make_bert, same_bits, snapshot
 from transformers import Trainer
 
 import sparsedelta
-from sift_train import SIFT, SiftCallback, SiftConfig, SiftTrainerMixin
+from sift_train import SIFT, FitConfig, SiftCallback, SiftConfig, SiftTrainerMixin
 
 
 @pytest.fixture
@@ -359,3 +359,11 @@ def test_a_run_resumes_only_with_its_own_settings(tmp_path: Path, base: Path, ki
     (tmp_path / "out" / "checkpoint-1" / "sift.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"sift\.safetensors' is not a safetensors file"):
         train({}, **resumed)
+
+
+def test_settings_of_another_kind_are_refused(tmp_path: Path) -> None:
+    wrong: Any = FitConfig()
+    with pytest.raises(
+        TypeError, match="sift is of type FitConfig, expected a SIFT or a SiftConfig"
+    ):
+        SiftTrainer(nn.Linear(2, 2), arguments(tmp_path), sift=wrong)
