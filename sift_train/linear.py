@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from enum import Enum, auto
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +30,8 @@ Wanted = Callable[[], Tensor | None]  # returns flat indices, (k,); None: the wh
 
 class SparseLinear(nn.Linear):
     """A linear layer of which some weights are trained. Its copies, also pickled ones, are ``nn.Linear``."""
+
+    __module__ = nn.Linear.__module__  # ``torch.fx`` keeps the layers of this module whole
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name is part of ``nn.Linear``
         """Return the outputs of the layer, as ``nn.Linear`` does."""
@@ -74,21 +77,42 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(inputs if of_weight else None, weight if of_inputs else None)
         outputs = nn.functional.linear(inputs, weight, bias)
         # Of other than contiguous 2-D inputs it may be a view, which nothing could change in place.
-        return outputs.clone() if outputs._is_view() else outputs
+        if not outputs._is_view():
+            return outputs
+        same: Tensor = torch.ops.aten._unsafe_view(outputs, outputs.shape)  # untyped
+        return same
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         tokens = gradient.reshape(-1, gradient.shape[-1])
         of_weight = None
-        if inputs is not None:
-            of_weight = _of_weight(tokens, inputs.reshape(-1, inputs.shape[-1]), ctx.wanted())
+        use = _use_of(ctx.next_functions[1][0])
+        if inputs is not None and use is not _Use.NONE:
+            index = ctx.wanted() if use is _Use.ACCUMULATED else None
+            of_weight = _of_weight(tokens, inputs.reshape(-1, inputs.shape[-1]), index)
         return (
             None if weight is None else gradient @ weight,
             of_weight,
             tokens.sum(0) if ctx.needs_input_grad[2] else None,
             None,
         )
+
+
+class _Use(Enum):
+    """What the backward pass that runs does with the gradient of a weight."""
+
+    NONE = auto()
+    ACCUMULATED = auto()  # in ``grad``
+    RETURNED = auto()  # by ``torch.autograd.grad``
+
+
+def _use_of(node: Any) -> _Use:
+    try:
+        executes = node is None or torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # so torch says that the gradient is returned
+        return _Use.RETURNED
+    return _Use.ACCUMULATED if executes else _Use.NONE
 
 
 def _of_weight(gradient: Tensor, inputs: Tensor, index: Tensor | None) -> Tensor:
@@ -100,8 +124,7 @@ def _of_weight(gradient: Tensor, inputs: Tensor, index: Tensor | None) -> Tensor
         or len(index) > most * n_rows * n_columns
         or len(inputs) < _FEWEST_TOKENS
         or torch.is_grad_enabled()  # with ``create_graph`` it is differentiated in turn
-        or torch._C._functorch.is_legacy_batchedtensor(gradient)
-        or torch._C._functorch.is_batchedtensor(gradient)
+        or _is_batched(gradient)
     ):
         return gradient.mT @ inputs
     rows = index.long().div(n_columns, rounding_mode="floor")
@@ -116,6 +139,13 @@ def _of_weight(gradient: Tensor, inputs: Tensor, index: Tensor | None) -> Tensor
         torch.stack([rows, columns]), sums.values().to(inputs.dtype), shape,
         check_invariants=False, is_coalesced=True,
     )  # fmt: skip
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # the compiler cannot read the rest
+        return False
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
 
 
 @lru_cache
@@ -145,9 +175,11 @@ class LayerHandle:
     def remove(self) -> None:
         """Make the layer a ``nn.Linear`` again, unless something else has changed its class."""
         layer: Any = self._layer()
+        if layer is None:
+            return
+        vars(layer).pop(_LINK, None)
         is_own = type(layer) is SparseLinear
         if is_own:
-            del vars(layer)[_LINK]
             layer.__class__ = nn.Linear
 
 

@@ -141,7 +141,8 @@ class Run:
                     # A choice that moves says nothing about what changes.
                     fixed = self._sift if self._reselection is None else None
                     self._publishing.start(model, self._n_done, fixed)
-                n_left = 0 if self._must_stop else self._n_steps - self._n_done
+                ended = self._must_stop or self._patience.is_lost(self.evaluations)
+                n_left = 0 if ended else self._n_steps - self._n_done
                 for window in islice(self._batches.windows(), n_left):
                     self._reselect_if_due(window)
                     self._step(window)
@@ -430,6 +431,6 @@ class Run:
             self._accelerator.scaler.load_state_dict(progress["scaler"])
         self.losses = list(progress["losses"])
         self.evaluations = [Evaluation(step, values) for step, values in progress["evaluations"]]
-        self._patience.load(progress["best"])
+        self._patience.load(progress["best"], self.evaluations, len(self.losses))
         self._batches.go_to(progress["place"])
         restore_random_state(progress["random"], generators_of(self._data))

@@ -14,7 +14,7 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sift_train.lean import check_masters
 from sift_train.masters import SparseParameter
@@ -49,7 +49,7 @@ class MemoryReport:
         write_bytes: temporary memory for writing the largest tensor's masters back: the masters in
             the weights' dtype, and their indices in int64, which torch's kernels require. With other masters than
             ``"fp32"`` also all masters. With several devices at least one bucket of gradients to send.
-        host_bytes: originals of the trained components; they are on the CPU. With ``masters_device="cpu"`` also masters, their
+        host_bytes: originals of the trained components, and first values of the buffers; they are on the CPU. With ``masters_device="cpu"`` also masters, their
             gradients, those that arrive, and the optimizer state.
         publish_bytes: what publishing to a channel adds on the CPU: the published bits of the trained components and their
             indices (which a model on the CPU shares), copies of buffers and of parameters that are trained in full, and the changes of the version
@@ -288,7 +288,8 @@ def _count(
         writing += gradient_bytes + max(4 * k for _, k, _, _ in rows)
     optimizer_bytes = n_trained * OPTIMIZER_STATE_BYTES[optimizer]
     weights_dtype_bytes = sum(k * p.element_size() for p, k, _, _ in rows)
-    host_bytes = weights_dtype_bytes
+    buffer_bytes = sum(b.numel() * b.element_size() for b in set(saved_buffers(model).values()))
+    host_bytes = weights_dtype_bytes + buffer_bytes
     if masters_device == "cpu":
         host_bytes += lasting + gradient_bytes + weights_dtype_bytes + optimizer_bytes
         lasting, gradient_bytes, optimizer_bytes = 0, weights_dtype_bytes, 0
@@ -311,7 +312,17 @@ def _count(
         ),
         "write_bytes": writing,
         "host_bytes": host_bytes,
-        "publish_bytes": _buffer_bytes(model) + sum(_publish_bytes(p, k) for p, k, _, _ in rows),
+        "publish_bytes": buffer_bytes + sum(_publish_bytes(p, k) for p, k, _, _ in rows),
+    }
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that the state dict holds, by name; a shared one has several names."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
     }
 
 
@@ -322,17 +333,6 @@ def _publish_bytes(parameter: nn.Parameter, k: int) -> int:
     index = 0 if k == n else k * index_dtype(n).itemsize
     on_its_way = min(k * (width + (4 if n <= 1 << 32 else 8)), whole)
     return k * width + index + on_its_way
-
-
-def _buffer_bytes(model: nn.Module) -> int:
-    """Return the size of the buffers that are saved."""
-    saved = {
-        buffer
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    }
-    return sum(buffer.numel() * buffer.element_size() for buffer in saved)
 
 
 def _main_dtype(model: nn.Module) -> str:

@@ -78,19 +78,24 @@ class Patience:
         """Return what ``load`` takes; None if no weights are kept."""
         return None if self._step is None else {"step": self._step, "state": dict(self._state)}
 
-    def load(self, saved: Mapping[str, Any] | None) -> None:
-        """Continue from what a checkpoint holds."""
+    def load(
+        self, saved: Mapping[str, Any] | None, evaluations: Sequence[Evaluation], n_done: int
+    ) -> None:
+        """Continue from what a checkpoint holds.
+
+        Args:
+            saved: what ``for_checkpoint`` returned; None also if the run had no patience then.
+            evaluations: all before the checkpoint.
+            n_done: the step of the weights that the model has now.
+        """
         if saved is not None and self._limit is not None:
             self._step, self._state = saved["step"], saved["state"]
+        elif evaluations and evaluations[-1].step == n_done:
+            self.note(evaluations)
 
     def _best(self, evaluations: Sequence[Evaluation]) -> Evaluation:
         """Return the first of the best evaluations; NaN is the worst value."""
-
-        def rank(evaluation: Evaluation) -> float:
-            value = self._sign * evaluation.first
-            return -math.inf if math.isnan(value) else value
-
-        return max(evaluations, key=rank)
+        return max(evaluations, key=lambda e: (not math.isnan(e.first), self._sign * e.first))
 
     def _warn_of_losses(self, evaluation: Evaluation) -> None:
         name = next(iter(evaluation.values))

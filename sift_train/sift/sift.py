@@ -372,6 +372,8 @@ class SIFT(Stepping):
         """Return the components of a parameter whose gradients suffice now, flat; None if all gradients are needed."""
         part = self.sparse_mapping[name]
         hooked: Any = part.parameter
+        if not self._handles:
+            return None  # closed after the forward pass
         if hooked._backward_hooks or len(hooked._post_accumulate_grad_hooks or ()) > 1:
             return None  # hooks of others expect a dense gradient
         if self._reselector is not None:

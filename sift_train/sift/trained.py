@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from sift_train.masters import SparseParameter
-from sift_train.memory import MemoryReport, memory_of
+from sift_train.memory import MemoryReport, memory_of, saved_buffers
 from sift_train.optimizer_states import unwrapped
 
 
@@ -33,6 +34,10 @@ class Trained:
             {part.name: part for part in parts}
         )
         self._requires_grad = {p: p.requires_grad for p in model.parameters()}
+        self._first_buffers = {
+            name: buffer.detach().to("cpu", copy=True)
+            for name, buffer in saved_buffers(model).items()
+        }
         self._first_config = copy.deepcopy(getattr(model, "config", None))
 
     def print_trainable_parameters(self) -> None:
@@ -94,6 +99,23 @@ class Trained:
     def first_config(self) -> Any:
         """A copy of the config from before training; None if the model has no config."""
         return self._first_config
+
+    @contextmanager
+    def _with_first_buffers(self) -> Iterator[None]:
+        """Give the model the buffers that it had before training inside the block, such as running statistics."""
+        now = saved_buffers(self.model)
+        swapped = [
+            (now[name], now[name].clone(), first)
+            for name, first in self._first_buffers.items()
+            if name in now
+        ]
+        for buffer, _, first in swapped:
+            buffer.copy_(first)
+        try:
+            yield
+        finally:
+            for buffer, trained, _ in swapped:
+                buffer.copy_(trained)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Check that the optimizer holds all masters and no parameter of the model.

@@ -93,14 +93,15 @@ class WrittenBack(Trained):
 
     @contextmanager
     def reverted(self) -> Iterator[None]:
-        """Give the model its weights from before training inside the block, bit for bit."""
+        """Give the model its weights and buffers from before training inside the block, bit for bit."""
         self.before_use()
         parts = [part for part in self.sparse_mapping.values() if part.is_selected]
         self.reshard()
         trained = [(part, part.swap_original()) for part in parts]
         self._is_reverted = True
         try:
-            yield
+            with self._with_first_buffers():
+                yield
         finally:
             self._is_reverted = False
             self.reshard()

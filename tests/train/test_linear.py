@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sift_train import SIFT
+from sift_train import SIFT, linear
 from sift_train.linear import SparseLinear
 from sift_train.ranks.shard import local_gradient
 
@@ -167,6 +167,51 @@ def test_a_forward_pass_that_something_has_kept_goes_on_after_close() -> None:
         holder.forward = lambda each: kept(each)  # as the hooks of accelerate do
         assert torch.equal(layer(inputs), wanted)
     assert torch.equal(layer(inputs), wanted)
+
+
+def test_a_backward_pass_after_close_is_that_of_the_plain_layer() -> None:
+    layer, inputs = make_layer(), make_inputs(N_TOKENS, 24)
+    wanted = dense_gradients(layer, lambda each: each(inputs))["weight"]
+    with SIFT(layer, 0.1, "weight"):
+        loss = loss_of(layer(inputs))
+    loss.backward()
+    assert layer.weight.grad is not None
+    assert not layer.weight.grad.is_sparse
+    assert torch.allclose(layer.weight.grad, wanted)
+
+
+def test_a_layer_whose_class_something_has_changed_keeps_nothing_after_close() -> None:
+    class Own(SparseLinear):
+        pass
+
+    layer = make_layer()
+    with SIFT(layer, 0.1, "weight"):
+        layer.__class__ = Own
+    assert vars(layer).keys() == vars(nn.Linear(1, 1)).keys()
+
+
+def test_a_gradient_that_is_returned_is_dense_and_one_that_nothing_asks_for_is_not_computed() -> (
+    None
+):
+    layer, inputs = make_layer(), make_inputs(N_TOKENS, 24).requires_grad_()
+    wanted = dense_gradients(layer, lambda each: each(inputs.detach()))["weight"]
+    calls = mock.Mock(wraps=linear._of_weight)
+    with SIFT(layer, 0.1, "weight"), mock.patch("sift_train.linear._of_weight", calls):
+        found = torch.autograd.grad(loss_of(layer(inputs)), [layer.weight, inputs])
+        assert torch.allclose(found[0], wanted)
+        calls.reset_mock()
+        torch.autograd.grad(loss_of(layer(inputs)), inputs)
+        loss_of(layer(inputs)).backward(inputs=[inputs])
+        calls.assert_not_called()
+        loss_of(layer(inputs)).backward(inputs=[layer.weight])
+        calls.assert_called_once()
+
+
+def test_fx_keeps_layers_whole() -> None:
+    model = nn.Sequential(make_layer(), nn.ReLU())
+    with SIFT(model, 0.1, "weight"):
+        nodes = torch.fx.symbolic_trace(model).graph.find_nodes(op="call_module", target="0")
+        assert len(nodes) == 1
 
 
 def test_hooks_of_others_get_the_dense_gradient() -> None:

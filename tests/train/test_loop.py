@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from train_helpers import make_inputs, make_net, same_bits, snapshot, square_loss
@@ -36,6 +37,9 @@ class Noisy(Dataset[Tensor]):
     def __getitem__(self, at: int) -> Tensor:
         noise = torch.randn(12) + float(np.random.randn()) + random.random()
         return torch.full((12,), at / 10) + noise
+
+
+N_STATISTICS = 2 * 16 + 1  # of a DropoutNet
 
 
 class DropoutNet(nn.Module):
@@ -345,8 +349,8 @@ def test_the_weights_of_the_best_evaluation_are_kept(
     assert result.kept_step == result.evaluations[2].step
     assert same_model(model, held[2])
     assert not same_model(model, held[3])
-    base = dict(make_noisy(torch.bfloat16).named_parameters())
-    changed = [~(p == base[name]) for name, p in model.named_parameters()]
+    base = make_noisy(torch.bfloat16).state_dict()
+    changed = [~(value == base[name]) for name, value in model.state_dict().items()]
     assert result.nnz == sum(int(each.sum()) for each in changed)
 
 
@@ -384,6 +388,60 @@ def test_a_resumed_run_keeps_the_weights_of_the_same_evaluation(
         evaluate=lambda model: -abs(float(model.get_buffer("norm.num_batches_tracked")) - 3),
     )  # fmt: skip
     assert (result.kept_step, result.n_steps) == (3, 5)
+
+
+@pytest.mark.parametrize("is_interrupted", [True, False])
+def test_a_run_that_has_lost_patience_is_not_trained_on_when_resumed(
+    tmp_path: Path, is_interrupted: bool
+) -> None:
+    """It was interrupted in its last step, or killed after the checkpoint of this step."""
+
+    def end(report: StepReport) -> None:
+        if is_interrupted and report.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    held: list[dict[str, Tensor]] = []
+    given: dict[str, Any] = {
+        "output": tmp_path / "d.sd", "loss": square_loss, "run_dir": tmp_path / "run",
+        "evaluate": scored(held, 1.0, 5.0, 3.0, 2.0, 9.0),
+        "config": FitConfig(eval_every=1, patience=2, save_every=1),
+    }  # fmt: skip
+    first = fit(make_net(), make_inputs(9), on_step=end, **given)
+    assert first.stopped == ("interrupted" if is_interrupted else "patience")
+    model = make_net()
+    result = fit(model, make_inputs(9), resume=True, overwrite=True, **given)
+    assert (result.stopped, result.n_steps, result.kept_step) == ("patience", 4, 2)
+    assert same_model(model, held[1])
+
+
+def test_patience_that_begins_with_a_resumed_run_keeps_the_weights_of_the_checkpoint(
+    tmp_path: Path,
+) -> None:
+    def end(report: StepReport) -> None:
+        if report.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    held: list[dict[str, Tensor]] = []
+    given: dict[str, Any] = {
+        "output": tmp_path / "d.sd", "loss": square_loss, "run_dir": tmp_path / "run", "resume": True,
+        "evaluate": scored(held, 1.0, 5.0, 3.0, 2.0),
+    }  # fmt: skip
+    fit(make_net(), make_inputs(4), config=FitConfig(eval_every=1), on_step=end, **given)
+    model = make_net()
+    result = fit(model, make_inputs(4), config=FitConfig(eval_every=1, patience=2), **given)
+    assert result.kept_step == 2
+    assert same_model(model, held[1])
+
+
+def test_without_a_base_the_delta_begins_with_the_first_running_statistics(tmp_path: Path) -> None:
+    model = make_noisy(torch.float32)
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    result = fit(
+        model, loader(own_generator=True), output=tmp_path / "d.sd", loss=typed_loss,
+        config=FitConfig(sparse_rate=0.1),
+    )  # fmt: skip
+    sparsedelta.apply(tmp_path / "base.safetensors", result.delta, tmp_path / "out.safetensors")
+    assert same_model(model, load_file(tmp_path / "out.safetensors"))
 
 
 def test_weights_of_a_better_evaluation_that_are_gone_are_said(
