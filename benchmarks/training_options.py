@@ -1,9 +1,13 @@
-"""What masters without fp32 and re-selection change: bytes per component, accuracy and loss.
+r"""What masters without fp32 and re-selection change: bytes per component, accuracy and loss.
 
     OMP_NUM_THREADS=1 python benchmarks/training_options.py --data trec.train.txt
 
 The set is a file with one example per line: a label, a space, a text. Each run is appended to a file of
-JSON lines and is not repeated if it is already there; ``--table`` only writes the tables.
+JSON lines and is not repeated if it is already there; ``--table`` only writes the tables. A long training of some
+re-selections, in a table of its own:
+
+    OMP_NUM_THREADS=1 python benchmarks/training_options.py --data trec.train.txt --epochs 8 --seeds 3 \
+        --moves none "random, revert" "accumulated, revert" spiel --result training_options_long.md
 """
 
 from __future__ import annotations
@@ -127,10 +131,10 @@ def specs(options: Any) -> Iterator[dict[str, Any]]:
     """Yield the settings of all runs, the first seed of each first."""
     common = {"lr": options.lr, "n_train": options.n_train, "epochs": options.epochs}
     for seed in range(options.seeds):
-        for masters in MASTERS:
+        for masters in () if options.moves else MASTERS:
             yield {**common, "masters": masters, "moves": "none", "dtype": "bfloat16", "beta2": 0.999, "seed": seed}  # fmt: skip
-        for beta2 in (0.999, 0.95):
-            for moves in MOVES if beta2 == 0.999 else list(MOVES)[:3]:
+        for beta2 in (0.999,) if options.moves else (0.999, 0.95):
+            for moves in options.moves or (MOVES if beta2 == 0.999 else list(MOVES)[:3]):
                 # Rows without this key are from before grown components had their own counts of steps.
                 grown = {} if moves == "none" else {"grown": "own steps"}
                 yield {**common, "masters": "fp32", "moves": moves, "dtype": "float32", "beta2": beta2, "seed": seed, **grown}  # fmt: skip
@@ -170,6 +174,9 @@ def main() -> None:
     parser.add_argument("--n-train", type=int, default=640)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument(
+        "--moves", nargs="+", choices=MOVES, help="only these re-selections, with β₂ 0.999"
+    )
     parser.add_argument("--table", action="store_true", help="only write the tables")
     options = parser.parse_args()
     task = Sentences(options.data, options.n_train, options.epochs, N_TEST)
@@ -193,9 +200,10 @@ def main() -> None:
         f" from {N_DEV} not used here; means over the seeds. *Bytes*: per sparsely trained component, of index,"
         " master, gradient, moments and rounding error, after a backward pass."
     )
+    lean = rows_of(found, "bfloat16")
     sections = [
         text,
-        "## Masters of bf16 weights\n\n" + table(["masters", *columns], rows_of(found, "bfloat16")),
+        *(["## Masters of bf16 weights\n\n" + table(["masters", *columns], lean)] if lean else []),
         "## Re-selection, fp32\n\n"
         + table(["re-selection", "β₂", *columns], rows_of(found, "float32")),
     ]
