@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 FORMAT = {"format": "sift-state", "format_version": "1"}
 SETTINGS = "settings"
-INDEX, ORIGINAL, MASTER, BUFFER = "index:", "original:", "master:", "buffer:"
+INDEX, ORIGINAL, MASTER = "index:", "original:", "master:"
+BUFFER, FIRST_BUFFER = "buffer:", "first_buffer:"
 KEPT = ("kept_index:", "kept_original:", "kept_value:")
 COMPENSATION = "compensation:"
 LR_SHARE, N_RESELECTIONS, N_ROUNDINGS = "lr_share", "n_reselections", "n_roundings"
@@ -50,6 +51,8 @@ def state_of(sift: SIFT) -> dict[str, Tensor]:
             state.update(zip((key + name for key in KEPT), part.kept_state, strict=True))
     for name, buffer in sift.model.named_buffers():
         state[BUFFER + name] = buffer
+    for name, buffer in sift.first_buffers.items():
+        state[FIRST_BUFFER + name] = buffer
     if sift.lr_share is not None:
         state[LR_SHARE] = torch.tensor(sift.lr_share, dtype=torch.float64)
     if sift.n_reselections:
@@ -93,6 +96,8 @@ def restore(sift: SIFT, state: Mapping[str, Tensor]) -> None:
     sift.rounding.n_steps = int(state.get(N_ROUNDINGS, 0))
     sift.n_reselections = int(state.get(N_RESELECTIONS, 0))
     sift.lr_share = float(state[LR_SHARE]) if LR_SHARE in state else None
+    for name, first in sift.first_buffers.items():
+        first.copy_(state.get(FIRST_BUFFER + name, first))
     with torch.no_grad():
         for name, buffer in sift.model.named_buffers():
             if BUFFER + name in state:

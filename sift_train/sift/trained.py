@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sift_train.masters import SparseParameter
 from sift_train.memory import MemoryReport, memory_of, saved_buffers
@@ -22,6 +22,7 @@ class Trained:
     Attributes:
         model: the model that is trained.
         sparse_mapping: the trained components of each parameter, by the parameter's name.
+        first_buffers: the buffers that the model had before training and that its state dict holds, by name, on the CPU.
 
     Args:
         model: the model.
@@ -34,9 +35,10 @@ class Trained:
             {part.name: part for part in parts}
         )
         self._requires_grad = {p: p.requires_grad for p in model.parameters()}
-        self._first_buffers = {
+        self.first_buffers: dict[str, Tensor] = {
             name: buffer.detach().to("cpu", copy=True)
             for name, buffer in saved_buffers(model).items()
+            if not buffer.is_meta
         }
         self._first_config = copy.deepcopy(getattr(model, "config", None))
 
@@ -102,20 +104,27 @@ class Trained:
 
     @contextmanager
     def _with_first_buffers(self) -> Iterator[None]:
-        """Give the model the buffers that it had before training inside the block, such as running statistics."""
+        """Give the model the buffers that it had before training inside the block, such as running statistics.
+
+        They take the places of the present ones, which are not written to.
+        """
         now = saved_buffers(self.model)
-        swapped = [
-            (now[name], now[name].clone(), first)
-            for name, first in self._first_buffers.items()
-            if name in now
+        firsts: dict[Tensor, Tensor] = {}  # a shared buffer stays shared
+        for name in now.keys() & self.first_buffers.keys():
+            firsts.setdefault(now[name], self.first_buffers[name].to(now[name].device))
+        places = [
+            (module._buffers, name, buffer)
+            for module in self.model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer in firsts
         ]
-        for buffer, _, first in swapped:
-            buffer.copy_(first)
+        for buffers, name, buffer in places:
+            buffers[name] = firsts[buffer]
         try:
             yield
         finally:
-            for buffer, trained, _ in swapped:
-                buffer.copy_(trained)
+            for buffers, name, buffer in places:
+                buffers[name] = buffer
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Check that the optimizer holds all masters and no parameter of the model.

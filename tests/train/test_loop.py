@@ -624,3 +624,23 @@ def test_windows_resume_at_a_saved_position() -> None:
     again.go_to(batches.place())
     rest = again.windows()
     assert [next(rest) for _ in range(4)] == [[4, 5], [6], [0, 1], [2, 3]]
+
+
+def test_the_first_buffers_are_in_the_state_and_exchanged_without_a_write() -> None:
+    model = make_noisy(torch.float32)
+    first = model.get_buffer("norm.running_mean").clone()
+    with SIFT(model, 0.2, "weight", lr_transfer=False) as sift:
+        square_loss(model, make_inputs(1)[0]).backward()
+        buffer = model.get_buffer("norm.running_mean")
+        trained, version = buffer.clone(), buffer._version
+        assert not same_bits(trained, first)
+        with sift.reverted():
+            assert same_bits(model.get_buffer("norm.running_mean"), first)
+        assert model.get_buffer("norm.running_mean") is buffer
+        assert buffer._version == version
+        state = sift.state_dict()
+    with SIFT(model, 0.2, "weight", lr_transfer=False) as sift:  # the model holds trained buffers
+        sift.load_state_dict(state)
+        with sift.reverted():
+            assert same_bits(model.get_buffer("norm.running_mean"), first)
+        assert same_bits(model.get_buffer("norm.running_mean"), trained)
