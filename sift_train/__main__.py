@@ -44,10 +44,11 @@ def _run(given: argparse.Namespace, *, progress: bool) -> int:
             overwrite=given.overwrite,
             progress=progress,
         )
-    except (OSError, RuntimeError, TypeError, ValueError, SparseDeltaError) as error:
+    except (IndexError, OSError, RuntimeError, TypeError, ValueError, SparseDeltaError) as error:
         if given.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        notes = getattr(error, "__notes__", [])  # such as the step
+        print("\n".join([f"error: {error}", *notes]), file=sys.stderr)  # noqa: T201
         return 1
     for evaluation in result.evaluations:
         values = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.values.items())

@@ -2,7 +2,7 @@
 
 Tensors with the same name are compared; a model's prefix may be missing in a name. A tensor that
 only one side has, or that has another shape there, is not an error: the delta records such changes.
-But if most have another shape, the checkpoint is that of another model.
+But if no name is the same, or most have another shape, the checkpoint is that of another model.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
         sift: the SIFT that trains the model; it knows the first values of the trained components.
 
     Raises:
-        ValueError: a tensor differs, or a file is not a safetensors file.
+        ValueError: a tensor differs, no tensor has the name of a parameter, or a file is not a safetensors file.
     """
     base = model_folder(model, base, sift)
     parts = _parts(sift)
@@ -76,19 +76,27 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
     def before(name: str) -> Tensor:
         return _first_values(own[name], parts.get(id(own[name])))
 
-    of_other_shape = [
-        name
-        for name, tensor in _tensors(held, own.keys() & held.keys())
-        if not _compare(base, name, tensor, own[name], parts.get(id(own[name])))
-    ]
+    of_other_shape = []
+    dtypes: Counter[tuple[torch.dtype, torch.dtype]] = Counter()
+    for name, tensor in _tensors(held, own.keys() & held.keys()):
+        if not _compare(base, name, tensor, own[name], parts.get(id(own[name]))):
+            of_other_shape.append(name)
+        elif tensor.dtype != own[name].dtype:
+            dtypes[tensor.dtype, own[name].dtype] += 1
     if 2 * len(of_other_shape) > len(own):  # a resized embedding or a new head are few
         raise ValueError(
             f"base '{base}' is not the checkpoint of this model: {len(of_other_shape)} of its {len(own)} parameters,"
             f" such as {min(of_other_shape)!r}, have other shapes there; give the checkpoint that the model was"
             " loaded from, or leave base out"
         )
+    for (theirs, ours), n in dtypes.most_common(1):
+        logger.warning(
+            "base '%s' holds %d of the model's %d parameters as %s, and the model as %s, so the delta holds them whole; load the"
+            " model in the base's dtype (dtype=%s), or give a base in the model's dtype",
+            base, n, len(own), theirs, ours, theirs,
+        )  # fmt: skip
     missing = own.keys() - held.keys()
-    if not missing or held.keys() <= own.keys():
+    if not missing or (held and held.keys() <= own.keys()):
         return
     compared = set()
     for group in groups_of(missing):
@@ -99,6 +107,12 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
             _compare(base, name, tensor, made[name])
         if made and made.keys() <= held.keys():
             compared |= group
+    if missing - compared == own.keys():
+        raise ValueError(
+            f"base '{base}' is not the checkpoint of this model: none of its {len(held)} tensors"
+            f"{f', such as {min(held)!r},' if held else ''} has the name of one of the model's {len(own)} parameters, such as"
+            f" {min(own)!r}; give the checkpoint that the model was loaded from, or leave base out"
+        )
     if missing - compared:
         logger.warning(
             "base '%s' has no tensors of the names of %d of the model's %d parameters, such as %r; these"

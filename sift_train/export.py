@@ -7,6 +7,7 @@ that the checkpoint that ``apply`` rebuilds can be loaded without further files.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -37,6 +38,8 @@ from sift_train.readback import check_reads_back
 from sift_train.sift import SIFT
 from sift_train.targets import check_saves_weights
 from sift_train.weightfiles import dtype_of, weights_of
+
+logger = logging.getLogger(__name__)
 
 WEIGHT_SUFFIXES = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt",
@@ -158,11 +161,11 @@ def _export_shards(
 
     def save(delta: sparsedelta.Delta) -> int:
         with delta, _work_folder(final, "target") as work:
-            delta.save(final, overwrite=overwrite)
+            nnz = _saved(delta, final, overwrite=overwrite)
             if save_target is not None:
                 sparsedelta.apply(base_path, delta, work / base_path.name)
                 _move(work / base_path.name, Path(os.path.abspath(save_target)))
-            return delta.nnz
+            return nnz
 
     return sift.ranks.first_does(lambda: save(delta) if delta else 0)
 
@@ -217,10 +220,22 @@ def write_delta(
                 info=_with_mean_change(_with_lr(info, sift), means),
             )
         )
-        delta.save(final, overwrite=overwrite)
-        nnz = delta.nnz
+        nnz = _saved(delta, final, overwrite=overwrite)
         if save_target is not None:
             _move(target, Path(os.path.abspath(save_target)))
+    return nnz
+
+
+def _saved(delta: sparsedelta.Delta, path: Path, *, overwrite: bool) -> int:
+    """Write a delta, warn if it changes nothing, and return its nnz."""
+    delta.save(path, overwrite=overwrite)
+    nnz = delta.nnz
+    if not nnz:
+        logger.warning(
+            "the delta '%s' changes no weight: the model has the weights of its base; check that it was trained, and with a"
+            " learning rate that its dtype can represent",
+            path,
+        )
     return nnz
 
 

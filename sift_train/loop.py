@@ -230,7 +230,11 @@ class Run:
         self._optimizer.zero_grad()
         if self._n_done % CHECK_EVERY == 0:
             check_same_batches(window, self._ranks)
-        loss, interrupted = self._backward(window)
+        try:
+            loss, interrupted = self._backward(window)
+        except Exception as error:
+            error.add_note(f"This was in a batch of step {self._n_done + 1}.")
+            raise
         self._sift.sync_gradients()
         if self._log_every == 1:
             self._check_finite(float(loss), self._n_done + 1)

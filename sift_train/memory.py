@@ -108,8 +108,8 @@ class Plan(MemoryReport):
     """A memory report for a model that is not loaded, with methods that say what fits on a device.
 
     Attributes:
-        rate: the rate given to ``plan``.
-        fixed_bytes: weights and one dense gradient; these do not depend on the rate.
+        sparse_rate: that given to ``plan``.
+        fixed_bytes: weights and one dense gradient; these do not depend on the sparse rate.
         dtype: dtype of most of the weights, such as ``"bfloat16"``.
         left_out: a sentence that says which share of the weights is selected from, and what is left out.
         traffic: what a step sends; None for one device. All bytes of the plan are those of one device. If the
@@ -117,7 +117,7 @@ class Plan(MemoryReport):
             and gradients, unsharded.
     """
 
-    rate: float
+    sparse_rate: float
     fixed_bytes: int
     dtype: str
     left_out: str
@@ -135,7 +135,7 @@ class Plan(MemoryReport):
         room = (gb - activations_gb) * GIB - self.fixed_bytes
         if room < 0:
             return None
-        if not self.rate:
+        if not self.sparse_rate:
             return 1.0
         lasting = self.trained_bytes - self.optimizer_bytes
         bounds = [
@@ -143,7 +143,7 @@ class Plan(MemoryReport):
             (room, self.trained_bytes),
             (room + self.largest_gradient_bytes, self.trained_bytes + self.write_bytes),
         ]
-        rate = min(self.rate * has / needed for has, needed in bounds if needed)
+        rate = min(self.sparse_rate * has / needed for has, needed in bounds if needed)
         return None if rate < 0 else min(1.0, rate)
 
     def fits(self, gb: float = 24.0) -> str:
@@ -179,7 +179,7 @@ def memory_of(
 
 def plan(
     model: str | PathLike[str] | nn.Module | Any,
-    rate: float,
+    sparse_rate: float,
     *,
     sparse_module: Names = ALL_LINEAR,
     exception: Names = (),
@@ -195,7 +195,7 @@ def plan(
     Args:
         model: a folder or a Hub id with a ``config.json``, a config of transformers, or a module,
             which may be on the meta device.
-        rate: share of each tensor's components to train.
+        sparse_rate: share of each tensor's components to train.
         sparse_module: as for ``SIFT``.
         exception: as for ``SIFT``.
         dtype: dtype of the weights, such as ``torch.float32`` or ``"bf16"``. By default that of the
@@ -223,7 +223,7 @@ def plan(
     rows = []
     targets = find_targets(empty, sparse_module, exception, needs_values=False)
     for target in targets:
-        k = target.n_trained(rate)
+        k = target.n_trained(sparse_rate)
         width = torch.promote_types(target.parameter.dtype, torch.float32).itemsize
         rows.append((target.parameter, k, k == target.parameter.numel(), width))
     if sharded and masters_device != "model":
@@ -250,7 +250,7 @@ def plan(
     fixed = counted["weight_bytes"] + counted["largest_gradient_bytes"]
     return Plan(
         **counted,
-        rate=rate,
+        sparse_rate=sparse_rate,
         fixed_bytes=fixed,
         dtype=_main_dtype(empty),
         left_out=left_out(empty, {target.parameter for target in targets}),

@@ -91,6 +91,42 @@ def test_the_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     assert "have other shapes there" in str(told.value)
 
 
+@pytest.mark.parametrize("names", [["other.weight"], []])
+def test_a_base_without_any_name_of_the_model_is_refused(tmp_path: Path, names: list[str]) -> None:
+    base = tmp_path / "base.safetensors"
+    save_file({name: torch.zeros(2) for name in names}, base)
+    with pytest.raises(ValueError, match=rf"none of its {len(names)} tensors") as told:
+        fit(make_net(), make_inputs(1), output=tmp_path / "d.sd", base=base, loss=never)
+    assert "'first.bias'; give the checkpoint" in str(told.value)
+    assert all(f"'{name}'" in str(told.value) for name in names)
+
+
+def test_a_base_in_another_dtype_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = saved(make_net(), tmp_path / "base.safetensors")
+    model = make_net().to(torch.bfloat16)
+    model.load_state_dict(load_file(base))
+    config = FitConfig(sparse_module=["first.weight"], lr=1e-2)
+    batches = [batch.to(torch.bfloat16) for batch in make_inputs(1)]
+    fit(model, batches, output=tmp_path / "d.sd", base=base, loss=square_loss, config=config)
+    (message,) = caplog.messages
+    assert (
+        "6 of the model's 6 parameters as torch.float32, and the model as torch.bfloat16" in message
+    )
+
+
+def test_a_delta_that_changes_nothing_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_net()
+    base = saved(model, tmp_path / "base.safetensors")
+    with SIFT(model, 0.1, ["first.weight"]) as sift:
+        assert export_delta(model, tmp_path / "d.sd", sift=sift, base=base) == 0
+    (message,) = caplog.messages
+    assert "d.sd' changes no weight" in message
+
+
 @pytest.mark.parametrize("place", ["frozen", "chosen", "not chosen"])
 def test_export_names_the_tensor_that_differs_from_the_base(tmp_path: Path, place: str) -> None:
     first = make_net()
@@ -267,7 +303,8 @@ def test_what_is_not_compared_is_reported(
     monkeypatch.setattr(core_model_loading, "revert_weight_conversion", fails)
     monkeypatch.setattr(model, "save_pretrained", lambda folder: mixture(folder))
     fit(model, tokens(), output=tmp_path / "e.sd", config=config, base=tmp_path / "base")
-    (message,) = caplog.messages
+    message, unchanged = caplog.messages
+    assert "changes no weight" in unchanged  # of what was saved
     assert (
         "4 of the model's 25 parameters, such as 'model.layers.0.mlp.experts.down_proj'" in message
     )

@@ -644,3 +644,11 @@ def test_the_first_buffers_are_in_the_state_and_exchanged_without_a_write() -> N
         with sift.reverted():
             assert same_bits(model.get_buffer("norm.running_mean"), first)
         assert same_bits(model.get_buffer("norm.running_mean"), trained)
+
+
+def test_an_error_in_a_batch_names_its_step(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 2))
+    batches = [torch.tensor([1, 2]), torch.tensor([3, 8])]
+    with pytest.raises(IndexError) as told:
+        fit(model, batches, output=tmp_path / "d.sd", loss=square_loss, config=FitConfig(lr=1e-3))
+    assert told.value.__notes__ == ["This was in a batch of step 2."]
