@@ -274,6 +274,21 @@ def test_a_wrong_file_is_one_clear_sentence(
         main(["--config", write_run(tmp_path, **kept), "--debug"])
 
 
+def test_an_error_in_a_batch_is_told_with_its_step(
+    tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"{'the film is good ' * 20}"
+    (tmp_path / "train.txt").write_text(f"pos good\nneg bad\npos {text}\nneg {text}\n")
+    path = write_run(
+        tmp_path, task="text-classification", model=str(bert), data=str(tmp_path / "train.txt"),
+        output=str(tmp_path / "d.sd"), batch_size=4, max_tokens=64,
+    )  # fmt: skip
+    assert main(["--config", path]) == 1
+    error, note = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ")
+    assert note == "This was in a batch of step 1."
+
+
 def test_a_model_without_a_tokenizer(
     tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
