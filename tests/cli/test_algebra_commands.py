@@ -288,18 +288,25 @@ def test_the_error_about_deltas_of_other_dtypes_names_both(tmp_path: Path, run: 
         assert (result.exit_code, says in result.stderr) == (1, True), result.stderr
 
 
-def test_deltas_of_other_dtypes_in_the_wrong_order_are_a_chain(tmp_path: Path, run: Run) -> None:
-    files = [
-        write_file(tmp_path / f"{number}.safetensors", {"w": raw})
-        for number, raw in enumerate(
-            (noise("F32", 8), noise("F32", 8).changed(4), noise("BF16", 8))
-        )
-    ]
-    for number in (0, 1):
-        with sparsedelta.diff(files[number], files[number + 1]) as delta:
-            delta.save(tmp_path / f"{number}.sd")
-    result = run("stack", tmp_path / "1.sd", tmp_path / "0.sd", "-o", tmp_path / "both.sd")
+def test_deltas_that_retype_a_tensor_have_an_order_and_siblings_name_the_dtypes(
+    tmp_path: Path, run: Run
+) -> None:
+    w, v = noise("F32", 8), noise("F32", 4)
+    contents = (
+        {"w": w, "v": v},
+        {"w": w.changed(4), "v": v.changed(0)},
+        {"w": noise("BF16", 8), "v": v.changed(0, 4)},
+    )
+    files = [write_file(tmp_path / f"{n}.safetensors", one) for n, one in enumerate(contents)]
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        with sparsedelta.diff(files[one], files[other]) as delta:
+            delta.save(tmp_path / f"{one}{other}.sd")
+    result = run("stack", tmp_path / "12.sd", tmp_path / "01.sd", "-o", tmp_path / "both.sd")
     assert "they are a chain in the order 2, 1" in result.stderr
+    result = run("stack", tmp_path / "02.sd", tmp_path / "01.sd", "-o", tmp_path / "both.sd")
+    assert "retypes or reshapes tensor 'w' (BF16), and delta 2 changes its elements (F32);" in (
+        result.stderr
+    )
 
 
 @pytest.mark.parametrize(
