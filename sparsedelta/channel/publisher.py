@@ -6,22 +6,27 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import islice
 from typing import Literal, Self
 
 from sparsedelta._typing import JSON, AnyPath, Model
 from sparsedelta.channel.channel import open_channel
 from sparsedelta.channel.entry import Entry
+from sparsedelta.channel.latest import Latest, read_latest
 from sparsedelta.channel.publication import Publication
 from sparsedelta.channel.publishing import AnchorRule, Run
 from sparsedelta.channel.sources import CheckpointSource, Coding, ModelSource, OutsideBase
 from sparsedelta.channel.versions import Versions
 from sparsedelta.errors import BaseMismatch
 from sparsedelta.files.checkpoint import Checkpoint
+from sparsedelta.format.records import TensorSpec
 from sparsedelta.live.snapshot import Snapshot
 from sparsedelta.live.trained import Trained
 from sparsedelta.ops.diff import check_json
 from sparsedelta.ops.identity import checkpoint_fingerprint
 from sparsedelta.progress import Progress
+
+_N_SEARCHED = 32  # versions in which an error looks for the base
 
 
 class Background:
@@ -157,7 +162,8 @@ class Publisher(Background):
         Raises:
             StructureMismatch: see ``Snapshot``.
             BadVersion: the store holds no channel, or a damaged one.
-            ValueError: an argument is wrong.
+            ValueError: an argument is wrong; or the channel's versions are single files and a folder is given, or
+                the reverse.
             TypeError: ``channel`` is neither a channel nor a path or URL, or ``model`` is a path.
         """
         if isinstance(model, str | os.PathLike):
@@ -173,7 +179,35 @@ class Publisher(Background):
             base = None if anchor_base is None else OutsideBase(anchor_base, anchor_base_id)
             source = ModelSource(snapshot, Coding(values, level, standalone), base, progress)
             run = Run(opened, source, AnchorRule(anchor_ratio, anchor_every))
+            check_model(opened, run, snapshot.specs, is_folder=snapshot.is_folder)
             super().__init__(run, context.pop_all())
+
+
+def check_model(
+    channel: Versions, run: Run, tensors: Mapping[str, TensorSpec], *, is_folder: bool
+) -> None:
+    """Check that a model is published as the channel's latest version is; log a warning if it is another model.
+
+    Args:
+        channel: where it is published.
+        run: of the publisher, before its first version.
+        tensors: of the model, by name.
+        is_folder: whether the versions of the run are folders.
+
+    Raises:
+        ValueError: the latest version is one file and those of the run are folders, or the reverse.
+    """
+    latest = read_latest(channel, run.head)
+    if latest is None:
+        return
+    remedy = (
+        "leave out the folder (folder=)"
+        if is_folder
+        else "give the folder of a checkpoint of this model (folder=)"
+    )
+    latest.check_kind("what this publisher adds", is_folder=is_folder, remedy=remedy)
+    if not run.is_at_head:
+        latest.warn(tensors)
 
 
 def publish_checkpoint(
@@ -213,13 +247,15 @@ def publish_checkpoint(
 
     Returns:
         None if nothing was added: no base is given and the head has the same tensors already; or ``checkpoint`` equals
-        ``base``, other files included, and neither ``step`` nor ``info`` is given.
+        ``base``, other files included, and neither ``step`` nor ``info`` is given; or ``base`` is not the head, but
+        ``checkpoint`` is, with ``step`` and ``info`` if they are given, as after the same call was made before.
 
     Raises:
         BaseMismatch: ``base`` is not the head of the channel.
         HeadMoved: another publisher added a version in the meantime.
         CheckpointError: a checkpoint cannot be read.
         OSError, RemoteError: the store failed.
+        ValueError: the versions of the channel are single files and ``checkpoint`` is a folder, or the reverse.
     """
     with ExitStack() as context:
         new = context.enter_context(Checkpoint(checkpoint, exclude=exclude, include=()))
@@ -230,15 +266,56 @@ def publish_checkpoint(
         source = CheckpointSource(new, old, Coding(values, level, standalone), outside, progress)
         context.callback(source.close)
         head = channel.head()
+        latest = read_latest(channel, head)
+        if latest:
+            remedy = (
+                f"give {'its weight file' if new.is_folder else 'the folder of the checkpoint'}"
+            )
+            latest.check_kind(f"'{checkpoint}'", is_folder=new.is_folder, remedy=remedy)
         if head and old is None and checkpoint_fingerprint(new, progress=progress) == head.target:
             return None
         run = Run(channel, source, AnchorRule(anchor_ratio, anchor_every))
         if old is not None and not run.is_at_head:
-            found = f"version {head.version}" if head else "empty"
-            raise BaseMismatch(
-                f"base '{base}' is not the head of channel '{channel.store.name}', which is {found};"
-                " give the checkpoint that was published last, or no base to publish in full"
-            )
+            if head and latest and _is_published(new, head, latest, step, info):
+                return None
+            raise _other_base(channel, head, old)
         if head and step is None and not info and source.is_unchanged(head.target):
             return None
+        if latest:
+            latest.warn({tensor.name: tensor.spec for tensor in new.tensors.values()})
         return run.publish(step=step, info=check_json(info or {}, "info"))
+
+
+def _is_published(
+    checkpoint: Checkpoint,
+    head: Entry,
+    latest: Latest,
+    step: int | None,
+    info: Mapping[str, JSON] | None,
+) -> bool:
+    """Return whether a checkpoint is the latest version, with its step and info if they are given."""
+    return (
+        step in (None, head.step)
+        and (not info or check_json(info, "info") == head.info)
+        and latest.has_files_of(checkpoint)
+        and checkpoint_fingerprint(checkpoint) == head.target
+    )
+
+
+def _other_base(channel: Versions, head: Entry | None, base: Checkpoint) -> BaseMismatch:
+    """Return the error about a base that is not the latest version; it says which of the last versions it is."""
+    where = f"channel '{channel.store.name}'"
+    if head is None:
+        return BaseMismatch(
+            f"base '{base.path}' is no version of {where}, which has none yet; leave out the base (--base): the first"
+            " version is written in full"
+        )
+    found = checkpoint_fingerprint(base)
+    last = islice(channel.back(head), _N_SEARCHED)
+    number = next((entry.version for entry in last if entry.target == found), None)
+    is_which = f"version {number}" if number else "not the latest version"
+    step = "" if head.step is None else f" (step {head.step})"
+    return BaseMismatch(
+        f"base '{base.path}' is {is_which} of {where}, whose latest version is {head.version}{step}; give the checkpoint"
+        f" of version {head.version} as the base, or leave out the base (--base) to publish in full"
+    )

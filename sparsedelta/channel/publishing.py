@@ -145,6 +145,11 @@ class Run:
         )
 
     @property
+    def head(self) -> Entry | None:
+        """The entry of the version that the next one follows."""
+        return self._head
+
+    @property
     def is_at_head(self) -> bool:
         """Whether the copy of what was published is the head; if not, the next version is an anchor."""
         return self._is_at_head
@@ -212,6 +217,8 @@ class Run:
         """Write the objects of a new version; return its entry."""
         channel, head = self._channel, self._head
         version = head.version + 1 if head else 1
+        if head:
+            _warn_of_earlier_step(head, version, captured.step)
         delta = self._put("deltas", version, change) if self._is_at_head else None
         anchor = self._anchor(captured.weights, version, delta, target)
         entry = Entry(
@@ -310,6 +317,15 @@ class Run:
                 raise failure
             channel.pause(_PAUSE_SECONDS * 2**number)
         raise AssertionError
+
+
+def _warn_of_earlier_step(head: Entry, version: int, step: int | None) -> None:
+    if step is not None and head.step is not None and step < head.step:
+        _log.warning(
+            "version %d has step %d and the version before it has step %d; this is right if the training was resumed from"
+            " an earlier checkpoint, otherwise check the step that is given",
+            version, step, head.step,
+        )  # fmt: skip
 
 
 def _since(before: tuple[Entry, int] | None, entry: Entry) -> tuple[Entry, int] | None:

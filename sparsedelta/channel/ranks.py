@@ -11,7 +11,7 @@ from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.channel.channel import open_channel
 from sparsedelta.channel.entry import AnchorBase
 from sparsedelta.channel.publication import Publication
-from sparsedelta.channel.publisher import Background, Publisher
+from sparsedelta.channel.publisher import Background, Publisher, check_model
 from sparsedelta.channel.publishing import AnchorRule, Change, Run
 from sparsedelta.channel.sources import with_target
 from sparsedelta.channel.versions import Versions
@@ -110,11 +110,14 @@ class RankPublisher:
                     anchor_ratio=anchor_ratio,
                     anchor_every=anchor_every,
                 )
-            elif self._homes:
+            elif self._homes and self._homes.layout:
+                layout = self._homes.layout
+                tensors = {tensor.name: tensor.spec for tensor in layout.tensors.values()}
                 with ExitStack() as context:
                     opened = open_channel(channel, context)
                     rule = AnchorRule(anchor_ratio, anchor_every)
                     run = Run(opened, _RankSource(self._homes), rule)
+                    check_model(opened, run, tensors, is_folder=layout.is_folder)
                     self._publisher = Background(run, context.pop_all())
 
         try:

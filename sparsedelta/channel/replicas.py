@@ -13,7 +13,7 @@ from sparsedelta._typing import AnyPath
 from sparsedelta.channel.entry import AnchorBase, Entry
 from sparsedelta.channel.following import Onto
 from sparsedelta.channel.placed import Placed, parse_placed, placed, placed_json
-from sparsedelta.errors import CheckpointError, Corrupt, FormatError
+from sparsedelta.errors import BadVersion, CheckpointError, Corrupt, FormatError
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.fs import (
@@ -112,6 +112,8 @@ class DiskReplica:
             check = check_checkpoint_folder if deltas[-1].target.is_folder else check_no_folder
             if not is_ours:
                 check(self._out)
+            if held is not None or (is_ours and not self._overwrite):
+                self._check_kind(to, is_folder=deltas[-1].target.is_folder)
             if not deltas[-1].target.is_folder:
                 check_no_slash(self._given, "model.safetensors")
             if is_ours and held is None:
@@ -131,6 +133,15 @@ class DiskReplica:
             self._write(stacked(context, deltas, place), place, staged)
             before = [one for one in self._listed() if one.is_in(self._out)]
             self._note([placed(to, staged), *before])
+
+    def _check_kind(self, to: Entry, *, is_folder: bool) -> None:
+        """Raise BadVersion if a folder would become one file, or the reverse."""
+        if self._out.exists() and self._out.is_dir() != is_folder:
+            held, new = ("a folder", "one file") if self._out.is_dir() else ("one file", "a folder")
+            raise BadVersion(
+                f"version {to.version} is {new}, and '{self._out}' is {held}; nothing was changed; all versions of a channel"
+                " must be of one kind: publish in a new channel, or follow this one to a new place"
+            )
 
     def _write(self, delta: Delta, base: Path, out: Path) -> None:
         with open_base(base, delta) as checkpoint:

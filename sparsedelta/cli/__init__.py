@@ -23,6 +23,7 @@ from sparsedelta.cli._failures import (
     guard_streams,
     report_failure,
     report_interrupt,
+    shown_warnings,
 )
 from sparsedelta.cli._help import COMMANDS, format_commands
 
@@ -111,7 +112,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> None:
         """Run a command. Exit with 1 on an expected error, and with 128 + N on signal N."""
         try:
-            with ending_signals():
+            with ending_signals(), shown_warnings():
                 super().invoke(ctx)
         except KeyboardInterrupt as error:
             number = error.args[0] if error.args else signal.SIGINT

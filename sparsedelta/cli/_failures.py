@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import signal
 import sys
 import threading
@@ -49,6 +50,24 @@ def report_failure(error: BaseException, *, with_traceback: bool) -> None:
         f" (sparsedelta explain {error.code})" if isinstance(error, SparseDeltaError) else ""
     )
     click.echo(f"error: {redacted(describe(error), known)}{explained}", err=True)
+
+
+class _Warnings(logging.Handler):
+    """Prints what the library warns of on stderr, one line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"warning: {printable(record.getMessage())}", err=True)
+
+
+@contextmanager
+def shown_warnings() -> Iterator[None]:
+    """Print the warnings of the library on stderr."""
+    handler, library = _Warnings(logging.WARNING), logging.getLogger("sparsedelta")
+    library.addHandler(handler)
+    try:
+        yield
+    finally:
+        library.removeHandler(handler)
 
 
 def _credentials(error: BaseException) -> set[str]:

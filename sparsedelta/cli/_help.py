@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import click
@@ -47,13 +48,28 @@ _FOR_PATHS = ("base", "target", "output")
 
 
 class Command(click.Command):
-    """A command whose help page lists options in groups, and which says where a surplus path belongs."""
+    """A command whose help page lists options in groups, and whose errors say where an argument belongs."""
 
     allow_extra_args = True  # parse_args refuses them with its own message
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments. The error of a surplus one names the options that take a path."""
-        surplus = super().parse_args(ctx, args)
+        """Parse the arguments. The error of a missing or surplus one shows how the command is called."""
+        try:
+            surplus = super().parse_args(ctx, args)
+        except click.MissingParameter as error:
+            raise click.MissingParameter(
+                f"Example: {self.example}",
+                error.ctx,
+                error.param,
+                error.param_hint,
+                error.param_type,
+            ) from None
+        except click.NoSuchOption as error:
+            argument = self._argument_for(error.option_name, ctx)
+            if argument is None:
+                raise
+            message = f"no such option {error.option_name!r}; give {argument} as an argument, in this order: {self.example}"
+            raise click.UsageError(message, ctx) from None
         if surplus and not ctx.resilient_parsing:
             taken = [p.make_metavar(ctx) for p in self.params if isinstance(p, click.Argument)]
             options = [
@@ -67,6 +83,18 @@ class Command(click.Command):
                 f"unexpected argument {surplus[0]!r}: this command takes {' '.join(taken) or 'no argument'}{more}"
             )
         return surplus
+
+    @property
+    def example(self) -> str:
+        """The first example of the help page."""
+        lines = map(str.strip, (self.epilog or "").splitlines())
+        return next(line for line in lines if line.startswith("sparsedelta "))
+
+    def _argument_for(self, option: str, ctx: click.Context) -> str | None:
+        """Return the argument in whose place an option of another command was given; None if there is none."""
+        name = {"-o": "OUT", "--output": "OUT"}.get(option, option.lstrip("-").upper())
+        taken = [p.make_metavar(ctx) for p in self.params if isinstance(p, click.Argument)]
+        return name if any(name in re.findall(r"[A-Z]+", metavar) for metavar in taken) else None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options of each group."""

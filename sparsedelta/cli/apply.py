@@ -59,7 +59,9 @@ def command(
     SHiRA), which is merged into BASE, or a delta of another project (docs/interop.md).
     """
     if len(deltas_and_out) < 2:
-        raise click.UsageError("give BASE, at least one DELTA, and OUT, in this order")
+        raise click.UsageError(
+            "give BASE, at least one DELTA, and OUT, in this order. Example: sparsedelta apply base/ delta.sd out/"
+        )
     from sparsedelta.ops.apply import check_apart, check_order  # with numpy
 
     *deltas, last = deltas_and_out

@@ -171,7 +171,9 @@ def command(
         plan = read_configuration(configuration)
         base, deltas, options = plan.base, plan.deltas, plan.options
     if base is None or not deltas:
-        raise click.UsageError("give BASE and at least one DELTA, or --config")
+        raise click.UsageError(
+            "give BASE and at least one DELTA, or --config. Example: sparsedelta merge base/ sql.sd chat.sd -o both.sd"
+        )
     _check_no_number((base, *deltas))
     _check_not_delta(base)
     with Sources(settings) as sources, progress_bar(settings) as progress:

@@ -80,6 +80,7 @@ class Homes:
 
     Attributes:
         fingerprint: of what is published, on rank 0 when it was made.
+        layout: its files and tensors, without their bytes; None on other ranks than 0.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class Homes:
                 self._side_files = {at: digest_file(f) for at, f in layout.side_files.items()}
             return layout
 
-        self._layout = group.together(described)
+        self.layout = group.together(described)
         self._thread: threading.Thread | None = None
         if self._rank:
             self._thread = threading.Thread(
@@ -153,8 +154,8 @@ class Homes:
             self._all_do("end")
         if self._thread:
             self._thread.join()
-        if self._layout:
-            self._layout.close()
+        if self.layout:
+            self.layout.close()
 
     def _serve(self) -> None:
         """Do what rank 0 says until it ends."""
@@ -237,7 +238,7 @@ class Homes:
         published: Mapping[str, tuple[int, bytes]],
     ) -> Delta:
         """Return the deltas of all ranks as one."""
-        layout = self._layout
+        layout = self.layout
         if layout is None:
             raise AssertionError
         parts = self._all_do(command, options)

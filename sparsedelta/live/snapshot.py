@@ -98,6 +98,9 @@ class Snapshot:
     """A copy of the last published state of a model.
 
     It must not be used from several threads at once. The model must not change while a method runs.
+
+    Attributes:
+        is_folder: whether the deltas are between folders.
     """
 
     def __init__(
@@ -160,6 +163,7 @@ class Snapshot:
             return kept
 
         with self._checkpoint() as now:
+            self.is_folder = now.is_folder
             self._layout = _layout(now)
             self._side_files = {path: digest_file(at) for path, at in now.side_files.items()}
             kept = run_all(

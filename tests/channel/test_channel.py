@@ -138,8 +138,8 @@ def test_a_base_that_is_not_the_head_is_refused(tmp_path: Path) -> None:
     one, two = save(tmp_path / "one", 1), save(tmp_path / "two", 2)
     publish_checkpoint(channel, one)
     assert publish_checkpoint(channel, one) is None
-    with pytest.raises(BaseMismatch, match="not the head"):
-        publish_checkpoint(channel, one, base=two)
+    with pytest.raises(BaseMismatch, match="is not the latest version"):
+        publish_checkpoint(channel, save(tmp_path / "three", 3), base=two)
     assert len(channel.log()) == 1
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from channel.weights import is_at, save
+from channel.weights import is_at, save, weights
 from click.testing import CliRunner, Result
+from safetensors.torch import save_file
 
 import sparsedelta
 from sparsedelta.channel.publisher import publish_checkpoint
@@ -87,12 +88,27 @@ def test_publish_of_the_same_is_a_note(run: Run, tmp_path: Path) -> None:
     assert len(answer(run("log", "c", "--json"))["versions"]) == 1
     assert "nothing was published" in run("publish", "c", "1", "--base", "1").stderr
     same = run("publish", "c", "1", "--base", "1", "--step", "5")
+    assert "nothing was published" in run("publish", "c", "1", "--base", "2", "--step", "5").stderr
     assert "version 2 has the same weights as version 1" in same.stderr
     assert "same" not in run("publish", "c", "2", "--base", "1").stderr
     shutil.copytree("2", "of the same weights")
     (tmp_path / "of the same weights" / "config.json").write_text("{}")
     run("publish", "c", "of the same weights", "--base", "2")
     assert len(answer(run("log", "c", "--json"))["versions"]) == 4
+
+
+def test_publish_of_the_other_kind_is_refused_and_of_another_dtype_reported(
+    run: Run, tmp_path: Path
+) -> None:
+    run("publish", "c", "1/model.safetensors", "--step", "2")
+    refused = run("publish", "c", "2", code=1).stderr
+    assert "are single files, and '2' is a folder; give its weight file" in refused
+    held = {name: tensor.double() for name, tensor in weights(2).items()}
+    save_file(held, tmp_path / "2" / "model.safetensors")
+    words = run("publish", "c", "2/model.safetensors", "--step", "1", "--quiet").stderr.splitlines()
+    assert words[0].startswith("warning: 2 of 2 tensors have another dtype than in version 1")
+    assert words[1].startswith("warning: version 2 has step 1 and the version before it has step 2")
+    assert len(words) == 2
 
 
 def test_a_first_publish_that_fails_leaves_no_channel(run: Run, tmp_path: Path) -> None:
@@ -205,7 +221,7 @@ def test_follow_mends_its_folder(
         (("log", "1/model.safetensors"), "is a file, expected a channel"),
         (("publish", "1/model.safetensors", "2"), "is a file, expected a channel"),
         (("prune", "1", "--keep", "1"), "not a channel"),
-        (("publish", "c", "2", "--base", "1"), "not the head"),
+        (("publish", "c", "2", "--base", "1"), "which has none yet"),
         (("prune", "c",), "--keep"),
         (("prune", "c", "--keep", "1.5"), "'1.5' is not a valid integer."),
         (("publish", "https://127.0.0.1:1/c", "1"), "127.0.0.1"),

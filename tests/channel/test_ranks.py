@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import sparsedelta
+from sparsedelta.channel.publisher import publish_checkpoint
 from sparsedelta.channel.ranks import RankPublisher
 from sparsedelta.errors import HeadMoved, SparseDeltaError, StructureMismatch
 from sparsedelta.format.spool import SpoolPayload
@@ -328,6 +329,26 @@ def test_a_run_that_resumes_continues_with_deltas(ranks: RankPool, tmp_path: Pat
     assert ranks.results(resumed, str(tmp_path))[0] == [4, 3, 2]
     sparsedelta.Follower(sparsedelta.Channel(tmp_path / "channel"), tmp_path / "out").sync()
     assert is_equal(load_file(tmp_path / "out"), expected(4))
+
+
+def onto_another_kind(rank: int, root: str) -> str:
+    try:
+        RankPublisher(f"{root}/channel", divided("fsdp2"), folder=f"{root}/folder")
+    except (SparseDeltaError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_the_other_kind_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    save_file(expected(1), tmp_path / "folder" / "model.safetensors")
+    publish_checkpoint(
+        sparsedelta.Channel(tmp_path / "channel"), tmp_path / "folder" / "model.safetensors"
+    )
+    first, second = ranks.results(onto_another_kind, str(tmp_path))
+    assert first.startswith("ValueError: the versions of channel")
+    assert "are single files, and what this publisher adds is a folder" in first
+    assert second.startswith("RankFailed: rank 0 has failed")
 
 
 def test_an_error_of_rank_0_is_raised_on_all(ranks: RankPool, tmp_path: Path) -> None:

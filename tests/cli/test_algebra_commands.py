@@ -10,6 +10,7 @@ from cli.cli_helpers import Run, Workplace
 from helpers import assert_same_files, noise, small_chunks, state, tree, write_file
 
 import sparsedelta
+from sparsedelta.cli import COMMANDS
 
 
 @pytest.fixture
@@ -260,3 +261,87 @@ def test_numbers_that_are_not_separated_by_commas(
         "'0.3' is not the path of a delta; separate numbers by commas, as in --weights 0.7,0.3"
         in " ".join(result.stderr.split())
     )
+
+
+def test_the_error_about_deltas_of_other_dtypes_names_both(tmp_path: Path, run: Run) -> None:
+    paths: list[Path] = []
+    for dtype in ("F32", "BF16"):
+        raw, v = noise(dtype, 8), noise("F32", 4).changed(len(paths))
+        base = write_file(tmp_path / f"{dtype}.safetensors", {"v": v, "w": raw})
+        target = {"v": v, "w": raw.changed(0)}
+        with sparsedelta.diff(base, write_file(tmp_path / "t.safetensors", target)) as delta:
+            paths.append(tmp_path / f"{dtype}.sd")
+            delta.save(paths[-1])
+    for one, other, says in (
+        (
+            paths[0],
+            paths[1],
+            "tensor 'w' is F32 in the target of delta 1 and BF16 in the base of delta 2",
+        ),
+        (
+            paths[1],
+            paths[0],
+            "tensor 'w' is BF16 in the target of delta 1 and F32 in the base of delta 2",
+        ),
+    ):
+        result = run("stack", one, other, "-o", tmp_path / "both.sd")
+        assert (result.exit_code, says in result.stderr) == (1, True), result.stderr
+
+
+def test_deltas_that_retype_a_tensor_have_an_order_and_siblings_name_the_dtypes(
+    tmp_path: Path, run: Run
+) -> None:
+    w, v = noise("F32", 8), noise("F32", 4)
+    contents = (
+        {"w": w, "v": v},
+        {"w": w.changed(4), "v": v.changed(0)},
+        {"w": noise("BF16", 8), "v": v.changed(0, 4)},
+    )
+    files = [write_file(tmp_path / f"{n}.safetensors", one) for n, one in enumerate(contents)]
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        with sparsedelta.diff(files[one], files[other]) as delta:
+            delta.save(tmp_path / f"{one}{other}.sd")
+    result = run("stack", tmp_path / "12.sd", tmp_path / "01.sd", "-o", tmp_path / "both.sd")
+    assert "they are a chain in the order 2, 1" in result.stderr
+    result = run("stack", tmp_path / "02.sd", tmp_path / "01.sd", "-o", tmp_path / "both.sd")
+    assert "retypes or reshapes tensor 'w' (BF16), and delta 2 changes its elements (F32);" in (
+        result.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            "merge a.sd b.sd --base base/ -o out.sd",
+            "no such option '--base'; give BASE as an argument, in this order: sparsedelta merge base/ sql.sd chat.sd -o",
+        ),
+        (
+            "apply base/ a.sd -o out",
+            "give OUT as an argument, in this order: sparsedelta apply base/",
+        ),
+        (
+            "stack --delta a.sd -o out.sd",
+            "give DELTA as an argument, in this order: sparsedelta stack",
+        ),
+        ("stack a.sd --bass base/", "No such option '--bass'. Did you mean '--base'?"),
+        ("stack a.sd", "Missing option '-o' / '--output'. Example: sparsedelta stack monday.sd"),
+        ("apply base/", "in this order. Example: sparsedelta apply base/ delta.sd out/"),
+        (
+            "merge -o out.sd",
+            "or --config. Example: sparsedelta merge base/ sql.sd chat.sd -o both.sd",
+        ),
+    ],
+)
+def test_usage_errors_show_how_the_command_is_called(line: str, says: str, run: Run) -> None:
+    result = run(*line.split())
+    assert (result.exit_code, says in result.stderr) == (2, True), result.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_missing_argument_is_reported_with_an_example(name: str, run: Run) -> None:
+    result = run(name)
+    if "Missing argument" in result.stderr:
+        assert f". Example: sparsedelta {name} " in result.stderr
+    else:
+        assert name in ("apply", "merge", "explain", "doctor", "completion"), result.stderr

@@ -57,16 +57,41 @@ def _may_be_chain(deltas: Sequence[Delta]) -> bool:
 
 
 def _conflict(deltas: Sequence[Delta], gap: int) -> ConflictError:
-    missing = first_gap(deltas[gap], deltas[gap + 1])
+    one, following = deltas[gap], deltas[gap + 1]
+    order = _order(deltas)
+    retyped = _retyped(one, following)
+    if retyped and not order:
+        name, before, after = retyped
+        return ConflictError(
+            f"tensor {name!r} is {before} in the target of delta {gap + 1} and {after} in the base of delta {gap + 2}; deltas"
+            " of models of different dtypes cannot be stacked: make both from models of one dtype",
+            tensor=name,
+        )
+    missing = first_gap(one, following)
     name = missing.name if missing else ""
+    advice = (
+        f"they are a chain in the order {', '.join(str(n + 1) for n in order)}"
+        if order
+        else "a delta is missing between them, or one does not belong to them"
+    )
     return ConflictError(
         f"tensor {name!r}: delta {gap + 2} was not made from the target of delta {gap + 1}, and not all"
-        f" deltas were made from the same base; {_advice(deltas)}",
+        f" deltas were made from the same base; {advice}",
         tensor=name,
     )
 
 
-def _advice(deltas: Sequence[Delta]) -> str:
+def _retyped(one: Delta, following: Delta) -> tuple[str, str, str] | None:
+    """Return the name and both dtypes of a tensor that ``following`` needs in another dtype than ``one`` leads to."""
+    dtypes = {row.name: row.target.dtype.name for row in one.tensors}
+    for base in (row.base for row in following.tensors if row.base):
+        if dtypes.get(base.name, base.spec.dtype.name) != base.spec.dtype.name:
+            return base.name, dtypes[base.name], base.spec.dtype.name
+    return None
+
+
+def _order(deltas: Sequence[Delta]) -> list[int]:
+    """Return the order in which deltas are a chain, by their places; empty if there is none."""
     for start in range(len(deltas)):
         order = [start]
         while len(order) < len(deltas):
@@ -76,5 +101,5 @@ def _advice(deltas: Sequence[Delta]) -> str:
                 break
             order.append(following)
         else:
-            return f"they are a chain in the order {', '.join(str(n + 1) for n in order)}"
-    return "a delta is missing between them, or one does not belong to them"
+            return order
+    return []

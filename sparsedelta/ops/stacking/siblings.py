@@ -121,9 +121,13 @@ def _check_rows(links: Links) -> None:
     if reshaping and len(changing) > 1:
         other = next(link for link in changing if link is not reshaping[0])
         name = reshaping[0].row.name
+        one, two = (
+            f" ({dtype.name})" if not reshaping[0].row.target.same_dtype(other.row.target) else ""
+            for dtype in (reshaping[0].row.target.dtype, other.row.target.dtype)
+        )
         raise ConflictError(
-            f"delta {reshaping[0].number} adds, retypes or reshapes tensor {name!r}, and delta"
-            f" {other.number} changes its elements; they have no common target",
+            f"delta {reshaping[0].number} adds, retypes or reshapes tensor {name!r}{one}, and delta"
+            f" {other.number} changes its elements{two}; they have no common target",
             tensor=name,
         )
     if len({base for base in bases if base}) > 1:
