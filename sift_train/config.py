@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from sift_train.chooser import BUDGETS
 from sift_train.groups import DECAYS
 from sift_train.host import refuse_scaler
+from sift_train.known import settings_checked
 from sift_train.lean import check_masters
 from sift_train.plain import PlainJSON, plain
 from sift_train.reselection import Reselection, find_reselection
@@ -35,6 +36,7 @@ PRECISIONS = ("no", "bf16", "fp16")
 REDUCE_DTYPES = ("fp32", "bf16")
 
 
+@settings_checked
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """Settings of ``fit``.

@@ -23,6 +23,7 @@ from sift_train.basecheck import check_base
 from sift_train.config import Evaluation, FitConfig, FitResult, StepReport
 from sift_train.export import NO_BASE, check_outputs, export_delta, write_delta
 from sift_train.groups import lr_info
+from sift_train.known import names_checked
 from sift_train.listeners import Callbacks, Report, Tracker, progress_bar
 from sift_train.loading import hidden_progress_bars, load_model
 from sift_train.loop import Evaluate, Listener, Loss, Run
@@ -32,6 +33,7 @@ from sift_train.ranks.group import expected_size, launched_processes
 from sift_train.sift import SIFT
 from sift_train.starting import check_start
 from sift_train.targets import check_saves_weights
+from sift_train.yaml_files import names_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -40,6 +42,9 @@ logger = logging.getLogger(__name__)
 CURVE_POINTS = 500
 
 
+@names_checked(
+    elsewhere=names_of(FitConfig), where="a setting of FitConfig, which is given as config="
+)
 def fit(
     model: str | PathLike[str] | nn.Module,
     data: Iterable[Any],

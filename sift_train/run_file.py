@@ -36,7 +36,7 @@ from sift_train.labelled import (
 from sift_train.listeners import Report
 from sift_train.loading import check_model_folder, checkpoint_dtype, hidden_progress_bars
 from sift_train.starting import check_start
-from sift_train.yaml_files import read_yaml, settings_of
+from sift_train.yaml_files import names_of, read_yaml, settings_of
 
 TASKS = ("text-classification", "causal-lm")
 _LOCAL = re.compile(r"^[./~]|^[A-Za-z]:|\\|/$")  # how paths are written, and repositories are not
@@ -101,7 +101,13 @@ class RunFile:
             raise ValueError("train is no mapping of settings; indent them below 'train:'")
         if "accumulation" in self.train:
             raise ValueError("train has accumulation; set batch_size and micro_batch instead")
-        settings_of(FitConfig, self.train, "train")
+        settings_of(
+            FitConfig,
+            self.train,
+            "train",
+            elsewhere=names_of(RunFile),
+            other="a setting of the file itself, not of 'train:'",
+        )
 
     @property
     def size(self) -> int:
@@ -128,7 +134,13 @@ def run_file(
         FileNotFoundError: a file or folder does not exist.
         ValueError: the file has a setting that is not known or out of range, or as ``fit``.
     """
-    run = settings_of(RunFile, read_yaml(path), f"'{path}'")
+    run = settings_of(
+        RunFile,
+        read_yaml(path),
+        f"'{path}'",
+        elsewhere=names_of(FitConfig),
+        other="a setting of 'train:', so it is indented below it",
+    )
     config = settings_of(
         FitConfig, {**run.train, "accumulation": run.batch_size // run.size}, f"'{path}'"
     )

@@ -139,7 +139,16 @@ def test_a_file_trains_a_language_model(tmp_path: Path) -> None:
     [
         ({"task": "vision"}, "task is 'vision'; choose one of text-classification, causal-lm"),
         ({"data": None}, "lacks the setting 'data'"),
-        ({"batchsize": 3}, "has the setting 'batchsize'"),
+        (
+            {"batchsize": 3},
+            "has the setting 'batchsize', which is not known; did you mean 'batch_size'?",
+        ),
+        (
+            {"lr": 3},
+            "'lr', which is not known; it is a setting of 'train:', so it is indented below",
+        ),
+        ({"train": {"output": "d"}}, "it is a setting of the file itself, not of 'train:'"),
+        ({"train": {"batch_sise": 2}}, "did you mean 'batch_size', a setting of the file itself"),
         ({"batch_size": 6, "micro_batch": 4}, "no multiple of micro_batch"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"train": [1]}, "train is no mapping"),
