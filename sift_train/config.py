@@ -264,6 +264,7 @@ class FitResult:
         evaluations: all evaluations, in order.
         stopped: why the run ended: ``"done"``: all steps are done; ``"patience"``: no better value;
             ``"interrupted"``: Ctrl-C or SIGTERM; ``"data"``: the data ended before ``max_steps``.
+        checkpoint: folder of the newest checkpoint in ``run_dir``, from which ``resume`` continues; None if there is none.
     """
 
     delta: Path
@@ -278,6 +279,7 @@ class FitResult:
     kept_step: int
     evaluations: tuple[Evaluation, ...] = ()
     stopped: str = "done"
+    checkpoint: Path | None = None
 
     @property
     def n_steps(self) -> int:

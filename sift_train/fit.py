@@ -219,6 +219,8 @@ def fit(
             delta_bytes = sift.ranks.first_does(lambda: Path(output).stat().st_size)
         if publishing:
             publishing.finish(_remedy(output, save_target))
+    if run.stopped == "interrupted" and sift.ranks.is_first:
+        logger.warning("%s", _how_to_continue(run, n_steps, folder))
     return FitResult(
         delta=Path(output),
         delta_bytes=delta_bytes,
@@ -232,7 +234,17 @@ def fit(
         kept_step=run.kept_step,
         evaluations=tuple(run.evaluations),
         stopped=run.stopped,
+        checkpoint=run.checkpoint,
     )
+
+
+def _how_to_continue(run: Run, n_steps: int, folder: Path | None) -> str:
+    """Return the sentence for a user who has interrupted a run."""
+    at = f"interrupted after step {len(run.losses)} of {n_steps}"
+    if run.checkpoint is not None:
+        return f"{at}; to continue, start the same run again and resume it (resume=True, --resume)"
+    way_out = "; give run_dir to get one" if folder is None else ""
+    return f"{at}; there is no checkpoint to continue from{way_out}"
 
 
 def _remedy(output: str | PathLike[str], save_target: str | PathLike[str] | None) -> str:

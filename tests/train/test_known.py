@@ -67,7 +67,7 @@ def test_a_setting_in_a_file(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
     for kind in (FitConfig, SiftConfig):
         with pytest.raises(ValueError, match=message):
-            kind.from_yaml(tmp_path / "c.yaml")  # type: ignore[attr-defined]
+            kind.from_yaml(tmp_path / "c.yaml")
 
 
 def test_signatures_and_settings_stay_as_they_are() -> None:
