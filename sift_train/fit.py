@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -108,8 +109,9 @@ def fit(
         FileExistsError: ``output`` or ``save_target`` exists and ``overwrite`` is not set; or ``run_dir`` holds a
             checkpoint and ``resume`` is not set.
         FileNotFoundError: the base, or the folder of an output, does not exist.
-        TypeError: ``config`` is no FitConfig, ``model`` no model, ``evaluate`` returns no numbers, the model's output has no loss, or the data has no length and ``max_steps`` is
-            not set.
+        IsADirectoryError, NotADirectoryError, PermissionError: an output or ``run_dir`` cannot be written where it is.
+        TypeError: the data is a path; ``config`` is no FitConfig, ``model`` no model, ``evaluate`` returns no numbers,
+            the model's output has no loss, or the data has no length and ``max_steps`` is not set.
         ValueError: an argument is out of range; a parameter cannot be trained in place; the base
             differs from the model's first weights or has no safetensors file; the data is empty;
             the loss is infinite or NaN; or the checkpoint belongs to a run with other settings.
@@ -124,6 +126,7 @@ def fit(
         raise TypeError(
             f"model is of type {type(model).__name__}, expected a module or the folder of one; the order is fit(model, data)"
         )
+    _check_data(data)
     source = None if isinstance(model, nn.Module) else model
     start = check_start(
         config,
@@ -307,6 +310,19 @@ def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
             f"the output of {type(model).__name__} has no loss; {way_out}, or give fit a loss function"
         )
     return loss
+
+
+def _check_data(data: Iterable[Any]) -> None:
+    """Raise TypeError if the data is the path of a file, or cannot be iterated over."""
+    if isinstance(data, str | PathLike):
+        raise TypeError(
+            f"data is the path '{os.fspath(data)}', expected micro-batches, such as a DataLoader; make them from the file,"
+            " or train from a YAML file, which reads it (python -m sift_train --config run.yaml)"
+        )
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise TypeError(
+            f"data is of type {type(data).__name__}, expected micro-batches, such as a list or a DataLoader"
+        )
 
 
 def _count_steps(data: Iterable[Any], config: FitConfig, n_ranks: int) -> int:
