@@ -131,8 +131,9 @@ def run_file(
         progress: as for ``fit``.
 
     Raises:
-        FileNotFoundError: a file or folder does not exist.
-        ValueError: the file has a setting that is not known or out of range, or as ``fit``.
+        OSError: a file or folder does not exist, cannot be read or written, or is the other of both; or as ``fit``.
+        ValueError: the file has a setting that is not known or out of range, an output is something that the run
+            reads, the examples have another form or another label; or as ``fit``.
     """
     run = settings_of(
         RunFile,
@@ -196,8 +197,13 @@ class _Made:
 
 
 def _check_outputs(run: RunFile, own: str) -> None:
-    """Raise ValueError if an output is a file that the run reads."""
-    inputs = {"the YAML file": own, "data": run.data, "evaluation": run.evaluation}
+    """Raise ValueError if an output is a file or folder that the run reads: it could be overwritten."""
+    inputs = {
+        "the YAML file": own,
+        "model": run.model,
+        "data": run.data,
+        "evaluation": run.evaluation,
+    }
     for output in (run.output, run.save_target):
         for name, path in inputs.items():
             if (
