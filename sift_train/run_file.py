@@ -131,7 +131,7 @@ def run_file(
         progress: as for ``fit``.
 
     Raises:
-        OSError: a file or folder does not exist, cannot be read or written, or is the other of both; or as ``fit``.
+        OSError: a path does not exist, cannot be read or written, or is a folder in place of a file; or as ``fit``.
         ValueError: the file has a setting that is not known or out of range, an output is something that the run
             reads, the examples have another form or another label; or as ``fit``.
     """
