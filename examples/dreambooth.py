@@ -16,13 +16,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from needed import TRAIN, TRAINING, need
 
-import sift_train
-import sparsedelta
+need(f"{TRAIN} diffusers matplotlib", *TRAINING, "diffusers", "matplotlib")
+
+import diffusers  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+import sift_train  # noqa: E402
+import sparsedelta  # noqa: E402
 
 SIZE = 16  # of the pictures, in pixels
 DISC, THING = 0, 1  # the words of the model

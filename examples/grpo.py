@@ -16,6 +16,8 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
+from needed import TRAIN, TRAINING, need
+
 
 def main() -> int:
     """Train, follow, and print a summary."""
@@ -24,6 +26,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="the delta to write")
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
+    need(f"{TRAIN} --group recipes", *TRAINING, "trl", "datasets")
     import torch  # after the options, so that --help is fast
     from datasets import Dataset  # type: ignore[import-untyped]
     from transformers import PrinterCallback

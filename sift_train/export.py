@@ -36,6 +36,7 @@ from sift_train.ranks.export import check_shards, mean_changes_of_shards
 from sift_train.ranks.shard import is_sharded
 from sift_train.readback import check_reads_back
 from sift_train.sift import SIFT
+from sift_train.starting import check_paths
 from sift_train.targets import check_saves_weights
 from sift_train.weightfiles import dtype_of, weights_of
 
@@ -250,32 +251,13 @@ def check_outputs(
     """Check the paths of an export before any work is done.
 
     Raises:
-        FileExistsError: ``output`` or ``save_target`` exists and ``overwrite`` is not set.
-        FileNotFoundError: the base, or the folder of an output, does not exist.
-        IsADirectoryError: ``output`` ends in a slash.
+        OSError, ValueError: as ``check_paths``.
         ValueError: the base is of the wrong kind, or has no safetensors file.
     """
-    if os.fspath(output).endswith(("/", os.sep)):
-        raise IsADirectoryError(
-            f"output '{output}' is written like a folder, but the output is one file; give the name of a"
-            f" file, such as '{output}delta.sd'"
-        )
-    for given in (output, save_target):
-        if given is None:
-            continue
-        if os.path.lexists(given) and not overwrite:
-            raise FileExistsError(
-                f"output '{given}' exists; choose another name, or overwrite it (overwrite=True, --overwrite)"
-            )
-        if not Path(os.path.abspath(given)).parent.is_dir():
-            raise FileNotFoundError(
-                f"the folder of output '{given}' does not exist; create it first"
-            )
+    check_paths(output, base=base, save_target=save_target, overwrite=overwrite)
     if base is None:
         return
     base_path = Path(base)
-    if not base_path.exists():
-        raise FileNotFoundError(f"base '{base_path}' does not exist")
     if _is_transformers(model) != base_path.is_dir():
         expected = "folder" if _is_transformers(model) else "safetensors file"
         other_way = (

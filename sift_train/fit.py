@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-import sparsedelta
 from sift_train import runfolder
 from sift_train.basecheck import check_base
 from sift_train.config import Evaluation, FitConfig, FitResult, StepReport
 from sift_train.export import NO_BASE, check_outputs, export_delta, write_delta
 from sift_train.groups import lr_info
+from sift_train.known import names_checked
 from sift_train.listeners import Callbacks, Report, Tracker, progress_bar
 from sift_train.loading import hidden_progress_bars, load_model
 from sift_train.loop import Evaluate, Listener, Loss, Run
@@ -32,7 +32,9 @@ from sift_train.publishing import Publishing
 from sift_train.ranks.fitting import check_sharded_fit, has_shards
 from sift_train.ranks.group import expected_size, launched_processes
 from sift_train.sift import SIFT
+from sift_train.starting import check_start
 from sift_train.targets import check_saves_weights
+from sift_train.yaml_files import names_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -41,6 +43,9 @@ logger = logging.getLogger(__name__)
 CURVE_POINTS = 500
 
 
+@names_checked(
+    elsewhere=names_of(FitConfig), where="a setting of FitConfig, which is given as config="
+)
 def fit(
     model: str | PathLike[str] | nn.Module,
     data: Iterable[Any],
@@ -104,8 +109,9 @@ def fit(
         FileExistsError: ``output`` or ``save_target`` exists and ``overwrite`` is not set; or ``run_dir`` holds a
             checkpoint and ``resume`` is not set.
         FileNotFoundError: the base, or the folder of an output, does not exist.
-        TypeError: ``config`` is no FitConfig, ``model`` no model, ``evaluate`` returns no numbers, the model's output has no loss, or the data has no length and ``max_steps`` is
-            not set.
+        IsADirectoryError, NotADirectoryError, PermissionError: an output or ``run_dir`` cannot be written where it is.
+        TypeError: the data is a path; ``config`` is no FitConfig, ``model`` no model, ``evaluate`` returns no numbers,
+            the model's output has no loss, or the data has no length and ``max_steps`` is not set.
         ValueError: an argument is out of range; a parameter cannot be trained in place; the base
             differs from the model's first weights or has no safetensors file; the data is empty;
             the loss is infinite or NaN; or the checkpoint belongs to a run with other settings.
@@ -116,19 +122,24 @@ def fit(
         raise TypeError(
             f"config is of type {type(config).__name__}, expected FitConfig; a dict of settings is FitConfig(**settings)"
         )
-    _check_evaluates(config, evaluate)
-    folder = _run_folder(config, run_dir, resume=resume)
-    checkpoint = runfolder.newest(folder) if folder else None
-    if checkpoint is not None and not resume:
-        raise FileExistsError(
-            f"run_dir '{run_dir}' holds a checkpoint of an earlier run, after step {runfolder.step_of(checkpoint)}; resume"
-            " that run (resume=True, --resume), choose another run_dir, or delete this one"
-        )
     if not isinstance(model, nn.Module | str | PathLike):
         raise TypeError(
             f"model is of type {type(model).__name__}, expected a module or the folder of one; the order is fit(model, data)"
         )
+    _check_data(data)
     source = None if isinstance(model, nn.Module) else model
+    start = check_start(
+        config,
+        output=output,
+        base=base,
+        save_target=save_target,
+        run_dir=run_dir,
+        resume=resume,
+        overwrite=overwrite,
+        evaluates=evaluate is not None,
+    )
+    folder, checkpoint, overwrite = start.folder, start.checkpoint, start.overwrite
+    n_steps = _count_steps(data, config, expected_size())
     report = Report(shown=progress)
     if not isinstance(model, nn.Module):
         base = model if base is None else base
@@ -140,20 +151,11 @@ def fit(
     is_sharded = has_shards(model)
     check_saves_weights(model, may_be_sharded=expected_size() > 1)
     _check_not_compiled(model)
-    if checkpoint is not None and os.path.lexists(output) and not overwrite:
-        overwrite = _is_of_interrupted_run(output, runfolder.step_of(checkpoint))
-    if checkpoint is not None and os.path.lexists(output) and not overwrite:
-        raise FileExistsError(
-            f"output '{output}' exists, so the run in '{run_dir}' seems to be finished; to write the output again from"
-            " its last checkpoint, overwrite it (overwrite=True, --overwrite); for a new run, choose another run_dir"
-            " and another output"
-        )
     check_outputs(model, output, base=base, save_target=save_target, overwrite=overwrite)
-    n_steps = _count_steps(data, config, expected_size())
     if base is not None and base != source and checkpoint is None and not is_sharded:
         report(f"comparing the model with '{base}'")
         check_base(model, Path(base))
-    start = time.perf_counter()
+    began = time.perf_counter()
     with ExitStack() as stack:
         accelerator = stack.enter_context(_accelerator(config, folder))
         if not is_sharded:
@@ -220,6 +222,8 @@ def fit(
             delta_bytes = sift.ranks.first_does(lambda: Path(output).stat().st_size)
         if publishing:
             publishing.finish(_remedy(output, save_target))
+    if run.stopped == "interrupted" and sift.ranks.is_first:
+        logger.warning("%s", _how_to_continue(run, n_steps, folder))
     return FitResult(
         delta=Path(output),
         delta_bytes=delta_bytes,
@@ -228,21 +232,22 @@ def fit(
         n_total=sift.n_total,
         nnz=nnz,
         losses=tuple(run.losses),
-        train_seconds=trained - start,
+        train_seconds=trained - began,
         export_seconds=time.perf_counter() - trained,
         kept_step=run.kept_step,
         evaluations=tuple(run.evaluations),
         stopped=run.stopped,
+        checkpoint=run.checkpoint,
     )
 
 
-def _is_of_interrupted_run(output: str | PathLike[str], step: int) -> bool:
-    """Return whether an output is the delta that a run wrote when it was interrupted after a step."""
-    try:
-        with sparsedelta.load(output) as delta:
-            return (delta.info.get("stopped"), delta.info.get("steps")) == ("interrupted", step)
-    except (OSError, ValueError, sparsedelta.SparseDeltaError):
-        return False
+def _how_to_continue(run: Run, n_steps: int, folder: Path | None) -> str:
+    """Return the sentence for a user who has interrupted a run."""
+    at = f"interrupted after step {len(run.losses)} of {n_steps}"
+    if run.checkpoint is not None:
+        return f"{at}; to continue, start the same run again and resume it (resume=True, --resume)"
+    way_out = "; give run_dir to get one" if folder is None else ""
+    return f"{at}; there is no checkpoint to continue from{way_out}"
 
 
 def _remedy(output: str | PathLike[str], save_target: str | PathLike[str] | None) -> str:
@@ -279,20 +284,6 @@ def _check_not_compiled(model: nn.Module) -> None:
         )
 
 
-def _check_evaluates(config: FitConfig, evaluate: Evaluate | None) -> None:
-    """Raise ValueError if settings are about evaluations, and there is no function that evaluates."""
-    given = [name for name in ("eval_every", "eval_before", "patience") if getattr(config, name)]
-    if given and evaluate is None:
-        raise ValueError(
-            f"{given[0]} is {getattr(config, given[0])!r}, but there is no evaluate (in a YAML file: evaluation); give"
-            " both, or neither"
-        )
-    if config.patience is not None and config.eval_every is None:
-        raise ValueError(
-            f"patience is {config.patience}, but without eval_every there is one evaluation, after the last step; give both"
-        )
-
-
 def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(batch, Mapping):
         raise TypeError(
@@ -321,17 +312,17 @@ def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def _run_folder(
-    config: FitConfig, run_dir: str | PathLike[str] | None, *, resume: bool
-) -> Path | None:
-    if run_dir is not None:
-        return Path(run_dir)
-    for is_set, name in ((resume, "resume"), (config.save_every, "save_every")):
-        if is_set:
-            raise ValueError(f"{name} needs a folder for checkpoints; give run_dir")
-    if config.trackers:
-        raise ValueError("trackers need a folder for their logs; give run_dir")
-    return None
+def _check_data(data: Iterable[Any]) -> None:
+    """Raise TypeError if the data is the path of a file, or cannot be iterated over."""
+    if isinstance(data, str | PathLike):
+        raise TypeError(
+            f"data is the path '{os.fspath(data)}', expected micro-batches, such as a DataLoader; make them from the file,"
+            " or train from a YAML file, which reads it (python -m sift_train --config run.yaml)"
+        )
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise TypeError(
+            f"data is of type {type(data).__name__}, expected micro-batches, such as a list or a DataLoader"
+        )
 
 
 def _count_steps(data: Iterable[Any], config: FitConfig, n_ranks: int) -> int:

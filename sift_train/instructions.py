@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sift_train.text_files import read_text
+
 IGNORED = -100
 ROLES = ("system", "user", "assistant")
 TEMPLATES = ("auto", "chat", "alpaca")
@@ -89,6 +91,7 @@ def read_conversations(path: Path) -> list[Conversation]:
     ``content``, and self-instruct (``instruction``, ``instances`` of ``input`` and ``output``).
 
     Raises:
+        OSError: the file cannot be read.
         ValueError: the file is not JSON, a record has another format, there is no record, or all
             answers are empty.
     """
@@ -253,7 +256,7 @@ def _n_common(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    text = path.read_text("utf-8")
+    text = read_text(path)
     if text.lstrip().startswith("["):
         try:
             records = json.loads(text)

@@ -3,46 +3,94 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sift_train.text_files import read_text
+
 Batch = dict[str, Tensor]
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_N_SHOWN = 10  # of the labels, in a message
 
 
-def read_labelled(path: Path) -> list[tuple[str, str]]:
+class Example(NamedTuple):
+    """A text with its label, and the line of the file on which it ends, counted from 1."""
+
+    text: str
+    label: str
+    line: int
+
+
+def read_labelled(path: Path) -> list[Example]:
     """Return the texts of a file with their labels.
 
     ``.jsonl`` has one object per line, and ``.csv`` and ``.tsv`` a header, with ``text`` and ``label``. Any
     other file has a label, a space and a text on each line.
 
     Raises:
+        OSError: the file cannot be read.
         ValueError: a line or row has another form, or there is none.
     """
+    text = read_text(path)
     if path.suffix == ".jsonl":
-        found = [_pair(_parsed(line, at, path), at, path) for at, line in _lines(path)]
+        found = [_example(_parsed(line, at, path), at, path) for at, line in _lines(text)]
     elif path.suffix in _SEPARATORS:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file, delimiter=_SEPARATORS[path.suffix])
-            found = [_pair(row, at, path) for at, row in enumerate(rows, 2)]
+        rows = csv.DictReader(io.StringIO(text), delimiter=_SEPARATORS[path.suffix])
+        found = [_example(row, rows.line_num, path) for row in rows]
     else:
-        split = [(at, line.split(" ", 1)) for at, line in _lines(path)]
-        for at, parts in split:
-            if len(parts) < 2:
+        if text.lstrip().startswith(("{", "[")):
+            raise ValueError(
+                f"'{path}' looks like JSON, but is not named .jsonl; write one object with text and label on each line"
+                " of a file named .jsonl"
+            )
+        found = []
+        for at, line in _lines(text):
+            label, space, rest = line.partition(" ")
+            if not space:
                 raise ValueError(f"line {at} of '{path}' has no space between a label and a text")
-        found = [(text, label) for _, (label, text) in split]
+            found.append(Example(rest, label, at))
     if not found:
         raise ValueError(f"'{path}' has no example; give at least one")
     return found
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    for at, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+def labels_of(examples: Sequence[Example], path: Path) -> list[str]:
+    """Return the labels of the training data, sorted.
+
+    Raises:
+        ValueError: all examples have the same label.
+    """
+    names = sorted({example.label for example in examples})
+    if len(names) == 1:
+        raise ValueError(
+            f"all {len(examples)} examples of '{path}' have the label {names[0]!r}; a classifier needs at least two labels"
+        )
+    return names
+
+
+def check_labels(examples: Sequence[Example], names: Sequence[str], path: Path) -> None:
+    """Check that the examples of a file have labels of the training data.
+
+    Raises:
+        ValueError: one has another label.
+    """
+    for example in examples:
+        if example.label not in names:
+            shown = ", ".join(map(repr, names[:_N_SHOWN])) + (", …" * (len(names) > _N_SHOWN))
+            raise ValueError(
+                f"line {example.line} of '{path}' has the label {example.label!r}, which does not occur in the training"
+                f" data; its labels are {shown}"
+            )
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    for at, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield at, line
 
@@ -54,12 +102,12 @@ def _parsed(line: str, at: int, path: Path) -> Any:
         raise ValueError(f"line {at} of '{path}' is no JSON: {error.msg}") from error
 
 
-def _pair(record: Any, at: int, path: Path) -> tuple[str, str]:
+def _example(record: Any, at: int, path: Path) -> Example:
     if not isinstance(record, Mapping) or not isinstance(record.get("text"), str):
         raise ValueError(f"line {at} of '{path}' has no text under 'text'")
     if not isinstance(record.get("label"), str | int):
         raise ValueError(f"line {at} of '{path}' has no text or integer under 'label'")
-    return record["text"], str(record["label"])
+    return Example(record["text"], str(record["label"]), at)
 
 
 class LabelledBatches:
@@ -67,19 +115,16 @@ class LabelledBatches:
 
     Args:
         examples: texts with their labels.
-        names: all labels; their numbers are their positions.
+        names: all labels of the examples; their numbers are their positions.
         tokenizer: of the model.
         size: texts per micro-batch.
         max_tokens: longer texts are cut.
         shuffle: False: in the order of the examples.
-
-    Raises:
-        ValueError: an example has another label.
     """
 
     def __init__(
         self,
-        examples: Sequence[tuple[str, str]],
+        examples: Sequence[Example],
         names: Sequence[str],
         tokenizer: Any,
         *,
@@ -88,10 +133,7 @@ class LabelledBatches:
         shuffle: bool = True,
     ) -> None:
         numbers = {name: number for number, name in enumerate(names)}
-        for _, label in examples:
-            if label not in numbers:
-                raise ValueError(f"label {label!r} does not occur in the training data")
-        self._rows = [(text, numbers[label]) for text, label in examples]
+        self._rows = [(example.text, numbers[example.label]) for example in examples]
         self._tokenizer, self._size, self._max_tokens = tokenizer, size, max_tokens
         self._shuffle = shuffle
 

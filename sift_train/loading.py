@@ -41,27 +41,38 @@ def hidden_progress_bars() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def load_model(path: str | PathLike[str]) -> nn.Module:
-    """Return the model of a checkpoint folder.
+def check_model_folder(folder: Path) -> None:
+    """Check that a folder has the files of a model.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the folder has no ``config.json`` or no safetensors file, or its config names
-            an architecture that transformers does not have.
+        ValueError: it is a file, or has no ``config.json`` or no safetensors file.
     """
-    import transformers  # takes seconds
-
-    folder = Path(path)
     if not folder.exists():
         raise FileNotFoundError(
             f"the model folder '{folder}' does not exist; give the folder of a model, or a loaded model"
         )
+    if not folder.is_dir():
+        raise ValueError(f"model '{folder}' is a file; give the folder of a model")
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"'{folder}' has no config.json, so it is not a model folder; "
             "give a local folder that has one, or a loaded model"
         )
     check_weights(folder)
+
+
+def load_model(path: str | PathLike[str]) -> nn.Module:
+    """Return the model of a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: as ``check_model_folder``, or its config names an architecture that transformers does not have.
+    """
+    folder = Path(path)
+    check_model_folder(folder)
+    import transformers  # takes seconds
+
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     names = config.architectures or []
     model_class: Any = getattr(transformers, names[0], None) if names else None

@@ -78,7 +78,7 @@ class Run:
     Attributes:
         losses: one per optimizer step whose loss has been read from the device.
         evaluations: all evaluations, in order.
-        stopped, kept_step: as in ``FitResult``.
+        stopped, kept_step, checkpoint: as in ``FitResult``.
     """
 
     def __init__(
@@ -120,11 +120,13 @@ class Run:
         self.evaluations: list[Evaluation] = []
         self.stopped = "done"
         self.kept_step = 0
+        self.checkpoint: Path | None = None
         self._patience = Patience(sift, config)
 
     def train(self, *, checkpoint: Path | None) -> None:
         """Do all steps, or the remaining ones after a checkpoint."""
         model = self._sift.model
+        self.checkpoint = checkpoint
         was_training = model.training
         model.train()
         try:
@@ -141,20 +143,22 @@ class Run:
                     # A choice that moves says nothing about what changes.
                     fixed = self._sift if self._reselection is None else None
                     self._publishing.start(model, self._n_done, fixed)
-                ended = self._must_stop or self._patience.is_lost(self.evaluations)
+                stops = self._must_stop
+                ended = stops or self._patience.is_lost(self.evaluations)
                 n_left = 0 if ended else self._n_steps - self._n_done
                 for window in islice(self._batches.windows(), n_left):
                     self._reselect_if_due(window)
                     self._step(window)
                     self._evaluate_if_due()
-                    self._save_if_due(is_last=self._must_stop)
+                    stops = self._must_stop  # asked once: a run that stops here has a checkpoint
+                    self._save_if_due(is_last=stops)
                     if self._publishing:
                         self._publishing.after(self._n_done)
-                    if self._must_stop or self._patience.is_lost(self.evaluations):
+                    if stops or self._patience.is_lost(self.evaluations):
                         break
                 self._read_losses()
                 self._sift.may_write = None
-                self.stopped = self._why_stopped(was_interrupted=self._must_stop)
+                self.stopped = self._why_stopped(was_interrupted=stops)
                 if self.stopped == "data":
                     self._end_early()
                 self._keep_best()
@@ -376,15 +380,15 @@ class Run:
         self._sift.check_ranks()
         folder = self._folder
         if not self._is_sharded:
-            self._ranks.first_does(lambda: self._write_checkpoint(folder, None))
+            self.checkpoint = self._ranks.first_does(lambda: self._write_checkpoint(folder, None))
             return
         with saved_shards(self._sift, self._own_optimizer, folder) as shards:
-            self._ranks.first_does(lambda: self._write_checkpoint(folder, shards))
+            self.checkpoint = self._ranks.first_does(lambda: self._write_checkpoint(folder, shards))
 
-    def _write_checkpoint(self, folder: Path, shards: Path | None) -> None:
+    def _write_checkpoint(self, folder: Path, shards: Path | None) -> Path:
         scaler = self._accelerator.scaler
         optimizer = self._own_optimizer.state_dict()
-        runfolder.write(
+        return runfolder.write(
             folder,
             len(self.losses),
             tensors=self._sift.state_dict() if shards is None else {},

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sift_train.known import names_checked
 from sift_train.lean import check_masters
 from sift_train.masters import SparseParameter
 from sift_train.ranks.buckets import BUCKET
@@ -177,6 +178,7 @@ def memory_of(
     return MemoryReport(**_count(model, rows, optimizer, masters, masters_device))
 
 
+@names_checked()
 def plan(
     model: str | PathLike[str] | nn.Module | Any,
     sparse_rate: float,

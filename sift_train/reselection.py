@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
+from sift_train.known import settings_checked
 from sift_train.rules import Rule, Selection, find_rule
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def check_share(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value!r}; it must be a number from 0 to 1")
 
 
+@settings_checked
 @dataclass(frozen=True, kw_only=True)
 class Reselection:
     """Settings of the re-selections of a training.

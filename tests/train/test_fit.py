@@ -611,7 +611,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="the model folder 'bsae' does not exist; give the"):
         fit("bsae/", make_inputs(1), output=tmp_path / "d.sd")
     with pytest.raises(ValueError, match=r"has no config.json, so it is not a model folder"):
-        fit(tmp_path, [], output=tmp_path / "d.sd")
+        fit(tmp_path, make_inputs(1), output=tmp_path / "d.sd")
 
 
 def test_a_model_without_loss_is_refused(tmp_path: Path, bert_folder: Path) -> None:

@@ -68,7 +68,7 @@ def test_names() -> None:
         ("export_delta", "model output * sift base base_id info save_target overwrite"),
         (
             "plan",
-            "model rate * sparse_module exception dtype optimizer devices sharded masters masters_device",
+            "model sparse_rate * sparse_module exception dtype optimizer devices sharded masters masters_device",
         ),
         ("save_sharded", "sift folder optimizer"),
         ("load_sharded", "sift folder optimizer"),

@@ -1,0 +1,63 @@
+"""Names of settings and arguments that are not known: the error proposes one that is."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection
+from difflib import get_close_matches
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+def proposal(
+    name: str, known: Collection[str], *, elsewhere: Collection[str] = (), where: str = ""
+) -> str:
+    """Return a clause that proposes a known name in place of an unknown one.
+
+    Args:
+        name: the unknown name.
+        known: the known names.
+        elsewhere: names that are known in another place.
+        where: what those are, such as "a setting of FitConfig".
+    """
+    if name in elsewhere:
+        return f"it is {where}"
+    for names, told in ((known, ""), (elsewhere, f", {where}")):
+        similar = get_close_matches(name, names, n=1)
+        if similar:
+            return f"did you mean {similar[0]!r}{told}?"
+    return f"choose from {', '.join(known)}"
+
+
+def names_checked(
+    *, elsewhere: Collection[str] = (), where: str = ""
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator: the TypeError about an unknown keyword argument has a proposal."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        names = [name for name in inspect.signature(function).parameters if name != "self"]
+        owner, _, method = function.__qualname__.rpartition(".")
+        what = f"{owner} has no setting" if method == "__init__" else f"{method} has no argument"
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **given: P.kwargs) -> R:
+            for name in given:
+                if name not in names:
+                    clause = proposal(name, names, elsewhere=elsewhere, where=where)
+                    raise TypeError(f"{what} {name!r}; {clause}")
+            return function(*args, **given)
+
+        return checked
+
+    return decorate
+
+
+def settings_checked(kind: type[T]) -> type[T]:
+    """Return a dataclass of settings whose TypeError about an unknown one has a proposal."""
+    made: Any = kind
+    made.__init__ = names_checked()(made.__init__)
+    return kind

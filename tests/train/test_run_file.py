@@ -1,0 +1,342 @@
+"""Trainings that a YAML file describes; what is wrong is found before the model is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml  # type: ignore[import-untyped]
+from causal_helpers import make_causal, make_tokenizer
+from train_helpers import make_bert
+
+import sparsedelta
+from sift_train import FitResult, run_file
+from sift_train.__main__ import main
+from sift_train.labelled import read_labelled
+
+WORDS = ["good", "fine", "great", "bad", "poor", "awful", "the", "film", "is"]
+GOOD, BAD = WORDS[:3], WORDS[3:6]
+TEXTS = [(f"the film is {word}", "pos" if word in GOOD else "neg") for word in GOOD + BAD] * 4
+
+
+def test_an_interrupted_run_is_no_success(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stopped, code in (("interrupted", 130), ("patience", 0)):
+        result = FitResult(
+            delta=Path("d.sd"), delta_bytes=9, target=None, n_trained=1, n_total=2, nnz=1, losses=(0.5,) * 3,
+            train_seconds=1.0, export_seconds=1.0, kept_step=2, stopped=stopped,
+        )  # fmt: skip
+        monkeypatch.setattr("sift_train.run_file.run_file", lambda *_, made=result, **__: made)
+        assert main(["--config", "run.yaml"]) == code
+        says = f"d.sd: 9 bytes, 1 of 2 components trained in 3 steps ({stopped}); it has the weights after step 2, the best"
+        assert capsys.readouterr().out == f"{says}\n"
+
+
+def test_ctrl_c_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> FitResult:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sift_train.run_file.run_file", interrupted)
+    assert main(["--config", "run.yaml"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A classifier without a head for these labels, with a tokenizer."""
+    import transformers
+
+    folder = make_bert(tmp_path / "bert", torch.float32)
+    model: Any = transformers.BertModel.from_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    model.save_pretrained(folder)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    make: Any = transformers.BertTokenizer
+    make(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def write_run(folder: Path, **more: Any) -> str:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(more))
+    return str(path)
+
+
+def test_a_file_trains_a_classifier(
+    tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps({"text": text, "label": label}) for text, label in TEXTS]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    path = write_run(
+        tmp_path,
+        task="text-classification", model=str(bert), data=str(tmp_path / "train.jsonl"),
+        evaluation=str(tmp_path / "train.jsonl"), output=str(tmp_path / "d.sd"), batch_size=8,
+        micro_batch=4, max_tokens=12, run_dir=str(tmp_path / "run"),
+        save_target=str(tmp_path / "target"),
+        train={"sparse_rate": 0.2, "lr": 3e-2, "epochs": 30, "save_every": 40},
+    )  # fmt: skip
+    assert main(["--config", path]) == 0
+    out = capsys.readouterr().out
+    assert float(re.search(r"accuracy (\S+)", out).group(1)) > 0.9  # type: ignore[union-attr]
+    with sparsedelta.load(tmp_path / "d.sd") as delta:
+        settings: Any = delta.info["settings"]
+        names = settings["exception"]
+    assert settings["accumulation"] == 2
+    assert [re.sub(r"\\", "", name) for name in names] == [
+        "re:^classifier.bias$",
+        "re:^classifier.weight$",
+    ]
+    config = json.loads((tmp_path / "target" / "config.json").read_text())
+    assert config["id2label"] == {"0": "neg", "1": "pos"}
+    first = (tmp_path / "d.sd").read_bytes()
+    assert main(["--config", path]) == 1
+    assert "holds a checkpoint of an earlier run" in capsys.readouterr().err
+    assert main(["--config", path, "--overwrite", "--resume"]) == 0
+    assert (tmp_path / "d.sd").read_bytes() == first
+
+
+def test_a_file_trains_a_language_model(tmp_path: Path) -> None:
+    tasks = [
+        {"instruction": "Greet.", "input": n, "output": f"Hi, {n}!"} for n in ("Ada", "Mary")
+    ] * 4
+    tokenizer = make_tokenizer([f"{task['input']} {task['output']}" for task in tasks])
+    make_causal(tmp_path / "model", tokenizer)
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    path = write_run(
+        tmp_path,
+        task="causal-lm", model=str(tmp_path / "model"), data=str(tmp_path / "tasks.json"),
+        evaluation=str(tmp_path / "tasks.json"), output=str(tmp_path / "d.sd"), batch_size=4,
+        train={"sparse_rate": 0.1, "lr": 1e-2, "max_steps": 6, "eval_every": 3, "lr_transfer": False},
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "sift_train", "--config", path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(each) for each in re.findall(r"loss (\S+)", done.stdout)]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    with sparsedelta.load(tmp_path / "d.sd") as delta:
+        assert delta.nnz > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "vision"}, "task is 'vision'; choose one of text-classification, causal-lm"),
+        ({"data": None}, "lacks the setting 'data'"),
+        (
+            {"batchsize": 3},
+            "has the setting 'batchsize', which is not known; did you mean 'batch_size'?",
+        ),
+        (
+            {"lr": 3},
+            "'lr', which is not known; it is a setting of 'train:', so it is indented below",
+        ),
+        ({"train": {"output": "d"}}, "it is a setting of the file itself, not of 'train:'"),
+        ({"train": {"batch_sise": 2}}, "did you mean 'batch_size', a setting of the file itself"),
+        ({"batch_size": 6, "micro_batch": 4}, "no multiple of micro_batch"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"train": [1]}, "train is no mapping"),
+        ({"train": {"accumulation": 2}}, "set batch_size and micro_batch"),
+        ({"train": {"rate": 2}}, "has the setting 'rate'"),
+        ({"train": {"sparse_rate": 2}}, "sparse rate is 2"),
+        ({"template": "llama"}, "template is 'llama'; choose one of auto, chat, alpaca"),
+        ({"output": 3}, "output is 3; it must be the text of a path"),
+        ({"data": "missing.txt"}, "'missing.txt' does not exist; give the file of examples"),
+        ({"data": "{here}"}, "is a folder; give the file of examples"),
+        ({"data": "{here}/bert/model.safetensors"}, "is not text in UTF-8"),
+        ({"evaluation": "missing.txt"}, "'missing.txt' does not exist"),
+        ({"data": "{here}/one.txt"}, "all 2 examples of '{here}/one.txt' have the label 'pos'"),
+        (
+            {"evaluation": "{here}/other.txt"},
+            "line 3 of '{here}/other.txt' has the label 'mixed', which does not occur in the training data; its labels"
+            " are 'neg', 'pos'",
+        ),
+        ({"task": "causal-lm"}, "line 1 of '{here}/train.txt' is no JSON"),
+        ({"model": "no/such/folder"}, "'no/such/folder' does not exist, and no repository can"),
+        ({"model": "./bert"}, "'./bert' does not exist"),
+        ({"model": "bert/"}, "'bert/' does not exist"),
+        ({"model": "not a name"}, "'not a name' is neither a folder nor a repository"),
+        ({"model": "{here}/train.txt"}, "model '{here}/train.txt' is a file; give the folder"),
+        ({"model": "{here}"}, "'{here}' has no config.json, so it is not a model folder"),
+        ({"output": "{here}/taken.sd"}, "output '{here}/taken.sd' exists"),
+        ({"output": "{here}"}, "'{here}' is a folder, but the output is one file"),
+        ({"output": "{here}/new/d.sd"}, "the folder of output '{here}/new/d.sd' does not exist"),
+        ({"output": "{here}/train.txt"}, "output '{here}/train.txt' is also data, which the run"),
+        ({"save_target": "{here}/bert"}, "output '{here}/bert' is also model, which the run reads"),
+        ({"save_target": "{here}/taken.sd"}, "output '{here}/taken.sd' exists"),
+        ({"save_target": "{here}/d.sd"}, "output and save_target are both '{here}/d.sd'"),
+        ({"run_dir": "{here}/taken.sd/run"}, "because '{here}/taken.sd' is a file"),
+        ({"train": {"save_every": 2}}, "save_every needs a folder for checkpoints; give run_dir"),
+        ({"train": {"eval_every": 2}}, "eval_every is 2, but there is no evaluate"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_sentence(
+    tmp_path: Path,
+    bert: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    refuse_to_load(monkeypatch)
+    lines = [f"{label} {text}" for text, label in TEXTS]
+    files = {
+        "train.txt": lines,
+        "one.txt": ["pos good", "pos fine"],
+        "other.txt": [lines[0], "", "mixed the film is"],
+        "taken.sd": [],
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text("\n".join(content))
+    texts = {
+        name: v.format(here=tmp_path) if isinstance(v, str) else v for name, v in change.items()
+    }
+    given: dict[str, Any] = {
+        "task": "text-classification", "model": str(bert), "data": str(tmp_path / "train.txt"),
+        "output": str(tmp_path / "d.sd"), **texts,
+    }  # fmt: skip
+    kept = {name: value for name, value in given.items() if value is not None}
+    assert main(["--config", write_run(tmp_path, **kept)]) == 1
+    error = capsys.readouterr().err
+    assert message.format(here=tmp_path) in error
+    assert error.count("\n") == 1
+    with pytest.raises((OSError, ValueError)):
+        main(["--config", write_run(tmp_path, **kept), "--debug"])
+
+
+def refuse_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loads(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(run_file, "_load", loads)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_loading(
+    tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_to_load(monkeypatch)
+    # Root may write everywhere, so a change of the permissions would not show it.
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    (tmp_path / "train.txt").write_text("\n".join(f"{label} {text}" for text, label in TEXTS))
+    given = {"task": "text-classification", "model": str(bert), "data": str(tmp_path / "train.txt")}
+    path = write_run(tmp_path, output=str(tmp_path / "d.sd"), **given)
+    assert main(["--config", path]) == 1
+    expected = f"output '{tmp_path}/d.sd' cannot be written, because you may not write to the folder '{tmp_path}'"
+    assert expected in capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    rest = {"output": str(tmp_path / "out" / "d.sd"), "run_dir": str(tmp_path / "run" / "deep")}
+    assert main(["--config", write_run(tmp_path, **rest, **given)]) == 1
+    assert f"run_dir '{tmp_path}/run/deep' cannot be written" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_that_cannot_be_written_is_found_before_loading(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_to_load(monkeypatch)
+    tokenizer = make_tokenizer(["Greet. Hi"])
+    tokenizer.chat_template = None
+    make_causal(tmp_path / "model", tokenizer)
+    (tmp_path / "t.json").write_text('[{"instruction": "Greet.", "output": "Hi"}]')
+    path = write_run(
+        tmp_path, task="causal-lm", model=str(tmp_path / "model"), data=str(tmp_path / "t.json"),
+        output=str(tmp_path / "d.sd"), template="chat",
+    )  # fmt: skip
+    assert main(["--config", path]) == 1
+    expected = f"'{tmp_path}/t.json': the tokenizer has no chat template; use the Alpaca prompt"
+    assert f"error: {expected}\n" in capsys.readouterr().err
+
+
+def test_a_repository_that_cannot_be_downloaded_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError("no network\nmany more lines")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    (tmp_path / "train.txt").write_text("pos good\nneg bad")
+    given = {"task": "text-classification", "data": str(tmp_path / "train.txt")}
+    path = write_run(tmp_path, model="org/model@refs/pr/1", output=str(tmp_path / "d.sd"), **given)
+    assert main(["--config", path]) == 1
+    error = capsys.readouterr().err
+    assert error == (
+        "error: model 'org/model@refs/pr/1' is no folder, and could not be downloaded: no network\n"
+    )
+
+
+def test_an_error_in_a_batch_is_told_with_its_step(
+    tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"{'the film is good ' * 20}"
+    (tmp_path / "train.txt").write_text(f"pos good\nneg bad\npos {text}\nneg {text}\n")
+    path = write_run(
+        tmp_path, task="text-classification", model=str(bert), data=str(tmp_path / "train.txt"),
+        output=str(tmp_path / "d.sd"), batch_size=4, max_tokens=64,
+    )  # fmt: skip
+    assert main(["--config", path]) == 1
+    error, note = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ")
+    assert note == "This was in a batch of step 1."
+
+
+def test_a_model_without_a_tokenizer(
+    tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in bert.glob("*"):
+        if "token" in file.name or file.name == "vocab.txt":
+            file.unlink()
+    (tmp_path / "train.txt").write_text("\n".join(f"{label} {text}" for text, label in TEXTS))
+    given = {"task": "text-classification", "model": str(bert), "output": str(tmp_path / "d.sd")}
+    path = write_run(tmp_path, data=str(tmp_path / "train.txt"), **given)
+    assert main(["--config", path]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: model '{bert}' has no tokenizer that transformers can load")
+    assert error.count("\n") == 1
+
+
+def test_labelled_files_of_every_form(tmp_path: Path) -> None:
+    expected = [("a film, good", "pos"), ("bad", "1")]
+    forms = {
+        "a.jsonl": '{"text": "a film, good", "label": "pos"}\n\n{"text": "bad", "label": 1}\n',
+        "a.csv": 'label,text\npos,"a film, good"\n1,bad\n',
+        "a.tsv": "text\tlabel\na film, good\tpos\nbad\t1\n",
+        "a.txt": "pos a film, good\n1 bad\n",
+    }
+    for name, text in forms.items():
+        (tmp_path / name).write_text(text)
+        found = read_labelled(tmp_path / name)
+        assert [(text, label) for text, label, _ in found] == expected
+    wrong = {
+        "a.json": ('{"text": "a b", "label": "c"}', "looks like JSON, but is not named .jsonl"),
+        "b.jsonl": ('{"text": 3}', "line 1 of .* has no text under 'text'"),
+        "b.csv": ("text,other\na,b\n", "line 2 of .* under 'label'"),
+        "b.txt": ("word\n", "line 1 of .* has no space"),
+        "c.txt": ("\n", "has no example"),
+        "c.jsonl": ("{", "line 1 of .* is no JSON"),
+    }
+    for name, (text, message) in wrong.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_labelled(tmp_path / name)
+
+
+def test_a_label_is_found_on_its_line_after_a_text_of_several_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('\ufefflabel,text\npos,"a\nb"\n\nneg,c\n', "utf-8")
+    found = read_labelled(tmp_path / "a.csv")
+    assert found == [("a\nb", "pos", 3), ("c", "neg", 5)]
