@@ -25,9 +25,9 @@ from sift_train.config import Evaluation, FitConfig, FitResult, StepReport
 from sift_train.export import NO_BASE, check_outputs, export_delta, write_delta
 from sift_train.groups import lr_info
 from sift_train.known import names_checked
-from sift_train.listeners import Callbacks, Report, Tracker, progress_bar
+from sift_train.listeners import Callbacks, Listener, Report, Tracker, progress_bar
 from sift_train.loading import hidden_progress_bars, load_model
-from sift_train.loop import Evaluate, Listener, Loss, Run
+from sift_train.loop import Evaluate, Loss, Run
 from sift_train.publishing import Publishing
 from sift_train.ranks.fitting import check_sharded_fit, has_shards
 from sift_train.ranks.group import expected_size, launched_processes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,6 +14,16 @@ from sift_train.config import Evaluation, StepReport
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # type: ignore[import-untyped]
+
+
+class Listener(Protocol):
+    """An object whose methods are called during a run."""
+
+    def on_step(self, report: StepReport) -> None:
+        """Called with the report of an optimizer step."""
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        """Called with the result of an evaluation."""
 
 
 class Callbacks:

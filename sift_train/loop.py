@@ -7,21 +7,21 @@ components. A run that resumes from a checkpoint ends with the same bits as an u
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sift_train import runfolder
 from sift_train.batches import BatchWindows
-from sift_train.config import Evaluation, FitConfig, StepReport
+from sift_train.config import Evaluation, FitConfig
 from sift_train.interrupts import Interrupts, deferred_interrupts
+from sift_train.listeners import Listener
+from sift_train.losses import Losses, Step
 from sift_train.optim import build_optimizer, build_schedule
 from sift_train.patience import Patience
 from sift_train.publishing import Publishing
@@ -47,26 +47,6 @@ Loss = Callable[[nn.Module, Any], Tensor]
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 
 
-class Listener(Protocol):
-    """An object whose methods are called during a run."""
-
-    def on_step(self, report: StepReport) -> None:
-        """Called with the report of an optimizer step."""
-
-    def on_evaluation(self, evaluation: Evaluation) -> None:
-        """Called with the result of an evaluation."""
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What a step returns as tensors of one element on the device, which are read later."""
-
-    loss: Tensor
-    lr: float
-    norm: Tensor | None
-    interrupted: Tensor  # whether a rank was interrupted
-
-
 def _log_every(device: torch.device, config: FitConfig) -> int:
     # On a CPU, reading the loss takes no time. So a bad loss is found before the step.
     return 1 if device.type == "cpu" else config.log_every
@@ -76,7 +56,6 @@ class Run:
     """One run over a model that ``sift`` trains.
 
     Attributes:
-        losses: one per optimizer step whose loss has been read from the device.
         evaluations: all evaluations, in order.
         stopped, kept_step, checkpoint: as in ``FitResult``.
     """
@@ -112,11 +91,9 @@ class Run:
         self._folder = folder
         self._listeners = tuple(listeners)
         self._publishing = publishing
-        self._log_every = _log_every(accelerator.device, config)
-        self._unread: list[_Step] = []
+        every = _log_every(accelerator.device, config)
+        self._losses = Losses(sift, n_steps, every, self._listeners)
         self._interrupts = Interrupts()
-        self._is_interrupted = False  # on some rank, as far as the host has read
-        self.losses: list[float] = []
         self.evaluations: list[Evaluation] = []
         self.stopped = "done"
         self.kept_step = 0
@@ -142,10 +119,10 @@ class Run:
                 if self._publishing:
                     # A choice that moves says nothing about what changes.
                     fixed = self._sift if self._reselection is None else None
-                    self._publishing.start(model, self._n_done, fixed)
+                    self._publishing.start(model, self._losses.n_done, fixed)
                 stops = self._must_stop
                 ended = stops or self._patience.is_lost(self.evaluations)
-                n_left = 0 if ended else self._n_steps - self._n_done
+                n_left = 0 if ended else self._n_steps - self._losses.n_done
                 for window in islice(self._batches.windows(), n_left):
                     self._reselect_if_due(window)
                     self._step(window)
@@ -153,10 +130,10 @@ class Run:
                     stops = self._must_stop  # asked once: a run that stops here has a checkpoint
                     self._save_if_due(is_last=stops)
                     if self._publishing:
-                        self._publishing.after(self._n_done)
+                        self._publishing.after(self._losses.n_done)
                     if stops or self._patience.is_lost(self.evaluations):
                         break
-                self._read_losses()
+                self._losses.read()
                 self._sift.may_write = None
                 self.stopped = self._why_stopped(was_interrupted=stops)
                 if self.stopped == "data":
@@ -190,11 +167,13 @@ class Run:
     def _reselect_if_due(self, window: list[Any]) -> None:
         """Move the choice before a step, by the step's micro-batches and those that follow in the pass."""
         settings = self._reselection
-        share = 0.0 if settings is None else settings.share_after(self._n_done, self._n_steps)
+        share = (
+            0.0 if settings is None else settings.share_after(self._losses.n_done, self._n_steps)
+        )
         parts = self._sift.sparse_mapping.values()
         if settings is None or not share or all(part.trains_all for part in parts):
             return
-        self._read_losses()  # weights of a bad loss are not reverted
+        self._losses.read()  # weights of a bad loss are not reverted
         n = self._config.selection_batches
         n_ranking = n if needs_gradients(settings.grow) else 0
         n_measuring = n if self._config.lr_transfer else 0
@@ -213,7 +192,7 @@ class Run:
     @property
     def _must_stop(self) -> bool:
         # All ranks must stop after the same step, so one that is interrupted tells the others.
-        return self._interrupts.requested if self._ranks.size == 1 else self._is_interrupted
+        return self._interrupts.requested if self._ranks.size == 1 else self._losses.is_interrupted
 
     def _set_up(self) -> None:
         self._own_optimizer = build_optimizer(self._sift, self._config)
@@ -226,55 +205,27 @@ class Run:
         self._optimizer = self._accelerator.prepare_optimizer(self._own_optimizer)
 
     @property
-    def _n_done(self) -> int:
-        return len(self.losses) + len(self._unread)
+    def losses(self) -> Sequence[float]:
+        """One per optimizer step whose loss has been read from the device."""
+        return self._losses.values
 
     def _step(self, window: list[Any]) -> None:
         lr = float(self._schedule.get_last_lr()[0])
         self._optimizer.zero_grad()
-        if self._n_done % CHECK_EVERY == 0:
+        if self._losses.n_done % CHECK_EVERY == 0:
             check_same_batches(window, self._ranks)
         try:
             loss, interrupted = self._backward(window)
         except Exception as error:
-            error.add_note(f"This was in a batch of step {self._n_done + 1}.")
+            error.add_note(f"This was in a batch of step {self._losses.n_done + 1}.")
             raise
         self._sift.sync_gradients()
-        if self._log_every == 1:
-            self._check_finite(float(loss), self._n_done + 1)
-        else:
-            # The host reads the loss later. From a bad loss on, ``may_write`` prevents all changes.
-            before = self._sift.may_write
-            self._sift.may_write = loss.isfinite() if before is None else before & loss.isfinite()
+        self._losses.check(loss)
         norm = self._clip()
         self._optimizer.step()
         if not self._optimizer.step_was_skipped:
             self._schedule.step()
-        self._unread.append(_Step(loss, lr, norm, interrupted))
-        if self._n_done % self._log_every == 0:
-            self._read_losses()
-
-    def _read_losses(self) -> None:
-        """Read the losses of all steps so far from the device, and report them.
-
-        Raises:
-            ValueError: a loss is infinite or NaN.
-        """
-        steps, self._unread = self._unread, []
-        if not steps:
-            return
-        norms = [step.norm.to(step.loss.device) for step in steps if step.norm is not None]
-        flags = [step.interrupted for step in steps]
-        values = torch.stack([*(step.loss for step in steps), *flags, *norms]).tolist()
-        self._is_interrupted |= any(values[len(steps) : 2 * len(steps)])
-        rest = values[2 * len(steps) :] or [None] * len(steps)
-        for step, loss, norm in zip(steps, values, rest, strict=False):
-            self._check_finite(loss, len(self.losses) + 1)
-            self.losses.append(loss)
-            sparse_lr = self._sift.sparse_lr(step.lr)
-            report = StepReport(len(self.losses), self._n_steps, loss, step.lr, norm, sparse_lr)
-            for listener in self._listeners:
-                listener.on_step(report)
+        self._losses.add(Step(loss, lr, norm, interrupted))
 
     def _forward(self, batch: Any) -> Tensor:
         with self._accelerator.autocast():
@@ -303,7 +254,7 @@ class Run:
         """Give each rank dropout of its own inside the block; the order of the data stays common."""
         if self._ranks.size == 1:
             return nullcontext()
-        return seeded_random_state(self._config.seed, self._ranks.rank, self._n_done)
+        return seeded_random_state(self._config.seed, self._ranks.rank, self._losses.n_done)
 
     def _clip(self) -> Tensor | None:
         if self._config.max_grad_norm is None:
@@ -311,26 +262,15 @@ class Run:
         self._accelerator.unscale_gradients()
         return self._sift.clip_grad_norm_(self._config.max_grad_norm)
 
-    @staticmethod
-    def _check_finite(loss: float, step: int) -> None:
-        if math.isfinite(loss):
-            return
-        if step == 1:
-            raise ValueError(
-                f"the loss is {loss} at step 1, before anything was trained; check the first "
-                "batches, the loss function and the weights of the base"
-            )
-        raise ValueError(f"the loss is {loss} at step {step}; lower the learning rate")
-
     def _evaluate_if_due(self) -> None:
-        step, every = self._n_done, self._config.eval_every
+        step, every = self._losses.n_done, self._config.eval_every
         if step == self._n_steps or (every is not None and step % every == 0):
             self._evaluate()
 
     def _evaluate(self) -> None:
         if self._evaluate_model is None:
             return
-        self._read_losses()
+        self._losses.read()
         model = self._sift.model
         model.eval()
         try:
@@ -373,10 +313,10 @@ class Run:
 
     def _save_if_due(self, *, is_last: bool) -> None:
         every = self._config.save_every
-        is_due = every is not None and self._n_done % every == 0
+        is_due = every is not None and self._losses.n_done % every == 0
         if self._folder is None or not (is_due or is_last):
             return
-        self._read_losses()
+        self._losses.read()
         self._sift.check_ranks()
         folder = self._folder
         if not self._is_sharded:
@@ -437,7 +377,7 @@ class Run:
         self._schedule.load_state_dict(progress["schedule"])
         if self._accelerator.scaler is not None and progress["scaler"]:
             self._accelerator.scaler.load_state_dict(progress["scaler"])
-        self.losses = list(progress["losses"])
+        self._losses.values = list(progress["losses"])
         self.evaluations = [Evaluation(step, values) for step, values in progress["evaluations"]]
         self._patience.load(progress["best"], self.evaluations, len(self.losses))
         self._batches.go_to(progress["place"])

@@ -333,7 +333,7 @@ def test_batches_of_lists_are_refused_in_one_sentence(tmp_path: Path) -> None:
         TypeError, match=r"batch has a list as 'x', and Net cannot use it .*; give tensors"
     ):
         fit(make_net(), [{"x": [[1.0] * 12]}], output=tmp_path / "d.sd")
-    with pytest.raises(TypeError, match=r"unexpected keyword argument 'y'$"):
+    with pytest.raises(TypeError, match=r"argument 'y'\nThis was in a batch of step 1\.$"):
         fit(make_net(), [{"y": torch.ones(2, 12)}], output=tmp_path / "d.sd")
 
 
