@@ -23,6 +23,7 @@ from sift_train.bits import SLICE, bits_of
 from sift_train.conversion import as_saved, groups_of
 from sift_train.masters import SparseParameter
 from sift_train.pipelines import is_pipeline, part_of
+from sift_train.targets import names_of_parameters
 from sift_train.weightfiles import dtype_of, weights_of
 
 if TYPE_CHECKING:
@@ -65,13 +66,17 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
     """
     base = model_folder(model, base, sift)
     parts = _parts(sift)
-    # Tied parameters are compared under one name only. Under the other names, a base may hold other values.
-    named = dict(model.named_parameters())
+    named = names_of_parameters(model)
+    names = [name for same in named.values() for name in same]
     held = tensor_places(base, dtype_of(model))
-    renamed = names_in_base(model, named, base)
-    if not held.keys() & {*named, *renamed.values()}:
-        renamed = _without_prefix(named, held)
-    own = {renamed.get(name, name): parameter for name, parameter in named.items()}
+    renamed = names_in_base(model, names, base)
+    if not held.keys() & {*names, *renamed.values()}:
+        renamed = _without_prefix(names, held)
+    own: dict[str, Tensor] = {}
+    for parameter, same in named.items():
+        # A tied one is compared under one name only. Under the other names, a base may hold other values.
+        in_base = [renamed.get(name, name) for name in same]
+        own[next((name for name in in_base if name in held), in_base[0])] = parameter
 
     def before(name: str) -> Tensor:
         return _first_values(own[name], parts.get(id(own[name])))
@@ -107,7 +112,7 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
             _compare(base, name, tensor, made[name])
         if made and made.keys() <= held.keys():
             compared |= group
-    if missing - compared == own.keys():
+    if missing - compared == own.keys() and held.keys().isdisjoint(model.state_dict()):
         raise ValueError(
             f"base '{base}' is not the checkpoint of this model: none of its {len(held)} tensors"
             f"{f', such as {min(held)!r},' if held else ''} has the name of one of the model's {len(own)} parameters, such as"

@@ -111,7 +111,8 @@ class Trained:
         now = saved_buffers(self.model)
         firsts: dict[Tensor, Tensor] = {}  # a shared buffer stays shared
         for name in now.keys() & self.first_buffers.keys():
-            firsts.setdefault(now[name], self.first_buffers[name].to(now[name].device))
+            # A forward pass in the block may write to it.
+            firsts.setdefault(now[name], self.first_buffers[name].to(now[name].device, copy=True))
         places = [
             (module._buffers, name, buffer)
             for module in self.model.modules()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 from train_helpers import bert_batches, make_bert, make_inputs, make_net, snapshot, square_loss
 
@@ -164,6 +164,33 @@ def test_a_base_may_store_tied_weights_separately(tmp_path: Path) -> None:
     model["b"].weight = model["a"].weight
     with SIFT(model, 0.1, "weight", selection="magnitude") as sift:
         export_delta(model, tmp_path / "d.sd", sift=sift, base=tmp_path / "base.safetensors")
+
+
+def test_tied_weights_are_compared_under_the_name_that_the_base_has(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"z": nn.Linear(8, 8, bias=False), "a": nn.Linear(8, 8, bias=False)})
+    model["a"].weight = model["z"].weight
+    other = snapshot(model)["z.weight"] + 1
+    base = tmp_path / "base.safetensors"
+    with SIFT(model, 0.1, "weight", selection="magnitude") as sift:
+        save_file({"a.weight": other}, base)
+        with pytest.raises(ValueError, match=r"64 of 64 components of 'a\.weight' differ"):
+            check_base(model, base, sift)
+        save_model(model, str(base))
+        check_base(model, base, sift)
+
+
+def test_a_base_may_have_the_names_of_the_state_dict_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def renamed(_: Any, state: dict[str, Tensor], *others: Any) -> dict[str, Tensor]:
+        return {f"x_{name}": value for name, value in state.items()}
+
+    model = nn.Linear(8, 8)
+    model._register_state_dict_hook(renamed)
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    check_base(model, tmp_path / "base.safetensors")
+    (message,) = caplog.messages
+    assert "2 of the model's 2 parameters, such as 'bias'; these were not compared" in message
 
 
 def sharded(folder: Path, model: Any) -> None:

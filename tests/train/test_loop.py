@@ -569,6 +569,7 @@ def test_the_first_buffers_are_in_the_state_and_exchanged_without_a_write() -> N
         assert not same_bits(trained, first)
         with sift.reverted():
             assert same_bits(model.get_buffer("norm.running_mean"), first)
+            model(make_inputs(1)[0])  # writes to the first ones
         assert model.get_buffer("norm.running_mean") is buffer
         assert buffer._version == version
         state = sift.state_dict()
