@@ -42,9 +42,15 @@ def read_labelled(path: Path) -> list[Example]:
         found = [_example(_parsed(line, at, path), at, path) for at, line in _lines(text)]
     elif path.suffix in _SEPARATORS:
         rows = csv.DictReader(io.StringIO(text), delimiter=_SEPARATORS[path.suffix])
-        found = [_example(row, rows.line_num, path) for row in rows]
+        try:
+            found = [_example(row, rows.line_num, path) for row in rows]
+        except csv.Error as error:
+            raise ValueError(
+                f"line {rows.line_num + 1} of '{path}' is no row: {error}; close its quotes, or write long texts in a file"
+                " named .jsonl"
+            ) from error
     else:
-        if text.lstrip().startswith(("{", "[")):
+        if _is_json(text) or _is_json(text.lstrip().partition("\n")[0]):
             raise ValueError(
                 f"'{path}' looks like JSON, but is not named .jsonl; write one object with text and label on each line"
                 " of a file named .jsonl"
@@ -93,6 +99,14 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
     for at, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield at, line
+
+
+def _is_json(text: str) -> bool:
+    """Return whether a text is a JSON object or array."""
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except json.JSONDecodeError:
+        return False
 
 
 def _parsed(line: str, at: int, path: Path) -> Any:

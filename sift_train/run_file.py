@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -35,7 +34,7 @@ from sift_train.labelled import (
 )
 from sift_train.listeners import Report
 from sift_train.loading import check_model_folder, checkpoint_dtype, hidden_progress_bars
-from sift_train.starting import check_start
+from sift_train.starting import check_apart, check_start
 from sift_train.yaml_files import names_of, read_yaml, settings_of
 
 TASKS = ("text-classification", "causal-lm")
@@ -145,11 +144,11 @@ def run_file(
     config = settings_of(
         FitConfig, {**run.train, "accumulation": run.batch_size // run.size}, f"'{path}'"
     )
-    _check_outputs(run, str(path))
+    folder = _local_folder(run.model)
     check_start(
         config,
         output=run.output,
-        base=None,
+        base=folder,
         save_target=run.save_target,
         run_dir=run.run_dir,
         resume=resume,
@@ -157,7 +156,8 @@ def run_file(
         evaluates=run.evaluation is not None,
     )
     make = _read_classification(run) if run.task == TASKS[0] else _read_causal(run)
-    folder = _local_folder(run.model)
+    inputs = {"the YAML file": path, "the data": run.data, "the evaluation": run.evaluation}
+    check_apart((run.output, run.save_target), inputs)
     Report(shown=progress)(f"loading '{run.model}'")
     import transformers  # noqa: F401 - takes seconds; hidden_progress_bars needs it loaded
 
@@ -194,28 +194,6 @@ class _Made:
     loss: Callable[[nn.Module, Any], Tensor] | None
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None
     settings: Mapping[str, Any]
-
-
-def _check_outputs(run: RunFile, own: str) -> None:
-    """Raise ValueError if an output is a file or folder that the run reads: it could be overwritten."""
-    inputs = {
-        "the YAML file": own,
-        "model": run.model,
-        "data": run.data,
-        "evaluation": run.evaluation,
-    }
-    for output in (run.output, run.save_target):
-        for name, path in inputs.items():
-            if (
-                output
-                and path
-                and os.path.exists(output)
-                and os.path.exists(path)
-                and os.path.samefile(output, path)
-            ):
-                raise ValueError(
-                    f"output '{output}' is also {name}, which the run reads; give another path"
-                )
 
 
 def _read_classification(run: RunFile) -> Callable[[Path], _Made]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -78,7 +80,7 @@ def check_paths(
         FileNotFoundError: the base, or the folder of an output, does not exist.
         IsADirectoryError: ``output`` is a folder, or ends in a slash.
         PermissionError: the folder of an output cannot be written.
-        ValueError: ``output`` and ``save_target`` are the same path.
+        ValueError: ``output`` and ``save_target`` are the same path, or one is in the base or around it.
     """
     name = os.fspath(output)
     ends_as_folder = name.endswith(("/", os.sep))
@@ -91,6 +93,7 @@ def check_paths(
         )
     if save_target is not None and os.path.abspath(save_target) == os.path.abspath(output):
         raise ValueError(f"output and save_target are both '{output}'; give two paths")
+    check_apart((output, save_target), {"the base": base})
     for given in (output, save_target):
         if given is None:
             continue
@@ -106,6 +109,27 @@ def check_paths(
         _check_writable(parent, f"output '{given}'")
     if base is not None and not Path(base).exists():
         raise FileNotFoundError(f"base '{base}' does not exist")
+
+
+def check_apart(outputs: Iterable[AnyPath | None], inputs: Mapping[str, AnyPath | None]) -> None:
+    """Check that no output is, is in, or is around what a run reads; it would be changed or replaced.
+
+    Args:
+        outputs: paths that the run writes.
+        inputs: paths that it reads, by what they are. Those that do not exist are left out.
+
+    Raises:
+        ValueError: an output is not apart.
+    """
+    for output, (what, given) in itertools.product(outputs, inputs.items()):
+        if output is None or given is None or not os.path.exists(given):
+            continue
+        own, read = Path(output).resolve(), Path(given).resolve()
+        if own == read or own in read.parents or read in own.parents:
+            where = "" if own == read else "a folder around " if own in read.parents else "in "
+            raise ValueError(
+                f"output '{output}' is {where}{what}, '{given}', which the run reads; give a path elsewhere"
+            )
 
 
 def _run_folder(config: FitConfig, run_dir: AnyPath | None, *, resume: bool) -> Path | None:

@@ -177,8 +177,8 @@ def test_a_file_trains_a_language_model(tmp_path: Path) -> None:
         ({"output": "{here}/taken.sd"}, "output '{here}/taken.sd' exists"),
         ({"output": "{here}"}, "'{here}' is a folder, but the output is one file"),
         ({"output": "{here}/new/d.sd"}, "the folder of output '{here}/new/d.sd' does not exist"),
-        ({"output": "{here}/train.txt"}, "output '{here}/train.txt' is also data, which the run"),
-        ({"save_target": "{here}/bert"}, "output '{here}/bert' is also model, which the run reads"),
+        ({"output": "{here}/bert/new.sd"}, "'{here}/bert/new.sd' is in the base, '{here}/bert'"),
+        ({"save_target": "{here}/bert"}, "'{here}/bert' is the base, '{here}/bert', which the run"),
         ({"save_target": "{here}/taken.sd"}, "output '{here}/taken.sd' exists"),
         ({"save_target": "{here}/d.sd"}, "output and save_target are both '{here}/d.sd'"),
         ({"run_dir": "{here}/taken.sd/run"}, "because '{here}/taken.sd' is a file"),
@@ -218,6 +218,32 @@ def test_a_wrong_file_is_one_clear_sentence(
     assert error.count("\n") == 1
     with pytest.raises((OSError, ValueError)):
         main(["--config", write_run(tmp_path, **kept), "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        (
+            "save_target",
+            "data",
+            "is a folder around the data, 'data/train.txt', which the run reads",
+        ),
+        ("output", "data/train.txt", "is the data, 'data/train.txt', which the run reads"),
+    ],
+)
+def test_no_output_replaces_what_the_run_reads(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch, name: str, given: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/train.txt").write_text("pos good\nneg bad\n")
+    paths = {"output": "d.sd", name: given}
+    path = write_run(
+        tmp_path, task="text-classification", model=str(bert), data="data/train.txt", **paths
+    )
+    with pytest.raises(ValueError, match=f"output '{given}' {message}"):
+        run_file.run_file(path, overwrite=True)
+    assert Path("data/train.txt").read_text() == "pos good\nneg bad\n"
 
 
 def refuse_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,8 +348,12 @@ def test_labelled_files_of_every_form(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         found = read_labelled(tmp_path / name)
         assert [(text, label) for text, label, _ in found] == expected
+    (tmp_path / "c.txt").write_text("[POS] good\n{NEG} bad\n")
+    assert [label for _, label, _ in read_labelled(tmp_path / "c.txt")] == ["[POS]", "{NEG}"]
     wrong = {
         "a.json": ('{"text": "a b", "label": "c"}', "looks like JSON, but is not named .jsonl"),
+        "b.json": ('[\n{"text": "a b"}\n]', "looks like JSON, but is not named .jsonl"),
+        "a.csv": ('label,text\na,"' + "b " * 100_000, "line 2 of .* is no row: field larger than"),
         "b.jsonl": ('{"text": 3}', "line 1 of .* has no text under 'text'"),
         "b.csv": ("text,other\na,b\n", "line 2 of .* under 'label'"),
         "b.txt": ("word\n", "line 1 of .* has no space"),

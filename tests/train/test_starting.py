@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_helpers import make_inputs
+import torch
+import transformers
+from train_helpers import make_bert, make_inputs
 
-from sift_train import FitConfig, fit
+from sift_train import SIFT, FitConfig, export_delta, fit
 
 DATA = make_inputs(1)
 
@@ -51,3 +53,24 @@ def test_a_run_that_cannot_end_well_loads_no_model(
 def test_a_folder_is_not_replaced_by_a_delta(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match="is a folder, but the output is one file"):
         fit("model/", DATA, output=tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"), [("base/d.sd", "is in the base, 'base'"), ("base", "is a folder")]
+)
+def test_an_output_is_apart_from_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model: Any = transformers.BertForSequenceClassification.from_pretrained(
+        make_bert(Path("base"), torch.float32)
+    )
+    before = sorted(Path().rglob("*"))
+    places: list[dict[str, Any]] = [{"output": output}, {"output": "d.sd", "save_target": "."}]
+    for given in places:
+        told = message if given["output"] == output else "is a folder around the base, 'base'"
+        with pytest.raises((OSError, ValueError), match=told):
+            fit(model, DATA, base="base", overwrite=True, **given)
+    with SIFT(model, 0.1, "query") as sift, pytest.raises((OSError, ValueError), match=message):
+        export_delta(model, output, sift=sift, base="base", overwrite=True)
+    assert sorted(Path().rglob("*")) == before
