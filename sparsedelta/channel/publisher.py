@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
@@ -275,10 +275,16 @@ def publish_checkpoint(
         if head and old is None and checkpoint_fingerprint(new, progress=progress) == head.target:
             return None
         run = Run(channel, source, AnchorRule(anchor_ratio, anchor_every))
-        if old is not None and not run.is_at_head:
-            if head and latest and _is_published(new, head, latest, step, info):
+
+        def fingerprint() -> bytes:
+            # At the head, the change is needed anyway.
+            return source.change()[1] if run.is_at_head else checkpoint_fingerprint(new)
+
+        if old is not None:
+            if head and latest and _is_published(new, head, latest, step, info, fingerprint):
                 return None
-            raise _other_base(channel, head, old)
+            if not run.is_at_head:
+                raise _other_base(channel, head, old)
         if head and step is None and not info and source.is_unchanged(head.target):
             return None
         if latest:
@@ -292,13 +298,14 @@ def _is_published(
     latest: Latest,
     step: int | None,
     info: Mapping[str, JSON] | None,
+    fingerprint: Callable[[], bytes],
 ) -> bool:
     """Return whether a checkpoint is the latest version, with its step and info if they are given."""
     return (
         step in (None, head.step)
         and (not info or check_json(info, "info") == head.info)
         and latest.has_files_of(checkpoint)
-        and checkpoint_fingerprint(checkpoint) == head.target
+        and fingerprint() == head.target
     )
 
 

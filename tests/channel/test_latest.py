@@ -253,5 +253,10 @@ def test_a_repeated_publish_adds_nothing(tmp_path: Path) -> None:
     with pytest.raises(BaseMismatch, match=r"3' is not the latest version of"):
         publish_checkpoint(channel, one, base=three)
     assert len(channel.log()) == 2
+    other_files = save(tmp_path / "other", 2)
+    (other_files / "config.json").write_text("{}")
+    for step, added in ((None, True), (None, False), (3, True), (3, False)):
+        assert bool(publish_checkpoint(channel, other_files, base=two, step=step)) == added
+    assert len(channel.log()) == 4
     with pytest.raises(BaseMismatch, match=r"which has none yet; leave out the base"):
         publish_checkpoint(sparsedelta.Channel(tmp_path / "empty"), two, base=one)
