@@ -23,17 +23,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(arguments)
-    is_shown = sys.stderr.isatty()
-    if is_shown:
+    if sys.stderr.isatty():
         print("loading torch and transformers …", file=sys.stderr, flush=True)  # noqa: T201
     try:
-        return _run(given, progress=is_shown)
+        return _run(given)
     except KeyboardInterrupt:  # before the first step, or the second one
         print("interrupted", file=sys.stderr)  # noqa: T201
         return _INTERRUPTED
 
 
-def _run(given: argparse.Namespace, *, progress: bool) -> int:
+def _run(given: argparse.Namespace) -> int:
     from sift_train.run_file import run_file  # takes seconds
     from sparsedelta import SparseDeltaError
 
@@ -42,7 +41,7 @@ def _run(given: argparse.Namespace, *, progress: bool) -> int:
             given.config,
             resume=given.resume,
             overwrite=given.overwrite,
-            progress=progress,
+            progress=True,
         )
     except (IndexError, OSError, RuntimeError, TypeError, ValueError, SparseDeltaError) as error:
         if given.debug:

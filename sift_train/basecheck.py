@@ -96,9 +96,9 @@ def check_base(model: nn.Module, base: Path, sift: SIFT | None = None) -> None:
         )
     for (theirs, ours), n in dtypes.most_common(1):
         logger.warning(
-            "base '%s' holds %d of the model's %d parameters as %s, and the model as %s, so the delta holds them whole; load the"
-            " model in the base's dtype (dtype=%s), or give a base in the model's dtype",
-            base, n, len(own), theirs, ours, theirs,
+            "base '%s' holds %d of the model's %d parameters as %s, and the model as %s, so the delta holds them whole; convert"
+            " the model's to %s, or give a base that holds them as %s",
+            base, n, len(own), theirs, ours, theirs, ours,
         )  # fmt: skip
     missing = own.keys() - held.keys()
     if not missing or (held and held.keys() <= own.keys()):

@@ -96,10 +96,15 @@ def export_delta(
     Raises:
         FileExistsError: ``output`` or ``save_target`` exists and ``overwrite`` is not set.
         FileNotFoundError: the base, or the folder of an output, does not exist.
+        TypeError: ``model`` is no module.
         ValueError: neither ``base`` nor ``sift`` is given, the base is of the wrong kind, or it
             differs from the first weights that ``sift`` has kept; the model is wrapped, sharded, or has PEFT
             adapters; or transformers would not load the weights that it saves.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is of type {type(model).__name__}, expected a module; the order is export_delta(model, output)"
+        )
     model = getattr(model, "_orig_mod", model)  # without the wrapper of torch.compile
     if sift is not None and any(is_sharded(parameter) for parameter in model.parameters()):
         check_saves_weights(model, may_be_sharded=True)

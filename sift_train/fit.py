@@ -25,7 +25,7 @@ from sift_train.config import Evaluation, FitConfig, FitResult, StepReport
 from sift_train.export import NO_BASE, check_outputs, export_delta, write_delta
 from sift_train.groups import lr_info
 from sift_train.known import names_checked
-from sift_train.listeners import Callbacks, Listener, Report, Tracker, progress_bar
+from sift_train.listeners import Callbacks, Listener, Report, Tracker, shown_steps
 from sift_train.loading import hidden_progress_bars, load_model
 from sift_train.loop import Evaluate, Loss, Run
 from sift_train.publishing import Publishing
@@ -79,7 +79,8 @@ def fit(
     Args:
         model: a folder of a transformers model, or a module. A module is moved to the device that
             accelerate chooses.
-        data: micro-batches, such as a DataLoader; it is iterated over once per pass.
+        data: micro-batches, such as a DataLoader; it is iterated over once per pass. If it has a text as ``fingerprint``,
+            a run resumes only with data of the same fingerprint.
         output: path of the delta to write.
         config: settings; by default ``FitConfig()``.
         loss: a function of the model and a micro-batch (on the model's device) that returns a
@@ -97,7 +98,8 @@ def fit(
         on_step: called with the report of every optimizer step; on a GPU ``log_every`` reports
             come together.
         on_evaluation: called with the result of every evaluation.
-        progress: show on standard error what is being done, and a progress bar of the steps.
+        progress: show on standard error what is being done, and a progress bar of the steps; where there is no
+            terminal, lines with losses, at most one in ten seconds, and evaluations.
         run_dir: folder for checkpoints and trackers' logs; created if missing. Without ``resume`` it must hold no
             checkpoint.
         resume: resume from the newest checkpoint in ``run_dir``, if there is one. The delta that was written when
@@ -120,7 +122,8 @@ def fit(
     config = FitConfig() if config is None else config
     if not isinstance(config, FitConfig):
         raise TypeError(
-            f"config is of type {type(config).__name__}, expected FitConfig; a dict of settings is FitConfig(**settings)"
+            f"config is of type {type(config).__name__}, expected FitConfig; write FitConfig(name=value, …), and a dict of"
+            " settings as FitConfig(**settings)"
         )
     if not isinstance(model, nn.Module | str | PathLike):
         raise TypeError(
@@ -146,7 +149,7 @@ def fit(
         report(f"loading '{model}'")
         import transformers  # noqa: F401 - takes seconds; hidden_progress_bars needs it loaded
 
-        with nullcontext() if progress else hidden_progress_bars():
+        with nullcontext() if report.has_bars else hidden_progress_bars():
             model = load_model(model)
     is_sharded = has_shards(model)
     check_saves_weights(model, may_be_sharded=expected_size() > 1)
@@ -174,8 +177,8 @@ def fit(
             if checkpoint is not None:
                 report(f"resuming from '{checkpoint}'")
                 n_done = runfolder.step_of(checkpoint)
-            bar = progress_bar(n_steps, n_done=n_done, console=report.console)
-            listeners.append(stack.enter_context(bar))
+            shown = shown_steps(n_steps, n_done=n_done, report=report)
+            listeners.append(stack.enter_context(shown))
         publishing = None
         if config.publish is not None:
             if sift.ranks.size > 1:
@@ -216,7 +219,7 @@ def fit(
             )
 
         report(f"writing '{output}'")
-        with nullcontext() if progress else hidden_progress_bars():
+        with nullcontext() if report.has_bars else hidden_progress_bars():
             # All ranks of a sharded model write its delta together.
             nnz = export() if is_sharded else sift.ranks.first_does(export)
             delta_bytes = sift.ranks.first_does(lambda: Path(output).stat().st_size)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sift_train.fingerprints import fingerprint_of
 from sift_train.text_files import read_text
 
 IGNORED = -100
@@ -256,7 +257,7 @@ def _n_common(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    text = read_text(path)
+    text = read_text(path, "examples")
     if text.lstrip().startswith("["):
         try:
             records = json.loads(text)
@@ -380,6 +381,9 @@ class Steps:
         pad_id: token for the padding.
         is_packed: whether rows can have several examples.
         is_flat: join the rows of a micro-batch into one, as flash attention needs.
+
+    Attributes:
+        fingerprint: as for ``fit``.
     """
 
     def __init__(
@@ -398,6 +402,7 @@ class Steps:
         self._pad_id = pad_id
         self._is_packed = is_packed
         self._is_flat = is_flat
+        self.fingerprint = fingerprint_of([batch, micro_batch, *rows])
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self._rows), self._batch)

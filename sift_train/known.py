@@ -26,10 +26,9 @@ def proposal(
     """
     if name in elsewhere:
         return f"it is {where}"
-    for names, told in ((known, ""), (elsewhere, f", {where}")):
-        similar = get_close_matches(name, names, n=1)
-        if similar:
-            return f"did you mean {similar[0]!r}{told}?"
+    similar = get_close_matches(name, [*known, *elsewhere], n=1, cutoff=0.75)
+    if similar:
+        return f"did you mean {similar[0]!r}{'' if similar[0] in known else f', {where}'}?"
     return f"choose from {', '.join(known)}"
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sift_train.fingerprints import fingerprint_of
 from sift_train.text_files import read_text
 
 Batch = dict[str, Tensor]
@@ -37,11 +38,11 @@ def read_labelled(path: Path) -> list[Example]:
         OSError: the file cannot be read.
         ValueError: a line or row has another form, or there is none.
     """
-    text = read_text(path)
-    if path.suffix == ".jsonl":
+    text, suffix = read_text(path, "examples"), path.suffix.lower()
+    if suffix == ".jsonl":
         found = [_example(_parsed(line, at, path), at, path) for at, line in _lines(text)]
-    elif path.suffix in _SEPARATORS:
-        rows = csv.DictReader(io.StringIO(text), delimiter=_SEPARATORS[path.suffix])
+    elif suffix in _SEPARATORS:
+        rows = csv.DictReader(io.StringIO(text), delimiter=_SEPARATORS[suffix])
         try:
             found = [_example(row, rows.line_num, path) for row in rows]
         except csv.Error as error:
@@ -134,6 +135,9 @@ class LabelledBatches:
         size: texts per micro-batch.
         max_tokens: longer texts are cut.
         shuffle: False: in the order of the examples.
+
+    Attributes:
+        fingerprint: as for ``fit``.
     """
 
     def __init__(
@@ -150,6 +154,7 @@ class LabelledBatches:
         self._rows = [(example.text, numbers[example.label]) for example in examples]
         self._tokenizer, self._size, self._max_tokens = tokenizer, size, max_tokens
         self._shuffle = shuffle
+        self.fingerprint = fingerprint_of([numbers, size, max_tokens, *self._rows])
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self._size)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -74,6 +76,10 @@ class Tracker:
         self._accelerator.log(values, step=evaluation.step)
 
 
+def _shown(evaluation: Evaluation) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in evaluation.values.items())
+
+
 class Bar:
     """A progress bar on standard error."""
 
@@ -89,8 +95,35 @@ class Bar:
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """Show the values of the evaluation."""
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in evaluation.values.items())
-        self._progress.update(self._task, value=shown)
+        self._progress.update(self._task, value=_shown(evaluation))
+
+
+class Lines:
+    """Prints losses and evaluations as lines, where a bar cannot move: in a file, such as the log of a job.
+
+    Args:
+        console: where they are printed.
+        seconds: the least time between two losses, except that of the last step.
+    """
+
+    def __init__(self, console: Console, seconds: float = 10.0) -> None:
+        self._console = console
+        self._seconds = seconds
+        self._last = -math.inf
+
+    def on_step(self, report: StepReport) -> None:
+        """Print the step and its loss, if it is time to."""
+        now = time.monotonic()
+        if now - self._last >= self._seconds or report.step == report.n_steps:
+            self._last = now
+            self._print(f"step {report.step} of {report.n_steps}: loss {report.loss:.4f}")
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        """Print the values of the evaluation."""
+        self._print(f"evaluation after step {evaluation.step}: {_shown(evaluation)}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, soft_wrap=True)
 
 
 class Report:
@@ -98,12 +131,14 @@ class Report:
 
     Attributes:
         console: where it is printed; a progress bar on it stays below the text.
+        has_bars: whether progress bars are shown, which need a terminal or a notebook.
     """
 
     def __init__(self, *, shown: bool) -> None:
         self.console = Console(
             stderr=True, quiet=not shown or os.environ.get("RANK", "0") != "0", highlight=False
         )
+        self.has_bars = shown and self.console.is_terminal
 
     def __call__(self, text: str) -> None:
         """Print what begins now."""
@@ -111,8 +146,11 @@ class Report:
 
 
 @contextmanager
-def progress_bar(n_steps: int, *, n_done: int, console: Console) -> Iterator[Bar]:
-    """Show a progress bar inside the block; ``n_done`` steps were done by the run that is resumed."""
+def shown_steps(n_steps: int, *, n_done: int, report: Report) -> Iterator[Listener]:
+    """Show inside the block how far the run is; ``n_done`` steps were done by the run that is resumed."""
+    if not report.has_bars:
+        yield Lines(report.console)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -121,5 +159,5 @@ def progress_bar(n_steps: int, *, n_done: int, console: Console) -> Iterator[Bar
         TextColumn("{task.fields[loss]}"),
         TextColumn("{task.fields[value]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=report.console) as progress:
         yield Bar(progress, n_steps, n_done)

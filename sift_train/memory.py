@@ -14,8 +14,9 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from sift_train.buffers import saved_buffers
 from sift_train.known import names_checked
 from sift_train.lean import check_masters
 from sift_train.masters import SparseParameter
@@ -315,16 +316,6 @@ def _count(
         "write_bytes": writing,
         "host_bytes": host_bytes,
         "publish_bytes": buffer_bytes + sum(_publish_bytes(p, k) for p, k, _, _ in rows),
-    }
-
-
-def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that the state dict holds, by name; a shared one has several names."""
-    return {
-        f"{prefix}.{name}" if prefix else name: buffer
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
     }
 
 

@@ -158,10 +158,11 @@ def run_file(
     make = _read_classification(run) if run.task == TASKS[0] else _read_causal(run)
     inputs = {"the YAML file": path, "the data": run.data, "the evaluation": run.evaluation}
     check_apart((run.output, run.save_target), inputs)
-    Report(shown=progress)(f"loading '{run.model}'")
+    report = Report(shown=progress)
+    report(f"loading '{run.model}'")
     import transformers  # noqa: F401 - takes seconds; hidden_progress_bars needs it loaded
 
-    with nullcontext() if progress else hidden_progress_bars():
+    with nullcontext() if report.has_bars else hidden_progress_bars():
         base, base_id = _download(run.model) if folder is None else (folder, None)
         check_model_folder(base)
         made = make(base)
@@ -340,14 +341,19 @@ def _download(model: str) -> tuple[Path, str]:
 
     Raises:
         FileNotFoundError: there is no such repository.
+        PermissionError: it is gated.
         OSError: it could not be downloaded.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     name, _, revision = model.partition("@")
     try:
         folder = Path(snapshot_download(name, revision=revision or None))
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"model '{model}' is gated; ask for access on its page on the Hub, and log in (hf auth login)"
+        ) from error
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(f"model '{model}' is neither a folder nor a repository") from error
     except OSError as error:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sift_train.buffers import set_buffers
 from sift_train.kept import Kept
 
 if TYPE_CHECKING:
@@ -96,12 +97,11 @@ def restore(sift: SIFT, state: Mapping[str, Tensor]) -> None:
     sift.rounding.n_steps = int(state.get(N_ROUNDINGS, 0))
     sift.n_reselections = int(state.get(N_RESELECTIONS, 0))
     sift.lr_share = float(state[LR_SHARE]) if LR_SHARE in state else None
-    for name, first in sift.first_buffers.items():
-        first.copy_(state.get(FIRST_BUFFER + name, first))
-    with torch.no_grad():
-        for name, buffer in sift.model.named_buffers():
-            if BUFFER + name in state:
-                buffer.copy_(state[BUFFER + name])
+    for name in sift.first_buffers:
+        if FIRST_BUFFER + name in state:
+            sift.first_buffers[name] = state[FIRST_BUFFER + name].clone()
+    buffers = [key for key in state if key.startswith(BUFFER)]
+    set_buffers(sift.model, {key.removeprefix(BUFFER): state[key] for key in buffers})
 
 
 def _refuse_shards(sift: SIFT) -> None:

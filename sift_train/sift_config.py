@@ -19,10 +19,9 @@ from sift_train.sift import SIFT
 from sift_train.structure import Block, check_block
 from sift_train.targets import ALL_LINEAR, Names
 from sift_train.yaml_files import (
-    check_switches,
+    check_types,
     lists_to_tuples,
-    read_yaml,
-    settings_of,
+    read_settings,
     write_yaml,
 )
 
@@ -61,7 +60,7 @@ class SiftConfig:
 
     def __post_init__(self) -> None:
         lists_to_tuples(self)
-        check_switches(self)
+        check_types(self)
         n_selected(1, self.sparse_rate)
         find_rule(self.selection)
         check_masters(self.masters, self.masters_device)
@@ -80,7 +79,7 @@ class SiftConfig:
         Raises:
             ValueError: the file is not YAML, a setting is not known, or a value is out of range.
         """
-        return settings_of(cls, read_yaml(path), f"'{path}'")
+        return read_settings(cls, path)
 
     def to_yaml(self, path: str | PathLike[str]) -> None:
         """Write all settings as a YAML file.

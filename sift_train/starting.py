@@ -67,6 +67,15 @@ def check_start(
                 " and another output"
             )
     check_paths(output, base=base, save_target=save_target, overwrite=overwrite)
+    for given in (output, save_target):
+        if (
+            folder
+            and given
+            and Path(given).resolve() in (folder.resolve(), *folder.resolve().parents)
+        ):
+            raise ValueError(
+                f"output '{given}' is, or is around, run_dir '{run_dir}'; give a path elsewhere"
+            )
     return Start(folder, checkpoint, overwrite)
 
 
@@ -91,12 +100,17 @@ def check_paths(
             f"output '{output}' {is_said} a folder, but the output is one file; give the name of a"
             f" file, such as '{example}'"
         )
-    if save_target is not None and os.path.abspath(save_target) == os.path.abspath(output):
+    if save_target is not None and os.path.realpath(save_target) == os.path.realpath(output):
         raise ValueError(f"output and save_target are both '{output}'; give two paths")
     check_apart((output, save_target), {"the base": base})
     for given in (output, save_target):
         if given is None:
             continue
+        is_special = os.path.exists(given) and not (os.path.isfile(given) or os.path.isdir(given))
+        if is_special:
+            raise FileExistsError(
+                f"output '{given}' is a device, pipe or socket, which would be replaced; give the name of a file"
+            )
         if os.path.lexists(given) and not overwrite:
             raise FileExistsError(
                 f"output '{given}' exists; choose another name, or overwrite it (overwrite=True, --overwrite)"

@@ -12,12 +12,23 @@ from typing import Any, TypeVar
 import yaml  # type: ignore[import-untyped]
 
 from sift_train.known import proposal
+from sift_train.text_files import read_text
 
 T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Reads ``2e-4`` as a number, which YAML 1.1 reads as text."""
+    """Reads ``2e-4`` as a number, which YAML 1.1 reads as text; refuses a name that is given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        twice = next((name for at, name in enumerate(names) if name in names[:at]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{twice!r} is given twice", node.start_mark
+            )
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -34,11 +45,12 @@ def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
     Raises:
+        OSError: the file cannot be read.
         ValueError: the file is not YAML, or holds something else than a mapping of names.
     """
     try:
-        found = yaml.load(Path(path).read_text("utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = yaml.load(read_text(Path(path), "settings"), Loader=_Loader)
+    except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"'{path}' is not YAML: {reason}") from error
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
@@ -46,6 +58,21 @@ def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:
             f"'{path}' holds no mapping of names to values; write lines of 'name: value'"
         )
     return dict(found)
+
+
+def read_settings(kind: type[T], path: str | PathLike[str]) -> T:
+    """Return a dataclass of settings from a YAML file.
+
+    Raises:
+        ValueError: the file is not YAML, or as ``settings_of``.
+    """
+    given = read_yaml(path)
+    if "train" in given:
+        raise ValueError(
+            f"'{path}' is a file for python -m sift_train; {kind.__name__} is read from a file of settings alone, those below"
+            " 'train:'"
+        )
+    return settings_of(kind, given, f"'{path}'")
 
 
 def names_of(kind: type[Any]) -> list[str]:
@@ -87,8 +114,8 @@ def settings_of(
         raise ValueError(f"{where}: {error}") from error
 
 
-def check_switches(settings: Any) -> None:
-    """Check that the settings of a new dataclass that are true or false by default are true or false.
+def check_types(settings: Any) -> None:
+    """Check that the settings of a new dataclass that are true or false by default are that, and that the seed is an integer.
 
     Raises:
         ValueError: one is something else, such as the text "no".
@@ -97,6 +124,8 @@ def check_switches(settings: Any) -> None:
         value = getattr(settings, field.name)
         if isinstance(field.default, bool) and not isinstance(value, bool):
             raise ValueError(f"{field.name} is {value!r}; it must be true or false, without quotes")
+        if field.name == "seed" and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"seed is {value!r}; it must be an integer")
 
 
 def lists_to_tuples(settings: Any) -> None:

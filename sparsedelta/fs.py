@@ -173,8 +173,14 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def check_absent(path: Path, *, overwrite: bool) -> None:
-    """Raise FileExistsError if ``path`` exists and ``overwrite`` is false."""
-    if not overwrite and os.path.lexists(path):
+    """Raise FileExistsError if ``path`` exists, and ``overwrite`` is false or it is a device or pipe."""
+    if not os.path.lexists(path):
+        return
+    if not (path.is_symlink() or path.is_file() or path.is_dir()):
+        raise FileExistsError(
+            f"output '{path}' is a device, pipe or socket, which would be replaced; give the name of a file"
+        )
+    if not overwrite:
         raise FileExistsError(
             f"output '{path}' exists; choose another name, or overwrite it (overwrite=True, --overwrite)"
         )

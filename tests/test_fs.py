@@ -82,6 +82,14 @@ def test_existing_output(old: str, folder: bool, tmp_path: Path) -> None:
     assert tree(tmp_path / "elsewhere") == {"kept": b"kept"}
 
 
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_pipe_is_not_replaced(folder: bool, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="out' is a device, pipe or socket, which would be"):
+        make(tmp_path / "out", b"new", folder=folder, overwrite=True)
+    assert (tmp_path / "out").is_fifo()
+
+
 def test_output_that_comes_into_being_meanwhile_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
 

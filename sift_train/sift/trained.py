@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sift_train.buffers import saved_buffers, set_buffers
 from sift_train.masters import SparseParameter
-from sift_train.memory import MemoryReport, memory_of, saved_buffers
+from sift_train.memory import MemoryReport, memory_of
 from sift_train.optimizer_states import unwrapped
 
 
@@ -104,28 +105,13 @@ class Trained:
 
     @contextmanager
     def _with_first_buffers(self) -> Iterator[None]:
-        """Give the model the buffers that it had before training inside the block, such as running statistics.
-
-        They take the places of the present ones, which are not written to.
-        """
-        now = saved_buffers(self.model)
-        firsts: dict[Tensor, Tensor] = {}  # a shared buffer stays shared
-        for name in now.keys() & self.first_buffers.keys():
-            # A forward pass in the block may write to it.
-            firsts.setdefault(now[name], self.first_buffers[name].to(now[name].device, copy=True))
-        places = [
-            (module._buffers, name, buffer)
-            for module in self.model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and buffer in firsts
-        ]
-        for buffers, name, buffer in places:
-            buffers[name] = firsts[buffer]
+        """Give the model the buffers that it had before training inside the block, such as running statistics."""
+        now = {name: buffer.clone() for name, buffer in saved_buffers(self.model).items()}
+        set_buffers(self.model, self.first_buffers)
         try:
             yield
         finally:
-            for buffers, name, buffer in places:
-                buffers[name] = buffer
+            set_buffers(self.model, now)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Check that the optimizer holds all masters and no parameter of the model.

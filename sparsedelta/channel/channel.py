@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 from sparsedelta._typing import AnyPath
 from sparsedelta.channel.entry import Entry
+from sparsedelta.channel.leases import is_closed
 from sparsedelta.channel.pruning import PruneReport, prune
 from sparsedelta.channel.versions import Versions
 from sparsedelta.stores.objects import ObjectStore
@@ -61,6 +62,10 @@ class Channel(Versions):
             if len(found) == limit:
                 break
         return found
+
+    def is_pruned(self, entry: Entry) -> bool:
+        """Return whether a version was pruned; its entry stays, and nobody can read it."""
+        return is_closed(self, entry.segment)
 
     def prune(self, *, keep: int) -> PruneReport:
         """Delete what followers do not need to reach the latest ``keep`` versions, and garbage.

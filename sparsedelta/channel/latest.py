@@ -83,11 +83,13 @@ class Latest:
         Args:
             tensors: that are published, by name.
         """
-        of_all = f"of {count(len(tensors), 'tensor')}"
+        is_one = len(tensors) == 1
+        of_all = f"of {count(len(tensors), 'tensor')} {'is' if is_one else 'are'}"
+        of_all_have = f"of {count(len(tensors), 'tensor')} {'has' if is_one else 'have'}"
         new = tensors.keys() - self.dtypes.keys()
         if 2 * len(new) > len(tensors):
             _log.warning(
-                "%s %s are not in version %d of the channel by name%s",
+                "%s %s not in version %d of the channel by name%s",
                 count(len(new)), of_all, self.version, self._why_new(new, self.dtypes.keys() - tensors.keys()),
             )  # fmt: skip
         retyped = [
@@ -99,9 +101,9 @@ class Latest:
             n_bytes = sum(tensors[name].n_bytes for name in retyped)
             most = 2 * n_bytes > sum(spec.n_bytes for spec in tensors.values())
             _log.warning(
-                "%s %s have another dtype than in version %d of the channel (%s instead of %s), so %s; save the model in %s, or"
+                "%s %s another dtype than in version %d of the channel (%s instead of %s), so %s; convert the model to %s, or"
                 " use a new channel for %s",
-                count(len(retyped)), of_all, self.version, after, before,
+                count(len(retyped)), of_all_have, self.version, after, before,
                 "the version is stored nearly whole" if most else "these are stored whole", before, after,
             )  # fmt: skip
 

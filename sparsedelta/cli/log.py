@@ -26,14 +26,18 @@ from sparsedelta.cli._help import Command
 def command(settings: Settings, /, *, channel: str, limit: int, as_json: bool) -> None:
     """Show the latest versions of CHANNEL, the latest first.
 
-    Each entry is checked against the one after it.
+    Each entry is checked against the one after it. The entries of pruned versions stay.
     """
     with opened(settings, channel, must_exist=True) as found:
         entries = found.log(limit=limit)
+        segments = {entry.segment: entry for entry in entries}
+        pruned = {segment for segment, entry in segments.items() if found.is_pruned(entry)}
     if as_json:
-        print_json({"versions": [fields(entry) for entry in entries]})
+        print_json(
+            {"versions": [fields(each) | {"pruned": each.segment in pruned} for each in entries]}
+        )
         return
     for entry in entries:
-        click.echo(describe(entry))
+        click.echo(describe(entry) + ("  pruned" if entry.segment in pruned else ""))
     if not entries:
         settings.note("the channel has no version")

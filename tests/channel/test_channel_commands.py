@@ -58,6 +58,20 @@ def test_publish_follow_log_and_prune(run: Run, tmp_path: Path) -> None:
     assert "deleted 0 objects" in run("prune", "c", "--keep", "3").stdout
 
 
+def test_log_marks_versions_that_were_pruned(run: Run) -> None:
+    run("publish", "c", "1")
+    run("publish", "c", "2", "--base", "1")
+    run("publish", "c", "3")
+    assert "version 3 is the oldest left" in run("prune", "c", "--keep", "1").stdout
+    assert [one.endswith("  pruned") for one in run("log", "c").stdout.splitlines()] == [
+        False,
+        True,
+        True,
+    ]
+    versions = answer(run("log", "c", "--json"))["versions"]
+    assert [one["pruned"] for one in versions] == [False, True, True]
+
+
 def test_log_shows_the_info_of_a_version(run: Run, tmp_path: Path) -> None:
     info: dict[str, Any] = {
         "loss": 0.123456789,

@@ -179,7 +179,7 @@ def test_overwrite_replaces_a_version_of_another_channel(
             state(),
             state(torch.bfloat16),
             "8 of 8 tensors have another dtype than in version 1 of the channel (BF16 instead of F32), so the version"
-            " is stored nearly whole; save the model in F32, or use a new channel for BF16",
+            " is stored nearly whole; convert the model to F32, or use a new channel for BF16",
         ),
         (
             state(),

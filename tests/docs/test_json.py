@@ -62,7 +62,7 @@ def test_channel(run: Run) -> None:
     compare("follow", run("follow channel out --once"))
     log = run("log channel")
     compare("log", log)
-    assert log["versions"][1] == first
+    assert log["versions"][1] == {**first, "pruned": False}
     compare("prune", run("prune channel --keep 1"))
 
 

@@ -116,6 +116,12 @@ def test_a_base_in_another_dtype_is_warned_of(
     )
 
 
+def test_arguments_of_export_in_another_order_are_said(tmp_path: Path) -> None:
+    swapped: Any = "d.sd"
+    with pytest.raises(TypeError, match=r"model is of type str, .* export_delta\(model, output\)"):
+        export_delta(swapped, make_net(), base=tmp_path)  # type: ignore[arg-type]
+
+
 def test_a_delta_that_changes_nothing_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

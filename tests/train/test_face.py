@@ -104,9 +104,18 @@ def test_a_file_is_read_or_refused_in_one_sentence(
 
 
 @pytest.mark.parametrize("kind", [FitConfig, SiftConfig])
-def test_a_switch_in_quotes_is_refused(tmp_path: Path, kind: Any) -> None:
-    (tmp_path / "c.yaml").write_text('lr_transfer: "no"\n')
-    with pytest.raises(ValueError, match="lr_transfer is 'no'; it must be true or false"):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('lr_transfer: "no"', "lr_transfer is 'no'; it must be true or false"),
+        ("seed: abc", "seed is 'abc'; it must be an integer"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(
+    tmp_path: Path, kind: Any, line: str, message: str
+) -> None:
+    (tmp_path / "c.yaml").write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=message):
         kind.from_yaml(tmp_path / "c.yaml")
 
 

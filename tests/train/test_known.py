@@ -52,9 +52,17 @@ def test_a_setting_in_a_mapping_of_a_setting() -> None:
         FitConfig(reselection={"evry": 1})
 
 
+@pytest.mark.parametrize("kind", [FitConfig, SiftConfig])
+def test_a_file_of_a_run_is_no_file_of_settings(tmp_path: Path, kind: Any) -> None:
+    (tmp_path / "run.yaml").write_text("task: causal-lm\ntrain:\n  lr: 1e-3\n")
+    with pytest.raises(ValueError, match=r"is a file for python -m sift_train; .*below 'train:'"):
+        kind.from_yaml(tmp_path / "run.yaml")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ("max_step", r"did you mean 'max_steps', a setting of FitConfig"),
         ("resum", r"fit has no argument 'resum'; did you mean 'resume'\?"),
         ("lr", "fit has no argument 'lr'; it is a setting of FitConfig, which is given as config="),
         ("sparse_rat", r"did you mean 'sparse_rate', a setting of FitConfig, which is given as"),

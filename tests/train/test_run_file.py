@@ -68,6 +68,12 @@ def bert(tmp_path: Path) -> Path:
     return folder
 
 
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what was printed on standard error, without what was being done."""
+    lines = capsys.readouterr().err.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.endswith(" …\n"))
+
+
 def write_run(folder: Path, **more: Any) -> str:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(more))
@@ -213,7 +219,7 @@ def test_a_wrong_file_is_one_clear_sentence(
     }  # fmt: skip
     kept = {name: value for name, value in given.items() if value is not None}
     assert main(["--config", write_run(tmp_path, **kept)]) == 1
-    error = capsys.readouterr().err
+    error = told(capsys)
     assert message.format(here=tmp_path) in error
     assert error.count("\n") == 1
     with pytest.raises((OSError, ValueError)):
@@ -244,6 +250,47 @@ def test_no_output_replaces_what_the_run_reads(
     with pytest.raises(ValueError, match=f"output '{given}' {message}"):
         run_file.run_file(path, overwrite=True)
     assert Path("data/train.txt").read_text() == "pos good\nneg bad\n"
+
+
+@pytest.mark.parametrize("task", ["text-classification", "causal-lm"])
+def test_a_run_resumes_only_with_its_data(
+    tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str], task: str
+) -> None:
+    data, model = tmp_path / "train.jsonl", bert
+    if task == "causal-lm":
+        model = tmp_path / "lm"
+        make_causal(model, make_tokenizer(["a b c d"]))
+        data.write_text(
+            '{"instruction": "a", "output": "b"}\n{"instruction": "c", "output": "d"}\n'
+        )
+    else:
+        data.write_text('{"text": "good", "label": "pos"}\n{"text": "bad", "label": "neg"}\n')
+    given = {
+        "task": task, "model": str(model), "data": str(data), "run_dir": str(tmp_path / "run"),
+        "batch_size": 1, "train": {"save_every": 1, "max_steps": 2, "lr": 1e-3},
+    }  # fmt: skip
+    assert main(["--config", write_run(tmp_path, output=str(tmp_path / "a.sd"), **given)]) == 0
+    again = write_run(tmp_path, output=str(tmp_path / "b.sd"), **given)
+    assert main(["--config", again, "--resume"]) == 0
+    before = data.read_text()
+    for changed in (
+        before.replace("good", "fine").replace('"a"', '"e"'),
+        before.replace("pos", "aaa"),
+    ):
+        data.write_text(changed)
+        if changed != before:
+            assert main(["--config", again, "--resume", "--overwrite"]) == 1
+            assert "has data.fingerprint '" in capsys.readouterr().err
+
+
+def test_a_setting_that_is_given_twice_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text("task: causal-lm\ntrain:\n  lr: 1e-3\n  lr: 1e-4\n")
+    assert main(["--config", str(tmp_path / "run.yaml")]) == 1
+    error = told(capsys)
+    assert "run.yaml' is not YAML: 'lr' is given twice" in error
+    assert "line 3" in error
 
 
 def refuse_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +347,7 @@ def test_a_repository_that_cannot_be_downloaded_is_one_sentence(
     given = {"task": "text-classification", "data": str(tmp_path / "train.txt")}
     path = write_run(tmp_path, model="org/model@refs/pr/1", output=str(tmp_path / "d.sd"), **given)
     assert main(["--config", path]) == 1
-    error = capsys.readouterr().err
+    error = told(capsys)
     assert error == (
         "error: model 'org/model@refs/pr/1' is no folder, and could not be downloaded: no network\n"
     )
@@ -316,7 +363,7 @@ def test_an_error_in_a_batch_is_told_with_its_step(
         output=str(tmp_path / "d.sd"), batch_size=4, max_tokens=64,
     )  # fmt: skip
     assert main(["--config", path]) == 1
-    error, note = capsys.readouterr().err.splitlines()
+    error, note = told(capsys).splitlines()
     assert error.startswith("error: ")
     assert note == "This was in a batch of step 1."
 
@@ -331,7 +378,7 @@ def test_a_model_without_a_tokenizer(
     given = {"task": "text-classification", "model": str(bert), "output": str(tmp_path / "d.sd")}
     path = write_run(tmp_path, data=str(tmp_path / "train.txt"), **given)
     assert main(["--config", path]) == 1
-    error = capsys.readouterr().err
+    error = told(capsys)
     assert error.startswith(f"error: model '{bert}' has no tokenizer that transformers can load")
     assert error.count("\n") == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ DATA = make_inputs(1)
         ({"save_target": "folder"}, "output 'folder' exists"),
         ({"save_target": "d.sd"}, "output and save_target are both 'd.sd'; give two paths"),
         ({"base": "missing"}, "base 'missing' does not exist"),
+        ({"output": "pipe"}, "output 'pipe' is a device, pipe or socket, which would be replaced"),
+        ({"output": "run", "run_dir": "run"}, "output 'run' is, or is around, run_dir 'run'"),
+        ({"save_target": "new", "run_dir": "new/run"}, "'new' is, or is around, run_dir 'new/run'"),
         ({"run_dir": "taken.sd"}, "run_dir 'taken.sd' cannot be a folder, because .* is a file"),
         ({"config": FitConfig(eval_every=2)}, "eval_every is 2, but there is no evaluate"),
         ({"data": "data.jsonl"}, "data is the path 'data.jsonl', expected micro-batches, .* YAML"),
@@ -45,6 +49,7 @@ def test_a_run_that_cannot_end_well_loads_no_model(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken.sd").touch()
     (tmp_path / "folder").mkdir()
+    os.mkfifo("pipe")
     rest: dict[str, Any] = {"output": "d.sd", "config": FitConfig(max_steps=1), **given}
     with pytest.raises((OSError, TypeError, ValueError), match=message):
         fit("model/", rest.pop("data", DATA), **rest)

@@ -63,8 +63,8 @@ def _conflict(deltas: Sequence[Delta], gap: int) -> ConflictError:
     if retyped and not order:
         name, before, after = retyped
         return ConflictError(
-            f"tensor {name!r} is {before} in the target of delta {gap + 1} and {after} in the base of delta {gap + 2}; deltas"
-            " of models of different dtypes cannot be stacked: make both from models of one dtype",
+            f"tensor {name!r} is {before} in the target of delta {gap + 1} and {after} in the base of delta {gap + 2}; make both"
+            " from models of one dtype, or give the delta between them that changes the dtype",
             tensor=name,
         )
     missing = first_gap(one, following)
