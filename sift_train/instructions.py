@@ -243,7 +243,7 @@ def _encode_piece(piece: Piece, tokenizer: Any, *, is_chat: bool) -> Tokens:
     if not is_chat and ids[-1:] != [tokenizer.eos_token_id]:
         if tokenizer.eos_token_id is None:
             raise ValueError(
-                "the tokenizer has no end-of-text token, with which an answer ends; set its eos_token"
+                "the tokenizer has no end-of-text token, with which an answer ends; set its eos_token (in tokenizer_config.json)"
             )
         ids.append(tokenizer.eos_token_id)
         labels.append(tokenizer.eos_token_id)

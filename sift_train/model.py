@@ -8,11 +8,16 @@ from typing import Any, TypeVar
 from torch import nn
 
 import sparsedelta
+from sift_train.known import names_checked
 from sift_train.sift_config import SiftConfig
+from sift_train.yaml_files import names_of
 
 M = TypeVar("M", bound=nn.Module)
 
 
+@names_checked(
+    elsewhere=names_of(SiftConfig), where="a setting of SiftConfig, which is given as config"
+)
 def get_sift_model(model: M, config: SiftConfig | None = None, *, grad_acc: int = 1) -> M:
     """Return the same model, with a SIFT as its attribute ``sift``; no module is replaced or wrapped.
 

@@ -21,12 +21,10 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Reads ``2e-4`` as a number, which YAML 1.1 reads as text; refuses a name that is given twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        twice = next((name for at, name in enumerate(names) if name in names[:at]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{twice!r} is given twice", node.start_mark
-            )
+        for at, (key, _) in enumerate(node.value):
+            if any(key.value == before.value for before, _ in node.value[:at]):
+                problem = f"{key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
         found: dict[Any, Any] = super().construct_mapping(node, deep)
         return found
 
@@ -51,8 +49,9 @@ def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:
     try:
         found = yaml.load(read_text(Path(path), "settings"), Loader=_Loader)
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"'{path}' is not YAML: {reason}") from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"'{path}' is not YAML: {line}{problem or error}") from error
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise ValueError(
             f"'{path}' holds no mapping of names to values; write lines of 'name: value'"

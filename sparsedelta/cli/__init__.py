@@ -90,9 +90,8 @@ class Commands(click.Group):
             from difflib import get_close_matches
 
             similar = get_close_matches(args[0], COMMANDS, n=1)
-            if not similar:
-                raise
-            message = f"no command is named {args[0]!r}; did you mean {similar[0]!r}?"
+            advice = f"did you mean {similar[0]!r}?" if similar else "see sparsedelta --help"
+            message = f"no command is named {args[0]!r}; {advice}"
             raise click.UsageError(message, ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

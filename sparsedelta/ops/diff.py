@@ -338,6 +338,8 @@ def check_json(members: Mapping[str, JSON], what: str) -> Mapping[str, JSON]:
     Raises:
         ValueError: they cannot be recorded as JSON.
     """
+    if not isinstance(members, Mapping):
+        raise ValueError(f"{what} is {members!r}, expected a dict")
     try:
         checked: dict[str, JSON] = parse_json(compact_json({what: dict(members)}), what)[what]
     except (TypeError, ValueError, RecursionError) as error:

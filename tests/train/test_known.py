@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from train_helpers import make_inputs, make_net
 
-from sift_train import SIFT, FitConfig, Reselection, SiftConfig, fit, plan
+from sift_train import SIFT, FitConfig, Reselection, SiftConfig, fit, get_sift_model, plan
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,11 @@ from sift_train import SIFT, FitConfig, Reselection, SiftConfig, fit, plan
             partial(plan, make_net()),
             "rate",
             "plan has no argument 'rate'; choose from model, sparse_rate,",
+        ),
+        (
+            partial(get_sift_model, make_net()),
+            "sparse_rate",
+            "get_sift_model has no argument 'sparse_rate'; it is a setting of SiftConfig, which",
         ),
         (Reselection, "evry", "Reselection has no setting 'evry'; did you mean 'every'?"),
     ],
