@@ -105,6 +105,12 @@ def test_info_must_be_json(info: Any, pair: tuple[Path, Path]) -> None:
         sparsedelta.diff(*pair, info=info)
 
 
+def test_info_must_be_a_dict(pair: tuple[Path, Path]) -> None:
+    text: Any = "loss"
+    with pytest.raises(ValueError, match="info is 'loss', expected a dict"):
+        sparsedelta.diff(*pair, info=text)
+
+
 def test_deep_info_is_refused(pair: tuple[Path, Path]) -> None:
     deep: Any = 0
     for _ in range(70):
