@@ -214,11 +214,7 @@ class Run:
         self._optimizer.zero_grad()
         if self._losses.n_done % CHECK_EVERY == 0:
             check_same_batches(window, self._ranks)
-        try:
-            loss, interrupted = self._backward(window)
-        except Exception as error:
-            error.add_note(f"This was in a batch of step {self._losses.n_done + 1}.")
-            raise
+        loss, interrupted = self._backward(window)
         self._sift.sync_gradients()
         self._losses.check(loss)
         norm = self._clip()
@@ -242,7 +238,11 @@ class Run:
         total = torch.zeros((), device=self._accelerator.device)
         with self._own_randomness():
             for batch, weight in self._own(window):
-                loss = self._forward(batch) if weight else self._forward(batch) * 0.0
+                try:
+                    loss = self._forward(batch) if weight else self._forward(batch) * 0.0
+                except Exception as error:
+                    error.add_note(f"This was in a batch of step {self._losses.n_done + 1}.")
+                    raise
                 # The mean over ranks divides by their number, also if some have no micro-batch.
                 self._accelerator.backward(loss / n * ranks.size if ranks.size > 1 else loss / n)
                 total += loss.detach().float() / n

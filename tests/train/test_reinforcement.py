@@ -27,6 +27,11 @@ def steps_of(channel: Path) -> list[int | None]:
     return [entry.step for entry in reversed(sparsedelta.Channel(channel).log())]
 
 
+@pytest.fixture(autouse=True)
+def beside_the_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # as when an example is the program
+
+
 def are_same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
     return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
