@@ -1,11 +1,10 @@
-"""Evaluation, early stopping, checkpoints, resuming, weight decay and trackers of ``fit``."""
+"""Evaluation, checkpoints, resuming, weight decay and trackers of ``fit``."""
 
 from __future__ import annotations
 
 import math
 import os
 import random
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from train_helpers import make_inputs, make_net, same_bits, snapshot, square_loss
 
 import sparsedelta
-from sift_train import SIFT, Evaluation, FitConfig, FitResult, StepReport, fit, grouped_parameters
+from sift_train import SIFT, FitConfig, FitResult, StepReport, fit, grouped_parameters
 from sift_train.batches import BatchWindows
 from sparsedelta.ops.scores import recorded_scores
 
@@ -183,217 +181,6 @@ def test_resume_and_save_every_need_a_folder(tmp_path: Path) -> None:
         arguments: dict[str, Any] = {"output": tmp_path / "d.sd", "loss": square_loss, **given}
         with pytest.raises(ValueError, match=f"{name} needs a folder"):
             fit(make_net(), make_inputs(1), config=config, **arguments)
-
-
-@pytest.mark.parametrize(("name", "higher"), [("loss", True), ("loss", False), ("accuracy", True)])
-def test_patience_warns_of_a_loss_that_should_rise(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, higher: bool
-) -> None:
-    fit(
-        make_net(),
-        make_inputs(2),
-        output=tmp_path / "d.sd",
-        loss=square_loss,
-        config=FitConfig(eval_every=1, patience=2, higher_is_better=higher),
-        evaluate=lambda model: {name: 1.0},
-    )
-    warned = [each for each in caplog.messages if "higher_is_better" in each]
-    assert len(warned) == (name == "loss" and higher)
-
-
-@pytest.mark.parametrize(
-    ("found", "higher", "n_steps"),
-    [
-        ([1.0, 2.0, 2.0, 1.5, 9.0], True, 4),
-        ([5.0, 4.0, 4.5, 4.0, 1.0], False, 4),
-        ([1.0, 2.0, 1.0, 3.0, 1.0, 1.0, 1.0], True, 6),
-    ],
-)
-def test_patience(tmp_path: Path, found: list[float], higher: bool, n_steps: int) -> None:
-    values = iter(found)
-    seen: list[Evaluation] = []
-    held: list[dict[str, Tensor]] = []
-
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        held.append(snapshot(model))
-        return {"score": next(values), "other": 0.0}
-
-    model = make_net()
-    result = fit(
-        model,
-        make_inputs(9),
-        output=tmp_path / "d.sd",
-        loss=square_loss,
-        config=FitConfig(eval_every=1, patience=2, higher_is_better=higher),
-        evaluate=evaluate,
-        on_evaluation=seen.append,
-    )
-    assert (result.stopped, result.n_steps) == ("patience", n_steps)
-    assert [e.values["score"] for e in result.evaluations] == found[:n_steps]
-    assert tuple(seen) == result.evaluations
-    best = n_steps - 2
-    assert result.kept_step == best
-    assert not same_model(model, held[-1])
-    assert same_model(model, held[best - 1])
-    with sparsedelta.load(result.delta) as delta:
-        info: Any = delta.info
-    assert (info["steps"], info["kept_step"]) == (n_steps, best)
-    assert [e["step"] for e in info["evaluations"]] == list(range(1, best + 1))
-
-
-def same_model(model: nn.Module, held: dict[str, Tensor]) -> bool:
-    return all(same_bits(value, held[name]) for name, value in model.state_dict().items())
-
-
-def scored(held: list[dict[str, Tensor]], *scores: float) -> Callable[[nn.Module], float]:
-    """Return a function that copies a model's weights and returns the next score."""
-
-    def evaluate(model: nn.Module) -> float:
-        held.append(snapshot(model))
-        return scores[len(held) - 1]
-
-    return evaluate
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"reselection": {"every": 1, "grow": "random", "dropped": "keep", "until": 1.0}},
-        {"reselection": {"every": 2, "grow": "random", "share": 1.0, "until": 1.0}},
-        {"masters": "kahan"},
-        {"masters": "stochastic", "exception": "bias"},
-        {"masters_device": "cpu", "eval_before": True},
-    ],
-)
-def test_the_weights_of_the_best_evaluation_are_kept(
-    tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    """Also if all steps are done; with running statistics."""
-    model, held = make_noisy(torch.bfloat16), list[dict[str, Tensor]]()
-    config = FitConfig(
-        sparse_rate=0.3, lr=1e-2, max_steps=4, eval_every=1, patience=9, sparse_module="weight", **settings
-    )  # fmt: skip
-    evaluate = scored(held, math.nan, 2.0, 5.0, 5.0, 1.0)
-    data = loader(own_generator=True)
-    result = fit(
-        model, data, output=tmp_path / "d.sd", loss=typed_loss, config=config, evaluate=evaluate
-    )
-    assert (result.stopped, result.n_steps) == ("done", 4)
-    assert result.kept_step == result.evaluations[2].step
-    assert same_model(model, held[2])
-    assert not same_model(model, held[3])
-    base = make_noisy(torch.bfloat16).state_dict()
-    changed = [~(value == base[name]) for name, value in model.state_dict().items()]
-    assert result.nnz == sum(int(each.sum()) for each in changed)
-
-
-def test_components_that_were_chosen_after_the_best_evaluation_are_not_trained(
-    tmp_path: Path,
-) -> None:
-    model, held, n_batches = make_net(), list[dict[str, Tensor]](), 0
-
-    def loss(net: Any, batch: Tensor) -> Tensor:
-        nonlocal n_batches
-        n_batches += 1
-        states = net.first(batch)
-        found: Tensor = (net.last(states) if n_batches > 3 else states).square().mean()
-        return found
-
-    config = FitConfig(selection="gradient", selection_batches=1, lr=1e-2, eval_every=1, patience=9)
-    result = fit(
-        model, make_inputs(4), output=tmp_path / "d.sd", loss=loss, config=config,
-        evaluate=scored(held, 1.0, 2.0, 0.0, 1.0),
-    )  # fmt: skip
-    assert (result.kept_step, len(held)) == (2, 4)
-    assert not same_bits(held[3]["last.weight"], held[1]["last.weight"])
-    assert same_model(model, held[1])
-
-
-@pytest.mark.parametrize("stop_at", [2, 4])
-def test_a_resumed_run_keeps_the_weights_of_the_same_evaluation(
-    tmp_path: Path, stop_at: int
-) -> None:
-    config = FitConfig(
-        sparse_rate=0.2, sparse_module="weight", lr=1e-2, max_steps=5, save_every=1, eval_every=1, patience=9
-    )  # fmt: skip
-    result = check_resumed(
-        tmp_path, config, stop_at, own_generator=True,
-        evaluate=lambda model: -abs(float(model.get_buffer("norm.num_batches_tracked")) - 3),
-    )  # fmt: skip
-    assert (result.kept_step, result.n_steps) == (3, 5)
-
-
-@pytest.mark.parametrize("is_interrupted", [True, False])
-def test_a_run_that_has_lost_patience_is_not_trained_on_when_resumed(
-    tmp_path: Path, is_interrupted: bool
-) -> None:
-    """It was interrupted in its last step, or killed after the checkpoint of this step."""
-
-    def end(report: StepReport) -> None:
-        if is_interrupted and report.step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    held: list[dict[str, Tensor]] = []
-    given: dict[str, Any] = {
-        "output": tmp_path / "d.sd", "loss": square_loss, "run_dir": tmp_path / "run",
-        "evaluate": scored(held, 1.0, 5.0, 3.0, 2.0, 9.0),
-        "config": FitConfig(eval_every=1, patience=2, save_every=1),
-    }  # fmt: skip
-    first = fit(make_net(), make_inputs(9), on_step=end, **given)
-    assert first.stopped == ("interrupted" if is_interrupted else "patience")
-    model = make_net()
-    result = fit(model, make_inputs(9), resume=True, overwrite=True, **given)
-    assert (result.stopped, result.n_steps, result.kept_step) == ("patience", 4, 2)
-    assert same_model(model, held[1])
-
-
-def test_patience_that_begins_with_a_resumed_run_keeps_the_weights_of_the_checkpoint(
-    tmp_path: Path,
-) -> None:
-    def end(report: StepReport) -> None:
-        if report.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    held: list[dict[str, Tensor]] = []
-    given: dict[str, Any] = {
-        "output": tmp_path / "d.sd", "loss": square_loss, "run_dir": tmp_path / "run", "resume": True,
-        "evaluate": scored(held, 1.0, 5.0, 3.0, 2.0),
-    }  # fmt: skip
-    fit(make_net(), make_inputs(4), config=FitConfig(eval_every=1), on_step=end, **given)
-    model = make_net()
-    result = fit(model, make_inputs(4), config=FitConfig(eval_every=1, patience=2), **given)
-    assert result.kept_step == 2
-    assert same_model(model, held[1])
-
-
-def test_without_a_base_the_delta_begins_with_the_first_running_statistics(tmp_path: Path) -> None:
-    model = make_noisy(torch.float32)
-    save_file(model.state_dict(), tmp_path / "base.safetensors")
-    result = fit(
-        model, loader(own_generator=True), output=tmp_path / "d.sd", loss=typed_loss,
-        config=FitConfig(sparse_rate=0.1),
-    )  # fmt: skip
-    sparsedelta.apply(tmp_path / "base.safetensors", result.delta, tmp_path / "out.safetensors")
-    assert same_model(model, load_file(tmp_path / "out.safetensors"))
-
-
-def test_weights_of_a_better_evaluation_that_are_gone_are_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    def end(report: StepReport) -> None:
-        if report.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    given: dict[str, Any] = {
-        "output": tmp_path / "d.sd", "loss": square_loss, "run_dir": tmp_path / "run", "resume": True,
-        "evaluate": scored([], 2.0, 1.0, 1.0, 1.0),
-    }  # fmt: skip
-    result = fit(make_net(), make_inputs(4), config=FitConfig(eval_every=1), on_step=end, **given)
-    assert (result.stopped, result.kept_step) == ("interrupted", 2)
-    config = FitConfig(eval_every=1, patience=9)
-    result = fit(make_net(), make_inputs(4), config=config, **given)
-    assert result.kept_step == 4
-    assert "those of the best evaluation, after step 1, are not in the checkpoint" in caplog.text
 
 
 def test_an_evaluation_before_the_first_step_is_that_of_the_base(tmp_path: Path) -> None:
@@ -564,58 +351,6 @@ def test_windows_resume_at_a_saved_position() -> None:
     again.go_to(batches.place())
     rest = again.windows()
     assert [next(rest) for _ in range(4)] == [[4, 5], [6], [0, 1], [2, 3]]
-
-
-def test_the_first_buffers_are_in_the_state() -> None:
-    model = make_noisy(torch.float32)
-    first = model.get_buffer("norm.running_mean").clone()
-    with SIFT(model, 0.2, "weight", lr_transfer=False) as sift:
-        square_loss(model, make_inputs(1)[0]).backward()
-        buffer = model.get_buffer("norm.running_mean")
-        trained = buffer.clone()
-        assert not same_bits(trained, first)
-        with sift.reverted():
-            assert same_bits(buffer, first)  # also for what holds the buffer
-            model(make_inputs(1)[0])  # writes to it
-        assert model.get_buffer("norm.running_mean") is buffer
-        assert same_bits(buffer, trained)
-        state = sift.state_dict()
-    with SIFT(model, 0.2, "weight", lr_transfer=False) as sift:  # the model holds trained buffers
-        sift.load_state_dict(state)
-        with sift.reverted():
-            assert same_bits(model.get_buffer("norm.running_mean"), first)
-        assert same_bits(model.get_buffer("norm.running_mean"), trained)
-
-
-class Growing(nn.Module):
-    """A layer with a buffer that becomes longer in each forward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(12, 4)
-        self.seen: Tensor
-        self.register_buffer("seen", torch.zeros(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.seen = torch.cat([self.seen, x.mean().detach()[None]])
-        out: Tensor = self.first(x)
-        return out
-
-
-def test_a_buffer_may_change_its_shape(tmp_path: Path) -> None:
-    model, base = Growing(), tmp_path / "base.safetensors"
-    save_file(model.state_dict(), base)
-    config = FitConfig(eval_every=1, patience=2, lr=1e-2)
-    held: list[dict[str, Tensor]] = []
-    result = fit(
-        model, make_inputs(9), output=tmp_path / "d.sd", loss=square_loss, config=config,
-        evaluate=scored(held, 1.0, 5.0, 3.0, 2.0),
-    )  # fmt: skip
-    assert (result.n_steps, result.kept_step, len(model.seen)) == (4, 2, 3)
-    assert same_model(model, held[1])
-    sparsedelta.apply(base, tmp_path / "d.sd", tmp_path / "out.safetensors")
-    assert same_bits(load_file(tmp_path / "out.safetensors")["seen"], model.seen)
 
 
 def test_an_error_in_a_batch_names_its_step(tmp_path: Path) -> None:
