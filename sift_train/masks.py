@@ -39,12 +39,17 @@ def is_mask(selection: Any) -> bool:
     return isinstance(selection, Mapping | PathLike | sparsedelta.Delta)
 
 
-def save_mask(sift: SIFT, path: str | PathLike[str]) -> None:
+def save_mask(sift: SIFT, path: str | PathLike[str], *, overwrite: bool = False) -> None:
     """Write which components a SIFT trains, sparsely or densely, as a mask.
 
     Raises:
+        FileExistsError: the file exists and ``overwrite`` is not set.
         ValueError: the components of a parameter are not chosen yet, or the model is sharded.
     """
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(
+            f"mask '{path}' exists; choose another name, or overwrite it (overwrite=True)"
+        )
     masks = {}
     for name, part in sift.sparse_mapping.items():
         if part.shard is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -11,6 +12,8 @@ import sparsedelta
 from sift_train.known import names_checked
 from sift_train.sift_config import SiftConfig
 from sift_train.yaml_files import names_of
+
+logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -26,7 +29,7 @@ def get_sift_model(model: M, config: SiftConfig | None = None, *, grad_acc: int 
 
     Args:
         model: a module without wrappers for several devices.
-        config: what is trained; by default ``SiftConfig()``. ``selection_batches`` is for the Trainer's mixin only.
+        config: what is trained; by default ``SiftConfig()``. ``selection_batches`` and ``reselection`` are for the Trainer's mixin only.
         grad_acc: micro-batches per optimizer step.
 
     Raises:
@@ -46,6 +49,13 @@ def get_sift_model(model: M, config: SiftConfig | None = None, *, grad_acc: int 
         raise ValueError(
             f"{type(model).__name__} has an attribute 'sift' of its own; build SIFT(model, ...) instead"
         )
+    for name in ("reselection", "selection_batches"):
+        if config is not None and getattr(config, name) is not None:
+            logger.warning(
+                "%s of the SiftConfig is for SiftTrainerMixin; in a loop of your own use %s",
+                name,
+                "sift.reselecting()" if name == "reselection" else "sift.selecting()",
+            )
     holder: Any = model
     holder.sift = (config or SiftConfig()).build(model, grad_acc=grad_acc)
     return model

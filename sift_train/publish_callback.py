@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from sift_train.publishing import Publishing
 from sift_train.sift import SIFT
+from sift_train.trainer_groups import check_open
 
 
 class PublishCallback(TrainerCallback):
@@ -33,6 +34,8 @@ class PublishCallback(TrainerCallback):
     ) -> None:
         if every < 1:
             raise ValueError(f"every is {every}, expected at least 1")
+        if sift is not None:
+            check_open(sift)
         self._publishing = Publishing(channel, every)
         self._sift = sift
 

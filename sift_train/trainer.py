@@ -31,6 +31,7 @@ from sift_train.saved import check_settings, write_state
 from sift_train.sift import SIFT
 from sift_train.sift_config import SiftConfig
 from sift_train.trainer_groups import (
+    check_open,
     log_sparse_lr,
     optimizer_groups,
     refuse_fsdp,
@@ -63,7 +64,8 @@ class SiftCallback(TrainerCallback):
     It clips and zeroes the masters' gradients, and chooses by the micro-batches of the first step. At
     each save it adds ``sift.safetensors`` to the checkpoint, and with it ``resume_from_checkpoint`` and
     ``load_best_model_at_end`` continue bit for bit. Trainer saves the full model at each save;
-    ``SiftTrainerMixin`` saves a delta. With fp16 and
+    ``SiftTrainerMixin`` saves a delta. Trainer calls its reporters, such as TensorBoard, before the callbacks that it is given, so
+    these do not get the norm and the learning rate of the masters; ``SIFT.set_trainer`` adds this callback before them. With fp16 and
     several micro-batches per step, the gradient scaler reads gradients before the components are
     chosen: choose them beforehand inside ``sift.selecting()``, or use the mixin.
 
@@ -79,6 +81,7 @@ class SiftCallback(TrainerCallback):
     def __init__(
         self, sift: SIFT, *, reselection: Reselection | Mapping[str, Any] | str | None = None
     ) -> None:
+        check_open(sift)
         self._sift = sift
         self._reselection = find_reselection(reselection)
         if self._reselection is not None and needs_gradients(self._reselection.grow):
@@ -229,6 +232,7 @@ class SiftTrainerMixin(_Trainer):
         self._find_sift()
 
     def _take_sift(self, sift: SIFT) -> None:
+        check_open(sift)
         self.sift = sift
         if self._base is not None:
             check_base(sift.model, Path(self._base), sift)
@@ -360,8 +364,14 @@ class SiftTrainerMixin(_Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._find_sift()
         expected = self.sift.n_trained
-        check_settings(Path(resume_from_checkpoint) / STATE, self._settings())
-        self.sift.load(Path(resume_from_checkpoint) / STATE)
+        saved = Path(resume_from_checkpoint) / STATE
+        if not saved.is_file():
+            raise FileNotFoundError(
+                f"'{resume_from_checkpoint}' has no {STATE}, so no run with SIFT has written it; resume from a checkpoint of this"
+                " run, or start from the model (resume_from_checkpoint=None)"
+            )
+        check_settings(saved, self._settings())
+        self.sift.load(saved)
         if self.sift.n_trained != expected:
             logger.warning(
                 "the checkpoint '%s' trains %d components, the settings of this run ask for %d; those of the checkpoint are"

@@ -29,6 +29,22 @@ def refuse_matrix_optimizer(name: str) -> None:
         )
 
 
+def check_open(sift: Any) -> None:
+    """Check that something is a SIFT that trains its model.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: it is closed.
+    """
+    if not isinstance(sift, SIFT):
+        raise TypeError(
+            f"sift is of type {type(sift).__name__}, expected a SIFT; build one, SIFT(model, …), or give a SiftConfig to"
+            " SiftTrainerMixin"
+        )
+    if sift.is_closed:
+        raise ValueError("the SIFT is closed, so it trains nothing; build another one of the model")
+
+
 def refuse_other_model(sift: SIFT, model: nn.Module) -> None:
     """Refuse a model that does not hold the parameters that a SIFT trains.
 

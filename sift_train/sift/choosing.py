@@ -6,6 +6,7 @@ trained on, or from those of the first step.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -21,6 +22,8 @@ from sift_train.reselection import check_move
 from sift_train.reselector import Reselector
 from sift_train.rules import Selection
 from sift_train.sift.weights import WrittenBack
+
+logger = logging.getLogger(__name__)
 
 
 class Choosing(WrittenBack):
@@ -85,8 +88,21 @@ class Choosing(WrittenBack):
     def selecting(self) -> Iterator[None]:
         """Choose the components by the backward passes inside the block, without training on them.
 
-        The model's buffers, such as running statistics, are restored afterwards.
+        The model's buffers, such as running statistics, are restored afterwards. If all components are chosen, only ``lr_share``
+        is measured, or nothing if it is known; then a warning is logged.
         """
+        measures = self.lr_transfer and self.lr_share is None
+        if not measures and all(part.is_selected for part in self.sparse_mapping.values()):
+            logger.warning(
+                "selecting() has no effect, because all components are chosen already; choose by gradients with"
+                " selection='gradient', or anew with reselecting()"
+            )
+        with self._scoring():
+            yield
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """Take the backward passes inside the block for the choice only; restore the buffers afterwards."""
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self._only_scoring = True
         try:
@@ -154,7 +170,7 @@ class Choosing(WrittenBack):
             number=self.n_reselections,
         )
         try:
-            with self.selecting():
+            with self._scoring():
                 yield
             if self._reselector.finish(self._sync.ranks):
                 self.n_reselections += 1
@@ -188,7 +204,7 @@ class Choosing(WrittenBack):
                 "the components are not chosen yet, so their share of the gradient cannot be measured; choose"
                 " them before, for example inside sift.selecting()"
             )
-        with self._learning_rate.measured_anew(), self.selecting():
+        with self._learning_rate.measured_anew(), self._scoring():
             yield
 
     def finish_selection(self) -> None:

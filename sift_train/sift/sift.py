@@ -227,7 +227,9 @@ class SIFT(Stepping):
         """Add a ``SiftCallback`` to a Trainer whose optimizer holds the masters."""
         from sift_train.trainer import SiftCallback  # takes seconds
 
-        trainer.add_callback(SiftCallback(self))
+        # Before those that report what is logged, because it adds to that.
+        handler: Any = trainer.callback_handler
+        handler.callbacks.insert(0, SiftCallback(self))
 
     @staticmethod
     def of(model: nn.Module) -> SIFT | None:
@@ -325,13 +327,18 @@ class SIFT(Stepping):
         if self._checkpointing:
             disable_checkpointing(self.model)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether ``close`` was called; nothing is trained any more."""
+        return not self._handles
+
     def __repr__(self) -> str:
         parts = self.sparse_mapping.values()
         n_selected = sum(part.is_selected for part in parts)
         return (
             f"SIFT({type(self.model).__name__}: {self.n_trained:,} of {self.n_total:,} components "
             f"trained, {100 * self.n_trained / self.n_total:.2f} %; {n_selected:,} of "
-            f"{len(parts):,} parameters chosen{'' if self._handles else '; closed'})"
+            f"{len(parts):,} parameters chosen{'; closed' if self.is_closed else ''})"
         )
 
     def __enter__(self) -> Self:

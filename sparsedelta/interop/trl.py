@@ -128,6 +128,8 @@ class TrlV2(Form):
             _check_int32(one)
             tensors[f"{one.name}.idx"] = _coded(one.indices, str(settings["encoding"]))
             tensors[f"{one.name}.val"] = vector("BF16", one.values)
+        if not tensors and change.losses:
+            raise ValueError(f"trl-v2 cannot hold any of the changes: not {change.losses[0]}")
         if not tensors:
             raise ValueError(
                 "base and target are equal, and a file of trl-v2 without changes cannot be told from other files;"

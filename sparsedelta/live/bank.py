@@ -176,7 +176,7 @@ class DeltaBank:
         return self._lock.reading(lambda: self.active)
 
     def using(self, name: str | None) -> AbstractContextManager[None]:
-        """Return a context that activates a delta. No other thread can enter ``reading`` or ``using`` meanwhile.
+        """Return a context that activates a delta, which stays active. No other thread can enter ``reading`` or ``using`` meanwhile.
 
         Entering it raises:
             KeyError: the bank has no delta with this name.

@@ -353,6 +353,25 @@ def test_a_wrong_mask_is_one_clear_sentence(tmp_path: Path) -> None:
         save_mask(SIFT(make_net(), 0.1, WEIGHTS, selection="gradient"), tmp_path / "x.safetensors")
 
 
+def test_an_existing_mask_is_kept(tmp_path: Path) -> None:
+    with SIFT(make_net(), 0.1, WEIGHTS) as sift:
+        save_mask(sift, tmp_path / "mask.safetensors")
+        with pytest.raises(FileExistsError, match=r"mask.safetensors' exists; choose another name"):
+            save_mask(sift, tmp_path / "mask.safetensors")
+        save_mask(sift, tmp_path / "mask.safetensors", overwrite=True)
+
+
+def test_selecting_what_is_chosen_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with SIFT(make_net(), 0.1, WEIGHTS, selection="magnitude") as sift:
+        with sift.selecting():  # measures the share
+            square_loss(sift.model, make_inputs(1)[0]).backward()
+        assert not caplog.messages
+        with sift.selecting():
+            pass
+        (message,) = caplog.messages
+        assert message.startswith("selecting() has no effect, because all components are chosen")
+
+
 def test_fit_takes_a_mask_and_records_it(tmp_path: Path) -> None:
     make_files(tmp_path)
     config = FitConfig(selection=tmp_path / "mask.safetensors", max_steps=2, lr=1e-2)

@@ -38,6 +38,14 @@ def test_the_same_model_has_its_sift(capsys: pytest.CaptureFixture[str]) -> None
     assert get_sift_model(model) is model
 
 
+def test_settings_for_the_mixin_only_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    get_sift_model(make_net(), SiftConfig(selection_batches=4, reselection={"every": 3}))
+    assert [message.split(" of the SiftConfig is for ")[0] for message in caplog.messages] == [
+        "reselection",
+        "selection_batches",
+    ]
+
+
 def test_an_attribute_of_the_model_is_not_replaced() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:

@@ -81,7 +81,7 @@ def test_names() -> None:
         ("principal", "rank"),
         ("get_sift_model", "model config * grad_acc"),
         ("from_pretrained", "name * base model_class dtype device_map"),
-        ("save_mask", "sift path"),
+        ("save_mask", "sift path * overwrite"),
         ("load_mask", "path"),
         ("mask_of_delta", "delta model"),
         (
@@ -109,7 +109,7 @@ def test_what_a_sift_offers() -> None:
         "finish_selection", "first_config", "get_trainable_num", "grad_acc", "load", "load_state_dict", "lr_share", "masters_device", "measuring_share",
         "memory_report", "n_reselections", "n_total", "n_trained", "named_parameters_in_optimizer",
         "named_trainable_parameters", "parameters_in_optimizer", "print_trainable_parameters",
-        "of", "ranks", "record", "reshard", "set_trainer", "push_to_hub", "reselecting", "revert", "reverted", "save", "selecting", "sparse_lr", "state_dict", "sync_gradients",
+        "is_closed", "of", "ranks", "record", "reshard", "set_trainer", "push_to_hub", "reselecting", "revert", "reverted", "save", "selecting", "sparse_lr", "state_dict", "sync_gradients",
         "trainable_parameters",
         "write_back", "zero_grad",
     }  # fmt: skip

@@ -13,10 +13,17 @@ from safetensors.torch import load_file
 from test_trainer import LAYERS, Rows, SiftTrainer, arguments, load
 from torch import nn
 from train_helpers import make_bert, same_bits, snapshot
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import sparsedelta
-from sift_train import SIFT, FitConfig, SiftCallback, SiftConfig, SiftTrainerMixin
+from sift_train import (
+    SIFT,
+    FitConfig,
+    PublishCallback,
+    SiftCallback,
+    SiftConfig,
+    SiftTrainerMixin,
+)
 
 
 @pytest.fixture
@@ -227,6 +234,38 @@ def test_a_trainer_without_the_replaced_methods_is_refused(tmp_path: Path, base:
         Mixed(load(base), sift=SiftConfig())
 
 
+class Reporter(TrainerCallback):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.logs.append(dict(given["logs"]))
+
+
+@pytest.mark.parametrize("make", [SiftCallback, lambda sift: PublishCallback("channel", sift=sift)])
+def test_a_callback_needs_a_sift_that_is_open(base: Path, make: Any) -> None:
+    with pytest.raises(TypeError, match="sift is of type SiftConfig, expected a SIFT"):
+        make(SiftConfig())
+    with SIFT(load(base), 0.1, LAYERS) as sift:
+        make(sift)
+    with pytest.raises(ValueError, match="the SIFT is closed, so it trains nothing"):
+        make(sift)
+    with pytest.raises(ValueError, match="the SIFT is closed"):
+        SiftTrainer(sift.model, sift=sift)
+
+
+def test_the_mixin_resumes_only_from_its_own_checkpoints(tmp_path: Path, base: Path) -> None:
+    args = arguments(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=1)
+    Trainer(load(base), args, train_dataset=Rows(4)).train()
+    ours = SiftTrainer(load(base), args, train_dataset=Rows(4), sift=SiftConfig(), base=base)
+    with pytest.raises(
+        FileNotFoundError, match=r"checkpoint-1' has no sift.safetensors, so no run"
+    ):
+        ours.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+
+
 def test_set_trainer_of_the_original_scripts(tmp_path: Path, base: Path) -> None:
     """They pass the optimizer to Trainer, then call ``set_trainer``, and dump ``record``."""
     runs = []
@@ -234,13 +273,18 @@ def test_set_trainer_of_the_original_scripts(tmp_path: Path, base: Path) -> None
         model = load(base)
         sift = SIFT(model, 0.1, LAYERS, exception=None, grad_acc=2)
         optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
-        args = arguments(tmp_path / "out", max_steps=2, gradient_accumulation_steps=2)
+        more: dict[str, Any] = {"gradient_accumulation_steps": 2, "logging_steps": 1}
+        args = arguments(tmp_path / "out", max_steps=2, **more)
         trainer = Trainer(model, args, train_dataset=Rows(4), optimizers=(optimizer, None))
+        reporter = Reporter()
+        trainer.add_callback(reporter)
         if way == "set_trainer":
             sift.set_trainer(trainer)
         else:
             trainer.add_callback(SiftCallback(sift))
         trainer.train()
+        norms = [logs["grad_norm"] > 0 for logs in reporter.logs if "grad_norm" in logs]
+        assert norms == [way == "set_trainer"] * 2  # the other one comes after the reporter
         assert all(isinstance(value, float) for value in sift.record.values())
         runs.append(model)
     assert same_model(*runs)
