@@ -107,8 +107,8 @@ def find_targets(
         )
     if not targets:
         raise ValueError(
-            f"{type(model).__name__}: no parameter is selected for training; "
-            f"name fragments of parameters in sparse_module, such as {next(iter(names.values()))[0]!r}"
+            f"{type(model).__name__}: no parameter is selected for training, because none matches sparse_module,"
+            f" {sparse_module!r}; give fragments of names, such as {next(iter(names.values()))[0]!r}"
             if names
             else f"{type(model).__name__} has no parameters; there is nothing to train"
         )

@@ -179,7 +179,9 @@ def test_all_conv_alone_and_together_with_all_linear() -> None:
         "0.weight",
         "1.weight",
     }
-    with pytest.raises(ValueError, match="no parameter is selected for training"):
+    with pytest.raises(
+        ValueError, match="no parameter is selected for training, because none matches"
+    ):
         SIFT(make_net(), 0.1, "all-conv")
 
 
