@@ -188,7 +188,7 @@ class BaseNeeded(SparseDeltaError, ValueError):
     code = "base_needed"
     remedy = (
         "Pass the base with --base (`base=` in Python). A delta that is made with `diff "
-        "--standalone` can be stacked and inverted without its base."
+        "--standalone` can be stacked without its base, and inverted if it only changes values."
     )
 
 

@@ -107,7 +107,8 @@ def _warnings(
         yield (
             f"{count(len(renamed))} of {n_tensors} have another name than in the base, such as"
             f" {printable(renamed[0].name)} for {printable(renamed[0].base_name or '')}; to keep"
-            " the base's names, save the model without its wrapper (torch.compile, DataParallel)"
+            " the base's names, save the model without its wrapper (torch.compile, DataParallel), or of the class that"
+            " the base has; this costs almost no bytes"
         )
     added = {t.name: t.dtype for t in found.tensors if t.state == "added"}
     if found.n_unused and 2 * len(added) > len(found.tensors):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from shlex import quote
 
 from blake3 import blake3
 
 from sparsedelta.errors import BaseMismatch, Corrupt
+from sparsedelta.files import junk
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.globs import covering
 from sparsedelta.format.delta import Delta
@@ -69,14 +70,24 @@ def is_short(file: SideFile) -> bool:
     return file.n_bytes <= _BLOCK_BYTES
 
 
-def check_base_files(delta: Delta, base: Checkpoint) -> None:
-    """Check all side files that the target takes from the base.
+def without(delta: Delta, exclude: Sequence[str]) -> list[SideFile]:
+    """Return the side files of the target, but for those from the base that match one of the globs."""
+    return [
+        file
+        for file in delta.target.side_files
+        if file.stored or not junk.matches(file.path, exclude)
+    ]
+
+
+def check_base_files(delta: Delta, base: Checkpoint, exclude: Sequence[str] = ()) -> None:
+    """Check the side files that the target takes from the base, but for those that match one of the globs.
 
     Raises:
         BaseMismatch: a file is missing from the base or differs.
     """
-    check_presence(delta, base, delta.target.side_files)
-    for file in delta.target.side_files:
+    side_files = without(delta, exclude)
+    check_presence(delta, base, side_files)
+    for file in side_files:
         if not file.stored:
             check_base_file(delta, base, file)
 

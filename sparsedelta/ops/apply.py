@@ -16,10 +16,9 @@ from typing import get_args
 
 from sparsedelta._typing import AnyPath, Executor
 from sparsedelta.errors import BaseMismatch
-from sparsedelta.files import junk
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.layout import FileLayout, target_layout
-from sparsedelta.files.side_files import check_presence, is_short, write_side_file
+from sparsedelta.files.side_files import check_presence, is_short, without, write_side_file
 from sparsedelta.files.unread import is_distributed
 from sparsedelta.format.container import is_delta_file
 from sparsedelta.format.delta import AnyDelta, Delta, opened_all
@@ -251,11 +250,7 @@ def write_target(
     check_room(out, n_bytes + sum(file.n_bytes for file in delta.target.side_files))
     with explained(delta, base), ExitStack() as stack:
         found = find_base(delta, base)
-        side_files = [
-            file
-            for file in delta.target.side_files
-            if file.stored or not junk.matches(file.path, exclude)
-        ]
+        side_files = without(delta, exclude)
         check_presence(delta, base, side_files)
         if delta.target.is_folder:
             _make_folders(delta, out)

@@ -11,13 +11,14 @@ import numpy as np
 
 from sparsedelta._typing import JSON, AnyPath, Executor
 from sparsedelta.errors import AlreadyApplied, TargetMismatch
+from sparsedelta.files import junk
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.globs import covering
 from sparsedelta.files.layout import target_layout
 from sparsedelta.files.side_files import carried_content, check_base_files, digest_file
 from sparsedelta.format.columns import columns_of, starts
 from sparsedelta.format.delta import AnyDelta, Delta, opened_all
-from sparsedelta.format.records import BaseTensor, Row
+from sparsedelta.format.records import BaseTensor, Row, SideFile
 from sparsedelta.ops.base_check import explained, find_base, is_base, open_base
 from sparsedelta.ops.lookup import Lookup
 from sparsedelta.ops.rebuilding import rebuild_on, rebuild_tensors
@@ -98,7 +99,7 @@ def verify(
                 explained(given, checkpoint),
             ):
                 found = find_base(given, checkpoint)
-                check_base_files(given, checkpoint)
+                check_base_files(given, checkpoint, exclude)
                 if executor is None:
                     rebuild_tensors(
                         found, given, [], check="full", progress=progress, every_base=True
@@ -119,7 +120,7 @@ def verify(
                 open_base(target, given, exclude=exclude) as checkpoint,
                 _not_the_base(given, checkpoint),
             ):
-                _check_target(given, checkpoint, progress, executor)
+                _check_target(given, checkpoint, exclude, progress, executor)
         return VerifyReport(
             n_tensors=len(given.tensors),
             n_changed=given.n_changed,
@@ -236,9 +237,13 @@ class _Decoding:
 
 
 def _check_target(
-    delta: Delta, target: Checkpoint, progress: Progress | None, executor: Executor | None
+    delta: Delta,
+    target: Checkpoint,
+    exclude: Sequence[str],
+    progress: Progress | None,
+    executor: Executor | None,
 ) -> None:
-    """Compare every file of a checkpoint with the delta's target; a single file may have any name."""
+    """Compare every file of a checkpoint with the delta's target, but for those left out; a single file may have any name."""
     if target.is_folder != delta.target.is_folder:
         kinds = {True: "a folder", False: "a file"}
         raise TargetMismatch(
@@ -246,8 +251,11 @@ def _check_target(
             f" {kinds[delta.target.is_folder]}; give that"
         )
     if target.is_folder:
-        _check_file_names(delta, target)
-        for file in delta.target.side_files:
+        side_files = [
+            file for file in delta.target.side_files if not junk.matches(file.path, exclude)
+        ]
+        _check_file_names(delta, target, side_files)
+        for file in side_files:
             if digest_file(target.side_files[file.path]) != (file.n_bytes, file.digest):
                 raise TargetMismatch(
                     f"file '{target.side_files[file.path]}' differs from that of the delta's target"
@@ -264,10 +272,10 @@ def _check_target(
     _check_target_tensors(delta, target, progress, executor)
 
 
-def _check_file_names(delta: Delta, target: Checkpoint) -> None:
+def _check_file_names(delta: Delta, target: Checkpoint, side_files: Sequence[SideFile]) -> None:
     described = delta.target
     expected = {file.path for file in described.weight_files}
-    expected |= {file.path for file in described.side_files}
+    expected |= {file.path for file in side_files}
     expected |= {f"{folder}/" for folder in described.empty_folders}
     found = {file.path for file in target.weight_files} | target.side_files.keys()
     found |= {f"{folder}/" for folder in target.empty_folders}

@@ -80,6 +80,21 @@ def test_damaged_payload(workplace: Workplace, run: Run) -> None:
     assert "damaged" in result.stderr
 
 
+@pytest.mark.parametrize("which", ["base", "target"])
+def test_a_file_that_differs_can_be_left_out(workplace: Workplace, run: Run, which: str) -> None:
+    for folder in (workplace.base, workplace.target):
+        write(folder / "README.md", "of the base")
+    delta = workplace.save_delta()
+    folder = getattr(workplace, which)
+    write(folder / "README.md", "changed")
+    options = (f"--{which}", folder)
+    assert "README.md' differs" in run("verify", delta, *options).stderr
+    assert run("verify", delta, *options, "--exclude", "README.md").exit_code == 0
+    (folder / "README.md").unlink()
+    assert run("verify", delta, *options, "--exclude", "*.md").exit_code == 0
+    assert run("verify", delta, *options).exit_code == 1
+
+
 def test_a_target_with_other_files(workplace: Workplace, run: Run) -> None:
     delta = workplace.save_delta()
     target = ("--base", workplace.base, "--target", workplace.target)
