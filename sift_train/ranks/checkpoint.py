@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sift_train.buffers import set_buffers
 from sift_train.masters import SparseParameter
 from sift_train.ranks.pieces import Piece
 from sift_train.saved import BUFFER, INDEX, LR_SHARE, MASTER, ORIGINAL
@@ -110,9 +111,8 @@ def load_sharded(
             saved = {key.removeprefix(prefix): found[key] for key in states}
             optimizer.state[part.master] = _own_state(part, saved, is_own)
     sift.lr_share = float(read([LR_SHARE])[LR_SHARE]) if LR_SHARE in held else None
-    buffers = {BUFFER + name: buffer for name, buffer in sift.model.named_buffers()}
-    for key, value in read([key for key in buffers if key in held]).items():
-        buffers[key].detach().copy_(value)
+    buffers = read([key for key in held if key.startswith(BUFFER)])
+    set_buffers(sift.model, {key.removeprefix(BUFFER): value for key, value in buffers.items()})
 
 
 def _state(sift: SIFT, optimizer: Optimizer | None) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from sift_train.buffers import set_buffers
 from sift_train.chooser import Chooser
 from sift_train.lr_transfer import LearningRate
 from sift_train.masters import SparseParameter
@@ -103,7 +104,7 @@ class Choosing(WrittenBack):
     @contextmanager
     def _scoring(self) -> Iterator[None]:
         """Take the backward passes inside the block for the choice only; restore the buffers afterwards."""
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self._only_scoring = True
         try:
             yield
@@ -111,9 +112,7 @@ class Choosing(WrittenBack):
         finally:
             self._only_scoring = False
             self._chooser.clear()
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+            set_buffers(self.model, buffers)
 
     @contextmanager
     def reselecting(

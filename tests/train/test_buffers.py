@@ -63,6 +63,13 @@ class Growing(nn.Module):
         return out
 
 
+def test_choosing_leaves_a_buffer_that_changes_its_shape(tmp_path: Path) -> None:
+    model = Growing()
+    config = FitConfig(selection="gradient", selection_batches=4, max_steps=2)
+    fit(model, make_inputs(4), output=tmp_path / "d.sd", loss=square_loss, config=config)
+    assert len(model.seen) == 1 + 2
+
+
 def test_a_buffer_may_change_its_shape(tmp_path: Path) -> None:
     model, base = Growing(), tmp_path / "base.safetensors"
     save_file(model.state_dict(), base)
