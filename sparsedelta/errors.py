@@ -14,10 +14,10 @@ SparseDeltaError
 │  ├─ PartlyApplied                some tensors are the base's, others the target's
 │  ├─ StructureMismatch            the base has other tensors, dtypes or shapes
 │  └─ TargetMismatch               the checkpoint is not the delta's target
-├─ BaseNeeded (ValueError)         the delta can be decoded only with its base, which was not given
+├─ BaseNeeded (ValueError)         this can be done only with the base, which was not given
 ├─ LossyConversion (ValueError)    the other form cannot hold everything, and no loss was allowed
 ├─ CheckpointError (ValueError)    a base or target cannot be read as a checkpoint
-├─ ConflictError (ValueError)      the deltas cannot be stacked, inverted or merged
+├─ ConflictError (ValueError)      the deltas cannot be combined as requested
 ├─ ChannelError (ValueError)       a channel cannot do what was asked
 │  ├─ BadVersion                   an entry or object of the channel is damaged or breaks a rule
 │  ├─ Uncertain                    what the follower holds is not the version that it held last
@@ -183,7 +183,7 @@ class TargetMismatch(MismatchError):
 
 
 class BaseNeeded(SparseDeltaError, ValueError):
-    """The delta can be decoded only with its base, which was not given."""
+    """The delta can be decoded, inverted or stacked only with its base, which was not given."""
 
     code = "base_needed"
     remedy = (
@@ -214,12 +214,13 @@ class CheckpointError(SparseDeltaError, ValueError):
 
 
 class ConflictError(SparseDeltaError, ValueError):
-    """The deltas cannot be stacked, inverted or merged as requested."""
+    """The deltas cannot be stacked, merged, reverted or loaded together as requested."""
 
     code = "conflict"
     remedy = (
-        "Stack deltas in the order in which they were made. Deltas of one base that change "
-        "the same values can be combined with `sparsedelta merge`."
+        "Read the message: it says which delta or tensor stands in the way. Stack deltas in the "
+        "order in which they were made. Deltas of one base that change the same values can be "
+        "combined with `sparsedelta merge`."
     )
 
 

@@ -134,16 +134,23 @@ def no_counterpart(added: Mapping[str, str], base: Mapping[str, str]) -> str:
         added: dtype by name of these tensors; at least one.
         base: dtype by name of the base's tensors.
     """
+    from sparsedelta.ops.counterparts import common_prefix  # with numpy
+
     if any(map(_is_adapter, added)):
         return "the target is a PEFT adapter: merge it into the base and save that model"
     if any(map(_is_adapter, base)):
         return "the base is a PEFT adapter: give the model that it was trained on"
-    pairs = {(base[name], dtype) for name, dtype in added.items() if name in base}
+    more, less = common_prefix(added, base) or ("", "")
+    names = {name: less + name.removeprefix(more) for name in added if name.startswith(more)}
+    pairs = {(base[own], added[name]) for name, own in names.items() if own in base}
     if pairs:
         before, after = min(pairs)
+        renamed = (
+            f" and with other names (prefix '{printable(more or less)}')" if more or less else ""
+        )
         return (
-            f"the base has them in another dtype or shape ({before} instead of {after}): convert one"
-            " of the checkpoints and run diff again for a small delta"
+            f"the base has them in another dtype or shape ({before} instead of {after}){renamed}: convert"
+            " one of the checkpoints and run diff again for a small delta"
         )
     return "none of their names is in the base: is this the right base?"
 

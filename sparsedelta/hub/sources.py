@@ -10,7 +10,6 @@ from pathlib import Path
 from sparsedelta.errors import (
     BaseMismatch,
     BaseNeeded,
-    ConflictError,
     RemoteError,
     RemoteNotFound,
 )
@@ -119,7 +118,7 @@ def fetched(reference: str | Reference, *, token: Token = None) -> Iterator[tupl
 def _stacked(deltas: Sequence[Delta], base: Path) -> Delta:
     try:
         return stack(*deltas)
-    except (BaseNeeded, ConflictError):  # chunks coded against the base, or mixed encodings
+    except BaseNeeded:
         return stack(*deltas, base=base)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from blake3 import blake3
 
 from sparsedelta._typing import JSON, AnyPath
-from sparsedelta.errors import ConflictError, Corrupt
+from sparsedelta.errors import BaseNeeded, Corrupt
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.layout import canonical_header, rows_by_file
 from sparsedelta.files.side_files import check_base_files
@@ -63,7 +63,7 @@ def invert(
             None for the system's temporary folder.
 
     Raises:
-        ConflictError: ``base`` is required, but not given; the message says why.
+        BaseNeeded: ``base`` is required, but not given; the message says why.
         FormatError: the delta cannot be read, or is inconsistent.
         MismatchError: ``base`` is not the base of the delta.
         CheckpointError: ``base`` cannot be read, or has a file that no delta can carry.
@@ -88,7 +88,7 @@ def _without_base(
 ) -> Delta:
     reasons = why_base_needed(delta)
     if reasons:
-        raise ConflictError(
+        raise BaseNeeded(
             f"the delta cannot be inverted without its base: {reasons[0]}; give the base (base=, --base)"
         )
     pace = Pace(progress)

@@ -43,9 +43,8 @@ def stack(
             None for the system's temporary folder.
 
     Raises:
-        BaseNeeded: a delta can be decoded only with the base, which was not given.
-        ConflictError: the deltas are neither a chain nor siblings, siblings touch the same elements, or
-            ``base`` is required but not given.
+        BaseNeeded: ``base`` is required, but not given; the message says why.
+        ConflictError: the deltas are neither a chain nor siblings, or siblings touch the same elements.
         FormatError: a delta cannot be read, or is inconsistent with itself or with the next delta.
         MismatchError: ``base`` is not the base of the first delta.
     """

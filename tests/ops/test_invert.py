@@ -12,8 +12,8 @@ import sparsedelta
 from sparsedelta import Delta
 from sparsedelta.errors import (
     BaseMismatch,
+    BaseNeeded,
     CheckpointError,
-    ConflictError,
     Corrupt,
     StructureMismatch,
 )
@@ -115,7 +115,7 @@ def test_what_only_the_base_tells(
 ) -> None:
     target = checkpoint(tmp_path / "target", tensors, files)
     with sparsedelta.diff(base, target, **options) as delta:  # type: ignore[arg-type]
-        with pytest.raises(ConflictError, match=rf"{reason}.*; give the base \(base=, --base\)"):
+        with pytest.raises(BaseNeeded, match=rf"{reason}.*; give the base \(base=, --base\)"):
             sparsedelta.invert(delta)
         with sparsedelta.invert(delta, base=base) as inverse:
             check(inverse, target, base, tmp_path / "out")
@@ -138,7 +138,7 @@ def test_moved_tensors(tmp_path: Path) -> None:
     base = write_sharded(tmp_path / "base", [{"v": RAW}, {"w": RAW, "x": NEW}])
     target = write_sharded(tmp_path / "target", [{"v": RAW, "w": RAW.changed(0)}, {"x": NEW}])
     with sparsedelta.diff(base, target) as delta:
-        with pytest.raises(ConflictError, match="it renames or moves tensor 'w'"):
+        with pytest.raises(BaseNeeded, match="it renames or moves tensor 'w'"):
             sparsedelta.invert(delta)
         with sparsedelta.invert(delta, base=base) as inverse:
             assert inverse.nnz == 1
@@ -167,7 +167,7 @@ def test_a_shard_of_added_tensors(tmp_path: Path) -> None:
     write_file(target / "model.safetensors", {"w": RAW})
     write_file(target / "other.safetensors", {"n": NEW})
     with sparsedelta.diff(base, target) as delta:
-        with pytest.raises(ConflictError, match=r"adds all tensors of file 'other\.safetensors'"):
+        with pytest.raises(BaseNeeded, match=r"adds all tensors of file 'other\.safetensors'"):
             sparsedelta.invert(delta)
         with sparsedelta.invert(delta, base=base) as inverse:
             check(inverse, target, base, tmp_path / "out")
@@ -183,7 +183,7 @@ def test_a_stored_header_of_another_shape(base: Path, tmp_path: Path) -> None:
     write_file(target / "model.safetensors", {"v": GROWN, "w": RAW}, spell=spell)
     write(target / "c", "0")
     with sparsedelta.diff(base, target) as delta:
-        with pytest.raises(ConflictError, match="stores the header"):
+        with pytest.raises(BaseNeeded, match="stores the header"):
             sparsedelta.invert(delta)
         with sparsedelta.invert(delta, base=base) as inverse:
             check(inverse, target, base, tmp_path / "out")
@@ -207,7 +207,7 @@ def test_an_unknown_target_is_made_known(base: Path, tmp_path: Path) -> None:
         row = delta.tensors[1]
         open_row = dataclasses.replace(row, target=row.target.with_digest(None))
         unknown = dataclasses.replace(delta, tensors=(delta.tensors[0], open_row))
-        with pytest.raises(ConflictError, match="it does not know the digests of its target"):
+        with pytest.raises(BaseNeeded, match="it does not know the digests of its target"):
             sparsedelta.invert(unknown)
         with sparsedelta.invert(unknown, base=base) as inverse:
             check(inverse, target, base, tmp_path / "out")

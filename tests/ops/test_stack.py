@@ -135,7 +135,7 @@ def test_new_values_that_return_stay_unless_the_base_is_given(make: Maker) -> No
 def test_encodings_that_meet_need_the_base(make: Maker, steps: list[Path]) -> None:
     a, b = make.diff(steps[0], steps[1]), make.diff(steps[1], steps[2], values="target")
     with pytest.raises(
-        ConflictError, match=r"'w' .* need the base; give the base \(base=, --base\)"
+        BaseNeeded, match=r"'w' .* need the base; give the base \(base=, --base\)"
     ) as e:
         make.stack(a, b)
     assert e.value.tensor == "w"
@@ -530,7 +530,7 @@ class TestSiblings:
     def test_a_tensor_that_both_change_needs_the_base(self, make: Maker) -> None:
         base, deltas = self.variants(make, [0, 2], [4], [6])
         with pytest.raises(
-            ConflictError, match=r"several deltas change tensor 'w'.*\(base=, --base\)"
+            BaseNeeded, match=r"several deltas change tensor 'w'.*\(base=, --base\)"
         ) as error:
             make.stack(*deltas)
         assert error.value.tensor == "w"
@@ -683,7 +683,7 @@ def test_the_payload_is_let_go_on_failure(
         lambda self: closed.append(self._file.close()),
     )
     a, b = make.diff(steps[0], steps[1]), make.diff(steps[1], steps[2], values="target")
-    with pytest.raises(ConflictError):
+    with pytest.raises(BaseNeeded):
         sparsedelta.stack(a, b)
     assert len(closed) == 1
 

@@ -26,7 +26,7 @@ from strategies import relaxed
 
 import sparsedelta
 from sparsedelta import Delta
-from sparsedelta.errors import ConflictError
+from sparsedelta.errors import BaseNeeded
 from sparsedelta.format.records import Row
 
 FEW = relaxed(60)
@@ -54,7 +54,7 @@ def stacked(here: Place, deltas: Sequence[Delta], base: Path) -> Delta:
         return here.stack(*deltas)
     try:
         return here.stack(*deltas)
-    except ConflictError:
+    except BaseNeeded:
         return here.stack(*deltas, base=base)
 
 
@@ -225,7 +225,7 @@ def meet(one: Delta, other: Delta) -> bool:
         for b in beside.chunks
     )
     if found:
-        with pytest.raises(ConflictError, match="--base"):
+        with pytest.raises(BaseNeeded, match="--base"):
             sparsedelta.stack(one, other)
     return found
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
 from sparsedelta._typing import JSON
-from sparsedelta.errors import ConflictError, Corrupt
+from sparsedelta.errors import BaseNeeded, Corrupt
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.digests import base_tensors
@@ -85,13 +85,13 @@ class Stacking(ABC):
         """Return the stack with this target and these rows.
 
         Raises:
-            ConflictError: a tensor would have neither a target digest nor touched digests.
+            BaseNeeded: a tensor would have neither a target digest nor touched digests.
         """
         if any(row.target.digest is None for row in rows):
             unchecked = (r for r in rows if any(chunk.touched is None for chunk in r.chunks))
             row = next(unchecked, None)
             if row is not None:
-                raise ConflictError(
+                raise BaseNeeded(
                     f"several deltas change tensor {row.name!r}, so its digest can be computed only with"
                     " the base; give the base (base=, --base)",
                     tensor=row.name,

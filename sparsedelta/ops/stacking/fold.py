@@ -16,7 +16,7 @@ import numpy as np
 from sparsedelta.codecs.chunk import MAX_SPAN, Chunk, Span, encode_chunk, touched_digest
 from sparsedelta.codecs.indices import Positions
 from sparsedelta.codecs.values import Bits, ordered, ulp_codes, ulp_differences, unordered
-from sparsedelta.errors import ConflictError
+from sparsedelta.errors import BaseNeeded
 from sparsedelta.format.records import Payload, Row, default_keep
 from sparsedelta.format.spool import SpoolPayload
 from sparsedelta.tensors.changes import ChangeReader, Piece, place_for, read_coded
@@ -72,8 +72,7 @@ class Fold:
         """Return the row; its chunks are added to the payload.
 
         Raises:
-            BaseNeeded: a chunk can be decoded only with the base.
-            ConflictError: the final bits of some elements can be computed only with the base.
+            BaseNeeded: a chunk, or the final bits of some elements, can be computed only with the base.
         """
         first, last = self._links[0].row, self._links[-1].row
         base, keep = first.base, self._keep
@@ -161,7 +160,7 @@ class Fold:
         n_unknown = int(np.count_nonzero(ranks[~known]))
         if n_unknown:
             name = self._links[-1].row.name
-            raise ConflictError(
+            raise BaseNeeded(
                 f"tensor {name!r} is changed by differences in one delta and by new values in another, so"
                 f" {n_unknown} of its elements need the base; give the base (base=, --base)",
                 tensor=name,
