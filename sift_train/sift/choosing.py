@@ -209,8 +209,8 @@ class Choosing(WrittenBack):
     def finish_selection(self) -> None:
         """Choose the components by the gradients seen so far, as the optimizer's first step does.
 
-        If ``grad_acc`` is above 1 and something reads the masters' gradients before the first step,
-        such as a gradient scaler, call this first. It has no effect if all components are chosen.
+        If ``grad_acc`` is above 1 or the budget is global, and something reads the masters' gradients before the first
+        step, such as a gradient scaler, call this first. It has no effect if all components are chosen.
         """
         self._chooser.finish(self._sync.ranks)
         if self.lr_transfer:

@@ -6,6 +6,7 @@ are written back. ``steps`` calls these methods at the steps of all torch optimi
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 from weakref import WeakSet
@@ -120,8 +121,11 @@ class Stepping(Choosing):
     def after_closure(self, optimizer: torch.optim.Optimizer) -> None:
         """Choose by the gradients of this step; drop the gradients of masters not chosen yet."""
         parts = self._parts_of(optimizer)
+        waiting = [part for part in parts if not part.is_selected]
         if parts:
             self.sync_gradients()
+        if any(part.is_selected for part in waiting):
+            _refuse_scaled(optimizer)
         for part in parts:
             part.load()
             if not part.is_selected:
@@ -176,3 +180,22 @@ class Stepping(Choosing):
     @property
     def _is_lean(self) -> bool:
         return any(part.lean is not None for part in self.sparse_mapping.values())
+
+
+def _refuse_scaled(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse gradients that reached the masters only in the step of a gradient scaler, so that it has not unscaled them.
+
+    Raises:
+        RuntimeError: such a scaler calls the step, and the optimizer does not unscale by itself, as a fused one.
+    """
+    if getattr(optimizer, "grad_scale", None) is not None:
+        return
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, torch.amp.GradScaler) and caller.is_enabled():
+            raise RuntimeError(
+                "the gradient scaler has read the gradients before the components were chosen, so these are still scaled;"
+                " call sift.finish_selection() before the first scaler.unscale_() or scaler.step()"
+            )
+        frame = frame.f_back

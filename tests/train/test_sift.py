@@ -467,31 +467,6 @@ def test_a_frozen_sparse_embedding_is_fine() -> None:
         assert sift.sparse_mapping["1.weight"].is_selected
 
 
-def test_a_step_that_a_gradient_scaler_skips_changes_nothing() -> None:
-    model = make_net()
-    before = snapshot(model)
-    batch = make_inputs(1)[0]
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
-    poison = torch.tensor(torch.inf)
-    model.first.weight.register_hook(lambda gradient: gradient * poison)
-    with SIFT(model, 0.1, "first.weight", selection="gradient") as sift:
-        optimizer = sgd(sift)
-        part = sift.sparse_mapping["first.weight"]
-        for _ in range(2):
-            optimizer.zero_grad()
-            scaler.scale(square_loss(model, batch)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        assert all(same_bits(value, model.state_dict()[name]) for name, value in before.items())
-        assert scaler.get_scale() == 2.0**98
-        assert not part.is_selected
-        poison.fill_(1.0)
-        optimizer.zero_grad()
-        scaler.scale(square_loss(model, batch)).backward()
-        scaler.step(optimizer)
-        assert int((before["first.weight"] != model.first.weight).sum()) == part.train_num
-
-
 def test_a_compiled_model_trains_the_same() -> None:
     plain, ours = make_net(), make_net()
     plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
