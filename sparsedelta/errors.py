@@ -187,7 +187,7 @@ class BaseNeeded(SparseDeltaError, ValueError):
 
     code = "base_needed"
     remedy = (
-        "Pass the base with --base (`base=` in Python). A delta that is made with `diff "
+        "Pass the base with --base (`base=` in Python), or name its repository to `push` with --base-id. A delta that is made with `diff "
         "--standalone` can be stacked without its base, and inverted if it only changes values."
     )
 

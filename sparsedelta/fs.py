@@ -215,7 +215,8 @@ def check_checkpoint_folder(path: Path) -> None:
     """Check that the folder of a checkpoint may be written at ``path``, or replace what is there.
 
     Raises:
-        NotADirectoryError: ``path`` is a file, or named like a weight file. Most likely the user forgot to name the output.
+        NotADirectoryError: ``path`` is a file or a link, or named like a weight file. Most likely the user forgot to name
+            the output.
         FileExistsError: ``path`` is a folder that is not empty and holds no safetensors file.
     """
     if not os.path.lexists(path):
@@ -224,6 +225,10 @@ def check_checkpoint_folder(path: Path) -> None:
                 f"output '{path}' is named like a weight file, but the output is a folder; give the name of a folder"
             )
         return
+    if path.is_symlink() and path.is_dir():
+        raise NotADirectoryError(
+            f"output '{path}' is a link to a folder, and is not replaced; give that folder, '{os.path.realpath(path)}'"
+        )
     if path.is_symlink() or not path.is_dir():
         raise NotADirectoryError(
             f"output '{path}' is a file, but the output is a folder; give the output folder as the"

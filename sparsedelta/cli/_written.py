@@ -110,6 +110,14 @@ def _warnings(
             " the base's names, save the model without its wrapper (torch.compile, DataParallel), or of the class that"
             " the base has; this costs almost no bytes"
         )
+    below = {t.base_file.removesuffix(t.file) for t in found.tensors if t.base_file is not None}
+    if len(below) == 1 and found.states["added"] < len(found.tensors):
+        (folder,) = below
+        if folder.endswith("/"):
+            yield (
+                f"all tensors of the base are in its folder '{printable(folder)}': give that folder as the base, or the delta"
+                " carries every file that only this folder has"
+            )
     added = {t.name: t.dtype for t in found.tensors if t.state == "added"}
     if found.n_unused and 2 * len(added) > len(found.tensors):
         reason = no_counterpart(added, dtypes_of_base())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,13 @@ from sparsedelta.dtypes import dtype_of
 from sparsedelta.errors import CheckpointError, FormatError
 from sparsedelta.files import junk
 from sparsedelta.files.shards import INDEX_SUFFIX, SHARD, roles, shard_path
-from sparsedelta.files.unread import OLD_PICKLE, PICKLED_SUFFIXES, conversion_of_file
+from sparsedelta.files.unread import (
+    OLD_PICKLE,
+    PICKLED_SUFFIXES,
+    START_BYTES,
+    conversion_of_file,
+    stand_in,
+)
 from sparsedelta.format.columns import LazySequence
 from sparsedelta.format.header_columns import HeaderColumns, HeaderEntries, read_header_columns
 from sparsedelta.format.paths import WEIGHT_SUFFIX, path_problem
@@ -33,7 +39,6 @@ from sparsedelta.fs import open_regular
 from sparsedelta.system import allow_open_files, read_at, read_into
 
 _ZIP = b"PK\x03\x04"  # what torch.save writes
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +198,14 @@ class Checkpoint:
         """All tensors by file and name, in the order of the files and of the data in them."""
         return {tensor.key: tensor for file in self.weight_files for tensor in file.tensors}
 
+    def check_complete(self) -> None:
+        """Check that no shard is missing, of a folder that was opened with ``complete=False``.
+
+        Raises:
+            CheckpointError: one is, or an index file cannot be read.
+        """
+        _complete_sets(self.side_files, {file.path for file in self.weight_files})
+
     def location(self, file: str) -> Path:
         """Return the path of a weight file on disk."""
         return self.path / file if self.is_folder else self.path
@@ -225,11 +238,7 @@ class Checkpoint:
         allow_open_files(len(weights))
         for path in sorted(weights):
             _check_utf8(path, files[path])
-        indexes = {}
-        if complete:
-            paths = [path for path in files if path.endswith(INDEX_SUFFIX)]
-            indexes = {path: read_index(files[path], path, weights) for path in paths}
-            check_sets(weights, indexes)
+        indexes = _complete_sets(files, weights) if complete else {}
         for path in sorted(weights):
             self._add_weight_file(path, files[path])
         self._check_indexes(indexes)
@@ -378,10 +387,18 @@ def read_index(location: Path, path: str, weights: set[str]) -> dict[str, str]:
             check_links(location.parent)
             raise CheckpointError(
                 f"'{location}' places tensor {name!r} in {shard!r}, which is not a safetensors file"
-                " beside it; the checkpoint is incomplete"
+                " beside it; the checkpoint is incomplete: download or copy the rest"
             )
         result[name] = found
     return result
+
+
+def _complete_sets(files: Mapping[str, Path], weights: set[str]) -> dict[str, dict[str, str]]:
+    """Return the ``weight_map`` of each index file in ``files``, once no shard is missing; see ``check_sets``."""
+    paths = [path for path in files if path.endswith(INDEX_SUFFIX)]
+    indexes = {path: read_index(files[path], path, weights) for path in paths}
+    check_sets(weights, indexes)
+    return indexes
 
 
 def check_sets(weights: set[str], indexes: dict[str, dict[str, str]]) -> None:
@@ -461,12 +478,11 @@ def _read_header(fd: int, location: Path) -> bytes:
     file_bytes = os.fstat(fd).st_size
     if file_bytes < 8:
         raise CheckpointError(f"'{location}' is not a safetensors file: it has {file_bytes} bytes")
-    size = int.from_bytes(read_at(fd, 8, 0), "little")
-    if read_at(fd, len(_LFS_POINTER), 0) == _LFS_POINTER:
-        raise CheckpointError(
-            f"'{location}' is a Git LFS pointer, not the weights themselves; run `git lfs pull` in"
-            " its repository"
-        )
+    start = read_at(fd, min(file_bytes, START_BYTES), 0)
+    other = stand_in(start)
+    if other:
+        raise CheckpointError(f"'{location}' {other}")
+    size = int.from_bytes(start[:8], "little")
     if size > MAX_HEADER_BYTES:
         raise CheckpointError(f"'{location}' is not a safetensors file; {_way_out(fd, location)}")
     if size > file_bytes - 8:

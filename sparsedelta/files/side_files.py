@@ -117,6 +117,14 @@ def _source(delta: Delta) -> str:
     return "the base that the delta was made from" + (f", {delta.base.id}," * bool(delta.base.id))
 
 
+def _folder_with(paths: Sequence[str], base: Checkpoint) -> str | None:
+    """Return the folder in the base, relative to it, that has all of these files; None if there is none or there are several."""
+    suffix = f"/{paths[0]}"
+    folders = [path.removesuffix(suffix) for path in base.side_files if path.endswith(suffix)]
+    found = [one for one in folders if all(f"{one}/{path}" in base.side_files for path in paths)]
+    return found[0] if len(found) == 1 else None
+
+
 def _missing(delta: Delta, base: Checkpoint) -> BaseMismatch:
     """Return the error that names all files that the target takes from the base and that it lacks."""
     files = delta.target.side_files
@@ -125,6 +133,12 @@ def _missing(delta: Delta, base: Checkpoint) -> BaseMismatch:
         return BaseMismatch(
             f"'{base.path}' is one file, but the target also needs other files of its base, such as {missing[0]!r};"
             f" give the folder of the base, such as '{base.path.parent}'"
+        )
+    inside = _folder_with(missing, base)
+    if inside:
+        return BaseMismatch(
+            f"'{base.path}' is not the folder of the base: the files that the target takes from it, such as {missing[0]!r}, are in"
+            f" '{base.path / inside}'; give that folder"
         )
     others = {f.path for f in files} | {f.path for f in delta.target.weight_files}
     options = " ".join(

@@ -23,6 +23,8 @@ OLD_PICKLE = b"\x80\x02\x8a\x0a"  # how files begin that torch.save wrote before
 PICKLED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")  # written by torch.save
 CONVERTED_SUFFIXES = (*PICKLED_SUFFIXES, ".gguf", ".onnx")  # ``convert`` makes deltas of such files
 CONFIG = "config.json"
+START_BYTES = 64  # of a file, which show what it is
+_LFS_POINTER = b"version https://git-lfs.github.com/spec"
 
 # Names of the weights that transformers and sentence-transformers load from the root of a folder. Names of variants
 # have one more part.
@@ -35,6 +37,22 @@ _LOAD = (
     "save_file({{name: tensor.contiguous().clone() for name, tensor in state.items() if torch.is_tensor(tensor)}},"
     ' {output}, {{"format": "pt"}})'
 )
+
+
+def stand_in(start: bytes) -> str | None:
+    """Return what stands in place of a file that was not downloaded, and what to do, as a clause; None if nothing does.
+
+    Args:
+        start: the first bytes of the file, ``START_BYTES`` or all.
+    """
+    if start.startswith(_LFS_POINTER):
+        return "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return (
+            "is a web page, not the file itself; download it by the page's link for downloads (on the Hub, 'resolve' in"
+            " place of 'blob')"
+        )
+    return None
 
 
 def is_distributed(path: str | os.PathLike[str]) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from sparsedelta.errors import (
     AlreadyApplied,
     BaseMismatch,
+    BaseNeeded,
     RemoteNotFound,
 )
 from sparsedelta.format.delta import Delta
@@ -45,22 +46,23 @@ class Proof:
     evidence: str
 
 
-def base_reference(delta: Delta, what: str) -> Reference:
+def base_reference(
+    delta: Delta, what: str, *, remedy: str = "give the base (base=, --base)"
+) -> Reference:
     """Return the repository of the base that a delta names.
 
     Args:
         delta: the delta.
         what: what the error message calls the delta.
+        remedy: what to do if it names none, as a clause.
 
     Raises:
-        RemoteNotFound: the delta names no base, or one that is not a repository.
+        BaseNeeded: the delta names no base, or one that is not a repository.
     """
     found = parse_base_id(delta.base.id)
     if found is None:
         stated = f"names {delta.base.id!r}" if delta.base.id else "names nothing"
-        raise RemoteNotFound(
-            f"{what} {stated} as its base, expected a repository; give the base, such as org/model"
-        )
+        raise BaseNeeded(f"{what} {stated} as its base, expected a repository; {remedy}")
     return found
 
 

@@ -223,7 +223,8 @@ def _wanted_base(delta: Delta, base_id: str | None, recorded: Reference | None) 
     """
     known = [one for one in (parse_base_id(delta.base.id), recorded) if one is not None]
     if base_id is None:
-        return known[0] if known else base_reference(delta, "the delta")
+        remedy = "name the base, such as org/model (base_id=, --base-id)"
+        return known[0] if known else base_reference(delta, "the delta", remedy=remedy)
     wanted = parse_base_id(base_id)
     if wanted is None:
         raise ValueError(

@@ -11,7 +11,7 @@ from shlex import quote
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import BadMagic, BaseNeeded, FormatError, UnsupportedFeature
 from sparsedelta.files.checkpoint import Checkpoint
-from sparsedelta.files.unread import OLD_PICKLE
+from sparsedelta.files.unread import OLD_PICKLE, stand_in
 from sparsedelta.format.delta import AnyDelta, Delta, load
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.fs import temporary_folder
@@ -126,6 +126,9 @@ def other_than_delta(path: AnyPath) -> BadMagic | None:
     source = Source(path)
     if is_delta(source):
         return None
+    other = stand_in(source.start)
+    if other:
+        return BadMagic(f"'{path}' {other}")
     form = recognised(source)
     if form is not None and not form.not_read:
         return BadMagic(

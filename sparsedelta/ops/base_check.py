@@ -174,6 +174,7 @@ def find_base(delta: Delta, base: Checkpoint) -> Mapping[TensorKey, Tensor]:
 
     Raises:
         StructureMismatch: the base has no tensor of that name, dtype and shape.
+        CheckpointError: it has none of that name, because a shard is missing or a link leads nowhere.
         LimitExceeded: the output would be too large; see ``Delta.check_output``.
     """
     delta.check_output()
@@ -190,6 +191,7 @@ def find_base(delta: Delta, base: Checkpoint) -> Mapping[TensorKey, Tensor]:
                 check_has_weights(base)
                 if lookup.at(row.base.file, row.base.name) is None:
                     check_links(base.path)
+                    base.check_complete()
                 raise structure_error(delta, base.path, row.base, lookup)
             if tensor.spec.dtype != row.base.spec.dtype:  # a file does not state the element type
                 tensor = replace(tensor, spec=row.base.spec.with_digest(None))

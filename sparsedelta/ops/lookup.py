@@ -65,13 +65,13 @@ def base_conflict(one: Delta, other: Delta) -> str | None:
     """Return the name of a tensor in which the bases of two deltas differ.
 
     None if both deltas may have the same base: at least one uses no base tensor, or they use common
-    base tensors and all of these are equal.
+    base tensors and all of these are equal. The files that hold the tensors count only if several have
+    tensors of one name.
     """
     first, second = base_tensors(one.tensors), base_tensors(other.tensors)
-    if all(
-        len({file for file, _ in base}) == 1 for base in (first, second)
-    ):  # file names do not count
-        first, second = ({("", name): s for (_, name), s in b.items()} for b in (first, second))
+    by_name = [{("", name): spec for (_, name), spec in b.items()} for b in (first, second)]
+    if len(by_name[0]) == len(first) and len(by_name[1]) == len(second):
+        first, second = by_name
     common = sorted(first.keys() & second.keys())
     if first and second and not common:
         return next(iter(first))[1]

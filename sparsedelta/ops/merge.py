@@ -17,6 +17,7 @@ import numpy as np
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import ConflictError, StructureMismatch
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
+from sparsedelta.files.shards import INDEX_SUFFIX
 from sparsedelta.files.side_files import check_base_files, digest_file
 from sparsedelta.format.columns import Column, RowColumns, columns_of
 from sparsedelta.format.delta import AnyDelta, Delta, opened
@@ -110,7 +111,8 @@ def merge(
         context.enter_context(explained(given[0], checkpoint))
         found = [find_base(delta, checkpoint) for delta in given]
         for one in given:
-            check_base_files(one, checkpoint)
+            # The merged model has the base's own index, so the tensors may be in other shards than in a delta's base.
+            check_base_files(one, checkpoint, [f"*{INDEX_SUFFIX}"])
         payload = context.enter_context(new_payload(spool_dir))
         paces = Pace(progress), Pace()
         return _Merge(given, found, checkpoint, recipe, payload, *paces).run()

@@ -288,3 +288,12 @@ def test_a_base_with_training_checkpoints_in_its_folder(tmp_path: Path, run: Run
     result = run("diff", base, target, "-o", tmp_path / "delta.sd")
     assert result.exit_code == 0
     assert "is this the right base?" in result.stderr
+
+
+def test_the_folder_above_the_base_is_warned_of(tmp_path: Path, run: Run) -> None:
+    tensors = {"w": noise("F32", 9), "v": noise("F32", 8)}
+    base = write_file(tmp_path / "above" / "base" / "model.safetensors", tensors).parent
+    target = write_file(tmp_path / "target" / "model.safetensors", tensors).parent
+    for given, said in ((base.parent, True), (base, False)):
+        result = run("diff", given, target, "-o", tmp_path / "delta.sd", "--overwrite")
+        assert ("all tensors of the base are in its folder 'base/'" in result.stderr) == said

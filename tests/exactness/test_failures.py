@@ -272,6 +272,16 @@ def test_overwriting(case: Case) -> None:
     assert os.listdir(case.place) == ["out"]
 
 
+def test_a_link_to_a_folder_is_not_overwritten(case: Case) -> None:
+    other = write(case.place / "disk" / "model.safetensors", "x").parent
+    case.out.symlink_to(other)
+    with pytest.raises(
+        NotADirectoryError, match="is a link to a folder, .* give that folder, '.*disk'"
+    ):
+        sparsedelta.apply(case.base, case.delta, case.out, overwrite=True)
+    assert case.out.is_symlink()
+
+
 def test_failing_to_overwrite_keeps_what_was_there(case: Case) -> None:
     write(case.out / "old/model.safetensors", "x")
     before = state(case.out)

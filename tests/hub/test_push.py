@@ -315,9 +315,9 @@ def test_private(me: Person, other: Person, hub: LoopbackHub, delta: Path) -> No
 
 def test_base_is_not_known(me: Person, hub: LoopbackHub, checkpoints: tuple[Path, Path]) -> None:
     delta = save_delta(*checkpoints, me.folder / "d.sd", base_id="/home/me/base")
-    assert "names '/home/me/base' as its base, expected a repository" in me.bad(
-        "push", delta, TUNED
-    )
+    error = me.bad("push", delta, TUNED)
+    assert "names '/home/me/base' as its base, expected a repository; name the base" in error
+    assert "--base-id" in error
     assert "is not a repository" in me.bad("push", delta, TUNED, "--base-id", "./base")
     assert "not the name of a repository" in me.bad("push", delta, "tuned", "--base-id", BASE)
     assert writes(hub) == []

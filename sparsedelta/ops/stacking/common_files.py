@@ -75,12 +75,14 @@ def layout_delta(deltas: Sequence[Delta]) -> Delta:
             f"deltas {first + 1} and {second + 1} both add, remove, rename, retype or reshape tensors of the"
             " base; apply one of them and create the other again from the result"
         )
-    chosen = deltas[structural[0] if structural else 0]
+    n_chosen = structural[0] if structural else 0
+    chosen = deltas[n_chosen]
     for number, delta in enumerate(deltas, 1):
-        if not _same_layout(delta, chosen, whole=not structural):
+        other = _other_layout(delta, chosen, whole=not structural)
+        if other:
             raise ConflictError(
-                f"delta {number} places the tensors in other files or another order, or has other file"
-                " headers, than the other deltas of its base; they have no common target"
+                f"the targets of deltas {n_chosen + 1} and {number} {other}, so they have no common target; save one of"
+                " the targets as the other is saved, and make its delta again"
             )
     return chosen
 
@@ -89,17 +91,21 @@ def _in_place(row: Row) -> bool:
     return row.keeps_all and row.base is not None and row.base.name == row.name
 
 
-def _same_layout(one: Delta, other: Delta, *, whole: bool) -> bool:
-    """Return whether two targets have their common tensors in the same files and order.
+def _other_layout(one: Delta, other: Delta, *, whole: bool) -> str | None:
+    """Return how two targets differ in where their common tensors are, as a clause; None if they do not.
 
-    If ``whole`` is true, their weight files must also have the same headers.
+    If ``whole`` is true, the weight files of the targets must also have the same headers.
     """
     if one.target.is_folder != other.target.is_folder:
-        return False
-    if whole and _headers(one) != _headers(other):
-        return False
+        return "are a folder and a single file"
     left, right = _numbered_tensors(one), _numbered_tensors(other)
-    return [key for key in left if key in right] == [key for key in right if key in left]
+    if whole and left.keys() != right.keys():
+        return "have their tensors in other files"
+    if [key for key in left if key in right] != [key for key in right if key in left]:
+        return "have their tensors in another order"
+    if whole and _headers(one) != _headers(other):
+        return "have other headers in their files"
+    return None
 
 
 def _numbered_tensors(delta: Delta) -> dict[TensorKey, int]:
