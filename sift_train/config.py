@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from sift_train.chooser import BUDGETS
 from sift_train.groups import DECAYS
 from sift_train.host import refuse_scaler
-from sift_train.known import settings_checked
+from sift_train.known import check_integer, settings_checked
 from sift_train.lean import check_masters
 from sift_train.plain import PlainJSON, plain
 from sift_train.reselection import Reselection, find_reselection
@@ -160,14 +160,14 @@ class FitConfig:
         if self.mixed_precision == "fp16":
             refuse_scaler(self.masters_device)
         for name in ("selection_batches", "epochs", "accumulation", "log_every", "publish_every"):
-            _check_at_least_one(name, getattr(self, name))
+            check_integer(name, getattr(self, name), least=1)
         if self.publish is None and self.publish_every != 1:
             raise ValueError(
                 f"publish_every is {self.publish_every!r}, but publish names no channel; give both, or neither"
             )
         for name in ("max_steps", "eval_every", "patience", "save_every"):
             if getattr(self, name) is not None:
-                _check_at_least_one(name, getattr(self, name))
+                check_integer(name, getattr(self, name), least=1)
         for name in ("lr", "eps"):
             _check_range(name, getattr(self, name), above=0.0)
         if self.max_grad_norm is not None:
@@ -294,11 +294,6 @@ class FitResult:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
-
-
-def _check_at_least_one(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
 
 
 def _check_range(

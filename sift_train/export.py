@@ -68,6 +68,9 @@ def export_delta(
 ) -> int:
     """Write the delta from the base to the model's current weights; return its nnz.
 
+    If several ranks each hold the whole model that ``sift`` trains, rank 0 writes the delta, also if all call this; the others
+    return 0 at once.
+
     A model of transformers or diffusers is saved as a folder, any other module as one safetensors
     file. Tensors
     are saved under the names that ``base`` uses, with or without the model's prefix.
@@ -121,8 +124,16 @@ def export_delta(
     check_outputs(model, output, base=base, save_target=save_target, overwrite=overwrite)
     if base is None and sift is None:
         raise ValueError("no base is given; give base, or the sift that trained the model")
-    if base is not None and sift is not None:
-        check_base(model, Path(base), sift)
+    if sift is not None:
+        if not sift.ranks.is_first:
+            logger.info(
+                "rank 0 writes the delta '%s'; this rank holds the same model and writes none",
+                output,
+            )
+            return 0
+        sift.check_parameters()
+        if base is not None:
+            check_base(model, Path(base), sift)
     return write_delta(
         model,
         output,

@@ -1,4 +1,4 @@
-"""Names of settings and arguments that are not known: the error proposes one that is."""
+"""Checks of settings and arguments: whether a name is known, with a proposal if not, and whether a number is an integer."""
 
 from __future__ import annotations
 
@@ -30,6 +30,21 @@ def proposal(
     if similar:
         return f"did you mean {similar[0]!r}{'' if similar[0] in known else f', {where}'}?"
     return f"choose from {', '.join(known)}"
+
+
+def check_integer(name: str, value: object, *, least: int | None = None) -> None:
+    """Check that a setting is an integer, not a bool.
+
+    Raises:
+        ValueError: it is something else, or below ``least``.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or (least is not None and value < least)
+    ):
+        limit = "" if least is None else f" of at least {least}"
+        raise ValueError(f"{name} is {value!r}; it must be an integer{limit}")
 
 
 def names_checked(

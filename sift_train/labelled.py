@@ -125,6 +125,25 @@ def _example(record: Any, at: int, path: Path) -> Example:
     return Example(record["text"], str(record["label"]), at)
 
 
+def set_padding(tokenizer: Any, model: Any) -> None:
+    """Let texts be padded: a decoder may have no token for it, or its configuration may not name it.
+
+    The classifier of a decoder reads the last token that is no padding, so its configuration must name the token.
+
+    Raises:
+        ValueError: the tokenizer has neither a padding token nor one for the end of a text.
+    """
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "the tokenizer of the model has no padding token, and none for the end of a text; give it a pad_token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
 class LabelledBatches:
     """Micro-batches of tokenized texts with labels, in a new random order on every pass.
 

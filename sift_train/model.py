@@ -25,7 +25,8 @@ def get_sift_model(model: M, config: SiftConfig | None = None, *, grad_acc: int 
     """Return the same model, with a SIFT as its attribute ``sift``; no module is replaced or wrapped.
 
     ``model.sift`` has ``parameters_in_optimizer``, ``print_trainable_parameters``, ``push_to_hub`` and ``close``.
-    ``model.save_pretrained`` and ``model.push_to_hub`` are those of the model and save all weights.
+    ``model.save_pretrained`` and ``model.push_to_hub`` are those of the model and save all weights. In a deep copy of the
+    model ``sift`` is None.
 
     Args:
         model: a module without wrappers for several devices.

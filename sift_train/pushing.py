@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
 import sparsedelta
 from sift_train.export import export_delta
+from sift_train.ranks.shard import is_sharded
 from sift_train.sift import SIFT
 
 
@@ -24,6 +26,11 @@ def push_delta(
     dry_run: bool,
 ) -> sparsedelta.PushReport:
     """Upload the delta of a training; see ``SIFT.push_to_hub``."""
+    is_divided = any(is_sharded(parameter) for parameter in sift.model.parameters())
+    if not (is_divided or sift.ranks.is_first):
+        raise ValueError(
+            "this is not rank 0, and all ranks hold the same model; call push_to_hub on rank 0 only (if sift.ranks.is_first)"
+        )
     found_id, found = loaded_from(sift)
     base_id = base_id or found_id
     base = base or found or _cached(base_id, token)
@@ -35,7 +42,8 @@ def push_delta(
     with tempfile.TemporaryDirectory(prefix="sift-push-") as folder:
         delta = Path(folder) / "delta.sd"
         export_delta(sift.model, delta, sift=sift, base=base, base_id=base_id)
-        return sparsedelta.push(
+        push = partial(
+            sparsedelta.push,
             delta,
             repo_id,
             base_id=base_id,
@@ -46,6 +54,7 @@ def push_delta(
             token=token,
             dry_run=dry_run,
         )
+        return sift.ranks.first_does(push) if is_divided else push()
 
 
 def loaded_from(sift: SIFT) -> tuple[str | None, Path | None]:

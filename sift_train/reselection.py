@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from sift_train.known import settings_checked
+from sift_train.known import check_integer, settings_checked
 from sift_train.rules import Rule, Selection, find_rule
 
 if TYPE_CHECKING:
@@ -93,9 +93,7 @@ class Reselection:
     dropped: str = "revert"
 
     def __post_init__(self) -> None:
-        every: Any = self.every
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every is {every!r}; it must be an integer of at least 1")
+        check_integer("every", self.every, least=1)
         check_share("until", self.until)
         if self.decrease not in DECREASES:
             raise ValueError(f"decrease is {self.decrease!r}; choose one of {', '.join(DECREASES)}")

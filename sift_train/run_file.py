@@ -24,6 +24,7 @@ from sift_train.instructions import (
     plain_loss,
     read_conversations,
 )
+from sift_train.known import check_integer
 from sift_train.labelled import (
     Example,
     LabelledBatches,
@@ -31,6 +32,7 @@ from sift_train.labelled import (
     check_labels,
     labels_of,
     read_labelled,
+    set_padding,
 )
 from sift_train.listeners import Report
 from sift_train.loading import check_model_folder, checkpoint_dtype, hidden_progress_bars
@@ -88,10 +90,8 @@ class RunFile:
                 raise ValueError(f"{name} is {given!r}; it must be the text of a path")
         for name in ("batch_size", "micro_batch", "max_tokens"):
             value: Any = getattr(self, name)
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+            if value is not None:
+                check_integer(name, value, least=1)
         if self.batch_size % self.size:
             raise ValueError(
                 f"batch_size is {self.batch_size}, which is no multiple of micro_batch, {self.size}"
@@ -215,6 +215,7 @@ def _read_classification(run: RunFile) -> Callable[[Path], _Made]:
             id2label=dict(enumerate(names)),
             label2id={name: number for number, name in enumerate(names)},
         )
+        set_padding(tokenizer, model)
 
         def batches(rows: list[Example], *, shuffle: bool) -> LabelledBatches:
             return LabelledBatches(

@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import nn
 
 from sift_train.chooser import BUDGETS
-from sift_train.known import settings_checked
+from sift_train.known import check_integer, settings_checked
 from sift_train.lean import check_masters
 from sift_train.reselection import Reselection, find_reselection
 from sift_train.rules import Selection, find_rule
@@ -68,9 +68,8 @@ class SiftConfig:
         if self.budget not in BUDGETS:
             raise ValueError(f"budget is {self.budget!r}; choose one of {', '.join(BUDGETS)}")
         check_block(self.block)
-        n: Any = self.selection_batches
-        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-            raise ValueError(f"selection_batches is {n!r}; it must be an integer of at least 1")
+        if self.selection_batches is not None:
+            check_integer("selection_batches", self.selection_batches, least=1)
 
     @classmethod
     def from_yaml(cls, path: str | PathLike[str]) -> Self:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,8 +92,8 @@ def find_targets(
     """
     _check_unwrapped(model)
     names = names_of_parameters(model)
-    dense = _matching(model, names, _fragments(exception), "exception")
-    sparse = _matching(model, names, _fragments(sparse_module), "sparse_module")
+    dense = _matching(model, names, _fragments(exception, "exception"), "exception")
+    sparse = _matching(model, names, _fragments(sparse_module, "sparse_module"), "sparse_module")
     stacked = n_matrices(model)
     targets = [
         Target(own[0], parameter, parameter in dense, stacked.get(parameter, 1))
@@ -123,7 +123,11 @@ def _log_left_out(model: nn.Module, trained: set[nn.Parameter]) -> None:
     logger.log(level, "%r: %s", ALL_LINEAR, left_out(model, trained))
 
 
-def _fragments(value: Names) -> tuple[str | re.Pattern[str], ...]:
+def _fragments(value: Names, argument: str) -> tuple[str | re.Pattern[str], ...]:
+    if not isinstance(value, str | re.Pattern | Iterable):
+        raise ValueError(
+            f"{argument} is {value!r}; it must be a name fragment, or a list of them, such as {ALL_LINEAR!r}"
+        )
     fragments: tuple[Any, ...] = (value,) if isinstance(value, str | re.Pattern) else tuple(value)
     for fragment in fragments:
         if not isinstance(fragment, str | re.Pattern) or not fragment:

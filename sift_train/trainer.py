@@ -200,6 +200,22 @@ class SiftTrainerMixin(_Trainer):
         ValueError: the base differs from the model's first weights, or has no safetensors file.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Check that the mixin comes before the Trainer whose methods it replaces.
+
+        Raises:
+            TypeError: it comes after it.
+        """
+        super().__init_subclass__(**kwargs)
+        from transformers import Trainer  # takes seconds
+
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(SiftTrainerMixin):
+            raise TypeError(
+                f"{cls.__name__} lists Trainer before SiftTrainerMixin, which replaces methods of it; write"
+                f" class {cls.__name__}(SiftTrainerMixin, Trainer)"
+            )
+
     def __init__(
         self,
         *args: Any,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import yaml  # type: ignore[import-untyped]
 
-from sift_train.known import proposal
+from sift_train.known import check_integer, proposal
 from sift_train.text_files import read_text
 
 T = TypeVar("T")
@@ -123,8 +123,8 @@ def check_types(settings: Any) -> None:
         value = getattr(settings, field.name)
         if isinstance(field.default, bool) and not isinstance(value, bool):
             raise ValueError(f"{field.name} is {value!r}; it must be true or false, without quotes")
-        if field.name == "seed" and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"seed is {value!r}; it must be an integer")
+        if field.name == "seed":
+            check_integer("seed", value)
 
 
 def lists_to_tuples(settings: Any) -> None:

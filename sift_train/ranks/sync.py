@@ -45,6 +45,11 @@ class Synchronizer:
         if dtype is not None and dtype not in DTYPES:
             known = ", ".join(str(each) for each in DTYPES)
             raise ValueError(f"reduce_dtype is {dtype}; choose one of {known}")
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"process_group is of type {type(group).__name__}, expected a process group, as"
+                " torch.distributed.new_group() returns"
+            )
         self._model = model
         self._parts = parts
         self._group = group

@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from sift_train import saved
 from sift_train.checkpointing import disable_checkpointing, enable_checkpointing
 from sift_train.chooser import Chooser, choose_by_hand
 from sift_train.hooks import BeforeUse
-from sift_train.known import names_checked
+from sift_train.known import check_integer, names_checked
 from sift_train.lean import Rounding
 from sift_train.linear import LayerHandle, layers_of
 from sift_train.lr_transfer import LearningRate
@@ -44,6 +44,8 @@ from sift_train.zeroing import extend_zero_grad, restore_zero_grad
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from transformers import Trainer
+
+    from sift_train.masters import SparseParameter
 
 
 logger = logging.getLogger(__name__)
@@ -121,7 +123,7 @@ class SIFT(Stepping):
             memory of the host, where the optimizer steps. Only with fp32 masters, and without shards and gradient scalers.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or ``process_group`` no process group.
         ValueError: an argument is out of range, or a parameter cannot be trained in place.
     """
 
@@ -150,6 +152,7 @@ class SIFT(Stepping):
         _refuse_second(model)
         warn_of_adapters(model)
         check_block(block)
+        check_integer("seed", seed)
         masks, names = find_masks(selection, model), sparse_module
         if sparse_rate == 1 and not masks:
             logger.warning(
@@ -172,6 +175,8 @@ class SIFT(Stepping):
             rounding=rounding,
         )
         by_name = {part.name: part for part in parts}
+        if block is not None:
+            _warn_of_large_blocks(parts, sparse_rate, block)
         rule = find_rule(selection) or RULES["gradient"]
         learning_rate = LearningRate(by_name, is_uniform=rule.is_uniform and not masks)
         super().__init__(
@@ -217,10 +222,7 @@ class SIFT(Stepping):
 
     @grad_acc.setter
     def grad_acc(self, value: int) -> None:
-        if value < 1:
-            raise ValueError(
-                f"grad_acc is {value}; it is a number of micro-batches and must be at least 1"
-            )
+        check_integer("grad_acc", value, least=1)
         self._grad_acc = value
 
     def set_trainer(self, trainer: Trainer) -> None:
@@ -280,6 +282,8 @@ class SIFT(Stepping):
     ) -> sparsedelta.PushReport:
         """Upload the delta of the training so far, with a model card; the base is pinned to a commit.
 
+        Call it on rank 0 only, or, if ranks divide the model, on all ranks together.
+
         Args:
             repo_id: ``org/name``; created if it does not exist.
             base: the folder of the base; by default the folder or the cached repository that a transformers model
@@ -332,6 +336,15 @@ class SIFT(Stepping):
         """Whether ``close`` was called; nothing is trained any more."""
         return not self._handles
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Return None: the copy of a model is a plain model, which this SIFT does not train."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a SIFT cannot be pickled; write its state with sift.save(path), and the model with save_pretrained or its state_dict"
+            " (a model of get_sift_model: after `sift.close()` and `del model.sift`)"
+        )
+
     def __repr__(self) -> str:
         parts = self.sparse_mapping.values()
         n_selected = sum(part.is_selected for part in parts)
@@ -352,12 +365,19 @@ class SIFT(Stepping):
     ) -> None:
         self.close()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # Copying the model copies its hooks; they must keep pointing to this SIFT.
-        return self
-
     def _freeze_and_hook(self) -> None:
         trained = {part.parameter for part in self.sparse_mapping.values()}
+        frozen = [
+            n for n, part in self.sparse_mapping.items() if not self._requires_grad[part.parameter]
+        ]
+        if (
+            0 < len(frozen) < len(trained)
+        ):  # all, if someone froze the model first, as is done for adapters
+            logger.warning(
+                "%d of the %d parameters that are trained were frozen (requires_grad=False), such as %r; a SIFT trains what"
+                " sparse_module and exception name, so name only the others there",
+                len(frozen), len(trained), frozen[0],
+            )  # fmt: skip
         for parameter in self._requires_grad:
             parameter.requires_grad_(parameter in trained)
             parameter.grad = None  # an old gradient would be added to the first one
@@ -422,6 +442,18 @@ def _check_model(model: object) -> None:
         raise TypeError(
             f"model is of type {type(model).__name__}, expected a module; load the model first, as with from_pretrained"
         )
+
+
+def _warn_of_large_blocks(parts: Sequence[SparseParameter], rate: float, block: Block) -> None:
+    """Warn if whole blocks, of which each matrix trains at least one, are far more than the rate."""
+    sparse = [part for part in parts if not part.is_dense]
+    share = sum(part.n_wanted for part in sparse) / max(1, sum(part.numel for part in sparse))
+    if share > 2 * rate:
+        logger.warning(
+            "block is %r, and each matrix trains at least one block, so %.3g %% of the components are trained in place of %.3g %%;"
+            " give smaller blocks",
+            block, 100 * share, 100 * rate,
+        )  # fmt: skip
 
 
 def _refuse_second(model: nn.Module) -> None:

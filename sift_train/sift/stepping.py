@@ -58,6 +58,7 @@ class Stepping(Choosing):
         self.rounding = rounding
         self._optimizers: WeakSet[torch.optim.Optimizer] = WeakSet()  # that have stepped
         self._without_optimizer = set(self.sparse_mapping)
+        self._has_warned = False  # of a step without gradients
         self._by_master = {id(part.master): part for part in parts}
 
     def sync_gradients(self, weight: float | None = None) -> None:
@@ -137,6 +138,7 @@ class Stepping(Choosing):
         """Write the masters of an optimizer back after its step; every torch optimizer calls it."""
         parts = self._parts_of(optimizer)
         if parts:
+            self._warn_without_gradient(parts)
             self._correct_grown(optimizer)
             self._learning_rate.restore()
         for part in parts:
@@ -172,6 +174,19 @@ class Stepping(Choosing):
             )
             self._without_optimizer.clear()
         self._optimizers.add(optimizer)
+
+    def _warn_without_gradient(self, parts: list[SparseParameter]) -> None:
+        """Warn once of a step in which no master has a gradient, so that it changes nothing."""
+        if self._has_warned or not all(p.is_selected and p.master.grad is None for p in parts):
+            return
+        self._has_warned = True
+        frozen = [part.name for part in parts if not part.parameter.requires_grad]
+        logger.warning(
+            "a step changes nothing, because no trained parameter has a gradient: %s",
+            f"{len(frozen)} of {len(parts)}, such as {frozen[0]!r}, were frozen (requires_grad=False) after the SIFT was created"
+            if frozen
+            else "compute the loss with the model that the SIFT trains, and call backward() before the step",
+        )
 
     def _parts_of(self, optimizer: torch.optim.Optimizer) -> list[SparseParameter]:
         masters = (master for group in optimizer.param_groups for master in group["params"])

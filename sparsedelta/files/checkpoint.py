@@ -17,13 +17,7 @@ from sparsedelta.dtypes import dtype_of
 from sparsedelta.errors import CheckpointError, FormatError
 from sparsedelta.files import junk
 from sparsedelta.files.shards import INDEX_SUFFIX, SHARD, roles, shard_path
-from sparsedelta.files.unread import (
-    OLD_PICKLE,
-    PICKLED_SUFFIXES,
-    START_BYTES,
-    conversion_of_file,
-    stand_in,
-)
+from sparsedelta.files.unread import START_BYTES, stand_in, way_out
 from sparsedelta.format.columns import LazySequence
 from sparsedelta.format.header_columns import HeaderColumns, HeaderEntries, read_header_columns
 from sparsedelta.format.paths import WEIGHT_SUFFIX, path_problem
@@ -37,8 +31,6 @@ from sparsedelta.format.safetensors_header import (
 from sparsedelta.format.strict_json import parse_json
 from sparsedelta.fs import open_regular
 from sparsedelta.system import allow_open_files, read_at, read_into
-
-_ZIP = b"PK\x03\x04"  # what torch.save writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -484,7 +476,7 @@ def _read_header(fd: int, location: Path) -> bytes:
         raise CheckpointError(f"'{location}' {other}")
     size = int.from_bytes(start[:8], "little")
     if size > MAX_HEADER_BYTES:
-        raise CheckpointError(f"'{location}' is not a safetensors file; {_way_out(fd, location)}")
+        raise CheckpointError(f"'{location}' is not a safetensors file; {way_out(start, location)}")
     if size > file_bytes - 8:
         raise CheckpointError(
             f"'{location}' is incomplete: it has {file_bytes} bytes, its header alone {size}; copy or download"
@@ -500,21 +492,6 @@ def _parse_header(raw: bytes, location: Path) -> Header:
         return parse_header(raw, f"'{location}'")
     except FormatError as error:
         raise CheckpointError(str(error)) from error
-
-
-def _way_out(fd: int, location: Path) -> str:
-    """Return what to do about a file that is not a safetensors file, as a clause."""
-    start = read_at(fd, len(_ZIP), 0)
-    if start == _ZIP and location.suffix.lower() in PICKLED_SUFFIXES:
-        return (
-            "`sparsedelta convert` makes a delta between two such files, and rebuilds one from it; or convert it with:"
-            f" {conversion_of_file(location)}"
-        )
-    if start == OLD_PICKLE:
-        return f"an old version of torch.save wrote it; convert it with: {conversion_of_file(location)}"
-    if location.name.endswith(".json"):
-        return "give the folder that it is in, or a .safetensors file"
-    return "give a .safetensors file or a folder that holds some"
 
 
 def _spec(entry: HeaderEntry, location: Path) -> TensorSpec:

@@ -13,6 +13,7 @@ from sparsedelta.errors import BaseMismatch, Corrupt
 from sparsedelta.files import junk
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.globs import covering
+from sparsedelta.files.unread import SKELETON_SUFFIX
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.manifest import read_text
 from sparsedelta.format.records import SideFile, Stored
@@ -63,6 +64,11 @@ def write_side_file(
         if durable:
             output.flush()
             os.fsync(output.fileno())
+
+
+def is_of_other_files(delta: Delta) -> bool:
+    """Return whether ``convert`` made a delta between files that are not safetensors."""
+    return any(file.path.endswith(SKELETON_SUFFIX) for file in delta.target.side_files)
 
 
 def is_short(file: SideFile) -> bool:

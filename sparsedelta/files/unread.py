@@ -19,9 +19,11 @@ UNREAD_WEIGHT_SUFFIXES = (
 )  # fmt: skip
 UNREAD_WEIGHTS = tuple(f"*{suffix}" for suffix in UNREAD_WEIGHT_SUFFIXES)  # globs
 DISTRIBUTED_SUFFIX, _METADATA = ".distcp", ".metadata"  # of torch.distributed.checkpoint
+ZIP, GGUF = b"PK\x03\x04", b"GGUF"
 OLD_PICKLE = b"\x80\x02\x8a\x0a"  # how files begin that torch.save wrote before version 1.6
 PICKLED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")  # written by torch.save
 CONVERTED_SUFFIXES = (*PICKLED_SUFFIXES, ".gguf", ".onnx")  # ``convert`` makes deltas of such files
+SKELETON_SUFFIX = ".skeleton"  # of the side file that ``convert`` makes of what such a file holds beside its tensors
 CONFIG = "config.json"
 START_BYTES = 64  # of a file, which show what it is
 _LFS_POINTER = b"version https://git-lfs.github.com/spec"
@@ -111,6 +113,24 @@ def _to_safetensors(
     first = pickled[0]
     each = "convert it" if len(pickled) == 1 else "convert each such file"
     return f"{each} with: {_command(_by_torch(source, first, revision))}"
+
+
+def way_out(start: bytes, location: Path) -> str:
+    """Return what to do about a file that is not a safetensors file, as a clause.
+
+    Args:
+        start: the first bytes of the file, ``START_BYTES`` or all.
+        location: where it is.
+    """
+    if start.startswith(ZIP) and location.suffix.lower() in PICKLED_SUFFIXES:
+        return f"{_OTHER_WAY}; or convert it with: {conversion_of_file(location)}"
+    if start.startswith(GGUF) or location.suffix.lower() == ".onnx":
+        return _OTHER_WAY
+    if start.startswith(OLD_PICKLE):
+        return f"an old version of torch.save wrote it; convert it with: {conversion_of_file(location)}"
+    if location.name.endswith(".json"):
+        return "give the folder that it is in, or a .safetensors file"
+    return "give a .safetensors file or a folder that holds some"
 
 
 def conversion_of_file(location: Path) -> str:

@@ -98,10 +98,12 @@ def _of_the_connection(error: BaseException, about: Reference) -> Exception | No
             " connection and run this again"
         )
     cut = isinstance(error, OSError) and "Consistency check failed" in str(error)
-    if cut or isinstance(error, httpx.HTTPError | hf.XetDownloadError | RuntimeError):
+    by_xet = isinstance(error, hf.XetDownloadError | ConnectionError)  # what its client raises
+    if cut or by_xet or isinstance(error, httpx.HTTPError | RuntimeError):
+        other_way = "; if it fails again, set HF_HUB_DISABLE_XET=1" if by_xet else ""
         return Unreachable(
             f"the transfer from or to repository '{about.repo_id}' broke off: {_message(error)}; run"
-            " this again, complete files are not transferred again"
+            f" this again, complete files are not transferred again{other_way}"
         )
     if isinstance(error, hf.LocalEntryNotFoundError | hf.RevisionResolutionError):
         return not_cached(about)

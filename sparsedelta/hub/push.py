@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from sparsedelta._typing import AnyPath
 from sparsedelta.errors import RemoteConflict, RemoteNotFound
-from sparsedelta.files.side_files import carried_content
+from sparsedelta.files.side_files import carried_content, is_of_other_files
 from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.format.paths import path_problem
 from sparsedelta.fs import temporary_folder
@@ -151,7 +151,8 @@ def push(
         MismatchError: the base is not the base of the delta.
         FormatError: the delta cannot be read.
         RemoteError: the Hub cannot be reached or refuses, or somebody else pushed meanwhile.
-        ValueError: an argument is wrong, or the delta holds what looks like a credential.
+        ValueError: an argument is wrong, or the delta holds what looks like a credential or is one between files that
+            are not safetensors.
     """
     _check_arguments(repo_id, subfolder, revision, create_pr=create_pr)
     path = f"{subfolder}/{DELTA_NAME}" if subfolder else DELTA_NAME
@@ -159,6 +160,11 @@ def push(
         opened(delta) as opened_delta,
         temporary_folder("push") as folder,
     ):
+        if is_of_other_files(opened_delta):
+            raise ValueError(
+                "the delta is one between files that are not safetensors, whose base push cannot check; upload it as a file:"
+                f" `hf upload {repo_id} {'delta.sd' if isinstance(delta, Delta) else delta}`"
+            )
         if not allow_secrets:
             check_secrets(opened_delta)
         hub = Hub(token, cached_listing=False)

@@ -18,6 +18,7 @@ from typing import Any
 
 from sparsedelta.dtypes import DTYPES
 from sparsedelta.errors import CheckpointError
+from sparsedelta.files.unread import ZIP
 from sparsedelta.format.records import TensorSpec
 from sparsedelta.interop.inert_pickle import (
     MAX_BYTES,
@@ -31,7 +32,6 @@ from sparsedelta.interop.inert_pickle import (
 from sparsedelta.interop.region import MAX_NAME_BYTES, Region, with_unique_names
 from sparsedelta.system import read_at
 
-ZIP = b"PK\x03\x04"
 _END = b"PK\x05\x06"
 _END_BYTES = 22
 _LOCAL_HEADER = struct.Struct("<4s22xHH")

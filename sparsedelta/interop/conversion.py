@@ -10,7 +10,7 @@ from pathlib import Path
 from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import BadMagic, BaseNeeded, LossyConversion, TargetMismatch
 from sparsedelta.files.checkpoint import Checkpoint
-from sparsedelta.files.unread import CONVERTED_SUFFIXES
+from sparsedelta.files.unread import CONVERTED_SUFFIXES, OLD_PICKLE, way_out
 from sparsedelta.format.delta import load
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.fs import check_absent, check_no_folder, check_no_slash, staged_output
@@ -186,6 +186,8 @@ def _read(
         stack.enter_context(reading.target)
         return form.name, reading, {}
     if read_as is None and not _is_checkpoint(source):
+        if source.start.startswith(OLD_PICKLE):
+            raise BadMagic(f"'{source.path}' cannot be read: {way_out(source.start, source.path)}")
         raise BadMagic(
             f"'{source.path}' has none of the known forms: {', '.join(NAMES)}; see docs/interop.md"
         )

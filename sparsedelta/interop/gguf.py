@@ -12,10 +12,10 @@ import struct
 from pathlib import Path
 
 from sparsedelta.errors import CheckpointError
+from sparsedelta.files.unread import GGUF
 from sparsedelta.interop.region import Region, spec_or_bytes
 from sparsedelta.system import read_at
 
-GGUF = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_HEADER_BYTES = 256 << 20  # vocabularies make a few megabytes
 _MAX_ITEMS, _MAX_DIMENSIONS = 1 << 20, 4

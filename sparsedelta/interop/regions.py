@@ -16,13 +16,13 @@ from typing import BinaryIO
 from sparsedelta.errors import CheckpointError, Corrupt
 from sparsedelta.files.checkpoint import Checkpoint, Tensor, WeightFile, list_folder
 from sparsedelta.files.shards import roles
-from sparsedelta.files.unread import PICKLED_SUFFIXES
+from sparsedelta.files.unread import GGUF, PICKLED_SUFFIXES, SKELETON_SUFFIX, ZIP
 from sparsedelta.format.paths import WEIGHT_SUFFIX, path_problem
 from sparsedelta.format.safetensors_header import Header, HeaderEntry, render_header
 from sparsedelta.fs import open_regular
-from sparsedelta.interop.archive import ZIP, archive_regions
+from sparsedelta.interop.archive import archive_regions
 from sparsedelta.interop.distributed import object_names
-from sparsedelta.interop.gguf import GGUF, gguf_regions
+from sparsedelta.interop.gguf import gguf_regions
 from sparsedelta.interop.onnx import onnx_regions
 from sparsedelta.interop.region import Region
 from sparsedelta.interop.source import Source
@@ -31,7 +31,6 @@ from sparsedelta.system import allow_open_files, read_at
 
 _OF_ARCHIVES = (*PICKLED_SUFFIXES, ".distcp")
 _METADATA = ".metadata"  # of a checkpoint of torch.distributed
-_SKELETON = ".skeleton"
 _ALONE = "file"  # the name of a file that is not in a folder
 _MAX_SKELETON_BYTES = 64 << 20
 _BLOCK_BYTES = 1 << 20
@@ -164,7 +163,7 @@ class RegionFiles(Checkpoint):
         self.weight_files = (*self.weight_files, file)
         skeleton = Path(self._folder.name) / str(len(self.weight_files))
         skeleton.write_bytes(_skeleton(fd, location, regions))
-        self.side_files[path + _SKELETON] = skeleton
+        self.side_files[path + SKELETON_SUFFIX] = skeleton
 
     def close(self) -> None:
         """Close the files, and remove the temporary copies of what lies between the tensors."""
@@ -180,7 +179,7 @@ def write_regions(target: Checkpoint, out: Path) -> None:
         ValueError: the target is not that of a delta between files of these formats.
     """
     weights = {file.path.removesuffix(WEIGHT_SUFFIX): file for file in target.weight_files}
-    if not weights or any(path + _SKELETON not in target.side_files for path in weights):
+    if not weights or any(path + SKELETON_SUFFIX not in target.side_files for path in weights):
         raise ValueError(
             "the delta was not made from files of GGUF, ONNX or torch.save, so no such file can be written; choose another"
             " form"
@@ -189,16 +188,16 @@ def write_regions(target: Checkpoint, out: Path) -> None:
         if problem := path_problem(path):
             raise Corrupt(f"the delta writes the file {path!r}: {problem}")
     if weights.keys() == {_ALONE}:
-        _write(weights[_ALONE], target.side_files[_ALONE + _SKELETON], out)
+        _write(weights[_ALONE], target.side_files[_ALONE + SKELETON_SUFFIX], out)
         return
     out.mkdir()
     for folder in target.empty_folders:
         (out / folder).mkdir(parents=True, exist_ok=True)
     for path, file in weights.items():
         (out / path).parent.mkdir(parents=True, exist_ok=True)
-        _write(file, target.side_files[path + _SKELETON], out / path)
+        _write(file, target.side_files[path + SKELETON_SUFFIX], out / path)
     for path, location in target.side_files.items():
-        if path.removesuffix(_SKELETON) not in weights:
+        if path.removesuffix(SKELETON_SUFFIX) not in weights:
             (out / path).parent.mkdir(parents=True, exist_ok=True)
             with open(location, "rb") as source, open(out / path, "xb") as copy:
                 shutil.copyfileobj(source, copy, _BLOCK_BYTES)

@@ -16,7 +16,7 @@ from sparsedelta._typing import JSON, AnyPath
 from sparsedelta.errors import BaseNeeded, Corrupt
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.files.layout import canonical_header, rows_by_file
-from sparsedelta.files.side_files import check_base_files
+from sparsedelta.files.side_files import check_base_files, is_of_other_files
 from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.format.records import (
     DIGEST_BYTES,
@@ -67,11 +67,17 @@ def invert(
         FormatError: the delta cannot be read, or is inconsistent.
         MismatchError: ``base`` is not the base of the delta.
         CheckpointError: ``base`` cannot be read, or has a file that no delta can carry.
+        ValueError: the delta is one between files that are not safetensors.
     """
     with ExitStack() as context:
         given = context.enter_context(opened(delta))
         payload = context.enter_context(new_payload(spool_dir))
         given.check_output()
+        if is_of_other_files(given):
+            raise ValueError(
+                "the delta is one between files that are not safetensors, which cannot be inverted; make the delta back from the"
+                " files: `sparsedelta convert BASE back.sd --base TARGET`"
+            )
         if base is None:
             return _without_base(given, base_id, payload, progress)
         checkpoint = context.enter_context(

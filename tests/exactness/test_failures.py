@@ -276,7 +276,7 @@ def test_a_link_to_a_folder_is_not_overwritten(case: Case) -> None:
     other = write(case.place / "disk" / "model.safetensors", "x").parent
     case.out.symlink_to(other)
     with pytest.raises(
-        NotADirectoryError, match="is a link to a folder, .* give that folder, '.*disk'"
+        NotADirectoryError, match=r"is a link to a folder, .* give that folder, '.*disk'"
     ):
         sparsedelta.apply(case.base, case.delta, case.out, overwrite=True)
     assert case.out.is_symlink()

@@ -16,7 +16,7 @@ from helpers import noise, write_file
 import sparsedelta
 from sparsedelta.errors import CheckpointError
 from sparsedelta.files.checkpoint import Checkpoint
-from sparsedelta.files.unread import conversion
+from sparsedelta.files.unread import OLD_PICKLE, conversion
 
 
 def refused(base: Path, target: Path) -> str:
@@ -129,3 +129,22 @@ def test_a_folder_without_weights(tmp_path: Path, files: list[str]) -> None:
         f"'{tmp_path / 'other'}' holds no .safetensors file; it holds no weights of other formats either; give"
         f" another path{left_out}"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "said"),
+    [
+        ("m.gguf", b"GGUF\3\0\0\0", "`sparsedelta convert` makes a delta of such files"),
+        ("m.onnx", b"\x08\x08\x12\x07", "`sparsedelta convert` makes a delta of such files"),
+        ("m.pt", b"PK\3\4", "or convert it with: python -c"),
+        ("m.pt", OLD_PICKLE, "an old version of torch.save wrote it; convert it with: python -c"),
+        ("m.json", b"{}", "give the folder that it is in"),
+        ("m.txt", b"text", "give a .safetensors file or a folder that holds some"),
+    ],
+)
+def test_what_to_do_about_another_file(tmp_path: Path, name: str, start: bytes, said: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(start.ljust(80, b"\xff"))
+    with pytest.raises(CheckpointError, match="is not a safetensors file") as found:
+        sparsedelta.diff(path, path)
+    assert said in str(found.value)

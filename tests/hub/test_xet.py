@@ -51,6 +51,16 @@ def test_push_and_pull(
     assert hub.count("GET", "/cdn/") == 0
 
 
+def test_storage_that_cannot_be_reached(
+    me: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
+) -> None:
+    """As behind a proxy that lets only the Hub through."""
+    error = me.bad("push", delta, "me/xet", "--base-id", BASE, "--base", checkpoints[0], **WITH_XET)
+    assert "the transfer from or to repository 'me/xet' broke off" in error
+    assert "if it fails again, set HF_HUB_DISABLE_XET=1" in error
+    assert hub.state.head("me/xet").files.keys() <= {".gitattributes"}
+
+
 def test_storage_that_has_lost_a_file(
     other: Person, store: Path, checkpoints: tuple[Path, Path]
 ) -> None:

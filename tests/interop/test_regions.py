@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import spawn
 import sparsedelta
 from sparsedelta.channel.publisher import publish_checkpoint
 from sparsedelta.cli import main
-from sparsedelta.errors import AlreadyApplied, CheckpointError, Corrupt, SparseDeltaError
+from sparsedelta.errors import AlreadyApplied, BadMagic, CheckpointError, Corrupt, SparseDeltaError
 from sparsedelta.interop.inert_pickle import Made, PickleRefused, children, read_inert
 from sparsedelta.interop.regions import RegionFiles, write_regions
 
@@ -333,3 +333,23 @@ def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
         opened.side_files = {}
         with pytest.raises(ValueError, match="was not made from files"):
             write_regions(opened, tmp_path / "out")
+
+
+def test_a_delta_of_other_files_is_neither_inverted_nor_pushed(tmp_path: Path) -> None:
+    base, target, delta = tmp_path / "base.pt", tmp_path / "target.pt", tmp_path / "d.sd"
+    torch.save(training(1), base)
+    torch.save(training(2), target)
+    sparsedelta.convert(target, delta, base=base)
+    for given in (None, base):
+        with pytest.raises(ValueError, match=r"`sparsedelta convert BASE back\.sd --base TARGET`"):
+            sparsedelta.invert(delta, base=given)
+    with pytest.raises(ValueError, match=r"upload it as a file: `hf upload me/tuned .*d\.sd`"):
+        sparsedelta.push(delta, "me/tuned", base_id="org/base")
+
+
+def test_a_file_of_an_old_torch_says_how_to_save_it_again(tmp_path: Path) -> None:
+    base, old = tmp_path / "base.pt", tmp_path / "old.pt"
+    torch.save(training(1), base)
+    torch.save(training(2), old, _use_new_zipfile_serialization=False)
+    with pytest.raises(BadMagic, match=r"an old version of torch\.save wrote it; convert it with"):
+        sparsedelta.convert(old, tmp_path / "d.sd", base=base)

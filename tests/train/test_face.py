@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -133,3 +135,14 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="which YAML cannot hold"):
             config.to_yaml(tmp_path / "c.yaml")
         assert not (tmp_path / "c.yaml").exists()
+
+
+def test_a_copy_has_no_sift_and_a_pickle_is_refused() -> None:
+    """A copy with the SIFT of the first model would seem to train, and would not."""
+    model = get_sift_model(make_net(), SiftConfig(sparse_rate=0.1))
+    copied: Any = copy.deepcopy(model)
+    assert copied.sift is None
+    again: Any = get_sift_model(copied, SiftConfig(sparse_rate=0.1))
+    assert again.sift.model is copied
+    with pytest.raises(TypeError, match=r"a SIFT cannot be pickled; .*sift\.save\(path\)"):
+        pickle.dumps(model)

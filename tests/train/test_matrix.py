@@ -294,7 +294,8 @@ def test_a_copied_model_is_independent() -> None:
     model = make_net()
     with SIFT(model, 0.1, "weight") as sift:
         train(model, torch.optim.SGD(sift.parameters_in_optimizer(), lr=0.1), make_inputs(1))
-        copied = copy.deepcopy(model)
+        copied, without = copy.deepcopy((model, sift))
+        assert without is None
         assert all(
             same_bits(p, q) for p, q in zip(model.parameters(), copied.parameters(), strict=True)
         )

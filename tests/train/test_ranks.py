@@ -15,9 +15,11 @@ from rank_helpers import RankPool, wait_for
 from torch import Tensor, nn
 from torch.multiprocessing import get_context
 from torch.nn.parallel import DistributedDataParallel
-from train_helpers import make_inputs, make_net, same_bits, square_loss
+from train_helpers import bert_batches, make_bert, make_inputs, make_net, same_bits, square_loss
+from transformers import BertForSequenceClassification
 
-from sift_train import SIFT
+import sparsedelta
+from sift_train import SIFT, export_delta
 
 State = dict[str, Tensor]
 
@@ -398,3 +400,34 @@ def test_a_killed_rank_ends_the_others_with_one_sentence(tmp_path: Path) -> None
     said = (tmp_path / "said").read_text()
     assert said.startswith("another rank stopped or cannot be reached")
     assert "\n" not in said
+
+
+def exported_by_all(rank: int, folder: Path) -> tuple[int, State, str]:
+    """All ranks call ``export_delta``, as the pages show it, and one of them ``push_to_hub``."""
+    model: Any = BertForSequenceClassification.from_pretrained(folder / "base")
+    model.eval()
+    with SIFT(model, 0.2) as sift:
+        optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
+        model(**bert_batches(1)[0]).loss.backward()
+        optimizer.step()
+        nnz = export_delta(model, folder / "out.sd", sift=sift, base=folder / "base")
+        problem = ""
+        if rank:
+            with pytest.raises(ValueError, match="call push_to_hub on rank 0 only") as found:
+                sift.push_to_hub("me/tuned", base=folder / "base", base_id="org/base")
+            problem = str(found.value)
+        return nnz, dict(model.state_dict()), problem
+
+
+def test_a_delta_that_all_ranks_export_is_written_by_the_first(
+    pool: RankPool, tmp_path: Path
+) -> None:
+    make_bert(tmp_path / "base", torch.float32)
+    (nnz, trained, _), (other, _, problem) = pool.results(exported_by_all, tmp_path)
+    assert nnz > 0
+    assert other == 0
+    assert problem
+    sparsedelta.apply(tmp_path / "base", tmp_path / "out.sd", tmp_path / "out")
+    rebuilt = BertForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    assert_same(rebuilt, trained)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "out.sd"]

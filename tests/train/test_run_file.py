@@ -113,6 +113,31 @@ def test_a_file_trains_a_classifier(
     assert (tmp_path / "d.sd").read_bytes() == first
 
 
+@pytest.mark.parametrize("has_end", [True, False])
+def test_a_classifier_of_a_decoder_without_a_padding_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], *, has_end: bool
+) -> None:
+    tokenizer = make_tokenizer([text for text, _ in TEXTS])
+    tokenizer.pad_token = None
+    if not has_end:
+        tokenizer.eos_token = None
+    model = make_causal(tmp_path / "model", tokenizer, pad_token_id=None)
+    lines = [json.dumps({"text": text, "label": label}) for text, label in TEXTS]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    path = write_run(
+        tmp_path,
+        task="text-classification", model=str(model), data=str(tmp_path / "train.jsonl"),
+        output=str(tmp_path / "d.sd"), batch_size=4, save_target=str(tmp_path / "target"),
+        train={"sparse_rate": 0.2, "lr": 1e-3, "max_steps": 2},
+    )  # fmt: skip
+    assert main(["--config", path]) == (0 if has_end else 1)
+    if has_end:
+        config = json.loads((tmp_path / "target" / "config.json").read_text())
+        assert config["pad_token_id"] == tokenizer.eos_token_id
+    else:
+        assert "give it a pad_token" in told(capsys)
+
+
 def test_a_file_trains_a_language_model(tmp_path: Path) -> None:
     tasks = [
         {"instruction": "Greet.", "input": n, "output": f"Hi, {n}!"} for n in ("Ada", "Mary")

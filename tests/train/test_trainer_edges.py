@@ -411,3 +411,10 @@ def test_settings_of_another_kind_are_refused(tmp_path: Path) -> None:
         TypeError, match="sift is of type FitConfig, expected a SIFT or a SiftConfig"
     ):
         SiftTrainer(nn.Linear(2, 2), arguments(tmp_path), sift=wrong)
+
+
+def test_the_mixin_comes_first() -> None:
+    with pytest.raises(TypeError, match=r"write class Turned\(SiftTrainerMixin, Trainer\)"):
+
+        class Turned(Trainer, SiftTrainerMixin):  # type: ignore[misc]
+            pass

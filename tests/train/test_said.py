@@ -1,0 +1,107 @@
+"""What a SIFT says of a model or a loop that would train something else than meant, or nothing."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from train_helpers import make_inputs, make_net, square_loss
+
+from sift_train import SIFT, export_delta
+
+
+def adamw(sift: SIFT) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(sift.parameters_in_optimizer(), lr=0.01)
+
+
+@pytest.mark.parametrize(("frozen", "n_warned"), [("first", 1), ("", 0), ("every", 0)])
+def test_parameters_that_were_frozen(
+    caplog: pytest.LogCaptureFixture, frozen: str, n_warned: int
+) -> None:
+    """A model that someone froze as a whole, as for adapters, is trained without a word."""
+    model = make_net()
+    if frozen:
+        (model.first if frozen == "first" else model).requires_grad_(False)
+    with SIFT(model, 0.5):
+        pass
+    assert caplog.text.count("of the 2 parameters that are trained were frozen") == n_warned
+    assert ("'first.weight'" in caplog.text) == bool(n_warned)
+
+
+@pytest.mark.parametrize("freezes", [True, False])
+def test_a_step_without_any_gradient_is_said_once(
+    caplog: pytest.LogCaptureFixture, *, freezes: bool
+) -> None:
+    model, other = make_net(), make_net()
+    batch = make_inputs(1)[0]
+    with SIFT(model, 0.5) as sift:
+        optimizer = adamw(sift)
+        square_loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert "changes nothing" not in caplog.text
+        if freezes:
+            sift.model.requires_grad_(False)
+            model.norm.requires_grad_(True)
+        for _ in range(2):
+            square_loss(model if freezes else other, batch).backward()
+            optimizer.step()
+    assert caplog.text.count("a step changes nothing") == 1
+    said = "2 of 2, such as 'first.weight', were frozen" if freezes else "compute the loss with the"
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(("block", "is_large"), [((1000, 1000), True), ((2, 2), False)])
+def test_blocks_that_fill_the_matrix(
+    caplog: pytest.LogCaptureFixture, block: tuple[int, int], *, is_large: bool
+) -> None:
+    with SIFT(make_net(), 0.1, block=block):
+        pass
+    assert ("give smaller blocks" in caplog.text) == is_large
+    assert ("so 100 % of the components are trained in place of 10 %" in caplog.text) == is_large
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "said"),
+    [
+        ({"seed": "a"}, ValueError, "seed is 'a'; it must be an integer"),
+        ({"grad_acc": 1.5}, ValueError, "grad_acc is 1.5; it must be an integer of at least 1"),
+        ({"process_group": 3}, TypeError, "process_group is of type int, expected a process group"),
+        ({"sparse_module": None}, ValueError, "sparse_module is None; it must be a name fragment"),
+    ],
+)
+def test_arguments_of_another_type(given: dict[str, Any], kind: type, said: str) -> None:
+    model = make_net()
+    with pytest.raises(kind, match=re.escape(said)):
+        SIFT(model, **given)
+    assert SIFT.of(model) is None
+
+
+def test_a_model_in_another_dtype_is_not_exported(tmp_path: Path) -> None:
+    model = make_net()
+    base = tmp_path / "base.safetensors"
+    save_file(model.state_dict(), base)
+    with SIFT(model, 0.5) as sift:
+        optimizer = adamw(sift)
+        square_loss(model, make_inputs(1)[0]).backward()
+        optimizer.step()
+        model.half()
+        for given in (base, None):
+            with pytest.raises(ValueError, match=r"had torch\.float32 .* now has torch\.float16"):
+                export_delta(model, tmp_path / "out.sd", sift=sift, base=given)
+        model.float()
+    assert not (tmp_path / "out.sd").exists()
+
+
+def test_a_training_as_it_should_be(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is said of a training as it should be."""
+    with caplog.at_level(logging.WARNING), SIFT(make_net(), 0.5) as sift:
+        optimizer = adamw(sift)
+        square_loss(sift.model, make_inputs(1)[0]).backward()
+        optimizer.step()
+    assert not caplog.records
