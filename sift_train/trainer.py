@@ -74,6 +74,9 @@ class SiftCallback(TrainerCallback):
         reselection: when and how the choice moves, as for ``FitConfig``; its ``grow`` must rank without gradients,
             since a callback sees no micro-batches. With ``lr_transfer`` the next step measures the share anew.
 
+    Attributes:
+        precedes_reporters: whether Trainer calls it before its reporters, as ``SIFT.set_trainer`` sees to.
+
     Raises:
         ValueError: the re-selection ranks by gradients, or a setting of it is out of range.
     """
@@ -90,6 +93,7 @@ class SiftCallback(TrainerCallback):
                 " SiftTrainerMixin with a SiftConfig, or grow 'principal', 'magnitude' or 'random'"
             )
         self._norm: Tensor | None = None
+        self.precedes_reporters = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Check that the optimizer trains all masters, and load the state of a run that resumes.
@@ -99,6 +103,12 @@ class SiftCallback(TrainerCallback):
                 from a checkpoint without the state of this SIFT, or of a run with other settings.
         """
         refuse_fsdp(args, self._sift.model)
+        if args.report_to and not self.precedes_reporters:
+            logger.warning(
+                "%s will show no norm of the masters' gradients and no sparse_learning_rate, because Trainer calls it before this"
+                " callback; call sift.set_trainer(trainer) in place of callbacks=[SiftCallback(sift)]",
+                ", ".join(args.report_to),
+            )
         if args.fp16:
             refuse_scaler(self._sift.masters_device)
         self._sift.attach(given["optimizer"])
@@ -135,7 +145,8 @@ class SiftCallback(TrainerCallback):
             write_state(self._sift.state_dict(), folder / STATE, self._settings())
 
     def _settings(self) -> dict[str, Any]:
-        return {**self._sift.settings, "reselection": plain(self._reselection)}
+        own = {"trained_by": "SiftCallback", "reselection": plain(self._reselection)}
+        return {**self._sift.settings, **own}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Load the state of the best checkpoint, if Trainer has loaded its model."""
@@ -399,7 +410,8 @@ class SiftTrainerMixin(_Trainer):
         """Return what must be the same when a run resumes, as for ``fit``."""
         config = self._sift_config
         names = () if config is None else ("selection_batches", "reselection")
-        return {**self.sift.settings, **{name: plain(getattr(config, name)) for name in names}}
+        own = {name: plain(getattr(config, name)) for name in names}
+        return {**self.sift.settings, "trained_by": "SiftTrainerMixin", **own}
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint

@@ -231,7 +231,9 @@ class SIFT(Stepping):
 
         # Before those that report what is logged, because it adds to that.
         handler: Any = trainer.callback_handler
-        handler.callbacks.insert(0, SiftCallback(self))
+        callback = SiftCallback(self)
+        callback.precedes_reporters = True
+        handler.callbacks.insert(0, callback)
 
     @staticmethod
     def of(model: nn.Module) -> SIFT | None:

@@ -266,7 +266,9 @@ def test_the_mixin_resumes_only_from_its_own_checkpoints(tmp_path: Path, base: P
         ours.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
 
 
-def test_set_trainer_of_the_original_scripts(tmp_path: Path, base: Path) -> None:
+def test_set_trainer_of_the_original_scripts(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """They pass the optimizer to Trainer, then call ``set_trainer``, and dump ``record``."""
     runs = []
     for way in ("set_trainer", "callback"):
@@ -278,6 +280,7 @@ def test_set_trainer_of_the_original_scripts(tmp_path: Path, base: Path) -> None
         trainer = Trainer(model, args, train_dataset=Rows(4), optimizers=(optimizer, None))
         reporter = Reporter()
         trainer.add_callback(reporter)
+        trainer.args.report_to = ["tensorboard"]
         if way == "set_trainer":
             sift.set_trainer(trainer)
         else:
@@ -285,6 +288,8 @@ def test_set_trainer_of_the_original_scripts(tmp_path: Path, base: Path) -> None
         trainer.train()
         norms = [logs["grad_norm"] > 0 for logs in reporter.logs if "grad_norm" in logs]
         assert norms == [way == "set_trainer"] * 2  # the other one comes after the reporter
+        assert ("tensorboard will show no norm" in caplog.text) == (way == "callback")
+        caplog.clear()
         assert all(isinstance(value, float) for value in sift.record.values())
         runs.append(model)
     assert same_model(*runs)
@@ -418,3 +423,16 @@ def test_the_mixin_comes_first() -> None:
 
         class Turned(Trainer, SiftTrainerMixin):  # type: ignore[misc]
             pass
+
+
+def test_the_mixin_does_not_resume_a_run_with_the_callback(tmp_path: Path, base: Path) -> None:
+    model = load(base)
+    with SIFT(model, 0.1, LAYERS, ["classifier"]) as sift:
+        with_callback(model, sift, tmp_path / "out").train()
+    model = load(base)
+    args = arguments(tmp_path / "out", max_steps=4)
+    trainer = SiftTrainer(
+        model, args, train_dataset=Rows(8), sift=SIFT(model, 0.1, LAYERS, ["classifier"])
+    )
+    with pytest.raises(ValueError, match="has trained_by 'SiftCallback', this one 'SiftTrainerMix"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
