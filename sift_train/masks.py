@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import sparsedelta
 from sift_train.bits import bits_of
+from sparsedelta.errors import MismatchError
 
 if TYPE_CHECKING:
     from sift_train.sift import SIFT
@@ -113,11 +114,18 @@ def mask_of_delta(
             return mask_of_delta(opened, model)
     before = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
     masks = {}
-    with delta.applied(model):
-        for name, parameter in model.named_parameters():
-            mask = bits_of(parameter.detach().cpu()) != bits_of(before.pop(name))
-            if mask.any():
-                masks[name] = mask
+    try:
+        with delta.applied(model):
+            for name, parameter in model.named_parameters():
+                mask = bits_of(parameter.detach().cpu()) != bits_of(before.pop(name))
+                if mask.any():
+                    masks[name] = mask
+    except MismatchError as error:
+        raise type(error)(
+            f"the model does not hold the base of the delta whose components are to be trained: {error}; for another model of"
+            " these shapes, make a mask of the delta first (sparsedelta convert delta.sd mask.safetensors --base BASE --to mask)",
+            tensor=error.tensor,
+        ) from error
     return masks
 
 

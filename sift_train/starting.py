@@ -12,6 +12,7 @@ from pathlib import Path
 import sparsedelta
 from sift_train import runfolder
 from sift_train.config import FitConfig
+from sift_train.masks import is_mask
 
 AnyPath = str | PathLike[str]
 
@@ -51,6 +52,7 @@ def check_start(
         OSError: an output is a folder, or cannot be written.
     """
     _check_evaluates(config, evaluates=evaluates)
+    _check_mask(config)
     folder = _run_folder(config, run_dir, resume=resume)
     checkpoint = runfolder.newest(folder) if folder else None
     if checkpoint is not None and not resume:
@@ -77,6 +79,14 @@ def check_start(
                 f"output '{given}' is, or is around, run_dir '{run_dir}'; give a path elsewhere"
             )
     return Start(folder, checkpoint, overwrite)
+
+
+def _check_mask(config: FitConfig) -> None:
+    given = config.selection
+    if isinstance(given, str | PathLike) and is_mask(given) and not os.path.isfile(given):
+        raise FileNotFoundError(
+            f"selection is '{os.fspath(given)}', and there is no such file; give the path of a mask or a delta, or the name of a rule"
+        )
 
 
 def check_paths(

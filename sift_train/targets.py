@@ -170,10 +170,15 @@ def _matching(
         matches = {p for p, own in names.items() if any(_occurs(fragment, name) for name in own)}
         if not matches:
             shown = fragment if isinstance(fragment, str) else REGEX + fragment.pattern
-            raise ValueError(
-                f"{argument} has {shown!r}, which occurs in no parameter name; "
-                "compare it with the names that model.named_parameters() gives"
+            similar = next(
+                (n for own in names.values() for n in own if shown.lower() in n.lower()), None
             )
+            hint = (
+                f"but {similar!r} differs only in upper and lower case"
+                if similar
+                else "compare it with the names that model.named_parameters() gives"
+            )
+            raise ValueError(f"{argument} has {shown!r}, which occurs in no parameter name; {hint}")
         found |= matches
     return found
 

@@ -31,6 +31,7 @@ from sift_train import (
     unite,
 )
 from sift_train.structure import drawn, n_of_blocks, n_of_rows, top_blocks, top_of_rows
+from sparsedelta.errors import BaseMismatch
 
 WEIGHTS = ["first.weight", "last.weight"]
 OPTIONS: list[dict[str, Any]] = [
@@ -289,6 +290,12 @@ def test_a_mask_has_the_form_that_convert_writes(tmp_path: Path) -> None:
     make: Any = transformers.AutoModelForSequenceClassification
     model = make.from_pretrained(base, num_labels=3)
     converted = load_mask(tmp_path / "c.safetensors")
+    other = make.from_pretrained(base, num_labels=3)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    with pytest.raises(BaseMismatch, match=r"does not hold the base of the delta .* --to mask\)"):
+        mask_of_delta(tmp_path / "d.sd", other)
     taken = mask_of_delta(tmp_path / "d.sd", model)
     assert taken.keys() == converted.keys()
     assert all(torch.equal(taken[name], converted[name]) for name in taken)

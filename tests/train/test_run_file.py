@@ -215,6 +215,7 @@ def test_a_file_trains_a_language_model(tmp_path: Path) -> None:
         ({"run_dir": "{here}/taken.sd/run"}, "because '{here}/taken.sd' is a file"),
         ({"train": {"save_every": 2}}, "save_every needs a folder for checkpoints; give run_dir"),
         ({"train": {"eval_every": 2}}, "eval_every is 2, but there is no evaluate"),
+        ({"train": {"selection": "nope.sd"}}, "selection is 'nope.sd', and there is no such file"),
     ],
 )
 def test_a_wrong_file_is_one_clear_sentence(

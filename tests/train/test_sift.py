@@ -444,6 +444,7 @@ def _integers() -> nn.Module:
         (_same_memory, "weight", "share the same memory"),
         (lambda: nn.DataParallel(make_net()), "weight", "contains a DataParallel"),
         (make_net, "q_proj", "occurs in no parameter name"),
+        (make_net, "Norm", "'norm.weight' differs only in upper and lower case"),
         (make_net, [], "no parameter is selected"),
         (make_net, [""], "not a non-empty string"),
         (nn.ReLU, [], "has no parameters"),
