@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import sparsedelta
 from sift_train.bits import bits_of
-from sparsedelta.errors import MismatchError
 
 if TYPE_CHECKING:
     from sift_train.sift import SIFT
@@ -120,7 +119,7 @@ def mask_of_delta(
                 mask = bits_of(parameter.detach().cpu()) != bits_of(before.pop(name))
                 if mask.any():
                     masks[name] = mask
-    except MismatchError as error:
+    except sparsedelta.SparseDeltaError as error:
         raise type(error)(
             f"the model does not hold the base of the delta whose components are to be trained: {error}; for another model of"
             " these shapes, make a mask of the delta first (sparsedelta convert delta.sd mask.safetensors --base BASE --to mask)",
