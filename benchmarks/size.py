@@ -1,9 +1,9 @@
-"""Measures the bytes per changed value on a real model: MiniLM in bf16, trained on real text.
+"""Measures the bytes per changed value on a real model: MiniLM, trained on real text.
 
     python benchmarks/size.py [--steps 20] [--sift-steps 60]
 
 Small steps: AdamW at a small learning rate on fp32 masters of all weights, with a bf16 checkpoint
-after every step, as reinforcement learning publishes them. Sparse: ``sift_train.fit`` on the bf16 model.
+after every step, as reinforcement learning publishes them. Sparse: ``sift_train.fit`` on the model in bf16 and in fp32.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from demo import (
 )
 
 LR = 3e-6
-SIFT_RATE = 0.01
+SPARSE = (0.01, torch.bfloat16), (0.01, torch.float32), (0.05, torch.float32)
 SIFT_LR = 1e-3
 COLUMNS = (
     "delta", "changed", "density", "payload, B/value", "positions", "bound", "values",
@@ -54,26 +54,27 @@ def small_steps(encoder: Any, batches: list[Any], n_steps: int, folder: Path) ->
     """Train all weights for some steps; return the bf16 checkpoints before and after every step."""
     model = copy.deepcopy(encoder[0].auto_model).float().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
-    checkpoints = [save_bf16(model, folder / "step-0")]
+    checkpoints = [save(model, folder / "step-0")]
     torch.manual_seed(SEED)
     for number in range(n_steps):
         optimizer.zero_grad()
         loss: Any = contrastive_loss(model, batches[number])
         loss.backward()
         optimizer.step()
-        checkpoints.append(save_bf16(model, folder / f"step-{number + 1}"))
+        checkpoints.append(save(model, folder / f"step-{number + 1}"))
         print(f"  step {number + 1}/{n_steps}  loss {float(loss.detach()):.3f}", flush=True)
     return checkpoints
 
 
 def sparse_training(
-    encoder: Any, batches: list[Any], n_steps: int, folder: Path
+    encoder: Any, batches: list[Any], n_steps: int, folder: Path, rate: float, dtype: torch.dtype
 ) -> tuple[Path, Path]:
-    """Train a sparse set of components of the bf16 model; return base and trained checkpoint."""
+    """Train a sparse set of components of the model in a dtype; return base and trained checkpoint."""
     model = copy.deepcopy(encoder[0].auto_model)
-    base, trained = save_bf16(model, folder / "sift-base"), folder / "sift-trained"
+    folder.mkdir()
+    base, trained = save(model, folder / "base", dtype), folder / "trained"
     config = sift_train.FitConfig(
-        sparse_rate=SIFT_RATE,
+        sparse_rate=rate,
         sparse_module=LAYERS,
         lr=SIFT_LR,
         max_steps=n_steps,
@@ -82,7 +83,7 @@ def sparse_training(
         lr_transfer=False,
     )
     result = sift_train.fit(
-        model.to(torch.bfloat16),
+        model.to(dtype),
         batches,
         output=folder / "sift.sd",
         loss=contrastive_loss,
@@ -101,9 +102,9 @@ def show_step(report: sift_train.StepReport) -> None:
         print(f"  SIFT step {report.step}/{report.n_steps}  loss {report.loss:.3f}", flush=True)
 
 
-def save_bf16(model: Any, path: Path) -> Path:
-    """Save a copy of the model rounded to bf16, and return the folder."""
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(path)
+def save(model: Any, path: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Save a copy of the model rounded to a dtype, and return the folder."""
+    copy.deepcopy(model).to(dtype).save_pretrained(path)
     return path
 
 
@@ -163,10 +164,18 @@ def main() -> int:
         batches = make_batches(encoder, pairs)
         checkpoints = small_steps(encoder, batches, options.steps, work)
         rows = list(rows_of(checkpoints))
-        trained = sparse_training(encoder, batches, options.sift_steps, work)
-        name = f"SIFT, {SIFT_RATE:.0%} of the layers' weights, {options.sift_steps} steps"
-        rows.append(measure(name, *trained))
-        write_result(options.result, "Size on MiniLM in bf16", [table(COLUMNS, rows)], where=work)
+        for number, (rate, dtype) in enumerate(SPARSE):
+            folder = work / f"sparse-{number}"
+            trained = sparse_training(encoder, batches, options.sift_steps, folder, rate, dtype)
+            kind = "bf16" if dtype == torch.bfloat16 else "fp32"
+            name = f"SIFT, {rate:.0%} of the layers' weights, {options.sift_steps} steps, {kind}"
+            rows.append(measure(name, *trained))
+        write_result(
+            options.result,
+            "Size on MiniLM, in bf16 unless fp32 is stated",
+            [table(COLUMNS, rows)],
+            where=work,
+        )
     return 0
 
 

@@ -112,7 +112,8 @@ class Versions:
         Raises:
             FileExistsError: the store holds other objects.
         """
-        others = [] if self._exists() else self.store.list("")
+        # A store that can only be read cannot become one, and a web server cannot list what it has.
+        others = [] if not self.store.writable or self._exists() else self.store.list("")
         if others:
             raise FileExistsError(
                 f"'{self.store.name}' is not a channel, but holds other files, such as {others[0]!r}; give a channel,"

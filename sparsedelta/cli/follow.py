@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 @click.option(
     "--run",
     metavar="COMMAND",
-    help="Run this in a shell after each move, with SPARSEDELTA_VERSION and SPARSEDELTA_OUT set.",
+    help="Run this in a shell after each move, with SPARSEDELTA_VERSION and SPARSEDELTA_OUT set; again if it failed.",
 )
 @click.option(
     "--base",
@@ -88,7 +89,8 @@ def command(
             if report:
                 _tell(report, as_json=as_json)
                 _note_kind(settings, report, out)
-                _run(run, report, out)
+                if run is not None:
+                    _run(run, report, out, to_stderr=as_json)
             if once or version:
                 return
             time.sleep(interval)
@@ -126,16 +128,29 @@ def _note_kind(settings: Settings, report: SyncReport, out: str) -> None:
         )
 
 
-def _run(command: str | None, report: SyncReport, out: str) -> None:
-    """Run a person's command in a shell.
+def _run(command: str, report: SyncReport, out: str, *, to_stderr: bool) -> None:
+    """Run a person's command in a shell, if OUT has moved or the command has not succeeded for this version.
+
+    Args:
+        command: the command.
+        report: what was done before.
+        out: OUT; a file beside it holds the version for which the command has succeeded last.
+        to_stderr: whether what the command prints goes to stderr.
 
     Raises:
         OSError: it fails.
     """
-    if command is None:
+    place = Path(os.path.abspath(out))
+    noted = place.with_name(f".{place.name[:200]}.sparsedelta-ran")
+    version = str(report.version)
+    if not report.n_versions and noted.is_file() and noted.read_text("utf-8") == version:
         return
-    place = os.path.abspath(out)
-    variables = {"SPARSEDELTA_VERSION": str(report.version), "SPARSEDELTA_OUT": place}
-    done = subprocess.run(command, shell=True, env=os.environ | variables, check=False)
+    variables = {"SPARSEDELTA_VERSION": version, "SPARSEDELTA_OUT": str(place)}
+    stdout = sys.stderr.fileno() if to_stderr else None
+    done = subprocess.run(
+        command, shell=True, env=os.environ | variables, stdout=stdout, check=False
+    )
     if done.returncode:
+        noted.unlink(missing_ok=True)
         raise OSError(f"the command given with --run ended with exit code {done.returncode}")
+    noted.write_text(version, "utf-8")

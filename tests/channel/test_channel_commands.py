@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ from safetensors.torch import save_file
 import sparsedelta
 from sparsedelta.channel.publisher import publish_checkpoint
 from sparsedelta.cli import main
+from sparsedelta.errors import Behind
 
 Run = Callable[..., Result]
 
@@ -161,6 +167,47 @@ def test_follow_goes_to_a_version_and_runs_a_command(run: Run, tmp_path: Path) -
     assert (tmp_path / "seen").read_text() == f"1 {tmp_path / 'out'}\n"
     assert is_at(tmp_path / "out", 1)
     assert "exit code 3" in run("follow", "c", "out", "--once", "--run", "exit 3", code=1).stderr
+
+
+def test_follow_runs_its_command_once_for_each_version(run: Run, tmp_path: Path) -> None:
+    """As a job that starts it every few minutes needs it; after a failure the command runs again."""
+    run("publish", "c", "1")
+    once = ("follow", "c", "out", "--once", "--run")
+    count = "echo $SPARSEDELTA_VERSION >> seen"
+    run("follow", "c", "out", "--once")
+    for _ in range(2):  # it was there already, but the command has not run yet
+        run(*once, count)
+    run("publish", "c", "2", "--base", "1")
+    run(*once, f"{count}; exit 1", code=1)
+    for _ in range(2):
+        run(*once, count)
+    run("follow", "c", "out", "--version", "1", "--run", count)
+    assert (tmp_path / "seen").read_text().split() == ["1", "2", "2", "1"]
+
+
+def test_the_output_of_the_command_is_not_in_the_json(run: Run, tmp_path: Path) -> None:
+    run("publish", "c", "1")
+    command = [sys.executable, "-m", "sparsedelta", "follow", "c", "out", "--once", "--json"]
+    done = subprocess.run(
+        [*command, "--run", "echo told"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["version"] == 1
+    assert done.stderr == "told\n"
+
+
+def test_an_address_of_a_web_server_without_a_channel(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "served").mkdir()
+    make = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), make) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/typo"
+        error = run("follow", url, "out", "--once", code=1).stderr
+        assert "it has no version yet, or does not exist (sparsedelta explain behind)" in error
+        assert "the channel has no version" in run("log", url).stderr
+        with pytest.raises(Behind):
+            sparsedelta.Follower(url, tmp_path / "out").sync()
+        server.shutdown()
 
 
 def test_follow_does_not_replace_what_took_the_place_of_its_folder(
