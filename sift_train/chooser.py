@@ -173,6 +173,11 @@ class Chooser:
         """
         check_movable(self._parts, self._block, optimizer)
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there are scores by which nothing was chosen yet."""
+        return bool(self._scores)
+
     def clear(self) -> None:
         """Drop the scores and gradients added so far."""
         self._scores.clear()

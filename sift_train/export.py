@@ -121,16 +121,13 @@ def export_delta(
             overwrite=overwrite,
         )
     check_saves_weights(model)
+    if sift is not None and not sift.ranks.is_first:
+        logger.info("rank 0 writes '%s'; this rank holds the same model and writes nothing", output)
+        return 0
     check_outputs(model, output, base=base, save_target=save_target, overwrite=overwrite)
     if base is None and sift is None:
         raise ValueError("no base is given; give base, or the sift that trained the model")
     if sift is not None:
-        if not sift.ranks.is_first:
-            logger.info(
-                "rank 0 writes the delta '%s'; this rank holds the same model and writes none",
-                output,
-            )
-            return 0
         sift.check_parameters()
         if base is not None:
             check_base(model, Path(base), sift)

@@ -22,6 +22,7 @@ from sift_train.ranks.sync import Synchronizer
 from sift_train.reselection import check_move
 from sift_train.reselector import Reselector
 from sift_train.rules import Selection
+from sift_train.scalers import refuse_unscaled
 from sift_train.sift.weights import WrittenBack
 
 logger = logging.getLogger(__name__)
@@ -209,9 +210,14 @@ class Choosing(WrittenBack):
     def finish_selection(self) -> None:
         """Choose the components by the gradients seen so far, as the optimizer's first step does.
 
-        If ``grad_acc`` is above 1 or the budget is global, and something reads the masters' gradients before the first
+        If ``grad_acc`` is above 1 or the budget is global, and something reads the masters' gradients before a
         step, such as a gradient scaler, call this first. It has no effect if all components are chosen.
+
+        Raises:
+            RuntimeError: a gradient scaler has unscaled the gradients already.
         """
+        if self._chooser.is_waiting and not self._only_scoring:
+            refuse_unscaled(self.parameters_in_optimizer())
         self._chooser.finish(self._sync.ranks)
         if self.lr_transfer:
             self._learning_rate.finish(self._sync.ranks)

@@ -6,7 +6,6 @@ are written back. ``steps`` calls these methods at the steps of all torch optimi
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Sequence
 from weakref import WeakSet
@@ -58,7 +57,8 @@ class Stepping(Choosing):
         self.rounding = rounding
         self._optimizers: WeakSet[torch.optim.Optimizer] = WeakSet()  # that have stepped
         self._without_optimizer = set(self.sparse_mapping)
-        self._has_warned = False  # of a step without gradients
+        self._has_gradient: bool | None = None  # of a master in this step; None between steps
+        self._n_idle = 0  # steps in a row without one
         self._by_master = {id(part.master): part for part in parts}
 
     def sync_gradients(self, weight: float | None = None) -> None:
@@ -122,11 +122,10 @@ class Stepping(Choosing):
     def after_closure(self, optimizer: torch.optim.Optimizer) -> None:
         """Choose by the gradients of this step; drop the gradients of masters not chosen yet."""
         parts = self._parts_of(optimizer)
-        waiting = [part for part in parts if not part.is_selected]
         if parts:
             self.sync_gradients()
-        if any(part.is_selected for part in waiting):
-            _refuse_scaled(optimizer)
+            has_gradient = any(part.master.grad is not None for part in parts)
+            self._has_gradient = bool(self._has_gradient) or has_gradient
         for part in parts:
             part.load()
             if not part.is_selected:
@@ -176,13 +175,21 @@ class Stepping(Choosing):
         self._optimizers.add(optimizer)
 
     def _warn_without_gradient(self, parts: list[SparseParameter]) -> None:
-        """Warn once of a step in which no master has a gradient, so that it changes nothing."""
-        if self._has_warned or not all(p.is_selected and p.master.grad is None for p in parts):
+        """Warn if two steps in a row with all masters had no gradient, so that they changed nothing.
+
+        One such step may be meant: some make one before a scheduler's first.
+        """
+        had_gradient, self._has_gradient = self._has_gradient, None
+        if had_gradient is None:  # the step of a subclass, after that of its base class
             return
-        self._has_warned = True
+        if len(parts) < len(self.sparse_mapping) or not all(part.is_selected for part in parts):
+            return
+        self._n_idle = 0 if had_gradient else self._n_idle + 1
+        if self._n_idle != 2:
+            return
         frozen = [part.name for part in parts if not part.parameter.requires_grad]
         logger.warning(
-            "a step changes nothing, because no trained parameter has a gradient: %s",
+            "the last two steps changed nothing, because no trained parameter had a gradient: %s",
             f"{len(frozen)} of {len(parts)}, such as {frozen[0]!r}, were frozen (requires_grad=False) after the SIFT was created"
             if frozen
             else "compute the loss with the model that the SIFT trains, and call backward() before the step",
@@ -195,22 +202,3 @@ class Stepping(Choosing):
     @property
     def _is_lean(self) -> bool:
         return any(part.lean is not None for part in self.sparse_mapping.values())
-
-
-def _refuse_scaled(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse gradients that reached the masters only in the step of a gradient scaler, so that it has not unscaled them.
-
-    Raises:
-        RuntimeError: such a scaler calls the step, and the optimizer does not unscale by itself, as a fused one.
-    """
-    if getattr(optimizer, "grad_scale", None) is not None:
-        return
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, torch.amp.GradScaler) and caller.is_enabled():
-            raise RuntimeError(
-                "the gradient scaler has read the gradients before the components were chosen, so these are still scaled;"
-                " call sift.finish_selection() before the first scaler.unscale_() or scaler.step()"
-            )
-        frame = frame.f_back

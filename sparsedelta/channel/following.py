@@ -11,7 +11,7 @@ from typing import IO, Literal, Protocol, TypeAlias
 
 from sparsedelta.channel.entry import AnchorBase, Entry, Object
 from sparsedelta.channel.layout import Kind
-from sparsedelta.channel.leases import CLOCK_SECONDS, take_lease
+from sparsedelta.channel.leases import CLOCK_SECONDS, is_closed, take_lease
 from sparsedelta.channel.objects import Pruned, fetch
 from sparsedelta.channel.versions import STORE_FAILURES, Versions
 from sparsedelta.errors import (
@@ -40,6 +40,10 @@ class Replica(Protocol):
 
     def is_present(self) -> bool:
         """Return whether there is anything."""
+
+    @property
+    def has_other_files(self) -> bool:
+        """Whether a version has files that its fingerprint does not tell; only ``hints`` can then say which one is there."""
 
     def hints(self) -> Sequence[tuple[int, bytes]]:
         """Return versions that are probably there, by number and digest of the entry, the likeliest first."""
@@ -157,6 +161,11 @@ class Pursuit:
             report = self._move(target)
             if report:
                 return report
+        if not is_closed(channel, target.segment):
+            raise BadVersion(
+                f"channel '{channel.store.name}' lacks objects of version {target.version} or of one before it, and that was not"
+                " pruned: they were deleted, or the copy of the channel is not complete; copy it again, or publish a full version"
+            )
         raise Behind(
             f"version {target.version} of channel '{channel.store.name}' was pruned, or is pruned faster than"
             " it can be read; follow a later one, or keep more (prune --keep)"
@@ -193,7 +202,7 @@ class Pursuit:
             entry = self._channel.find(version) if 0 < version <= head.version else None
             if entry and entry.digest == digest:
                 yield entry
-        for entry in self._channel.back(head):
+        for entry in () if self._replica.has_other_files else self._channel.back(head):
             yield entry
             if entry.version < head.segment:
                 break

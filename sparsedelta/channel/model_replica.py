@@ -36,6 +36,8 @@ class ModelReplica:
         group: the processes that hold the model together.
     """
 
+    has_other_files = False
+
     def __init__(
         self,
         model: Model,

@@ -65,7 +65,7 @@ class Placed:
     Attributes:
         version: its number.
         digest: of its entry.
-        files: its files; empty if something else has written it.
+        files: its files.
     """
 
     version: int

@@ -48,6 +48,8 @@ class DiskReplica:
         progress: receives the number of bytes written.
     """
 
+    has_other_files = True
+
     def __init__(
         self,
         out: AnyPath,
@@ -81,13 +83,18 @@ class DiskReplica:
         return self._out.exists()
 
     def hints(self) -> Sequence[tuple[int, bytes]]:
-        """Return the versions in the file beside the checkpoint."""
-        return [(one.version, one.digest) for one in self._listed()]
+        """Return the versions in the file beside the checkpoint whose files are there, first those that the follower has written."""
+        there = [one for one in self._listed() if one.damage(self._out) is None]
+        there.sort(key=lambda one: not one.is_in(self._out))
+        return [(one.version, one.digest) for one in there]
 
     @property
     def last(self) -> int:
-        """The latest version in the file beside the checkpoint; 0 if anything may be replaced."""
-        return 0 if self._overwrite else max((version for version, _ in self.hints()), default=0)
+        """The version that was written last, as the file beside the checkpoint says; 0 if anything may be replaced."""
+        if self._overwrite:
+            return 0
+        ours = self._ours()
+        return ours.version if ours else max((one.version for one in self._listed()), default=0)
 
     def has_base(self, base: AnchorBase) -> bool:
         """Return whether the base was given."""

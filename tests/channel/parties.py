@@ -82,6 +82,8 @@ class CapturedWord:
 class WordReplica:
     """A word on a disk that outlives the follower's process (``channel.following.Replica``)."""
 
+    has_other_files = False
+
     def __init__(self, disk: dict[str, Any]) -> None:
         self.disk = disk
 

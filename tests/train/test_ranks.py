@@ -410,6 +410,8 @@ def exported_by_all(rank: int, folder: Path) -> tuple[int, State, str]:
         optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
         model(**bert_batches(1)[0]).loss.backward()
         optimizer.step()
+        if rank:
+            wait_for(folder / "out.sd")  # the first rank may be faster
         nnz = export_delta(model, folder / "out.sd", sift=sift, base=folder / "base")
         problem = ""
         if rank:

@@ -44,16 +44,53 @@ def test_a_step_without_any_gradient_is_said_once(
         square_loss(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert "changes nothing" not in caplog.text
+        assert "changed nothing" not in caplog.text
         if freezes:
             sift.model.requires_grad_(False)
             model.norm.requires_grad_(True)
-        for _ in range(2):
+        for number in range(4):
+            assert caplog.text.count("the last two steps changed nothing") == (number > 1)
             square_loss(model if freezes else other, batch).backward()
             optimizer.step()
-    assert caplog.text.count("a step changes nothing") == 1
+    assert caplog.text.count("the last two steps changed nothing") == 1
     said = "2 of 2, such as 'first.weight', were frozen" if freezes else "compute the loss with the"
     assert said in caplog.text
+
+
+def test_steps_that_are_not_idle_are_not_called_so(caplog: pytest.LogCaptureFixture) -> None:
+    """A step before the first gradient, one that clears gradients itself, closures, and an optimizer for each parameter."""
+
+    class Clearing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            result = super().step(closure)
+            self.zero_grad()
+            return result
+
+    model, batches = make_net(), make_inputs(3)
+    with SIFT(model, 0.5) as sift:
+        masters = sift.parameters_in_optimizer()
+        optimizer: Any = Clearing(masters, lr=0.01)
+        optimizer.step()
+        for batch in batches:
+            square_loss(model, batch).backward()
+            optimizer.step()
+        optimizer = torch.optim.LBFGS(masters, max_iter=2)
+        for batch in batches:
+
+            def closure(batch: Any = batch) -> Any:
+                model.zero_grad()
+                loss = square_loss(model, batch)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        several = [torch.optim.SGD([master], lr=0.01) for master in masters]
+        for batch in batches:
+            model.first(batch).sum().backward()
+            for one in several:
+                one.step()
+                one.zero_grad()
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(("block", "is_large"), [((1000, 1000), True), ((2, 2), False)])

@@ -42,9 +42,10 @@ def test_a_step_that_a_gradient_scaler_skips_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"grad_acc": 2}, {"budget": "global"}], ids=["acc", "global"])
-@pytest.mark.parametrize("unscales", [False, True])
+@pytest.mark.parametrize("reads", ["step", "unscale", "unscale and clip", "unscale and sync"])
+@pytest.mark.parametrize("fused", [False, True])
 def test_a_choice_after_a_scaler_has_unscaled_is_refused(
-    settings: dict[str, Any], unscales: bool
+    settings: dict[str, Any], reads: str, *, fused: bool
 ) -> None:
     """The dense bias has a gradient in time, so the scaler itself finds nothing amiss."""
 
@@ -55,16 +56,38 @@ def test_a_choice_after_a_scaler_has_unscaled_is_refused(
         with SIFT(
             model, 0.1, targets, exception=["first.bias"], selection="gradient", **settings
         ) as sift:
-            optimizer = sgd(sift)
+            optimizer = torch.optim.SGD(sift.parameters_in_optimizer(), lr=0.1, fused=fused)
             for batch in make_inputs(2):
                 scaler.scale(square_loss(model, batch)).backward()
             if finishes:
                 sift.finish_selection()
-            if unscales:
+            if "unscale" in reads:
                 scaler.unscale_(optimizer)
+            if "clip" in reads:
+                sift.clip_grad_norm_(1.0)
+            if "sync" in reads:
+                sift.sync_gradients()
             scaler.step(optimizer)
             return model.first.weight.detach().clone()
 
-    with pytest.raises(RuntimeError, match=r"call sift\.finish_selection\(\) before"):
+    expected = step(scale=1.0, finishes=False)
+    assert torch.equal(step(scale=2.0**16, finishes=True), expected)
+    if fused and reads == "step":  # it unscales in its own step
+        assert torch.equal(step(scale=2.0**16, finishes=False), expected)
+        return
+    with pytest.raises(RuntimeError, match=r"call sift\.finish_selection\(\) before each"):
         step(scale=2.0**16, finishes=False)
-    assert torch.equal(step(scale=2.0**16, finishes=True), step(scale=1.0, finishes=False))
+
+
+def test_a_scaler_of_another_model_does_not_matter() -> None:
+    other = make_net()
+    scaler = torch.amp.GradScaler("cpu")
+    others = torch.optim.SGD(other.parameters(), lr=0.1)
+    scaler.scale(square_loss(other, make_inputs(1)[0])).backward()
+    scaler.unscale_(others)
+    with SIFT(make_net(), 0.1, selection="gradient", grad_acc=2) as sift:
+        optimizer = sgd(sift)
+        square_loss(sift.model, make_inputs(1)[0]).backward()
+        optimizer.step()
+        assert all(part.is_trained for part in sift.sparse_mapping.values())
+    scaler.step(others)
