@@ -232,7 +232,8 @@ def publish_checkpoint(
     Args:
         channel: the channel to add it to.
         checkpoint: a safetensors file or a folder.
-        base: the checkpoint that was published last; the version is then a delta on it. None: it is written in full.
+        base: a checkpoint with the tensors of the version that was published last; the version is then a delta on that
+            version. None: it is written in full.
         step: number of the training step.
         info: any JSON object, recorded in the entry.
         anchor_ratio: see ``Publisher``.
@@ -246,9 +247,8 @@ def publish_checkpoint(
         progress: receives the number of bytes read.
 
     Returns:
-        None if nothing was added: no base is given and the head has the same tensors already; or ``checkpoint`` equals
-        ``base``, other files included, and neither ``step`` nor ``info`` is given; or ``base`` is not the head, but
-        ``checkpoint`` is, with ``step`` and ``info`` if they are given, as after the same call was made before.
+        None if nothing was added, because ``checkpoint`` is the head already, other files included, with ``step`` and
+        ``info`` if they are given.
 
     Raises:
         BaseMismatch: ``base`` is not the head of the channel.
@@ -263,30 +263,31 @@ def publish_checkpoint(
         if base is not None:
             old = context.enter_context(Checkpoint(base, exclude=exclude, include=(), whole=False))
         outside = None if anchor_base is None else OutsideBase(anchor_base, anchor_base_id)
-        source = CheckpointSource(new, old, Coding(values, level, standalone), outside, progress)
-        context.callback(source.close)
         head = channel.head()
         latest = read_latest(channel, head)
+        held = latest.target if latest else None
+        coding = Coding(values, level, standalone)
+        source = CheckpointSource(new, old, held, coding, outside, progress)
+        context.callback(source.close)
         if latest:
             remedy = (
                 f"give {'its weight file' if new.is_folder else 'the folder of the checkpoint'}"
             )
             latest.check_kind(f"'{checkpoint}'", is_folder=new.is_folder, remedy=remedy)
-        if head and old is None and checkpoint_fingerprint(new, progress=progress) == head.target:
-            return None
         run = Run(channel, source, AnchorRule(anchor_ratio, anchor_every))
 
         def fingerprint() -> bytes:
             # At the head, the change is needed anyway.
-            return source.change()[1] if run.is_at_head else checkpoint_fingerprint(new)
+            return (
+                source.change()[1]
+                if run.is_at_head
+                else checkpoint_fingerprint(new, progress=progress)
+            )
 
-        if old is not None:
-            if head and latest and _is_published(new, head, latest, step, info, fingerprint):
-                return None
-            if not run.is_at_head:
-                raise _other_base(channel, head, old)
-        if head and step is None and not info and source.is_unchanged(head.target):
+        if head and latest and _is_published(new, head, latest, step, info, fingerprint):
             return None
+        if old is not None and not run.is_at_head:
+            raise _other_base(channel, head, old)
         if latest:
             latest.warn({tensor.name: tensor.spec for tensor in new.tensors.values()})
         return run.publish(step=step, info=check_json(info or {}, "info"))

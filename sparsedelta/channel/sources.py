@@ -11,8 +11,8 @@ from sparsedelta.channel.entry import AnchorBase
 from sparsedelta.channel.publishing import Change
 from sparsedelta.errors import SparseDeltaError
 from sparsedelta.files.checkpoint import Checkpoint
-from sparsedelta.files.side_files import digest_file
 from sparsedelta.format.delta import Delta
+from sparsedelta.format.records import Target
 from sparsedelta.live.capture import Capture
 from sparsedelta.live.snapshot import Snapshot
 from sparsedelta.ops.diff import between
@@ -102,18 +102,29 @@ class CapturedModel:
 
 
 class CheckpointSource:
-    """A checkpoint on disk, and the checkpoint that was published last, if there is one."""
+    """A checkpoint on disk, and the checkpoint that was published last, if there is one.
+
+    Args:
+        checkpoint: is published.
+        previous: has the tensors of the version that was published last; None: the version is written in full.
+        held: the files of that version; None if they are not known, and the delta carries all side files.
+        coding: how deltas are coded.
+        base: of anchors.
+        progress: receives the number of bytes read.
+    """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         previous: Checkpoint | None,
+        held: Target | None,
         coding: Coding,
         base: OutsideBase | None,
         progress: Progress | None,
     ) -> None:
         self._checkpoint = checkpoint
         self._previous = previous
+        self._held = held.side_files if held else ()
         self._coding = coding
         self._base = base
         self._progress = progress
@@ -134,13 +145,6 @@ class CheckpointSource:
             self._change = self._compared()
         return self._change
 
-    def is_unchanged(self, target: bytes) -> bool:
-        """Return whether the checkpoint equals the one that was published last, which has this fingerprint, in all files."""
-        old = self._previous
-        if old is None or not _have_same_files(old, self._checkpoint):
-            return False
-        return self.change()[1] == target
-
     def close(self) -> None:
         """Close the delta."""
         if self._change:
@@ -158,6 +162,7 @@ class CheckpointSource:
                 level=coding.level,
                 standalone=coding.standalone,
                 progress=self._progress,
+                held={file.path: (file.n_bytes, file.digest) for file in self._held},
             )
         )
 
@@ -178,23 +183,6 @@ class _Nothing:
 
     def close(self) -> None:
         """Do nothing."""
-
-
-def _have_same_files(old: Checkpoint, new: Checkpoint) -> bool:
-    """Return whether two checkpoints differ at most in the values of tensors."""
-    one, other = (
-        (
-            checkpoint.is_folder,
-            [
-                (file.path if checkpoint.is_folder else "", file.raw_header)
-                for file in checkpoint.weight_files
-            ],
-            {path: digest_file(location) for path, location in checkpoint.side_files.items()},
-            checkpoint.empty_folders,
-        )
-        for checkpoint in (old, new)
-    )
-    return one == other
 
 
 def anchor_of(

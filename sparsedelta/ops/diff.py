@@ -152,8 +152,12 @@ def between(
     progress: Progress | None = None,
     spool_dir: str | None = None,
     executor: Executor | None = None,
+    held: Mapping[str, tuple[int, bytes]] | None = None,
 ) -> Delta:
-    """Return the delta between two open checkpoints; without a base it holds all of the target. See ``diff``."""
+    """Return the delta between two open checkpoints; without a base it holds all of the target. See ``diff``.
+
+    ``held`` has size and digest of the side files of what the delta will be applied to, by path; None: those of ``base``.
+    """
     checked_info = check_json(info or {}, "info")
     check_json({"base_id": base_id}, "base_id")
     with new_payload(spool_dir) as payload:
@@ -164,7 +168,8 @@ def between(
                 check_has_weights(checkpoint)
         if target.left_out:
             _log.info("left out of '%s': %s", target.path, ", ".join(target.left_out))
-        files = describe_files(target, partial(_digest_if_there, base), payload)
+        in_base = partial(_digest_if_there, base) if held is None else held.get
+        files = describe_files(target, in_base, payload)
         rows = _compare_all(base, target, coder, payload, progress, executor)
         n_left = n_unused(base, rows) if base else 0
         return Delta(Base(base_id, n_left), files, tuple(rows), checked_info, payload)

@@ -298,3 +298,110 @@ def test_errors_are_one_sentence(run: Run, words: tuple[str, ...], says: str) ->
 @pytest.mark.parametrize("name", ["publish", "follow", "log", "prune"])
 def test_help_has_an_example(run: Run, name: str) -> None:
     assert re.search(rf"sparsedelta {name} channel/", run(name, "--help").stdout)
+
+
+def with_config(folder: Path, source: Path, config: dict[str, int]) -> Path:
+    """Copy a checkpoint, with another configuration."""
+    shutil.copytree(source, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def configured(run: Run, tmp_path: Path) -> Path:
+    """The checkpoints 1, 2 and 3 with one configuration, and 1b: the weights of 1 with another one."""
+    for step in (1, 2, 3):
+        (tmp_path / str(step) / "config.json").write_text('{"k": 1}')
+    return with_config(tmp_path / "1b", tmp_path / "1", {"k": 2})
+
+
+def same_folders(one: Path, other: Path) -> bool:
+    return {p.name: p.read_bytes() for p in one.iterdir()} == {
+        p.name: p.read_bytes() for p in other.iterdir()
+    }
+
+
+@pytest.mark.usefixtures("configured")
+def test_a_change_of_side_files_alone_is_published(run: Run, tmp_path: Path) -> None:
+    run("publish", "c", "1")
+    assert "nothing was published" in run("publish", "c", "1").stderr
+    assert "version 2" in run("publish", "c", "1b").stdout
+    assert "nothing was published" in run("publish", "c", "1b").stderr
+    assert "version 3" in run("publish", "c", "1b", "--step", "3").stdout
+    assert "nothing was published" in run("publish", "c", "1b", "--step", "3").stderr
+    run("follow", "c", "out", "--once")
+    assert same_folders(tmp_path / "out", tmp_path / "1b")
+
+
+@pytest.mark.usefixtures("configured")
+@pytest.mark.parametrize("target", ["1", "2"])
+def test_a_base_with_the_weights_of_the_latest_version_and_other_files(
+    run: Run, tmp_path: Path, target: str
+) -> None:
+    """Followers have the files of the latest version, so the delta carries what these lack."""
+    run("publish", "c", "1")
+    run("publish", "c", "1b", "--base", "1")
+    run("follow", "c", "at-2", "--once")
+    assert "version 3" in run("publish", "c", target, "--base", "1").stdout
+    for out in ("at-2", "new"):
+        run("follow", "c", out, "--once")
+        assert same_folders(tmp_path / out, tmp_path / target)
+
+
+@pytest.mark.usefixtures("configured")
+@pytest.mark.parametrize("way", ["older copy", "another channel"])
+def test_a_version_with_the_same_weights_and_other_files_is_not_there_already(
+    run: Run, tmp_path: Path, way: str
+) -> None:
+    run("publish", "c", "1")
+    shutil.copytree(tmp_path / "c", tmp_path / "old")
+    run("publish", "c", "1b", "--base", "1")
+    run("follow", "c", "out", "--once")
+    more = ("--version", "1") if way == "older copy" else ("--once", "--overwrite")
+    if way == "another channel":
+        run("publish", "other", "1")
+    channel = "old" if way == "older copy" else "other"
+    assert "there already" not in run("follow", channel, "out", *more).stdout
+    assert same_folders(tmp_path / "out", tmp_path / "1")
+    # That it went back is known from now on.
+    assert "there already" in run("follow", channel, "out", "--once").stdout
+
+
+@pytest.mark.usefixtures("configured")
+def test_a_folder_that_no_follower_has_written_is_not_taken_for_a_version(
+    run: Run, tmp_path: Path
+) -> None:
+    run("publish", "c", "1")
+    for out in ("1b", "own"):
+        if out == "own":
+            run("follow", "c", out, "--once")
+            (tmp_path / ".own.sparsedelta-held.json").unlink()
+            (tmp_path / "own" / "config.json").write_text("{}")
+        assert "exists" in run("follow", "c", out, "--once", code=1).stderr
+        run("follow", "c", out, "--once", "--overwrite")
+        assert same_folders(tmp_path / out, tmp_path / "1")
+
+
+def test_a_copy_of_a_follower_s_folder_goes_on(run: Run, tmp_path: Path) -> None:
+    """As in an image of a container: the files have other inodes and times."""
+    run("publish", "c", "1")
+    (tmp_path / "here").mkdir()
+    run("follow", "c", "here/out", "--once")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    run("publish", "c", "2", "--base", "1")
+    found = answer(run("follow", "c", "there/out", "--once", "--json"))
+    assert (found["before"], found["version"], found["anchor"]) == (1, 2, False)
+    assert is_at(tmp_path / "there" / "out", 2)
+
+
+@pytest.mark.parametrize("removed", ["deltas", "anchors"])
+def test_a_copy_of_a_channel_that_lacks_an_object_is_not_called_pruned(
+    run: Run, tmp_path: Path, removed: str
+) -> None:
+    run("publish", "c", "1")
+    run("publish", "c", "2", "--base", "1")
+    run("follow", "c", "out", "--version", "1")
+    shutil.rmtree(tmp_path / "c" / removed)
+    out = "out" if removed == "deltas" else "new"
+    error = run("follow", "c", out, "--once", code=1).stderr
+    assert "lacks objects of version 2 or of one before it, and that was not pruned" in error
