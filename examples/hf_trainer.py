@@ -2,8 +2,8 @@
 
     python examples/hf_trainer.py --data trec.train.txt --output delta.sd
 
-With your own optimizer and without the mixin, use
-``Trainer(..., optimizers=(optimizer, None), callbacks=[sift_train.SiftCallback(sift)])``.
+With your own optimizer and without the mixin, give ``Trainer`` ``optimizers=(optimizer, None)`` and call
+``sift.set_trainer(trainer)``.
 """
 
 from __future__ import annotations

@@ -109,6 +109,14 @@ def export_delta(
             f"model is of type {type(model).__name__}, expected a module; the order is export_delta(model, output)"
         )
     model = getattr(model, "_orig_mod", model)  # without the wrapper of torch.compile
+    if sift is not None:
+        sift.reshard()  # FSDP2 leaves the root's parameters whole after a forward pass
+        own = getattr(sift.model, "_orig_mod", sift.model)
+        if own is not model and set(sift.trainable_parameters()).isdisjoint(model.parameters()):
+            raise ValueError(
+                f"sift trains another {type(sift.model).__name__} than the model that is given, which may be a copy; give"
+                " sift.model, or leave sift out and give the base"
+            )
     if sift is not None and any(is_sharded(parameter) for parameter in model.parameters()):
         check_saves_weights(model, may_be_sharded=True)
         return _export_shards(

@@ -13,8 +13,6 @@ from torch import nn
 from sift_train.masters import SparseParameter
 from sift_train.targets import names_of_parameters
 
-_ADVICE = "change the model first, then create SIFT"
-
 
 class Identity:
     """The places at which a model holds its trained parameters.
@@ -74,5 +72,6 @@ class Identity:
 
     def _refuse(self, name: str, problem: str) -> None:
         raise ValueError(
-            f"parameter {name!r} {problem}, so its training would have no effect; {_ADVICE}"
+            f"parameter {name!r} {problem}, so the SIFT no longer fits it; change the model before SIFT is created, or after its"
+            " delta is written"
         )

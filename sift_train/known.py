@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Collection
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -30,6 +31,12 @@ def proposal(
     if similar:
         return f"did you mean {similar[0]!r}{'' if similar[0] in known else f', {where}'}?"
     return f"choose from {', '.join(known)}"
+
+
+def as_int(value: Any) -> Any:
+    """Return an integer of numpy as one of Python, and anything else unchanged."""
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    return int(value) if is_integer else value
 
 
 def check_integer(name: str, value: object, *, least: int | None = None) -> None:

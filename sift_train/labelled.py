@@ -133,13 +133,14 @@ def set_padding(tokenizer: Any, model: Any) -> None:
     Raises:
         ValueError: the tokenizer has neither a padding token nor one for the end of a text.
     """
+    config = model.config.get_text_config()
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
                 "the tokenizer of the model has no padding token, and none for the end of a text; give it a pad_token"
             )
         tokenizer.pad_token = tokenizer.eos_token
-    config = model.config.get_text_config()
+        config.pad_token_id = None  # it may name a token that the tokenizer does not pad with
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
 

@@ -26,6 +26,7 @@ def push_delta(
     dry_run: bool,
 ) -> sparsedelta.PushReport:
     """Upload the delta of a training; see ``SIFT.push_to_hub``."""
+    sift.reshard()  # FSDP2 leaves the root's parameters whole after a forward pass
     is_divided = any(is_sharded(parameter) for parameter in sift.model.parameters())
     if not (is_divided or sift.ranks.is_first):
         raise ValueError(

@@ -59,7 +59,8 @@ class SiftCallback(TrainerCallback):
 
     Example:
         >>> optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-4)
-        >>> Trainer(model, optimizers=(optimizer, None), callbacks=[SiftCallback(sift)])
+        >>> trainer = Trainer(model, optimizers=(optimizer, None))
+        >>> sift.set_trainer(trainer)  # adds a SiftCallback
 
     It clips and zeroes the masters' gradients, and chooses by the micro-batches of the first step. At
     each save it adds ``sift.safetensors`` to the checkpoint, and with it ``resume_from_checkpoint`` and

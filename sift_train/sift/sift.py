@@ -25,7 +25,7 @@ from sift_train import saved
 from sift_train.checkpointing import disable_checkpointing, enable_checkpointing
 from sift_train.chooser import Chooser, choose_by_hand
 from sift_train.hooks import BeforeUse
-from sift_train.known import check_integer, names_checked
+from sift_train.known import as_int, check_integer, names_checked
 from sift_train.lean import Rounding
 from sift_train.linear import LayerHandle, layers_of
 from sift_train.lr_transfer import LearningRate
@@ -152,7 +152,7 @@ class SIFT(Stepping):
         _refuse_second(model)
         warn_of_adapters(model)
         check_block(block)
-        check_integer("seed", seed)
+        check_integer("seed", seed := as_int(seed))
         masks, names = find_masks(selection, model), sparse_module
         if sparse_rate == 1 and not masks:
             logger.warning(
@@ -175,8 +175,6 @@ class SIFT(Stepping):
             rounding=rounding,
         )
         by_name = {part.name: part for part in parts}
-        if block is not None:
-            _warn_of_large_blocks(parts, sparse_rate, block)
         rule = find_rule(selection) or RULES["gradient"]
         learning_rate = LearningRate(by_name, is_uniform=rule.is_uniform and not masks)
         super().__init__(
@@ -196,6 +194,8 @@ class SIFT(Stepping):
             rounding,
             lr_transfer=lr_transfer,
         )
+        if block is not None:
+            _warn_of_large_blocks(parts, sparse_rate, block)
         given = {
             "sparse_rate": sparse_rate,
             "sparse_module": names,
@@ -222,7 +222,7 @@ class SIFT(Stepping):
 
     @grad_acc.setter
     def grad_acc(self, value: int) -> None:
-        check_integer("grad_acc", value, least=1)
+        check_integer("grad_acc", value := as_int(value), least=1)
         self._grad_acc = value
 
     def set_trainer(self, trainer: Trainer) -> None:
@@ -343,7 +343,7 @@ class SIFT(Stepping):
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a SIFT cannot be pickled; write its state with sift.save(path), and the model with save_pretrained or its state_dict"
+            "a SIFT cannot be copied or pickled; write its state with sift.save(path), and the model with save_pretrained or its state_dict"
             " (a model of get_sift_model: after `sift.close()` and `del model.sift`)"
         )
 
@@ -376,8 +376,8 @@ class SIFT(Stepping):
             0 < len(frozen) < len(trained)
         ):  # all, if someone froze the model first, as is done for adapters
             logger.warning(
-                "%d of the %d parameters that are trained were frozen (requires_grad=False), such as %r; a SIFT trains what"
-                " sparse_module and exception name, so name only the others there",
+                "%d of the %d parameters that are trained were frozen (requires_grad=False), such as %r; a SIFT trains what the"
+                " arguments name (sparse_module, exception, a mask), so name only the others there",
                 len(frozen), len(trained), frozen[0],
             )  # fmt: skip
         for parameter in self._requires_grad:
@@ -453,7 +453,7 @@ def _warn_of_large_blocks(parts: Sequence[SparseParameter], rate: float, block: 
     if share > 2 * rate:
         logger.warning(
             "block is %r, and each matrix trains at least one block, so %.3g %% of the components are trained in place of %.3g %%;"
-            " give smaller blocks",
+            " give smaller blocks, or the rate that you want",
             block, 100 * share, 100 * rate,
         )  # fmt: skip
 

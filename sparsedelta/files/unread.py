@@ -49,7 +49,12 @@ def stand_in(start: bytes) -> str | None:
     """
     if start.startswith(_LFS_POINTER):
         return "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
-    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+    if (
+        start.removeprefix(b"\xef\xbb\xbf")
+        .lstrip()
+        .lower()
+        .startswith((b"<!doctype html", b"<html"))
+    ):
         return (
             "is a web page, not the file itself; download it by the page's link for downloads (on the Hub, 'resolve' in"
             " place of 'blob')"

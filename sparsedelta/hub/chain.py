@@ -93,6 +93,7 @@ def open_chain(
     Raises:
         BaseMismatch: a delta was not made from the target of the one below it.
         ConflictError: the chain is cyclic, or longer than ``MAX_LINKS``.
+        BaseNeeded: a delta names no base.
         RemoteError: a repository or file is not available.
     """
     links = [link]
@@ -115,7 +116,7 @@ def open_chain_to(hub: Hub, link: Link, is_base: Callable[[Delta], bool]) -> lis
         The links, the lowest first; None if no delta of the chain has that base.
 
     Raises:
-        BaseMismatch, ConflictError, RemoteError: as for ``open_chain``.
+        BaseMismatch, BaseNeeded, ConflictError, RemoteError: as for ``open_chain``.
     """
     links = [link]
     while not is_base(links[0].delta):

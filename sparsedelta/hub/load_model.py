@@ -34,8 +34,7 @@ def load_model(
     Args:
         delta: an ``.sd`` file, a folder that holds one, a loaded delta, or a repository on the Hub
             such as ``org/name@revision``. An existing path is preferred to a repository.
-        base: the folder of its base. It must be left out if ``delta`` is a repository: the base that the
-            delta names is downloaded.
+        base: the folder of its base. None: ``delta`` is a repository, and the base that it names is downloaded.
         model_class: a transformers class, such as ``AutoModelForCausalLM``; None: the class that the
             target's configuration names. For a pipeline, a class of diffusers.
         dtype: as for ``from_pretrained``. The bits are exact if it is the dtype of the checkpoint.
@@ -48,8 +47,8 @@ def load_model(
         FormatError: the delta cannot be read, or is inconsistent.
         MismatchError: ``base`` is not the base of the delta.
         RemoteError: the repository or its base is not available.
-        ValueError: ``base`` is missing, or given for a repository; or the target has neither a ``config.json``
-            nor a ``model_index.json``.
+        BaseNeeded: ``base`` is missing, and the delta of the repository names none.
+        ValueError: ``base`` is missing, or the target has neither a ``config.json`` nor a ``model_index.json``.
     """
     with ExitStack() as context:
         opened_delta, base_path = _opened(delta, base, context)
@@ -70,13 +69,11 @@ def _opened(delta: AnyDelta, base: AnyPath | None, context: ExitStack) -> tuple[
     if isinstance(delta, str) and not os.path.lexists(delta) and not delta.endswith(".sd"):
         reference = parse_reference(delta)
     if reference is not None:
-        from sparsedelta.hub.sources import fetched
+        from sparsedelta.hub.sources import fetch_delta, fetched
 
-        if base is not None:
-            raise ValueError(
-                f"'{delta}' is a repository, whose delta names its base; leave out base"
-            )
-        return context.enter_context(fetched(reference))
+        if base is None:
+            return context.enter_context(fetched(reference))
+        return context.enter_context(opened(fetch_delta(reference))), base
     if base is None:
         raise ValueError("base is missing; give the folder of the delta's base")
     return context.enter_context(opened(_file(delta))), base

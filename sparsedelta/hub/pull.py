@@ -95,6 +95,7 @@ def pull(
     Raises:
         RemoteError: a repository or file is not available.
         MismatchError: the base is not the base of the delta.
+        BaseNeeded: a delta names no base.
         FormatError: a delta cannot be read.
         FileExistsError: ``out`` exists and ``overwrite`` is false.
         ValueError: an argument is wrong.

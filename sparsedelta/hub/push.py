@@ -149,6 +149,7 @@ def push(
 
     Raises:
         MismatchError: the base is not the base of the delta.
+        BaseNeeded: the delta names no base, and ``base_id`` is None.
         FormatError: the delta cannot be read.
         RemoteError: the Hub cannot be reached or refuses, or somebody else pushed meanwhile.
         ValueError: an argument is wrong, or the delta holds what looks like a credential or is one between files that

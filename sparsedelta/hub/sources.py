@@ -100,6 +100,7 @@ def fetched(reference: str | Reference, *, token: Token = None) -> Iterator[tupl
         FormatError: a delta cannot be read.
         MismatchError: a base is not the base of its delta.
         ConflictError: the chain is cyclic or too long, or cannot be stacked.
+        BaseNeeded: a delta names no base.
         RemoteError: a repository or file is not available.
         ValueError: ``reference`` is not a reference to a repository.
     """
@@ -194,6 +195,7 @@ def check_remote_base(reference: Reference, *, token: Token = None) -> RemoteBas
 
     Raises:
         MismatchError: the repository does not hold the base.
+        BaseNeeded: the delta names no base.
         RemoteError: the delta or the base is not available.
     """
     hub = Hub(token, cached_listing=False)

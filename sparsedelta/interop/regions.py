@@ -16,7 +16,14 @@ from typing import BinaryIO
 from sparsedelta.errors import CheckpointError, Corrupt
 from sparsedelta.files.checkpoint import Checkpoint, Tensor, WeightFile, list_folder
 from sparsedelta.files.shards import roles
-from sparsedelta.files.unread import GGUF, PICKLED_SUFFIXES, SKELETON_SUFFIX, ZIP
+from sparsedelta.files.unread import (
+    GGUF,
+    PICKLED_SUFFIXES,
+    SKELETON_SUFFIX,
+    START_BYTES,
+    ZIP,
+    stand_in,
+)
 from sparsedelta.format.paths import WEIGHT_SUFFIX, path_problem
 from sparsedelta.format.safetensors_header import Header, HeaderEntry, render_header
 from sparsedelta.fs import open_regular
@@ -48,16 +55,19 @@ def has_regions(source: Source) -> bool:
 def _kind(location: Path) -> str | None:
     """Return the suffix of the format that a file has; None if it has none of these formats."""
     suffix = location.suffix.lower()
-    if suffix == ".onnx":
-        return suffix
     fd = open_regular(location)
     try:
-        start = read_at(fd, len(ZIP), 0)
+        start = read_at(fd, min(START_BYTES, os.fstat(fd).st_size), 0)
     finally:
         os.close(fd)
-    if start == GGUF:
+    if suffix == ".onnx":
+        other = stand_in(start)
+        if other:
+            raise CheckpointError(f"'{location}' {other}")
+        return suffix
+    if start.startswith(GGUF):
         return ".gguf"
-    return ".pt" if start == ZIP and suffix in _OF_ARCHIVES else None
+    return ".pt" if start.startswith(ZIP) and suffix in _OF_ARCHIVES else None
 
 
 class RegionFiles(Checkpoint):

@@ -1,4 +1,4 @@
-"""A lock that is held by several readers or by one writer. A waiting writer comes before new readers."""
+"""A lock that is held by several readers or by one writer; both get their turn."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ from typing import Any
 
 
 class SharedLock:
-    """A lock for several readers or one writer. A thread that holds the lock must not enter it again."""
+    """A lock for several readers or one writer.
+
+    Writers come in the order in which they asked, and the readers that wait when a writer leaves come before the next one:
+    neither can keep the other out for ever. A thread that holds the lock may begin to read, too. To write it would wait for itself, which
+    is refused.
+    """
 
     def __init__(self) -> None:
         # Used with ``with`` directly, not through the condition: so an interrupt cannot leave it locked.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        # Sets of holders, not counts: a holder can be removed wherever it was interrupted.
-        self._readers: set[object] = set()
-        self._waiting: set[object] = set()
-        self._writer: object = None
+        # Holders, not counts: a holder can be removed wherever it was interrupted. With their threads:
+        self._readers: dict[object, int] = {}
+        self._writer: dict[object, int] = {}  # one at most
+        self._next_writers: dict[object, int] = {}
+        self._next_readers: dict[
+            object, int
+        ] = {}  # with the number of writers that had left when they asked
+        self._n_written = 0
 
     def reading(self, then: Callable[[], Any] = lambda: None) -> Hold:
         """Return a context that holds the lock together with other readers.
@@ -33,23 +42,45 @@ class SharedLock:
 
     def _enter_reading(self, me: object) -> None:
         with self._lock:
-            self._changed.wait_for(lambda: self._writer is None and not self._waiting)
-            self._readers.add(me)
+            thread = threading.get_ident()
+            if thread not in (self._readers | self._writer).values():
+                self._next_readers[me] = self._n_written
+                self._changed.wait_for(
+                    lambda: not self._writer and (not self._next_writers or self._is_due(me))
+                )
+                del self._next_readers[me]
+            self._readers[me] = thread
+
+    def _is_due(self, reader: object) -> bool:
+        """Return whether a writer has left since a reader asked."""
+        return self._next_readers[reader] < self._n_written
 
     def _enter_writing(self, me: object) -> None:
         with self._lock:
-            self._waiting.add(me)
-            self._changed.wait_for(lambda: self._writer is None and not self._readers)
-            self._writer = me
-            self._waiting.discard(me)
+            thread = threading.get_ident()
+            if thread in (self._readers | self._writer).values():
+                raise RuntimeError(
+                    "this thread reads or changes the model already, and would wait for itself for ever; end its block of"
+                    " reading() or using() first"
+                )
+            self._next_writers[me] = thread
+            self._changed.wait_for(
+                lambda: (
+                    not self._writer
+                    and not self._readers
+                    and next(iter(self._next_writers)) is me
+                    and not any(map(self._is_due, self._next_readers))
+                )
+            )
+            self._writer[me] = self._next_writers.pop(me)
             self._changed.notify_all()
 
     def _leave(self, me: object) -> None:
         with self._lock:
-            self._readers.discard(me)
-            self._waiting.discard(me)
-            if self._writer is me:
-                self._writer = None
+            for holders in (self._readers, self._next_readers, self._next_writers):
+                holders.pop(me, None)
+            if self._writer.pop(me, None) is not None:
+                self._n_written += 1
             self._changed.notify_all()
 
 

@@ -109,3 +109,19 @@ def test_other_bytes_are_refused(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(CheckpointError):
         RegionFiles(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"\xef\xbb\xbf<!doctype html>\n<html>", "a web page"),
+    ],
+)
+def test_what_stands_in_place_of_a_model_is_named(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=said):
+        sparsedelta.convert(path, tmp_path / "d.sd", base=path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -366,6 +367,68 @@ class TestLock:
         read()
         thread.join()
 
+    def test_both_get_their_turn(self) -> None:
+        """Writers that ask again at once keep neither readers nor another writer out."""
+        lock, stop = SharedLock(), threading.Event()
+
+        def write() -> None:
+            while not stop.is_set():
+                with lock.writing():
+                    time.sleep(0.0005)
+
+        def take_turns() -> None:
+            for _ in range(30):
+                with lock.reading():
+                    pass
+                with lock.writing():
+                    pass
+
+        writers = [threading.Thread(target=write, daemon=True) for _ in range(2)]
+        other = threading.Thread(target=take_turns, daemon=True)
+        for thread in (*writers, other):
+            thread.start()
+        other.join(30)
+        came_through = not other.is_alive()
+        stop.set()
+        for thread in writers:
+            thread.join(30)
+        assert came_through
+
+    def test_readers_cannot_keep_a_writer_out(self) -> None:
+        lock, stop = SharedLock(), threading.Event()
+
+        def read() -> None:
+            while not stop.is_set():
+                with lock.reading():
+                    time.sleep(0.0005)
+
+        def write() -> None:
+            for _ in range(30):
+                with lock.writing():
+                    pass
+
+        readers = [threading.Thread(target=read, daemon=True) for _ in range(3)]
+        writer = threading.Thread(target=write, daemon=True)
+        for thread in (*readers, writer):
+            thread.start()
+        writer.join(30)
+        came_through = not writer.is_alive()
+        stop.set()
+        for thread in readers:
+            thread.join(30)
+        assert came_through
+
+    def test_a_thread_does_not_wait_for_itself(self) -> None:
+        lock = SharedLock()
+        for outer in (lock.reading, lock.writing):
+            with outer():
+                with lock.reading():
+                    pass
+                with pytest.raises(RuntimeError, match="would wait for itself for ever"):
+                    lock.writing().__enter__()
+            with lock.writing():  # nothing is held any longer
+                pass
+
     def test_writers_do_not(self) -> None:
         lock, inside, most = SharedLock(), [0], [0]
 
@@ -399,7 +462,7 @@ class TestLock:
         with lock.reading():
             writer = threading.Thread(target=write)
             writer.start()
-            while not lock._waiting:
+            while not lock._next_writers:
                 waiting.wait(0.001)
             reader = threading.Thread(target=read)
             reader.start()

@@ -376,13 +376,24 @@ class TestLockThatIsLeft:
         def interrupted(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        with lock.reading():
-            with monkeypatch.context() as patched:
-                patched.setattr(lock._changed, "wait_for", interrupted)
-                with pytest.raises(KeyboardInterrupt), lock.writing():
-                    pass
+        is_reading, may_end = threading.Event(), threading.Event()
+
+        def read() -> None:
             with lock.reading():
+                is_reading.set()
+                may_end.wait(30)
+
+        other = threading.Thread(target=read)
+        other.start()
+        is_reading.wait(30)
+        with monkeypatch.context() as patched:
+            patched.setattr(lock._changed, "wait_for", interrupted)
+            with pytest.raises(KeyboardInterrupt), lock.writing():
                 pass
+        with lock.reading():
+            pass
+        may_end.set()
+        other.join(30)
 
 
 class TestTensorsThatChangeMeanwhile:

@@ -113,15 +113,15 @@ def test_a_file_trains_a_classifier(
     assert (tmp_path / "d.sd").read_bytes() == first
 
 
-@pytest.mark.parametrize("has_end", [True, False])
+@pytest.mark.parametrize(("has_end", "pad_id"), [(True, None), (True, 0), (False, None)])
 def test_a_classifier_of_a_decoder_without_a_padding_token(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], *, has_end: bool
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pad_id: int | None, *, has_end: bool
 ) -> None:
     tokenizer = make_tokenizer([text for text, _ in TEXTS])
     tokenizer.pad_token = None
     if not has_end:
         tokenizer.eos_token = None
-    model = make_causal(tmp_path / "model", tokenizer, pad_token_id=None)
+    model = make_causal(tmp_path / "model", tokenizer, pad_token_id=pad_id)
     lines = [json.dumps({"text": text, "label": label}) for text, label in TEXTS]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     path = write_run(

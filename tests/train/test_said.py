@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -67,7 +69,7 @@ def test_steps_that_are_not_idle_are_not_called_so(caplog: pytest.LogCaptureFixt
             return result
 
     model, batches = make_net(), make_inputs(3)
-    with SIFT(model, 0.5) as sift:
+    with SIFT(model, 0.5, lr_transfer=False) as sift:
         masters = sift.parameters_in_optimizer()
         optimizer: Any = Clearing(masters, lr=0.01)
         optimizer.step()
@@ -142,3 +144,25 @@ def test_a_training_as_it_should_be(caplog: pytest.LogCaptureFixture) -> None:
         square_loss(sift.model, make_inputs(1)[0]).backward()
         optimizer.step()
     assert not caplog.records
+
+
+def test_a_copy_is_not_exported_as_the_model(tmp_path: Path) -> None:
+    """An average of the weights, for example; without the SIFT its delta is made as any other."""
+    model = make_net()
+    base = tmp_path / "base.safetensors"
+    save_file(model.state_dict(), base)
+    with SIFT(model, 0.5) as sift:
+        optimizer = adamw(sift)
+        square_loss(model, make_inputs(1)[0]).backward()
+        optimizer.step()
+        copied = copy.deepcopy(model)
+        for given in (base, None):
+            with pytest.raises(ValueError, match="sift trains another Net than the model that is"):
+                export_delta(copied, tmp_path / "out.sd", sift=sift, base=given)
+        assert export_delta(copied, tmp_path / "out.sd", base=base) > 0
+
+
+def test_integers_of_numpy() -> None:
+    with SIFT(make_net(), 0.5, seed=np.int64(3), grad_acc=np.int64(2)) as sift:  # type: ignore[arg-type]
+        assert sift.settings["seed"] == 3
+        assert sift.grad_acc == 2
