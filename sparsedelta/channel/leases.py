@@ -14,7 +14,8 @@ from sparsedelta.channel.versions import STORE_FAILURES, Versions
 from sparsedelta.errors import BadVersion, FormatError
 from sparsedelta.format.strict_json import compact_json, integer, members, parse_json, text
 
-LEASE_SECONDS = 15 * 60  # at most an hour
+LEASE_SECONDS = 15 * 60
+_MAX_LEASE_SECONDS = 60 * 60
 CLOCK_SECONDS = 60  # the largest difference between two clocks
 _CLOSED = compact_json({"closed": True})
 
@@ -68,7 +69,7 @@ def close(channel: Versions, segment: int) -> bool:
             continue  # another took the slot: look at it
         if slot.is_closed:
             break
-        if slot.until > channel.now - CLOCK_SECONDS:
+        if -CLOCK_SECONDS < slot.until - channel.now <= _MAX_LEASE_SECONDS + CLOCK_SECONDS:
             return False
         at += 1
     if at:

@@ -23,7 +23,7 @@ def writing(channel: Versions, holder: str) -> Iterator[None]:
     store = channel.store
     if not store.writable:
         raise PermissionError(
-            f"channel '{store.name}' cannot be written: its store can only be read, or the folder that it would be in does not"
+            f"channel '{store.name}' cannot be written: this user may not, its store can only be read, or the folder that it would be in does not"
             " exist; give a store that can be written"
         )
     if store.has_create:

@@ -21,6 +21,7 @@ from sparsedelta.stores.local import OpenFile
 from sparsedelta.stores.names import check_name, is_name
 from sparsedelta.stores.objects import Content
 
+_NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 _ABANDONED_SECONDS = 24 * 60 * 60  # used where locks do not work; longer than any write takes
 
@@ -139,6 +140,10 @@ class FolderStore:
                 system.sync_folder(final.parent)
         except OSError as error:
             name_full_disk(error, final)
+            if (
+                error.errno in _NOT_PERMITTED
+            ):  # in whichever folder, the object is what could not be written
+                error.filename, error.filename2 = str(final), None
             raise
 
     def _make_folder(self, folder: Path) -> None:

@@ -426,6 +426,14 @@ def test_a_lease_keeps_a_segment_until_it_ends() -> None:
     assert take_lease(channel, 2, "late") is None
 
 
+def test_a_lease_of_more_than_an_hour_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seconds, first in ((3600, 2), (3600 * 24, 4)):
+        channel, _ = published(4, anchor_every=1)
+        monkeypatch.setattr("sparsedelta.channel.leases.LEASE_SECONDS", seconds)
+        assert take_lease(channel, 2, "somebody")
+        assert channel.prune(keep=1).first == first
+
+
 def test_a_path_in_place_of_a_channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[str] = []
     monkeypatch.setattr(FolderStore, "close", lambda self: closed.append(self.name))

@@ -198,3 +198,18 @@ def test_addresses_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     names = {open_store(one).name for one in (tmp_path / "s", "s", f"file://{tmp_path}/s")}
     assert names == {str(tmp_path / "s")}
+
+
+def test_a_folder_that_may_not_be_written_is_named_by_the_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(source: object, target: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(source), None, str(target))
+
+    store = FolderStore(tmp_path / "store")
+    monkeypatch.setattr("os.link", refused)
+    with pytest.raises(PermissionError) as found:
+        store.create("versions/0000000001.json", b"x")
+    assert found.value.filename == str(tmp_path / "store" / "versions" / "0000000001.json")
+    assert "0000000001.json'" in str(found.value)
+    assert "object" not in str(found.value)
