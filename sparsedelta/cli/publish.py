@@ -68,8 +68,8 @@ def command(
     """Add CHECKPOINT to CHANNEL as its next version.
 
     CHANNEL is a folder, or the address of a bucket or a repository. The first version is written in full; so is every
-    version without --base. With --base it is a delta on the checkpoint that was published last. If nothing has changed
-    since then, no version is added, unless --step is given.
+    version without --base. With --base, a checkpoint with the weights that were published last, it is a delta on that version. If the
+    latest version is CHECKPOINT already, with the step of --step if that is given, none is added.
     """
     from sparsedelta.channel.publisher import publish_checkpoint
 

@@ -130,11 +130,8 @@ def open_chain_to(hub: Hub, link: Link, is_base: Callable[[Delta], bool]) -> lis
 def _insert_below(links: list[Link], base: Repository) -> None:
     """Insert the delta in a repository below the lowest link, after a check that it is its base."""
     above, below = links[0], open_link(base)
-    if (
-        any(below.reference == link.reference for link in links)
-        or _is_cyclic([below, *links])
-        or len(links) == MAX_LINKS
-    ):
+    is_cyclic = any(below.reference == link.reference for link in links)
+    if is_cyclic or len(links) == MAX_LINKS:
         raise ConflictError(
             f"the chain of deltas below '{links[-1].repository.name}' is cyclic or longer than"
             f" {MAX_LINKS}, at '{below.reference}'; pull with a local base"
@@ -189,12 +186,6 @@ def raise_if_damaged(paths: list[Path], cause: Exception | None = None) -> None:
             f"the downloaded copy '{damaged[0]}' was damaged and has been removed; run this again to"
             " download it again"
         ) from cause
-
-
-def _is_cyclic(links: list[Link]) -> bool:
-    """Return whether the base of the lowest delta is the target of a delta in the chain."""
-    lowest = links[0].delta.base_fingerprint
-    return any(link.delta.target_fingerprint == lowest for link in links)
 
 
 def _open_base(hub: Hub, link: Link, base_revision: str | None) -> Repository:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
-from helpers import assert_same_files, noise, write_file
+from helpers import assert_same_files, noise, write, write_file
 from hub.hub_helpers import BASE, Person, files_of, make_checkpoints, publish, save_delta
 from hub.hub_server import LoopbackHub
 
@@ -149,6 +150,27 @@ def test_chain_whose_deltas_need_the_same_tensors(
     hub.state.add_repo("me/two", {"delta.sd": two.read_bytes()})
     assert len(other.json("pull", "me/two", "out")["applied"]) == 2
     assert_same_files(second, other.folder / "out")
+
+
+def test_a_chain_that_returns_to_earlier_weights_is_not_cyclic(
+    me: Person, other: Person, hub: LoopbackHub
+) -> None:
+    """A delta of the configuration alone, and one that takes an earlier one back."""
+    w = noise("F32", 50)
+    contents = [(w, "0"), (w, "1"), (w.changed(0), "1"), (w, "1")]
+    folders = []
+    for number, (weights, config) in enumerate(contents):
+        folders.append(me.folder / f"s{number}")
+        write_file(folders[-1] / "model.safetensors", {"w": weights})
+        write(folders[-1] / "config.json", config)
+    publish(hub, "org/first", folders[0])
+    below = "org/first"
+    for number, (base, target) in enumerate(itertools.pairwise(folders), 1):
+        delta = save_delta(base, target, me.folder / f"{number}.sd", base_id=below)
+        below = f"me/step-{number}"
+        hub.state.add_repo(below, {"delta.sd": delta.read_bytes()})
+    assert len(other.json("pull", below, "out")["applied"]) == 3
+    assert_same_files(folders[-1], other.folder / "out")
 
 
 def test_cyclic_chains_are_refused(
