@@ -367,54 +367,31 @@ class TestLock:
         read()
         thread.join()
 
-    def test_both_get_their_turn(self) -> None:
-        """Writers that ask again at once keep neither readers nor another writer out."""
+    @pytest.mark.parametrize(
+        ("others", "own"), [("writing", ("reading", "writing")), ("reading", ("writing",))]
+    )
+    def test_all_get_their_turn(self, others: str, own: tuple[str, ...]) -> None:
+        """Threads that ask again at once keep nobody out."""
         lock, stop = SharedLock(), threading.Event()
 
-        def write() -> None:
+        def hold() -> None:
             while not stop.is_set():
-                with lock.writing():
+                with getattr(lock, others)():
                     time.sleep(0.0005)
 
         def take_turns() -> None:
-            for _ in range(30):
-                with lock.reading():
-                    pass
-                with lock.writing():
+            for side in own * 30:
+                with getattr(lock, side)():
                     pass
 
-        writers = [threading.Thread(target=write, daemon=True) for _ in range(2)]
-        other = threading.Thread(target=take_turns, daemon=True)
-        for thread in (*writers, other):
+        holders = [threading.Thread(target=hold, daemon=True) for _ in range(3)]
+        waiting = threading.Thread(target=take_turns, daemon=True)
+        for thread in (*holders, waiting):
             thread.start()
-        other.join(30)
-        came_through = not other.is_alive()
+        waiting.join(30)
+        came_through = not waiting.is_alive()
         stop.set()
-        for thread in writers:
-            thread.join(30)
-        assert came_through
-
-    def test_readers_cannot_keep_a_writer_out(self) -> None:
-        lock, stop = SharedLock(), threading.Event()
-
-        def read() -> None:
-            while not stop.is_set():
-                with lock.reading():
-                    time.sleep(0.0005)
-
-        def write() -> None:
-            for _ in range(30):
-                with lock.writing():
-                    pass
-
-        readers = [threading.Thread(target=read, daemon=True) for _ in range(3)]
-        writer = threading.Thread(target=write, daemon=True)
-        for thread in (*readers, writer):
-            thread.start()
-        writer.join(30)
-        came_through = not writer.is_alive()
-        stop.set()
-        for thread in readers:
+        for thread in holders:
             thread.join(30)
         assert came_through
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,18 @@ from safetensors.torch import save_file
 from train_helpers import make_inputs, make_net, square_loss
 
 from sift_train import SIFT, export_delta
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Iterator[tuple[SIFT, Path]]:
+    """A SIFT after a step, and the base of its model."""
+    model, base = make_net(), tmp_path / "base.safetensors"
+    save_file(model.state_dict(), base)
+    with SIFT(model, 0.5) as sift:
+        optimizer = adamw(sift)
+        square_loss(model, make_inputs(1)[0]).backward()
+        optimizer.step()
+        yield sift, base
 
 
 def adamw(sift: SIFT) -> torch.optim.Optimizer:
@@ -121,19 +134,15 @@ def test_arguments_of_another_type(given: dict[str, Any], kind: type, said: str)
     assert SIFT.of(model) is None
 
 
-def test_a_model_in_another_dtype_is_not_exported(tmp_path: Path) -> None:
-    model = make_net()
-    base = tmp_path / "base.safetensors"
-    save_file(model.state_dict(), base)
-    with SIFT(model, 0.5) as sift:
-        optimizer = adamw(sift)
-        square_loss(model, make_inputs(1)[0]).backward()
-        optimizer.step()
-        model.half()
-        for given in (base, None):
-            with pytest.raises(ValueError, match=r"had torch\.float32 .* now has torch\.float16"):
-                export_delta(model, tmp_path / "out.sd", sift=sift, base=given)
-        model.float()
+def test_a_model_in_another_dtype_is_not_exported(
+    trained: tuple[SIFT, Path], tmp_path: Path
+) -> None:
+    sift, base = trained
+    sift.model.half()
+    for given in (base, None):
+        with pytest.raises(ValueError, match=r"had torch\.float32 .* now has torch\.float16"):
+            export_delta(sift.model, tmp_path / "out.sd", sift=sift, base=given)
+    sift.model.float()
     assert not (tmp_path / "out.sd").exists()
 
 
@@ -146,20 +155,14 @@ def test_a_training_as_it_should_be(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
-def test_a_copy_is_not_exported_as_the_model(tmp_path: Path) -> None:
+def test_a_copy_is_not_exported_as_the_model(trained: tuple[SIFT, Path], tmp_path: Path) -> None:
     """An average of the weights, for example; without the SIFT its delta is made as any other."""
-    model = make_net()
-    base = tmp_path / "base.safetensors"
-    save_file(model.state_dict(), base)
-    with SIFT(model, 0.5) as sift:
-        optimizer = adamw(sift)
-        square_loss(model, make_inputs(1)[0]).backward()
-        optimizer.step()
-        copied = copy.deepcopy(model)
-        for given in (base, None):
-            with pytest.raises(ValueError, match="sift trains another Net than the model that is"):
-                export_delta(copied, tmp_path / "out.sd", sift=sift, base=given)
-        assert export_delta(copied, tmp_path / "out.sd", base=base) > 0
+    sift, base = trained
+    copied = copy.deepcopy(sift.model)
+    for given in (base, None):
+        with pytest.raises(ValueError, match="sift trains another Net than the model that is"):
+            export_delta(copied, tmp_path / "out.sd", sift=sift, base=given)
+    assert export_delta(copied, tmp_path / "out.sd", base=base) > 0
 
 
 def test_integers_of_numpy() -> None:
