@@ -296,8 +296,10 @@ def test_one_byte_more_or_less(path: Path) -> None:
 def test_files_that_never_were_deltas(path: Path) -> None:
     write(path, b"")
     refused(path, Truncated, "' is empty; copy or download it again")
-    write(path, b"<!DOCTYPE html><html></html>")
+    write(path, b"Not a delta, but a text of some length")
     refused(path, LimitExceeded, "is not a delta: it does not begin as an .sd file does")
+    write(path, b"<!DOCTYPE html><html></html>")
+    refused(path, BadMagic, "is a web page, not the file itself")
 
 
 def test_payload_is_checked_where_it_is_read(path: Path, tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_what_excludes_masters_on_the_cpu_is_refused() -> None:
         FitConfig(mixed_precision="fp16", masters_device="cpu")
     with pytest.raises(ValueError, match="but sharded weights need 'model'"):
         plan(make_net(), 0.1, devices=2, sharded=True, masters_device="cpu")
-    args = SimpleNamespace(fp16=True, fsdp=[])
+    args = SimpleNamespace(fp16=True, fsdp=[], report_to=[])
     callback = SiftCallback(SIFT(make_net(), masters_device="cpu"))
     with pytest.raises(ValueError, match="fp16 needs a gradient scaler, which cannot read"):
         callback.on_train_begin(args, None, None)
