@@ -158,7 +158,13 @@ class Pursuit:
             self._identify(head)
             if self.held and self.held.digest == target.digest:
                 return SyncReport(target.version, target.step, target.version, 0, 0, False)
-            report = self._move(target)
+            try:
+                report = self._move(target)
+            except FileExistsError:
+                if self.held or not self._replica.hints():
+                    raise
+                self.forget()  # another follower of this place was quicker
+                continue
             if report:
                 return report
         if not is_closed(channel, target.segment):

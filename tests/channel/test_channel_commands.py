@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 import sparsedelta
+from sparsedelta.channel import replicas
 from sparsedelta.channel.publisher import publish_checkpoint
 from sparsedelta.cli import main
 from sparsedelta.errors import Behind
@@ -380,6 +381,22 @@ def test_a_folder_that_no_follower_has_written_is_not_taken_for_a_version(
         assert "exists" in run("follow", "c", out, "--once", code=1).stderr
         run("follow", "c", out, "--once", "--overwrite")
         assert same_folders(tmp_path / out, tmp_path / "1")
+
+
+def test_another_follower_of_a_new_place_is_quicker(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("publish", "c", "1")
+    loaded = replicas.loaded_deltas
+
+    def outrun(*given: Any) -> Any:
+        monkeypatch.setattr(replicas, "loaded_deltas", loaded)
+        assert sparsedelta.Follower(tmp_path / "c", tmp_path / "out").sync().n_versions == 1
+        return loaded(*given)
+
+    monkeypatch.setattr(replicas, "loaded_deltas", outrun)
+    assert "there already" in run("follow", "c", "out", "--once").stdout
+    assert is_at(tmp_path / "out", 1)
 
 
 def test_a_copy_of_a_follower_s_folder_goes_on(run: Run, tmp_path: Path) -> None:
