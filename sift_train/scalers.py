@@ -15,7 +15,7 @@ def refuse_unscaled(masters: Collection[nn.Parameter]) -> None:
     """Refuse to give masters their first gradients between a scaler's ``unscale_`` and the step.
 
     An optimizer that unscales inside its step, as a fused one, is fine. Nothing registers scalers, so they are looked for
-    among all objects, which takes some 0.1 s.
+    among all objects but those of ``gc.freeze``, which takes 0.1 to 0.6 s.
 
     Raises:
         RuntimeError: a scaler has unscaled the gradients of an optimizer that holds one of the masters.

@@ -59,6 +59,7 @@ class Stepping(Choosing):
         self._without_optimizer = set(self.sparse_mapping)
         self._has_gradient: bool | None = None  # of a master in this step; None between steps
         self._n_idle = 0  # steps in a row without one
+        self._has_warned = False  # of these
         self._by_master = {id(part.master): part for part in parts}
 
     def sync_gradients(self, weight: float | None = None) -> None:
@@ -175,17 +176,18 @@ class Stepping(Choosing):
         self._optimizers.add(optimizer)
 
     def _warn_without_gradient(self, parts: list[SparseParameter]) -> None:
-        """Warn if two steps in a row with all masters had no gradient, so that they changed nothing.
+        """Warn once if two steps in a row with all masters had no gradient, so that they changed nothing.
 
         One such step may be meant: some make one before a scheduler's first.
         """
         had_gradient, self._has_gradient = self._has_gradient, None
         if had_gradient is None:  # the step of a subclass, after that of its base class
             return
-        if len(parts) < len(self.sparse_mapping) or not all(part.is_selected for part in parts):
+        if len(parts) < len(self.sparse_mapping) or self._has_warned:
             return
         self._n_idle = 0 if had_gradient else self._n_idle + 1
-        if self._n_idle != 2:
+        self._has_warned = self._n_idle == 2
+        if not self._has_warned:
             return
         frozen = [part.name for part in parts if not part.parameter.requires_grad]
         logger.warning(

@@ -119,7 +119,7 @@ class Follower:
     def reading(self) -> AbstractContextManager[int | None]:
         """Return a context in which ``sync`` does not write to the model; it gives the current version.
 
-        Several threads may read at once. A thread that calls ``sync`` while it reads gets a RuntimeError. ``sync`` reads back what it
+        Several threads may read at once. A thread must not call ``sync`` while it reads: it would wait for itself. ``sync`` reads back what it
         has written while others may read already. If the model does not hold these values, because its memory is
         faulty or something else writes to it, ``sync`` raises Uncertain, and the context gives None: the model
         holds no known version.

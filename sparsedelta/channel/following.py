@@ -168,6 +168,9 @@ class Pursuit:
             if report:
                 return report
         if not is_closed(channel, target.segment):
+            anchor = channel.entry(target.segment).anchor
+            if anchor and anchor.base and not self._replica.has_base(anchor.base):
+                raise self._without_base(target, anchor.base)
             raise BadVersion(
                 f"channel '{channel.store.name}' lacks objects of version {target.version} or of one before it, and that was not"
                 " pruned: they were deleted, or the copy of the channel is not complete; copy it again, or publish a full version"
@@ -300,12 +303,15 @@ class Pursuit:
             if entry.delta:
                 later.append(("deltas", entry, entry.delta))
         if not found:
-            raise Behind(
-                f"version {target.version} of channel '{self._channel.store.name}' has an anchor on"
-                f" {base.id if base and base.id else 'a checkpoint outside the channel'}, which is not here;"
-                " give it (base=, --base)"
-            )
+            raise self._without_base(target, base)
         return sorted(found, key=lambda route: route.n_bytes)
+
+    def _without_base(self, target: Entry, base: AnchorBase | None) -> Behind:
+        return Behind(
+            f"version {target.version} of channel '{self._channel.store.name}' has an anchor on"
+            f" {base.id if base and base.id else 'a checkpoint outside the channel'}, which is not here;"
+            " give it (base=, --base)"
+        )
 
     def _read(self, route: _Route) -> Iterator[IO[bytes]]:
         """Yield the files of a route, each checked; raises Pruned if one is gone or will be."""

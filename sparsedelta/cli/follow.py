@@ -90,7 +90,7 @@ def command(
                 _tell(report, as_json=as_json)
                 _note_kind(settings, report, out)
                 if run is not None:
-                    _run(run, report, out, to_stderr=as_json)
+                    _run(run, report, out, found.entry(report.version).digest, to_stderr=as_json)
             if once or version:
                 return
             time.sleep(interval)
@@ -128,13 +128,14 @@ def _note_kind(settings: Settings, report: SyncReport, out: str) -> None:
         )
 
 
-def _run(command: str, report: SyncReport, out: str, *, to_stderr: bool) -> None:
+def _run(command: str, report: SyncReport, out: str, entry: bytes, *, to_stderr: bool) -> None:
     """Run a person's command in a shell, if OUT has moved or the command has not succeeded for this version.
 
     Args:
         command: the command.
         report: what was done before.
-        out: OUT; a file beside it holds the version for which the command has succeeded last.
+        out: OUT; a file beside it says for which version of which channel the command has succeeded last.
+        entry: digest of the version's entry.
         to_stderr: whether what the command prints goes to stderr.
 
     Raises:
@@ -142,15 +143,14 @@ def _run(command: str, report: SyncReport, out: str, *, to_stderr: bool) -> None
     """
     place = Path(os.path.abspath(out))
     noted = place.with_name(f".{place.name[:200]}.sparsedelta-ran")
-    version = str(report.version)
-    if not report.n_versions and noted.is_file() and noted.read_text("utf-8") == version:
+    if not report.n_versions and noted.is_file() and noted.read_text("utf-8") == entry.hex():
         return
-    variables = {"SPARSEDELTA_VERSION": version, "SPARSEDELTA_OUT": str(place)}
+    noted.unlink(missing_ok=True)
+    variables = {"SPARSEDELTA_VERSION": str(report.version), "SPARSEDELTA_OUT": str(place)}
     stdout = sys.stderr.fileno() if to_stderr else None
     done = subprocess.run(
         command, shell=True, env=os.environ | variables, stdout=stdout, check=False
     )
     if done.returncode:
-        noted.unlink(missing_ok=True)
         raise OSError(f"the command given with --run ended with exit code {done.returncode}")
-    noted.write_text(version, "utf-8")
+    noted.write_text(entry.hex(), "utf-8")

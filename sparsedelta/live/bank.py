@@ -171,12 +171,12 @@ class DeltaBank:
     def reading(self) -> AbstractContextManager[str | None]:
         """Return a context in which no other thread switches the model. ``with`` returns the name of the active delta.
 
-        Several threads may be in such a context at once. A thread that switches the model in it gets a RuntimeError.
+        Several threads may be in such a context at once. A thread must not switch the model in it: it would wait for itself.
         """
         return self._lock.reading(lambda: self.active)
 
     def using(self, name: str | None) -> AbstractContextManager[None]:
-        """Return a context that activates a delta, which stays active. No other thread can enter ``reading`` or ``using`` meanwhile; this one can enter ``reading``.
+        """Return a context that activates a delta, which stays active. Nothing can enter ``reading`` or ``using`` meanwhile: leave it first, also in the same thread.
 
         Entering it raises:
             KeyError: the bank has no delta with this name.

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
+
+_log = logging.getLogger(__name__)
+_PATIENCE_SECONDS = 60
 
 
 class SharedLock:
     """A lock for several readers or one writer.
 
     Writers come in the order in which they asked, and the readers that wait when a writer leaves come before the next one:
-    neither can keep the other out for ever. A thread that holds the lock may begin to read, too. To write it would wait for itself, which
-    is refused.
+    neither can keep the other out for ever. A thread that holds the lock must not ask for it again. It may be left in another thread, as
+    the pools of servers do, so a thread that waits for itself cannot be told from one that waits for others: a warning is logged after
+    a minute.
     """
 
     def __init__(self) -> None:
         # Used with ``with`` directly, not through the condition: so an interrupt cannot leave it locked.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        # Holders, not counts: a holder can be removed wherever it was interrupted. With their threads:
-        self._readers: dict[object, int] = {}
-        self._writer: dict[object, int] = {}  # one at most
-        self._next_writers: dict[object, int] = {}
+        # Holders, not counts: a holder can be removed wherever it was interrupted.
+        self._readers: set[object] = set()
+        self._writer: object = None
+        self._next_writers: dict[object, None] = {}  # in order
         self._next_readers: dict[
             object, int
         ] = {}  # with the number of writers that had left when they asked
@@ -42,14 +47,12 @@ class SharedLock:
 
     def _enter_reading(self, me: object) -> None:
         with self._lock:
-            thread = threading.get_ident()
-            if thread not in (self._readers | self._writer).values():
-                self._next_readers[me] = self._n_written
-                self._changed.wait_for(
-                    lambda: not self._writer and (not self._next_writers or self._is_due(me))
-                )
-                del self._next_readers[me]
-            self._readers[me] = thread
+            self._next_readers[me] = self._n_written
+            self._wait(
+                lambda: self._writer is None and (not self._next_writers or self._is_due(me))
+            )
+            self._readers.add(me)
+            del self._next_readers[me]
 
     def _is_due(self, reader: object) -> bool:
         """Return whether a writer has left since a reader asked."""
@@ -57,29 +60,35 @@ class SharedLock:
 
     def _enter_writing(self, me: object) -> None:
         with self._lock:
-            thread = threading.get_ident()
-            if thread in (self._readers | self._writer).values():
-                raise RuntimeError(
-                    "this thread reads or changes the model already, and would wait for itself for ever; end its block of"
-                    " reading() or using() first"
-                )
-            self._next_writers[me] = thread
-            self._changed.wait_for(
+            self._next_writers[me] = None
+            self._wait(
                 lambda: (
-                    not self._writer
+                    self._writer is None
                     and not self._readers
                     and next(iter(self._next_writers)) is me
                     and not any(map(self._is_due, self._next_readers))
                 )
             )
-            self._writer[me] = self._next_writers.pop(me)
+            self._writer = me
+            del self._next_writers[me]
             self._changed.notify_all()
+
+    def _wait(self, may_enter: Callable[[], bool]) -> None:
+        if not self._changed.wait_for(may_enter, _PATIENCE_SECONDS):
+            _log.warning(
+                "a thread has waited for %d seconds to read or change a model; one that is in reading() or using() must leave that block"
+                " first, or it waits for itself for ever",
+                _PATIENCE_SECONDS,
+            )
+            self._changed.wait_for(may_enter)
 
     def _leave(self, me: object) -> None:
         with self._lock:
-            for holders in (self._readers, self._next_readers, self._next_writers):
-                holders.pop(me, None)
-            if self._writer.pop(me, None) is not None:
+            self._readers.discard(me)
+            self._next_readers.pop(me, None)
+            self._next_writers.pop(me, None)
+            if self._writer is me:
+                self._writer = None
                 self._n_written += 1
             self._changed.notify_all()
 
@@ -103,8 +112,12 @@ class Hold:
         self._then = then
         # The lock refers to this object and not to the context, so that the context can be garbage-collected.
         self._me = object()
+        self._is_entered = False
 
     def __enter__(self) -> Any:
+        if self._is_entered:
+            raise RuntimeError("this context is in use; call reading() or using() for another one")
+        self._is_entered = True
         try:
             self._enter(self._me)
             return self._then()
@@ -118,6 +131,8 @@ class Hold:
         except BaseException:  # an interrupt; leaving twice is harmless
             self._leave(self._me)
             raise
+        finally:
+            self._is_entered = False
 
     def __del__(self) -> None:
         self._leave(self._me)

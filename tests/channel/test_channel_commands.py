@@ -184,6 +184,11 @@ def test_follow_runs_its_command_once_for_each_version(run: Run, tmp_path: Path)
         run(*once, count)
     run("follow", "c", "out", "--version", "1", "--run", count)
     assert (tmp_path / "seen").read_text().split() == ["1", "2", "2", "1"]
+    # Another channel's version of this number, that OUT has become without the command.
+    run("publish", "other", "3")
+    run("follow", "other", "out", "--once", "--overwrite")
+    run("follow", "other", "out", "--once", "--run", count)
+    assert (tmp_path / "seen").read_text().split() == ["1", "2", "2", "1", "1"]
 
 
 def test_the_output_of_the_command_is_not_in_the_json(run: Run, tmp_path: Path) -> None:

@@ -395,16 +395,50 @@ class TestLock:
             thread.join(30)
         assert came_through
 
-    def test_a_thread_does_not_wait_for_itself(self) -> None:
+    def test_a_long_wait_is_said(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """As of a thread that waits for itself."""
+        monkeypatch.setattr("sparsedelta.live.rwlock._PATIENCE_SECONDS", 0.01)
+        lock, entered = SharedLock(), threading.Event()
+
+        def write() -> None:
+            with lock.writing():
+                entered.set()
+
+        with lock.reading():
+            thread = threading.Thread(target=write)
+            thread.start()
+            assert not entered.wait(0.2)
+        thread.join(30)
+        assert entered.is_set()
+        assert caplog.text.count("must leave that block first, or it waits for itself") == 1
+
+    def test_a_context_is_entered_once_at_a_time(self) -> None:
         lock = SharedLock()
-        for outer in (lock.reading, lock.writing):
-            with outer():
-                with lock.reading():
-                    pass
-                with pytest.raises(RuntimeError, match="would wait for itself for ever"):
-                    lock.writing().__enter__()
-            with lock.writing():  # nothing is held any longer
-                pass
+        context = lock.reading()
+        for _ in range(2):
+            with context, pytest.raises(RuntimeError, match="this context is in use"):
+                context.__enter__()
+        with lock.writing():
+            pass
+
+    @pytest.mark.parametrize("side", ["reading", "writing"])
+    def test_a_hold_is_of_a_context_and_not_of_a_thread(self, side: str) -> None:
+        """In a server, requests share the threads of a pool, and enter and leave in any of them."""
+        lock, done = SharedLock(), threading.Event()
+        hold = lock.writing()
+        hold.__enter__()
+        other = getattr(lock, side)()
+
+        def leave() -> None:
+            time.sleep(0.05)
+            done.set()
+            hold.__exit__()
+
+        threading.Thread(target=leave).start()
+        with other:
+            assert done.is_set()
 
     def test_writers_do_not(self) -> None:
         lock, inside, most = SharedLock(), [0], [0]

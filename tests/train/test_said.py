@@ -48,6 +48,15 @@ def test_parameters_that_were_frozen(
     assert ("'first.weight'" in caplog.text) == bool(n_warned)
 
 
+def test_steps_before_any_gradient_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    with SIFT(make_net(), 0.5, selection="gradient") as sift:
+        optimizer, other = adamw(sift), make_net()
+        for _ in range(3):
+            square_loss(other, make_inputs(1)[0]).backward()
+            optimizer.step()
+    assert caplog.text.count("the last two steps changed nothing") == 1
+
+
 @pytest.mark.parametrize("freezes", [True, False])
 def test_a_step_without_any_gradient_is_said_once(
     caplog: pytest.LogCaptureFixture, *, freezes: bool
