@@ -56,7 +56,7 @@ def _run(given: argparse.Namespace) -> int:
     kept = "" if is_last else f"; it has the weights after step {result.kept_step}, the best"
     print(  # noqa: T201
         f"{result.delta}: {result.delta_bytes:,} bytes, {result.n_trained:,} of {result.n_total:,} components"
-        f" trained in {result.n_steps} steps ({result.stopped}){kept}"
+        f" trained in {result.n_steps} step{'s' * (result.n_steps != 1)} ({result.stopped}){kept}"
     )
     return _INTERRUPTED if result.stopped == "interrupted" else 0
 

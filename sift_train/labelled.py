@@ -59,7 +59,7 @@ def read_labelled(path: Path) -> list[Example]:
         found = []
         for at, line in _lines(text):
             label, space, rest = line.partition(" ")
-            if not space:
+            if not space or not label:
                 raise ValueError(f"line {at} of '{path}' has no space between a label and a text")
             found.append(Example(rest, label, at))
     if not found:
@@ -79,6 +79,12 @@ def labels_of(examples: Sequence[Example], path: Path) -> list[str]:
             f"all {len(examples)} examples of '{path}' have the label {names[0]!r}; a classifier needs at least two labels"
         )
     return names
+
+
+def in_order_of(config: Any, names: Sequence[str]) -> list[str]:
+    """Return the labels of a model's configuration, in the order of its head, if they are those of the data; else the latter."""
+    known = [str(config.id2label[number]) for number in range(config.num_labels)]
+    return known if set(names) <= set(known) and len(set(known)) == len(known) else list(names)
 
 
 def check_labels(examples: Sequence[Example], names: Sequence[str], path: Path) -> None:
@@ -120,7 +126,7 @@ def _parsed(line: str, at: int, path: Path) -> Any:
 def _example(record: Any, at: int, path: Path) -> Example:
     if not isinstance(record, Mapping) or not isinstance(record.get("text"), str):
         raise ValueError(f"line {at} of '{path}' has no text under 'text'")
-    if not isinstance(record.get("label"), str | int):
+    if not isinstance(record.get("label"), str | int) or not str(record["label"]).strip():
         raise ValueError(f"line {at} of '{path}' has no text or integer under 'label'")
     return Example(record["text"], str(record["label"]), at)
 
@@ -133,15 +139,15 @@ def set_padding(tokenizer: Any, model: Any) -> None:
     Raises:
         ValueError: the tokenizer has neither a padding token nor one for the end of a text.
     """
-    config = model.config.get_text_config()
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
                 "the tokenizer of the model has no padding token, and none for the end of a text; give it a pad_token"
             )
         tokenizer.pad_token = tokenizer.eos_token
-        config.pad_token_id = None  # it may name a token that the tokenizer does not pad with
-    if config.pad_token_id is None:
+    config = model.config.get_text_config()
+    # The head of a decoder is named so. Some encoders count positions by this number, and theirs is right.
+    if config.pad_token_id is None or hasattr(model, "score"):
         config.pad_token_id = tokenizer.pad_token_id
 
 

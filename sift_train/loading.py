@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,12 +55,36 @@ def check_model_folder(folder: Path) -> None:
         )
     if not folder.is_dir():
         raise ValueError(f"model '{folder}' is a file; give the folder of a model")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"'{folder}' is a PEFT adapter; merge it into its model (merge_and_unload) and save that, or give the model"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"'{folder}' has no config.json, so it is not a model folder; "
             "give a local folder that has one, or a loaded model"
         )
     check_weights(folder)
+
+
+def check_has_no_code(folder: Path) -> None:
+    """Check that transformers knows the model of a folder without the code that the folder brings.
+
+    Raises:
+        ValueError: the folder brings code for its model, which is not run.
+    """
+    import transformers
+
+    known: Any = transformers.CONFIG_MAPPING
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return  # transformers says what is wrong with it
+    if config.get("auto_map") and config.get("model_type") not in known:
+        raise ValueError(
+            f"the model in '{folder}' needs code that comes with it, which is not run; if you trust it, load the model yourself"
+            " with trust_remote_code=True, and give it to sift_train.fit, with base"
+        )
 
 
 def load_model(path: str | PathLike[str]) -> nn.Module:
@@ -72,6 +97,8 @@ def load_model(path: str | PathLike[str]) -> nn.Module:
     folder = Path(path)
     check_model_folder(folder)
     import transformers  # takes seconds
+
+    check_has_no_code(folder)
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     names = config.architectures or []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -30,16 +31,24 @@ from sift_train.labelled import (
     LabelledBatches,
     accuracy,
     check_labels,
+    in_order_of,
     labels_of,
     read_labelled,
     set_padding,
 )
 from sift_train.listeners import Report
-from sift_train.loading import check_model_folder, checkpoint_dtype, hidden_progress_bars
+from sift_train.loading import (
+    check_has_no_code,
+    check_model_folder,
+    checkpoint_dtype,
+    hidden_progress_bars,
+)
 from sift_train.starting import check_apart, check_start
 from sift_train.yaml_files import names_of, read_yaml, settings_of
 
+logger = logging.getLogger(__name__)
 TASKS = ("text-classification", "causal-lm")
+_N_SHOWN = 10  # of the labels, in a warning
 _LOCAL = re.compile(r"^[./~]|^[A-Za-z]:|\\|/$")  # how paths are written, and repositories are not
 
 
@@ -165,6 +174,7 @@ def run_file(
     with nullcontext() if report.has_bars else hidden_progress_bars():
         base, base_id = _download(run.model) if folder is None else (folder, None)
         check_model_folder(base)
+        check_has_no_code(base)
         made = make(base)
     given = {"exception": made.new_names, **made.settings, **run.train}
     config = replace(config, **{name: given[name] for name in given.keys() - run.train.keys()})
@@ -208,18 +218,27 @@ def _read_classification(run: RunFile) -> Callable[[Path], _Made]:
         import transformers
 
         tokenizer = _load_tokenizer(base)
+        if run.max_tokens > tokenizer.model_max_length:
+            raise ValueError(
+                f"max_tokens is {run.max_tokens}, and the model reads at most {tokenizer.model_max_length} tokens, as its tokenizer"
+                " states; give a smaller number"
+            )
+        known = transformers.AutoConfig.from_pretrained(base)
+        labels = in_order_of(known, names)
         torch.manual_seed(int(run.train.get("seed", 0)))  # of the new head
         model, new = _load(
             transformers.AutoModelForSequenceClassification,
             base,
-            id2label=dict(enumerate(names)),
-            label2id={name: number for number, name in enumerate(names)},
+            id2label=dict(enumerate(labels)),
+            label2id={name: number for number, name in enumerate(labels)},
+            ignore_mismatched_sizes=True,
         )
+        _warn_of_head(known, labels, is_new=bool(new))
         set_padding(tokenizer, model)
 
         def batches(rows: list[Example], *, shuffle: bool) -> LabelledBatches:
             return LabelledBatches(
-                rows, names, tokenizer, size=run.size, max_tokens=run.max_tokens, shuffle=shuffle
+                rows, labels, tokenizer, size=run.size, max_tokens=run.max_tokens, shuffle=shuffle
             )
 
         tests = batches(held_out, shuffle=False)
@@ -232,6 +251,21 @@ def _read_classification(run: RunFile) -> Callable[[Path], _Made]:
         )
 
     return make
+
+
+def _warn_of_head(known: Any, labels: list[str], *, is_new: bool) -> None:
+    """Warn if a model has a classifier of other labels than the data."""
+    theirs = [str(known.id2label[number]) for number in range(known.num_labels)]
+    if theirs == labels:
+        return
+    shown = ", ".join(map(repr, theirs[:_N_SHOWN])) + (", …" * (len(theirs) > _N_SHOWN))
+    if not is_new:
+        logger.warning(
+            "the model has a classifier of the labels %s, and the data have others: its outputs are trained for %s, in this order",
+            shown, ", ".join(map(repr, labels)),
+        )  # fmt: skip
+    elif len(theirs) != len(labels):
+        logger.info("a new classifier of %d labels is trained", len(labels))
 
 
 def _read_causal(run: RunFile) -> Callable[[Path], _Made]:
@@ -310,12 +344,22 @@ def _load(make: Any, base: Path, **more: Any) -> tuple[nn.Module, list[str]]:
         base, dtype=checkpoint_dtype(base) or "auto", output_loading_info=True, **more
     )
     own = {name for name, _ in model.named_parameters()}
-    missing = sorted(own & set(found["missing_keys"]))
+    resized = {name: (old, now) for name, old, now in found["mismatched_keys"]}
+    for name, (old, now) in resized.items():
+        if now[:1] != (len(more.get("id2label", ())),):  # not a classifier of other labels
+            raise ValueError(
+                f"parameter {name!r} has shape {tuple(old)} in '{base}' and {tuple(now)} by its config.json; give a model whose files"
+                " fit together"
+            )
+    missing = sorted(own & {*found["missing_keys"], *resized})
     return model, [f"re:^{re.escape(name)}$" for name in missing]
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].strip().rstrip(".")
+    first, _, rest = str(error).strip().partition("\n")
+    if first.rstrip().endswith(":"):  # the reason is a list on the lines below
+        first += " " + " ".join(rest.split())[:200]
+    return first.strip().rstrip(".")
 
 
 def _local_folder(model: str) -> Path | None:

@@ -145,7 +145,10 @@ def no_counterpart(added: Mapping[str, str], base: Mapping[str, str]) -> str:
     from sparsedelta.ops.counterparts import common_prefix  # with numpy
 
     if any(map(_is_adapter, added)):
-        return "the target is a PEFT adapter: merge it into the base and save that model"
+        return (
+            "the target is a PEFT adapter: merge it into the base and save that model, or make the delta of the merged model with"
+            " `sparsedelta convert ADAPTER delta.sd --base BASE`"
+        )
     if any(map(_is_adapter, base)):
         return "the base is a PEFT adapter: give the model that it was trained on"
     more, less = common_prefix(added, base) or ("", "")

@@ -31,7 +31,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec"
 # Names of the weights that transformers and sentence-transformers load from the root of a folder. Names of variants
 # have one more part.
 _OF_TRANSFORMERS = ("pytorch_model.bin", "pytorch_model-[0-9]*.bin")
-_OTHER_WAY = "`sparsedelta convert` makes a delta of such files, and rebuilds them from it"
+_OTHER_WAY = "`sparsedelta convert TARGET delta.sd --base BASE` makes a delta of such files, and rebuilds them from it"
 _LOAD = (
     "import torch; from safetensors.torch import save_file; "
     'all = torch.load({source}, "cpu", weights_only=True); '

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsedelta._typing import AnyPath
-from sparsedelta.errors import MismatchError, StructureMismatch
+from sparsedelta.errors import BaseMismatch, MismatchError, StructureMismatch
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
+from sparsedelta.files.side_files import check_base_files
 from sparsedelta.format.delta import Delta
 from sparsedelta.fs import check_absent, staged_output
 from sparsedelta.hub.base_proof import parse_base_id
@@ -218,7 +219,7 @@ def _local_base(base: AnyPath | None) -> Path | None:
 
 
 def _base_test(checkpoint: Checkpoint) -> Callable[[Delta], bool]:
-    """Return a function that tests whether a checkpoint has all tensors that a delta was made from."""
+    """Return a function that tests whether a checkpoint has all tensors and files that a delta was made from."""
     digest: Callable[[Tensor], bytes] = functools.cache(digest_tensor)
 
     def is_base(delta: Delta) -> bool:
@@ -226,8 +227,12 @@ def _base_test(checkpoint: Checkpoint) -> Callable[[Delta], bool]:
             found = find_base(delta, checkpoint)
         except StructureMismatch:
             return False
-        return all(
-            digest(found[row.key]) == row.base.spec.digest for row in delta.tensors if row.base
-        )
+        if any(digest(found[row.key]) != row.base.spec.digest for row in delta.tensors if row.base):
+            return False
+        try:
+            check_base_files(delta, checkpoint)
+        except BaseMismatch:
+            return False
+        return True
 
     return is_base

@@ -245,7 +245,17 @@ def _from_pretrained(
     config = options.pop("config", None)
     trusted = {k: v for k, v in options.items() if k == "trust_remote_code"}
     if config is None:
-        config = transformers.AutoConfig.from_pretrained(folder, **trusted)
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                folder, **{"trust_remote_code": False, **trusted}
+            )
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise ValueError(
+                "the model needs code that comes with it, which is not run; if you trust it, give"
+                " options={'trust_remote_code': True}"
+            ) from error
     state = tensors.in_files(files)
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or _first_float(state)

@@ -92,6 +92,17 @@ def check_has_weights(checkpoint: Checkpoint) -> None:
         files,
         lambda path: files[path].read_bytes() if path in files else None,
     )
+    inside = [
+        path
+        for path in checkpoint.left_out
+        if any((checkpoint.path / path).glob(f"*{WEIGHT_SUFFIX}"))
+    ]
+    if inside:  # the folders that a Trainer writes
+        last = max(inside, key=lambda path: (len(path), path))
+        raise CheckpointError(
+            f"'{checkpoint.path}' holds no {WEIGHT_SUFFIX} file, but checkpoints of a training; give one, such as"
+            f" '{checkpoint.path / last}'"
+        )
     left_out = ", ".join(checkpoint.left_out[:3])
     more = f"; left out: {left_out} (--include and include= keep files)" if left_out else ""
     raise CheckpointError(f"'{checkpoint.path}' holds no {WEIGHT_SUFFIX} file; {hint}{more}")
@@ -255,9 +266,13 @@ def explained(delta: Delta, base: Checkpoint) -> Iterator[None]:
         raise (_applied(delta, base) or _mismatch(delta, base, error)) from None
     except (StructureMismatch, BaseMismatch) as error:
         applied = _applied(delta, base)
-        if applied is None:
-            raise
-        raise applied from error
+        if applied is not None:
+            raise applied from error
+        if error.tensor is None and isinstance(error, BaseMismatch):  # about a file
+            extent = _extent(delta, base)
+            if extent:
+                raise BaseMismatch(f"{error}{extent}") from error
+        raise
 
 
 def _applied(delta: Delta, base: Checkpoint) -> MismatchError | None:

@@ -238,6 +238,17 @@ def test_anchors_on_a_checkpoint_that_followers_have(tmp_path: Path) -> None:
     assert is_at(other, 3)
 
 
+def test_a_pruned_way_without_the_base_of_the_anchor(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", 0) / "model.safetensors"
+    channel, _ = published(3, anchor_base=base, anchor_every=1)
+    held = weights(1)
+    channel.prune(keep=1)
+    with pytest.raises(Behind, match=r"has an anchor on .*, which is not here; give it"):
+        sparsedelta.Follower(channel, held).sync()
+    sparsedelta.Follower(channel, held, base=base).sync()
+    assert is_at(held, 3)
+
+
 def damage(store: MemoryStore, name: str) -> None:
     raw = store.objects[name]
     store.objects[name] = raw[:-1] + bytes([raw[-1] ^ 1])

@@ -69,7 +69,9 @@ def test_folder_of_something_else(tmp_path: Path, config: str | None) -> None:
     if config is not None:
         (folder / "config.json").write_text(config)
     message = refused(folder, folder)
-    assert "`sparsedelta convert` makes a delta of such files" in message
+    assert (
+        "`sparsedelta convert TARGET delta.sd --base BASE` makes a delta of such files" in message
+    )
     run(message)
     with Checkpoint(folder, exclude=["*.pt"]) as checkpoint:
         assert {file.path for file in checkpoint.weight_files} == {"net.safetensors"}
@@ -109,7 +111,7 @@ def test_no_command_runs_what_a_config_says() -> None:
 
 def test_other_formats_have_no_command() -> None:
     to_safetensors = "convert its weights to safetensors first"
-    both = "`sparsedelta convert` makes a delta of such files, and rebuilds them from it; or "
+    both = "`sparsedelta convert TARGET delta.sd --base BASE` makes a delta of such files, and rebuilds them from it; or "
     for path, expected in (("model.gguf", both + to_safetensors), ("model.h5", to_safetensors)):
         assert conversion("x", [path], lambda path: None) == expected
 
@@ -134,8 +136,16 @@ def test_a_folder_without_weights(tmp_path: Path, files: list[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "start", "said"),
     [
-        ("m.gguf", b"GGUF\3\0\0\0", "`sparsedelta convert` makes a delta of such files"),
-        ("m.onnx", b"\x08\x08\x12\x07", "`sparsedelta convert` makes a delta of such files"),
+        (
+            "m.gguf",
+            b"GGUF\3\0\0\0",
+            "`sparsedelta convert TARGET delta.sd --base BASE` makes a delta of such files",
+        ),
+        (
+            "m.onnx",
+            b"\x08\x08\x12\x07",
+            "`sparsedelta convert TARGET delta.sd --base BASE` makes a delta of such files",
+        ),
         ("m.pt", b"PK\3\4", "or convert it with: python -c"),
         ("m.pt", OLD_PICKLE, "an old version of torch.save wrote it; convert it with: python -c"),
         ("m.json", b"{}", "give the folder that it is in"),

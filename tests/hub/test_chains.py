@@ -171,6 +171,10 @@ def test_a_chain_that_returns_to_earlier_weights_is_not_cyclic(
         hub.state.add_repo(below, {"delta.sd": delta.read_bytes()})
     assert len(other.json("pull", below, "out")["applied"]) == 3
     assert_same_files(folders[-1], other.folder / "out")
+    for number, folder in enumerate(folders[:-1]):  # each is in the chain, by its files too
+        out = f"from-{number}"
+        other.good("pull", below, out, "--base", folder)
+        assert_same_files(folders[-1], other.folder / out)
 
 
 def test_cyclic_chains_are_refused(

@@ -148,3 +148,32 @@ def test_the_folder_above_the_base(tmp_path: Path) -> None:
         pytest.raises(BaseMismatch, match=r"such as 'config\.json', are in '.*above/base'; give"),
     ):
         sparsedelta.apply(base.parent, delta, tmp_path / "out")
+
+
+def test_the_folder_of_a_training(tmp_path: Path) -> None:
+    for step in (4, 12):
+        saved(tmp_path / "run" / f"checkpoint-{step}", BASE)
+    base = saved(tmp_path / "base", BASE)
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints of a training; .*'.*run/checkpoint-12'"
+    ):
+        sparsedelta.diff(base, tmp_path / "run")
+
+
+def test_another_model_of_the_same_shapes_with_another_configuration(tmp_path: Path) -> None:
+    """That its tensors differ says more than that a file does."""
+    base, other = (
+        saved(tmp_path / "base", BASE),
+        saved(tmp_path / "other", {**BASE, "a": A.changed(2), "b": B.changed(0)}),
+    )
+    write(base / "config.json", "{}")
+    write(other / "config.json", '{"other": true}')
+    target = saved(tmp_path / "target", {**BASE, "a": A.changed(0)})
+    write(target / "config.json", "{}")
+    with (
+        sparsedelta.diff(base, target) as delta,
+        pytest.raises(
+            BaseMismatch, match=r"config\.json' differs .*: 2 of 3 tensors differ, as in"
+        ),
+    ):
+        sparsedelta.apply(other, delta, tmp_path / "out")

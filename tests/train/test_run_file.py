@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,78 @@ def test_a_file_trains_a_classifier(
     assert "holds a checkpoint of an earlier run" in capsys.readouterr().err
     assert main(["--config", path, "--overwrite", "--resume"]) == 0
     assert (tmp_path / "d.sd").read_bytes() == first
+
+
+def classify(folder: Path, texts: list[tuple[str, str]], **more: Any) -> int:
+    lines = [json.dumps({"text": text, "label": label}) for text, label in texts]
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    given = {
+        "task": "text-classification", "data": str(folder / "train.jsonl"), "output": str(folder / "d.sd"),
+        "save_target": str(folder / "target"), "batch_size": 4, "max_tokens": 12,
+    }  # fmt: skip
+    return main(["--config", write_run(folder, **{**given, **more}), "--overwrite"])
+
+
+def test_a_classifier_keeps_the_order_of_its_labels(
+    tmp_path: Path, bert: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With names in another order, a trained classifier would call everything by the wrong name."""
+    import transformers
+
+    make: Any = transformers.BertForSequenceClassification
+    trained = tmp_path / "trained"
+    shutil.copytree(bert, trained)
+    labels = {0: "pos", 1: "neg", 2: "none"}
+    make.from_pretrained(
+        bert, id2label=labels, label2id={v: k for k, v in labels.items()}
+    ).save_pretrained(trained)
+    train = {"sparse_rate": 0.2, "lr": 1e-5, "max_steps": 1}
+    assert classify(tmp_path, TEXTS, model=str(trained), train=train) == 0
+    config = json.loads((tmp_path / "target" / "config.json").read_text())
+    assert config["id2label"] == {"0": "pos", "1": "neg", "2": "none"}
+    settings: Any
+    with sparsedelta.load(tmp_path / "d.sd") as delta:
+        settings = delta.info["settings"]
+        assert not settings["exception"]  # no new head
+    assert "has a classifier of the labels" not in caplog.text
+    # Other labels, as many: told. Of another number: a new classifier.
+    renamed = [(text, {"neg": "a", "pos": "b"}[label]) for text, label in TEXTS]
+    third = [*renamed, ("good", "c")]
+    assert classify(tmp_path, third, model=str(trained), train=train) == 0
+    assert "has a classifier of the labels 'pos', 'neg', 'none', and the data have" in caplog.text
+    assert classify(tmp_path, renamed, model=str(trained), train=train) == 0
+    with sparsedelta.load(tmp_path / "d.sd") as delta:
+        settings = delta.info["settings"]
+        assert len(settings["exception"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"max_tokens": 10_000}, "max_tokens is 10000, and the model reads at most 16 tokens"),
+        ({"model": "adapter"}, "'adapter' is a PEFT adapter; merge it into its model"),
+        ({"model": "custom"}, "'custom' needs code that comes with it, which is not run"),
+        ({"label": " "}, "has no text or integer under 'label'"),
+    ],
+)
+def test_models_and_data_that_do_not_fit(
+    tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], said: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    settings = json.loads((bert / "tokenizer_config.json").read_text())
+    (bert / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 16}))
+    shutil.copytree(bert, "custom")
+    config = json.loads((bert / "config.json").read_text())
+    own = {**config, "model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig"}}
+    (tmp_path / "custom" / "config.json").write_text(json.dumps(own))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    label = change.pop("label", "pos")
+    texts = [*TEXTS, ("good", label)]
+    given = {"model": str(bert), "train": {"max_steps": 1}, **change}
+    assert classify(tmp_path, texts, **given) == 1
+    assert said in told(capsys)
 
 
 @pytest.mark.parametrize(("has_end", "pad_id"), [(True, None), (True, 0), (False, None)])
