@@ -188,14 +188,22 @@ def load_data(options: argparse.Namespace) -> Data:
 def load_model(folder: Path, data: Data) -> Any:
     """Return the pretrained model with a new head, in the checkpoint's own dtype."""
     labels = data.labels or ["value"]
-    return AutoModelForSequenceClassification.from_pretrained(
+    model, found = AutoModelForSequenceClassification.from_pretrained(
         folder,
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: number for number, label in enumerate(labels)},
         problem_type="regression" if data.is_regression else "single_label_classification",
         dtype=checkpoint_dtype(folder) or "auto",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
+    if not found["missing_keys"] and not found["mismatched_keys"]:
+        raise ValueError(
+            f"the model has a trained classifier of {len(labels)} outputs already, and here a new one is trained; give the model that"
+            " it was made from"
+        )
+    return model
 
 
 @dataclass
