@@ -372,9 +372,8 @@ class SIFT(Stepping):
         frozen = [
             n for n, part in self.sparse_mapping.items() if not self._requires_grad[part.parameter]
         ]
-        if (
-            0 < len(frozen) < len(trained)
-        ):  # all, if someone froze the model first, as is done for adapters
+        # All are, if someone froze the model first, as is done for adapters.
+        if 0 < len(frozen) < len(trained):
             logger.warning(
                 "%d of the %d parameters that are trained were frozen (requires_grad=False), such as %r; a SIFT trains what the"
                 " arguments name (sparse_module, exception, a mask), so name only the others there",

@@ -16,6 +16,7 @@ from sparsedelta.files.globs import covering
 from sparsedelta.files.unread import SKELETON_SUFFIX
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.manifest import read_text
+from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.format.records import SideFile, Stored
 
 _BLOCK_BYTES = 1 << 20
@@ -68,7 +69,10 @@ def write_side_file(
 
 def is_of_other_files(delta: Delta) -> bool:
     """Return whether ``convert`` made a delta between files that are not safetensors."""
-    return any(file.path.endswith(SKELETON_SUFFIX) for file in delta.target.side_files)
+    target = delta.target
+    others = {file.path for file in target.side_files}
+    weights = [file.path.removesuffix(WEIGHT_SUFFIX) for file in target.weight_files]
+    return bool(weights) and all(path + SKELETON_SUFFIX in others for path in weights)
 
 
 def is_short(file: SideFile) -> bool:

@@ -265,3 +265,11 @@ def test_an_inconsistent_delta(base: Path, tmp_path: Path) -> None:
             sparsedelta.invert(
                 dataclasses.replace(delta, tensors=(delta.tensors[0], lie)), base=base
             )
+
+
+def test_a_file_that_is_only_named_as_those_of_convert(base: Path, tmp_path: Path) -> None:
+    target = checkpoint(tmp_path / "t", {"v": RAW, "w": RAW.changed(0)}, {"c": "0"})
+    for folder in (base, target):
+        write(folder / "bones.skeleton", "x")
+    with sparsedelta.diff(base, target) as delta, sparsedelta.invert(delta) as inverse:
+        check(inverse, target, base, tmp_path / "out")
