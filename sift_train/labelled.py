@@ -68,12 +68,14 @@ def read_labelled(path: Path) -> list[Example]:
 
 
 def labels_of(examples: Sequence[Example], path: Path) -> list[str]:
-    """Return the labels of the training data, sorted.
+    """Return the labels of the training data, sorted; integers by their size.
 
     Raises:
         ValueError: all examples have the same label.
     """
     names = sorted({example.label for example in examples})
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)
     if len(names) == 1:
         raise ValueError(
             f"all {len(examples)} examples of '{path}' have the label {names[0]!r}; a classifier needs at least two labels"
@@ -81,10 +83,21 @@ def labels_of(examples: Sequence[Example], path: Path) -> list[str]:
     return names
 
 
-def in_order_of(config: Any, names: Sequence[str]) -> list[str]:
-    """Return the labels of a model's configuration, in the order of its head, if they are those of the data; else the latter."""
+def in_order_of(config: Any, names: Sequence[str]) -> list[str] | None:
+    """Return the labels of the outputs of a model's classifier, spelled as in the data; None if the data have another one.
+
+    Upper and lower case do not count, and the integer n is the LABEL_n of transformers.
+    """
     known = [str(config.id2label[number]) for number in range(config.num_labels)]
-    return known if set(names) <= set(known) and len(set(known)) == len(known) else list(names)
+    numbers = [str(number) for number in range(config.num_labels)]
+    if known == [f"LABEL_{number}" for number in numbers]:
+        known = numbers
+    folded = {name.casefold(): name for name in names}
+    fits = folded.keys() <= {label.casefold() for label in known}
+    are_distinct = len({label.casefold() for label in known}) == len(known)
+    if not (fits and are_distinct and len(folded) == len(names)):
+        return None
+    return [folded.get(label.casefold(), label) for label in known]
 
 
 def check_labels(examples: Sequence[Example], names: Sequence[str], path: Path) -> None:
@@ -128,7 +141,7 @@ def _example(record: Any, at: int, path: Path) -> Example:
         raise ValueError(f"line {at} of '{path}' has no text under 'text'")
     if not isinstance(record.get("label"), str | int) or not str(record["label"]).strip():
         raise ValueError(f"line {at} of '{path}' has no text or integer under 'label'")
-    return Example(record["text"], str(record["label"]), at)
+    return Example(record["text"], str(record["label"]).strip(), at)
 
 
 def set_padding(tokenizer: Any, model: Any) -> None:

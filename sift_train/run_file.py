@@ -224,16 +224,19 @@ def _read_classification(run: RunFile) -> Callable[[Path], _Made]:
                 " states; give a smaller number"
             )
         known = transformers.AutoConfig.from_pretrained(base)
-        labels = in_order_of(known, names)
+        ordered = in_order_of(known, names)
+        labels = ordered or names
         torch.manual_seed(int(run.train.get("seed", 0)))  # of the new head
         model, new = _load(
             transformers.AutoModelForSequenceClassification,
             base,
             id2label=dict(enumerate(labels)),
             label2id={name: number for number, name in enumerate(labels)},
+            problem_type="single_label_classification",
             ignore_mismatched_sizes=True,
         )
-        _warn_of_head(known, labels, is_new=bool(new))
+        if ordered is None and not new:
+            _warn_of_head(known, labels)
         set_padding(tokenizer, model)
 
         def batches(rows: list[Example], *, shuffle: bool) -> LabelledBatches:
@@ -253,19 +256,14 @@ def _read_classification(run: RunFile) -> Callable[[Path], _Made]:
     return make
 
 
-def _warn_of_head(known: Any, labels: list[str], *, is_new: bool) -> None:
-    """Warn if a model has a classifier of other labels than the data."""
+def _warn_of_head(known: Any, labels: list[str]) -> None:
+    """Warn that a model has a classifier of other labels than the data, whose outputs get those of the data."""
     theirs = [str(known.id2label[number]) for number in range(known.num_labels)]
-    if theirs == labels:
-        return
     shown = ", ".join(map(repr, theirs[:_N_SHOWN])) + (", …" * (len(theirs) > _N_SHOWN))
-    if not is_new:
-        logger.warning(
-            "the model has a classifier of the labels %s, and the data have others: its outputs are trained for %s, in this order",
-            shown, ", ".join(map(repr, labels)),
-        )  # fmt: skip
-    elif len(theirs) != len(labels):
-        logger.info("a new classifier of %d labels is trained", len(labels))
+    logger.warning(
+        "the model has a classifier of the labels %s, and the data have others: its outputs are trained for %s, in this order",
+        shown, ", ".join(map(repr, labels)),
+    )  # fmt: skip
 
 
 def _read_causal(run: RunFile) -> Callable[[Path], _Made]:
@@ -351,6 +349,11 @@ def _load(make: Any, base: Path, **more: Any) -> tuple[nn.Module, list[str]]:
                 f"parameter {name!r} has shape {tuple(old)} in '{base}' and {tuple(now)} by its config.json; give a model whose files"
                 " fit together"
             )
+    if resized:
+        logger.warning(
+            "the model has a classifier of %d labels, and the data have %d: a new one is trained",
+            min(old[0] for old, _ in resized.values()), len(more["id2label"]),
+        )  # fmt: skip
     missing = sorted(own & {*found["missing_keys"], *resized})
     return model, [f"re:^{re.escape(name)}$" for name in missing]
 

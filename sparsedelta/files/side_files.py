@@ -120,7 +120,7 @@ def check_base_file(
     if location is None:
         raise _missing(delta, base)
     if digest_file(location, copy) != (file.n_bytes, file.digest):
-        raise BaseMismatch(f"file '{location}' differs from that of {_source(delta)}")
+        raise BaseMismatch(f"file '{location}' differs from that of {_source(delta).rstrip(',')}")
 
 
 def _source(delta: Delta) -> str:

@@ -21,6 +21,7 @@ from sparsedelta.errors import (
 )
 from sparsedelta.files import junk
 from sparsedelta.files.checkpoint import Checkpoint, FileTensors, Tensor, check_links
+from sparsedelta.files.side_files import digest_file
 from sparsedelta.files.unread import conversion, is_distributed
 from sparsedelta.format.columns import Column, RowColumns, base_paths, columns_of
 from sparsedelta.format.delta import Delta
@@ -32,6 +33,7 @@ from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.rebuild import BaseDiffers
 from sparsedelta.tensors.small import Places
 
+_ANOTHER = ", as in another revision or fine-tune"
 _COMPARED_BYTES = 1 << 28  # to say how many tensors of a wrong base differ
 
 
@@ -270,8 +272,8 @@ def explained(delta: Delta, base: Checkpoint) -> Iterator[None]:
             raise applied from error
         if error.tensor is None and isinstance(error, BaseMismatch):  # about a file
             extent = _extent(delta, base)
-            if extent:
-                raise BaseMismatch(f"{error}{extent}") from error
+            if extent.endswith(_ANOTHER):
+                raise BaseMismatch(f"{error}; besides{extent}") from error
         raise
 
 
@@ -289,6 +291,13 @@ def _applied(delta: Delta, base: Checkpoint) -> MismatchError | None:
         return None
     name = done[0].name
     if len(done) == len(changed):
+        other = _other_file(delta, base)
+        if other:
+            return AlreadyApplied(
+                f"'{base.path}' already has the tensors of this delta's target, not of its base, but another file {other!r};"
+                f" apply the delta to the base{_made_from(delta)}",
+                tensor=name,
+            )
         return AlreadyApplied(
             f"'{base.path}' already is this delta's target, not its base; there is nothing to apply",
             tensor=name,
@@ -298,6 +307,18 @@ def _applied(delta: Delta, base: Checkpoint) -> MismatchError | None:
         f" {name!r}, and the other tensors of its base; apply the delta to the base{_made_from(delta)}",
         tensor=name,
     )
+
+
+def _other_file(delta: Delta, checkpoint: Checkpoint) -> str | None:
+    """Return the path of a side file of the target that a checkpoint has with other content; None if there is none.
+
+    It may lack files: not all of a repository's are downloaded.
+    """
+    for file in delta.target.side_files:
+        location = checkpoint.side_files.get(file.path)
+        if location is not None and digest_file(location) != (file.n_bytes, file.digest):
+            return file.path
+    return None
 
 
 def is_base(delta: Delta, checkpoint: Checkpoint) -> bool:
@@ -357,7 +378,7 @@ def _extent(delta: Delta, base: Checkpoint) -> str:
         f"{n_wrong:,} of {len(is_right):,} tensors{'' if is_whole else ' that were compared'}"
     )
     if n_wrong > 1:
-        return f": {compared} differ, as in another revision or fine-tune"
+        return f": {compared} differ{_ANOTHER}"
     if n_wrong == 1 and is_whole and len(needed) > 1:
         return f": {compared} differs, perhaps in a damaged copy"
     return ""

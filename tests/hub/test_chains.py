@@ -163,6 +163,7 @@ def test_a_chain_that_returns_to_earlier_weights_is_not_cyclic(
         folders.append(me.folder / f"s{number}")
         write_file(folders[-1] / "model.safetensors", {"w": weights})
         write(folders[-1] / "config.json", config)
+        write(folders[-1] / "tokenizer.json", "{}")
     publish(hub, "org/first", folders[0])
     below = "org/first"
     for number, (base, target) in enumerate(itertools.pairwise(folders), 1):
@@ -175,6 +176,10 @@ def test_a_chain_that_returns_to_earlier_weights_is_not_cyclic(
         out = f"from-{number}"
         other.good("pull", below, out, "--base", folder)
         assert_same_files(folders[-1], other.folder / out)
+    lacking = write_file(me.folder / "lacking" / "model.safetensors", {"w": w}).parent
+    error = other.bad("pull", below, "from-lacking", "--base", lacking)
+    assert "has no files 'config.json', 'tokenizer.json'" in error
+    assert "damaged" not in error
 
 
 def test_cyclic_chains_are_refused(

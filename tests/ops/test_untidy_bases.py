@@ -10,7 +10,13 @@ import pytest
 from helpers import Tensors, assert_same_files, noise, write, write_file, write_sharded
 
 import sparsedelta
-from sparsedelta.errors import BadMagic, BaseMismatch, CheckpointError, ConflictError
+from sparsedelta.errors import (
+    AlreadyApplied,
+    BadMagic,
+    BaseMismatch,
+    CheckpointError,
+    ConflictError,
+)
 
 A, B, C = noise("BF16", 6, 4), noise("BF16", 6, 5), noise("F32", 9)
 BASE: Tensors = {"a": A, "b": B, "c": C}
@@ -173,7 +179,19 @@ def test_another_model_of_the_same_shapes_with_another_configuration(tmp_path: P
     with (
         sparsedelta.diff(base, target) as delta,
         pytest.raises(
-            BaseMismatch, match=r"config\.json' differs .*: 2 of 3 tensors differ, as in"
+            BaseMismatch, match=r"config\.json' differs .*; besides: 2 of 3 tensors differ, as in"
         ),
     ):
         sparsedelta.apply(other, delta, tmp_path / "out")
+
+
+def test_the_tensors_of_the_target_without_its_files(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", BASE)
+    target = saved(tmp_path / "target", {**BASE, "a": A.changed(0)})
+    write(target / "tokenizer.json", "{}")
+    with sparsedelta.diff(base, target) as delta:
+        with pytest.raises(AlreadyApplied, match="is this delta's target, not its base; there is"):
+            sparsedelta.apply(target, delta, tmp_path / "out")
+        write(target / "tokenizer.json", "[]")
+        with pytest.raises(AlreadyApplied, match=r"but another file 'tokenizer\.json'; apply"):
+            sparsedelta.apply(target, delta, tmp_path / "out")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from train_helpers import make_bert
 import sparsedelta
 from sift_train import FitResult, run_file
 from sift_train.__main__ import main
-from sift_train.labelled import read_labelled
+from sift_train.labelled import in_order_of, read_labelled
 
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "the", "film", "is"]
 GOOD, BAD = WORDS[:3], WORDS[3:6]
@@ -134,6 +135,8 @@ def test_a_classifier_keeps_the_order_of_its_labels(
     trained = tmp_path / "trained"
     shutil.copytree(bert, trained)
     labels = {0: "pos", 1: "neg", 2: "none"}
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps({**config, "problem_type": "regression"}))
     make.from_pretrained(
         bert, id2label=labels, label2id={v: k for k, v in labels.items()}
     ).save_pretrained(trained)
@@ -141,6 +144,7 @@ def test_a_classifier_keeps_the_order_of_its_labels(
     assert classify(tmp_path, TEXTS, model=str(trained), train=train) == 0
     config = json.loads((tmp_path / "target" / "config.json").read_text())
     assert config["id2label"] == {"0": "pos", "1": "neg", "2": "none"}
+    assert config["problem_type"] == "single_label_classification"
     settings: Any
     with sparsedelta.load(tmp_path / "d.sd") as delta:
         settings = delta.info["settings"]
@@ -155,6 +159,26 @@ def test_a_classifier_keeps_the_order_of_its_labels(
     with sparsedelta.load(tmp_path / "d.sd") as delta:
         settings = delta.info["settings"]
         assert len(settings["exception"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("known", "names", "expected"),
+    [
+        (["pos", "neg"], ["neg", "pos"], ["pos", "neg"]),
+        (["POSITIVE", "Negative"], ["negative", "positive"], ["positive", "negative"]),
+        (["a", "b", "c"], ["c", "a"], ["a", "b", "c"]),
+        ([f"LABEL_{n}" for n in range(12)], ["1", "10", "2"], [str(n) for n in range(12)]),
+        (["LABEL_0", "LABEL_1"], ["1", "2"], None),
+        (["a", "b"], ["a", "b", "c"], None),
+        (["a", "A"], ["a", "A"], None),
+        (["a", "b"], ["a", "A"], None),
+    ],
+)
+def test_the_outputs_of_a_classifier(
+    known: list[str], names: list[str], expected: list[str] | None
+) -> None:
+    config = SimpleNamespace(id2label=dict(enumerate(known)), num_labels=len(known))
+    assert in_order_of(config, names) == expected
 
 
 @pytest.mark.parametrize(
