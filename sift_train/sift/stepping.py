@@ -58,8 +58,7 @@ class Stepping(Choosing):
         self._optimizers: WeakSet[torch.optim.Optimizer] = WeakSet()  # that have stepped
         self._without_optimizer = set(self.sparse_mapping)
         self._has_gradient: bool | None = None  # of a master in this step; None between steps
-        self._n_idle = 0  # steps in a row without one
-        self._has_warned = False  # of these
+        self._n_idle = 0  # steps in a row without one, up to 2
         self._by_master = {id(part.master): part for part in parts}
 
     def sync_gradients(self, weight: float | None = None) -> None:
@@ -183,11 +182,10 @@ class Stepping(Choosing):
         had_gradient, self._has_gradient = self._has_gradient, None
         if had_gradient is None:  # the step of a subclass, after that of its base class
             return
-        if len(parts) < len(self.sparse_mapping) or self._has_warned:
+        if len(parts) < len(self.sparse_mapping) or self._n_idle == 2:  # said already
             return
         self._n_idle = 0 if had_gradient else self._n_idle + 1
-        self._has_warned = self._n_idle == 2
-        if not self._has_warned:
+        if self._n_idle < 2:
             return
         frozen = [part.name for part in parts if not part.parameter.requires_grad]
         logger.warning(

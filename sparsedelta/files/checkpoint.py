@@ -17,8 +17,9 @@ from sparsedelta.dtypes import dtype_of
 from sparsedelta.errors import CheckpointError, FormatError
 from sparsedelta.files import junk
 from sparsedelta.files.shards import INDEX_SUFFIX, SHARD, roles, shard_path
-from sparsedelta.files.unread import START_BYTES, stand_in, way_out
+from sparsedelta.files.unread import stand_in, way_out
 from sparsedelta.format.columns import LazySequence
+from sparsedelta.format.container import START_BYTES
 from sparsedelta.format.header_columns import HeaderColumns, HeaderEntries, read_header_columns
 from sparsedelta.format.paths import WEIGHT_SUFFIX, path_problem
 from sparsedelta.format.records import TensorKey, TensorSpec

@@ -25,7 +25,6 @@ PICKLED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")  # written by torch.save
 CONVERTED_SUFFIXES = (*PICKLED_SUFFIXES, ".gguf", ".onnx")  # ``convert`` makes deltas of such files
 SKELETON_SUFFIX = ".skeleton"  # of the side file that ``convert`` makes of what such a file holds beside its tensors
 CONFIG = "config.json"
-START_BYTES = 64  # of a file, which show what it is
 _LFS_POINTER = b"version https://git-lfs.github.com/spec"
 
 # Names of the weights that transformers and sentence-transformers load from the root of a folder. Names of variants
@@ -45,7 +44,7 @@ def stand_in(start: bytes) -> str | None:
     """Return what stands in place of a file that was not downloaded, and what to do, as a clause; None if nothing does.
 
     Args:
-        start: the first bytes of the file, ``START_BYTES`` or all.
+        start: the first bytes of the file, ``START_BYTES`` of ``format.container`` or all.
     """
     if start.startswith(_LFS_POINTER):
         return "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"

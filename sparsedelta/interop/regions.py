@@ -20,10 +20,10 @@ from sparsedelta.files.unread import (
     GGUF,
     PICKLED_SUFFIXES,
     SKELETON_SUFFIX,
-    START_BYTES,
     ZIP,
     stand_in,
 )
+from sparsedelta.format.container import START_BYTES
 from sparsedelta.format.paths import WEIGHT_SUFFIX, path_problem
 from sparsedelta.format.safetensors_header import Header, HeaderEntry, render_header
 from sparsedelta.fs import open_regular

@@ -456,6 +456,37 @@ def test_ranks_export_the_bytes_of_one_process(
             assert found == (tmp_path / "one-out" / "model.safetensors").read_bytes()
 
 
+def exported_after_an_evaluation(rank: int, folder: Path) -> int:
+    """FSDP2 leaves the parameters of the root whole after a forward pass alone."""
+    model = sharded_odd("root")
+    with SIFT(model, 0.2) as sift:
+        optimizer = torch.optim.AdamW(sift.parameters_in_optimizer(), lr=1e-2)
+        for batch in make_inputs(2):
+            square_loss(model, batch.double()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            model(make_inputs(1)[0].double())
+        assert not any(shard.is_sharded(parameter) for parameter in model.parameters())
+        base = folder / "model.safetensors"
+        nnz = export_delta(model, folder / "delta.sd", sift=sift, base=base)
+        held = whole(model)
+        if not rank:
+            save_file(held, folder / "target.safetensors", {"format": "pt"})
+        return nnz
+
+
+def test_shards_are_exported_after_an_evaluation(pool: RankPool, tmp_path: Path) -> None:
+    save_file(make_odd().state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    first, second = pool.results(exported_after_an_evaluation, tmp_path)
+    assert first == second > 0
+    sparsedelta.verify(
+        tmp_path / "delta.sd",
+        base=tmp_path / "model.safetensors",
+        target=tmp_path / "target.safetensors",
+    )
+
+
 def exported_in_parallel(rank: int, folder: Path) -> int:
     model = make_pair()
     plan: Any = {"up": ColwiseParallel(), "down": RowwiseParallel()}
