@@ -95,13 +95,19 @@ def _config_at(source: str | PathLike[str]) -> Any:
 def _check_hub_has_config(repo_id: str) -> None:
     """Check with one request that the Hub has the config; loading it would make six requests."""
     import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
     url = huggingface_hub.hf_hub_url(repo_id, _CONFIG)
     try:
         huggingface_hub.get_hf_file_metadata(url, timeout=10)
     except Exception as error:  # the type depends on the client's HTTP library
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, (RepositoryNotFoundError, EntryNotFoundError)):
+            raise FileNotFoundError(
+                f"no folder '{repo_id}' exists, and neither the local cache nor the Hub has a config "
+                f"for that id ({reason}); check the spelling"
+            ) from error
         raise FileNotFoundError(
-            f"no folder '{repo_id}' exists, and neither the local cache nor the Hub has a config "
-            f"for that id ({reason}); check the spelling"
+            f"no folder '{repo_id}' exists, the local cache has no config for that id, and the Hub was not reached "
+            f"({reason}); try again with a connection, or give a folder"
         ) from error

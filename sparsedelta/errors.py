@@ -137,7 +137,7 @@ class BaseMismatch(MismatchError):
     remedy = (
         "Use the base that `sparsedelta inspect` names, at exactly that revision. A base "
         "that was converted to another dtype, merged, quantized or saved again may differ. "
-        "If only a file such as README.md differs, leave it out with --exclude."
+        "If only a file such as README.md differs, leave it out with `sparsedelta apply --exclude`."
     )
 
 

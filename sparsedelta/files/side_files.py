@@ -16,7 +16,7 @@ from sparsedelta.files.globs import covering
 from sparsedelta.files.unread import SKELETON_SUFFIX
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.manifest import read_text
-from sparsedelta.format.paths import WEIGHT_SUFFIX
+from sparsedelta.format.paths import DELTA_SUFFIX, WEIGHT_SUFFIX
 from sparsedelta.format.records import SideFile, Stored
 
 _BLOCK_BYTES = 1 << 20
@@ -158,8 +158,11 @@ def _missing(delta: Delta, base: Checkpoint) -> BaseMismatch:
     if len(missing) > _MOST_NAMED:
         shown += f" and {len(missing) - _MOST_NAMED} more"
     what, them = ("file", "it") if len(missing) == 1 else ("files", "them")
-    where = f" from {delta.base.id}" if delta.base.id else ""
+    where = ""
+    if delta.base.id:
+        a_delta = f"{DELTA_SUFFIX}@" in f"{delta.base.id}@"
+        where = f" from {'the target of ' * a_delta}{delta.base.id}"
     return BaseMismatch(
         f"'{base.path}' has no {what} {shown}, which {_source(delta)} has; get {them}{where}, or rebuild the target"
-        f" without {them} (exclude, {options})"
+        f" without {them} (exclude=, `sparsedelta apply {options}`)"
     )

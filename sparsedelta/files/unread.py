@@ -34,7 +34,8 @@ _OTHER_WAY = "`sparsedelta convert TARGET delta.sd --base BASE` makes a delta of
 _LOAD = (
     "import torch; from safetensors.torch import save_file; "
     'all = torch.load({source}, "cpu", weights_only=True); '
-    "state = next(one for one in (all, *all.values()) if isinstance(one, dict) and any(map(torch.is_tensor, one.values()))); "
+    "state = next((one for one in (all, *all.values()) if isinstance(one, dict) and any(map(torch.is_tensor, one.values()))), None)"
+    ' or exit("it holds no tensors of a model"); '
     "save_file({{name: tensor.contiguous().clone() for name, tensor in state.items() if torch.is_tensor(tensor)}},"
     ' {output}, {{"format": "pt"}})'
 )

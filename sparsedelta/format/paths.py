@@ -13,6 +13,7 @@ MAX_PATH_BYTES = 4096
 MAX_COMPONENT_BYTES = 255
 MAX_COMPONENTS = 64  # programs that create or remove nested folders may recurse
 WEIGHT_SUFFIX = ".safetensors"
+DELTA_SUFFIX = ".sd"
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
 _RESERVED_NAME = r"(con|prn|aux|nul|(com|lpt)[0-9])(\.[^/]*)?"
 _RESERVED = re.compile(_RESERVED_NAME, re.IGNORECASE)

@@ -5,6 +5,7 @@ Every link is checked by digests before any weights are downloaded. A cyclic cha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,20 +13,26 @@ from pathlib import Path
 
 from sparsedelta.errors import (
     AccessDenied,
+    BaseMismatch,
     CheckpointError,
     ConflictError,
     FormatError,
     MismatchError,
     RemoteError,
     RemoteNotFound,
+    StructureMismatch,
 )
+from sparsedelta.files.checkpoint import Checkpoint, Tensor
+from sparsedelta.files.side_files import check_base_files
 from sparsedelta.format.delta import Delta, load
-from sparsedelta.hub.base_proof import base_reference, check_link
+from sparsedelta.hub.base_proof import base_reference, check_link, parse_base_id
 from sparsedelta.hub.client import Hub
 from sparsedelta.hub.folders import folder_of, remove_damaged
 from sparsedelta.hub.record import MAX_RECORD_BYTES, BaseRecord, parse_record, record_path
 from sparsedelta.hub.references import Reference
 from sparsedelta.hub.repository import Repository, open_repository
+from sparsedelta.ops.base_check import find_base, open_base
+from sparsedelta.tensors.compare import digest_tensor
 
 MAX_LINKS = 64
 
@@ -104,27 +111,105 @@ def open_chain(
         _insert_below(links, base)
 
 
-def open_chain_to(hub: Hub, link: Link, is_base: Callable[[Delta], bool]) -> list[Link] | None:
-    """Return the links of a chain down to the first one whose base is available locally.
+def open_chain_from(hub: Hub, link: Link, reference: Reference) -> tuple[list[Link], Repository]:
+    """Return the links above a repository that is given as the base, and the base with weights below them.
 
     Args:
         hub: the Hub.
         link: the uppermost link.
-        is_base: returns whether the local checkpoint is the base of a delta.
-
-    Returns:
-        The links, the lowest first; None if no delta of the chain has that base.
+        reference: the repository of any checkpoint of the chain, or of a copy of the base of ``link``. Without a
+            revision, the commit is the one that the chain names.
 
     Raises:
         BaseMismatch, BaseNeeded, ConflictError, RemoteError: as for ``open_chain``.
     """
     links = [link]
+    given = _in_chain(hub, links, reference)
+    if given is None:
+        _close_below(links)
+        links, given = [link], reference
+    base = open_repository(hub, given)
+    while base.is_delta_repository:
+        _insert_below(links, base)
+        base = _open_base(hub, links[0], None)
+    return links, base
+
+
+def _in_chain(hub: Hub, links: list[Link], reference: Reference) -> Reference | None:
+    """Insert the links above a repository; return its place, or None if no delta of the chain names it."""
+    while (named := parse_base_id(links[0].delta.base.id)) is not None:
+        if named.repo_id == reference.repo_id and reference.path in (None, named.path):
+            return reference if reference.revision else named
+        try:
+            below = open_repository(hub, named)
+        except RemoteError:
+            return None
+        if not below.is_delta_repository:
+            return None
+        _insert_below(links, below)
+    return None
+
+
+def links_above(hub: Hub, link: Link, base: Path, error: MismatchError) -> list[Link]:
+    """Return the links of a chain above a checkpoint on disk, the lowest first.
+
+    Args:
+        hub: the Hub.
+        link: the uppermost link.
+        base: the checkpoint.
+        error: what is raised if no delta of the chain was made from it.
+
+    Raises:
+        BaseMismatch, BaseNeeded, ConflictError, RemoteError: as for ``open_chain``.
+    """
+    below = parse_base_id(link.delta.base.id)
+    if below is None or not open_repository(hub, below).is_delta_repository:
+        raise error
+    with open_base(base, link.delta) as checkpoint:
+        # With the right tensors, the error is about the file that is missing or another.
+        for files in (True, False):
+            links = _open_chain_to(hub, link, _base_test(checkpoint, files=files))
+            if links is not None:
+                return links
+    raise error
+
+
+def _open_chain_to(hub: Hub, link: Link, is_base: Callable[[Delta], bool]) -> list[Link] | None:
+    """Return the links of a chain down to the first one whose base is available; None if there is none."""
+    links = [link]
     while not is_base(links[0].delta):
         base = _open_base(hub, links[0], None)
         if not base.is_delta_repository:
+            _close_below(links)
             return None
         _insert_below(links, base)
     return links
+
+
+def _close_below(links: list[Link]) -> None:
+    for one in links[:-1]:
+        one.delta.close()
+
+
+def _base_test(checkpoint: Checkpoint, *, files: bool) -> Callable[[Delta], bool]:
+    """Return a function that tests whether a checkpoint has all tensors, and all ``files``, that a delta was made from."""
+    digest: Callable[[Tensor], bytes] = functools.cache(digest_tensor)
+
+    def is_base(delta: Delta) -> bool:
+        try:
+            found = find_base(delta, checkpoint)
+        except StructureMismatch:
+            return False
+        if any(digest(found[row.key]) != row.base.spec.digest for row in delta.tensors if row.base):
+            return False
+        try:
+            if files:
+                check_base_files(delta, checkpoint)
+        except BaseMismatch:
+            return False
+        return True
+
+    return is_base
 
 
 def _insert_below(links: list[Link], base: Repository) -> None:
@@ -170,6 +255,7 @@ def base_folder(base: Repository, delta: Delta, link: Link | None) -> Iterator[P
             yield folder
     except (MismatchError, FormatError, CheckpointError) as error:
         raise_if_damaged([*copies.values()], error)
+        error.args = tuple(str(text).replace(str(folder), base.name) for text in error.args)
         raise
 
 

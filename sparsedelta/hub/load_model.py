@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sparsedelta._typing import AnyPath, TorchDType
+from sparsedelta.errors import MismatchError
 from sparsedelta.format.delta import AnyDelta, Delta, opened
-from sparsedelta.hub.references import parse_reference
+from sparsedelta.format.paths import DELTA_SUFFIX
+from sparsedelta.hub.references import Reference, parse_reference
 from sparsedelta.live.load_model import load_target
 from sparsedelta.tensors.rebuild import Check
 
@@ -34,7 +36,8 @@ def load_model(
     Args:
         delta: an ``.sd`` file, a folder that holds one, a loaded delta, or a repository on the Hub
             such as ``org/name@revision``. An existing path is preferred to a repository.
-        base: the folder of its base. None: ``delta`` is a repository, and the base that it names is downloaded.
+        base: the folder of its base; for a repository, of any checkpoint further down its chain. None: ``delta`` is a
+            repository, and the base that it names is downloaded.
         model_class: a transformers class, such as ``AutoModelForCausalLM``; None: the class that the
             target's configuration names. For a pipeline, a class of diffusers.
         dtype: as for ``from_pretrained``. The bits are exact if it is the dtype of the checkpoint.
@@ -50,33 +53,37 @@ def load_model(
         BaseNeeded: ``base`` is missing, and the delta of the repository names none.
         ValueError: ``base`` is missing, or the target has neither a ``config.json`` nor a ``model_index.json``.
     """
-    with ExitStack() as context:
-        opened_delta, base_path = _opened(delta, base, context)
-        return load_target(
-            opened_delta,
-            base_path,
-            model_class=model_class,
-            dtype=dtype,
-            device_map=device_map,
-            verify=verify,
-            options=options,
-        )
-
-
-def _opened(delta: AnyDelta, base: AnyPath | None, context: ExitStack) -> tuple[Delta, AnyPath]:
-    """Return the opened delta and the path of its base, downloaded if the delta is a repository."""
+    load = functools.partial(
+        load_target,
+        model_class=model_class,
+        dtype=dtype,
+        device_map=device_map,
+        verify=verify,
+        options=options,
+    )
     reference = None
-    if isinstance(delta, str) and not os.path.lexists(delta) and not delta.endswith(".sd"):
+    if isinstance(delta, str) and not os.path.lexists(delta) and not delta.endswith(DELTA_SUFFIX):
         reference = parse_reference(delta)
     if reference is not None:
-        from sparsedelta.hub.sources import fetch_delta, fetched
-
-        if base is None:
-            return context.enter_context(fetched(reference))
-        return context.enter_context(opened(fetch_delta(reference))), base
+        return _of_repository(reference, base, load)
     if base is None:
         raise ValueError("base is missing; give the folder of the delta's base")
-    return context.enter_context(opened(_file(delta))), base
+    with opened(_file(delta)) as opened_delta:
+        return load(opened_delta, base)
+
+
+def _of_repository(reference: Reference, base: AnyPath | None, load: Callable[..., Any]) -> Any:
+    from sparsedelta.hub.sources import fetch_delta, fetched, fetched_above
+
+    if base is None:
+        with fetched(reference) as (delta, folder):
+            return load(delta, folder)
+    try:
+        with opened(fetch_delta(reference)) as delta:
+            return load(delta, base)
+    except MismatchError as error:
+        with fetched_above(reference, Path(base), error) as delta:
+            return load(delta, base)
 
 
 def _file(delta: AnyDelta) -> AnyDelta:

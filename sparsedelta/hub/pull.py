@@ -5,35 +5,31 @@ Downloads go to the Hub's cache and are verified. The output appears when it is 
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparsedelta._typing import AnyPath
-from sparsedelta.errors import BaseMismatch, MismatchError, StructureMismatch
-from sparsedelta.files.checkpoint import Checkpoint, Tensor
-from sparsedelta.files.side_files import check_base_files
+from sparsedelta.errors import MismatchError
 from sparsedelta.format.delta import Delta
+from sparsedelta.format.paths import DELTA_SUFFIX
 from sparsedelta.fs import check_absent, staged_output
-from sparsedelta.hub.base_proof import parse_base_id
 from sparsedelta.hub.chain import (
     Link,
     base_folder,
+    links_above,
     open_chain,
-    open_chain_to,
+    open_chain_from,
     open_link,
 )
 from sparsedelta.hub.client import Hub, Token
-from sparsedelta.hub.references import DELTA_SUFFIX, Reference, parse_reference
+from sparsedelta.hub.references import Reference, parse_reference
 from sparsedelta.hub.repository import open_repository
 from sparsedelta.ops.apply import apply, check_apart
-from sparsedelta.ops.base_check import find_base, open_base
 from sparsedelta.progress import Progress
-from sparsedelta.tensors.compare import digest_tensor
 from sparsedelta.tensors.rebuild import Check
 
 COUNTED_NAME = "config.json"  # the Hub counts downloads of this file
@@ -84,7 +80,8 @@ def pull(
         revision: revision of the delta's repository; None: its default branch.
         subfolder: folder of the delta, if the repository holds several.
         base: a local copy of the base, or of any checkpoint further down the chain; or the repository of
-            the base, ``org/model`` or ``org/model@revision``.
+            one of these, ``org/model`` or ``org/model@revision``. Without a revision, the commit is the one that the
+            chain names.
         base_revision: revision of the base, used instead of the commit that the delta names.
         keep_delta: also keep the delta, as the file ``out`` + ``.sd``.
         verify: as for ``apply``.
@@ -152,38 +149,23 @@ class _Pull:
             self._apply(base, [self.link.delta])
             return [self.link]
         except MismatchError as error:
-            links = self._links_above(base, error)
+            links = links_above(self.hub, self.link, base, error)
+        self._close_at_end(links)
         self._apply(base, [one.delta for one in links])
         return links
 
     def apply_to_remote(
         self, base_reference: Reference | None, base_revision: str | None
     ) -> tuple[list[Link], str]:
-        """Apply the chain to its base, or the delta to a given base; return the links and the base's name."""
+        """Apply the chain, or the links above a given base, to its base; return the links and the base's name."""
         if base_reference is None:
             links, base = open_chain(self.hub, self.link, base_revision=base_revision)
         else:
-            links, base = [self.link], open_repository(self.hub, base_reference)
+            links, base = open_chain_from(self.hub, self.link, base_reference)
         self._close_at_end(links)
         with base_folder(base, links[0].delta, links[0]) as folder:
             self._apply(folder, [one.delta for one in links])
         return links, base.name
-
-    def _links_above(self, base: Path, error: MismatchError) -> list[Link]:
-        """Return the links of the chain above a local base; raise ``error`` if it is not in the chain."""
-        below = parse_base_id(self.link.delta.base.id)
-        if below is None or not open_repository(self.hub, below).is_delta_repository:
-            raise error
-        with open_base(base, self.link.delta) as checkpoint:
-            links = open_chain_to(self.hub, self.link, _base_test(checkpoint, files=True))
-            if (
-                links is None
-            ):  # with the right tensors, the error is about the file that is missing or another
-                links = open_chain_to(self.hub, self.link, _base_test(checkpoint, files=False))
-        if links is None:
-            raise error
-        self._close_at_end(links)
-        return links
 
     def _close_at_end(self, links: Sequence[Link]) -> None:
         for one in links:
@@ -220,24 +202,3 @@ def _local_base(base: AnyPath | None) -> Path | None:
     if os.path.exists(base) or parse_reference(os.fspath(base)) is None:
         return Path(base)
     return None
-
-
-def _base_test(checkpoint: Checkpoint, *, files: bool) -> Callable[[Delta], bool]:
-    """Return a function that tests whether a checkpoint has all tensors, and all ``files``, that a delta was made from."""
-    digest: Callable[[Tensor], bytes] = functools.cache(digest_tensor)
-
-    def is_base(delta: Delta) -> bool:
-        try:
-            found = find_base(delta, checkpoint)
-        except StructureMismatch:
-            return False
-        if any(digest(found[row.key]) != row.base.spec.digest for row in delta.tensors if row.base):
-            return False
-        try:
-            if files:
-                check_base_files(delta, checkpoint)
-        except BaseMismatch:
-            return False
-        return True
-
-    return is_base

@@ -6,7 +6,7 @@ Nothing is uploaded before the proof. A push never overwrites a commit that some
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +14,9 @@ from typing import NamedTuple
 from sparsedelta._typing import AnyPath
 from sparsedelta.errors import RemoteConflict, RemoteNotFound
 from sparsedelta.files.side_files import carried_content, is_of_other_files
+from sparsedelta.files.unread import UNREAD_WEIGHT_SUFFIXES
 from sparsedelta.format.delta import AnyDelta, Delta, opened
-from sparsedelta.format.paths import path_problem
+from sparsedelta.format.paths import DELTA_SUFFIX, WEIGHT_SUFFIX, path_problem
 from sparsedelta.fs import temporary_folder
 from sparsedelta.hub.base_proof import Proof, base_reference, parse_base_id, prove_base
 from sparsedelta.hub.card import CARD_NAME, CardFacts, updated_card
@@ -23,7 +24,7 @@ from sparsedelta.hub.chain import read_record
 from sparsedelta.hub.client import Hub, RemoteFile, Token
 from sparsedelta.hub.errors import remote_errors
 from sparsedelta.hub.record import is_content, record_path, render_record
-from sparsedelta.hub.references import DELTA_NAME, DELTA_SUFFIX, Reference, is_repo_id
+from sparsedelta.hub.references import DELTA_NAME, Reference, is_repo_id
 from sparsedelta.hub.repository import Repository
 from sparsedelta.hub.secrets import check_secrets
 from sparsedelta.ops.inspect import inspect
@@ -179,6 +180,8 @@ def push(
             PushedFile(name, file.stat().st_size, _is_changed(destination, name, file))
             for name, file in local_files.items()
         )
+        if tag is not None and tag in destination.tags and any(file.changed for file in files):
+            raise _tag_exists(repo_id, tag, destination.tags)
         card = local_files[CARD_NAME].read_text("utf-8")
         sent = _Sent(destination.head, committed=False, pull_request=None, tag=None)
         if not dry_run:
@@ -255,14 +258,17 @@ def _find_destination(
     if head is None and branch.startswith(PULL_REQUEST):
         head = hub.pin(Reference(repo_id, branch)).revision
     start = head or refs.branches.get(MAIN)
-    if tag is not None and tag in refs.tags and refs.tags[tag] != head:
-        raise RemoteConflict(
-            f"repository '{repo_id}' already has a tag {tag!r}, at {refs.tags[tag][:12]}; choose"
-            " another name"
-        )
+    if tag is not None and refs.tags.get(tag, head) != head:
+        raise _tag_exists(repo_id, tag, refs.tags)
     pinned = Reference(repo_id, start)
     repository = Repository(hub, pinned, hub.files(pinned)) if start else None
     return _Destination(True, branch, head, refs.tags, repository)
+
+
+def _tag_exists(repo_id: str, tag: str, tags: Mapping[str, str]) -> RemoteConflict:
+    return RemoteConflict(
+        f"repository '{repo_id}' already has a tag {tag!r}, at {tags[tag][:12]}; choose another name"
+    )
 
 
 def _make_files(
@@ -284,9 +290,11 @@ def _make_files(
     picture = path.removesuffix(DELTA_SUFFIX) + PICTURE_SUFFIX
     if shown is not None:
         contents[picture] = render_png(shown)
-    config = _config(delta, proof)
+    others = destination.repository.files if destination.repository else {}
+    here = path.removesuffix(DELTA_NAME)
+    config = None if _has_weights(others, here) else _config(delta, proof)
     if config is not None:
-        contents[path.removesuffix(DELTA_NAME) + CONFIG_NAME] = config
+        contents[here + CONFIG_NAME] = config
     facts = CardFacts(
         repo_id=repo_id,
         path=path,
@@ -299,7 +307,6 @@ def _make_files(
         picture=(picture, shown) if shown is not None else None,
         endpoint=without_password(hub.endpoint),
     )
-    others = destination.repository.files if destination.repository else {}
     alone = all(not p.endswith(DELTA_SUFFIX) or p == path for p in others)
     contents[CARD_NAME] = updated_card(_existing_card(destination), facts, alone=alone).encode()
     for number, (name, content) in enumerate(contents.items()):
@@ -313,6 +320,15 @@ def _existing_card(destination: _Destination) -> str | None:
     if repository is None or CARD_NAME not in repository.files:
         return None
     return repository.download_one(CARD_NAME).read_text("utf-8", "replace")
+
+
+def _has_weights(paths: Iterable[str], folder: str) -> bool:
+    """Return whether weights lie directly in a folder of a repository, whose ``config.json`` is that of these weights."""
+    suffixes = (WEIGHT_SUFFIX, *UNREAD_WEIGHT_SUFFIXES)
+    return any(
+        path.startswith(folder) and "/" not in path[len(folder) :] and path.endswith(suffixes)
+        for path in paths
+    )
 
 
 def _config(delta: Delta, proof: Proof) -> bytes | None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sparsedelta.errors import Corrupt
-from sparsedelta.format.paths import path_problem
+from sparsedelta.format.paths import DELTA_SUFFIX, path_problem
 from sparsedelta.format.strict_json import (
     hex_bytes,
     integer,
@@ -24,7 +24,6 @@ from sparsedelta.format.strict_json import (
     text,
 )
 from sparsedelta.hub.client import RemoteFile
-from sparsedelta.hub.references import DELTA_SUFFIX
 
 RECORD_SUFFIX = ".base.json"
 MAX_RECORD_BYTES = 4 << 20

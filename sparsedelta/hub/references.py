@@ -6,10 +6,11 @@ import os
 import re
 from dataclasses import dataclass, replace
 
+from sparsedelta.format.paths import DELTA_SUFFIX, WEIGHT_SUFFIX
+
 SCHEME = "hf://"
-DELTA_SUFFIX = ".sd"
 DELTA_NAME = "delta.sd"
-_PATH_SUFFIXES = (DELTA_SUFFIX, ".safetensors")
+_PATH_SUFFIXES = (DELTA_SUFFIX, WEIGHT_SUFFIX)
 
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}"
 _ID = rf"{_NAME}/{_NAME}"

@@ -14,11 +14,11 @@ from pathlib import Path
 from sparsedelta.dtypes import dtype_of
 from sparsedelta.errors import BaseMismatch, CheckpointError, FormatError, RemoteNotFound
 from sparsedelta.format.delta import Delta, read_delta
-from sparsedelta.format.paths import WEIGHT_SUFFIX
+from sparsedelta.format.paths import DELTA_SUFFIX, WEIGHT_SUFFIX
 from sparsedelta.format.records import BaseTensor, TensorSpec
 from sparsedelta.format.safetensors_header import MAX_HEADER_BYTES, HeaderEntry, parse_header
 from sparsedelta.hub.client import Hub, RemoteFile
-from sparsedelta.hub.references import DELTA_NAME, DELTA_SUFFIX, Reference
+from sparsedelta.hub.references import DELTA_NAME, Reference
 from sparsedelta.stores.base import ByteSource
 from sparsedelta.stores.local import OpenFile
 

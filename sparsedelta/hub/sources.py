@@ -10,6 +10,7 @@ from pathlib import Path
 from sparsedelta.errors import (
     BaseMismatch,
     BaseNeeded,
+    MismatchError,
     RemoteError,
     RemoteNotFound,
 )
@@ -20,6 +21,7 @@ from sparsedelta.hub.base_proof import base_reference, check_link, check_remote_
 from sparsedelta.hub.chain import (
     Link,
     base_folder,
+    links_above,
     open_chain,
     open_link,
     read_record,
@@ -109,18 +111,38 @@ def fetched(reference: str | Reference, *, token: Token = None) -> Iterator[tupl
         raise ValueError(f"{reference!r} is not a repository; write org/name or hf://org/name/path")
     hub = Hub(token)
     links, base = open_chain(hub, open_link(open_repository(hub, wanted)))
-    with ExitStack() as context:
-        deltas = [context.enter_context(link.delta) for link in links]
-        folder = context.enter_context(base_folder(base, deltas[0], links[0]))
-        delta = deltas[0] if len(deltas) == 1 else context.enter_context(_stacked(deltas, folder))
+    with base_folder(base, links[0].delta, links[0]) as folder, _stacked(links, folder) as delta:
         yield delta, folder
 
 
-def _stacked(deltas: Sequence[Delta], base: Path) -> Delta:
-    try:
-        return stack(*deltas)
-    except BaseNeeded:
-        return stack(*deltas, base=base)
+@contextmanager
+def fetched_above(reference: Reference, base: Path, error: MismatchError) -> Iterator[Delta]:
+    """Yield the deltas of a chain above a checkpoint on disk, stacked into one.
+
+    Args:
+        reference: the uppermost delta.
+        base: the checkpoint.
+        error: what is raised if no delta of the chain was made from it.
+    """
+    hub = Hub(None)
+    with _stacked(
+        links_above(hub, open_link(open_repository(hub, reference)), base, error), base
+    ) as delta:
+        yield delta
+
+
+@contextmanager
+def _stacked(links: Sequence[Link], base: Path) -> Iterator[Delta]:
+    with ExitStack() as context:
+        deltas = [context.enter_context(link.delta) for link in links]
+        if len(deltas) == 1:
+            yield deltas[0]
+            return
+        try:
+            stacked = stack(*deltas)
+        except BaseNeeded:
+            stacked = stack(*deltas, base=base)
+        yield context.enter_context(stacked)
 
 
 @contextmanager

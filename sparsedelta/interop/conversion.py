@@ -12,7 +12,7 @@ from sparsedelta.errors import BadMagic, BaseNeeded, LossyConversion, TargetMism
 from sparsedelta.files.checkpoint import Checkpoint
 from sparsedelta.files.unread import CONVERTED_SUFFIXES, OLD_PICKLE, way_out
 from sparsedelta.format.delta import load
-from sparsedelta.format.paths import WEIGHT_SUFFIX
+from sparsedelta.format.paths import DELTA_SUFFIX, WEIGHT_SUFFIX
 from sparsedelta.fs import check_absent, check_no_folder, check_no_slash, staged_output
 from sparsedelta.interop.form import Form, Reading, Setting
 from sparsedelta.interop.opening import open_checkpoint, record, target_of
@@ -33,8 +33,6 @@ from sparsedelta.ops.apply import apply, check_apart
 from sparsedelta.ops.diff import between
 from sparsedelta.progress import Progress
 from sparsedelta.tensors.compare import digest_tensor
-
-DELTA_SUFFIX = ".sd"
 
 
 @dataclass(frozen=True, slots=True)

@@ -209,3 +209,31 @@ def test_a_delta_that_names_the_wrong_base(
     hub.state.add_repo("me/liar", {"delta.sd": (me.folder / "lied.sd").read_bytes()})
     assert "already is this delta's target" in other.bad("pull", "me/liar", "out")
     assert not (other.folder / "out").exists()
+
+
+def test_pull_with_a_repository_of_the_chain_as_the_base(
+    other: Person, hub: LoopbackHub, chain: list[str], states: list[Path], base_commit: str
+) -> None:
+    """The root, without and with a revision, a link, and a repository that no delta names."""
+    hub.state.add_commit(BASE, {"tokenizer.json": b"moved"})
+    for number, (base, applied) in enumerate(
+        [(BASE, chain), (f"{BASE}@{base_commit}", chain), ("me/first", chain)]
+    ):
+        found = other.json("pull", "me/second", f"out-{number}", "--base", base)
+        assert_same_files(states[2], other.folder / f"out-{number}")
+        assert found["applied"] == applied
+        assert found["base"] == f"{BASE}@{base_commit}"
+    publish(hub, "org/copy", states[1])
+    assert other.json("pull", "me/second", "copied", "--base", "org/copy")["applied"] == chain[1:]
+    assert_same_files(states[2], other.folder / "copied")
+    moved = other.bad("pull", "me/second", "moved", "--base", f"{BASE}@main")
+    assert f"file '{BASE}@{hub.state.head(BASE).oid}/tokenizer.json' differs" in moved
+
+
+def test_what_the_base_lacks_is_named_with_a_command_that_leaves_it_out(
+    me: Person, other: Person, chain: list[str], states: list[Path]
+) -> None:
+    (states[1] / "tokenizer.json").unlink()
+    error = other.bad("pull", "me/second", "out", "--base", states[1])
+    assert f"get it from the target of {chain[0]}, or rebuild the target without it" in error
+    assert "`sparsedelta apply --exclude tokenizer.json`" in error

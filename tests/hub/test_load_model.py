@@ -39,3 +39,23 @@ def test_load_model_of_a_repository(me: Person, other: Person, hub: LoopbackHub)
         assert found.keys() == weights.keys()
         for name, wanted in weights.items():
             assert torch.equal(found[name].view(torch.int16), wanted.view(torch.int16)), name
+
+
+def test_load_model_with_a_base_further_down_the_chain(
+    me: Person, other: Person, hub: LoopbackHub
+) -> None:
+    states = [make_bert(me.folder / f"s{n}", torch.bfloat16) for n in range(3)]
+    weights = load_file(states[0] / "model.safetensors")
+    for number, state in enumerate(states[1:], 1):
+        weights["bert.pooler.dense.weight"][number] += 1
+        save_file(weights, state / "model.safetensors", metadata={"format": "pt"})
+    one = save_delta(states[0], states[1], me.folder / "one.sd", base_id="org/bert")
+    two = save_delta(states[1], states[2], me.folder / "two.sd", base_id="me/one")
+    publish(hub, "org/bert", states[0])
+    hub.state.add_repo("me/one", {"delta.sd": one.read_bytes()})
+    hub.state.add_repo("me/bert", {"delta.sd": two.read_bytes()})
+    done = other.python("-c", SCRIPT, Path("out"), states[0])
+    assert done.returncode == 0, done.stderr
+    for out in ("out", "out-local"):
+        found = load_file(other.folder / out / "model.safetensors")
+        assert torch.equal(found["bert.pooler.dense.weight"], weights["bert.pooler.dense.weight"])

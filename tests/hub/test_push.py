@@ -362,3 +362,34 @@ def test_json(me: Person, hub: LoopbackHub, delta: Path) -> None:
     assert found["commit"] == hub.state.head(TUNED).oid
     assert found["committed"] is True
     assert {file["path"] for file in found["files"]} == FILES
+
+
+def test_push_beside_weights_keeps_their_configuration(
+    me: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
+) -> None:
+    """The target's config.json would change the model that ``from_pretrained`` loads from that repository."""
+    before = hub.state.head(BASE).files["config.json"].data
+    me.good("push", delta, BASE, "--base-id", BASE)
+    assert hub.state.head(BASE).files["config.json"].data == before
+    me.good("push", delta, BASE, "--base-id", BASE, "--subfolder", "tuned")
+    files = hub.state.head(BASE).files
+    assert (
+        files["tuned/config.json"].data == (checkpoints[1] / "config.json").read_bytes() != before
+    )
+    hub.state.add_repo("me/old", {"pytorch_model.bin": b"\0", "config.json": b"{}"})
+    me.good("push", delta, "me/old", "--base-id", BASE)
+    assert hub.state.head("me/old").files["config.json"].data == b"{}"
+
+
+def test_a_tag_that_exists_is_found_before_the_commit(
+    me: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
+) -> None:
+    me.good("push", delta, TUNED, "--base-id", BASE, "--tag", "v1")
+    head = hub.state.head(TUNED).oid
+    me.good("push", delta, TUNED, "--base-id", BASE, "--tag", "v1")  # the same commit
+    other = save_delta(*checkpoints, me.folder / "other.sd", info={"steps": 7})
+    hub.requests.clear()
+    error = me.bad("push", other, TUNED, "--base-id", BASE, "--tag", "v1")
+    assert f"repository 'me/tuned' already has a tag 'v1', at {head[:12]}" in error
+    assert writes(hub) == []
+    assert hub.state.head(TUNED).oid == head

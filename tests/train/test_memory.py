@@ -234,8 +234,8 @@ def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError) as told:
         plan("org/no-such-name", 0.1)
     assert str(told.value) == (
-        "no folder 'org/no-such-name' exists, and neither the local cache nor the Hub has a config for "
-        "that id (no route); check the spelling"
+        "no folder 'org/no-such-name' exists, the local cache has no config for that id, and the Hub was not reached "
+        "(no route); try again with a connection, or give a folder"
     )
     assert looked == [True]  # the client itself would retry many times
     assert [url.endswith("org/no-such-name/resolve/main/config.json") for url in asked] == [True]
