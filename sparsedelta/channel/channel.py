@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from pathlib import Path
 
 from sparsedelta._typing import AnyPath
 from sparsedelta.channel.entry import Entry
@@ -93,6 +94,25 @@ def open_channel(channel: Versions | AnyPath, context: ExitStack) -> Versions:
             f"channel is of type {type(channel).__name__}, expected a Channel, or the path or URL of one"
         )
     return channel
+
+
+def check_outside(channel: Versions, path: AnyPath, what: str) -> None:
+    """Raise ValueError if a folder or file is, contains or lies in the folder of a channel.
+
+    Args:
+        channel: the channel; nothing is checked if its store is no folder.
+        path: the folder or file.
+        what: it is, for the error.
+    """
+    from sparsedelta.stores.folder import FolderStore
+
+    if not isinstance(channel.store, FolderStore):
+        return
+    place, own = Path(os.path.realpath(path)), Path(channel.store.name)
+    if place == own or own in place.parents or place in own.parents:
+        raise ValueError(
+            f"{what} '{os.fspath(path)}' and channel '{own}': one contains the other; give a place outside the channel's folder"
+        )
 
 
 def _opened(store: str | os.PathLike[str]) -> ObjectStore:

@@ -6,7 +6,7 @@ import os
 from contextlib import AbstractContextManager, ExitStack
 
 from sparsedelta._typing import AnyPath, Model, Names
-from sparsedelta.channel.channel import open_channel
+from sparsedelta.channel.channel import check_outside, open_channel
 from sparsedelta.channel.entry import checked_number
 from sparsedelta.channel.following import Pursuit, SyncReport
 from sparsedelta.channel.following_ranks import RankPursuit, RankReplica
@@ -14,6 +14,7 @@ from sparsedelta.channel.model_replica import ModelReplica
 from sparsedelta.channel.replicas import DiskReplica
 from sparsedelta.channel.versions import Versions
 from sparsedelta.live.ranks import Ranks, group_of
+from sparsedelta.ops.apply import check_apart
 from sparsedelta.progress import Progress
 
 
@@ -54,6 +55,7 @@ class Follower:
 
         Raises:
             TypeError: ``channel`` is neither a channel nor a path or URL.
+            ValueError: the folder or file is, contains or lies in the folder of the channel or the base.
         """
         replica: DiskReplica | ModelReplica
         with ExitStack() as context:
@@ -70,7 +72,11 @@ class Follower:
             if isinstance(replica, RankReplica):
                 self._pursuit = RankPursuit(lambda: open_channel(channel, context), replica)
             else:
-                self._pursuit = Pursuit(open_channel(channel, context), replica)
+                opened = open_channel(channel, context)
+                if isinstance(model_or_path, str | os.PathLike):
+                    check_outside(opened, model_or_path, "output")
+                    check_apart([] if base is None else [base], model_or_path)
+                self._pursuit = Pursuit(opened, replica)
             self._context = context.pop_all()
 
     def __repr__(self) -> str:

@@ -27,6 +27,7 @@ from sparsedelta.errors import (
 
 _log = logging.getLogger(__name__)
 _TRIES = 8  # of reaching a version while pruning goes on
+_QUICKER = 3  # times that another follower of one place is taken to have been there first
 _RENEW_SECONDS = 5 * 60  # a lease that is left for less is renewed
 
 Onto: TypeAlias = Literal["held", "anchor"]
@@ -137,7 +138,7 @@ class Pursuit:
 
     def sync(self, version: int | None) -> SyncReport:
         """Move to a version, the latest if none is given; see ``Follower.sync``."""
-        channel = self._channel
+        channel, n_quicker = self._channel, 0
         for _ in range(_TRIES):
             head = channel.head()
             if head is None:
@@ -161,7 +162,8 @@ class Pursuit:
             try:
                 report = self._move(target)
             except FileExistsError:
-                if self.held or not self._replica.hints():
+                n_quicker += 1
+                if self.held or n_quicker == _QUICKER or not self._replica.hints():
                     raise
                 self.forget()  # another follower of this place was quicker
                 continue
@@ -259,6 +261,9 @@ class Pursuit:
             raise
         except MismatchError as error:
             if route.onto == "anchor":
+                if route.base:
+                    named = route.base.id or "a checkpoint outside the channel"
+                    error.args = (f"the base of the channel's anchor is {named}: {error}",)
                 raise
             self._becomes(None)
             raise Uncertain(
@@ -286,7 +291,8 @@ class Pursuit:
                 if entry.digest != held.digest:
                     raise BadVersion(
                         f"version {held.version} of channel '{self._channel.store.name}' is not the one that is"
-                        " held; this is another channel"
+                        " held: this is another channel, or it began anew in this place; what is held is unchanged; a new"
+                        " follower takes what is there"
                     )
                 found.append(_Route("held", None, tuple(reversed(later))))
                 break

@@ -10,6 +10,8 @@ from typing import Any
 from blake3 import blake3
 
 from sparsedelta.channel.entry import Entry
+from sparsedelta.format.paths import WEIGHT_SUFFIX
+from sparsedelta.format.safetensors_header import MAX_HEADER_BYTES
 from sparsedelta.format.strict_json import (
     MAX_INTEGER,
     compact_json,
@@ -17,12 +19,12 @@ from sparsedelta.format.strict_json import (
     hex_bytes,
     integer,
     items,
-    optional,
     parse_json,
     text,
 )
 
 _WHAT = "the file of what is held"
+_ONE_FILE = "."  # name of a version that is a single file
 _DIGEST_BYTES = 32
 _BLOCK_BYTES = 1 << 20
 
@@ -32,16 +34,16 @@ class PlacedFile:
     """A file of a version.
 
     Attributes:
-        name: its path in the folder; "." if the version is a single file.
+        name: its path in the folder; ``_ONE_FILE`` if the version is a single file.
         inode: its number in the file system.
         time: when its content was changed last, in nanoseconds.
-        digest: BLAKE3; None for weight files, whose tensors have digests of their own.
+        digest: BLAKE3; for weight files, of the header, since the tensors have digests of their own.
     """
 
     name: str
     inode: int
     time: int
-    digest: bytes | None
+    digest: bytes
 
     def is_in(self, place: Path) -> bool:
         """Return whether it is there, not replaced and not changed."""
@@ -53,7 +55,7 @@ class PlacedFile:
     def is_whole(self, place: Path) -> bool:
         """Return whether a file with its digest is there."""
         try:
-            return self.digest is None or _digest(place / self.name) == self.digest
+            return _digest(place / self.name, has_tensors=_has_tensors(self.name)) == self.digest
         except OSError:
             return False
 
@@ -77,7 +79,7 @@ class Placed:
         return any(file.is_in(place) for file in self.files)
 
     def damage(self, place: Path) -> str | None:
-        """Return the name of a file, not of weights, that is missing or changed; None if there is none."""
+        """Return the name of a file that is missing or changed, tensors apart; None if there is none."""
         return next((file.name for file in self.files if not file.is_whole(place)), None)
 
 
@@ -94,7 +96,7 @@ def placed_json(versions: Sequence[Placed]) -> bytes:
             [
                 one.version,
                 one.digest.hex(),
-                [[f.name, f.inode, f.time, f.digest and f.digest.hex()] for f in one.files],
+                [[f.name, f.inode, f.time, f.digest.hex()] for f in one.files],
             ]
             for one in versions
         ]
@@ -121,7 +123,7 @@ def _parse_file(value: Any) -> PlacedFile:
         text(name, _WHAT),
         integer(inode, _WHAT),
         integer(time, _WHAT),
-        optional(digest, _WHAT, lambda found, _: _hex(found)),
+        _hex(digest),
     )
 
 
@@ -137,9 +139,12 @@ def _files(place: Path) -> Iterator[Path]:
 
 
 def _file(path: Path, place: Path) -> PlacedFile:
-    has_tensors = path == place or path.suffix == ".safetensors"
-    name, digest = path.relative_to(place).as_posix(), None if has_tensors else _digest(path)
-    return PlacedFile(name, *_marks(path), digest)
+    name = path.relative_to(place).as_posix()
+    return PlacedFile(name, *_marks(path), _digest(path, has_tensors=_has_tensors(name)))
+
+
+def _has_tensors(name: str) -> bool:
+    return name == _ONE_FILE or name.endswith(WEIGHT_SUFFIX)
 
 
 def _marks(path: Path) -> tuple[int, int]:
@@ -148,9 +153,14 @@ def _marks(path: Path) -> tuple[int, int]:
     return found.st_ino & MAX_INTEGER, max(0, found.st_mtime_ns)
 
 
-def _digest(path: Path) -> bytes:
+def _digest(path: Path, *, has_tensors: bool) -> bytes:
+    """Return the digest of a file, or of its header if it has tensors."""
     hasher = blake3()
     with open(path, "rb", buffering=0) as file:
+        if has_tensors:
+            size = file.read(8)
+            header = min(int.from_bytes(size, "little"), MAX_HEADER_BYTES)
+            return hasher.update(size).update(file.read(header)).digest()
         while block := file.read(_BLOCK_BYTES):
             hasher.update(block)
     return hasher.digest()

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Literal, Self
 
 from sparsedelta._typing import JSON, AnyPath, Model
-from sparsedelta.channel.channel import open_channel
+from sparsedelta.channel.channel import check_outside, open_channel
 from sparsedelta.channel.entry import Entry
 from sparsedelta.channel.latest import Latest, read_latest
 from sparsedelta.channel.publication import Publication
@@ -173,12 +173,14 @@ class Publisher(Background):
             )
         with ExitStack() as context:
             opened = open_channel(channel, context)
+            if folder is not None:
+                check_outside(opened, folder, "folder")
             snapshot = Snapshot(
                 model, folder=folder, keep_on=keep_on, trained=trained, progress=progress
             )
             base = None if anchor_base is None else OutsideBase(anchor_base, anchor_base_id)
             source = ModelSource(snapshot, Coding(values, level, standalone), base, progress)
-            run = Run(opened, source, AnchorRule(anchor_ratio, anchor_every))
+            run = Run(opened, source, AnchorRule(anchor_ratio, anchor_every), opened.head())
             check_model(opened, run, snapshot.specs, is_folder=snapshot.is_folder)
             super().__init__(run, context.pop_all())
 
@@ -257,6 +259,7 @@ def publish_checkpoint(
         OSError, RemoteError: the store failed.
         ValueError: the versions of the channel are single files and ``checkpoint`` is a folder, or the reverse.
     """
+    check_outside(channel, checkpoint, "checkpoint")
     with ExitStack() as context:
         new = context.enter_context(Checkpoint(checkpoint, exclude=exclude, include=()))
         old = None
@@ -274,7 +277,7 @@ def publish_checkpoint(
                 f"give {'its weight file' if new.is_folder else 'the folder of the checkpoint'}"
             )
             latest.check_kind(f"'{checkpoint}'", is_folder=new.is_folder, remedy=remedy)
-        run = Run(channel, source, AnchorRule(anchor_ratio, anchor_every))
+        run = Run(channel, source, AnchorRule(anchor_ratio, anchor_every), head)
 
         def fingerprint() -> bytes:
             # At the head, the change is needed anyway.

@@ -129,16 +129,19 @@ class Run:
         channel: where to.
         source: the weights.
         rule: when a version gets an anchor.
+        head: the entry of the latest version, None if there is none, as it was read before ``source`` was made of it.
     """
 
-    def __init__(self, channel: Versions, source: Source, rule: AnchorRule) -> None:
+    def __init__(
+        self, channel: Versions, source: Source, rule: AnchorRule, head: Entry | None
+    ) -> None:
         self.id = secrets.token_hex(8)
         self._channel = channel
         self._source = source
         self._rule = rule
         channel.check_place()
-        self._head = channel.head()
-        self._is_at_head = self._head is not None and source.is_at(self._head.target)
+        self._head = head
+        self._is_at_head = head is not None and source.is_at(head.target)
         self._pending: _Pending | None = None
         self._since: tuple[Entry, int] | None = (
             None  # the last anchor, bytes of the deltas after it

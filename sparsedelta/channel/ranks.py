@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparsedelta._typing import JSON, AnyPath
-from sparsedelta.channel.channel import open_channel
+from sparsedelta.channel.channel import check_outside, open_channel
 from sparsedelta.channel.entry import AnchorBase
 from sparsedelta.channel.publication import Publication
 from sparsedelta.channel.publisher import Background, Publisher, check_model
@@ -115,8 +115,10 @@ class RankPublisher:
                 tensors = {tensor.name: tensor.spec for tensor in layout.tensors.values()}
                 with ExitStack() as context:
                     opened = open_channel(channel, context)
+                    if folder is not None:
+                        check_outside(opened, folder, "folder")
                     rule = AnchorRule(anchor_ratio, anchor_every)
-                    run = Run(opened, _RankSource(self._homes), rule)
+                    run = Run(opened, _RankSource(self._homes), rule, opened.head())
                     check_model(opened, run, tensors, is_folder=layout.is_folder)
                     self._publisher = Background(run, context.pop_all())
 

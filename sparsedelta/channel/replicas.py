@@ -26,7 +26,7 @@ from sparsedelta.fs import (
 from sparsedelta.ops.apply import write_target
 from sparsedelta.ops.base_check import open_base
 from sparsedelta.ops.identity import checkpoint_fingerprint
-from sparsedelta.ops.stack import stack
+from sparsedelta.ops.stack import stack_chain
 from sparsedelta.progress import Progress
 
 _log = logging.getLogger(__name__)
@@ -229,4 +229,4 @@ def _other_error(what: str, expected: bytes, found: bytes) -> Corrupt:
 
 def stacked(context: ExitStack, deltas: Sequence[Delta], base: Path) -> Delta:
     """Return deltas on one another as one, which is closed with the context."""
-    return deltas[0] if len(deltas) == 1 else context.enter_context(stack(*deltas, base=base))
+    return deltas[0] if len(deltas) == 1 else context.enter_context(stack_chain(deltas, base))

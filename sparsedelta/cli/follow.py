@@ -143,7 +143,8 @@ def _run(command: str, report: SyncReport, out: str, entry: bytes, *, to_stderr:
     """
     place = Path(os.path.abspath(out))
     noted = place.with_name(f".{place.name[:200]}.sparsedelta-ran")
-    if not report.n_versions and noted.is_file() and noted.read_text("utf-8") == entry.hex():
+    done_for = entry.hex().encode()
+    if not report.n_versions and noted.is_file() and noted.read_bytes() == done_for:
         return
     noted.unlink(missing_ok=True)
     variables = {"SPARSEDELTA_VERSION": str(report.version), "SPARSEDELTA_OUT": str(place)}
@@ -153,4 +154,4 @@ def _run(command: str, report: SyncReport, out: str, entry: bytes, *, to_stderr:
     )
     if done.returncode:
         raise OSError(f"the command given with --run ended with exit code {done.returncode}")
-    noted.write_text(entry.hex(), "utf-8")
+    noted.write_bytes(done_for)

@@ -307,7 +307,7 @@ class Snapshot:
         _, name = min(changed)
         raise StructureMismatch(
             f"tensor {name!r} was added, was removed, or has another dtype or shape since the snapshot was"
-            " made; make a new snapshot, and publish the model in full",
+            " made; make a new Snapshot or Publisher, which begins with the whole model",
             tensor=name,
         )
 

@@ -6,6 +6,7 @@ is computed tensor by tensor and chunk by chunk, for any number of deltas.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from sparsedelta._typing import AnyPath
@@ -48,11 +49,31 @@ def stack(
         FormatError: a delta cannot be read, or is inconsistent with itself or with the next delta.
         MismatchError: ``base`` is not the base of the first delta.
     """
+    with opened_all(deltas, base) as given:
+        return _stacked(given, base, progress, spool_dir, siblings=relation(given) == "siblings")
+
+
+def stack_chain(deltas: Sequence[Delta], base: AnyPath) -> Delta:
+    """Return one delta with the effect of deltas that are known to be a chain; see ``stack``.
+
+    Raises:
+        ConflictError: a delta was not made from the target of the one before it.
+        FormatError, MismatchError: as for ``stack``.
+    """
+    return _stacked(deltas, base, None, None, siblings=False)
+
+
+def _stacked(
+    given: Sequence[Delta],
+    base: AnyPath | None,
+    progress: Progress | None,
+    spool_dir: str | None,
+    *,
+    siblings: bool,
+) -> Delta:
     with ExitStack() as context:
-        given = context.enter_context(opened_all(deltas, base))
         for one in given:
             one.check_output()
-        siblings = relation(given) == "siblings"
         checkpoint, found = None, []
         if base is not None:
             checkpoint = context.enter_context(open_base(base, given[0]))

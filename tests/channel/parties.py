@@ -129,7 +129,7 @@ def prefilled(*words: str, rule: AnchorRule | None = None) -> dict[str, bytes]:
     channel = Channel(MemoryStore(objects))
     channel._clock = lambda: 1_000_000
     source = WordSource("w0")
-    run = Run(channel, source, rule or EVERY_SECOND)
+    run = Run(channel, source, rule or EVERY_SECOND, channel.head())
     run.id = "before"
     for word in words:
         source.word = word
@@ -184,7 +184,8 @@ def _publish(
     n_tries: int,
 ) -> object:
     source = WordSource(done[-1] if done else start)
-    run = _tried(n_tries, lambda: Run(channel_of(store), source, rule or EVERY_SECOND))
+    channel = channel_of(store)
+    run = _tried(n_tries, lambda: Run(channel, source, rule or EVERY_SECOND, channel.head()))
     if run is None:
         return "gave up"
     run.id = run_id

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from channel.weights import is_at, save, weights
 from click.testing import CliRunner, Result
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import sparsedelta
-from sparsedelta.channel import replicas
+from sparsedelta.channel import publisher, replicas
 from sparsedelta.channel.publisher import publish_checkpoint
 from sparsedelta.cli import main
-from sparsedelta.errors import Behind
+from sparsedelta.errors import BadVersion, Behind
 
 Run = Callable[..., Result]
 
@@ -253,14 +253,11 @@ def test_a_folder_that_was_deleted_meanwhile_is_written_again(run: Run, tmp_path
     follower.close()
 
 
-@pytest.mark.parametrize(
-    ("name", "what"), [("config.json", "'config.json'"), ("model.safetensors", "a weight file")]
-)
-@pytest.mark.parametrize("is_missing", [False, True])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("what", ["missing", "other bytes", "other header"])
 def test_follow_mends_its_folder(
-    name: str, what: str, is_missing: bool, run: Run, tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    name: str, what: str, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A file is missing or has other bytes, although nothing new was published."""
     for number in (1, 2):
         (tmp_path / str(number) / "config.json").write_text(json.dumps({"step": number}))
@@ -269,10 +266,18 @@ def test_follow_mends_its_folder(
     run("follow", "c", "out", "--once")
     before = (tmp_path / "out" / name).read_bytes()
     (tmp_path / "out" / name).unlink()
-    if not is_missing:
+    if what == "other bytes":
         (tmp_path / "out" / name).write_bytes(before[:-1] + b"x")
+    elif what == "other header":
+        (tmp_path / "out" / name).write_bytes(before.replace(b'{"', b'{ "', 1))
+        if name == "model.safetensors":
+            save_file(load_file(tmp_path / "2" / name), tmp_path / "out" / name, {"by": "hand"})
     assert "read" in run("follow", "c", "out", "--once").stdout
-    assert f"{what} in '{tmp_path / 'out'}' is missing or changed" in caplog.text
+    in_tensors = what == "other bytes" and name == "model.safetensors"
+    assert (
+        f"{'a weight file' if in_tensors else repr(name)} in '{tmp_path / 'out'}' is missing or changed"
+        in caplog.text
+    )
     assert (tmp_path / "out" / name).read_bytes() == before
     assert "there already" in run("follow", "c", "out", "--once").stdout
 
@@ -427,3 +432,80 @@ def test_a_copy_of_a_channel_that_lacks_an_object_is_not_called_pruned(
     out = "out" if removed == "deltas" else "new"
     error = run("follow", "c", out, "--once", code=1).stderr
     assert "lacks objects of version 2 or of one before it, and that was not pruned" in error
+
+
+@pytest.mark.usefixtures("configured")
+def test_another_publisher_adds_a_version_while_one_reads_the_latest(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the delta leaves out, the version had that was read, not the one that was added."""
+    run("publish", "c", "1")
+    read = publisher.read_latest
+
+    def outrun(*given: Any) -> Any:
+        monkeypatch.setattr(publisher, "read_latest", read)
+        latest = read(*given)
+        run("publish", "c", "1b", "--base", "1")
+        return latest
+
+    monkeypatch.setattr(publisher, "read_latest", outrun)
+    assert "added by another publisher" in run("publish", "c", "2", "--base", "1", code=1).stderr
+    run("follow", "c", "out", "--once")
+    assert same_folders(tmp_path / "out", tmp_path / "1b")
+
+
+@pytest.mark.parametrize("out", ["run", "run/c", "run/c/out", "run/link"])
+def test_out_is_never_the_channel_or_around_or_in_it(run: Run, tmp_path: Path, out: str) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copytree(tmp_path / "1", tmp_path / "run" / "model")
+    (tmp_path / "run" / "link").symlink_to("c")
+    run("publish", "run/c", "1")
+    shutil.copytree(tmp_path / "1", tmp_path / "run" / "c" / "weights")
+    error = run("follow", "run/c", out, "--once", "--overwrite", code=1).stderr
+    assert f"output '{out}' and channel '{tmp_path / 'run' / 'c'}': one contains the other" in error
+    assert "one contains the other" in run("publish", "run/c", "run", code=1).stderr
+    assert "version 1" in run("log", "run/c").stdout
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_out_is_never_the_base_of_the_anchors(run: Run, tmp_path: Path) -> None:
+    run("publish", "c", "2", "--anchor-base", "1")
+    again = run("follow", "c", "1", "--once", "--base", "1", "--overwrite", code=1)
+    assert "output '1' is also an input" in again.stderr
+    assert is_at(tmp_path / "1", 1)
+    wrong = run("follow", "c", "out", "--once", "--base", "3", code=1)
+    assert "the base of the channel's anchor is a checkpoint outside the channel: " in wrong.stderr
+
+
+def test_one_s_own_file_in_the_place_of_a_followed_one(run: Run, tmp_path: Path) -> None:
+    """The channel is whole, and the file is not the follower's."""
+    run("publish", "c", "1/model.safetensors")
+    run("follow", "c", "out.safetensors", "--once")
+    (tmp_path / "out.safetensors").unlink()
+    shutil.copy(tmp_path / "3" / "model.safetensors", tmp_path / "out.safetensors")
+    error = run("follow", "c", "out.safetensors", "--once", code=1).stderr
+    assert "output 'out.safetensors' exists" in error.replace(f"{tmp_path}/", "")
+    assert "--overwrite" in error
+
+
+def test_a_channel_that_began_anew_and_has_come_further(run: Run, tmp_path: Path) -> None:
+    run("publish", "c", "1")
+    held = weights(0)
+    follower = sparsedelta.Follower(tmp_path / "c", held)
+    follower.sync()
+    shutil.rmtree(tmp_path / "c")
+    run("publish", "c", "2")
+    run("publish", "c", "3", "--base", "2")
+    with pytest.raises(BadVersion, match=r"it began anew in this place; .* a new follower takes"):
+        follower.sync()
+    assert is_at(held, 1)
+    sparsedelta.Follower(tmp_path / "c", held).sync()
+    assert is_at(held, 3)
+
+
+def test_what_says_that_a_command_has_run_is_damaged(run: Run, tmp_path: Path) -> None:
+    run("publish", "c", "1")
+    run("follow", "c", "out", "--once", "--run", "true")
+    (tmp_path / ".out.sparsedelta-ran").write_bytes(b"\xff\xff")
+    run("follow", "c", "out", "--once", "--run", "touch again")
+    assert (tmp_path / "again").exists()
