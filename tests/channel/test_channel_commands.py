@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 import sparsedelta
-from sparsedelta.channel import publisher, replicas
+from sparsedelta.channel import latest, publisher, replicas
 from sparsedelta.channel.publisher import publish_checkpoint
 from sparsedelta.cli import main
 from sparsedelta.errors import BadVersion, Behind
@@ -440,13 +440,13 @@ def test_another_publisher_adds_a_version_while_one_reads_the_latest(
 ) -> None:
     """What the delta leaves out, the version had that was read, not the one that was added."""
     run("publish", "c", "1")
-    read = publisher.read_latest
+    read = latest.read_latest
 
     def outrun(*given: Any) -> Any:
         monkeypatch.setattr(publisher, "read_latest", read)
-        latest = read(*given)
+        found = read(*given)
         run("publish", "c", "1b", "--base", "1")
-        return latest
+        return found
 
     monkeypatch.setattr(publisher, "read_latest", outrun)
     assert "added by another publisher" in run("publish", "c", "2", "--base", "1", code=1).stderr
