@@ -12,6 +12,8 @@ from sift_train.export import export_delta
 from sift_train.ranks.shard import is_sharded
 from sift_train.sift import SIFT
 
+_SAY_NOTHING = ("README.md", ".gitattributes")  # files that do not tell one model from another
+
 
 def push_delta(
     sift: SIFT,
@@ -32,9 +34,12 @@ def push_delta(
         raise ValueError(
             "this is not rank 0, and all ranks hold the same model; call push_to_hub on rank 0 only (if sift.ranks.is_first)"
         )
-    found_id, found = loaded_from(sift)
-    base_id = base_id or found_id
-    base = base or found or _cached(base_id, token)
+    loaded = getattr(sift.first_config, "_name_or_path", None)
+    if loaded and Path(loaded).is_dir():
+        base = base or loaded
+    elif loaded and base_id is None:
+        base_id = _with_commit(loaded, sift)
+    base = base or _cached(base_id, token)
     if base is None:
         raise ValueError(
             f"it is not known from where {type(sift.model).__name__} was loaded; give base, the folder of its"
@@ -58,16 +63,38 @@ def push_delta(
         return sift.ranks.first_does(push) if is_divided else push()
 
 
-def loaded_from(sift: SIFT) -> tuple[str | None, Path | None]:
-    """Return the repository with its commit, or the folder, that a transformers model was loaded from."""
-    config = sift.first_config
-    name = getattr(config, "_name_or_path", None)
-    if not name:
-        return None, None
-    if Path(name).is_dir():
-        return None, Path(name)
-    commit = getattr(config, "_commit_hash", None)
-    return (f"{name}@{commit}" if commit else str(name)), None
+def _with_commit(name: str, sift: SIFT) -> str:
+    """Return the repository that a transformers model was loaded from, with its commit if that can be found out.
+
+    Raises:
+        ValueError: the cache has several commits of the repository, whose files differ.
+    """
+    # Of later versions of transformers the configuration does not name it.
+    commit = getattr(sift.first_config, "_commit_hash", None) or _commit_in_cache(name)
+    return f"{name}@{commit}" if commit else name
+
+
+def _commit_in_cache(name: str) -> str | None:
+    """Return the commit of a repository whose weights are in the cache; None if there is none."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    place = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
+    found: dict[frozenset[tuple[str, str]], str] = {}
+    for snapshot in sorted(place.glob("snapshots/*"), key=lambda path: path.stat().st_mtime):
+        files = {
+            path.relative_to(snapshot).as_posix(): path.resolve().name
+            for path in snapshot.rglob("*")
+            if path.is_file() and path.name not in _SAY_NOTHING
+        }
+        if any(file.endswith(".safetensors") for file in files):
+            found[frozenset(files.items())] = snapshot.name
+    if len(found) > 1:
+        raise ValueError(
+            f"the cache has several commits of '{name}' ({', '.join(one[:12] for one in found.values())}), and it is not known"
+            f" which one the model was loaded from; give it: base_id='{name}@<commit>'"
+        )
+    return next(iter(found.values()), None)
 
 
 def _cached(base_id: str | None, token: str | bool | None) -> Path | None:

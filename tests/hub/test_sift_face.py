@@ -37,9 +37,42 @@ except ValueError as error:
 
 
 def test_a_model_of_the_hub_is_trained_pushed_and_loaded(me: Person, hub: LoopbackHub) -> None:
-    commit = publish(hub, "org/bert", make_bert(me.folder / "bert", torch.float32))
+    folder = make_bert(me.folder / "bert", torch.float32)
+    commit = publish(hub, "org/bert", folder)
     done = me.python("-c", SCRIPT)
     assert done.returncode == 0, done.stderr
     base, refusal = done.stdout.splitlines()
     assert base == f"org/bert@{commit}"
     assert refusal.startswith("it is not known from where SparseLinear was loaded; give base")
+
+
+REVISION = """
+import sys, torch, transformers
+from sift_train import SiftConfig, get_sift_model
+cls = transformers.AutoModelForSequenceClassification
+for revision in sys.argv[2:]:
+    cls.from_pretrained("org/bert", dtype=torch.float32, revision=revision)
+model = cls.from_pretrained("org/bert", dtype=torch.float32, revision=sys.argv[1])
+model = get_sift_model(model, SiftConfig(sparse_rate=0.1, selection="random"))
+model.sift.parameters_in_optimizer()
+try:
+    print(model.sift.push_to_hub("me/tuned").base)
+except ValueError as error:
+    print(error)
+print(model.sift.push_to_hub("me/named", base_id=f"org/bert@{sys.argv[1]}").base)
+"""
+
+
+def test_the_base_is_the_commit_that_was_loaded(me: Person, hub: LoopbackHub) -> None:
+    """The default branch has the same weights, and another tokenizer by now."""
+    loaded = publish(hub, "org/bert", make_bert(me.folder / "bert", torch.float32))
+    hub.state.add_commit("org/bert", {"tokenizer.json": b"moved"})
+    main = hub.state.head("org/bert").oid
+    done = me.python("-c", REVISION, loaded)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"org/bert@{loaded}"] * 2
+    done = me.python("-c", REVISION, loaded, main)
+    said, named = done.stdout.splitlines()
+    assert said.startswith("the cache has several commits of 'org/bert' (")
+    assert "base_id='org/bert@<commit>'" in said
+    assert named == f"org/bert@{loaded}"
