@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsedelta._typing import JSON
+from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.hub.references import DELTA_NAME, Reference
 from sparsedelta.ops.inspect import Inspection
 from sparsedelta.ops.layers import curve_points
@@ -67,13 +68,16 @@ class CardFacts:
         return f"hf://{self.repo_id}/{self.path.removesuffix('/' + DELTA_NAME)}"
 
 
-def updated_card(existing: str | None, facts: CardFacts, *, alone: bool) -> str:
+def updated_card(
+    existing: str | None, facts: CardFacts, *, alone: bool, dropped: str | None = None
+) -> str:
     """Return the card with an updated section about a delta, or a new card.
 
     Args:
         existing: the text of the existing card, or None.
         facts: the contents of the section.
         alone: whether this is the only delta of the repository.
+        dropped: the base that no delta of the repository has any more; None: there is none.
 
     Raises:
         ValueError: the metadata of the existing card is not valid YAML.
@@ -94,7 +98,7 @@ def updated_card(existing: str | None, facts: CardFacts, *, alone: bool) -> str:
             f"the metadata of {CARD_NAME} in '{facts.repo_id}' cannot be read: {why}; correct it in the"
             " repository first"
         ) from error
-    changes = _head_changes(vars(card.data), facts, alone=alone)
+    changes = _head_changes(vars(card.data), facts, alone=alone, dropped=dropped)
     if not changes:
         return text
     for name, value in changes.items():
@@ -118,13 +122,16 @@ def _head(facts: CardFacts) -> dict[str, Any]:
     }
 
 
-def _head_changes(head: Mapping[str, Any], facts: CardFacts, *, alone: bool) -> dict[str, Any]:
+def _head_changes(
+    head: Mapping[str, Any], facts: CardFacts, *, alone: bool, dropped: str | None = None
+) -> dict[str, Any]:
     wanted = _head(facts)
     changes = {name: value for name, value in wanted.items() if head.get(name) in (None, [])}
     base, named = wanted["base_model"], head.get("base_model")
     bases = [named] if isinstance(named, str) else list(named or [])
-    if bases and base not in bases:
-        changes["base_model"] = base if alone else [*bases, base]
+    others = [] if alone else [one for one in bases if one not in (base, dropped)]
+    if bases and (base not in bases or dropped in bases):
+        changes["base_model"] = [*others, base] if others else base
     tags = [*(head.get("tags") or [])]
     if LIBRARY not in tags:
         changes["tags"] = [*tags, LIBRARY]
@@ -185,16 +192,22 @@ def _section(facts: CardFacts) -> Iterator[str]:
 
 
 def _usage(facts: CardFacts) -> str:
-    name = facts.repo_id.partition("/")[2]
     subfolder, _, file = facts.path.rpartition("/")
+    name = subfolder.rpartition("/")[2] or facts.repo_id.partition("/")[2]
+    out, then = f"{name}/", "an ordinary model folder"
+    if facts.found.target_kind == "file":
+        out = name = f"{name}{WEIGHT_SUFFIX}"
+        then = "an ordinary weight file"
     more = f', subfolder="{subfolder}"' if file == DELTA_NAME and subfolder else ""
     source = facts.repo_id if more or not subfolder else facts.source
     return "\n".join(
         [
             "```bash",
             "pip install 'sparsedelta[hub]'",
-            f"sparsedelta pull {facts.source} {name}/    # gets the base, too, and verifies both",
+            f"sparsedelta pull {facts.source} {out}    # gets the base, too, and verifies both",
             "```",
+            "",
+            "Or from Python:",
             "",
             "```python",
             "import sparsedelta",
@@ -203,7 +216,7 @@ def _usage(facts: CardFacts) -> str:
             *_loading(facts),
             "```",
             "",
-            f"`{name}/` is then an ordinary model folder. Load it as you would load the base.",
+            f"`{out}` is then {then}. Load it as you would load the base.",
         ]
     )
 

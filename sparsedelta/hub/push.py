@@ -308,11 +308,31 @@ def _make_files(
         endpoint=without_password(hub.endpoint),
     )
     alone = all(not p.endswith(DELTA_SUFFIX) or p == path for p in others)
-    contents[CARD_NAME] = updated_card(_existing_card(destination), facts, alone=alone).encode()
+    dropped = _dropped_base(destination.repository, path, facts.base.repo_id)
+    card = updated_card(_existing_card(destination), facts, alone=alone, dropped=dropped)
+    contents[CARD_NAME] = card.encode()
     for number, (name, content) in enumerate(contents.items()):
         local_files[name] = folder / f"file-{number}"
         local_files[name].write_bytes(content)
     return local_files
+
+
+def _dropped_base(repository: Repository | None, path: str, base: str) -> str | None:
+    """Return the base of the delta now at ``path`` if no other delta has it and the new one has another."""
+    if repository is None:
+        return None
+    former = _named_base(repository, path)
+    others = (p for p in repository.files if p.endswith(DELTA_SUFFIX) and p != path)
+    if former in (None, base) or any(_named_base(repository, p) == former for p in others):
+        return None
+    return former
+
+
+def _named_base(repository: Repository, path: str) -> str | None:
+    """Return the repository of the base that is recorded beside a delta; None if there is no record."""
+    record = read_record(repository, path)
+    found = parse_base_id(record.base) if record else None
+    return found.repo_id if found else None
 
 
 def _existing_card(destination: _Destination) -> str | None:

@@ -59,11 +59,21 @@ class Repository:
 
     @property
     def is_delta_repository(self) -> bool:
-        """Whether the reference means a delta: its path names one, or the repository has deltas but no weights."""
+        """Whether the reference means a delta: its path names one, or the repository has deltas but no weights.
+
+        Raises:
+            RemoteNotFound: it has a path, which names no delta.
+        """
         path = self.reference.path
-        if path is not None:
-            return path.endswith(DELTA_SUFFIX) or bool(self._deltas_below(path))
-        return not self.has_weights and bool(self._deltas_below(""))
+        if path is None:
+            return not self.has_weights and bool(self._deltas_below(""))
+        if not path.endswith(DELTA_SUFFIX) and not self._deltas_below(path):
+            raise RemoteNotFound(
+                f"'{path}' in repository '{self.name}' is neither a delta nor a folder with one, and a checkpoint is a whole"
+                f" repository; leave out the path, or download the folder (`hf download {self.reference.repo_id} --include"
+                f" '{path}/*' --local-dir DIR`) and give that"
+            )
+        return True
 
     def delta_file(self) -> RemoteFile:
         """Return the delta that the reference means: the one at its path, ``delta.sd``, or the only one.

@@ -177,14 +177,13 @@ def fetched_checkpoint(reference: Reference, *, token: Token = None) -> Iterator
         RemoteError: the repository is not available, or holds no weights.
     """
     repository = open_repository(Hub(token), reference)
-    if not repository.has_weights:
-        hint = (
-            "it holds a delta, pull it first"
-            if repository.is_delta_repository
-            else _conversion(repository)
-        )
+    if repository.is_delta_repository:
         raise RemoteNotFound(
-            f"repository '{repository.name}' holds no {WEIGHT_SUFFIX} files; {hint}"
+            f"'{repository.reference}' is a delta, not a checkpoint; pull it first"
+        )
+    if not repository.has_weights:
+        raise RemoteNotFound(
+            f"repository '{repository.name}' holds no {WEIGHT_SUFFIX} files; {_conversion(repository)}"
         )
     wanted = [path for path in repository.files if _is_of_checkpoint(path)]
     with folder_of(repository.download(wanted), exact=True) as folder:

@@ -265,8 +265,8 @@ def test_several_deltas_in_one_repository(
         "sql/delta.sd",
         "chat/delta.sd",
     }
-    assert "sparsedelta pull hf://me/tuned/sql tuned/" in card
-    assert 'sparsedelta.pull("me/tuned", "tuned", subfolder="chat")' in card
+    assert "sparsedelta pull hf://me/tuned/sql sql/" in card
+    assert 'sparsedelta.pull("me/tuned", "chat", subfolder="chat")' in card
     assert "](sql/delta.png)" in card
     assert head_of_card(card)["base_model"] == BASE
     error = other.bad("pull", TUNED, "out")
@@ -393,3 +393,33 @@ def test_a_tag_that_exists_is_found_before_the_commit(
     assert f"repository 'me/tuned' already has a tag 'v1', at {head[:12]}" in error
     assert writes(hub) == []
     assert hub.state.head(TUNED).oid == head
+
+
+def test_a_base_that_no_delta_has_any_more_leaves_the_card(
+    me: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
+) -> None:
+    publish(hub, "org/copy", checkpoints[0])
+    me.good("push", delta, TUNED, "--base-id", BASE, "--subfolder", "a")
+    me.good("push", delta, TUNED, "--base-id", "org/copy", "--subfolder", "b")
+    me.good("push", delta, TUNED, "--base-id", "org/copy", "--subfolder", "c")
+    assert head_of_card(card_of(hub))["base_model"] == [BASE, "org/copy"]
+    me.good("push", delta, TUNED, "--base-id", BASE, "--subfolder", "b")
+    assert head_of_card(card_of(hub))["base_model"] == [BASE, "org/copy"]
+    me.good("push", delta, TUNED, "--base-id", BASE, "--subfolder", "c")
+    card = card_of(hub)
+    assert head_of_card(card)["base_model"] == BASE
+    for name in "abc":  # each has an output of its own
+        assert f"sparsedelta pull hf://{TUNED}/{name} {name}/ " in card
+        assert f'sparsedelta.pull("{TUNED}", "{name}", subfolder="{name}")' in card
+
+
+def test_the_card_of_a_single_file_names_a_file(
+    me: Person, hub: LoopbackHub, checkpoints: tuple[Path, Path]
+) -> None:
+    name = "model-00001-of-00002.safetensors"
+    hub.state.add_repo("org/single", {name: (checkpoints[0] / name).read_bytes()})
+    single = save_delta(checkpoints[0] / name, checkpoints[1] / name, me.folder / "single.sd")
+    me.good("push", single, TUNED, "--base-id", "org/single")
+    card = card_of(hub)
+    assert f"sparsedelta pull {TUNED} tuned.safetensors " in card
+    assert "`tuned.safetensors` is then an ordinary weight file." in card

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import assert_same_files, noise, write_file
-from hub.hub_helpers import BASE, TUNED, Person, publish, save_delta
+from hub.hub_helpers import BASE, TUNED, Person, files_of, publish, save_delta
 from hub.hub_server import LoopbackHub
 
 import sparsedelta
@@ -76,7 +76,7 @@ def test_diff_of_what_is_neither_a_path_nor_a_repository(other: Person) -> None:
 
 def test_diff_does_not_take_a_delta_for_weights(other: Person, pushed: str) -> None:
     error = other.bad("-q", "diff", BASE, TUNED, "-o", "d.sd")
-    assert f"'{TUNED}@{pushed}' holds no .safetensors files; it holds a delta, pull it" in error
+    assert f"'{TUNED}@{pushed}' is a delta, not a checkpoint; pull it first" in error
 
 
 def test_repository_of_bin_files_gets_the_command_that_converts_it(
@@ -220,3 +220,30 @@ def test_arguments_that_name_nothing(
 def test_mistyped_path_without_a_network(other: Person) -> None:
     error = other.bad("inspect", "modles/tuned", HF_ENDPOINT="http://127.0.0.1:9")
     assert "there is no local path 'modles/tuned', and the Hub cannot be reached" in error
+
+
+def test_a_folder_in_a_repository_is_no_checkpoint(
+    other: Person, me: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
+) -> None:
+    """The checkpoint at the root is never taken in its place."""
+    base, target = checkpoints
+    files = {f"sub/{path}": content for path, content in files_of(target).items()}
+    hub.state.add_repo("org/two", files_of(base) | files)
+    for name in ("hf://org/two/sub", "hf://org/two/nothing", "hf://org/two/model.safetensors"):
+        for command in (
+            ("diff", name, target, "-o", "d.sd"),
+            ("diff", base, name, "-o", "d.sd"),
+            ("apply", name, delta, "out"),
+            ("verify", delta, "--base", name),
+            ("verify", delta, "--base", base, "--target", name),
+            ("push", delta, TUNED, "--base-id", name),
+        ):
+            who = me if command[0] == "push" else other
+            error = who.bad(*command)
+            assert "is neither a delta nor a folder with one, and a checkpoint is a whole" in error
+            assert "leave out the path" in error
+    assert not (other.folder / "d.sd").exists()
+    hub.state.add_commit("org/two", {"sub/delta.sd": delta.read_bytes()})
+    assert "is a delta, not a checkpoint; pull it first" in other.bad(
+        "diff", base, "hf://org/two/sub", "-o", "d.sd"
+    )
