@@ -94,7 +94,8 @@ def fit(
         save_target: path at which the trained checkpoint is kept; by default it is not kept.
         overwrite: replace existing files or folders at ``output`` and ``save_target``.
         evaluate: a function of the model that returns a number, or a mapping of names to numbers.
-            It is called in evaluation mode, without gradients. Random state is restored afterwards.
+            It is called in evaluation mode, without gradients. Random state is restored afterwards. If it has a
+            text as ``fingerprint``, a run resumes only with one of the same fingerprint, or without evaluation.
         on_step: called with the report of every optimizer step; on a GPU ``log_every`` reports
             come together.
         on_evaluation: called with the result of every evaluation.

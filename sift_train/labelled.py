@@ -1,70 +1,19 @@
-"""Reads labelled texts from local files, and makes batches of tokens from them."""
+"""Labelled texts for a classifier: the order of its labels, and batches of tokens."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sift_train.fingerprints import fingerprint_of
-from sift_train.text_files import read_text
+from sift_train.labelled_files import Example
 
 Batch = dict[str, Tensor]
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _N_SHOWN = 10  # of the labels, in a message
-
-
-class Example(NamedTuple):
-    """A text with its label, and the line of the file on which it ends, counted from 1."""
-
-    text: str
-    label: str
-    line: int
-
-
-def read_labelled(path: Path) -> list[Example]:
-    """Return the texts of a file with their labels.
-
-    ``.jsonl`` has one object per line, and ``.csv`` and ``.tsv`` a header, with ``text`` and ``label``. Any
-    other file has a label, a space and a text on each line.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: a line or row has another form, or there is none.
-    """
-    text, suffix = read_text(path, "examples"), path.suffix.lower()
-    if suffix == ".jsonl":
-        found = [_example(_parsed(line, at, path), at, path) for at, line in _lines(text)]
-    elif suffix in _SEPARATORS:
-        rows = csv.DictReader(io.StringIO(text), delimiter=_SEPARATORS[suffix])
-        try:
-            found = [_example(row, rows.line_num, path) for row in rows]
-        except csv.Error as error:
-            raise ValueError(
-                f"line {rows.line_num + 1} of '{path}' is no row: {error}; close its quotes, or write long texts in a file"
-                " named .jsonl"
-            ) from error
-    else:
-        if _is_json(text) or _is_json(text.lstrip().partition("\n")[0]):
-            raise ValueError(
-                f"'{path}' looks like JSON, but is not named .jsonl; write one object with text and label on each line"
-                " of a file named .jsonl"
-            )
-        found = []
-        for at, line in _lines(text):
-            label, space, rest = line.partition(" ")
-            if not space or not label:
-                raise ValueError(f"line {at} of '{path}' has no space between a label and a text")
-            found.append(Example(rest, label, at))
-    if not found:
-        raise ValueError(f"'{path}' has no example; give at least one")
-    return found
 
 
 def labels_of(examples: Sequence[Example], path: Path) -> list[str]:
@@ -88,10 +37,25 @@ def in_order_of(config: Any, names: Sequence[str]) -> list[str] | None:
 
     Upper and lower case do not count, and the integer n is the LABEL_n of transformers.
     """
-    known = [str(config.id2label[number]) for number in range(config.num_labels)]
-    numbers = [str(number) for number in range(config.num_labels)]
-    if known == [f"LABEL_{number}" for number in numbers]:
-        known = numbers
+    known = own_labels(config)
+    if known == _unnamed(config):
+        numbers = [str(number) for number in range(config.num_labels)]
+        return _spelled_as(names, numbers) or _spelled_as(names, known)
+    return _spelled_as(names, known)
+
+
+def own_labels(config: Any) -> list[str]:
+    """Return the labels of a model's outputs, in order."""
+    # Some configurations do not name all outputs.
+    return [str(config.id2label.get(n, label)) for n, label in enumerate(_unnamed(config))]
+
+
+def _unnamed(config: Any) -> list[str]:
+    return [f"LABEL_{number}" for number in range(config.num_labels)]
+
+
+def _spelled_as(names: Sequence[str], known: Sequence[str]) -> list[str] | None:
+    """Return known labels as ``names`` spells them; None if it has another one, or two that differ in case alone."""
     folded = {name.casefold(): name for name in names}
     fits = folded.keys() <= {label.casefold() for label in known}
     are_distinct = len({label.casefold() for label in known}) == len(known)
@@ -113,35 +77,6 @@ def check_labels(examples: Sequence[Example], names: Sequence[str], path: Path) 
                 f"line {example.line} of '{path}' has the label {example.label!r}, which does not occur in the training"
                 f" data; its labels are {shown}"
             )
-
-
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    for at, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield at, line
-
-
-def _is_json(text: str) -> bool:
-    """Return whether a text is a JSON object or array."""
-    try:
-        return isinstance(json.loads(text), dict | list)
-    except json.JSONDecodeError:
-        return False
-
-
-def _parsed(line: str, at: int, path: Path) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {at} of '{path}' is no JSON: {error.msg}") from error
-
-
-def _example(record: Any, at: int, path: Path) -> Example:
-    if not isinstance(record, Mapping) or not isinstance(record.get("text"), str):
-        raise ValueError(f"line {at} of '{path}' has no text under 'text'")
-    if not isinstance(record.get("label"), str | int) or not str(record["label"]).strip():
-        raise ValueError(f"line {at} of '{path}' has no text or integer under 'label'")
-    return Example(record["text"], str(record["label"]).strip(), at)
 
 
 def set_padding(tokenizer: Any, model: Any) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from sift_train.basecheck import check_weights
 
+_POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 _FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -122,3 +123,24 @@ def checkpoint_dtype(folder: Path) -> torch.dtype | None:
                 found.add(_FLOATS.get(file.get_slice(name).get_dtype()))
     found.discard(None)
     return found.pop() if len(found) == 1 else None
+
+
+def check_positions(model: nn.Module, max_tokens: int) -> None:
+    """Check that a model with a table of positions has one for each token.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    config: Any = model.config
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            most = min(
+                module.num_embeddings - first,
+                getattr(config, "max_position_embeddings", module.num_embeddings),
+            )
+            if max_tokens > most:
+                raise ValueError(
+                    f"max_tokens is {max_tokens}, and the model reads at most {most} tokens, as its table of positions"
+                    f" {name!r} has no more; give a smaller number"
+                )

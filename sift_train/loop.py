@@ -352,9 +352,10 @@ class Run:
             "log_every", "eval_every", "eval_before", "save_every", "patience", "trackers", "masters_device",
         }  # fmt: skip
         settings = {k: v for k, v in self._config.as_json().items() if k not in free}
-        fingerprint = getattr(self._data, "fingerprint", None)
-        if isinstance(fingerprint, str):
-            settings["data.fingerprint"] = fingerprint
+        for what, one in (("data", self._data), ("evaluation", self._evaluate_model)):
+            fingerprint = getattr(one, "fingerprint", None)
+            if isinstance(fingerprint, str):
+                settings[f"{what}.fingerprint"] = fingerprint
         if self._is_sharded:
             # Another number of ranks may go on, with as many micro-batches in a step.
             settings["accumulation"] = self._config.accumulation * self._ranks.size

@@ -21,25 +21,27 @@ from sift_train.instructions import (
     Batch,
     Conversation,
     Steps,
+    count_empty,
     encode,
     plain_loss,
     read_conversations,
 )
 from sift_train.known import check_integer
 from sift_train.labelled import (
-    Example,
     LabelledBatches,
     accuracy,
     check_labels,
     in_order_of,
     labels_of,
-    read_labelled,
+    own_labels,
     set_padding,
 )
+from sift_train.labelled_files import Example, read_labelled
 from sift_train.listeners import Report
 from sift_train.loading import (
     check_has_no_code,
     check_model_folder,
+    check_positions,
     checkpoint_dtype,
     hidden_progress_bars,
 )
@@ -47,7 +49,7 @@ from sift_train.starting import check_apart, check_start
 from sift_train.yaml_files import names_of, read_yaml, settings_of
 
 logger = logging.getLogger(__name__)
-TASKS = ("text-classification", "causal-lm")
+_CLASSIFICATION, _CAUSAL = TASKS = ("text-classification", "causal-lm")
 _N_SHOWN = 10  # of the labels, in a warning
 _LOCAL = re.compile(r"^[./~]|^[A-Za-z]:|\\|/$")  # how paths are written, and repositories are not
 
@@ -65,7 +67,8 @@ class RunFile:
         batch_size: examples per optimizer step.
         micro_batch: examples per forward pass; by default all of a step.
         max_tokens: longer examples are cut.
-        template: ``"auto"``, ``"chat"`` or ``"alpaca"``: what writes the prompts of a causal language model.
+        template: ``"auto"``, ``"chat"`` or ``"alpaca"``: what writes the prompts of a causal language model; for no other
+            task.
         run_dir, save_target: as for ``fit``.
         train: settings of ``FitConfig``, but for ``accumulation``. By default, parameters that the model's files
             do not hold, such as a new head, are trained densely.
@@ -92,6 +95,10 @@ class RunFile:
             raise ValueError(f"task is {self.task!r}; choose one of {', '.join(TASKS)}")
         if self.template not in TEMPLATES:
             raise ValueError(f"template is {self.template!r}; choose one of {', '.join(TEMPLATES)}")
+        if self.task != _CAUSAL and self.template != "auto":
+            raise ValueError(
+                f"template is {self.template!r}, which is for the task {_CAUSAL}; leave it out for {self.task}"
+            )
         for name in ("model", "data", "output", "evaluation", "run_dir", "save_target"):
             given: Any = getattr(self, name)
             is_left_out = given is None and name in ("evaluation", "run_dir", "save_target")
@@ -164,10 +171,11 @@ def run_file(
         overwrite=overwrite,
         evaluates=run.evaluation is not None,
     )
-    make = _read_classification(run) if run.task == TASKS[0] else _read_causal(run)
+    report = Report(shown=progress)
+    read = _read_classification if run.task == _CLASSIFICATION else _read_causal
+    make = read(run, report)
     inputs = {"the YAML file": path, "the data": run.data, "the evaluation": run.evaluation}
     check_apart((run.output, run.save_target), inputs)
-    report = Report(shown=progress)
     report(f"loading '{run.model}'")
     import transformers  # noqa: F401 - takes seconds; hidden_progress_bars needs it loaded
 
@@ -207,7 +215,30 @@ class _Made:
     settings: Mapping[str, Any]
 
 
-def _read_classification(run: RunFile) -> Callable[[Path], _Made]:
+@dataclass(frozen=True)
+class _Evaluation:
+    """Measures a model on batches.
+
+    Attributes:
+        name: of the value.
+        measure: returns it.
+        batches: of the examples.
+        fingerprint: as for ``fit``.
+    """
+
+    name: str
+    measure: Callable[[nn.Module, Any], float]
+    batches: LabelledBatches | Steps
+
+    @property
+    def fingerprint(self) -> str:
+        return self.batches.fingerprint
+
+    def __call__(self, model: nn.Module) -> Mapping[str, float]:
+        return {self.name: self.measure(model, self.batches)}
+
+
+def _read_classification(run: RunFile, report: Report) -> Callable[[Path], _Made]:
     """Read labelled texts; return a function that makes the rest, given the model's folder."""
     examples = read_labelled(Path(run.data))
     names = labels_of(examples, Path(run.data))
@@ -223,6 +254,10 @@ def _read_classification(run: RunFile) -> Callable[[Path], _Made]:
                 f"max_tokens is {run.max_tokens}, and the model reads at most {tokenizer.model_max_length} tokens, as its tokenizer"
                 " states; give a smaller number"
             )
+        if run.max_tokens <= tokenizer.num_special_tokens_to_add():
+            raise ValueError(
+                f"max_tokens is {run.max_tokens}, which leaves nothing of the texts; give a larger number"
+            )
         known = transformers.AutoConfig.from_pretrained(base)
         ordered = in_order_of(known, names)
         labels = ordered or names
@@ -237,6 +272,11 @@ def _read_classification(run: RunFile) -> Callable[[Path], _Made]:
         )
         if ordered is None and not new:
             _warn_of_head(known, labels)
+        check_positions(model, run.max_tokens)
+        tested = f", evaluating on {len(held_out):,}" if held_out else ""
+        report(
+            f"training on {len(examples):,} examples of {len(names)} labels ({_shown(names)}){tested}"
+        )
         set_padding(tokenizer, model)
 
         def batches(rows: list[Example], *, shuffle: bool) -> LabelledBatches:
@@ -244,13 +284,9 @@ def _read_classification(run: RunFile) -> Callable[[Path], _Made]:
                 rows, labels, tokenizer, size=run.size, max_tokens=run.max_tokens, shuffle=shuffle
             )
 
-        tests = batches(held_out, shuffle=False)
-
-        def evaluate(model: nn.Module) -> Mapping[str, float]:
-            return {"accuracy": accuracy(model, tests)}
-
+        evaluation = _Evaluation("accuracy", accuracy, batches(held_out, shuffle=False))
         return _Made(
-            model, new, batches(examples, shuffle=True), None, evaluate if held_out else None, {}
+            model, new, batches(examples, shuffle=True), None, evaluation if held_out else None, {}
         )
 
     return make
@@ -258,15 +294,17 @@ def _read_classification(run: RunFile) -> Callable[[Path], _Made]:
 
 def _warn_of_head(known: Any, labels: list[str]) -> None:
     """Warn that a model has a classifier of other labels than the data, whose outputs get those of the data."""
-    theirs = [str(known.id2label[number]) for number in range(known.num_labels)]
-    shown = ", ".join(map(repr, theirs[:_N_SHOWN])) + (", …" * (len(theirs) > _N_SHOWN))
     logger.warning(
         "the model has a classifier of the labels %s, and the data have others: its outputs are trained for %s, in this order",
-        shown, ", ".join(map(repr, labels)),
+        _shown(own_labels(known)), ", ".join(map(repr, labels)),
     )  # fmt: skip
 
 
-def _read_causal(run: RunFile) -> Callable[[Path], _Made]:
+def _shown(labels: list[str]) -> str:
+    return ", ".join(map(repr, labels[:_N_SHOWN])) + (", …" * (len(labels) > _N_SHOWN))
+
+
+def _read_causal(run: RunFile, report: Report) -> Callable[[Path], _Made]:
     """Read instructions; return a function that makes the rest, given the model's folder."""
     examples = read_conversations(Path(run.data))
     held_out = [] if run.evaluation is None else read_conversations(Path(run.evaluation))
@@ -275,24 +313,47 @@ def _read_causal(run: RunFile) -> Callable[[Path], _Made]:
         import transformers
 
         tokenizer = _load_tokenizer(base)
-        data = _steps(run, examples, run.data, tokenizer)
-        tests = _steps(run, held_out, str(run.evaluation), tokenizer) if held_out else None
+        data = _steps(
+            run, examples, run.data, tokenizer, lambda text: report(f"training on {text}")
+        )
+        evaluation = None
+        if held_out:
+            tests = _steps(
+                run,
+                held_out,
+                str(run.evaluation),
+                tokenizer,
+                lambda text: report(f"evaluating on {text}"),
+            )
+            evaluation = _Evaluation("loss", _mean_loss, tests)
         model, new = _load(transformers.AutoModelForCausalLM, base)
-
-        def evaluate(model: nn.Module) -> Mapping[str, float]:
-            return {"loss": _mean_loss(model, tests or [])}
-
-        settings = {"higher_is_better": False}
-        return _Made(model, new, data, plain_loss, evaluate if tests else None, settings)
+        check_positions(model, run.max_tokens)
+        return _Made(model, new, data, plain_loss, evaluation, {"higher_is_better": False})
 
     return make
 
 
-def _steps(run: RunFile, examples: list[Conversation], path: str, tokenizer: Any) -> Steps:
+def _steps(
+    run: RunFile,
+    examples: list[Conversation],
+    path: str,
+    tokenizer: Any,
+    report: Callable[[str], None],
+) -> Steps:
     try:
-        tokens, _ = encode(examples, tokenizer, template=run.template, max_tokens=run.max_tokens)
+        tokens, n_left_out = encode(
+            examples, tokenizer, template=run.template, max_tokens=run.max_tokens
+        )
     except ValueError as error:
         raise ValueError(f"'{path}': {error}") from error
+    n_empty, left_out = count_empty(examples), ""
+    if n_empty:
+        left_out += f"; {n_empty:,} have empty answers, of which only the end is learnt"
+    if n_left_out:
+        left_out += (
+            f"; {n_left_out:,} left out, since their answers begin after {run.max_tokens} tokens"
+        )
+    report(f"{len(tokens):,} examples of '{path}'{left_out}")
     pad = next((n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id) if n is not None), 0)
     return Steps(
         [[each] for each in tokens],

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = {"format": "sift-state", "format_version": "1"}
 SETTINGS = "settings"
+_MAY_COME = ("evaluation.fingerprint",)  # an evaluation may be added or left out, and not replaced
 INDEX, ORIGINAL, MASTER = "index:", "original:", "master:"
 BUFFER, FIRST_BUFFER = "buffer:", "first_buffer:"
 KEPT = ("kept_index:", "kept_original:", "kept_value:")
@@ -149,6 +150,8 @@ def refuse_other_settings(
         ValueError: a setting differs.
     """
     for key in sorted({*saved, *settings}):
+        if key in _MAY_COME and not (key in saved and key in settings):
+            continue
         if saved.get(key) != settings.get(key):
             raise ValueError(
                 f"the run saved in '{checkpoint}' has {key} {saved.get(key)!r}, "

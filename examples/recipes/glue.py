@@ -78,7 +78,11 @@ def options_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data").add_argument
     data("--task", choices=TASKS, metavar="NAME", help=f"of GLUE: {', '.join(TASKS)}")
     data("--data-dir", type=Path, help="a local copy of GLUE with a folder for each task")
-    data("--data", type=Path, help=".csv, .jsonl, or a label, a space and a text on each line")
+    data(
+        "--data",
+        type=Path,
+        help=".csv, .jsonl, or a label, a space or tab, and a text on each line",
+    )
     data("--dev", type=Path, help="file that chooses the best step; default: a tenth of --data")
     data("--test", type=Path, help="file that is scored at the end")
     data(

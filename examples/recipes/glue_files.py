@@ -10,6 +10,7 @@ import io
 import json
 import math
 import random
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def load_files(
     """Return the data of local files.
 
     A ``.csv`` starts with a line of column names, a ``.jsonl`` has one object per line. Any other file
-    has a label, a space and a text on each line. Without ``dev``, a tenth of the training examples, at
+    has a label, a space or tab, and a text on each line. Without ``dev``, a tenth of the training examples, at
     most 500, is held out to choose the step; with classes, the same share of each class.
 
     Args:
@@ -149,22 +150,28 @@ def _from_lines(path: Path, content: str) -> list[Row]:
     rows = []
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
-            label, space, text = line.rstrip().partition(" ")
-            if not space:
+            label, *text = re.split("[ \\t]", line.rstrip(), maxsplit=1)
+            if not text:
                 raise ValueError(
-                    f"'{path}', line {number} is {line[:40]!r}; expected a label, a space, a text"
+                    f"'{path}', line {number} is {line[:40]!r}; expected a label, a space or tab, a text"
                 )
-            rows.append(_row(path, number, (text,), label))
+            rows.append(_row(path, number, tuple(text), label))
     return rows
 
 
 def _records(path: Path, content: str) -> list[tuple[int, dict[str, Any]]]:
-    reader = csv.reader(io.StringIO(content))
+    reader = csv.reader(io.StringIO(content), strict=True)
     try:
         records = [(number, cells) for number, cells in enumerate(reader, 1) if cells]
     except csv.Error as error:
         raise ValueError(f"'{path}', line {reader.line_num} is not CSV: {error}") from error
     columns = records[0][1] if records else []
+    for number, cells in records:
+        if len(cells) > len(columns):
+            raise ValueError(
+                f"'{path}', line {number} has {len(cells)} fields, and the header names {len(columns)}; put texts with a"
+                " comma in quotes"
+            )
     return [(number, dict(zip(columns, cells, strict=False))) for number, cells in records[1:]]
 
 

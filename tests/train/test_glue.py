@@ -299,12 +299,15 @@ def test_files_of_three_kinds_are_the_same_data(tmp_path: Path) -> None:
     with (tmp_path / "data.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([("id", "label", "text"), *((0, names[n], text) for text, n in rows)])
+    tabs = [line.replace(" ", "\t", 1) for line in lines.read_text().split("\n")]
+    (tmp_path / "tabs.txt").write_text("\n".join(tabs))
     records = [json.dumps({"said": text, "kind": names[n], "more": 1}) for text, n in rows]
     (tmp_path / "data.jsonl").write_text("\n".join(records))
     found = [
         load_files(lines),
         load_files(tmp_path / "data.csv"),
         load_files(tmp_path / "data.jsonl", texts=["said"], label="kind"),
+        load_files(tmp_path / "tabs.txt"),
     ]
     for data in found:
         assert data.labels == names
@@ -515,6 +518,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "null label": (["--data", "null.jsonl"], "row 1 of 'null.jsonl' has no label"),
     "NaN label": (["--data", "NaN.jsonl"], "row 1 of 'NaN.jsonl' has no label"),
     "no text in a row": (["--data", "empty.csv", "--text", "more"], "row 2 of 'empty.csv' lacks"),
+    "comma": (["--data", "comma.csv"], "line 3 has 3 fields, and the header names 2; put texts"),
     "not CSV": (["--data", "long.csv"], "line 2 is not CSV: field larger"),
     "labels once each": (["--data", "once.txt"], "no label of 'once.txt' occurs twice"),
     "quantities": (["--data", "once.txt"], "set --regression if they are"),
@@ -558,6 +562,7 @@ def test_bad_input_is_one_clear_sentence(
             {"text": "sun", **row} for row in [*rows, *[{"label": n % 2} for n in range(20)]]
         ]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "comma.csv").write_text("label,text\nwet,rain\ndry,sun, and warm\n" * 9)
     (tmp_path / "long.csv").write_text(f"label,text\nwet,{'rain' * 40_000}\n")
     (tmp_path / "once.txt").write_text("\n".join(f"{n / 4} sun" for n in range(20)))
     words, told = BAD[what]

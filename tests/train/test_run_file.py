@@ -21,7 +21,7 @@ from train_helpers import make_bert
 import sparsedelta
 from sift_train import FitResult, run_file
 from sift_train.__main__ import main
-from sift_train.labelled import in_order_of, read_labelled
+from sift_train.labelled import in_order_of, own_labels
 
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "the", "film", "is"]
 GOOD, BAD = WORDS[:3], WORDS[3:6]
@@ -169,6 +169,11 @@ def test_a_classifier_keeps_the_order_of_its_labels(
         (["a", "b", "c"], ["c", "a"], ["a", "b", "c"]),
         ([f"LABEL_{n}" for n in range(12)], ["1", "10", "2"], [str(n) for n in range(12)]),
         (["LABEL_0", "LABEL_1"], ["1", "2"], None),
+        (
+            [f"LABEL_{n}" for n in range(12)],
+            ["LABEL_10", "LABEL_2"],
+            [f"LABEL_{n}" for n in range(12)],
+        ),
         (["a", "b"], ["a", "b", "c"], None),
         (["a", "A"], ["a", "A"], None),
         (["a", "b"], ["a", "A"], None),
@@ -181,6 +186,12 @@ def test_the_outputs_of_a_classifier(
     assert in_order_of(config, names) == expected
 
 
+def test_a_configuration_that_does_not_name_its_first_output() -> None:
+    config = SimpleNamespace(id2label={1: "a", 2: "b"}, num_labels=2)
+    assert in_order_of(config, ["a", "b"]) is None
+    assert own_labels(config) == ["LABEL_0", "a"]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -188,6 +199,12 @@ def test_the_outputs_of_a_classifier(
         ({"model": "adapter"}, "'adapter' is a PEFT adapter; merge it into its model"),
         ({"model": "custom"}, "'custom' needs code that comes with it, which is not run"),
         ({"label": " "}, "has no text or integer under 'label'"),
+        ({"template": "chat"}, "template is 'chat', which is for the task causal-lm; leave it out"),
+        ({"max_tokens": 2}, "max_tokens is 2, which leaves nothing of the texts"),
+        (
+            {"tokens": 512, "max_tokens": 100},
+            "max_tokens is 100, and the model reads at most 16 tokens, as its table of",
+        ),
     ],
 )
 def test_models_and_data_that_do_not_fit(
@@ -196,7 +213,9 @@ def test_models_and_data_that_do_not_fit(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     settings = json.loads((bert / "tokenizer_config.json").read_text())
-    (bert / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 16}))
+    length = change.pop("tokens", 16)
+    changed = json.dumps({**settings, "model_max_length": length})
+    (bert / "tokenizer_config.json").write_text(changed)
     shutil.copytree(bert, "custom")
     config = json.loads((bert / "config.json").read_text())
     own = {**config, "model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig"}}
@@ -379,9 +398,10 @@ def test_no_output_replaces_what_the_run_reads(
 def test_a_run_resumes_only_with_its_data(
     tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str], task: str
 ) -> None:
-    data, model = tmp_path / "train.jsonl", bert
+    data, model, max_tokens = tmp_path / "train.jsonl", bert, 16
+    tests = tmp_path / "test.jsonl"
     if task == "causal-lm":
-        model = tmp_path / "lm"
+        model, max_tokens = tmp_path / "lm", 256
         make_causal(model, make_tokenizer(["a b c d"]))
         data.write_text(
             '{"instruction": "a", "output": "b"}\n{"instruction": "c", "output": "d"}\n'
@@ -390,11 +410,24 @@ def test_a_run_resumes_only_with_its_data(
         data.write_text('{"text": "good", "label": "pos"}\n{"text": "bad", "label": "neg"}\n')
     given = {
         "task": task, "model": str(model), "data": str(data), "run_dir": str(tmp_path / "run"),
-        "batch_size": 1, "train": {"save_every": 1, "max_steps": 2, "lr": 1e-3},
+        "batch_size": 1, "max_tokens": max_tokens, "train": {"save_every": 1, "max_steps": 2, "lr": 1e-3},
     }  # fmt: skip
     assert main(["--config", write_run(tmp_path, output=str(tmp_path / "a.sd"), **given)]) == 0
     again = write_run(tmp_path, output=str(tmp_path / "b.sd"), **given)
     assert main(["--config", again, "--resume"]) == 0
+    # An evaluation may be added and left out, and not replaced.
+    shutil.copy(data, tests)
+    tested = {**given, "evaluation": str(tests), "run_dir": str(tmp_path / "tested")}
+    for more in ([], ["--resume", "--overwrite"]):
+        path = write_run(tmp_path, output=str(tmp_path / "c.sd"), **tested)
+        assert main(["--config", path, *more]) == 0
+    tests.write_text(tests.read_text().splitlines()[0])
+    assert main(["--config", path, "--resume", "--overwrite"]) == 1
+    assert "has evaluation.fingerprint '" in capsys.readouterr().err
+    del tested["evaluation"]
+    path = write_run(tmp_path, output=str(tmp_path / "c.sd"), **tested)
+    assert main(["--config", path, "--resume", "--overwrite"]) == 0
+    again = write_run(tmp_path, output=str(tmp_path / "b.sd"), **given)
     before = data.read_text()
     for changed in (
         before.replace("good", "fine").replace('"a"', '"e"'),
@@ -476,8 +509,10 @@ def test_a_repository_that_cannot_be_downloaded_is_one_sentence(
 
 
 def test_an_error_in_a_batch_is_told_with_its_step(
-    tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    module = sys.modules["sift_train.run_file"]  # sift_train.run_file is the function
+    monkeypatch.setattr(module, "check_positions", lambda *_: None)  # which finds this one earlier
     text = f"{'the film is good ' * 20}"
     (tmp_path / "train.txt").write_text(f"pos good\nneg bad\npos {text}\nneg {text}\n")
     path = write_run(
@@ -503,39 +538,3 @@ def test_a_model_without_a_tokenizer(
     error = told(capsys)
     assert error.startswith(f"error: model '{bert}' has no tokenizer that transformers can load")
     assert error.count("\n") == 1
-
-
-def test_labelled_files_of_every_form(tmp_path: Path) -> None:
-    expected = [("a film, good", "pos"), ("bad", "1")]
-    forms = {
-        "a.jsonl": '{"text": "a film, good", "label": "pos"}\n\n{"text": "bad", "label": 1}\n',
-        "a.csv": 'label,text\npos,"a film, good"\n1,bad\n',
-        "a.tsv": "text\tlabel\na film, good\tpos\nbad\t1\n",
-        "a.txt": "pos a film, good\n1 bad\n",
-    }
-    for name, text in forms.items():
-        (tmp_path / name).write_text(text)
-        found = read_labelled(tmp_path / name)
-        assert [(text, label) for text, label, _ in found] == expected
-    (tmp_path / "c.txt").write_text("[POS] good\n{NEG} bad\n")
-    assert [label for _, label, _ in read_labelled(tmp_path / "c.txt")] == ["[POS]", "{NEG}"]
-    wrong = {
-        "a.json": ('{"text": "a b", "label": "c"}', "looks like JSON, but is not named .jsonl"),
-        "b.json": ('[\n{"text": "a b"}\n]', "looks like JSON, but is not named .jsonl"),
-        "a.csv": ('label,text\na,"' + "b " * 100_000, "line 2 of .* is no row: field larger than"),
-        "b.jsonl": ('{"text": 3}', "line 1 of .* has no text under 'text'"),
-        "b.csv": ("text,other\na,b\n", "line 2 of .* under 'label'"),
-        "b.txt": ("word\n", "line 1 of .* has no space"),
-        "c.txt": ("\n", "has no example"),
-        "c.jsonl": ("{", "line 1 of .* is no JSON"),
-    }
-    for name, (text, message) in wrong.items():
-        (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read_labelled(tmp_path / name)
-
-
-def test_a_label_is_found_on_its_line_after_a_text_of_several_lines(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('\ufefflabel,text\npos,"a\nb"\n\nneg,c\n', "utf-8")
-    found = read_labelled(tmp_path / "a.csv")
-    assert found == [("a\nb", "pos", 3), ("c", "neg", 5)]
