@@ -404,15 +404,17 @@ def _load(make: Any, base: Path, **more: Any) -> tuple[nn.Module, list[str]]:
     )
     own = {name for name, _ in model.named_parameters()}
     resized = {name: (old, now) for name, old, now in found["mismatched_keys"]}
+    body = f"{model.base_model_prefix}."
     for name, (old, now) in resized.items():
-        if now[:1] != (len(more.get("id2label", ())),):  # not a classifier of other labels
+        is_head = now[:1] == (len(more.get("id2label", ())),) and not name.startswith(body)
+        if not is_head:
             raise ValueError(
                 f"parameter {name!r} has shape {tuple(old)} in '{base}' and {tuple(now)} by its config.json; give a model whose files"
                 " fit together"
             )
     if resized:
         logger.warning(
-            "the model has a classifier of %d labels, and the data have %d: a new one is trained",
+            "the model has a head of size %d, and the data have %d labels: a new head is trained",
             min(old[0] for old, _ in resized.values()), len(more["id2label"]),
         )  # fmt: skip
     missing = sorted(own & {*found["missing_keys"], *resized})

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
 from causal_helpers import make_causal, make_tokenizer
+from safetensors.torch import load_file, save_file
 from train_helpers import make_bert
 
 import sparsedelta
@@ -227,6 +228,18 @@ def test_models_and_data_that_do_not_fit(
     given = {"model": str(bert), "train": {"max_steps": 1}, **change}
     assert classify(tmp_path, texts, **given) == 1
     assert said in told(capsys)
+
+
+def test_only_a_head_is_made_anew(
+    tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table of segments has as many rows by its configuration as there are labels, and one in the file."""
+    weights = load_file(bert / "model.safetensors")
+    name = next(name for name in weights if "token_type" in name)
+    weights[name] = weights[name][:1].contiguous()
+    save_file(weights, bert / "model.safetensors", {"format": "pt"})
+    assert classify(tmp_path, TEXTS, model=str(bert), train={"max_steps": 1}) == 1
+    assert f"token_type_embeddings.weight' has shape (1, " in told(capsys)
 
 
 @pytest.mark.parametrize(("has_end", "pad_id"), [(True, None), (True, 0), (False, None)])
