@@ -213,7 +213,9 @@ class TestRefused:
         model = Net()
         snapshot = Snapshot(model)
         model.register_buffer("more", torch.ones(2))
-        with pytest.raises(StructureMismatch, match=r"'more' was added.*make a new snapshot"):
+        with pytest.raises(
+            StructureMismatch, match=r"'more' was added.*make a new Snapshot or Publisher"
+        ):
             snapshot.diff()
         del model._buffers["more"]
         model.float()

@@ -239,7 +239,7 @@ def test_only_a_head_is_made_anew(
     weights[name] = weights[name][:1].contiguous()
     save_file(weights, bert / "model.safetensors", {"format": "pt"})
     assert classify(tmp_path, TEXTS, model=str(bert), train={"max_steps": 1}) == 1
-    assert f"token_type_embeddings.weight' has shape (1, " in told(capsys)
+    assert "token_type_embeddings.weight' has shape (1, " in told(capsys)
 
 
 @pytest.mark.parametrize(("has_end", "pad_id"), [(True, None), (True, 0), (False, None)])
