@@ -33,6 +33,7 @@ OPTIMIZERS = ("adamw", "sgd", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
 REDUCE_DTYPES = ("fp32", "bf16")
+_MAX_SEED = 2**32 - 1  # of numpy
 
 
 @settings_checked
@@ -168,6 +169,9 @@ class FitConfig:
         for name in ("max_steps", "eval_every", "patience", "save_every"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least=1)
+        check_integer("seed", self.seed, least=0)
+        if self.seed > _MAX_SEED:
+            raise ValueError(f"seed is {self.seed}; it must be at most {_MAX_SEED}")
         for name in ("lr", "eps"):
             _check_range(name, getattr(self, name), above=0.0)
         if self.max_grad_norm is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sift_train.fingerprints import fingerprint_of
-from sift_train.text_files import read_text
+from sift_train.text_files import read_text, tell_unused
 
 IGNORED = -100
 ROLES = ("system", "user", "assistant")
@@ -34,6 +34,8 @@ WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
+
+_OF_CHAT, _OF_INSTRUCTIONS = {"messages"}, {"instruction", "input", "output", "instances"}
 
 Batch = dict[str, Tensor]
 
@@ -96,11 +98,12 @@ def read_conversations(path: Path) -> list[Conversation]:
         ValueError: the file is not JSON, a record has another format, there is no record, or all
             answers are empty.
     """
-    found = [
-        conversation
-        for where, record in _read_records(path)
-        for conversation in _conversations_of(record, where)
-    ]
+    found: list[Conversation] = []
+    keys: set[str] = set()
+    for where, record in _read_records(path):
+        found += _conversations_of(record, where)
+        keys.update(record)
+    tell_unused(path, keys - (_OF_CHAT if "messages" in keys else _OF_INSTRUCTIONS))
     if not found:
         raise ValueError(f"'{path}' holds no example; give a file with at least one")
     if all(_is_empty(conversation) for conversation in found):

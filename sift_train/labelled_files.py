@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sift_train.text_files import read_text
+from sift_train.text_files import read_text, tell_unused
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _COLUMNS = ("text", "label")
@@ -31,7 +31,7 @@ def read_labelled(path: Path) -> list[Example]:
     """Return the texts of a file with their labels.
 
     ``.jsonl`` has one object per line, and ``.csv`` and ``.tsv`` a header, with ``text`` and ``label``. In any
-    other file, each line is a label, a tab or space, and a text; labels may have spaces if each line has one tab.
+    other file, each line is a label, a tab or space, and a text; labels may have spaces if each line has a tab.
 
     Raises:
         OSError: the file cannot be read.
@@ -39,7 +39,9 @@ def read_labelled(path: Path) -> list[Example]:
     """
     text, suffix = read_text(path, "examples"), path.suffix.lower()
     if suffix == ".jsonl":
-        found = [_example(_parsed(line, at, path), at, path) for at, line in _lines(text)]
+        records = [(_parsed(line, at, path), at) for at, line in _lines(text)]
+        found = [_example(record, at, path) for record, at in records]
+        tell_unused(path, {key for record, _ in records for key in record if key not in _COLUMNS})
     elif suffix in _SEPARATORS:
         found = list(_of_table(text, path, _SEPARATORS[suffix]))
     elif _is_json(text) or _is_json(text.lstrip().partition("\n")[0]):
@@ -56,7 +58,13 @@ def read_labelled(path: Path) -> list[Example]:
 
 def _of_lines(text: str, path: Path) -> Iterator[Example]:
     lines = list(_lines(text))
-    has_tabs = all(line.count("\t") == 1 for _, line in lines)
+    has_tabs = all("\t" in line for _, line in lines)
+    labels = {line.partition("\t")[0].strip() for _, line in lines} if has_tabs else set()
+    if any(" " in label for label in labels) and 2 * len(labels) > len(lines):
+        raise ValueError(
+            f"each line of '{path}' has a tab, and it is not clear whether its label ends there or at the first space; write a"
+            " file named .tsv or .csv with the columns text and label"
+        )
     for at, line in lines:
         label, *rest = re.split("\t" if has_tabs else "[ \t]", line, maxsplit=1)
         if not rest or not label.strip():
@@ -67,35 +75,53 @@ def _of_lines(text: str, path: Path) -> Iterator[Example]:
 
 
 def _of_table(text: str, path: Path, separator: str) -> Iterator[Example]:
+    columns = _columns_of(text, path, separator)
     try:
         rows = list(_rows(text, path, separator))
-        is_quoted = separator == "," or not any("\n" in field for _, row in rows for field in row)
+        is_plain = any("\n" in field for _, row in rows for field in row)
     except ValueError:
         if separator == ",":
             raise
-        is_quoted = False
-    if not is_quoted:  # quotes are part of the texts, as in the files of many datasets
-        rows = list(_rows(text, path, separator, csv.QUOTE_NONE))
-    (at, header), *rows = rows or [(1, [""])]
-    columns = [name.strip() for name in header]
+        rows, is_plain = [], True
+    if is_plain and separator == "\t":
+        # In the files of many datasets, quotes are part of the texts.
+        plain = list(_rows(text, path, separator, csv.QUOTE_NONE))
+        if not rows or all(len(row) == len(columns) for _, row in plain):
+            rows = plain
+    tell_unused(path, set(columns) - {*_COLUMNS})
+    for at, row in rows[1:]:
+        while (
+            len(row) > len(columns) and not row[-1]
+        ):  # some programs end each line with a separator
+            row.pop()
+        if len(row) > len(columns):
+            way_out = (
+                "put texts with a comma in quotes"
+                if separator == ","
+                else "a text must have no tab"
+            )
+            raise ValueError(
+                f"line {at} of '{path}' has {len(row)} fields, and its header names {len(columns)}; {way_out}"
+            )
+        yield _example(dict(zip(columns, row, strict=False)), at, path)
+
+
+def _columns_of(text: str, path: Path, separator: str) -> list[str]:
+    """Return the names in the header of a table.
+
+    Raises:
+        ValueError: it does not have the columns of a text and a label, each once.
+    """
+    header = next((line for _, line in _lines(text)), "")
+    columns = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
     if any(columns.count(name) != 1 for name in _COLUMNS):
         shown = ", ".join(map(repr, columns))
         shown = shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}…"
         raise ValueError(
-            f"line {at} of '{path}' names the columns {shown}, expected 'text' and 'label', each once, with"
+            f"the header of '{path}' names the columns {shown}, expected 'text' and 'label', each once, with"
             f" {'a comma' if separator == ',' else 'a tab'} between them"
         )
-    for at, row in rows:
-        if len(row) > len(columns):
-            raise ValueError(
-                f"line {at} of '{path}' has {len(row)} fields, and its header names {len(columns)}; "
-                + (
-                    "put texts with a comma in quotes"
-                    if separator == ","
-                    else "a text must have no tab"
-                )
-            )
-        yield _example(dict(zip(columns, row, strict=False)), at, path)
+    return columns
 
 
 def _rows(

@@ -16,7 +16,7 @@ from torch import nn
 
 from sift_train.basecheck import check_weights
 
-_POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
+_POSITION_TABLES = ("position_embeddings", "positions_embed", "embed_positions", "wpe")
 _FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,

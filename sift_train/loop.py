@@ -88,6 +88,7 @@ class Run:
         self._loss = loss
         self._n_steps = n_steps
         self._evaluate_model = evaluate
+        self._evaluated_on: str | None = getattr(evaluate, "fingerprint", None)
         self._folder = folder
         self._listeners = tuple(listeners)
         self._publishing = publishing
@@ -341,6 +342,7 @@ class Run:
                 "random": capture_random_state(generators_of(self._data)),
                 "losses": self.losses,
                 "evaluations": [[e.step, dict(e.values)] for e in self.evaluations],
+                "evaluated_on": self._evaluated_on,
                 "best": self._patience.for_checkpoint(),
             },
             settings=self._settings(),
@@ -352,10 +354,9 @@ class Run:
             "log_every", "eval_every", "eval_before", "save_every", "patience", "trackers", "masters_device",
         }  # fmt: skip
         settings = {k: v for k, v in self._config.as_json().items() if k not in free}
-        for what, one in (("data", self._data), ("evaluation", self._evaluate_model)):
-            fingerprint = getattr(one, "fingerprint", None)
-            if isinstance(fingerprint, str):
-                settings[f"{what}.fingerprint"] = fingerprint
+        fingerprint = getattr(self._data, "fingerprint", None)
+        if isinstance(fingerprint, str):
+            settings["data.fingerprint"] = fingerprint
         if self._is_sharded:
             # Another number of ranks may go on, with as many micro-batches in a step.
             settings["accumulation"] = self._config.accumulation * self._ranks.size
@@ -383,6 +384,13 @@ class Run:
             self._accelerator.scaler.load_state_dict(progress["scaler"])
         self._losses.values = list(progress["losses"])
         self.evaluations = [Evaluation(step, values) for step, values in progress["evaluations"]]
+        before, now = progress.get("evaluated_on"), self._evaluated_on
+        if before and now and before != now:
+            raise ValueError(
+                "the run was evaluated on other examples, and the scores would not compare; resume with the same evaluation,"
+                " without one, or start a new run"
+            )
+        self._evaluated_on = now or before
         self._patience.load(progress["best"], self.evaluations, len(self.losses))
         self._batches.go_to(progress["place"])
         restore_random_state(progress["random"], generators_of(self._data))

@@ -12,6 +12,7 @@ from sift_train.export import export_delta
 from sift_train.ranks.shard import is_sharded
 from sift_train.sift import SIFT
 
+DELTA_SUFFIX = ".sd"
 _SAY_NOTHING = ("README.md", ".gitattributes")  # files that do not tell one model from another
 
 
@@ -37,15 +38,15 @@ def push_delta(
     loaded = getattr(sift.first_config, "_name_or_path", None)
     if loaded and Path(loaded).is_dir():
         base = base or loaded
-    elif loaded and base_id is None:
-        base_id = _with_commit(loaded, sift)
-    base = base or _cached(base_id, token)
-    if base is None:
+    elif loaded not in (None, "", "None") and base_id is None:
+        base_id = _with_commit(loaded, sift, token)
+    if base is None and base_id is None:
         raise ValueError(
             f"it is not known from where {type(sift.model).__name__} was loaded; give base, the folder of its"
             " weights, and base_id, their repository"
         )
     with tempfile.TemporaryDirectory(prefix="sift-push-") as folder:
+        base = base or _downloaded(str(base_id), Path(folder), token)
         delta = Path(folder) / "delta.sd"
         export_delta(sift.model, delta, sift=sift, base=base, base_id=base_id)
         push = partial(
@@ -63,45 +64,48 @@ def push_delta(
         return sift.ranks.first_does(push) if is_divided else push()
 
 
-def _with_commit(name: str, sift: SIFT) -> str:
-    """Return the repository that a transformers model was loaded from, with its commit if that can be found out.
-
-    Raises:
-        ValueError: the cache has several commits of the repository, whose files differ.
-    """
+def _with_commit(name: str, sift: SIFT, token: str | bool | None) -> str:
+    """Return the repository that a transformers model was loaded from, with its commit if that can be found out."""
     # Of later versions of transformers the configuration does not name it.
-    commit = getattr(sift.first_config, "_commit_hash", None) or _commit_in_cache(name)
+    commit = getattr(sift.first_config, "_commit_hash", None) or _commit_in_cache(name, token)
     return f"{name}@{commit}" if commit else name
 
 
-def _commit_in_cache(name: str) -> str | None:
-    """Return the commit of a repository whose weights are in the cache; None if there is none."""
-    from huggingface_hub import constants
+def _commit_in_cache(name: str, token: str | bool | None) -> str | None:
+    """Return the latest commit of a repository whose weights are in the cache; None if there is none.
+
+    Raises:
+        ValueError: the cache has several, whose files differ.
+    """
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.file_download import repo_folder_name
 
     place = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
-    found: dict[frozenset[tuple[str, str]], str] = {}
-    for snapshot in sorted(place.glob("snapshots/*"), key=lambda path: path.stat().st_mtime):
-        files = {
-            path.relative_to(snapshot).as_posix(): path.resolve().name
-            for path in snapshot.rglob("*")
-            if path.is_file() and path.name not in _SAY_NOTHING
+    snapshots = sorted(place.glob("snapshots/*"), key=lambda path: path.stat().st_mtime)
+    commits = [one.name for one in snapshots if any(one.rglob("*.safetensors"))]
+
+    def files_of(commit: str) -> set[tuple[str, str | None]]:
+        info = HfApi(token=token).model_info(name, revision=commit, files_metadata=True)
+        return {
+            (file.rfilename, file.blob_id)
+            for file in info.siblings or ()
+            if file.rfilename not in _SAY_NOTHING
         }
-        if any(file.endswith(".safetensors") for file in files):
-            found[frozenset(files.items())] = snapshot.name
-    if len(found) > 1:
+
+    if len(commits) > 1 and any(files_of(one) != files_of(commits[0]) for one in commits[1:]):
         raise ValueError(
-            f"the cache has several commits of '{name}' ({', '.join(one[:12] for one in found.values())}), and it is not known"
-            f" which one the model was loaded from; give it: base_id='{name}@<commit>'"
+            f"the cache has several commits of '{name}' that differ ({', '.join(one[:12] for one in commits)}), and it is not"
+            f" known which one the model was loaded from; give it: base_id='{name}@<commit>'"
         )
-    return next(iter(found.values()), None)
+    return commits[-1] if commits else None
 
 
-def _cached(base_id: str | None, token: str | bool | None) -> Path | None:
-    """Return the folder of a repository in the cache; it is downloaded where files are missing."""
-    if base_id is None:
-        return None
+def _downloaded(base_id: str, folder: Path, token: str | bool | None) -> Path:
+    """Return a folder with the checkpoint of a repository: in the cache, or in ``folder`` if it holds a delta."""
     from huggingface_hub import snapshot_download
 
     name, _, revision = base_id.partition("@")
-    return Path(snapshot_download(name, revision=revision or None, token=token))
+    found = Path(snapshot_download(name, revision=revision or None, token=token))
+    if any(found.glob("*.safetensors")) or not any(found.rglob(f"*{DELTA_SUFFIX}")):
+        return found
+    return sparsedelta.pull(base_id, folder / "base", token=token).out

@@ -67,8 +67,7 @@ class RunFile:
         batch_size: examples per optimizer step.
         micro_batch: examples per forward pass; by default all of a step.
         max_tokens: longer examples are cut.
-        template: ``"auto"``, ``"chat"`` or ``"alpaca"``: what writes the prompts of a causal language model; for no other
-            task.
+        template: ``"auto"``, ``"chat"`` or ``"alpaca"``: what writes the prompts of a causal language model.
         run_dir, save_target: as for ``fit``.
         train: settings of ``FitConfig``, but for ``accumulation``. By default, parameters that the model's files
             do not hold, such as a new head, are trained densely.

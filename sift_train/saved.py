@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 FORMAT = {"format": "sift-state", "format_version": "1"}
 SETTINGS = "settings"
-_MAY_COME = ("evaluation.fingerprint",)  # an evaluation may be added or left out, and not replaced
 INDEX, ORIGINAL, MASTER = "index:", "original:", "master:"
 BUFFER, FIRST_BUFFER = "buffer:", "first_buffer:"
 KEPT = ("kept_index:", "kept_original:", "kept_value:")
@@ -150,9 +149,12 @@ def refuse_other_settings(
         ValueError: a setting differs.
     """
     for key in sorted({*saved, *settings}):
-        if key in _MAY_COME and not (key in saved and key in settings):
-            continue
         if saved.get(key) != settings.get(key):
+            if key == "data.fingerprint":
+                raise ValueError(
+                    f"the run saved in '{checkpoint}' was trained on other data, or on these in other micro-batches or cut at"
+                    " another length; resume with the same, or start a new run"
+                )
             raise ValueError(
                 f"the run saved in '{checkpoint}' has {key} {saved.get(key)!r}, "
                 f"this one {settings.get(key)!r}; resume with the same settings, or start a new run"

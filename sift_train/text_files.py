@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
+_OF_ROWS = {
+    "",
+    "id",
+    "idx",
+    "index",
+    "Unnamed: 0",
+    "__index_level_0__",
+}  # what tells one row from another
+_N_SHOWN = 10
 
 
 def read_text(path: Path, what: str) -> str:
@@ -27,3 +40,11 @@ def read_text(path: Path, what: str) -> str:
         raise ValueError(
             f"'{path}' is not text in UTF-8 (byte {error.start}); give a file of text"
         ) from error
+
+
+def tell_unused(path: Path, names: Iterable[str]) -> None:
+    """Log a warning that a file has columns or keys that are not used, except for numbers of rows."""
+    unused = sorted(set(names) - _OF_ROWS)
+    if unused:
+        shown = ", ".join(map(repr, unused[:_N_SHOWN])) + (", …" * (len(unused) > _N_SHOWN))
+        logger.warning("'%s' also has %s, which the training does not use", path, shown)

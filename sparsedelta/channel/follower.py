@@ -14,7 +14,7 @@ from sparsedelta.channel.model_replica import ModelReplica
 from sparsedelta.channel.replicas import DiskReplica
 from sparsedelta.channel.versions import Versions
 from sparsedelta.live.ranks import Ranks, group_of
-from sparsedelta.ops.apply import check_apart
+from sparsedelta.ops.apply import check_no_input
 from sparsedelta.progress import Progress
 
 
@@ -75,7 +75,7 @@ class Follower:
                 opened = open_channel(channel, context)
                 if isinstance(model_or_path, str | os.PathLike):
                     check_outside(opened, model_or_path, "output")
-                    check_apart([] if base is None else [base], model_or_path)
+                    check_no_input([] if base is None else [base], model_or_path)
                 self._pursuit = Pursuit(opened, replica)
             self._context = context.pop_all()
 

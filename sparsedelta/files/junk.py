@@ -16,6 +16,8 @@ NOT_PART = (
     # created by transformers' Trainer and accelerate
     "checkpoint-[0-9]*", "runs", "wandb", "optimizer.pt", "optimizer.bin", "scheduler.pt",
     "scheduler.bin", "scaler.pt", "rng_state*.pth", "random_states_*.pkl", "training_args.bin",
+    # written by sift_train beside its delta
+    "sift.safetensors",
 )  # fmt: skip
 
 

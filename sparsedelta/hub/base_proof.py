@@ -20,7 +20,7 @@ from sparsedelta.errors import (
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.hub.client import Hub
-from sparsedelta.hub.folders import folder_of
+from sparsedelta.hub.folders import folder_of, rename_in
 from sparsedelta.hub.record import BaseRecord, is_content
 from sparsedelta.hub.references import Reference, parse_reference
 from sparsedelta.hub.repository import Repository, open_repository
@@ -112,6 +112,13 @@ def prove_base(
             raise BaseMismatch(
                 f"'{base.name}' is the delta's target, expected its base; name the base's repository"
             ) from error
+        except BaseMismatch as error:
+            rename_in(error, folder, base.name)
+            error.args = (
+                f"{error}; if the repository has changed since, name the commit that the delta was made from"
+                f" (base_id='{base.reference.repo_id}@<commit>', --base-id)",
+            )
+            raise
     files = tuple(base.files[path] for path in wanted)
     return Proof(base, BaseRecord(base.name, delta.base_fingerprint.hex(), files), evidence)
 

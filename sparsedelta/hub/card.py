@@ -113,13 +113,16 @@ def _head(facts: CardFacts) -> dict[str, Any]:
     if isinstance(link, str) and "://" not in link:
         # A path relative to the base's repository: make it an absolute address.
         copied["license_link"] = f"{facts.endpoint}/{facts.base.repo_id}/blob/main/{link}"
-    return {
+    found = {
         **{name: value for name, value in copied.items() if value is not None},
         "library_name": LIBRARY,
         "base_model": facts.base.repo_id,
         "base_model_relation": "finetune",
         "tags": [*TAGS],
     }
+    if facts.base.repo_id == facts.repo_id:  # deltas beside their base, or on one another
+        del found["base_model"], found["base_model_relation"]
+    return found
 
 
 def _head_changes(
@@ -127,10 +130,10 @@ def _head_changes(
 ) -> dict[str, Any]:
     wanted = _head(facts)
     changes = {name: value for name, value in wanted.items() if head.get(name) in (None, [])}
-    base, named = wanted["base_model"], head.get("base_model")
+    base, named = wanted.get("base_model"), head.get("base_model")
     bases = [named] if isinstance(named, str) else list(named or [])
     others = [] if alone else [one for one in bases if one not in (base, dropped)]
-    if bases and (base not in bases or dropped in bases):
+    if base and bases and (base not in bases or dropped in bases):
         changes["base_model"] = [*others, base] if others else base
     tags = [*(head.get("tags") or [])]
     if LIBRARY not in tags:

@@ -27,9 +27,9 @@ from sparsedelta.files.side_files import check_base_files
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.hub.base_proof import base_reference, check_link, parse_base_id
 from sparsedelta.hub.client import Hub
-from sparsedelta.hub.folders import folder_of, remove_damaged
+from sparsedelta.hub.folders import folder_of, remove_damaged, rename_in
 from sparsedelta.hub.record import MAX_RECORD_BYTES, BaseRecord, parse_record, record_path
-from sparsedelta.hub.references import Reference
+from sparsedelta.hub.references import DELTA_NAME, Reference
 from sparsedelta.hub.repository import Repository, open_repository
 from sparsedelta.ops.base_check import find_base, open_base
 from sparsedelta.tensors.compare import digest_tensor
@@ -137,16 +137,17 @@ def open_chain_from(hub: Hub, link: Link, reference: Reference) -> tuple[list[Li
 
 def _in_chain(hub: Hub, links: list[Link], reference: Reference) -> Reference | None:
     """Insert the links above a repository; return its place, or None if no delta of the chain names it."""
+    paths = (None, reference.path, f"{reference.path}/{DELTA_NAME}")
     while (named := parse_base_id(links[0].delta.base.id)) is not None:
-        if named.repo_id == reference.repo_id and reference.path in (None, named.path):
-            return reference if reference.revision else named
+        if named.repo_id == reference.repo_id and (named.path in paths or reference.path is None):
+            return named.at(reference.revision or named.revision)
         try:
             below = open_repository(hub, named)
-        except RemoteError:
-            return None
-        if not below.is_delta_repository:
-            return None
-        _insert_below(links, below)
+            if not below.is_delta_repository:
+                return None
+            _insert_below(links, below)
+        except (RemoteError, MismatchError, ConflictError, FormatError):
+            return None  # what the chain names has moved or is not available, and may not be needed
     return None
 
 
@@ -160,17 +161,25 @@ def links_above(hub: Hub, link: Link, base: Path, error: MismatchError) -> list[
         error: what is raised if no delta of the chain was made from it.
 
     Raises:
-        BaseMismatch, BaseNeeded, ConflictError, RemoteError: as for ``open_chain``.
+        BaseMismatch, BaseNeeded, ConflictError: as for ``open_chain``.
     """
     below = parse_base_id(link.delta.base.id)
-    if below is None or not open_repository(hub, below).is_delta_repository:
+    if below is None:
         raise error
-    with open_base(base, link.delta) as checkpoint:
-        # With the right tensors, the error is about the file that is missing or another.
-        for files in (True, False):
-            links = _open_chain_to(hub, link, _base_test(checkpoint, files=files))
-            if links is not None:
-                return links
+    try:
+        if not open_repository(hub, below).is_delta_repository:
+            raise error
+        with open_base(base, link.delta) as checkpoint:
+            # With the right tensors, the error is about the file that is missing or another.
+            for files in (True, False):
+                links = _open_chain_to(hub, link, _base_test(checkpoint, files=files))
+                if links is not None:
+                    return links
+    except RemoteError as cause:
+        error.args = (
+            f"{error}; whether it is the base of an earlier delta was not found out: {cause}",
+        )
+        raise error from cause
     raise error
 
 
@@ -255,7 +264,7 @@ def base_folder(base: Repository, delta: Delta, link: Link | None) -> Iterator[P
             yield folder
     except (MismatchError, FormatError, CheckpointError) as error:
         raise_if_damaged([*copies.values()], error)
-        error.args = tuple(str(text).replace(str(folder), base.name) for text in error.args)
+        rename_in(error, folder, base.name)
         raise
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sparsedelta.errors import Corrupt, RemoteError, Unreachable
+from sparsedelta.errors import AccessDenied, Corrupt, RemoteError, RemoteNotFound, Unreachable
 from sparsedelta.format.paths import path_problem
 from sparsedelta.hub.errors import not_cached, remote_errors
 from sparsedelta.hub.references import Reference
@@ -102,7 +102,8 @@ class Hub:
     def files(self, pinned: Reference) -> dict[str, RemoteFile]:
         """Return the files of a repository at a commit by path.
 
-        Offline, these are the files in the cache, without their hashes (see ``cached_listing``).
+        Offline, or if the commit is gone, these are the files in the cache, without their hashes (see
+        ``cached_listing``).
 
         Raises:
             RemoteError: the repository or commit does not exist, or the Hub cannot be reached.
@@ -115,7 +116,7 @@ class Hub:
                         pinned.repo_id, revision=pinned.revision, files_metadata=True
                     )
                 )
-        except Unreachable:
+        except (Unreachable, RemoteNotFound, AccessDenied):
             cached = self._cached_files(pinned) if self._cached_listing else {}
             if not cached:
                 raise

@@ -41,6 +41,11 @@ def folder_of(downloads: Mapping[str, Path], *, exact: bool = False) -> Iterator
         yield folder
 
 
+def rename_in(error: Exception, folder: Path, name: str) -> None:
+    """Put the name of a repository in place of the folder with its files in the message of an error."""
+    error.args = tuple(str(text).replace(str(folder), name) for text in error.args)
+
+
 def remove_damaged(local_paths: Iterable[Path]) -> list[Path]:
     """Remove damaged files from the cache and return their paths.
 

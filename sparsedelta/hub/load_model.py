@@ -65,7 +65,10 @@ def load_model(
     if isinstance(delta, str) and not os.path.lexists(delta) and not delta.endswith(DELTA_SUFFIX):
         reference = parse_reference(delta)
     if reference is not None:
-        return _of_repository(reference, base, load)
+        from sparsedelta.hub.client import Hub
+
+        pinned = Hub(None).pin(reference)
+        return _named(_of_repository(pinned, base, load), pinned)
     if base is None:
         raise ValueError("base is missing; give the folder of the delta's base")
     with opened(_file(delta)) as opened_delta:
@@ -84,6 +87,15 @@ def _of_repository(reference: Reference, base: AnyPath | None, load: Callable[..
     except MismatchError as error:
         with fetched_above(reference, Path(base), error) as delta:
             return load(delta, base)
+
+
+def _named(model: Any, pinned: Reference) -> Any:
+    """Return a model with the name and commit of its repository, as transformers gives them; a pipeline as it is."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "_name_or_path"):
+        config._name_or_path = model.name_or_path = pinned.repo_id
+        config._commit_hash = pinned.revision
+    return model
 
 
 def _file(delta: AnyDelta) -> AnyDelta:

@@ -106,8 +106,7 @@ def pull(
     target = Path(out)
     kept_delta = Path(f"{os.path.abspath(out)}{DELTA_SUFFIX}") if keep_delta else None
     local = _local_base(base)
-    if local is not None:
-        check_apart([local], out)
+    check_apart([] if local is None else [local], out)
     for path in filter(None, (target, kept_delta)):
         check_absent(path, overwrite=overwrite)
     hub = Hub(token)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparsedelta._typing import AnyPath
-from sparsedelta.errors import RemoteConflict, RemoteNotFound
+from sparsedelta.errors import FormatError, RemoteConflict, RemoteNotFound
+from sparsedelta.files import junk
 from sparsedelta.files.side_files import carried_content, is_of_other_files
 from sparsedelta.files.unread import UNREAD_WEIGHT_SUFFIXES
 from sparsedelta.format.delta import AnyDelta, Delta, opened
@@ -173,6 +174,11 @@ def push(
         destination = _find_destination(hub, repo_id, revision or MAIN, tag, create_pr=create_pr)
         recorded = _recorded_base(opened_delta, destination, path)
         reference = _wanted_base(opened_delta, base_id, recorded)
+        if reference.repo_id == repo_id and subfolder is None and reference.path is None:
+            raise ValueError(
+                f"repository '{repo_id}' is the base itself, and its name would mean the base and the delta; push to another"
+                " repository, or to a folder of this one (subfolder=, --subfolder)"
+            )
         local = Path(base) if base is not None else None
         proof = prove_base(hub, opened_delta, reference, local=local, progress=progress)
         local_files = _make_files(hub, opened_delta, repo_id, path, proof, destination, folder)
@@ -329,8 +335,11 @@ def _dropped_base(repository: Repository | None, path: str, base: str) -> str | 
 
 
 def _named_base(repository: Repository, path: str) -> str | None:
-    """Return the repository of the base that is recorded beside a delta; None if there is no record."""
-    record = read_record(repository, path)
+    """Return the repository of the base that is recorded beside a delta; None if no record can be read."""
+    try:
+        record = read_record(repository, path)
+    except FormatError:
+        return None
     found = parse_base_id(record.base) if record else None
     return found.repo_id if found else None
 
@@ -346,7 +355,10 @@ def _has_weights(paths: Iterable[str], folder: str) -> bool:
     """Return whether weights lie directly in a folder of a repository, whose ``config.json`` is that of these weights."""
     suffixes = (WEIGHT_SUFFIX, *UNREAD_WEIGHT_SUFFIXES)
     return any(
-        path.startswith(folder) and "/" not in path[len(folder) :] and path.endswith(suffixes)
+        path.startswith(folder)
+        and "/" not in path[len(folder) :]
+        and path.endswith(suffixes)
+        and not junk.matches(path, junk.NOT_PART)
         for path in paths
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sparsedelta.dtypes import dtype_of
 from sparsedelta.errors import BaseMismatch, CheckpointError, FormatError, RemoteNotFound
+from sparsedelta.files import junk
 from sparsedelta.format.delta import Delta, read_delta
 from sparsedelta.format.paths import DELTA_SUFFIX, WEIGHT_SUFFIX
 from sparsedelta.format.records import BaseTensor, TensorSpec
@@ -68,10 +69,17 @@ class Repository:
         if path is None:
             return not self.has_weights and bool(self._deltas_below(""))
         if not path.endswith(DELTA_SUFFIX) and not self._deltas_below(path):
+            what = f"'{path}/*'"
+            if path in self.files:
+                what = f"'{path}'"
+            elif not any(file.startswith(f"{path}/") for file in self.files):
+                raise RemoteNotFound(
+                    f"repository '{self.name}' has neither a file nor a folder {path!r}"
+                )
             raise RemoteNotFound(
-                f"'{path}' in repository '{self.name}' is neither a delta nor a folder with one, and a checkpoint is a whole"
-                f" repository; leave out the path, or download the folder (`hf download {self.reference.repo_id} --include"
-                f" '{path}/*' --local-dir DIR`) and give that"
+                f"'{path}' in repository '{self.name}' is no delta and has none, and a checkpoint is a whole repository; leave"
+                f" out the path, or download it (`hf download {self.reference.repo_id} --include {what} --local-dir DIR`) and"
+                " give the local copy"
             )
         return True
 
@@ -161,7 +169,11 @@ class Repository:
         return self._tensors[path]
 
     def _weights(self) -> set[str]:
-        return {path for path in self.files if path.endswith(WEIGHT_SUFFIX)}
+        return {
+            path
+            for path in self.files
+            if path.endswith(WEIGHT_SUFFIX) and not junk.matches(path, junk.NOT_PART)
+        }
 
     def _deltas_below(self, folder: str) -> list[str]:
         start = f"{folder}/" if folder else ""

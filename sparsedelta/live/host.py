@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from sparsedelta._typing import AnyPath
 from sparsedelta.errors import StructureMismatch
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
@@ -48,7 +46,7 @@ def _loaded(tensor: Tensor) -> torch.Tensor:
             f"tensor {tensor.name!r} is {tensor.spec.dtype.name}, which torch does not have",
             tensor=tensor.name,
         )
-    data = np.empty(tensor.spec.n_bytes, np.uint8)
+    data = torch.empty(tensor.spec.n_bytes, dtype=torch.uint8)
     if len(data):
-        tensor.read_into(data.data, 0)
-    return torch.from_numpy(data).view(dtype).view(tensor.spec.shape)
+        tensor.read_into(data.numpy().data, 0)
+    return data.view(dtype).view(tensor.spec.shape)

@@ -26,7 +26,7 @@ from sparsedelta.live.matching import (
     shown,
 )
 from sparsedelta.live.searching import Search
-from sparsedelta.live.slots import AnySlot, memory_of
+from sparsedelta.live.slots import AnySlot, memory_of, sharing_memory
 from sparsedelta.live.tensor_names import renamed
 
 
@@ -109,6 +109,7 @@ def find_places(delta: Delta, model: Model, names: Names) -> Places:
         if place is not None and place.slot is not slot:
             _check_tied(matching[0], place)
             changed[memory] = replace(place, tied=(*place.tied, slot))
+    _check_apart(found)
     return Places([*changed.values()], [(rows, slot) for rows, slot in found if not rows[0].chunks])
 
 
@@ -206,6 +207,20 @@ def _traits(tensor: Held) -> object:
     in_mode = torch.is_inference_mode_enabled()
     layout = tensor.dtype, tensor.shape, tensor.stride(), tensor.device
     return type(tensor), tensor.data_ptr(), *layout, tensor.is_inference(), in_mode
+
+
+def _check_apart(found: Sequence[tuple[Sequence[Row], AnySlot]]) -> None:
+    """Check that no tensor that changes has elements in common with one that does not."""
+    held = [(rows[0], slot.tensor()) for rows, slot in found]
+    places = [*{memory_of(tensor): (row, tensor) for row, tensor in held}.values()]
+    for pair in sharing_memory([tensor for _, tensor in places], surely=True):
+        one, other = (places[number][0] for number in pair)
+        if bool(one.chunks) != bool(other.chunks):
+            raise StructureMismatch(
+                f"tensors {one.name!r} and {other.name!r} share a part of their memory in the model, and only one of them"
+                " changes; untie them before applying the delta",
+                tensor=one.name,
+            )
 
 
 def _check_tied(row: Row, place: Place) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -116,3 +116,32 @@ def _part_memory(tensor: torch.Tensor) -> object:
     if tensor.is_meta or not tensor.numel():
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def sharing_memory(held: Sequence[Held], *, surely: bool = False) -> list[tuple[int, int]]:
+    """Return pairs of places in the list whose tensors overlap in memory, for each of these at least one.
+
+    Args:
+        held: the tensors.
+        surely: leave out tensors with gaps between their elements, in which others may lie, such as the parts of a fused one.
+    """
+    spans = []
+    for number, one in enumerate(held):
+        for part in parts_of(one):
+            if part.is_meta or not part.numel():
+                continue
+            steps = zip(part.shape, part.stride(), strict=True)
+            n_spanned = sum((n - 1) * step for n, step in steps) + 1
+            if not surely or n_spanned == part.numel():
+                start = part.data_ptr()
+                end = start + n_spanned * part.element_size()
+                spans.append((str(part.device), start, end, number))
+    found: list[tuple[int, int]] = []
+    before = ("", 0, 0, -1)  # the span that ends last of those so far
+    for span in sorted(spans):
+        is_within = span[0] == before[0] and span[1] < before[2]
+        if is_within and span[3] != before[3]:
+            found.append((before[3], span[3]))
+        if not is_within or span[2] > before[2]:
+            before = span
+    return found

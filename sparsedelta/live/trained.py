@@ -18,6 +18,7 @@ from sparsedelta.codecs.context import Bits
 from sparsedelta.format.records import TensorSpec
 from sparsedelta.live.bits import Overlay, TensorBytes, gather, on_host
 from sparsedelta.live.capture import Changes, changed_elsewhere
+from sparsedelta.live.held import whole_digest
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +91,10 @@ class KeptElements:
         """
         if self.version is not None and self.parameter._version != self.version:
             raise changed_elsewhere(self.name)
+        if self.version is not None and now.data_ptr() != self.tensor.data_ptr():
+            if whole_digest(now) != self.spec.digest:
+                raise changed_elsewhere(self.name)
+            self.parameter, self.version = now, now._version  # moved to another device, or replaced
         self.tensor, self.index = now, self.index.to(now.device)
         bits = on_host(gather(now, self.index)).view(self.bits.dtype)
         changed = bits != self.bits

@@ -5,17 +5,19 @@ The model is not taken back if this is broken off: it is then partly the one and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from sparsedelta._typing import Model, Names
+from sparsedelta.errors import StructureMismatch
 from sparsedelta.files.checkpoint import Checkpoint, Tensor
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.records import Payload, Row
 from sparsedelta.live.bits import integer_dtype
-from sparsedelta.live.held import assign
+from sparsedelta.live.held import assign, whole_digest
 from sparsedelta.live.places import Place, find_all
+from sparsedelta.live.slots import sharing_memory
 from sparsedelta.ops.base_check import explained, find_base
 from sparsedelta.progress import Silent
 from sparsedelta.tensors.parallel import Pace, run_all
@@ -37,6 +39,7 @@ def write_whole(delta: Delta, base: Checkpoint, model: Model, *, names: Names = 
     Raises:
         StructureMismatch: the model has a tensor of the target not, or with another dtype or shape; or the base
             has another tensor. Nothing was written.
+        StructureMismatch: two tensors share a part of their memory, and differ there in the target. They were written.
         BaseMismatch: a tensor of the base has another digest.
         FormatError: the delta is inconsistent.
     """
@@ -53,16 +56,33 @@ def write_whole(delta: Delta, base: Checkpoint, model: Model, *, names: Names = 
 
     with explained(delta, base):
         run_all(work, places, cost=lambda place: place.row.target.n_bytes, pace=pace)
+    _check_shared(places)
+
+
+def _check_shared(places: Sequence[Place]) -> None:
+    """Check that tensors that may share elements hold what was written to each."""
+    held = [place.slot.tensor() for place in places]
+    for number in sorted(set(chain.from_iterable(sharing_memory(held)))):
+        row = places[number].row
+        if row.target.digest not in (None, whole_digest(held[number])):
+            raise StructureMismatch(
+                f"tensor {row.name!r} of the model shares a part of its memory with another one, and they differ there in the"
+                " target; untie them, or leave one out (names)",
+                tensor=row.name,
+            )
 
 
 def rebuilt(row: Row, base: Tensor | None, payload: Payload, pace: Pace) -> torch.Tensor:
     """Return a tensor of the target in host memory, checked, as integers of the element size, ``(numel,)``."""
     import torch
 
-    made = np.empty(row.target.n_bytes, np.uint8)
+    made = torch.empty(
+        row.target.n_bytes, dtype=torch.uint8
+    )  # numpy's strides of no elements fit no other dtype
+    memory = made.numpy().data
 
     def keep(data: memoryview, offset: int) -> None:
-        made[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+        memory[offset : offset + len(data)] = data
 
     rebuild(row, base, payload, keep, check="full", pace=pace)
-    return torch.from_numpy(made).view(integer_dtype(row.target.dtype.width))
+    return made.view(integer_dtype(row.target.dtype.width))

@@ -201,11 +201,17 @@ def check_apart(inputs: Iterable[AnyPath], out: AnyPath) -> None:
 
     ``overwrite`` does not permit it: no input is ever changed.
     """
+    check_no_input(inputs, out)
     output = Path(os.path.realpath(out))
     if output == Path.cwd() or output in Path.cwd().parents:
         raise ValueError(
             f"output '{out}' is the current folder, or contains it; choose a new name in this folder"
         )
+
+
+def check_no_input(inputs: Iterable[AnyPath], out: AnyPath) -> None:
+    """Raise ValueError if ``out`` is, contains or lies in an input."""
+    output = Path(os.path.realpath(out))
     for path in inputs:
         source = Path(os.path.realpath(path))
         if output == source:

@@ -237,3 +237,51 @@ def test_what_the_base_lacks_is_named_with_a_command_that_leaves_it_out(
     error = other.bad("pull", "me/second", "out", "--base", states[1])
     assert f"get it from the target of {chain[0]}, or rebuild the target without it" in error
     assert "`sparsedelta apply --exclude tokenizer.json`" in error
+
+
+def test_pull_with_a_folder_of_the_chain_as_the_base(
+    me: Person, other: Person, hub: LoopbackHub, states: list[Path]
+) -> None:
+    """At the commit that the chain names, also after that folder has got another delta."""
+    for number, (base, target) in enumerate(itertools.pairwise(states), 1):
+        delta = save_delta(base, target, me.folder / f"{number}.sd")
+        below = f"hf://me/run/s{number - 1}" if number > 1 else BASE
+        me.good("push", delta, "me/run", "--base-id", below, "--subfolder", f"s{number}")
+    commit = hub.state.head("me/run").oid
+    back = save_delta(states[1], states[0], me.folder / "back.sd")
+    me.good("push", back, "me/run", "--base-id", "hf://me/run/s1", "--subfolder", "s3")
+    hub.state.add_commit("me/run", {"s1/delta.sd": back.read_bytes()})
+    for number, given in enumerate(
+        ("hf://me/run/s1", "hf://me/run/s1/delta.sd", "me/run", f"me/run@{commit}")
+    ):
+        other.good("pull", "hf://me/run/s2", f"out-{number}", "--base", given)
+        assert_same_files(states[2], other.folder / f"out-{number}")
+
+
+@pytest.mark.parametrize("is_junk", [False, True])
+def test_pull_with_a_copy_of_the_base_whose_repository_has_moved_on(
+    me: Person, other: Person, hub: LoopbackHub, states: list[Path], *, is_junk: bool
+) -> None:
+    two = save_delta(states[1], states[2], me.folder / "two.sd", base_id="me/first")
+    back = save_delta(states[2], states[0], me.folder / "back.sd", base_id="me/second")
+    hub.state.add_repo("me/second", {"delta.sd": two.read_bytes()})
+    hub.state.add_repo("me/first", {"delta.sd": b"junk" if is_junk else back.read_bytes()})
+    publish(hub, "org/copy", states[1])
+    other.good("pull", "me/second", "out", "--base", "org/copy")
+    assert_same_files(states[2], other.folder / "out")
+
+
+def test_a_base_that_is_gone_and_complete_in_the_cache(
+    other: Person, hub: LoopbackHub, chain: list[str], states: list[Path]
+) -> None:
+    other.good("pull", "me/second", "out")
+    hub.state.repos.pop(BASE)
+    other.good("pull", "me/second", "again")
+    assert_same_files(states[2], other.folder / "again")
+    wrong = write_file(other.folder / "wrong" / "model.safetensors", {"w": noise("F32", 5)}).parent
+    hub.state.repos.pop("me/first")
+    for file in (other.folder / "home" / "hub").glob("models--me--first/snapshots/*/*"):
+        file.unlink()
+    error = other.bad("pull", "me/second", "no", "--base", wrong)
+    assert "is another model than the base that the delta was made from" in error
+    assert "whether it is the base of an earlier delta was not found out" in error

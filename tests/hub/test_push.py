@@ -365,20 +365,48 @@ def test_json(me: Person, hub: LoopbackHub, delta: Path) -> None:
 
 
 def test_push_beside_weights_keeps_their_configuration(
-    me: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
+    me: Person, hub: LoopbackHub, delta: Path
 ) -> None:
     """The target's config.json would change the model that ``from_pretrained`` loads from that repository."""
-    before = hub.state.head(BASE).files["config.json"].data
-    me.good("push", delta, BASE, "--base-id", BASE)
-    assert hub.state.head(BASE).files["config.json"].data == before
+    for number, name in enumerate(("pytorch_model.bin", "model.safetensors", "sift.safetensors")):
+        repository = f"me/old-{number}"
+        hub.state.add_repo(repository, {name: b"\0", "config.json": b"{}"})
+        me.good("push", delta, repository, "--base-id", BASE)
+        is_kept = hub.state.head(repository).files["config.json"].data == b"{}"
+        assert is_kept == (name != "sift.safetensors")  # the state of a training
+
+
+def test_push_into_the_repository_of_the_base(
+    me: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
+) -> None:
+    """Its name would mean two things. In a folder, the delta is no base of itself."""
+    head = hub.state.head(BASE)
+    assert "is the base itself" in me.bad("push", delta, BASE, "--base-id", BASE)
+    assert hub.state.head(BASE) is head
     me.good("push", delta, BASE, "--base-id", BASE, "--subfolder", "tuned")
     files = hub.state.head(BASE).files
-    assert (
-        files["tuned/config.json"].data == (checkpoints[1] / "config.json").read_bytes() != before
-    )
-    hub.state.add_repo("me/old", {"pytorch_model.bin": b"\0", "config.json": b"{}"})
-    me.good("push", delta, "me/old", "--base-id", BASE)
-    assert hub.state.head("me/old").files["config.json"].data == b"{}"
+    assert files["config.json"] == head.files["config.json"]
+    assert files["tuned/config.json"].data == (checkpoints[1] / "config.json").read_bytes()
+    assert "base_model" not in head_of_card(files["README.md"].data.decode())
+
+
+def test_a_base_that_has_changed_since_is_told_with_the_way_out(
+    me: Person, hub: LoopbackHub, delta: Path, base_commit: str
+) -> None:
+    hub.state.add_commit(BASE, {"tokenizer.json": b"moved"})
+    error = me.bad("push", delta, TUNED, "--base-id", BASE)
+    assert f"file '{BASE}@{hub.state.head(BASE).oid}/tokenizer.json' differs" in error
+    assert f"name the commit that the delta was made from (base_id='{BASE}@<commit>'" in error
+    me.good("push", delta, TUNED, "--base-id", f"{BASE}@{base_commit}")
+
+
+def test_a_record_of_another_delta_that_cannot_be_read(
+    me: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
+) -> None:
+    publish(hub, "org/copy", checkpoints[0])
+    me.good("push", delta, TUNED, "--base-id", BASE, "--subfolder", "a")
+    hub.state.add_commit(TUNED, {"b/delta.sd": b"", "b/delta.base.json": b"{"})
+    me.good("push", delta, TUNED, "--base-id", "org/copy", "--subfolder", "a")
 
 
 def test_a_tag_that_exists_is_found_before_the_commit(

@@ -33,6 +33,14 @@ try:
     sift_train.SIFT(plain, sparse_module="weight").push_to_hub("me/other")
 except ValueError as error:
     print(error)
+more = get_sift_model(loaded, config)  # trained on: the base is what the delta made
+optimizer = torch.optim.AdamW(more.sift.parameters_in_optimizer(), lr=1e-2)
+more(input_ids=ids, labels=torch.tensor([1])).loss.backward()
+optimizer.step()
+print(more.name_or_path, more.sift.push_to_hub("me/more").base)
+last = from_pretrained("me/more", dtype=torch.float32)
+pairs = zip(more.state_dict().values(), last.state_dict().values(), strict=True)
+assert all(torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in pairs)
 """
 
 
@@ -41,7 +49,9 @@ def test_a_model_of_the_hub_is_trained_pushed_and_loaded(me: Person, hub: Loopba
     commit = publish(hub, "org/bert", folder)
     done = me.python("-c", SCRIPT)
     assert done.returncode == 0, done.stderr
-    base, refusal = done.stdout.splitlines()
+    base, refusal, named = done.stdout.splitlines()
+    tuned = hub.state.head("me/tuned").oid
+    assert named == f"me/tuned hf://me/tuned/delta.sd@{tuned}"
     assert base == f"org/bert@{commit}"
     assert refusal.startswith("it is not known from where SparseLinear was loaded; give base")
 
@@ -73,6 +83,6 @@ def test_the_base_is_the_commit_that_was_loaded(me: Person, hub: LoopbackHub) ->
     assert done.stdout.splitlines() == [f"org/bert@{loaded}"] * 2
     done = me.python("-c", REVISION, loaded, main)
     said, named = done.stdout.splitlines()
-    assert said.startswith("the cache has several commits of 'org/bert' (")
+    assert said.startswith("the cache has several commits of 'org/bert' that differ (")
     assert "base_id='org/bert@<commit>'" in said
     assert named == f"org/bert@{loaded}"

@@ -196,3 +196,15 @@ def test_siblings_in_other_shards_of_which_one_adds_a_tensor(make: Maker, tmp_pa
     for order in (deltas, deltas[::-1]):
         with pytest.raises(ConflictError, match="have their tensors in other files, so they have"):
             make.stack(*order)
+
+
+def test_siblings_of_which_one_renames_all_tensors_and_the_other_changes_a_file(
+    make: Maker,
+) -> None:
+    raw = noise("BF16", 10, 4)
+    base = make.checkpoint({"v": raw, "w": raw.changed(1)}, {"c": "1"})
+    renamed = {"model.v": raw, "model.w": raw.changed(1)}
+    one = make.diff(base, make.checkpoint(renamed, {"c": "1"}))
+    other = make.diff(base, make.checkpoint({"v": raw, "w": raw.changed(1)}, {"c": "2"}))
+    for deltas in ((one, other), (other, one)):
+        make.check(make.stack(*deltas), base, make.checkpoint(renamed, {"c": "2"}))

@@ -53,6 +53,8 @@ def test_as_json_is_plain() -> None:
         ({"lr": "1e-3"}, "lr is '1e-3', of type str; it must be a number"),
         ({"weight_decay": None}, "weight_decay is None, of type NoneType; it must be a number"),
         ({"sparse_rate": "0.1"}, "sparse rate is '0.1', of type str; it must be a number"),
+        ({"seed": -1}, "seed is -1; it must be an integer of at least 0"),
+        ({"seed": 2**32}, "seed is 4294967296; it must be at most 4294967295"),
         ({"betas": 0.9}, "betas is 0.9; it must be two numbers"),
         ({"betas": (0.9, "0.99")}, "betas is '0.99', of type str; it must be a number"),
     ],

@@ -191,6 +191,17 @@ def test_empty_answers_are_counted(tmp_path: Path) -> None:
     assert instructions.count_empty(instructions.read_conversations(path)) == 2
 
 
+def test_keys_that_are_not_used_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "data.jsonl"
+    record = {"instruction": "a", "input": "", "output": "b", "id": 3}
+    path.write_text(json.dumps(record))
+    instructions.read_conversations(path)
+    assert not caplog.records
+    path.write_text(json.dumps({**record, "system": "s", "history": []}))
+    instructions.read_conversations(path)
+    assert "also has 'history', 'system', which the training does not use" in caplog.text
+
+
 def test_alpaca_takes_no_long_conversation(chatty: Any) -> None:
     conversation = (Message("system", "s"), Message("user", "u"), Message("assistant", "a"))
     with pytest.raises(ValueError, match="goes system, user, assistant, but the Alpaca prompt"):

@@ -31,7 +31,7 @@ def test_labelled_files_of_every_form(tmp_path: Path) -> None:
         "b.json": ('[\n{"text": "a b"}\n]', "looks like JSON, but is not named .jsonl"),
         "a.csv": ('label,text\na,"' + "b " * 100_000, "line 2 of .* is no row: field larger than"),
         "b.jsonl": ('{"text": 3}', "line 1 of .* has no text under 'text'"),
-        "b.csv": ("text,other\na,b\n", "line 1 of .* names the columns 'text', 'other', expected"),
+        "b.csv": ("text,other\na,b\n", "header of .* names the columns 'text', 'other', expected"),
         "b.txt": ("word\n", "line 1 of .* has no space or tab"),
         "c.txt": ("\n", "has no example"),
         "c.jsonl": ("{", "line 1 of .* is no JSON"),
@@ -59,7 +59,7 @@ def pairs(path: Path, content: str) -> list[tuple[str, str]]:
         ("a.csv", "label,text\na,b\nsad,Well, a cat\n", "line 3 of .* has 3 fields, and its header names 2; put"),
         ("a.csv", "text,label\nb,a\nsome, more,joy\n", "line 3 of .* has 3 fields"),
         ("a.tsv", "text\tlabel\nb\tc\td\n", "line 2 of .* has 3 fields.*; a text must have no tab"),
-        ("a.csv", "Text,Label\na,b\n", "line 1 of .* names the columns 'Text', 'Label', expected 'text' and 'label'"),
+        ("a.csv", "Text,Label\na,b\n", "header of .* names the columns 'Text', 'Label', expected 'text' and 'label'"),
         ("a.csv", "text;label\na;b\n", "with a comma between them"),
         ("a.csv", "text,label,text\na,b,c\n", "each once"),
         ("a.csv", 'text,label\n"open,a\nb,b\n"other" thing,a\n', "is no row: .*; close its quotes, double"),
@@ -85,15 +85,30 @@ def test_quotes_of_a_table_with_tabs(tmp_path: Path) -> None:
         assert found == [('"open', "pos"), ("b", "neg"), (second, "pos")]
 
 
+def test_tables_as_other_programs_write_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A separator at the end of each line, texts of several lines, and columns that are not used."""
+    found = pairs(tmp_path / "a.csv", "text,label\na,pos,\nb,neg,,\n")
+    assert found == [("a", "pos"), ("b", "neg")]
+    found = pairs(tmp_path / "a.tsv", 'text\tlabel\n"a\nb\tc"\tpos\nd\tneg\n')
+    assert found == [("a\nb\tc", "pos"), ("d", "neg")]
+    assert not caplog.records
+    pairs(tmp_path / "b.csv", ",text,text2,label\n0,a,b,pos\n")
+    pairs(tmp_path / "b.jsonl", '{"text": "a", "text_pair": "b", "label": 0, "idx": 1}\n')
+    assert "b.csv' also has 'text2', which the training does not use" in caplog.text
+    assert "b.jsonl' also has 'text_pair', which the training does not use" in caplog.text
+
+
 def test_labels_end_at_a_tab_or_a_space(tmp_path: Path) -> None:
-    """With one tab on each line, at the tab."""
+    """With a tab on each line, at the tab."""
     lines = tmp_path / "a.txt"
-    assert pairs(lines, "ham\tgo on\nspam\twin a prize\n") == [
-        ("go on", "ham"),
-        ("win a prize", "spam"),
-    ]
-    assert pairs(lines, "very bad\tno\ngood\tyes it is\n") == [
-        ("no", "very bad"),
-        ("yes it is", "good"),
-    ]
-    assert pairs(lines, "bad no\tway\ngood yes\n") == [("no\tway", "bad"), ("yes", "good")]
+    found = pairs(lines, "ham\tgo on\nspam\twin\ta prize\n" * 2)
+    assert found == [("go on", "ham"), ("win\ta prize", "spam")] * 2
+    found = pairs(lines, "very bad\tno\ngood\tyes it is\n" * 2)
+    assert found == [("no", "very bad"), ("yes it is", "good")] * 2
+    found = pairs(lines, "bad no\tway\ngood yes\n")
+    assert found == [("no\tway", "bad"), ("yes", "good")]
+    lines.write_text("pos a good film\tone\nneg a bad film\ttwo\n")
+    with pytest.raises(ValueError, match="it is not clear whether its label ends there"):
+        read_labelled(lines)

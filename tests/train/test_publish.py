@@ -197,17 +197,27 @@ def test_the_versions_have_the_bytes_that_a_copy_of_the_model_gives(
     assert kept[1] < kept[0] / 10
 
 
+@pytest.mark.parametrize("way", ["in place", "assigned", "replaced"])
 def test_a_change_that_is_not_of_the_training_is_published_in_full(
-    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, way: str
 ) -> None:
     """Nothing is published that followers could not rebuild, and the training continues."""
 
     def meddle(report: Any) -> None:
         if report.step in (2, 4):
             model = report_model[0]
-            name = "query.weight" if report.step == 2 else "word_embeddings.weight"
+            table = model.get_input_embeddings()
             with torch.no_grad():
-                next(p for n, p in model.named_parameters() if n.endswith(name)).add_(1)
+                if report.step == 2:
+                    next(p for n, p in model.named_parameters() if n.endswith("query.weight")).add_(
+                        1
+                    )
+                elif way == "in place":
+                    table.weight.add_(1)
+                elif way == "assigned":
+                    table.weight.data = table.weight.data + 1
+                else:
+                    table.weight = torch.nn.Parameter(table.weight + 1)
 
     report_model = [load(base)]
     fit(

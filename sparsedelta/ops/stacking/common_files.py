@@ -99,7 +99,8 @@ def _other_layout(one: Delta, other: Delta, *, whole: bool) -> str | None:
     if one.target.is_folder != other.target.is_folder:
         return "are a folder and a single file"
     left, right = _numbered_tensors(one), _numbered_tensors(other)
-    are_apart = bool(left and right) and left.keys().isdisjoint(right)
+    have_names_in_common = not {name for _, name in left}.isdisjoint(name for _, name in right)
+    are_apart = have_names_in_common and left.keys().isdisjoint(right)
     if are_apart or (whole and left.keys() != right.keys()):
         return "have their tensors in other files"
     if [key for key in left if key in right] != [key for key in right if key in left]:
