@@ -90,18 +90,13 @@ def _of_table(text: str, path: Path, separator: str) -> Iterator[Example]:
             rows = plain
     tell_unused(path, set(columns) - {*_COLUMNS})
     for at, row in rows[1:]:
-        while (
-            len(row) > len(columns) and not row[-1]
-        ):  # some programs end each line with a separator
-            row.pop()
-        if len(row) > len(columns):
-            way_out = (
-                "put texts with a comma in quotes"
-                if separator == ","
-                else "a text must have no tab"
-            )
+        n_fields = len(row)
+        while n_fields > len(columns) and not row[n_fields - 1]:
+            n_fields -= 1  # some programs end each line with a separator
+        if n_fields > len(columns):
+            advice = {",": "put texts with a comma in quotes", "\t": "a text must have no tab"}
             raise ValueError(
-                f"line {at} of '{path}' has {len(row)} fields, and its header names {len(columns)}; {way_out}"
+                f"line {at} of '{path}' has {n_fields} fields, and its header names {len(columns)}; {advice[separator]}"
             )
         yield _example(dict(zip(columns, row, strict=False)), at, path)
 
@@ -132,7 +127,7 @@ def _rows(
     try:
         for row in rows:
             ended = rows.line_num
-            if row:
+            if any(map(str.strip, row)):
                 yield ended, row
     except csv.Error as error:
         raise ValueError(

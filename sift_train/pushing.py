@@ -9,10 +9,10 @@ from pathlib import Path
 
 import sparsedelta
 from sift_train.export import export_delta
+from sift_train.masks import DELTA_SUFFIX
 from sift_train.ranks.shard import is_sharded
 from sift_train.sift import SIFT
 
-DELTA_SUFFIX = ".sd"
 _SAY_NOTHING = ("README.md", ".gitattributes")  # files that do not tell one model from another
 
 

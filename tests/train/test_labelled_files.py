@@ -89,7 +89,7 @@ def test_tables_as_other_programs_write_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A separator at the end of each line, texts of several lines, and columns that are not used."""
-    found = pairs(tmp_path / "a.csv", "text,label\na,pos,\nb,neg,,\n")
+    found = pairs(tmp_path / "a.csv", " \ntext,label\na,pos,\n,\nb,neg,,\n")
     assert found == [("a", "pos"), ("b", "neg")]
     found = pairs(tmp_path / "a.tsv", 'text\tlabel\n"a\nb\tc"\tpos\nd\tneg\n')
     assert found == [("a\nb\tc", "pos"), ("d", "neg")]
