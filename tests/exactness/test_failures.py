@@ -469,7 +469,7 @@ def test_all_files_that_the_base_lacks_are_named_at_once(tmp_path: Path) -> None
         assert " and 6 more, which the base" in message
         assert "get them from org/model@4f1e2d9, or rebuild the target without them" in message
         hint = "--exclude .gitattributes --exclude README.md --exclude '*.png'"
-        assert message.endswith(f"(exclude, {hint})")
+        assert message.endswith(f"(exclude=, `sparsedelta apply {hint}`)")
         left_out = [".gitattributes", "README.md", "*.png"]
         sparsedelta.apply(part, delta, tmp_path / "out", exclude=left_out)
 
