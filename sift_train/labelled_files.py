@@ -86,17 +86,19 @@ def _of_table(text: str, path: Path, separator: str) -> Iterator[Example]:
     if is_plain and separator == "\t":
         # In the files of many datasets, quotes are part of the texts.
         plain = list(_rows(text, path, separator, csv.QUOTE_NONE))
-        if not rows or all(len(row) == len(columns) for _, row in plain):
+        n_needed = 1 + max(map(columns.index, _COLUMNS))
+        if not rows or all(len(row) >= n_needed for _, row in plain):
             rows = plain
     tell_unused(path, set(columns) - {*_COLUMNS})
-    for at, row in rows[1:]:
-        n_fields = len(row)
-        while n_fields > len(columns) and not row[n_fields - 1]:
-            n_fields -= 1  # some programs end each line with a separator
-        if n_fields > len(columns):
+    del rows[0]
+    n_fields = {len(row) for _, row in rows}
+    # Some programs end each line with a separator.
+    all_end = len(n_fields) == 1 and not any(any(row[len(columns) :]) for _, row in rows)
+    for at, row in rows:
+        if len(row) > len(columns) and not all_end:
             advice = {",": "put texts with a comma in quotes", "\t": "a text must have no tab"}
             raise ValueError(
-                f"line {at} of '{path}' has {n_fields} fields, and its header names {len(columns)}; {advice[separator]}"
+                f"line {at} of '{path}' has {len(row)} fields, and its header names {len(columns)}; {advice[separator]}"
             )
         yield _example(dict(zip(columns, row, strict=False)), at, path)
 

@@ -78,21 +78,29 @@ def _commit_in_cache(name: str, token: str | bool | None) -> str | None:
         ValueError: the cache has several, whose files differ.
     """
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RevisionNotFoundError
     from huggingface_hub.file_download import repo_folder_name
 
     place = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
     snapshots = sorted(place.glob("snapshots/*"), key=lambda path: path.stat().st_mtime)
     commits = [one.name for one in snapshots if any(one.rglob("*.safetensors"))]
 
-    def files_of(commit: str) -> set[tuple[str, str | None]]:
-        info = HfApi(token=token).model_info(name, revision=commit, files_metadata=True)
-        return {
+    def files_of(commit: str) -> frozenset[tuple[str, str | None]]:
+        """Return the files of a commit; none if the repository no longer has it."""
+        try:
+            info = HfApi(token=token).model_info(name, revision=commit, files_metadata=True)
+        except RevisionNotFoundError:
+            return frozenset()
+        return frozenset(
             (file.rfilename, file.blob_id)
             for file in info.siblings or ()
             if file.rfilename not in _SAY_NOTHING
-        }
+        )
 
-    if len(commits) > 1 and any(files_of(one) != files_of(commits[0]) for one in commits[1:]):
+    contents = {one: files_of(one) for one in commits} if len(commits) > 1 else {}
+    if contents:
+        commits = [one for one in commits if contents[one]]
+    if len({*contents.values()} - {frozenset()}) > 1:
         raise ValueError(
             f"the cache has several commits of '{name}' that differ ({', '.join(one[:12] for one in commits)}), and it is not"
             f" known which one the model was loaded from; give it: base_id='{name}@<commit>'"
@@ -103,9 +111,18 @@ def _commit_in_cache(name: str, token: str | bool | None) -> str | None:
 def _downloaded(base_id: str, folder: Path, token: str | bool | None) -> Path:
     """Return a folder with the checkpoint of a repository: in the cache, or in ``folder`` if it holds a delta."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     name, _, revision = base_id.partition("@")
-    found = Path(snapshot_download(name, revision=revision or None, token=token))
+    if name.startswith("hf://"):
+        return sparsedelta.pull(base_id, folder / "base", token=token).out
+    try:
+        found = Path(snapshot_download(name, revision=revision or None, token=token))
+    except HfHubHTTPError as error:
+        raise ValueError(
+            f"base '{base_id}' cannot be downloaded ({str(error).strip().splitlines()[0]}); give base, the folder of its weights,"
+            " and base_id, their repository"
+        ) from error
     if any(found.glob("*.safetensors")) or not any(found.rglob(f"*{DELTA_SUFFIX}")):
         return found
     return sparsedelta.pull(base_id, folder / "base", token=token).out

@@ -62,6 +62,9 @@ class Hub:
         token: access token; None: that of `hf auth login`; False: none.
         cached_listing: whether to use the files in the cache as the list of a repository's files if the
             Hub cannot be reached. That list may be incomplete, so a caller that pushes must not use it.
+
+    Attributes:
+        unlisted: why the list of a repository's files is that of the cache, by the pinned reference.
     """
 
     def __init__(self, token: Token = None, *, cached_listing: bool = True) -> None:
@@ -69,6 +72,7 @@ class Hub:
 
         self.token = token
         self._cached_listing = cached_listing
+        self.unlisted: dict[Reference, RemoteError] = {}
         self.api: HfApi = _import_client()(
             token=token, library_name="sparsedelta", library_version=sparsedelta.__version__
         )
@@ -116,10 +120,11 @@ class Hub:
                         pinned.repo_id, revision=pinned.revision, files_metadata=True
                     )
                 )
-        except (Unreachable, RemoteNotFound, AccessDenied):
+        except (Unreachable, RemoteNotFound, AccessDenied) as error:
             cached = self._cached_files(pinned) if self._cached_listing else {}
             if not cached:
                 raise
+            self.unlisted[pinned] = error
             return cached
         return {
             entry.rfilename: RemoteFile(

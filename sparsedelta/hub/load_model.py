@@ -90,10 +90,13 @@ def _of_repository(reference: Reference, base: AnyPath | None, load: Callable[..
 
 
 def _named(model: Any, pinned: Reference) -> Any:
-    """Return a model with the name and commit of its repository, as transformers gives them; a pipeline as it is."""
+    """Return a model with the name and commit of its repository, as transformers gives them; a pipeline as it is.
+
+    A delta in a folder of a repository has no such name.
+    """
     config: Any = getattr(model, "config", None)
     if hasattr(config, "_name_or_path"):
-        config._name_or_path = model.name_or_path = pinned.repo_id
+        config._name_or_path = model.name_or_path = pinned.repo_id if pinned.path is None else ""
         config._commit_hash = pinned.revision
     return model
 

@@ -130,6 +130,8 @@ class Repository:
         """
         side_files = {f.path for f in delta.target.side_files if not f.stored}
         missing = sorted(side_files - self.files.keys())
+        if missing and not self.is_listed:
+            raise self.hub.unlisted[self.reference]  # the cache has only a part
         if missing:
             raise BaseMismatch(
                 f"repository '{self.name}' has no file {missing[0]!r}, which the delta takes from its"

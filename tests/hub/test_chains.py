@@ -285,3 +285,17 @@ def test_a_base_that_is_gone_and_complete_in_the_cache(
     error = other.bad("pull", "me/second", "no", "--base", wrong)
     assert "is another model than the base that the delta was made from" in error
     assert "whether it is the base of an earlier delta was not found out" in error
+
+
+def test_a_base_that_is_gone_and_in_the_cache_in_part(
+    other: Person, hub: LoopbackHub, chain: list[str], states: list[Path]
+) -> None:
+    other.good("pull", "me/second", "out")
+    hub.state.repos.pop(BASE)
+    for file in (other.folder / "home" / "hub").glob(
+        "models--org--model/snapshots/*/tokenizer.json"
+    ):
+        file.unlink()
+    error = other.bad("pull", "me/second", "again")
+    assert "there is no repository 'org/model', or it is private" in error
+    assert "name the right base" not in error

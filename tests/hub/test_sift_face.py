@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
-from hub.hub_helpers import Person, publish
+from hub.hub_helpers import Person, publish, save_delta
 from hub.hub_server import LoopbackHub
 
 torch = pytest.importorskip("torch")  # the other tests of the Hub run without torch
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
 from train_helpers import make_bert  # noqa: E402
 
 SCRIPT = """
@@ -86,3 +89,62 @@ def test_the_base_is_the_commit_that_was_loaded(me: Person, hub: LoopbackHub) ->
     assert said.startswith("the cache has several commits of 'org/bert' that differ (")
     assert "base_id='org/bert@<commit>'" in said
     assert named == f"org/bert@{loaded}"
+
+
+FOLDER = """
+import sys, torch
+from sift_train import SiftConfig, from_pretrained, get_sift_model
+model = from_pretrained("hf://me/many/v2", dtype=torch.float32)
+model = get_sift_model(model, SiftConfig(sparse_rate=0.1, selection="random"))
+optimizer = torch.optim.AdamW(model.sift.parameters_in_optimizer(), lr=1e-2)
+model(input_ids=torch.arange(10)[None], labels=torch.tensor([1])).loss.backward()
+optimizer.step()
+try:
+    model.sift.push_to_hub("me/more")
+except ValueError as error:
+    print(error)
+print(model.sift.push_to_hub("me/more", base_id="hf://me/many/v2").base)
+"""
+
+
+def test_a_model_of_a_folder_of_a_repository(me: Person, hub: LoopbackHub) -> None:
+    folder = make_bert(me.folder / "bert", torch.float32)
+    publish(hub, "org/bert", folder)
+    weights = load_file(folder / "model.safetensors")
+    for number in (1, 2):
+        target = me.folder / f"v{number}"
+        shutil.copytree(folder, target)
+        weights["bert.pooler.dense.weight"][number] += 1
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+        delta = save_delta(folder, target, me.folder / f"v{number}.sd")
+        where = ("--subfolder", "v2") if number == 2 else ()
+        me.good("push", delta, "me/many", "--base-id", "org/bert", *where)
+    done = me.python("-c", FOLDER)
+    assert done.returncode == 0, done.stderr
+    said, base = done.stdout.splitlines()
+    assert said.startswith("it is not known from where")
+    assert base == f"hf://me/many/v2/delta.sd@{hub.state.head('me/many').oid}"
+
+
+GONE = """
+import torch, transformers
+from sift_train import SiftConfig, get_sift_model
+model = transformers.AutoModelForSequenceClassification.from_pretrained("org/bert", dtype=torch.float32)
+model = get_sift_model(model, SiftConfig(sparse_rate=0.1, selection="random"))
+model.sift.parameters_in_optimizer()
+print(model.sift.push_to_hub("me/tuned").base)
+"""
+
+
+def test_a_commit_in_the_cache_that_the_repository_no_longer_has(
+    me: Person, hub: LoopbackHub
+) -> None:
+    folder = make_bert(me.folder / "bert", torch.float32)
+    publish(hub, "org/bert", folder)
+    assert me.python("-c", GONE).returncode == 0
+    hub.state.repos.pop("org/bert")
+    (folder / "README.md").write_text("made anew")
+    commit = publish(hub, "org/bert", folder)
+    done = me.python("-c", GONE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"org/bert@{commit}"

@@ -58,6 +58,7 @@ def pairs(path: Path, content: str) -> list[tuple[str, str]]:
     [
         ("a.csv", "label,text\na,b\nsad,Well, a cat\n", "line 3 of .* has 3 fields, and its header names 2; put"),
         ("a.csv", "text,label\nb,a\nsome, more,joy\n", "line 3 of .* has 3 fields"),
+        ("a.csv", "text,label\nb,a\nHi, there,\n", "line 3 of .* has 3 fields"),
         ("a.tsv", "text\tlabel\nb\tc\td\n", "line 2 of .* has 3 fields.*; a text must have no tab"),
         ("a.csv", "Text,Label\na,b\n", "header of .* names the columns 'Text', 'Label', expected 'text' and 'label'"),
         ("a.csv", "text;label\na;b\n", "with a comma between them"),
@@ -89,10 +90,12 @@ def test_tables_as_other_programs_write_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A separator at the end of each line, texts of several lines, and columns that are not used."""
-    found = pairs(tmp_path / "a.csv", " \ntext,label\na,pos,\n,\nb,neg,,\n")
+    found = pairs(tmp_path / "a.csv", " \ntext,label\na,pos,,\n,\nb,neg,,\n")
     assert found == [("a", "pos"), ("b", "neg")]
     found = pairs(tmp_path / "a.tsv", 'text\tlabel\n"a\nb\tc"\tpos\nd\tneg\n')
     assert found == [("a\nb\tc", "pos"), ("d", "neg")]
+    found = pairs(tmp_path / "a.tsv", 'text\tlabel\n"open\tpos\t\nb\tneg\t\nend"\tpos\t\n')
+    assert found == [('"open', "pos"), ("b", "neg"), ('end"', "pos")]
     assert not caplog.records
     pairs(tmp_path / "b.csv", ",text,text2,label\n0,a,b,pos\n")
     pairs(tmp_path / "b.jsonl", '{"text": "a", "text_pair": "b", "label": 0, "idx": 1}\n')
