@@ -88,7 +88,7 @@ class Run:
         self._loss = loss
         self._n_steps = n_steps
         self._evaluate_model = evaluate
-        self._evaluated_on: str | None = getattr(evaluate, "fingerprint", None)
+        self._evaluated_on = _fingerprint_of(evaluate)
         self._folder = folder
         self._listeners = tuple(listeners)
         self._publishing = publishing
@@ -354,8 +354,8 @@ class Run:
             "log_every", "eval_every", "eval_before", "save_every", "patience", "trackers", "masters_device",
         }  # fmt: skip
         settings = {k: v for k, v in self._config.as_json().items() if k not in free}
-        fingerprint = getattr(self._data, "fingerprint", None)
-        if isinstance(fingerprint, str):
+        fingerprint = _fingerprint_of(self._data)
+        if fingerprint is not None:
             settings["data.fingerprint"] = fingerprint
         if self._is_sharded:
             # Another number of ranks may go on, with as many micro-batches in a step.
@@ -394,3 +394,9 @@ class Run:
         self._patience.load(progress["best"], self.evaluations, len(self.losses))
         self._batches.go_to(progress["place"])
         restore_random_state(progress["random"], generators_of(self._data))
+
+
+def _fingerprint_of(given: object) -> str | None:
+    """Return the text that the caller's data or evaluation has as ``fingerprint``; None if it has none."""
+    found = getattr(given, "fingerprint", None)
+    return found if isinstance(found, str) else None

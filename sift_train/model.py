@@ -76,14 +76,14 @@ def from_pretrained(
 
     Args:
         name: a repository such as ``org/name`` or ``org/name@revision``, or an ``.sd`` file.
-        base: the folder of the base of an ``.sd`` file; left out for a repository.
+        base: the folder of the base; for a repository it may be left out.
         model_class: a transformers class; by default the one that the target's configuration names.
         dtype: as for ``from_pretrained`` of transformers.
         device_map: as for ``from_pretrained`` of transformers.
 
     Raises:
         SparseDeltaError: the repository is not available, the delta cannot be read, or the base is another one.
-        ValueError: ``base`` is missing, or given for a repository.
+        ValueError: ``base`` is missing.
     """
     return sparsedelta.load_model(
         name, base=base, model_class=model_class, dtype=dtype, device_map=device_map

@@ -11,6 +11,7 @@ import sparsedelta
 from sift_train.export import export_delta
 from sift_train.masks import DELTA_SUFFIX
 from sift_train.ranks.shard import is_sharded
+from sift_train.saved import STATE_NAME
 from sift_train.sift import SIFT
 
 _SAY_NOTHING = ("README.md", ".gitattributes")  # files that do not tell one model from another
@@ -123,6 +124,7 @@ def _downloaded(base_id: str, folder: Path, token: str | bool | None) -> Path:
             f"base '{base_id}' cannot be downloaded ({str(error).strip().splitlines()[0]}); give base, the folder of its weights,"
             " and base_id, their repository"
         ) from error
-    if any(found.glob("*.safetensors")) or not any(found.rglob(f"*{DELTA_SUFFIX}")):
+    has_weights = any(path.name != STATE_NAME for path in found.glob("*.safetensors"))
+    if has_weights or not any(found.rglob(f"*{DELTA_SUFFIX}")):
         return found
     return sparsedelta.pull(base_id, folder / "base", token=token).out

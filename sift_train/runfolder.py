@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sift_train.saved import read_state, refuse_other_settings, write_state
+from sift_train.saved import STATE_NAME, read_state, refuse_other_settings, write_state
 
 _STEP = re.compile(r"step-(\d{8})")
 _PARTIAL = ".checkpoint."  # prefix of unfinished checkpoints, which a killed run leaves
-TENSORS, PROGRESS, SETTINGS = "sift.safetensors", "progress.pt", "settings.json"
+TENSORS, PROGRESS, SETTINGS = STATE_NAME, "progress.pt", "settings.json"
 SHARDS = "shards"  # instead of the tensors, if the model is sharded
 
 

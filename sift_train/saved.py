@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sift_train.sift import SIFT
 
 FORMAT = {"format": "sift-state", "format_version": "1"}
+STATE_NAME = "sift.safetensors"  # the file of a state beside a delta or in a checkpoint
 SETTINGS = "settings"
 INDEX, ORIGINAL, MASTER = "index:", "original:", "master:"
 BUFFER, FIRST_BUFFER = "buffer:", "first_buffer:"

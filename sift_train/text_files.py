@@ -7,14 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
-_OF_ROWS = {
-    "",
-    "id",
-    "idx",
-    "index",
-    "Unnamed: 0",
-    "__index_level_0__",
-}  # what tells one row from another
+# Columns that tell one row from another.
+_OF_ROWS = {"", "id", "idx", "index", "Unnamed: 0", "__index_level_0__"}
 _N_SHOWN = 10
 
 

@@ -27,7 +27,7 @@ from sift_train.host import refuse_scaler
 from sift_train.plain import plain
 from sift_train.randomness import kept_random_state, seeded_random_state
 from sift_train.reselection import Reselection, find_reselection, needs_gradients
-from sift_train.saved import check_settings, write_state
+from sift_train.saved import STATE_NAME, check_settings, write_state
 from sift_train.sift import SIFT
 from sift_train.sift_config import SiftConfig
 from sift_train.trainer_groups import (
@@ -47,7 +47,7 @@ else:
     _Trainer = object
 
 logger = logging.getLogger(__name__)
-DELTA, STATE = "delta.sd", "sift.safetensors"
+DELTA = "delta.sd"
 _REPLACED = (
     "create_optimizer", "training_step", "_clip_grad_norm", "_get_grad_norm", "_save",
     "_load_from_checkpoint", "_load_best_model",
@@ -128,14 +128,14 @@ class SiftCallback(TrainerCallback):
         given = args.resume_from_checkpoint
         folders = [Path(given)] if isinstance(given, str) else []
         for folder in (*folders, Path(args.output_dir) / name):
-            if folder.name == name and (folder / STATE).is_file():
-                check_settings(folder / STATE, self._settings())
-                self._sift.load(folder / STATE)
+            if folder.name == name and (folder / STATE_NAME).is_file():
+                check_settings(folder / STATE_NAME, self._settings())
+                self._sift.load(folder / STATE_NAME)
                 return
         parts = self._sift.sparse_mapping.values()
         if not any(part.is_trained for part in parts):
             raise ValueError(
-                f"the run resumes at step {state.global_step}, but '{folder}' has no {STATE}, which holds"
+                f"the run resumes at step {state.global_step}, but '{folder}' has no {STATE_NAME}, which holds"
                 " the choice of components; call sift.load() with the one of the checkpoint before train()"
             )
 
@@ -143,7 +143,7 @@ class SiftCallback(TrainerCallback):
         """Write the state of the SIFT into the checkpoint that Trainer has written."""
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if folder.is_dir() and state.is_world_process_zero:
-            write_state(self._sift.state_dict(), folder / STATE, self._settings())
+            write_state(self._sift.state_dict(), folder / STATE_NAME, self._settings())
 
     def _settings(self) -> dict[str, Any]:
         own = {"trained_by": "SiftCallback", "reselection": plain(self._reselection)}
@@ -152,8 +152,8 @@ class SiftCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Load the state of the best checkpoint, if Trainer has loaded its model."""
         best = state.best_model_checkpoint
-        if args.load_best_model_at_end and best and (Path(best) / STATE).is_file():
-            self._sift.load(Path(best) / STATE)
+        if args.load_best_model_at_end and best and (Path(best) / STATE_NAME).is_file():
+            self._sift.load(Path(best) / STATE_NAME)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Move the choice, if it is due before this step."""
@@ -375,7 +375,7 @@ class SiftTrainerMixin(_Trainer):
             },
             overwrite=True,
         )
-        write_state(self.sift.state_dict(), folder / STATE, self._settings())
+        write_state(self.sift.state_dict(), folder / STATE_NAME, self._settings())
         processing_class: Any = self.processing_class
         if processing_class is not None:
             processing_class.save_pretrained(folder)
@@ -392,10 +392,10 @@ class SiftTrainerMixin(_Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._find_sift()
         expected = self.sift.n_trained
-        saved = Path(resume_from_checkpoint) / STATE
+        saved = Path(resume_from_checkpoint) / STATE_NAME
         if not saved.is_file():
             raise FileNotFoundError(
-                f"'{resume_from_checkpoint}' has no {STATE}, so no run with SIFT has written it; resume from a checkpoint of this"
+                f"'{resume_from_checkpoint}' has no {STATE_NAME}, so no run with SIFT has written it; resume from a checkpoint of this"
                 " run, or start from the model (resume_from_checkpoint=None)"
             )
         check_settings(saved, self._settings())
@@ -417,4 +417,4 @@ class SiftTrainerMixin(_Trainer):
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if best is not None:
-            self.sift.load(Path(best) / STATE)
+            self.sift.load(Path(best) / STATE_NAME)

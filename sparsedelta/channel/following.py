@@ -18,6 +18,7 @@ from sparsedelta.errors import (
     BadVersion,
     BaseNeeded,
     Behind,
+    CheckpointError,
     ConflictError,
     FormatError,
     MismatchError,
@@ -259,7 +260,7 @@ class Pursuit:
         except Uncertain:
             self._becomes(None)
             raise
-        except MismatchError as error:
+        except (MismatchError, CheckpointError) as error:
             if route.onto == "anchor":
                 if route.base:
                     named = route.base.id or "a checkpoint outside the channel"

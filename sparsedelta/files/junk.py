@@ -27,6 +27,11 @@ def matches(path: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(path if "/" in glob else name, glob.rstrip("/")) for glob in globs)
 
 
+def is_weights(path: str, suffixes: str | tuple[str, ...]) -> bool:
+    """Return whether a relative path has a suffix of weights, and is not the state of a training."""
+    return path.endswith(suffixes) and not matches(path, NOT_PART)
+
+
 def is_part(include: Sequence[str]) -> Callable[[str], bool]:
     """Return a function that says whether a relative path is part of the checkpoint.
 

@@ -20,7 +20,7 @@ from sparsedelta.errors import (
 from sparsedelta.format.delta import Delta
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.hub.client import Hub
-from sparsedelta.hub.folders import folder_of, rename_in
+from sparsedelta.hub.folders import folder_of, raise_if_damaged, rename_in
 from sparsedelta.hub.record import BaseRecord, is_content
 from sparsedelta.hub.references import Reference, parse_reference
 from sparsedelta.hub.repository import Repository, open_repository
@@ -99,6 +99,8 @@ def prove_base(
     copies, evidence = _find_copy(base, delta, wanted, local)
     for path, copy in copies.items():
         if not copy.is_file() or not is_content(base.files[path], copy):
+            if local is None:
+                raise_if_damaged([copy])
             raise BaseMismatch(
                 f"'{copy}' is not the file {path!r} of '{base.name}'; leave out the local base to"
                 " download it, or name the repository that the local base is from"
@@ -114,10 +116,11 @@ def prove_base(
             ) from error
         except BaseMismatch as error:
             rename_in(error, folder, base.name)
-            error.args = (
-                f"{error}; if the repository has changed since, name the commit that the delta was made from"
-                f" (base_id='{base.reference.repo_id}@<commit>', --base-id)",
-            )
+            if not reference.is_pinned:
+                error.args = (
+                    f"{error}; if the repository has changed since, name the commit that the delta was made from"
+                    f" (base_id='{base.reference.repo_id}@<commit>', --base-id)",
+                )
             raise
     files = tuple(base.files[path] for path in wanted)
     return Proof(base, BaseRecord(base.name, delta.base_fingerprint.hex(), files), evidence)

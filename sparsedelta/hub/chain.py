@@ -27,7 +27,7 @@ from sparsedelta.files.side_files import check_base_files
 from sparsedelta.format.delta import Delta, load
 from sparsedelta.hub.base_proof import base_reference, check_link, parse_base_id
 from sparsedelta.hub.client import Hub
-from sparsedelta.hub.folders import folder_of, remove_damaged, rename_in
+from sparsedelta.hub.folders import folder_of, raise_if_damaged, rename_in
 from sparsedelta.hub.record import MAX_RECORD_BYTES, BaseRecord, parse_record, record_path
 from sparsedelta.hub.references import DELTA_NAME, Reference
 from sparsedelta.hub.repository import Repository, open_repository
@@ -162,6 +162,7 @@ def links_above(hub: Hub, link: Link, base: Path, error: MismatchError) -> list[
         error: what is raised if no delta of the chain was made from it.
 
     Raises:
+        MismatchError: ``error``.
         BaseMismatch, BaseNeeded, ConflictError: as for ``open_chain``.
     """
     below = parse_base_id(link.delta.base.id)
@@ -267,21 +268,6 @@ def base_folder(base: Repository, delta: Delta, link: Link | None) -> Iterator[P
         raise_if_damaged([*copies.values()], error)
         rename_in(error, folder, base.name)
         raise
-
-
-def raise_if_damaged(paths: list[Path], cause: Exception | None = None) -> None:
-    """Remove damaged files from the cache; raise a RemoteError if there was one.
-
-    Args:
-        paths: the files to check.
-        cause: the error that a damaged file may have caused; the new error is raised from it.
-    """
-    damaged = remove_damaged(paths)
-    if damaged:
-        raise RemoteError(
-            f"the downloaded copy '{damaged[0]}' was damaged and has been removed; run this again to"
-            " download it again"
-        ) from cause
 
 
 def _open_base(hub: Hub, link: Link, base_revision: str | None) -> Repository:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from sparsedelta.errors import RemoteError
 from sparsedelta.files.shards import INDEX_SUFFIX
 from sparsedelta.format.paths import WEIGHT_SUFFIX
 from sparsedelta.fs import temporary_folder
@@ -59,6 +60,9 @@ def remove_damaged(local_paths: Iterable[Path]) -> list[Path]:
             local_path.parent / os.readlink(local_path) if local_path.is_symlink() else local_path
         )
         content, name = blob.resolve(), blob.name
+        if not content.exists():  # another path with the same content was removed
+            local_path.unlink(missing_ok=True)
+            continue
         sha256 = name if _SHA256.fullmatch(name) else None
         oid = name if _GIT_OID.fullmatch(name) else None
         if sha256 is None and oid is None:
@@ -68,6 +72,21 @@ def remove_damaged(local_paths: Iterable[Path]) -> list[Path]:
                 path.unlink(missing_ok=True)
             damaged.append(local_path)
     return damaged
+
+
+def raise_if_damaged(paths: Iterable[Path], cause: Exception | None = None) -> None:
+    """Remove damaged files from the cache; raise a RemoteError if there was one.
+
+    Args:
+        paths: the files to check.
+        cause: the error that a damaged file may have caused; the new error is raised from it.
+    """
+    damaged = remove_damaged(paths)
+    if damaged:
+        raise RemoteError(
+            f"the downloaded copy '{damaged[0]}' was damaged and has been removed; run this again to"
+            " download it again"
+        ) from cause
 
 
 def _files_below(folder: Path, *, weights: bool) -> set[str]:

@@ -94,8 +94,10 @@ def _named(model: Any, pinned: Reference) -> Any:
 
     A delta in a folder of a repository has no such name.
     """
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "_name_or_path"):
+    import transformers
+
+    config = getattr(model, "config", None)
+    if isinstance(config, transformers.PretrainedConfig):
         config._name_or_path = model.name_or_path = pinned.repo_id if pinned.path is None else ""
         config._commit_hash = pinned.revision
     return model

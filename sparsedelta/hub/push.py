@@ -174,7 +174,9 @@ def push(
         destination = _find_destination(hub, repo_id, revision or MAIN, tag, create_pr=create_pr)
         recorded = _recorded_base(opened_delta, destination, path)
         reference = _wanted_base(opened_delta, base_id, recorded)
-        if reference.repo_id == repo_id and subfolder is None and reference.path is None:
+        repository = destination.repository
+        is_beside = repository is not None and repository.has_weights and subfolder is None
+        if reference.repo_id == repo_id and is_beside:
             raise ValueError(
                 f"repository '{repo_id}' is the base itself, and its name would mean the base and the delta; push to another"
                 " repository, or to a folder of this one (subfolder=, --subfolder)"
@@ -357,8 +359,7 @@ def _has_weights(paths: Iterable[str], folder: str) -> bool:
     return any(
         path.startswith(folder)
         and "/" not in path[len(folder) :]
-        and path.endswith(suffixes)
-        and not junk.matches(path, junk.NOT_PART)
+        and junk.is_weights(path, suffixes)
         for path in paths
     )
 

@@ -130,7 +130,7 @@ class Repository:
         """
         side_files = {f.path for f in delta.target.side_files if not f.stored}
         missing = sorted(side_files - self.files.keys())
-        if missing and not self.is_listed:
+        if not self.is_listed and (missing or not self.has_weights):
             raise self.hub.unlisted[self.reference]  # the cache has only a part
         if missing:
             raise BaseMismatch(
@@ -171,11 +171,7 @@ class Repository:
         return self._tensors[path]
 
     def _weights(self) -> set[str]:
-        return {
-            path
-            for path in self.files
-            if path.endswith(WEIGHT_SUFFIX) and not junk.matches(path, junk.NOT_PART)
-        }
+        return {path for path in self.files if junk.is_weights(path, WEIGHT_SUFFIX)}
 
     def _deltas_below(self, folder: str) -> list[str]:
         start = f"{folder}/" if folder else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,11 +28,13 @@ from sparsedelta.hub.chain import (
     read_record,
 )
 from sparsedelta.hub.client import Hub, Token
-from sparsedelta.hub.folders import folder_of
+from sparsedelta.hub.folders import folder_of, raise_if_damaged
 from sparsedelta.hub.record import differences
 from sparsedelta.hub.references import SCHEME, Reference, named_repository, parse_reference
 from sparsedelta.hub.repository import Repository, open_repository
 from sparsedelta.ops.stack import stack
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,19 +177,29 @@ def fetched_checkpoint(reference: Reference, *, token: Token = None) -> Iterator
     Git's own files and weights in other formats than safetensors are left out.
 
     Raises:
-        RemoteError: the repository is not available, or holds no weights.
+        RemoteError: the repository is not available, or holds no weights; or a copy in the cache was damaged and has
+            been removed.
     """
     repository = open_repository(Hub(token), reference)
     if repository.is_delta_repository:
         raise RemoteNotFound(
             f"'{repository.reference}' is a delta, not a checkpoint; pull it first"
         )
+    if not repository.is_listed:
+        if not repository.has_weights:
+            raise repository.hub.unlisted[repository.reference]
+        _log.warning(
+            "the files of '%s' are those in the cache, which may lack some (offline)",
+            repository.name,
+        )
     if not repository.has_weights:
         raise RemoteNotFound(
             f"repository '{repository.name}' holds no {WEIGHT_SUFFIX} files; {_conversion(repository)}"
         )
     wanted = [path for path in repository.files if _is_of_checkpoint(path)]
-    with folder_of(repository.download(wanted), exact=True) as folder:
+    copies = repository.download(wanted)
+    raise_if_damaged(copies.values())  # no digest of a delta would show it
+    with folder_of(copies, exact=True) as folder:
         yield repository.name, folder
 
 

@@ -76,9 +76,8 @@ def rebuilt(row: Row, base: Tensor | None, payload: Payload, pace: Pace) -> torc
     """Return a tensor of the target in host memory, checked, as integers of the element size, ``(numel,)``."""
     import torch
 
-    made = torch.empty(
-        row.target.n_bytes, dtype=torch.uint8
-    )  # numpy's strides of no elements fit no other dtype
+    # Not an array of numpy: torch cannot view its strides as another dtype if it has no elements.
+    made = torch.empty(row.target.n_bytes, dtype=torch.uint8)
     memory = made.numpy().data
 
     def keep(data: memoryview, offset: int) -> None:

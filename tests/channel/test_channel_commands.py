@@ -23,7 +23,7 @@ import sparsedelta
 from sparsedelta.channel import latest, publisher, replicas
 from sparsedelta.channel.publisher import publish_checkpoint
 from sparsedelta.cli import main
-from sparsedelta.errors import BadVersion, Behind
+from sparsedelta.errors import BadVersion, Behind, Uncertain
 
 Run = Callable[..., Result]
 
@@ -509,3 +509,18 @@ def test_what_says_that_a_command_has_run_is_damaged(run: Run, tmp_path: Path) -
     (tmp_path / ".out.sparsedelta-ran").write_bytes(b"\xff\xff")
     run("follow", "c", "out", "--once", "--run", "touch again")
     assert (tmp_path / "again").exists()
+
+
+def test_a_weight_file_that_is_damaged_while_a_follower_runs(run: Run, tmp_path: Path) -> None:
+    """The next version finds it, and the call after that rebuilds the folder."""
+    run("publish", "c", "1")
+    with sparsedelta.Follower(tmp_path / "c", tmp_path / "out") as follower:
+        follower.sync()
+        weights = tmp_path / "out" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-2])
+        run("publish", "c", "2", "--base", "1")
+        with pytest.raises(Uncertain, match="sync again to rebuild it"):
+            follower.sync()
+        assert follower.version is None
+        assert follower.sync().anchor
+    assert is_at(tmp_path / "out", 2)

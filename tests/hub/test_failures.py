@@ -13,6 +13,7 @@ from hub.hub_state import Blob
 
 from sparsedelta.errors import AccessDenied, RemoteError, Unreachable
 from sparsedelta.hub.errors import remote_errors, translated
+from sparsedelta.hub.folders import remove_damaged
 from sparsedelta.hub.references import Reference
 from sparsedelta.redaction import redacted
 
@@ -261,3 +262,33 @@ def test_other_errors_are_not_translated() -> None:
     with pytest.raises(Unreachable), remote_errors(about):
         raise Unreachable("ours")
     assert AccessDenied.code == "access_denied"
+
+
+def test_damaged_copies_of_the_base_are_found_by_push_and_diff(
+    me: Person, hub: LoopbackHub, delta: Path, checkpoints: tuple[Path, Path]
+) -> None:
+    """A diff would record the damage as the base's bits, or as the target's."""
+    me.good("push", delta, TUNED, "--base-id", BASE)
+    (shard,) = (me.folder / "home" / "hub").glob(f"models--org--model/snapshots/*/{SHARD}")
+    for command in (
+        ("push", delta, "me/other", "--base-id", BASE),
+        ("diff", BASE, checkpoints[1], "-o", "new.sd"),
+        ("diff", checkpoints[1], BASE, "-o", "new.sd"),
+    ):
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.resolve().write_bytes(content)
+        assert "was damaged and has been removed; run this again" in me.bad(*command)
+        me.good(*command)
+        (me.folder / "new.sd").unlink(missing_ok=True)
+
+
+def test_a_damaged_copy_that_two_files_share(tmp_path: Path) -> None:
+    blob = tmp_path / "blobs" / ("0" * 64)
+    blob.parent.mkdir()
+    blob.write_bytes(b"damaged")
+    links = [tmp_path / "one", tmp_path / "other"]
+    for link in links:
+        link.symlink_to(blob)
+    assert remove_damaged(links) == links[:1]
+    assert not any(link.is_symlink() for link in links)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,33 @@ def test_load_model_with_a_base_further_down_the_chain(
     for out in ("out", "out-local"):
         found = load_file(other.folder / out / "model.safetensors")
         assert torch.equal(found["bert.pooler.dense.weight"], weights["bert.pooler.dense.weight"])
+
+
+PIPELINE = """
+import sparsedelta
+absent = {name: None for name in ("tokenizer", "feature_extractor", "safety_checker")}
+pipeline = sparsedelta.load_model("me/pipe", options=absent)
+pipeline.save_pretrained("out")
+"""
+
+
+def test_load_model_of_a_pipeline_on_the_hub(me: Person, hub: LoopbackHub) -> None:
+    pytest.importorskip("diffusers")
+    from live import pipelines
+
+    base, target = me.folder / "pipe", me.folder / "tuned"
+    pipelines.KINDS["sd"]().save_pretrained(base)
+    shutil.copytree(base, target)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(target / name)
+    weights["conv_in.weight"][0] += 1
+    save_file(weights, target / name, metadata={"format": "pt"})
+    publish(hub, "org/pipe", base)
+    me.good(
+        "push", save_delta(base, target, me.folder / "p.sd"), "me/pipe", "--base-id", "org/pipe"
+    )
+    done = me.python("-W", "ignore", "-c", PIPELINE)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(
+        load_file(me.folder / "out" / name)["conv_in.weight"], weights["conv_in.weight"]
+    )

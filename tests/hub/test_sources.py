@@ -252,3 +252,24 @@ def test_a_folder_in_a_repository_is_no_checkpoint(
     assert "is a delta, not a checkpoint; pull it first" in other.bad(
         "diff", base, "hf://org/two/sub", "-o", "d.sd"
     )
+
+
+def test_offline_with_a_part_of_a_checkpoint_in_the_cache(
+    other: Person, hub: LoopbackHub, base_commit: str, checkpoints: tuple[Path, Path]
+) -> None:
+    other.good("diff", BASE, checkpoints[1], "-o", "d.sd")
+    other.offline = True
+    done = other.run("diff", BASE, checkpoints[1], "-o", "again.sd")
+    assert done.returncode == 0
+    assert "are those in the cache, which may lack some (offline)" in done.stderr
+    for shard in (other.folder / "home" / "hub").glob(
+        "models--org--model/snapshots/*/*.safetensors"
+    ):
+        shard.unlink()
+    for command in (
+        ("diff", BASE, checkpoints[1], "-o", "no.sd"),
+        ("apply", BASE, "d.sd", "out"),
+    ):
+        error = other.bad(*command)
+        assert "holds no" not in error
+        assert "explain unreachable" in error
