@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sift_train import runfolder
 from sift_train.batches import BatchWindows
 from sift_train.config import Evaluation, FitConfig
+from sift_train.fingerprints import fingerprint_of_others
 from sift_train.interrupts import Interrupts, deferred_interrupts
 from sift_train.listeners import Listener
 from sift_train.losses import Losses, Step
@@ -84,6 +85,9 @@ class Run:
         self._data = data
         self._ranks = sift.ranks
         self._is_sharded = has_shards(sift.model)
+        self._others = ""  # fingerprint of what is not trained
+        if folder is not None and not self._is_sharded:
+            self._others = fingerprint_of_others(sift.model, sift.trainable_parameters())
         self._batches = BatchWindows(data, config.accumulation * self._ranks.size)
         self._loss = loss
         self._n_steps = n_steps
@@ -357,6 +361,7 @@ class Run:
         fingerprint = _fingerprint_of(self._data)
         if fingerprint is not None:
             settings["data.fingerprint"] = fingerprint
+        settings["base.fingerprint"] = self._others
         if self._is_sharded:
             # Another number of ranks may go on, with as many micro-batches in a step.
             settings["accumulation"] = self._config.accumulation * self._ranks.size

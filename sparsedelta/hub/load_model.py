@@ -13,7 +13,7 @@ from sparsedelta.errors import MismatchError
 from sparsedelta.format.delta import AnyDelta, Delta, opened
 from sparsedelta.format.paths import DELTA_SUFFIX
 from sparsedelta.hub.references import Reference, parse_reference
-from sparsedelta.live.load_model import load_target
+from sparsedelta.live.load_model import load_target, set_origin
 from sparsedelta.tensors.rebuild import Check
 
 
@@ -68,7 +68,10 @@ def load_model(
         from sparsedelta.hub.client import Hub
 
         pinned = Hub(None).pin(reference)
-        return _named(_of_repository(pinned, base, load), pinned)
+        model = _of_repository(pinned, base, load)
+        if pinned.path is None:  # a delta in a folder of a repository has no such name
+            set_origin(model, pinned.repo_id, pinned.revision)
+        return model
     if base is None:
         raise ValueError("base is missing; give the folder of the delta's base")
     with opened(_file(delta)) as opened_delta:
@@ -87,20 +90,6 @@ def _of_repository(reference: Reference, base: AnyPath | None, load: Callable[..
     except MismatchError as error:
         with fetched_above(reference, Path(base), error) as delta:
             return load(delta, base)
-
-
-def _named(model: Any, pinned: Reference) -> Any:
-    """Return a model with the name and commit of its repository, as transformers gives them; a pipeline as it is.
-
-    A delta in a folder of a repository has no such name.
-    """
-    import transformers
-
-    config = getattr(model, "config", None)
-    if isinstance(config, transformers.PretrainedConfig):
-        config._name_or_path = model.name_or_path = pinned.repo_id if pinned.path is None else ""
-        config._commit_hash = pinned.revision
-    return model
 
 
 def _file(delta: AnyDelta) -> AnyDelta:

@@ -85,6 +85,16 @@ def load_target(
     return model
 
 
+def set_origin(model: Any, name: str, commit: str | None) -> None:
+    """Give a transformers model the name and commit of a repository, as transformers does; a pipeline stays as it is."""
+    import transformers
+
+    config = getattr(model, "config", None)
+    if isinstance(config, transformers.PretrainedConfig):
+        config._name_or_path = model.name_or_path = name
+        config._commit_hash = commit
+
+
 def _left_out(
     delta: Delta, files: Collection[str], rebuilt: Collection[TensorKey], model: Any
 ) -> list[Row]:

@@ -551,3 +551,22 @@ def test_a_model_without_a_tokenizer(
     error = told(capsys)
     assert error.startswith(f"error: model '{bert}' has no tokenizer that transformers can load")
     assert error.count("\n") == 1
+
+
+def test_a_run_resumes_only_with_its_base(
+    tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the weights that differ are not trained, so that no checkpoint holds them."""
+    more = {"run_dir": str(tmp_path / "run"), "model": str(bert)}
+    train = {"max_steps": 2, "save_every": 1}
+    assert classify(tmp_path, TEXTS, train=train, **more) == 0
+    weights = load_file(bert / "model.safetensors")
+    name = next(name for name in weights if "word_embeddings" in name)
+    weights[name][0, 0] += 1
+    save_file(weights, bert / "model.safetensors", {"format": "pt"})
+    arguments = ["--config", str(tmp_path / "run.yaml"), "--overwrite", "--resume"]
+    assert main(arguments) == 1
+    assert "began: parameters that are not trained differ from those of" in told(capsys)
+    weights[name][0, 0] -= 1
+    save_file(weights, bert / "model.safetensors", {"format": "pt"})
+    assert main(arguments) == 0
