@@ -1,4 +1,4 @@
-"""Fingerprints of training data and of weights that are not trained: a run resumes only with those that it began with."""
+"""Fingerprints of training data and of weights that are not trained, by which a run knows what it began with."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ _INTEGERS = {
     4: torch.int32,
     8: torch.int64,
 }  # by bytes of an element
+_BLOCK_ELEMENTS = 1 << 24  # a sum copies them as integers of 8 bytes
 
 
 def fingerprint_of(items: Iterable[object]) -> str:
@@ -24,15 +25,15 @@ def fingerprint_of(items: Iterable[object]) -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprint_of_others(model: nn.Module, trained: Collection[nn.Parameter]) -> str:
-    """Return a fingerprint of the bits of a model's other parameters, by the sum of each."""
+def sums_of_others(model: nn.Module, trained: Collection[nn.Parameter]) -> dict[str, int]:
+    """Return the sum of the bits, as integers, of each parameter of a model that is not trained, by name."""
     own = {id(parameter) for parameter in trained}
-    sums = []
+    sums = {}
     for name, parameter in model.named_parameters():
         held = parameter.detach()
         is_plain = type(parameter.data) is torch.Tensor and not held.is_meta
         integer = _INTEGERS.get(held.element_size())
         if id(parameter) not in own and is_plain and integer is not None:
-            bits = held.view(integer).sum(dtype=torch.int64).item()
-            sums.append((name, tuple(held.shape), bits))
-    return fingerprint_of(sums)
+            blocks = held.view(integer).reshape(-1).split(_BLOCK_ELEMENTS)
+            sums[name] = sum(int(block.sum(dtype=torch.int64)) for block in blocks)
+    return sums

@@ -76,19 +76,9 @@ def _of_lines(text: str, path: Path) -> Iterator[Example]:
 
 def _of_table(text: str, path: Path, separator: str) -> Iterator[Example]:
     columns = _columns_of(text, path, separator)
-    try:
-        rows = list(_rows(text, path, separator))
-        is_plain = any("\n" in field for _, row in rows for field in row)
-    except ValueError:
-        if separator == ",":
-            raise
-        rows, is_plain = [], True
-    if is_plain and separator == "\t":
-        # In the files of many datasets, quotes are part of the texts.
-        plain = list(_rows(text, path, separator, csv.QUOTE_NONE))
-        n_needed = 1 + max(map(columns.index, _COLUMNS))
-        if not rows or all(len(row) >= n_needed for _, row in plain):
-            rows = plain
+    rows = (
+        _with_tabs(text, path, columns) if separator == "\t" else list(_rows(text, path, separator))
+    )
     tell_unused(path, set(columns) - {*_COLUMNS})
     del rows[0]
     n_fields = {len(row) for _, row in rows}
@@ -101,6 +91,25 @@ def _of_table(text: str, path: Path, separator: str) -> Iterator[Example]:
                 f"line {at} of '{path}' has {len(row)} fields, and its header names {len(columns)}; {advice[separator]}"
             )
         yield _example(dict(zip(columns, row, strict=False)), at, path)
+
+
+def _with_tabs(text: str, path: Path, columns: list[str]) -> list[_Row]:
+    """Return the rows of a table with tabs, in which quotes may enclose texts or be a part of them."""
+    plain = list(_rows(text, path, "\t", csv.QUOTE_NONE))
+    try:
+        rows = list(_rows(text, path, "\t"))
+    except ValueError:
+        return plain
+    long = [(at, field) for at, row in rows for field in row if "\n" in field]
+    if long and all(len(row) == len(columns) for _, row in plain):
+        return plain
+    for at, field in long:
+        if "\t" in field:
+            raise ValueError(
+                f"line {at} of '{path}' ends a quoted text of several lines with a tab in it, and it is not clear whether the"
+                " quotes are part of the texts; write a file named .jsonl"
+            )
+    return rows
 
 
 def _columns_of(text: str, path: Path, separator: str) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sift_train import runfolder
 from sift_train.batches import BatchWindows
 from sift_train.config import Evaluation, FitConfig
-from sift_train.fingerprints import fingerprint_of_others
+from sift_train.fingerprints import sums_of_others
 from sift_train.interrupts import Interrupts, deferred_interrupts
 from sift_train.listeners import Listener
 from sift_train.losses import Losses, Step
@@ -85,9 +85,9 @@ class Run:
         self._data = data
         self._ranks = sift.ranks
         self._is_sharded = has_shards(sift.model)
-        self._others = ""  # fingerprint of what is not trained
+        self._others: dict[str, int] = {}  # what the parameters that are not trained hold
         if folder is not None and not self._is_sharded:
-            self._others = fingerprint_of_others(sift.model, sift.trainable_parameters())
+            self._others = sums_of_others(sift.model, sift.trainable_parameters())
         self._batches = BatchWindows(data, config.accumulation * self._ranks.size)
         self._loss = loss
         self._n_steps = n_steps
@@ -347,6 +347,7 @@ class Run:
                 "losses": self.losses,
                 "evaluations": [[e.step, dict(e.values)] for e in self.evaluations],
                 "evaluated_on": self._evaluated_on,
+                "others": self._others,
                 "best": self._patience.for_checkpoint(),
             },
             settings=self._settings(),
@@ -361,7 +362,6 @@ class Run:
         fingerprint = _fingerprint_of(self._data)
         if fingerprint is not None:
             settings["data.fingerprint"] = fingerprint
-        settings["base.fingerprint"] = self._others
         if self._is_sharded:
             # Another number of ranks may go on, with as many micro-batches in a step.
             settings["accumulation"] = self._config.accumulation * self._ranks.size
@@ -396,6 +396,13 @@ class Run:
                 " without one, or start a new run"
             )
         self._evaluated_on = now or before
+        others = progress.get("others") or {}
+        changed = [name for name, bits in self._others.items() if others.get(name, bits) != bits]
+        if changed:
+            logger.warning(
+                "%d of the parameters that are not trained, such as %r, are not as they were when the saved run began; if the base has"
+                " changed, start a new run", len(changed), changed[0],
+            )  # fmt: skip
         self._patience.load(progress["best"], self.evaluations, len(self.losses))
         self._batches.go_to(progress["place"])
         restore_random_state(progress["random"], generators_of(self._data))

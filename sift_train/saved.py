@@ -151,11 +151,6 @@ def refuse_other_settings(
     """
     for key in sorted({*saved, *settings}):
         if saved.get(key) != settings.get(key):
-            if key == "base.fingerprint":
-                raise ValueError(
-                    "the model does not hold the weights with which the saved run began: parameters that are not trained differ"
-                    f" from those of '{checkpoint}'; resume with the same base, or start a new run"
-                )
             if key == "data.fingerprint":
                 raise ValueError(
                     f"the run saved in '{checkpoint}' was trained on other data, or on these in other micro-batches or cut at"

@@ -299,3 +299,15 @@ def test_a_base_that_is_gone_and_in_the_cache_in_part(
     error = other.bad("pull", "me/second", "again")
     assert "there is no repository 'org/model', or it is private" in error
     assert "name the right base" not in error
+
+
+def test_a_repository_s_own_delta_as_the_base(
+    me: Person, other: Person, hub: LoopbackHub, states: list[Path]
+) -> None:
+    one = save_delta(states[0], states[1], me.folder / "one.sd")
+    two = save_delta(states[1], states[2], me.folder / "two.sd")
+    me.good("push", one, "me/own", "--base-id", BASE)
+    me.good("push", two, "me/own", "--base-id", "me/own")
+    assert "nothing to push" in me.good("push", two, "me/own", "--base-id", "me/own")
+    other.good("pull", "me/own", "out")
+    assert_same_files(states[2], other.folder / "out")

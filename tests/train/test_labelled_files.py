@@ -92,10 +92,13 @@ def test_tables_as_other_programs_write_them(
     """A separator at the end of each line, texts of several lines, and columns that are not used."""
     found = pairs(tmp_path / "a.csv", " \ntext,label\na,pos,,\n,\nb,neg,,\n")
     assert found == [("a", "pos"), ("b", "neg")]
-    found = pairs(tmp_path / "a.tsv", 'text\tlabel\n"a\nb\tc"\tpos\nd\tneg\n')
-    assert found == [("a\nb\tc", "pos"), ("d", "neg")]
-    found = pairs(tmp_path / "a.tsv", 'text\tlabel\n"open\tpos\t\nb\tneg\t\nend"\tpos\t\n')
-    assert found == [('"open', "pos"), ("b", "neg"), ('end"', "pos")]
+    found = pairs(tmp_path / "a.tsv", 'text\tlabel\n"a\nb"\tpos\nd\tneg\n')
+    assert found == [("a\nb", "pos"), ("d", "neg")]
+    found = pairs(tmp_path / "a.tsv", 'label\ttext\tid\npos\t"a\nb"\t1\nneg\td\t2\n')
+    assert found == [("a\nb", "pos"), ("d", "neg")]
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"open\tpos\nb\tneg\t\nend"\tpos\n')
+    with pytest.raises(ValueError, match=r"line 4 of .* not clear whether the quotes are part"):
+        read_labelled(tmp_path / "a.tsv")
     assert not caplog.records
     pairs(tmp_path / "b.csv", ",text,text2,label\n0,a,b,pos\n")
     pairs(tmp_path / "b.jsonl", '{"text": "a", "text_pair": "b", "label": 0, "idx": 1}\n')
