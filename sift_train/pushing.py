@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import sparsedelta
 from sift_train.export import export_delta
@@ -14,6 +16,7 @@ from sift_train.ranks.shard import is_sharded
 from sift_train.saved import STATE_NAME
 from sift_train.sift import SIFT
 
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SAY_NOTHING = ("README.md", ".gitattributes")  # files that do not tell one model from another
 
 
@@ -36,10 +39,10 @@ def push_delta(
         raise ValueError(
             "this is not rank 0, and all ranks hold the same model; call push_to_hub on rank 0 only (if sift.ranks.is_first)"
         )
-    loaded = getattr(sift.first_config, "_name_or_path", None)
+    loaded: Any = getattr(sift.first_config, "_name_or_path", None)
     if loaded and Path(loaded).is_dir():
         base = base or loaded
-    elif loaded not in (None, "", "None") and base_id is None:
+    elif base_id is None and loaded not in (None, "None") and _REPOSITORY.fullmatch(loaded):
         base_id = _with_commit(loaded, sift, token)
     if base is None and base_id is None:
         raise ValueError(

@@ -100,6 +100,8 @@ class Repository:
             return self.files[found[0]]
         where = f"'{self.name}'" + (f" below {path!r}" if path else "")
         if not found:
+            if self.reference in self.hub.unlisted:
+                raise self.hub.unlisted[self.reference]  # the cache has only a part
             raise RemoteNotFound(f"repository {where} holds no delta ({DELTA_SUFFIX} file)")
         listed = ", ".join(found[:_MAX_LISTED]) + (", …" if len(found) > _MAX_LISTED else "")
         holds = (

@@ -292,3 +292,14 @@ def test_a_damaged_copy_that_two_files_share(tmp_path: Path) -> None:
         link.symlink_to(blob)
     assert remove_damaged(links) == links[:1]
     assert not any(link.is_symlink() for link in links)
+
+
+def test_offline_after_a_damaged_delta_was_removed(
+    other: Person, pushed: str, checkpoints: tuple[Path, Path]
+) -> None:
+    other.good("pull", TUNED, "out")
+    (delta,) = (other.folder / "home" / "hub").glob("models--me--tuned/snapshots/*/delta.sd")
+    delta.resolve().write_bytes(b"")
+    other.offline = True
+    assert "was damaged and has been removed" in other.bad("pull", TUNED, "again")
+    assert "explain unreachable" in other.bad("pull", TUNED, "again")

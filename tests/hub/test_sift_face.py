@@ -32,6 +32,7 @@ loaded = from_pretrained("me/tuned", dtype=torch.float32)
 pairs = zip(model.state_dict().items(), loaded.state_dict().items(), strict=True)
 assert all(a == b and torch.equal(x.view(torch.int32), y.view(torch.int32)) for (a, x), (b, y) in pairs)
 plain = torch.nn.Linear(2, 2)
+plain.config = type("Config", (), {"_name_or_path": "/tmp/of/a/pipeline/unet"})()
 try:
     sift_train.SIFT(plain, sparse_module="weight").push_to_hub("me/other")
 except ValueError as error:
