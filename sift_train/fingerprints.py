@@ -8,12 +8,8 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
-_INTEGERS = {
-    1: torch.uint8,
-    2: torch.int16,
-    4: torch.int32,
-    8: torch.int64,
-}  # by bytes of an element
+# By bytes of an element.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK_ELEMENTS = 1 << 24  # a sum copies them as integers of 8 bytes
 
 

@@ -101,10 +101,9 @@ def _commit_in_cache(name: str, token: str | bool | None) -> str | None:
             if file.rfilename not in _SAY_NOTHING
         )
 
-    contents = {one: files_of(one) for one in commits} if len(commits) > 1 else {}
-    if contents:
-        commits = [one for one in commits if contents[one]]
-    if len({*contents.values()} - {frozenset()}) > 1:
+    contents = {commit: files_of(commit) for commit in commits} if len(commits) > 1 else {}
+    commits = [commit for commit in commits if contents.get(commit, True)]
+    if len({contents.get(commit) for commit in commits}) > 1:
         raise ValueError(
             f"the cache has several commits of '{name}' that differ ({', '.join(one[:12] for one in commits)}), and it is not"
             f" known which one the model was loaded from; give it: base_id='{name}@<commit>'"

@@ -211,6 +211,11 @@ def check_no_folder(path: str | os.PathLike[str]) -> None:
         )
 
 
+def overlap(one: Path, other: Path) -> bool:
+    """Return whether two resolved paths are equal, or one contains the other."""
+    return one == other or one in other.parents or other in one.parents
+
+
 def check_checkpoint_folder(path: Path) -> None:
     """Check that the folder of a checkpoint may be written at ``path``, or replace what is there.
 

@@ -11,6 +11,7 @@ from sparsedelta.channel.entry import Entry
 from sparsedelta.channel.leases import is_closed
 from sparsedelta.channel.pruning import PruneReport, prune
 from sparsedelta.channel.versions import Versions
+from sparsedelta.fs import overlap
 from sparsedelta.stores.objects import ObjectStore
 
 
@@ -108,8 +109,8 @@ def check_outside(channel: Versions, path: AnyPath, what: str) -> None:
 
     if not isinstance(channel.store, FolderStore):
         return
-    place, own = Path(os.path.realpath(path)), Path(channel.store.name)
-    if place == own or own in place.parents or place in own.parents:
+    own = Path(channel.store.name)
+    if overlap(Path(os.path.realpath(path)), own):
         raise ValueError(
             f"{what} '{os.fspath(path)}' and channel '{own}': one contains the other; give a place outside the channel's folder"
         )

@@ -129,7 +129,8 @@ class Run:
         channel: where to.
         source: the weights.
         rule: when a version gets an anchor.
-        head: the entry of the latest version, None if there is none, as it was read before ``source`` was made of it.
+        head: the entry of the version that ``source`` was compared with, the latest; None if there is none. The next version
+            follows it, or ``add`` raises HeadMoved.
     """
 
     def __init__(

@@ -126,7 +126,7 @@ def _head(facts: CardFacts) -> dict[str, Any]:
 
 
 def _head_changes(
-    head: Mapping[str, Any], facts: CardFacts, *, alone: bool, dropped: str | None = None
+    head: Mapping[str, Any], facts: CardFacts, *, alone: bool, dropped: str | None
 ) -> dict[str, Any]:
     wanted = _head(facts)
     changes = {name: value for name, value in wanted.items() if head.get(name) in (None, [])}

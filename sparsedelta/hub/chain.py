@@ -137,9 +137,8 @@ def open_chain_from(hub: Hub, link: Link, reference: Reference) -> tuple[list[Li
 
 def _in_chain(hub: Hub, links: list[Link], reference: Reference) -> Reference | None:
     """Insert the links above a repository; return its place, or None if no delta of the chain names it."""
-    paths = (reference.path, f"{reference.path}/{DELTA_NAME}")
     while (named := parse_base_id(links[0].delta.base.id)) is not None:
-        is_there = reference.path is None or (named.path or DELTA_NAME) in paths
+        is_there = reference.path is None or (named.path or DELTA_NAME) in reference.delta_paths
         if named.repo_id == reference.repo_id and is_there:
             return named.at(reference.revision or named.revision)
         try:

@@ -248,11 +248,10 @@ def _wanted_base(delta: Delta, base_id: str | None, recorded: Reference | None) 
         raise ValueError(
             f"base_id {base_id!r} is not a repository; write org/model or org/model@revision"
         )
-    paths = (wanted.path or DELTA_NAME, f"{wanted.path}/{DELTA_NAME}")
     if wanted.revision is None:
         for one in known:
-            is_there = one.repo_id == wanted.repo_id and (one.path or DELTA_NAME) in paths
-            if one.is_pinned and is_there:
+            is_there = (one.path or DELTA_NAME) in wanted.delta_paths
+            if one.is_pinned and one.repo_id == wanted.repo_id and is_there:
                 return one
     return wanted
 

@@ -39,6 +39,11 @@ class Reference:
         """Whether the revision is a full commit id, so that the reference always means the same files."""
         return self.revision is not None and bool(_COMMIT.fullmatch(self.revision))
 
+    @property
+    def delta_paths(self) -> tuple[str, ...]:
+        """The paths of a delta that the path may mean, as that of the file or of its folder."""
+        return self.path or DELTA_NAME, f"{self.path}/{DELTA_NAME}"
+
     def at(self, revision: str | None) -> Reference:
         """Return this reference with another revision."""
         return replace(self, revision=revision)

@@ -185,16 +185,14 @@ def fetched_checkpoint(reference: Reference, *, token: Token = None) -> Iterator
         raise RemoteNotFound(
             f"'{repository.reference}' is a delta, not a checkpoint; pull it first"
         )
+    if not repository.has_weights:
+        raise repository.hub.unlisted.get(repository.reference) or RemoteNotFound(
+            f"repository '{repository.name}' holds no {WEIGHT_SUFFIX} files; {_conversion(repository)}"
+        )
     if not repository.is_listed:
-        if not repository.has_weights:
-            raise repository.hub.unlisted[repository.reference]
         _log.warning(
             "the files of '%s' are those in the cache, which may lack some (offline)",
             repository.name,
-        )
-    if not repository.has_weights:
-        raise RemoteNotFound(
-            f"repository '{repository.name}' holds no {WEIGHT_SUFFIX} files; {_conversion(repository)}"
         )
     wanted = [path for path in repository.files if _is_of_checkpoint(path)]
     copies = repository.download(wanted)

@@ -38,8 +38,8 @@ def write_whole(delta: Delta, base: Checkpoint, model: Model, *, names: Names = 
 
     Raises:
         StructureMismatch: the model has a tensor of the target not, or with another dtype or shape; or the base
-            has another tensor. Nothing was written.
-        StructureMismatch: two tensors share a part of their memory, and differ there in the target. They were written.
+            has another tensor; nothing was written. Or two tensors share a part of their memory, and differ there in the
+            target; all were written.
         BaseMismatch: a tensor of the base has another digest.
         FormatError: the delta is inconsistent.
     """

@@ -29,6 +29,7 @@ from sparsedelta.fs import (
     check_no_folder,
     check_no_slash,
     check_room,
+    overlap,
     staged_output,
     synced,
     write_all,
@@ -218,7 +219,7 @@ def check_no_input(inputs: Iterable[AnyPath], out: AnyPath) -> None:
             raise ValueError(
                 f"output '{out}' is also an input, and inputs are not changed; choose another output"
             )
-        if output in source.parents or source in output.parents:
+        if overlap(output, source):
             raise ValueError(
                 f"output '{out}' and input '{path}': one contains the other, and inputs are not changed;"
                 " choose another output"

@@ -1,4 +1,4 @@
-"""``stack`` of deltas of one base, and how they are told from a chain."""
+"""``stack`` of deltas of one base, and when they are not taken for a chain."""
 
 from __future__ import annotations
 
